@@ -1,0 +1,83 @@
+"""An image folder, checked before anything runs: train/ and val/, validation/ or test/, one folder per class in each."""
+from pathlib import Path
+
+from timm.data.readers import create_reader
+from timm.data.readers.img_extensions import get_img_extensions
+
+from vitlab.files import InputError, read_json
+
+TRAIN_NAMES, HELD_OUT_NAMES = ("train",), ("val", "validation", "test")
+CLASS_MAP = "class_index.json"
+
+
+def find_splits(root: Path) -> dict[str, Path]:
+    """{"train": folder, held-out name: folder}, those that exist. Raises InputError where there is none."""
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; give 'digits', or a folder that holds train/ and val/, validation/ or test/")
+    splits = {name: root / name for name in TRAIN_NAMES + HELD_OUT_NAMES if (root / name).is_dir()}
+    if not splits:
+        raise InputError(f"{root}: holds none of train/, val/, validation/, test/; put one folder per class in each")
+    return splits
+
+
+def class_folders(split: Path) -> list[str]:
+    """Names of the class folders, sorted. Raises InputError naming a folder without images, or a split without folders."""
+    extensions = get_img_extensions(as_set=True)
+    names = sorted(d.name for d in split.iterdir() if d.is_dir() and not d.name.startswith("."))
+    if not names:
+        raise InputError(f"{split}: holds no class folders; images must lie in {split.name}/CLASS/")
+    for name in names:
+        if not any(f.suffix.lower() in extensions for f in (split / name).rglob("*")):
+            raise InputError(f"{split / name}: a class folder without images ({', '.join(sorted(extensions))})")
+    return names
+
+
+def read_class_map(path: Path) -> dict[str, int]:
+    """{class folder name: the model's class number} from a class_index.json; checked."""
+    data = read_json(path)
+    if not isinstance(data, dict) or not data or not all(
+            isinstance(k, str) and isinstance(v, int) and not isinstance(v, bool) and v >= 0 for k, v in data.items()):
+        raise InputError(f"{path}: must be an object of class folder names and class numbers from 0")
+    if len(set(data.values())) != len(data):
+        raise InputError(f"{path}: two classes have the same number")
+    return data
+
+
+def class_numbers(root: Path, splits: dict[str, Path], class_map: str | Path | None) -> dict[str, int]:
+    """Class name to number, for all splits alike: from the class map (given, or root/class_index.json), else by order.
+
+    Raises InputError where the splits hold different classes, or a folder is not in the class map.
+    """
+    folders = {name: class_folders(path) for name, path in splits.items()}
+    path = Path(class_map) if class_map else root / CLASS_MAP
+    if class_map or path.exists():
+        numbers = read_class_map(path)
+        for name, classes in folders.items():
+            unknown = sorted(set(classes) - set(numbers))
+            if unknown:
+                raise InputError(f"{splits[name] / unknown[0]}: not in the class map {path}"
+                                 + (f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""))
+        return numbers
+    first, *others = folders.items()
+    for name, classes in others:
+        odd = sorted(set(classes) ^ set(first[1]))
+        if odd:
+            raise InputError(f"{root}: {first[0]}/ and {name}/ hold different classes ({odd[0]!r} is in one of them only); "
+                             f"a {CLASS_MAP} would say which number each has")
+    return {name: number for number, name in enumerate(first[1])}
+
+
+class FolderReader:
+    """Indexable (open file, class) pairs of one split."""
+
+    def __init__(self, split: Path, numbers: dict[str, int]) -> None:
+        self.reader = create_reader("", root=str(split), split=split.name, class_map=numbers)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, i: int):
+        return self.reader[i]
+
+    def filename(self, i: int) -> str:
+        return self.reader.filename(i, absolute=True)

@@ -1,0 +1,187 @@
+"""open_data: one way to digits, a folder of images, or whatever timm.data.create_dataset opens; and its batches."""
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_loader, resolve_model_data_config
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
+
+from vitlab.data.digits import CLASSES, DigitsReader
+from vitlab.data.folder import HELD_OUT_NAMES, FolderReader, class_numbers, find_splits
+from vitlab.files import InputError
+
+TIMM_PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
+MAX_WORKERS = 8
+
+
+class Images(Dataset):
+    """A split, or a slice of one. An image that can't be read becomes a black one with target -1 - index: a flag that
+    Batches takes out and reports, instead of a crash in a worker or another image in its place."""
+
+    def __init__(self, reader: Any, indices: list[int] | None = None) -> None:
+        self.reader = reader
+        self.indices = list(range(len(reader))) if indices is None else indices
+        self.transform = None                                   # set by timm's create_loader
+
+    def take(self, limit: int | None, seed: int) -> "Images":
+        """A slice of `limit` images, chosen and ordered by seed (classes mix in each batch); all, in order, where None."""
+        if limit is None:
+            return Images(self.reader, self.indices)
+        if limit < 1:
+            raise InputError(f"limit is {limit}; at least 1 image is needed")
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:limit]
+        return Images(self.reader, [self.indices[i] for i in order.tolist()])
+
+    def path(self, i: int) -> str:
+        return self.reader.filename(self.indices[i])
+
+    def image(self, i: int) -> tuple[Image.Image, int]:
+        """(RGB image, class), untransformed. Raises OSError or ValueError where it can't be read."""
+        image, target = self.reader[self.indices[i]][:2]
+        image = image if isinstance(image, Image.Image) else Image.open(image)
+        return image.convert("RGB"), int(target)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        try:
+            image, target = self.image(i)
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+            image, target = Image.new("RGB", (64, 64)), -1 - i
+        return self.transform(image), target
+
+
+class Batches:
+    """Iterate (images, targets) of a timm loader without the broken images; their paths gather in `broken`."""
+
+    def __init__(self, loader: Any, images: Images | None) -> None:
+        self.loader, self.images, self.broken = loader, images, []
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, y in self.loader:
+            for flag in y[y < 0].tolist() if self.images is not None else []:
+                path = self.images.path(-1 - flag)
+                if path not in self.broken:
+                    self.broken.append(path)
+                    warnings.warn(f"{path}: can't be read as an image, left out", stacklevel=2)
+            if (y >= 0).any():
+                yield x[y >= 0], y[y >= 0]
+
+
+class ImageData:
+    """Named splits of one data set. `train` is for training, scoring and choosing; `held_out` for reporting alone."""
+
+    def __init__(self, name: str, splits: dict[str, Any], classes: list[str] | None, num_classes: int | None,
+                 mapped: bool = False) -> None:
+        self.name, self.splits, self.classes, self.num_classes, self.mapped = name, splits, classes, num_classes, mapped
+
+    @property
+    def held_out(self) -> str:
+        """Name of the held-out split. Raises InputError where there is none."""
+        for name in HELD_OUT_NAMES:
+            if name in self.splits:
+                return name
+        raise InputError(f"{self.name}: no held-out split to report on (val/, validation/ or test/); it has {sorted(self.splits)}")
+
+    def split(self, name: str, limit: int | None = None, seed: int = 0) -> Images:
+        """A split by name ("held_out" for whichever there is), or a slice of it chosen by seed."""
+        name = self.held_out if name == "held_out" else name
+        if name not in self.splits:
+            raise InputError(f"{self.name}: no split {name!r}; it has {sorted(self.splits)}")
+        images = self.splits[name]
+        return images.take(limit, seed) if isinstance(images, Images) else images
+
+    def check_fits(self, num_classes: int) -> None:
+        """InputError where the class numbers can't be the classifier's."""
+        if self.num_classes is None or num_classes == 0:
+            return
+        if self.num_classes > num_classes if self.mapped else self.num_classes != num_classes:
+            raise InputError(f"{self.name}: {self.num_classes} classes, but the model's classifier has {num_classes}; "
+                             "fine-tune it for these classes, or give a class_index.json that maps class folders to its numbers")
+
+    def batches(self, split: str, model: nn.Module, *, batch_size: int = 64, training: bool = False,
+                limit: int | None = None, seed: int = 0, workers: int | None = None, crop_pct: float | None = None,
+                augment: dict[str, Any] | None = None) -> Batches:
+        """Batches for this model (its input size, mean, deviation, interpolation), through timm's create_loader.
+
+        training shuffles, augments (augment: create_loader's own options) and drops the last partial batch; without it
+        the order is the split's own. workers None: none for small embedded data, else up to 8, one a core.
+        """
+        self.check_fits(model.num_classes)
+        images = self.split(split, limit, seed)
+        config = resolve_model_data_config(model)
+        if crop_pct is not None:
+            config["crop_pct"] = crop_pct
+        if workers is None:
+            workers = 0 if self.name == "digits" else min(MAX_WORKERS, os.cpu_count() or 1)
+        if training and isinstance(images, Images):
+            batch_size = min(batch_size, len(images))
+        loader = create_loader(
+            images, input_size=config["input_size"], batch_size=batch_size, is_training=training,
+            interpolation=config["interpolation"], mean=config["mean"], std=config["std"], crop_pct=config["crop_pct"],
+            crop_mode=config.get("crop_mode"), num_workers=workers, use_prefetcher=False,
+            pin_memory=torch.cuda.is_available(), device=torch.device("cpu"), **(augment or {}))
+        return Batches(loader, images if isinstance(images, Images) else None)
+
+
+def open_data(data: str | Path, *, class_map: str | Path | None = None, root: str | None = None) -> ImageData:
+    """Open a data set: "digits" (embedded), a folder of images, or a timm data set name such as "hfds/NAME".
+
+    A folder holds train/ and val/, validation/ or test/, each with one folder per class. Class numbers follow the sorted
+    names, or class_map (default: class_index.json in the folder) where it holds only some of a model's classes.
+    Raises InputError naming the folder: missing, no split, an empty class, classes that differ between splits.
+    """
+    if str(data) == "digits":
+        splits = {name: Images(DigitsReader(name)) for name in ("train", "test")}
+        return ImageData("digits", splits, list(CLASSES), len(CLASSES))
+    if str(data).startswith(TIMM_PREFIXES):
+        return _open_timm(str(data), root)
+    folder = Path(data)
+    paths = find_splits(folder)
+    numbers = class_numbers(folder, paths, class_map)
+    mapped = class_map is not None or (folder / "class_index.json").exists()
+    splits = {name: Images(FolderReader(path, numbers)) for name, path in paths.items()}
+    count = max(numbers.values()) + 1
+    return ImageData(folder.resolve().name, splits, sorted(numbers, key=numbers.get), count, mapped)
+
+
+class _PairReader:
+    """A torchvision-like data set of (PIL image, class) pairs as a reader."""
+
+    def __init__(self, pairs: Any, name: str) -> None:
+        self.pairs, self.name = pairs, name
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, i: int):
+        return self.pairs[i]
+
+    def filename(self, i: int) -> str:
+        return f"{self.name}/{i}"
+
+
+def _open_timm(name: str, root: str | None) -> ImageData:
+    splits, errors = {}, []
+    for split in ("train", "validation", "test"):
+        try:
+            opened = create_dataset(name, root=root, split=split, is_training=split == "train")
+        except Exception as error:                              # each backend raises its own kinds for a split it lacks
+            errors.append(f"{split}: {error}")
+            continue
+        if isinstance(opened, IterableDataset):
+            splits[split] = opened
+        else:
+            splits[split] = Images(opened.reader if hasattr(opened, "reader") else _PairReader(opened, name))
+    if not splits:
+        raise InputError(f"{name}: timm could not open it ({'; '.join(errors)})")
+    return ImageData(name, splits, None, None)

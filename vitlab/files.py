@@ -1,0 +1,97 @@
+"""Files that survive a kill: write beside the target, flush, rename; and the one error a user's input can cause."""
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong; the message names what, where, and what would be right."""
+
+
+def atomic_write(path: str | Path, content: str | bytes) -> None:
+    """Replace the file at `path` in one step, so that a reader sees the old content or the new, never a part.
+
+    Raises OSError (disk full, no permission) with the old content still whole.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replaced(path: Path) -> Path:
+    """Where `atomic_folder` parks the old folder for the instant between its two renames."""
+    return path.with_name(f".{path.name}.replaced")
+
+
+def existing_folder(path: str | Path) -> Path:
+    """`path`, after bringing back an old folder that a kill between the two renames of `atomic_folder` left parked."""
+    path = Path(path)
+    if not path.exists() and replaced(path).exists():
+        replaced(path).rename(path)
+    return path
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Give a temporary folder to fill; on a clean exit it takes the place of `path`, on an error it is removed."""
+    path = existing_folder(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        if path.exists():
+            shutil.rmtree(replaced(path), ignore_errors=True)
+            path.rename(replaced(path))
+        temporary.rename(path)
+        shutil.rmtree(replaced(path), ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_json(path: str | Path) -> Any:
+    """The parsed file; InputError naming it where it is missing or is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+
+
+def append_line(path: str | Path, record: dict[str, Any]) -> None:
+    """Append one JSON line and flush it to the disk; a kill can damage at most the line being written."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            file.write(b"\n")           # a kill left half a line: keep the new record out of it
+        file.write(json.dumps(record).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file; lines that a kill cut short are left out."""
+    path = Path(path)
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records

@@ -1,0 +1,127 @@
+"""Models by timm's names, and two small ones of vitlab's own for 32 x 32 images; weights are read without pickle."""
+import difflib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_model_args, register_model
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from vitlab.files import InputError
+from vitlab.models.support import check_supported
+
+_SMALL_CFG = {"input_size": (3, 32, 32), "num_classes": 10, "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0,
+              "interpolation": "bicubic", "fixed_input_size": True, "first_conv": "patch_embed.proj", "classifier": "head"}
+default_cfgs = generate_default_cfgs({"vit_nano_patch4_32": _SMALL_CFG, "vit_micro_patch4_32": _SMALL_CFG})
+
+
+def _small(name: str, pretrained: bool, **kwargs: Any) -> VisionTransformer:
+    size = {"img_size": 32, "patch_size": 4, **kwargs}
+    return build_model_with_cfg(VisionTransformer, name, pretrained, **size)
+
+
+@register_model
+def vit_nano_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """64 tokens of 8 x 8 patches, 64 wide, 6 blocks, 4 heads: 0.3 M parameters, 0.02 GMACs. For the digits."""
+    return _small("vit_nano_patch4_32", pretrained, **{"embed_dim": 64, "depth": 6, "num_heads": 4, **kwargs})
+
+
+@register_model
+def vit_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """64 tokens, 96 wide, 6 blocks, 3 heads: 0.7 M parameters, 0.05 GMACs. For CIFAR-10."""
+    return _small("vit_micro_patch4_32", pretrained, **{"embed_dim": 96, "depth": 6, "num_heads": 3, **kwargs})
+
+
+def create_model(name: str, *, weights: str | Path | None = None, pretrained: bool = False, **args: Any) -> nn.Module:
+    """A supported timm vision transformer in eval mode.
+
+    weights: a .safetensors file, or a .pth or .pt with the state dict itself or under "model" (published DeiT, MAE,
+    timm). pretrained downloads timm's own. args: timm's (num_classes, img_size, ...). Raises InputError for an unknown
+    name (with the nearest ones), a family that can't be handled, or weights that don't fit.
+    """
+    base = name.split(".")[0]
+    if not timm.is_model(base):
+        near = difflib.get_close_matches(base, timm.list_models(), n=3, cutoff=0.4)
+        raise InputError(f"timm knows no model {name!r}" + (f"; near are {', '.join(near)}" if near else ""))
+    try:
+        model = timm.create_model(name, pretrained=pretrained, **args)
+    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
+        raise InputError(f"{name}: timm could not build it ({error})") from error
+    check_supported(model)
+    if weights is not None:
+        state = checkpoint_filter_fn(read_state(weights), model, adapt_layer_scale=True)
+        load_state(model, state, weights)
+    return model.eval()
+
+
+def architecture(model: nn.Module) -> dict[str, Any]:
+    """{"name", "args"} from which create_model builds the same (dense) model again."""
+    name = getattr(model, "pretrained_cfg", {}).get("architecture")
+    if not name:
+        raise InputError("the model was not made by timm.create_model, so its name is not known; make it there")
+    args = {k: list(v) if isinstance(v, tuple) else v for k, v in get_model_args(model).items()}
+    return {"name": name, "args": args}
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a .safetensors, .pth, .pt or .bin file, without running any code of the file's.
+
+    A dict under "model", "state_dict", "state_dict_ema" or "model_ema" is taken from inside a training checkpoint.
+    Raises InputError naming the file where it is missing, damaged, or holds anything but tensors there.
+    """
+    return _state_of(read_file(path), path)
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """All that a checkpoint file holds; an argparse.Namespace in it is allowed (published checkpoints carry one)."""
+    import argparse
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{path}: holds more than weights, or is damaged; nothing of it was run or loaded "
+                         f"({str(error).splitlines()[0][:200]})") from None
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: can't be read, it may be cut short ({str(error).splitlines()[0][:200]})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, not a state dict")
+    return content
+
+
+def _state_of(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    state = {k.removeprefix("module."): v for k, v in content.items()}
+    wrong = [k for k, v in state.items() if not isinstance(v, Tensor)]
+    if wrong or not state:
+        raise InputError(f"{path}: " + (f"{wrong[0]!r} is not a tensor" if wrong else "holds no weights"))
+    return state
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """Load all or nothing; InputError names the file and the first keys that are missing, unknown or of another shape."""
+    own = model.state_dict()
+    missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    shapes = [f"{k} is {tuple(state[k].shape)}, the model's is {tuple(own[k].shape)}"
+              for k in own if k in state and own[k].shape != state[k].shape]
+
+    def some(words: list[str]) -> str:
+        return ", ".join(words[:3]) + (f" and {len(words) - 3} more" if len(words) > 3 else "")
+
+    problems = [f"{what} {some(words)}" for what, words in
+                (("missing keys", missing), ("unknown keys", unknown), ("wrong shapes:", shapes)) if words]
+    if problems:
+        raise InputError(f"{path}: does not fit the model: " + "; ".join(problems))
+    model.load_state_dict(state)

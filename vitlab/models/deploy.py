@@ -1,0 +1,91 @@
+"""deploy(model): the folded form of Prune and Merge, exact and faster (methods A7).
+
+Between two blocks the reconstruct of one and the merge of the next are multiplied once, beforehand; the map of all N
+tokens is built at most once, at the end, and not at all for a class-token classifier.
+"""
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from vitlab import tokens
+from vitlab.files import InputError
+from vitlab.models.compress import MergeReconstructTokens, TokenBlock
+from vitlab.models.support import attention_block, check_supported
+from vitlab.plan import POOL_TOKEN
+
+
+class Fold(nn.Module):
+    """A fixed matrix (C', C) over the tokens: (B, C, D) -> (B, C', D)."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("matrix", matrix)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.matmul(self.matrix, x)
+
+
+class FoldedBlock(nn.Module):
+    """fold, then timm's Block on the first `num_tokens` rows; the rows after them skip it and are carried along."""
+
+    def __init__(self, block: nn.Module, matrix: Tensor | None, num_tokens: int, num_carried: int) -> None:
+        super().__init__()
+        self.fold = nn.Identity() if matrix is None else Fold(matrix)
+        self.block = block
+        self.num_tokens, self.num_carried = num_tokens, num_carried
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if attn_mask is not None or is_causal:
+            raise InputError("a deployed model takes no attention mask")
+        x = self.fold(x)                                        # (B, C + p, D)
+        if not self.num_carried:
+            return self.block(x)
+        merged, carried = x.split((self.num_tokens, self.num_carried), dim=1)
+        return torch.cat([self.block(merged), carried], dim=1)
+
+
+def _refuse_intermediates(*args: object, **kwargs: object) -> None:
+    raise InputError("a deployed model has no token grid between its blocks; take intermediates from the training form")
+
+
+def _matrices(block: nn.Module, eye: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """(merge, reconstruct, carried indices, whether both are the identity) of one block, in float64."""
+    if isinstance(block, TokenBlock):
+        rule = block.tokens
+        if not isinstance(rule, MergeReconstructTokens):
+            raise InputError(f"no folded form for {type(rule).__name__}")
+        return (rule.merge_matrix.detach().double(), rule.reconstruct_matrix.detach().double(),
+                (rule.token_mask == 0).nonzero().flatten(), False)
+    return eye, eye, torch.empty(0, dtype=torch.long, device=eye.device), True
+
+
+def deploy(model: nn.Module) -> nn.Module:
+    """A copy of a compressed model in its folded form, in eval mode: the same logits (float32: 1e-4), fewer MACs.
+
+    Shapes are static. With class-token pooling the blocks end in the prefix tokens alone, and forward_features returns
+    only those; with any other pooling the whole grid is reconstructed once, at the end. A model without merged tokens
+    comes back as it is. The folded matrices no longer train. Raises InputError for a family that can't be handled.
+    """
+    check_supported(model)
+    if any(isinstance(b, FoldedBlock) for b in model.blocks):
+        raise InputError("the model is already deployed")
+    model = copy.deepcopy(model).eval()
+    if not any(isinstance(b, TokenBlock) for b in model.blocks):
+        return model
+    weight = attention_block(model.blocks[0]).norm1.weight
+    eye = torch.eye(model.num_prefix_tokens + model.patch_embed.num_patches, dtype=torch.float64, device=weight.device)
+    none = torch.empty(0, dtype=torch.long, device=weight.device)
+    give, carried, plain = eye, none, True
+    folded: list[nn.Module] = []
+    for block in model.blocks:
+        merge, reconstruct, skipping, identity = _matrices(block, eye)
+        matrix = None if plain and identity else tokens.fold(give, carried, merge, skipping).to(weight.dtype)
+        folded.append(FoldedBlock(attention_block(block), matrix, len(merge), len(skipping)))
+        give, carried, plain = reconstruct, skipping, identity
+    if not plain:
+        wanted = eye[:model.num_prefix_tokens] if model.global_pool == POOL_TOKEN else eye
+        folded.append(Fold(tokens.fold(give, carried, wanted, none).to(weight.dtype)))
+    model.blocks = nn.Sequential(*folded)
+    model.forward_intermediates = _refuse_intermediates
+    return model.requires_grad_(False)

@@ -1,0 +1,50 @@
+"""Which timm models vitlab takes, and the one place where their sizes and blocks are read."""
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+from vitlab.files import InputError
+from vitlab.plan import ViTShape
+
+
+def attention_block(block: nn.Module) -> nn.Module:
+    """timm's own Block, whether plain or inside a wrapper of vitlab."""
+    return getattr(block, "block", block)
+
+
+def refuse(model: nn.Module) -> str | None:
+    """Why this model can't be handled, or None where it can."""
+    name = type(model).__name__
+    if not isinstance(model, VisionTransformer):
+        return f"{name} is not a timm VisionTransformer; ViT, DeiT, DeiT-III, MAE and DINOv2 models are"
+    for index, wrapped in enumerate(model.blocks):
+        block = attention_block(wrapped)
+        if type(block) is not Block:
+            return f"{name} has a {type(block).__name__} at block {index}; timm's plain Block is needed"
+        if type(block.attn) is not Attention:
+            return f"{name} has {type(block.attn).__name__} at block {index}; timm's plain Attention is needed"
+    if type(model.patch_drop) is not nn.Identity:
+        return f"{name} drops patches in training (patch_drop_rate); create it with patch_drop_rate=0"
+    return None
+
+
+def check_supported(model: nn.Module) -> None:
+    """InputError naming the model and the reason where the family can't be handled."""
+    reason = refuse(model)
+    if reason is not None:
+        raise InputError(f"this model can't be handled: {reason}")
+
+
+def shape_of(model: nn.Module) -> ViTShape:
+    """Sizes of a dense supported model. Raises InputError for any other."""
+    check_supported(model)
+    first = attention_block(model.blocks[0])
+    classifiers = model.get_classifier()
+    embed = model.patch_embed
+    return ViTShape(
+        img_size=tuple(embed.img_size), patch_size=tuple(embed.patch_size), in_chans=model.in_chans,
+        embed_dim=model.embed_dim, depth=len(model.blocks),
+        num_heads=first.attn.num_heads, head_dim=first.attn.head_dim, num_neurons=first.mlp.fc2.in_features,
+        num_prefix_tokens=model.num_prefix_tokens, num_classes=model.num_classes,
+        num_classifiers=len(classifiers) if isinstance(classifiers, tuple) else 1,
+        pool=model.global_pool)

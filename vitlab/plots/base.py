@@ -1,0 +1,41 @@
+"""The house look of figures, and the one helper that saves them."""
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.figure import Figure
+from torch import Tensor
+
+PALETTE = sns.color_palette("colorblind")
+FORMATS = ("png", "svg", "pdf")
+
+
+def style() -> None:
+    """Set seaborn's theme and the colour-blind-safe palette; called by every plot."""
+    sns.set_theme(style="ticks", context="notebook", palette=PALETTE, rc={"figure.dpi": 100, "savefig.dpi": 160,
+                                                                          "axes.titlesize": "medium", "svg.hashsalt": "vitlab"})
+
+
+def save_figure(figure: Figure, folder: str | Path, name: str, caption: str = "", formats: tuple[str, ...] = ("png",)) -> Path:
+    """Write folder/NAME.FORMAT with the caption (the conditions) below the axes; returns the first path."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if caption:
+        figure.text(0.5, -0.01, caption, ha="center", va="top", fontsize="small", color="0.3", wrap=True)
+    for kind in formats:
+        figure.savefig(folder / f"{name}.{kind}", bbox_inches="tight", facecolor="white")
+    return folder / f"{name}.{formats[0]}"
+
+
+def to_image(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """A normalised (3, h, w) tensor back to an (h, w, 3) array in [0, 1]."""
+    image = x.detach().cpu().permute(1, 2, 0).numpy() * np.array(std) + np.array(mean)
+    return image.clip(0, 1)
+
+
+def new_axes(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+    """A grid of axes (rows, columns), always two-dimensional; width and height of one in inches."""
+    style()
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained")
+    return figure, axes

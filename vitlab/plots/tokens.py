@@ -1,0 +1,100 @@
+"""Figures of token scores and merged tokens: what a block sees of an image, and what it gives back."""
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from vitlab import tokens
+from vitlab.plan import CompressionPlan, MergeReconstruct, ViTShape
+from vitlab.plots.base import PALETTE, new_axes
+
+
+def score_maps(scores: Tensor, shape: ViTShape, blocks: Sequence[int]) -> Figure:
+    """One heat map per block of the scores (L, n) on the patch grid, each block scaled to its own maximum."""
+    figure, axes = new_axes(1, len(blocks), 2.3, 2.6)
+    for axis, block in zip(axes[0], blocks):
+        values = scores[block].reshape(shape.grid_size).numpy()
+        image = axis.imshow(values / values.max(), cmap="viridis", vmin=0, vmax=1)
+        axis.set(title=f"block {block}", xticks=[], yticks=[])
+    figure.colorbar(image, ax=list(axes[0]), label="score / block's largest", shrink=0.8)
+    return figure
+
+
+def kept_counts(plans: dict[str, CompressionPlan]) -> Figure:
+    """Tokens that enter each block's attention, one line per plan, with the dense model's count."""
+    figure, axes = new_axes(1, 1, 6.4, 3.4)
+    axis, shape = axes[0, 0], next(iter(plans.values())).shape
+    axis.axhline(shape.num_tokens, color="0.5", linestyle="--", label="dense")
+    for (name, plan), marker in zip(plans.items(), "osD^v<>pX*" * len(plans)):
+        axis.plot(range(shape.depth), plan.tokens_per_block(), marker=marker, label=name)
+    axis.set(xlabel="block", ylabel="tokens in the block", xticks=range(shape.depth), ylim=(0, shape.num_tokens * 1.05))
+    axis.legend(frameon=False, loc="lower left", ncols=2)
+    figure.get_axes()[0].spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _upscaled(patches: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(rows, columns, ...) repeated to the image's pixels."""
+    rows, columns = patches.shape[:2]
+    return patches.repeat(size[0] // rows, axis=0).repeat(size[1] // columns, axis=1)
+
+
+def _draw_borders(axis, regions: np.ndarray, size: tuple[int, int]) -> None:
+    """Lines where neighbouring patches belong to different regions."""
+    rows, columns = regions.shape
+    dy, dx = size[0] / rows, size[1] / columns
+    segments = [((x + 1, x + 1), (y, y + 1)) for y in range(rows) for x in range(columns - 1) if regions[y, x] != regions[y, x + 1]]
+    segments += [((x, x + 1), (y + 1, y + 1)) for y in range(rows - 1) for x in range(columns) if regions[y, x] != regions[y + 1, x]]
+    for xs, ys in segments:
+        axis.plot(np.array(xs) * dx - 0.5, np.array(ys) * dy - 0.5, color="white", linewidth=1.0)
+
+
+def through_matrices(image: np.ndarray, rule: MergeReconstruct, shape: ViTShape) -> tuple[np.ndarray, np.ndarray]:
+    """(region means, what reconstruct @ merge gives back) of the image's patches, as images; pruned patches as they are.
+
+    Pixels of a patch are treated as its token's features, so the second picture shows what the matrices keep.
+    """
+    (gh, gw), (ph, pw) = shape.grid_size, (image.shape[0] // shape.grid_size[0], image.shape[1] // shape.grid_size[1])
+    patches = image[:gh * ph, :gw * pw].reshape(gh, ph, gw, pw, 3).transpose(0, 2, 1, 3, 4).reshape(gh * gw, -1)   # (n, ph pw 3)
+    x = torch.from_numpy(patches.copy()).double()
+    merge = tokens.merge_matrix(rule, 0, torch.float64)                         # (C, n), no prefix rows
+    mask = tokens.token_mask(rule, 0)[:, None]
+    given = torch.where(mask, tokens.reconstruct_matrix(merge) @ (merge @ x), x)
+    regions, colours = torch.tensor(rule.regions), x.reshape(len(x), -1, 3).mean(dim=1)
+    means = colours.clone()
+    for region in regions[regions >= 0].unique():
+        means[regions == region] = colours[regions == region].mean(dim=0)
+    back = given.reshape(gh, gw, ph, pw, 3).permute(0, 2, 1, 3, 4).reshape(gh * ph, gw * pw, 3)
+    return _upscaled(means.reshape(gh, gw, 3).numpy(), (gh * ph, gw * pw)).clip(0, 1), back.numpy().clip(0, 1)
+
+
+def merge_map(image: np.ndarray, plan: CompressionPlan, blocks: Sequence[int]) -> Figure:
+    """Per block, a row: the image with region borders and pruned patches dimmed, region means, and the reconstruction.
+
+    image (h, w, 3) in [0, 1], h and w multiples of the grid. Pruned patches are hatched in the palette's orange.
+    """
+    figure, axes = new_axes(len(blocks), 3, 2.7, 2.75)
+    shape, pruned_colour = plan.shape, np.array(to_rgb(PALETTE[1]))
+    for row, block in enumerate(blocks):
+        rule = plan.blocks[block].tokens
+        titles = ("regions (orange: pruned)", "region means", "reconstruct @ merge")
+        for axis, title in zip(axes[row], titles):
+            axis.set(xticks=[], yticks=[], title=title if row == 0 else "")
+        count = shape.num_patches if rule is None else rule.num_merged
+        axes[row, 0].set_ylabel(f"block {block}\n{count} of {shape.num_patches} patches")
+        if rule is None:
+            for axis in axes[row]:
+                axis.imshow(image)
+            continue
+        pruned = np.isin(np.arange(shape.num_patches), rule.pruned).reshape(shape.grid_size)
+        cover = _upscaled(pruned, image.shape[:2])[..., None]
+        shown = np.where(cover, 0.45 * image[:cover.shape[0], :cover.shape[1]] + 0.55 * pruned_colour, image)
+        means, back = through_matrices(image, rule, shape)
+        axes[row, 0].imshow(shown)
+        _draw_borders(axes[row, 0], np.array(rule.regions).reshape(shape.grid_size), image.shape[:2])
+        axes[row, 1].imshow(means)
+        axes[row, 2].imshow(back)
+    return figure

@@ -1,0 +1,56 @@
+"""Figures of training runs and result rows."""
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from vitlab.plots.base import PALETTE, new_axes
+from vitlab.results import ResultRow
+
+
+def training_curves(logs: dict[str, Sequence[dict[str, Any]]]) -> Figure:
+    """Loss, top-1 on the train slice, and learning rate against epochs, one line per run."""
+    figure, axes = new_axes(1, 3, 3.6, 3.0)
+    fields = (("loss", "training loss"), ("train_slice_top1_pct", "top-1 on a train slice (%)"), ("lr", "learning rate"))
+    for axis, (field, label) in zip(axes[0], fields):
+        for (name, log), line in zip(logs.items(), ("-", "--", "-.", ":") * len(logs)):
+            axis.plot([r["epoch"] for r in log], [r[field] for r in log], linestyle=line, marker=".", label=name)
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].legend(frameon=False)
+    return figure
+
+
+def accuracy_against_cost(rows: Sequence[ResultRow]) -> Figure:
+    """Top-1 against GMACs, and against measured images per second where that was measured; each point is named."""
+    fields = [("gmacs", "GMACs per image, deployed")]
+    if any(r.throughput_img_s for r in rows):
+        fields.append(("throughput_img_s", "images per second"))
+    figure, axes = new_axes(1, len(fields), 5.2, 3.8)
+    for axis, (field, label) in zip(axes[0], fields):
+        points = [r for r in rows if getattr(r, field) is not None and r.top1_pct is not None]
+        for index, row in enumerate(points):
+            axis.plot(getattr(row, field), row.top1_pct, marker="osD^v<>pX*"[index % 10], color=PALETTE[index % len(PALETTE)],
+                      markersize=9, linestyle="none", label=row.model)
+        axis.set(xlabel=label, ylabel="top-1 (%)")
+        axis.margins(0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, -1].legend(frameon=False, bbox_to_anchor=(1.02, 1), loc="upper left")
+    return figure
+
+
+def boundary_bars(values: dict[str, dict[str, float]], ylabel: str = "top-1 (%)") -> Figure:
+    """Grouped bars: {group: {bar: value}}."""
+    figure, axes = new_axes(1, 1, 6.4, 3.4)
+    axis, groups = axes[0, 0], list(values)
+    bars = list(next(iter(values.values())))
+    width = 0.8 / len(bars)
+    for index, bar in enumerate(bars):
+        places = [g + (index - (len(bars) - 1) / 2) * width for g in range(len(groups))]
+        drawn = axis.bar(places, [values[g][bar] for g in groups], width, label=bar, hatch=("", "//", "..", "xx")[index % 4],
+                         edgecolor="white")
+        axis.bar_label(drawn, fmt="%.1f", fontsize="small", padding=2)
+    axis.set(xticks=range(len(groups)), xticklabels=groups, ylabel=ylabel)
+    axis.legend(frameon=False, bbox_to_anchor=(1.02, 1), loc="upper left")
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure

@@ -1,0 +1,68 @@
+"""Result rows: one measured model a row, with its conditions, appended to results.jsonl and read back as a table."""
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vitlab.files import InputError, append_line, read_lines
+
+COLUMNS = ("model", "top1_pct", "gmacs", "params_m", "throughput_img_s", "ratio")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultRow:
+    """What was measured of one model. Fields not measured are None."""
+
+    model: str
+    dataset: str = ""
+    split: str = ""                         # the named split that top1_pct is on
+    top1_pct: float | None = None           # 0 to 100
+    top5_pct: float | None = None           # 0 to 100
+    loss: float | None = None               # mean cross-entropy
+    gmacs: float | None = None              # per image, everything that is multiplied
+    params_m: float | None = None
+    throughput_img_s: float | None = None
+    latency_ms: float | None = None         # batch 1
+    ratio: float | None = None              # throughput over the dense model's, measured in turn
+    conditions: dict[str, Any] = field(default_factory=dict)   # device, dtype, batch, threads, seed, versions
+
+    def __post_init__(self) -> None:
+        for name in ("top1_pct", "top5_pct"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 100:
+                raise InputError(f"{name} is {value}; a percentage from 0 to 100 is needed")
+
+
+def append_row(path: str | Path, row: ResultRow) -> None:
+    """Append to a results.jsonl; flushed before this returns."""
+    append_line(path, dataclasses.asdict(row))
+
+
+def read_rows(path: str | Path) -> list[ResultRow]:
+    """The rows of a results.jsonl, the last one of each (model, dataset, split) kept, in order of first appearance."""
+    rows: dict[tuple, ResultRow] = {}
+    known = {f.name for f in dataclasses.fields(ResultRow)}
+    for record in read_lines(path):
+        row = ResultRow(**{k: v for k, v in record.items() if k in known})
+        rows[row.model, row.dataset, row.split] = row
+    return list(rows.values())
+
+
+def format_table(rows: list[ResultRow], columns: tuple[str, ...] = COLUMNS) -> str:
+    """Plain-text table, numbers right-aligned; '-' where nothing was measured."""
+    digits = {"top1_pct": 2, "top5_pct": 2, "gmacs": 4, "params_m": 3, "throughput_img_s": 1, "ratio": 2,
+              "latency_ms": 2, "loss": 4}
+
+    def cell(row: ResultRow, column: str) -> str:
+        value = getattr(row, column)
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return "-"
+        return f"{value:.{digits[column]}f}" if column in digits else str(value)
+
+    cells = [list(columns)] + [[cell(r, c) for c in columns] for r in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = ["  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(line, widths)))
+             for line in cells]
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(lines)

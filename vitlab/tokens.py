@@ -1,0 +1,195 @@
+"""Choosing, merging and reconstructing tokens, as pure functions.
+
+*Efficient Token Compression for Vision Transformer with Spatial Information Preserved* (arXiv 2503.23455),
+written as methods A2 to A5 and A7 number them. n patches in raster order on a grid, P prefix tokens before them,
+N = P + n tokens, C tokens after merging (prefix included).
+"""
+import torch
+from torch import Tensor
+
+from vitlab.files import InputError
+from vitlab.plan import MergeReconstruct
+
+DECAY = {"center": 0.025, "merge": 0.015}       # per block, of the normalised scores (A2)
+PRUNE_RATE, KEEP_RATE = 0.1, 0.6                # published settings
+BOUNDARY, WEIGHTS = "grid", "score"             # the better ones on measured accuracy: docs/prune_and_merge.md
+
+
+def normalise_scores(scores: Tensor, decay: float) -> Tensor:
+    """s_l <- s_l / ||s_l||_2 * (1 - decay * l)   (A2). scores (L, n), not negative; returns (L, n).
+
+    Raises InputError naming the block where scores are not finite, negative or all zero.
+    """
+    for block, row in enumerate(scores):
+        if not torch.isfinite(row).all() or (row < 0).any() or not row.any():
+            raise InputError(f"token scores of block {block} must be finite, not negative and not all zero")
+    layers = torch.arange(len(scores), dtype=scores.dtype, device=scores.device)[:, None]
+    if decay < 0 or decay * (len(scores) - 1) >= 1:
+        raise InputError(f"decay is {decay}; with {len(scores)} blocks it must lie in [0, {1 / max(1, len(scores) - 1):.4g})")
+    return scores / scores.norm(dim=1, keepdim=True) * (1 - decay * layers)
+
+
+def choose(scores: Tensor, *, rule: str = "center", keep_rate: float = KEEP_RATE, prune_rate: float = PRUNE_RATE,
+           ) -> tuple[Tensor, Tensor]:
+    """Which patches take part in each block, and which of them are centers (A3).
+
+    scores (L, n), normalised; keep_rate in (0, 1], prune_rate in [0, 1), fractions of n. Rule "center" has one budget
+    for all blocks, so each finds its own count; rule "merge" has one per block.
+    Returns unpruned (L, n) and centers (L, n), bool; centers are unpruned. A block that would be left with unpruned
+    patches but no center gets its best-scoring one, since every unpruned patch needs a row to go into.
+    """
+    depth, n = scores.shape
+    if rule not in DECAY:
+        raise InputError(f"rule {rule!r} is not known; known are {sorted(DECAY)}")
+    if not 0 <= prune_rate < 1:
+        raise InputError(f"prune_rate is {prune_rate}; it must lie in [0, 1)")
+    n_prune, n_keep = int(n * prune_rate), int(n * keep_rate)
+    if not 0 < keep_rate <= 1 or n_keep < 1:
+        raise InputError(f"keep_rate is {keep_rate}; with {n} patches it must lie in [{1 / n:.4g}, 1]")
+    if rule == "center":
+        ordered = scores.flatten().sort().values
+        prune_threshold, keep_threshold = ordered[n_prune * depth], ordered[-n_keep * depth]
+    else:
+        ordered = scores.sort(dim=1).values                                     # (L, n)
+        prune_threshold, keep_threshold = ordered[:, n_prune, None], ordered[:, -n_keep, None]
+    unpruned = scores >= prune_threshold
+    centers = unpruned & (scores >= keep_threshold)
+    lonely = unpruned.any(dim=1) & ~centers.any(dim=1)
+    best = (scores * unpruned).argmax(dim=1)
+    centers[lonely, best[lonely]] = True
+    return unpruned, centers
+
+
+def _regions_reference(centers: list[int], n: int, columns: int) -> Tensor:
+    """Raster runs from center to center, the published boundary (A4). The line of a center is taken from its token
+    index (c + 1), class token first: that off-by-one is the published code's, and kept because results rest on it."""
+    regions = torch.empty(n, dtype=torch.long)
+    start = 0
+    for row, center in enumerate(centers):
+        end = n
+        if row + 1 < len(centers):
+            r = (center + centers[row + 1] + 1) // 2 + 1                        # ceil(mean) + 1
+            if (center + 1) // columns < (r - 1) // columns:
+                r = ((center + 1) // columns + 1) * columns + 1
+            end = r - 1
+        regions[start:end] = row
+        start = end
+    return regions
+
+
+def _regions_grid(centers: list[int], n: int, columns: int) -> Tensor:
+    """Every patch to the center nearest on the grid (Voronoi cells); a tie goes to the center that is first in raster."""
+    patch = torch.arange(n)
+    center = torch.tensor(centers)
+    dy = patch[:, None] // columns - center // columns                          # (n, C)
+    dx = patch[:, None] % columns - center % columns
+    return (dy * dy + dx * dx).argmin(dim=1)
+
+
+def _regions_runs(centers: list[int], unpruned: Tensor, keep_empty: bool) -> Tensor:
+    """Rule `merge`: each center alone, and each run of patches between centers together (A4). A run in which every
+    patch is pruned is a row of zeros in the published code (keep_empty), which attention still sees as a token."""
+    n, is_center = len(unpruned), set(centers)
+    regions, row, start = torch.full((n,), -1), -1, 0
+    for end in sorted(is_center) + [n]:
+        run = unpruned[start:end]
+        if len(run) and (keep_empty or bool(run.any())):
+            row += 1
+            regions[start:end] = row
+        if end < n:
+            row += 1
+            regions[end] = row
+        start = end + 1
+    return regions
+
+
+BOUNDARIES = {"reference": _regions_reference, "grid": _regions_grid}
+WEIGHTINGS = ("reference", "score", "uniform")
+
+
+def merge_rule(scores: Tensor, unpruned: Tensor, centers: Tensor, *, columns: int, rule: str = "center",
+               boundary: str = BOUNDARY, weights: str = WEIGHTS) -> MergeReconstruct | None:
+    """The token rule of one block (A4); None where it would be the identity.
+
+    scores, unpruned, centers (n); columns of the patch grid. boundary (rule "center" alone): "reference" raster runs
+    or "grid" 2-D cells. weights: "reference" t / s[center] (rule "center") or t / mean of the run's positive t
+    (rule "merge"), with t the scores of unpruned patches; "score" the same made to sum to 1 in each region; "uniform"
+    1 / size. Where a region's weights sum to 1 a constant region stays constant, and its update is not scaled down.
+    """
+    n = len(scores)
+    if rule == "center" and boundary not in BOUNDARIES:
+        raise InputError(f"boundary {boundary!r} is not known; known are {sorted(BOUNDARIES)}")
+    if weights not in WEIGHTINGS:
+        raise InputError(f"weights {weights!r} is not known; known are {sorted(WEIGHTINGS)}")
+    if bool(centers.all()):
+        return None
+    index = centers.nonzero().flatten().tolist()
+    literal = weights == "reference"
+    if not index:
+        regions = torch.full((n,), -1)
+    elif rule == "center":
+        regions = BOUNDARIES[boundary](index, n, columns)
+    else:
+        regions = _regions_runs(index, unpruned, keep_empty=literal)
+    t = torch.where(unpruned, scores, 0).double()
+    count, slot = int(regions.max()) + 1, regions.clamp(min=0)
+
+    def per_region(values: Tensor) -> Tensor:
+        """Sum over each region, given back to its patches: (n) -> (n)."""
+        return torch.zeros(count, dtype=torch.double).index_add_(0, slot[unpruned], values[unpruned].double())[slot]
+
+    if not index:
+        entry = torch.zeros(n)
+    elif weights == "uniform" or bool((per_region(t)[unpruned] <= 0).any()):    # all scores of a region 0: no mean
+        entry = 1 / per_region(torch.ones(n))
+    elif weights == "score":
+        entry = t / per_region(t)
+    elif rule == "center":
+        entry = t / t[centers][slot]                                            # regions are numbered by their center
+    else:
+        entry = t / (per_region(t) / per_region(t > 0))
+    entry = torch.where(unpruned, entry, 0)
+    if not (literal and rule == "merge"):
+        regions = torch.where(unpruned, regions, -1)
+    trains = "both" if rule == "center" else "reconstruct"
+    return MergeReconstruct(regions=tuple(regions.tolist()), weights=tuple(entry.tolist()),
+                            pruned=tuple((~unpruned).nonzero().flatten().tolist()), trains=trains)
+
+
+def merge_matrix(rule: MergeReconstruct, num_prefix_tokens: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(C, N): a prefix token is a row of its own, then one row per region, entries the patches' weights (A4)."""
+    p, n = num_prefix_tokens, len(rule.regions)
+    matrix = torch.zeros(p + rule.num_merged, p + n, dtype=dtype)
+    matrix[:p, :p] = torch.eye(p, dtype=dtype)
+    for patch, (region, weight) in enumerate(zip(rule.regions, rule.weights)):
+        if region >= 0:
+            matrix[p + region, p + patch] = weight
+    return matrix
+
+
+def reconstruct_matrix(merge: Tensor) -> Tensor:
+    """Pseudo-inverse (N, C) of a merge matrix (C, N) (A5). Its rows have disjoint supports, so they are orthogonal and
+    the pseudo-inverse is the transpose with column c divided by ||row c||^2 (a row of zeros gives a column of zeros)."""
+    norm = merge.square().sum(dim=1)
+    return merge.T / torch.where(norm > 0, norm, 1)
+
+
+def token_mask(rule: MergeReconstruct, num_prefix_tokens: int) -> Tensor:
+    """(N) bool, True where a token takes part in the block; prefix tokens always do."""
+    mask = torch.ones(num_prefix_tokens + len(rule.regions), dtype=torch.bool)
+    mask[[num_prefix_tokens + j for j in rule.pruned]] = False
+    return mask
+
+
+def fold(reconstruct: Tensor, carried: Tensor, merge: Tensor, carry_next: Tensor) -> Tensor:
+    """The one matrix between two blocks (A7).
+
+    After block l the state is [b; s]: its output b (C tokens) and the tokens s = x[carried] that skipped it.
+    The next block needs merge @ x and x[carry_next], with x = reconstruct @ b, plus s put back in place, so
+
+        state' = [merge; I[carry_next]] @ [reconstruct, I[:, carried]] @ [b; s]
+
+    reconstruct (N, C), carried and carry_next index tensors, merge (C', N); returns (C' + p', C + p).
+    """
+    eye = torch.eye(len(reconstruct), dtype=reconstruct.dtype)
+    return torch.cat([merge, eye[carry_next]]) @ torch.cat([reconstruct, eye[:, carried]], dim=1)

@@ -1,0 +1,91 @@
+"""Checkpoints: a folder with weights.safetensors, plan.json and checkpoint.json, from which alone the model is rebuilt."""
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import vitlab
+from vitlab.files import InputError, atomic_folder, existing_folder, read_json
+from vitlab.models import compress, deploy
+from vitlab.models.create import architecture, create_model, load_state, read_state
+from vitlab.models.deploy import FoldedBlock
+from vitlab.plan import CompressionPlan
+
+WEIGHTS, PLAN, INFO, FOLDER = "weights.safetensors", "plan.json", "checkpoint.json", "checkpoint"
+FORMAT, VERSION = "vitlab.checkpoint", 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A model in eval mode, the plan it was compressed by, and what produced it."""
+
+    model: nn.Module
+    plan: CompressionPlan
+    info: dict[str, Any]
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on besides data and seed."""
+    return {"vitlab": vitlab.__version__, "torch": torch.__version__, "timm": timm.__version__,
+            "python": platform.python_version()}
+
+
+def is_deployed(model: nn.Module) -> bool:
+    return any(isinstance(b, FoldedBlock) for b in model.blocks)
+
+
+def save(folder: str | Path, model: nn.Module, plan: CompressionPlan, *, classes: list[str] | None = None,
+         made_by: dict[str, Any] | None = None) -> Path:
+    """Write folder/ in one step: weights (safetensors), plan.json, checkpoint.json (model name, versions, made_by).
+
+    model: any form of compress(dense, plan), the deployed too. An older checkpoint there is replaced as a whole.
+    Raises InputError where the model was not made by timm.create_model.
+    """
+    folder = Path(folder)
+    source = architecture(model)
+    info = {"format": FORMAT, "version": VERSION, "model": source, "deployed": is_deployed(model),
+            "config": {k: model.pretrained_cfg.get(k) for k in ("mean", "std", "interpolation", "crop_pct")},
+            "classes": classes, "made_by": made_by or {}, "versions": versions()}
+    with atomic_folder(folder) as temporary:
+        save_file({k: v.contiguous().clone() for k, v in model.state_dict().items()}, temporary / WEIGHTS)
+        plan.save(temporary / PLAN)
+        (temporary / INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def find(path: str | Path) -> Path:
+    """The checkpoint folder at `path`: itself, or checkpoint/ inside a run folder. InputError where there is none."""
+    for folder in (existing_folder(path), existing_folder(Path(path) / FOLDER)):
+        if (folder / INFO).is_file():
+            return folder
+    raise InputError(f"{path}: not a checkpoint; a folder with {INFO}, {PLAN} and {WEIGHTS} is needed, or a run that holds one")
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Rebuild the model of a checkpoint or run folder; all or nothing.
+
+    Raises InputError naming the file and key: missing, cut short, a plan for another model, wrong shapes.
+    """
+    folder = find(path)
+    info, where = read_json(folder / INFO), folder / INFO
+    if not isinstance(info, dict) or info.get("format") != FORMAT or info.get("version") != VERSION:
+        raise InputError(f"{where}: not a {FORMAT} of version {VERSION}")
+    source, plan = info.get("model"), CompressionPlan.load(folder / PLAN)
+    if not isinstance(source, dict) or not isinstance(source.get("name"), str) or not isinstance(source.get("args"), dict):
+        raise InputError(f'{where}: "model" must hold "name" and "args"')
+    dense = create_model(source["name"], **source["args"])
+    try:
+        model = compress(dense, plan)
+    except InputError as error:
+        raise InputError(f"{folder / PLAN}: {error}") from None
+    if info.get("deployed"):
+        model = deploy(model)
+    load_state(model, read_state(folder / WEIGHTS), folder / WEIGHTS)
+    model.pretrained_cfg = {**model.pretrained_cfg, **{k: v for k, v in (info.get("config") or {}).items() if v is not None}}
+    return Checkpoint(model=model.eval(), plan=plan, info=info)

@@ -1,0 +1,42 @@
+"""What a step minimises: timm's tasks, set to the published loss (methods A8), and hard distillation."""
+import torch
+import torch.nn.functional as F
+from timm.loss import LabelSmoothingCrossEntropy
+from timm.task import ClassificationTask, LogitDistillationTask
+from torch import Tensor, nn
+
+from vitlab.files import InputError
+from vitlab.training.recipes import Recipe
+
+
+class HardDistillationTask(LogitDistillationTask):
+    """loss = (1 - alpha) * CE(student, label) + alpha * CE(student, teacher's top class).
+
+    Touvron et al., arXiv 2012.12877, equation 3, on the student's one output.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        logits = self.trainable_module(input)
+        with torch.no_grad():
+            choice = self.teacher(self.teacher.normalize_input(input, self.student_mean, self.student_std)).argmax(dim=1)
+        task, distill = self.criterion(logits, target), F.cross_entropy(logits, choice)
+        loss = self.task_loss_weight * task + self.distill_loss_weight * distill
+        return {"loss": loss, "output": logits, "task_loss": task, "kd_loss": distill}
+
+
+def make_task(model: nn.Module, teacher: nn.Module | None, recipe: Recipe, device: torch.device) -> nn.Module:
+    """The training task of a recipe. Soft (A8): (1 - alpha) * CE + alpha * tau^2 * KL(teacher || student at tau) / (B * classes);
+    timm's task divides by B, so its weight is alpha / classes. Raises InputError where the teacher is missing or differs in classes.
+    """
+    criterion = LabelSmoothingCrossEntropy(recipe.smoothing) if recipe.smoothing else nn.CrossEntropyLoss()
+    if recipe.distill == "none":
+        return ClassificationTask(model, criterion, device=device, verbose=False)
+    if teacher is None:
+        raise InputError(f"recipe {recipe.name} distils ({recipe.distill}); a teacher is needed")
+    if teacher.num_classes != model.num_classes:
+        raise InputError(f"the teacher has {teacher.num_classes} classes, the student {model.num_classes}")
+    soft = recipe.distill == "soft"
+    kind = LogitDistillationTask if soft else HardDistillationTask
+    return kind(model, teacher.to(device).requires_grad_(False), criterion, task_loss_weight=1 - recipe.alpha,
+                distill_loss_weight=recipe.alpha / model.num_classes if soft else recipe.alpha,
+                temperature=recipe.tau, device=device, verbose=False)

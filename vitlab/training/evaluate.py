@@ -1,0 +1,57 @@
+"""Top-1, top-5 and loss of a model on a named split."""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm.auto import tqdm
+
+from vitlab.data import Batches
+from vitlab.files import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """Of `images` images; top5_pct is None with fewer than five classes; `broken` images could not be read."""
+
+    top1_pct: float
+    top5_pct: float | None
+    loss: float
+    images: int
+    broken: int
+
+
+def autocast(device: torch.device, amp: bool | None) -> torch.autocast:
+    """bf16 autocast. amp None: where the hardware computes in bf16 (a CPU with avx512_bf16 or amx, or a GPU)."""
+    if amp is None:
+        amp = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies in bf16; elsewhere bf16 on a CPU is emulated and slower than float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Batches, *, device: str | torch.device | None = None, amp: bool | None = False,
+             progress: bool = True) -> Accuracy:
+    """Exact counts over all readable images, in eval mode, float32 unless amp. InputError where none can be read."""
+    device = torch.device(device) if device is not None else next(model.parameters()).device
+    training = model.training
+    model.to(device).eval()
+    count, top1, top5, loss, classes = 0, 0, 0, 0.0, 0
+    for images, targets in tqdm(batches, desc="evaluate", unit="batch", disable=not progress):
+        images, targets = images.to(device), targets.to(device)
+        with autocast(device, amp):
+            logits = model(images)
+        logits, classes = logits.float(), logits.shape[1]
+        ranked = logits.topk(min(5, classes), dim=1).indices == targets[:, None]
+        top1, top5 = top1 + int(ranked[:, 0].sum()), top5 + int(ranked.sum())
+        loss += float(F.cross_entropy(logits, targets, reduction="sum"))
+        count += len(images)
+    model.train(training)
+    if not count:
+        raise InputError("no image of the split could be read")
+    return Accuracy(top1_pct=100 * top1 / count, top5_pct=100 * top5 / count if classes >= 5 else None,
+                    loss=loss / count, images=count, broken=len(batches.broken))

@@ -1,0 +1,93 @@
+"""Published Prune and Merge checkpoints (methods A9): read without running pickled code, and written in that layout."""
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitlab.files import InputError, atomic_write
+from vitlab.models import compress, shape_of
+from vitlab.models.compress import MergeReconstructTokens, TokenBlock
+from vitlab.models.create import load_state, read_file, read_state
+from vitlab.plan import BlockPlan, CompressionPlan, MergeReconstruct
+
+NAMES = {"merge_matrix": "merge_matrix", "reconstruct_matrix": "recover_matrix", "token_mask": "token_mask"}
+
+
+def is_published(content: dict[str, Any]) -> bool:
+    """Whether a read file has the published layout."""
+    return isinstance(content.get("model"), dict) and any(k.endswith(".attn.merge_matrix") for k in content["model"])
+
+
+def _rule(merge: Tensor, mask: Tensor, prefix: int, index: int, path: str | Path) -> MergeReconstruct:
+    """The token rule of a trained merge matrix: each patch is in the row where its entry is largest."""
+    patches = merge[prefix:, prefix:]                                           # (C - P, n)
+    if not len(patches):
+        regions = torch.full((patches.shape[1],), -1)
+        weights = torch.zeros(patches.shape[1])
+    else:
+        weights, regions = patches.abs().max(dim=0)
+        weights = patches[regions, torch.arange(len(regions))]
+    pruned = mask[prefix:] == 0
+    # Rows that are no patch's largest entry still are tokens: a pruned patch stands for them where there is one.
+    free = [r for r in range(len(patches)) if r not in set(regions[~pruned].tolist())]
+    spare = [int(j) for j in pruned.nonzero().flatten()]
+    if len(free) > len(spare):
+        raise InputError(f"{path}: block {index}: {len(free)} rows of merge_matrix are no patch's largest entry, "
+                         f"but only {len(spare)} patches are pruned")
+    regions = torch.where(pruned, -1, regions)
+    for row, patch in zip(free, spare):
+        regions[patch] = row
+    weights = torch.where(pruned, 0, weights)
+    return MergeReconstruct(regions=tuple(regions.tolist()), weights=tuple(weights.tolist()), pruned=tuple(spare))
+
+
+def load_published(path: str | Path, dense: nn.Module) -> tuple[nn.Module, CompressionPlan]:
+    """(compressed model, plan) of a published .pth for the dense model of that size; weights are taken from the file.
+
+    Raises InputError naming the file and key where it has another layout, holds more than weights, or doesn't fit.
+    """
+    content = read_file(path)
+    if not is_published(content):
+        raise InputError(f"{path}: not a Prune and Merge checkpoint; it holds no blocks.i.attn.merge_matrix under \"model\"")
+    state, shape = read_state(path), shape_of(dense)
+    blocks, renamed = [], {}
+    for index in range(shape.depth):
+        prefix = f"blocks.{index}."
+        matrices = {own: state.pop(f"{prefix}attn.{theirs}", None) for own, theirs in NAMES.items()}
+        state.pop(f"{prefix}attn.bias", None)                                   # unused in the forward
+        missing = [NAMES[k] for k, v in matrices.items() if v is None]
+        if missing:
+            raise InputError(f"{path}: {prefix}attn.{missing[0]} is missing")
+        merge, reconstruct, mask = (matrices[k].float() for k in NAMES)
+        tokens, rows = shape.num_tokens, len(merge)
+        if merge.shape != (rows, tokens) or reconstruct.shape != (tokens, rows) or mask.flatten().shape != (tokens,):
+            raise InputError(f"{path}: {prefix}attn.merge_matrix {tuple(merge.shape)}, recover_matrix {tuple(reconstruct.shape)} and "
+                             f"token_mask {tuple(mask.shape)} don't fit {tokens} tokens")
+        blocks.append(BlockPlan(tokens=_rule(merge, mask.flatten(), shape.num_prefix_tokens, index, path)))
+        renamed |= {f"{prefix}tokens.{k}": v.flatten() if k == "token_mask" else v for k, v in matrices.items()}
+    plan = CompressionPlan(shape=shape, blocks=tuple(blocks), made_by={"method": "prune_and_merge", "read_from": Path(path).name})
+    model = compress(dense, plan)
+    for key, value in state.items():
+        block, dot, rest = key.partition(".")
+        number, _, name = rest.partition(".")
+        renamed[f"blocks.{number}.block.{name}" if block == "blocks" else key] = value
+    load_state(model, renamed, path)
+    return model.eval(), plan
+
+
+def save_published(path: str | Path, model: nn.Module) -> None:
+    """Write a compressed model (training form, every block merged) in the published layout, atomically."""
+    if not all(isinstance(b, TokenBlock) and isinstance(b.tokens, MergeReconstructTokens) for b in model.blocks):
+        raise InputError("the published layout has merge and reconstruct matrices in every block; this model has not")
+    state = {}
+    for key, value in model.state_dict().items():
+        for own, theirs in NAMES.items():
+            key = key.replace(f".tokens.{own}", f".attn.{theirs}")
+        state[key.replace(".block.", ".")] = value
+    channels = [len(b.tokens.merge_matrix) for b in model.blocks]
+    state |= {f"blocks.{i}.attn.bias": torch.zeros(c) for i, c in enumerate(channels)}
+    content = io.BytesIO()
+    torch.save({"model": state, "channels": channels}, content)
+    atomic_write(path, content.getvalue())

@@ -1,0 +1,97 @@
+"""Training recipes: settings with their source, the number to expect, and the command that runs them."""
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from vitlab.files import InputError
+
+DISTILL = ("none", "soft", "hard")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training run, through timm's optimizers and schedulers."""
+
+    name: str
+    source: str                                 # where the settings come from
+    command: str                                # how to run it
+    expected: str = ""                          # what should come out, and whose number it is
+    epochs: int = 30
+    batch_size: int = 128
+    lr: float = 1e-4                            # at `lr_batch` images a step; scaled linearly with the batch
+    lr_batch: int = 512
+    weight_decay: float = 1e-3
+    optimizer: str = "adamw"
+    schedule: str = "cosine"
+    warmup_epochs: float = 0
+    min_lr: float = 1e-6
+    clip_grad: float | None = None
+    smoothing: float = 0.0                      # label smoothing, [0, 1)
+    distill: str = "none"                       # "none", "soft" (A8) or "hard"
+    alpha: float = 1.0                          # weight of the distillation loss, [0, 1]
+    tau: float = 20.0                           # temperature of soft distillation
+    trainable: str = "all"                      # "all", "matrices" or "weights"
+    drop_path: float = 0.0
+    amp: bool | None = None                     # bf16 autocast; None: where the hardware has it (narrow models lose by it)
+    augment: dict[str, Any] = field(default_factory=dict)      # timm create_loader's own options
+
+    def __post_init__(self) -> None:
+        checks = {"epochs": self.epochs >= 1, "batch_size": self.batch_size >= 1, "lr": self.lr > 0,
+                  "weight_decay": self.weight_decay >= 0, "alpha": 0 <= self.alpha <= 1, "tau": self.tau > 0,
+                  "smoothing": 0 <= self.smoothing < 1, "distill": self.distill in DISTILL}
+        for name, good in checks.items():
+            if not good:
+                raise InputError(f"recipe {self.name}: {name} is {getattr(self, name)!r}, out of its range")
+
+    def replace(self, **changes: Any) -> "Recipe":
+        """A copy with the settings that are not None changed."""
+        return dataclasses.replace(self, **{k: v for k, v in changes.items() if v is not None})
+
+    @property
+    def scaled_lr(self) -> float:
+        """lr * batch_size / lr_batch."""
+        return self.lr * self.batch_size / self.lr_batch
+
+
+_PAPER = "arXiv 2503.23455, experiments on ImageNet-1k"
+_PRETRAIN = "vitlab pretrain --model {} --data {} --recipe {} --out RUN/dense"
+_FINETUNE = "vitlab finetune --checkpoint RUN/pruned --teacher {} --data {} --recipe {} --out RUN/finetuned"
+_DIGIT_AUGMENT = {"scale": (0.85, 1.0), "ratio": (0.9, 1.1), "hflip": 0.0, "color_jitter": 0.0}
+
+
+def _published(name: str, teacher: str, alpha: float, expected: str) -> Recipe:
+    """Methods A8: AdamW, lr 1e-4 * batch / 512, cosine, weight decay 1e-3, no auto-augment, 30 epochs, tau 20."""
+    return Recipe(name=name, source=_PAPER, expected=expected + " (the paper's numbers)",
+                  command=_FINETUNE.format(teacher, "IMAGENET", name), distill="soft", alpha=alpha, tau=20.0,
+                  augment={"color_jitter": 0.0})
+
+
+RECIPES = {recipe.name: recipe for recipe in (
+    _published("deit_tiny_pm", "deit_tiny_patch16_224", 0.8,
+               "top-1 72.0 % at keep 0.7 (0.8 GMACs), 71.6 % at keep 0.6 (0.7); dense 72.2 % (1.3)"),
+    _published("deit_small_pm", "deit_small_patch16_224", 1.0, "top-1 79.6 % at keep 0.6 (3.0 GMACs); dense 79.8 % (4.6)"),
+    _published("mae_base_pm", "vit_base_patch16_224.mae", 1.0, "top-1 83.6 % at keep 0.6 (10.4 GMACs)"),
+    Recipe(name="digits", source="vitlab, chosen on a slice of train", expected="top-1 over 95 % on the digits' test split",
+           command=_PRETRAIN.format("vit_nano_patch4_32", "digits", "digits"),
+           epochs=40, batch_size=32, lr=1.5e-3, lr_batch=32, weight_decay=0.05, warmup_epochs=2, smoothing=0.05, clip_grad=1.0,
+           amp=False, augment=_DIGIT_AUGMENT),
+    Recipe(name="digits_pm", source="vitlab: methods A8, larger steps for 1,437 images", expected="within 1 point of the dense model",
+           command=_FINETUNE.format("RUN/dense", "digits", "digits_pm"),
+           epochs=12, batch_size=32, lr=3e-4, lr_batch=32, distill="soft", alpha=0.8, tau=4.0, clip_grad=1.0, amp=False,
+           augment=_DIGIT_AUGMENT),
+    Recipe(name="cifar10", source="vitlab", expected="benchmarks/results/cifar10.jsonl",
+           command=_PRETRAIN.format("vit_micro_patch4_32", "CIFAR10", "cifar10"),
+           epochs=20, batch_size=128, lr=1e-3, lr_batch=128, weight_decay=0.05, warmup_epochs=1, smoothing=0.1, clip_grad=1.0,
+           augment={"scale": (0.6, 1.0), "color_jitter": 0.0}),
+    Recipe(name="cifar10_pm", source="vitlab: methods A8, fewer epochs", expected="benchmarks/results/cifar10.jsonl",
+           command=_FINETUNE.format("RUN/dense", "CIFAR10", "cifar10_pm"),
+           epochs=3, batch_size=128, lr=3e-4, lr_batch=128, distill="soft", alpha=0.8, tau=4.0, clip_grad=1.0,
+           augment={"scale": (0.7, 1.0), "color_jitter": 0.0}),
+)}
+
+
+def recipe(name: str) -> Recipe:
+    """A recipe by name. Raises InputError that lists the known ones."""
+    if name not in RECIPES:
+        raise InputError(f"recipe {name!r} is not known; known are {sorted(RECIPES)}")
+    return RECIPES[name]

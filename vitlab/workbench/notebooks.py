@@ -1,0 +1,76 @@
+"""Run notebooks with papermill, in order, with parameters that they declare; and turn one into an HTML report."""
+import ast
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+from nbconvert import HTMLExporter
+from papermill.exceptions import PapermillExecutionError
+
+from vitlab.files import InputError, atomic_write
+
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+
+
+def declared(path: str | Path) -> dict[str, Any]:
+    """{parameter: default} of the cell tagged `parameters`. Raises InputError where there is no such notebook or cell."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such notebook")
+    cells = [c for c in nbformat.read(path, as_version=4).cells if "parameters" in c.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise InputError(f"{path}: {len(cells)} cells are tagged `parameters`; one is needed")
+    return {node.target.id: ast.literal_eval(node.value) for node in ast.parse(cells[0].source).body
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+
+
+def check_parameters(path: str | Path, given: dict[str, Any]) -> None:
+    """InputError for a parameter that the notebook does not declare, or of another type than its default."""
+    known = declared(path)
+    for name, value in given.items():
+        if name not in known:
+            raise InputError(f"{path}: no parameter {name!r}; it declares {', '.join(sorted(known))}")
+        default = known[name]
+        fits = isinstance(value, type(default)) and not (isinstance(value, bool) and not isinstance(default, bool))
+        if default is not None and not fits and not (isinstance(default, float) and type(value) is int):
+            raise InputError(f"{path}: {name} is {value!r}; a {type(default).__name__} such as {default!r} is needed")
+
+
+def run(path: str | Path, out: str | Path, parameters: dict[str, Any] | None = None, *, progress: bool = True) -> Path:
+    """Execute a notebook; returns the executed copy, out/NAME.ipynb. Parameters are checked before anything starts.
+
+    Raises InputError naming the cell and its error where one fails; the copy up to there is kept.
+    """
+    path, parameters = Path(path), parameters or {}
+    check_parameters(path, parameters)
+    target = Path(out) / path.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(str(path), str(target), parameters=parameters, kernel_name="python3", progress_bar=progress,
+                                   stdout_file=None, log_output=False, cwd=None)
+    except PapermillExecutionError as error:
+        raise InputError(f"{path.name}: cell {error.cell_index} failed: {error.ename}: {error.evalue} (see {target})") from None
+    return target
+
+
+def report(executed: str | Path, target: str | Path) -> Path:
+    """The executed notebook as one HTML page, without its code."""
+    exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True)
+    html, _ = exporter.from_notebook_node(nbformat.read(executed, as_version=4))
+    atomic_write(target, html)
+    return Path(target)
+
+
+def run_all(names: list[str], out: str | Path, parameters: dict[str, dict[str, Any]], *, progress: bool = True) -> list[Path]:
+    """Run notebooks of this project by name, in order, into out/notebooks/; the last one also becomes out/report.html."""
+    paths = [NOTEBOOKS / f"{name}.ipynb" for name in names]
+    for path, name in zip(paths, names):
+        check_parameters(path, parameters.get(name, {}))
+    executed = []
+    for number, (path, name) in enumerate(zip(paths, names), 1):
+        print(f"[{number}/{len(paths)}] {name}", file=sys.stderr, flush=True)
+        executed.append(run(path, Path(out) / "notebooks", parameters.get(name, {}), progress=progress))
+    report(executed[-1], Path(out) / "report.html")
+    return executed

@@ -1,0 +1,195 @@
+"""The steps of a study, each from files to files: notebooks and the command line call these same functions."""
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from timm.utils import random_seed
+from torch import Tensor, nn
+
+from vitlab import cost, tokens
+from vitlab.criteria.planning import prune_and_merge
+from vitlab.data import ImageData, open_data
+from vitlab.files import InputError, atomic_write
+from vitlab.models import compress, deploy, shape_of
+from vitlab.models.create import create_model, read_file
+from vitlab.plan import CompressionPlan
+from vitlab.results import ResultRow, append_row
+from vitlab.training import checkpoint
+from vitlab.training import evaluate as evaluation
+from vitlab.training import throughput as timing
+from vitlab.training.capture import token_scores
+from vitlab.training.checkpoint import Checkpoint
+from vitlab.training.loop import fit
+from vitlab.training.published import is_published, load_published
+from vitlab.training.recipes import Recipe, recipe
+
+RESULTS, TRAINING = "results.jsonl", "training"
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def open_model(source: str | Path, *, model: str | None = None, num_classes: int | None = None, pretrained: bool = True,
+               **args: Any) -> Checkpoint:
+    """A model from a checkpoint or run folder; a weights file together with the timm name `model`; or a timm name.
+
+    A published Prune and Merge .pth is recognised. Raises InputError for anything else.
+    """
+    path = Path(source)
+    if num_classes is not None:
+        args["num_classes"] = num_classes
+    if path.is_dir():
+        return checkpoint.load(path)
+    if path.suffix in (".pth", ".pt", ".bin", ".safetensors"):
+        if model is None:
+            raise InputError(f"{path}: a weights file needs the timm name of its model (--model NAME)")
+        if path.suffix != ".safetensors" and is_published(read_file(path)):
+            built, plan = load_published(path, create_model(model, **args))
+        else:
+            built = create_model(model, weights=path, **args)
+            plan = CompressionPlan.empty(shape_of(built))
+        return Checkpoint(model=built, plan=plan, info={"made_by": {"read_from": path.name}})
+    built = create_model(str(source), pretrained=pretrained, **args)
+    return Checkpoint(model=built, plan=CompressionPlan.empty(shape_of(built)), info={"made_by": {"timm": str(source)}})
+
+
+def open_matching(data: str | Path, found: Checkpoint, class_map: str | Path | None = None) -> ImageData:
+    """The data set, refused where its classes are not the ones the checkpoint was trained on."""
+    opened = open_data(data, class_map=class_map)
+    known = found.info.get("classes")
+    if known and opened.classes and not opened.mapped and list(known) != list(opened.classes):
+        odd = sorted(set(known) ^ set(opened.classes))
+        raise InputError(f"{data}: its classes are not the model's"
+                         + (f" ({odd[0]!r} is in one of them only)" if odd else " (their order differs)"))
+    opened.check_fits(found.model.num_classes)
+    return opened
+
+
+def pretrain(model: str, data: str | Path, out: str | Path, *, settings: Recipe | str = "digits", seed: int = 0,
+             device: str | None = None, limit: int | None = None, workers: int | None = None, progress: bool = True,
+             **model_args: Any) -> Path:
+    """Train a timm model from scratch; returns the run folder (training/, checkpoint/). A killed run goes on."""
+    settings, opened = recipe(settings) if isinstance(settings, str) else settings, open_data(data)
+    random_seed(seed)
+    if opened.num_classes is not None:
+        model_args = {"num_classes": opened.num_classes, **model_args}
+    if settings.drop_path:
+        model_args["drop_path_rate"] = settings.drop_path
+    dense = create_model(model, **model_args)
+    fit(dense, opened, settings, Path(out) / TRAINING, seed=seed, device=device or default_device(), limit=limit,
+        workers=workers, progress=progress)
+    checkpoint.save(Path(out) / checkpoint.FOLDER, dense.cpu(), CompressionPlan.empty(shape_of(dense)), classes=opened.classes,
+                    made_by={"step": "pretrain", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed})
+    return Path(out)
+
+
+def score(source: str | Path | Checkpoint, data: str | Path, out: str | Path, *, images: int = 512, batch_size: int = 64,
+          absolute: str = "image", seed: int = 0, device: str | None = None, class_map: str | Path | None = None,
+          workers: int | None = None, progress: bool = True) -> Tensor:
+    """Token scores (L, n) on a slice of train, written to `out` (safetensors)."""
+    found = source if isinstance(source, Checkpoint) else open_model(source)
+    opened = open_matching(data, found, class_map)
+    batches = opened.batches("train", found.model, batch_size=batch_size, limit=images, seed=seed, workers=workers)
+    scores = token_scores(found.model, batches, absolute=absolute, device=device or default_device(), progress=progress)
+    made_by = {"data": opened.name, "images": str(images), "batch_size": str(batch_size), "absolute": absolute, "seed": str(seed)}
+    atomic_write(out, save({"token_scores": scores.contiguous()}, metadata=made_by))
+    return scores
+
+
+def read_scores(path: str | Path) -> tuple[Tensor, dict[str, str]]:
+    """(scores (L, n), what made them). Raises InputError naming the file."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; `vitlab score` writes it")
+    try:
+        with safe_open(path, "pt") as file:
+            if "token_scores" not in list(file.keys()):
+                raise InputError(f"{path}: holds no token_scores")
+            return file.get_tensor("token_scores"), file.metadata() or {}
+    except SafetensorError as error:
+        raise InputError(f"{path}: can't be read, it may be cut short ({error})") from None
+
+
+def prune(source: str | Path | Checkpoint, scores: str | Path | None, out: str | Path, *, plan: str | Path | None = None,
+          rule: str = "center", keep_rate: float = tokens.KEEP_RATE, prune_rate: float = tokens.PRUNE_RATE,
+          boundary: str = tokens.BOUNDARY, weights: str = tokens.WEIGHTS) -> Checkpoint:
+    """Compress a dense model by its token scores, or by a plan file; writes and returns the checkpoint in `out`."""
+    found = source if isinstance(source, Checkpoint) else open_model(source)
+    if (plan is None) == (scores is None):
+        raise InputError("either token scores or a plan file is needed, not both")
+    if plan is not None:
+        made, made_by = CompressionPlan.load(plan), {"plan": Path(plan).name}
+    else:
+        values, made_by = read_scores(scores)
+        made = prune_and_merge(values, shape_of(found.model), rule=rule, keep_rate=keep_rate, prune_rate=prune_rate,
+                               boundary=boundary, weights=weights)
+    small = compress(found.model, made)
+    info = {"step": "prune", "scores": made_by, **made.made_by}
+    checkpoint.save(Path(out) / checkpoint.FOLDER, small, made, classes=found.info.get("classes"), made_by=info)
+    return checkpoint.load(out)
+
+
+def finetune(source: str | Path | Checkpoint, teacher: str | Path | Checkpoint | None, data: str | Path, out: str | Path, *,
+             settings: Recipe | str = "digits_pm", seed: int = 0, device: str | None = None, limit: int | None = None,
+             class_map: str | Path | None = None, workers: int | None = None, progress: bool = True) -> Path:
+    """Fine-tune a compressed model, distilling from the dense one; returns the run folder. A killed run goes on."""
+    settings = recipe(settings) if isinstance(settings, str) else settings
+    found = source if isinstance(source, Checkpoint) else open_model(source)
+    dense = teacher if isinstance(teacher, Checkpoint) or teacher is None else open_model(teacher)
+    if checkpoint.is_deployed(found.model):
+        raise InputError("a deployed model no longer trains; fine-tune the training form and deploy it afterwards")
+    opened = open_matching(data, found, class_map)
+    fit(found.model, opened, settings, Path(out) / TRAINING, teacher=None if dense is None else dense.model, seed=seed,
+        device=device or default_device(), limit=limit, workers=workers, progress=progress)
+    checkpoint.save(Path(out) / checkpoint.FOLDER, found.model.cpu(), found.plan, classes=opened.classes,
+                    made_by={"step": "finetune", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed})
+    return Path(out)
+
+
+def deployed(found: Checkpoint) -> nn.Module:
+    """The fast form of a checkpoint's model."""
+    return found.model if checkpoint.is_deployed(found.model) else deploy(found.model)
+
+
+def evaluate(source: str | Path | Checkpoint, data: str | Path, *, name: str | None = None, split: str = "held_out",
+             out: str | Path | None = None, batch_size: int = 64, device: str | None = None, amp: bool | None = False,
+             class_map: str | Path | None = None, crop_pct: float | None = None, limit: int | None = None, seed: int = 0,
+             workers: int | None = None, progress: bool = True, speed: timing.Speed | None = None,
+             speed_conditions: dict[str, Any] | None = None) -> ResultRow:
+    """Measure a model's deployed form; a row, appended to out/results.jsonl where `out` is given.
+
+    speed: from `throughput`, to stand in the same row.
+    """
+    found = source if isinstance(source, Checkpoint) else open_model(source)
+    opened, model = open_matching(data, found, class_map), deployed(found)
+    device = device or default_device()
+    batches = opened.batches(split, model, batch_size=batch_size, limit=limit, seed=seed, crop_pct=crop_pct, workers=workers)
+    accuracy = evaluation.evaluate(model, batches, device=device, amp=amp, progress=progress)
+    row = ResultRow(
+        model=name or str(source), dataset=opened.name, split=opened.held_out if split == "held_out" else split,
+        top1_pct=accuracy.top1_pct, top5_pct=accuracy.top5_pct, loss=accuracy.loss, gmacs=cost.gmacs(found.plan),
+        params_m=cost.params(model)["total"] / 1e6, throughput_img_s=speed and speed.throughput_img_s,
+        ratio=speed and speed.ratio,
+        conditions={"device": device, "dtype": "float32" if amp is False else "bfloat16 where the hardware has it",
+                    "images": accuracy.images, "broken": accuracy.broken, "form": "deployed", "plan": found.plan.made_by,
+                    "speed": speed_conditions or {}, "versions": checkpoint.versions()})
+    if accuracy.broken:
+        print(f"{accuracy.broken} broken images left out", file=sys.stderr)
+    if out is not None:
+        append_row(Path(out) / RESULTS, row)
+    return row
+
+
+def throughput(sources: dict[str, str | Path | Checkpoint], *, batch_size: int = 32, repeats: int = 10, dtype: str = "float32",
+               device: str | None = None, progress: bool = True,
+               form: Callable[[Checkpoint], nn.Module] = deployed) -> tuple[dict[str, timing.Speed], dict[str, Any]]:
+    """({name: Speed}, conditions) of deployed models, the first the baseline, all in turn in this process."""
+    device = device or default_device()
+    models = {n: form(s if isinstance(s, Checkpoint) else open_model(s)) for n, s in sources.items()}
+    speeds = timing.measure(models, batch_size=batch_size, repeats=repeats, dtype=dtype, device=device, progress=progress)
+    return speeds, timing.conditions(torch.device(device), dtype, batch_size, repeats)
