@@ -129,7 +129,9 @@ def build_parser() -> Parser:
     p.add_argument("--batch-size", type=count, default=32, help="default: 32")
     p.add_argument("--repeats", type=count, default=10, help="default: 10")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: float32")
-    _run_options(p)
+    p.add_argument("--out", metavar="RUN", help="append the rows to RUN/results.jsonl")
+    p.add_argument("--device", metavar="DEVICE", help="cpu or cuda (default: cuda where there is one)")
+    p.add_argument("--quiet", action="store_true", help="no progress bars")
 
     add("recipes", "List the named recipes with source, expected number and command.")
 
@@ -152,7 +154,7 @@ def _source(args: argparse.Namespace) -> Any:
 
 def execute(args: argparse.Namespace) -> None:
     """Do one parsed command. Raises InputError."""
-    from vitlab.results import ResultRow, format_table, read_rows
+    from vitlab.results import format_table, read_rows
     from vitlab.workbench import notebooks, steps
     if args.command == "pretrain":
         extra = {"img_size": args.img_size} if args.img_size else {}
@@ -184,15 +186,13 @@ def execute(args: argparse.Namespace) -> None:
                              crop_pct=args.crop_pct, limit=args.limit, seed=args.seed, workers=args.workers, progress=not args.quiet)
         print(format_table([row], ("model", "dataset", "split", "top1_pct", "top5_pct", "loss", "gmacs", "params_m")))
     elif args.command == "throughput":
-        sources = {s: s for s in args.sources}
-        speeds, conditions = steps.throughput(sources, batch_size=args.batch_size, repeats=args.repeats, dtype=args.dtype,
-                                              device=args.device, progress=not args.quiet)
-        rows = [ResultRow(model=n, throughput_img_s=s.throughput_img_s, latency_ms=s.latency_ms, ratio=s.ratio)
-                for n, s in speeds.items()]
-        print(format_table(rows, ("model", "throughput_img_s", "latency_ms", "ratio")))
-        print(", ".join(f"{k} {v}" for k, v in conditions.items()))
-        peaks = {n: s.peak_memory_mb for n, s in speeds.items() if s.peak_memory_mb is not None}
-        print("peak memory: " + (", ".join(f"{n} {v:.0f} MiB" for n, v in peaks.items()) or "measured on a GPU only"))
+        rows = steps.throughput({s: s for s in args.sources}, batch_size=args.batch_size, repeats=args.repeats, dtype=args.dtype,
+                                device=args.device, progress=not args.quiet, out=args.out)
+        print(format_table(rows, ("model", "throughput_img_s", "ratio", "latency_ms")))
+        print(", ".join(f"{k} {v}" for k, v in rows[0].conditions["speed"].items() if k not in ("ratio_range", "peak_memory_mb"))
+              + "; latency at batch 1")
+        peaks = {r.model: r.conditions["speed"]["peak_memory_mb"] for r in rows}
+        print("peak memory: " + (", ".join(f"{n} {v:.0f} MiB" for n, v in peaks.items() if v) or "measured on a GPU only"))
     elif args.command == "recipes":
         from vitlab.training.recipes import RECIPES
         for r in RECIPES.values():

@@ -40,13 +40,16 @@ def append_row(path: str | Path, row: ResultRow) -> None:
 
 
 def read_rows(path: str | Path) -> list[ResultRow]:
-    """The rows of a results.jsonl, the last one of each (model, dataset, split) kept, in order of first appearance."""
-    rows: dict[tuple, ResultRow] = {}
+    """The rows of a results.jsonl, in order of first appearance. Rows of the same (model, dataset, split) become one:
+    what was measured later stands (a row may hold accuracy alone, a later one speed alone)."""
+    merged: dict[tuple, dict[str, Any]] = {}
     known = {f.name for f in dataclasses.fields(ResultRow)}
     for record in read_lines(path):
-        row = ResultRow(**{k: v for k, v in record.items() if k in known})
-        rows[row.model, row.dataset, row.split] = row
-    return list(rows.values())
+        record = {k: v for k, v in record.items() if k in known and v is not None}
+        row = merged.setdefault((record["model"], record.get("dataset", ""), record.get("split", "")), {})
+        conditions = {**row.get("conditions", {}), **record.get("conditions", {})}
+        row.update(record, conditions=conditions)
+    return [ResultRow(**row) for row in merged.values()]
 
 
 def format_table(rows: list[ResultRow], columns: tuple[str, ...] = COLUMNS) -> str:

@@ -50,8 +50,8 @@ def create_model(name: str, *, weights: str | Path | None = None, pretrained: bo
         raise InputError(f"timm knows no model {name!r}" + (f"; near are {', '.join(near)}" if near else ""))
     try:
         model = timm.create_model(name, pretrained=pretrained, **args)
-    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
-        raise InputError(f"{name}: timm could not build it ({error})") from error
+    except (TypeError, AssertionError, RuntimeError, ValueError, OSError) as error:     # OSError: the download of weights
+        raise InputError(f"{name}: timm could not build it ({str(error).splitlines()[0]})") from error
     check_supported(model)
     if weights is not None:
         state = checkpoint_filter_fn(read_state(weights), model, adapt_layer_scale=True)

@@ -3,6 +3,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -48,8 +49,9 @@ def _draw_borders(axis, regions: np.ndarray, size: tuple[int, int]) -> None:
     dy, dx = size[0] / rows, size[1] / columns
     segments = [((x + 1, x + 1), (y, y + 1)) for y in range(rows) for x in range(columns - 1) if regions[y, x] != regions[y, x + 1]]
     segments += [((x, x + 1), (y + 1, y + 1)) for y in range(rows - 1) for x in range(columns) if regions[y, x] != regions[y + 1, x]]
-    for xs, ys in segments:
-        axis.plot(np.array(xs) * dx - 0.5, np.array(ys) * dy - 0.5, color="white", linewidth=1.0)
+    lines = [np.stack([np.array(xs) * dx - 0.5, np.array(ys) * dy - 0.5], axis=1) for xs, ys in segments]
+    for colour, width in (("black", 2.0), ("white", 0.9)):                      # seen on bright and on dark ground
+        axis.add_collection(LineCollection(lines, colors=colour, linewidths=width))
 
 
 def through_matrices(image: np.ndarray, rule: MergeReconstruct, shape: ViTShape) -> tuple[np.ndarray, np.ndarray]:

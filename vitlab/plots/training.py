@@ -3,6 +3,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from vitlab.plots.base import PALETTE, new_axes
 from vitlab.results import ResultRow
@@ -16,6 +17,7 @@ def training_curves(logs: dict[str, Sequence[dict[str, Any]]]) -> Figure:
         for (name, log), line in zip(logs.items(), ("-", "--", "-.", ":") * len(logs)):
             axis.plot([r["epoch"] for r in log], [r[field] for r in log], linestyle=line, marker=".", label=name)
         axis.set(xlabel="epoch", ylabel=label)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].legend(frameon=False)
     return figure

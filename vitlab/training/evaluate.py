@@ -1,12 +1,12 @@
 """Top-1, top-5 and loss of a model on a named split."""
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vitlab.data import Batches
 from vitlab.files import InputError
 
 
@@ -34,9 +34,9 @@ def cpu_has_bf16() -> bool:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Batches, *, device: str | torch.device | None = None, amp: bool | None = False,
-             progress: bool = True) -> Accuracy:
-    """Exact counts over all readable images, in eval mode, float32 unless amp. InputError where none can be read."""
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: str | torch.device | None = None,
+             amp: bool | None = False, progress: bool = True) -> Accuracy:
+    """Exact counts over all readable images, in eval mode, float32 unless amp. Raises InputError where there is none."""
     device = torch.device(device) if device is not None else next(model.parameters()).device
     training = model.training
     model.to(device).eval()
@@ -54,4 +54,4 @@ def evaluate(model: nn.Module, batches: Batches, *, device: str | torch.device |
     if not count:
         raise InputError("no image of the split could be read")
     return Accuracy(top1_pct=100 * top1 / count, top5_pct=100 * top5 / count if classes >= 5 else None,
-                    loss=loss / count, images=count, broken=len(batches.broken))
+                    loss=loss / count, images=count, broken=len(getattr(batches, "broken", ())))

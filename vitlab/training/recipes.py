@@ -81,7 +81,7 @@ RECIPES = {recipe.name: recipe for recipe in (
            augment=_DIGIT_AUGMENT),
     Recipe(name="cifar10", source="vitlab", expected="benchmarks/results/cifar10.jsonl",
            command=_PRETRAIN.format("vit_micro_patch4_32", "CIFAR10", "cifar10"),
-           epochs=20, batch_size=128, lr=1e-3, lr_batch=128, weight_decay=0.05, warmup_epochs=1, smoothing=0.1, clip_grad=1.0,
+           epochs=16, batch_size=128, lr=1e-3, lr_batch=128, weight_decay=0.05, warmup_epochs=1, smoothing=0.1, clip_grad=1.0,
            augment={"scale": (0.6, 1.0), "color_jitter": 0.0}),
     Recipe(name="cifar10_pm", source="vitlab: methods A8, fewer epochs", expected="benchmarks/results/cifar10.jsonl",
            command=_FINETUNE.format("RUN/dense", "CIFAR10", "cifar10_pm"),

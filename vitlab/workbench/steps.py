@@ -1,7 +1,6 @@
 """The steps of a study, each from files to files: notebooks and the command line call these same functions."""
 import dataclasses
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,14 @@ from vitlab.training.recipes import Recipe, recipe
 RESULTS, TRAINING = "results.jsonl", "training"
 
 
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name; None: a GPU where there is one. Raises InputError where it can't be used."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} can't be used here ({str(error).splitlines()[0][:120]})") from None
+    return device
 
 
 def open_model(source: str | Path, *, model: str | None = None, num_classes: int | None = None, pretrained: bool = True,
@@ -76,13 +81,14 @@ def pretrain(model: str, data: str | Path, out: str | Path, *, settings: Recipe 
              **model_args: Any) -> Path:
     """Train a timm model from scratch; returns the run folder (training/, checkpoint/). A killed run goes on."""
     settings, opened = recipe(settings) if isinstance(settings, str) else settings, open_data(data)
+    device = pick_device(device)
     random_seed(seed)
     if opened.num_classes is not None:
         model_args = {"num_classes": opened.num_classes, **model_args}
     if settings.drop_path:
         model_args["drop_path_rate"] = settings.drop_path
     dense = create_model(model, **model_args)
-    fit(dense, opened, settings, Path(out) / TRAINING, seed=seed, device=device or default_device(), limit=limit,
+    fit(dense, opened, settings, Path(out) / TRAINING, seed=seed, device=device, limit=limit,
         workers=workers, progress=progress)
     checkpoint.save(Path(out) / checkpoint.FOLDER, dense.cpu(), CompressionPlan.empty(shape_of(dense)), classes=opened.classes,
                     made_by={"step": "pretrain", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed})
@@ -96,7 +102,7 @@ def score(source: str | Path | Checkpoint, data: str | Path, out: str | Path, *,
     found = source if isinstance(source, Checkpoint) else open_model(source)
     opened = open_matching(data, found, class_map)
     batches = opened.batches("train", found.model, batch_size=batch_size, limit=images, seed=seed, workers=workers)
-    scores = token_scores(found.model, batches, absolute=absolute, device=device or default_device(), progress=progress)
+    scores = token_scores(found.model, batches, absolute=absolute, device=pick_device(device), progress=progress)
     made_by = {"data": opened.name, "images": str(images), "batch_size": str(batch_size), "absolute": absolute, "seed": str(seed)}
     atomic_write(out, save({"token_scores": scores.contiguous()}, metadata=made_by))
     return scores
@@ -145,7 +151,7 @@ def finetune(source: str | Path | Checkpoint, teacher: str | Path | Checkpoint |
         raise InputError("a deployed model no longer trains; fine-tune the training form and deploy it afterwards")
     opened = open_matching(data, found, class_map)
     fit(found.model, opened, settings, Path(out) / TRAINING, teacher=None if dense is None else dense.model, seed=seed,
-        device=device or default_device(), limit=limit, workers=workers, progress=progress)
+        device=pick_device(device), limit=limit, workers=workers, progress=progress)
     checkpoint.save(Path(out) / checkpoint.FOLDER, found.model.cpu(), found.plan, classes=opened.classes,
                     made_by={"step": "finetune", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed})
     return Path(out)
@@ -159,25 +165,20 @@ def deployed(found: Checkpoint) -> nn.Module:
 def evaluate(source: str | Path | Checkpoint, data: str | Path, *, name: str | None = None, split: str = "held_out",
              out: str | Path | None = None, batch_size: int = 64, device: str | None = None, amp: bool | None = False,
              class_map: str | Path | None = None, crop_pct: float | None = None, limit: int | None = None, seed: int = 0,
-             workers: int | None = None, progress: bool = True, speed: timing.Speed | None = None,
-             speed_conditions: dict[str, Any] | None = None) -> ResultRow:
-    """Measure a model's deployed form; a row, appended to out/results.jsonl where `out` is given.
-
-    speed: from `throughput`, to stand in the same row.
-    """
+             workers: int | None = None, progress: bool = True) -> ResultRow:
+    """Accuracy and cost of a model's deployed form; a row, appended to out/results.jsonl where `out` is given."""
     found = source if isinstance(source, Checkpoint) else open_model(source)
     opened, model = open_matching(data, found, class_map), deployed(found)
-    device = device or default_device()
+    device = pick_device(device)
     batches = opened.batches(split, model, batch_size=batch_size, limit=limit, seed=seed, crop_pct=crop_pct, workers=workers)
     accuracy = evaluation.evaluate(model, batches, device=device, amp=amp, progress=progress)
     row = ResultRow(
         model=name or str(source), dataset=opened.name, split=opened.held_out if split == "held_out" else split,
         top1_pct=accuracy.top1_pct, top5_pct=accuracy.top5_pct, loss=accuracy.loss, gmacs=cost.gmacs(found.plan),
-        params_m=cost.params(model)["total"] / 1e6, throughput_img_s=speed and speed.throughput_img_s,
-        ratio=speed and speed.ratio,
-        conditions={"device": device, "dtype": "float32" if amp is False else "bfloat16 where the hardware has it",
+        params_m=cost.params(model)["total"] / 1e6,
+        conditions={"device": str(device), "dtype": "float32" if amp is False else "bfloat16 where the hardware has it",
                     "images": accuracy.images, "broken": accuracy.broken, "form": "deployed", "plan": found.plan.made_by,
-                    "speed": speed_conditions or {}, "versions": checkpoint.versions()})
+                    "versions": checkpoint.versions()})
     if accuracy.broken:
         print(f"{accuracy.broken} broken images left out", file=sys.stderr)
     if out is not None:
@@ -186,10 +187,23 @@ def evaluate(source: str | Path | Checkpoint, data: str | Path, *, name: str | N
 
 
 def throughput(sources: dict[str, str | Path | Checkpoint], *, batch_size: int = 32, repeats: int = 10, dtype: str = "float32",
-               device: str | None = None, progress: bool = True,
-               form: Callable[[Checkpoint], nn.Module] = deployed) -> tuple[dict[str, timing.Speed], dict[str, Any]]:
-    """({name: Speed}, conditions) of deployed models, the first the baseline, all in turn in this process."""
-    device = device or default_device()
-    models = {n: form(s if isinstance(s, Checkpoint) else open_model(s)) for n, s in sources.items()}
-    speeds = timing.measure(models, batch_size=batch_size, repeats=repeats, dtype=dtype, device=device, progress=progress)
-    return speeds, timing.conditions(torch.device(device), dtype, batch_size, repeats)
+               device: str | None = None, progress: bool = True, out: str | Path | None = None,
+               like: ResultRow | None = None) -> list[ResultRow]:
+    """Speed of deployed models at `batch_size`, and their latency at batch 1; the first is the baseline, all in turn in this process.
+    A timm name stands for the architecture alone, with random weights.
+
+    Rows are appended to out/results.jsonl where `out` is given; `like` is a row that says of which dataset and split.
+    """
+    device = pick_device(device)
+    models = {n: deployed(s if isinstance(s, Checkpoint) else open_model(s, pretrained=False)) for n, s in sources.items()}
+    options = {"repeats": repeats, "dtype": dtype, "device": device, "progress": progress}
+    speeds, single = timing.measure(models, batch_size=batch_size, **options), timing.measure(models, batch_size=1, **options)
+    conditions = timing.conditions(device, dtype, batch_size, repeats)
+    rows = [ResultRow(model=name, dataset=like.dataset if like else "", split=like.split if like else "",
+                      throughput_img_s=speed.throughput_img_s, ratio=speed.ratio, latency_ms=single[name].latency_ms,
+                      conditions={"speed": conditions | {"ratio_range": [speed.ratio_min, speed.ratio_max],
+                                                         "peak_memory_mb": speed.peak_memory_mb}})
+            for name, speed in speeds.items()]
+    for row in rows if out is not None else []:
+        append_row(Path(out) / RESULTS, row)
+    return rows

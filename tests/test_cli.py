@@ -1,0 +1,98 @@
+"""The command line, called in process: what it does, and the one line that wrong input gets."""
+import json
+import subprocess
+import sys
+
+import pytest
+
+from vitlab import cli
+from vitlab.training import checkpoint
+
+QUICK = ["--limit", "64", "--epochs", "1", "--batch-size", "32", "--quiet", "--device", "cpu"]
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    try:
+        code = cli.main(list(argv))
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A dense checkpoint and scores, made by the commands themselves."""
+    out = tmp_path_factory.mktemp("study")
+    assert cli.main(["pretrain", "--model", "vit_nano_patch4_32", "--data", "digits", "--out", f"{out}/dense", *QUICK]) == 0
+    assert cli.main(["score", "--checkpoint", f"{out}/dense", "--data", "digits", "--images", "32", "--out", f"{out}/s.safetensors",
+                     "--quiet"]) == 0
+    return out
+
+
+def test_the_papers_path_runs_from_commands_alone(study, capsys):
+    code, out, _ = run(capsys, "prune", "--checkpoint", f"{study}/dense", "--scores", f"{study}/s.safetensors", "--keep-rate", "0.5",
+                       "--out", f"{study}/pruned")
+    assert code == 0 and "GMACs deployed" in out
+    code, _, _ = run(capsys, "finetune", "--checkpoint", f"{study}/pruned", "--teacher", f"{study}/dense", "--data", "digits",
+                     "--recipe", "digits_pm", "--out", f"{study}/tuned", *QUICK)
+    assert code == 0
+    code, out, _ = run(capsys, "evaluate", "--checkpoint", f"{study}/tuned", "--data", "digits", "--out", str(study), "--quiet")
+    assert code == 0 and "top1_pct" in out
+    row = json.loads((study / "results.jsonl").read_text())
+    assert row["split"] == "test" and row["conditions"]["images"] == 360
+    code, out, _ = run(capsys, "throughput", f"{study}/dense", f"{study}/tuned", "--repeats", "2", "--batch-size", "4", "--quiet")
+    assert code == 0 and "ratio" in out and "threads" in out and "float32" in out
+
+
+def test_prune_with_a_plan_file_makes_the_same_model(study, capsys):
+    run(capsys, "prune", "--checkpoint", f"{study}/dense", "--scores", f"{study}/s.safetensors", "--out", f"{study}/a")
+    code, _, _ = run(capsys, "prune", "--checkpoint", f"{study}/dense", "--plan", f"{study}/a/checkpoint/plan.json", "--out", f"{study}/b")
+    assert code == 0
+    assert checkpoint.load(study / "a").plan.blocks == checkpoint.load(study / "b").plan.blocks
+
+
+def test_published_form_is_a_flag_away(study, capsys):
+    code, _, _ = run(capsys, "prune", "--checkpoint", f"{study}/dense", "--scores", f"{study}/s.safetensors", "--boundary", "reference",
+                     "--weights", "reference", "--out", f"{study}/published")
+    made_by = checkpoint.load(study / "published").plan.made_by
+    assert code == 0 and (made_by["boundary"], made_by["weights"]) == ("reference", "reference")
+
+
+@pytest.mark.parametrize(("argv", "named"), [
+    (["prune", "--keep-rat", "0.5"], "--checkpoint"),
+    (["prune", "--checkpoint", "x", "--scores", "s", "--out", "o", "--keep-rate", "1.5"], "1.5"),
+    (["prune", "--checkpoint", "x", "--scores", "s", "--plan", "p", "--out", "o"], "--plan"),
+    (["prune", "--checkpoint", "resnet5", "--scores", "s", "--out", "o"], "resnet5"),
+    (["prune", "--checkpoint", "nowhere/run.pth", "--scores", "s", "--out", "o"], "--model"),
+    (["prune", "--checkpoint", "nowhere/run.pth", "--model", "deit_tiny_patch16_224", "--scores", "s", "--out", "o"], "nowhere/run.pth"),
+    (["pretrain", "--model", "vit_nano_patch4_32", "--data", "nowhere", "--out", "o"], "nowhere"),
+    (["score", "--checkpoint", "vit_nano_patch4_32", "--data", "digits", "--out", "o"], "No pretrained weights"),
+    (["pretrain", "--model", "swin_tiny_patch4_window7_224", "--data", "digits", "--out", "o"], "SwinTransformer"),
+    (["pretrain", "--model", "vit_nano_patch4_32", "--data", "digits", "--recipe", "nope", "--out", "o"], "digits_pm"),
+    (["pretrain", "--model", "vit_nano_patch4_32", "--data", "digits", "--epochs", "0", "--out", "o"], "'0'"),
+    (["pretrain", "--model", "vit_nano_patch4_32", "--data", "digits", "--device", "gpu9", "--out", "o"], "gpu9"),
+    (["throughput", "nothing_like_a_model"], "nothing_like_a_model"),
+    (["frobnicate"], "frobnicate"),
+    ([], "COMMAND"),
+])
+def test_wrong_input_gets_one_line_that_names_it_and_exit_code_2(argv, named, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *argv)
+    assert code == 2 and out == ""
+    assert len(err.strip().splitlines()) == 1, err
+    assert named in err and "Traceback" not in err
+
+
+def test_a_split_that_is_not_there_is_named_with_those_that_are(study, capsys):
+    code, _, err = run(capsys, "evaluate", "--checkpoint", f"{study}/dense", "--data", "digits", "--split", "dev", "--quiet")
+    assert code == 2 and "no split 'dev'" in err and "test" in err and "train" in err
+
+
+def test_help_of_every_command_reads_without_loading_torch():
+    code = ("import sys; from vitlab.cli import build_parser; p = build_parser()\n"
+            "subs = next(a for a in p._actions if a.dest == 'command').choices\n"
+            "print(len([s.format_help() for s in subs.values()])); assert 'torch' not in sys.modules")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 7

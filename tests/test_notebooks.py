@@ -1,0 +1,112 @@
+"""The notebooks: a fast lint of their form, and a run of all of them in order with quick settings."""
+import ast
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from vitlab.cli import DEMO
+from vitlab.files import InputError
+from vitlab.results import read_rows
+from vitlab.workbench import notebooks
+
+PATHS = sorted(notebooks.NOTEBOOKS.glob("*.ipynb"))
+MAX_CELL, MAX_NOTEBOOK = 15, 90            # lines, from the notebook rules
+
+
+def code_cells(path: Path) -> list:
+    return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+
+
+def lines(cell) -> list[str]:
+    return [line for line in cell.source.splitlines() if line.strip() and not line.strip().startswith("#")]
+
+
+def test_there_are_notebooks_and_the_demo_runs_them_in_order():
+    names = [p.stem for p in PATHS]
+    assert list(DEMO) == sorted(DEMO)
+    assert set(DEMO) <= set(names) and names[0].startswith("00_")
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
+def test_notebook_has_the_form_of_the_house(path):
+    assert re.fullmatch(r"\d\d_[a-z0-9_]+", path.stem)
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.cells[0].cell_type == "markdown"
+    assert re.match(r"# .+\?\n", notebook.cells[0].source), "the title must be a question"
+    cells = code_cells(path)
+    assert not any(c.outputs or c.execution_count for c in cells), "stored with outputs"
+    assert sum("parameters" in c.metadata.get("tags", []) for c in cells) == 1
+    assert max(len(lines(c)) for c in cells) <= MAX_CELL
+    assert sum(len(lines(c)) for c in cells) <= MAX_NOTEBOOK
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
+def test_notebook_code_holds_no_definition_try_magic_or_install(path):
+    for number, cell in enumerate(code_cells(path)):
+        tree = ast.parse(cell.source)       # a magic or an install line is a syntax error
+        bad = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.Try, ast.While, ast.AsyncFunctionDef))]
+        assert not bad, f"code cell {number}: {type(bad[0]).__name__}"
+        if number:
+            assert not any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in tree.body), "imports belong in the first code cell"
+    assert all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(code_cells(path)[0].source).body)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
+def test_parameters_are_annotated_literals_with_a_default(path):
+    cell = next(c for c in code_cells(path) if "parameters" in c.metadata.get("tags", []))
+    for node in ast.parse(cell.source).body:
+        assert isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        value = ast.literal_eval(node.value)
+        assert isinstance(value, {"str": str, "int": int, "float": float, "bool": bool}[node.annotation.id])
+
+
+def test_a_parameter_that_a_notebook_does_not_declare_is_refused_before_it_runs(tmp_path):
+    with pytest.raises(InputError, match=r"keep_ratio.*keep_rate"):
+        notebooks.run(notebooks.NOTEBOOKS / "03_prune_and_merge.ipynb", tmp_path, {"keep_ratio": 0.5})
+    with pytest.raises(InputError, match="keep_rate is 'half'"):
+        notebooks.run(notebooks.NOTEBOOKS / "03_prune_and_merge.ipynb", tmp_path, {"keep_rate": "half"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failing_cell_is_named_with_its_error(tmp_path):
+    with pytest.raises(InputError, match=r"90_results.ipynb: cell \d+ failed: AssertionError: no results in"):
+        notebooks.run(notebooks.NOTEBOOKS / "90_results.ipynb", tmp_path, {"run": str(tmp_path / "empty")}, progress=False)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    notebooks.run_all(list(DEMO), out, {n: {"run": str(out), "quick": True} for n in DEMO}, progress=False)
+    return out
+
+
+def test_all_notebooks_run_and_leave_their_artefacts(demo):
+    for name in ("dense/checkpoint/plan.json", "scores.safetensors", "pruned/checkpoint/weights.safetensors",
+                 "finetuned/checkpoint/checkpoint.json", "deployed/weights.safetensors", "report.html"):
+        assert (demo / name).stat().st_size > 0, name
+    drawn = {p.stem for p in (demo / "figures").glob("*.png")}
+    assert {"01_training", "02_scores", "03_kept_counts", "03_merge_map_china", "04_training", "90_accuracy_cost"} <= drawn
+    executed = [json.loads((demo / "notebooks" / f"{n}.ipynb").read_text()) for n in DEMO]
+    assert all(c["execution_count"] for nb in executed for c in nb["cells"] if c["cell_type"] == "code" and c["source"])
+
+
+def test_the_demo_table_has_every_figure_that_it_promises(demo):
+    rows = read_rows(demo / "results.jsonl")
+    assert [r.model for r in rows] == ["dense", "keep 0.6, off the shelf", "keep 0.6, fine-tuned"]
+    for row in rows:
+        assert None not in (row.top1_pct, row.gmacs, row.params_m, row.throughput_img_s, row.ratio) and row.split == "test"
+    assert rows[0].ratio == 1 and rows[1].gmacs == rows[2].gmacs < rows[0].gmacs
+
+
+def test_a_changed_parameter_changes_the_result(demo, tmp_path):
+    (tmp_path / "dense").symlink_to(demo / "dense")
+    (tmp_path / "scores.safetensors").symlink_to(demo / "scores.safetensors")
+    notebooks.run(notebooks.NOTEBOOKS / "03_prune_and_merge.ipynb", tmp_path / "nb", {"run": str(tmp_path), "keep_rate": 0.3},
+                  progress=False)
+    changed, = read_rows(tmp_path / "results.jsonl")
+    assert changed.model == "keep 0.3, off the shelf"
+    assert changed.gmacs < read_rows(demo / "results.jsonl")[1].gmacs
