@@ -8,9 +8,11 @@ import nbformat
 import papermill
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
 
 from vitlab.files import InputError, atomic_write
 
+ENCRYPTED = Config({"KernelManager": {"transport_encryption": "auto"}})        # else each kernel warns of plain TCP
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 
 
@@ -49,7 +51,7 @@ def run(path: str | Path, out: str | Path, parameters: dict[str, Any] | None = N
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         papermill.execute_notebook(str(path), str(target), parameters=parameters, kernel_name="python3", progress_bar=progress,
-                                   stdout_file=None, log_output=False, cwd=None)
+                                   config=ENCRYPTED)
     except PapermillExecutionError as error:
         raise InputError(f"{path.name}: cell {error.cell_index} failed: {error.ename}: {error.evalue} (see {target})") from None
     return target

@@ -88,10 +88,11 @@ def pretrain(model: str, data: str | Path, out: str | Path, *, settings: Recipe 
     if settings.drop_path:
         model_args["drop_path_rate"] = settings.drop_path
     dense = create_model(model, **model_args)
-    fit(dense, opened, settings, Path(out) / TRAINING, seed=seed, device=device, limit=limit,
-        workers=workers, progress=progress)
+    log = fit(dense, opened, settings, Path(out) / TRAINING, seed=seed, device=device, limit=limit,
+              workers=workers, progress=progress)
     checkpoint.save(Path(out) / checkpoint.FOLDER, dense.cpu(), CompressionPlan.empty(shape_of(dense)), classes=opened.classes,
-                    made_by={"step": "pretrain", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed})
+                    made_by={"step": "pretrain", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed,
+                             "last_epoch": log[-1]})
     return Path(out)
 
 
@@ -150,10 +151,11 @@ def finetune(source: str | Path | Checkpoint, teacher: str | Path | Checkpoint |
     if checkpoint.is_deployed(found.model):
         raise InputError("a deployed model no longer trains; fine-tune the training form and deploy it afterwards")
     opened = open_matching(data, found, class_map)
-    fit(found.model, opened, settings, Path(out) / TRAINING, teacher=None if dense is None else dense.model, seed=seed,
-        device=pick_device(device), limit=limit, workers=workers, progress=progress)
+    log = fit(found.model, opened, settings, Path(out) / TRAINING, teacher=None if dense is None else dense.model, seed=seed,
+              device=pick_device(device), limit=limit, workers=workers, progress=progress)
     checkpoint.save(Path(out) / checkpoint.FOLDER, found.model.cpu(), found.plan, classes=opened.classes,
-                    made_by={"step": "finetune", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed})
+                    made_by={"step": "finetune", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed,
+                             "plan": found.plan.made_by, "last_epoch": log[-1]})
     return Path(out)
 
 

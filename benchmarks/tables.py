@@ -1,0 +1,65 @@
+"""Write the README's tables from benchmarks/results/, so that no number in it is typed.
+
+    python benchmarks/tables.py
+"""
+from collections.abc import Callable
+from pathlib import Path
+
+from vitlab.files import atomic_write, read_lines
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def published_table(rows: list[dict]) -> str:
+    """One line per choice, one column per keep rate: median (lowest to highest draw)."""
+    dense, *rest = rows
+    names = list(dict.fromkeys(r["model"].rsplit(", ", 1)[0] for r in rest))
+    keeps = list(dict.fromkeys(r["model"].rsplit(" ", 1)[1] for r in rest))
+    cell = {(r["model"].rsplit(", ", 1)[0], r["model"].rsplit(" ", 1)[1]): r for r in rest}
+
+    def text(r: dict) -> str:
+        draws = r["conditions"]["draws"]
+        return f"{r['top1_pct']:.1f} ({min(draws):.1f} to {max(draws):.1f})"
+
+    costs = [f"keep {k}, {cell[names[0], k]['gmacs']:.2f} GMACs ({cell[names[0], k]['conditions']['gmacs_published']:.2f} published)"
+             for k in keeps]
+    body = [["dense", *[f"{dense['top1_pct']:.1f}"] * len(keeps)]]
+    body += [["absolute per " + n.replace("batch ", "batch of ").replace("image 64", "image"), *[text(cell[n, k]) for k in keeps]]
+             for n in names]
+    return _table(["scores and plan", *costs], body)
+
+
+def cifar10(rows: list[dict]) -> str:
+    return _table(["model", "top-1 %", "GMACs", "throughput ratio"],
+                  [[r["model"], f"{r['top1_pct']:.2f}", f"{r['gmacs']:.4f}", f"{r['ratio']:.2f}"] for r in rows])
+
+
+def token_speed(rows: list[dict]) -> str:
+    def line(r: dict) -> list[str]:
+        c = r["conditions"]
+        return [r["model"].replace("_patch16_224", ""), f"{c['dtype']}, batch {c['batch_size']}, {c['threads']} threads, {c['device']}",
+                f"{r['gmacs']:.3f}", f"{r['throughput_img_s']:.1f}", f"{r['ratio']:.2f}", f"{c['of_mac_ratio']:.2f}"]
+    return _table(["model", "conditions", "GMACs", "images/s", "ratio", "of the MAC ratio"], [line(r) for r in rows])
+
+
+TABLES: dict[str, Callable[[list[dict]], str]] = {"published_table": published_table, "cifar10": cifar10, "token_speed": token_speed}
+
+
+def render(text: str) -> str:
+    """The README's text with every table made anew."""
+    for name, make in TABLES.items():
+        rows = read_lines(HERE / "results" / f"{name}.jsonl")
+        if rows:
+            before, mark, after = text.partition(f"<!-- table: {name} -->\n")
+            text = before + mark + make(rows) + "\n" + after[after.index("<!-- end -->"):]
+    return text
+
+
+if __name__ == "__main__":
+    atomic_write(README, render(README.read_text(encoding="utf-8")))

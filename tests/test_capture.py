@@ -1,0 +1,271 @@
+"""vitlab.training.capture: the identity of methods A1 against explicit attention maps, and what it leaves behind."""
+import contextlib
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vitlab.criteria.planning import prune_and_merge
+from vitlab.files import InputError
+from vitlab.models import compress, shape_of
+from vitlab.training.capture import token_scores
+
+NUM_CLASSES = 7
+
+
+def batches_for(model, images, sizes=(3, 2)):
+    """Batches of unequal size; targets by a generator."""
+    generator = torch.Generator().manual_seed(5)
+    return [(images(model, count, seed=i), torch.randint(NUM_CLASSES, (count,), generator=generator))
+            for i, count in enumerate(sizes)]
+
+
+# ---- Oracle: attention written out, one image and one head at a time; A is kept and asked for its gradient.
+
+def explicit_attention(attn, maps: list):
+    """A forward for one timm Attention; maps gets one {(image, head): A (N, N)} per call."""
+    def forward(x, attn_mask=None, is_causal=False):
+        batch, n, _ = x.shape
+        kept, rows = {}, []
+        for b in range(batch):
+            heads = []
+            for h in range(attn.num_heads):
+                d = attn.head_dim
+                lines = [x[b] @ attn.qkv.weight[s:s + d].T + attn.qkv.bias[s:s + d]
+                         for s in (part * attn.num_heads * d + h * d for part in range(3))]        # q, k, v (N, d)
+                q, k, v = attn.q_norm(lines[0]), attn.k_norm(lines[1]), lines[2]
+                score = torch.exp(q @ k.T / d ** 0.5)
+                kept[b, h] = score / score.sum(dim=1, keepdim=True)
+                kept[b, h].retain_grad()
+                heads.append(kept[b, h] @ v)
+            rows.append(torch.cat(heads, dim=1) @ attn.proj.weight.T + attn.proj.bias)
+        maps.append(kept)
+        return torch.stack(rows)
+    return forward
+
+
+def scores_slowly(model, batches, absolute: str) -> list[list[float]]:
+    """A1 in loops: | sum over b, h, i of G * A | / (B H N), summed over batches; the absolute value per image if asked."""
+    depth, prefix = len(model.blocks), model.num_prefix_tokens
+    total = None
+    for images, targets in batches:
+        maps: list[dict] = []
+        for block in model.blocks:
+            block.attn.forward = explicit_attention(block.attn, maps)
+        F.cross_entropy(model(images), targets).backward()
+        for block in model.blocks:
+            del block.attn.forward
+        for layer in range(depth):
+            count, heads = len(images), model.blocks[layer].attn.num_heads
+            n = maps[layer][0, 0].shape[0]
+            per_image = [[0.0] * n for _ in range(count)]
+            for (b, _), attention in maps[layer].items():
+                for a_row, g_row in zip(attention.tolist(), attention.grad.tolist()):
+                    for j in range(n):
+                        per_image[b][j] += g_row[j] * a_row[j]
+            if total is None:
+                total = [[0.0] * (n - prefix) for _ in range(depth)]
+            for j in range(prefix, n):
+                column = [per_image[b][j] for b in range(count)]
+                value = abs(sum(column)) if absolute == "batch" else sum(abs(c) for c in column)
+                total[layer][j - prefix] += value / (count * heads * n)
+    model.zero_grad()
+    return total
+
+
+@pytest.mark.parametrize("absolute", ["batch", "image"])
+@pytest.mark.parametrize("family", ["deit", "distilled", "dinov2_reg", "qk_norm", "mae"])
+def test_token_scores_equal_the_sum_over_explicit_attention_maps(tiny_vit, images, family, absolute):
+    model = tiny_vit(family)
+    batches = batches_for(model, images)
+    expected = torch.tensor(scores_slowly(model, batches, absolute))
+    scores = token_scores(model, batches, absolute=absolute, progress=False)
+    assert scores.shape == (len(model.blocks), shape_of(model).num_patches)
+    # 1e-4 of the largest, the bound of methods A1 for float32 gradients through 5 blocks in another order.
+    assert float((scores - expected).abs().max() / expected.abs().max()) < 1e-4
+    # Every block by itself too, or a small one could hide behind a large one.
+    worst = (scores - expected).abs().amax(dim=1) / expected.abs().amax(dim=1)
+    assert float(worst.max()) < 1e-3
+
+
+def test_absolute_per_image_differs_from_per_batch_and_is_never_smaller(tiny_vit, images):
+    model = tiny_vit("deit")
+    batches = batches_for(model, images)
+    whole, each = (token_scores(model, batches, absolute=word, progress=False) for word in ("batch", "image"))
+    # | a + b | <= |a| + |b|, up to rounding of float32 sums
+    assert bool((each >= whole * (1 - 1e-5)).all()) and float((each / whole).max()) > 1.1
+
+
+def test_scores_add_up_over_batches(tiny_vit, images):
+    model = tiny_vit("deit")
+    batches = batches_for(model, images)
+    parts = [token_scores(model, [batch], progress=False) for batch in batches]
+    torch.testing.assert_close(token_scores(model, batches, progress=False), parts[0] + parts[1], rtol=1e-6, atol=0)
+
+
+def test_scores_per_image_do_not_depend_on_the_order_of_images(tiny_vit, images):
+    model = tiny_vit("deit")
+    x, y = batches_for(model, images, (5,))[0]
+    order = [3, 0, 4, 1, 2]
+    first, second = (token_scores(model, [pair], absolute="image", progress=False) for pair in ((x, y), (x[order], y[order])))
+    torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-6 * float(first.max()))     # float32 sums in another order
+
+
+def test_an_iterator_of_batches_is_read_once(tiny_vit, images):
+    model = tiny_vit("deit")
+    batches = batches_for(model, images)
+    assert torch.equal(token_scores(model, iter(batches), progress=False), token_scores(model, batches, progress=False))
+
+
+def test_scores_are_plain_finite_positive_numbers_on_the_cpu(tiny_vit, family, images):
+    model = tiny_vit(family)
+    with torch.no_grad():       # a caller's no_grad does not switch the gradient off
+        scores = token_scores(model, batches_for(model, images), progress=False)
+    assert scores.device.type == "cpu" and not scores.requires_grad
+    assert bool(torch.isfinite(scores).all()) and bool((scores >= 0).all()) and bool((scores > 0).any(dim=1).all())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_scores_do_not_depend_on_the_state_the_model_comes_in(tiny_vit, images, training, checkpointing):
+    batches = batches_for(tiny_vit("deit"), images)
+    expected = token_scores(tiny_vit("deit"), batches, progress=False)
+    model = tiny_vit("deit", drop_path_rate=0.5, proj_drop_rate=0.3, attn_drop_rate=0.3).train(training)
+    model.set_grad_checkpointing(checkpointing)
+    for index, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(index % 3 == 0)
+    assert torch.equal(token_scores(model, batches, progress=False), expected)
+
+
+# ---- Nothing is left behind
+
+def state_of(model):
+    """Modes, flags, gradients and hooks of every part."""
+    return ([(n, m.training, len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
+             for n, m in model.named_modules()],
+            [(n, p.requires_grad, None if p.grad is None else p.grad.tolist()) for n, p in model.named_parameters()])
+
+
+def prepared(tiny_vit, images, training: bool):
+    """A model with mixed flags and gradients from before."""
+    model = tiny_vit("deit").train(training)
+    model(images(model, 2, seed=9)).sum().backward()
+    for index, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(index % 2 == 0)
+    return model
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_flags_gradients_mode_and_hooks_are_as_before_afterwards(tiny_vit, images, training):
+    model = prepared(tiny_vit, images, training)
+    before, weights = state_of(model), {k: v.clone() for k, v in model.state_dict().items()}
+    token_scores(model, batches_for(model, images), progress=False)
+    assert state_of(model) == before
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+
+
+def test_flags_mode_and_hooks_are_as_before_after_an_error_in_the_middle(tiny_vit, images):
+    model = prepared(tiny_vit, images, training=True)
+    before = state_of(model)
+
+    def broken():
+        yield batches_for(model, images)[0]
+        raise OSError("disk gone")
+    with pytest.raises(OSError, match="disk gone"):
+        token_scores(model, broken(), progress=False)
+    assert state_of(model) == before
+
+
+def test_parts_that_were_in_eval_mode_inside_a_training_model_still_are_afterwards(tiny_vit, images):
+    model = tiny_vit("deit").train()
+    model.blocks[1].eval()      # a frozen part, as in fine-tuning
+    before = state_of(model)
+    token_scores(model, batches_for(model, images), progress=False)
+    assert state_of(model) == before
+
+
+# ---- Nothing of size N x N is kept (fused attention on)
+
+class SquareMaps(TorchDispatchMode):
+    """Counts results of operations whose last two sizes are (N, N)."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n, self.found = n, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for each in result if isinstance(result, (tuple, list)) else [result]:
+            self.found += isinstance(each, torch.Tensor) and tuple(each.shape[-2:]) == (self.n, self.n)
+        return result
+
+
+def square_maps_in_scoring(model, batches) -> tuple[int, int]:
+    """(saved for the backward pass, made by any operation) while tokens are scored."""
+    n, saved = shape_of(model).num_tokens, 0
+    assert n not in (model.embed_dim, shape_of(model).num_neurons, shape_of(model).head_dim)    # no other axis is N
+
+    def keep(tensor):
+        nonlocal saved
+        saved += tuple(tensor.shape[-2:]) == (n, n)
+        return tensor
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
+        made = stack.enter_context(SquareMaps(n))
+        token_scores(model, batches, progress=False)
+    return saved, made.found
+
+
+def test_no_attention_map_is_made_or_kept_with_fused_attention(tiny_vit, family, images):
+    model = tiny_vit(family)
+    assert all(block.attn.fused_attn for block in model.blocks)
+    assert square_maps_in_scoring(model, batches_for(model, images)) == (0, 0)
+
+
+def test_the_search_for_attention_maps_finds_those_of_plain_attention(tiny_vit, images):
+    model = tiny_vit("deit")
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    saved, made = square_maps_in_scoring(model, batches_for(model, images, (2,)))
+    assert saved >= len(model.blocks) and made >= len(model.blocks)
+
+
+# ---- Refusals
+
+def test_no_batch_is_refused_and_leaves_the_model_as_it_was(tiny_vit):
+    model = tiny_vit("deit").train()
+    before = state_of(model)
+    with pytest.raises(InputError, match="no image"):
+        token_scores(model, [], progress=False)
+    assert state_of(model) == before
+
+
+def test_a_model_without_a_classifier_is_refused(tiny_vit, images):
+    model = tiny_vit("deit", num_classes=0)
+    with pytest.raises(InputError, match="num_classes=0"):
+        token_scores(model, batches_for(model, images), progress=False)
+
+
+def test_an_unknown_absolute_is_refused_and_the_known_ones_listed(tiny_vit, images):
+    model = tiny_vit("deit")
+    with pytest.raises(InputError, match="batch.*image"):
+        token_scores(model, batches_for(model, images), absolute="head", progress=False)
+
+
+def test_a_family_that_is_not_supported_is_refused_by_name():
+    model = timm.create_model("swin_tiny_patch4_window7_224", pretrained=False, img_size=56, embed_dim=12, depths=(1, 1),
+                              num_heads=(1, 2), num_classes=NUM_CLASSES)
+    with pytest.raises(InputError, match="SwinTransformer"):
+        token_scores(model, [(torch.zeros(1, 3, 56, 56), torch.tensor([0]))], progress=False)
+
+
+def test_a_model_whose_tokens_are_merged_is_refused(tiny_vit, images):
+    # Its blocks see merged tokens: a score of those is no score of patches.
+    dense = tiny_vit("deit")
+    shape = shape_of(dense)
+    scores = torch.rand(shape.depth, shape.num_patches, generator=torch.Generator().manual_seed(0)) + 0.01
+    model = compress(dense, prune_and_merge(scores, shape, rule="merge", keep_rate=0.5, prune_rate=0.1))
+    with pytest.raises(InputError):
+        token_scores(model, batches_for(model, images), progress=False)

@@ -1,0 +1,413 @@
+"""Checkpoints: the same logits from the folder alone, every fault named, and weights read without running code."""
+import argparse
+import dataclasses
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from training_fixtures import NAME, SIZE, compressed, full_plan, images, logits, one_thread, tiny  # noqa: F401
+
+import vitlab
+from vitlab.data import open_data
+from vitlab.files import InputError
+from vitlab.models import compress, deploy, shape_of
+from vitlab.models.create import create_model
+from vitlab.plan import CompressionPlan, MergeReconstruct
+from vitlab.training import checkpoint
+from vitlab.training.checkpoint import INFO, PLAN, WEIGHTS
+
+FORMS = ("dense", "compressed", "deployed")
+
+
+def make(form: str, seed: int = 0):
+    """(model, plan) of one form; the compressed ones lack tokens, a head and neurons."""
+    dense = tiny(seed=seed)
+    if form == "dense":
+        return dense, CompressionPlan.empty(shape_of(dense))
+    plan = full_plan(dense, seed)
+    model = compress(dense, plan)
+    with torch.no_grad():                                       # trained matrices differ from the plan's starting values
+        for block in model.blocks:
+            block.tokens.merge_matrix.mul_(1.1)
+            block.tokens.reconstruct_matrix.add_(0.01)
+    return (deploy(model) if form == "deployed" else model), plan
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The folder of a compressed model."""
+    return checkpoint.save(tmp_path / "saved", *make("compressed"))
+
+
+def edit_json(path: Path, change) -> None:
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def edit_weights(folder: Path, change) -> None:
+    state = load_file(folder / WEIGHTS)
+    change(state)
+    save_file(state, folder / WEIGHTS)
+
+
+# ---------------------------------------------------------------- round trip
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_loaded_model_gives_bit_equal_logits_and_the_same_plan(tmp_path, form):
+    model, plan = make(form)
+    found = checkpoint.load(checkpoint.save(tmp_path / "c", model, plan))
+    assert torch.equal(logits(found.model), logits(model))
+    assert found.plan == plan
+    assert not any(m.training for m in found.model.modules())
+    assert checkpoint.is_deployed(found.model) == (form == "deployed")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_loaded_model_saves_and_loads_again_alike(tmp_path, form):
+    model, plan = make(form)
+    once = checkpoint.load(checkpoint.save(tmp_path / "a", model, plan))
+    twice = checkpoint.load(checkpoint.save(tmp_path / "b", once.model, once.plan))
+    assert torch.equal(logits(twice.model), logits(model))
+    assert (tmp_path / "a" / PLAN).read_bytes() == (tmp_path / "b" / PLAN).read_bytes()
+
+
+def test_saving_leaves_the_model_as_it_was_trainable_and_in_its_mode(tmp_path):
+    model, plan = make("compressed")
+    model.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    checkpoint.save(tmp_path / "c", model, plan)
+    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_checkpoint_keeps_classes_origin_versions_and_the_preprocessing(tmp_path):
+    model, plan = make("dense")
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "interpolation": "nearest"}
+    found = checkpoint.load(checkpoint.save(tmp_path / "c", model, plan, classes=["a", "b", "c"], made_by={"seed": 7}))
+    assert found.info["classes"] == ["a", "b", "c"] and found.info["made_by"] == {"seed": 7}
+    assert found.info["versions"]["torch"] == torch.__version__
+    config = found.model.pretrained_cfg
+    assert tuple(config["mean"]) == (0.1, 0.2, 0.3) and tuple(config["std"]) == (0.4, 0.5, 0.6)
+    assert config["interpolation"] == "nearest"
+
+
+def test_a_loaded_model_takes_batches_as_the_saved_one_does(tmp_path):
+    model = tiny(num_classes=10)
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    plan = CompressionPlan.empty(shape_of(model))
+    found = checkpoint.load(checkpoint.save(tmp_path / "c", model, plan)).model
+    first, second = (next(iter(open_data("digits").batches("test", m, limit=5)))[0] for m in (model, found))
+    assert torch.equal(first, second)
+
+
+CHILD = """
+import sys
+import torch
+torch.set_num_threads(1)
+from vitlab.training import checkpoint
+x, out = torch.load(sys.argv[1], weights_only=True), {}
+for folder in sys.argv[3:]:
+    with torch.inference_mode():
+        out[folder] = checkpoint.load(folder).model(x)
+torch.save(out, sys.argv[2])
+"""
+
+
+def test_the_folder_alone_moved_elsewhere_is_enough_for_a_fresh_process(tmp_path):
+    wanted = {}
+    for form in FORMS:
+        model, plan = make(form)
+        folder = tmp_path / "moved" / form
+        shutil.move(checkpoint.save(tmp_path / "first" / form, model, plan), folder)
+        wanted[str(folder)] = logits(model)
+    torch.save(images(), tmp_path / "x.pt")
+    (tmp_path / "empty").mkdir()
+    done = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path / "x.pt"), str(tmp_path / "out.pt"), *wanted],
+                          cwd=tmp_path / "empty", env={**os.environ, "PYTHONPATH": str(Path(vitlab.__file__).parents[1])},
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert all(torch.equal(found[folder], wanted[folder]) for folder in wanted)
+
+
+def test_a_run_folder_stands_for_the_checkpoint_in_it(tmp_path):
+    model, plan = make("compressed")
+    checkpoint.save(tmp_path / "run" / "checkpoint", model, plan)
+    assert checkpoint.find(tmp_path / "run") == tmp_path / "run" / "checkpoint"
+    assert torch.equal(logits(checkpoint.load(tmp_path / "run").model), logits(model))
+
+
+def test_a_model_not_made_by_timm_is_refused(tmp_path):
+    model, plan = make("dense")
+    del model.pretrained_cfg
+    with pytest.raises(InputError, match="not made by timm.create_model"):
+        checkpoint.save(tmp_path / "c", model, plan)
+    assert not (tmp_path / "c").exists()
+
+
+# ---------------------------------------------------------------- faults
+
+@pytest.mark.parametrize("path", ["nowhere", "."])
+def test_a_folder_that_is_no_checkpoint_is_refused_by_name(tmp_path, path):
+    with pytest.raises(InputError, match=f"{tmp_path / path}: not a checkpoint.*{INFO}"):
+        checkpoint.load(tmp_path / path)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, PLAN, INFO])
+def test_a_missing_file_is_named(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(InputError, match=name):
+        checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_weights_cut_short_are_refused_by_name(saved, share):
+    content = (saved / WEIGHTS).read_bytes()
+    (saved / WEIGHTS).write_bytes(content[:int(len(content) * share)])
+    with pytest.raises(InputError, match=f"{saved / WEIGHTS}: can't be read"):
+        checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("name", [PLAN, INFO])
+def test_json_cut_short_is_refused_by_name(saved, name):
+    text = (saved / name).read_text()
+    (saved / name).write_text(text[:len(text) // 2])
+    with pytest.raises(InputError, match=f"{saved / name}: not valid JSON"):
+        checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("args", [{"depth": 3}, {"embed_dim": 36}, {"img_size": 48}])
+def test_a_plan_for_another_model_is_refused_naming_the_file(saved, args):
+    full_plan(tiny(**args)).save(saved / PLAN)
+    with pytest.raises(InputError, match=f"{saved / PLAN}: "):
+        checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda p: p["blocks"][1].update(heads=[0, 3]), "block 1: heads must be integers from 0 to 2"),
+    (lambda p: p["blocks"][0].update(neurons=[5, 5]), "block 0: neurons must ascend"),
+    (lambda p: p["blocks"][1]["tokens"].update(pruned=[16]), "block 1: tokens: pruned must be patches from 0 to 15"),
+    (lambda p: p["blocks"][0]["tokens"]["regions"].__setitem__(0, 99), "block 0: tokens: "),
+    (lambda p: p["blocks"].pop(), "the plan has 1 blocks; the model has 2"),
+    (lambda p: p.update(version=99), "version 99 is not known"),
+], ids=["head", "neurons", "pruned", "regions", "a block less", "version"])
+def test_a_plan_edited_to_something_impossible_is_refused_naming_file_block_and_field(saved, change, says):
+    edit_json(saved / PLAN, change)
+    with pytest.raises(InputError, match=f"{saved / PLAN}: {says}"):
+        checkpoint.load(saved)
+
+
+def test_a_plan_that_cuts_otherwise_than_the_weights_is_refused_naming_the_key(saved):
+    edit_json(saved / PLAN, lambda p: p["blocks"][1].update(heads=[2]))
+    says = r"wrong shapes: blocks.1.block.attn.qkv.weight is \(48, 24\), the model's is \(24, 24\)"
+    with pytest.raises(InputError, match=f"{saved / WEIGHTS}: .*{says}"):
+        checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("change", [
+    lambda i: i.update(format="vitlab.plan"), lambda i: i.pop("format"),
+    lambda i: i.update(version=2), lambda i: i.pop("version"),
+    lambda i: i.pop("model"), lambda i: i.update(model="vit"),
+    lambda i: i["model"].pop("name"), lambda i: i["model"].update(args=[3]),
+], ids=["other format", "no format", "other version", "no version", "no model", "model is a word", "no name", "args is a list"])
+def test_checkpoint_json_of_another_format_or_version_or_without_a_model_is_refused_by_name(saved, change):
+    edit_json(saved / INFO, change)
+    with pytest.raises(InputError, match=f"{saved / INFO}: "):
+        checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", ""])
+def test_checkpoint_json_that_is_no_object_is_refused_by_name(saved, text):
+    (saved / INFO).write_text(text)
+    with pytest.raises(InputError, match=f"{saved / INFO}: "):
+        checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("change", [
+    lambda i: i["model"].update(name="vit_nano_patch4_33"), lambda i: i["model"]["args"].update(depth=0),
+    lambda i: i["model"]["args"].update(img_size="big"), lambda i: i["model"]["args"].update(colour="red"),
+    lambda i: i["model"]["args"].update(weights="x"), lambda i: i.update(config=["nearest"]),
+], ids=["unknown name", "no block", "size is a word", "unknown argument", "weights from elsewhere", "config is a list"])
+def test_checkpoint_json_from_which_no_model_can_be_built_is_refused_by_name(saved, change):
+    edit_json(saved / INFO, change)
+    with pytest.raises(InputError, match=f"{saved / INFO}: "):
+        checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda s: s.pop("blocks.1.tokens.merge_matrix"), "missing keys blocks.1.tokens.merge_matrix"),
+    (lambda s: s.pop("head.bias"), "missing keys head.bias"),
+    (lambda s: s.update({"blocks.9.extra": torch.zeros(3)}), "unknown keys blocks.9.extra"),
+    (lambda s: s.update({"norm.weight": torch.zeros(23)}), r"wrong shapes: norm.weight is \(23,\), the model's is \(24,\)"),
+], ids=["no matrix", "no bias", "extra", "shape"])
+def test_weights_that_do_not_fit_are_refused_naming_file_and_key(saved, change, says):
+    edit_weights(saved, change)
+    with pytest.raises(InputError, match=f"{saved / WEIGHTS}: does not fit the model: {says}"):
+        checkpoint.load(saved)
+
+
+# ---------------------------------------------------------------- whole, or as it was
+
+def failing(*args, **kwargs):
+    raise OSError("disk full")
+
+
+@pytest.mark.parametrize("name", ["plan.save", "save_file"])
+def test_a_save_that_fails_half_way_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch, name):
+    old, new = make("compressed", seed=0), make("compressed", seed=1)
+    folder = checkpoint.save(tmp_path / "c", *old)
+    before = {f.name: f.read_bytes() for f in folder.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(*((CompressionPlan, "save") if name == "plan.save" else (checkpoint, "save_file")), failing)
+        with pytest.raises(OSError, match="disk full"):
+            checkpoint.save(folder, *new)
+    assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
+    assert [f.name for f in tmp_path.iterdir()] == ["c"]        # nothing half-written is left beside it
+    assert torch.equal(logits(checkpoint.load(folder).model), logits(old[0]))
+
+
+def test_a_kill_between_the_two_renames_leaves_the_old_checkpoint_to_be_found(tmp_path, monkeypatch):
+    old, new = make("compressed", seed=0), make("compressed", seed=1)
+    folder = checkpoint.save(tmp_path / "run" / "checkpoint", *old)
+    plain = Path.rename
+
+    def killed(self, target):
+        if Path(target) == folder:
+            raise KeyboardInterrupt
+        return plain(self, target)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(folder, *new)
+    assert not folder.exists()
+    assert torch.equal(logits(checkpoint.load(tmp_path / "run").model), logits(old[0]))
+
+
+def test_a_save_over_an_old_checkpoint_leaves_only_the_new_one(tmp_path):
+    folder = checkpoint.save(tmp_path / "c", *make("compressed"))
+    (folder / "stray").write_text("")
+    model, plan = make("dense", seed=1)
+    checkpoint.save(folder, model, plan)
+    assert {f.name for f in folder.iterdir()} == {WEIGHTS, PLAN, INFO} and [f.name for f in tmp_path.iterdir()] == ["c"]
+    assert torch.equal(logits(checkpoint.load(folder).model), logits(model))
+
+
+# ---------------------------------------------------------------- create_model: published weights
+
+def write_weights(path: Path, state: dict, layout: str) -> Path:
+    if layout == "safetensors":
+        save_file(state, path.with_suffix(".safetensors"))
+        return path.with_suffix(".safetensors")
+    content = {
+        "plain": state,
+        "deit": {"model": state, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}, "epoch": 299,
+                 "args": argparse.Namespace(lr=5e-4, data_path="/data")},
+        "timm": {"state_dict": state, "arch": "vit", "epoch": 3},
+        "module": {"model": {f"module.{k}": v for k, v in state.items()}},
+    }[layout]
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("layout", ["plain", "deit", "timm", "module", "safetensors"])
+def test_published_weights_of_every_layout_give_the_same_logits(tmp_path, layout):
+    source = tiny(seed=1)
+    path = write_weights(tmp_path / "weights.pth", source.state_dict(), layout)
+    found = create_model(NAME, weights=path, num_classes=3, **SIZE)
+    assert torch.equal(logits(found), logits(source)) and not found.training
+
+
+def test_an_ema_state_goes_before_the_raw_one(tmp_path):
+    raw, ema = tiny(seed=1), tiny(seed=2)
+    torch.save({"state_dict": raw.state_dict(), "state_dict_ema": ema.state_dict()}, tmp_path / "w.pth")
+    assert torch.equal(logits(create_model(NAME, weights=tmp_path / "w.pth", num_classes=3, **SIZE)), logits(ema))
+
+
+@pytest.mark.parametrize("name, near", [
+    ("vit_nano_patch4_33", "vit_nano_patch4_32"), ("deit_tinny_patch16_224", "deit_tiny_patch16_224")])
+def test_an_unknown_model_suggests_near_names(name, near):
+    with pytest.raises(InputError, match=f"no model '{name}'; near are .*{near}"):
+        create_model(name)
+
+
+def test_arguments_that_timm_refuses_are_named_with_the_model():
+    with pytest.raises(InputError, match=f"{NAME}: timm could not build it .*colour"):
+        create_model(NAME, colour="red")
+
+
+def test_weights_of_another_size_are_refused_naming_file_and_key_and_shapes(tmp_path):
+    path = write_weights(tmp_path / "w.pth", tiny(num_classes=7).state_dict(), "deit")
+    says = r"wrong shapes: head.weight is \(7, 24\), the model's is \(3, 24\)"
+    with pytest.raises(InputError, match=f"{path}: does not fit the model: {says}"):
+        create_model(NAME, weights=path, num_classes=3, **SIZE)
+
+
+class Malice:
+    """Unpickling this writes a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return Path.write_text, (self.target, "owned")
+
+
+@pytest.mark.parametrize("torch_format", [True, False])
+def test_a_malicious_pickle_is_refused_by_name_and_its_code_is_not_run(tmp_path, torch_format):
+    target, path = tmp_path / "owned", tmp_path / "evil.pth"
+    content = {"model": tiny().state_dict(), "args": Malice(target)}
+    if torch_format:
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content))
+    with pytest.raises(InputError, match=f"{path}: "):
+        create_model(NAME, weights=path, num_classes=3, **SIZE)
+    assert not target.exists()
+    pickle.loads(pickle.dumps(Malice(target)))                  # the trap is a real one
+    assert target.read_text() == "owned"
+
+
+def test_a_malicious_pickle_under_the_name_of_a_checkpoints_weights_is_refused(saved, tmp_path):
+    torch.save({"model": Malice(tmp_path / "owned")}, saved / WEIGHTS)
+    with pytest.raises(InputError, match=f"{saved / WEIGHTS}: "):
+        checkpoint.load(saved)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_a_pth_cut_short_is_refused_by_name(tmp_path, share):
+    path = write_weights(tmp_path / "w.pth", tiny().state_dict(), "deit")
+    content = path.read_bytes()
+    path.write_bytes(content[:int(len(content) * share)])
+    with pytest.raises(InputError, match=f"{path}: "):
+        create_model(NAME, weights=path, num_classes=3, **SIZE)
+
+
+@pytest.mark.parametrize("content, says", [
+    ([1, 2], "holds a list, not a state dict"), ({}, "holds no weights"), ({"model": {"a": "text"}}, "'a' is not a tensor"),
+    ({"epoch": 3}, "'epoch' is not a tensor"), ({3: torch.zeros(2)}, "3"),
+], ids=["list", "empty", "text", "number", "number as key"])
+def test_a_file_that_holds_no_state_dict_is_refused_by_name(tmp_path, content, says):
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=f"{tmp_path / 'w.pth'}: .*({says})"):
+        create_model(NAME, weights=tmp_path / "w.pth", num_classes=3, **SIZE)
+
+
+def test_missing_weights_are_refused_by_name(tmp_path):
+    with pytest.raises(InputError, match="absent.pth: no such file"):
+        create_model(NAME, weights=tmp_path / "absent.pth", num_classes=3, **SIZE)
+
+
+def test_a_plan_with_a_rule_that_trains_reconstruct_alone_keeps_that_after_loading(tmp_path):
+    model, plan = compressed(rule="merge")
+    found = checkpoint.load(checkpoint.save(tmp_path / "c", model, plan))
+    assert all(isinstance(b.tokens, MergeReconstruct) and b.tokens.trains == "reconstruct" for b in found.plan.blocks)
+    assert [b.tokens.merge_matrix.requires_grad for b in found.model.blocks] == [False, False]
+    assert dataclasses.replace(plan, made_by={}) == dataclasses.replace(found.plan, made_by={})

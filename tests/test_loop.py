@@ -1,0 +1,347 @@
+"""fit: learns, trains what the recipe says, repeats itself by seed, and goes on after a kill as if nothing had happened."""
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from training_fixtures import compressed, one_thread, small_recipe, tiny, write_easy_folder, write_folder  # noqa: F401
+
+import vitlab
+from vitlab.data import Batches, open_data
+from vitlab.files import InputError
+from vitlab.training import loop
+from vitlab.training.evaluate import evaluate
+from vitlab.training.loop import LOG, STATE, fit
+
+QUIET = {"progress": False, "workers": 0}
+# everything that draws random numbers or has a memory: warm-up, drop path, flips and colours, momentum
+LIVELY = {"epochs": 4, "warmup_epochs": 1, "clip_grad": 1.0, "smoothing": 0.1,
+          "augment": {"scale": (0.7, 1.0), "color_jitter": 0.3, "hflip": 0.5}}
+
+
+@pytest.fixture(scope="module")
+def easy(tmp_path_factory):
+    """48 training images of three colours, 21 held out."""
+    return open_data(write_easy_folder(tmp_path_factory.mktemp("easy")))
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def changed(model, before: dict[str, torch.Tensor]) -> set[str]:
+    return {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def timeless(log: list[dict]) -> list[dict]:
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in log]
+
+
+def lively_model():
+    return tiny(drop_path_rate=0.2)
+
+
+# ---------------------------------------------------------------- learning
+
+def test_loss_falls_and_a_tiny_model_learns_an_easy_set(easy, tmp_path):
+    model = tiny()
+    before = evaluate(model, easy.batches("held_out", model, workers=0), progress=False)
+    log = fit(model, easy, small_recipe(epochs=6), tmp_path, **QUIET)
+    after = evaluate(model, easy.batches("held_out", model, workers=0), progress=False)
+    assert log[-1]["loss"] < 0.5 * log[0]["loss"]
+    assert before.top1_pct < 70 and after.top1_pct > 90         # colours tell the classes apart; chance is 33
+    assert log[-1]["train_slice_top1_pct"] > 90
+
+
+def test_digits_are_learnt_from_a_slice(tmp_path):
+    data, model = open_data("digits"), tiny(num_classes=10)
+    log = fit(model, data, small_recipe(epochs=8), tmp_path, limit=320, **QUIET)
+    assert log[-1]["loss"] < log[0]["loss"] - 0.3               # from about log(10) = 2.3
+
+
+def test_a_soft_distilled_student_comes_nearer_to_its_teacher(easy, tmp_path):
+    teacher, student = tiny(seed=1), tiny(seed=2)
+    log = fit(student, easy, small_recipe(epochs=4, distill="soft", alpha=1.0, tau=4.0), tmp_path, teacher=teacher, **QUIET)
+    assert log[-1]["loss"] < 0.5 * log[0]["loss"]
+
+
+def test_the_teacher_is_not_changed_by_training_its_student(easy, tmp_path):
+    teacher, student = tiny(seed=1), tiny(seed=2)
+    before = weights(teacher)
+    fit(student, easy, small_recipe(epochs=1, distill="hard", alpha=0.5), tmp_path, teacher=teacher, **QUIET)
+    assert equal(weights(teacher), before)
+
+
+def test_the_log_has_one_record_an_epoch_and_is_the_one_in_the_folder(easy, tmp_path):
+    recipe = small_recipe(epochs=3)
+    log = fit(tiny(), easy, recipe, tmp_path, **QUIET)
+    assert [r["epoch"] for r in log] == [1, 2, 3]
+    assert all(set(r) == {"epoch", "loss", "lr", "train_slice_top1_pct", "seconds"} for r in log)
+    assert log == [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()]
+    rates = [r["lr"] for r in log]                              # cosine: falls every epoch, from below the first step's
+    assert recipe.scaled_lr > rates[0] > rates[1] > rates[2] >= recipe.min_lr
+
+
+def test_the_held_out_split_is_never_opened_in_training(tmp_path):
+    data = open_data(write_easy_folder(tmp_path / "data"))
+    data.splits["val"] = None                                   # any use of it would raise
+    assert len(fit(tiny(), data, small_recipe(epochs=1), tmp_path / "run", **QUIET)) == 1
+
+
+def test_fit_gives_the_model_back_in_eval_mode(easy, tmp_path):
+    model = tiny()
+    fit(model, easy, small_recipe(epochs=1), tmp_path, **QUIET)
+    assert not any(m.training for m in model.modules())
+
+
+def test_training_goes_on_without_the_broken_images(tmp_path):
+    root = write_easy_folder(tmp_path / "data")
+    (root / "train" / "red" / "bad.png").write_bytes(b"nonsense")
+    with pytest.warns(UserWarning, match="bad.png"):
+        log = fit(tiny(), open_data(root), small_recipe(), tmp_path / "run", **QUIET)
+    assert len(log) == 2 and log[1]["loss"] < log[0]["loss"]
+
+
+# ---------------------------------------------------------------- what trains
+
+@pytest.mark.parametrize("rule, trainable", [(r, t) for r in ("center", "merge") for t in ("matrices", "weights", "all")])
+def test_only_what_the_recipe_and_the_rule_train_changes(easy, tmp_path, rule, trainable):
+    model, _ = compressed(rule=rule)
+    before = weights(model)
+    fit(model, easy, small_recipe(epochs=1, trainable=trainable), tmp_path, **QUIET)
+    merge = {k for k in before if k.endswith("merge_matrix")}
+    reconstruct = {k for k in before if k.endswith("reconstruct_matrix")}
+    masks = {k for k in before if k.endswith("token_mask")}
+    rest = set(before) - merge - reconstruct - masks
+    assert len(merge) == len(reconstruct) == len(masks) == 2 and rest
+    wanted = set()
+    wanted |= rest if trainable != "matrices" else set()
+    wanted |= reconstruct if trainable != "weights" else set()
+    wanted |= merge if trainable != "weights" and rule == "center" else set()   # rule `merge` trains reconstruct alone (A5)
+    assert changed(model, before) == wanted
+
+
+def test_a_recipe_that_trains_matrices_refuses_a_model_without(easy, tmp_path):
+    with pytest.raises(InputError, match="no merge and reconstruct matrices"):
+        fit(tiny(), easy, small_recipe(trainable="matrices"), tmp_path, **QUIET)
+
+
+def test_a_recipe_that_distils_refuses_to_start_without_a_teacher(easy, tmp_path):
+    with pytest.raises(InputError, match="a teacher is needed"):
+        fit(tiny(), easy, small_recipe(distill="soft"), tmp_path, **QUIET)
+    assert not (tmp_path / STATE).exists()
+
+
+# ---------------------------------------------------------------- same again
+
+@pytest.fixture(scope="module")
+def undisturbed(easy, tmp_path_factory):
+    """(weights, log) of the lively run that nothing interrupts."""
+    model = lively_model()
+    log = fit(model, easy, small_recipe(**LIVELY), tmp_path_factory.mktemp("undisturbed"), seed=3, **QUIET)
+    return weights(model), timeless(log)
+
+
+def test_the_same_seed_gives_the_same_weights_and_log_bit_for_bit(easy, tmp_path, undisturbed):
+    torch.rand(17)                                              # whatever was drawn before must not matter
+    model = lively_model()
+    log = fit(model, easy, small_recipe(**LIVELY), tmp_path, seed=3, **QUIET)
+    assert equal(weights(model), undisturbed[0]) and timeless(log) == undisturbed[1]
+
+
+def test_another_seed_gives_other_weights(easy, tmp_path, undisturbed):
+    model = lively_model()
+    fit(model, easy, small_recipe(**LIVELY), tmp_path, seed=4, **QUIET)
+    assert not equal(weights(model), undisturbed[0])
+
+
+class Stop(BaseException):
+    """What no handler of the package catches, as a kill would not be."""
+
+
+def test_a_run_stopped_inside_an_epoch_ends_with_the_weights_and_log_of_an_undisturbed_one(
+        easy, tmp_path, undisturbed, monkeypatch):
+    recipe, passes = small_recipe(**LIVELY), [0]
+    plain = Batches.__iter__
+
+    def stopping(self):
+        training = self.loader.drop_last
+        passes[0] += training
+        for step, batch in enumerate(plain(self)):
+            if training and passes[0] == 3 and step == 1:
+                raise Stop
+            yield batch
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "__iter__", stopping)
+        with pytest.raises(Stop):
+            fit(lively_model(), easy, recipe, tmp_path, seed=3, **QUIET)
+    assert torch.load(tmp_path / STATE, weights_only=True)["epoch"] == 2
+    model = lively_model()
+    torch.rand(17)
+    log = fit(model, easy, recipe, tmp_path, seed=3, **QUIET)
+    assert equal(weights(model), undisturbed[0])
+    assert timeless(log) == undisturbed[1]
+
+
+def test_a_run_stopped_between_log_and_state_repeats_the_epoch_and_returns_it_once(easy, tmp_path, undisturbed, monkeypatch):
+    recipe, plain = small_recipe(**LIVELY), loop.atomic_write
+
+    def stopping(path, content):
+        if torch.load(io.BytesIO(content), weights_only=True)["epoch"] == 2:
+            raise Stop
+        plain(path, content)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "atomic_write", stopping)
+        with pytest.raises(Stop):
+            fit(lively_model(), easy, recipe, tmp_path, seed=3, **QUIET)
+    model = lively_model()
+    log = fit(model, easy, recipe, tmp_path, seed=3, **QUIET)
+    assert len((tmp_path / LOG).read_text().splitlines()) == 5  # epoch 2 is in the file twice
+    assert equal(weights(model), undisturbed[0]) and timeless(log) == undisturbed[1]
+
+
+CHILD = """
+import sys, time
+import torch
+torch.set_num_threads(int(sys.argv[4]))
+sys.path.insert(0, sys.argv[1])
+from test_loop import LIVELY, QUIET, lively_model
+from training_fixtures import small_recipe
+from vitlab.data import open_data
+from vitlab.training import loop
+plain = loop.append_line
+def slow(path, record):
+    if record["epoch"] == 2:
+        time.sleep(120)                 # the parent kills it here, in the second epoch
+    plain(path, record)
+loop.append_line = slow
+loop.fit(lively_model(), open_data(sys.argv[2]), small_recipe(**LIVELY), sys.argv[3], seed=3, **QUIET)
+"""
+
+
+def test_a_killed_process_called_again_ends_with_the_weights_and_log_of_an_undisturbed_one(tmp_path, undisturbed):
+    root, run = write_easy_folder(tmp_path / "data"), tmp_path / "run"
+    easy = open_data(root)
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(root), str(run), str(torch.get_num_threads())],
+        env={**os.environ, "PYTHONPATH": str(Path(vitlab.__file__).parents[1])}, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / STATE).exists():
+            assert child.poll() is None, child.stderr.read()
+            assert time.monotonic() < deadline, "the child wrote no state in 120 s"
+            time.sleep(0.05)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+    assert torch.load(run / STATE, weights_only=True)["epoch"] == 1
+    model = lively_model()
+    log = fit(model, easy, small_recipe(**LIVELY), run, seed=3, **QUIET)
+    assert equal(weights(model), undisturbed[0]) and timeless(log) == undisturbed[1]
+
+
+def test_the_same_seed_with_worker_processes_gives_the_same_weights(easy, tmp_path):
+    recipe, settings = small_recipe(**LIVELY | {"epochs": 2}), {**QUIET, "workers": 2, "seed": 3}
+    first, second = lively_model(), lively_model()
+    fit(first, easy, recipe, tmp_path / "first", **settings)
+    fit(second, easy, recipe, tmp_path / "second", **settings)
+    assert equal(weights(first), weights(second))
+
+
+def test_a_resumed_run_with_worker_processes_ends_with_the_weights_of_an_undisturbed_one(easy, tmp_path, monkeypatch):
+    """Folders are read by workers unless told otherwise; their random numbers must not depend on the epoch they started in."""
+    recipe, settings = small_recipe(**LIVELY | {"epochs": 2}), {**QUIET, "workers": 2, "seed": 3}
+    whole, parts = lively_model(), lively_model()
+    log = fit(whole, easy, recipe, tmp_path / "whole", **settings)
+    plain = loop.atomic_write
+
+    def stopping(path, content):
+        plain(path, content)
+        raise Stop
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "atomic_write", stopping)
+        with pytest.raises(Stop):
+            fit(lively_model(), easy, recipe, tmp_path / "parts", **settings)
+    again = fit(parts, easy, recipe, tmp_path / "parts", **settings)
+    assert timeless(again) == timeless(log)
+    assert equal(weights(parts), weights(whole))
+
+
+@pytest.fixture(scope="module")
+def finished(easy, tmp_path_factory):
+    """(folder, weights, log) of a run of two epochs that is done."""
+    folder, model = tmp_path_factory.mktemp("finished"), tiny()
+    log = fit(model, easy, small_recipe(), folder, **QUIET)
+    return folder, weights(model), log
+
+
+def test_a_finished_run_called_again_trains_no_more_and_gives_the_same(easy, finished):
+    folder, wanted, log = finished
+    content, model = (folder / STATE).read_bytes(), tiny(seed=1)
+    assert fit(model, easy, small_recipe(), folder, **QUIET) == log
+    assert equal(weights(model), wanted) and (folder / STATE).read_bytes() == content
+
+
+def test_the_state_loads_without_pickled_code_and_says_its_epoch(finished):
+    state = torch.load(finished[0] / STATE, weights_only=True)
+    assert state["epoch"] == 2 and {"model", "optimizer", "random", "mark"} <= set(state)
+
+
+@pytest.mark.parametrize("other", ["recipe", "data", "model", "seed", "limit"])
+def test_the_state_of_another_run_is_refused_and_left_alone(easy, finished, tmp_path, other):
+    state = finished[0] / STATE
+    content = state.read_bytes()
+    data = open_data(write_folder(tmp_path, {"train": 5})) if other == "data" else easy
+    recipe = small_recipe(lr=1e-3) if other == "recipe" else small_recipe()
+    model = tiny(depth=3) if other == "model" else tiny()
+    more = {"seed": 1} if other == "seed" else {"limit": 32} if other == "limit" else {}
+    with pytest.raises(InputError, match=f"{state}: the state of another run"):
+        fit(model, data, recipe, state.parent, **QUIET, **more)
+    assert state.read_bytes() == content
+
+
+# ---------------------------------------------------------------- faults
+
+def test_a_loss_that_is_not_finite_is_refused_naming_epoch_and_step(easy, tmp_path):
+    with pytest.raises(InputError, match=r"the loss is (nan|inf) at epoch 1, step [23].*smaller lr"):
+        fit(tiny(), easy, small_recipe(lr=1e30), tmp_path, **QUIET)
+
+
+def test_nan_images_are_refused_at_the_first_step_and_no_state_is_spoken_of_that_is_not_there(easy, tmp_path, monkeypatch):
+    plain = Batches.__iter__
+    monkeypatch.setattr(Batches, "__iter__", lambda self: ((x * float("nan"), y) for x, y in plain(self)))
+    with pytest.raises(InputError, match="the loss is nan at epoch 1, step 1") as caught:
+        fit(tiny(), easy, small_recipe(), tmp_path, **QUIET)
+    assert not (tmp_path / STATE).exists() and str(tmp_path / STATE) not in str(caught.value)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_state_of_the_epoch_before(easy, tmp_path, monkeypatch):
+    plain, passes = Batches.__iter__, [0]
+
+    def poisoned(self):
+        passes[0] += self.loader.drop_last
+        for x, y in plain(self):
+            yield (x * float("nan") if passes[0] == 2 and self.loader.drop_last else x), y
+    monkeypatch.setattr(Batches, "__iter__", poisoned)
+    with pytest.raises(InputError, match=f"epoch 2, step 1.*state after epoch 1 is in {tmp_path / STATE}"):
+        fit(tiny(), easy, small_recipe(epochs=3), tmp_path, **QUIET)
+    state = torch.load(tmp_path / STATE, weights_only=True)
+    assert state["epoch"] == 1 and all(torch.isfinite(v).all() for v in state["model"].values())
+
+
+def test_a_training_set_where_no_image_can_be_read_is_refused(tmp_path):
+    root = write_folder(tmp_path / "data", {"train": 2})
+    for file in root.rglob("*.png"):
+        file.write_bytes(b"")
+    with pytest.warns(UserWarning), pytest.raises(InputError, match="no image"):
+        fit(tiny(), open_data(root), small_recipe(), tmp_path / "run", **QUIET)

@@ -1,0 +1,194 @@
+"""vitlab.plan: what a plan may hold, and that damage is named."""
+import dataclasses
+import json
+import math
+
+import pytest
+
+from vitlab.files import InputError
+from vitlab.plan import BlockPlan, CompressionPlan, MergeReconstruct, ViTShape
+
+SHAPE = ViTShape(img_size=(48, 80), patch_size=(16, 16), embed_dim=33, depth=3, num_heads=3, head_dim=11, num_neurons=41,
+                 num_prefix_tokens=2, num_classes=7)
+N = 15          # 48 / 16 * 80 / 16
+RULE = MergeReconstruct(regions=(0, 0, 1, -1, 2, 2, 2, 1, 0, 3, 3, 4, 4, 4, -1),
+                        weights=(0.5, 0.5, 0.1, 0, 0.2, 0.3, 0.5, 0.9, 1 / 3, 1, 1, 1, 0.7, 0.25, 0), pruned=(3, 14))
+PLAN = CompressionPlan(shape=SHAPE, made_by={"seed": 5, "rate": 0.6}, blocks=(
+    BlockPlan(heads=(0, 2), tokens=RULE), BlockPlan(), BlockPlan(neurons=(1, 5, 40), tokens=dataclasses.replace(RULE, trains="reconstruct"))))
+
+
+def as_data() -> dict:
+    return json.loads(PLAN.to_json())
+
+
+def test_plan_comes_back_from_json_equal():
+    assert CompressionPlan.from_json(as_data()) == PLAN
+    empty = CompressionPlan.empty(SHAPE)
+    assert CompressionPlan.from_json(json.loads(empty.to_json())) == empty
+
+
+def test_plan_comes_back_from_its_file_equal(tmp_path):
+    PLAN.save(tmp_path / "sub" / "plan.json")
+    assert CompressionPlan.load(tmp_path / "sub" / "plan.json") == PLAN
+
+
+def test_weights_keep_every_bit_through_json():
+    assert CompressionPlan.from_json(as_data()).blocks[0].tokens.weights == RULE.weights
+
+
+def test_load_names_the_file_the_block_and_the_field(tmp_path):
+    data = as_data()
+    data["blocks"][2]["neurons"] = [99]
+    (tmp_path / "my_plan.json").write_text(json.dumps(data))
+    with pytest.raises(InputError, match="my_plan.json.*block 2.*neurons"):
+        CompressionPlan.load(tmp_path / "my_plan.json")
+
+
+def test_empty_plan_cuts_nothing():
+    assert CompressionPlan.empty(SHAPE).blocks == (BlockPlan(),) * SHAPE.depth
+    assert BlockPlan() == BlockPlan(heads=None, neurons=None, tokens=None)
+
+
+def test_tokens_per_block_counts_prefix_tokens_and_regions():
+    merged = len(set(RULE.regions) - {-1})
+    assert PLAN.tokens_per_block() == [2 + merged, 2 + N, 2 + merged]
+
+
+def test_shape_counts_whole_patches_by_rows_and_columns():
+    shape = dataclasses.replace(SHAPE, img_size=(47, 95), patch_size=(8, 16))
+    assert shape.grid_size == (5, 5) and dataclasses.replace(shape, img_size=(47, 47)).grid_size == (5, 2)
+    assert SHAPE.grid_size == (3, 5) and SHAPE.num_patches == N and SHAPE.num_tokens == N + 2
+
+
+# (where the damage is: a path into the JSON; what stands there instead; what the message must name)
+DAMAGE = [
+    (["format"], "other", "format"),
+    (["version"], 2, "version 2"),
+    (["version"], None, "version None"),
+    (["shape"], None, "shape"),
+    (["shape", "img_size"], [48], "shape.*img_size"),
+    (["shape", "img_size"], [48, "80"], "shape.*img_size"),
+    (["shape", "patch_size"], [0, 16], "shape.*patch_size"),
+    (["shape", "patch_size"], [64, 16], "shape.*no patch"),
+    (["shape", "depth"], 4, "3 blocks.*4"),
+    (["shape", "depth"], 3.0, "shape.*depth"),
+    (["shape", "num_heads"], True, "shape.*num_heads"),
+    (["shape", "num_heads"], 0, "shape.*num_heads"),
+    (["shape", "num_prefix_tokens"], -1, "shape.*num_prefix_tokens"),
+    (["shape", "colour"], 1, "shape.*colour"),
+    (["shape", "pool"], 3, "shape.*pool"),
+    (["made_by"], [], "made_by"),
+    (["blocks"], {}, "blocks"),
+    (["blocks", 1], 7, "block 1"),
+    (["blocks", 1], None, "block 1"),
+    (["blocks", 1, "head"], [0], "block 1.*head"),
+    (["blocks", 0, "heads"], [], "block 0.*heads"),
+    (["blocks", 0, "heads"], [3], "block 0.*heads"),
+    (["blocks", 0, "heads"], [-1], "block 0.*heads"),
+    (["blocks", 0, "heads"], [1, 1], "block 0.*heads"),
+    (["blocks", 0, "heads"], [2, 0], "block 0.*heads"),
+    (["blocks", 0, "heads"], [0.0], "block 0.*heads"),
+    (["blocks", 0, "heads"], [True], "block 0.*heads"),
+    (["blocks", 0, "heads"], [[0]], "block 0.*heads"),
+    (["blocks", 0, "heads"], 2, "block 0.*heads"),
+    (["blocks", 0, "heads"], "02", "block 0.*heads"),
+    (["blocks", 2, "neurons"], [41], "block 2.*neurons"),
+    (["blocks", 2, "neurons"], [None], "block 2.*neurons"),
+    (["blocks", 2, "tokens"], 5, "block 2.*tokens"),
+    (["blocks", 2, "tokens"], {}, "block 2.*tokens.*kind"),
+    (["blocks", 2, "tokens", "kind"], "unheard_of", "block 2.*kind.*merge_reconstruct"),
+    (["blocks", 2, "tokens", "kind"], ["merge_reconstruct"], "block 2.*kind"),
+    (["blocks", 2, "tokens", "speed"], 1, "block 2.*tokens.*speed"),
+    (["blocks", 2, "tokens", "trains"], "merge", "block 2.*trains"),
+    (["blocks", 2, "tokens", "regions"], None, "block 2.*tokens"),
+    (["blocks", 2, "tokens", "regions"], 15, "block 2.*tokens"),
+    (["blocks", 2, "tokens", "regions", 0], -2, "block 2.*regions"),
+    (["blocks", 2, "tokens", "regions", 0], 0.5, "block 2.*regions"),
+    (["blocks", 2, "tokens", "regions", 0], -1, "block 2.*patch 0.*region"),
+    (["blocks", 2, "tokens", "regions", 0], 6, "block 2.*regions.*gap"),
+    (["blocks", 2, "tokens", "weights"], [0.5] * (N - 1), "block 2.*15 regions.*14 weights"),
+    (["blocks", 2, "tokens", "weights", 0], math.nan, "block 2.*weights"),
+    (["blocks", 2, "tokens", "weights", 0], math.inf, "block 2.*weights"),
+    (["blocks", 2, "tokens", "weights", 0], 10 ** 400, "block 2.*weights"),        # JSON has no largest integer
+    (["blocks", 2, "tokens", "weights", 0], "1", "block 2.*weights"),
+    (["blocks", 2, "tokens", "weights", 0], True, "block 2.*weights"),
+    (["blocks", 2, "tokens", "weights", 3], 0.5, "block 2.*patch 3.*pruned"),
+    (["blocks", 2, "tokens", "pruned"], [14, 3], "block 2.*pruned"),
+    (["blocks", 2, "tokens", "pruned"], [3, 3, 14], "block 2.*pruned"),
+    (["blocks", 2, "tokens", "pruned"], [3, 14, 15], "block 2.*pruned"),
+    (["blocks", 2, "tokens", "pruned"], [[3], 14], "block 2.*tokens"),
+]
+
+
+@pytest.mark.parametrize("path, value, named", DAMAGE, ids=[f"{'.'.join(map(str, p))}={v}"[:60] for p, v, _ in DAMAGE])
+def test_damage_is_refused_by_the_name_of_its_block_and_field(path, value, named):
+    data = as_data()
+    place = data
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    # Through text, as a file would: NaN and Infinity are read by Python's json.
+    with pytest.raises(InputError, match=f"(?s)^here: .*({named})"):
+        CompressionPlan.from_json(json.loads(json.dumps(data)), where="here")
+
+
+@pytest.mark.parametrize("path", [["format"], ["version"], ["shape"], ["blocks"], ["shape", "depth"], ["shape", "img_size"],
+                                  ["blocks", 2, "tokens", "kind"], ["blocks", 2, "tokens", "regions"],
+                                  ["blocks", 2, "tokens", "weights"]], ids=lambda p: ".".join(map(str, p)))
+def test_a_missing_field_is_refused_by_name(path):
+    data = as_data()
+    place = data
+    for key in path[:-1]:
+        place = place[key]
+    del place[path[-1]]
+    with pytest.raises(InputError, match=path[-1]):
+        CompressionPlan.from_json(data)
+
+
+@pytest.mark.parametrize("data", [None, [], 3, "plan", {}])
+def test_json_that_is_no_plan_is_refused(data):
+    with pytest.raises(InputError, match="format"):
+        CompressionPlan.from_json(data)
+
+
+def test_regions_with_a_gap_are_refused():
+    with pytest.raises(InputError, match="gap"):
+        MergeReconstruct(regions=(0, 2), weights=(1.0, 1.0))
+
+
+def test_a_rule_for_another_number_of_patches_is_refused_by_block():
+    with pytest.raises(InputError, match="block 1: tokens.regions has 2 entries.*15"):
+        CompressionPlan(shape=SHAPE, blocks=(BlockPlan(), BlockPlan(tokens=MergeReconstruct(regions=(0, 1), weights=(1, 1))),
+                                             BlockPlan()))
+
+
+def test_plan_fits_its_own_shape_and_one_with_another_classifier():
+    PLAN.check_fits(SHAPE)
+    PLAN.check_fits(dataclasses.replace(SHAPE, num_classes=0, num_classifiers=2, pool="avg"))
+
+
+@pytest.mark.parametrize("change", [{"embed_dim": 44}, {"depth": 4}, {"num_heads": 1}, {"head_dim": 13}, {"num_neurons": 40},
+                                    {"num_prefix_tokens": 1}, {"img_size": (80, 48)}, {"patch_size": (8, 16)}],
+                         ids=lambda c: next(iter(c)))
+def test_a_plan_for_another_model_is_refused_by_each_size_that_differs(change):
+    (name, value), = change.items()
+    other = dataclasses.replace(SHAPE, **change)
+    with pytest.raises(InputError) as error:
+        PLAN.check_fits(other)
+    message = str(error.value)
+    assert f"{name} {value}" in message and f"(plan: {getattr(SHAPE, name)})" in message
+    same = [f.name for f in dataclasses.fields(SHAPE) if f.name != name and f" {f.name} " in message]
+    assert not same, f"sizes that agree are named: {same}"
+
+
+def test_rules_with_no_region_at_all_are_legal_when_every_patch_is_pruned():
+    rule = MergeReconstruct(regions=(-1,) * N, weights=(0,) * N, pruned=tuple(range(N)))
+    assert rule.num_merged == 0
+    rule.check(SHAPE)
+
+
+def test_plan_parts_can_not_be_changed_after_the_check():
+    for thing, name in ((PLAN, "blocks"), (PLAN.blocks[0], "heads"), (RULE, "weights"), (SHAPE, "depth")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(thing, name, None)
+        assert not isinstance(getattr(thing, name), list)

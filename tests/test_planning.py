@@ -1,0 +1,106 @@
+"""vitlab.criteria.planning: from scores and rates to a plan."""
+import math
+
+import pytest
+import torch
+
+from vitlab.criteria.planning import prune_and_merge
+from vitlab.files import InputError
+from vitlab.plan import CompressionPlan, ViTShape
+
+SHAPE = ViTShape(img_size=(80, 112), patch_size=(16, 16), embed_dim=33, depth=5, num_heads=3, head_dim=11, num_neurons=41)
+N, L = 35, 5        # 80 / 16 * 112 / 16 patches
+
+
+def random_scores(seed: int = 0) -> torch.Tensor:
+    return torch.rand(L, N, generator=torch.Generator().manual_seed(seed)) + 0.01
+
+
+def centers_of(plan: CompressionPlan) -> list[int]:
+    """Rows of rule center: one per center. A block with no token rule keeps every patch a center."""
+    return [N if b.tokens is None else b.tokens.num_merged for b in plan.blocks]
+
+
+def pruned_of(plan: CompressionPlan) -> list[int]:
+    return [0 if b.tokens is None else len(b.tokens.pruned) for b in plan.blocks]
+
+
+@pytest.mark.parametrize("rule", ["center", "merge"])
+def test_keep_rate_one_and_prune_rate_zero_give_the_plan_that_cuts_nothing(rule):
+    plan = prune_and_merge(random_scores(), SHAPE, rule=rule, keep_rate=1, prune_rate=0)
+    assert plan.blocks == CompressionPlan.empty(SHAPE).blocks
+
+
+@pytest.mark.parametrize("keep_rate, prune_rate", [(0.6, 0.1), (0.3, 0.0), (0.85, 0.1), (0.5, 0.45)])
+@pytest.mark.parametrize("boundary", ["grid", "reference"])
+def test_rule_center_spends_one_budget_over_all_blocks(keep_rate, prune_rate, boundary):
+    for seed in range(7):
+        plan = prune_and_merge(random_scores(seed), SHAPE, keep_rate=keep_rate, prune_rate=prune_rate, boundary=boundary)
+        assert sum(centers_of(plan)) == int(keep_rate * N) * L      # scores differ, so thresholds are exact
+        assert sum(pruned_of(plan)) == int(prune_rate * N) * L
+
+
+def test_rule_center_finds_another_count_in_each_block_and_decay_favours_the_first():
+    plan = prune_and_merge(random_scores(), SHAPE, keep_rate=0.5, prune_rate=0.0, decay=0.1)
+    counts = centers_of(plan)
+    assert counts[0] > counts[-1] and len(set(counts)) > 1
+
+
+def test_rule_merge_has_the_same_number_of_centers_and_pruned_patches_in_every_block():
+    for seed in range(7):
+        plan = prune_and_merge(random_scores(seed), SHAPE, rule="merge", keep_rate=0.6, prune_rate=0.1)
+        assert pruned_of(plan) == [int(0.1 * N)] * L
+        n_keep = int(0.6 * N)
+        for scores, block in zip(random_scores(seed), plan.blocks):
+            best = set(scores.topk(n_keep).indices.tolist())       # decay and norm do not reorder a block
+            rows = [[j for j, r in enumerate(block.tokens.regions) if r == row] for row in range(block.tokens.num_merged)]
+            assert sum(len(row) == 1 and row[0] in best for row in rows) == n_keep      # each center alone
+            assert not any(best & set(row) for row in rows if len(row) > 1)
+
+
+@pytest.mark.parametrize("rule, default", [("center", 0.025), ("merge", 0.015)])        # methods A2
+def test_decay_is_the_published_one_of_the_rule_unless_given(rule, default):
+    plan = prune_and_merge(random_scores(), SHAPE, rule=rule)
+    assert plan == prune_and_merge(random_scores(), SHAPE, rule=rule, decay=default)
+    assert plan.made_by["decay"] == default
+    assert prune_and_merge(random_scores(), SHAPE, rule="center", decay=0.0).made_by["decay"] == 0.0
+
+
+def test_made_by_records_every_choice_and_survives_the_file(tmp_path):
+    choices = {"rule": "center", "keep_rate": 0.55, "prune_rate": 0.2, "boundary": "reference", "weights": "uniform", "decay": 0.01}
+    plan = prune_and_merge(random_scores(), SHAPE, **choices)
+    assert plan.made_by == {"method": "prune_and_merge", **choices}
+    plan.save(tmp_path / "plan.json")
+    assert CompressionPlan.load(tmp_path / "plan.json") == plan
+    again = {k: v for k, v in plan.made_by.items() if k != "method"}
+    assert prune_and_merge(random_scores(), SHAPE, **again) == plan
+
+
+def test_plan_does_not_depend_on_the_scale_of_the_scores():
+    plan, scaled = (prune_and_merge(random_scores() * factor, SHAPE) for factor in (1.0, 1024.0))       # exact in float32
+    assert [b.tokens.regions for b in plan.blocks] == [b.tokens.regions for b in scaled.blocks]
+
+
+@pytest.mark.parametrize("shape", [(L, N + 1), (L + 1, N), (N, L), (L * N,), (1, L, N)])
+def test_scores_of_another_model_are_refused_by_their_shape(shape):
+    with pytest.raises(InputError, match="5 blocks of 35 patches") as error:
+        prune_and_merge(torch.ones(shape), SHAPE)
+    assert str(tuple(shape)) in str(error.value)
+
+
+@pytest.mark.parametrize("bad, named", [
+    ({"rule": "centre"}, "rule 'centre'"), ({"boundary": "line"}, "boundary 'line'"), ({"weights": "sum"}, "weights 'sum'"),
+    ({"keep_rate": 0}, "keep_rate"), ({"keep_rate": 1.1}, "keep_rate"), ({"keep_rate": 0.5 / N}, "keep_rate"),
+    ({"prune_rate": 1}, "prune_rate"), ({"prune_rate": -0.1}, "prune_rate"), ({"decay": 0.5}, "decay"), ({"decay": -1}, "decay"),
+], ids=lambda v: str(v)[:24])
+def test_values_out_of_range_are_refused_by_name(bad, named):
+    with pytest.raises(InputError, match=named):
+        prune_and_merge(random_scores(), SHAPE, **bad)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
+def test_scores_that_can_not_be_ranked_are_refused_by_block(bad):
+    scores = random_scores()
+    scores[3, 7] = bad
+    with pytest.raises(InputError, match="block 3"):
+        prune_and_merge(scores, SHAPE)

@@ -1,0 +1,77 @@
+"""vitlab.results: rows, their file, and the table."""
+import dataclasses
+import math
+
+import pytest
+
+from vitlab.files import InputError
+from vitlab.results import COLUMNS, ResultRow, append_row, format_table, read_rows
+
+FULL = ResultRow(model="deit_tiny", dataset="digits", split="test", top1_pct=71.375, top5_pct=91.5, loss=1.25, gmacs=1.2537,
+                 params_m=5.717, throughput_img_s=2234.5, latency_ms=3.5, ratio=1.0, conditions={"batch": 64, "device": "cpu"})
+
+
+def test_rows_come_back_from_the_file_as_they_went_in(tmp_path):
+    rows = [FULL, ResultRow(model="other")]
+    for row in rows:
+        append_row(tmp_path / "results.jsonl", row)
+    assert read_rows(tmp_path / "results.jsonl") == rows
+
+
+def test_a_file_that_is_not_there_has_no_rows(tmp_path):
+    assert read_rows(tmp_path / "results.jsonl") == []
+
+
+@pytest.mark.parametrize("key", ["model", "dataset", "split"])
+def test_the_last_row_of_each_key_wins_and_keeps_the_first_place(tmp_path, key):
+    path = tmp_path / "results.jsonl"
+    other = dataclasses.replace(FULL, **{key: "another"})
+    better = dataclasses.replace(FULL, top1_pct=72.0)
+    for row in (FULL, other, better):
+        append_row(path, row)
+    assert read_rows(path) == [better, other]
+
+
+def test_fields_that_this_version_does_not_know_are_left_out(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"model": "m", "from_the_future": 1, "gmacs": 2.0}\n')
+    assert read_rows(path) == [ResultRow(model="m", gmacs=2.0)]
+
+
+@pytest.mark.parametrize("name", ["top1_pct", "top5_pct"])
+@pytest.mark.parametrize("value", [-0.1, 100.1, math.nan])
+def test_a_percentage_out_of_range_is_refused_by_name(name, value):
+    with pytest.raises(InputError, match=f"{name}.*0 to 100"):
+        ResultRow(model="m", **{name: value})
+
+
+def test_table_has_the_columns_that_are_asked_for():
+    for columns in (COLUMNS, ("split", "model", "loss", "latency_ms")):
+        header, rule, line = format_table([FULL], columns).splitlines()
+        assert header.split() == list(columns)
+        assert set(rule) == {"-"} and len(header) == len(rule) == len(line)
+
+
+def test_table_shows_each_value_in_its_own_column():
+    line = format_table([FULL]).splitlines()[2]
+    assert line.split()[0] == FULL.model
+    for column, shown in zip(COLUMNS[1:], line.split()[1:]):
+        digits = len(shown.partition(".")[2])
+        assert float(shown) == pytest.approx(getattr(FULL, column), abs=0.5 * 10 ** -digits + 1e-12)    # rounded, no more
+
+
+def test_table_shows_a_dash_for_what_was_not_measured():
+    bare = ResultRow(model="m", gmacs=math.nan, params_m=0.0)
+    shown = dict(zip(COLUMNS, format_table([bare]).splitlines()[2].split()))
+    assert shown.pop("model") == "m"
+    assert float(shown.pop("params_m")) == 0        # zero is a measurement
+    assert set(shown.values()) == {"-"}
+
+
+def test_table_lines_are_equally_wide_whatever_the_values():
+    lines = format_table([FULL, ResultRow(model="a much longer name"), ResultRow(model="x", gmacs=12345.0)]).splitlines()
+    assert len({len(line) for line in lines}) == 1 and len(lines) == 2 + 3
+
+
+def test_table_without_rows_is_its_header():
+    assert format_table([]).split("\n")[0].split() == list(COLUMNS)
