@@ -16,13 +16,14 @@ torch.set_num_threads(1)        # the models are tiny: with more threads they mo
 # Depth 5, so that a plan can hold plain blocks side by side between merging ones. Grids are not square, and no two of
 # tokens, width, head width and neurons are equal in one model.
 FAMILIES: dict[str, tuple[str, dict]] = {
-    "deit": ("deit_tiny_patch16_224", dict(img_size=(48, 80), embed_dim=33, num_heads=3)),
-    "distilled": ("deit_tiny_distilled_patch16_224", dict(img_size=(80, 48), embed_dim=26, num_heads=2)),
-    "augreg": ("vit_tiny_patch16_224", dict(img_size=(48, 112), embed_dim=26, num_heads=2)),
-    "deit3": ("deit3_small_patch16_224", dict(img_size=(48, 80), embed_dim=39, num_heads=3, init_values=1e-4)),
-    "mae": ("vit_base_patch16_224.mae", dict(img_size=(48, 80), embed_dim=34, num_heads=2, global_pool="avg")),
-    "dinov2_reg": ("vit_small_patch14_reg4_dinov2", dict(img_size=(42, 70), embed_dim=38, num_heads=2, init_values=1e-4)),
-    "qk_norm": ("vit_tiny_patch16_224", dict(img_size=(40, 48), patch_size=(8, 16), embed_dim=39, num_heads=3, qk_norm=True)),
+    "deit": ("deit_tiny_patch16_224", {"img_size": (48, 80), "embed_dim": 33, "num_heads": 3}),
+    "distilled": ("deit_tiny_distilled_patch16_224", {"img_size": (80, 48), "embed_dim": 26, "num_heads": 2}),
+    "augreg": ("vit_tiny_patch16_224", {"img_size": (48, 112), "embed_dim": 26, "num_heads": 2}),
+    "deit3": ("deit3_small_patch16_224", {"img_size": (48, 80), "embed_dim": 39, "num_heads": 3, "init_values": 1e-4}),
+    "mae": ("vit_base_patch16_224.mae", {"img_size": (48, 80), "embed_dim": 34, "num_heads": 2, "global_pool": "avg"}),
+    "dinov2_reg": ("vit_small_patch14_reg4_dinov2", {"img_size": (42, 70), "embed_dim": 38, "num_heads": 2, "init_values": 1e-4}),
+    "qk_norm": ("vit_tiny_patch16_224", {"img_size": (40, 48), "patch_size": (8, 16), "embed_dim": 39, "num_heads": 3,
+                                         "qk_norm": True}),
 }
 NUM_CLASSES, DEPTH = 7, 5
 

@@ -98,10 +98,10 @@ def test_unknown_form_is_refused_and_the_known_ones_listed(tiny_vit, form):
 
 # Models of timm's VisionTransformer class whose parts are others than cost counts: they must be counted or refused.
 ODD = {
-    "swiglu": ("vit_giant_patch14_dinov2", dict(img_size=28, embed_dim=24, depth=1, num_heads=2)),
-    "hybrid": ("vit_tiny_r_s16_p8_224", dict(img_size=64, embed_dim=24, depth=1, num_heads=2)),
-    "map_pool": ("vit_base_patch16_siglip_224", dict(img_size=32, embed_dim=24, depth=1, num_heads=2)),
-    "clip": ("vit_base_patch16_clip_224", dict(img_size=32, embed_dim=24, depth=1, num_heads=2)),
+    "swiglu": ("vit_giant_patch14_dinov2", {"img_size": 28, "embed_dim": 24, "depth": 1, "num_heads": 2}),
+    "hybrid": ("vit_tiny_r_s16_p8_224", {"img_size": 64, "embed_dim": 24, "depth": 1, "num_heads": 2}),
+    "map_pool": ("vit_base_patch16_siglip_224", {"img_size": 32, "embed_dim": 24, "depth": 1, "num_heads": 2}),
+    "clip": ("vit_base_patch16_clip_224", {"img_size": 32, "embed_dim": 24, "depth": 1, "num_heads": 2}),
 }
 
 

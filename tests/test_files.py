@@ -59,11 +59,10 @@ def test_atomic_folder_leaves_the_old_folder_whole_on_an_error_inside(tmp_path):
     path = tmp_path / "run"
     with files.atomic_folder(path) as folder:
         (folder / "f").write_text("old")
-    with pytest.raises(RuntimeError, match="inside"):
-        with files.atomic_folder(path) as folder:
-            (folder / "f").write_text("half")
-            assert (path / "f").read_text() == "old"
-            raise RuntimeError("inside")
+    with pytest.raises(RuntimeError, match="inside"), files.atomic_folder(path) as folder:
+        (folder / "f").write_text("half")
+        assert (path / "f").read_text() == "old"
+        raise RuntimeError("inside")
     assert names(tmp_path) == ["run"] and (path / "f").read_text() == "old"
 
 

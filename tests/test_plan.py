@@ -14,7 +14,8 @@ N = 15          # 48 / 16 * 80 / 16
 RULE = MergeReconstruct(regions=(0, 0, 1, -1, 2, 2, 2, 1, 0, 3, 3, 4, 4, 4, -1),
                         weights=(0.5, 0.5, 0.1, 0, 0.2, 0.3, 0.5, 0.9, 1 / 3, 1, 1, 1, 0.7, 0.25, 0), pruned=(3, 14))
 PLAN = CompressionPlan(shape=SHAPE, made_by={"seed": 5, "rate": 0.6}, blocks=(
-    BlockPlan(heads=(0, 2), tokens=RULE), BlockPlan(), BlockPlan(neurons=(1, 5, 40), tokens=dataclasses.replace(RULE, trains="reconstruct"))))
+    BlockPlan(heads=(0, 2), tokens=RULE), BlockPlan(),
+    BlockPlan(neurons=(1, 5, 40), tokens=dataclasses.replace(RULE, trains="reconstruct"))))
 
 
 def as_data() -> dict:

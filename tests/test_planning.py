@@ -67,7 +67,8 @@ def test_decay_is_the_published_one_of_the_rule_unless_given(rule, default):
 
 
 def test_made_by_records_every_choice_and_survives_the_file(tmp_path):
-    choices = {"rule": "center", "keep_rate": 0.55, "prune_rate": 0.2, "boundary": "reference", "weights": "uniform", "decay": 0.01}
+    choices = {"rule": "center", "keep_rate": 0.55, "prune_rate": 0.2, "boundary": "reference", "weights": "uniform",
+               "decay": 0.01}
     plan = prune_and_merge(random_scores(), SHAPE, **choices)
     assert plan.made_by == {"method": "prune_and_merge", **choices}
     plan.save(tmp_path / "plan.json")

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from vitlab import tokens
 from vitlab.criteria.planning import prune_and_merge
@@ -35,7 +36,8 @@ def relative(got: torch.Tensor, reference: torch.Tensor) -> float:
 def load(path: Path) -> SimpleNamespace:
     """Tensors, metadata and dense model of one file."""
     with safe_open(path, "pt") as file:
-        meta, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+        meta = file.metadata()
+    tensors = load_file(path)
     sizes = {key: int(meta[key]) for key in ("img_size", "patch_size", "embed_dim", "num_heads", "depth", "num_classes")}
     dense = timm.create_model("vit_tiny_patch16_224", pretrained=False, **sizes).eval()
     dense.load_state_dict({key.removeprefix("dense."): value for key, value in tensors.items() if key.startswith("dense.")})

@@ -13,7 +13,7 @@ FORMS = [(rule, boundary, weights) for rule in ("center", "merge") for boundary 
          for weights in ("reference", "score", "uniform") if rule == "center" or boundary == "reference"]
 form = pytest.mark.parametrize("rule, boundary, weights", FORMS)
 # Both sides compute in float64; a row's sums and quotients of at most a few hundred terms round by far less.
-EXACT = dict(rtol=1e-12, atol=1e-12)
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 
 # ---- Oracles: plain lists, no tensor operation, from the text of the methods alone.
@@ -313,7 +313,7 @@ def test_rows_of_weights_sum_to_one_and_no_row_is_empty(rule, boundary, weights)
 
 
 def test_score_weights_are_in_the_proportion_of_the_scores_and_uniform_weights_are_equal():
-    for s, unpruned, _, result in random_rules("center", "grid", "score"):
+    for s, _, _, result in random_rules("center", "grid", "score"):
         for region in range(result.num_merged):
             members = [j for j, r in enumerate(result.regions) if r == region]
             for j in members:
@@ -369,12 +369,13 @@ def test_boundary_grid_is_the_same_picture_when_the_image_is_turned():
     turned = tokens.merge_rule(scores[turn], all_in, centers[turn], columns=rows)
     place = {int(old): new for new, old in enumerate(turn)}
     center = centers.nonzero().flatten().tolist()
+
+    def distance(j: int, k: int) -> int:
+        return (j // columns - k // columns) ** 2 + (j % columns - k % columns) ** 2
     for j in range(n):
-        def distance(k: int) -> int:
-            return (j // columns - k // columns) ** 2 + (j % columns - k % columns) ** 2
         mine, theirs = plain.regions[j], turned.regions[place[j]]
         other = int(turn[centers[turn].nonzero().flatten()[theirs]])
-        assert distance(center[mine]) == distance(other)                # the same center, or one as near
+        assert distance(j, center[mine]) == distance(j, other)                # the same center, or one as near
 
 
 # ---- A4, the edges

@@ -4,7 +4,6 @@ One plan covers tokens (Prune and Merge, arXiv 2503.23455), heads and neurons (a
 """
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from vitlab.files import InputError, atomic_write, read_json
 
 FORMAT, VERSION = "vitlab.plan", 1
 POOL_TOKEN = "token"
+LARGEST = 3e38                              # of a float32
 
 
 def _require(condition: bool, message: str) -> None:
@@ -52,6 +52,7 @@ class ViTShape:
             if f.type in (int, "int"):
                 value, low = getattr(self, f.name), lowest.get(f.name, 1)
                 _require(_is_int(value) and value >= low, f"shape.{f.name} is {value!r}; an integer of at least {low} is needed")
+        _require(isinstance(self.pool, str), f"shape.pool is {self.pool!r}; a string is needed")
         _require(self.num_patches > 0, f"shape: an image of {self.img_size} holds no patch of {self.patch_size}")
 
     @property
@@ -86,8 +87,8 @@ class MergeReconstruct:
         n, pruned = len(self.regions), set(self.pruned)
         _require(n == len(self.weights), f"{n} regions but {len(self.weights)} weights; one of each per patch is needed")
         _require(all(_is_int(r) and r >= -1 for r in self.regions), "regions must be integers of at least -1")
-        _require(all(isinstance(w, (int, float)) and not isinstance(w, bool) and math.isfinite(w) for w in self.weights),
-                 "weights must be finite numbers")
+        _require(all(isinstance(w, (int, float)) and not isinstance(w, bool) and abs(w) < LARGEST
+                     for w in self.weights), "weights must be finite numbers")
         _require(all(_is_int(j) and 0 <= j < n for j in self.pruned) and list(self.pruned) == sorted(pruned),
                  f"pruned must be patches from 0 to {n - 1}, ascending without repeats")
         _require(set(self.regions) - {-1} == set(range(self.num_merged)),

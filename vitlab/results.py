@@ -45,6 +45,8 @@ def read_rows(path: str | Path) -> list[ResultRow]:
     merged: dict[tuple, dict[str, Any]] = {}
     known = {f.name for f in dataclasses.fields(ResultRow)}
     for record in read_lines(path):
+        if not isinstance(record, dict) or not isinstance(record.get("model"), str):
+            raise InputError(f"{path}: holds a line that is no result row: {str(record)[:80]}")
         record = {k: v for k, v in record.items() if k in known and v is not None}
         row = merged.setdefault((record["model"], record.get("dataset", ""), record.get("split", "")), {})
         conditions = {**row.get("conditions", {}), **record.get("conditions", {})}

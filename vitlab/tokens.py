@@ -24,7 +24,7 @@ def normalise_scores(scores: Tensor, decay: float) -> Tensor:
         if not torch.isfinite(row).all() or (row < 0).any() or not row.any():
             raise InputError(f"token scores of block {block} must be finite, not negative and not all zero")
     layers = torch.arange(len(scores), dtype=scores.dtype, device=scores.device)[:, None]
-    if decay < 0 or decay * (len(scores) - 1) >= 1:
+    if not (decay >= 0 and decay * (len(scores) - 1) < 1):
         raise InputError(f"decay is {decay}; with {len(scores)} blocks it must lie in [0, {1 / max(1, len(scores) - 1):.4g})")
     return scores / scores.norm(dim=1, keepdim=True) * (1 - decay * layers)
 
@@ -43,8 +43,8 @@ def choose(scores: Tensor, *, rule: str = "center", keep_rate: float = KEEP_RATE
         raise InputError(f"rule {rule!r} is not known; known are {sorted(DECAY)}")
     if not 0 <= prune_rate < 1:
         raise InputError(f"prune_rate is {prune_rate}; it must lie in [0, 1)")
-    n_prune, n_keep = int(n * prune_rate), int(n * keep_rate)
-    if not 0 < keep_rate <= 1 or n_keep < 1:
+    n_prune, n_keep = int(n * prune_rate), int(n * keep_rate) if 0 < keep_rate <= 1 else 0
+    if n_keep < 1:
         raise InputError(f"keep_rate is {keep_rate}; with {n} patches it must lie in [{1 / n:.4g}, 1]")
     if rule == "center":
         ordered = scores.flatten().sort().values
@@ -114,7 +114,7 @@ def merge_rule(scores: Tensor, unpruned: Tensor, centers: Tensor, *, columns: in
     scores, unpruned, centers (n); columns of the patch grid. boundary (rule "center" alone): "reference" raster runs
     or "grid" 2-D cells. weights: "reference" t / s[center] (rule "center") or t / mean of the run's positive t
     (rule "merge"), with t the scores of unpruned patches; "score" the same made to sum to 1 in each region; "uniform"
-    1 / size. Where a region's weights sum to 1 a constant region stays constant, and its update is not scaled down.
+    1 / size, the only one with which a constant region stays constant through reconstruct @ merge, too.
     """
     n = len(scores)
     if rule == "center" and boundary not in BOUNDARIES:
@@ -140,14 +140,17 @@ def merge_rule(scores: Tensor, unpruned: Tensor, centers: Tensor, *, columns: in
 
     if not index:
         entry = torch.zeros(n)
-    elif weights == "uniform" or bool((per_region(t)[unpruned] <= 0).any()):    # all scores of a region 0: no mean
+    elif weights == "uniform":
         entry = 1 / per_region(torch.ones(n))
-    elif weights == "score":
-        entry = t / per_region(t)
-    elif rule == "center":
-        entry = t / t[centers][slot]                                            # regions are numbered by their center
     else:
-        entry = t / (per_region(t) / per_region(t > 0))
+        if weights == "score":
+            divisor = per_region(t)
+        elif rule == "center":
+            divisor = t[centers][slot]                                          # regions are numbered by their center
+        else:
+            divisor = per_region(t) / per_region(t > 0)
+        none = ~(per_region(t) > 0)                                             # all scores of a region 0: the plain mean
+        entry = torch.where(none, 1 / per_region(torch.ones(n)), t / torch.where(none, 1, divisor))
     entry = torch.where(unpruned, entry, 0)
     if not (literal and rule == "merge"):
         regions = torch.where(unpruned, regions, -1)

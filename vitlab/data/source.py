@@ -19,6 +19,11 @@ TIMM_PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
 MAX_WORKERS = 8
 
 
+def available_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Images(Dataset):
     """A split, or a slice of one. An image that can't be read becomes a black one with target -1 - index: a flag that
     Batches takes out and reports, instead of a crash in a worker or another image in its place."""
@@ -122,7 +127,7 @@ class ImageData:
         if crop_pct is not None:
             config["crop_pct"] = crop_pct
         if workers is None:
-            workers = 0 if self.name == "digits" else min(MAX_WORKERS, os.cpu_count() or 1)
+            workers = 0 if self.name == "digits" else min(MAX_WORKERS, available_cores())
         if training and isinstance(images, Images):
             batch_size = min(batch_size, len(images))
         loader = create_loader(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from vitlab import tokens
 from vitlab.files import InputError
 from vitlab.models.shrink import keep_heads, keep_neurons
-from vitlab.models.support import attention_block, check_supported, shape_of
+from vitlab.models.support import shape_of
 from vitlab.plan import CompressionPlan, MergeReconstruct
 
 TRAINABLE = ("all", "matrices", "weights")
@@ -27,9 +27,6 @@ class MergeReconstructTokens(nn.Module):
 
     def forward(self, x: Tensor, block: nn.Module) -> Tensor:
         """x (B, N, D) -> (B, N, D):  reconstruct @ block(merge @ x) + (1 - token_mask) * x   (A6)."""
-        if x.shape[1] != self.merge_matrix.shape[1]:
-            raise InputError(f"{x.shape[1]} tokens came in; the plan is for {self.merge_matrix.shape[1]} "
-                             "(another image size needs its own plan)")
         y = torch.matmul(self.reconstruct_matrix, block(torch.matmul(self.merge_matrix, x)))
         if self.has_pruned:
             y = y + (1 - self.token_mask)[:, None] * x
@@ -53,17 +50,24 @@ class TokenBlock(nn.Module):
         return self.tokens(x, self.block)
 
 
+def _check_size(patch_embed: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Regions are places on one grid, so an image of another size (or turned) is refused."""
+    size = tuple(inputs[0].shape[-2:])
+    if size != tuple(patch_embed.img_size):
+        raise InputError(f"an image of {size[0]} x {size[1]} came in; the plan is for {patch_embed.img_size[0]} x "
+                         f"{patch_embed.img_size[1]} (another size needs its own plan)")
+
+
 def compress(model: nn.Module, plan: CompressionPlan) -> nn.Module:
     """A copy of `model`, compressed; still the same timm class. The plan that cuts nothing gives bit-equal logits.
 
     model: a dense timm VisionTransformer. Raises InputError where the family can't be handled, the model is already
     compressed, or the plan is for other sizes.
     """
-    check_supported(model)
-    if any(attention_block(b) is not b for b in model.blocks):
-        raise InputError("the model is already compressed; compress the dense one with a new plan")
     plan.check_fits(shape_of(model))
     model = copy.deepcopy(model)
+    if any(cut.tokens is not None for cut in plan.blocks):
+        model.patch_embed.register_forward_pre_hook(_check_size)
     for index, (block, cut) in enumerate(zip(model.blocks, plan.blocks)):
         try:
             if cut.heads is not None:
@@ -87,11 +91,11 @@ def set_trainable(model: nn.Module, what: str) -> None:
     """
     if what not in TRAINABLE:
         raise InputError(f"trainable {what!r} is not known; known are {list(TRAINABLE)}")
-    for parameter in model.parameters():
-        parameter.requires_grad_(what != "matrices")
     rules = [m for m in model.modules() if isinstance(m, MergeReconstructTokens)]
     if what == "matrices" and not rules:
         raise InputError("the model has no merge and reconstruct matrices to train")
+    for parameter in model.parameters():
+        parameter.requires_grad_(what != "matrices")
     for rule in rules:
         rule.merge_matrix.requires_grad_(what != "weights" and rule.trains == "both")
         rule.reconstruct_matrix.requires_grad_(what != "weights")

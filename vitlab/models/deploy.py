@@ -49,6 +49,10 @@ def _refuse_intermediates(*args: object, **kwargs: object) -> None:
     raise InputError("a deployed model has no token grid between its blocks; take intermediates from the training form")
 
 
+def _refuse_reset(*args: object, **kwargs: object) -> None:
+    raise InputError("a deployed model is folded for its pooling; reset the classifier of the training form and deploy that")
+
+
 def _matrices(block: nn.Module, eye: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
     """(merge, reconstruct, carried indices, whether both are the identity) of one block, in float64."""
     if isinstance(block, TokenBlock):
@@ -63,9 +67,10 @@ def _matrices(block: nn.Module, eye: Tensor) -> tuple[Tensor, Tensor, Tensor, bo
 def deploy(model: nn.Module) -> nn.Module:
     """A copy of a compressed model in its folded form, in eval mode: the same logits (float32: 1e-4), fewer MACs.
 
-    Shapes are static. With class-token pooling the blocks end in the prefix tokens alone, and forward_features returns
-    only those; with any other pooling the whole grid is reconstructed once, at the end. A model without merged tokens
-    comes back as it is. The folded matrices no longer train. Raises InputError for a family that can't be handled.
+    Shapes are static. With class-token pooling only the prefix tokens are reconstructed at the end, and forward_features
+    returns those alone (all tokens where the last block merges none); with any other pooling the whole grid is.
+    A model without merged tokens comes back as it is. The folded matrices no longer train, and the classifier can't be
+    reset any more. Raises InputError for a family that can't be handled.
     """
     check_supported(model)
     if any(isinstance(b, FoldedBlock) for b in model.blocks):
@@ -87,5 +92,5 @@ def deploy(model: nn.Module) -> nn.Module:
         wanted = eye[:model.num_prefix_tokens] if model.global_pool == POOL_TOKEN else eye
         folded.append(Fold(tokens.fold(give, carried, wanted, none).to(weight.dtype)))
     model.blocks = nn.Sequential(*folded)
-    model.forward_intermediates = _refuse_intermediates
+    model.forward_intermediates, model.reset_classifier = _refuse_intermediates, _refuse_reset
     return model.requires_grad_(False)

@@ -1,5 +1,5 @@
 """Which timm models vitlab takes, and the one place where their sizes and blocks are read."""
-from timm.layers import Attention
+from timm.layers import Attention, Mlp, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
@@ -10,6 +10,11 @@ from vitlab.plan import ViTShape
 def attention_block(block: nn.Module) -> nn.Module:
     """timm's own Block, whether plain or inside a wrapper of vitlab."""
     return getattr(block, "block", block)
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether tokens are merged in any block (training or deployed form)."""
+    return any(attention_block(b) is not b for b in model.blocks)
 
 
 def refuse(model: nn.Module) -> str | None:
@@ -23,6 +28,12 @@ def refuse(model: nn.Module) -> str | None:
             return f"{name} has a {type(block).__name__} at block {index}; timm's plain Block is needed"
         if type(block.attn) is not Attention:
             return f"{name} has {type(block.attn).__name__} at block {index}; timm's plain Attention is needed"
+        if type(block.mlp) is not Mlp or not isinstance(block.mlp.norm, nn.Identity):
+            return f"{name} has {type(block.mlp).__name__} at block {index}; timm's plain Mlp is needed"
+    if type(model.patch_embed) is not PatchEmbed:
+        return f"{name} has {type(model.patch_embed).__name__}; timm's plain PatchEmbed is needed"
+    if model.attn_pool is not None:
+        return f"{name} pools by attention ({type(model.attn_pool).__name__}); class-token or average pooling is needed"
     if type(model.patch_drop) is not nn.Identity:
         return f"{name} drops patches in training (patch_drop_rate); create it with patch_drop_rate=0"
     return None
@@ -36,8 +47,11 @@ def check_supported(model: nn.Module) -> None:
 
 
 def shape_of(model: nn.Module) -> ViTShape:
-    """Sizes of a dense supported model. Raises InputError for any other."""
+    """Sizes of a dense supported model. Raises InputError for any other, a compressed one too."""
     check_supported(model)
+    sizes = {(b.attn.num_heads, b.mlp.fc2.in_features) for b in map(attention_block, model.blocks)}
+    if is_merged(model) or len(sizes) > 1:
+        raise InputError("the model is already compressed; the dense one is needed here")
     first = attention_block(model.blocks[0])
     classifiers = model.get_classifier()
     embed = model.patch_embed

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vitlab.files import InputError
-from vitlab.models import attention_block, check_supported
+from vitlab.models import attention_block, check_supported, is_merged
 
 ABSOLUTE = ("batch", "image")
 
@@ -19,12 +19,14 @@ ABSOLUTE = ("batch", "image")
 @contextlib.contextmanager
 def _frozen_eval(model: nn.Module) -> Iterator[None]:
     """Eval mode, and no gradient for any parameter; both as before afterwards."""
-    training, wanted = model.training, [(p, p.requires_grad) for p in model.parameters()]
+    modes = [(m, m.training) for m in model.modules()]
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
     try:
         model.eval().requires_grad_(False)
         yield
     finally:
-        model.train(training)
+        for module, mode in modes:
+            module.training = mode
         for parameter, flag in wanted:
             parameter.requires_grad_(flag)
 
@@ -76,6 +78,8 @@ def token_scores(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, 
     check_supported(model)
     if absolute not in ABSOLUTE:
         raise InputError(f"absolute {absolute!r} is not known; known are {list(ABSOLUTE)}")
+    if is_merged(model):
+        raise InputError("token scores are of the dense model; this one merges tokens already")
     if model.num_classes == 0:
         raise InputError("token scores need a classifier; the model has num_classes=0")
     device = torch.device(device) if device is not None else next(model.parameters()).device

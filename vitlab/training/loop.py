@@ -79,8 +79,7 @@ def fit(model: nn.Module, data: ImageData, recipe: Recipe, folder: str | Path, *
         task.train()
         bar = tqdm(batches, desc=f"epoch {epoch + 1}/{recipe.epochs}", unit="batch", disable=not progress, leave=False)
         for step, (images, targets) in enumerate(bar):
-            if not (epoch == 0 and step == 0) or recipe.warmup_epochs == 0:
-                scheduler.step_update(epoch * len(batches) + step)
+            scheduler.step_update(epoch * len(batches) + step)
             with autocast(device, recipe.amp):
                 loss = task(images.to(device), targets.to(device))["loss"]
             losses.append(float(loss.detach()))
