@@ -1,8 +1,9 @@
 """An image folder, checked before anything runs: train/ and val/, validation/ or test/, one folder per class in each."""
 from pathlib import Path
 
-from timm.data.readers import create_reader
 from timm.data.readers.img_extensions import get_img_extensions
+from timm.utils.misc import natural_key
+from torchvision.datasets.folder import make_dataset
 
 from vitlab.files import InputError, read_json
 
@@ -68,16 +69,17 @@ def class_numbers(root: Path, splits: dict[str, Path], class_map: str | Path | N
 
 
 class FolderReader:
-    """Indexable (open file, class) pairs of one split."""
+    """Indexable (path, class) pairs of one split; every image below a class folder, however deep, is of that class."""
 
     def __init__(self, split: Path, numbers: dict[str, int]) -> None:
-        self.reader = create_reader("", root=str(split), split=split.name, class_map=numbers)
+        found = make_dataset(str(split), numbers, extensions=tuple(get_img_extensions()), allow_empty=True)
+        self.samples = sorted(found, key=lambda sample: natural_key(sample[0]))
 
     def __len__(self) -> int:
-        return len(self.reader)
+        return len(self.samples)
 
-    def __getitem__(self, i: int):
-        return self.reader[i]
+    def __getitem__(self, i: int) -> tuple[str, int]:
+        return self.samples[i]
 
     def filename(self, i: int) -> str:
-        return self.reader.filename(i, absolute=True)
+        return self.samples[i][0]

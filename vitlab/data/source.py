@@ -46,7 +46,7 @@ class Images(Dataset):
         return self.reader.filename(self.indices[i])
 
     def image(self, i: int) -> tuple[Image.Image, int]:
-        """(RGB image, class), untransformed. Raises OSError or ValueError where it can't be read."""
+        """(RGB image, class), untransformed. Raises whatever Pillow does where it can't be read."""
         image, target = self.reader[self.indices[i]][:2]
         image = image if isinstance(image, Image.Image) else Image.open(image)
         return image.convert("RGB"), int(target)
@@ -57,7 +57,7 @@ class Images(Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         try:
             image, target = self.image(i)
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+        except Exception:                       # a damaged file makes Pillow's decoders raise nearly anything
             image, target = Image.new("RGB", (64, 64)), -1 - i
         return self.transform(image), target
 
@@ -134,6 +134,7 @@ class ImageData:
             images, input_size=config["input_size"], batch_size=batch_size, is_training=training,
             interpolation=config["interpolation"], mean=config["mean"], std=config["std"], crop_pct=config["crop_pct"],
             crop_mode=config.get("crop_mode"), num_workers=workers, use_prefetcher=False,
+            persistent_workers=False,           # fresh workers every epoch: a resumed run draws the same random numbers
             pin_memory=torch.cuda.is_available(), device=torch.device("cpu"), **(augment or {}))
         return Batches(loader, images if isinstance(images, Images) else None)
 

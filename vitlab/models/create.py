@@ -1,5 +1,7 @@
 """Models by timm's names, and two small ones of vitlab's own for 32 x 32 images; weights are read without pickle."""
+import argparse
 import difflib
+import inspect
 import pickle
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,11 @@ def vit_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransf
     return _small("vit_micro_patch4_32", pretrained, **{"embed_dim": 96, "depth": 6, "num_heads": 3, **kwargs})
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, short enough for one line."""
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
 def create_model(name: str, *, weights: str | Path | None = None, pretrained: bool = False, **args: Any) -> nn.Module:
     """A supported timm vision transformer in eval mode.
 
@@ -50,8 +57,8 @@ def create_model(name: str, *, weights: str | Path | None = None, pretrained: bo
         raise InputError(f"timm knows no model {name!r}" + (f"; near are {', '.join(near)}" if near else ""))
     try:
         model = timm.create_model(name, pretrained=pretrained, **args)
-    except (TypeError, AssertionError, RuntimeError, ValueError, OSError) as error:     # OSError: the download of weights
-        raise InputError(f"{name}: timm could not build it ({str(error).splitlines()[0]})") from error
+    except (TypeError, AssertionError, ArithmeticError, RuntimeError, ValueError, OSError) as error:  # OSError: a download
+        raise InputError(f"{name}: timm could not build it ({first_line(error)})") from error
     check_supported(model)
     if weights is not None:
         state = checkpoint_filter_fn(read_state(weights), model, adapt_layer_scale=True)
@@ -68,6 +75,17 @@ def architecture(model: nn.Module) -> dict[str, Any]:
     return {"name": name, "args": args}
 
 
+def rebuild(source: dict[str, Any]) -> nn.Module:
+    """The model of an `architecture`, with random weights. Only arguments of timm's VisionTransformer are taken, so a file
+    can't make it read other files or download. Raises InputError naming what is wrong."""
+    if not isinstance(source, dict) or not isinstance(source.get("name"), str) or not isinstance(source.get("args"), dict):
+        raise InputError('"model" must hold "name" and "args"')
+    odd = sorted(set(source["args"]) - set(inspect.signature(VisionTransformer.__init__).parameters))
+    if odd:
+        raise InputError(f"model argument {odd[0]!r} is not one of a vision transformer's")
+    return create_model(source["name"], **source["args"])
+
+
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a .safetensors, .pth, .pt or .bin file, without running any code of the file's.
 
@@ -79,7 +97,6 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 def read_file(path: str | Path) -> dict[str, Any]:
     """All that a checkpoint file holds; an argparse.Namespace in it is allowed (published checkpoints carry one)."""
-    import argparse
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
@@ -90,9 +107,9 @@ def read_file(path: str | Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(f"{path}: holds more than weights, or is damaged; nothing of it was run or loaded "
-                         f"({str(error).splitlines()[0][:200]})") from None
+                         f"({first_line(error)})") from None
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: can't be read, it may be cut short ({str(error).splitlines()[0][:200]})") from None
+        raise InputError(f"{path}: can't be read, it may be cut short ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a state dict")
     return content
@@ -103,11 +120,10 @@ def _state_of(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
         if isinstance(content.get(key), dict):
             content = content[key]
             break
-    state = {k.removeprefix("module."): v for k, v in content.items()}
-    wrong = [k for k, v in state.items() if not isinstance(v, Tensor)]
-    if wrong or not state:
-        raise InputError(f"{path}: " + (f"{wrong[0]!r} is not a tensor" if wrong else "holds no weights"))
-    return state
+    wrong = [k for k, v in content.items() if not isinstance(v, Tensor) or not isinstance(k, str)]
+    if wrong or not content:
+        raise InputError(f"{path}: " + (f"{wrong[0]!r} is not a tensor, or not its name" if wrong else "holds no weights"))
+    return {k.removeprefix("module."): v for k, v in content.items()}
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:

@@ -22,6 +22,8 @@ def refuse(model: nn.Module) -> str | None:
     name = type(model).__name__
     if not isinstance(model, VisionTransformer):
         return f"{name} is not a timm VisionTransformer; ViT, DeiT, DeiT-III, MAE and DINOv2 models are"
+    if not len(model.blocks):
+        return f"{name} has no blocks"
     for index, wrapped in enumerate(model.blocks):
         block = attention_block(wrapped)
         if type(block) is not Block:

@@ -13,7 +13,7 @@ from torch import nn
 import vitlab
 from vitlab.files import InputError, atomic_folder, existing_folder, read_json
 from vitlab.models import compress, deploy
-from vitlab.models.create import architecture, create_model, load_state, read_state
+from vitlab.models.create import architecture, load_state, read_state, rebuild
 from vitlab.models.deploy import FoldedBlock
 from vitlab.plan import CompressionPlan
 
@@ -76,10 +76,14 @@ def load(path: str | Path) -> Checkpoint:
     info, where = read_json(folder / INFO), folder / INFO
     if not isinstance(info, dict) or info.get("format") != FORMAT or info.get("version") != VERSION:
         raise InputError(f"{where}: not a {FORMAT} of version {VERSION}")
-    source, plan = info.get("model"), CompressionPlan.load(folder / PLAN)
-    if not isinstance(source, dict) or not isinstance(source.get("name"), str) or not isinstance(source.get("args"), dict):
-        raise InputError(f'{where}: "model" must hold "name" and "args"')
-    dense = create_model(source["name"], **source["args"])
+    config = info.get("config") or {}
+    if not isinstance(config, dict):
+        raise InputError(f'{where}: "config" must be an object')
+    plan = CompressionPlan.load(folder / PLAN)
+    try:
+        dense = rebuild(info.get("model"))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     try:
         model = compress(dense, plan)
     except InputError as error:
@@ -87,5 +91,5 @@ def load(path: str | Path) -> Checkpoint:
     if info.get("deployed"):
         model = deploy(model)
     load_state(model, read_state(folder / WEIGHTS), folder / WEIGHTS)
-    model.pretrained_cfg = {**model.pretrained_cfg, **{k: v for k, v in (info.get("config") or {}).items() if v is not None}}
+    model.pretrained_cfg = {**model.pretrained_cfg, **{k: v for k, v in config.items() if v is not None}}
     return Checkpoint(model=model.eval(), plan=plan, info=info)

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from vitlab.data import ImageData
 from vitlab.files import InputError, append_line, atomic_write, read_lines
 from vitlab.models import set_trainable
+from vitlab.models.create import read_file
 from vitlab.training.distillation import make_task
 from vitlab.training.evaluate import autocast, evaluate
 from vitlab.training.recipes import Recipe
@@ -85,7 +86,8 @@ def fit(model: nn.Module, data: ImageData, recipe: Recipe, folder: str | Path, *
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
                 raise InputError(f"the loss is {losses[-1]} at epoch {epoch + 1}, step {step + 1}; a smaller lr than "
-                                 f"{recipe.lr} or clip_grad may help. The state after epoch {epoch} is in {folder / STATE}")
+                                 f"{recipe.lr} or clip_grad may help"
+                                 + (f". The state after epoch {epoch} is in {folder / STATE}" if epoch else ""))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             if recipe.clip_grad:
@@ -115,8 +117,8 @@ def _resume(folder: Path, mark: str, model: nn.Module, optimizer: torch.optim.Op
     path = folder / STATE
     if not path.exists():
         return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if state["mark"] != mark:
+    state = read_file(path)
+    if state.get("mark") != mark:
         raise InputError(f"{path}: the state of another run (other recipe, data, model or seed); choose another folder or remove it")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])

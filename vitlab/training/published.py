@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from vitlab.files import InputError, atomic_write
-from vitlab.models import compress, shape_of
+from vitlab.models import attention_block, compress, shape_of
 from vitlab.models.compress import MergeReconstructTokens, TokenBlock
-from vitlab.models.create import load_state, read_file, read_state
+from vitlab.models.create import architecture, load_state, read_file, read_state, rebuild
 from vitlab.plan import BlockPlan, CompressionPlan, MergeReconstruct
 
 NAMES = {"merge_matrix": "merge_matrix", "reconstruct_matrix": "recover_matrix", "token_mask": "token_mask"}
@@ -22,25 +23,21 @@ def is_published(content: dict[str, Any]) -> bool:
 
 def _rule(merge: Tensor, mask: Tensor, prefix: int, index: int, path: str | Path) -> MergeReconstruct:
     """The token rule of a trained merge matrix: each patch is in the row where its entry is largest."""
-    patches = merge[prefix:, prefix:]                                           # (C - P, n)
-    if not len(patches):
-        regions = torch.full((patches.shape[1],), -1)
-        weights = torch.zeros(patches.shape[1])
-    else:
-        weights, regions = patches.abs().max(dim=0)
-        weights = patches[regions, torch.arange(len(regions))]
-    pruned = mask[prefix:] == 0
-    # Rows that are no patch's largest entry still are tokens: a pruned patch stands for them where there is one.
-    free = [r for r in range(len(patches)) if r not in set(regions[~pruned].tolist())]
-    spare = [int(j) for j in pruned.nonzero().flatten()]
-    if len(free) > len(spare):
-        raise InputError(f"{path}: block {index}: {len(free)} rows of merge_matrix are no patch's largest entry, "
-                         f"but only {len(spare)} patches are pruned")
-    regions = torch.where(pruned, -1, regions)
-    for row, patch in zip(free, spare):
-        regions[patch] = row
-    weights = torch.where(pruned, 0, weights)
-    return MergeReconstruct(regions=tuple(regions.tolist()), weights=tuple(weights.tolist()), pruned=tuple(spare))
+    patches, pruned = merge[prefix:, prefix:], mask[prefix:] == 0               # (C - P, n), (n)
+    if len(patches) > patches.shape[1]:
+        raise InputError(f"{path}: block {index}: merge_matrix has {len(patches)} rows for {patches.shape[1]} patches")
+    regions = torch.full((patches.shape[1],), -1)
+    if len(patches):
+        regions = torch.where(pruned, -1, patches.abs().argmax(dim=0))
+        # Every row is a token and needs a patch to stand for it; a trained row may be no patch's largest entry, and a
+        # row of zeros has pruned patches alone. The assignment gives each row a patch of its own, large entries first.
+        rows, own = linear_sum_assignment(patches.abs().numpy(), maximize=True)
+        missing = set(range(len(patches))) - set(regions.tolist())
+        if missing:
+            regions[torch.from_numpy(own)] = torch.from_numpy(rows)
+    weights = torch.where(pruned, 0, patches[regions.clamp(min=0), torch.arange(len(regions))] if len(patches) else 0)
+    return MergeReconstruct(regions=tuple(regions.tolist()), weights=tuple(weights.tolist()),
+                            pruned=tuple(pruned.nonzero().flatten().tolist()))
 
 
 def load_published(path: str | Path, dense: nn.Module) -> tuple[nn.Module, CompressionPlan]:
@@ -61,7 +58,7 @@ def load_published(path: str | Path, dense: nn.Module) -> tuple[nn.Module, Compr
         if missing:
             raise InputError(f"{path}: {prefix}attn.{missing[0]} is missing")
         merge, reconstruct, mask = (matrices[k].float() for k in NAMES)
-        tokens, rows = shape.num_tokens, len(merge)
+        tokens, rows = shape.num_tokens, reconstruct.shape[-1] if reconstruct.dim() else 0
         if merge.shape != (rows, tokens) or reconstruct.shape != (tokens, rows) or mask.flatten().shape != (tokens,):
             raise InputError(f"{path}: {prefix}attn.merge_matrix {tuple(merge.shape)}, recover_matrix {tuple(reconstruct.shape)} and "
                              f"token_mask {tuple(mask.shape)} don't fit {tokens} tokens")
@@ -81,6 +78,10 @@ def save_published(path: str | Path, model: nn.Module) -> None:
     """Write a compressed model (training form, every block merged) in the published layout, atomically."""
     if not all(isinstance(b, TokenBlock) and isinstance(b.tokens, MergeReconstructTokens) for b in model.blocks):
         raise InputError("the published layout has merge and reconstruct matrices in every block; this model has not")
+    dense = shape_of(rebuild(architecture(model)))
+    for index, block in enumerate(attention_block(b) for b in model.blocks):
+        if (block.attn.num_heads, block.mlp.fc2.in_features) != (dense.num_heads, dense.num_neurons):
+            raise InputError(f"the published layout has all heads and neurons; block {index} of this model has not")
     state = {}
     for key, value in model.state_dict().items():
         for own, theirs in NAMES.items():

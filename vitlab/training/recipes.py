@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vitlab.files import InputError
+from vitlab.models import TRAINABLE
 
 DISTILL = ("none", "soft", "hard")
 
@@ -38,7 +39,9 @@ class Recipe:
     def __post_init__(self) -> None:
         checks = {"epochs": self.epochs >= 1, "batch_size": self.batch_size >= 1, "lr": self.lr > 0,
                   "weight_decay": self.weight_decay >= 0, "alpha": 0 <= self.alpha <= 1, "tau": self.tau > 0,
-                  "smoothing": 0 <= self.smoothing < 1, "distill": self.distill in DISTILL}
+                  "lr_batch": self.lr_batch >= 1, "warmup_epochs": self.warmup_epochs >= 0, "min_lr": self.min_lr >= 0,
+                  "clip_grad": self.clip_grad is None or self.clip_grad > 0, "drop_path": 0 <= self.drop_path < 1,
+                  "trainable": self.trainable in TRAINABLE, "smoothing": 0 <= self.smoothing < 1, "distill": self.distill in DISTILL}
         for name, good in checks.items():
             if not good:
                 raise InputError(f"recipe {self.name}: {name} is {getattr(self, name)!r}, out of its range")
