@@ -1,0 +1,41 @@
+"""What the README shows is what benchmarks/results holds, and its code runs."""
+import importlib.util
+import re
+from pathlib import Path
+
+import torch
+
+import vitlab
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_tables_of_the_readme_are_the_measured_ones():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    assert all(f"<!-- table: {name} -->" in README for name in tables.TABLES)
+    assert tables.render(README) == README, "run: python benchmarks/tables.py"
+
+
+def test_every_file_that_the_readme_names_is_there():
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links and not [link for link in links if not (ROOT / link).exists()]
+    notebooks = {p.stem for p in (ROOT / "notebooks").glob("*.ipynb")}
+    assert set(re.findall(r"`(\d\d_\w+)`", README)) == notebooks
+
+
+def test_the_three_lines_of_the_readme_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?)```", README, flags=re.S).group(1)
+    small = code.replace("deit_tiny_patch16_224", "vit_nano_patch4_32").replace("pretrained=True", "num_classes=10")
+    dense = vitlab.create_model("vit_nano_patch4_32", num_classes=10)
+    scores = torch.rand(6, 64, generator=torch.Generator().manual_seed(0)) + 0.1
+    vitlab.prune_and_merge(scores, vitlab.shape_of(dense), keep_rate=0.5).save("plan.json")
+    names: dict = {}
+    exec(compile(small, "README", "exec"), names)
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, fast = names["small"](x), names["fast"](x)
+    assert float((fast - expected).abs().max() / expected.abs().max()) < 1e-4      # float32, another order of products
