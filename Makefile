@@ -14,7 +14,7 @@ test: $(READY)          ## all tests
 	$(BIN)/python -m pytest -q
 
 lab: $(READY)           ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab --notebook-dir=.
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
 
 lint: $(READY)          ## ruff
 	$(BIN)/ruff check .

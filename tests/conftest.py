@@ -9,7 +9,9 @@ from torch import nn
 
 from vitlab import tokens
 from vitlab.models import shape_of
-from vitlab.plan import BlockPlan, CompressionPlan, MergeReconstruct, ViTShape
+from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.rules import MergeReconstruct
+from vitlab.shape import ViTShape
 
 torch.set_num_threads(1)        # the models are tiny: with more threads they mostly wait for each other
 

@@ -19,7 +19,8 @@ from vitlab.data import open_data
 from vitlab.files import InputError
 from vitlab.models import compress, deploy, shape_of
 from vitlab.models.create import create_model
-from vitlab.plan import CompressionPlan, MergeReconstruct
+from vitlab.plan import CompressionPlan
+from vitlab.rules import MergeReconstruct
 from vitlab.training import checkpoint
 from vitlab.training.checkpoint import INFO, PLAN, WEIGHTS
 

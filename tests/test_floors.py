@@ -7,6 +7,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [                                              # lowest first
     {"files"},
+    {"shape"},
+    {"rules"},
     {"plan", "results"},
     {"tokens", "cost"},
     {"models", "criteria", "search", "data", "plots"},

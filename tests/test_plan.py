@@ -6,7 +6,9 @@ import math
 import pytest
 
 from vitlab.files import InputError
-from vitlab.plan import BlockPlan, CompressionPlan, MergeReconstruct, ViTShape
+from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.rules import MergeReconstruct
+from vitlab.shape import ViTShape
 
 SHAPE = ViTShape(img_size=(48, 80), patch_size=(16, 16), embed_dim=33, depth=3, num_heads=3, head_dim=11, num_neurons=41,
                  num_prefix_tokens=2, num_classes=7)

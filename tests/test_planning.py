@@ -6,7 +6,8 @@ import torch
 
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.files import InputError
-from vitlab.plan import CompressionPlan, ViTShape
+from vitlab.plan import CompressionPlan
+from vitlab.shape import ViTShape
 
 SHAPE = ViTShape(img_size=(80, 112), patch_size=(16, 16), embed_dim=33, depth=5, num_heads=3, head_dim=11, num_neurons=41)
 N, L = 35, 5        # 80 / 16 * 112 / 16 patches

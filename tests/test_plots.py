@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from vitlab.plan import BlockPlan, CompressionPlan, MergeReconstruct, ViTShape
+from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plots import accuracy_against_cost, kept_counts, merge_map, save_figure, score_maps, to_image, training_curves
 from vitlab.plots.tokens import through_matrices
 from vitlab.results import ResultRow
+from vitlab.rules import MergeReconstruct
+from vitlab.shape import ViTShape
 
 matplotlib.use("agg")
 SHAPE = ViTShape(img_size=(20, 30), patch_size=(10, 10), embed_dim=8, depth=2, num_heads=2, head_dim=4, num_neurons=16)

@@ -6,7 +6,8 @@ fold products too; form "published" leaves those out, as the tables of arXiv 250
 from torch import nn
 
 from vitlab.files import InputError
-from vitlab.plan import POOL_TOKEN, BlockPlan, CompressionPlan, ViTShape
+from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.shape import POOL_TOKEN, ViTShape
 
 FORMS = ("deployed", "training", "published")
 PARTS = ("patch_embed", "qkv", "attention", "proj", "mlp", "merge", "reconstruct", "fold", "classifier")

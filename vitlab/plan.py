@@ -9,111 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from vitlab.files import InputError, atomic_write, read_json
+from vitlab.rules import TOKEN_RULES, TokenRule
+from vitlab.shape import ViTShape, is_int, require
 
 FORMAT, VERSION = "vitlab.plan", 1
-POOL_TOKEN = "token"
-LARGEST = 3e38                              # of a float32
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViTShape:
-    """The sizes of the dense model that a plan is for. B batch, N tokens, D dim, H heads, d head width, M neurons."""
-
-    img_size: tuple[int, int]
-    patch_size: tuple[int, int]
-    in_chans: int = 3
-    embed_dim: int
-    depth: int
-    num_heads: int
-    head_dim: int
-    num_neurons: int
-    num_prefix_tokens: int = 1          # class token, distillation token, registers
-    num_classes: int = 1000             # 0: no classifier
-    num_classifiers: int = 1            # 2 for a distilled DeiT
-    pool: str = POOL_TOKEN              # "token" needs prefix tokens alone; every other pooling needs all
-
-    def __post_init__(self) -> None:
-        for name in ("img_size", "patch_size"):
-            value = getattr(self, name)
-            _require(isinstance(value, (tuple, list)) and len(value) == 2 and all(_is_int(v) and v > 0 for v in value),
-                     f"shape.{name} is {value!r}; two positive integers are needed")
-            object.__setattr__(self, name, tuple(value))
-        lowest = {"num_prefix_tokens": 0, "num_classes": 0}
-        for f in dataclasses.fields(self):
-            if f.type in (int, "int"):
-                value, low = getattr(self, f.name), lowest.get(f.name, 1)
-                _require(_is_int(value) and value >= low, f"shape.{f.name} is {value!r}; an integer of at least {low} is needed")
-        _require(isinstance(self.pool, str), f"shape.pool is {self.pool!r}; a string is needed")
-        _require(self.num_patches > 0, f"shape: an image of {self.img_size} holds no patch of {self.patch_size}")
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        return self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1]
-
-    @property
-    def num_patches(self) -> int:
-        return self.grid_size[0] * self.grid_size[1]
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_prefix_tokens + self.num_patches
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeReconstruct:
-    """Token rule of Prune and Merge: merge before the block, reconstruct after it (methods A4 to A6).
-
-    The numbers are the matrices' starting values; trained matrices are weights and live in the checkpoint.
-    """
-
-    regions: tuple[int, ...]            # per patch: which merged token it goes into, from 0; -1: none (pruned patches only)
-    weights: tuple[float, ...]          # per patch: its entry in the merge matrix; 0 where pruned
-    pruned: tuple[int, ...] = ()        # patches that skip the block, ascending
-    trains: str = "both"                # "both" matrices or "reconstruct" alone
-
-    kind = "merge_reconstruct"
-
-    def __post_init__(self) -> None:
-        n, pruned = len(self.regions), set(self.pruned)
-        _require(n == len(self.weights), f"{n} regions but {len(self.weights)} weights; one of each per patch is needed")
-        _require(all(_is_int(r) and r >= -1 for r in self.regions), "regions must be integers of at least -1")
-        _require(all(isinstance(w, (int, float)) and not isinstance(w, bool) and abs(w) < LARGEST
-                     for w in self.weights), "weights must be finite numbers")
-        _require(all(_is_int(j) and 0 <= j < n for j in self.pruned) and list(self.pruned) == sorted(pruned),
-                 f"pruned must be patches from 0 to {n - 1}, ascending without repeats")
-        _require(set(self.regions) - {-1} == set(range(self.num_merged)),
-                 f"regions must be numbered 0 to {self.num_merged - 1} without a gap")
-        for j, (region, weight) in enumerate(zip(self.regions, self.weights)):
-            _require(j in pruned or region >= 0, f"patch {j} is in no region and not pruned")
-            _require(j not in pruned or weight == 0, f"patch {j} is pruned; its weight must be 0, not {weight}")
-        _require(self.trains in ("both", "reconstruct"), f"trains is {self.trains!r}; 'both' or 'reconstruct' is needed")
-        for name in ("regions", "pruned"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
-
-    @property
-    def num_merged(self) -> int:
-        """How many tokens the patches become (prefix tokens not counted)."""
-        return max(self.regions, default=-1) + 1
-
-    def check(self, shape: ViTShape) -> None:
-        """InputError where the rule is for another number of patches."""
-        _require(len(self.regions) == shape.num_patches,
-                 f"tokens.regions has {len(self.regions)} entries; the model has {shape.num_patches} patches")
-
-
-TOKEN_RULES = {MergeReconstruct.kind: MergeReconstruct}
-TokenRule = MergeReconstruct
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +29,9 @@ class BlockPlan:
             kept = getattr(self, name)
             if kept is None:
                 continue
-            _require(len(kept) > 0, f"{name} is empty; at least one must stay")
-            _require(all(_is_int(k) and 0 <= k < count for k in kept), f"{name} must be integers from 0 to {count - 1}")
-            _require(list(kept) == sorted(set(kept)), f"{name} must ascend without repeats")
+            require(len(kept) > 0, f"{name} is empty; at least one must stay")
+            require(all(is_int(k) and 0 <= k < count for k in kept), f"{name} must be integers from 0 to {count - 1}")
+            require(list(kept) == sorted(set(kept)), f"{name} must ascend without repeats")
         if self.tokens is not None:
             self.tokens.check(shape)
 
@@ -147,7 +46,7 @@ class CompressionPlan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))
-        _require(len(self.blocks) == self.shape.depth,
+        require(len(self.blocks) == self.shape.depth,
                  f"the plan has {len(self.blocks)} blocks; the model has {self.shape.depth}")
         for index, block in enumerate(self.blocks):
             try:
@@ -166,7 +65,7 @@ class CompressionPlan:
         wrong = [f"{f.name} {getattr(shape, f.name)} (plan: {getattr(self.shape, f.name)})"
                  for f in dataclasses.fields(shape)
                  if f.name not in free and getattr(shape, f.name) != getattr(self.shape, f.name)]
-        _require(not wrong, "the plan is for another model; this one has " + ", ".join(wrong))
+        require(not wrong, "the plan is for another model; this one has " + ", ".join(wrong))
 
     def tokens_per_block(self) -> list[int]:
         """Tokens that enter each block's attention, prefix tokens included."""
@@ -191,11 +90,11 @@ class CompressionPlan:
     def from_json(cls, data: Any, where: str = "plan") -> "CompressionPlan":
         """Build from parsed JSON. Raises InputError that begins with `where` and names the block and field."""
         try:
-            _require(isinstance(data, dict) and data.get("format") == FORMAT, f'"format" must be "{FORMAT}"')
-            _require(data.get("version") == VERSION,
+            require(isinstance(data, dict) and data.get("format") == FORMAT, f'"format" must be "{FORMAT}"')
+            require(data.get("version") == VERSION,
                      f"version {data.get('version')!r} is not known; this vitlab reads version {VERSION}")
-            _require(isinstance(data.get("blocks"), list), '"blocks" must be a list')
-            _require(isinstance(data.get("made_by", {}), dict), '"made_by" must be an object')
+            require(isinstance(data.get("blocks"), list), '"blocks" must be a list')
+            require(isinstance(data.get("made_by", {}), dict), '"made_by" must be an object')
             shape = _build(ViTShape, data.get("shape"), "shape")
             blocks = tuple(_block_from_json(block, f"block {i}") for i, block in enumerate(data["blocks"]))
             return cls(shape=shape, blocks=blocks, made_by=data.get("made_by", {}))
@@ -213,11 +112,11 @@ class CompressionPlan:
 
 
 def _build(cls: type, data: Any, where: str) -> Any:
-    _require(isinstance(data, dict), f"{where} must be an object")
+    require(isinstance(data, dict), f"{where} must be an object")
     known = {f.name: f for f in dataclasses.fields(cls)}
     needed = {n for n, f in known.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
-    _require(not set(data) - set(known), f"{where}: unknown {sorted(set(data) - set(known))}; known are {sorted(known)}")
-    _require(not needed - set(data), f"{where}: {sorted(needed - set(data))} missing")
+    require(not set(data) - set(known), f"{where}: unknown {sorted(set(data) - set(known))}; known are {sorted(known)}")
+    require(not needed - set(data), f"{where}: {sorted(needed - set(data))} missing")
     try:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
     except (TypeError, AttributeError) as error:
@@ -227,14 +126,14 @@ def _build(cls: type, data: Any, where: str) -> Any:
 
 
 def _block_from_json(data: Any, where: str) -> BlockPlan:
-    _require(isinstance(data, dict), f"{where} must be an object")
+    require(isinstance(data, dict), f"{where} must be an object")
     data = dict(data)
     tokens = data.get("tokens")
     if tokens is not None:
-        _require(isinstance(tokens, dict) and isinstance(tokens.get("kind"), str) and tokens["kind"] in TOKEN_RULES,
+        require(isinstance(tokens, dict) and isinstance(tokens.get("kind"), str) and tokens["kind"] in TOKEN_RULES,
                  f"{where}: tokens.kind must be one of {sorted(TOKEN_RULES)}")
         kind = TOKEN_RULES[tokens["kind"]]
         data["tokens"] = _build(kind, {k: v for k, v in tokens.items() if k != "kind"}, f"{where}: tokens")
     for name in ("heads", "neurons"):
-        _require(data.get(name) is None or isinstance(data[name], list), f"{where}: {name} must be a list or null")
+        require(data.get(name) is None or isinstance(data[name], list), f"{where}: {name} must be a list or null")
     return _build(BlockPlan, data, where)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vitlab.files import InputError
-from vitlab.plan import MergeReconstruct
+from vitlab.rules import MergeReconstruct
 
 DECAY = {"center": 0.025, "merge": 0.015}       # per block, of the normalised scores (A2)
 PRUNE_RATE, KEEP_RATE = 0.1, 0.6                # published settings

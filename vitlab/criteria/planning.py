@@ -3,7 +3,8 @@ from torch import Tensor
 
 from vitlab import tokens
 from vitlab.files import InputError
-from vitlab.plan import BlockPlan, CompressionPlan, ViTShape
+from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.shape import ViTShape
 
 
 def prune_and_merge(scores: Tensor, shape: ViTShape, *, rule: str = "center", keep_rate: float = tokens.KEEP_RATE,

@@ -8,7 +8,8 @@ from vitlab import tokens
 from vitlab.files import InputError
 from vitlab.models.shrink import keep_heads, keep_neurons
 from vitlab.models.support import shape_of
-from vitlab.plan import CompressionPlan, MergeReconstruct
+from vitlab.plan import CompressionPlan
+from vitlab.rules import MergeReconstruct
 
 TRAINABLE = ("all", "matrices", "weights")
 

@@ -12,7 +12,7 @@ from vitlab import tokens
 from vitlab.files import InputError
 from vitlab.models.compress import MergeReconstructTokens, TokenBlock
 from vitlab.models.support import attention_block, check_supported
-from vitlab.plan import POOL_TOKEN
+from vitlab.shape import POOL_TOKEN
 
 
 class Fold(nn.Module):

@@ -4,7 +4,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from vitlab.files import InputError
-from vitlab.plan import ViTShape
+from vitlab.shape import ViTShape
 
 
 def attention_block(block: nn.Module) -> nn.Module:

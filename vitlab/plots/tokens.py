@@ -9,8 +9,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from vitlab import tokens
-from vitlab.plan import CompressionPlan, MergeReconstruct, ViTShape
+from vitlab.plan import CompressionPlan
 from vitlab.plots.base import PALETTE, new_axes
+from vitlab.rules import MergeReconstruct
+from vitlab.shape import ViTShape
 
 
 def score_maps(scores: Tensor, shape: ViTShape, blocks: Sequence[int]) -> Figure:

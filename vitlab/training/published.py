@@ -11,7 +11,8 @@ from vitlab.files import InputError, atomic_write
 from vitlab.models import attention_block, compress, shape_of
 from vitlab.models.compress import MergeReconstructTokens, TokenBlock
 from vitlab.models.create import architecture, load_state, read_file, read_state, rebuild
-from vitlab.plan import BlockPlan, CompressionPlan, MergeReconstruct
+from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.rules import MergeReconstruct
 
 NAMES = {"merge_matrix": "merge_matrix", "reconstruct_matrix": "recover_matrix", "token_mask": "token_mask"}
 

@@ -1,0 +1,64 @@
+"""ViTShape: the sizes of a vision transformer, as checked plain data."""
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from vitlab.files import InputError
+
+POOL_TOKEN = "token"
+
+
+def require(condition: bool, message: str) -> None:
+    """InputError with the message where the condition does not hold."""
+    if not condition:
+        raise InputError(message)
+
+
+def is_int(value: Any) -> bool:
+    """An integer that is not a bool (JSON's true is no number)."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTShape:
+    """The sizes of the dense model that a plan is for. B batch, N tokens, D dim, H heads, d head width, M neurons."""
+
+    img_size: tuple[int, int]
+    patch_size: tuple[int, int]
+    in_chans: int = 3
+    embed_dim: int
+    depth: int
+    num_heads: int
+    head_dim: int
+    num_neurons: int
+    num_prefix_tokens: int = 1          # class token, distillation token, registers
+    num_classes: int = 1000             # 0: no classifier
+    num_classifiers: int = 1            # 2 for a distilled DeiT
+    pool: str = POOL_TOKEN              # "token" needs prefix tokens alone; every other pooling needs all
+
+    def __post_init__(self) -> None:
+        for name in ("img_size", "patch_size"):
+            value = getattr(self, name)
+            require(isinstance(value, (tuple, list)) and len(value) == 2 and all(is_int(v) and v > 0 for v in value),
+                     f"shape.{name} is {value!r}; two positive integers are needed")
+            object.__setattr__(self, name, tuple(value))
+        lowest = {"num_prefix_tokens": 0, "num_classes": 0}
+        for f in dataclasses.fields(self):
+            if f.type in (int, "int"):
+                value, low = getattr(self, f.name), lowest.get(f.name, 1)
+                require(is_int(value) and value >= low, f"shape.{f.name} is {value!r}; an integer of at least {low} is needed")
+        require(isinstance(self.pool, str), f"shape.pool is {self.pool!r}; a string is needed")
+        require(self.num_patches > 0, f"shape: an image of {self.img_size} holds no patch of {self.patch_size}")
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1]
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size[0] * self.grid_size[1]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prefix_tokens + self.num_patches
