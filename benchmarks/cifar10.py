@@ -21,7 +21,7 @@ from vitlab.results import ResultRow, format_table, read_rows
 from vitlab.training.evaluate import evaluate
 from vitlab.workbench import steps
 
-KEEP_RATES, SEEDS, SLICE = (0.7, 0.6, 0.5), (0, 1, 2), 5000
+KEEP_RATES, SEEDS, SLICE = (0.7, 0.6, 0.5), (0, 1, 2), 2500
 CHOICES = (("reference", "reference"), ("reference", "score"), ("grid", "reference"), ("grid", "score"), ("grid", "uniform"))
 
 

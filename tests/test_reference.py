@@ -12,7 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from vitlab import tokens
+from vitlab.criteria.hsic import redundancy, relevance
 from vitlab.criteria.planning import prune_and_merge
+from vitlab.criteria.units import head_scores, neuron_scores
 from vitlab.models import compress, deploy, shape_of
 from vitlab.training.capture import token_scores
 
@@ -123,3 +125,46 @@ def test_matrices_in_the_compressed_model_are_those_of_the_file(path):
         assert relative(block.tokens.merge_matrix.detach(), merge) < AGREEMENT
         assert relative(block.tokens.reconstruct_matrix.detach(), reconstruct) < AGREEMENT
         assert torch.equal(block.tokens.token_mask, mask.to(block.tokens.token_mask.dtype))
+
+
+def activations(dense, images: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    """(hidden (B, N, M) per block, head outputs (B, N, H, d) per block, softmax output) of a dense model."""
+    hidden, heads, handles = [], [], []
+    for block in dense.blocks:
+        handles.append(block.mlp.fc2.register_forward_pre_hook(lambda _, x: hidden.append(x[0])))
+        handles.append(block.attn.proj.register_forward_pre_hook(
+            lambda _, x, a=block.attn: heads.append(x[0].unflatten(2, (a.num_heads, a.head_dim)))))
+    with torch.inference_mode():
+        logits = dense(images)
+    for handle in handles:
+        handle.remove()
+    return hidden, heads, logits
+
+
+mdc_files = sorted(FOLDER.glob("mdc*.safetensors"))
+each_mdc = pytest.mark.parametrize("path", [pytest.param(p, id=p.stem) for p in mdc_files] or [
+    pytest.param(None, marks=pytest.mark.skip(reason=f"no mdc*.safetensors in {FOLDER}; set {VARIABLE} to the folder that holds them"))])
+
+
+@each_mdc
+def test_hsic_values_are_the_reference_ones(path):
+    tensors = load_file(path)
+    x, z = tensors["hsic.x"][None], tensors["hsic.z"][None]
+    assert relative(relevance(x, tensors["hsic.y_prob"]), tensors["hsic.relevance"]) < AGREEMENT
+    assert relative(redundancy(x, z)[0], tensors["hsic.redundancy"]) < AGREEMENT
+
+
+@each_mdc
+def test_neuron_and_head_scores_are_the_reference_ones(path):
+    with safe_open(path, "pt") as file:
+        meta = file.metadata()
+    tensors = load_file(path)
+    sizes = {key: int(meta[key]) for key in ("img_size", "patch_size", "embed_dim", "num_heads", "depth", "num_classes")}
+    dense = timm.create_model("vit_tiny_patch16_224", pretrained=False, **sizes).eval()
+    dense.load_state_dict({key.removeprefix("dense."): value for key, value in tensors.items() if key.startswith("dense.")})
+    hidden, heads, logits = activations(dense, tensors["input"])
+    assert relative(logits, tensors["dense_logits"]) < AGREEMENT
+    # In float64: the reference is float32 itself and about half of the agreement away from the exact value.
+    probabilities = logits.softmax(dim=1).double()
+    assert relative(torch.stack([neuron_scores(h.double(), probabilities) for h in hidden]), tensors["neuron_score"]) < AGREEMENT
+    assert relative(torch.stack([head_scores(h.double(), probabilities) for h in heads]), tensors["head_score"]) < AGREEMENT
