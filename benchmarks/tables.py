@@ -1,4 +1,4 @@
-"""Write the README's tables from benchmarks/results/, so that no number in it is typed.
+"""Write the tables of the README and docs/ from benchmarks/results/, so that no number in them is typed.
 
     python benchmarks/tables.py
 """
@@ -8,12 +8,23 @@ from pathlib import Path
 from vitlab.files import atomic_write, read_lines
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "prune_and_merge.md")
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def boundaries(rows: list[dict]) -> str:
+    """One line per choice, one column per keep rate: median (lowest to highest seed)."""
+    keeps = list(dict.fromkeys(r["model"].rsplit(", ", 1)[1] for r in rows))
+    names = list(dict.fromkeys(r["model"].rsplit(", ", 1)[0] for r in rows))
+    cell = {r["model"]: r for r in rows}
+
+    def text(r: dict) -> str:
+        return f"{r['top1_pct']:.1f} ({min(r['conditions']['draws']):.1f} to {max(r['conditions']['draws']):.1f})"
+    return _table(["scores and plan", *keeps], [[n, *[text(cell[f"{n}, {k}"]) for k in keeps]] for n in names])
 
 
 def published_table(rows: list[dict]) -> str:
@@ -48,18 +59,20 @@ def token_speed(rows: list[dict]) -> str:
     return _table(["model", "conditions", "GMACs", "images/s", "ratio", "of the MAC ratio"], [line(r) for r in rows])
 
 
-TABLES: dict[str, Callable[[list[dict]], str]] = {"published_table": published_table, "cifar10": cifar10, "token_speed": token_speed}
+TABLES: dict[str, Callable[[list[dict]], str]] = {"published_table": published_table, "published_form": published_table,
+                                                 "boundaries": boundaries, "cifar10": cifar10, "token_speed": token_speed}
 
 
 def render(text: str) -> str:
-    """The README's text with every table made anew."""
+    """A page's text with every table in it made anew."""
     for name, make in TABLES.items():
         rows = read_lines(HERE / "results" / f"{name}.jsonl")
-        if rows:
+        if rows and f"<!-- table: {name} -->" in text:
             before, mark, after = text.partition(f"<!-- table: {name} -->\n")
             text = before + mark + make(rows) + "\n" + after[after.index("<!-- end -->"):]
     return text
 
 
 if __name__ == "__main__":
-    atomic_write(README, render(README.read_text(encoding="utf-8")))
+    for page in PAGES:
+        atomic_write(page, render(page.read_text(encoding="utf-8")))
