@@ -51,7 +51,7 @@ def run(path: str | Path, out: str | Path, parameters: dict[str, Any] | None = N
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         papermill.execute_notebook(str(path), str(target), parameters=parameters, kernel_name="python3", progress_bar=progress,
-                                   config=ENCRYPTED)
+                                   stdout_file=sys.stderr if progress else None, config=ENCRYPTED)
     except PapermillExecutionError as error:
         raise InputError(f"{path.name}: cell {error.cell_index} failed: {error.ename}: {error.evalue} (see {target})") from None
     return target
