@@ -4,20 +4,17 @@
     python benchmarks/cifar10.py --data CIFAR10 --run RUN
 
 Boundaries are compared on a slice of train, by scores of another slice; the table is measured on the test split. Rows go to
-benchmarks/results/boundaries.jsonl and cifar10.jsonl. A killed run goes on where it stopped.
+benchmarks/results/boundaries.jsonl and cifar10.jsonl. Fine-tuning that was killed goes on where it stopped.
 """
 import argparse
-import dataclasses
-import json
 import statistics
 from pathlib import Path
 
 from vitlab.cost import gmacs
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.data import open_data
-from vitlab.files import atomic_write
 from vitlab.models import compress, deploy, shape_of
-from vitlab.results import ResultRow, format_table, read_rows
+from vitlab.results import ResultRow, format_table, read_rows, write_rows
 from vitlab.training.evaluate import evaluate
 from vitlab.workbench import steps
 
@@ -26,7 +23,7 @@ CHOICES = (("reference", "reference"), ("reference", "score"), ("grid", "referen
 
 
 def write(name: str, rows: list[ResultRow]) -> None:
-    atomic_write(Path(__file__).parent / "results" / f"{name}.jsonl", "".join(json.dumps(dataclasses.asdict(r)) + "\n" for r in rows))
+    write_rows(Path(__file__).parent / "results" / f"{name}.jsonl", rows)
 
 
 def boundaries(args: argparse.Namespace) -> None:

@@ -8,19 +8,16 @@ median over several draws of the 512 images, since those scores depend on which 
 Rows go to benchmarks/results/published_table.jsonl.
 """
 import argparse
-import dataclasses
-import json
 import statistics
 from pathlib import Path
 
 from vitlab.cost import gmacs
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.data import open_data
-from vitlab.files import atomic_write
 from vitlab.models import compress, deploy, shape_of
 from vitlab.models.create import create_model
 from vitlab.plan import CompressionPlan
-from vitlab.results import ResultRow, format_table
+from vitlab.results import ResultRow, format_table, write_rows
 from vitlab.training.capture import token_scores
 from vitlab.training.checkpoint import versions
 from vitlab.training.evaluate import evaluate
@@ -67,8 +64,7 @@ def main() -> None:
                                                                  "dtype": "bfloat16" if args.bf16 else "float32"}))
             print(f"{name}: median {rows[-1].top1_pct:.2f}, range {min(tops[keep]):.2f} to {max(tops[keep]):.2f}", flush=True)
     print(format_table(rows, ("model", "top1_pct", "gmacs")))
-    atomic_write(Path(__file__).parent / "results" / ("published_form.jsonl" if args.published else "published_table.jsonl"),
-                 "".join(json.dumps(dataclasses.asdict(r)) + "\n" for r in rows))
+    write_rows(Path(__file__).parent / "results" / ("published_form.jsonl" if args.published else "published_table.jsonl"), rows)
 
 
 if __name__ == "__main__":

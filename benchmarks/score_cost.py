@@ -4,8 +4,6 @@
 
 Rows go to benchmarks/results/score_cost.jsonl: seconds and ratio for DeiT-Ti and DeiT-S at batch 16.
 """
-import dataclasses
-import json
 import statistics
 import time
 from pathlib import Path
@@ -13,9 +11,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from vitlab.files import atomic_write
 from vitlab.models.create import create_model
-from vitlab.results import ResultRow
+from vitlab.results import ResultRow, write_rows
 from vitlab.training.capture import token_scores
 from vitlab.training.throughput import conditions
 
@@ -49,8 +46,7 @@ def main() -> None:
                               latency_ms=1000 * statistics.median(times["scoring"][1:]),
                               conditions=conditions(device, "float32", BATCH, REPEATS) | {"ratio_range": [min(ratios), max(ratios)]}))
         print(f"{name}: {rows[-1].ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-    atomic_write(Path(__file__).parent / "results" / "score_cost.jsonl",
-                 "".join(json.dumps(dataclasses.asdict(r)) + "\n" for r in rows))
+    write_rows(Path(__file__).parent / "results" / "score_cost.jsonl", rows)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,8 @@ def token_speed(rows: list[dict]) -> str:
         c = r["conditions"]
         return [r["model"].replace("_patch16_224", ""), f"{c['dtype']}, batch {c['batch_size']}, {c['threads']} threads, {c['device']}",
                 f"{r['gmacs']:.3f}", f"{r['throughput_img_s']:.1f}", f"{r['ratio']:.2f}", f"{c['of_mac_ratio']:.2f}"]
-    return _table(["model", "conditions", "GMACs", "images/s", "ratio", "of the MAC ratio"], [line(r) for r in rows if "training" not in r["model"]])
+    head = ["model", "conditions", "GMACs", "images/s", "ratio", "of the MAC ratio"]
+    return _table(head, [line(r) for r in rows if "training" not in r["model"]])
 
 
 TABLES: dict[str, Callable[[list[dict]], str]] = {"published_table": published_table, "published_form": published_table,

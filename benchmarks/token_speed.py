@@ -6,8 +6,6 @@ Random weights and random scores: speed does not depend on them beyond the count
 benchmarks/results/token_speed.jsonl (replaced), the figure to docs/token_speed.png. Run it with nothing else running.
 """
 import argparse
-import dataclasses
-import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,13 +13,12 @@ import torch
 
 from vitlab.cost import gmacs
 from vitlab.criteria.planning import prune_and_merge
-from vitlab.files import atomic_write
 from vitlab.models import compress, deploy, shape_of
 from vitlab.models.create import create_model
 from vitlab.plan import CompressionPlan
 from vitlab.plots import save_figure
 from vitlab.plots.base import new_axes
-from vitlab.results import ResultRow, format_table
+from vitlab.results import ResultRow, format_table, write_rows
 from vitlab.training.throughput import conditions, measure
 
 HERE = Path(__file__).parent
@@ -68,7 +65,7 @@ def main() -> None:
                 print("of the MAC ratio:", ", ".join(f"{r.conditions['of_mac_ratio']:.2f}" for r in part), f"({device}, batch {batch})\n")
     if quick:
         return
-    atomic_write(HERE / "results" / "token_speed.jsonl", "".join(json.dumps(dataclasses.asdict(r)) + "\n" for r in rows))
+    write_rows(HERE / "results" / "token_speed.jsonl", rows)
     draw(rows)
 
 

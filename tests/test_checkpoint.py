@@ -260,13 +260,13 @@ def failing(*args, **kwargs):
     raise OSError("disk full")
 
 
-@pytest.mark.parametrize("name", ["plan.save", "save_file"])
+@pytest.mark.parametrize("name", ["plan.save", "to_bytes"])
 def test_a_save_that_fails_half_way_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch, name):
     old, new = make("compressed", seed=0), make("compressed", seed=1)
     folder = checkpoint.save(tmp_path / "c", *old)
     before = {f.name: f.read_bytes() for f in folder.iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr(*((CompressionPlan, "save") if name == "plan.save" else (checkpoint, "save_file")), failing)
+        patch.setattr(*((CompressionPlan, "save") if name == "plan.save" else (checkpoint, "to_bytes")), failing)
         with pytest.raises(OSError, match="disk full"):
             checkpoint.save(folder, *new)
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
@@ -334,7 +334,7 @@ def test_an_ema_state_goes_before_the_raw_one(tmp_path):
 @pytest.mark.parametrize("name, near", [
     ("vit_nano_patch4_33", "vit_nano_patch4_32"), ("deit_tinny_patch16_224", "deit_tiny_patch16_224")])
 def test_an_unknown_model_suggests_near_names(name, near):
-    with pytest.raises(InputError, match=f"no model '{name}'; near are .*{near}"):
+    with pytest.raises(InputError, match=f"'{name}': no such file or folder, and no timm model; near are .*{near}"):
         create_model(name)
 
 
@@ -412,3 +412,25 @@ def test_a_plan_with_a_rule_that_trains_reconstruct_alone_keeps_that_after_loadi
     assert all(isinstance(b.tokens, MergeReconstruct) and b.tokens.trains == "reconstruct" for b in found.plan.blocks)
     assert [b.tokens.merge_matrix.requires_grad for b in found.model.blocks] == [False, False]
     assert dataclasses.replace(plan, made_by={}) == dataclasses.replace(found.plan, made_by={})
+
+
+def test_saving_with_another_plan_than_the_models_is_refused(tmp_path):
+    model, plan = make("compressed", seed=0)
+    with pytest.raises(InputError, match="block 0 of the model is not what the plan says"):
+        checkpoint.save(tmp_path / "c", model, CompressionPlan.empty(plan.shape))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("field", "value"), [("config", {"mean": "x"}), ("config", {"mean": [1, 2]}), ("config", {"crop_pct": 2}),
+                                              ("config", {"interpolation": "zzz"}), ("classes", 5), ("classes", [1])])
+def test_image_settings_and_class_names_of_the_wrong_kind_are_refused(tmp_path, field, value):
+    folder = checkpoint.save(tmp_path / "c", *make("compressed", seed=0))
+    info = json.loads((folder / "checkpoint.json").read_text())
+    (folder / "checkpoint.json").write_text(json.dumps({**info, field: value}))
+    with pytest.raises(InputError, match=f"checkpoint.json: .{field}. must"):
+        checkpoint.load(folder)
+
+
+def test_a_saved_checkpoint_can_be_read_by_others(tmp_path):
+    folder = checkpoint.save(tmp_path / "c", *make("compressed", seed=0))
+    assert len({f.stat().st_mode & 0o777 for f in folder.iterdir()}) == 1

@@ -89,6 +89,38 @@ def test_a_split_that_is_not_there_is_named_with_those_that_are(study, capsys):
     assert code == 2 and "no split 'dev'" in err and "test" in err and "train" in err
 
 
+def test_options_that_can_have_no_effect_are_refused(study, capsys, tmp_path):
+    plan = tmp_path / "plan.json"
+    plan.write_text((study / "dense/checkpoint/plan.json").read_text())
+    for argv, named in (
+            (["prune", "--checkpoint", f"{study}/dense", "--plan", str(plan), "--keep-rate", "0.5", "--out", f"{tmp_path}/o"],
+             "--keep-rate"),
+            (["prune", "--checkpoint", f"{study}/dense", "--scores", f"{study}/s.safetensors", "--rule", "merge", "--boundary", "grid",
+              "--out", f"{tmp_path}/o"], "--boundary"),
+            (["evaluate", "--checkpoint", f"{study}/dense", "--model", "deit_tiny_patch16_224", "--data", "digits"], "--model"),
+            (["pretrain", "--model", "vit_nano_patch4_32", "--data", "digits", "--class-map", str(plan), "--out", f"{tmp_path}/o"],
+             "class map")):
+        code, _, err = run(capsys, *argv)
+        assert code == 2 and named in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("out", ["FILE", "FILE/x", "/proc/x", "n" * 300])
+def test_a_place_that_can_not_be_written_to_is_refused_before_the_work(study, capsys, tmp_path, out):
+    (tmp_path / "FILE").write_text("mine")
+    target = out if out.startswith("/") else str(tmp_path / out)
+    code, _, err = run(capsys, "prune", "--checkpoint", f"{study}/dense", "--scores", f"{study}/s.safetensors", "--out", target)
+    assert code == 2 and len(err.strip().splitlines()) == 1 and "Traceback" not in err
+    assert (tmp_path / "FILE").read_text() == "mine"
+
+
+def test_another_image_size_trains_and_is_measured(capsys, tmp_path):
+    code, _, _ = run(capsys, "pretrain", "--model", "vit_nano_patch4_32", "--img-size", "48", "--data", "digits",
+                     "--out", f"{tmp_path}/r", *QUICK)
+    assert code == 0 and checkpoint.load(tmp_path / "r").plan.shape.img_size == (48, 48)
+    code, _, _ = run(capsys, "evaluate", "--checkpoint", f"{tmp_path}/r", "--data", "digits", "--limit", "20", "--quiet")
+    assert code == 0
+
+
 def test_help_of_every_command_reads_without_loading_torch():
     code = ("import sys; from vitlab.cli import build_parser; p = build_parser()\n"
             "subs = next(a for a in p._actions if a.dest == 'command').choices\n"

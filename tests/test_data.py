@@ -350,3 +350,9 @@ def test_images_come_in_the_models_size_mean_and_deviation(tmp_path):
     assert tuple(images.shape) == (3, 3, 48, 48)
     wanted = torch.tensor([[(level / 255 - m) / s for m, s in ((0.1, 0.5), (0.2, 0.25), (0.3, 0.2))] for level in (0, 1, 2)])
     torch.testing.assert_close(images.mean(dim=(2, 3)), wanted, rtol=0, atol=1e-5)     # float32 of numbers about 1
+
+
+def test_images_come_in_the_size_the_model_is_not_the_one_its_name_says():
+    model = tiny(num_classes=10, img_size=48)
+    x, _ = next(iter(open_data("digits").batches("test", model, batch_size=2)))
+    assert x.shape == (2, 3, 48, 48) and model(x).shape == (2, 10)

@@ -287,9 +287,37 @@ def finished(easy, tmp_path_factory):
 
 def test_a_finished_run_called_again_trains_no_more_and_gives_the_same(easy, finished):
     folder, wanted, log = finished
-    content, model = (folder / STATE).read_bytes(), tiny(seed=1)
+    content, model = (folder / STATE).read_bytes(), tiny()
     assert fit(model, easy, small_recipe(), folder, **QUIET) == log
     assert equal(weights(model), wanted) and (folder / STATE).read_bytes() == content
+
+
+def test_a_run_does_not_go_on_from_the_state_of_other_weights_another_teacher_or_other_files(easy, finished, tmp_path):
+    folder, _, _ = finished
+    with pytest.raises(InputError, match="the state of another run"):
+        fit(tiny(seed=1), easy, small_recipe(), folder, **QUIET)
+    other = open_data(write_easy_folder(tmp_path / easy.name))           # the same name and size, other files
+    with pytest.raises(InputError, match="the state of another run"):
+        fit(tiny(), other, small_recipe(), folder, **QUIET)
+    settings = small_recipe(distill="soft", epochs=1)
+    fit(tiny(), easy, settings, tmp_path / "run", teacher=tiny(seed=2), **QUIET)
+    with pytest.raises(InputError, match="the state of another run"):
+        fit(tiny(), easy, settings, tmp_path / "run", teacher=tiny(seed=3), **QUIET)
+
+
+@pytest.mark.parametrize("damage", [{"epoch": "two"}, {"random": None}, {"model": {}}, {"optimizer": {}}])
+def test_a_damaged_state_is_refused_by_name(easy, finished, tmp_path, damage):
+    state = torch.load(finished[0] / STATE, weights_only=True)
+    torch.save({**state, **damage}, tmp_path / STATE)
+    with pytest.raises(InputError, match=f"{tmp_path / STATE}: d"):       # damaged, or does not fit the model
+        fit(tiny(), easy, small_recipe(), tmp_path, **QUIET)
+
+
+def test_after_training_a_merge_matrix_of_rule_merge_still_does_not_train(easy, tmp_path):
+    model, _ = compressed(rule="merge")
+    fit(model, easy, small_recipe(epochs=1), tmp_path, **QUIET)
+    flags = {n.rsplit(".", 1)[1]: p.requires_grad for n, p in model.named_parameters() if ".tokens." in n}
+    assert flags == {"merge_matrix": False, "reconstruct_matrix": True}
 
 
 def test_the_state_loads_without_pickled_code_and_says_its_epoch(finished):

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from training_fixtures import NAME, compressed, logits, one_thread, tiny, write_folder  # noqa: F401
 
-from tests.training_fixtures import NAME, compressed, logits, one_thread, tiny, write_folder  # noqa: F401
 from vitlab.files import InputError
 from vitlab.models import shape_of
 from vitlab.plan import CompressionPlan

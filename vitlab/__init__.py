@@ -10,6 +10,10 @@ _PUBLIC = {"compress": "vitlab.models", "deploy": "vitlab.models", "shape_of": "
 __all__ = sorted(_PUBLIC)
 
 
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
 def __getattr__(name: str):         # torch and timm load at first use, so that `vitlab --help` answers at once
     if name not in _PUBLIC:
         raise AttributeError(f"module 'vitlab' has no attribute {name!r}; it has {', '.join(__all__)}")

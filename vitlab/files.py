@@ -73,7 +73,7 @@ def read_json(path: str | Path) -> Any:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror})") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:               # also numbers or nesting beyond Python's limits
         raise InputError(f"{path}: not valid JSON ({error})") from None
 
 

@@ -1,11 +1,12 @@
 """Result rows: one measured model a row, with its conditions, appended to results.jsonl and read back as a table."""
 import dataclasses
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vitlab.files import InputError, append_line, read_lines
+from vitlab.files import InputError, append_line, atomic_write, read_lines
 
 COLUMNS = ("model", "top1_pct", "gmacs", "params_m", "throughput_img_s", "ratio")
 
@@ -23,8 +24,8 @@ class ResultRow:
     gmacs: float | None = None              # per image, everything that is multiplied
     params_m: float | None = None
     throughput_img_s: float | None = None
-    latency_ms: float | None = None         # batch 1
-    ratio: float | None = None              # throughput over the dense model's, measured in turn
+    latency_ms: float | None = None         # one forward, batch 1 unless the conditions name another
+    ratio: float | None = None              # throughput over the baseline's, measured in turn
     conditions: dict[str, Any] = field(default_factory=dict)   # device, dtype, batch, threads, seed, versions
 
     def __post_init__(self) -> None:
@@ -37,6 +38,11 @@ class ResultRow:
 def append_row(path: str | Path, row: ResultRow) -> None:
     """Append to a results.jsonl; flushed before this returns."""
     append_line(path, dataclasses.asdict(row))
+
+
+def write_rows(path: str | Path, rows: list[ResultRow]) -> None:
+    """Replace a results file by these rows, atomically."""
+    atomic_write(path, "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
 
 
 def read_rows(path: str | Path) -> list[ResultRow]:

@@ -27,5 +27,5 @@ def prune_and_merge(scores: Tensor, shape: ViTShape, *, rule: str = "center", ke
                                                  weights=weights))              # (A4)
               for layer in zip(normal, unpruned, centers)]
     made_by = {"method": "prune_and_merge", "rule": rule, "keep_rate": keep_rate, "prune_rate": prune_rate,
-               "boundary": boundary, "weights": weights, "decay": decay}
+               **({"boundary": boundary} if rule == "center" else {}), "weights": weights, "decay": decay}
     return CompressionPlan(shape=shape, blocks=tuple(blocks), made_by=made_by)

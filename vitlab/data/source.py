@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from vitlab.data.digits import CLASSES, DigitsReader
-from vitlab.data.folder import HELD_OUT_NAMES, FolderReader, class_numbers, find_splits
+from vitlab.data.folder import CLASS_MAP, HELD_OUT_NAMES, FolderReader, class_numbers, find_splits
 from vitlab.files import InputError
 
 TIMM_PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
@@ -65,14 +65,19 @@ class Images(Dataset):
 class Batches:
     """Iterate (images, targets) of a timm loader without the broken images; their paths gather in `broken`."""
 
-    def __init__(self, loader: Any, images: Images | None) -> None:
+    def __init__(self, loader: Any, images: Images | None, limit: int | None = None) -> None:
         self.loader, self.images, self.broken = loader, images, []
+        self.limit = None if images is not None else limit      # a stream has no slice to take: its first images serve
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        seen = 0
         for x, y in self.loader:
+            if self.limit is not None and seen >= self.limit:
+                return
+            seen += len(y)
             for flag in y[y < 0].tolist() if self.images is not None else []:
                 path = self.images.path(-1 - flag)
                 if path not in self.broken:
@@ -105,6 +110,11 @@ class ImageData:
         images = self.splits[name]
         return images.take(limit, seed) if isinstance(images, Images) else images
 
+    def files(self, split: str) -> list[str]:
+        """Name and paths of a split, by which it is known again; the name alone of a stream."""
+        images = self.split(split)
+        return [self.name, *(images.path(i) for i in range(len(images)))] if isinstance(images, Images) else [self.name]
+
     def check_fits(self, num_classes: int) -> None:
         """InputError where the class numbers can't be the classifier's."""
         if self.num_classes is None or num_classes == 0:
@@ -124,6 +134,8 @@ class ImageData:
         self.check_fits(model.num_classes)
         images = self.split(split, limit, seed)
         config = resolve_model_data_config(model)
+        size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        config["input_size"] = config["input_size"] if size is None else (model.in_chans, *size)     # as the model is, not was
         if crop_pct is not None:
             config["crop_pct"] = crop_pct
         if workers is None:
@@ -136,7 +148,7 @@ class ImageData:
             crop_mode=config.get("crop_mode"), num_workers=workers, use_prefetcher=False,
             persistent_workers=False,           # fresh workers every epoch: a resumed run draws the same random numbers
             pin_memory=torch.cuda.is_available(), device=torch.device("cpu"), **(augment or {}))
-        return Batches(loader, images if isinstance(images, Images) else None)
+        return Batches(loader, images if isinstance(images, Images) else None, limit)
 
 
 def open_data(data: str | Path, *, class_map: str | Path | None = None, root: str | None = None) -> ImageData:
@@ -147,6 +159,8 @@ def open_data(data: str | Path, *, class_map: str | Path | None = None, root: st
     Raises InputError naming the folder: missing, no split, an empty class, classes that differ between splits.
     """
     if str(data) == "digits":
+        if class_map is not None:
+            raise InputError("digits takes no class map: its ten classes are fixed")
         splits = {name: Images(DigitsReader(name)) for name in ("train", "test")}
         return ImageData("digits", splits, list(CLASSES), len(CLASSES))
     if str(data).startswith(TIMM_PREFIXES):
@@ -154,7 +168,7 @@ def open_data(data: str | Path, *, class_map: str | Path | None = None, root: st
     folder = Path(data)
     paths = find_splits(folder)
     numbers = class_numbers(folder, paths, class_map)
-    mapped = class_map is not None or (folder / "class_index.json").exists()
+    mapped = class_map is not None or (folder / CLASS_MAP).exists()
     splits = {name: Images(FolderReader(path, numbers)) for name, path in paths.items()}
     count = max(numbers.values()) + 1
     return ImageData(folder.resolve().name, splits, sorted(numbers, key=numbers.get), count, mapped)

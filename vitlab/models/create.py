@@ -29,7 +29,7 @@ def _small(name: str, pretrained: bool, **kwargs: Any) -> VisionTransformer:
 
 @register_model
 def vit_nano_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """64 tokens of 8 x 8 patches, 64 wide, 6 blocks, 4 heads: 0.3 M parameters, 0.02 GMACs. For the digits."""
+    """8 x 8 patches, 64 wide, 6 blocks, 4 heads: 0.3 M parameters, 0.02 GMACs. For the digits."""
     return _small("vit_nano_patch4_32", pretrained, **{"embed_dim": 64, "depth": 6, "num_heads": 4, **kwargs})
 
 
@@ -54,10 +54,14 @@ def create_model(name: str, *, weights: str | Path | None = None, pretrained: bo
     base = name.split(".")[0]
     if not timm.is_model(base):
         near = difflib.get_close_matches(base, timm.list_models(), n=3, cutoff=0.4)
-        raise InputError(f"timm knows no model {name!r}" + (f"; near are {', '.join(near)}" if near else ""))
+        raise InputError(f"{name!r}: no such file or folder, and no timm model" + (f"; near are {', '.join(near)}" if near else ""))
     try:
+        if pretrained:                                          # refuse a family before its weights are downloaded
+            check_supported(timm.create_model(name, pretrained=False, **args))
         model = timm.create_model(name, pretrained=pretrained, **args)
-    except (TypeError, AssertionError, ArithmeticError, RuntimeError, ValueError, OSError) as error:  # OSError: a download
+    except InputError:
+        raise
+    except (TypeError, AssertionError, ArithmeticError, RuntimeError, ValueError, OSError) as error:     # OSError: a download
         raise InputError(f"{name}: timm could not build it ({first_line(error)})") from error
     check_supported(model)
     if weights is not None:

@@ -8,7 +8,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 PALETTE = sns.color_palette("colorblind")
-FORMATS = ("png", "svg", "pdf")
 
 
 def style() -> None:
@@ -17,15 +16,14 @@ def style() -> None:
                                                                           "axes.titlesize": "medium", "svg.hashsalt": "vitlab"})
 
 
-def save_figure(figure: Figure, folder: str | Path, name: str, caption: str = "", formats: tuple[str, ...] = ("png",)) -> Path:
-    """Write folder/NAME.FORMAT with the caption (the conditions) below the axes; returns the first path."""
+def save_figure(figure: Figure, folder: str | Path, name: str, caption: str = "", formats: tuple[str, ...] = ("png",)) -> None:
+    """Write folder/NAME.FORMAT with the caption (the conditions) below the axes."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if caption:
         figure.text(0.5, -0.01, caption, ha="center", va="top", fontsize="small", color="0.3", wrap=True)
     for kind in formats:
         figure.savefig(folder / f"{name}.{kind}", bbox_inches="tight", facecolor="white")
-    return folder / f"{name}.{formats[0]}"
 
 
 def to_image(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:

@@ -78,7 +78,9 @@ def through_matrices(image: np.ndarray, rule: MergeReconstruct, shape: ViTShape)
 def merge_map(image: np.ndarray, plan: CompressionPlan, blocks: Sequence[int]) -> Figure:
     """Per block, a row: the image with region borders and pruned patches dimmed, region means, and the reconstruction.
 
-    image (h, w, 3) in [0, 1], h and w multiples of the grid. Pruned patches are hatched in the palette's orange.
+    image (h, w, 3) in [0, 1], h and w multiples of the grid. Pruned patches are tinted in the palette's orange.
+    The pseudo-inverse scales a patch by its weight over the squared norm of its region's weights, so the reconstruction of
+    pixels is darker or brighter than the image where the weights of a region differ.
     """
     figure, axes = new_axes(len(blocks), 3, 2.7, 2.75)
     shape, pruned_colour = plan.shape, np.array(to_rgb(PALETTE[1]))

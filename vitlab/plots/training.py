@@ -39,20 +39,3 @@ def accuracy_against_cost(rows: Sequence[ResultRow]) -> Figure:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, -1].legend(frameon=False, bbox_to_anchor=(1.02, 1), loc="upper left")
     return figure
-
-
-def boundary_bars(values: dict[str, dict[str, float]], ylabel: str = "top-1 (%)") -> Figure:
-    """Grouped bars: {group: {bar: value}}."""
-    figure, axes = new_axes(1, 1, 6.4, 3.4)
-    axis, groups = axes[0, 0], list(values)
-    bars = list(next(iter(values.values())))
-    width = 0.8 / len(bars)
-    for index, bar in enumerate(bars):
-        places = [g + (index - (len(bars) - 1) / 2) * width for g in range(len(groups))]
-        drawn = axis.bar(places, [values[g][bar] for g in groups], width, label=bar, hatch=("", "//", "..", "xx")[index % 4],
-                         edgecolor="white")
-        axis.bar_label(drawn, fmt="%.1f", fontsize="small", padding=2)
-    axis.set(xticks=range(len(groups)), xticklabels=groups, ylabel=ylabel)
-    axis.legend(frameon=False, bbox_to_anchor=(1.02, 1), loc="upper left")
-    axis.spines[["top", "right"]].set_visible(False)
-    return figure

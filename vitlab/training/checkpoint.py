@@ -7,18 +7,20 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import nn
 
 import vitlab
 from vitlab.files import InputError, atomic_folder, existing_folder, read_json
-from vitlab.models import compress, deploy
+from vitlab.models import attention_block, compress, deploy
+from vitlab.models.compress import TokenBlock
 from vitlab.models.create import architecture, load_state, read_state, rebuild
 from vitlab.models.deploy import FoldedBlock
 from vitlab.plan import CompressionPlan
 
 WEIGHTS, PLAN, INFO, FOLDER = "weights.safetensors", "plan.json", "checkpoint.json", "checkpoint"
 FORMAT, VERSION = "vitlab.checkpoint", 1
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box", "random")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +47,43 @@ def save(folder: str | Path, model: nn.Module, plan: CompressionPlan, *, classes
     """Write folder/ in one step: weights (safetensors), plan.json, checkpoint.json (model name, versions, made_by).
 
     model: any form of compress(dense, plan), the deployed too. An older checkpoint there is replaced as a whole.
-    Raises InputError where the model was not made by timm.create_model.
+    Raises InputError where the model was not made by timm.create_model, or the plan is not the one it was compressed by.
     """
     folder = Path(folder)
+    _check_agree(model, plan)
     source = architecture(model)
     info = {"format": FORMAT, "version": VERSION, "model": source, "deployed": is_deployed(model),
             "config": {k: model.pretrained_cfg.get(k) for k in ("mean", "std", "interpolation", "crop_pct")},
             "classes": classes, "made_by": made_by or {}, "versions": versions()}
     with atomic_folder(folder) as temporary:
-        save_file({k: v.contiguous().clone() for k, v in model.state_dict().items()}, temporary / WEIGHTS)
+        (temporary / WEIGHTS).write_bytes(to_bytes({k: v.contiguous() for k, v in model.state_dict().items()}))
         plan.save(temporary / PLAN)
         (temporary / INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     return folder
+
+
+def _check_agree(model: nn.Module, plan: CompressionPlan) -> None:
+    """InputError naming the first block whose heads, neurons or merging differ from the plan's."""
+    deployed = is_deployed(model)
+    for index, (block, cut) in enumerate(zip(model.blocks, plan.blocks)):
+        inner = attention_block(block)
+        have = (inner.attn.num_heads, inner.mlp.fc2.in_features)
+        want = (plan.shape.num_heads if cut.heads is None else len(cut.heads),
+                plan.shape.num_neurons if cut.neurons is None else len(cut.neurons))
+        if have != want or (not deployed and isinstance(block, TokenBlock) != (cut.tokens is not None)):
+            raise InputError(f"block {index} of the model is not what the plan says; save it with the plan it was compressed by")
+
+
+def _check_config(config: Any, classes: Any) -> None:
+    """InputError where the image settings or class names of a checkpoint.json are of the wrong kind."""
+    def numbers(value: Any) -> bool:
+        return isinstance(value, list) and len(value) in (1, 3) and all(isinstance(v, (int, float)) for v in value)
+    kinds = {"mean": numbers, "std": numbers, "crop_pct": lambda v: isinstance(v, (int, float)) and 0 < v <= 1,
+             "interpolation": lambda v: v in INTERPOLATIONS}
+    if not isinstance(config, dict) or not all(k in kinds and (v is None or kinds[k](v)) for k, v in config.items()):
+        raise InputError(f'"config" must hold mean, std, crop_pct and interpolation of images, not {str(config)[:120]}')
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
+        raise InputError('"classes" must be a list of names or null')
 
 
 def find(path: str | Path) -> Path:
@@ -76,11 +103,9 @@ def load(path: str | Path) -> Checkpoint:
     info, where = read_json(folder / INFO), folder / INFO
     if not isinstance(info, dict) or info.get("format") != FORMAT or info.get("version") != VERSION:
         raise InputError(f"{where}: not a {FORMAT} of version {VERSION}")
-    config = info.get("config") or {}
-    if not isinstance(config, dict):
-        raise InputError(f'{where}: "config" must be an object')
-    plan = CompressionPlan.load(folder / PLAN)
+    config, plan = info.get("config") or {}, CompressionPlan.load(folder / PLAN)
     try:
+        _check_config(config, info.get("classes"))
         dense = rebuild(info.get("model"))
     except InputError as error:
         raise InputError(f"{where}: {error}") from None

@@ -20,22 +20,24 @@ from tqdm.auto import tqdm
 from vitlab.data import ImageData
 from vitlab.files import InputError, append_line, atomic_write, read_lines
 from vitlab.models import set_trainable
-from vitlab.models.create import read_file
+from vitlab.models.create import first_line, load_state, read_file
 from vitlab.training.distillation import make_task
 from vitlab.training.evaluate import autocast, evaluate
 from vitlab.training.recipes import Recipe
 
 STATE, LOG = "state.pt", "log.jsonl"
-CHOOSE_IMAGES = 500         # slice of train that the log's top1_pct is measured on; the held-out split is for reports alone
+SLICE = 500                 # images of train that the log's train_slice_top1_pct is measured on; the held-out split is for reports
 
 
-def _fingerprint(recipe: Recipe, data: ImageData, model: nn.Module, seed: int, limit: int | None) -> str:
-    """What a run must share with the state it resumes from."""
-    shapes = [(k, list(v.shape)) for k, v in model.state_dict().items()]
+def _fingerprint(recipe: Recipe, data: ImageData, models: list[nn.Module], seed: int, limit: int | None) -> str:
+    """What a run must share with the state it resumes from: settings, files, and the weights that student and teacher start from."""
     settings = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in ("source", "expected", "command")}
-    text = json.dumps([settings, data.name, len(data.splits["train"]) if "train" in data.splits else 0,
-                       shapes, seed, limit])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([settings, data.files("train"), seed, limit]).encode())
+    for model in models:
+        for name, value in model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def _random_states() -> dict[str, Any]:
@@ -54,8 +56,8 @@ def _set_random_states(states: dict[str, Any]) -> None:
 
 def fit(model: nn.Module, data: ImageData, recipe: Recipe, folder: str | Path, *, teacher: nn.Module | None = None,
         seed: int = 0, device: str | torch.device | None = None, limit: int | None = None,
-        workers: int | None = None, crop_pct: float | None = None, progress: bool = True) -> list[dict[str, Any]]:
-    """Train `model` in place by `recipe`; returns the log, one record an epoch (epoch, loss, lr, top1_pct, seconds).
+        workers: int | None = None, progress: bool = True) -> list[dict[str, Any]]:
+    """Train `model` in place by `recipe`; returns the log, one record an epoch (epoch, loss, lr, train_slice_top1_pct, seconds).
 
     After every epoch the whole state goes to folder/state.pt (atomically) and a line to folder/log.jsonl, so a killed
     run called again with the same arguments goes on with the next epoch. limit: train on a slice of that many images.
@@ -67,13 +69,13 @@ def fit(model: nn.Module, data: ImageData, recipe: Recipe, folder: str | Path, *
     task = make_task(model.to(device), teacher, recipe, device)
     batches = data.batches("train", model, batch_size=recipe.batch_size, training=True, limit=limit, seed=seed,
                            workers=workers, augment={"hflip": 0.5, **recipe.augment})
-    chosen = data.batches("train", model, limit=CHOOSE_IMAGES, seed=seed, workers=0, crop_pct=crop_pct)
+    chosen = data.batches("train", model, limit=SLICE, seed=seed, workers=0)
     optimizer = create_optimizer_v2(model, opt=recipe.optimizer, lr=recipe.scaled_lr, weight_decay=recipe.weight_decay)
     scheduler, _ = create_scheduler_v2(
         optimizer, sched=recipe.schedule, num_epochs=recipe.epochs, warmup_epochs=recipe.warmup_epochs,
         min_lr=min(recipe.min_lr, recipe.scaled_lr), warmup_lr=recipe.scaled_lr / 100, step_on_epochs=False,
         updates_per_epoch=len(batches))
-    mark = _fingerprint(recipe, data, model, seed, limit)
+    mark = _fingerprint(recipe, data, [model] if teacher is None else [model, teacher], seed, limit)
     first = _resume(folder, mark, model, optimizer)
     for epoch in range(first, recipe.epochs):
         began, losses = time.perf_counter(), []
@@ -107,8 +109,9 @@ def fit(model: nn.Module, data: ImageData, recipe: Recipe, folder: str | Path, *
                     "random": kept}, content)
         atomic_write(folder / STATE, content.getvalue())
         _set_random_states(kept)
-    model.eval().requires_grad_(True)
-    last = {r["epoch"]: r for r in read_lines(folder / LOG)}            # a kill between log and state repeats an epoch
+    set_trainable(model.eval(), "all")
+    # The last record of each epoch: a kill between log and state repeats one.
+    last = {r["epoch"]: r for r in read_lines(folder / LOG) if isinstance(r, dict) and "epoch" in r}
     return [last[e] for e in sorted(last) if e <= recipe.epochs]
 
 
@@ -119,8 +122,12 @@ def _resume(folder: Path, mark: str, model: nn.Module, optimizer: torch.optim.Op
         return 0
     state = read_file(path)
     if state.get("mark") != mark:
-        raise InputError(f"{path}: the state of another run (other recipe, data, model or seed); choose another folder or remove it")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    _set_random_states(state["random"])
-    return state["epoch"]
+        raise InputError(f"{path}: the state of another run (other recipe, data, plan, weights or seed); "
+                         "choose another folder or remove it")
+    try:
+        load_state(model, state["model"], path)
+        optimizer.load_state_dict(state["optimizer"])
+        _set_random_states(state["random"])
+        return int(state["epoch"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise InputError(f"{path}: damaged ({first_line(error)}); remove it to begin anew") from None

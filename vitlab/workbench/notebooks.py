@@ -11,9 +11,9 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from vitlab.files import InputError, atomic_write
+from vitlab.workbench.steps import NOTEBOOKS
 
 ENCRYPTED = Config({"KernelManager": {"transport_encryption": "auto"}})        # else each kernel warns of plain TCP
-NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 
 
 def declared(path: str | Path) -> dict[str, Any]:
@@ -60,7 +60,9 @@ def run(path: str | Path, out: str | Path, parameters: dict[str, Any] | None = N
 def report(executed: str | Path, target: str | Path) -> Path:
     """The executed notebook as one HTML page, without its code."""
     exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True)
-    html, _ = exporter.from_notebook_node(nbformat.read(executed, as_version=4))
+    exporter.require_js_url = exporter.mathjax_url = ""         # the page loads nothing from elsewhere
+    html, _ = exporter.from_notebook_node(nbformat.read(executed, as_version=4),
+                                          resources={"metadata": {"name": f"vitlab: {Path(target).resolve().parent.name}"}})
     atomic_write(target, html)
     return Path(target)
 

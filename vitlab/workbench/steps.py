@@ -15,7 +15,7 @@ from vitlab.criteria.planning import prune_and_merge
 from vitlab.data import ImageData, open_data
 from vitlab.files import InputError, atomic_write
 from vitlab.models import compress, deploy, shape_of
-from vitlab.models.create import create_model, read_file
+from vitlab.models.create import create_model, first_line, read_file
 from vitlab.plan import CompressionPlan
 from vitlab.results import ResultRow, append_row
 from vitlab.training import checkpoint
@@ -28,6 +28,7 @@ from vitlab.training.published import is_published, load_published
 from vitlab.training.recipes import Recipe, recipe
 
 RESULTS, TRAINING = "results.jsonl", "training"
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -36,7 +37,9 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r} can't be used here ({str(error).splitlines()[0][:120]})") from None
+        raise InputError(f"device {name!r} can't be used here ({first_line(error)})") from None
+    if device.type not in ("cpu", "cuda", "mps", "xpu"):
+        raise InputError(f"device {name!r} can't compute; cpu or cuda can")
     return device
 
 
@@ -76,11 +79,17 @@ def open_matching(data: str | Path, found: Checkpoint, class_map: str | Path | N
     return opened
 
 
+def study_folder(path: str | Path) -> Path:
+    """A study's folder. In the notebooks' own folder, where JupyterLab starts them, a relative path is from the project's root."""
+    inside = Path.cwd() == NOTEBOOKS and not Path(path).is_absolute()
+    return NOTEBOOKS.parent / path if inside else Path(path)
+
+
 def pretrain(model: str, data: str | Path, out: str | Path, *, settings: Recipe | str = "digits", seed: int = 0,
-             device: str | None = None, limit: int | None = None, workers: int | None = None, progress: bool = True,
-             **model_args: Any) -> Path:
+             device: str | None = None, limit: int | None = None, class_map: str | Path | None = None, workers: int | None = None,
+             progress: bool = True, **model_args: Any) -> Path:
     """Train a timm model from scratch; returns the run folder (training/, checkpoint/). A killed run goes on."""
-    settings, opened = recipe(settings) if isinstance(settings, str) else settings, open_data(data)
+    settings, opened = recipe(settings) if isinstance(settings, str) else settings, open_data(data, class_map=class_map)
     device = pick_device(device)
     random_seed(seed)
     if opened.num_classes is not None:
@@ -92,7 +101,7 @@ def pretrain(model: str, data: str | Path, out: str | Path, *, settings: Recipe 
               workers=workers, progress=progress)
     checkpoint.save(Path(out) / checkpoint.FOLDER, dense.cpu(), CompressionPlan.empty(shape_of(dense)), classes=opened.classes,
                     made_by={"step": "pretrain", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed,
-                             "last_epoch": log[-1]})
+                             "last_epoch": log[-1:]})
     return Path(out)
 
 
@@ -117,9 +126,12 @@ def read_scores(path: str | Path) -> tuple[Tensor, dict[str, str]]:
         with safe_open(path, "pt") as file:
             if "token_scores" not in list(file.keys()):
                 raise InputError(f"{path}: holds no token_scores")
-            return file.get_tensor("token_scores"), file.metadata() or {}
+            scores, made_by = file.get_tensor("token_scores"), file.metadata() or {}
     except SafetensorError as error:
         raise InputError(f"{path}: can't be read, it may be cut short ({error})") from None
+    if scores.dtype not in (torch.float32, torch.float64):
+        raise InputError(f"{path}: token_scores are {scores.dtype}; float32 is needed")
+    return scores, made_by
 
 
 def prune(source: str | Path | Checkpoint, scores: str | Path | None, out: str | Path, *, plan: str | Path | None = None,
@@ -130,13 +142,14 @@ def prune(source: str | Path | Checkpoint, scores: str | Path | None, out: str |
     if (plan is None) == (scores is None):
         raise InputError("either token scores or a plan file is needed, not both")
     if plan is not None:
-        made, made_by = CompressionPlan.load(plan), {"plan": Path(plan).name}
+        made, made_by = CompressionPlan.load(plan), {"from_plan": Path(plan).name}
     else:
-        values, made_by = read_scores(scores)
+        values, source_of_scores = read_scores(scores)
+        made_by = {"scores": source_of_scores}
         made = prune_and_merge(values, shape_of(found.model), rule=rule, keep_rate=keep_rate, prune_rate=prune_rate,
                                boundary=boundary, weights=weights)
     small = compress(found.model, made)
-    info = {"step": "prune", "scores": made_by, **made.made_by}
+    info = {"step": "prune", **made_by, **made.made_by}
     checkpoint.save(Path(out) / checkpoint.FOLDER, small, made, classes=found.info.get("classes"), made_by=info)
     return checkpoint.load(out)
 
@@ -155,7 +168,7 @@ def finetune(source: str | Path | Checkpoint, teacher: str | Path | Checkpoint |
               device=pick_device(device), limit=limit, workers=workers, progress=progress)
     checkpoint.save(Path(out) / checkpoint.FOLDER, found.model.cpu(), found.plan, classes=opened.classes,
                     made_by={"step": "finetune", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed,
-                             "plan": found.plan.made_by, "last_epoch": log[-1]})
+                             "plan": found.plan.made_by, "last_epoch": log[-1:]})
     return Path(out)
 
 
@@ -172,14 +185,16 @@ def evaluate(source: str | Path | Checkpoint, data: str | Path, *, name: str | N
     found = source if isinstance(source, Checkpoint) else open_model(source)
     opened, model = open_matching(data, found, class_map), deployed(found)
     device = pick_device(device)
+    amp = evaluation.autocast(device, amp)._enabled if amp is None else amp
     batches = opened.batches(split, model, batch_size=batch_size, limit=limit, seed=seed, crop_pct=crop_pct, workers=workers)
     accuracy = evaluation.evaluate(model, batches, device=device, amp=amp, progress=progress)
     row = ResultRow(
         model=name or str(source), dataset=opened.name, split=opened.held_out if split == "held_out" else split,
         top1_pct=accuracy.top1_pct, top5_pct=accuracy.top5_pct, loss=accuracy.loss, gmacs=cost.gmacs(found.plan),
         params_m=cost.params(model)["total"] / 1e6,
-        conditions={"device": str(device), "dtype": "float32" if amp is False else "bfloat16 where the hardware has it",
-                    "images": accuracy.images, "broken": accuracy.broken, "form": "deployed", "plan": found.plan.made_by,
+        conditions={"device": str(device), "dtype": "bfloat16" if amp else "float32", "limit": limit, "seed": seed,
+                    "crop_pct": crop_pct, "images": accuracy.images, "broken": accuracy.broken, "form": "deployed",
+                    "plan": found.plan.made_by,
                     "versions": checkpoint.versions()})
     if accuracy.broken:
         print(f"{accuracy.broken} broken images left out", file=sys.stderr)
