@@ -14,6 +14,7 @@ FLOORS = [                                              # lowest first
     {"models", "criteria", "search", "data", "plots"},
     {"training"},
     {"workbench"},
+    {"options"},
     {"cli"},                                            # the commands call the workbench's steps
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -34,15 +34,21 @@ def relative(got: torch.Tensor, reference: torch.Tensor) -> float:
     return float((got - reference).abs().max() / reference.abs().max())
 
 
+def dense_model(meta: dict[str, str], tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """The dense model of a file, of the sizes its metadata gives."""
+    sizes = {key: int(meta[key]) for key in ("img_size", "patch_size", "embed_dim", "num_heads", "depth", "num_classes")}
+    dense = timm.create_model("vit_tiny_patch16_224", pretrained=False, **sizes).eval()
+    dense.load_state_dict({key.removeprefix("dense."): value for key, value in tensors.items() if key.startswith("dense.")})
+    return dense
+
+
 @functools.cache
 def load(path: Path) -> SimpleNamespace:
     """Tensors, metadata and dense model of one file."""
     with safe_open(path, "pt") as file:
         meta = file.metadata()
     tensors = load_file(path)
-    sizes = {key: int(meta[key]) for key in ("img_size", "patch_size", "embed_dim", "num_heads", "depth", "num_classes")}
-    dense = timm.create_model("vit_tiny_patch16_224", pretrained=False, **sizes).eval()
-    dense.load_state_dict({key.removeprefix("dense."): value for key, value in tensors.items() if key.startswith("dense.")})
+    dense = dense_model(meta, tensors)
     rates = {"keep_rate": float(meta["keep_rate"]), "prune_rate": float(meta["prune_rate"])}
     return SimpleNamespace(meta=meta, tensors=tensors, dense=dense, shape=shape_of(dense), rule=meta["variant"], rates=rates)
 
@@ -159,9 +165,7 @@ def test_neuron_and_head_scores_are_the_reference_ones(path):
     with safe_open(path, "pt") as file:
         meta = file.metadata()
     tensors = load_file(path)
-    sizes = {key: int(meta[key]) for key in ("img_size", "patch_size", "embed_dim", "num_heads", "depth", "num_classes")}
-    dense = timm.create_model("vit_tiny_patch16_224", pretrained=False, **sizes).eval()
-    dense.load_state_dict({key.removeprefix("dense."): value for key, value in tensors.items() if key.startswith("dense.")})
+    dense = dense_model(meta, tensors)
     hidden, heads, logits = activations(dense, tensors["input"])
     assert relative(logits, tensors["dense_logits"]) < AGREEMENT
     # In float64: the reference is float32 itself and about half of the agreement away from the exact value.

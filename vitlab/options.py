@@ -1,0 +1,148 @@
+"""What the command line takes: the subcommands, their flags, and the checks on each value."""
+import argparse
+from typing import NoReturn
+
+import vitlab
+
+
+class Parser(argparse.ArgumentParser):
+    """A wrong flag or value gets one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _number(kind: type, low: float, high: float, what: str):
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+    return parse
+
+
+count = _number(int, 1, 10**9, "an integer of at least 1")
+seed = _number(int, 0, 2**31 - 1, "an integer from 0 to 2147483647")
+rate = _number(float, 0, 1, "a fraction from 0 to 1")
+crop = _number(float, 0.1, 1, "a fraction from 0.1 to 1")
+
+
+def given(text: str) -> str:
+    """A path or name that is not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty text names nothing")
+    return text
+
+
+def _model_options(parser: argparse.ArgumentParser, name: str = "--checkpoint") -> None:
+    parser.add_argument(name, required=True, type=given, metavar="SOURCE", dest="source",
+                        help="checkpoint or run folder, a .pth or .safetensors file (with --model), or a timm name")
+    parser.add_argument("--model", metavar="NAME", help="timm name of the model that a weights file is for")
+    parser.add_argument("--num-classes", type=count, metavar="N", help="classes of the classifier (default: the model's own)")
+
+
+def _data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=given, required=True, metavar="DATA",
+                        help="'digits' (embedded), a folder with train/ and val/, validation/ or test/, or hfds/NAME, wds/NAME, ...")
+    parser.add_argument("--class-map", type=given, metavar="FILE",
+                        help="JSON of class folder: class number (default: DATA/class_index.json)")
+    parser.add_argument("--workers", type=_number(int, 0, 256, "an integer from 0 to 256"), metavar="N",
+                        help="loader processes (default: one a core, at most 8)")
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=seed, default=0, help="default: 0")
+    parser.add_argument("--device", metavar="DEVICE", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _recipe_options(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--recipe", default=default, metavar="NAME", help=f"named recipe (default: {default}); `vitlab recipes` lists them")
+    parser.add_argument("--epochs", type=count, metavar="N", help="instead of the recipe's")
+    parser.add_argument("--batch-size", type=count, metavar="N", help="instead of the recipe's; lr scales along")
+    parser.add_argument("--lr", type=_number(float, 1e-12, 1e3, "a positive number"), metavar="LR", help="instead of the recipe's")
+    parser.add_argument("--limit", type=count, metavar="IMAGES", help="train on a slice of this many images")
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="vitlab", description="Make vision transformers smaller and faster, and see why it works.")
+    parser.add_argument("--version", action="version", version=f"vitlab {vitlab.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text)
+
+    p = add("pretrain", "Train a timm model from scratch.")
+    p.add_argument("--model", required=True, metavar="NAME", help="timm name, such as vit_micro_patch4_32 or deit_tiny_patch16_224")
+    p.add_argument("--img-size", type=count, metavar="PIXELS", help="instead of the model's own")
+    _data_options(p)
+    _recipe_options(p, "digits")
+    p.add_argument("--out", type=given, required=True, metavar="RUN", help="run folder; a killed run goes on there")
+    _run_options(p)
+
+    p = add("score", "Score tokens by gradient-weighted attention on a slice of train.")
+    _model_options(p)
+    _data_options(p)
+    p.add_argument("--images", type=count, default=512, help="size of the slice (default: 512)")
+    p.add_argument("--batch-size", type=count, default=64, help="default: 64")
+    p.add_argument("--absolute", choices=("image", "batch"), default="image",
+                   help="where the absolute value is taken: per image, or after the batch as published (default: image)")
+    p.add_argument("--out", type=given, required=True, metavar="FILE", help="scores file, .safetensors")
+    _run_options(p)
+
+    p = add("prune", "Compress a dense model by its token scores, or by a plan file.")
+    _model_options(p)
+    group = p.add_mutually_exclusive_group(required=True)
+    group.add_argument("--scores", type=given, metavar="FILE", help="from `vitlab score`")
+    group.add_argument("--plan", type=given, metavar="FILE", help="a plan.json to apply as it is")
+    p.add_argument("--rule", choices=("center", "merge"), help="default: center")
+    p.add_argument("--keep-rate", type=rate, help="fraction of patches that become centers (default: 0.6)")
+    p.add_argument("--prune-rate", type=rate, help="fraction of patches that skip a block (default: 0.1)")
+    p.add_argument("--boundary", choices=("grid", "reference"),
+                   help="regions of rule center: 2-D cells, or raster runs as published (default: grid)")
+    p.add_argument("--weights", choices=("score", "uniform", "reference"),
+                   help="entries of the merge matrix; reference: as published (default: score)")
+    p.add_argument("--out", type=given, required=True, metavar="RUN", help="run folder for the checkpoint")
+    p.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+    p = add("finetune", "Fine-tune a compressed model, distilling from the dense one.")
+    _model_options(p)
+    p.add_argument("--teacher", type=given, metavar="SOURCE", help="the dense model, like --checkpoint")
+    p.add_argument("--teacher-model", metavar="NAME", help="timm name of the model that the teacher's weights file is for")
+    _data_options(p)
+    _recipe_options(p, "deit_tiny_pm")
+    p.add_argument("--distill", choices=("none", "soft", "hard"), help="instead of the recipe's")
+    p.add_argument("--trainable", choices=("all", "matrices", "weights"), help="what trains: all, the matrices alone, or all but them")
+    p.add_argument("--out", type=given, required=True, metavar="RUN", help="run folder; a killed run goes on there")
+    _run_options(p)
+
+    p = add("evaluate", "Top-1, top-5 and loss on the held-out split, with GMACs and parameters.")
+    _model_options(p)
+    _data_options(p)
+    p.add_argument("--split", default="held_out", help="default: the held-out one")
+    p.add_argument("--batch-size", type=count, default=64, help="default: 64")
+    p.add_argument("--crop-pct", type=crop, help="crop size over resize size (default: the model's)")
+    p.add_argument("--limit", type=count, metavar="IMAGES", help="a slice of this many images")
+    p.add_argument("--name", help="name in the result row (default: SOURCE)")
+    p.add_argument("--bf16", action="store_true", help="bf16 autocast instead of float32")
+    p.add_argument("--out", type=given, metavar="RUN", help="append the row to RUN/results.jsonl")
+    _run_options(p)
+
+    p = add("throughput", "Images per second of deployed models, the first the baseline, measured in turn.")
+    p.add_argument("sources", nargs="+", type=given, metavar="SOURCE", help="checkpoint or run folders, or timm names")
+    p.add_argument("--batch-size", type=count, default=32, help="default: 32")
+    p.add_argument("--repeats", type=count, default=10, help="default: 10")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: float32")
+    p.add_argument("--out", type=given, metavar="RUN", help="append the rows to RUN/results.jsonl")
+    p.add_argument("--device", metavar="DEVICE", help="cpu or cuda (default: cuda where there is one)")
+    p.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    add("recipes", "List the named recipes with source, expected number and command.")
+
+    p = add("demo", "Run the notebooks on the embedded digits: baseline, scores, prune and merge, fine-tune, table.")
+    p.add_argument("--out", type=given, default="runs/demo", metavar="RUN", help="default: runs/demo")
+    p.add_argument("--quick", action="store_true", help="a few steps of each, to see that it runs")
+    return parser
