@@ -25,8 +25,12 @@ def _source(args: argparse.Namespace) -> Any:
     return steps.open_model(args.source, model=args.model, num_classes=args.num_classes)
 
 
-def _check_out(out: str) -> None:
-    """OSError or InputError before any work where nothing can be written to `out`."""
+def _check_out(out: str, wants_file: bool) -> None:
+    """OSError or InputError before any work where `out` is of the wrong kind or nothing can be written to it."""
+    if wants_file and Path(out).is_dir():
+        raise InputError(f"{out}: is a folder; a file to write the scores to is needed")
+    if not wants_file and Path(out).is_file():
+        raise InputError(f"{out}: is a file; a run folder is needed")
     folder = Path(out).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -41,11 +45,7 @@ def execute(args: argparse.Namespace) -> None:
     from vitlab.results import format_table, read_rows
     from vitlab.workbench import notebooks, steps
     if getattr(args, "out", None):
-        _check_out(args.out)
-    if args.command in ("pretrain", "prune", "finetune", "evaluate", "throughput", "demo") and Path(args.out or ".").is_file():
-        raise InputError(f"{args.out}: is a file; a run folder is needed")
-    if args.command == "score" and Path(args.out).is_dir():
-        raise InputError(f"{args.out}: is a folder; a file to write the scores to is needed")
+        _check_out(args.out, wants_file=args.command == "score")
     if args.command == "pretrain":
         extra = {"img_size": args.img_size} if args.img_size else {}
         run = steps.pretrain(args.model, args.data, args.out, settings=_recipe(args), seed=args.seed, device=args.device,

@@ -96,7 +96,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     A dict under "model", "state_dict", "state_dict_ema" or "model_ema" is taken from inside a training checkpoint.
     Raises InputError naming the file where it is missing, damaged, or holds anything but tensors there.
     """
-    return _state_of(read_file(path), path)
+    return state_of(read_file(path), path)
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
@@ -119,7 +119,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _state_of(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
+def state_of(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
+    """The state dict in what `read_file` gave; see `read_state`."""
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(content.get(key), dict):
             content = content[key]

@@ -21,11 +21,16 @@ class Accuracy:
     broken: int
 
 
-def autocast(device: torch.device, amp: bool | None) -> torch.autocast:
-    """bf16 autocast. amp None: where the hardware computes in bf16 (a CPU with avx512_bf16 or amx, or a GPU)."""
+def uses_bf16(device: torch.device, amp: bool | None) -> bool:
+    """amp itself; where it is None, whether the hardware computes in bf16 (a CPU with avx512_bf16 or amx, or a GPU)."""
     if amp is None:
-        amp = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
-    return torch.autocast(device.type, torch.bfloat16, enabled=amp)
+        return torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
+    return amp
+
+
+def autocast(device: torch.device, amp: bool | None) -> torch.autocast:
+    """bf16 autocast where `uses_bf16` says so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, amp))
 
 
 def cpu_has_bf16() -> bool:

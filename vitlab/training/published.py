@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vitlab.files import InputError, atomic_write
 from vitlab.models import attention_block, compress, shape_of
 from vitlab.models.compress import MergeReconstructTokens, TokenBlock
-from vitlab.models.create import architecture, load_state, read_file, read_state, rebuild
+from vitlab.models.create import architecture, load_state, read_file, rebuild, state_of
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import MergeReconstruct
 
@@ -49,7 +49,7 @@ def load_published(path: str | Path, dense: nn.Module) -> tuple[nn.Module, Compr
     content = read_file(path)
     if not is_published(content):
         raise InputError(f"{path}: not a Prune and Merge checkpoint; it holds no blocks.i.attn.merge_matrix under \"model\"")
-    state, shape = read_state(path), shape_of(dense)
+    state, shape = state_of(content, path), shape_of(dense)
     blocks, renamed = [], {}
     for index in range(shape.depth):
         prefix = f"blocks.{index}."

@@ -185,7 +185,7 @@ def evaluate(source: str | Path | Checkpoint, data: str | Path, *, name: str | N
     found = source if isinstance(source, Checkpoint) else open_model(source)
     opened, model = open_matching(data, found, class_map), deployed(found)
     device = pick_device(device)
-    amp = evaluation.autocast(device, amp)._enabled if amp is None else amp
+    amp = evaluation.uses_bf16(device, amp)
     batches = opened.batches(split, model, batch_size=batch_size, limit=limit, seed=seed, crop_pct=crop_pct, workers=workers)
     accuracy = evaluation.evaluate(model, batches, device=device, amp=amp, progress=progress)
     row = ResultRow(
