@@ -187,7 +187,7 @@ def test_a_plan_for_another_model_is_refused_by_each_size_that_differs(change):
 def test_rules_with_no_region_at_all_are_legal_when_every_patch_is_pruned():
     rule = MergeReconstruct(regions=(-1,) * N, weights=(0,) * N, pruned=tuple(range(N)))
     assert rule.num_merged == 0
-    rule.check(SHAPE)
+    assert rule.flow(SHAPE, SHAPE.num_tokens).carried == N
 
 
 def test_plan_parts_can_not_be_changed_after_the_check():

@@ -1,59 +1,85 @@
 """Cost of a (shape, plan): multiply-adds (MACs) per image, by part, as exact integers; and a model's parameters by part.
 
 One MAC is two FLOPs; the papers write FLOPs for MACs. Everything that is multiplied counts, the merge, reconstruct and
-fold products too; form "published" leaves those out, as the tables of arXiv 2503.23455 do.
+fold products too; form "published" leaves those out, as the tables of arXiv 2503.23455 do. Counts may have leading
+dimensions: the cost of ten thousand policies is one call.
 """
+from dataclasses import dataclass
+
+import numpy as np
 from torch import nn
 
 from vitlab.files import InputError
-from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.plan import CompressionPlan
 from vitlab.shape import POOL_TOKEN, ViTShape
 
 FORMS = ("deployed", "training", "published")
-PARTS = ("patch_embed", "qkv", "attention", "proj", "mlp", "merge", "reconstruct", "fold", "classifier")
+PARTS = ("patch_embed", "qkv", "attention", "proj", "mlp", "select", "merge", "reconstruct", "fold", "classifier")
+SELECT_IN = (3, 6, 9)                           # blocks that select tokens in arXiv 2201.00043, from 0
 
 
-def _sizes(shape: ViTShape, block: BlockPlan) -> tuple[int, int, int, int]:
-    """(C, p, attention width, neurons): merged tokens, tokens carried around the block, kept heads * d, kept neurons."""
-    heads = shape.num_heads if block.heads is None else len(block.heads)
-    neurons = shape.num_neurons if block.neurons is None else len(block.neurons)
-    merged = shape.num_patches if block.tokens is None else block.tokens.num_merged
-    carried = 0 if block.tokens is None else len(block.tokens.pruned)
-    return shape.num_prefix_tokens + merged, carried, heads * shape.head_dim, neurons
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What stays in each block: integer arrays (..., L), bool where said; tokens include the prefix tokens."""
+
+    heads: np.ndarray
+    neurons: np.ndarray
+    attended: np.ndarray            # tokens in the attention
+    in_mlp: np.ndarray              # tokens in the MLP
+    carried: np.ndarray             # tokens that go around the block
+    merged: np.ndarray              # bool: matrices stand before and after the block
+    ranking: np.ndarray             # heads whose attention ranks tokens before the MLP; 0 where none are selected
 
 
-def macs(plan: CompressionPlan, form: str = "deployed") -> dict[str, int]:
-    """MACs per image by part (PARTS), and their sum under "total". Raises InputError for an unknown form.
+def counts_of(plan: CompressionPlan) -> Counts:
+    """The counts (L) of a plan."""
+    shape, flows = plan.shape, plan.flows()
+    heads = [shape.num_heads if b.heads is None else len(b.heads) for b in plan.blocks]
+    rank = [{"": 0, "kept": kept, "all": shape.num_heads}[f.ranked_by] for f, kept in zip(flows, heads)]
+    return Counts(heads=np.array(heads), ranking=np.array(rank),
+                  neurons=np.array([shape.num_neurons if b.neurons is None else len(b.neurons) for b in plan.blocks]),
+                  **{name: np.array([getattr(f, name) for f in flows]) for name in ("attended", "in_mlp", "carried", "merged")})
 
-    Per block with C tokens, attention width w, M neurons: qkv 3 C D w, attention 2 C^2 w, proj C w D, mlp 2 C D M.
+
+def _before(values: np.ndarray, first: int) -> np.ndarray:
+    """Each block's value of the block before it; `first` for block 0."""
+    return np.concatenate([np.full_like(values[..., :1], first), values[..., :-1]], axis=-1)
+
+
+def macs_of(shape: ViTShape, counts: Counts, form: str = "deployed") -> dict[str, np.ndarray]:
+    """MACs per image (...) by part (PARTS), and their sum under "total". Raises InputError for an unknown form.
+
+    Per block with C tokens in the attention, C' in the MLP, attention width w = heads * d, M neurons: qkv 3 C D w,
+    attention 2 C^2 w, proj C w D, mlp 2 C' D M; a ranking by heads of width r 2 D r + C heads D (q/k norm: D r + C D r + C r).
     form "training" adds C N D for each merge and each reconstruct; "deployed" adds the folded products instead:
-    (C' + p') (C + p) D between two blocks, p tokens carried around them.
+    (C_l + p_l) (C_k + p_k) D between two blocks, p tokens carried around them.
     """
     if form not in FORMS:
         raise InputError(f"form {form!r} is not known; known are {list(FORMS)}")
-    shape, dim = plan.shape, plan.shape.embed_dim
-    parts = dict.fromkeys(PARTS, 0)
-    parts["patch_embed"] = shape.num_patches * shape.patch_size[0] * shape.patch_size[1] * shape.in_chans * dim
-    parts["classifier"] = dim * shape.num_classes * shape.num_classifiers
-    state, plain = shape.num_tokens, True           # rows that leave the last block; whether they are simply all tokens
-    for block in plan.blocks:
-        tokens, carried, width, neurons = _sizes(shape, block)
-        parts["qkv"] += 3 * tokens * dim * width
-        parts["attention"] += 2 * tokens * tokens * width
-        parts["proj"] += tokens * width * dim
-        parts["mlp"] += 2 * tokens * dim * neurons
-        if block.tokens is not None and form == "training":
-            parts["merge"] += tokens * shape.num_tokens * dim
-            parts["reconstruct"] += tokens * shape.num_tokens * dim
-        if form == "deployed":
-            if not (plain and block.tokens is None):
-                parts["fold"] += (tokens + carried) * state * dim
-            state, plain = tokens + carried, block.tokens is None
-    if form == "deployed" and not plain:
-        rows = shape.num_prefix_tokens if shape.pool == POOL_TOKEN else shape.num_tokens
-        parts["fold"] += rows * state * dim
+    dim, everything, c = shape.embed_dim, shape.num_tokens, counts
+    width = c.heads * shape.head_dim                                            # (..., L)
+    wide = c.ranking * shape.head_dim
+    ranking = wide * (dim + c.attended * (dim + 1)) if shape.qk_norm else dim * (2 * wide + c.attended * c.ranking)
+    blocks = {"qkv": 3 * c.attended * dim * width, "attention": 2 * c.attended**2 * width, "proj": c.attended * width * dim,
+              "mlp": 2 * c.in_mlp * dim * c.neurons, "select": ranking}
+    parts = {name: blocks[name].sum(axis=-1) if name in blocks else np.zeros(width.shape[:-1], dtype=np.int64) for name in PARTS}
+    parts["patch_embed"] += shape.num_patches * shape.patch_size[0] * shape.patch_size[1] * shape.in_chans * dim
+    parts["classifier"] += dim * shape.num_classes * shape.num_classifiers
+    if form == "training":
+        parts["merge"] = (c.merged * c.attended).sum(axis=-1) * everything * dim
+        parts["reconstruct"] = parts["merge"].copy()
+    if form == "deployed":
+        state = c.in_mlp + c.carried                                            # rows that leave each block
+        folds = (c.merged | _before(c.merged, False)) * (c.attended + c.carried) * _before(state, everything)
+        rows = shape.num_prefix_tokens if shape.pool == POOL_TOKEN else everything
+        parts["fold"] = (folds.sum(axis=-1) + c.merged[..., -1] * rows * state[..., -1]) * dim
     parts["total"] = sum(parts.values())
     return parts
+
+
+def macs(plan: CompressionPlan, form: str = "deployed") -> dict[str, int]:
+    """`macs_of` a plan, as integers."""
+    return {part: int(value) for part, value in macs_of(plan.shape, counts_of(plan), form).items()}
 
 
 def gmacs(plan: CompressionPlan, form: str = "deployed") -> float:
@@ -61,10 +87,25 @@ def gmacs(plan: CompressionPlan, form: str = "deployed") -> float:
     return macs(plan, form)["total"] / 1e9
 
 
+def mdc_macs(shape: ViTShape, heads: np.ndarray, neurons: np.ndarray, rho: np.ndarray,
+             select_in: tuple[int, ...] = SELECT_IN) -> np.ndarray:
+    """MACs (...) as arXiv 2201.00043 counts them (methods B5): heads, neurons (..., L) kept, rho (...) in [0, 1).
+
+    heads * (4 D d N_l + 2 N_l^2 d) + 2 N'_l D M per block, N_l and N'_l tokens before and after the block's own selection,
+    int(N (1 - rho)^k) after k of them. Patch embedding, classifier, ranking and the appended mean are left out.
+    """
+    ratios = 1 - np.asarray(rho, dtype=np.float64)[..., None]
+    done = np.cumsum([block in select_in for block in range(shape.depth)])      # selections up to and with each block
+    after = (shape.num_tokens * ratios**done).astype(np.int64)                  # (..., L)
+    entering = _before(after, shape.num_tokens)
+    dim, d = shape.embed_dim, shape.head_dim
+    return (heads * (4 * dim * d * entering + 2 * entering**2 * d) + 2 * after * dim * neurons).sum(axis=-1)
+
+
 def params(model: nn.Module) -> dict[str, int]:
     """Parameters of a timm vision transformer by part, and their sum under "total"; fold matrices count as parameters."""
     def part(name: str) -> str:
-        for key, word in ((".attn.", "attention"), (".mlp.", "mlp"), (".tokens.", "merge and reconstruct"),
+        for key, word in ((".rank", "select"), (".attn.", "attention"), (".mlp.", "mlp"), (".tokens.", "merge and reconstruct"),
                           ("fold.", "fold"), ("patch_embed", "patch_embed"), ("head", "classifier")):
             if key in name:
                 return word

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vitlab.files import InputError, atomic_write, read_json
-from vitlab.rules import TOKEN_RULES, TokenRule
+from vitlab.rules import TOKEN_RULES, Flow, TokenRule, whole
 from vitlab.shape import ViTShape, is_int, require
 
 FORMAT, VERSION = "vitlab.plan", 1
@@ -32,8 +32,6 @@ class BlockPlan:
             require(len(kept) > 0, f"{name} is empty; at least one must stay")
             require(all(is_int(k) and 0 <= k < count for k in kept), f"{name} must be integers from 0 to {count - 1}")
             require(list(kept) == sorted(set(kept)), f"{name} must ascend without repeats")
-        if self.tokens is not None:
-            self.tokens.check(shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +51,7 @@ class CompressionPlan:
                 block.check(self.shape)
             except InputError as error:
                 raise InputError(f"block {index}: {error}") from None
+        self.flows()
 
     @classmethod
     def empty(cls, shape: ViTShape) -> "CompressionPlan":
@@ -61,16 +60,26 @@ class CompressionPlan:
 
     def check_fits(self, shape: ViTShape) -> None:
         """InputError naming every size in which the model and the plan differ (classifier and pooling may)."""
-        free = ("num_classes", "num_classifiers", "pool", "in_chans")
+        free = ("num_classes", "num_classifiers", "pool", "in_chans", "qk_norm")
         wrong = [f"{f.name} {getattr(shape, f.name)} (plan: {getattr(self.shape, f.name)})"
                  for f in dataclasses.fields(shape)
                  if f.name not in free and getattr(shape, f.name) != getattr(self.shape, f.name)]
         require(not wrong, "the plan is for another model; this one has " + ", ".join(wrong))
 
+    def flows(self) -> list[Flow]:
+        """Token counts of each block. InputError naming the block whose rule can't take what reaches it."""
+        flows, entering = [], self.shape.num_tokens
+        for index, block in enumerate(self.blocks):
+            try:
+                flows.append(whole(entering) if block.tokens is None else block.tokens.flow(self.shape, entering))
+            except InputError as error:
+                raise InputError(f"block {index}: {error}") from None
+            entering = flows[-1].after
+        return flows
+
     def tokens_per_block(self) -> list[int]:
         """Tokens that enter each block's attention, prefix tokens included."""
-        return [self.shape.num_tokens if b.tokens is None else self.shape.num_prefix_tokens + b.tokens.num_merged
-                for b in self.blocks]
+        return [flow.attended for flow in self.flows()]
 
     def to_json(self) -> str:
         """One line per block and field, so that a person and a diff can read it."""

@@ -1,9 +1,29 @@
-"""Token rules: how a block's tokens are taken in and given back, as checked plain data. One small class a rule."""
+"""Token rules: how a block's tokens are taken in and given back, as checked plain data. One small class a rule.
+
+`flow(shape, entering)` says what a rule makes of the tokens that reach its block, or why it can't.
+"""
 from dataclasses import dataclass
 
 from vitlab.shape import ViTShape, is_int, require
 
 LARGEST = 3e38                              # of a float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flow:
+    """Token counts of one block, prefix tokens included."""
+
+    attended: int                   # in the attention
+    in_mlp: int                     # in the MLP
+    carried: int                    # that go around the block
+    after: int                      # that reach the next block
+    merged: bool = False            # whether matrices stand before and after the block
+    ranked_by: str = ""             # heads whose attention ranks tokens before the MLP: "kept", "all", or "" for no ranking
+
+
+def whole(entering: int) -> Flow:
+    """The flow of a block without a token rule."""
+    return Flow(attended=entering, in_mlp=entering, carried=0, after=entering)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +63,39 @@ class MergeReconstruct:
         """How many tokens the patches become (prefix tokens not counted)."""
         return max(self.regions, default=-1) + 1
 
-    def check(self, shape: ViTShape) -> None:
-        """InputError where the rule is for another number of patches."""
+    def flow(self, shape: ViTShape, entering: int) -> Flow:
+        """InputError where the rule is for another number of patches, or a block before has selected tokens."""
         require(len(self.regions) == shape.num_patches,
                  f"tokens.regions has {len(self.regions)} entries; the model has {shape.num_patches} patches")
+        require(entering == shape.num_tokens, f"tokens are merged by their place, but only {entering} of {shape.num_tokens} "
+                                              "come in: a block before has selected")
+        tokens = shape.num_prefix_tokens + self.num_merged
+        return Flow(attended=tokens, in_mlp=tokens, carried=len(self.pruned), after=entering, merged=True)
 
 
-TOKEN_RULES = {MergeReconstruct.kind: MergeReconstruct}
-TokenRule = MergeReconstruct
+@dataclass(frozen=True, kw_only=True)
+class Select:
+    """Token rule of methods B3: between attention and MLP the tokens that the class token attends to most stay, each image
+    its own, and one token that is the plain mean of the others is appended."""
+
+    kept: int                       # tokens that stay by rank, prefix tokens not counted
+    ranked_by: str = "kept"         # heads whose attention is averaged: "kept" ones, or "all": cut heads go on ranking, as
+                                    # in the published code, where heads are masked
+
+    kind = "select"
+
+    def __post_init__(self) -> None:
+        require(self.ranked_by in ("kept", "all"), f"ranked_by is {self.ranked_by!r}; 'kept' or 'all' is needed")
+        require(is_int(self.kept) and self.kept >= 1, f"kept is {self.kept!r}; an integer of at least 1 is needed")
+
+    def flow(self, shape: ViTShape, entering: int) -> Flow:
+        """InputError where fewer tokens come in than stay, or there is no class token to rank by."""
+        require(shape.num_prefix_tokens > 0, "tokens are selected by the class token's attention; the model has no class token")
+        others = entering - shape.num_prefix_tokens
+        require(self.kept < others, f"{self.kept} tokens are kept; below {others}, which come in beside the prefix tokens, is needed")
+        after = shape.num_prefix_tokens + self.kept + 1
+        return Flow(attended=entering, in_mlp=after, carried=0, after=after, ranked_by=self.ranked_by)
+
+
+TOKEN_RULES = {rule.kind: rule for rule in (MergeReconstruct, Select)}
+TokenRule = MergeReconstruct | Select

@@ -35,6 +35,7 @@ class ViTShape:
     num_classes: int = 1000             # 0: no classifier
     num_classifiers: int = 1            # 2 for a distilled DeiT
     pool: str = POOL_TOKEN              # "token" needs prefix tokens alone; every other pooling needs all
+    qk_norm: bool = False               # whether attention normalises queries and keys
 
     def __post_init__(self) -> None:
         for name in ("img_size", "patch_size"):
@@ -47,6 +48,7 @@ class ViTShape:
             if f.type in (int, "int"):
                 value, low = getattr(self, f.name), lowest.get(f.name, 1)
                 require(is_int(value) and value >= low, f"shape.{f.name} is {value!r}; an integer of at least {low} is needed")
+        require(isinstance(self.qk_norm, bool), f"shape.qk_norm is {self.qk_norm!r}; true or false is needed")
         require(isinstance(self.pool, str), f"shape.pool is {self.pool!r}; a string is needed")
         require(self.num_patches > 0, f"shape: an image of {self.img_size} holds no patch of {self.patch_size}")
 

@@ -196,3 +196,16 @@ def fold(reconstruct: Tensor, carried: Tensor, merge: Tensor, carry_next: Tensor
     """
     eye = torch.eye(len(reconstruct), dtype=reconstruct.dtype)
     return torch.cat([merge, eye[carry_next]]) @ torch.cat([reconstruct, eye[:, carried]], dim=1)
+
+
+def select(x: Tensor, ranking: Tensor, kept: int, num_prefix_tokens: int) -> Tensor:
+    """The `kept` best tokens of each image and the plain mean of the others (methods B3).
+
+    x (B, N, D), ranking (B, N), higher stays; prefix tokens always stay, first and in order. Returns (B, P + kept + 1, D),
+    the mean last.
+    """
+    prefix, others = x.split((num_prefix_tokens, x.shape[1] - num_prefix_tokens), dim=1)
+    best = ranking[:, num_prefix_tokens:].topk(kept, dim=1).indices             # (B, kept)
+    chosen = others.gather(1, best[:, :, None].expand(-1, -1, x.shape[2]))      # (B, kept, D)
+    rest = (others.sum(dim=1, keepdim=True) - chosen.sum(dim=1, keepdim=True)) / (others.shape[1] - kept)
+    return torch.cat([prefix, chosen, rest], dim=1)

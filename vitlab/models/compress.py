@@ -6,10 +6,11 @@ from torch import Tensor, nn
 
 from vitlab import tokens
 from vitlab.files import InputError
+from vitlab.models.select import SelectBlock
 from vitlab.models.shrink import keep_heads, keep_neurons
-from vitlab.models.support import shape_of
-from vitlab.plan import CompressionPlan
-from vitlab.rules import MergeReconstruct
+from vitlab.models.support import attention_block, shape_of
+from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.rules import MergeReconstruct, Select
 
 TRAINABLE = ("all", "matrices", "weights")
 
@@ -34,21 +35,21 @@ class MergeReconstructTokens(nn.Module):
         return y
 
 
-TOKEN_MODULES = {MergeReconstruct.kind: MergeReconstructTokens}
-
-
 class TokenBlock(nn.Module):
     """timm's Block between a token rule's taking in and giving back; all N tokens enter and leave."""
 
-    def __init__(self, block: nn.Module, token_rule: nn.Module) -> None:
+    def __init__(self, block: nn.Module, rule: MergeReconstruct, num_prefix_tokens: int) -> None:
         super().__init__()
         self.block = block
-        self.tokens = token_rule
+        self.tokens = MergeReconstructTokens(rule, num_prefix_tokens)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if attn_mask is not None or is_causal:
             raise InputError("a block that merges tokens takes no attention mask")
         return self.tokens(x, self.block)
+
+
+TOKEN_BLOCKS = {MergeReconstruct.kind: TokenBlock, Select.kind: SelectBlock}
 
 
 def _check_size(patch_embed: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -59,28 +60,79 @@ def _check_size(patch_embed: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                          f"{patch_embed.img_size[1]} (another size needs its own plan)")
 
 
-def compress(model: nn.Module, plan: CompressionPlan) -> nn.Module:
+def refuse_intermediates(*args: object, **kwargs: object) -> None:
+    """Stands in for forward_intermediates where blocks no longer give back the whole grid."""
+    raise InputError("there is no token grid between the blocks of a deployed model, or after tokens were selected; "
+                     "take intermediates from the training form of a plan that merges")
+
+
+def check_agrees(model: nn.Module, plan: CompressionPlan) -> None:
+    """InputError naming the first block whose heads, neurons or token rule (training form) are not the plan's."""
+    for index, (block, cut) in enumerate(zip(model.blocks, plan.blocks, strict=True)):
+        inner = attention_block(block)
+        units = (inner.attn.num_heads, inner.mlp.fc2.in_features) == (
+            plan.shape.num_heads if cut.heads is None else len(cut.heads),
+            plan.shape.num_neurons if cut.neurons is None else len(cut.neurons))
+        wrapper = nn.Module if cut.tokens is None else TOKEN_BLOCKS[cut.tokens.kind]
+        tokens_agree = (block is inner) == (cut.tokens is None) and isinstance(block, wrapper) and all(
+            getattr(block, name, None) == getattr(cut.tokens, name, None) for name in ("kept", "ranked_by"))
+        if not units or not tokens_agree:
+            raise InputError(f"block {index} of the model is not what the plan says; the plan it was compressed by is needed")
+
+
+def _relative(kept: tuple[int, ...] | None, before: tuple[int, ...] | None, what: str) -> list[int] | None:
+    """Where the units that stay stand among those still there; None where nothing more is cut."""
+    if kept == before:
+        return None
+    if before is None:
+        return list(kept)
+    missing = None if kept is None else sorted(set(kept) - set(before))
+    if missing is None or missing:
+        raise InputError(f"{what} {'all' if missing is None else missing[0]} should stay, but the model has lost some already")
+    return [before.index(unit) for unit in kept]
+
+
+def _cut(block: nn.Module, cut: BlockPlan, was: BlockPlan, num_prefix_tokens: int) -> nn.Module:
+    """One block, in place; returned because a token rule wraps it."""
+    inner = attention_block(block)
+    if cut.tokens is None:
+        block = inner
+    elif isinstance(block, SelectBlock) and (cut.tokens.kind, block.ranked_by) == (Select.kind, cut.tokens.ranked_by):
+        block.kept = cut.tokens.kept
+    elif cut.tokens != was.tokens:
+        if getattr(cut.tokens, "ranked_by", None) == "all" and was.heads is not None:
+            raise InputError("all heads should rank tokens, but the model has lost some already")
+        block = TOKEN_BLOCKS[cut.tokens.kind](inner, cut.tokens, num_prefix_tokens)
+        block.to(inner.norm1.weight.device, inner.norm1.weight.dtype).train(inner.training)
+    heads, neurons = _relative(cut.heads, was.heads, "heads"), _relative(cut.neurons, was.neurons, "neurons")
+    if heads is not None:
+        keep_heads(inner.attn, heads)
+    if neurons is not None:
+        keep_neurons(inner.mlp, neurons)
+    return block
+
+
+def compress(model: nn.Module, plan: CompressionPlan, *, before: CompressionPlan | None = None) -> nn.Module:
     """A copy of `model`, compressed; still the same timm class. The plan that cuts nothing gives bit-equal logits.
 
-    model: a dense timm VisionTransformer. Raises InputError where the family can't be handled, the model is already
-    compressed, or the plan is for other sizes.
+    model: a dense timm VisionTransformer, or, to cut further, one that was compressed by the plan `before` (training form,
+    fine-tuned or not); matrices of a token rule that stays the same keep their trained values. Raises InputError where the
+    family can't be handled, the model is not what was said, the plan is for other sizes, or keeps what is gone.
     """
-    plan.check_fits(shape_of(model))
+    if before is None:
+        before = CompressionPlan.empty(shape_of(model))
+    check_agrees(model, before)
+    plan.check_fits(before.shape)
     model = copy.deepcopy(model)
     if any(cut.tokens is not None for cut in plan.blocks):
         model.patch_embed.register_forward_pre_hook(_check_size)
-    for index, (block, cut) in enumerate(zip(model.blocks, plan.blocks)):
+    if any(isinstance(cut.tokens, Select) for cut in plan.blocks):
+        model.forward_intermediates = refuse_intermediates
+    for index, (block, cut, was) in enumerate(zip(model.blocks, plan.blocks, before.blocks)):
         try:
-            if cut.heads is not None:
-                keep_heads(block.attn, cut.heads)
-            if cut.neurons is not None:
-                keep_neurons(block.mlp, cut.neurons)
+            model.blocks[index] = _cut(block, cut, was, model.num_prefix_tokens)
         except InputError as error:
             raise InputError(f"block {index}: {error}") from None
-        if cut.tokens is not None:
-            rule = TOKEN_MODULES[cut.tokens.kind](cut.tokens, model.num_prefix_tokens)
-            rule.to(block.norm1.weight.device, block.norm1.weight.dtype)
-            model.blocks[index] = TokenBlock(block, rule).train(block.training)
     return model
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vitlab import tokens
 from vitlab.files import InputError
-from vitlab.models.compress import MergeReconstructTokens, TokenBlock
+from vitlab.models.compress import TokenBlock, refuse_intermediates
 from vitlab.models.support import attention_block, check_supported
 from vitlab.shape import POOL_TOKEN
 
@@ -45,10 +45,6 @@ class FoldedBlock(nn.Module):
         return torch.cat([self.block(merged), carried], dim=1)
 
 
-def _refuse_intermediates(*args: object, **kwargs: object) -> None:
-    raise InputError("a deployed model has no token grid between its blocks; take intermediates from the training form")
-
-
 def _refuse_reset(*args: object, **kwargs: object) -> None:
     raise InputError("a deployed model is folded for its pooling; reset the classifier of the training form and deploy that")
 
@@ -57,8 +53,6 @@ def _matrices(block: nn.Module, eye: Tensor) -> tuple[Tensor, Tensor, Tensor, bo
     """(merge, reconstruct, carried indices, whether both are the identity) of one block, in float64."""
     if isinstance(block, TokenBlock):
         rule = block.tokens
-        if not isinstance(rule, MergeReconstructTokens):
-            raise InputError(f"no folded form for {type(rule).__name__}")
         return (rule.merge_matrix.detach().double(), rule.reconstruct_matrix.detach().double(),
                 (rule.token_mask == 0).nonzero().flatten(), False)
     return eye, eye, torch.empty(0, dtype=torch.long, device=eye.device), True
@@ -86,11 +80,12 @@ def deploy(model: nn.Module) -> nn.Module:
     for block in model.blocks:
         merge, reconstruct, skipping, identity = _matrices(block, eye)
         matrix = None if plain and identity else tokens.fold(give, carried, merge, skipping).to(weight.dtype)
-        folded.append(FoldedBlock(attention_block(block), matrix, len(merge), len(skipping)))
+        inner = attention_block(block) if isinstance(block, TokenBlock) else block
+        folded.append(FoldedBlock(inner, matrix, len(merge), len(skipping)))
         give, carried, plain = reconstruct, skipping, identity
     if not plain:
         wanted = eye[:model.num_prefix_tokens] if model.global_pool == POOL_TOKEN else eye
         folded.append(Fold(tokens.fold(give, carried, wanted, none).to(weight.dtype)))
     model.blocks = nn.Sequential(*folded)
-    model.forward_intermediates, model.reset_classifier = _refuse_intermediates, _refuse_reset
+    model.forward_intermediates, model.reset_classifier = refuse_intermediates, _refuse_reset
     return model.requires_grad_(False)

@@ -8,12 +8,14 @@ from vitlab.shape import ViTShape
 
 
 def attention_block(block: nn.Module) -> nn.Module:
-    """timm's own Block, whether plain or inside a wrapper of vitlab."""
-    return getattr(block, "block", block)
+    """timm's own Block, whether plain or inside wrappers of vitlab."""
+    while hasattr(block, "block"):
+        block = block.block
+    return block
 
 
 def is_merged(model: nn.Module) -> bool:
-    """Whether tokens are merged in any block (training or deployed form)."""
+    """Whether tokens are merged or selected in any block (training or deployed form)."""
     return any(attention_block(b) is not b for b in model.blocks)
 
 
@@ -63,4 +65,4 @@ def shape_of(model: nn.Module) -> ViTShape:
         num_heads=first.attn.num_heads, head_dim=first.attn.head_dim, num_neurons=first.mlp.fc2.in_features,
         num_prefix_tokens=model.num_prefix_tokens, num_classes=model.num_classes,
         num_classifiers=len(classifiers) if isinstance(classifiers, tuple) else 1,
-        pool=model.global_pool)
+        pool=model.global_pool, qk_norm=not isinstance(first.attn.q_norm, nn.Identity))

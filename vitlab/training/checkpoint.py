@@ -12,8 +12,8 @@ from torch import nn
 
 import vitlab
 from vitlab.files import InputError, atomic_folder, existing_folder, read_json
-from vitlab.models import attention_block, compress, deploy
-from vitlab.models.compress import TokenBlock
+from vitlab.models import compress, deploy
+from vitlab.models.compress import check_agrees
 from vitlab.models.create import architecture, load_state, read_state, rebuild
 from vitlab.models.deploy import FoldedBlock
 from vitlab.plan import CompressionPlan
@@ -50,7 +50,8 @@ def save(folder: str | Path, model: nn.Module, plan: CompressionPlan, *, classes
     Raises InputError where the model was not made by timm.create_model, or the plan is not the one it was compressed by.
     """
     folder = Path(folder)
-    _check_agree(model, plan)
+    if not is_deployed(model):
+        check_agrees(model, plan)
     source = architecture(model)
     info = {"format": FORMAT, "version": VERSION, "model": source, "deployed": is_deployed(model),
             "config": {k: model.pretrained_cfg.get(k) for k in ("mean", "std", "interpolation", "crop_pct")},
@@ -60,18 +61,6 @@ def save(folder: str | Path, model: nn.Module, plan: CompressionPlan, *, classes
         plan.save(temporary / PLAN)
         (temporary / INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     return folder
-
-
-def _check_agree(model: nn.Module, plan: CompressionPlan) -> None:
-    """InputError naming the first block whose heads, neurons or merging differ from the plan's."""
-    deployed = is_deployed(model)
-    for index, (block, cut) in enumerate(zip(model.blocks, plan.blocks)):
-        inner = attention_block(block)
-        have = (inner.attn.num_heads, inner.mlp.fc2.in_features)
-        want = (plan.shape.num_heads if cut.heads is None else len(cut.heads),
-                plan.shape.num_neurons if cut.neurons is None else len(cut.neurons))
-        if have != want or (not deployed and isinstance(block, TokenBlock) != (cut.tokens is not None)):
-            raise InputError(f"block {index} of the model is not what the plan says; save it with the plan it was compressed by")
 
 
 def _check_config(config: Any, classes: Any) -> None:
