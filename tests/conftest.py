@@ -10,7 +10,7 @@ from torch import nn
 from vitlab import tokens
 from vitlab.models import shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import MergeReconstruct
+from vitlab.rules import MergeReconstruct, Select
 from vitlab.shape import ViTShape
 
 torch.set_num_threads(1)        # the models are tiny: with more threads they mostly wait for each other
@@ -104,13 +104,30 @@ def layout(request) -> str:
     return TOKEN_LAYOUTS[request.param]
 
 
+SELECT_LAYOUTS = {      # s selects; what merges comes before it
+    "alone": "--s--", "every_block": "sssss", "merge_then_select": "mm-s-", "side_by_side": "-ms-s", "carried_then_select": "m0s-s",
+}
+
+
+@pytest.fixture(params=list(SELECT_LAYOUTS))
+def select_layout(request) -> str:
+    """Which blocks select, after which that merge."""
+    return SELECT_LAYOUTS[request.param]
+
+
 @pytest.fixture
 def random_plan():
     """random_plan(shape, layout, seed, shrink=True): token rules by layout; heads and neurons at random."""
     def make(shape: ViTShape, layout: str, seed: int = 0, shrink: bool = True) -> CompressionPlan:
         chance = random.Random(seed)
+        others = [shape.num_patches]        # that enter the next block, prefix tokens not counted
+
+        def random_selection() -> Select:
+            kept = chance.randint(max(1, others[0] // 2), others[0] - 1)
+            others[0] = kept + 1            # and the mean of the rest
+            return Select(kept=kept, ranked_by=chance.choice(["kept", "all"]))
         make_rule = {"m": lambda: random_rule(shape.num_patches, chance), "-": lambda: None,
-                     "0": lambda: all_pruned(shape.num_patches)}
+                     "0": lambda: all_pruned(shape.num_patches), "s": random_selection}
 
         def kept(count: int) -> tuple[int, ...] | None:
             if not shrink or chance.random() < 0.3:

@@ -5,12 +5,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from test_hsic import oracle_gaussian, oracle_hsic, oracle_linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.files import InputError
 from vitlab.models import compress, shape_of
-from vitlab.training.capture import token_scores
+from vitlab.training.capture import TOKEN_CRITERIA, attention_maps, token_scores
 
 NUM_CLASSES = 7
 
@@ -139,6 +140,100 @@ def test_scores_do_not_depend_on_the_state_the_model_comes_in(tiny_vit, images, 
     assert torch.equal(token_scores(model, batches, progress=False), expected)
 
 
+# ---- The other criteria, and attention maps for plots
+
+def explicit_maps(model, x) -> torch.Tensor:
+    """A (L, B, H, N, N) of the oracle."""
+    maps: list[dict] = []
+    for block in model.blocks:
+        block.attn.forward = explicit_attention(block.attn, maps)
+    model(x)
+    for block in model.blocks:
+        del block.attn.forward
+    heads = model.blocks[0].attn.num_heads
+    return torch.stack([torch.stack([torch.stack([m[b, h].detach() for h in range(heads)]) for b in range(len(x))]) for m in maps])
+
+
+def test_class_attention_is_the_mean_over_images_and_heads_of_the_class_tokens_row(tiny_vit, family, images):
+    model = tiny_vit(family).double()
+    batches = [(x.double(), y) for x, y in batches_for(model, images)]
+    maps = explicit_maps(model, torch.cat([x for x, _ in batches]))             # all images at once, though the batches differ in size
+    got = token_scores(model, batches, criterion="class_attention", progress=False)
+    expected = maps.mean(dim=(1, 2))[:, 0, model.num_prefix_tokens:]
+    assert got.shape == expected.shape and float((got - expected).abs().max()) < 1e-12      # float64
+
+
+def test_hsic_of_a_patch_is_that_of_what_enters_the_block_there_averaged_over_full_batches(tiny_vit, family, images):
+    model = tiny_vit(family).double()
+    batches = [(x.double(), y) for x, y in batches_for(model, images, (3, 3, 2))]
+    entering: list[torch.Tensor] = []
+    handles = [b.norm1.register_forward_pre_hook(lambda m, inputs: entering.append(inputs[0])) for b in model.blocks]
+    expected = 0
+    for x, _ in batches[:2]:
+        entering.clear()
+        with torch.no_grad():
+            linear = oracle_linear(model(x).softmax(dim=1))
+        rows = [[oracle_hsic(oracle_gaussian(e[:, j]), linear) for j in range(model.num_prefix_tokens, e.shape[1])] for e in entering]
+        expected = expected + torch.tensor(rows, dtype=torch.float64) / 2
+    for handle in handles:
+        handle.remove()
+    got = token_scores(model, iter(batches), criterion="hsic", progress=False)
+    assert got.shape == expected.shape and float((got - expected).abs().max()) < 1e-9       # float64, sums in another order
+
+
+@pytest.mark.parametrize("criterion", list(TOKEN_CRITERIA))
+def test_every_criterion_gives_the_same_again_and_leaves_the_model_as_it_was(tiny_vit, images, criterion):
+    model = prepared(tiny_vit, images, training=True)
+    before, batches = state_of(model), batches_for(model, images)
+    first, again = (token_scores(model, batches, criterion=criterion, progress=False) for _ in range(2))
+    assert torch.equal(first, again) and state_of(model) == before
+    assert first.shape == (len(model.blocks), shape_of(model).num_patches) and not first.requires_grad
+
+
+def test_a_model_without_a_class_token_has_no_class_attention_but_the_other_scores(tiny_vit, images):
+    model = tiny_vit("augreg", class_token=False, global_pool="avg")
+    batches = batches_for(model, images)
+    with pytest.raises(InputError, match="class token"):
+        token_scores(model, batches, criterion="class_attention", progress=False)
+    for criterion in ("gradient", "hsic"):
+        assert token_scores(model, batches, criterion=criterion, progress=False).shape == (len(model.blocks), model.patch_embed.num_patches)
+
+
+def test_an_unknown_criterion_is_refused_and_the_known_ones_listed(tiny_vit, images):
+    model = tiny_vit("deit")
+    with pytest.raises(InputError, match="'rollout'.*class_attention.*gradient.*hsic"):
+        token_scores(model, batches_for(model, images), criterion="rollout", progress=False)
+
+
+def test_attention_maps_have_rows_of_sum_one_and_give_back_the_attentions_output(tiny_vit, family, images):
+    model = tiny_vit(family).double()
+    x = images(model, 3).double()
+    outputs, values, handles = [], [], []
+    for block in model.blocks:
+        handles += [block.attn.register_forward_hook(lambda m, i, out: outputs.append(out)),
+                    block.attn.qkv.register_forward_hook(lambda m, i, out: values.append(out[..., 2 * m.out_features // 3:]))]
+    maps = attention_maps(model, x)
+    for handle in handles:
+        handle.remove()
+    size = shape_of(model)
+    assert maps.shape == (size.depth, 3, size.num_heads, size.num_tokens, size.num_tokens) and not maps.requires_grad
+    assert float((maps.sum(dim=-1) - 1).abs().max()) < 1e-12
+    for attention, value, output, block in zip(maps, values, outputs, model.blocks):
+        heads = [attention[:, h] @ value[..., h * size.head_dim:(h + 1) * size.head_dim] for h in range(size.num_heads)]
+        with torch.no_grad():
+            again = block.attn.proj(torch.cat(heads, dim=2))
+        assert float((again - output).abs().max()) < 1e-11          # float64; outputs are of size 1 to 10
+
+
+def test_attention_maps_of_a_compressed_model_are_refused(tiny_vit, images):
+    dense = tiny_vit("deit")
+    shape = shape_of(dense)
+    scores = torch.rand(shape.depth, shape.num_patches, generator=torch.Generator().manual_seed(0)) + 0.01
+    model = compress(dense, prune_and_merge(scores, shape, rule="merge", keep_rate=0.5, prune_rate=0.1))
+    with pytest.raises(InputError, match="already compressed"):
+        attention_maps(model, images(model))
+
+
 # ---- Nothing is left behind
 
 def state_of(model):
@@ -202,7 +297,7 @@ class SquareMaps(TorchDispatchMode):
         return result
 
 
-def square_maps_in_scoring(model, batches) -> tuple[int, int]:
+def square_maps_in_scoring(model, batches, criterion="gradient") -> tuple[int, int]:
     """(saved for the backward pass, made by any operation) while tokens are scored."""
     n, saved = shape_of(model).num_tokens, 0
     assert n not in (model.embed_dim, shape_of(model).num_neurons, shape_of(model).head_dim)    # no other axis is N
@@ -214,14 +309,15 @@ def square_maps_in_scoring(model, batches) -> tuple[int, int]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
         made = stack.enter_context(SquareMaps(n))
-        token_scores(model, batches, progress=False)
+        token_scores(model, batches, criterion=criterion, progress=False)
     return saved, made.found
 
 
-def test_no_attention_map_is_made_or_kept_with_fused_attention(tiny_vit, family, images):
+@pytest.mark.parametrize("criterion", list(TOKEN_CRITERIA))
+def test_no_attention_map_is_made_or_kept_with_fused_attention(tiny_vit, family, images, criterion):
     model = tiny_vit(family)
     assert all(block.attn.fused_attn for block in model.blocks)
-    assert square_maps_in_scoring(model, batches_for(model, images)) == (0, 0)
+    assert square_maps_in_scoring(model, batches_for(model, images), criterion) == (0, 0)
 
 
 def test_the_search_for_attention_maps_finds_those_of_plain_attention(tiny_vit, images):

@@ -1,4 +1,7 @@
-"""vitlab.cost against what PyTorch counts while the model runs."""
+"""vitlab.cost against what PyTorch counts while the model runs, hand-computed numbers, and slow loops."""
+import random
+
+import numpy as np
 import pytest
 import timm
 import torch
@@ -8,7 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitlab import cost
 from vitlab.files import InputError
 from vitlab.models import compress, deploy, shape_of
-from vitlab.plan import CompressionPlan
+from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.rules import Select
+from vitlab.shape import ViTShape
 
 
 def counted_macs(model: torch.nn.Module) -> int:
@@ -123,6 +128,188 @@ def test_a_model_is_either_refused_or_counted_exactly(name):
     assert cost.macs(CompressionPlan.empty(shape))["total"] == counter.get_total_flops() // 2
 
 
+# ---- Selection
+
+def test_macs_of_plans_that_select_equal_what_runs_in_both_forms(tiny_vit, family, select_layout, random_plan):
+    dense = tiny_vit(family)
+    for seed in range(2):
+        plan = random_plan(shape_of(dense), select_layout, seed=seed + sum(map(ord, family + select_layout)))
+        model = compress(dense, plan)
+        assert cost.macs(plan, "training")["total"] == counted_macs(model)
+        assert cost.macs(plan, "deployed")["total"] == counted_macs(deploy(model))
+
+
+@pytest.mark.parametrize("ranked_by", ["kept", "all"])
+def test_macs_of_a_selection_with_a_cut_head_equal_what_runs(tiny_vit, family, ranked_by):
+    dense = tiny_vit(family)
+    shape = shape_of(dense)
+    plan = CompressionPlan(shape=shape, blocks=tuple(
+        BlockPlan(heads=(0,) if i == 1 else None, tokens=Select(kept=7 - i, ranked_by=ranked_by) if i in (1, 2) else None)
+        for i in range(5)))
+    assert cost.macs(plan)["total"] == counted_macs(compress(dense, plan))
+
+
+# D = 33, H = 3, d = 11, M = 41, 15 patches and 2 prefix tokens: N = 17.
+SMALL = ViTShape(img_size=(48, 80), patch_size=(16, 16), embed_dim=33, depth=2, num_heads=3, head_dim=11, num_neurons=41,
+                 num_prefix_tokens=2, num_classes=7)
+
+
+@pytest.mark.parametrize("qk_norm, ranked_by, by_hand", [
+    # One query of width r and its way back through W_k, D r each; then a score per head and token, over D.
+    (False, "kept", 2 * 22 * 33 + 17 * 33 * 2), (False, "all", 2 * 33 * 33 + 17 * 33 * 3),
+    # With q/k norm keys are needed: one query D r, N keys D r each, N scores of r products.
+    (True, "kept", 33 * 22 + 17 * 33 * 22 + 17 * 22), (True, "all", 33 * 33 + 17 * 33 * 33 + 17 * 33)])
+def test_parts_of_a_selection_are_the_hand_computed_numbers(qk_norm, ranked_by, by_hand):
+    shape = ViTShape(**{**vars(SMALL), "qk_norm": qk_norm})
+    plan = CompressionPlan(shape=shape, blocks=(
+        BlockPlan(heads=(0, 2), neurons=tuple(range(37)), tokens=Select(kept=5, ranked_by=ranked_by)), BlockPlan()))
+    for form in cost.FORMS:
+        parts = cost.macs(plan, form)
+        assert parts["select"] == by_hand
+        # Block 0 attends to 17 tokens with width 22, its MLP has 2 + 5 + 1 = 8; so has all of block 1, width 33.
+        assert parts["qkv"] == 3 * 33 * (17 * 22 + 8 * 33) and parts["proj"] == 33 * (17 * 22 + 8 * 33)
+        assert parts["attention"] == 2 * (17 * 17 * 22 + 8 * 8 * 33)
+        assert parts["mlp"] == 2 * 33 * 8 * (37 + 41)
+        assert parts["merge"] == parts["reconstruct"] == parts["fold"] == 0
+    assert by_hand in {2574, 3861, 13442, 20163}
+
+
+def test_select_part_is_there_only_where_tokens_are_selected(tiny_vit, family, layout, random_plan):
+    assert cost.macs(random_plan(shape_of(tiny_vit(family)), layout))["select"] == 0
+
+
+def test_a_selection_costs_nothing_beside_its_ranking_where_all_but_one_stay(tiny_vit, family):
+    shape = shape_of(tiny_vit(family))
+    plan = CompressionPlan(shape=shape, blocks=(BlockPlan(tokens=Select(kept=shape.num_patches - 1)),) * 5)
+    parts = cost.macs(plan)
+    assert parts["total"] - parts["select"] == cost.macs(CompressionPlan.empty(shape))["total"]
+
+
+# ---- Many at once
+
+COUNTS = ("heads", "neurons", "attended", "in_mlp", "carried", "merged", "ranking")
+
+
+@pytest.mark.parametrize("form", cost.FORMS)
+def test_costs_of_many_plans_at_once_equal_those_of_each(tiny_vit, family, random_plan, form):
+    shape, chance = shape_of(tiny_vit(family)), random.Random(1)
+    layouts = ["".join(sorted(chance.choices("ms-0", k=5), key="m0-s".index)) for _ in range(37)]
+    plans = [random_plan(shape, letters, seed) for seed, letters in enumerate(layouts)]
+    each = [cost.counts_of(plan) for plan in plans]
+    together = cost.Counts(**{name: np.stack([getattr(c, name) for c in each]) for name in COUNTS})
+    parts = cost.macs_of(shape, together, form)
+    assert set(parts) == {*cost.PARTS, "total"} and parts["total"].shape == (37,)
+    for index, plan in enumerate(plans):
+        assert {name: int(np.broadcast_to(values, 37)[index]) for name, values in parts.items()} == cost.macs(plan, form)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("form", cost.FORMS)
+def test_costs_of_random_counts_at_once_equal_one_by_one_and_keep_their_leading_dimensions(form, qk_norm):
+    shape = ViTShape(**{**vars(SMALL), "depth": 5, "qk_norm": qk_norm})
+    noise, size = np.random.default_rng(0), (7, 11, 5)
+    counts = {"heads": noise.integers(1, 4, size), "neurons": noise.integers(1, 42, size), "attended": noise.integers(3, 18, size),
+              "in_mlp": noise.integers(3, 18, size), "carried": noise.integers(0, 16, size),
+              "merged": noise.random(size) < 0.5, "ranking": noise.integers(0, 4, size)}
+    together = cost.macs_of(shape, cost.Counts(**counts), form)
+    assert together["total"].shape == (7, 11) and together["total"].dtype == np.int64
+    for place in np.ndindex(7, 11):
+        alone = cost.macs_of(shape, cost.Counts(**{name: value[place] for name, value in counts.items()}), form)
+        assert {k: int(np.broadcast_to(v, (7, 11))[place]) for k, v in together.items()} == {k: int(v) for k, v in alone.items()}
+
+
+# So large that the cost is beyond 2^53, where float64 no longer holds every integer; odd sizes, so that a rounding shows.
+HUGE = ViTShape(img_size=(16 * 701, 16 * 709), patch_size=(16, 16), embed_dim=6131, depth=3, num_heads=1, head_dim=6131,
+                num_neurons=24_527, num_classes=1009)
+
+
+def test_macs_are_exact_integers_beyond_what_a_float_holds():
+    n, d, m = 701 * 709 + 1, 6131, 24_527
+    by_hand = (n - 1) * 16 * 16 * 3 * d + 3 * (4 * n * d * d + 2 * n * n * d + 2 * n * d * m) + 1009 * d
+    assert by_hand > 2**53 and int(float(by_hand)) != by_hand
+    assert cost.macs(CompressionPlan.empty(HUGE))["total"] == by_hand
+
+
+# ---- The count of arXiv 2201.00043 (methods B5)
+
+def mdc_slowly(shape: ViTShape, heads: list[int], neurons: list[int], rho: float, select_in=(3, 6, 9)) -> int:
+    """B5, block by block: heads_kept (4 D d N_l + 2 N_l^2 d) + 2 N'_l D M_kept."""
+    total, done, entering = 0, 0, shape.num_tokens
+    for block in range(shape.depth):
+        if block in select_in:
+            done += 1
+        leaving = int(shape.num_tokens * (1 - rho) ** done)
+        total += heads[block] * (4 * shape.embed_dim * shape.head_dim * entering + 2 * entering * entering * shape.head_dim)
+        total += 2 * leaving * shape.embed_dim * neurons[block]
+        entering = leaving
+    return total
+
+
+def deit(width: int, heads: int) -> ViTShape:
+    return ViTShape(img_size=(224, 224), patch_size=(16, 16), embed_dim=width, depth=12, num_heads=heads, head_dim=64,
+                    num_neurons=4 * width)
+
+
+def kept(ratios: list[float], count: int) -> list[int]:
+    """B4: int(count * (1 - ratio))."""
+    return [int(count * (1 - ratio)) for ratio in ratios]
+
+
+PUBLISHED_POLICIES = {      # methods B7: shape, neuron ratios, head ratios, rho, GMACs as published
+    "DeiT-S": (deit(384, 6), [0.12237, 0.00168, 0.01201, 0.49062, 0.10388, 0.32759, 0.02007, 0.26372, 0.02465, 0.37197, 0.33796, 0.32449],
+               [0.07641, 0.05489, 0.11644, 0.21189, 0.10277, 0.04060, 0.07933, 0.08571, 0.27671, 0.16643, 0.13445, 0.15967],
+               0.48807, 1.8628),
+    "DeiT-B": (deit(768, 12), [0.49191, 0.42406, 0.35335, 0.26780, 0.12176, 0.06279, 0.46403, 0.08352, 0.07313, 0.00342, 0.02831, 0.17264],
+               [0.24463, 0.46761, 0.41323, 0.42780, 0.09500, 0.02895, 0.22443, 0.07907, 0.12046, 0.09426, 0.07848, 0.36205],
+               0.40072, 6.938),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_POLICIES)
+def test_mdc_macs_of_the_published_policy_are_the_published_number(name):
+    shape, neuron_ratios, head_ratios, rho, published = PUBLISHED_POLICIES[name]
+    heads, neurons = kept(head_ratios, shape.num_heads), kept(neuron_ratios, shape.num_neurons)
+    found = int(cost.mdc_macs(shape, np.array(heads), np.array(neurons), np.array(rho)))
+    assert found == mdc_slowly(shape, heads, neurons, rho)
+    digits = len(str(published).split(".")[1])
+    assert found / 1e9 == pytest.approx(published, abs=0.5 * 10**-digits)       # to its last printed digit
+
+
+def test_mdc_macs_of_dense_deit_small_is_the_known_number():
+    # By hand, D = 384, N = 197, 12 blocks: 4 N D^2 + 2 N^2 D + 8 N D^2 each.
+    by_hand = 12 * (4 * 197 * 384**2 + 2 * 197**2 * 384 + 8 * 197 * 384**2)
+    shape = deit(384, 6)
+    assert cost.mdc_macs(shape, np.full(12, 6), np.full(12, 1536), np.array(0.0)) == by_hand
+    assert by_hand / 1e9 == pytest.approx(4.5407, abs=5e-5)
+
+
+def test_mdc_macs_of_many_policies_equal_a_slow_loop_exactly():
+    shape, noise = deit(384, 6), np.random.default_rng(2)
+    heads, neurons, rho = noise.integers(1, 7, (211, 12)), noise.integers(1, 1537, (211, 12)), noise.uniform(0, 0.5, 211)
+    rho[0], rho[1] = 0, 0.5
+    found = cost.mdc_macs(shape, heads, neurons, rho)
+    assert found.shape == (211,) and found.dtype == np.int64
+    for index in range(211):
+        assert int(found[index]) == mdc_slowly(shape, heads[index].tolist(), neurons[index].tolist(), float(rho[index]))
+    in_two = cost.mdc_macs(shape, heads[:210].reshape(7, 30, 12), neurons[:210].reshape(7, 30, 12), rho[:210].reshape(7, 30))
+    assert np.array_equal(in_two.reshape(-1), found[:210])
+
+
+@pytest.mark.parametrize("select_in", [(), (0,), (11,), (0, 1, 2), (2, 5, 8, 11)], ids=str)
+def test_mdc_macs_with_selections_in_other_blocks_equal_a_slow_loop(select_in):
+    shape, noise = deit(384, 6), np.random.default_rng(3)
+    for _ in range(17):
+        heads, neurons, rho = noise.integers(1, 7, 12), noise.integers(1, 1537, 12), float(noise.uniform(0, 0.5))
+        assert int(cost.mdc_macs(shape, heads, neurons, np.array(rho), select_in)) == mdc_slowly(
+            shape, heads.tolist(), neurons.tolist(), rho, select_in)
+
+
+def test_mdc_macs_are_exact_integers_beyond_what_a_float_holds():
+    expected = mdc_slowly(HUGE, [1, 1, 1], [24_527] * 3, 0.0)
+    assert expected > 2**53
+    assert int(cost.mdc_macs(HUGE, np.ones(3, dtype=np.int64), np.full(3, 24_527), np.array(0.0))) == expected
+
+
 # ---- Parameters
 
 def test_params_total_is_the_number_of_weights(tiny_vit, family, random_plan):
@@ -154,3 +341,16 @@ def test_params_by_part_follow_from_the_sizes(tiny_vit, random_plan):
     }
     total = parts.pop("total")
     assert parts == expected and total == sum(expected.values())
+
+
+def test_params_of_a_ranking_by_all_heads_are_counted_by_themselves(tiny_vit):
+    dense = tiny_vit("deit")
+    shape = shape_of(dense)
+    found = {}
+    for ranked_by in ("kept", "all"):
+        first = BlockPlan(heads=(1,), tokens=Select(kept=7, ranked_by=ranked_by))
+        plan = CompressionPlan(shape=shape, blocks=(first,) + (BlockPlan(),) * 4)
+        found[ranked_by] = cost.params(compress(dense, plan))
+    d = shape.embed_dim
+    assert found["all"]["select"] == 2 * d * d + 2 * d and "select" not in found["kept"]      # queries' and keys' rows, biases
+    assert found["all"]["total"] - found["kept"]["total"] == found["all"]["select"]

@@ -12,11 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from vitlab import tokens
+from vitlab.cost import mdc_macs
 from vitlab.criteria.hsic import redundancy, relevance
 from vitlab.criteria.planning import prune_and_merge
-from vitlab.criteria.units import head_scores, neuron_scores
 from vitlab.models import compress, deploy, shape_of
+from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.rules import Select
 from vitlab.training.capture import token_scores
+from vitlab.training.units import unit_scores
 
 VARIABLE = "VITLAB_REFERENCE_DIR"
 FOLDER = Path(os.environ.get(VARIABLE) or Path(__file__).parents[1] / ".." / "shared" / "reference").resolve()
@@ -133,20 +136,6 @@ def test_matrices_in_the_compressed_model_are_those_of_the_file(path):
         assert torch.equal(block.tokens.token_mask, mask.to(block.tokens.token_mask.dtype))
 
 
-def activations(dense, images: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
-    """(hidden (B, N, M) per block, head outputs (B, N, H, d) per block, softmax output) of a dense model."""
-    hidden, heads, handles = [], [], []
-    for block in dense.blocks:
-        handles.append(block.mlp.fc2.register_forward_pre_hook(lambda _, x: hidden.append(x[0])))
-        handles.append(block.attn.proj.register_forward_pre_hook(
-            lambda _, x, a=block.attn: heads.append(x[0].unflatten(2, (a.num_heads, a.head_dim)))))
-    with torch.inference_mode():
-        logits = dense(images)
-    for handle in handles:
-        handle.remove()
-    return hidden, heads, logits
-
-
 mdc_files = sorted(FOLDER.glob("mdc*.safetensors"))
 each_mdc = pytest.mark.parametrize("path", [pytest.param(p, id=p.stem) for p in mdc_files] or [
     pytest.param(None, marks=pytest.mark.skip(reason=f"no mdc*.safetensors in {FOLDER}; set {VARIABLE} to the folder that holds them"))])
@@ -165,10 +154,82 @@ def test_neuron_and_head_scores_are_the_reference_ones(path):
     with safe_open(path, "pt") as file:
         meta = file.metadata()
     tensors = load_file(path)
-    dense = dense_model(meta, tensors)
-    hidden, heads, logits = activations(dense, tensors["input"])
-    assert relative(logits, tensors["dense_logits"]) < AGREEMENT
+    dense, images = dense_model(meta, tensors), tensors["input"]
+    with torch.no_grad():
+        assert relative(dense(images), tensors["dense_logits"]) < AGREEMENT
     # In float64: the reference is float32 itself and about half of the agreement away from the exact value.
-    probabilities = logits.softmax(dim=1).double()
-    assert relative(torch.stack([neuron_scores(h.double(), probabilities) for h in hidden]), tensors["neuron_score"]) < AGREEMENT
-    assert relative(torch.stack([head_scores(h.double(), probabilities) for h in heads]), tensors["head_score"]) < AGREEMENT
+    scores = unit_scores(dense.double(), [(images.double(), torch.zeros(len(images), dtype=torch.long))], progress=False)
+    assert relative(scores.neurons, tensors["neuron_score"]) < AGREEMENT
+    assert relative(scores.heads, tensors["head_score"]) < AGREEMENT
+
+
+# ---- Multi-dimensional compression: policies (methods B3 to B5)
+
+@functools.cache
+def load_mdc(path: Path) -> SimpleNamespace:
+    """Tensors, dense model and shape of one mdc file; `policies` holds (neuron ratios, head ratios, rho)."""
+    with safe_open(path, "pt") as file:
+        meta = file.metadata()
+    tensors = load_file(path)
+    dense = dense_model(meta, tensors)
+    depth = len(dense.blocks)
+    policies = [(row[:depth], row[depth:2 * depth], row[-1]) for row in tensors["policy"].tolist()]
+    return SimpleNamespace(tensors=tensors, dense=dense, shape=shape_of(dense), policies=policies)
+
+
+def best(scores: torch.Tensor, ratio: float) -> tuple[int, ...]:
+    """The int(count * (1 - ratio)) best-scoring units, ascending (B4)."""
+    return tuple(sorted(scores.topk(int(len(scores) * (1 - ratio))).indices.tolist()))
+
+
+def policy_plan(case: SimpleNamespace, neuron_ratios: list[float], head_ratios: list[float], rho: float) -> CompressionPlan:
+    """The plan of a policy; the K tokens of B3 include the class token, and cut heads go on ranking, as where they are masked."""
+    blocks, tokens_now = [], case.shape.num_tokens
+    for index in range(case.shape.depth):
+        rule, stay = None, int(tokens_now * (1 - rho))
+        if index in (3, 6, 9) and stay < tokens_now:            # layers 4, 7 and 10 of B3, counted from 1
+            rule, tokens_now = Select(kept=stay - 1, ranked_by="all"), stay + 1
+        blocks.append(BlockPlan(heads=best(case.tensors["head_score"][index], head_ratios[index]), tokens=rule,
+                                neurons=best(case.tensors["neuron_score"][index], neuron_ratios[index])))
+    return CompressionPlan(shape=case.shape, blocks=tuple(blocks))
+
+
+@each_mdc
+def test_mdc_dense_logits_agree(path):
+    case = load_mdc(path)
+    with torch.no_grad():
+        assert relative(case.dense(case.tensors["input"]), case.tensors["dense_logits"]) < AGREEMENT
+
+
+@each_mdc
+def test_masks_from_the_scores_by_policy_agree_exactly(path):
+    case = load_mdc(path)
+    for number, policy in enumerate(case.policies):
+        for index, block in enumerate(policy_plan(case, *policy).blocks):
+            for units, name in ((block.heads, "head_mask"), (block.neurons, "neuron_mask")):
+                mask = torch.zeros_like(case.tensors[name][number, index])
+                mask[list(units)] = 1
+                assert torch.equal(mask, case.tensors[name][number, index]), f"policy {number}, block {index}, {name}"
+
+
+@each_mdc
+def test_gmacs_of_each_policy_agree(path):
+    case = load_mdc(path)
+    kept = [case.tensors[name].sum(dim=2).long().numpy() for name in ("head_mask", "neuron_mask")]
+    found = mdc_macs(case.shape, *kept, case.tensors["policy"][:, -1].numpy())
+    assert len(found) == len(case.policies)
+    # The file holds 10^9 multiply-adds in float64: the same integer but for the division.
+    assert (found / 1e9).tolist() == pytest.approx(case.tensors["policy_gmacs"].tolist(), rel=1e-12)
+
+
+@each_mdc
+def test_logits_under_each_policy_agree(path):
+    case = load_mdc(path)
+    selections = 0
+    for number, policy in enumerate(case.policies):
+        plan, reference = policy_plan(case, *policy), case.tensors["policy_logits"][number]
+        selections += sum(block.tokens is not None for block in plan.blocks)
+        with torch.no_grad():
+            assert relative(compress(case.dense, plan)(case.tensors["input"]), reference) < AGREEMENT, f"policy {number}"
+        assert relative(case.tensors["dense_logits"], reference) > 10 * AGREEMENT       # so agreement says something
+    assert selections

@@ -1,5 +1,6 @@
-"""The command line: one subcommand per step; every line of work is in vitlab.workbench.steps."""
+"""The command line: one subcommand per step; every line of work is in vitlab.workbench."""
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -9,7 +10,8 @@ from typing import Any
 from vitlab.files import InputError
 from vitlab.options import build_parser
 
-DEMO = ("00_check_setup", "01_baseline", "02_token_scores", "03_prune_and_merge", "04_finetune", "90_results")
+DEMO = ("00_check_setup", "01_baseline", "02_token_scores", "03_prune_and_merge", "04_finetune", "05_heads_and_neurons", "06_search",
+        "07_prune_what_was_found", "90_results")
 
 
 def _recipe(args: argparse.Namespace) -> Any:
@@ -40,63 +42,141 @@ def _check_out(out: str, wants_file: bool) -> None:
         raise InputError(f"{out}: {folder} can't be written to")
 
 
-def execute(args: argparse.Namespace) -> None:
-    """Do one parsed command. Raises InputError."""
+def _data(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that every step on a data set takes."""
+    return {"seed": args.seed, "device": args.device, "class_map": args.class_map, "workers": args.workers, "progress": not args.quiet}
+
+
+def _pretrain(args: argparse.Namespace) -> None:
+    from vitlab.workbench import steps
+    extra = {"img_size": args.img_size} if args.img_size else {}
+    run = steps.pretrain(args.model, args.data, args.out, settings=_recipe(args), limit=args.limit, **_data(args), **extra)
+    print(f"checkpoint: {run}/checkpoint")
+
+
+def _score(args: argparse.Namespace) -> None:
+    from vitlab.workbench import searching, steps
+    options = {"images": args.images, "batch_size": args.batch_size, **_data(args)}
+    if args.of == "units":
+        if args.absolute:
+            raise InputError("--absolute is for tokens")
+        searching.score_units(_source(args), args.data, args.out, criterion=args.criterion or "hsic", **options)
+    else:
+        steps.score(_source(args), args.data, args.out, criterion=args.criterion or "gradient", absolute=args.absolute or "image",
+                    **options)
+    print(f"scores: {args.out}")
+
+
+def _print_cut(plan: Any, out: str) -> None:
+    from vitlab import cost
+    from vitlab.plan import CompressionPlan
+    counts = cost.counts_of(plan)
+    print(f"{cost.gmacs(plan):.4f} GMACs deployed ({cost.gmacs(plan, 'published'):.4f} without matrices, as the papers count; "
+          f"dense {cost.gmacs(CompressionPlan.empty(plan.shape)):.4f})")
+    for name, total in (("attended", plan.shape.num_tokens), ("heads", plan.shape.num_heads), ("neurons", plan.shape.num_neurons)):
+        values = getattr(counts, name).tolist()
+        if min(values) < total:
+            print(f"{'tokens' if name == 'attended' else name} per block {values}, of {total}")
+    print(f"checkpoint: {out}/checkpoint")
+
+
+def _prune(args: argparse.Namespace) -> None:
+    from vitlab.workbench import searching, steps
+    chosen = {k: getattr(args, k) for k in ("rule", "keep_rate", "prune_rate", "boundary", "weights") if getattr(args, k) is not None}
+    ratios = {k: getattr(args, k) for k in ("policy", "head_ratio", "neuron_ratio", "rho") if getattr(args, k) is not None}
+    given = next(iter({**chosen, **ratios}), "").replace("_", "-")
+    if args.plan and given:
+        raise InputError(f"--{given} does not go with --plan: the plan says it all")
+    if args.scores and ratios:
+        raise InputError(f"--{next(iter(ratios)).replace('_', '-')} cuts by --unit-scores; --scores is of tokens, for merging")
+    if args.unit_scores and chosen:
+        raise InputError(f"--{given} merges by --scores of tokens; --unit-scores takes --policy, or --head-ratio, --neuron-ratio and --rho")
+    if args.rule == "merge" and args.boundary:
+        raise InputError("--boundary is for rule center; rule merge has none")
+    if args.unit_scores:
+        if not ratios:
+            raise InputError("--unit-scores needs --policy NAME, or --head-ratio, --neuron-ratio or --rho")
+        found = searching.prune_units(_source(args), args.unit_scores, args.out, **ratios)
+    else:
+        found = steps.prune(_source(args), args.scores, args.out, plan=args.plan, **chosen)
+    if not args.quiet:
+        _print_cut(found.plan, args.out)
+
+
+def _finetune(args: argparse.Namespace) -> None:
+    from vitlab.workbench import steps
+    teacher = None if args.teacher is None else steps.open_model(args.teacher, model=args.teacher_model, num_classes=args.num_classes)
+    run = steps.finetune(_source(args), teacher, args.data, args.out, plan=args.plan, steps=args.steps, settings=_recipe(args),
+                         limit=args.limit, **_data(args))
+    print(f"checkpoint: {run}/checkpoint")
+
+
+def _search(args: argparse.Namespace) -> None:
+    from vitlab.search.strategies import settings
+    from vitlab.workbench import searching
+    options = settings(args.settings)
+    changes = {k: getattr(args, k) for k in ("evaluations", "population") if getattr(args, k) is not None}
+    if args.latency_ms is None and (args.batch_size or args.dtype):
+        raise InputError("--batch-size and --dtype are those of a latency; they go with --latency-ms")
+    if args.published_count and args.latency_ms is not None:
+        raise InputError("--published-count goes with --gmacs or --macs-ratio")
+    cost = "latency_ms" if args.latency_ms is not None else "published_gmacs" if args.published_count else "gmacs"
+    limit = args.latency_ms if args.latency_ms is not None else args.gmacs
+    study = searching.search(
+        _source(args), args.data, args.out, limit=limit, macs_ratio=args.macs_ratio, cost=cost,
+        units=tuple(u for u in args.units.split(",") if u not in ("", "none")), tokens=args.tokens, strategy=args.strategy,
+        options=dataclasses.replace(options, **changes), metric=args.metric, criterion=args.criterion, images=args.images,
+        batch_size=args.batch_size or 32, dtype=args.dtype or "float32",
+        token_settings={"ranked_by": "all"} if args.published_count else None, **_data(args))
+    best = study.best
+    print(f"best of {len(study.evaluations)}: number {best.index}, {best.cost:.6g} {cost} of {study.budget.limit:.6g}, "
+          + ", ".join(f"{k} {v:.4g}" for k, v in best.measures.items()) + f" on a slice of train\nplan: {args.out}/{searching.PLAN}")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from vitlab.results import format_table
+    from vitlab.workbench import steps
+    row = steps.evaluate(_source(args), args.data, name=args.name or args.source, split=args.split, out=args.out, amp=args.bf16,
+                         batch_size=args.batch_size, crop_pct=args.crop_pct, limit=args.limit, **_data(args))
+    print(format_table([row], ("model", "dataset", "split", "top1_pct", "top5_pct", "loss", "gmacs", "params_m")))
+
+
+def _throughput(args: argparse.Namespace) -> None:
+    from vitlab.results import format_table
+    from vitlab.workbench import steps
+    rows = steps.throughput({s: s for s in args.sources}, batch_size=args.batch_size, repeats=args.repeats, dtype=args.dtype,
+                            device=args.device, progress=not args.quiet, out=args.out)
+    print(format_table(rows, ("model", "throughput_img_s", "ratio", "latency_ms")))
+    print(", ".join(f"{k} {v}" for k, v in rows[0].conditions["speed"].items() if k not in ("ratio_range", "peak_memory_mb"))
+          + "; latency at batch 1")
+    peaks = {r.model: r.conditions["speed"]["peak_memory_mb"] for r in rows}
+    print("peak memory: " + (", ".join(f"{n} {v:.0f} MiB" for n, v in peaks.items() if v) or "measured on a GPU only"))
+
+
+def _recipes(args: argparse.Namespace) -> None:
+    from vitlab.training.recipes import RECIPES
+    for r in RECIPES.values():
+        print(f"{r.name}\n  source    {r.source}\n  expected  {r.expected}\n  command   {r.command}")
+
+
+def _demo(args: argparse.Namespace) -> None:
     from vitlab.results import format_table, read_rows
     from vitlab.workbench import notebooks, steps
+    parameters = {n: {"run": args.out} | ({"quick": True} if args.quick else {}) for n in DEMO}
+    notebooks.run_all(list(DEMO), args.out, parameters)
+    print(format_table(read_rows(f"{args.out}/{steps.RESULTS}")))
+    print(f"report: {args.out}/report.html")
+
+
+COMMANDS = {"pretrain": _pretrain, "score": _score, "prune": _prune, "search": _search, "finetune": _finetune,
+            "evaluate": _evaluate, "throughput": _throughput, "recipes": _recipes, "demo": _demo}
+
+
+def execute(args: argparse.Namespace) -> None:
+    """Do one parsed command. Raises InputError."""
     if getattr(args, "out", None):
         _check_out(args.out, wants_file=args.command == "score")
-    if args.command == "pretrain":
-        extra = {"img_size": args.img_size} if args.img_size else {}
-        run = steps.pretrain(args.model, args.data, args.out, settings=_recipe(args), seed=args.seed, device=args.device,
-                             limit=args.limit, class_map=args.class_map, workers=args.workers, progress=not args.quiet, **extra)
-        print(f"checkpoint: {run}/checkpoint")
-    elif args.command == "score":
-        steps.score(_source(args), args.data, args.out, images=args.images, batch_size=args.batch_size, absolute=args.absolute,
-                    seed=args.seed, device=args.device, class_map=args.class_map, workers=args.workers, progress=not args.quiet)
-        print(f"scores: {args.out}")
-    elif args.command == "prune":
-        from vitlab import cost
-        from vitlab.plan import CompressionPlan
-        chosen = {k: getattr(args, k) for k in ("rule", "keep_rate", "prune_rate", "boundary", "weights") if getattr(args, k) is not None}
-        if args.plan and chosen:
-            raise InputError(f"--{next(iter(chosen)).replace('_', '-')} does not go with --plan: the plan says it all")
-        if args.rule == "merge" and args.boundary:
-            raise InputError("--boundary is for rule center; rule merge has none")
-        found = steps.prune(_source(args), args.scores, args.out, plan=args.plan, **chosen)
-        dense = cost.gmacs(CompressionPlan.empty(found.plan.shape))
-        if not args.quiet:
-            print(f"{cost.gmacs(found.plan):.4f} GMACs deployed ({cost.gmacs(found.plan, 'published'):.4f} as the papers count; "
-                  f"dense {dense:.4f}), tokens per block {found.plan.tokens_per_block()}\ncheckpoint: {args.out}/checkpoint")
-    elif args.command == "finetune":
-        teacher = None if args.teacher is None else steps.open_model(args.teacher, model=args.teacher_model,
-                                                                     num_classes=args.num_classes)
-        run = steps.finetune(_source(args), teacher, args.data, args.out, settings=_recipe(args), seed=args.seed,
-                             device=args.device, limit=args.limit, class_map=args.class_map, workers=args.workers,
-                             progress=not args.quiet)
-        print(f"checkpoint: {run}/checkpoint")
-    elif args.command == "evaluate":
-        row = steps.evaluate(_source(args), args.data, name=args.name or args.source, split=args.split, out=args.out,
-                             batch_size=args.batch_size, device=args.device, amp=args.bf16, class_map=args.class_map,
-                             crop_pct=args.crop_pct, limit=args.limit, seed=args.seed, workers=args.workers, progress=not args.quiet)
-        print(format_table([row], ("model", "dataset", "split", "top1_pct", "top5_pct", "loss", "gmacs", "params_m")))
-    elif args.command == "throughput":
-        rows = steps.throughput({s: s for s in args.sources}, batch_size=args.batch_size, repeats=args.repeats, dtype=args.dtype,
-                                device=args.device, progress=not args.quiet, out=args.out)
-        print(format_table(rows, ("model", "throughput_img_s", "ratio", "latency_ms")))
-        print(", ".join(f"{k} {v}" for k, v in rows[0].conditions["speed"].items() if k not in ("ratio_range", "peak_memory_mb"))
-              + "; latency at batch 1")
-        peaks = {r.model: r.conditions["speed"]["peak_memory_mb"] for r in rows}
-        print("peak memory: " + (", ".join(f"{n} {v:.0f} MiB" for n, v in peaks.items() if v) or "measured on a GPU only"))
-    elif args.command == "recipes":
-        from vitlab.training.recipes import RECIPES
-        for r in RECIPES.values():
-            print(f"{r.name}\n  source    {r.source}\n  expected  {r.expected}\n  command   {r.command}")
-    elif args.command == "demo":
-        parameters = {n: {"run": args.out} | ({"quick": True} if args.quick else {}) for n in DEMO}
-        notebooks.run_all(list(DEMO), args.out, parameters)
-        print(format_table(read_rows(f"{args.out}/{steps.RESULTS}")))
-        print(f"report: {args.out}/report.html")
+    COMMANDS[args.command](args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,6 +27,8 @@ def _number(kind: type, low: float, high: float, what: str):
 count = _number(int, 1, 10**9, "an integer of at least 1")
 seed = _number(int, 0, 2**31 - 1, "an integer from 0 to 2147483647")
 rate = _number(float, 0, 1, "a fraction from 0 to 1")
+ratio = _number(float, 0, 0.999, "a fraction from 0 to 0.999")
+positive = _number(float, 1e-9, 1e9, "a positive number")
 crop = _number(float, 0.1, 1, "a fraction from 0.1 to 1")
 
 
@@ -83,20 +85,24 @@ def build_parser() -> Parser:
     p.add_argument("--out", type=given, required=True, metavar="RUN", help="run folder; a killed run goes on there")
     _run_options(p)
 
-    p = add("score", "Score tokens by gradient-weighted attention on a slice of train.")
+    p = add("score", "Score tokens, or heads and neurons, on a slice of train.")
     _model_options(p)
     _data_options(p)
+    p.add_argument("--of", choices=("tokens", "units"), default="tokens", help="units are heads and neurons (default: tokens)")
+    p.add_argument("--criterion", metavar="NAME", help="of tokens: gradient, class_attention or hsic (default: gradient); of units: "
+                                                       "hsic, weight, activation, taylor or random (default: hsic)")
     p.add_argument("--images", type=count, default=512, help="size of the slice (default: 512)")
     p.add_argument("--batch-size", type=count, default=64, help="default: 64")
-    p.add_argument("--absolute", choices=("image", "batch"), default="image",
-                   help="where the absolute value is taken: per image, or after the batch as published (default: image)")
+    p.add_argument("--absolute", choices=("image", "batch"),
+                   help="of criterion gradient: absolute value per image, or after the batch as published (default: image)")
     p.add_argument("--out", type=given, required=True, metavar="FILE", help="scores file, .safetensors")
     _run_options(p)
 
-    p = add("prune", "Compress a dense model by its token scores, or by a plan file.")
+    p = add("prune", "Compress a dense model by its scores, or by a plan file.")
     _model_options(p)
     group = p.add_mutually_exclusive_group(required=True)
-    group.add_argument("--scores", type=given, metavar="FILE", help="from `vitlab score`")
+    group.add_argument("--scores", type=given, metavar="FILE", help="of tokens, from `vitlab score`: Prune and Merge")
+    group.add_argument("--unit-scores", type=given, metavar="FILE", help="of heads and neurons, from `vitlab score --of units`")
     group.add_argument("--plan", type=given, metavar="FILE", help="a plan.json to apply as it is")
     p.add_argument("--rule", choices=("center", "merge"), help="default: center")
     p.add_argument("--keep-rate", type=rate, help="fraction of patches that become centers (default: 0.6)")
@@ -105,11 +111,41 @@ def build_parser() -> Parser:
                    help="regions of rule center: 2-D cells, or raster runs as published (default: grid)")
     p.add_argument("--weights", choices=("score", "uniform", "reference"),
                    help="entries of the merge matrix; reference: as published (default: score)")
+    p.add_argument("--policy", metavar="NAME", help="with --unit-scores: published ratios, deit_small_60 or deit_base_60")
+    p.add_argument("--head-ratio", type=ratio, help="with --unit-scores: fraction of heads cut in every block")
+    p.add_argument("--neuron-ratio", type=ratio, help="with --unit-scores: fraction of neurons cut in every block")
+    p.add_argument("--rho", type=ratio, help="with --unit-scores: fraction of tokens dropped by each of three selections")
     p.add_argument("--out", type=given, required=True, metavar="RUN", help="run folder for the checkpoint")
     p.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
+    p = add("search", "Search how much to cut in each block under a budget; a killed search goes on.")
+    _model_options(p)
+    _data_options(p)
+    group = p.add_mutually_exclusive_group(required=True)
+    group.add_argument("--gmacs", type=positive, help="budget: 10^9 multiply-adds per image")
+    group.add_argument("--macs-ratio", type=ratio, help="budget: fraction of the dense model's multiply-adds")
+    group.add_argument("--latency-ms", type=positive, help="budget: milliseconds of one batch on this machine, from a measured table")
+    p.add_argument("--published-count", action="store_true", help="count multiply-adds, and rank tokens, as arXiv 2201.00043 does")
+    p.add_argument("--units", default="neurons,heads", metavar="LIST", help="neurons,heads or one of them or none (default: both)")
+    p.add_argument("--tokens", default="select", metavar="NAME",
+                   help="none, select, select_per_stage, merge or merge_per_stage (default: select)")
+    p.add_argument("--strategy", default="gp", metavar="NAME", help="gp, random or uniform (default: gp)")
+    p.add_argument("--settings", default="default", metavar="NAME", help="default or published (default: default)")
+    p.add_argument("--evaluations", type=count, metavar="N", help="policies measured in all (default: the settings')")
+    p.add_argument("--population", type=_number(int, 2, 10**6, "an integer of at least 2"), metavar="N",
+                   help="policies before the Gaussian process proposes (default: the settings')")
+    p.add_argument("--metric", choices=("top1_pct", "distill_loss"), default="top1_pct", help="what is optimised (default: top1_pct)")
+    p.add_argument("--criterion", default="hsic", metavar="NAME", help="that ranks heads and neurons (default: hsic)")
+    p.add_argument("--images", type=count, default=1000, help="slice of train that policies are measured on (default: 1000)")
+    p.add_argument("--batch-size", type=count, metavar="N", help="of the latency (default: 32)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the latency (default: float32)")
+    p.add_argument("--out", type=given, required=True, metavar="STUDY", help="folder of the study")
+    _run_options(p)
+
     p = add("finetune", "Fine-tune a compressed model, distilling from the dense one.")
     _model_options(p)
+    p.add_argument("--plan", type=given, metavar="FILE", help="a plan.json by which a dense SOURCE is compressed first")
+    p.add_argument("--steps", type=count, default=1, metavar="K", help="with --plan: cut and fine-tune in K turns (default: 1)")
     p.add_argument("--teacher", type=given, metavar="SOURCE", help="the dense model, like --checkpoint")
     p.add_argument("--teacher-model", metavar="NAME", help="timm name of the model that the teacher's weights file is for")
     _data_options(p)
@@ -142,7 +178,7 @@ def build_parser() -> Parser:
 
     add("recipes", "List the named recipes with source, expected number and command.")
 
-    p = add("demo", "Run the notebooks on the embedded digits: baseline, scores, prune and merge, fine-tune, table.")
+    p = add("demo", "Run the notebooks on the embedded digits: baseline, scores, prune and merge, search, fine-tune, table.")
     p.add_argument("--out", type=given, default="runs/demo", metavar="RUN", help="default: runs/demo")
     p.add_argument("--quick", action="store_true", help="a few steps of each, to see that it runs")
     return parser

@@ -8,25 +8,35 @@ from torch import Tensor
 
 from vitlab.files import InputError
 
-CHUNK = 512                                 # units at a time: memory is CHUNK * B * (B + N) numbers
+CHUNK = 48                                  # units at a time: temporaries of CHUNK * B * (2 N + 2 B) numbers stay in the cache
 WIDEST, NARROWER = 16.0, 4                  # sigma of the widest of five Gaussians; each other one is half as wide
 
 
-def gaussian_kernels(x: Tensor) -> Tensor:
+def units_first(x: Tensor) -> Tensor:
+    """Activations (B, N, U), or a slice of them along U -> (U, B, N), contiguous.
+
+    The slice is packed first and turned then: two copies along memory are faster than one across it.
+    """
+    return x.flatten(0, 1).contiguous().t().contiguous().unflatten(1, x.shape[:2])
+
+
+@torch.no_grad()
+def gaussian_kernels(x: Tensor, out: Tensor | None = None) -> Tensor:
     """Mean of five Gaussian kernels, sigma in {1, 2, 4, 8, 16}: x (U, B, N) -> (U, B, B), values in (0, 1]   (B1).
 
         K[b, c] = mean over sigma of exp(-||x_b - x_c||^2 / (2 sigma^2))
+
+    out: where to write the kernels, or None for a new tensor.
     """
-    norm = x.square().sum(dim=2)                                                # (U, B)
-    distance = (norm[:, :, None] + norm[:, None, :] - 2 * x @ x.mT).clamp(min=0)
-    distance.diagonal(dim1=1, dim2=2).zero_()
+    gram = x @ x.mT                                                             # (U, B, B)
+    half = gram.diagonal(dim1=1, dim2=2) / (2 * WIDEST**2)                      # (U, B); a power of 2: K[b, b] is exactly 1
+    power = gram.mul_(1 / WIDEST**2).sub_(half[:, :, None]).sub_(half[:, None, :])      # -||x_b - x_c||^2 / (2 * 16^2)
+    kernel = power.clamp_(max=0).exp_()
+    total = kernel.clone() if out is None else out.copy_(kernel)
     # exp(-d / (2 (s/2)^2)) = exp(-d / (2 s^2))^4: one exp for the widest sigma, the others are its 4th, 16th, ... powers.
-    kernel = torch.exp(distance / (-2 * WIDEST**2))
-    total = kernel.clone()
     for _ in range(NARROWER):
-        kernel = kernel.square().square()
-        total += kernel
-    return total / (NARROWER + 1)
+        total += kernel.square_().square_()
+    return total.div_(NARROWER + 1)
 
 
 def centered(kernel: Tensor) -> Tensor:
@@ -35,17 +45,27 @@ def centered(kernel: Tensor) -> Tensor:
     return rows - rows.mean(dim=-2, keepdim=True)
 
 
+def dependence(kernels: Tensor, probabilities: Tensor) -> Tensor:
+    """trace(Kc Lc) of every kernel (U, B, B) with the linear kernel L of the softmax output (B, classes) -> (U)   (B1)."""
+    output = centered(probabilities @ probabilities.T).flatten().to(kernels.dtype)      # (B * B); trace(Kc Lc) = sum of K * Lc
+    return kernels.flatten(1) @ output
+
+
 def relevance(x: Tensor, probabilities: Tensor, chunk: int = CHUNK) -> Tensor:
     """HSIC(x_u, y) = trace(Kc Lc) of every unit u: Gaussian kernels on x (U, B, N), a linear one on the softmax output y
     (B, classes). Returns (U), not negative; no 1/B^2 factor (B1). Raises InputError for other shapes.
     """
     if x.dim() != 3 or probabilities.dim() != 2 or x.shape[1] != len(probabilities):
         raise InputError(f"units are {tuple(x.shape)} and outputs {tuple(probabilities.shape)}; (U, B, N) and (B, classes) are needed")
-    output = centered(probabilities @ probabilities.T).flatten().to(x.dtype)    # (B * B); trace(Kc Lc) = sum of K * Lc
-    return torch.cat([gaussian_kernels(part).flatten(1) @ output for part in x.split(chunk)])
+    return torch.cat([dependence(gaussian_kernels(part), probabilities) for part in x.split(chunk)])
+
+
+def shared_dependence(kernels: Tensor, others: Tensor | None = None) -> Tensor:
+    """trace(Kc_u Kc_v) of every pair of kernels (U, B, B) and (V, B, B) -> (U, V); others None: the kernels themselves   (B1)."""
+    first = centered(kernels).flatten(1)
+    return first @ (first if others is None else centered(others).flatten(1)).T
 
 
 def redundancy(x: Tensor, y: Tensor | None = None) -> Tensor:
     """HSIC(x_u, y_v) with Gaussian kernels on both sides, of every pair: x (U, B, N), y (V, B, N') -> (U, V)   (B1)."""
-    first = centered(gaussian_kernels(x)).flatten(1)
-    return first @ (first if y is None else centered(gaussian_kernels(y)).flatten(1)).T
+    return shared_dependence(gaussian_kernels(x), None if y is None else gaussian_kernels(y))

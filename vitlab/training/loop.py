@@ -29,10 +29,9 @@ STATE, LOG = "state.pt", "log.jsonl"
 SLICE = 500                 # images of train that the log's train_slice_top1_pct is measured on; the held-out split is for reports
 
 
-def _fingerprint(recipe: Recipe, data: ImageData, models: list[nn.Module], seed: int, limit: int | None) -> str:
-    """What a run must share with the state it resumes from: settings, files, and the weights that student and teacher start from."""
-    settings = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in ("source", "expected", "command")}
-    digest = hashlib.sha256(json.dumps([settings, data.files("train"), seed, limit]).encode())
+def fingerprint(content: Any, models: list[nn.Module]) -> str:
+    """16 hexadecimal digits of what a run depends on: JSON-able content, and the weights of models."""
+    digest = hashlib.sha256(json.dumps(content).encode())
     for model in models:
         for name, value in model.state_dict().items():
             digest.update(name.encode())
@@ -75,7 +74,8 @@ def fit(model: nn.Module, data: ImageData, recipe: Recipe, folder: str | Path, *
         optimizer, sched=recipe.schedule, num_epochs=recipe.epochs, warmup_epochs=recipe.warmup_epochs,
         min_lr=min(recipe.min_lr, recipe.scaled_lr), warmup_lr=recipe.scaled_lr / 100, step_on_epochs=False,
         updates_per_epoch=len(batches))
-    mark = _fingerprint(recipe, data, [model] if teacher is None else [model, teacher], seed, limit)
+    settings = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in ("source", "expected", "command")}
+    mark = fingerprint([settings, data.files("train"), seed, limit], [model] if teacher is None else [model, teacher])
     first = _resume(folder, mark, model, optimizer)
     for epoch in range(first, recipe.epochs):
         began, losses = time.perf_counter(), []

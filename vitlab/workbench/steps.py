@@ -23,9 +23,11 @@ from vitlab.training import evaluate as evaluation
 from vitlab.training import throughput as timing
 from vitlab.training.capture import token_scores
 from vitlab.training.checkpoint import Checkpoint
+from vitlab.training.gradual import partial_plan
 from vitlab.training.loop import fit
 from vitlab.training.published import is_published, load_published
 from vitlab.training.recipes import Recipe, recipe
+from vitlab.training.units import unit_scores
 
 RESULTS, TRAINING = "results.jsonl", "training"
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
@@ -106,14 +108,15 @@ def pretrain(model: str, data: str | Path, out: str | Path, *, settings: Recipe 
 
 
 def score(source: str | Path | Checkpoint, data: str | Path, out: str | Path, *, images: int = 512, batch_size: int = 64,
-          absolute: str = "image", seed: int = 0, device: str | None = None, class_map: str | Path | None = None,
-          workers: int | None = None, progress: bool = True) -> Tensor:
-    """Token scores (L, n) on a slice of train, written to `out` (safetensors)."""
+          criterion: str = "gradient", absolute: str = "image", seed: int = 0, device: str | None = None,
+          class_map: str | Path | None = None, workers: int | None = None, progress: bool = True) -> Tensor:
+    """Token scores (L, n) by a criterion on a slice of train, written to `out` (safetensors)."""
     found = source if isinstance(source, Checkpoint) else open_model(source)
     opened = open_matching(data, found, class_map)
     batches = opened.batches("train", found.model, batch_size=batch_size, limit=images, seed=seed, workers=workers)
-    scores = token_scores(found.model, batches, absolute=absolute, device=pick_device(device), progress=progress)
-    made_by = {"data": opened.name, "images": str(images), "batch_size": str(batch_size), "absolute": absolute, "seed": str(seed)}
+    scores = token_scores(found.model, batches, criterion=criterion, absolute=absolute, device=pick_device(device), progress=progress)
+    made_by = {"data": opened.name, "criterion": criterion, "images": str(images), "batch_size": str(batch_size),
+               "absolute": absolute, "seed": str(seed)}
     atomic_write(out, save({"token_scores": scores.contiguous()}, metadata=made_by))
     return scores
 
@@ -148,27 +151,50 @@ def prune(source: str | Path | Checkpoint, scores: str | Path | None, out: str |
         made_by = {"scores": source_of_scores}
         made = prune_and_merge(values, shape_of(found.model), rule=rule, keep_rate=keep_rate, prune_rate=prune_rate,
                                boundary=boundary, weights=weights)
-    small = compress(found.model, made)
-    info = {"step": "prune", **made_by, **made.made_by}
-    checkpoint.save(Path(out) / checkpoint.FOLDER, small, made, classes=found.info.get("classes"), made_by=info)
+    return apply_plan(found, made, out, made_by)
+
+
+def apply_plan(found: Checkpoint, plan: CompressionPlan, out: str | Path, made_by: dict[str, Any] | None = None) -> Checkpoint:
+    """Compress a dense model by a plan; writes and returns the checkpoint in `out`."""
+    small, info = compress(found.model, plan), {"step": "prune", **(made_by or {}), **plan.made_by}
+    checkpoint.save(Path(out) / checkpoint.FOLDER, small, plan, classes=found.info.get("classes"), made_by=info)
     return checkpoint.load(out)
 
 
 def finetune(source: str | Path | Checkpoint, teacher: str | Path | Checkpoint | None, data: str | Path, out: str | Path, *,
-             settings: Recipe | str = "digits_pm", seed: int = 0, device: str | None = None, limit: int | None = None,
-             class_map: str | Path | None = None, workers: int | None = None, progress: bool = True) -> Path:
-    """Fine-tune a compressed model, distilling from the dense one; returns the run folder. A killed run goes on."""
+             plan: str | Path | CompressionPlan | None = None, steps: int = 1, settings: Recipe | str = "digits_pm", seed: int = 0,
+             device: str | None = None, limit: int | None = None, class_map: str | Path | None = None, workers: int | None = None,
+             progress: bool = True) -> Path:
+    """Fine-tune a compressed model, or a dense one compressed by `plan` first, distilling from the dense one; returns the run
+    folder. A killed run goes on.
+
+    steps: prune and fine-tune in so many turns, each cutting an equal part of the plan (`partial_plan`, by weight magnitude)
+    and training for its share of the recipe's epochs, at least one. It needs `plan`.
+    """
     settings = recipe(settings) if isinstance(settings, str) else settings
     found = source if isinstance(source, Checkpoint) else open_model(source)
     dense = teacher if isinstance(teacher, Checkpoint) or teacher is None else open_model(teacher)
     if checkpoint.is_deployed(found.model):
         raise InputError("a deployed model no longer trains; fine-tune the training form and deploy it afterwards")
+    if steps > 1 and plan is None:
+        raise InputError("pruning in several steps needs the dense model and a plan")
     opened = open_matching(data, found, class_map)
-    log = fit(found.model, opened, settings, Path(out) / TRAINING, teacher=None if dense is None else dense.model, seed=seed,
-              device=pick_device(device), limit=limit, workers=workers, progress=progress)
-    checkpoint.save(Path(out) / checkpoint.FOLDER, found.model.cpu(), found.plan, classes=opened.classes,
+    final, model, log = found.plan, found.model, []
+    if plan is not None:
+        final = plan if isinstance(plan, CompressionPlan) else CompressionPlan.load(plan)
+        scores, before = unit_scores(model, (), criterion="weight"), None
+    for step in range(1, steps + 1):
+        folder, turn = Path(out) / TRAINING, settings
+        if plan is not None:
+            part = partial_plan(final, step / steps, scores)
+            model, before = compress(model, part, before=before), part
+        if steps > 1:
+            folder, turn = folder / f"step-{step}", settings.replace(epochs=max(1, settings.epochs // steps))
+        log = fit(model, opened, turn, folder, teacher=None if dense is None else dense.model, seed=seed,
+                  device=pick_device(device), limit=limit, workers=workers, progress=progress)
+    checkpoint.save(Path(out) / checkpoint.FOLDER, model.cpu(), final, classes=opened.classes,
                     made_by={"step": "finetune", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed,
-                             "plan": found.plan.made_by, "last_epoch": log[-1:]})
+                             "steps": steps, "plan": final.made_by, "last_epoch": log[-1:]})
     return Path(out)
 
 

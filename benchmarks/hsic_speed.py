@@ -1,0 +1,73 @@
+"""What scoring every head and neuron by HSIC costs: beside a plain forward, and beside a loop that does one unit at a time.
+
+    python benchmarks/hsic_speed.py [weights.safetensors]
+
+DeiT-Ti, batch 64, float32: 9,216 neurons and 36 heads. Without weights the model is random. Rows go to
+benchmarks/results/hsic_speed.jsonl: medians over rounds that go through all in turn. The loops are timed for the first
+UNITS neurons of one block and scaled to all: "formula" as methods B1 is written, "same code" the package's own, one
+unit a call.
+"""
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from vitlab.criteria.hsic import relevance
+from vitlab.models.create import create_model
+from vitlab.models.support import shape_of
+from vitlab.results import ResultRow, write_rows
+from vitlab.training.throughput import conditions
+from vitlab.training.units import unit_scores
+
+NAME, REPEATS, BATCH, UNITS, BLOCK = "deit_tiny_patch16_224", 7, 64, 128, 5
+
+
+def formula(x: torch.Tensor, output: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
+    """trace(H K H L) of one unit: x (B, N), output L (B, B), center H (B, B)."""
+    squared = torch.cdist(x, x).square()
+    kernel = sum(torch.exp(-squared / (2 * sigma**2)) for sigma in (1, 2, 4, 8, 16)) / 5
+    return torch.trace(center @ kernel @ center @ output)
+
+
+@torch.no_grad()
+def main() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = create_model(NAME, weights=sys.argv[1] if len(sys.argv) > 1 else None).to(device)
+    images = torch.randn(BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(device)
+    targets, shape, hidden = torch.zeros(BATCH, dtype=torch.long, device=device), shape_of(model), []
+    handle = model.blocks[BLOCK].mlp.fc2.register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0]))
+    y = model(images).softmax(dim=1)
+    handle.remove()
+    output, center = y @ y.T, torch.eye(BATCH, device=device) - 1 / BATCH
+    steps = {
+        "forward": lambda: model(images),
+        "forward and unit_scores": lambda: unit_scores(model, [(images, targets)], progress=False),
+        "loop, formula": lambda: [formula(hidden[0][:, :, m], output, center) for m in range(UNITS)],
+        "loop, same code": lambda: [relevance(hidden[0][None, :, :, m], y) for m in range(UNITS)],
+    }
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(REPEATS + 1):                                # the first round warms up
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - began)
+    scale = shape.depth * shape.num_neurons / UNITS
+    seconds = {name: statistics.median(values[1:]) * (scale if name.startswith("loop") else 1) for name, values in times.items()}
+    added = statistics.median(b - a for a, b in zip(times["forward"][1:], times["forward and unit_scores"][1:]))
+    print(f"unit_scores adds {added:.3f} s to the forward, {added / seconds['forward']:.2f} of it")
+    rows = []
+    for name, value in {**seconds, "unit_scores less the forward": added}.items():
+        scaled = {"scaled_from_units": UNITS} if name.startswith("loop") else {}
+        rows.append(ResultRow(model=f"{NAME} {name}", latency_ms=1000 * value, ratio=value / added,
+                              conditions=conditions(device, "float32", BATCH, REPEATS) | scaled | {
+                                  "ratio": "time over that of unit_scores less the forward", "weights": len(sys.argv) > 1}))
+        print(f"{name}: {value:.3f} s, {rows[-1].ratio:.1f} times what unit_scores adds")
+    write_rows(Path(__file__).parent / "results" / "hsic_speed.jsonl", rows)
+
+
+if __name__ == "__main__":
+    main()

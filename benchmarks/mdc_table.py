@@ -1,0 +1,43 @@
+"""Real weights, no fine-tuning: token selection, and neurons cut by HSIC, each alone (methods B2, B3), on held-out images.
+
+    python benchmarks/mdc_table.py --weights deit_tiny_patch16_224.safetensors --cal IMAGENET_CAL --val IMAGENET_VAL
+
+Scores are from 512 images of CAL's train split, top-1 from VAL's held-out split in float32. "published" GMACs are by the
+count of arXiv 2201.00043 (cost.mdc_macs). Rows go to benchmarks/results/mdc_table.jsonl.
+"""
+import argparse
+from pathlib import Path
+
+from vitlab.cost import counts_of, mdc_macs
+from vitlab.plan import CompressionPlan
+from vitlab.results import format_table, write_rows
+from vitlab.workbench import searching, steps
+
+NAME, CROP = "deit_tiny_patch16_224", 224 / 227         # the validation images are centre crops of 227 already
+RHOS, NEURON_RATIOS = (0.15, 0.20, 0.25, 0.30, 0.35), (0.20, 0.35)
+
+
+def published_gmacs(plan: CompressionPlan, rho: float) -> float:
+    counts = counts_of(plan)
+    return float(mdc_macs(plan.shape, counts.heads, counts.neurons, rho)) / 1e9
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--cal", required=True)
+    parser.add_argument("--val", required=True)
+    parser.add_argument("--run", required=True, type=Path, help="folder for scores and checkpoints")
+    parser.add_argument("--workers", type=int, default=1)
+    args = parser.parse_args()
+    dense = steps.open_model(args.weights, model=NAME)
+    scores = searching.score_units(dense, args.cal, args.run / searching.UNIT_SCORES, workers=args.workers)
+    cuts = {f"selection, rho {rho}": {"rho": rho} for rho in RHOS}
+    cuts |= {f"neurons, {ratio:.0%} cut by HSIC": {"neuron_ratio": ratio} for ratio in NEURON_RATIOS}
+    rows = [steps.evaluate(dense, args.val, name="dense", crop_pct=CROP, workers=args.workers)]
+    for name, cut in cuts.items():
+        small = searching.prune_units(dense, scores, args.run / "cut", **cut)
+        rows.append(steps.evaluate(small, args.val, name=name, crop_pct=CROP, workers=args.workers))
+        rows[-1].conditions["published_gmacs"] = published_gmacs(small.plan, cut.get("rho", 0))
+        print(format_table(rows, ("model", "top1_pct", "gmacs", "params_m")), flush=True)
+    write_rows(Path(__file__).parent / "results" / "mdc_table.jsonl", rows)

@@ -1,0 +1,326 @@
+"""LatencyTable: sums of parts against slow loops on a hand-made table, the cache, the grid. No time is asserted."""
+import dataclasses
+import json
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from training_fixtures import full_plan, one_thread, tiny, token_plan  # noqa: F401
+
+from vitlab.cost import Counts, counts_of
+from vitlab.files import InputError
+from vitlab.models import compress, deploy, shape_of
+from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.rules import MergeReconstruct, Select
+from vitlab.shape import ViTShape
+from vitlab.training import latency
+from vitlab.training.latency import AXES, LatencyTable, grid_axes, latency_table, measure_table, prediction_error
+
+# 35 patches and a class token; every part's time is linear in each count, so linear interpolation gives it exactly.
+SHAPE = ViTShape(img_size=(40, 56), patch_size=(8, 8), embed_dim=33, depth=5, num_heads=3, head_dim=11, num_neurons=131)
+TIMES = {"stem": lambda n: 7.0 + 0 * n, "attention": lambda n, h: 0.3 + 0.05 * n + 0.7 * h + 0.011 * n * h,
+         "select": lambda n, h: 0.17 + 0.013 * n + 0.023 * h, "mlp": lambda n, m: 0.19 + 0.029 * n + 0.0031 * m + 0.0007 * n * m,
+         "fold": lambda r, c: 0.071 + 0.0041 * r + 0.0067 * c + 0.0023 * r * c, "carry": lambda r: 0.053 + 0.0037 * r,
+         "head": lambda n: 0.61 + 0.0089 * n}
+FAST = {"batch_size": 2, "repeats": 1, "min_seconds": 0.0, "progress": False}
+
+
+def made(shape: ViTShape = SHAPE, scale: float = 1.0, **conditions) -> LatencyTable:
+    axes = grid_axes(shape)
+    return LatencyTable(shape=shape, conditions=conditions, axes=axes, scale=scale,
+                        ms={part: TIMES[part](*np.meshgrid(*axis, indexing="ij")) * 1.0 for part, axis in axes.items()})
+
+
+def merging(shape: ViTShape, merged: int, pruned: int) -> MergeReconstruct:
+    n = shape.num_patches
+    regions = tuple(-1 if j < pruned else (j - pruned) % merged for j in range(n))
+    return MergeReconstruct(regions=regions, weights=tuple(0.0 if r < 0 else 0.5 for r in regions), pruned=tuple(range(pruned)))
+
+
+def cut(plan_rules: list, seed: int, shape: ViTShape = SHAPE) -> CompressionPlan:
+    chance = random.Random(seed)
+
+    def kept(count: int) -> tuple[int, ...]:
+        return tuple(sorted(chance.sample(range(count), chance.randint(1, count))))
+    return CompressionPlan(shape=shape, blocks=tuple(BlockPlan(heads=kept(shape.num_heads), neurons=kept(shape.num_neurons), tokens=rule)
+                                                     for rule in plan_rules))
+
+
+def by_hand(plan: CompressionPlan) -> float:
+    """The deployed model walked through block by block, from the plan itself."""
+    shape, total = plan.shape, TIMES["stem"](0)
+    prefix, here, folding = shape.num_prefix_tokens, plan.shape.num_tokens, False       # rows on the way; a reconstruct is due
+    for block in plan.blocks:
+        heads = shape.num_heads if block.heads is None else len(block.heads)
+        neurons = shape.num_neurons if block.neurons is None else len(block.neurons)
+        rule, inside, skipping = block.tokens, (shape.num_tokens if folding else here), 0
+        if isinstance(rule, MergeReconstruct):
+            inside, skipping = prefix + len(set(rule.regions) - {-1}), len(rule.pruned)
+        if folding or isinstance(rule, MergeReconstruct):
+            total += TIMES["fold"](inside + skipping, here)
+        if skipping:
+            total += TIMES["carry"](inside + skipping)
+        total += TIMES["attention"](inside, heads)
+        if isinstance(rule, Select):
+            total += TIMES["select"](inside, shape.num_heads if rule.ranked_by == "all" else heads)
+            inside = prefix + rule.kept + 1
+        total += TIMES["mlp"](inside, neurons)
+        here, folding = inside + skipping, isinstance(rule, MergeReconstruct)
+    if folding:
+        wanted = prefix if shape.pool == "token" else shape.num_tokens
+        total += TIMES["fold"](wanted, here)
+        here = wanted
+    return total + TIMES["head"](here)
+
+
+PLANS = {
+    "dense": lambda s: CompressionPlan.empty(s),
+    "heads and neurons": lambda s: cut([None] * 5, 1, s),
+    "merged": lambda s: cut([merging(s, 11, 5), merging(s, 7, 0), merging(s, 5, 9), merging(s, 13, 2), merging(s, 3, 1)], 2, s),
+    "plain between and at the end": lambda s: cut([None, merging(s, 11, 5), None, merging(s, 5, 0), None], 3, s),
+    "merged at both ends": lambda s: cut([merging(s, 11, 5), None, None, None, merging(s, 17, 3)], 4, s),
+    "merged at the end alone": lambda s: cut([None, None, None, None, merging(s, 17, 3)], 7, s),
+    "selected": lambda s: cut([None, Select(kept=19), Select(kept=7, ranked_by="all"), None, Select(kept=2)], 5, s),
+    "merged, then selected": lambda s: cut([merging(s, 11, 5), None, Select(kept=23), None, None], 6, s),
+}
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("name", list(PLANS))
+def test_a_prediction_is_the_sum_of_the_parts_met_on_the_way(name, pool):
+    plan = PLANS[name](dataclasses.replace(SHAPE, pool=pool))
+    found = made(plan.shape).predict(counts_of(plan))
+    assert float(found) == pytest.approx(by_hand(plan), rel=1e-9)          # the same sums in another order
+
+
+def stacked(plans: list[CompressionPlan]) -> Counts:
+    return Counts(**{name: np.stack([vars(counts_of(p))[name] for p in plans]) for name in vars(counts_of(plans[0]))})
+
+
+def test_many_policies_at_once_equal_one_by_one_in_any_leading_shape():
+    plans, table = [make(SHAPE) for make in PLANS.values()][:6], made(scale=1.3)
+    many = Counts(**{name: v.reshape(2, 3, 5) for name, v in vars(stacked(plans)).items()})
+    expected = np.array([float(table.predict(counts_of(p))) for p in plans]).reshape(2, 3)
+    np.testing.assert_allclose(table.predict(many), expected, rtol=1e-12)
+    assert table.predict(counts_of(plans[0])).shape == ()
+    assert list(table.by_part(many)) == list(AXES)
+    np.testing.assert_allclose(sum(table.by_part(many).values()), expected, rtol=1e-12)
+
+
+def test_the_scale_multiplies_the_sum():
+    counts = counts_of(PLANS["merged"](SHAPE))
+    assert float(made(scale=1.25).predict(counts)) == pytest.approx(1.25 * float(made().predict(counts)), rel=1e-12)
+
+
+def test_between_two_measured_counts_the_time_is_the_middle_of_theirs():
+    axes = {**grid_axes(SHAPE), "attention": (np.array([1, 11, 36]), np.array([1, 3]))}
+    ms = {**made().ms, "attention": np.array([[1.0, 2.0], [4.0, 8.0], [30.0, 60.0]])}
+    table = LatencyTable(shape=SHAPE, conditions={}, axes=axes, ms=ms)
+    middle = dataclasses.replace(counts_of(CompressionPlan.empty(SHAPE)), attended=np.full(5, 6), heads=np.full(5, 2))
+    assert float(table.by_part(middle)["attention"]) == pytest.approx(5 * (1 + 2 + 4 + 8) / 4, rel=1e-12)
+
+
+@pytest.mark.parametrize("field, value, words", [
+    ("heads", 4, "attention: 4 to 4 heads wanted; the table holds 1 to 3"), ("heads", 0, "attention: 0 to 0 heads"),
+    ("neurons", 132, "mlp: 132 to 132 neurons wanted; the table holds 1 to 131"), ("attended", 37, "attention: 37 to 37 tokens"),
+    ("in_mlp", 0, "mlp: 0 to 0 tokens wanted; the table holds 1 to 36"), ("ranking", 4, "select: 4 to 4 ranking heads"),
+])
+def test_counts_outside_the_table_are_refused_by_name(field, value, words):
+    counts = dataclasses.replace(counts_of(CompressionPlan.empty(SHAPE)), **{field: np.full(5, value)})
+    with pytest.raises(InputError, match=words):
+        made().predict(counts)
+
+
+def test_counts_of_another_depth_are_refused():
+    counts = Counts(**{name: v[:3] for name, v in vars(counts_of(CompressionPlan.empty(SHAPE))).items()})
+    with pytest.raises(InputError, match="counts of 3 blocks; the table is for 5"):
+        made().predict(counts)
+
+
+def test_a_table_comes_back_from_its_file_as_it_was(tmp_path):
+    table = made(scale=1.07, batch_size=3, cpu="a cpu")
+    table.save(tmp_path / "t.json")
+    back = LatencyTable.load(tmp_path / "t.json")
+    assert (back.shape, back.conditions, back.scale) == (table.shape, table.conditions, table.scale)
+    for part in AXES:
+        assert np.array_equal(back.ms[part], table.ms[part]) and back.ms[part].shape == table.ms[part].shape
+        assert all(np.array_equal(a, b) for a, b in zip(back.axes[part], table.axes[part], strict=True))
+
+
+def damage(kind: str):
+    def change(data: dict) -> None:
+        mlp = data["parts"]["mlp"]
+        if kind == "negative":
+            mlp["ms"][0][0] = -1.0
+        elif kind == "nan":
+            mlp["ms"][0][0] = float("nan")
+        elif kind == "ragged":
+            mlp["ms"][0].pop()
+        elif kind == "short":
+            mlp["ms"].pop()
+        elif kind == "descending":
+            mlp["axes"][0].reverse()
+        elif kind == "no part":
+            del data["parts"]["fold"]
+        elif kind == "version":
+            data["version"] = 99
+        elif kind == "shape":
+            data["shape"]["depth"] = 0
+        elif kind == "scale":
+            data["scale"] = 0
+    return change
+
+
+@pytest.mark.parametrize("kind", ["negative", "nan", "ragged", "short", "descending", "no part", "version", "shape", "scale"])
+def test_a_damaged_table_is_refused_by_the_name_of_its_file(kind, tmp_path):
+    path = tmp_path / "t.json"
+    made().save(path)
+    data = json.loads(path.read_text())
+    damage(kind)(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(InputError, match="t.json"):
+        LatencyTable.load(path)
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list:
+    """Every call of measure_table, which hands out a made table at once."""
+    calls = []
+
+    def fake(model, *, batch_size, dtype, device, **settings) -> LatencyTable:
+        calls.append((batch_size, dtype, settings))
+        found = latency.conditions_of(model, batch_size, dtype, device)
+        return made(shape_of(model), scale=float(len(calls)), **found)
+    monkeypatch.setattr(latency, "measure_table", fake)
+    return calls
+
+
+def test_a_table_is_measured_once_for_its_conditions_and_again_for_others(measured, tmp_path, monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first = latency_table(tiny(), batch_size=3, cache=tmp_path, repeats=7)
+        assert measured == [(3, "float32", {"repeats": 7})]
+        assert latency_table(tiny(seed=1), batch_size=3, cache=tmp_path).scale == first.scale == 1.0     # other weights
+        assert len(measured) == 1
+        latency_table(tiny(), batch_size=5, cache=tmp_path)
+        latency_table(tiny(), batch_size=3, dtype="bfloat16", cache=tmp_path)
+        latency_table(tiny(depth=3), batch_size=3, cache=tmp_path)
+        latency_table(tiny(init_values=0.1), batch_size=3, cache=tmp_path)              # the same shape, with LayerScale
+        torch.set_num_threads(2)
+        latency_table(tiny(), batch_size=3, cache=tmp_path)
+        torch.set_num_threads(1)
+        monkeypatch.setattr("platform.node", lambda: "another machine")
+        latency_table(tiny(), batch_size=3, cache=tmp_path)
+        assert len(measured) == 7 and len(list(tmp_path.iterdir())) == 7
+
+
+def test_the_cache_folder_comes_from_the_environment_and_else_from_home(measured, tmp_path, monkeypatch):
+    monkeypatch.setenv("VITLAB_CACHE", str(tmp_path / "named"))
+    latency_table(tiny(), batch_size=3)
+    monkeypatch.delenv("VITLAB_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    latency_table(tiny(), batch_size=3)
+    names = {str(path.relative_to(tmp_path).parent) for path in tmp_path.rglob("*.json")}
+    assert names == {"named", "home/.cache/vitlab"}
+
+
+@pytest.mark.parametrize("content", ["cut sh", "{}", "[1]", "another's"])
+def test_a_damaged_or_foreign_file_is_measured_anew_with_a_warning_that_names_it(content, measured, tmp_path):
+    latency_table(tiny(), batch_size=3, cache=tmp_path)
+    path = next(tmp_path.iterdir())
+    if content == "another's":
+        made(shape_of(tiny()), batch_size=3, cpu="another").save(path)
+    else:
+        path.write_text(content)
+    with pytest.warns(UserWarning, match=f"{path.name}.*measured anew"):
+        table = latency_table(tiny(), batch_size=3, cache=tmp_path)
+    assert len(measured) == 2 and table.scale == 2.0
+    assert latency_table(tiny(), batch_size=3, cache=tmp_path).scale == 2.0 and len(measured) == 2     # mended
+
+
+def test_a_folder_that_cant_be_written_costs_a_warning_not_the_table(measured, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="could not be kept"):
+        assert latency_table(tiny(), batch_size=3, cache=tmp_path / "file" / "inside").scale == 1.0
+
+
+def test_every_family_is_measured_on_its_grid_and_stays_as_it_was(family, tiny_vit):
+    model = tiny_vit(family)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    table = measure_table(model, **FAST)
+    shape = shape_of(model)
+    assert table.shape == shape and table.scale > 0 and set(table.ms) == set(AXES)
+    tokens, heads = table.axes["attention"]
+    assert tokens[0] == shape.num_prefix_tokens and tokens[-1] == shape.num_tokens and len(tokens) == 6
+    assert heads.tolist() == list(range(1, shape.num_heads + 1))
+    assert table.axes["mlp"][1][[0, -1]].tolist() == [1, shape.num_neurons] and len(table.axes["mlp"][1]) == 5
+    assert all((ms > 0).all() for ms in table.ms.values())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.blocks[0].attn.num_heads == shape.num_heads and next(model.parameters()).device.type == "cpu"
+
+
+def test_each_piece_is_the_models_own_part(monkeypatch, tiny_vit):
+    """At all counts the halves and the ends make the dense model, and a select piece gives its tokens."""
+    model = tiny_vit("deit3")
+    axes, x = grid_axes(shape_of(model)), torch.randn(2, 3, 48, 80, generator=torch.Generator().manual_seed(0))
+    pieces = {(part, place): run for part, place, run, _ in latency._pieces(model, axes, 2)}
+    full = {part: pieces[part, tuple(len(a) - 1 for a in axes[part])] for part in AXES}
+    inputs = {part: [y for p, _, _, y in latency._pieces(model, axes, 2) if p == part] for part in ("fold", "carry", "select")}
+    with torch.inference_mode():
+        y = full["stem"](x)
+        torch.testing.assert_close(full["mlp"](full["attention"](y)), model.blocks[0](y), rtol=0, atol=0)
+        torch.testing.assert_close(full["head"](model.blocks(y)), model(x), rtol=0, atol=0)
+        assert full["select"](inputs["select"][-1]).shape[1] == 1 + (shape_of(model).num_patches // 2) + 1
+        assert pieces["fold", (1, 2)](inputs["fold"][4 + 2]).shape[1] == axes["fold"][0][1]
+        assert inputs["fold"][4 + 2].shape[1] == axes["fold"][1][2]
+        torch.testing.assert_close(full["carry"](y), y, rtol=0, atol=0)
+
+
+def test_a_model_without_prefix_tokens_has_no_time_of_selection():
+    model = tiny(class_token=False, global_pool="avg")
+    table = measure_table(model, **FAST)
+    assert "select" not in table.ms and float(table.predict(counts_of(CompressionPlan.empty(table.shape)))) > 0
+    counts = dataclasses.replace(counts_of(CompressionPlan.empty(table.shape)), ranking=np.array([0, 3]))
+    with pytest.raises(InputError, match="no times of select"):
+        table.predict(counts)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"dtype": "float8"}, "float8"), ({"batch_size": 0}, "batch_size 0"), ({"repeats": 0}, "repeats")])
+def test_what_cant_be_measured_is_refused(change, words):
+    with pytest.raises(InputError, match=words):
+        measure_table(tiny(), **{**FAST, **change})
+
+
+def test_the_error_of_a_prediction_is_against_the_measured_model(monkeypatch):
+    dense = tiny()
+    plans = {"dense": CompressionPlan.empty(shape_of(dense)), "tokens": token_plan(dense), "all": full_plan(dense)}
+    models = {name: (plan, deploy(compress(dense, plan))) for name, plan in plans.items()}
+    table = made(shape_of(dense), **latency.conditions_of(dense, 2, "float32", "cpu"))
+    predicted = np.array([by_hand(plan) for plan in plans.values()])
+    factors = np.array([0.8, 1.0, 1.25])                                                    # measured over predicted
+
+    def fake(given, *, batch_size, dtype, **settings):
+        assert list(given) == list(models) and (batch_size, dtype) == (2, "float32")
+        return {name: type("Speed", (), {"latency_ms": ms}) for name, ms in zip(given, predicted * factors)}
+    monkeypatch.setattr(latency, "measure", fake)
+    error = prediction_error(table, models)
+    np.testing.assert_allclose(error.predicted_ms, predicted, rtol=1e-9)
+    np.testing.assert_allclose(error.relative, [0.25, 0.0, -0.2], atol=1e-9)
+    assert error.names == tuple(models) and error.median == pytest.approx(0.2) and error.largest == pytest.approx(0.25)
+
+
+def test_an_error_is_measured_for_real_and_only_under_the_tables_conditions():
+    dense = tiny()
+    plan = token_plan(dense)
+    table = measure_table(dense, **FAST)
+    models = {"tokens": (plan, deploy(compress(dense, plan)))}
+    error = prediction_error(table, models, repeats=1, min_seconds=0.0, progress=False)
+    assert error.measured_ms.shape == (1,) and error.measured_ms[0] > 0 and np.isfinite(error.relative).all()
+    other = dataclasses.replace(table, conditions={**table.conditions, "threads": 97})
+    with pytest.raises(InputError, match="threads 97; now it is 1"):
+        prediction_error(other, models)
+    with pytest.raises(InputError, match="another model"):
+        prediction_error(made(SHAPE, **table.conditions), models)

@@ -1,0 +1,205 @@
+"""Figures of a search over policies: how fast it finds, what its surrogate (a Gaussian process, GP) believes, what it found."""
+import re
+from collections.abc import Sequence
+from itertools import groupby
+from textwrap import fill
+from typing import Any
+
+import numpy as np
+import seaborn as sns
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from vitlab.plots.base import PALETTE, new_axes
+from vitlab.plots.units import MARKERS, as_array, legend_above
+from vitlab.shape import require
+
+
+def _group(name: str) -> str:
+    """The letters a dimension's name begins with: "neurons" of "neurons 3", "neurons_3" or "neurons[3]"."""
+    return re.match(r"[^\W\d_]*", name).group()
+
+
+def best_so_far(seeds: Sequence[Sequence[float]]) -> np.ndarray:
+    """(S, T) the largest value up to each evaluation, of S lists of values; NaN (a failed one) is passed over.
+
+    T is the longest list's length; a seed that stopped earlier keeps its best to the end.
+    """
+    length = max(len(values) for values in seeds)
+    padded = [np.concatenate([as_array(values), np.full(length - len(values), np.nan)]) for values in seeds]
+    return np.fmax.accumulate(np.stack(padded), axis=1)
+
+
+def incumbents(curves: dict[str, Sequence[Sequence[float]]], *, label: str) -> Figure:
+    """The best value so far (higher is better) against evaluations, a line per strategy, with a dot where it changes.
+
+    curves {strategy: a list of values per seed, one value per evaluation}; label names the value. The line is the median over
+    seeds, the band their least to largest; one seed is a line alone.
+    """
+    figure, axes = new_axes(1, 1, 9.0, 3.8)
+    axis = axes[0, 0]
+    for index, (name, seeds) in enumerate(curves.items()):
+        best, colour = best_so_far(seeds), PALETTE[index % len(PALETTE)]        # (S, T)
+        line, steps = np.median(best, axis=0), np.arange(1, best.shape[1] + 1)
+        changes = [t for t in range(len(line)) if np.isfinite(line[t]) and (t == 0 or line[t] != line[t - 1])]
+        title = name if len(seeds) == 1 else f"{name} (median and range of {len(seeds)} seeds)"
+        axis.plot(steps, line, drawstyle="steps-post", color=colour, marker=MARKERS[index % len(MARKERS)], markersize=5,
+                  markevery=changes, label=title)
+        if len(seeds) > 1:
+            axis.fill_between(steps, best.min(axis=0), best.max(axis=0), step="post", color=colour, alpha=0.2, linewidth=0)
+    axis.set(xlabel="evaluations", ylabel=fill(f"best so far: {label}", 36))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    legend_above(figure, *axis.get_legend_handles_labels())
+    sns.despine(fig=figure)
+    return figure
+
+
+def gp_slices(names: Sequence[str], grids: Any, means: Any, deviations: Any, incumbent: Any, value: float, label: str) -> Figure:
+    """One small axis per dimension of the policy: the GP along that dimension, all others held at the incumbent.
+
+    grids, means, deviations (D, G): places, and there the GP's mean and standard deviation; incumbent (D,) is the best policy
+    and value its measured value, drawn as a dot on a vertical line. The band is the mean +/- 2 deviations. label names the
+    value. All axes share y; a colour is a group of dimensions, told by the letters its names begin with.
+    """
+    grids, means, deviations, incumbent = (as_array(x) for x in (grids, means, deviations, incumbent))
+    for what, given in (("grids", grids), ("means", means), ("deviations", deviations), ("incumbent", incumbent)):
+        require(len(given) == len(names), f"{what} have {len(given)} dimensions; there are {len(names)} names")
+    columns = min(len(names), 4 if len(names) <= 12 else 6 if len(names) <= 36 else 7)
+    rows = -(-len(names) // columns)
+    figure, axes = new_axes(rows, columns, 9.4 / max(columns, 3), 1.25 if columns > 4 else 1.7 if rows > 1 else 2.6)
+    groups = list(dict.fromkeys(map(_group, names)))
+    colours = {group: PALETTE[index % len(PALETTE)] for index, group in enumerate(groups)}
+    low, high = min((means - 2 * deviations).min(), value), max((means + 2 * deviations).max(), value)
+    margin = 0.06 * (high - low) or 1.0
+    same = bool((grids[:, [0, -1]] == grids[0, [0, -1]]).all())                 # one range: its ticks stand below each column only
+    for index, (axis, name) in enumerate(zip(axes.flat, names)):
+        colour = colours[_group(name)]
+        axis.fill_between(grids[index], means[index] - 2 * deviations[index], means[index] + 2 * deviations[index],
+                          color=colour, alpha=0.25, linewidth=0)
+        axis.plot(grids[index], means[index], color=colour, linewidth=1.5)
+        axis.axvline(incumbent[index], color="0.5", linewidth=0.8, linestyle=":")
+        axis.plot(incumbent[index], value, marker="o", color="black", markersize=4, linestyle="none")
+        axis.set_title(name, fontsize=8, color=colour, pad=3)
+        axis.tick_params(labelsize=8, length=2, pad=2, labelleft=index % columns == 0,
+                         labelbottom=not same or index + columns >= len(names))
+        axis.set_ylim(low - margin, high + margin)
+        axis.set_xticks(grids[index, [0, -1]], [f"{end:.3g}" for end in grids[index, [0, -1]]])
+        axis.yaxis.set_major_locator(MaxNLocator(nbins=3))
+    for axis in axes.flat[len(names):]:
+        axis.set_visible(False)
+    figure.supylabel(label, fontsize=10)
+    figure.supxlabel("policy's value along the dimension, others at the incumbent", fontsize=10)
+    handles = [Line2D([], [], color=colours[group], label=group or "dimension") for group in groups]
+    handles += [Patch(color="0.8", label="mean +/- 2 deviations"),
+                Line2D([], [], marker="o", color="black", linestyle="none", label="incumbent, measured")]
+    legend_above(figure, handles, [handle.get_label() for handle in handles])
+    sns.despine(fig=figure)
+    return figure
+
+
+def acquisition(steps: Any, log_ei: Any, values: Any = None, incumbents: Any = None, *, means: Any = None, deviations: Any = None,
+                label: str = "value") -> Figure:
+    """The log expected improvement (EI) of each proposed policy at its step; below it, if given, what was then measured.
+
+    All are (T,). values: measured, as dots; incumbents: the best before or at the step, as a stepped line; means and deviations:
+    what the GP predicted of the policy, as marks with bars of +/- one deviation. label names the measured value.
+    """
+    require(deviations is None or means is not None, "deviations are given without means")
+    measured = [(values, "measured"), (means, "predicted" if deviations is None else "predicted +/- deviation"), (incumbents, "incumbent")]
+    below = any(given is not None for given, _ in measured)
+    figure, axes = new_axes(1 + below, 1, 9.0, 2.7)
+    steps, axis = as_array(steps), axes[0, 0]
+    axis.plot(steps, as_array(log_ei), marker="o", markersize=4, linewidth=1, color=PALETTE[0])
+    axis.set_ylabel("log EI of the proposal")
+    if below:
+        axis = axes[1, 0]
+        axis.sharex(axes[0, 0])
+        if incumbents is not None:
+            axis.plot(steps, as_array(incumbents), drawstyle="steps-post", color="0.5", label=measured[2][1])
+        if means is not None:
+            axis.errorbar(steps, as_array(means), None if deviations is None else as_array(deviations), color=PALETTE[1], marker="s",
+                          markersize=4, linestyle="none", elinewidth=1.2, label=measured[1][1])
+        if values is not None:
+            axis.plot(steps, as_array(values), marker="o", markersize=5, color=PALETTE[0], linestyle="none", label=measured[0][1])
+        axis.set_ylabel(label)
+        legend_above(figure, *axis.get_legend_handles_labels())
+    axis.set_xlabel("step of the search")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    sns.despine(fig=figure)
+    return figure
+
+
+def parallel_coordinates(names: Sequence[str], policies: Any, values: Any, label: str) -> Figure:
+    """Each policy a line over its dimensions, coloured by its value (higher is better, darker); the best is thick and on top.
+
+    names (D), policies (P, D), values (P,); label names the value. A policy whose value is not finite is left out. Vertical
+    lines part the groups of dimensions, told by the letters their names begin with.
+    """
+    policies, values = as_array(policies), as_array(values)
+    require(policies.shape == (len(values), len(names)), f"policies are {policies.shape}; {(len(values), len(names))} is needed")
+    order = [int(i) for i in np.argsort(values, kind="stable") if np.isfinite(values[i])]       # the best last
+    require(len(order) > 0, "no policy has a finite value")
+    figure, axes = new_axes(1, 1, 9.4, 4.0)
+    axis, places = axes[0, 0], np.arange(len(names))
+    lines = [np.column_stack([places, policies[i]]) for i in order]                             # (D, 2) each
+    widths = [1.0] * (len(order) - 1) + [3.5]
+    bundle = LineCollection(lines, cmap="viridis_r", array=values[order], linewidths=widths, alpha=[0.6] * (len(order) - 1) + [1.0])
+    axis.add_collection(bundle)
+    axis.plot(places, policies[order[-1]], marker="o", markersize=4, linestyle="none", color="white", markeredgecolor="black", zorder=3)
+    axis.autoscale_view()
+    start, previous_end, raised = 0, -np.inf, False
+    for group, members in groupby(names, key=_group):
+        size = len(list(members))
+        if start:
+            axis.axvline(start - 0.5, color="0.4", linewidth=1)
+        # About 0.32 dimensions' width per letter at D = 25: a label that would touch the one before it goes a line higher.
+        middle, half = start + (size - 1) / 2, 0.5 * len(group) * len(names) * 0.0125
+        raised = middle - half < previous_end and not raised
+        axis.text(middle, 1.08 if raised else 1.02, group, transform=axis.get_xaxis_transform(), ha="center", va="bottom", fontsize=10)
+        previous_end, start = middle + half, start + size
+    ticks = [name[len(_group(name)):].strip(" _.[]") for name in names]
+    long = max(map(len, ticks)) * len(names) > 100
+    axis.set_xticks(places, ticks, fontsize=8, rotation=90 if long else 0)
+    axis.set(xlabel="dimension of the policy", ylabel="policy's value", xlim=(-0.5, len(names) - 0.5))
+    figure.colorbar(bundle, ax=axis, label=label, pad=0.01)
+    sns.despine(fig=figure)
+    return figure
+
+
+def front(costs: Any, values: Any) -> list[int]:
+    """Indices of the points that no other dominates, by rising cost: lower cost and higher value are better.
+
+    costs, values (P,). A point is dominated where another is no worse in both and better in one, so equal points stand or fall
+    together. A point that is not finite is left out.
+    """
+    costs, values = as_array(costs), as_array(values)
+    kept: list[int] = []
+    for i in np.lexsort((-values, costs)):                                      # by cost, then by value, the highest first
+        if not (np.isfinite(costs[i]) and np.isfinite(values[i])):
+            continue
+        if not kept or values[i] > values[kept[-1]] or (values[i] == values[kept[-1]] and costs[i] == costs[kept[-1]]):
+            kept.append(int(i))
+    return kept
+
+
+def pareto(points: dict[str, Sequence[tuple[float, float]]], *, cost_label: str, value_label: str) -> Figure:
+    """Points (cost, value) with a colour and marker per strategy, and the staircase of those that no other dominates."""
+    figure, axes = new_axes(1, 1, 9.0, 4.2)
+    axis = axes[0, 0]
+    cloud = as_array([point for some in points.values() for point in some]).reshape(-1, 2)        # (P, 2)
+    steps = cloud[front(cloud[:, 0], cloud[:, 1])]
+    for index, (name, some) in enumerate(points.items()):
+        place = as_array(some).reshape(-1, 2)
+        axis.plot(place[:, 0], place[:, 1], marker=MARKERS[index % len(MARKERS)], color=PALETTE[index % len(PALETTE)], markersize=6,
+                  alpha=0.75, linestyle="none", label=name)
+    if len(steps):
+        steps = np.vstack([steps, [np.nanmax(cloud[np.isfinite(cloud).all(axis=1), 0]), steps[-1, 1]]])
+        axis.plot(steps[:, 0], steps[:, 1], drawstyle="steps-post", color="0.3", linewidth=1.5, zorder=1.5, label="not dominated")
+    axis.set(xlabel=cost_label, ylabel=value_label)
+    axis.margins(0.06)
+    legend_above(figure, *axis.get_legend_handles_labels())
+    sns.despine(fig=figure)
+    return figure

@@ -1,0 +1,209 @@
+"""Figures of heads and neurons: what they score, which are cut, and where the model looks without them."""
+from collections.abc import Sequence
+from textwrap import fill
+from typing import Any
+
+import numpy as np
+import seaborn as sns
+import torch
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from vitlab.plan import CompressionPlan
+from vitlab.plots.base import PALETTE, new_axes
+from vitlab.shape import POOL_TOKEN, ViTShape, require
+
+MARKERS = "osD^v<>pX*"
+
+
+def as_array(x: Any) -> np.ndarray:
+    """A tensor (of any device and float type), array or list as a float64 array."""
+    return x.detach().cpu().double().numpy() if isinstance(x, Tensor) else np.asarray(x, dtype=np.float64)
+
+
+def legend_above(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:
+    """One legend for the whole figure, above its axes, so that it covers no data."""
+    widths = [8 + len(name) for name in names]                                  # in letters; about 105 fit into a row
+    columns = len(names) if sum(widths) <= 105 else max(1, 105 // max(widths))
+    figure.legend(handles, names, loc="outside upper center", ncols=columns, frameon=False, fontsize="small")
+
+
+def _to_own_range(rows: np.ndarray, highest: float = 1.0) -> np.ndarray:
+    """(L, K) with each row's range, from its least to its quantile `highest`, moved to [0, 1]; a row of equal values becomes 0."""
+    low, high = rows.min(axis=1, keepdims=True), np.quantile(rows, highest, axis=1, keepdims=True)
+    return ((rows - low) / np.where(high > low, high - low, 1)).clip(0, 1)
+
+
+def unit_scores(heads: Any, neurons: Any, plan: CompressionPlan | None = None) -> Figure:
+    """Two heat maps: scores of heads (L, H), and of neurons (L, M) sorted within each block; higher is kept.
+
+    Colour is the score within its block's own range; of neurons up to their 99th percentile, as a few outliers would leave the
+    rest dark. With a plan, its cut heads carry a cross and a line in each block's row stands at the number of neurons kept (a
+    count: a plan made from other scores may keep others than the leftmost).
+    """
+    heads, neurons = as_array(heads), as_array(neurons)
+    require(len(heads) == len(neurons), f"heads have {len(heads)} blocks, neurons {len(neurons)}; the same number is needed")
+    if plan is not None:
+        shape, given = plan.shape, (*heads.shape, neurons.shape[1])
+        needed = (shape.depth, shape.num_heads, shape.num_neurons)
+        require(given == needed, f"scores are for {given} (blocks, heads, neurons); the plan is for {needed}")
+    depth = len(heads)
+    figure, (axes,) = new_axes(1, 2, 4.8, min(max(1.7 + 0.22 * depth, 2.7), 6.5))
+    ranked = -np.sort(-neurons, axis=1)                                         # (L, M), highest first
+    shown = (_to_own_range(heads), _to_own_range(ranked, 0.99))
+    for axis, values, label in zip(axes, shown, ("head", "neurons, highest score first")):
+        image = axis.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axis.set(xlabel=label)
+        axis.yaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes[0].set(ylabel="block")
+    figure.colorbar(image, ax=list(axes), label="score in block's range", aspect=30, pad=0.01)
+    if plan is not None:
+        cut = [(head, row) for row, block in enumerate(plan.blocks) if block.heads is not None
+               for head in range(heads.shape[1]) if head not in block.heads]
+        kept = [neurons.shape[1] if block.neurons is None else len(block.neurons) for block in plan.blocks]
+        for colour, width in (("black", 4.0), ("white", 1.6)):                  # seen on bright and on dark ground
+            if cut:
+                axes[0].scatter(*zip(*cut), marker="x", s=36, color=colour, linewidths=width)
+            lines = [((count - 0.5, row - 0.5), (count - 0.5, row + 0.5)) for row, count in enumerate(kept)]
+            axes[1].add_collection(LineCollection(lines, colors=colour, linewidths=width, clip_on=False), autolim=False)
+        axes[0].set_title("cross: cut")
+        axes[1].set_title("line: number kept")
+    return figure
+
+
+def sensitivity(drops: dict[str, dict[str, Sequence[float]]], *, label: str) -> Figure:
+    """What cutting in one block costs: an axis per dimension, a line per criterion over the blocks.
+
+    drops: {"neurons": {"hsic": [drop of block 0, 1, ..], ..}, "heads": ..}; label names their unit, such as points of top-1
+    lost per GMAC removed. A criterion has one colour and marker on all axes.
+    """
+    figure, (axes,) = new_axes(1, len(drops), 9.4 / max(len(drops), 2), 3.6)
+    criteria = list(dict.fromkeys(name for lines in drops.values() for name in lines))
+    handles = {}
+    for axis, (dimension, lines) in zip(axes, drops.items()):
+        axis.axhline(0, color="0.8", linewidth=1, zorder=0)
+        for name, values in lines.items():
+            index = criteria.index(name)
+            handles[name], = axis.plot(range(len(values)), as_array(values), marker=MARKERS[index % len(MARKERS)], markersize=5,
+                                       color=PALETTE[index % len(PALETTE)], label=name)
+        axis.set(xlabel="block", title=dimension, xlim=(-0.5, max(map(len, lines.values()), default=1) - 0.5))
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    figure.supylabel(fill(label, 40), fontsize=11)
+    legend_above(figure, [handles[name] for name in criteria], criteria)
+    sns.despine(fig=figure)
+    return figure
+
+
+def redundancy_matrices(matrices: Any, blocks: Sequence[int]) -> Figure:
+    """One heat map per chosen block of the HSIC between its heads, from matrices (L, H, H); the diagonal is grey.
+
+    Colour is the value within the block's own range off the diagonal; the title gives that range.
+    """
+    columns = min(len(blocks), 4)
+    figure, axes = new_axes(-(-len(blocks) // columns), columns, 2.3, 2.3)
+    for axis in axes.flat[len(blocks):]:
+        axis.set_visible(False)
+    for axis, block in zip(axes.flat, blocks):
+        matrix = as_array(matrices[block])
+        apart = ~np.eye(len(matrix), dtype=bool)                                # (H, H): True off the diagonal
+        low, high = (matrix[apart].min(), matrix[apart].max()) if apart.any() else (0, 0)
+        shown = np.ma.masked_where(~apart, (matrix - low) / (high - low if high > low else 1))
+        axis.set_facecolor("0.75")                                              # what a masked cell shows
+        image = axis.imshow(shown, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+        axis.set_title(f"block {block}: {low:.2g} to {high:.2g}", fontsize=9)
+        for ticks in (axis.xaxis, axis.yaxis):
+            ticks.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axis.tick_params(labelsize=9)
+    figure.supxlabel("head", fontsize=11)
+    figure.supylabel("head", fontsize=11)
+    bar = figure.colorbar(image, ax=list(axes.flat), aspect=25 * len(axes), pad=0.01)
+    bar.set_label("HSIC in block's range", fontsize=10)
+    return figure
+
+
+def rollout(attention: Tensor, num_prefix_tokens: int, kept: Sequence[Sequence[int]] | None = None, *, average: bool = False) -> Tensor:
+    """Attention rollout (Abnar & Zuidema 2020, arXiv 2005.00928, section 3): what the class token takes from each patch.
+
+    attention (L, H, N, N), rows sum to 1; kept: the heads to use, per block (None: all). Per block A is the mean over these
+    heads; the rollout is the product over blocks of A + I with rows normalised, the last block leftmost. Returns (n,): row 0
+    (the class token) over the N - num_prefix_tokens patches, float64; with the prefix tokens it sums to 1. A block with no head
+    in kept is the identity. average: the mean over the patches' rows instead, for a model that reads them all.
+    """
+    depth, _, count, _ = attention.shape
+    require(average or num_prefix_tokens > 0, "rollout reads the class token's row, and there is no prefix token; average=True reads all")
+    require(kept is None or len(kept) == depth, f"kept has {len(kept or ())} blocks; the attention has {depth}")
+    identity = torch.eye(count, dtype=torch.float64, device=attention.device)
+    result = identity
+    for index, block in enumerate(attention):                                   # (H, N, N)
+        chosen = block if kept is None else block[list(kept[index])]
+        if len(chosen) == 0:
+            continue
+        mixed = chosen.double().mean(dim=0) + identity                          # the paper's 0.5 goes with the normalisation
+        result = (mixed / mixed.sum(dim=1, keepdim=True)) @ result
+    row = result[num_prefix_tokens:].mean(dim=0) if average else result[0]
+    return row[num_prefix_tokens:]
+
+
+def head_rollouts(pictures: dict[str, np.ndarray], attention: dict[str, Tensor], plan: CompressionPlan, shape: ViTShape) -> Figure:
+    """A row per picture: the picture, and over it in grey the rollout of the heads that the plan keeps and of those it cuts.
+
+    pictures {name: (h, w, 3) in [0, 1]}; attention {name: (L, H, N, N)} of the dense model. Each map is coloured within its own
+    range; below it stands its largest value over its mean (1: it is flat). A model that pools over patches (shape.pool) is read
+    by the mean over their rows.
+    """
+    require(pictures.keys() == attention.keys(), f"pictures are of {list(pictures)}, attention of {list(attention)}; the same are needed")
+    plan.check_fits(shape)
+    every = range(shape.num_heads)
+    kept = [list(every) if block.heads is None else list(block.heads) for block in plan.blocks]
+    cut = [[head for head in every if head not in heads] for heads in kept]
+    figure, axes = new_axes(len(pictures), 3, 3.0, 2.9)
+    for row, (name, picture) in zip(axes, pictures.items()):
+        size, needed = tuple(attention[name].shape), (shape.depth, shape.num_heads, shape.num_tokens, shape.num_tokens)
+        require(size == needed, f"attention of {name} is {size}; {needed} is needed")
+        covered = [side * g * p / i for side, g, p, i in zip(picture.shape, shape.grid_size, shape.patch_size, shape.img_size)]
+        for axis, heads in zip(row, (None, kept, cut)):
+            axis.set(xticks=[], yticks=[])
+            if heads is not None and not any(heads):
+                axis.text(0.5, 0.5, "no head is cut", transform=axis.transAxes, ha="center", va="center")
+                axis.set_aspect("equal")
+                continue
+            if heads is None:
+                axis.imshow(picture)
+                continue
+            axis.imshow(picture.mean(axis=2), cmap="gray", vmin=0, vmax=1)      # grey: the only colours are the map's
+            given = rollout(attention[name], shape.num_prefix_tokens, heads, average=shape.pool != POOL_TOKEN).cpu().numpy()
+            shown = _to_own_range(given[None]).reshape(shape.grid_size)
+            image = axis.imshow(shown, cmap="viridis", vmin=0, vmax=1, alpha=0.6, interpolation="bilinear",
+                                extent=(-0.5, covered[1] - 0.5, covered[0] - 0.5, -0.5))
+            axis.set(xlim=(-0.5, picture.shape[1] - 0.5), ylim=(picture.shape[0] - 0.5, -0.5))
+            axis.set_xlabel(f"largest is {given.max() / given.mean():.1f} x the mean", fontsize=9)
+        row[0].set_ylabel(fill(name, 28), fontsize=10)
+    for axis, title in zip(axes[0], ("picture", "heads kept", "heads cut")):
+        axis.set_title(title)
+    figure.colorbar(image, ax=list(axes.flat), label="rollout in map's range", aspect=25 * len(axes), pad=0.01)
+    return figure
+
+
+def plan_bars(plans: dict[str, CompressionPlan]) -> Figure:
+    """What stays per block, in percent of the dense model: heads, neurons, tokens in the attention; a bar per plan."""
+    figure, axes = new_axes(3, 1, 9.4, 1.8)
+    width = 0.8 / max(len(plans), 1)
+    for index, (name, plan) in enumerate(plans.items()):
+        shape = plan.shape
+        heads = [shape.num_heads if b.heads is None else len(b.heads) for b in plan.blocks]
+        neurons = [shape.num_neurons if b.neurons is None else len(b.neurons) for b in plan.blocks]
+        counts = ((heads, shape.num_heads), (neurons, shape.num_neurons), (plan.tokens_per_block(), shape.num_tokens))
+        places = np.arange(shape.depth) + (index - (len(plans) - 1) / 2) * width
+        for axis, (kept, whole) in zip(axes[:, 0], counts):
+            axis.bar(places, 100 * np.array(kept) / whole, width, color=PALETTE[index % len(PALETTE)], label=name, linewidth=0)
+    depth = max((plan.shape.depth for plan in plans.values()), default=1)
+    for axis, label in zip(axes[:, 0], ("heads\nkept (%)", "neurons\nkept (%)", "tokens in\nattention (%)")):
+        axis.set(ylabel=label, ylim=(0, 100), xlim=(-0.6, depth - 0.4), xticks=range(depth), yticks=(0, 50, 100))
+    axes[-1, 0].set_xlabel("block")
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    legend_above(figure, handles, names)
+    sns.despine(fig=figure)
+    return figure

@@ -1,0 +1,149 @@
+"""SearchSpace: the vector that a search proposes, and the counts and the plan that it stands for (methods B4, C2).
+
+A policy is a vector of ratios in [0, max_ratio]: neurons of each block, heads of each block, then the token dimensions. A
+ratio is the fraction cut, and int(count * (1 - ratio)) stay: policies that change no count are the same policy.
+P policies, D dimensions, L blocks.
+"""
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from vitlab.cost import Counts, counts_of
+from vitlab.files import InputError
+from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.search.token_dimensions import token_dimensions
+from vitlab.shape import ViTShape
+
+UNITS = ("neurons", "heads")
+MAX_RATIO = 0.5                                 # published
+GRID = 4001                                     # values of a token ratio that are tried to find the one behind a plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSpace:
+    """Which dimensions are searched, for a dense model of one shape. Raises InputError for unknown or no dimensions."""
+
+    shape: ViTShape
+    units: tuple[str, ...] = UNITS              # of "neurons", "heads"
+    tokens: str = "select"                      # a name of TOKEN_DIMENSIONS
+    max_ratio: float = MAX_RATIO                # most that a ratio may cut, (0, 1)
+    settings: dict[str, Any] = field(default_factory=dict)      # of the token dimensions, such as prune_rate
+
+    def __post_init__(self) -> None:
+        odd = sorted(set(self.units) - set(UNITS))
+        if odd:
+            raise InputError(f"units {odd[0]!r} are not known; known are {list(UNITS)}")
+        if not 0 < self.max_ratio < 1:
+            raise InputError(f"max_ratio is {self.max_ratio}; it must lie in (0, 1)")
+        object.__setattr__(self, "units", tuple(u for u in UNITS if u in self.units))
+        object.__setattr__(self, "_tokens", token_dimensions(self.tokens, self.shape, **self.settings))
+        if not self.names:
+            raise InputError("nothing is searched: neither heads nor neurons nor tokens")
+
+    @property
+    def names(self) -> list[str]:
+        """One name per dimension: its group and the block, as in "heads 3"."""
+        return [f"{unit} {block}" for unit in self.units for block in range(self.shape.depth)] + self._tokens.names
+
+    @property
+    def groups(self) -> list[str]:
+        """The group of each dimension: "neurons", "heads" or "tokens"."""
+        return [name.split(" ")[0] for name in self.names]
+
+    @property
+    def size(self) -> int:
+        return len(self.names)
+
+    def check(self, policies: np.ndarray) -> np.ndarray:
+        """Policies as a float array (P, D). Raises InputError naming the dimension that is out of the box."""
+        policies = np.atleast_2d(np.asarray(policies, dtype=np.float64))
+        if policies.shape[-1] != self.size:
+            raise InputError(f"a policy of {policies.shape[-1]} numbers; this space has {self.size} dimensions")
+        wrong = np.argwhere(~((policies >= 0) & (policies <= self.max_ratio)))
+        if len(wrong):
+            raise InputError(f"{self.names[wrong[0][1]]} is {policies[tuple(wrong[0])]}; it must lie in [0, {self.max_ratio}]")
+        return policies
+
+    def _unit_counts(self, policies: np.ndarray) -> dict[str, np.ndarray]:
+        """Units that stay (P, L), at least one (methods B4)."""
+        depth, counts = self.shape.depth, {}
+        for unit in UNITS:
+            total = self.shape.num_neurons if unit == "neurons" else self.shape.num_heads
+            if unit in self.units:
+                start = self.units.index(unit) * depth
+                counts[unit] = np.maximum((total * (1 - policies[:, start:start + depth])).astype(np.int64), 1)
+            else:
+                counts[unit] = np.full((len(policies), depth), total)
+        return counts
+
+    def counts(self, policies: np.ndarray) -> Counts:
+        """What stays in each block (P, L)."""
+        policies = self.check(policies)
+        units = self._unit_counts(policies)
+        token = self._tokens.counts(policies[:, self.size - len(self._tokens.names):])
+        every = getattr(self._tokens, "ranked_by", "kept") == "all"
+        ranking = token.pop("ranks") * (self.shape.num_heads if every else units["heads"])
+        return Counts(**units, **token, ranking=ranking)
+
+    def keys(self, policies: np.ndarray) -> list[tuple[int, ...]]:
+        """A tuple of counts per policy; equal for policies that are the same."""
+        c = self.counts(policies)
+        return [tuple(row) for row in np.concatenate([c.neurons, c.heads, c.attended, c.in_mlp, c.carried], axis=1).tolist()]
+
+    def snap(self, policies: np.ndarray) -> np.ndarray:
+        """Each unit's ratio to the middle of those with the same count, (P, D): what a model of the objective should see."""
+        policies = self.check(policies).copy()
+        for unit, kept in self._unit_counts(policies).items():
+            if unit in self.units:
+                total = self.shape.num_neurons if unit == "neurons" else self.shape.num_heads
+                start = self.units.index(unit) * self.shape.depth
+                policies[:, start:start + self.shape.depth] = np.clip(1 - (kept + 0.5) / total, 0, self.max_ratio)
+        return policies
+
+    def plan(self, policy: Sequence[float], *, heads: Tensor | None = None, neurons: Tensor | None = None,
+             tokens: Tensor | None = None, made_by: dict[str, Any] | None = None) -> CompressionPlan:
+        """The plan of one policy: of heads (L, H) and neurons (L, M) those with the highest scores stay; raw token scores
+        (L, n) where tokens are merged. Raises InputError where scores are missing or of another size."""
+        policy = self.check(np.asarray(policy))
+        counts, kept = self._unit_counts(policy), {}
+        for unit, scores in (("heads", heads), ("neurons", neurons)):
+            total = self.shape.num_neurons if unit == "neurons" else self.shape.num_heads
+            if unit not in self.units:
+                kept[unit] = [None] * self.shape.depth
+                continue
+            if scores is None or tuple(scores.shape) != (self.shape.depth, total):
+                raise InputError(f"{unit} are cut by their scores: {self.shape.depth} blocks of {total} are needed, not "
+                                 f"{None if scores is None else tuple(scores.shape)}")
+            order = scores.argsort(dim=1, descending=True, stable=True).tolist()
+            kept[unit] = [None if k == total else tuple(sorted(best[:k])) for best, k in zip(order, counts[unit][0].tolist())]
+        rules = self._tokens.rules(policy[0, self.size - len(self._tokens.names):], tokens)
+        blocks = tuple(BlockPlan(heads=h, neurons=m, tokens=t) for h, m, t in zip(kept["heads"], kept["neurons"], rules))
+        return CompressionPlan(shape=self.shape, blocks=blocks, made_by=made_by or {})
+
+    def policy(self, plan: CompressionPlan) -> np.ndarray:
+        """A policy (D) with the counts of the plan. Raises InputError where this space has none."""
+        plan.check_fits(self.shape)
+        wanted, found = counts_of(plan), np.zeros(self.size)
+        for unit in self.units:
+            total = self.shape.num_neurons if unit == "neurons" else self.shape.num_heads
+            start = self.units.index(unit) * self.shape.depth
+            found[start:start + self.shape.depth] = np.clip(1 - (getattr(wanted, unit) + 0.5) / total, 0, self.max_ratio)
+        # Token ratios one after the other, each the middle of those with which most blocks, from the first, agree.
+        for d in range(self.size - len(self._tokens.names), self.size):
+            tried = np.repeat(found[None], GRID, axis=0)
+            tried[:, d] = np.linspace(0, self.max_ratio, GRID)
+            c = self.counts(tried)
+            same = (c.attended == wanted.attended) & (c.in_mlp == wanted.in_mlp) & (c.carried == wanted.carried)
+            far = np.cumprod(same, axis=1).sum(axis=1) * self.shape.depth + same.sum(axis=1)
+            found[d] = np.median(tried[far == far.max(), d])
+        given = self.counts(found)
+        for name in ("heads", "neurons", "attended", "in_mlp", "carried"):
+            wrong = np.argwhere(getattr(given, name)[0] != getattr(wanted, name))
+            if len(wrong):
+                block = int(wrong[0, 0])
+                raise InputError(f"the plan is not in this search space: block {block} has {getattr(wanted, name)[block]} {name}, "
+                                 f"nearest is {getattr(given, name)[0, block]}")
+        return found

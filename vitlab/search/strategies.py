@@ -1,0 +1,121 @@
+"""What to measure next: Gaussian process with Expected Improvement, and the baselines random and uniform (methods B6)."""
+from dataclasses import dataclass
+
+import numpy as np
+
+from vitlab.files import InputError
+from vitlab.search.acquisition import log_expected_improvement
+from vitlab.search.sampling import Problem, neighbours, random_policies, uniform_policies, varied_policies
+from vitlab.search.surrogate import Surrogate
+
+INITIAL = {"varied": varied_policies, "random": random_policies}
+BLOCKS = 200                                    # of `population` policies, drawn until enough are new
+LEADERS = 5                                     # best policies so far that candidates are drawn around
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How the search goes on. "published" in SETTINGS has the numbers of arXiv 2201.00043."""
+
+    source: str = "vitlab"
+    population: int = 20                        # policies before the first proposal of the Gaussian process
+    evaluations: int = 80                       # in all, the population included
+    initial: str = "varied"                     # how the population is drawn: a name of INITIAL
+    noise: float | None = None                  # variance of standardised values; None fits it
+    candidates: int = 600                       # feasible policies that the acquisition is computed on
+    refinements: int = 4                        # rounds of local search around the best candidates
+    batch: int = 1                              # proposals at a time, for parallel evaluation
+
+    def __post_init__(self) -> None:
+        if self.initial not in INITIAL:
+            raise InputError(f"initial {self.initial!r} is not known; known are {sorted(INITIAL)}")
+        lowest = {"population": 2, "evaluations": 1, "candidates": 10, "refinements": 0, "batch": 1}
+        for name, low in lowest.items():
+            if getattr(self, name) < low:
+                raise InputError(f"{name} is {getattr(self, name)}; at least {low} is needed")
+
+
+SETTINGS = {"default": Settings(),
+            "published": Settings(source="arXiv 2201.00043 (methods B6)", population=100, evaluations=200, initial="random",
+                                  noise=1e-5, refinements=0)}
+
+
+def settings(name: str) -> Settings:
+    """By name. Raises InputError that lists the known ones."""
+    if name not in SETTINGS:
+        raise InputError(f"search settings {name!r} are not known; known are {sorted(SETTINGS)}")
+    return SETTINGS[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """A policy to measure, who proposed it, and what was expected of it."""
+
+    policy: np.ndarray                          # (D)
+    by: str
+    expected: dict[str, float]                  # log_ei, mean, deviation; empty where nothing was predicted
+
+
+def _fresh(problem: Problem, policies: np.ndarray, seen: set[tuple[int, ...]]) -> np.ndarray:
+    """Without those already measured, and without repeats."""
+    keys = problem.space.keys(policies) if len(policies) else []
+    first = {key: i for i, key in reversed(list(enumerate(keys))) if key not in seen}
+    return policies[sorted(first.values())]
+
+
+def _gaussian_process(problem: Problem, policies: np.ndarray, values: np.ndarray, options: Settings, count: int,
+                      rng: np.random.Generator) -> list[Proposal]:
+    """The feasible policies with the largest log EI; each proposal of a batch is believed to come out at its mean."""
+    space, proposals = problem.space, []
+
+    def features(p: np.ndarray) -> np.ndarray:
+        return space.snap(p) / space.max_ratio
+    for _ in range(count):
+        surrogate = Surrogate(features(policies), values, noise=options.noise)
+        best = float(values.max())
+
+        def acquisition(p: np.ndarray, surrogate: Surrogate = surrogate, best: float = best) -> np.ndarray:
+            return log_expected_improvement(*surrogate.predict(features(p)), best)
+        leaders, seen = policies[np.argsort(-values)[:LEADERS]], set(space.keys(policies))
+        half = options.candidates // 2
+        pool = _fresh(problem, np.concatenate([INITIAL[options.initial](problem, half, rng),
+                                               neighbours(problem, leaders, half, rng)]), seen)
+        for _ in range(options.refinements):
+            top = pool[np.argsort(-acquisition(pool))[:LEADERS]]
+            pool = _fresh(problem, np.concatenate([top, neighbours(problem, top, half // 2, rng)]), seen)
+        if not len(pool):
+            break
+        scores = acquisition(pool)
+        chosen = pool[int(scores.argmax())]
+        mean, deviation = (float(v[0]) for v in surrogate.predict(features(chosen[None])))
+        proposals.append(Proposal(policy=chosen, by="gp", expected={"log_ei": float(scores.max()), "mean": mean,
+                                                                    "deviation": deviation}))
+        policies, values = np.concatenate([policies, chosen[None]]), np.append(values, mean)
+    return proposals
+
+
+def propose(strategy: str, problem: Problem, policies: np.ndarray, values: np.ndarray, options: Settings, count: int,
+            seed: int) -> list[Proposal]:
+    """Up to `count` policies to measure after those measured (P, D) with their values (P), larger is better.
+
+    A pure function of its arguments, so a search that was killed proposes the same again. Fewer, or none, where nothing
+    feasible is left that was not measured. Raises InputError for an unknown strategy.
+    """
+    if strategy not in STRATEGIES:
+        raise InputError(f"strategy {strategy!r} is not known; known are {sorted(STRATEGIES)}")
+    done = len(policies)
+    proposals: list[Proposal] = []
+    if strategy == "gp" and done >= options.population:
+        proposals = _gaussian_process(problem, policies, values, options, count, np.random.default_rng([1, seed, done]))
+    draw, by = (INITIAL[options.initial], "population") if strategy == "gp" else (STRATEGIES[strategy], strategy)
+    seen = set(problem.space.keys(policies)) if done else set()
+    for block in range(BLOCKS):                     # the same blocks every time, whatever was measured of them already
+        if len(proposals) == count:
+            break
+        drawn = draw(problem, options.population, np.random.default_rng([0, seed, block]))
+        fresh = _fresh(problem, drawn, seen | {problem.space.keys(p.policy)[0] for p in proposals})
+        proposals += [Proposal(policy=policy, by=by, expected={}) for policy in fresh[:count - len(proposals)]]
+    return proposals
+
+
+STRATEGIES = {"gp": None, "random": random_policies, "uniform": uniform_policies}

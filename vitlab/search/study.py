@@ -1,0 +1,159 @@
+"""Study: a search in a folder, with a journal to which every evaluation is appended, so that it goes on after a kill."""
+import dataclasses
+import json
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from vitlab.files import InputError, append_line, atomic_write, read_json
+from vitlab.search.budget import Budget
+from vitlab.search.sampling import Problem
+from vitlab.search.space import SearchSpace
+from vitlab.search.strategies import STRATEGIES, Proposal, Settings, propose
+
+INFO, JOURNAL = "study.json", "journal.jsonl"
+FORMAT, VERSION = "vitlab.study", 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One line of a journal."""
+
+    index: int
+    policy: tuple[float, ...]
+    value: float                                # what is maximised
+    cost: float                                 # in the budget's unit
+    by: str                                     # "population", "gp", "random" or "uniform"
+    measures: dict[str, float] = field(default_factory=dict)        # whatever else the objective gave
+    expected: dict[str, float] = field(default_factory=dict)        # log_ei, mean, deviation before measuring
+    seconds: float = 0.0
+
+
+def _evaluation(record: Any, index: int) -> Evaluation:
+    """A checked line. Raises TypeError, ValueError or KeyError where it is none."""
+    found = Evaluation(**{**record, "policy": tuple(float(v) for v in record["policy"])})
+    if found.index != index or not np.isfinite([found.value, found.cost]).all() or not isinstance(found.by, str):
+        raise ValueError(f"index {found.index}, value {found.value}")
+    return found
+
+
+def read_journal(folder: str | Path) -> list[Evaluation]:
+    """The evaluations of a study. A last line that a kill cut short is dropped, from the file too, with a warning.
+
+    Raises InputError naming the line where any other is damaged.
+    """
+    path = Path(folder) / JOURNAL
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    evaluations: list[Evaluation] = []
+    for number, line in enumerate(lines):
+        try:
+            evaluations.append(_evaluation(json.loads(line), number))
+        except (ValueError, TypeError, KeyError) as error:
+            if number + 1 < len(lines):
+                raise InputError(f"{path}: line {number + 1} is damaged ({error}); without it and those after it the search goes on"
+                                 ) from None
+            warnings.warn(f"{path}: the last line was cut short and is measured again", stacklevel=2)
+            atomic_write(path, "".join(kept + "\n" for kept in lines[:-1]))
+    return evaluations
+
+
+class Study:
+    """A search of `space` under `budget` in `folder`.
+
+    objective: a policy (D) -> {"value": larger is better, ...other measures}. Every evaluation is on the disk before the next
+    one starts; the same settings and seed give the same evaluations, however often the run was killed in between. Raises
+    InputError where the folder holds another study.
+    """
+
+    def __init__(self, folder: str | Path, space: SearchSpace, budget: Budget, *, strategy: str = "gp",
+                 options: Settings | None = None, seed: int = 0, about: dict[str, Any] | None = None) -> None:
+        """about: what the objective measures, stored and compared when the study is opened again."""
+        if strategy not in STRATEGIES:
+            raise InputError(f"strategy {strategy!r} is not known; known are {sorted(STRATEGIES)}")
+        self.folder, self.space, self.budget, self.strategy, self.seed = Path(folder), space, budget, strategy, seed
+        self.options = options or Settings()
+        info = {"format": FORMAT, "version": VERSION, "strategy": strategy, "seed": seed,
+                "budget": {"limit": budget.limit, "unit": budget.unit, "tolerance": budget.tolerance},
+                "space": dataclasses.asdict(space), "settings": dataclasses.asdict(self.options), "about": about or {}}
+        self.info = json.loads(json.dumps(info))
+        self._check_same()
+        self.evaluations = read_journal(self.folder)
+        wrong = [e for e in self.evaluations if len(e.policy) != space.size]
+        if wrong:
+            raise InputError(f"{self.folder / JOURNAL}: line {wrong[0].index + 1} has {len(wrong[0].policy)} dimensions, "
+                             f"the space {space.size}")
+
+    def _check_same(self) -> None:
+        path = self.folder / INFO
+        if path.exists():
+            known = read_json(path)
+            differ = sorted(k for k in self.info if not isinstance(known, dict) or self._comparable(known).get(k) !=
+                            self._comparable(self.info)[k])
+            if differ:
+                raise InputError(f"{path}: another study (other {', '.join(differ)}); choose another folder or remove it")
+        atomic_write(path, json.dumps(self.info, indent=2) + "\n")
+
+    @staticmethod
+    def _comparable(info: dict[str, Any]) -> dict[str, Any]:
+        """All but how long it shall go on."""
+        settings = info.get("settings")
+        return info | {"settings": {k: v for k, v in settings.items() if k != "evaluations"} if isinstance(settings, dict) else None}
+
+    @property
+    def best(self) -> Evaluation:
+        """The first evaluation with the largest value. Raises InputError where nothing was measured."""
+        if not self.evaluations:
+            raise InputError(f"{self.folder}: nothing was measured yet")
+        return max(self.evaluations, key=lambda e: e.value)
+
+    def run(self, objective: Callable[[np.ndarray], dict[str, float]], *, progress: bool = True) -> Evaluation:
+        """Measure until there are settings.evaluations of them; returns the best."""
+        problem, total, batch = Problem(self.space, self.budget), self.options.evaluations, self.options.batch
+        known = dict(zip(self._keys(), self.evaluations))
+        with tqdm(total=total, initial=len(self.evaluations), desc=f"search ({self.strategy})", unit="policy",
+                  disable=not progress) as bar:
+            while len(self.evaluations) < total:
+                done = len(self.evaluations)
+                start = done - done % batch                     # the batch that a kill may have left half done
+                seen = self.evaluations[:start]
+                proposals = propose(self.strategy, problem, np.array([e.policy for e in seen]).reshape(-1, self.space.size),
+                                    np.array([e.value for e in seen]), self.options, min(batch, total - start), self.seed)
+                if not proposals[done - start:]:
+                    self._nothing_left()
+                    break
+                for proposal in proposals[done - start:]:
+                    key, = self.space.keys(proposal.policy)
+                    known[key] = self._measure(proposal, objective, known.get(key))
+                    bar.update()
+                    bar.set_postfix(best=f"{self.best.value:.4g}", refresh=False)
+        return self.best
+
+    def _measure(self, proposal: Proposal, objective: Callable[[np.ndarray], dict[str, float]], same: Evaluation | None) -> Evaluation:
+        """Measure, or take what the same policy gave, and append it to the journal."""
+        began, index = time.perf_counter(), len(self.evaluations)
+        measures = {k: float(v) for k, v in objective(proposal.policy).items()} if same is None else {"value": same.value, **same.measures}
+        value = measures.pop("value", float("nan"))
+        if not np.isfinite(value):
+            raise InputError(f"the objective gave {value} for policy {index}; a finite value is needed")
+        found = Evaluation(index=index, policy=tuple(proposal.policy.tolist()), value=value,
+                           cost=float(self.budget.cost(proposal.policy[None])[0]), by=proposal.by, measures=measures,
+                           expected=proposal.expected, seconds=round(time.perf_counter() - began, 3))
+        append_line(self.folder / JOURNAL, dataclasses.asdict(found))
+        self.evaluations.append(found)
+        return found
+
+    def _nothing_left(self) -> None:
+        why = (f"no other policy lies within {self.budget.tolerance:.1%} below {self.budget.limit:.6g} {self.budget.unit}; a larger "
+               "tolerance, or more dimensions, would give more")
+        if not self.evaluations:
+            raise InputError(why)
+        warnings.warn(f"the search ends after {len(self.evaluations)} evaluations: {why}", stacklevel=3)
+
+    def _keys(self) -> list[tuple[int, ...]]:
+        return self.space.keys([e.policy for e in self.evaluations]) if self.evaluations else []

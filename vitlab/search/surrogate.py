@@ -1,0 +1,42 @@
+"""The Gaussian process of the search: scikit-learn's, a Matern kernel with a length scale per dimension."""
+import warnings
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
+SMOOTHNESS = 2.5                                # nu of the Matern kernel
+LENGTH_BOUNDS = (0.1, 30.0)                     # in boxes; at the upper end a dimension no longer counts
+NOISE_BOUNDS = (1e-6, 1.0)                      # variance, of standardised values
+JITTER = 1e-10
+
+
+class Surrogate:
+    """Mean and deviation of the objective at any policy, from those measured. x (P, D) in [0, 1], values (P)."""
+
+    def __init__(self, x: np.ndarray, values: np.ndarray, *, noise: float | None = None) -> None:
+        """noise: variance of the standardised values; None fits it."""
+        dimensions = x.shape[1]
+        kernel = ConstantKernel(1.0, (1e-2, 1e2)) * Matern(np.full(dimensions, np.sqrt(dimensions) / 2), LENGTH_BOUNDS, nu=SMOOTHNESS)
+        if noise is None:
+            kernel = kernel + WhiteKernel(1e-2, NOISE_BOUNDS)
+        self.fits_noise = noise is None
+        self.process = GaussianProcessRegressor(kernel, alpha=JITTER if noise is None else noise, normalize_y=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)                 # a length scale at its bound is no news
+            self.process.fit(x, values)
+
+    def predict(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(mean, deviation) of the objective itself, (P) each: the measurement's noise is left out."""
+        mean, deviation = self.process.predict(x, return_std=True)
+        if self.fits_noise:
+            noise = self.process.kernel_.k2.noise_level * self.process._y_train_std**2
+            deviation = np.sqrt(np.maximum(deviation**2 - noise, 0))
+        return mean, np.maximum(deviation, 1e-9 * self.process._y_train_std)
+
+    @property
+    def length_scales(self) -> np.ndarray:
+        """(D), in boxes: a short one means that the dimension matters."""
+        kernel = self.process.kernel_.k1 if self.fits_noise else self.process.kernel_
+        return np.asarray(kernel.k2.length_scale)

@@ -1,0 +1,159 @@
+"""The token dimensions of a policy: how many ratios, what each does to the counts, and the token rules they stand for.
+
+A ratio is the fraction cut, as for heads and neurons; 0 changes nothing. P policies, T ratios, L blocks, n patches.
+"""
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor, zeros
+
+from vitlab import tokens
+from vitlab.files import InputError
+from vitlab.rules import Select, TokenRule
+from vitlab.shape import ViTShape
+
+STAGES = 4                                      # blocks are grouped into as many stages where a ratio is per stage
+COUNTS = ("attended", "in_mlp", "carried", "merged", "ranks")
+
+
+def select_blocks(depth: int) -> tuple[int, ...]:
+    """Blocks that select: a quarter, a half and three quarters through; 3, 6, 9 of 12 as published (methods B3)."""
+    return tuple(sorted({depth * part // STAGES for part in range(1, STAGES)}))
+
+
+def _whole(shape: ViTShape, policies: int) -> dict[str, np.ndarray]:
+    """The counts of uncut tokens, each (P, L)."""
+    size = (policies, shape.depth)
+    return {"attended": np.full(size, shape.num_tokens), "in_mlp": np.full(size, shape.num_tokens),
+            "carried": np.zeros(size, dtype=np.int64), "merged": np.zeros(size, dtype=bool), "ranks": np.zeros(size, dtype=bool)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoTokens:
+    """All tokens stay."""
+
+    shape: ViTShape
+
+    @property
+    def names(self) -> list[str]:
+        return []
+
+    def counts(self, ratios: np.ndarray) -> dict[str, np.ndarray]:
+        """Ratios (P, 0) -> counts by name, each (P, L)."""
+        return _whole(self.shape, len(ratios))
+
+    def rules(self, ratios: np.ndarray, scores: Tensor | None) -> list[TokenRule | None]:
+        """Token rule of each block for one policy's ratios (T)."""
+        return [None] * self.shape.depth
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectTokens:
+    """Selection by class attention (methods B3): K = int(N_now * (1 - rho)) tokens stay, and the mean of the others."""
+
+    shape: ViTShape
+    per_stage: bool = False
+    ranked_by: str = "kept"
+
+    @property
+    def names(self) -> list[str]:
+        blocks = select_blocks(self.shape.depth)
+        return [f"tokens {block}" for block in blocks] if self.per_stage else ["tokens"]
+
+    def _kept(self, ratios: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """(block, tokens entering (P), tokens kept (P), prefix included) of each selection; where equal, none is."""
+        steps, entering, prefix = [], np.full(len(ratios), self.shape.num_tokens), self.shape.num_prefix_tokens
+        for index, block in enumerate(select_blocks(self.shape.depth)):
+            kept = (entering * (1 - ratios[:, index if self.per_stage else 0])).astype(np.int64)
+            kept = np.minimum(np.maximum(kept, prefix + 1), entering)
+            steps.append((block, entering, kept))
+            entering = np.where(kept < entering, kept + 1, entering)
+        return steps
+
+    def counts(self, ratios: np.ndarray) -> dict[str, np.ndarray]:
+        """Ratios (P, T) -> counts by name, each (P, L)."""
+        counts = _whole(self.shape, len(ratios))
+        for block, entering, kept in self._kept(ratios):
+            after = np.where(kept < entering, kept + 1, entering)
+            counts["ranks"][:, block] = kept < entering
+            counts["in_mlp"][:, block:] = after[:, None]
+            counts["attended"][:, block + 1:] = after[:, None]
+        return counts
+
+    def rules(self, ratios: np.ndarray, scores: Tensor | None) -> list[TokenRule | None]:
+        """Token rule of each block for one policy's ratios (T); scores are not needed, each image ranks its own tokens."""
+        rules: list[TokenRule | None] = [None] * self.shape.depth
+        for block, entering, kept in self._kept(ratios[None]):
+            if kept[0] < entering[0]:
+                rules[block] = Select(kept=int(kept[0]) - self.shape.num_prefix_tokens, ranked_by=self.ranked_by)
+        return rules
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeTokens:
+    """Prune and Merge with a keep rate for each block or stage: the int(n * (1 - ratio)) best patches are centers, and up to
+    int(n * prune_rate) of the worst of the others skip the block (methods A3, rule `center`, a budget per block)."""
+
+    shape: ViTShape
+    per_stage: bool = False
+    prune_rate: float = tokens.PRUNE_RATE
+    boundary: str = tokens.BOUNDARY
+    weights: str = tokens.WEIGHTS
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.prune_rate < 1:
+            raise InputError(f"prune_rate is {self.prune_rate}; it must lie in [0, 1)")
+
+    def _dimension(self) -> np.ndarray:
+        """Which ratio each block takes (L)."""
+        depth = self.shape.depth
+        return np.arange(depth) * min(STAGES, depth) // depth if self.per_stage else np.arange(depth)
+
+    @property
+    def names(self) -> list[str]:
+        firsts = [int(np.argmax(self._dimension() == d)) for d in range(self._dimension().max() + 1)]
+        return [f"tokens {block}" for block in firsts]
+
+    def _centers_pruned(self, ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How many patches are centers and how many are pruned, each (..., L)."""
+        n = self.shape.num_patches
+        centers = np.maximum((n * (1 - ratios[..., self._dimension()])).astype(np.int64), 1)
+        return centers, np.minimum(int(n * self.prune_rate), n - centers)
+
+    def counts(self, ratios: np.ndarray) -> dict[str, np.ndarray]:
+        """Ratios (P, T) -> counts by name, each (P, L)."""
+        centers, pruned = self._centers_pruned(ratios)
+        counts = _whole(self.shape, len(ratios))
+        return counts | {"attended": centers + self.shape.num_prefix_tokens, "in_mlp": centers + self.shape.num_prefix_tokens,
+                         "carried": pruned, "merged": centers < self.shape.num_patches}
+
+    def rules(self, ratios: np.ndarray, scores: Tensor | None) -> list[TokenRule | None]:
+        """Token rule of each block for one policy's ratios (T) by raw token scores (L, n). Raises InputError without them."""
+        shape = self.shape
+        if scores is None or tuple(scores.shape) != (shape.depth, shape.num_patches):
+            raise InputError(f"merging needs token scores of {shape.depth} blocks of {shape.num_patches} patches, not "
+                             f"{None if scores is None else tuple(scores.shape)}")
+        rules, n = [], shape.num_patches
+        for row, centers, pruned in zip(scores, *(counts.tolist() for counts in self._centers_pruned(ratios))):
+            order = row.argsort(descending=True, stable=True)
+            is_center, unpruned = zeros(n, dtype=bool), zeros(n, dtype=bool)
+            is_center[order[:centers]] = True
+            unpruned[order[:n - pruned]] = True
+            rules.append(tokens.merge_rule(row, unpruned, is_center, columns=shape.grid_size[1], boundary=self.boundary,
+                                           weights=self.weights))
+        return rules
+
+
+TOKEN_DIMENSIONS = {"none": (NoTokens, {}), "select": (SelectTokens, {}), "select_per_stage": (SelectTokens, {"per_stage": True}),
+                    "merge": (MergeTokens, {}), "merge_per_stage": (MergeTokens, {"per_stage": True})}
+
+
+def token_dimensions(name: str, shape: ViTShape, **settings) -> NoTokens | SelectTokens | MergeTokens:
+    """By name, with the class's own settings. Raises InputError for an unknown one."""
+    if name not in TOKEN_DIMENSIONS:
+        raise InputError(f"tokens {name!r} is not known; known are {sorted(TOKEN_DIMENSIONS)}")
+    kind, fixed = TOKEN_DIMENSIONS[name]
+    unknown = sorted(set(settings) - set(kind.__dataclass_fields__))
+    if unknown:
+        raise InputError(f"tokens {name!r} takes no {unknown[0]}; it takes {sorted(set(kind.__dataclass_fields__) - {'shape', *fixed})}")
+    return kind(shape=shape, **fixed, **settings)

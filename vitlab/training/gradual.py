@@ -1,0 +1,50 @@
+"""A part of a plan, for pruning and fine-tuning in turns: `fraction` of what the plan cuts."""
+import dataclasses
+import math
+
+from vitlab.criteria.units import UnitScores
+from vitlab.files import InputError
+from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.rules import Select, TokenRule
+from vitlab.shape import ViTShape
+
+
+def _units(kept: tuple[int, ...] | None, scores: list[float], fraction: float) -> tuple[int, ...] | None:
+    """The units that stay when `fraction` of those to go have gone, the lowest scores first."""
+    if kept is None:
+        return None
+    leaving = sorted(set(range(len(scores))) - set(kept), key=lambda unit: scores[unit])
+    gone = set(leaving[:round(len(leaving) * fraction)])
+    return tuple(unit for unit in range(len(scores)) if unit not in gone) if gone else None
+
+
+def _rules(plan: CompressionPlan, fraction: float) -> list[TokenRule | None]:
+    """Selections that drop `fraction` of the share they shall drop; merging in the last `fraction` of the blocks alone."""
+    shape: ViTShape = plan.shape
+    rules, entering = [], shape.num_tokens
+    for index, (block, flow) in enumerate(zip(plan.blocks, plan.flows())):
+        rule = block.tokens
+        if isinstance(rule, Select):
+            others = entering - shape.num_prefix_tokens
+            share = 1 - rule.kept / (flow.attended - shape.num_prefix_tokens)       # of the tokens that come in
+            rule = dataclasses.replace(rule, kept=min(max(round(others * (1 - fraction * share)), 1), others - 1))
+            rule.flow(shape, entering)
+            entering = shape.num_prefix_tokens + rule.kept + 1
+        elif index < shape.depth - math.ceil(fraction * shape.depth):
+            rule = None
+        rules.append(rule)
+    return rules
+
+
+def partial_plan(plan: CompressionPlan, fraction: float, scores: UnitScores) -> CompressionPlan:
+    """The plan that cuts `fraction` of what `plan` cuts: of its heads and neurons those with the lowest scores first; tokens
+    by smaller selections, and merging in the last blocks first. fraction 1 gives the plan itself; a larger one's cuts
+    include a smaller one's. Raises InputError for a fraction out of (0, 1]."""
+    if not 0 < fraction <= 1:
+        raise InputError(f"fraction is {fraction}; it must lie in (0, 1]")
+    if fraction == 1:
+        return plan
+    blocks = tuple(BlockPlan(heads=_units(block.heads, heads, fraction), neurons=_units(block.neurons, neurons, fraction), tokens=rule)
+                   for block, heads, neurons, rule in zip(plan.blocks, scores.heads.tolist(), scores.neurons.tolist(),
+                                                          _rules(plan, fraction)))
+    return CompressionPlan(shape=plan.shape, blocks=blocks, made_by=plan.made_by | {"fraction": fraction})

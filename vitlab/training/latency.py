@@ -1,0 +1,283 @@
+"""Latency as a budget: predicted for any counts from a table of block parts, measured once on this machine and kept.
+
+A model's latency is the sum of its parts', each interpolated in what was measured of it, as in the latency tables of
+ProxylessNAS (Cai et al., 2018, arXiv 1812.00332), for the form that vitlab deploys.
+"""
+import copy
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import statistics
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.ndimage import map_coordinates
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from vitlab import tokens
+from vitlab.cost import Counts, counts_of
+from vitlab.criteria.planning import prune_and_merge
+from vitlab.files import InputError, atomic_write, read_json
+from vitlab.models import compress, deploy, shape_of
+from vitlab.models.select import class_attention
+from vitlab.models.shrink import keep_heads, keep_neurons
+from vitlab.plan import CompressionPlan
+from vitlab.shape import POOL_TOKEN, ViTShape, require
+from vitlab.training.throughput import DTYPES, _once, conditions, measure
+
+FORMAT, VERSION = "vitlab.latency", 1
+AXES = {"stem": ("tokens",), "attention": ("tokens", "heads"), "select": ("tokens", "ranking heads"), "mlp": ("tokens", "neurons"),
+        "fold": ("rows", "columns"), "carry": ("rows",), "head": ("tokens",)}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LatencyTable:
+    """Milliseconds of each part of a model for one batch, by what it depends on (AXES).
+
+    stem: embedding of patches and positions; attention, mlp: the halves of a block, with norm and residual; select: ranking
+    and choice of tokens; fold: a matrix (rows, columns) over the tokens; carry: tokens split off before a block and joined
+    again after it; head: norm, pooling, classifier.
+    """
+
+    shape: ViTShape                             # of the dense model
+    conditions: dict[str, Any]                  # machine, device, dtype, batch_size, threads, ...: what the times hold for
+    axes: dict[str, tuple[np.ndarray, ...]]     # per part and axis: counts, integers, ascending
+    ms: dict[str, np.ndarray]                   # per part: (len of axis, ...) times; no "select" where none can be selected
+    scale: float = 1.0                          # whole models' time over the sum of their parts': memory is fetched anew
+
+    def __post_init__(self) -> None:
+        require(set(AXES) - {"select"} <= set(self.ms) <= set(AXES) and set(self.axes) == set(self.ms),
+                f"the table holds the parts {sorted(self.ms)}; {sorted(AXES)} are needed")
+        for part, ms in self.ms.items():
+            axes = [np.asarray(axis) for axis in self.axes[part]]
+            require(len(axes) == len(AXES[part]) and all(a.ndim == 1 and len(a) and (np.diff(a) > 0).all() for a in axes),
+                    f"{part}: an ascending axis of {' and of '.join(AXES[part])} is needed")
+            require(ms.shape == tuple(map(len, axes)), f"{part}: times are {ms.shape}; {tuple(map(len, axes))} is needed")
+        require(all(np.isfinite(v).all() and np.all(v > 0) for v in (*self.ms.values(), self.scale)), "times must be positive")
+
+    def _at(self, part: str, where: np.ndarray, *counts: np.ndarray) -> np.ndarray:
+        """ms of `part`, linear in each axis between what was measured; 0 where not `where`. InputError outside the axes."""
+        ms, places = np.zeros(where.shape), []
+        if not where.any():
+            return ms
+        require(part in self.ms, f"the table holds no times of {part}: this model has no tokens to {part}")
+        for name, axis, values in zip(AXES[part], self.axes[part], counts):
+            values = np.broadcast_to(values, where.shape)[where]
+            require(axis[0] <= values.min() and values.max() <= axis[-1],
+                    f"{part}: {values.min()} to {values.max()} {name} wanted; the table holds {axis[0]} to {axis[-1]}")
+            places.append(np.interp(values, axis, np.arange(len(axis))))
+        ms[where] = map_coordinates(self.ms[part], places, order=1)
+        return ms
+
+    def by_part(self, counts: Counts) -> dict[str, np.ndarray]:
+        """latency_ms (...) of one batch by part, for counts (..., L), in the deployed form (as in cost.macs_of).
+
+        Between two blocks of which one merges stands a fold of (C_l + p_l) x (C_k + p_k), after a last block that merges one
+        to the prefix tokens (class-token pooling) or to all. Raises InputError for counts that the table does not hold.
+        """
+        c = Counts(**dict(zip(vars(counts), np.broadcast_arrays(*vars(counts).values()))))
+        require(c.heads.shape[-1] == self.shape.depth, f"counts of {c.heads.shape[-1]} blocks; the table is for {self.shape.depth}")
+        everything, always = self.shape.num_tokens, np.ones(c.heads.shape, dtype=bool)
+        rows, state = c.attended + c.carried, c.in_mlp + c.carried              # that enter and leave each block
+        before, merged = np.roll(state, 1, axis=-1), np.roll(c.merged, 1, axis=-1)
+        before[..., 0], merged[..., 0] = everything, False
+        wanted = self.shape.num_prefix_tokens if self.shape.pool == POOL_TOKEN else everything
+        last, end = c.merged[..., -1], state[..., -1]
+        parts = {"attention": self._at("attention", always, c.attended, c.heads),
+                 "select": self._at("select", c.ranking > 0, c.attended, c.ranking),
+                 "mlp": self._at("mlp", always, c.in_mlp, c.neurons),
+                 "fold": self._at("fold", c.merged | merged, rows, before), "carry": self._at("carry", c.carried > 0, rows)}
+        parts = {part: ms.sum(axis=-1) for part, ms in parts.items()}           # (...)
+        parts["fold"] = parts["fold"] + self._at("fold", last, wanted, end)
+        parts["stem"] = self._at("stem", always[..., 0], everything)
+        parts["head"] = self._at("head", always[..., 0], np.where(last, wanted, end))
+        return {part: self.scale * parts[part] for part in AXES}
+
+    def predict(self, counts: Counts) -> np.ndarray:
+        """latency_ms (...) of one batch for counts (..., L): the sum of `by_part`."""
+        return sum(self.by_part(counts).values())
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON, atomically."""
+        parts = {p: {"axes": [a.tolist() for a in self.axes[p]], "ms": ms.tolist()} for p, ms in self.ms.items()}
+        atomic_write(path, json.dumps({"format": FORMAT, "version": VERSION, "shape": dataclasses.asdict(self.shape),
+                                       "conditions": self.conditions, "scale": self.scale, "parts": parts}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "LatencyTable":
+        """Read and check; InputError names the file."""
+        data = read_json(path)
+        try:
+            require((data["format"], data["version"]) == (FORMAT, VERSION), f"{FORMAT} of version {VERSION} is needed")
+            parts = data["parts"]
+            return cls(shape=ViTShape(**data["shape"]), conditions=dict(data["conditions"]), scale=float(data["scale"]),
+                       axes={p: tuple(np.array(a, dtype=np.int64) for a in v["axes"]) for p, v in parts.items()},
+                       ms={p: np.array(v["ms"], dtype=np.float64) for p, v in parts.items()})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path}: is no table of latencies ({error})") from None
+
+
+def grid_axes(shape: ViTShape) -> dict[str, tuple[np.ndarray, ...]]:
+    """The counts at which each part is measured: evenly spread from the fewest that can be to all."""
+    def spread(low: int, high: int, count: int) -> np.ndarray:
+        return np.unique(np.linspace(low, high, count).round().astype(np.int64))
+    few, everything = max(1, shape.num_prefix_tokens), shape.num_tokens
+    count, rows = spread(few, everything, 6), spread(few, everything, 4)
+    heads = spread(1, shape.num_heads, shape.num_heads if shape.num_heads <= 6 else 5)
+    axes = {"stem": (np.array([everything]),), "attention": (count, heads), "mlp": (count, spread(1, shape.num_neurons, 5)),
+            "fold": (rows, rows), "carry": (rows,), "head": (count,)}
+    if shape.num_prefix_tokens and shape.num_patches > 1:                       # one stays, one is left for the mean
+        axes["select"] = (spread(shape.num_prefix_tokens + 2, everything, 4), heads)
+    return axes
+
+
+def _whole_models(model: nn.Module, shape: ViTShape) -> list[tuple[CompressionPlan, nn.Module]]:
+    """Four deployed models that `scale` is fitted on: dense, half of heads and neurons, tokens merged, and both."""
+    half = {"heads": tuple(range((shape.num_heads + 1) // 2)), "neurons": tuple(range((shape.num_neurons + 1) // 2))}
+    scores = torch.rand(shape.depth, shape.num_patches, generator=torch.Generator().manual_seed(0)) + 0.1
+    plans = [CompressionPlan.empty(shape), prune_and_merge(scores, shape, keep_rate=0.7)]
+    plans += [dataclasses.replace(p, blocks=tuple(dataclasses.replace(b, **half) for b in p.blocks)) for p in plans]
+    return [(plan, deploy(compress(model, plan))) for plan in plans]
+
+
+def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]], batch: int) -> Iterator[tuple[str, tuple, Callable, Tensor]]:
+    """(part, place in its grid, function, its input) of every time in the table; blocks are copies of the model's first."""
+    like, prefix, dim, generator = next(model.parameters()), model.num_prefix_tokens, model.embed_dim, torch.Generator().manual_seed(0)
+    image = torch.randn(batch, model.in_chans, *model.patch_embed.img_size, generator=generator).to(like)
+    numbers = torch.randn(batch * int(axes["stem"][0][0]) * dim, generator=generator).to(like)
+    by_heads, by_neurons = ({count: copy.deepcopy(model.blocks[0]) for count in axes[part][1]} for part in ("attention", "mlp"))
+    for count, block in by_heads.items():
+        keep_heads(block.attn, range(count))
+    for count, block in by_neurons.items():
+        keep_neurons(block.mlp, range(count))
+    folds = {(rows, n): torch.ones(int(rows), int(n)).to(like) for rows in axes["fold"][0] for n in axes["fold"][1]}
+
+    def select(x: Tensor, n: int, heads: int) -> Tensor:
+        attn = by_heads[heads].attn
+        rows = (None if v is None else v[:2 * attn.attn_dim] for v in (attn.qkv.weight, attn.qkv.bias))
+        return tokens.select(x, class_attention(attn, x, *rows), int(n - prefix) // 2, prefix)
+    run = {"stem": lambda x, n: model.norm_pre(model._pos_embed(model.patch_embed(x))),
+           "attention": lambda x, n, heads: x + (b := by_heads[heads]).drop_path1(b.ls1(b.attn(b.norm1(x)))),
+           "select": select,
+           "mlp": lambda x, n, neurons: x + (b := by_neurons[neurons]).drop_path2(b.ls2(b.mlp(b.norm2(x)))),
+           "fold": lambda x, rows, n: torch.matmul(folds[rows, n], x),
+           "carry": lambda x, n: torch.cat(x.tensor_split(2, dim=1), dim=1),
+           "head": lambda x, n: model.forward_head(model.norm(x))}
+    for part, grid in axes.items():
+        for place in np.ndindex(*map(len, grid)):
+            counts = [axis[i] for axis, i in zip(grid, place)]
+            n = int(counts[AXES[part].index("columns") if part == "fold" else 0])
+            yield (part, place, lambda x, piece=run[part], counts=counts: piece(x, *counts),
+                   image if part == "stem" else numbers[:batch * n * dim].view(batch, n, dim))      # (B, n, D)
+
+
+def conditions_of(model: nn.Module, batch_size: int, dtype: str, device: str | torch.device) -> dict[str, Any]:
+    """What a table holds for, beside the ViTShape: machine, device, dtype, batch, threads, torch, and a block's modules."""
+    if dtype not in DTYPES or batch_size < 1:
+        raise InputError(f"dtype {dtype!r}, batch_size {batch_size}; one of {sorted(DTYPES)} and at least 1 are needed")
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    here = conditions(torch.device(device), dtype, batch_size, 1)
+    return {"machine": platform.node(), "cpu": cpu, "block": str(model.blocks[0]),
+            **{k: v for k, v in here.items() if k not in ("repeats", "timing")}}
+
+
+@torch.inference_mode()
+def measure_table(model: nn.Module, *, batch_size: int = 32, dtype: str = "float32", device: str | torch.device = "cpu",
+                  repeats: int = 5, min_seconds: float = 0.02, progress: bool = True) -> LatencyTable:
+    """Time every part of a dense model at every place of its grid, and four whole models for the scale.
+
+    Medians over `repeats` rounds through all places in turn, so that drift of the machine spreads evenly; each timing
+    repeats the part until it lasts min_seconds. The model itself stays as it is. Raises InputError for a model that can't be
+    handled, an unknown dtype, or a size below 1.
+    """
+    shape, found = shape_of(model), conditions_of(model, batch_size, dtype, device)
+    require(repeats >= 1, f"repeats is {repeats}; at least 1 is needed")
+    model, axes = copy.deepcopy(model).to(device=device, dtype=DTYPES[dtype]).eval(), grid_axes(shape)
+    pieces, whole = list(_pieces(model, axes, batch_size)), _whole_models(model, shape)
+    pieces += [("whole", (i,), compressed, pieces[0][3]) for i, (_, compressed) in enumerate(whole)]
+    runs = []
+    for _, _, piece, x in pieces:
+        _once(piece, x, 1)                                                      # warm-up
+        runs.append(max(1, round(min_seconds / _once(piece, x, 1))))
+    seconds: list[list[float]] = [[] for _ in pieces]
+    with tqdm(total=repeats * len(pieces), desc=f"latency table, batch {batch_size}", unit="timing", disable=not progress) as bar:
+        for _ in range(repeats):
+            for (_, _, piece, x), count, times in zip(pieces, runs, seconds):
+                times.append(_once(piece, x, count))
+                bar.update()
+    ms = {part: np.zeros(tuple(map(len, a))) for part, a in axes.items()} | {"whole": np.zeros(len(whole))}
+    for (part, place, _, _), times in zip(pieces, seconds):
+        ms[part][place] = 1000 * statistics.median(times)
+    total = ms.pop("whole")
+    table = LatencyTable(shape=shape, conditions=found, axes=axes, ms=ms)
+    sums = [table.predict(counts_of(plan)) for plan, _ in whole]
+    return dataclasses.replace(table, scale=float(np.median(total / sums)))
+
+
+def latency_table(model: nn.Module, *, batch_size: int = 32, dtype: str = "float32", device: str | torch.device = "cpu",
+                  cache: str | Path | None = None, **settings: Any) -> LatencyTable:
+    """The table of `measure_table` (settings go there), read where it was measured before under the same conditions.
+
+    cache: folder; None: $VITLAB_CACHE, or ~/.cache/vitlab. A file there that is damaged or of other conditions is measured
+    anew with a warning that names it.
+    """
+    shape, found = shape_of(model), conditions_of(model, batch_size, dtype, device)
+    key = hashlib.sha256(json.dumps([dataclasses.asdict(shape), found], sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(cache or os.environ.get("VITLAB_CACHE") or Path.home() / ".cache" / "vitlab")
+    path = folder / f"latency-{key}.json"
+    if path.exists():
+        try:
+            table = LatencyTable.load(path)
+            require((table.shape, table.conditions) == (shape, found), f"{path}: was measured under other conditions")
+            return table
+        except InputError as error:
+            warnings.warn(f"{error}; it is measured anew", stacklevel=2)
+    table = measure_table(model, batch_size=batch_size, dtype=dtype, device=device, **settings)
+    try:
+        table.save(path)
+    except OSError as error:
+        warnings.warn(f"{path}: the table could not be kept ({error.strerror}); it will be measured again", stacklevel=2)
+    return table
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PredictionError:
+    """Predicted and measured latency_ms of whole models, arrays in the order of names."""
+
+    names: tuple[str, ...]
+    predicted_ms: np.ndarray
+    measured_ms: np.ndarray
+    relative: np.ndarray            # predicted / measured - 1: above 0, the model is faster than was said
+    median: float                   # of the relative errors without their signs
+    largest: float
+
+
+def prediction_error(table: LatencyTable, models: dict[str, tuple[CompressionPlan, nn.Module]], *, device: str | torch.device = "cpu",
+                     repeats: int = 5, **settings: Any) -> PredictionError:
+    """Measure deployed models {name: (plan, model)} at the table's batch and dtype, against what it predicts.
+
+    settings go to throughput.measure. Raises InputError where a plan is for another shape, or where device, threads or torch
+    are not what the table was measured with.
+    """
+    batch, dtype = table.conditions["batch_size"], table.conditions["dtype"]
+    for name, now in conditions(torch.device(device), dtype, batch, 1).items():
+        was = table.conditions.get(name, now)
+        require(was == now, f"the table was measured with {name} {was!r}; now it is {now!r}")
+    for plan, _ in models.values():
+        plan.check_fits(table.shape)
+    speeds = measure({name: model for name, (_, model) in models.items()}, batch_size=batch, dtype=dtype, device=device,
+                     repeats=repeats, **settings)
+    measured = np.array([speed.latency_ms for speed in speeds.values()])
+    predicted = np.array([table.predict(counts_of(plan)) for plan, _ in models.values()])
+    relative = predicted / measured - 1
+    return PredictionError(names=tuple(models), predicted_ms=predicted, measured_ms=measured, relative=relative,
+                           median=float(np.median(abs(relative))), largest=float(abs(relative).max()))

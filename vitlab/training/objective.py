@@ -1,0 +1,53 @@
+"""What a search measures: top-1, or the distance to the dense model's output, of really cut models on a fixed slice of train."""
+import copy
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitlab.files import InputError
+from vitlab.models import compress, deploy, shape_of
+from vitlab.plan import CompressionPlan
+from vitlab.training.evaluate import autocast
+
+METRICS = ("top1_pct", "distill_loss")
+
+
+class PlanObjective:
+    """plan -> {"value", "top1_pct", "distill_loss", "loss"}, always on the same images, which are kept in memory.
+
+    value, larger is better: top1_pct in [0, 100], or minus distill_loss, the mean of KL(dense || cut) in nats, which needs no
+    labels and changes with every policy where top-1 moves in steps of one image. The cut model is built and deployed: that
+    takes about as long as a forward of one batch, and its own forward is faster than a masked one's.
+    """
+
+    def __init__(self, dense: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, metric: str = "top1_pct",
+                 device: str | torch.device = "cpu", amp: bool | None = False) -> None:
+        """Raises InputError for an unknown metric, a compressed model, or no image."""
+        if metric not in METRICS:
+            raise InputError(f"metric {metric!r} is not known; known are {list(METRICS)}")
+        shape_of(dense)
+        self.device, self.metric, self.amp = torch.device(device), metric, amp
+        self.dense = copy.deepcopy(dense).to(self.device).eval()
+        self.batches = [(images.to(self.device), targets.to(self.device)) for images, targets in batches]
+        if not self.batches:
+            raise InputError("there is no image to search on")
+        self.images = sum(len(targets) for _, targets in self.batches)
+        self.expected = [self._log_probabilities(self.dense, images) for images, _ in self.batches]
+
+    @torch.inference_mode()
+    def _log_probabilities(self, model: nn.Module, images: Tensor) -> Tensor:
+        with autocast(self.device, self.amp):
+            logits = model(images)
+        return logits.float().log_softmax(dim=1)
+
+    def __call__(self, plan: CompressionPlan) -> dict[str, float]:
+        model, top1, loss, distance = deploy(compress(self.dense, plan)), 0, 0.0, 0.0
+        for (images, targets), expected in zip(self.batches, self.expected):
+            given = self._log_probabilities(model, images)
+            top1 += int((given.argmax(dim=1) == targets).sum())
+            loss += float(F.nll_loss(given, targets, reduction="sum"))
+            distance += float(F.kl_div(given, expected, reduction="sum", log_target=True))
+        measures = {"top1_pct": 100 * top1 / self.images, "distill_loss": distance / self.images, "loss": loss / self.images}
+        return {"value": measures["top1_pct"] if self.metric == "top1_pct" else -measures["distill_loss"], **measures}

@@ -1,0 +1,139 @@
+"""Scores of every head and neuron of a model over a data set; the criteria themselves are in vitlab.criteria.units.
+
+*Multi-Dimensional Vision Transformer Compression via Dependency Guided Gaussian Process Search* (Hou and Kung, CVPRW 2022,
+arXiv 2201.00043), methods B1 and B2.
+"""
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitlab.criteria.hsic import CHUNK, shared_dependence
+from vitlab.criteria.units import (
+    MAGNITUDE_WEIGHT,
+    REDUNDANCY_WEIGHT,
+    RELEVANCE_WEIGHT,
+    UnitCriterion,
+    UnitScores,
+    head_kernels,
+    unit_criterion,
+)
+from vitlab.files import InputError
+from vitlab.models import shape_of
+from vitlab.training.capture import Batches, averaged, hooks, need_classifier
+
+
+def _unit_hooks(model: nn.Module, see: Callable[[str, int, Tensor], None], kinds: tuple[str, ...] = ("heads", "neurons")) -> list:
+    """Handles of hooks that call see(kind, block, units), units (B, N, U, d) on the way into the linear that mixes them:
+    head outputs into attn.proj, hidden units after the activation (d = 1) into mlp.fc2.
+    """
+    def hook(kind: str, index: int, count: int):
+        def before(module: nn.Module, inputs: tuple) -> tuple[Tensor]:
+            x = inputs[0]
+            if torch.is_grad_enabled() and not x.requires_grad:     # the first block: the graph begins here, not at the image
+                x = x.detach().requires_grad_()
+            units = x.unflatten(2, (count, -1))                                 # (B, N, U d) -> (B, N, U, d)
+            see(kind, index, units)
+            return (units.flatten(2),)                                          # through `units`, so that its gradient exists
+        return before
+    handles = []
+    for index, block in enumerate(model.blocks):
+        places = {"heads": (block.attn.proj, block.attn.num_heads), "neurons": (block.mlp.fc2, block.mlp.fc2.in_features)}
+        handles += [places[k][0].register_forward_pre_hook(hook(k, index, places[k][1])) for k in kinds]
+    return handles
+
+
+def _unit_weights(block: nn.Module) -> dict[str, Tensor]:
+    """All weights (U, K) that leave with each unit: rows of qkv and columns of proj, rows of fc1 and columns of fc2."""
+    heads, d = block.attn.num_heads, block.attn.head_dim
+    qkv = block.attn.qkv.weight.detach().unflatten(0, (3, heads, d)).transpose(0, 1).flatten(1)      # (3 H d, D) -> (H, 3 d D)
+    proj = block.attn.proj.weight.detach().unflatten(1, (heads, d)).transpose(0, 1).flatten(1)       # (D, H d) -> (H, D d)
+    return {"heads": torch.cat([qkv, proj], dim=1),
+            "neurons": torch.cat([block.mlp.fc1.weight.detach(), block.mlp.fc2.weight.detach().T], dim=1)}
+
+
+def _over_images(model: nn.Module, batches: Batches, criterion: UnitCriterion, settings: dict[str, dict], what: str,
+                 device: str | torch.device | None, progress: bool) -> tuple[tuple[Tensor, ...], int]:
+    """((head scores (L, H), neuron scores (L, M)), number of images) of a criterion that reads activations."""
+    found: dict[str, list] = {"heads": [None] * len(model.blocks), "neurons": [None] * len(model.blocks)}
+    needs_gradient = criterion.needs == "gradients"
+
+    def see(kind: str, index: int, units: Tensor) -> None:
+        function = getattr(criterion, kind)
+        if needs_gradient:
+            x = units.detach()
+            units.register_hook(lambda gradient: found[kind].__setitem__(index, function(x, gradient)))
+        else:
+            found[kind][index] = function(units, **settings[kind])
+
+    def step(images: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        logits = model(images)
+        if needs_gradient:
+            F.cross_entropy(logits, targets, reduction="sum").backward()        # each image's own loss
+        if criterion.needs == "output":
+            probabilities = logits.softmax(dim=1)
+            return tuple(torch.stack([score(probabilities) for score in found[kind]]) for kind in found)
+        return tuple(torch.stack(found[kind]) for kind in found)
+    with hooks(_unit_hooks(model, see)), torch.set_grad_enabled(needs_gradient):
+        return averaged(model, batches, step, what=what, device=device, progress=progress, same_size=criterion.needs == "output")
+
+
+def unit_scores(model: nn.Module, batches: Batches, *, criterion: str = "hsic", relevance_weight: float = RELEVANCE_WEIGHT,
+                magnitude_weight: float = MAGNITUDE_WEIGHT, redundancy_weight: float = REDUNDANCY_WEIGHT, chunk: int = CHUNK,
+                seed: int = 0, device: str | torch.device | None = None, progress: bool = True) -> UnitScores:
+    """Scores of every head (L, H) and neuron (L, M) of a dense model, higher is kept. model: taken in eval mode.
+
+    criterion, a name of vitlab.criteria.units.UNIT_CRITERIA:
+    "hsic": the published scores of each batch (B2), with the three weights, averaged over the batches that are as large as
+    the first (HSIC grows with the square of the batch). Of the activations only the kernels (B x B a unit) and magnitudes
+    are kept until the softmax output is known: L (M + H) B^2 numbers; temporaries are those of `chunk` neurons.
+    "activation", "taylor": means over all images. "weight", "random" (uniform, from seed): the batches are not read.
+
+    Raises InputError for an unknown criterion, a compressed model, a family that can't be handled, no image (for hsic a
+    single one in a batch), no classifier where the output is needed, or a chunk below 1.
+    """
+    chosen, shape = unit_criterion(criterion), shape_of(model)
+    if chunk < 1:
+        raise InputError(f"chunk is {chunk}; at least 1 neuron at a time is needed")
+    what, made_by = f"unit scores by {criterion}", {"criterion": criterion}
+    if chosen.needs == "nothing":
+        generator = torch.Generator().manual_seed(seed)
+        heads, neurons = ([score(count, generator) for _ in range(shape.depth)]
+                          for score, count in ((chosen.heads, shape.num_heads), (chosen.neurons, shape.num_neurons)))
+        return UnitScores(heads=torch.stack(heads), neurons=torch.stack(neurons), made_by=made_by | {"seed": str(seed)})
+    if chosen.needs == "weights":
+        weights = [_unit_weights(block) for block in model.blocks]
+        return UnitScores(heads=torch.stack([chosen.heads(w["heads"]) for w in weights]).cpu(),
+                          neurons=torch.stack([chosen.neurons(w["neurons"]) for w in weights]).cpu(), made_by=made_by)
+    if chosen.needs != "activations":
+        need_classifier(model, what)
+    settings: dict[str, dict] = {"heads": {}, "neurons": {}}
+    if chosen.needs == "output":
+        made_by |= {"relevance_weight": str(relevance_weight), "magnitude_weight": str(magnitude_weight),
+                    "redundancy_weight": str(redundancy_weight)}
+        settings = {"heads": {"redundancy_weight": redundancy_weight},
+                    "neurons": {"relevance_weight": relevance_weight, "magnitude_weight": magnitude_weight, "chunk": chunk}}
+    (heads, neurons), images = _over_images(model, batches, chosen, settings, what, device, progress)
+    return UnitScores(heads=heads, neurons=neurons, made_by=made_by | {"images": str(images)})
+
+
+def head_redundancy(model: nn.Module, batches: Batches, *, device: str | torch.device | None = None,
+                    progress: bool = True) -> Tensor:
+    """HSIC (L, H, H) between the heads of each block, Gaussian kernels on both sides, symmetric and not negative (B1).
+
+    Of F_h (B x N), the head's output averaged over its width; averaged over the batches that are as large as the first.
+    Raises InputError for a compressed model, a family that can't be handled, or batches without two images.
+    """
+    shape = shape_of(model)
+    found: list = [None] * shape.depth
+
+    def see(kind: str, index: int, units: Tensor) -> None:
+        found[index] = shared_dependence(head_kernels(units))
+
+    def step(images: Tensor, targets: Tensor) -> tuple[Tensor]:
+        model(images)
+        return (torch.stack(found),)                                            # (L, H, H)
+    with hooks(_unit_hooks(model, see, kinds=("heads",))), torch.no_grad():
+        (shared,), _ = averaged(model, batches, step, what="head redundancy", device=device, progress=progress, same_size=True)
+    return shared

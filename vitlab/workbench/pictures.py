@@ -1,0 +1,37 @@
+"""Pictures to look at a model with: one image of the data set, and scikit-learn's two sample photographs."""
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from vitlab.data import ImageData
+from vitlab.shape import ViTShape
+
+SHOWN = 224                                     # pixels a picture has at least, so that small inputs can be looked at
+
+
+def sample_pictures(data: ImageData, shape: ViTShape, seed: int = 0) -> dict[str, np.ndarray]:
+    """{"data", "china", "flower"}: centre crops (h, w, 3) in [0, 1], of a size that the patch grid divides."""
+    scale = max(1, SHOWN // shape.img_size[0])
+    height, width = (g * p * scale for g, p in zip(shape.grid_size, shape.patch_size))
+    photos = dict(zip(("china", "flower"), map(Image.fromarray, load_sample_images().images)))
+    pictures = {}
+    for name, picture in {"data": data.split("train", 1, seed).image(0)[0], **photos}.items():
+        ratio = min(picture.width / width, picture.height / height)
+        w, h = round(width * ratio), round(height * ratio)
+        left, top = (picture.width - w) // 2, (picture.height - h) // 2
+        crop = picture.crop((left, top, left + w, top + h))
+        pictures[name] = np.asarray(crop.resize((width, height), Image.Resampling.BICUBIC)) / 255
+    return pictures
+
+
+def as_input(picture: np.ndarray, model: nn.Module) -> Tensor:
+    """A picture (h, w, 3) in [0, 1] as the model's input (1, channels, H, W): resized to its size, normalised as its images."""
+    config = resolve_model_data_config(model)
+    height, width = model.patch_embed.img_size
+    image = Image.fromarray((picture * 255).round().astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    x = torch.from_numpy(np.asarray(image) / 255).permute(2, 0, 1)              # (3, H, W)
+    mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
+    return ((x - mean) / std)[None].float()
