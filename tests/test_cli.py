@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from vitlab import cli
+from vitlab.plan import CompressionPlan
 from vitlab.training import checkpoint
 
 QUICK = ["--limit", "64", "--epochs", "1", "--batch-size", "32", "--quiet", "--device", "cpu"]
@@ -52,6 +53,26 @@ def test_prune_with_a_plan_file_makes_the_same_model(study, capsys):
     assert checkpoint.load(study / "a").plan.blocks == checkpoint.load(study / "b").plan.blocks
 
 
+def test_search_cut_and_fine_tune_run_from_commands_alone(study, capsys):
+    base = ["--checkpoint", f"{study}/dense", "--data", "digits"]
+    code, out, _ = run(capsys, "score", *base, "--of", "units", "--images", "32", "--out", f"{study}/u.safetensors", "--quiet")
+    assert code == 0
+    code, out, _ = run(capsys, "prune", "--checkpoint", f"{study}/dense", "--unit-scores", f"{study}/u.safetensors", "--neuron-ratio",
+                       "0.25", "--rho", "0.2", "--out", f"{study}/units")
+    assert code == 0 and "neurons per block [192" in out and "tokens per block" in out and "heads per block" not in out
+    search = ["search", *base, "--macs-ratio", "0.6", "--evaluations", "4", "--population", "3", "--images", "32", "--out",
+              f"{study}/found", "--quiet"]
+    code, out, _ = run(capsys, *search)
+    assert code == 0 and "best of 4" in out and f"{study}/found/plan.json" in out
+    journal = (study / "found/journal.jsonl").read_text()
+    code, again, _ = run(capsys, *search)
+    assert code == 0 and again == out and (study / "found/journal.jsonl").read_text() == journal
+    code, _, _ = run(capsys, "finetune", *base, "--teacher", f"{study}/dense", "--recipe", "digits_pm", "--plan",
+                     f"{study}/found/plan.json", "--out", f"{study}/joint", *QUICK)
+    assert code == 0
+    assert checkpoint.load(study / "joint").plan.blocks == CompressionPlan.load(study / "found/plan.json").blocks
+
+
 def test_published_form_is_a_flag_away(study, capsys):
     code, _, _ = run(capsys, "prune", "--checkpoint", f"{study}/dense", "--scores", f"{study}/s.safetensors", "--boundary", "reference",
                      "--weights", "reference", "--out", f"{study}/published")
@@ -73,6 +94,12 @@ def test_published_form_is_a_flag_away(study, capsys):
     (["pretrain", "--model", "vit_nano_patch4_32", "--data", "digits", "--epochs", "0", "--out", "o"], "'0'"),
     (["pretrain", "--model", "vit_nano_patch4_32", "--data", "digits", "--device", "gpu9", "--out", "o"], "gpu9"),
     (["throughput", "nothing_like_a_model"], "nothing_like_a_model"),
+    (["search", "--checkpoint", "x", "--data", "digits", "--out", "o"], "--gmacs"),
+    (["search", "--checkpoint", "x", "--data", "digits", "--out", "o", "--gmacs", "-1"], "'-1'"),
+    (["search", "--checkpoint", "x", "--data", "digits", "--out", "o", "--gmacs", "1", "--latency-ms", "3"], "--latency-ms"),
+    (["search", "--checkpoint", "x", "--data", "digits", "--out", "o", "--gmacs", "1", "--settings", "nope"], "published"),
+    (["search", "--checkpoint", "x", "--data", "digits", "--out", "o", "--gmacs", "1", "--dtype", "bfloat16"], "--latency-ms"),
+    (["search", "--checkpoint", "nowhere/run.pth", "--data", "digits", "--out", "o", "--gmacs", "1"], "nowhere/run.pth"),
     (["frobnicate"], "frobnicate"),
     ([], "COMMAND"),
 ])
@@ -97,6 +124,17 @@ def test_options_that_can_have_no_effect_are_refused(study, capsys, tmp_path):
              "--keep-rate"),
             (["prune", "--checkpoint", f"{study}/dense", "--scores", f"{study}/s.safetensors", "--rule", "merge", "--boundary", "grid",
               "--out", f"{tmp_path}/o"], "--boundary"),
+            (["prune", "--checkpoint", f"{study}/dense", "--plan", str(plan), "--rho", "0.5", "--out", f"{tmp_path}/o"], "--rho"),
+            (["prune", "--checkpoint", f"{study}/dense", "--scores", "s", "--neuron-ratio", "0.5", "--out", f"{tmp_path}/o"],
+             "--neuron-ratio"),
+            (["prune", "--checkpoint", f"{study}/dense", "--unit-scores", "s", "--keep-rate", "0.5", "--out", f"{tmp_path}/o"],
+             "--keep-rate"),
+            (["prune", "--checkpoint", f"{study}/dense", "--unit-scores", "s", "--out", f"{tmp_path}/o"], "--policy"),
+            (["score", "--checkpoint", f"{study}/dense", "--data", "digits", "--of", "units", "--absolute", "image", "--out",
+              f"{tmp_path}/o"], "--absolute"),
+            (["search", "--checkpoint", f"{study}/dense", "--data", "digits", "--gmacs", "9", "--out", f"{tmp_path}/o"], "can't be met"),
+            (["search", "--checkpoint", f"{study}/dense", "--data", "digits", "--gmacs", "0.01", "--units", "ears", "--out",
+              f"{tmp_path}/o"], "ears"),
             (["evaluate", "--checkpoint", f"{study}/dense", "--model", "deit_tiny_patch16_224", "--data", "digits"], "--model"),
             (["pretrain", "--model", "vit_nano_patch4_32", "--data", "digits", "--class-map", str(plan), "--out", f"{tmp_path}/o"],
              "class map")):
@@ -127,4 +165,4 @@ def test_help_of_every_command_reads_without_loading_torch():
             "print(len([s.format_help() for s in subs.values()])); assert 'torch' not in sys.modules")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 7
+    assert int(done.stdout) >= 8

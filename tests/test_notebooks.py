@@ -86,20 +86,27 @@ def demo(tmp_path_factory):
 
 def test_all_notebooks_run_and_leave_their_artefacts(demo):
     for name in ("dense/checkpoint/plan.json", "scores.safetensors", "pruned/checkpoint/weights.safetensors",
-                 "finetuned/checkpoint/checkpoint.json", "deployed/weights.safetensors", "report.html"):
+                 "finetuned/checkpoint/checkpoint.json", "deployed/weights.safetensors", "unit_scores.safetensors",
+                 "units/checkpoint/weights.safetensors", "sensitivity.jsonl", "search/gp/journal.jsonl", "search/random/plan.json",
+                 "joint_finetuned/checkpoint/checkpoint.json", "report.html"):
         assert (demo / name).stat().st_size > 0, name
     drawn = {p.stem for p in (demo / "figures").glob("*.png")}
-    assert {"01_training", "02_scores", "03_kept_counts", "03_merge_map_china", "04_training", "90_accuracy_cost"} <= drawn
+    assert {"01_training", "02_scores", "03_kept_counts", "03_merge_map_china", "04_training", "05_unit_scores", "05_rollouts",
+            "05_redundancy", "05_sensitivity", "06_incumbents", "06_gp_slices", "06_acquisition", "06_parallel", "06_plan",
+            "06_pareto_gmacs", "06_pareto_latency_ms", "07_training", "90_accuracy_cost"} <= drawn
     executed = [json.loads((demo / "notebooks" / f"{n}.ipynb").read_text()) for n in DEMO]
     assert all(c["execution_count"] for nb in executed for c in nb["cells"] if c["cell_type"] == "code" and c["source"])
 
 
 def test_the_demo_table_has_every_figure_that_it_promises(demo):
     rows = read_rows(demo / "results.jsonl")
-    assert [r.model for r in rows] == ["dense", "keep 0.6, off the shelf", "keep 0.6, fine-tuned"]
+    assert [r.model for r in rows] == ["dense", "keep 0.6, off the shelf", "keep 0.6, fine-tuned", "heads and neurons, off the shelf",
+                                       "joint plan, off the shelf", "joint plan, fine-tuned"]
     for row in rows:
         assert None not in (row.top1_pct, row.gmacs, row.params_m, row.throughput_img_s, row.ratio) and row.split == "test"
     assert rows[0].ratio == 1 and rows[1].gmacs == rows[2].gmacs < rows[0].gmacs
+    assert 0.98 * 0.6 * rows[0].gmacs <= rows[4].gmacs == rows[5].gmacs <= 0.6 * rows[0].gmacs       # the search's budget
+    assert rows[3].params_m < rows[0].params_m and rows[5].params_m <= rows[0].params_m
 
 
 def test_a_changed_parameter_changes_the_result(demo, tmp_path):

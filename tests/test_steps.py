@@ -83,7 +83,7 @@ def test_score_records_what_made_it_and_is_reproducible(tmp_path):
     again, made_by = (steps.score(found, "digits", tmp_path / "b.safetensors", **options), steps.read_scores(tmp_path / "b.safetensors"))
     other = steps.score(found, "digits", tmp_path / "c.safetensors", seed=1, **options)
     assert torch.equal(first, again) and torch.equal(first, made_by[0]) and not torch.equal(first, other)
-    assert made_by[1] == {"data": "digits", "images": "20", "batch_size": "8", "absolute": "image", "seed": "0"}
+    assert made_by[1] == {"data": "digits", "criterion": "gradient", "images": "20", "batch_size": "8", "absolute": "image", "seed": "0"}
 
 
 def test_a_deployed_model_is_measured_but_not_trained(tmp_path):

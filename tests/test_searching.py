@@ -1,0 +1,185 @@
+"""The steps on heads, neurons and policies: what is written, read back, refused, and never looked at."""
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from training_fixtures import logits, one_thread, small_recipe, tiny, write_easy_folder  # noqa: F401
+
+from vitlab.cost import counts_of, gmacs, macs
+from vitlab.files import InputError, read_lines
+from vitlab.models import shape_of
+from vitlab.plan import CompressionPlan
+from vitlab.search.published import POLICIES
+from vitlab.search.strategies import Settings
+from vitlab.training import checkpoint
+from vitlab.workbench import searching, steps
+
+FEW = {"device": "cpu", "progress": False, "workers": 0}
+SHORT = Settings(population=3, evaluations=5, candidates=20, refinements=1)
+
+
+def dense_checkpoint(**args) -> steps.Checkpoint:
+    model = tiny(**args)
+    return steps.Checkpoint(model=model, plan=CompressionPlan.empty(shape_of(model)), info={})
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_easy_folder(tmp_path / "data")
+
+
+def test_unit_scores_are_written_and_read_back(tmp_path, data):
+    found = dense_checkpoint()
+    made = searching.score_units(found, data, tmp_path / "u.safetensors", images=32, batch_size=16, **FEW)
+    read = searching.read_units(tmp_path / "u.safetensors")
+    assert torch.equal(made.heads, read.heads) and torch.equal(made.neurons, read.neurons)
+    other = searching.score_units(found, data, tmp_path / "v.safetensors", criterion="weight", **FEW)
+    assert not torch.equal(made.neurons, other.neurons)
+
+
+@pytest.mark.parametrize(("name", "write", "says"), [
+    ("u.safetensors", lambda p: None, "no such file"),
+    ("u.pth", lambda p: p.write_bytes(b""), "not a .safetensors file"),
+    ("u.safetensors", lambda p: p.write_bytes(b"x" * 9), "cut short"),
+    ("u.safetensors", lambda p: save_file({"head_scores": torch.ones(2, 3)}, p), "holds no neuron_scores"),
+    ("u.safetensors", lambda p: save_file({"head_scores": torch.ones(2, 3, dtype=torch.int64), "neuron_scores": torch.ones(2, 96)}, p),
+     "head_scores are torch.int64"),
+    ("u.safetensors", lambda p: save_file({"head_scores": torch.ones(2, 5), "neuron_scores": torch.ones(2, 96)}, p), r"heads.*\(2, 5\)"),
+])
+def test_bad_unit_scores_are_refused_by_name_or_size(tmp_path, name, write, says):
+    write(tmp_path / name)
+    with pytest.raises(InputError, match=says):
+        searching.prune_units(dense_checkpoint(), tmp_path / name, tmp_path / "out", head_ratio=0.4)
+    assert not (tmp_path / "out").exists()
+
+
+def test_ratios_cut_the_lowest_scores_of_every_block_and_the_file_shrinks(tmp_path, data):
+    found = dense_checkpoint()
+    scores = searching.score_units(found, data, tmp_path / "u.safetensors", images=32, batch_size=16, **FEW)
+    small = searching.prune_units(found, tmp_path / "u.safetensors", tmp_path / "out", head_ratio=0.4, neuron_ratio=0.5, rho=0.25)
+    for index, block in enumerate(small.plan.blocks):
+        assert set(block.heads) == set(scores.heads[index].topk(int(3 * 0.6)).indices.tolist())
+        assert set(block.neurons) == set(scores.neurons[index].topk(48).indices.tolist())
+    assert [f.ranked_by for f in small.plan.flows()] == ["", "kept"] or [f.ranked_by for f in small.plan.flows()] == ["kept", "kept"]
+    saved = load_file(tmp_path / "out/checkpoint/weights.safetensors")
+    dense = sum(p.numel() for p in found.model.parameters())
+    # Per block 2 heads of 8 wide leave qkv (with bias) and proj, 48 neurons fc1 (with bias) and fc2; 24 is the width.
+    assert dense - sum(t.numel() for t in saved.values()) == 2 * (2 * 8 * (3 * 24 + 3 + 24) + 48 * (24 + 1 + 24))
+    assert torch.equal(logits(checkpoint.load(tmp_path / "out").model), logits(small.model))
+
+
+def test_a_published_policy_gives_its_counts_and_only_for_its_depth(tmp_path):
+    found = dense_checkpoint(depth=12, num_heads=6, embed_dim=48)
+    shape = shape_of(found.model)
+    scores = searching.UnitScores(heads=torch.rand(12, 6), neurons=torch.rand(12, shape.num_neurons), made_by={})
+    small = searching.prune_units(found, scores, tmp_path / "out", policy="deit_small_60")
+    policy = POLICIES["deit_small_60"]
+    counts = counts_of(small.plan)
+    assert counts.neurons.tolist() == [int(shape.num_neurons * (1 - r)) for r in policy[:12]]
+    assert counts.heads.tolist() == [int(6 * (1 - r)) for r in policy[12:24]]
+    assert [b.tokens.ranked_by for b in small.plan.blocks if b.tokens] == ["all"] * 3
+    assert [i for i, b in enumerate(small.plan.blocks) if b.tokens] == [3, 6, 9]
+    with pytest.raises(InputError, match="deit_small_60 is for 12 blocks; the model has 2"):
+        searching.prune_units(dense_checkpoint(), scores, tmp_path / "o2", policy="deit_small_60")
+    with pytest.raises(InputError, match="'nope' is not known.*deit_base_60"):
+        searching.prune_units(found, scores, tmp_path / "o2", policy="nope")
+    with pytest.raises(InputError, match="not both"):
+        searching.prune_units(found, scores, tmp_path / "o2", policy="deit_small_60", rho=0.1)
+
+
+def test_a_search_leaves_a_plan_that_meets_the_budget_and_goes_on_where_it_was_killed(tmp_path, data):
+    found = dense_checkpoint()
+    options = {"macs_ratio": 0.7, "options": SHORT, "images": 24, "score_images": 32, **FEW}
+    study = searching.search(found, data, tmp_path / "a", **options)
+    plan = CompressionPlan.load(tmp_path / "a" / searching.PLAN)
+    limit = 0.7 * gmacs(CompressionPlan.empty(plan.shape))
+    assert 0.98 * limit <= gmacs(plan) <= limit
+    assert gmacs(plan) == pytest.approx(study.best.cost, rel=1e-12)
+    killed = searching.search(found, data, tmp_path / "b", **options | {"options": dataclasses.replace(SHORT, evaluations=2)})
+    assert len(killed.evaluations) == 2
+    again = searching.search(found, data, tmp_path / "b", **options)
+    assert [(e.policy, e.value, e.by) for e in again.evaluations] == [(e.policy, e.value, e.by) for e in study.evaluations]
+    assert (tmp_path / "a" / searching.PLAN).read_text() == (tmp_path / "b" / searching.PLAN).read_text()
+
+
+def test_a_search_never_reads_the_held_out_split(tmp_path, data, monkeypatch):
+    read = []
+    whole = searching.ImageData.batches
+
+    def watched(self, split, *args, **settings):
+        read.append(split)
+        return whole(self, split, *args, **settings)
+    monkeypatch.setattr(searching.ImageData, "batches", watched)
+    searching.search(dense_checkpoint(), data, tmp_path / "s", macs_ratio=0.7, tokens="merge", options=SHORT, images=24,
+                     score_images=32, **FEW)
+    assert set(read) == {"train"}
+
+
+def test_another_model_data_or_budget_in_the_same_folder_is_refused(tmp_path, data):
+    options = {"options": SHORT, "images": 24, "score_images": 32, **FEW}
+    searching.search(dense_checkpoint(), data, tmp_path / "s", macs_ratio=0.7, **options)
+    for change, named in (({"found": dense_checkpoint(seed=1)}, "about"), ({"macs_ratio": 0.8}, "budget"), ({"seed": 2}, "seed"),
+                          ({"tokens": "none"}, "space"), ({"metric": "distill_loss"}, "about"), ({"strategy": "random"}, "strategy")):
+        found = change.pop("found", dense_checkpoint())
+        with pytest.raises(InputError, match=rf"another study \(other [^)]*{named}"):
+            searching.search(found, data, tmp_path / "s", **{"macs_ratio": 0.7, **options, **change})
+
+
+@pytest.mark.parametrize(("settings", "says"), [
+    ({}, "either a limit or a ratio"), ({"limit": 1.0, "macs_ratio": 0.5}, "either a limit or a ratio"),
+    ({"macs_ratio": 0.01}, "can't be met"), ({"limit": 99.0}, "can't be met"), ({"limit": 1e-3, "cost": "joules"}, "joules"),
+    ({"macs_ratio": 0.7, "tokens": "merge", "cost": "published_gmacs"}, "one selection ratio"),
+    ({"macs_ratio": 0.7, "tokens": "melt"}, "melt"), ({"macs_ratio": 0.7, "strategy": "luck"}, "luck"),
+    ({"macs_ratio": 0.7, "metric": "joy"}, "joy"), ({"macs_ratio": 0.7, "criterion": "looks"}, "looks"),
+    ({"macs_ratio": 0.7, "units": (), "tokens": "none"}, "nothing is searched"),
+])
+def test_what_can_not_be_searched_is_refused(tmp_path, data, settings, says):
+    with pytest.raises(InputError, match=says):
+        searching.search(dense_checkpoint(), data, tmp_path / "s", options=SHORT, images=24, score_images=32, **FEW, **settings)
+
+
+def test_published_count_is_a_budget_of_its_own(tmp_path, data):
+    found = dense_checkpoint(depth=12)
+    space = searching.SearchSpace(shape=shape_of(found.model), tokens="select", settings={"ranked_by": "all"})
+    price = searching.cost_function(space, "published_gmacs", found.model)
+    shape = shape_of(found.model)
+    n, d, m, w = shape.num_tokens, shape.embed_dim, shape.num_neurons, shape.num_heads * shape.head_dim
+    assert float(price(np.zeros((1, 25)))[0]) == pytest.approx(12 * (4 * n * d * w + 2 * n * n * w + 2 * n * d * m) / 1e9, rel=1e-12)
+
+
+def test_sensitivity_cuts_one_dimension_of_one_block_at_a_time(tmp_path, data):
+    found = dense_checkpoint()
+    rows = searching.sensitivity(found, data, tmp_path, criteria=("weight", "random"), ratio=0.5, images=24, score_images=32,
+                                 metric="distill_loss", **FEW)
+    assert {(r["criterion"], r["dimension"], r["block"]) for r in rows} == (
+        {(c, d, b) for c in ("weight", "random") for d in ("neurons", "heads") for b in (0, 1)}
+        | {("class attention", "tokens", b) for b in (0, 1)})
+    shape = shape_of(found.model)
+    removed = {r["dimension"]: r["gmacs_removed"] for r in rows if r["block"] == 0}
+    assert removed["neurons"] == pytest.approx(48 * 2 * shape.num_tokens * shape.embed_dim / 1e9, rel=1e-9)
+    assert all(r["drop_per_gmac"] == r["drop"] / r["gmacs_removed"] for r in rows)
+    drops = {(r["criterion"], r["dimension"], r["block"]): r["drop"] for r in rows}
+    # Tokens that leave after the last block's attention can no longer reach the class token; float32 rounding is left.
+    assert abs(drops.pop(("class attention", "tokens", 1))) < 1e-6
+    assert all(drop > 1e-6 for drop in drops.values())                          # any other cut moves the output
+    assert json.loads(json.dumps(rows)) == read_lines(tmp_path / searching.SENSITIVITY)
+
+
+def test_fine_tuning_by_a_plan_in_steps_ends_at_the_plan_and_keeps_training_between(tmp_path, data):
+    found = dense_checkpoint()
+    study = searching.search(found, data, tmp_path / "s", macs_ratio=0.6, options=SHORT, images=24, score_images=32, **FEW)
+    plan = study.folder / searching.PLAN
+    once = steps.finetune(found, found, data, tmp_path / "once", plan=plan, settings=small_recipe(), **FEW)
+    turns = steps.finetune(found, found, data, tmp_path / "turns", plan=plan, steps=2, settings=small_recipe(), **FEW)
+    for run in (once, turns):
+        tuned = checkpoint.load(run)
+        assert tuned.plan.blocks == CompressionPlan.load(plan).blocks
+        assert macs(tuned.plan)["total"] < macs(CompressionPlan.empty(tuned.plan.shape))["total"]
+    assert len(read_lines(tmp_path / "turns/training/step-1/log.jsonl")) == 1       # 2 epochs in 2 turns
+    again = steps.finetune(found, found, data, tmp_path / "turns", plan=plan, steps=2, settings=small_recipe(), **FEW)
+    assert torch.equal(logits(checkpoint.load(again).model), logits(checkpoint.load(turns).model))
+    with pytest.raises(InputError, match="needs the dense model and a plan"):
+        steps.finetune(found, found, data, tmp_path / "x", steps=2, settings=small_recipe(), **FEW)
