@@ -4,16 +4,17 @@
     python benchmarks/joint.py --data CIFAR10 --run RUN
 
 Every plan is found by the same search (60 evaluations on 1,000 images of train, the distance to the dense model's output),
-fine-tuned by recipe cifar10_pm and measured on the test split. Rows go to benchmarks/results/joint.jsonl. A killed run goes on.
+fine-tuned by recipe cifar10_pm, two epochs of 25,000 images, and measured on the test split. Rows go to benchmarks/results/joint.jsonl. A killed run goes on.
 """
 import argparse
 from pathlib import Path
 
 from vitlab.results import format_table, read_rows, write_rows
 from vitlab.search.strategies import Settings
+from vitlab.training.recipes import recipe
 from vitlab.workbench import searching, steps
 
-MACS_RATIO, EVALUATIONS = 0.6, 60
+MACS_RATIO, EVALUATIONS, EPOCHS, IMAGES = 0.6, 60, 2, 25_000
 SPACES = {                                              # name: (units, tokens)
     "tokens alone, Prune and Merge": ((), "merge"),
     "tokens alone, selection": ((), "select_per_stage"),
@@ -36,7 +37,8 @@ def one(run: Path, name: str, data: str, workers: int) -> None:
     print(name, study.best.index, study.best.value, study.best.measures, flush=True)
     plan = place / "study" / searching.PLAN
     steps.prune(dense, None, place / "pruned", plan=plan)
-    steps.finetune(dense, dense, data, place / "finetuned", plan=plan, settings="cifar10_pm", workers=workers)
+    steps.finetune(dense, dense, data, place / "finetuned", plan=plan,
+                   settings=recipe("cifar10_pm").replace(epochs=EPOCHS), limit=IMAGES, workers=workers)
 
 
 def table(run: Path, data: str, workers: int, no_speed: bool) -> None:

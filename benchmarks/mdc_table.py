@@ -35,6 +35,7 @@ if __name__ == "__main__":
     cuts = {f"selection, rho {rho}": {"rho": rho} for rho in RHOS}
     cuts |= {f"neurons, {ratio:.0%} cut by HSIC": {"neuron_ratio": ratio} for ratio in NEURON_RATIOS}
     rows = [steps.evaluate(dense, args.val, name="dense", crop_pct=CROP, workers=args.workers)]
+    rows[0].conditions["published_gmacs"] = published_gmacs(dense.plan, 0)
     for name, cut in cuts.items():
         small = searching.prune_units(dense, scores, args.run / "cut", **cut)
         rows.append(steps.evaluate(small, args.val, name=name, crop_pct=CROP, workers=args.workers))

@@ -8,7 +8,7 @@ from pathlib import Path
 from vitlab.files import atomic_write, read_lines
 
 HERE = Path(__file__).parent
-PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "prune_and_merge.md")
+PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "prune_and_merge.md", HERE.parent / "docs" / "search.md")
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -59,6 +59,13 @@ def token_speed(rows: list[dict]) -> str:
                 f"{r['gmacs']:.3f}", f"{r['throughput_img_s']:.1f}", f"{r['ratio']:.2f}", f"{c['of_mac_ratio']:.2f}"]
     head = ["model", "conditions", "GMACs", "images/s", "ratio", "of the MAC ratio"]
     return _table(head, [line(r) for r in rows if "training" not in r["model"]])
+
+
+def mdc_table(rows: list[dict]) -> str:
+    dense = rows[0]["top1_pct"]
+    return _table(["cut", "GMACs", "published GMACs", "parameters (M)", "top-1 %", "against dense"],
+                  [[r["model"], f"{r['gmacs']:.2f}", f"{r['conditions']['published_gmacs']:.2f}", f"{r['params_m']:.2f}",
+                    f"{r['top1_pct']:.2f}", f"{r['top1_pct'] - dense:+.2f}"] for r in rows])
 
 
 TABLES: dict[str, Callable[[list[dict]], str]] = {"published_table": published_table, "published_form": published_table,

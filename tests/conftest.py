@@ -105,7 +105,7 @@ def layout(request) -> str:
 
 
 SELECT_LAYOUTS = {      # s selects; what merges comes before it
-    "alone": "--s--", "every_block": "sssss", "merge_then_select": "mm-s-", "side_by_side": "-ms-s", "carried_then_select": "m0s-s",
+    "alone": "--s--", "every_block": "sssss", "merge_then_select": "mm-s-", "side_by_side": "-m-ss", "carried_then_select": "m0-ss",
 }
 
 
@@ -123,7 +123,7 @@ def random_plan():
         others = [shape.num_patches]        # that enter the next block, prefix tokens not counted
 
         def random_selection() -> Select:
-            kept = chance.randint(max(1, others[0] // 2), others[0] - 1)
+            kept = chance.randint(max(1, others[0] // 2), others[0] - 2)
             others[0] = kept + 1            # and the mean of the rest
             return Select(kept=kept, ranked_by=chance.choice(["kept", "all"]))
         make_rule = {"m": lambda: random_rule(shape.num_patches, chance), "-": lambda: None,

@@ -11,6 +11,7 @@ FLOORS = [                                              # lowest first
     {"rules"},
     {"plan", "results"},
     {"tokens", "cost"},
+    {"latency"},
     {"models", "criteria", "search", "data", "plots"},
     {"training"},
     {"workbench"},

@@ -147,16 +147,6 @@ def test_the_oracle_tells_the_two_rankings_apart(tiny_vit, images):
 
 # ---- Properties
 
-def test_selecting_all_but_one_token_is_the_identity(tiny_vit, family, images):
-    # The mean of one token is that token: nothing is lost but the order, which neither attention nor pooling sees.
-    dense = tiny_vit(family).double()
-    shape = shape_of(dense)
-    plan = plan_with(shape, dict.fromkeys(range(5), Select(kept=shape.num_patches - 1)))
-    assert plan.tokens_per_block() == [shape.num_tokens] * 5
-    x = images(dense).double()
-    assert relative(logits(compress(dense, plan), x), logits(dense, x)) < EXACT
-
-
 def test_prefix_tokens_stay_first_and_in_order_and_each_other_token_comes_from_one_of_the_block(tiny_vit, family, images):
     dense = tiny_vit(family).double()
     prefix = shape_of(dense).num_prefix_tokens
@@ -295,7 +285,7 @@ def test_deployed_form_of_merging_then_selecting_equals_the_training_form(tiny_v
     assert relative(logits(deploy(model), x), logits(model, x)) < EXACT
 
 
-@pytest.mark.parametrize("layout_letters", ["mm-s-", "m0s-s"])
+@pytest.mark.parametrize("layout_letters", ["mm-s-", "m0-ss"])
 def test_deployed_form_in_float32_equals_the_training_form(tiny_vit, images, random_plan, layout_letters):
     dense = tiny_vit("deit")
     model = compress(dense, random_plan(shape_of(dense), layout_letters, seed=3))
@@ -303,23 +293,18 @@ def test_deployed_form_in_float32_equals_the_training_form(tiny_vit, images, ran
     assert relative(logits(deploy(model), x), logits(model, x)) < SAME
 
 
-@pytest.mark.xfail(strict=False, reason="tokens of one region rank as equal right after merging, up to rounding: the forms may differ")
-def test_deployed_form_in_float32_equals_the_training_form_where_a_block_selects_right_after_one_that_merged(
-        tiny_vit, images, scored_plan):
-    found = []
-    for seed in range(11):
-        dense = tiny_vit("deit", seed=seed)
-        merging = scored_plan(dense, 0.6, 0.1, seed).blocks
-        model = compress(dense, plan_with(shape_of(dense), {1: merging[1].tokens, 2: Select(kept=10)}))
-        x = images(dense, 3, seed)
-        found.append(relative(logits(deploy(model), x), logits(model, x)))
-    assert max(found) < SAME
+def test_selecting_right_after_a_block_that_merged_is_refused(tiny_vit, scored_plan):
+    """Tokens of one region differ there in scale alone: after the norm they rank alike but for rounding."""
+    dense = tiny_vit("deit")
+    merging = scored_plan(dense, 0.6, 0.1, 0).blocks
+    with pytest.raises(InputError, match="block 2: tokens are selected right after a block that merged"):
+        plan_with(shape_of(dense), {1: merging[1].tokens, 2: Select(kept=10)})
 
 
 @pytest.mark.parametrize("pool", ["avg", "max", "token"])
 def test_deployed_form_keeps_what_each_pooling_needs_after_a_selection(tiny_vit, images, random_plan, pool):
     dense = tiny_vit("dinov2_reg", global_pool=pool).double()
-    model = compress(dense, random_plan(shape_of(dense), "m0s-s", seed=3))
+    model = compress(dense, random_plan(shape_of(dense), "m0-ss", seed=3))
     x = images(dense).double()
     assert relative(logits(deploy(model), x), logits(model, x)) < EXACT
 
@@ -508,5 +493,5 @@ def test_random_plans_that_select_compress_and_run(tiny_vit, images, random_plan
     for seed in range(11):
         family = chance.choice(["deit", "distilled", "mae", "qk_norm"])
         dense = tiny_vit(family)
-        plan = random_plan(shape_of(dense), "".join(sorted(chance.choices("ms-", k=5), key="m-s".index)), seed=seed)
+        plan = random_plan(shape_of(dense), "".join(sorted(chance.choices("ms-", k=4) + ["-"], key="m-s".index)), seed=seed)
         assert bool(torch.isfinite(logits(compress(dense, plan), images(dense))).all())

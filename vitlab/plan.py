@@ -68,13 +68,15 @@ class CompressionPlan:
 
     def flows(self) -> list[Flow]:
         """Token counts of each block. InputError naming the block whose rule can't take what reaches it."""
-        flows, entering = [], self.shape.num_tokens
+        flows, entering, merged = [], self.shape.num_tokens, False
         for index, block in enumerate(self.blocks):
             try:
                 flows.append(whole(entering) if block.tokens is None else block.tokens.flow(self.shape, entering))
+                require(not (merged and flows[-1].ranked_by), "tokens are selected right after a block that merged: those of a region "
+                        "rank alike there but for rounding; a block without a token rule must stand between")
             except InputError as error:
                 raise InputError(f"block {index}: {error}") from None
-            entering = flows[-1].after
+            entering, merged = flows[-1].after, flows[-1].merged
         return flows
 
     def tokens_per_block(self) -> list[int]:

@@ -89,10 +89,11 @@ class Select:
         require(is_int(self.kept) and self.kept >= 1, f"kept is {self.kept!r}; an integer of at least 1 is needed")
 
     def flow(self, shape: ViTShape, entering: int) -> Flow:
-        """InputError where fewer tokens come in than stay, or there is no class token to rank by."""
+        """InputError where not even two tokens would go (the mean of one is that one), or there is no class token."""
         require(shape.num_prefix_tokens > 0, "tokens are selected by the class token's attention; the model has no class token")
         others = entering - shape.num_prefix_tokens
-        require(self.kept < others, f"{self.kept} tokens are kept; below {others}, which come in beside the prefix tokens, is needed")
+        require(self.kept <= others - 2, f"{self.kept} tokens are kept; at most {others - 2} of the {others} that come in beside the "
+                                         "prefix tokens is needed: two at least must go, as one takes their place")
         after = shape.num_prefix_tokens + self.kept + 1
         return Flow(attended=entering, in_mlp=after, carried=0, after=after, ranked_by=self.ranked_by)
 

@@ -8,9 +8,10 @@ from vitlab import tokens
 from vitlab.files import InputError
 from vitlab.models.select import SelectBlock
 from vitlab.models.shrink import keep_heads, keep_neurons
-from vitlab.models.support import attention_block, shape_of
+from vitlab.models.support import attention_block, shape_before_cutting, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import MergeReconstruct, Select
+from vitlab.rules import MergeReconstruct, Select, TokenRule
+from vitlab.shape import ViTShape
 
 TRAINABLE = ("all", "matrices", "weights")
 
@@ -66,50 +67,72 @@ def refuse_intermediates(*args: object, **kwargs: object) -> None:
                      "take intermediates from the training form of a plan that merges")
 
 
+def _token_rule_agrees(block: nn.Module, rule: TokenRule | None, num_prefix_tokens: int) -> bool:
+    """Whether a block of a training form is wrapped as the rule says: its kind, and what does not train."""
+    if rule is None:
+        return attention_block(block) is block
+    if not isinstance(block, TOKEN_BLOCKS[rule.kind]):
+        return False
+    if isinstance(rule, Select):
+        return (block.kept, block.ranked_by) == (rule.kept, rule.ranked_by)
+    mask = tokens.token_mask(rule, num_prefix_tokens)
+    return len(block.tokens.merge_matrix) == num_prefix_tokens + rule.num_merged and torch.equal(block.tokens.token_mask.cpu() > 0, mask)
+
+
 def check_agrees(model: nn.Module, plan: CompressionPlan) -> None:
-    """InputError naming the first block whose heads, neurons or token rule (training form) are not the plan's."""
-    for index, (block, cut) in enumerate(zip(model.blocks, plan.blocks, strict=True)):
+    """InputError naming the sizes, or the first block, in which a compressed model (training form) differs from the plan."""
+    plan.check_fits(shape_before_cutting(model, plan.shape))
+    for index, (block, cut) in enumerate(zip(model.blocks, plan.blocks)):
         inner = attention_block(block)
         units = (inner.attn.num_heads, inner.mlp.fc2.in_features) == (
             plan.shape.num_heads if cut.heads is None else len(cut.heads),
             plan.shape.num_neurons if cut.neurons is None else len(cut.neurons))
-        wrapper = nn.Module if cut.tokens is None else TOKEN_BLOCKS[cut.tokens.kind]
-        tokens_agree = (block is inner) == (cut.tokens is None) and isinstance(block, wrapper) and all(
-            getattr(block, name, None) == getattr(cut.tokens, name, None) for name in ("kept", "ranked_by"))
-        if not units or not tokens_agree:
+        if not units or not _token_rule_agrees(block, cut.tokens, plan.shape.num_prefix_tokens):
             raise InputError(f"block {index} of the model is not what the plan says; the plan it was compressed by is needed")
 
 
-def _relative(kept: tuple[int, ...] | None, before: tuple[int, ...] | None, what: str) -> list[int] | None:
-    """Where the units that stay stand among those still there; None where nothing more is cut."""
-    if kept == before:
-        return None
-    if before is None:
-        return list(kept)
-    missing = None if kept is None else sorted(set(kept) - set(before))
-    if missing is None or missing:
-        raise InputError(f"{what} {'all' if missing is None else missing[0]} should stay, but the model has lost some already")
-    return [before.index(unit) for unit in kept]
+def _relative(kept: tuple[int, ...] | None, before: tuple[int, ...], what: str) -> list[int] | None:
+    """Where the units that stay (None: all) stand among those still there; None where nothing more is cut."""
+    missing = sorted(set(kept or ()) - set(before))
+    if missing:
+        raise InputError(f"{what} {missing[0]} should stay, but the model has lost it already")
+    return None if kept is None or kept == before else [before.index(unit) for unit in kept]
 
 
-def _cut(block: nn.Module, cut: BlockPlan, was: BlockPlan, num_prefix_tokens: int) -> nn.Module:
+def _cut(block: nn.Module, cut: BlockPlan, was: BlockPlan, shape: ViTShape) -> nn.Module:
     """One block, in place; returned because a token rule wraps it."""
-    inner = attention_block(block)
+    inner, every = attention_block(block), {"heads": tuple(range(shape.num_heads)), "neurons": tuple(range(shape.num_neurons))}
+    there = {name: all_of if getattr(was, name) is None else getattr(was, name) for name, all_of in every.items()}
+    for name, all_of in every.items():
+        if getattr(cut, name) is None and there[name] != all_of:
+            raise InputError(f"all {name} should stay, but the model has lost some already")
     if cut.tokens is None:
         block = inner
     elif isinstance(block, SelectBlock) and (cut.tokens.kind, block.ranked_by) == (Select.kind, cut.tokens.ranked_by):
         block.kept = cut.tokens.kept
     elif cut.tokens != was.tokens:
-        if getattr(cut.tokens, "ranked_by", None) == "all" and was.heads is not None:
+        if getattr(cut.tokens, "ranked_by", None) == "all" and there["heads"] != every["heads"]:
             raise InputError("all heads should rank tokens, but the model has lost some already")
-        block = TOKEN_BLOCKS[cut.tokens.kind](inner, cut.tokens, num_prefix_tokens)
+        block = TOKEN_BLOCKS[cut.tokens.kind](inner, cut.tokens, shape.num_prefix_tokens)
         block.to(inner.norm1.weight.device, inner.norm1.weight.dtype).train(inner.training)
-    heads, neurons = _relative(cut.heads, was.heads, "heads"), _relative(cut.neurons, was.neurons, "neurons")
+    heads, neurons = (_relative(getattr(cut, name), there[name], name) for name in ("heads", "neurons"))
     if heads is not None:
         keep_heads(inner.attn, heads)
     if neurons is not None:
         keep_neurons(inner.mlp, neurons)
     return block
+
+
+def _guard(model: nn.Module, plan: CompressionPlan) -> None:
+    """Refuse images of another size where tokens have places, and intermediates where there is no grid; nothing else."""
+    hooks = model.patch_embed._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is _check_size]:
+        del hooks[key]
+    model.__dict__.pop("forward_intermediates", None)
+    if any(cut.tokens is not None for cut in plan.blocks):
+        model.patch_embed.register_forward_pre_hook(_check_size)
+    if any(isinstance(cut.tokens, Select) for cut in plan.blocks):
+        model.forward_intermediates = refuse_intermediates
 
 
 def compress(model: nn.Module, plan: CompressionPlan, *, before: CompressionPlan | None = None) -> nn.Module:
@@ -121,16 +144,14 @@ def compress(model: nn.Module, plan: CompressionPlan, *, before: CompressionPlan
     """
     if before is None:
         before = CompressionPlan.empty(shape_of(model))
-    check_agrees(model, before)
+    else:
+        check_agrees(model, before)
     plan.check_fits(before.shape)
     model = copy.deepcopy(model)
-    if any(cut.tokens is not None for cut in plan.blocks):
-        model.patch_embed.register_forward_pre_hook(_check_size)
-    if any(isinstance(cut.tokens, Select) for cut in plan.blocks):
-        model.forward_intermediates = refuse_intermediates
+    _guard(model, plan)
     for index, (block, cut, was) in enumerate(zip(model.blocks, plan.blocks, before.blocks)):
         try:
-            model.blocks[index] = _cut(block, cut, was, model.num_prefix_tokens)
+            model.blocks[index] = _cut(block, cut, was, plan.shape)
         except InputError as error:
             raise InputError(f"block {index}: {error}") from None
     return model

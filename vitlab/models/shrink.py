@@ -23,8 +23,8 @@ def _keep(linear: nn.Linear, *, rows: Tensor | None = None, columns: Tensor | No
 
 def keep_heads(attn: Attention, kept: Sequence[int]) -> None:
     """Shrink qkv (3 H d rows) and proj (H d columns) to the kept heads; q/k norms are per d and stay as they are."""
-    if attn.gate is not None or not isinstance(attn.norm, nn.Identity):
-        raise InputError("heads of an attention with a gate or an output norm can't be cut: they mix the heads")
+    if not isinstance(attn.norm, nn.Identity):
+        raise InputError("heads of an attention with an output norm can't be cut: it mixes the heads")
     device = attn.qkv.weight.device
     width = (torch.tensor(kept, device=device)[:, None] * attn.head_dim
              + torch.arange(attn.head_dim, device=device)).flatten()             # (H' d)

@@ -34,6 +34,8 @@ def refuse(model: nn.Module) -> str | None:
             return f"{name} has {type(block.attn).__name__} at block {index}; timm's plain Attention is needed"
         if type(block.mlp) is not Mlp or not isinstance(block.mlp.norm, nn.Identity):
             return f"{name} has {type(block.mlp).__name__} at block {index}; timm's plain Mlp is needed"
+        if block.attn.gate is not None:
+            return f"{name} has a gated attention at block {index}; timm's plain Attention is needed"
     if type(model.patch_embed) is not PatchEmbed:
         return f"{name} has {type(model.patch_embed).__name__}; timm's plain PatchEmbed is needed"
     if model.attn_pool is not None:
@@ -50,19 +52,29 @@ def check_supported(model: nn.Module) -> None:
         raise InputError(f"this model can't be handled: {reason}")
 
 
+def _shape(model: nn.Module, num_heads: int, num_neurons: int) -> ViTShape:
+    """Sizes of a model whose dense form has so many heads and neurons in each block."""
+    first, classifiers, embed = attention_block(model.blocks[0]), model.get_classifier(), model.patch_embed
+    return ViTShape(
+        img_size=tuple(embed.img_size), patch_size=tuple(embed.patch_size), in_chans=model.in_chans,
+        embed_dim=model.embed_dim, depth=len(model.blocks),
+        num_heads=num_heads, head_dim=first.attn.head_dim, num_neurons=num_neurons,
+        num_prefix_tokens=model.num_prefix_tokens, num_classes=model.num_classes,
+        num_classifiers=len(classifiers) if isinstance(classifiers, tuple) else 1,
+        pool=model.global_pool, qk_norm=not isinstance(first.attn.q_norm, nn.Identity))
+
+
 def shape_of(model: nn.Module) -> ViTShape:
     """Sizes of a dense supported model. Raises InputError for any other, a compressed one too."""
     check_supported(model)
     sizes = {(b.attn.num_heads, b.mlp.fc2.in_features) for b in map(attention_block, model.blocks)}
     if is_merged(model) or len(sizes) > 1:
         raise InputError("the model is already compressed; the dense one is needed here")
-    first = attention_block(model.blocks[0])
-    classifiers = model.get_classifier()
-    embed = model.patch_embed
-    return ViTShape(
-        img_size=tuple(embed.img_size), patch_size=tuple(embed.patch_size), in_chans=model.in_chans,
-        embed_dim=model.embed_dim, depth=len(model.blocks),
-        num_heads=first.attn.num_heads, head_dim=first.attn.head_dim, num_neurons=first.mlp.fc2.in_features,
-        num_prefix_tokens=model.num_prefix_tokens, num_classes=model.num_classes,
-        num_classifiers=len(classifiers) if isinstance(classifiers, tuple) else 1,
-        pool=model.global_pool, qk_norm=not isinstance(first.attn.q_norm, nn.Identity))
+    return _shape(model, *sizes.pop())
+
+
+def shape_before_cutting(model: nn.Module, plan_shape: ViTShape) -> ViTShape:
+    """Sizes of the dense form of a model that was compressed by a plan for `plan_shape`. Raises InputError for a family that
+    can't be handled; whether the rest agrees is for the caller to check."""
+    check_supported(model)
+    return _shape(model, plan_shape.num_heads, plan_shape.num_neurons)

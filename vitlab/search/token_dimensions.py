@@ -61,11 +61,13 @@ class SelectTokens:
         return [f"tokens {block}" for block in blocks] if self.per_stage else ["tokens"]
 
     def _kept(self, ratios: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
-        """(block, tokens entering (P), tokens kept (P), prefix included) of each selection; where equal, none is."""
+        """(block, tokens entering (P), tokens kept (P), prefix included) of each selection; where equal, none is: neither where
+        K is all tokens, nor all but one, whose mean is itself."""
         steps, entering, prefix = [], np.full(len(ratios), self.shape.num_tokens), self.shape.num_prefix_tokens
         for index, block in enumerate(select_blocks(self.shape.depth)):
             kept = (entering * (1 - ratios[:, index if self.per_stage else 0])).astype(np.int64)
-            kept = np.minimum(np.maximum(kept, prefix + 1), entering)
+            kept = np.maximum(kept, prefix + 1)
+            kept = np.where(kept >= entering - 1, entering, kept)
             steps.append((block, entering, kept))
             entering = np.where(kept < entering, kept + 1, entering)
         return steps

@@ -27,8 +27,7 @@ def _rules(plan: CompressionPlan, fraction: float) -> list[TokenRule | None]:
         if isinstance(rule, Select):
             others = entering - shape.num_prefix_tokens
             share = 1 - rule.kept / (flow.attended - shape.num_prefix_tokens)       # of the tokens that come in
-            rule = dataclasses.replace(rule, kept=min(max(round(others * (1 - fraction * share)), 1), others - 1))
-            rule.flow(shape, entering)
+            rule = dataclasses.replace(rule, kept=min(max(round(others * (1 - fraction * share)), 1), others - 2))
             entering = shape.num_prefix_tokens + rule.kept + 1
         elif index < shape.depth - math.ceil(fraction * shape.depth):
             rule = None

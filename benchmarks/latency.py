@@ -1,0 +1,79 @@
+"""How well the latency table predicts: 20 random plans of DeiT-Ti, predicted against measured as whole deployed models.
+
+    python benchmarks/latency.py [--quick]
+
+Random weights; heads and neurons at random in every block, and in a third of the plans each: tokens as they are, selected in
+blocks 3, 6 and 9, or merged. One row a model and one of the whole go to benchmarks/results/latency.jsonl (replaced). Run it with
+nothing else running.
+"""
+import argparse
+import dataclasses
+import random
+import time
+from pathlib import Path
+
+import torch
+
+from vitlab.cost import SELECT_IN, gmacs
+from vitlab.criteria.planning import prune_and_merge
+from vitlab.models import compress, deploy, shape_of
+from vitlab.models.create import create_model
+from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.results import ResultRow, format_table, write_rows
+from vitlab.rules import Select
+from vitlab.shape import ViTShape
+from vitlab.training.latency import measure_table, prediction_error
+from vitlab.training.throughput import conditions
+
+NAME, BATCH, DTYPE, MODELS = "deit_tiny_patch16_224", 32, "float32", 20
+KINDS = ("whole", "select", "merge")
+
+
+def random_plan(shape: ViTShape, kind: str, seed: int) -> CompressionPlan:
+    """Any number of heads, an eighth to all of the neurons, a keep rate of 0.5 to 0.9."""
+    chance, entering = random.Random(seed), shape.num_patches
+    plan = CompressionPlan.empty(shape)
+    if kind == "merge":
+        scores = torch.rand(shape.depth, shape.num_patches, generator=torch.Generator().manual_seed(seed)) + 0.1
+        plan = prune_and_merge(scores, shape, keep_rate=chance.uniform(0.5, 0.9))
+    blocks = []
+    for index, block in enumerate(plan.blocks):
+        rule = block.tokens
+        if kind == "select" and index in SELECT_IN:
+            rule = Select(kept=int(entering * chance.uniform(0.5, 0.9)))
+            entering = rule.kept + 1
+        heads = chance.sample(range(shape.num_heads), chance.randint(1, shape.num_heads))
+        neurons = chance.sample(range(shape.num_neurons), chance.randint(shape.num_neurons // 8, shape.num_neurons))
+        blocks.append(BlockPlan(heads=tuple(sorted(heads)), neurons=tuple(sorted(neurons)), tokens=rule))
+    return dataclasses.replace(plan, blocks=tuple(blocks))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="three models, batch 2; writes nothing")
+    quick = parser.parse_args().quick
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch, repeats, count = (2, 2, 3) if quick else (BATCH, 5, MODELS)
+    dense = create_model(NAME)
+    shape = shape_of(dense)
+    plans = {f"{KINDS[i % 3]} {i}": random_plan(shape, KINDS[i % 3], seed=i) for i in range(count)}
+    began = time.perf_counter()
+    table = measure_table(dense, batch_size=batch, dtype=DTYPE, device=device, repeats=repeats)
+    table_s = time.perf_counter() - began
+    models = {name: (plan, deploy(compress(dense, plan))) for name, plan in plans.items()}
+    error = prediction_error(table, models, device=device, repeats=repeats)
+    found = conditions(device, DTYPE, batch, repeats) | {"cpu": table.conditions["cpu"], "scale": table.scale, "table_s": table_s}
+    rows = [ResultRow(model=f"{NAME} {name}", gmacs=gmacs(plans[name]), latency_ms=measured, conditions=found
+                      | {"predicted_ms": predicted, "error_pct": 100 * relative})
+            for name, measured, predicted, relative in zip(error.names, error.measured_ms, error.predicted_ms, error.relative)]
+    print(format_table(rows, ("model", "gmacs", "latency_ms")))
+    print("error of the prediction in %:", ", ".join(f"{r.conditions['error_pct']:+.1f}" for r in rows))
+    rows.append(ResultRow(model=f"{NAME} {len(rows)} plans", conditions=found | {
+        "median_error_pct": 100 * error.median, "largest_error_pct": 100 * error.largest}))
+    print(f"median {100 * error.median:.1f} %, largest {100 * error.largest:.1f} %; table in {table_s:.0f} s, scale {table.scale:.3f}")
+    if not quick:
+        write_rows(Path(__file__).parent / "results" / "latency.jsonl", rows)
+
+
+if __name__ == "__main__":
+    main()

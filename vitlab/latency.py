@@ -1,0 +1,108 @@
+"""Latency of any counts, predicted from a table of what the parts of a block take; vitlab.training.latency measures one.
+
+A model's latency is the sum of its parts', each interpolated in what was measured of it, as in the latency tables of
+ProxylessNAS (Cai et al., 2018, arXiv 1812.00332), for the form that vitlab deploys.
+"""
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.ndimage import map_coordinates
+
+from vitlab.cost import Counts
+from vitlab.files import InputError, atomic_write, read_json
+from vitlab.shape import POOL_TOKEN, ViTShape, require
+
+FORMAT, VERSION = "vitlab.latency", 1
+AXES = {"stem": ("tokens",), "attention": ("tokens", "heads"), "select": ("tokens", "ranking heads"), "mlp": ("tokens", "neurons"),
+        "fold": ("rows", "columns"), "carry": ("rows",), "head": ("tokens",)}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LatencyTable:
+    """Milliseconds of each part of a model for one batch, by what it depends on (AXES).
+
+    stem: embedding of patches and positions; attention, mlp: the halves of a block, with norm and residual; select: ranking
+    and choice of tokens; fold: a matrix (rows, columns) over the tokens; carry: tokens split off before a block and joined
+    again after it; head: norm, pooling, classifier.
+    """
+
+    shape: ViTShape                             # of the dense model
+    conditions: dict[str, Any]                  # machine, device, dtype, batch_size, threads, ...: what the times hold for
+    axes: dict[str, tuple[np.ndarray, ...]]     # per part and axis: counts, integers, ascending
+    ms: dict[str, np.ndarray]                   # per part: (len of axis, ...) times; no "select" where none can be selected
+    scale: float = 1.0                          # whole models' time over the sum of their parts': memory is fetched anew
+
+    def __post_init__(self) -> None:
+        require(set(AXES) - {"select"} <= set(self.ms) <= set(AXES) and set(self.axes) == set(self.ms),
+                f"the table holds the parts {sorted(self.ms)}; {sorted(AXES)} are needed")
+        for part, ms in self.ms.items():
+            axes = [np.asarray(axis) for axis in self.axes[part]]
+            require(len(axes) == len(AXES[part]) and all(a.ndim == 1 and len(a) and (np.diff(a) > 0).all() for a in axes),
+                    f"{part}: an ascending axis of {' and of '.join(AXES[part])} is needed")
+            require(ms.shape == tuple(map(len, axes)), f"{part}: times are {ms.shape}; {tuple(map(len, axes))} is needed")
+        require(all(np.isfinite(v).all() and np.all(v > 0) for v in (*self.ms.values(), self.scale)), "times must be positive")
+
+    def _at(self, part: str, where: np.ndarray, *counts: np.ndarray) -> np.ndarray:
+        """ms of `part`, linear in each axis between what was measured; 0 where not `where`. InputError outside the axes."""
+        ms, places = np.zeros(where.shape), []
+        if not where.any():
+            return ms
+        require(part in self.ms, f"the table holds no times of {part}: this model has no tokens to {part}")
+        for name, axis, values in zip(AXES[part], self.axes[part], counts):
+            values = np.broadcast_to(values, where.shape)[where]
+            require(axis[0] <= values.min() and values.max() <= axis[-1],
+                    f"{part}: {values.min()} to {values.max()} {name} wanted; the table holds {axis[0]} to {axis[-1]}")
+            places.append(np.interp(values, axis, np.arange(len(axis))))
+        ms[where] = map_coordinates(self.ms[part], places, order=1)
+        return ms
+
+    def by_part(self, counts: Counts) -> dict[str, np.ndarray]:
+        """latency_ms (...) of one batch by part, for counts (..., L), in the deployed form (as in cost.macs_of).
+
+        Between two blocks of which one merges stands a fold of (C_l + p_l) x (C_k + p_k), after a last block that merges one
+        to the prefix tokens (class-token pooling) or to all. Raises InputError for counts that the table does not hold.
+        """
+        c = Counts(**dict(zip(vars(counts), np.broadcast_arrays(*vars(counts).values()))))
+        require(c.heads.shape[-1] == self.shape.depth, f"counts of {c.heads.shape[-1]} blocks; the table is for {self.shape.depth}")
+        everything, always = self.shape.num_tokens, np.ones(c.heads.shape, dtype=bool)
+        rows, state = c.attended + c.carried, c.in_mlp + c.carried              # that enter and leave each block
+        before, merged = np.roll(state, 1, axis=-1), np.roll(c.merged, 1, axis=-1)
+        before[..., 0], merged[..., 0] = everything, False
+        wanted = self.shape.num_prefix_tokens if self.shape.pool == POOL_TOKEN else everything
+        last, end = c.merged[..., -1], state[..., -1]
+        parts = {"attention": self._at("attention", always, c.attended, c.heads),
+                 "select": self._at("select", c.ranking > 0, c.attended, c.ranking),
+                 "mlp": self._at("mlp", always, c.in_mlp, c.neurons),
+                 "fold": self._at("fold", c.merged | merged, rows, before), "carry": self._at("carry", c.carried > 0, rows)}
+        parts = {part: ms.sum(axis=-1) for part, ms in parts.items()}           # (...)
+        parts["fold"] = parts["fold"] + self._at("fold", last, wanted, end)
+        parts["stem"] = self._at("stem", always[..., 0], everything)
+        parts["head"] = self._at("head", always[..., 0], np.where(last, wanted, end))
+        return {part: self.scale * parts[part] for part in AXES}
+
+    def predict(self, counts: Counts) -> np.ndarray:
+        """latency_ms (...) of one batch for counts (..., L): the sum of `by_part`."""
+        return sum(self.by_part(counts).values())
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON, atomically."""
+        parts = {p: {"axes": [a.tolist() for a in self.axes[p]], "ms": ms.tolist()} for p, ms in self.ms.items()}
+        atomic_write(path, json.dumps({"format": FORMAT, "version": VERSION, "shape": dataclasses.asdict(self.shape),
+                                       "conditions": self.conditions, "scale": self.scale, "parts": parts}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "LatencyTable":
+        """Read and check; InputError names the file."""
+        data = read_json(path)
+        try:
+            require((data["format"], data["version"]) == (FORMAT, VERSION), f"{FORMAT} of version {VERSION} is needed")
+            parts = data["parts"]
+            return cls(shape=ViTShape(**data["shape"]), conditions=dict(data["conditions"]), scale=float(data["scale"]),
+                       axes={p: tuple(np.array(a, dtype=np.int64) for a in v["axes"]) for p, v in parts.items()},
+                       ms={p: np.array(v["ms"], dtype=np.float64) for p, v in parts.items()})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path}: is no table of latencies ({error})") from None
