@@ -123,7 +123,7 @@ def random_plan():
         others = [shape.num_patches]        # that enter the next block, prefix tokens not counted
 
         def random_selection() -> Select:
-            kept = chance.randint(max(1, others[0] // 2), others[0] - 2)
+            kept = chance.randint(min(2 * others[0] // 3, others[0] - 2), others[0] - 2)
             others[0] = kept + 1            # and the mean of the rest
             return Select(kept=kept, ranked_by=chance.choice(["kept", "all"]))
         make_rule = {"m": lambda: random_rule(shape.num_patches, chance), "-": lambda: None,

@@ -231,7 +231,7 @@ def test_a_plan_of_the_space_is_found_again(shape, tokens, max_ratio):
         same_counts(space.counts(found), 0, slow_counts(shape, tokens, policy), [name for name in FIELDS if name != "ranking"])
 
 
-@pytest.mark.xfail(strict=True, reason="Select that keeps all tokens but one has the counts, and so the key, of no Select; its cost is higher")
+@pytest.mark.xfail(strict=True, reason="Select of all tokens but one has the key of no Select, and a higher cost")
 def test_policies_of_the_same_key_are_the_same_plan_and_cost():
     space = SearchSpace(shape=SHAPES["five blocks"], units=())
     nothing, one_out = [0.0], [0.5 / 144]                                   # 143 of 144 tokens and the mean of the other one
@@ -392,7 +392,7 @@ def test_scores_are_not_needed_for_what_is_not_searched():
     assert [len(block.heads) for block in plan.blocks] == [1] * 5
 
 
-@pytest.mark.xfail(strict=True, raises=(TypeError, pytest.fail.Exception), reason="only refused when a plan is made, or a TypeError, or not at all")
+@pytest.mark.xfail(strict=True, raises=(TypeError, pytest.fail.Exception), reason="refused late, by a TypeError, or never")
 @pytest.mark.parametrize("tokens, prefix, settings", [
     ("select", 1, {"ranked_by": "some"}), ("merge", 1, {"boundary": "circle"}), ("merge", 1, {"weights": "none"}),
     ("select", 1, {"shape": None}), ("select_per_stage", 1, {"per_stage": False}), ("select", 0, {})])
