@@ -4,7 +4,8 @@
     python benchmarks/joint.py --data CIFAR10 --run RUN
 
 Every plan is found by the same search (60 evaluations on 1,000 images of train, the distance to the dense model's output),
-fine-tuned by recipe cifar10_pm, two epochs of 25,000 images, and measured on the test split. Rows go to benchmarks/results/joint.jsonl. A killed run goes on.
+fine-tuned by recipe cifar10_pm, two epochs of 25,000 images, and measured on the test split. Rows go to
+benchmarks/results/joint.jsonl. A killed run goes on.
 """
 import argparse
 from pathlib import Path

@@ -8,16 +8,21 @@ from vitlab.files import InputError
 
 TOLERANCE = 0.02                                # published
 BISECTIONS = 40
+FINENESS = {"heads": 0, "tokens": 1, "neurons": 2}      # by how little one unit costs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Policies (P, D) whose cost lies in [limit * (1 - tolerance), limit]; cost falls, or stays, as ratios grow."""
+    """Policies (P, D) whose cost lies in [limit * (1 - tolerance), limit].
+
+    Cost should fall, or stay, as ratios grow; merging the very first patches may add more in matrices than it saves.
+    """
 
     limit: float                                # in the unit of `cost`
     cost: Callable[[np.ndarray], np.ndarray]    # policies (P, D) -> (P)
     max_ratio: float                            # of the space
     size: int                                   # D
+    groups: tuple[str, ...] = ()                # of each dimension; empty where all are alike
     unit: str = "gmacs"                         # "gmacs" or "latency_ms", for people
     tolerance: float = TOLERANCE
 
@@ -42,21 +47,41 @@ class Budget:
         scaled = np.minimum(policies / np.maximum(1 - t, 1e-12), self.max_ratio)
         return np.select([t < 0, t < 1], [policies * (1 + t), scaled], most + (t - 1) * (self.max_ratio - most))
 
+    def _fitting(self, move: Callable[[np.ndarray], np.ndarray], low: float, high: float, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(the smallest t (P) with a cost within the limit, the largest without), by bisection of move(t), to BISECTIONS bits."""
+        below, above = np.full(count, high), np.full(count, low)
+        for _ in range(BISECTIONS):
+            middle = (below + above) / 2
+            fits = self.cost(move(middle)) <= self.limit
+            below, above = np.where(fits, middle, below), np.where(fits, above, middle)
+        return below, above
+
+    def _give_back(self, policies: np.ndarray, dimensions: np.ndarray) -> np.ndarray:
+        """Scale down what the policies (P, D) cut in some dimensions (D, bool) as far as the limit allows."""
+        def move(t: np.ndarray) -> np.ndarray:
+            return np.where(dimensions, policies * t[:, None], policies)
+        return move(self._fitting(move, 0.0, 1.0, len(policies))[0])
+
     def project(self, policies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(policies (P, D) of the same make that meet the budget, whether each does (P)).
 
-        Bisection along the path. Where several counts fall at once, so that the last step is too long, its dimensions are
-        taken one by one; a policy may still fail where a single unit is more than the tolerance.
+        Bisection along the path. Where several counts fall at once the last step is too long: its dimensions are taken one by
+        one, and what is left of the budget is given back by the groups in turn, the finest first. A policy may still fail
+        where a single unit is more than the tolerance.
         """
-        below, above = np.full(len(policies), 2.0), np.full(len(policies), -1.0)
-        for _ in range(BISECTIONS):
-            middle = (below + above) / 2
-            fits = self.cost(self._along(policies, middle)) <= self.limit
-            below, above = np.where(fits, middle, below), np.where(fits, above, middle)
+        count = len(policies)
+        below, above = self._fitting(lambda t: self._along(policies, t), -1.0, 2.0, count)
         less, more = self._along(policies, below), self._along(policies, above)     # costs at most the limit, and above it
+        order = np.argsort([FINENESS.get(group, 0) for group in self.groups or [""] * self.size], kind="stable")
+        rank = np.empty(self.size, dtype=int)
+        rank[order] = np.arange(self.size)
         steps = np.arange(self.size + 1)[:, None, None]
-        mixed = np.where(np.arange(self.size) < steps, more, less)                  # (D + 1, P, D): the first dimensions given back
+        mixed = np.where(rank < steps, more, less)                              # (D + 1, P, D): the coarsest given back first
         cost = self.cost(mixed.reshape(-1, self.size)).reshape(self.size + 1, -1)   # grows with each one
-        best = (cost <= self.limit).sum(axis=0) - 1
-        projected = mixed[best, np.arange(len(policies))]
+        best = np.maximum(np.cumprod(cost <= self.limit, axis=0).sum(axis=0) - 1, 0)
+        projected = mixed[best, np.arange(count)]
+        for group in sorted(set(self.groups), key=lambda name: -FINENESS.get(name, 0)):
+            short = self.cost(projected) < self.limit * (1 - self.tolerance)
+            if short.any():
+                projected[short] = self._give_back(projected[short], np.array(self.groups) == group)
         return projected, self.meets(projected)

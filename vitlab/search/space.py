@@ -19,7 +19,7 @@ from vitlab.shape import ViTShape
 
 UNITS = ("neurons", "heads")
 MAX_RATIO = 0.5                                 # published
-GRID = 4001                                     # values of a token ratio that are tried to find the one behind a plan
+TOKEN_COUNTS = ("attended", "in_mlp", "carried", "merged")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +123,13 @@ class SearchSpace:
         blocks = tuple(BlockPlan(heads=h, neurons=m, tokens=t) for h, m, t in zip(kept["heads"], kept["neurons"], rules))
         return CompressionPlan(shape=self.shape, blocks=blocks, made_by=made_by or {})
 
+    def _token_ratios(self) -> np.ndarray:
+        """A ratio for every result that int(n * (1 - ratio)) can have for any n up to the number of tokens, ascending."""
+        n = np.arange(1, self.shape.num_tokens + 1)
+        steps = 1 - np.arange(self.shape.num_tokens + 1)[:, None] / n          # where the count of n becomes k
+        steps = np.unique(np.append(steps[(steps >= 0) & (steps <= self.max_ratio)], [0, self.max_ratio]))
+        return np.concatenate([[0.0], (steps[1:] + steps[:-1]) / 2, [self.max_ratio]])
+
     def policy(self, plan: CompressionPlan) -> np.ndarray:
         """A policy (D) with the counts of the plan. Raises InputError where this space has none."""
         plan.check_fits(self.shape)
@@ -131,16 +138,16 @@ class SearchSpace:
             total = self.shape.num_neurons if unit == "neurons" else self.shape.num_heads
             start = self.units.index(unit) * self.shape.depth
             found[start:start + self.shape.depth] = np.clip(1 - (getattr(wanted, unit) + 0.5) / total, 0, self.max_ratio)
-        # Token ratios one after the other, each the middle of those with which most blocks, from the first, agree.
+        # Token ratios one after the other: the first of those with which most blocks, from the first on, agree.
+        ratios = self._token_ratios()
         for d in range(self.size - len(self._tokens.names), self.size):
-            tried = np.repeat(found[None], GRID, axis=0)
-            tried[:, d] = np.linspace(0, self.max_ratio, GRID)
-            c = self.counts(tried)
-            same = (c.attended == wanted.attended) & (c.in_mlp == wanted.in_mlp) & (c.carried == wanted.carried)
-            far = np.cumprod(same, axis=1).sum(axis=1) * self.shape.depth + same.sum(axis=1)
-            found[d] = np.median(tried[far == far.max(), d])
+            tried = np.repeat(found[None], len(ratios), axis=0)
+            tried[:, d] = ratios
+            given = self.counts(tried)
+            same = np.all([getattr(given, name) == getattr(wanted, name) for name in TOKEN_COUNTS], axis=0)
+            found[d] = ratios[np.argmax(np.cumprod(same, axis=1).sum(axis=1) * (self.shape.depth + 1) + same.sum(axis=1))]
         given = self.counts(found)
-        for name in ("heads", "neurons", "attended", "in_mlp", "carried"):
+        for name in ("heads", "neurons", *TOKEN_COUNTS, "ranking"):
             wrong = np.argwhere(getattr(given, name)[0] != getattr(wanted, name))
             if len(wrong):
                 block = int(wrong[0, 0])

@@ -13,7 +13,6 @@ from vitlab.rules import Select, TokenRule
 from vitlab.shape import ViTShape
 
 STAGES = 4                                      # blocks are grouped into as many stages where a ratio is per stage
-COUNTS = ("attended", "in_mlp", "carried", "merged", "ranks")
 
 
 def select_blocks(depth: int) -> tuple[int, ...]:
@@ -54,6 +53,11 @@ class SelectTokens:
     shape: ViTShape
     per_stage: bool = False
     ranked_by: str = "kept"
+
+    def __post_init__(self) -> None:
+        Select(kept=1, ranked_by=self.ranked_by)                                # refuses what no plan can have
+        if not self.shape.num_prefix_tokens:
+            raise InputError("tokens are selected by the class token's attention; the model has no class token")
 
     @property
     def names(self) -> list[str]:
@@ -105,6 +109,9 @@ class MergeTokens:
     def __post_init__(self) -> None:
         if not 0 <= self.prune_rate < 1:
             raise InputError(f"prune_rate is {self.prune_rate}; it must lie in [0, 1)")
+        for name, known in (("boundary", tokens.BOUNDARIES), ("weights", tokens.WEIGHTINGS)):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} {getattr(self, name)!r} is not known; known are {sorted(known)}")
 
     def _dimension(self) -> np.ndarray:
         """Which ratio each block takes (L)."""
@@ -155,7 +162,8 @@ def token_dimensions(name: str, shape: ViTShape, **settings) -> NoTokens | Selec
     if name not in TOKEN_DIMENSIONS:
         raise InputError(f"tokens {name!r} is not known; known are {sorted(TOKEN_DIMENSIONS)}")
     kind, fixed = TOKEN_DIMENSIONS[name]
-    unknown = sorted(set(settings) - set(kind.__dataclass_fields__))
+    known = set(kind.__dataclass_fields__) - {"shape", "per_stage"}
+    unknown = sorted(set(settings) - known)
     if unknown:
-        raise InputError(f"tokens {name!r} takes no {unknown[0]}; it takes {sorted(set(kind.__dataclass_fields__) - {'shape', *fixed})}")
+        raise InputError(f"tokens {name!r} takes no {unknown[0]!r}; it takes {sorted(known) or 'no setting'}")
     return kind(shape=shape, **fixed, **settings)

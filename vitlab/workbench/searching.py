@@ -184,7 +184,7 @@ def search(source: Source, data: str | Path, out: str | Path, *, limit: float | 
     price = cost_function(space, cost, found.model, batch_size=batch_size, dtype=dtype, device=place, progress=progress)
     if limit is None:
         limit = macs_ratio * float(price(np.zeros((1, space.size)))[0])
-    budget = Budget(limit=limit, cost=price, max_ratio=space.max_ratio, size=space.size, unit=cost)
+    budget = Budget(limit=limit, cost=price, max_ratio=space.max_ratio, size=space.size, groups=tuple(space.groups), unit=cost)
     about = {"data": opened.name, "metric": metric, "images": images, "criterion": criterion, "score_images": score_images,
              "inputs": fingerprint([opened.files("train"), device], [found.model])}
     study = Study(out, space, budget, strategy=strategy, options=options, seed=seed, about=about)
