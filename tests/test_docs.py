@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 import vitlab
+from vitlab.options import build_parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,6 +21,13 @@ def test_the_tables_of_readme_and_docs_are_the_measured_ones():
     assert all(any(f"<!-- table: {name} -->" in page for page in pages) for name in tables.TABLES)
     for page in pages:
         assert tables.render(page) == page, "run: python benchmarks/tables.py"
+
+
+def test_the_commands_in_the_readme_are_ones_that_vitlab_takes():
+    commands = [line.split() for line in README.replace("\\\n", " ").splitlines() if line.startswith("vitlab ")]
+    assert {command[1] for command in commands} >= {"score", "prune", "search", "finetune", "evaluate", "throughput"}
+    for command in commands:
+        build_parser().parse_args(command[1:])                                  # exits where an option is not there
 
 
 def test_every_file_that_the_readme_names_is_there():

@@ -124,7 +124,8 @@ def _search(args: argparse.Namespace) -> None:
     limit = args.latency_ms if args.latency_ms is not None else args.gmacs
     study = searching.search(
         _source(args), args.data, args.out, limit=limit, macs_ratio=args.macs_ratio, cost=cost,
-        units=tuple(u for u in args.units.split(",") if u not in ("", "none")), tokens=args.tokens, strategy=args.strategy,
+        units=tuple(u for u in args.units.split(",") if u not in ("", "none")), tokens=args.tokens, max_ratio=args.max_ratio,
+        strategy=args.strategy,
         options=dataclasses.replace(options, **changes), metric=args.metric, criterion=args.criterion, images=args.images,
         batch_size=args.batch_size or 32, dtype=args.dtype or "float32",
         token_settings={"ranked_by": "all"} if args.published_count else None, **_data(args))

@@ -129,6 +129,8 @@ def build_parser() -> Parser:
     p.add_argument("--units", default="neurons,heads", metavar="LIST", help="neurons,heads or one of them or none (default: both)")
     p.add_argument("--tokens", default="select", metavar="NAME",
                    help="none, select, select_per_stage, merge or merge_per_stage (default: select)")
+    p.add_argument("--max-ratio", type=_number(float, 1e-3, 0.999, "a fraction from 0.001 to 0.999"), default=0.5, metavar="R",
+                   help="most that is cut of any dimension (default: 0.5, as published)")
     p.add_argument("--strategy", default="gp", metavar="NAME", help="gp, random or uniform (default: gp)")
     p.add_argument("--settings", default="default", metavar="NAME", help="default or published (default: default)")
     p.add_argument("--evaluations", type=count, metavar="N", help="policies measured in all (default: the settings')")

@@ -19,6 +19,7 @@ from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import Select
 from vitlab.search import Budget, SearchSpace, Study
 from vitlab.search.published import published_policy
+from vitlab.search.space import MAX_RATIO
 from vitlab.search.strategies import Settings
 from vitlab.shape import ViTShape
 from vitlab.training.capture import token_scores
@@ -165,20 +166,21 @@ def cost_function(space: SearchSpace, unit: str, model: nn.Module, *, batch_size
 
 def search(source: Source, data: str | Path, out: str | Path, *, limit: float | None = None, macs_ratio: float | None = None,
            cost: str = "gmacs", units: tuple[str, ...] = ("neurons", "heads"), tokens: str = "select",
-           token_settings: dict[str, Any] | None = None, strategy: str = "gp", options: Settings | None = None,
-           metric: str = "top1_pct", criterion: str = "hsic", images: int = 1000, score_images: int = 512, batch_size: int = 32,
+           token_settings: dict[str, Any] | None = None, max_ratio: float = MAX_RATIO, strategy: str = "gp",
+           options: Settings | None = None, metric: str = "top1_pct", criterion: str = "hsic", images: int = 1000, score_images: int = 512, batch_size: int = 32,
            dtype: str = "float32", seed: int = 0, device: str | None = None, class_map: str | Path | None = None,
            workers: int | None = None, progress: bool = True) -> Study:
     """Search a plan under a budget: `limit` in the unit `cost`, or macs_ratio of the dense model's; out/ becomes the study.
 
     Units are ranked by `criterion`, patches, where tokens merge, by gradient-weighted attention, both on score_images of
-    train; policies are measured on `images` others of it, and the best one's plan goes to out/plan.json. A killed search goes
-    on when called again. batch_size and dtype are those of a latency. Raises InputError for a budget that can't be met.
+    train; at most max_ratio of anything is cut. Policies are measured on `images` others of train, and the best one's plan goes
+    to out/plan.json. A killed search goes on when called again. batch_size and dtype are those of a latency. Raises InputError
+    for a budget that can't be met.
     """
     found, out = _open(source), Path(out)
     opened, place = open_matching(data, found, class_map), pick_device(device)
     shape = shape_of(found.model)
-    space = SearchSpace(shape=shape, units=tuple(units), tokens=tokens, settings=token_settings or {})
+    space = SearchSpace(shape=shape, units=tuple(units), tokens=tokens, settings=token_settings or {}, max_ratio=max_ratio)
     if (limit is None) == (macs_ratio is None):
         raise InputError("either a limit or a ratio of the dense model's cost is needed, not both")
     price = cost_function(space, cost, found.model, batch_size=batch_size, dtype=dtype, device=place, progress=progress)
