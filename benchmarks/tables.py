@@ -68,8 +68,30 @@ def mdc_table(rows: list[dict]) -> str:
                     f"{r['top1_pct']:.2f}", f"{r['top1_pct'] - dense:+.2f}"] for r in rows])
 
 
-TABLES: dict[str, Callable[[list[dict]], str]] = {"published_table": published_table, "published_form": published_table,
-                                                 "boundaries": boundaries, "cifar10": cifar10, "token_speed": token_speed}
+def joint(rows: list[dict]) -> str:
+    dense = rows[0]["top1_pct"]
+    return _table(["model", "top-1 %", "against dense", "GMACs", "parameters (M)", "throughput ratio"],
+                  [[r["model"], f"{r['top1_pct']:.2f}", f"{r['top1_pct'] - dense:+.2f}", f"{r['gmacs']:.4f}", f"{r['params_m']:.3f}",
+                    f"{r['ratio']:.2f}" if r["ratio"] else "-"] for r in rows])
+
+
+def latency(rows: list[dict]) -> str:
+    """The summary row: the error of the prediction over all plans."""
+    c = rows[-1]["conditions"]
+    return _table(["model and conditions", "median error %", "largest error %", "table measured in (s)"],
+                  [[f"{rows[-1]['model'].replace('_patch16_224', '')}, {c['dtype']}, batch {c['batch_size']}, {c['threads']} threads, "
+                    f"{c['device']}", f"{c['median_error_pct']:.1f}", f"{c['largest_error_pct']:.1f}", f"{c['table_s']:.0f}"]])
+
+
+def hsic_speed(rows: list[dict]) -> str:
+    return _table(["what", "seconds", "times the batched dependence", "of a forward"],
+                  [[r["model"].replace("deit_tiny_patch16_224 ", ""), f"{r['latency_ms'] / 1000:.2f}", f"{r['ratio']:.1f}",
+                    f"{r['conditions']['of_forward']:.2f}"] for r in rows])
+
+
+TABLES: dict[str, Callable[[list[dict]], str]] = {
+    "published_table": published_table, "published_form": published_table, "boundaries": boundaries, "cifar10": cifar10,
+    "token_speed": token_speed, "mdc_table": mdc_table, "joint": joint, "latency": latency, "hsic_speed": hsic_speed}
 
 
 def render(text: str) -> str:

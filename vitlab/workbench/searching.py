@@ -167,9 +167,9 @@ def cost_function(space: SearchSpace, unit: str, model: nn.Module, *, batch_size
 def search(source: Source, data: str | Path, out: str | Path, *, limit: float | None = None, macs_ratio: float | None = None,
            cost: str = "gmacs", units: tuple[str, ...] = ("neurons", "heads"), tokens: str = "select",
            token_settings: dict[str, Any] | None = None, max_ratio: float = MAX_RATIO, strategy: str = "gp",
-           options: Settings | None = None, metric: str = "top1_pct", criterion: str = "hsic", images: int = 1000, score_images: int = 512, batch_size: int = 32,
-           dtype: str = "float32", seed: int = 0, device: str | None = None, class_map: str | Path | None = None,
-           workers: int | None = None, progress: bool = True) -> Study:
+           options: Settings | None = None, metric: str = "top1_pct", criterion: str = "hsic", images: int = 1000,
+           score_images: int = 512, batch_size: int = 32, dtype: str = "float32", seed: int = 0, device: str | None = None,
+           class_map: str | Path | None = None, workers: int | None = None, progress: bool = True) -> Study:
     """Search a plan under a budget: `limit` in the unit `cost`, or macs_ratio of the dense model's; out/ becomes the study.
 
     Units are ranked by `criterion`, patches, where tokens merge, by gradient-weighted attention, both on score_images of
