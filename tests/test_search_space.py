@@ -18,7 +18,6 @@ from vitlab.shape import ViTShape
 
 MODES = ("none", "select", "select_per_stage", "merge", "merge_per_stage")
 FIELDS = [field.name for field in dataclasses.fields(Counts)]
-EITHER = -1             # one token "selected out" is replaced by the mean of itself: whether that is called a selection is open
 
 
 def shape_with(depth: int, heads: int, neurons: int, grid: tuple[int, int], prefix: int = 1) -> ViTShape:
@@ -63,10 +62,9 @@ def slow_counts(shape: ViTShape, tokens: str, policy: list[float], ranked_by: st
         if tokens.startswith("select") and block in quarters:
             ratio = token_ratios[quarters.index(block) if tokens == "select_per_stage" else 0]
             kept = max(int(entering * (1 - ratio)), prefix + 1)             # B3: K = int(N_now (1 - rho)), prefix tokens among them
-            if kept < entering:
-                rank = heads if ranked_by == "kept" else shape.num_heads
-                found |= {"in_mlp": kept + 1, "ranking": rank if kept + 1 < entering else EITHER}
+            if kept + 1 < entering:                                         # the mean of a single token is that token: nothing is cut
                 entering = kept + 1                                         # and the mean of the rest
+                found |= {"in_mlp": entering, "ranking": heads if ranked_by == "kept" else shape.num_heads}
         if tokens.startswith("merge"):
             ratio = token_ratios[block * min(4, depth) // depth if tokens == "merge_per_stage" else block]
             centers = max(int(n * (1 - ratio)), 1)
@@ -76,10 +74,10 @@ def slow_counts(shape: ViTShape, tokens: str, policy: list[float], ranked_by: st
     return blocks
 
 
-def same_counts(given: Counts, row: int, wanted: list[dict], names: list[str] = FIELDS) -> None:
-    for name in names:
+def same_counts(given: Counts, row: int, wanted: list[dict]) -> None:
+    for name in FIELDS:
         for block, (value, want) in enumerate(zip(getattr(given, name)[row].tolist(), (block[name] for block in wanted), strict=True)):
-            assert want == EITHER or value == want, (name, block)
+            assert value == want, (name, block)
 
 
 @pytest.mark.parametrize("tokens", MODES)
@@ -228,10 +226,9 @@ def test_a_plan_of_the_space_is_found_again(shape, tokens, max_ratio):
         plan = space.plan(policy, **scores_for(shape, seed))
         found = space.policy(plan)
         assert found.shape == (space.size,) and (found >= 0).all() and (found <= max_ratio).all()
-        same_counts(space.counts(found), 0, slow_counts(shape, tokens, policy), [name for name in FIELDS if name != "ranking"])
+        same_counts(space.counts(found), 0, slow_counts(shape, tokens, policy))
 
 
-@pytest.mark.xfail(strict=True, reason="Select of all tokens but one has the key of no Select, and a higher cost")
 def test_policies_of_the_same_key_are_the_same_plan_and_cost():
     space = SearchSpace(shape=SHAPES["five blocks"], units=())
     nothing, one_out = [0.0], [0.5 / 144]                                   # 143 of 144 tokens and the mean of the other one
@@ -240,7 +237,6 @@ def test_policies_of_the_same_key_are_the_same_plan_and_cost():
     assert same == (gmacs(space.plan(nothing)) == gmacs(space.plan(one_out)))
 
 
-@pytest.mark.xfail(strict=True, reason="policy() takes the middle of the ratios with these counts, where all tokens but one are selected")
 @pytest.mark.parametrize("tokens", ["select", "select_per_stage"])
 def test_the_policy_of_the_empty_plan_cuts_nothing(tokens):
     shape = SHAPES["five blocks"]
@@ -248,7 +244,6 @@ def test_the_policy_of_the_empty_plan_cuts_nothing(tokens):
     assert space.plan(space.policy(CompressionPlan.empty(shape)), **scores_for(shape)) == CompressionPlan.empty(shape)
 
 
-@pytest.mark.xfail(strict=True, reason="a grid of 4001 ratios misses intervals narrower than 1.25e-4: 3 of DeiT-Ti's 227 selections")
 def test_a_plan_that_few_ratios_give_is_found_again():
     space = SearchSpace(shape=shape_with(12, 3, 5, (14, 14)), units=())
     # 197, then 196 once: 1 / 197 <= rho < 1 - 195 / 196 = 1 / 196 cuts in block 3 alone, 2.6e-5 wide.
@@ -344,8 +339,8 @@ def test_who_made_a_plan_is_kept():
 @pytest.mark.parametrize("make, message", [
     (lambda s: SearchSpace(shape=s, units=("heads", "layers")), "units 'layers' .*neurons"),
     (lambda s: SearchSpace(shape=s, tokens="mergee"), "tokens 'mergee' .*merge_per_stage"),
-    (lambda s: SearchSpace(shape=s, settings={"prune_rate": 0.1}), "'select' takes no prune_rate; it takes .'per_stage', 'ranked_by'."),
-    (lambda s: SearchSpace(shape=s, tokens="none", settings={"x": 1}), "'none' takes no x"),
+    (lambda s: SearchSpace(shape=s, settings={"prune_rate": 0.1}), "'select' takes no 'prune_rate'; it takes .*'ranked_by'"),
+    (lambda s: SearchSpace(shape=s, tokens="none", settings={"x": 1}), "'none' takes no 'x'"),
     (lambda s: SearchSpace(shape=s, tokens="merge", settings={"prune_rate": 1.0}), "prune_rate is 1.0"),
     (lambda s: SearchSpace(shape=s, tokens="merge", settings={"prune_rate": float("nan")}), "prune_rate is nan"),
     (lambda s: SearchSpace(shape=s, max_ratio=1.0), "max_ratio is 1.0; .*0, 1"),
@@ -392,17 +387,16 @@ def test_scores_are_not_needed_for_what_is_not_searched():
     assert [len(block.heads) for block in plan.blocks] == [1] * 5
 
 
-@pytest.mark.xfail(strict=True, raises=(TypeError, pytest.fail.Exception), reason="refused late, by a TypeError, or never")
 @pytest.mark.parametrize("tokens, prefix, settings", [
     ("select", 1, {"ranked_by": "some"}), ("merge", 1, {"boundary": "circle"}), ("merge", 1, {"weights": "none"}),
-    ("select", 1, {"shape": None}), ("select_per_stage", 1, {"per_stage": False}), ("select", 0, {})])
+    ("select", 1, {"shape": None}),
+    ("select_per_stage", 1, {"per_stage": False}), ("select", 0, {})])
 def test_settings_that_no_plan_can_have_are_refused_with_the_space(tokens, prefix, settings):
     shape = dataclasses.replace(SHAPES["five blocks"], num_prefix_tokens=prefix, pool="avg")
     with pytest.raises(InputError):
         SearchSpace(shape=shape, tokens=tokens, settings=settings)
 
 
-@pytest.mark.xfail(strict=True, reason="policy() compares neither `ranking` nor `merged`, so the cost of what it gives differs")
 @pytest.mark.parametrize("tokens, rule", [
     ("select", Select(kept=109, ranked_by="all")),
     ("merge", MergeReconstruct(regions=tuple(range(143)), weights=(0.5,) * 143))])

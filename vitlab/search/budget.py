@@ -62,12 +62,18 @@ class Budget:
             return np.where(dimensions, policies * t[:, None], policies)
         return move(self._fitting(move, 0.0, 1.0, len(policies))[0])
 
+    def _take(self, policies: np.ndarray, dimensions: np.ndarray) -> np.ndarray:
+        """Cut more in some dimensions (D, bool) of policies (P, D) that cost too much, as little as the limit asks for."""
+        def move(t: np.ndarray) -> np.ndarray:
+            return np.where(dimensions, policies + t[:, None] * (self.max_ratio - policies), policies)
+        return move(self._fitting(move, 0.0, 1.0, len(policies))[0])
+
     def project(self, policies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(policies (P, D) of the same make that meet the budget, whether each does (P)).
 
         Bisection along the path. Where several counts fall at once the last step is too long: its dimensions are taken one by
-        one, and what is left of the budget is given back by the groups in turn, the finest first. A policy may still fail
-        where a single unit is more than the tolerance.
+        one, and what is left of the budget is given back by the groups in turn, the finest first; where nothing finer is cut,
+        the step is not made, and the finest groups are cut instead. A policy may still fail where nothing finer is searched.
         """
         count = len(policies)
         below, above = self._fitting(lambda t: self._along(policies, t), -1.0, 2.0, count)
@@ -81,7 +87,8 @@ class Budget:
         best = np.maximum(np.cumprod(cost <= self.limit, axis=0).sum(axis=0) - 1, 0)
         projected = mixed[best, np.arange(count)]
         for group in sorted(set(self.groups), key=lambda name: -FINENESS.get(name, 0)):
-            short = self.cost(projected) < self.limit * (1 - self.tolerance)
-            if short.any():
-                projected[short] = self._give_back(projected[short], np.array(self.groups) == group)
+            for start, move in ((projected, self._give_back), (more, self._take)):
+                short = ~self.meets(projected)
+                moved = move(start[short], np.array(self.groups) == group)
+                projected[short] = np.where(self.meets(moved)[:, None] | (start is projected), moved, projected[short])
         return projected, self.meets(projected)

@@ -6,7 +6,7 @@ import numpy as np
 from vitlab.search.budget import Budget
 from vitlab.search.space import SearchSpace
 
-ATTEMPTS = 50                                   # rounds of drawing before a space counts as having no feasible policy
+ATTEMPTS = 10                                   # rounds of drawing before a space counts as having no feasible policy
 STEP_SIZES = (0.02, 0.5)                        # of a local step, fractions of max_ratio
 MOVED = 6                                       # dimensions that a local step moves on average
 EXTREME = 0.15                                  # chance that a moved ratio goes to 0 or to its most instead
@@ -73,7 +73,7 @@ def varied_policies(problem: Problem, count: int, rng: np.random.Generator) -> n
             noise = rng.uniform(0.5, 1.5, (n, mine.sum())) ** rng.integers(0, 3, (n, 1))
             policies[:, mine] = share[:, [g]] * trend * noise
         return np.clip(policies * space.max_ratio, 0, space.max_ratio)
-    uniform = uniform_policies(problem, min(count, len(names) + 1), rng)
+    uniform = uniform_policies(problem, min(max(1, count // 2), len(names) + 1), rng)
     return np.concatenate([uniform, _until(problem, max(count - len(uniform), 0), draw)])
 
 

@@ -39,7 +39,7 @@ class SearchSpace:
         if not 0 < self.max_ratio < 1:
             raise InputError(f"max_ratio is {self.max_ratio}; it must lie in (0, 1)")
         object.__setattr__(self, "units", tuple(u for u in UNITS if u in self.units))
-        object.__setattr__(self, "_tokens", token_dimensions(self.tokens, self.shape, **self.settings))
+        object.__setattr__(self, "_tokens", token_dimensions(self.tokens, self.shape, self.settings))
         if not self.names:
             raise InputError("nothing is searched: neither heads nor neurons nor tokens")
 
@@ -60,7 +60,7 @@ class SearchSpace:
     def check(self, policies: np.ndarray) -> np.ndarray:
         """Policies as a float array (P, D). Raises InputError naming the dimension that is out of the box."""
         policies = np.atleast_2d(np.asarray(policies, dtype=np.float64))
-        if policies.shape[-1] != self.size:
+        if policies.ndim > 2 or policies.shape[-1] != self.size:
             raise InputError(f"a policy of {policies.shape[-1]} numbers; this space has {self.size} dimensions")
         wrong = np.argwhere(~((policies >= 0) & (policies <= self.max_ratio)))
         if len(wrong):
@@ -108,6 +108,8 @@ class SearchSpace:
         """The plan of one policy: of heads (L, H) and neurons (L, M) those with the highest scores stay; raw token scores
         (L, n) where tokens are merged. Raises InputError where scores are missing or of another size."""
         policy = self.check(np.asarray(policy))
+        if len(policy) != 1:
+            raise InputError(f"a plan is of one policy; {len(policy)} were given")
         counts, kept = self._unit_counts(policy), {}
         for unit, scores in (("heads", heads), ("neurons", neurons)):
             total = self.shape.num_neurons if unit == "neurons" else self.shape.num_heads
@@ -117,6 +119,8 @@ class SearchSpace:
             if scores is None or tuple(scores.shape) != (self.shape.depth, total):
                 raise InputError(f"{unit} are cut by their scores: {self.shape.depth} blocks of {total} are needed, not "
                                  f"{None if scores is None else tuple(scores.shape)}")
+            if not scores.isfinite().all():
+                raise InputError(f"scores of {unit} are not finite in block {int((~scores.isfinite()).any(dim=1).nonzero()[0])}")
             order = scores.argsort(dim=1, descending=True, stable=True).tolist()
             kept[unit] = [None if k == total else tuple(sorted(best[:k])) for best, k in zip(order, counts[unit][0].tolist())]
         rules = self._tokens.rules(policy[0, self.size - len(self._tokens.names):], tokens)

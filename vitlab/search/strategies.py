@@ -9,7 +9,7 @@ from vitlab.search.sampling import Problem, neighbours, random_policies, uniform
 from vitlab.search.surrogate import Surrogate
 
 INITIAL = {"varied": varied_policies, "random": random_policies}
-BLOCKS = 200                                    # of `population` policies, drawn until enough are new
+BLOCKS = 20                                     # of `population` policies, drawn until enough are new
 LEADERS = 5                                     # best policies so far that candidates are drawn around
 
 
@@ -33,6 +33,8 @@ class Settings:
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise InputError(f"{name} is {getattr(self, name)}; at least {low} is needed")
+        if self.noise is not None and not self.noise > 0:
+            raise InputError(f"noise is {self.noise}; a positive variance, or None to fit it, is needed")
 
 
 SETTINGS = {"default": Settings(),
@@ -80,7 +82,7 @@ def _gaussian_process(problem: Problem, policies: np.ndarray, values: np.ndarray
         half = options.candidates // 2
         pool = _fresh(problem, np.concatenate([INITIAL[options.initial](problem, half, rng),
                                                neighbours(problem, leaders, half, rng)]), seen)
-        for _ in range(options.refinements):
+        for _ in range(options.refinements if len(pool) else 0):
             top = pool[np.argsort(-acquisition(pool))[:LEADERS]]
             pool = _fresh(problem, np.concatenate([top, neighbours(problem, top, half // 2, rng)]), seen)
         if not len(pool):
@@ -103,18 +105,19 @@ def propose(strategy: str, problem: Problem, policies: np.ndarray, values: np.nd
     """
     if strategy not in STRATEGIES:
         raise InputError(f"strategy {strategy!r} is not known; known are {sorted(STRATEGIES)}")
-    done = len(policies)
-    proposals: list[Proposal] = []
+    done, proposals = len(policies), []
+    draw, by = (INITIAL[options.initial], "population") if strategy == "gp" else (STRATEGIES[strategy], strategy)
     if strategy == "gp" and done >= options.population:
         proposals = _gaussian_process(problem, policies, values, options, count, np.random.default_rng([1, seed, done]))
-    draw, by = (INITIAL[options.initial], "population") if strategy == "gp" else (STRATEGIES[strategy], strategy)
-    seen = set(problem.space.keys(policies)) if done else set()
-    for block in range(BLOCKS):                     # the same blocks every time, whatever was measured of them already
+    first, seen = done // options.population, set(problem.space.keys(policies)) if done else set()
+    for block in range(first, first + BLOCKS):          # the same blocks every time, whatever was measured of them already
         if len(proposals) == count:
             break
         drawn = draw(problem, options.population, np.random.default_rng([0, seed, block]))
         fresh = _fresh(problem, drawn, seen | {problem.space.keys(p.policy)[0] for p in proposals})
         proposals += [Proposal(policy=policy, by=by, expected={}) for policy in fresh[:count - len(proposals)]]
+    if strategy == "gp" and not proposals and 2 <= done < options.population:           # the population can't be filled
+        proposals = _gaussian_process(problem, policies, values, options, count, np.random.default_rng([1, seed, done]))
     return proposals
 
 

@@ -43,8 +43,9 @@ def _evaluation(record: Any, index: int) -> Evaluation:
     return found
 
 
-def read_journal(folder: str | Path) -> list[Evaluation]:
-    """The evaluations of a study. A last line that a kill cut short is dropped, from the file too, with a warning.
+def read_journal(folder: str | Path, *, repair: bool = False) -> list[Evaluation]:
+    """The evaluations of a study. A last line that a kill cut short is dropped with a warning; with repair, for the one who
+    writes on, from the file too.
 
     Raises InputError naming the line where any other is damaged.
     """
@@ -59,7 +60,8 @@ def read_journal(folder: str | Path) -> list[Evaluation]:
                 raise InputError(f"{path}: line {number + 1} is damaged ({error}); without it and those after it the search goes on"
                                  ) from None
             warnings.warn(f"{path}: the last line was cut short and is measured again", stacklevel=2)
-            atomic_write(path, "".join(kept + "\n" for kept in lines[:-1]))
+            if repair:
+                atomic_write(path, "".join(kept + "\n" for kept in lines[:-1]))
     return evaluations
 
 
@@ -76,14 +78,16 @@ class Study:
         """about: what the objective measures, stored and compared when the study is opened again."""
         if strategy not in STRATEGIES:
             raise InputError(f"strategy {strategy!r} is not known; known are {sorted(STRATEGIES)}")
+        if seed < 0:
+            raise InputError(f"seed is {seed}; at least 0 is needed")
         self.folder, self.space, self.budget, self.strategy, self.seed = Path(folder), space, budget, strategy, seed
         self.options = options or Settings()
         info = {"format": FORMAT, "version": VERSION, "strategy": strategy, "seed": seed,
                 "budget": {"limit": budget.limit, "unit": budget.unit, "tolerance": budget.tolerance},
                 "space": dataclasses.asdict(space), "settings": dataclasses.asdict(self.options), "about": about or {}}
-        self.info = json.loads(json.dumps(info))
+        self.info = json.loads(json.dumps(info, default=str))
         self._check_same()
-        self.evaluations = read_journal(self.folder)
+        self.evaluations = read_journal(self.folder, repair=True)
         wrong = [e for e in self.evaluations if len(e.policy) != space.size]
         if wrong:
             raise InputError(f"{self.folder / JOURNAL}: line {wrong[0].index + 1} has {len(wrong[0].policy)} dimensions, "
@@ -96,7 +100,7 @@ class Study:
             differ = sorted(k for k in self.info if not isinstance(known, dict) or self._comparable(known).get(k) !=
                             self._comparable(self.info)[k])
             if differ:
-                raise InputError(f"{path}: another study (other {', '.join(differ)}); choose another folder or remove it")
+                raise InputError(f"{path}: another study (other {', '.join(differ)}); choose another folder, or remove {self.folder}")
         atomic_write(path, json.dumps(self.info, indent=2) + "\n")
 
     @staticmethod
@@ -149,7 +153,7 @@ class Study:
         return found
 
     def _nothing_left(self) -> None:
-        why = (f"no other policy lies within {self.budget.tolerance:.1%} below {self.budget.limit:.6g} {self.budget.unit}; a larger "
+        why = (f"no other policy was found within {self.budget.tolerance:.1%} below {self.budget.limit:.6g} {self.budget.unit}; a larger "
                "tolerance, or more dimensions, would give more")
         if not self.evaluations:
             raise InputError(why)

@@ -39,4 +39,4 @@ class Surrogate:
     def length_scales(self) -> np.ndarray:
         """(D), in boxes: a short one means that the dimension matters."""
         kernel = self.process.kernel_.k1 if self.fits_noise else self.process.kernel_
-        return np.asarray(kernel.k2.length_scale)
+        return np.atleast_1d(kernel.k2.length_scale)

@@ -3,6 +3,7 @@
 A ratio is the fraction cut, as for heads and neurons; 0 changes nothing. P policies, T ratios, L blocks, n patches.
 """
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor, zeros
@@ -157,7 +158,7 @@ TOKEN_DIMENSIONS = {"none": (NoTokens, {}), "select": (SelectTokens, {}), "selec
                     "merge": (MergeTokens, {}), "merge_per_stage": (MergeTokens, {"per_stage": True})}
 
 
-def token_dimensions(name: str, shape: ViTShape, **settings) -> NoTokens | SelectTokens | MergeTokens:
+def token_dimensions(name: str, shape: ViTShape, settings: dict[str, Any]) -> NoTokens | SelectTokens | MergeTokens:
     """By name, with the class's own settings. Raises InputError for an unknown one."""
     if name not in TOKEN_DIMENSIONS:
         raise InputError(f"tokens {name!r} is not known; known are {sorted(TOKEN_DIMENSIONS)}")

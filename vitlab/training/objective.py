@@ -24,16 +24,17 @@ class PlanObjective:
 
     def __init__(self, dense: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, metric: str = "top1_pct",
                  device: str | torch.device = "cpu", amp: bool | None = False) -> None:
-        """Raises InputError for an unknown metric, a compressed model, or no image."""
+        """Raises InputError for an unknown metric, a compressed model, one without a classifier, or no image."""
         if metric not in METRICS:
             raise InputError(f"metric {metric!r} is not known; known are {list(METRICS)}")
-        shape_of(dense)
+        if shape_of(dense).num_classes == 0:
+            raise InputError("a search measures a classifier; the model has num_classes=0")
         self.device, self.metric, self.amp = torch.device(device), metric, amp
         self.dense = copy.deepcopy(dense).to(self.device).eval()
         self.batches = [(images.to(self.device), targets.to(self.device)) for images, targets in batches]
-        if not self.batches:
-            raise InputError("there is no image to search on")
         self.images = sum(len(targets) for _, targets in self.batches)
+        if not self.images:
+            raise InputError("there is no image to search on")
         self.expected = [self._log_probabilities(self.dense, images) for images, _ in self.batches]
 
     @torch.inference_mode()

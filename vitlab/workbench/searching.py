@@ -28,7 +28,7 @@ from vitlab.training.latency import latency_table
 from vitlab.training.loop import fingerprint
 from vitlab.training.objective import PlanObjective
 from vitlab.training.units import unit_scores
-from vitlab.workbench.steps import apply_plan, open_matching, open_model, pick_device, read_scores
+from vitlab.workbench.steps import apply_plan, need_dense, open_matching, open_model, pick_device, read_scores
 
 UNIT_SCORES, TOKEN_SCORES, PLAN, SENSITIVITY = "unit_scores.safetensors", "token_scores.safetensors", "plan.json", "sensitivity.jsonl"
 WIDE = 192                                  # models at least this wide gain by bf16 where the hardware has it; narrower ones lose
@@ -37,7 +37,7 @@ Source = str | Path | Checkpoint
 
 
 def _open(source: Source) -> Checkpoint:
-    return source if isinstance(source, Checkpoint) else open_model(source)
+    return need_dense(source if isinstance(source, Checkpoint) else open_model(source))
 
 
 def score_units(source: Source, data: str | Path, out: str | Path, *, criterion: str = "hsic", images: int = 512, batch_size: int = 64,

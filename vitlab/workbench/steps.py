@@ -16,7 +16,7 @@ from vitlab.data import ImageData, open_data
 from vitlab.files import InputError, atomic_write
 from vitlab.models import compress, deploy, shape_of
 from vitlab.models.create import create_model, first_line, read_file
-from vitlab.plan import CompressionPlan
+from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.results import ResultRow, append_row
 from vitlab.training import checkpoint
 from vitlab.training import evaluate as evaluation
@@ -154,9 +154,16 @@ def prune(source: str | Path | Checkpoint, scores: str | Path | None, out: str |
     return apply_plan(found, made, out, made_by)
 
 
+def need_dense(found: Checkpoint) -> Checkpoint:
+    """The checkpoint itself. Raises InputError where something of its model was cut already."""
+    if any(block != BlockPlan() for block in found.plan.blocks):
+        raise InputError("the model is already compressed; the dense one is needed here")
+    return found
+
+
 def apply_plan(found: Checkpoint, plan: CompressionPlan, out: str | Path, made_by: dict[str, Any] | None = None) -> Checkpoint:
     """Compress a dense model by a plan; writes and returns the checkpoint in `out`."""
-    small, info = compress(found.model, plan), {"step": "prune", **(made_by or {}), **plan.made_by}
+    small, info = compress(need_dense(found).model, plan), {"step": "prune", **(made_by or {}), **plan.made_by}
     checkpoint.save(Path(out) / checkpoint.FOLDER, small, plan, classes=found.info.get("classes"), made_by=info)
     return checkpoint.load(out)
 
@@ -181,6 +188,7 @@ def finetune(source: str | Path | Checkpoint, teacher: str | Path | Checkpoint |
     opened = open_matching(data, found, class_map)
     final, model, log = found.plan, found.model, []
     if plan is not None:
+        need_dense(found)
         final = plan if isinstance(plan, CompressionPlan) else CompressionPlan.load(plan)
         scores, before = unit_scores(model, (), criterion="weight"), None
     for step in range(1, steps + 1):

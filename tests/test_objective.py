@@ -1,0 +1,137 @@
+"""The objective of a search against a slow oracle: every image alone through the compressed model, sums in plain Python."""
+import copy
+import math
+
+import pytest
+import torch
+
+from vitlab.files import InputError
+from vitlab.models import compress, shape_of
+from vitlab.plan import CompressionPlan
+from vitlab.training.objective import METRICS, PlanObjective
+
+COUNT = 11
+
+
+@pytest.fixture
+def sample(tiny_vit, images):
+    """sample(family): a model and batches of 5, 5 and 1 images whose targets are partly what the model says."""
+    def make(family: str) -> tuple[torch.nn.Module, list]:
+        model = tiny_vit(family)
+        x = images(model, COUNT)
+        with torch.no_grad():
+            said = model(x).argmax(dim=1)
+        targets = torch.where(torch.arange(COUNT) % 3 == 0, (said + 1) % 7, said)       # 7 of 11 right: 0, 3, 6, 9 are not
+        return model, [(x[i:i + 5], targets[i:i + 5]) for i in range(0, COUNT, 5)]
+    return make
+
+
+def softmax(logits: list[float]) -> list[float]:
+    total = sum(math.exp(v - max(logits)) for v in logits)
+    return [math.exp(v - max(logits)) / total for v in logits]
+
+
+def slow(model: torch.nn.Module, plan: CompressionPlan, batches: list) -> dict[str, float]:
+    """The training form, which is not deployed, one image at a time in float64."""
+    dense, cut = copy.deepcopy(model).double(), compress(model, plan).double().eval()
+    right, loss, distance, count = 0, 0.0, 0.0, 0
+    for x, targets in batches:
+        for image, target in zip(x, targets.tolist()):
+            with torch.no_grad():
+                p, q = (softmax(m(image[None].double())[0].tolist()) for m in (dense, cut))
+            right += q.index(max(q)) == target
+            loss += -math.log(q[target])
+            distance += sum(a * math.log(a / b) for a, b in zip(p, q))                  # KL(dense || cut)
+            count += 1
+    return {"top1_pct": 100 * right / count, "loss": loss / count, "distill_loss": distance / count}
+
+
+@pytest.mark.parametrize("layout", ["-mm--", "--s--", "-----", "mm-s-"])
+@pytest.mark.parametrize("family", ["deit", "dinov2_reg"])
+def test_measures_are_those_of_every_image_alone(sample, random_plan, family, layout):
+    model, batches = sample(family)
+    plan = random_plan(shape_of(model), layout, seed=3)
+    wanted = slow(model, plan, batches)
+    for metric, sign in (("top1_pct", 1), ("distill_loss", -1)):
+        given = PlanObjective(model, batches, metric=metric)(plan)
+        assert set(given) == {"value", "top1_pct", "distill_loss", "loss"} and all(type(v) is float for v in given.values())
+        # float32 logits of about 3, through five blocks of unit gain: 1e-5; classes are further apart than that.
+        assert {k: given[k] for k in wanted} == pytest.approx(wanted, abs=1e-4, rel=1e-4)
+        assert given["value"] == sign * given[metric]
+    assert wanted["distill_loss"] > 0.01
+
+
+@pytest.mark.parametrize("family", ["deit", "distilled", "qk_norm"])
+def test_the_empty_plan_has_no_distance_and_the_top1_of_the_dense_model(sample, family):
+    model, batches = sample(family)
+    given = PlanObjective(model, batches, metric="distill_loss")(CompressionPlan.empty(shape_of(model)))
+    assert given["distill_loss"] == 0 and given["value"] == 0               # the very same logits
+    assert given["top1_pct"] == pytest.approx(100 * 7 / 11)                 # as the targets were made
+
+
+def test_top1_is_the_metric_unless_another_is_asked_for(sample):
+    model, batches = sample("deit")
+    assert METRICS == ("top1_pct", "distill_loss")
+    given = PlanObjective(model, batches)(CompressionPlan.empty(shape_of(model)))
+    assert given["value"] == given["top1_pct"] == pytest.approx(100 * 7 / 11)
+    with pytest.raises(InputError, match="metric 'loss' .*top1_pct.*distill_loss"):
+        PlanObjective(model, batches, metric="loss")
+
+
+def test_batches_weigh_by_their_images(sample, random_plan):
+    model, batches = sample("deit")
+    plan = random_plan(shape_of(model), "-m-s-", seed=5)
+    x, targets = (torch.cat(parts) for parts in zip(*batches))
+    whole, apart = (PlanObjective(model, given)(plan) for given in ([(x, targets)], batches))
+    assert whole == pytest.approx(apart, rel=1e-5)                          # float32 sums in another order
+    objective = PlanObjective(model, batches)
+    assert objective.images == COUNT
+
+
+def test_the_dense_model_and_the_order_of_plans_leave_no_trace(sample, random_plan):
+    model, batches = sample("deit")
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    modules = [type(m) for m in model.modules()]
+    objective = PlanObjective(model, batches, metric="distill_loss")
+    plans = [random_plan(shape_of(model), layout, seed=7) for layout in ("-mm--", "--s--")] + [CompressionPlan.empty(shape_of(model))]
+    first = [objective(plan) for plan in plans]
+    assert [objective(plan) for plan in reversed(plans)] == first[::-1]
+    assert model.training and [type(m) for m in model.modules()] == modules
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()) and set(before) == set(model.state_dict())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()                                               # what is done to the model later has no part in it
+    assert [objective(plan) for plan in plans] == first
+
+
+def test_batches_may_be_read_once_only(sample, random_plan):
+    model, batches = sample("deit")
+    plan = random_plan(shape_of(model), "--s--", seed=9)
+    objective = PlanObjective(model, iter(batches))
+    assert objective(plan) == objective(plan) == PlanObjective(model, batches)(plan)
+
+
+def test_compressed_models_and_other_plans_and_no_images_are_refused(sample, random_plan):
+    model, batches = sample("deit")
+    for layout, shrink in (("-mm--", False), ("-----", True)):
+        cut = compress(model, random_plan(shape_of(model), layout, seed=1, shrink=shrink))
+        with pytest.raises(InputError, match="already compressed; the dense one is needed"):
+            PlanObjective(cut, batches)
+    with pytest.raises(InputError, match="no image"):
+        PlanObjective(model, [])
+    other, _ = sample("distilled")
+    with pytest.raises(InputError, match="the plan is for another model"):
+        PlanObjective(model, batches)(CompressionPlan.empty(shape_of(other)))
+
+
+def test_batches_without_images_are_refused(sample):
+    model, batches = sample("deit")
+    with pytest.raises(InputError, match="no image"):
+        PlanObjective(model, [(batches[0][0][:0], batches[0][1][:0])])(CompressionPlan.empty(shape_of(model)))
+
+
+def test_a_model_without_a_classifier_is_refused(tiny_vit, images):
+    model = tiny_vit("deit", num_classes=0)
+    with pytest.raises(InputError, match="classifier"):
+        PlanObjective(model, [(images(model, 3), torch.tensor([0, 1, 2]))])
