@@ -11,7 +11,7 @@ from pathlib import Path
 from vitlab.cost import counts_of, mdc_macs
 from vitlab.plan import CompressionPlan
 from vitlab.results import format_table, write_rows
-from vitlab.workbench import searching, steps
+from vitlab.workbench import cutting, steps
 
 NAME, CROP = "deit_tiny_patch16_224", 224 / 227         # the validation images are centre crops of 227 already
 RHOS, NEURON_RATIOS = (0.15, 0.20, 0.25, 0.30, 0.35), (0.20, 0.35)
@@ -31,13 +31,13 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
     dense = steps.open_model(args.weights, model=NAME)
-    scores = searching.score_units(dense, args.cal, args.run / searching.UNIT_SCORES, workers=args.workers)
+    scores = cutting.score_units(dense, args.cal, args.run / cutting.UNIT_SCORES, workers=args.workers)
     cuts = {f"selection, rho {rho}": {"rho": rho} for rho in RHOS}
     cuts |= {f"neurons, {ratio:.0%} cut by HSIC": {"neuron_ratio": ratio} for ratio in NEURON_RATIOS}
     rows = [steps.evaluate(dense, args.val, name="dense", crop_pct=CROP, workers=args.workers)]
     rows[0].conditions["published_gmacs"] = published_gmacs(dense.plan, 0)
     for name, cut in cuts.items():
-        small = searching.prune_units(dense, scores, args.run / "cut", **cut)
+        small = cutting.prune_units(dense, scores, args.run / "cut", **cut)
         rows.append(steps.evaluate(small, args.val, name=name, crop_pct=CROP, workers=args.workers))
         rows[-1].conditions["published_gmacs"] = published_gmacs(small.plan, cut.get("rho", 0))
         print(format_table(rows, ("model", "top1_pct", "gmacs", "params_m")), flush=True)

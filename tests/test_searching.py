@@ -15,7 +15,7 @@ from vitlab.plan import CompressionPlan
 from vitlab.search.published import POLICIES
 from vitlab.search.strategies import Settings
 from vitlab.training import checkpoint
-from vitlab.workbench import searching, steps
+from vitlab.workbench import cutting, searching, steps
 
 FEW = {"device": "cpu", "progress": False, "workers": 0}
 SHORT = Settings(population=3, evaluations=5, candidates=20, refinements=1)
@@ -33,10 +33,10 @@ def data(tmp_path):
 
 def test_unit_scores_are_written_and_read_back(tmp_path, data):
     found = dense_checkpoint()
-    made = searching.score_units(found, data, tmp_path / "u.safetensors", images=32, batch_size=16, **FEW)
-    read = searching.read_units(tmp_path / "u.safetensors")
+    made = cutting.score_units(found, data, tmp_path / "u.safetensors", images=32, batch_size=16, **FEW)
+    read = cutting.read_units(tmp_path / "u.safetensors")
     assert torch.equal(made.heads, read.heads) and torch.equal(made.neurons, read.neurons)
-    other = searching.score_units(found, data, tmp_path / "v.safetensors", criterion="weight", **FEW)
+    other = cutting.score_units(found, data, tmp_path / "v.safetensors", criterion="weight", **FEW)
     assert not torch.equal(made.neurons, other.neurons)
 
 
@@ -52,14 +52,14 @@ def test_unit_scores_are_written_and_read_back(tmp_path, data):
 def test_bad_unit_scores_are_refused_by_name_or_size(tmp_path, name, write, says):
     write(tmp_path / name)
     with pytest.raises(InputError, match=says):
-        searching.prune_units(dense_checkpoint(), tmp_path / name, tmp_path / "out", head_ratio=0.4)
+        cutting.prune_units(dense_checkpoint(), tmp_path / name, tmp_path / "out", head_ratio=0.4)
     assert not (tmp_path / "out").exists()
 
 
 def test_ratios_cut_the_lowest_scores_of_every_block_and_the_file_shrinks(tmp_path, data):
     found = dense_checkpoint()
-    scores = searching.score_units(found, data, tmp_path / "u.safetensors", images=32, batch_size=16, **FEW)
-    small = searching.prune_units(found, tmp_path / "u.safetensors", tmp_path / "out", head_ratio=0.4, neuron_ratio=0.5, rho=0.25)
+    scores = cutting.score_units(found, data, tmp_path / "u.safetensors", images=32, batch_size=16, **FEW)
+    small = cutting.prune_units(found, tmp_path / "u.safetensors", tmp_path / "out", head_ratio=0.4, neuron_ratio=0.5, rho=0.25)
     for index, block in enumerate(small.plan.blocks):
         assert set(block.heads) == set(scores.heads[index].topk(int(3 * 0.6)).indices.tolist())
         assert set(block.neurons) == set(scores.neurons[index].topk(48).indices.tolist())
@@ -74,8 +74,8 @@ def test_ratios_cut_the_lowest_scores_of_every_block_and_the_file_shrinks(tmp_pa
 def test_a_published_policy_gives_its_counts_and_only_for_its_depth(tmp_path):
     found = dense_checkpoint(depth=12, num_heads=6, embed_dim=48)
     shape = shape_of(found.model)
-    scores = searching.UnitScores(heads=torch.rand(12, 6), neurons=torch.rand(12, shape.num_neurons), made_by={})
-    small = searching.prune_units(found, scores, tmp_path / "out", policy="deit_small_60")
+    scores = cutting.UnitScores(heads=torch.rand(12, 6), neurons=torch.rand(12, shape.num_neurons), made_by={})
+    small = cutting.prune_units(found, scores, tmp_path / "out", policy="deit_small_60")
     policy = POLICIES["deit_small_60"]
     counts = counts_of(small.plan)
     assert counts.neurons.tolist() == [int(shape.num_neurons * (1 - r)) for r in policy[:12]]
@@ -83,11 +83,11 @@ def test_a_published_policy_gives_its_counts_and_only_for_its_depth(tmp_path):
     assert [b.tokens.ranked_by for b in small.plan.blocks if b.tokens] == ["all"] * 3
     assert [i for i, b in enumerate(small.plan.blocks) if b.tokens] == [3, 6, 9]
     with pytest.raises(InputError, match="deit_small_60 is for 12 blocks; the model has 2"):
-        searching.prune_units(dense_checkpoint(), scores, tmp_path / "o2", policy="deit_small_60")
+        cutting.prune_units(dense_checkpoint(), scores, tmp_path / "o2", policy="deit_small_60")
     with pytest.raises(InputError, match="'nope' is not known.*deit_base_60"):
-        searching.prune_units(found, scores, tmp_path / "o2", policy="nope")
+        cutting.prune_units(found, scores, tmp_path / "o2", policy="nope")
     with pytest.raises(InputError, match="not both"):
-        searching.prune_units(found, scores, tmp_path / "o2", policy="deit_small_60", rho=0.1)
+        cutting.prune_units(found, scores, tmp_path / "o2", policy="deit_small_60", rho=0.1)
 
 
 def test_a_search_leaves_a_plan_that_meets_the_budget_and_goes_on_where_it_was_killed(tmp_path, data):
@@ -107,12 +107,12 @@ def test_a_search_leaves_a_plan_that_meets_the_budget_and_goes_on_where_it_was_k
 
 def test_a_search_never_reads_the_held_out_split(tmp_path, data, monkeypatch):
     read = []
-    whole = searching.ImageData.batches
+    whole = cutting.ImageData.batches
 
     def watched(self, split, *args, **settings):
         read.append(split)
         return whole(self, split, *args, **settings)
-    monkeypatch.setattr(searching.ImageData, "batches", watched)
+    monkeypatch.setattr(cutting.ImageData, "batches", watched)
     searching.search(dense_checkpoint(), data, tmp_path / "s", macs_ratio=0.7, tokens="merge", options=SHORT, images=24,
                      score_images=32, **FEW)
     assert set(read) == {"train"}
@@ -152,7 +152,7 @@ def test_published_count_is_a_budget_of_its_own(tmp_path, data):
 
 def test_sensitivity_cuts_one_dimension_of_one_block_at_a_time(tmp_path, data):
     found = dense_checkpoint()
-    rows = searching.sensitivity(found, data, tmp_path, criteria=("weight", "random"), ratio=0.5, images=24, score_images=32,
+    rows = cutting.sensitivity(found, data, tmp_path, criteria=("weight", "random"), ratio=0.5, images=24, score_images=32,
                                  metric="distill_loss", **FEW)
     assert {(r["criterion"], r["dimension"], r["block"]) for r in rows} == (
         {(c, d, b) for c in ("weight", "random") for d in ("neurons", "heads") for b in (0, 1)}
@@ -165,7 +165,7 @@ def test_sensitivity_cuts_one_dimension_of_one_block_at_a_time(tmp_path, data):
     # Tokens that leave after the last block's attention can no longer reach the class token; float32 rounding is left.
     assert abs(drops.pop(("class attention", "tokens", 1))) < 1e-6
     assert all(drop > 1e-6 for drop in drops.values())                          # any other cut moves the output
-    assert json.loads(json.dumps(rows)) == read_lines(tmp_path / searching.SENSITIVITY)
+    assert json.loads(json.dumps(rows)) == read_lines(tmp_path / cutting.SENSITIVITY)
 
 
 def test_fine_tuning_by_a_plan_in_steps_ends_at_the_plan_and_keeps_training_between(tmp_path, data):
@@ -183,3 +183,24 @@ def test_fine_tuning_by_a_plan_in_steps_ends_at_the_plan_and_keeps_training_betw
     assert torch.equal(logits(checkpoint.load(again).model), logits(checkpoint.load(turns).model))
     with pytest.raises(InputError, match="needs the dense model and a plan"):
         steps.finetune(found, found, data, tmp_path / "x", steps=2, settings=small_recipe(), **FEW)
+
+
+def test_calibration_writes_the_refitted_model_of_the_plan(tmp_path, data):
+    found = dense_checkpoint()
+    study = searching.search(found, data, tmp_path / "s", macs_ratio=0.6, compensated=True, criterion="reconstruction", options=SHORT,
+                             images=24, score_images=32, **FEW)
+    plan = study.folder / searching.PLAN
+    made = cutting.calibrate(found, data, tmp_path / "out", plan, images=32, **FEW)
+    plain = steps.prune(found, None, tmp_path / "plain", plan=plan)
+    assert made.plan.blocks == plain.plan.blocks and macs(made.plan) == macs(plain.plan)
+    x, _ = next(iter(steps.open_data(data).batches("val", found.model, workers=0)))
+    wanted = logits(found.model, x)
+    assert (logits(made.model, x) - wanted).norm() < 0.9 * (logits(plain.model, x) - wanted).norm()
+
+
+def test_a_compensated_search_measures_other_models_than_a_plain_one(tmp_path, data):
+    options = {"macs_ratio": 0.6, "options": SHORT, "metric": "distill_loss", "images": 24, "score_images": 32, **FEW}
+    plain = searching.search(dense_checkpoint(), data, tmp_path / "a", **options)
+    better = searching.search(dense_checkpoint(), data, tmp_path / "b", compensated=True, **options)
+    assert plain.evaluations[0].policy == better.evaluations[0].policy
+    assert better.evaluations[0].value > plain.evaluations[0].value

@@ -55,12 +55,12 @@ def _pretrain(args: argparse.Namespace) -> None:
 
 
 def _score(args: argparse.Namespace) -> None:
-    from vitlab.workbench import searching, steps
+    from vitlab.workbench import cutting, steps
     options = {"images": args.images, "batch_size": args.batch_size, **_data(args)}
     if args.of == "units":
         if args.absolute:
             raise InputError("--absolute is for tokens")
-        searching.score_units(_source(args), args.data, args.out, criterion=args.criterion or "hsic", **options)
+        cutting.score_units(_source(args), args.data, args.out, criterion=args.criterion or "hsic", **options)
     else:
         steps.score(_source(args), args.data, args.out, criterion=args.criterion or "gradient", absolute=args.absolute or "image",
                     **options)
@@ -81,7 +81,7 @@ def _print_cut(plan: Any, out: str) -> None:
 
 
 def _prune(args: argparse.Namespace) -> None:
-    from vitlab.workbench import searching, steps
+    from vitlab.workbench import cutting, steps
     chosen = {k: getattr(args, k) for k in ("rule", "keep_rate", "prune_rate", "boundary", "weights") if getattr(args, k) is not None}
     ratios = {k: getattr(args, k) for k in ("policy", "head_ratio", "neuron_ratio", "rho") if getattr(args, k) is not None}
     given = next(iter({**chosen, **ratios}), "").replace("_", "-")
@@ -96,7 +96,7 @@ def _prune(args: argparse.Namespace) -> None:
     if args.unit_scores:
         if not ratios:
             raise InputError("--unit-scores needs --policy NAME, or --head-ratio, --neuron-ratio or --rho")
-        found = searching.prune_units(_source(args), args.unit_scores, args.out, **ratios)
+        found = cutting.prune_units(_source(args), args.unit_scores, args.out, **ratios)
     else:
         found = steps.prune(_source(args), args.scores, args.out, plan=args.plan, **chosen)
     if not args.quiet:
@@ -126,12 +126,20 @@ def _search(args: argparse.Namespace) -> None:
         _source(args), args.data, args.out, limit=limit, macs_ratio=args.macs_ratio, cost=cost,
         units=tuple(u for u in args.units.split(",") if u not in ("", "none")), tokens=args.tokens, max_ratio=args.max_ratio,
         strategy=args.strategy,
-        options=dataclasses.replace(options, **changes), metric=args.metric, criterion=args.criterion, images=args.images,
+        options=dataclasses.replace(options, **changes), metric=args.metric, criterion=args.criterion, compensated=args.compensate,
+        images=args.images,
         batch_size=args.batch_size or 32, dtype=args.dtype or "float32",
         token_settings={"ranked_by": "all"} if args.published_count else None, **_data(args))
     best = study.best
     print(f"best of {len(study.evaluations)}: number {best.index}, {best.cost:.6g} {cost} of {study.budget.limit:.6g}, "
           + ", ".join(f"{k} {v:.4g}" for k, v in best.measures.items()) + f" on a slice of train\nplan: {args.out}/{searching.PLAN}")
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    from vitlab.workbench import cutting
+    found = cutting.calibrate(_source(args), args.data, args.out, args.plan, images=args.images, **_data(args))
+    if not args.quiet:
+        _print_cut(found.plan, args.out)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -169,7 +177,7 @@ def _demo(args: argparse.Namespace) -> None:
     print(f"report: {args.out}/report.html")
 
 
-COMMANDS = {"pretrain": _pretrain, "score": _score, "prune": _prune, "search": _search, "finetune": _finetune,
+COMMANDS = {"pretrain": _pretrain, "score": _score, "prune": _prune, "search": _search, "calibrate": _calibrate, "finetune": _finetune,
             "evaluate": _evaluate, "throughput": _throughput, "recipes": _recipes, "demo": _demo}
 
 

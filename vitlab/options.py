@@ -90,7 +90,7 @@ def build_parser() -> Parser:
     _data_options(p)
     p.add_argument("--of", choices=("tokens", "units"), default="tokens", help="units are heads and neurons (default: tokens)")
     p.add_argument("--criterion", metavar="NAME", help="of tokens: gradient, class_attention or hsic (default: gradient); of units: "
-                                                       "hsic, weight, activation, taylor or random (default: hsic)")
+                                                       "hsic, weight, activation, taylor, reconstruction or random (default: hsic)")
     p.add_argument("--images", type=count, default=512, help="size of the slice (default: 512)")
     p.add_argument("--batch-size", type=count, default=64, help="default: 64")
     p.add_argument("--absolute", choices=("image", "batch"),
@@ -138,10 +138,19 @@ def build_parser() -> Parser:
                    help="policies before the Gaussian process proposes (default: the settings')")
     p.add_argument("--metric", choices=("top1_pct", "distill_loss"), default="top1_pct", help="what is optimised (default: top1_pct)")
     p.add_argument("--criterion", default="hsic", metavar="NAME", help="that ranks heads and neurons (default: hsic)")
+    p.add_argument("--compensate", action="store_true", help="refit what is left of each cut layer before a policy is measured")
     p.add_argument("--images", type=count, default=1000, help="slice of train that policies are measured on (default: 1000)")
     p.add_argument("--batch-size", type=count, metavar="N", help="of the latency (default: 32)")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the latency (default: float32)")
     p.add_argument("--out", type=given, required=True, metavar="STUDY", help="folder of the study")
+    _run_options(p)
+
+    p = add("calibrate", "Compress by a plan and refit what is left of heads and neurons: closed form, no labels, no training.")
+    _model_options(p)
+    p.add_argument("--plan", type=given, required=True, metavar="FILE", help="a plan.json by which a dense SOURCE is compressed")
+    _data_options(p)
+    p.add_argument("--images", type=count, default=1000, help="slice of train that it is refitted on (default: 1000)")
+    p.add_argument("--out", type=given, required=True, metavar="RUN", help="run folder for the checkpoint")
     _run_options(p)
 
     p = add("finetune", "Fine-tune a compressed model, distilling from the dense one.")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vitlab.criteria.compensation import reconstruction
 from vitlab.criteria.hsic import CHUNK, dependence, gaussian_kernels, shared_dependence, units_first
 from vitlab.files import InputError
 
@@ -129,6 +130,7 @@ class UnitCriterion:
     "weights"       weights (U, all that leave with the unit) -> scores (U)
     "activations"   activations (B, N, U, d), for neurons d = 1 -> scores (U)
     "gradients"     activations and gradients of the summed loss, each (B, N, U, d) -> scores (U)
+    "moments"       weight (D, U d) of the linear that mixes the units, Moments of its inputs, d -> scores (U)
     "output"        activations (B, N, U, d), settings by name -> a function of the softmax output that gives scores (U)
     """
 
@@ -142,6 +144,7 @@ UNIT_CRITERIA = {
     "weight": UnitCriterion(needs="weights", heads=weight_magnitude, neurons=weight_magnitude),
     "activation": UnitCriterion(needs="activations", heads=activation_magnitude, neurons=activation_magnitude),
     "taylor": UnitCriterion(needs="gradients", heads=taylor, neurons=taylor),
+    "reconstruction": UnitCriterion(needs="moments", heads=reconstruction, neurons=reconstruction),
     "random": UnitCriterion(needs="nothing", heads=random_scores, neurons=random_scores),
 }
 

@@ -1,6 +1,6 @@
 """What a search measures: top-1, or the distance to the dense model's output, of really cut models on a fixed slice of train."""
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +23,15 @@ class PlanObjective:
     """
 
     def __init__(self, dense: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, metric: str = "top1_pct",
-                 device: str | torch.device = "cpu", amp: bool | None = False) -> None:
-        """Raises InputError for an unknown metric, a compressed model, one without a classifier, or no image."""
+                 device: str | torch.device = "cpu", amp: bool | None = False,
+                 build: Callable[[nn.Module, CompressionPlan], nn.Module] = compress) -> None:
+        """build: makes the cut model of the dense one and a plan. Raises InputError for an unknown metric, a compressed model,
+        one without a classifier, or no image."""
         if metric not in METRICS:
             raise InputError(f"metric {metric!r} is not known; known are {list(METRICS)}")
         if shape_of(dense).num_classes == 0:
             raise InputError("a search measures a classifier; the model has num_classes=0")
-        self.device, self.metric, self.amp = torch.device(device), metric, amp
+        self.device, self.metric, self.amp, self.build = torch.device(device), metric, amp, build
         self.dense = copy.deepcopy(dense).to(self.device).eval()
         self.batches = [(images.to(self.device), targets.to(self.device)) for images, targets in batches]
         self.images = sum(len(targets) for _, targets in self.batches)
@@ -44,7 +46,7 @@ class PlanObjective:
         return logits.float().log_softmax(dim=1)
 
     def __call__(self, plan: CompressionPlan) -> dict[str, float]:
-        model, top1, loss, distance = deploy(compress(self.dense, plan)), 0, 0.0, 0.0
+        model, top1, loss, distance = deploy(self.build(self.dense, plan)), 0, 0.0, 0.0
         for (images, targets), expected in zip(self.batches, self.expected):
             given = self._log_probabilities(model, images)
             top1 += int((given.argmax(dim=1) == targets).sum())

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from vitlab.criteria.hsic import CHUNK, shared_dependence
 from vitlab.criteria.units import (
@@ -21,7 +22,8 @@ from vitlab.criteria.units import (
 )
 from vitlab.files import InputError
 from vitlab.models import shape_of
-from vitlab.training.capture import Batches, averaged, hooks, need_classifier
+from vitlab.training.capture import Batches, averaged, frozen_eval, hooks, need_classifier
+from vitlab.training.compensate import KINDS, gather_moments, mixing_layer
 
 
 def _unit_hooks(model: nn.Module, see: Callable[[str, int, Tensor], None], kinds: tuple[str, ...] = ("heads", "neurons")) -> list:
@@ -79,6 +81,28 @@ def _over_images(model: nn.Module, batches: Batches, criterion: UnitCriterion, s
         return averaged(model, batches, step, what=what, device=device, progress=progress, same_size=criterion.needs == "output")
 
 
+def _by_moments(model: nn.Module, batches: Batches, criterion: UnitCriterion, device: str | torch.device | None, progress: bool,
+                made_by: dict[str, str]) -> UnitScores:
+    """Scores from second moments of what each linear that mixes units takes in, over all tokens of all images."""
+    device, images = torch.device(device or next(model.parameters()).device), 0
+
+    def counted() -> Batches:
+        nonlocal images
+        for x, y in tqdm(batches, desc=f"unit scores by {made_by['criterion']}", unit="batch", disable=not progress):
+            images += len(x)
+            yield x, y
+    layers = [(index, kind) for index in range(len(model.blocks)) for kind in KINDS]
+    with frozen_eval(model.to(device)):
+        moments = gather_moments(model, counted(), layers, device=device)
+    if not images:
+        raise InputError(f"unit scores by {made_by['criterion']}: there is no image to score on")
+    found = {kind: [] for kind in KINDS}
+    for index, kind in layers:
+        linear, width = mixing_layer(model.blocks[index], kind)
+        found[kind].append(getattr(criterion, kind)(linear.weight.detach(), moments[index, kind], width).cpu())
+    return UnitScores(heads=torch.stack(found["heads"]), neurons=torch.stack(found["neurons"]), made_by=made_by | {"images": str(images)})
+
+
 def unit_scores(model: nn.Module, batches: Batches, *, criterion: str = "hsic", relevance_weight: float = RELEVANCE_WEIGHT,
                 magnitude_weight: float = MAGNITUDE_WEIGHT, redundancy_weight: float = REDUNDANCY_WEIGHT, chunk: int = CHUNK,
                 seed: int = 0, device: str | torch.device | None = None, progress: bool = True) -> UnitScores:
@@ -88,6 +112,7 @@ def unit_scores(model: nn.Module, batches: Batches, *, criterion: str = "hsic", 
     "hsic": the published scores of each batch (B2), with the three weights, averaged over the batches that are as large as
     the first (HSIC grows with the square of the batch). Of the activations only the kernels (B x B a unit) and magnitudes
     are kept until the softmax output is known: L (M + H) B^2 numbers; temporaries are those of `chunk` neurons.
+    "reconstruction": the place in a greedy elimination, by second moments of what proj and fc2 take in, over all images.
     "activation", "taylor": means over all images. "weight", "random" (uniform, from seed): the batches are not read.
 
     Raises InputError for an unknown criterion, a compressed model, a family that can't be handled, no image (for hsic a
@@ -106,6 +131,8 @@ def unit_scores(model: nn.Module, batches: Batches, *, criterion: str = "hsic", 
         weights = [_unit_weights(block) for block in model.blocks]
         return UnitScores(heads=torch.stack([chosen.heads(w["heads"]) for w in weights]).cpu(),
                           neurons=torch.stack([chosen.neurons(w["neurons"]) for w in weights]).cpu(), made_by=made_by)
+    if chosen.needs == "moments":
+        return _by_moments(model, batches, chosen, device, progress, made_by)
     if chosen.needs != "activations":
         need_classifier(model, what)
     settings: dict[str, dict] = {"heads": {}, "neurons": {}}

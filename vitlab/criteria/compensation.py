@@ -1,0 +1,99 @@
+"""Closed-form compensation of cuts: what is left of a linear layer takes over what the cut units gave, by ridge regression.
+
+Second-order pruning of whole units: *Optimal Brain Surgeon* (Hassibi and Stork, NIPS 1992) and *ZipLM* (Kurtic et al., 2023,
+arXiv 2302.04089, section 3); here with a bias, so that means are taken over exactly. All from second moments of the layer's
+inputs: K inputs (units times their width d), D outputs, U units, n rows (tokens of all images).
+"""
+import torch
+from torch import Tensor
+
+from vitlab.files import InputError
+
+RIDGE = 1e-3                                # times the mean variance of the inputs
+STEPS = 256                                 # of an elimination; more units go several at once
+
+
+class Moments:
+    """Mean (K) and covariance (K, K) of a layer's inputs, gathered in any number of batches; memory K^2, whatever n."""
+
+    def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
+        self.rows = 0
+        self.sum = torch.zeros(size, dtype=torch.float64, device=device)
+        self.products = torch.zeros(size, size, dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Inputs (..., K)."""
+        x = x.detach().flatten(0, -2).float()
+        self.rows += len(x)
+        self.sum += x.sum(dim=0, dtype=torch.float64)
+        self.products += (x.T @ x).double()
+
+    @property
+    def mean(self) -> Tensor:
+        return self.sum / self.rows
+
+    def covariance(self, ridge: float = RIDGE) -> Tensor:
+        """Covariance (K, K), its diagonal raised by ridge times its mean. Raises InputError where nothing was gathered."""
+        if not self.rows:
+            raise InputError("no inputs were gathered to compensate on")
+        mean = self.mean
+        found = self.products / self.rows - torch.outer(mean, mean)
+        found.diagonal().add_(ridge * found.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny))
+        return found
+
+
+def columns(units: Tensor, width: int) -> Tensor:
+    """The inputs of units (U): (U * width)."""
+    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
+
+
+def refit(weight: Tensor, moments: Moments, kept: Tensor, width: int = 1, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
+    """(weight of the kept inputs (D, K'), what the bias gains (D)) that give back the layer's output best, in least squares:
+
+        W' = W_S + W_R C_RS C_SS^-1,   b' - b = W_R (mu_R - C_RS C_SS^-1 mu_S)
+
+    S the kept inputs, R the others, C the covariance. kept: units, ascending. With nothing cut: W itself, and 0.
+    """
+    inputs = columns(kept, width)
+    rest = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    rest[inputs] = False
+    covariance, mean, w = moments.covariance(ridge), moments.mean, weight.double()
+    predicted = torch.linalg.solve(covariance[inputs][:, inputs], covariance[inputs][:, rest]).T       # C_RS C_SS^-1 (R, S)
+    gained = w[:, rest] @ (mean[rest] - predicted @ mean[inputs])
+    return (w[:, inputs] + w[:, rest] @ predicted).to(weight.dtype), gained.to(weight.dtype)
+
+
+def elimination_order(weight: Tensor, moments: Moments, width: int = 1, ridge: float = RIDGE, at_once: int | None = None) -> Tensor:
+    """Units (U) in the order in which they go, greedily: always the one whose loss is least after the best refit of the rest,
+
+        error_u = tr(W_u (H_uu)^-1 W_u^T),   H = C^-1 of the inputs still there, W refitted
+
+    the mean squared error that it adds to the layer's output. A unit that others can stand in for goes early, however large
+    it is. at_once: units that go in one step; None takes as many as make STEPS steps.
+    """
+    count, device = weight.shape[1] // width, weight.device
+    at_once = at_once or -(-count // STEPS)
+    inverse = torch.linalg.inv(moments.covariance(ridge))                       # (K, K)
+    w, there, order = weight.double().clone(), torch.ones(count, dtype=torch.bool, device=device), []
+    eye = torch.eye(width, dtype=torch.float64, device=device)
+    while there.any():
+        own = inverse.unflatten(1, (count, width)).unflatten(0, (count, width))             # (U, d, U, d)
+        own = own.diagonal(dim1=0, dim2=2).permute(2, 0, 1)                     # H_uu (U, d, d)
+        units = w.unflatten(1, (count, width)).permute(1, 2, 0)                 # W_u^T (U, d, D)
+        loss = (units * torch.linalg.solve(torch.where(there[:, None, None], own, eye), units)).sum(dim=(1, 2))
+        leaving = loss.masked_fill(~there, torch.inf).argsort()[:min(at_once, int(there.sum()))]
+        at = columns(leaving, width)
+        step = torch.linalg.solve(inverse[at][:, at], inverse[at])              # (k d, K)
+        w, inverse = w - w[:, at] @ step, inverse - inverse[:, at] @ step
+        w[:, at], inverse[at], inverse[:, at] = 0, 0, 0
+        there[leaving] = False
+        order.append(leaving)
+    return torch.cat(order)
+
+
+def reconstruction(weight: Tensor, moments: Moments, width: int = 1) -> Tensor:
+    """Scores (U), higher is kept: the place in the `elimination_order`, from 0 for the unit that goes first to 1."""
+    order = elimination_order(weight, moments, width)
+    scores = torch.empty(len(order), dtype=torch.float64, device=order.device)
+    scores[order] = torch.linspace(0, 1, len(order), dtype=torch.float64, device=order.device)
+    return scores.float()

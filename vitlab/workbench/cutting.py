@@ -1,0 +1,156 @@
+"""Steps on heads and neurons: score, cut by ratios, find out where cutting hurts, refit what is left."""
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from vitlab.cost import macs
+from vitlab.criteria.compensation import RIDGE
+from vitlab.criteria.units import UNIT_CRITERIA, UnitScores
+from vitlab.data import ImageData
+from vitlab.files import InputError, append_line, atomic_write
+from vitlab.models import shape_of
+from vitlab.models.create import read_file
+from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.rules import Select
+from vitlab.search import SearchSpace
+from vitlab.search.published import published_policy
+from vitlab.shape import ViTShape
+from vitlab.training import checkpoint
+from vitlab.training.checkpoint import Checkpoint
+from vitlab.training.compensate import compensate
+from vitlab.training.objective import PlanObjective
+from vitlab.training.units import unit_scores
+from vitlab.workbench.steps import apply_plan, need_dense, open_matching, open_model, pick_device
+
+UNIT_SCORES, SENSITIVITY = "unit_scores.safetensors", "sensitivity.jsonl"
+WIDE = 192                                  # models at least this wide gain by bf16 where the hardware has it; narrower ones lose
+Source = str | Path | Checkpoint
+
+
+def open_dense(source: Source) -> Checkpoint:
+    return need_dense(source if isinstance(source, Checkpoint) else open_model(source))
+
+
+def score_units(source: Source, data: str | Path, out: str | Path, *, criterion: str = "hsic", images: int = 512, batch_size: int = 64,
+                seed: int = 0, device: str | None = None, class_map: str | Path | None = None, workers: int | None = None,
+                progress: bool = True) -> UnitScores:
+    """Scores of heads and neurons by a criterion on a slice of train, written to `out` (safetensors)."""
+    found = open_dense(source)
+    opened = open_matching(data, found, class_map)
+    batches = opened.batches("train", found.model, batch_size=batch_size, limit=images, seed=seed, workers=workers)
+    scores = unit_scores(found.model, batches, criterion=criterion, seed=seed, device=pick_device(device), progress=progress)
+    made_by = {**scores.made_by, "data": opened.name, "batch_size": str(batch_size), "seed": str(seed)}
+    atomic_write(out, save({"head_scores": scores.heads.contiguous(), "neuron_scores": scores.neurons.contiguous()}, metadata=made_by))
+    return dataclasses.replace(scores, made_by=made_by)
+
+
+def read_units(path: str | Path) -> UnitScores:
+    """Unit scores from a file. Raises InputError naming it."""
+    if Path(path).suffix != ".safetensors":
+        raise InputError(f"{path}: not a .safetensors file; `vitlab score --of units` writes one")
+    tensors = read_file(path)
+    missing = sorted({"head_scores", "neuron_scores"} - set(tensors))
+    if missing:
+        raise InputError(f"{path}: holds no {missing[0]}; `vitlab score --of units` writes them")
+    odd = [name for name in ("head_scores", "neuron_scores") if tensors[name].dtype not in (torch.float32, torch.float64)]
+    if odd:
+        raise InputError(f"{path}: {odd[0]} are {tensors[odd[0]].dtype}; float32 is needed")
+    return UnitScores(heads=tensors["head_scores"], neurons=tensors["neuron_scores"], made_by={"read_from": Path(path).name})
+
+
+def prune_units(source: Source, scores: str | Path | UnitScores, out: str | Path, *, policy: str | None = None,
+                head_ratio: float = 0.0, neuron_ratio: float = 0.0, rho: float = 0.0) -> Checkpoint:
+    """Compress a dense model by unit scores: the same ratios in every block and rho in the selecting blocks, or a published
+    policy by name (tokens then ranked by all heads, as it was). Writes and returns the checkpoint in `out`."""
+    found = open_dense(source)
+    scores = scores if isinstance(scores, UnitScores) else read_units(scores)
+    shape = shape_of(found.model)
+    if policy is not None:
+        if head_ratio or neuron_ratio or rho:
+            raise InputError("a policy says all ratios; give the policy or ratios, not both")
+        vector, settings = published_policy(policy), {"ranked_by": "all"}
+        if len(vector) != 2 * shape.depth + 1:
+            raise InputError(f"policy {policy} is for {(len(vector) - 1) // 2} blocks; the model has {shape.depth}")
+    else:
+        vector, settings = np.array([neuron_ratio] * shape.depth + [head_ratio] * shape.depth + [rho]), {}
+    space = SearchSpace(shape=shape, tokens="select", settings=settings, max_ratio=max(0.5, *vector.tolist(), 1e-3))
+    made_by = {"method": "policy", "policy": policy} if policy else {"method": "ratios", "head_ratio": head_ratio,
+                                                                       "neuron_ratio": neuron_ratio, "rho": rho}
+    plan = space.plan(vector, heads=scores.heads, neurons=scores.neurons, made_by=made_by | {"scores": scores.made_by})
+    return apply_plan(found, plan, out)
+
+
+def slice_objective(model: nn.Module, data: ImageData, images: int, seed: int, metric: str, device: torch.device,
+               workers: int | None) -> PlanObjective:
+    """On a slice of train, chosen by seed + 1: other images than the scores are from, mostly. Never on the held-out split."""
+    batches = data.batches("train", model, batch_size=128, limit=images, seed=seed + 1, workers=workers)
+    return PlanObjective(model, batches, metric=metric, device=device, amp=None if model.embed_dim >= WIDE else False)
+
+
+def sensitivity(source: Source, data: str | Path, out: str | Path, *, criteria: tuple[str, ...] = tuple(UNIT_CRITERIA),
+                ratio: float = 0.25, images: int = 1000, score_images: int = 512, metric: str = "top1_pct", seed: int = 0,
+                device: str | None = None, class_map: str | Path | None = None, workers: int | None = None,
+                progress: bool = True) -> list[dict[str, Any]]:
+    """Cut one dimension of one block by `ratio`, by each criterion, and measure on a slice of train.
+
+    Returns, and writes to out/sensitivity.jsonl, a row per cut: criterion, dimension ("heads", "neurons" or "tokens"),
+    block, drop (dense value less the cut one's, of `metric`), gmacs_removed and drop_per_gmac. Tokens are selected in that
+    block alone (criterion "class attention").
+    """
+    found = open_dense(source)
+    opened, device = open_matching(data, found, class_map), pick_device(device)
+    objective = slice_objective(found.model, opened, images, seed, metric, device, workers)
+    shape = shape_of(found.model)
+    empty = CompressionPlan.empty(shape)
+    dense, whole, rows = objective(empty)["value"], macs(empty)["total"], []
+    batches = list(opened.batches("train", found.model, limit=score_images, seed=seed, workers=workers))
+
+    def measure(criterion: str, dimension: str, block: int, plan: CompressionPlan) -> None:
+        removed = (whole - macs(plan)["total"]) / 1e9
+        if removed > 0:
+            drop = dense - objective(plan)["value"]
+            rows.append({"criterion": criterion, "dimension": dimension, "block": block, "ratio": ratio, "drop": drop,
+                         "gmacs_removed": removed, "drop_per_gmac": drop / removed, "metric": metric})
+    for criterion in criteria:
+        scores = unit_scores(found.model, batches, criterion=criterion, seed=seed, device=device, progress=progress)
+        for unit in ("neurons", "heads"):
+            space = SearchSpace(shape=shape, units=(unit,), tokens="none", max_ratio=max(ratio, 0.5))
+            # One head is the least that can be cut, so it is one where the ratio is less than that.
+            cut = max(ratio, 0.5 / shape.num_heads) if unit == "heads" else ratio
+            for block, policy in enumerate(np.eye(shape.depth) * cut):
+                measure(criterion, unit, block, space.plan(policy, heads=scores.heads, neurons=scores.neurons))
+    for block in range(shape.depth):
+        measure("class attention", "tokens", block, _select_in(shape, block, ratio))
+    path = Path(out) / SENSITIVITY
+    path.unlink(missing_ok=True)
+    for row in rows:
+        append_line(path, row)
+    return rows
+
+
+def _select_in(shape: ViTShape, block: int, ratio: float) -> CompressionPlan:
+    """The plan that selects tokens in one block."""
+    kept = max(1, int(shape.num_tokens * (1 - ratio)) - shape.num_prefix_tokens)
+    return CompressionPlan(shape=shape, blocks=tuple(BlockPlan(tokens=Select(kept=kept) if index == block else None)
+                                                     for index in range(shape.depth)))
+
+
+def calibrate(source: Source, data: str | Path, out: str | Path, plan: str | Path | CompressionPlan, *, images: int = 1000,
+              ridge: float = RIDGE, seed: int = 0, device: str | None = None, class_map: str | Path | None = None,
+              workers: int | None = None, progress: bool = True) -> Checkpoint:
+    """Compress a dense model by a plan, and refit what is left of its heads and neurons on `images` of train, block after block,
+    in closed form: no labels, no training. Writes and returns the checkpoint in `out`."""
+    found, place = open_dense(source), pick_device(device)
+    opened = open_matching(data, found, class_map)
+    plan = plan if isinstance(plan, CompressionPlan) else CompressionPlan.load(plan)
+    batches = list(opened.batches("train", found.model, limit=images, seed=seed, workers=workers))
+    small = compensate(found.model, plan, batches, ridge=ridge, device=place, amp=None if found.model.embed_dim >= WIDE else False,
+                       progress=progress)
+    made_by = {"step": "calibrate", "data": opened.name, "images": images, "ridge": ridge, "seed": seed, "plan": plan.made_by}
+    checkpoint.save(Path(out) / checkpoint.FOLDER, small.cpu(), plan, classes=found.info.get("classes"), made_by=made_by)
+    return checkpoint.load(out)
