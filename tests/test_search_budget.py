@@ -256,6 +256,6 @@ def test_neighbours_are_near_and_not_all_the_same():
     far = random_policies(problem, 100, np.random.default_rng(7))
 
     def distance(policies: np.ndarray) -> float:
-        return float(np.median(np.abs(policies - base).mean(axis=1)))
+        return float(np.median(np.abs(space.even(policies) - space.even(base)).mean(axis=1)))
     assert distance(near) < 0.5 * distance(far)                 # a quarter of the dimensions moved
     assert len(set(space.keys(near))) > 80

@@ -239,13 +239,13 @@ def test_a_proposal_is_expected_to_improve_more_than_others_do():
     problem = toy_problem()
     policies, proposals = measured(problem, QUICK, 8, 2)
     found, = propose("gp", problem, policies, value(policies), QUICK, 1, 2)
-    surrogate = Surrogate(SPACE.snap(policies) / 0.5, value(policies))
+    surrogate = Surrogate(SPACE.features(policies), value(policies))
 
     def log_ei(asked: np.ndarray) -> np.ndarray:
-        return log_expected_improvement(*surrogate.predict(SPACE.snap(asked) / 0.5), value(policies).max())
+        return log_expected_improvement(*surrogate.predict(SPACE.features(asked)), value(policies).max())
     others = random_policies(problem, 400, np.random.default_rng(9))
     assert (log_ei(others) < log_ei(found.policy)).mean() > 0.98
-    mean, deviation = surrogate.predict(SPACE.snap(found.policy) / 0.5)
+    mean, deviation = surrogate.predict(SPACE.features(found.policy))
     assert found.expected == pytest.approx({"log_ei": log_ei(found.policy)[0], "mean": mean[0], "deviation": deviation[0]}, rel=1e-9)
 
 
@@ -282,9 +282,9 @@ def test_a_batch_is_distinct_and_each_proposal_believes_the_mean_of_those_before
     assert (proposed(batch)[:1] == proposed(single)).all() and (proposed(batch)[:2] == proposed(pair)).all()
     assert len(set(SPACE.keys(np.concatenate([policies, proposed(batch)])))) == 12
     assert problem.budget.meets(proposed(batch)).all()
-    believed = Surrogate(SPACE.snap(np.concatenate([policies, proposed(single)])) / 0.5,
+    believed = Surrogate(SPACE.features(np.concatenate([policies, proposed(single)])),
                          np.append(value(policies), single[0].expected["mean"]))
-    mean, deviation = believed.predict(SPACE.snap(batch[1].policy) / 0.5)
+    mean, deviation = believed.predict(SPACE.features(batch[1].policy))
     assert batch[1].expected["mean"] == pytest.approx(mean[0], rel=1e-9)
     assert batch[1].expected["deviation"] == pytest.approx(deviation[0], rel=1e-9)
 
@@ -330,7 +330,7 @@ def test_noise_and_settings_reach_the_surrogate():
     policies, _ = measured(problem, QUICK, 12, 9)
     noisy = value(policies) + np.random.default_rng(0).normal(0, 0.05, 12)
     exact = propose("gp", problem, policies, noisy, dataclasses.replace(QUICK, noise=1e-6), 1, 9)[0]
-    wanted = Surrogate(SPACE.snap(policies) / 0.5, noisy, noise=1e-6).predict(SPACE.snap(exact.policy) / 0.5)
+    wanted = Surrogate(SPACE.features(policies), noisy, noise=1e-6).predict(SPACE.features(exact.policy))
     assert exact.expected["mean"] == pytest.approx(wanted[0][0], rel=1e-9)
 
 

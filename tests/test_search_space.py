@@ -211,6 +211,20 @@ def test_snap_keeps_the_policy_and_makes_ratios_of_equal_counts_equal(shape, tok
             assert ratio == (pytest.approx((low + high) / 2, abs=1e-12) if low >= 0 and (low + high) / 2 <= 0.5 else min(max(low, 0), 0.5))
 
 
+def test_even_coordinates_give_every_count_the_same_share_and_stand_for_the_same_policies():
+    for blocks, heads, most in ((3, 3, 0.5), (2, 12, 0.7), (5, 1, 0.5)):
+        space = SearchSpace(shape=shape_with(blocks, heads, 5, (4, 4)), max_ratio=most)
+        fine = np.repeat(np.linspace(0, most, 6001)[:-1, None], space.size, axis=1)
+        kept = space.counts(space.from_even(fine)).heads[:, 0]
+        counts, shares = np.unique(kept, return_counts=True)
+        assert counts.tolist() == list(range(max(int(heads * (1 - most)), 1), heads + 1))       # every count that the box allows
+        assert shares.max() - shares.min() <= 2                                 # the grid falls on either side of an edge
+        policies = np.random.default_rng(0).uniform(0, most, (53, space.size))
+        assert space.keys(space.from_even(space.even(policies))) == space.keys(policies)
+        assert (space.even(space.from_even(space.even(policies))) == space.even(policies)).all()
+        assert space.features(policies).min() >= 0 and space.features(policies).max() <= 1
+
+
 def test_snap_leaves_its_argument_alone():
     space = SearchSpace(shape=SHAPES["five blocks"])
     policy = np.full((1, space.size), 0.21)

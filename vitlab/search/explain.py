@@ -24,11 +24,11 @@ def slices(study: Study, points: int = 41) -> Slices:
     if len(study.evaluations) < 2:
         raise InputError(f"{study.folder}: two evaluations are needed; there are {len(study.evaluations)}")
     policies = np.array([e.policy for e in study.evaluations])
-    surrogate = Surrogate(space.snap(policies) / space.max_ratio, np.array([e.value for e in study.evaluations]),
+    surrogate = Surrogate(space.features(policies), np.array([e.value for e in study.evaluations]),
                           noise=study.options.noise)
     grid = np.linspace(0, space.max_ratio, points)
     moved = np.tile(np.array(study.best.policy), (space.size, points, 1))       # (D, G, D)
     moved[np.arange(space.size), :, np.arange(space.size)] = grid
-    mean, deviation = surrogate.predict(moved.reshape(-1, space.size) / space.max_ratio)
+    mean, deviation = surrogate.predict(space.features(moved.reshape(-1, space.size)))
     return Slices(grids=np.tile(grid, (space.size, 1)), means=mean.reshape(space.size, points),
                   deviations=deviation.reshape(space.size, points))

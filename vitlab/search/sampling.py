@@ -1,4 +1,6 @@
 """Feasible policies at random, alone and around others. D dimensions, P policies."""
+import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -24,11 +26,19 @@ def _feasible(problem: Problem, drawn: np.ndarray) -> np.ndarray:
     return projected[meets]
 
 
-def _until(problem: Problem, count: int, draw) -> np.ndarray:
-    """At least one and at most `count` feasible policies from repeated draws."""
+def _feasible_even(problem: Problem, points: np.ndarray) -> np.ndarray:
+    """Feasible policies from points in the space's even coordinates, projected in these."""
+    space, budget = problem.space, problem.budget
+    in_even = dataclasses.replace(budget, cost=lambda points: budget.cost(space.from_even(points)))
+    projected, meets = in_even.project(points)
+    return space.from_even(projected[meets])
+
+
+def _until(problem: Problem, count: int, draw: Callable[[int], np.ndarray], feasible: Callable = _feasible) -> np.ndarray:
+    """Up to `count` feasible policies from repeated draws."""
     found = np.empty((0, problem.space.size))
     for _ in range(ATTEMPTS):
-        found = np.concatenate([found, _feasible(problem, draw(count))])[:count]
+        found = np.concatenate([found, feasible(problem, draw(count))])[:count]
         if len(found) == count:
             break
     return found
@@ -56,9 +66,10 @@ def uniform_policies(problem: Problem, count: int, rng: np.random.Generator) -> 
 
 def varied_policies(problem: Problem, count: int, rng: np.random.Generator) -> np.ndarray:
     """Policies that differ in which group carries the cut and in which blocks: uniform ones first (`uniform_policies`), then
-    a share of the budget for each group times a trend over the blocks times noise.
+    a share of the budget for each group times a trend over the blocks times noise, in even coordinates.
 
-    Ratios that are uniform in the box all lie near the middle of every group and never try tokens, say, alone.
+    Ratios that are uniform in the box all lie near the middle of every group and never try tokens, say, alone; and with few
+    heads they cut some in nearly every block (SearchSpace.even).
     """
     space = problem.space
     groups, names = np.array(space.groups), list(dict.fromkeys(space.groups))
@@ -74,17 +85,17 @@ def varied_policies(problem: Problem, count: int, rng: np.random.Generator) -> n
             policies[:, mine] = share[:, [g]] * trend * noise
         return np.clip(policies * space.max_ratio, 0, space.max_ratio)
     uniform = uniform_policies(problem, min(max(1, count // 2), len(names) + 1), rng)
-    return np.concatenate([uniform, _until(problem, max(count - len(uniform), 0), draw)])
+    return np.concatenate([uniform, _until(problem, max(count - len(uniform), 0), draw, _feasible_even)])
 
 
 def neighbours(problem: Problem, around: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Feasible policies near given ones (K, D): some ratios moved, the others following to meet the budget again."""
+    """Feasible policies near given ones (K, D): some even coordinates moved, the others following to meet the budget again."""
     space = problem.space
-    base = around[rng.integers(0, len(around), count)]
+    base = space.even(around)[rng.integers(0, len(around), count)]
     moved = rng.uniform(size=base.shape) < min(1.0, MOVED / space.size)
     moved[np.arange(count), rng.integers(0, space.size, count)] = True
     size = space.max_ratio * np.exp(rng.uniform(*np.log(STEP_SIZES), (count, 1)))
     steps = base + moved * rng.normal(0, 1, base.shape) * size
     extreme = moved & (rng.uniform(size=base.shape) < EXTREME)
     steps = np.where(extreme, space.max_ratio * rng.integers(0, 2, base.shape), steps)
-    return _feasible(problem, np.clip(steps, 0, space.max_ratio))
+    return _feasible_even(problem, np.clip(steps, 0, space.max_ratio))

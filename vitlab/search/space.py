@@ -93,15 +93,39 @@ class SearchSpace:
         c = self.counts(policies)
         return [tuple(row) for row in np.concatenate([c.neurons, c.heads, c.attended, c.in_mlp, c.carried], axis=1).tolist()]
 
-    def snap(self, policies: np.ndarray) -> np.ndarray:
-        """Each unit's ratio to the middle of those with the same count, (P, D): what a model of the objective should see."""
+    def _levels(self, unit: str) -> tuple[slice, int, int]:
+        """(its dimensions, units in all, how many different counts the box allows)."""
+        total, start = (self.shape.num_neurons if unit == "neurons" else self.shape.num_heads), self.units.index(unit) * self.shape.depth
+        return slice(start, start + self.shape.depth), total, total - max(int(total * (1 - self.max_ratio)), 1) + 1
+
+    def even(self, policies: np.ndarray) -> np.ndarray:
+        """Policies in coordinates (P, D) in which every count of units has an even share of [0, max_ratio], each in its middle.
+
+        In ratios, any above 0 cuts a head, so that the policies that keep all heads of a block are a corner of the box and a
+        draw never hits it; here they are one part in as many as there are counts. Token ratios stay.
+        """
         policies = self.check(policies).copy()
-        for unit, kept in self._unit_counts(policies).items():
-            if unit in self.units:
-                total = self.shape.num_neurons if unit == "neurons" else self.shape.num_heads
-                start = self.units.index(unit) * self.shape.depth
-                policies[:, start:start + self.shape.depth] = np.clip(1 - (kept + 0.5) / total, 0, self.max_ratio)
+        for unit in self.units:
+            where, total, levels = self._levels(unit)
+            policies[:, where] = (total - self._unit_counts(policies)[unit] + 0.5) / levels * self.max_ratio
         return policies
+
+    def from_even(self, points: np.ndarray) -> np.ndarray:
+        """The policies (P, D) of even coordinates: each ratio in the middle of those with its count."""
+        policies = self.check(points).copy()
+        for unit in self.units:
+            where, total, levels = self._levels(unit)
+            gone = np.minimum((policies[:, where] / self.max_ratio * levels).astype(np.int64), levels - 1)
+            policies[:, where] = np.clip(1 - (total - gone + 0.5) / total, 0, self.max_ratio)
+        return policies
+
+    def snap(self, policies: np.ndarray) -> np.ndarray:
+        """Each unit's ratio moved to the middle of those with the same count (P, D)."""
+        return self.from_even(self.even(policies))
+
+    def features(self, policies: np.ndarray) -> np.ndarray:
+        """What a model of the objective should see (P, D): even coordinates in [0, 1]."""
+        return self.even(policies) / self.max_ratio
 
     def plan(self, policy: Sequence[float], *, heads: Tensor | None = None, neurons: Tensor | None = None,
              tokens: Tensor | None = None, made_by: dict[str, Any] | None = None) -> CompressionPlan:

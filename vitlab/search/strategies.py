@@ -70,14 +70,12 @@ def _gaussian_process(problem: Problem, policies: np.ndarray, values: np.ndarray
     """The feasible policies with the largest log EI; each proposal of a batch is believed to come out at its mean."""
     space, proposals = problem.space, []
 
-    def features(p: np.ndarray) -> np.ndarray:
-        return space.snap(p) / space.max_ratio
     for _ in range(count):
-        surrogate = Surrogate(features(policies), values, noise=options.noise)
+        surrogate = Surrogate(space.features(policies), values, noise=options.noise)
         best = float(values.max())
 
         def acquisition(p: np.ndarray, surrogate: Surrogate = surrogate, best: float = best) -> np.ndarray:
-            return log_expected_improvement(*surrogate.predict(features(p)), best)
+            return log_expected_improvement(*surrogate.predict(space.features(p)), best)
         leaders, seen = policies[np.argsort(-values)[:LEADERS]], set(space.keys(policies))
         half = options.candidates // 2
         pool = _fresh(problem, np.concatenate([INITIAL[options.initial](problem, half, rng),
@@ -89,7 +87,7 @@ def _gaussian_process(problem: Problem, policies: np.ndarray, values: np.ndarray
             break
         scores = acquisition(pool)
         chosen = pool[int(scores.argmax())]
-        mean, deviation = (float(v[0]) for v in surrogate.predict(features(chosen[None])))
+        mean, deviation = (float(v[0]) for v in surrogate.predict(space.features(chosen[None])))
         proposals.append(Proposal(policy=chosen, by="gp", expected={"log_ei": float(scores.max()), "mean": mean,
                                                                     "deviation": deviation}))
         policies, values = np.concatenate([policies, chosen[None]]), np.append(values, mean)
