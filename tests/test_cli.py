@@ -135,6 +135,10 @@ def test_options_that_can_have_no_effect_are_refused(study, capsys, tmp_path):
             (["search", "--checkpoint", f"{study}/dense", "--data", "digits", "--gmacs", "9", "--out", f"{tmp_path}/o"], "can't be met"),
             (["search", "--checkpoint", f"{study}/dense", "--data", "digits", "--gmacs", "0.01", "--units", "ears", "--out",
               f"{tmp_path}/o"], "ears"),
+            (["search", "--checkpoint", f"{study}/dense", "--data", "digits", "--gmacs", "0.01", "--tokens", "merge", "--published-count",
+              "--out", f"{tmp_path}/o"], "--tokens select"),
+            (["finetune", "--checkpoint", f"{study}/dense", "--teacher", f"{study}/dense", "--teacher-model", "deit_tiny_patch16_224",
+              "--data", "digits", "--out", f"{tmp_path}/o"], "--teacher-model"),
             (["evaluate", "--checkpoint", f"{study}/dense", "--model", "deit_tiny_patch16_224", "--data", "digits"], "--model"),
             (["pretrain", "--model", "vit_nano_patch4_32", "--data", "digits", "--class-map", str(plan), "--out", f"{tmp_path}/o"],
              "class map")):
@@ -149,6 +153,19 @@ def test_a_place_that_can_not_be_written_to_is_refused_before_the_work(study, ca
     code, _, err = run(capsys, "prune", "--checkpoint", f"{study}/dense", "--scores", f"{study}/s.safetensors", "--out", target)
     assert code == 2 and len(err.strip().splitlines()) == 1 and "Traceback" not in err
     assert (tmp_path / "FILE").read_text() == "mine"
+
+
+def test_a_result_never_takes_the_place_of_a_model_that_is_read(study, capsys):
+    before = (study / "dense/checkpoint/weights.safetensors").read_bytes()
+    plan = ["--plan", f"{study}/dense/checkpoint/plan.json"]
+    for argv in (["prune", "--checkpoint", f"{study}/dense", *plan, "--out", f"{study}/dense"],
+                 ["prune", "--checkpoint", f"{study}/dense/checkpoint", *plan, "--out", f"{study}/dense"],
+                 ["calibrate", "--checkpoint", f"{study}/dense", "--data", "digits", *plan, "--out", f"{study}/x/../dense"],
+                 ["finetune", "--checkpoint", "vit_nano_patch4_32", "--teacher", f"{study}/dense", "--data", "digits", "--out",
+                  f"{study}/dense"]):
+        code, _, err = run(capsys, *argv)
+        assert code == 2 and "would replace" in err and len(err.strip().splitlines()) == 1
+    assert (study / "dense/checkpoint/weights.safetensors").read_bytes() == before
 
 
 def test_another_image_size_trains_and_is_measured(capsys, tmp_path):

@@ -124,8 +124,17 @@ def test_another_model_data_or_budget_in_the_same_folder_is_refused(tmp_path, da
     for change, named in (({"found": dense_checkpoint(seed=1)}, "about"), ({"macs_ratio": 0.8}, "budget"), ({"seed": 2}, "seed"),
                           ({"tokens": "none"}, "space"), ({"metric": "distill_loss"}, "about"), ({"strategy": "random"}, "strategy")):
         found = change.pop("found", dense_checkpoint())
-        with pytest.raises(InputError, match=rf"another study \(other [^)]*{named}"):
+        with pytest.raises(InputError, match=rf"another study \(.*{named}[. ].*, now "):
             searching.search(found, data, tmp_path / "s", **{"macs_ratio": 0.7, **options, **change})
+
+
+def test_scores_of_something_else_in_the_folder_of_a_study_are_refused(tmp_path, data):
+    options = {"macs_ratio": 0.7, "options": SHORT, "images": 24, "score_images": 32, **FEW}
+    searching.search(dense_checkpoint(), data, tmp_path / "other", criterion="random", **options)
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / cutting.UNIT_SCORES).write_bytes((tmp_path / "other" / cutting.UNIT_SCORES).read_bytes())
+    with pytest.raises(InputError, match="unit_scores.safetensors: scores of something else than this study"):
+        searching.search(dense_checkpoint(), data, tmp_path / "s", **options)
 
 
 @pytest.mark.parametrize(("settings", "says"), [

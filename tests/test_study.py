@@ -250,16 +250,33 @@ def test_the_folder_of_another_study_is_refused_naming_what_differs(tmp_path, na
     first.run(objective, progress=False)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(before) == {"study.json", JOURNAL}
-    with pytest.raises(InputError, match=rf"another study \(other {name}\)"):
+    with pytest.raises(InputError, match=r"study.json: another study \(.*, now ") as refused:
         study(tmp_path, **(same | change()))
+    differences = str(refused.value).partition("(")[2].split("; ")
+    assert {d.split(" ")[0].split(".")[0].strip(")") for d in differences if ", now " in d} == set(name.split(", "))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert facts(study(tmp_path, **same)) == facts(first)
+
+
+def test_a_journal_without_its_study_is_not_taken_for_another_ones(tmp_path):
+    study(tmp_path).run(objective, progress=False)
+    (tmp_path / "study.json").unlink()
+    with pytest.raises(InputError, match=r"journal.jsonl: a journal without study.json"):
+        study(tmp_path)
+
+
+def test_empty_lines_at_the_end_of_a_journal_are_no_damage(tmp_path):
+    whole = study(tmp_path)
+    whole.run(objective, progress=False)
+    with open(tmp_path / JOURNAL, "a") as file:
+        file.write("\n\n")
+    assert facts(read_journal(tmp_path)) == facts(whole)
 
 
 def test_a_study_file_that_is_no_study_is_refused(tmp_path):
     for content in ("[]", "null", '{"format": "other"}', '{"settings": 3}'):
         (tmp_path / "study.json").write_text(content)
-        with pytest.raises(InputError, match=r"study.json: another study \(other about, budget, format"):
+        with pytest.raises(InputError, match=r"study.json: another study \(no vitlab.study of version 1\)"):
             study(tmp_path)
     (tmp_path / "study.json").write_text('{"format"')
     with pytest.raises(InputError, match="study.json: not valid JSON"):

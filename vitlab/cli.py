@@ -3,6 +3,7 @@ import argparse
 import dataclasses
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,13 @@ def _check_out(out: str, wants_file: bool) -> None:
         raise InputError(f"{out}: {folder} is a file, not a folder")
     if not os.access(folder, os.W_OK):
         raise InputError(f"{out}: {folder} can't be written to")
+
+
+def _check_apart(args: argparse.Namespace) -> None:
+    """InputError where the result would take the place of a model that the command reads."""
+    for given in (getattr(args, "source", None), getattr(args, "teacher", None)):
+        if given and Path(given).is_dir() and Path(args.out).resolve() in (Path(given).resolve(), Path(given).resolve().parent):
+            raise InputError(f"--out {args.out} would replace {given}, which is read; choose another folder")
 
 
 def _data(args: argparse.Namespace) -> dict[str, Any]:
@@ -105,6 +113,8 @@ def _prune(args: argparse.Namespace) -> None:
 
 def _finetune(args: argparse.Namespace) -> None:
     from vitlab.workbench import steps
+    if args.teacher is not None and Path(args.teacher).is_dir() and args.teacher_model:
+        raise InputError(f"{args.teacher} is a folder and says itself which model it holds; --teacher-model is for weights files")
     teacher = None if args.teacher is None else steps.open_model(args.teacher, model=args.teacher_model, num_classes=args.num_classes)
     run = steps.finetune(_source(args), teacher, args.data, args.out, plan=args.plan, steps=args.steps, settings=_recipe(args),
                          limit=args.limit, **_data(args))
@@ -120,6 +130,8 @@ def _search(args: argparse.Namespace) -> None:
         raise InputError("--batch-size and --dtype are those of a latency; they go with --latency-ms")
     if args.published_count and args.latency_ms is not None:
         raise InputError("--published-count goes with --gmacs or --macs-ratio")
+    if args.published_count and args.tokens != "select":
+        raise InputError(f"--published-count is of one selection ratio; it goes with --tokens select, not {args.tokens}")
     cost = "latency_ms" if args.latency_ms is not None else "published_gmacs" if args.published_count else "gmacs"
     limit = args.latency_ms if args.latency_ms is not None else args.gmacs
     study = searching.search(
@@ -183,6 +195,8 @@ COMMANDS = {"pretrain": _pretrain, "score": _score, "prune": _prune, "search": _
 
 def execute(args: argparse.Namespace) -> None:
     """Do one parsed command. Raises InputError."""
+    if args.command in ("prune", "calibrate", "search", "finetune"):
+        _check_apart(args)
     if getattr(args, "out", None):
         _check_out(args.out, wants_file=args.command == "score")
     COMMANDS[args.command](args)
@@ -191,6 +205,7 @@ def execute(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 when done, 2 for wrong input (one line on stderr), 130 when interrupted."""
     args = build_parser().parse_args(argv)
+    warnings.formatwarning = lambda message, *_: f"vitlab {args.command}: {message}\n"
     try:
         execute(args)
     except InputError as error:

@@ -130,7 +130,7 @@ def build_parser() -> Parser:
     p.add_argument("--tokens", default="select", metavar="NAME",
                    help="none, select, select_per_stage, merge or merge_per_stage (default: select)")
     p.add_argument("--max-ratio", type=_number(float, 1e-3, 0.999, "a fraction from 0.001 to 0.999"), default=0.5, metavar="R",
-                   help="most that is cut of any dimension (default: 0.5, as published)")
+                   help="largest ratio; int(count * (1 - ratio)) stay, so of few heads one may go (default: 0.5, as published)")
     p.add_argument("--strategy", default="gp", metavar="NAME", help="gp, random or uniform (default: gp)")
     p.add_argument("--settings", default="default", metavar="NAME", help="default or published (default: default)")
     p.add_argument("--evaluations", type=count, metavar="N", help="policies measured in all (default: the settings')")
@@ -156,7 +156,8 @@ def build_parser() -> Parser:
     p = add("finetune", "Fine-tune a compressed model, distilling from the dense one.")
     _model_options(p)
     p.add_argument("--plan", type=given, metavar="FILE", help="a plan.json by which a dense SOURCE is compressed first")
-    p.add_argument("--steps", type=count, default=1, metavar="K", help="with --plan: cut and fine-tune in K turns (default: 1)")
+    p.add_argument("--steps", type=count, default=1, metavar="K",
+                   help="with --plan: cut and fine-tune in K turns, each for its share of the epochs, at least one (default: 1)")
     p.add_argument("--teacher", type=given, metavar="SOURCE", help="the dense model, like --checkpoint")
     p.add_argument("--teacher-model", metavar="NAME", help="timm name of the model that the teacher's weights file is for")
     _data_options(p)

@@ -50,15 +50,15 @@ def read_journal(folder: str | Path, *, repair: bool = False) -> list[Evaluation
     Raises InputError naming the line where any other is damaged.
     """
     path = Path(folder) / JOURNAL
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").rstrip().splitlines() if path.exists() else []
     evaluations: list[Evaluation] = []
     for number, line in enumerate(lines):
         try:
             evaluations.append(_evaluation(json.loads(line), number))
         except (ValueError, TypeError, KeyError) as error:
             if number + 1 < len(lines):
-                raise InputError(f"{path}: line {number + 1} is damaged ({error}); without it and those after it the search goes on"
-                                 ) from None
+                raise InputError(f"{path}: line {number + 1} is damaged ({error}); remove it and those after it, and the search "
+                                 "goes on from there") from None
             warnings.warn(f"{path}: the last line was cut short and is measured again", stacklevel=2)
             if repair:
                 atomic_write(path, "".join(kept + "\n" for kept in lines[:-1]))
@@ -97,11 +97,26 @@ class Study:
         path = self.folder / INFO
         if path.exists():
             known = read_json(path)
-            differ = sorted(k for k in self.info if not isinstance(known, dict) or self._comparable(known).get(k) !=
-                            self._comparable(self.info)[k])
+            differ = self._differences(known)
             if differ:
-                raise InputError(f"{path}: another study (other {', '.join(differ)}); choose another folder, or remove {self.folder}")
+                raise InputError(f"{path}: another study ({'; '.join(differ)}); choose another folder, or remove {self.folder}")
+        elif (self.folder / JOURNAL).exists():
+            raise InputError(f"{self.folder / JOURNAL}: a journal without {INFO}, which says what was searched; choose another folder, or "
+                             f"remove {self.folder}")
         atomic_write(path, json.dumps(self.info, indent=2) + "\n")
+
+    def _differences(self, known: Any) -> list[str]:
+        """What this study has otherwise than a read study.json: "budget.limit 0.5, now 0.6"."""
+        if not isinstance(known, dict) or (known.get("format"), known.get("version")) != (FORMAT, VERSION):
+            return [f"no {FORMAT} of version {VERSION}"]
+        was, now, found = self._comparable(known), self._comparable(self.info), []
+        for key in now:
+            if isinstance(now[key], dict) and isinstance(was.get(key), dict):
+                found += [f"{key}.{k} {was[key].get(k)}, now {now[key].get(k)}" for k in sorted({*now[key], *was[key]})
+                          if was[key].get(k) != now[key].get(k)]
+            elif was.get(key) != now[key]:
+                found.append(f"{key} {was.get(key)}, now {now[key]}")
+        return found
 
     @staticmethod
     def _comparable(info: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -98,21 +99,29 @@ def _refitting(model: nn.Module, data: ImageData, units: tuple[str, ...], images
 
 def _scores_of(study: Study, model: nn.Module, data: ImageData, device: torch.device, workers: int | None,
                progress: bool) -> dict[str, Tensor]:
-    """The scores that a plan of this study needs, from its folder where they were made before."""
+    """The scores that a plan of this study needs, from its folder where they were made before, for this study."""
     about, scores = study.info["about"], {}
+    mark = {"made_for": " ".join(str(about[k]) for k in ("inputs", "criterion", "score_images")) + f" seed {study.seed}"}
 
     def batches():
         return data.batches("train", model, limit=about["score_images"], seed=study.seed, workers=workers)
+
+    def check(path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("made_for") != mark["made_for"]:
+                raise InputError(f"{path}: scores of something else than this study; remove the file and they are made anew")
     if study.space.units:
         path = study.folder / UNIT_SCORES
         if not path.exists():
             made = unit_scores(model, batches(), criterion=about["criterion"], seed=study.seed, device=device, progress=progress)
-            atomic_write(path, save({"head_scores": made.heads.contiguous(), "neuron_scores": made.neurons.contiguous()}, made.made_by))
+            atomic_write(path, save({"head_scores": made.heads.contiguous(), "neuron_scores": made.neurons.contiguous()}, mark))
         units = read_units(path)
+        check(path)
         scores |= {"heads": units.heads, "neurons": units.neurons}
     if study.space.tokens.startswith("merge"):
         path = study.folder / TOKEN_SCORES
         if not path.exists():
-            atomic_write(path, save({"token_scores": token_scores(model, batches(), device=device, progress=progress).contiguous()}))
+            atomic_write(path, save({"token_scores": token_scores(model, batches(), device=device, progress=progress).contiguous()}, mark))
         scores["tokens"] = read_scores(path)[0]
+        check(path)
     return scores

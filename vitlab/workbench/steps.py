@@ -65,6 +65,8 @@ def open_model(source: str | Path, *, model: str | None = None, num_classes: int
             built = create_model(model, weights=path, **args)
             plan = CompressionPlan.empty(shape_of(built))
         return Checkpoint(model=built, plan=plan, info={"made_by": {"read_from": path.name}})
+    if path.is_file():
+        raise InputError(f"{path}: not a weights file; one that ends in .safetensors, .pth, .pt or .bin is, or a run folder")
     built = create_model(str(source), pretrained=pretrained, **args)
     return Checkpoint(model=built, plan=CompressionPlan.empty(shape_of(built)), info={"made_by": {"timm": str(source)}})
 
@@ -128,7 +130,7 @@ def read_scores(path: str | Path) -> tuple[Tensor, dict[str, str]]:
     try:
         with safe_open(path, "pt") as file:
             if "token_scores" not in list(file.keys()):
-                raise InputError(f"{path}: holds no token_scores")
+                raise InputError(f"{path}: holds no token_scores; `vitlab score` writes them (scores of units are for --unit-scores)")
             scores, made_by = file.get_tensor("token_scores"), file.metadata() or {}
     except SafetensorError as error:
         raise InputError(f"{path}: can't be read, it may be cut short ({error})") from None
@@ -190,6 +192,7 @@ def finetune(source: str | Path | Checkpoint, teacher: str | Path | Checkpoint |
     if plan is not None:
         need_dense(found)
         final = plan if isinstance(plan, CompressionPlan) else CompressionPlan.load(plan)
+        final.check_fits(shape_of(model))
         scores, before = unit_scores(model, (), criterion="weight"), None
     for step in range(1, steps + 1):
         folder, turn = Path(out) / TRAINING, settings
