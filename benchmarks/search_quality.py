@@ -10,7 +10,7 @@ journal in a folder of its own below --run, and all share the measured policies 
 twice, and a run that was killed goes on.
 
 The peers propose in the same box, [0, max_ratio] in every dimension, and do not know the budget: their proposals are brought to
-it by the same Budget.project, and the policy it gives is what is measured and counted (one that falls short of the budget's
+it by Budget.project, and the policy it gives is what is measured and counted (one that falls short of the budget's
 tolerance costs less and is measured all the same; how many is in the conditions). What they learn from:
 "botorch"  LogExpectedImprovement (analytic; Ament et al. 2023, arXiv 2310.20708) of SingleTaskGP with its own priors, on
            standardised values at the projected points; optimised over the whole box by optimize_acqf. SOBOL points first.
@@ -18,8 +18,8 @@ tolerance costs less and is measured all the same; how many is in the conditions
            as ask and tell do: of the projection it learns only through the value.
 "optuna, projected"  the same, told the projected point instead, by Study.add_trial.
 In that box any ratio above 0 cuts one head of few, so that a sampler nearly never leaves the heads of a block whole: random,
-TPE and Sobol points all pay for it, where our own neighbours go to 0 on purpose. "..., even heads" are therefore the same peers,
-told the projected points, in a box where every number of heads takes an equal share of [0, 1]: the comparison that counts.
+TPE and Sobol points all pay for it; ours draws where every number of heads has an equal share (SearchSpace.even). "..., even
+heads" are therefore the same peers, told the projected points, in such a box: the comparison that counts.
 
 Rows go to benchmarks/results/search_quality.jsonl (replaced), the figures to docs/search_quality_60.png and _45.png.
 """

@@ -2,6 +2,7 @@
 
     python benchmarks/tables.py
 """
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,9 +64,12 @@ def token_speed(rows: list[dict]) -> str:
 
 def mdc_table(rows: list[dict]) -> str:
     dense = rows[0]["top1_pct"]
+
+    def published(r: dict) -> str:
+        return f"{r['conditions']['published_gmacs']:.2f}" if "published_gmacs" in r["conditions"] else "-"
     return _table(["cut", "GMACs", "published GMACs", "parameters (M)", "top-1 %", "against dense"],
-                  [[r["model"], f"{r['gmacs']:.2f}", f"{r['conditions']['published_gmacs']:.2f}", f"{r['params_m']:.2f}",
-                    f"{r['top1_pct']:.2f}", f"{r['top1_pct'] - dense:+.2f}"] for r in rows])
+                  [[r["model"], f"{r['gmacs']:.2f}", published(r), f"{r['params_m']:.2f}", f"{r['top1_pct']:.2f}",
+                    f"{r['top1_pct'] - dense:+.2f}"] for r in rows])
 
 
 def joint(rows: list[dict]) -> str:
@@ -89,9 +93,23 @@ def hsic_speed(rows: list[dict]) -> str:
                     f"{r['conditions']['of_forward']:.2f}"] for r in rows])
 
 
+def search_quality(rows: list[dict]) -> str:
+    """One line per budget and strategy: best so far, and the best policy's top-1 on other images, median (range) of the seeds."""
+    def text(values: list[float]) -> str:
+        return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+    body = []
+    for fraction, name in dict.fromkeys((r["conditions"]["fraction"], r["conditions"]["strategy"]) for r in rows):
+        mine = [r for r in rows if (r["conditions"]["fraction"], r["conditions"]["strategy"]) == (fraction, name)]
+        best = [r["conditions"]["best_so_far"] for r in mine]
+        body.append([f"{fraction:.0%}", "ours" if name == "gp" else name, *[text([b[n - 1] for b in best]) for n in (20, 40, 60)],
+                     text([r["top1_pct"] for r in mine])])
+    return _table(["MACs", "search", "after 20", "after 40", "after 60", "on other images"], body)
+
+
 TABLES: dict[str, Callable[[list[dict]], str]] = {
     "published_table": published_table, "published_form": published_table, "boundaries": boundaries, "cifar10": cifar10,
-    "token_speed": token_speed, "mdc_table": mdc_table, "joint": joint, "latency": latency, "hsic_speed": hsic_speed}
+    "token_speed": token_speed, "mdc_table": mdc_table, "joint": joint, "latency": latency, "hsic_speed": hsic_speed,
+    "search_quality": search_quality}
 
 
 def render(text: str) -> str:

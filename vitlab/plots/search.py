@@ -39,18 +39,19 @@ def incumbents(curves: dict[str, Sequence[Sequence[float]]], *, label: str) -> F
     curves {strategy: a list of values per seed, one value per evaluation}; label names the value. The line is the median over
     seeds, the band their least to largest; one seed is a line alone.
     """
-    figure, axes = new_axes(1, 1, 9.0, 3.8)
+    figure, axes = new_axes(1, 1, 9.0, 4.4)
     axis = axes[0, 0]
     for index, (name, seeds) in enumerate(curves.items()):
         best, colour = best_so_far(seeds), PALETTE[index % len(PALETTE)]        # (S, T)
         line, steps = np.median(best, axis=0), np.arange(1, best.shape[1] + 1)
         changes = [t for t in range(len(line)) if np.isfinite(line[t]) and (t == 0 or line[t] != line[t - 1])]
-        title = name if len(seeds) == 1 else f"{name} (median and range of {len(seeds)} seeds)"
         axis.plot(steps, line, drawstyle="steps-post", color=colour, marker=MARKERS[index % len(MARKERS)], markersize=5,
-                  markevery=changes, label=title)
+                  markevery=changes, label=name)
         if len(seeds) > 1:
             axis.fill_between(steps, best.min(axis=0), best.max(axis=0), step="post", color=colour, alpha=0.2, linewidth=0)
-    axis.set(xlabel="evaluations", ylabel=fill(f"best so far: {label}", 36))
+    most = max(map(len, curves.values()))
+    over = "" if most == 1 else f" (median and range of {most} seeds)"
+    axis.set(xlabel="evaluations", ylabel=fill(f"best so far: {label}{over}", 36))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_above(figure, *axis.get_legend_handles_labels())
     sns.despine(fig=figure)
