@@ -54,7 +54,7 @@ HERE = Path(__file__).parent
 FRACTIONS, SEEDS, EVALUATIONS = (0.6, 0.45), 5, 60
 CALIBRATION, SLICE, HELD = 512, 500, 2500       # images of train, disjoint: of the unit scores, the search, the check
 SCORE_BATCH, BATCH = 64, 250
-SOBOL = 20                                      # as many as the population of ours
+SOBOL = 20                                      # points before the first proposal, for 13 dimensions
 RESTARTS, RAW_SAMPLES = 10, 512                 # of optimize_acqf, as in BoTorch's tutorials
 Measure = Callable[[np.ndarray], dict[str, float]]
 
@@ -107,7 +107,7 @@ TPE, LOG_EI = Peer(propose=optuna_tpe, package="optuna", initial="10 random poin
     propose=botorch_log_ei, package="botorch", initial=f"{SOBOL} Sobol points")
 PEERS = {"optuna": replace(TPE, told="proposed"), "optuna, projected": TPE, "optuna, even heads": replace(TPE, even_heads=True),
          "botorch": LOG_EI, "botorch, even heads": replace(LOG_EI, even_heads=True)}
-OURS = {"gp": "20 policies, varied: uniform ones first", "random": "random",
+OURS = {"gp": "10 policies, varied: uniform ones first", "random": "random",
         "uniform": "one ratio for all groups, each group alone, then random"}
 LABELS = {"gp": "vitlab, gp", "random": "random", "uniform": "uniform per group", "optuna": "Optuna TPE",
           "optuna, projected": "Optuna TPE, told the projection", "optuna, even heads": "Optuna TPE, even heads",

@@ -32,6 +32,8 @@ def _check_out(out: str, wants_file: bool) -> None:
     """OSError or InputError before any work where `out` is of the wrong kind or nothing can be written to it."""
     if wants_file and Path(out).is_dir():
         raise InputError(f"{out}: is a folder; a file to write the scores to is needed")
+    if wants_file and Path(out).suffix != ".safetensors":
+        raise InputError(f"{out}: scores are written as .safetensors; a name that ends so is needed")
     if not wants_file and Path(out).is_file():
         raise InputError(f"{out}: is a file; a run folder is needed")
     folder = Path(out).absolute()

@@ -39,6 +39,8 @@ class Images(Dataset):
             return Images(self.reader, self.indices)
         if limit < 1:
             raise InputError(f"limit is {limit}; at least 1 image is needed")
+        if limit > len(self):
+            warnings.warn(f"{limit} images were asked for; the split has {len(self)}, and all of them are taken", stacklevel=4)
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:limit]
         return Images(self.reader, [self.indices[i] for i in order.tolist()])
 

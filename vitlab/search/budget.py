@@ -32,7 +32,8 @@ class Budget:
         dense, least = self.cost(np.array([[0.0] * self.size, [self.max_ratio] * self.size])).tolist()
         if not least <= self.limit < dense:
             raise InputError(f"a budget of {self.limit:.6g} {self.unit} can't be met: this space reaches from {least:.6g} "
-                             f"(everything cut by {self.max_ratio}) to {dense:.6g} (nothing cut)")
+                             f"(everything cut by {self.max_ratio}) to {dense:.6g} (nothing cut): ratios of the dense model's from "
+                             f"{least / dense:.3g} to below 1")
 
     def meets(self, policies: np.ndarray) -> np.ndarray:
         """Bool (P)."""

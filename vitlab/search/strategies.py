@@ -18,7 +18,7 @@ class Settings:
     """How the search goes on. "published" in SETTINGS has the numbers of arXiv 2201.00043."""
 
     source: str = "vitlab"
-    population: int = 20                        # policies before the first proposal of the Gaussian process
+    population: int = 10                        # policies before the first proposal of the Gaussian process
     evaluations: int = 80                       # in all, the population included
     initial: str = "varied"                     # how the population is drawn: a name of INITIAL
     noise: float | None = None                  # variance of standardised values; None fits it

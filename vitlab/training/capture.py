@@ -60,7 +60,7 @@ def averaged(model: nn.Module, batches: Batches, step: Callable[[Tensor, Tensor]
         for images, targets in tqdm(batches, desc=what, unit="batch", disable=not progress):
             first = first or len(images)
             if same_size and first < 2:
-                raise InputError(f"{what}: dependence compares images; a batch of {first} has none to compare")
+                raise InputError(f"{what}: dependence compares images; a batch of {first} has none to compare, 2 at least are needed")
             if same_size and len(images) != first:
                 continue
             seen += len(images)
