@@ -10,6 +10,7 @@ import torch
 from training_fixtures import full_plan, one_thread, tiny, token_plan  # noqa: F401
 
 from vitlab.cost import Counts, counts_of
+from vitlab.criteria.planning import prune_and_merge
 from vitlab.files import InputError
 from vitlab.latency import AXES, LatencyTable
 from vitlab.models import compress, deploy, shape_of
@@ -24,6 +25,7 @@ SHAPE = ViTShape(img_size=(40, 56), patch_size=(8, 8), embed_dim=33, depth=5, nu
 TIMES = {"stem": lambda n: 7.0 + 0 * n, "attention": lambda n, h: 0.3 + 0.05 * n + 0.7 * h + 0.011 * n * h,
          "select": lambda n, h: 0.17 + 0.013 * n + 0.023 * h, "mlp": lambda n, m: 0.19 + 0.029 * n + 0.0031 * m + 0.0007 * n * m,
          "fold": lambda r, c: 0.071 + 0.0041 * r + 0.0067 * c + 0.0023 * r * c, "carry": lambda r: 0.053 + 0.0037 * r,
+         "pool": lambda r: 0.047 + 0.0029 * r,
          "head": lambda n: 0.61 + 0.0089 * n}
 FAST = {"batch_size": 2, "repeats": 1, "min_seconds": 0.0, "progress": False}
 
@@ -325,3 +327,11 @@ def test_an_error_is_measured_for_real_and_only_under_the_tables_conditions():
         prediction_error(other, models)
     with pytest.raises(InputError, match="another model"):
         prediction_error(made(SHAPE, **table.conditions), models)
+
+
+def test_regions_that_share_an_update_take_the_time_of_their_means_and_no_fold():
+    scores = torch.rand(SHAPE.depth, SHAPE.num_patches, generator=torch.Generator().manual_seed(0)) + 0.01
+    plan = prune_and_merge(scores, SHAPE, keep_rate=0.5, share=True)
+    parts = made().by_part(counts_of(plan))
+    assert parts["fold"] == parts["carry"] == 0
+    assert float(parts["pool"]) == pytest.approx(sum(TIMES["pool"](n) for n in plan.tokens_per_block()), rel=1e-9)

@@ -16,7 +16,7 @@ from vitlab.rules import MergeReconstruct, Select
 from vitlab.search import SearchSpace
 from vitlab.shape import ViTShape
 
-MODES = ("none", "select", "select_per_stage", "merge", "merge_per_stage")
+MODES = ("none", "select", "select_per_stage", "merge", "merge_per_stage", "share", "share_per_stage")
 FIELDS = [field.name for field in dataclasses.fields(Counts)]
 
 
@@ -58,18 +58,23 @@ def slow_counts(shape: ViTShape, tokens: str, policy: list[float], ranked_by: st
     for block in range(depth):
         neurons = max(int(shape.num_neurons * (1 - policy[block])), 1)
         heads = max(int(shape.num_heads * (1 - policy[depth + block])), 1)
-        found = {"neurons": neurons, "heads": heads, "attended": entering, "in_mlp": entering, "carried": 0, "merged": False, "ranking": 0}
+        found = {"neurons": neurons, "heads": heads, "attended": entering, "in_mlp": entering, "carried": 0, "pooled": 0,
+                 "merged": False, "ranking": 0}
         if tokens.startswith("select") and block in quarters:
             ratio = token_ratios[quarters.index(block) if tokens == "select_per_stage" else 0]
             kept = max(int(entering * (1 - ratio)), prefix + 1)             # B3: K = int(N_now (1 - rho)), prefix tokens among them
             if kept + 1 < entering:                                         # the mean of a single token is that token: nothing is cut
                 entering = kept + 1                                         # and the mean of the rest
                 found |= {"in_mlp": entering, "ranking": heads if ranked_by == "kept" else shape.num_heads}
-        if tokens.startswith("merge"):
-            ratio = token_ratios[block * min(4, depth) // depth if tokens == "merge_per_stage" else block]
+        if tokens.startswith(("merge", "share")):
+            ratio = token_ratios[block * min(4, depth) // depth if tokens.endswith("per_stage") else block]
             centers = max(int(n * (1 - ratio)), 1)
             pruned = min(int(n * prune_rate), n - centers)
-            found |= {"attended": prefix + centers, "in_mlp": prefix + centers, "carried": pruned, "merged": centers < n}
+            found |= {"attended": prefix + centers, "in_mlp": prefix + centers}
+            if tokens.startswith("merge"):
+                found |= {"carried": pruned, "merged": centers < n}
+            elif centers < n:
+                found |= {"pooled": n - pruned}                             # each patch of a region is scaled once
         blocks.append(found)
     return blocks
 

@@ -92,7 +92,8 @@ def _print_cut(plan: Any, out: str) -> None:
 
 def _prune(args: argparse.Namespace) -> None:
     from vitlab.workbench import cutting, steps
-    chosen = {k: getattr(args, k) for k in ("rule", "keep_rate", "prune_rate", "boundary", "weights") if getattr(args, k) is not None}
+    merging = ("rule", "keep_rate", "prune_rate", "boundary", "weights", "share")
+    chosen = {k: getattr(args, k) for k in merging if getattr(args, k) is not None}
     ratios = {k: getattr(args, k) for k in ("policy", "head_ratio", "neuron_ratio", "rho") if getattr(args, k) is not None}
     given = next(iter({**chosen, **ratios}), "").replace("_", "-")
     if args.plan and given:

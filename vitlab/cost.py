@@ -4,7 +4,7 @@ One MAC is two FLOPs; the papers write FLOPs for MACs. Everything that is multip
 fold products too; form "published" leaves those out, as the tables of arXiv 2503.23455 do. Counts may have leading
 dimensions: the cost of ten thousand policies is one call.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import nn
@@ -29,6 +29,8 @@ class Counts:
     carried: np.ndarray             # tokens that go around the block
     merged: np.ndarray              # bool: matrices stand before and after the block
     ranking: np.ndarray             # heads whose attention ranks tokens before the MLP; 0 where none are selected
+    # Rows scaled for a region's mean, and for what a token keeps of its own.
+    pooled: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
 
 
 def counts_of(plan: CompressionPlan) -> Counts:
@@ -38,7 +40,7 @@ def counts_of(plan: CompressionPlan) -> Counts:
     rank = [{"": 0, "kept": kept, "all": shape.num_heads}[f.ranked_by] for f, kept in zip(flows, heads)]
     return Counts(heads=np.array(heads), ranking=np.array(rank),
                   neurons=np.array([shape.num_neurons if b.neurons is None else len(b.neurons) for b in plan.blocks]),
-                  **{name: np.array([getattr(f, name) for f in flows]) for name in ("attended", "in_mlp", "carried", "merged")})
+                  **{name: np.array([getattr(f, name) for f in flows]) for name in ("attended", "in_mlp", "carried", "pooled", "merged")})
 
 
 def _before(values: np.ndarray, first: int) -> np.ndarray:
@@ -50,9 +52,10 @@ def macs_of(shape: ViTShape, counts: Counts, form: str = "deployed") -> dict[str
     """MACs per image (...) by part (PARTS), and their sum under "total". Raises InputError for an unknown form.
 
     Per block with C tokens in the attention, C' in the MLP, attention width w = heads * d, M neurons: qkv 3 C D w,
-    attention 2 C^2 w, proj C w D, mlp 2 C' D M; a ranking by heads of width r 2 D r + C heads D (q/k norm: D r + C D r + C r).
-    form "training" adds C N D for each merge and each reconstruct; "deployed" adds the folded products instead:
-    (C_l + p_l) (C_k + p_k) D between two blocks, p tokens carried around them.
+    attention 2 C^2 w, proj C w D, mlp 2 C' D M; a ranking by heads of width r 2 D r + C heads D (q/k norm: D r + C D r + C r);
+    regions that share an update scale each of their n patches, n D. form "training" adds C N D for each merge and each
+    reconstruct; "deployed" adds the folded products instead: (C_l + p_l) (C_k + p_k) D between two blocks, p tokens carried
+    around them.
     """
     if form not in FORMS:
         raise InputError(f"form {form!r} is not known; known are {list(FORMS)}")
@@ -65,9 +68,11 @@ def macs_of(shape: ViTShape, counts: Counts, form: str = "deployed") -> dict[str
     parts = {name: blocks[name].sum(axis=-1) if name in blocks else np.zeros(width.shape[:-1], dtype=np.int64) for name in PARTS}
     parts["patch_embed"] += shape.num_patches * shape.patch_size[0] * shape.patch_size[1] * shape.in_chans * dim
     parts["classifier"] += dim * shape.num_classes * shape.num_classifiers
+    if form != "published":
+        parts["merge"] = c.pooled.sum(axis=-1) * dim
     if form == "training":
-        parts["merge"] = (c.merged * c.attended).sum(axis=-1) * everything * dim
-        parts["reconstruct"] = parts["merge"].copy()
+        parts["merge"] = parts["merge"] + (c.merged * c.attended).sum(axis=-1) * everything * dim
+        parts["reconstruct"] = (c.merged * c.attended).sum(axis=-1) * everything * dim
     if form == "deployed":
         state = c.in_mlp + c.carried                                            # rows that leave each block
         folds = (c.merged | _before(c.merged, False)) * (c.attended + c.carried) * _before(state, everything)

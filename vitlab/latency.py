@@ -18,7 +18,8 @@ from vitlab.shape import POOL_TOKEN, ViTShape, require
 
 FORMAT, VERSION = "vitlab.latency", 1
 AXES = {"stem": ("tokens",), "attention": ("tokens", "heads"), "select": ("tokens", "ranking heads"), "mlp": ("tokens", "neurons"),
-        "fold": ("rows", "columns"), "carry": ("rows",), "head": ("tokens",)}
+        "fold": ("rows", "columns"), "carry": ("rows",), "pool": ("tokens",), "head": ("tokens",)}
+OPTIONAL = {"select", "pool"}                   # a model without a class token selects none; older tables pool none
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,8 +27,8 @@ class LatencyTable:
     """Milliseconds of each part of a model for one batch, by what it depends on (AXES).
 
     stem: embedding of patches and positions; attention, mlp: the halves of a block, with norm and residual; select: ranking
-    and choice of tokens; fold: a matrix (rows, columns) over the tokens; carry: tokens split off before a block and joined
-    again after it; head: norm, pooling, classifier.
+    and choice of tokens; pool: means of regions, and what their tokens share; fold: a matrix (rows, columns) over the tokens;
+    carry: tokens split off before a block and joined again after it; head: norm, pooling, classifier.
     """
 
     shape: ViTShape                             # of the dense model
@@ -37,7 +38,7 @@ class LatencyTable:
     scale: float = 1.0                          # whole models' time over the sum of their parts': memory is fetched anew
 
     def __post_init__(self) -> None:
-        require(set(AXES) - {"select"} <= set(self.ms) <= set(AXES) and set(self.axes) == set(self.ms),
+        require(set(AXES) - OPTIONAL <= set(self.ms) <= set(AXES) and set(self.axes) == set(self.ms),
                 f"the table holds the parts {sorted(self.ms)}; {sorted(AXES)} are needed")
         for part, ms in self.ms.items():
             axes = [np.asarray(axis) for axis in self.axes[part]]
@@ -77,7 +78,8 @@ class LatencyTable:
         parts = {"attention": self._at("attention", always, c.attended, c.heads),
                  "select": self._at("select", c.ranking > 0, c.attended, c.ranking),
                  "mlp": self._at("mlp", always, c.in_mlp, c.neurons),
-                 "fold": self._at("fold", c.merged | merged, rows, before), "carry": self._at("carry", c.carried > 0, rows)}
+                 "fold": self._at("fold", c.merged | merged, rows, before), "carry": self._at("carry", c.carried > 0, rows),
+                 "pool": self._at("pool", c.pooled > 0, c.attended)}
         parts = {part: ms.sum(axis=-1) for part, ms in parts.items()}           # (...)
         parts["fold"] = parts["fold"] + self._at("fold", last, wanted, end)
         parts["stem"] = self._at("stem", always[..., 0], everything)

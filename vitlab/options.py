@@ -111,6 +111,8 @@ def build_parser() -> Parser:
                    help="regions of rule center: 2-D cells, or raster runs as published (default: grid)")
     p.add_argument("--weights", choices=("score", "uniform", "reference"),
                    help="entries of the merge matrix; reference: as published (default: score)")
+    p.add_argument("--share", action="store_true", default=None,
+                   help="regions share their block's update and keep their own streams, without matrices")
     p.add_argument("--policy", metavar="NAME", help="with --unit-scores: published ratios, deit_small_60 or deit_base_60")
     p.add_argument("--head-ratio", type=ratio, help="with --unit-scores: fraction of heads cut in every block")
     p.add_argument("--neuron-ratio", type=ratio, help="with --unit-scores: fraction of neurons cut in every block")
@@ -128,7 +130,7 @@ def build_parser() -> Parser:
     p.add_argument("--published-count", action="store_true", help="count multiply-adds, and rank tokens, as arXiv 2201.00043 does")
     p.add_argument("--units", default="neurons,heads", metavar="LIST", help="neurons,heads or one of them or none (default: both)")
     p.add_argument("--tokens", default="select", metavar="NAME",
-                   help="none, select, select_per_stage, merge or merge_per_stage (default: select)")
+                   help="none, select, merge or share, with _per_stage for ratios of their own (default: select)")
     p.add_argument("--max-ratio", type=_number(float, 1e-3, 0.999, "a fraction from 0.001 to 0.999"), default=0.5, metavar="R",
                    help="largest ratio; int(count * (1 - ratio)) stay, so of few heads one may go (default: 0.5, as published)")
     p.add_argument("--strategy", default="gp", metavar="NAME", help="gp, random or uniform (default: gp)")

@@ -17,6 +17,7 @@ class Flow:
     in_mlp: int                     # in the MLP
     carried: int                    # that go around the block
     after: int                      # that reach the next block
+    pooled: int = 0                 # rows that are scaled for a weighted mean, and for what tokens keep of their own stream
     merged: bool = False            # whether matrices stand before and after the block
     ranked_by: str = ""             # heads whose attention ranks tokens before the MLP: "kept", "all", or "" for no ranking
 
@@ -74,6 +75,60 @@ class MergeReconstruct:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SharedUpdate:
+    """Token rule of methods C1: the tokens of a region go through the block as their mean, and share its update.
+
+    y_j = z_c + u_c + own * (x_j - z_c), z_c the weighted mean of region c and u_c = Block(z)_c - z_c: with own = 1 every token
+    keeps its own stream, with 0 all of a region become one. No matrices; a region of one token is the plain block.
+    """
+
+    regions: tuple[int, ...]            # per patch: its region, from 0; -1: none, the patch skips the block
+    weights: tuple[float, ...]          # per patch: its share of the region's mean; they sum to 1 in each region
+    own: float = 1.0                    # how much of its own stream a token keeps, [0, 1]
+
+    kind = "shared_update"
+
+    def __post_init__(self) -> None:
+        n = len(self.regions)
+        require(n == len(self.weights), f"{n} regions but {len(self.weights)} weights; one of each per patch is needed")
+        require(all(is_int(r) and r >= -1 for r in self.regions), "regions must be integers of at least -1")
+        require(set(self.regions) - {-1} == set(range(self.num_merged)),
+                f"regions must be numbered 0 to {self.num_merged - 1} without a gap")
+        require(all(isinstance(w, (int, float)) and not isinstance(w, bool) and 0 <= w <= 1 for w in self.weights),
+                "weights must be numbers from 0 to 1")
+        sums = [0.0] * self.num_merged
+        for region, weight in zip(self.regions, self.weights):
+            if region >= 0:
+                sums[region] += weight
+        wrong = [index for index, total in enumerate(sums) if abs(total - 1) > 1e-4]
+        require(not wrong, f"the weights of region {wrong[0] if wrong else 0} sum to {sums[wrong[0]] if wrong else 1:.6g}; 1 is needed")
+        require(isinstance(self.own, (int, float)) and not isinstance(self.own, bool) and 0 <= self.own <= 1,
+                f"own is {self.own!r}; a number from 0 to 1 is needed")
+        object.__setattr__(self, "regions", tuple(self.regions))
+        object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
+
+    @property
+    def num_merged(self) -> int:
+        """How many tokens the patches become (prefix tokens not counted)."""
+        return max(self.regions, default=-1) + 1
+
+    @property
+    def pruned(self) -> tuple[int, ...]:
+        """Patches that skip the block."""
+        return tuple(j for j, region in enumerate(self.regions) if region < 0)
+
+    def flow(self, shape: ViTShape, entering: int) -> Flow:
+        """InputError where the rule is for another number of patches, or a block before has selected tokens."""
+        require(len(self.regions) == shape.num_patches,
+                f"tokens.regions has {len(self.regions)} entries; the model has {shape.num_patches} patches")
+        require(entering == shape.num_tokens, f"tokens share an update by their place, but only {entering} of {shape.num_tokens} "
+                                              "come in: a block before has selected")
+        tokens = shape.num_prefix_tokens + self.num_merged
+        return Flow(attended=tokens, in_mlp=tokens, carried=0, after=entering,
+                    pooled=(shape.num_patches - len(self.pruned)) * (1 if self.own in (0, 1) else 2))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Select:
     """Token rule of methods B3: between attention and MLP the tokens that the class token attends to most stay, each image
     its own, and one token that is the plain mean of the others is appended."""
@@ -98,5 +153,5 @@ class Select:
         return Flow(attended=entering, in_mlp=after, carried=0, after=after, ranked_by=self.ranked_by)
 
 
-TOKEN_RULES = {rule.kind: rule for rule in (MergeReconstruct, Select)}
-TokenRule = MergeReconstruct | Select
+TOKEN_RULES = {rule.kind: rule for rule in (MergeReconstruct, SharedUpdate, Select)}
+TokenRule = MergeReconstruct | SharedUpdate | Select

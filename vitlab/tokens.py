@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vitlab.files import InputError
-from vitlab.rules import MergeReconstruct
+from vitlab.rules import MergeReconstruct, SharedUpdate
 
 DECAY = {"center": 0.025, "merge": 0.015}       # per block, of the normalised scores (A2)
 PRUNE_RATE, KEEP_RATE = 0.1, 0.6                # published settings
@@ -157,6 +157,17 @@ def merge_rule(scores: Tensor, unpruned: Tensor, centers: Tensor, *, columns: in
     trains = "both" if rule == "center" else "reconstruct"
     return MergeReconstruct(regions=tuple(regions.tolist()), weights=tuple(entry.tolist()),
                             pruned=tuple((~unpruned).nonzero().flatten().tolist()), trains=trains)
+
+
+def shared(rule: MergeReconstruct | None, own: float = 1.0) -> SharedUpdate | None:
+    """The same regions, sharing the block's update (methods C1); weights are made to sum to 1 in each region."""
+    if rule is None:
+        return None
+    sums = torch.zeros(rule.num_merged, dtype=torch.double)
+    regions, weights = torch.tensor(rule.regions), torch.tensor(rule.weights, dtype=torch.double)
+    sums.index_add_(0, regions[regions >= 0], weights[regions >= 0])
+    weights = torch.where(regions >= 0, weights / sums[regions.clamp(min=0)] if rule.num_merged else weights, 0)
+    return SharedUpdate(regions=rule.regions, weights=tuple(weights.tolist()), own=own)
 
 
 def merge_matrix(rule: MergeReconstruct, num_prefix_tokens: int, dtype: torch.dtype = torch.float32) -> Tensor:

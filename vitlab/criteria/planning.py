@@ -9,11 +9,12 @@ from vitlab.shape import ViTShape
 
 def prune_and_merge(scores: Tensor, shape: ViTShape, *, rule: str = "center", keep_rate: float = tokens.KEEP_RATE,
                     prune_rate: float = tokens.PRUNE_RATE, boundary: str = tokens.BOUNDARY,
-                    weights: str = tokens.WEIGHTS, decay: float | None = None) -> CompressionPlan:
+                    weights: str = tokens.WEIGHTS, decay: float | None = None, share: bool = False) -> CompressionPlan:
     """The Prune and Merge plan (methods A2 to A4) for raw token scores (L, n).
 
     keep_rate in (0, 1]: fraction of patches that become centers; prune_rate in [0, 1): fraction that skip the block.
     boundary="reference" with weights="reference" is the published form. decay None: the published one of the rule.
+    share: the same regions share their block's update (methods C1) instead of being merged and reconstructed by matrices.
     keep_rate=1 with prune_rate=0 gives the plan that cuts nothing. Raises InputError for values out of range.
     """
     if tuple(scores.shape) != (shape.depth, shape.num_patches):
@@ -23,9 +24,10 @@ def prune_and_merge(scores: Tensor, shape: ViTShape, *, rule: str = "center", ke
     decay = tokens.DECAY[rule] if decay is None else decay
     normal = tokens.normalise_scores(scores, decay)                             # (A2)
     unpruned, centers = tokens.choose(normal, rule=rule, keep_rate=keep_rate, prune_rate=prune_rate)    # (A3)
-    blocks = [BlockPlan(tokens=tokens.merge_rule(*layer, columns=shape.grid_size[1], rule=rule, boundary=boundary,
-                                                 weights=weights))              # (A4)
-              for layer in zip(normal, unpruned, centers)]
+    rules = [tokens.merge_rule(*layer, columns=shape.grid_size[1], rule=rule, boundary=boundary, weights=weights)       # (A4)
+             for layer in zip(normal, unpruned, centers)]
+    blocks = [BlockPlan(tokens=tokens.shared(merged) if share else merged) for merged in rules]
     made_by = {"method": "prune_and_merge", "rule": rule, "keep_rate": keep_rate, "prune_rate": prune_rate,
-               **({"boundary": boundary} if rule == "center" else {}), "weights": weights, "decay": decay}
+               **({"boundary": boundary} if rule == "center" else {}), "weights": weights, "decay": decay,
+               **({"share": True} if share else {})}
     return CompressionPlan(shape=shape, blocks=tuple(blocks), made_by=made_by)

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from vitlab import tokens
 from vitlab.files import InputError
 from vitlab.models.select import SelectBlock
+from vitlab.models.share import SharedUpdateBlock
 from vitlab.models.shrink import keep_heads, keep_neurons
 from vitlab.models.support import attention_block, shape_before_cutting, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import MergeReconstruct, Select, TokenRule
+from vitlab.rules import MergeReconstruct, Select, SharedUpdate, TokenRule
 from vitlab.shape import ViTShape
 
 TRAINABLE = ("all", "matrices", "weights")
@@ -50,7 +51,7 @@ class TokenBlock(nn.Module):
         return self.tokens(x, self.block)
 
 
-TOKEN_BLOCKS = {MergeReconstruct.kind: TokenBlock, Select.kind: SelectBlock}
+TOKEN_BLOCKS = {MergeReconstruct.kind: TokenBlock, SharedUpdate.kind: SharedUpdateBlock, Select.kind: SelectBlock}
 
 
 def _check_size(patch_embed: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -75,6 +76,8 @@ def _token_rule_agrees(block: nn.Module, rule: TokenRule | None, num_prefix_toke
         return False
     if isinstance(rule, Select):
         return (block.kept, block.ranked_by) == (rule.kept, rule.ranked_by)
+    if isinstance(rule, SharedUpdate):
+        return block.rule == rule
     mask = tokens.token_mask(rule, num_prefix_tokens)
     return len(block.tokens.merge_matrix) == num_prefix_tokens + rule.num_merged and torch.equal(block.tokens.token_mask.cpu() > 0, mask)
 

@@ -19,7 +19,7 @@ from vitlab.shape import ViTShape
 
 UNITS = ("neurons", "heads")
 MAX_RATIO = 0.5                                 # published
-TOKEN_COUNTS = ("attended", "in_mlp", "carried", "merged")
+TOKEN_COUNTS = ("attended", "in_mlp", "carried", "pooled", "merged")
 
 
 @dataclass(frozen=True, kw_only=True)

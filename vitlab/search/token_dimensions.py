@@ -25,7 +25,8 @@ def _whole(shape: ViTShape, policies: int) -> dict[str, np.ndarray]:
     """The counts of uncut tokens, each (P, L)."""
     size = (policies, shape.depth)
     return {"attended": np.full(size, shape.num_tokens), "in_mlp": np.full(size, shape.num_tokens),
-            "carried": np.zeros(size, dtype=np.int64), "merged": np.zeros(size, dtype=bool), "ranks": np.zeros(size, dtype=bool)}
+            "carried": np.zeros(size, dtype=np.int64), "pooled": np.zeros(size, dtype=np.int64),
+            "merged": np.zeros(size, dtype=bool), "ranks": np.zeros(size, dtype=bool)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +107,7 @@ class MergeTokens:
     prune_rate: float = tokens.PRUNE_RATE
     boundary: str = tokens.BOUNDARY
     weights: str = tokens.WEIGHTS
+    share: bool = False             # regions share the block's update (methods C1) instead of being merged by matrices
 
     def __post_init__(self) -> None:
         if not 0 <= self.prune_rate < 1:
@@ -134,8 +136,9 @@ class MergeTokens:
         """Ratios (P, T) -> counts by name, each (P, L)."""
         centers, pruned = self._centers_pruned(ratios)
         counts = _whole(self.shape, len(ratios))
-        return counts | {"attended": centers + self.shape.num_prefix_tokens, "in_mlp": centers + self.shape.num_prefix_tokens,
-                         "carried": pruned, "merged": centers < self.shape.num_patches}
+        counts |= {"attended": centers + self.shape.num_prefix_tokens, "in_mlp": centers + self.shape.num_prefix_tokens}
+        cut, n = centers < self.shape.num_patches, self.shape.num_patches
+        return counts | ({"pooled": cut * (n - pruned)} if self.share else {"carried": pruned, "merged": cut})
 
     def rules(self, ratios: np.ndarray, scores: Tensor | None) -> list[TokenRule | None]:
         """Token rule of each block for one policy's ratios (T) by raw token scores (L, n). Raises InputError without them."""
@@ -151,11 +154,14 @@ class MergeTokens:
             unpruned[order[:n - pruned]] = True
             rules.append(tokens.merge_rule(row, unpruned, is_center, columns=shape.grid_size[1], boundary=self.boundary,
                                            weights=self.weights))
-        return rules
+        return [tokens.shared(rule) if self.share else rule for rule in rules]
 
 
-TOKEN_DIMENSIONS = {"none": (NoTokens, {}), "select": (SelectTokens, {}), "select_per_stage": (SelectTokens, {"per_stage": True}),
-                    "merge": (MergeTokens, {}), "merge_per_stage": (MergeTokens, {"per_stage": True})}
+TOKEN_DIMENSIONS = {
+    "none": (NoTokens, {}), "select": (SelectTokens, {}), "select_per_stage": (SelectTokens, {"per_stage": True}),
+    "merge": (MergeTokens, {}), "merge_per_stage": (MergeTokens, {"per_stage": True}),
+    "share": (MergeTokens, {"share": True, "weights": "uniform"}),
+    "share_per_stage": (MergeTokens, {"share": True, "weights": "uniform", "per_stage": True})}
 
 
 def token_dimensions(name: str, shape: ViTShape, settings: dict[str, Any]) -> NoTokens | SelectTokens | MergeTokens:
@@ -163,7 +169,7 @@ def token_dimensions(name: str, shape: ViTShape, settings: dict[str, Any]) -> No
     if name not in TOKEN_DIMENSIONS:
         raise InputError(f"tokens {name!r} is not known; known are {sorted(TOKEN_DIMENSIONS)}")
     kind, fixed = TOKEN_DIMENSIONS[name]
-    known = set(kind.__dataclass_fields__) - {"shape", "per_stage"}
+    known = set(kind.__dataclass_fields__) - {"shape", "per_stage", "share", *fixed}
     unknown = sorted(set(settings) - known)
     if unknown:
         raise InputError(f"tokens {name!r} takes no {unknown[0]!r}; it takes {sorted(known) or 'no setting'}")

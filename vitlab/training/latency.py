@@ -25,8 +25,10 @@ from vitlab.files import InputError
 from vitlab.latency import AXES, LatencyTable
 from vitlab.models import compress, deploy, shape_of
 from vitlab.models.select import class_attention
+from vitlab.models.share import SharedUpdateBlock
 from vitlab.models.shrink import keep_heads, keep_neurons
 from vitlab.plan import CompressionPlan
+from vitlab.rules import SharedUpdate
 from vitlab.shape import ViTShape, require
 from vitlab.training.throughput import DTYPES, _once, conditions, measure
 
@@ -39,7 +41,7 @@ def grid_axes(shape: ViTShape) -> dict[str, tuple[np.ndarray, ...]]:
     count, rows = spread(few, everything, 6), spread(few, everything, 4)
     heads = spread(1, shape.num_heads, shape.num_heads if shape.num_heads <= 6 else 5)
     axes = {"stem": (np.array([everything]),), "attention": (count, heads), "mlp": (count, spread(1, shape.num_neurons, 5)),
-            "fold": (rows, rows), "carry": (rows,), "head": (count,)}
+            "fold": (rows, rows), "carry": (rows,), "pool": (rows,), "head": (count,)}
     if shape.num_prefix_tokens and shape.num_patches > 1:                       # one stays, one is left for the mean
         axes["select"] = (spread(shape.num_prefix_tokens + 2, everything, 4), heads)
     return axes
@@ -59,6 +61,12 @@ def _whole_models(model: nn.Module, shape: ViTShape) -> list[tuple[CompressionPl
     return [(plan, deploy(compress(model, plan))) for plan in plans]
 
 
+def _even_regions(patches: int, count: int) -> SharedUpdate:
+    """`count` regions of the same size, but for one patch; none: every patch skips the block."""
+    regions = tuple(j * count // patches if count else -1 for j in range(patches))
+    return SharedUpdate(regions=regions, weights=tuple(1 / regions.count(r) for r in regions))
+
+
 def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]], batch: int) -> Iterator[tuple[str, tuple, Callable, Tensor]]:
     """(part, place in its grid, function, its input) of every time in the table; blocks are copies of the model's first."""
     like, prefix, dim, generator = next(model.parameters()), model.num_prefix_tokens, model.embed_dim, torch.Generator().manual_seed(0)
@@ -70,6 +78,8 @@ def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]], batch: in
     for count, block in by_neurons.items():
         keep_neurons(block.mlp, range(count))
     folds = {(rows, n): torch.ones(int(rows), int(n)).to(like) for rows in axes["fold"][0] for n in axes["fold"][1]}
+    pools = {n: SharedUpdateBlock(nn.Identity(), _even_regions(shape_of(model).num_patches, int(n - prefix)), prefix).to(like)
+             for n in axes["pool"][0]}
 
     def select(x: Tensor, n: int, heads: int) -> Tensor:
         attn = by_heads[heads].attn
@@ -81,11 +91,12 @@ def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]], batch: in
            "mlp": lambda x, n, neurons: x + (b := by_neurons[neurons]).drop_path2(b.ls2(b.mlp(b.norm2(x)))),
            "fold": lambda x, rows, n: torch.matmul(folds[rows, n], x),
            "carry": lambda x, n: torch.cat(x.tensor_split(2, dim=1), dim=1),
+           "pool": lambda x, n: pools[n](x),
            "head": lambda x, n: model.forward_head(model.norm(x))}
     for part, grid in axes.items():
         for place in np.ndindex(*map(len, grid)):
             counts = [axis[i] for axis, i in zip(grid, place)]
-            n = int(counts[AXES[part].index("columns") if part == "fold" else 0])
+            n = int(axes["stem"][0][0] if part == "pool" else counts[AXES[part].index("columns") if part == "fold" else 0])
             yield (part, place, lambda x, piece=run[part], counts=counts: piece(x, *counts),
                    image if part == "stem" else numbers[:batch * n * dim].view(batch, n, dim))      # (B, n, D)
 

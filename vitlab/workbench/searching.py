@@ -118,7 +118,7 @@ def _scores_of(study: Study, model: nn.Module, data: ImageData, device: torch.de
         units = read_units(path)
         check(path)
         scores |= {"heads": units.heads, "neurons": units.neurons}
-    if study.space.tokens.startswith("merge"):
+    if study.space.tokens.startswith(("merge", "share")):
         path = study.folder / TOKEN_SCORES
         if not path.exists():
             atomic_write(path, save({"token_scores": token_scores(model, batches(), device=device, progress=progress).contiguous()}, mark))

@@ -141,8 +141,9 @@ def read_scores(path: str | Path) -> tuple[Tensor, dict[str, str]]:
 
 def prune(source: str | Path | Checkpoint, scores: str | Path | None, out: str | Path, *, plan: str | Path | None = None,
           rule: str = "center", keep_rate: float = tokens.KEEP_RATE, prune_rate: float = tokens.PRUNE_RATE,
-          boundary: str = tokens.BOUNDARY, weights: str = tokens.WEIGHTS) -> Checkpoint:
-    """Compress a dense model by its token scores, or by a plan file; writes and returns the checkpoint in `out`."""
+          boundary: str = tokens.BOUNDARY, weights: str = tokens.WEIGHTS, share: bool = False) -> Checkpoint:
+    """Compress a dense model by its token scores, or by a plan file; writes and returns the checkpoint in `out`. share: regions
+    share their block's update (methods C1), without matrices."""
     found = source if isinstance(source, Checkpoint) else open_model(source)
     if (plan is None) == (scores is None):
         raise InputError("either token scores or a plan file is needed, not both")
@@ -152,7 +153,7 @@ def prune(source: str | Path | Checkpoint, scores: str | Path | None, out: str |
         values, source_of_scores = read_scores(scores)
         made_by = {"scores": source_of_scores}
         made = prune_and_merge(values, shape_of(found.model), rule=rule, keep_rate=keep_rate, prune_rate=prune_rate,
-                               boundary=boundary, weights=weights)
+                               boundary=boundary, weights=weights, share=share)
     return apply_plan(found, made, out, made_by)
 
 

@@ -1,0 +1,143 @@
+"""Shared updates (methods C1) against slow loops, on every family."""
+import random
+
+import pytest
+import torch
+
+from vitlab import cost, tokens
+from vitlab.criteria.planning import prune_and_merge
+from vitlab.files import InputError
+from vitlab.models import attention_block, compress, deploy, shape_of
+from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.rules import SharedUpdate
+
+EXACT = 1e-10           # float64: only the order of the sums differs
+
+
+def random_share(n: int, seed: int, own: float = 1.0, pruned: int = 0) -> SharedUpdate:
+    """Scattered regions with random weights; the first `pruned` patches of a random order belong to none."""
+    chance = random.Random(seed)
+    order = chance.sample(range(n), n)
+    count = max(1, (n - pruned) // 2)
+    region = {j: (index if index < count else chance.randrange(count)) for index, j in enumerate(order[pruned:])}
+    raw = {j: chance.uniform(0.2, 1.0) for j in region}
+    sums = [sum(raw[j] for j in region if region[j] == c) for c in range(count)]
+    return SharedUpdate(regions=tuple(region.get(j, -1) for j in range(n)), own=own,
+                        weights=tuple(raw[j] / sums[region[j]] if j in region else 0.0 for j in range(n)))
+
+
+def plan_with(shape, rules: dict[int, SharedUpdate]) -> CompressionPlan:
+    return CompressionPlan(shape=shape, blocks=tuple(BlockPlan(tokens=rules.get(i)) for i in range(shape.depth)))
+
+
+def oracle(block, x: torch.Tensor, rule: SharedUpdate, prefix: int) -> torch.Tensor:
+    """y_j = z_c + u_c + own (x_j - z_c), image by image and region by region."""
+    out = x.clone()
+    for b in range(len(x)):
+        means = []
+        for c in range(rule.num_merged):
+            inside = [j for j, region in enumerate(rule.regions) if region == c]
+            means.append(sum(rule.weights[j] * x[b, prefix + j] for j in inside))
+        z = torch.stack([*x[b, :prefix], *means])[None]
+        given = block(z)[0]
+        out[b, :prefix] = given[:prefix]
+        for j, region in enumerate(rule.regions):
+            if region >= 0:
+                update = given[prefix + region] - means[region]
+                out[b, prefix + j] = means[region] + update + rule.own * (x[b, prefix + j] - means[region])
+    return out
+
+
+def logits(model, x):
+    with torch.inference_mode():
+        return model(x)
+
+
+@pytest.mark.parametrize("own", [1.0, 0.0, 0.3])
+@pytest.mark.parametrize("pruned", [0, 4])
+def test_a_block_shares_the_update_of_its_regions_means(tiny_vit, family, images, own, pruned):
+    dense = tiny_vit(family).double()
+    shape = shape_of(dense)
+    rule = random_share(shape.num_patches, 3, own, pruned)
+    model = compress(dense, plan_with(shape, {2: rule}))
+    x = torch.randn(3, shape.num_tokens, shape.embed_dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        wanted = oracle(attention_block(dense.blocks[2]), x, rule, shape.num_prefix_tokens)
+        got = model.blocks[2](x)
+    assert float((got - wanted).abs().max() / wanted.abs().max()) < EXACT
+
+
+def test_regions_of_one_token_are_the_plain_model(tiny_vit, family, images):
+    dense = tiny_vit(family).double()
+    n = shape_of(dense).num_patches
+    alone = SharedUpdate(regions=tuple(range(n)), weights=(1.0,) * n, own=0.7)
+    x = images(dense).double()
+    got = logits(compress(dense, plan_with(shape_of(dense), dict.fromkeys(range(5), alone))), x)
+    assert float((got - logits(dense, x)).abs().max()) < EXACT
+
+
+def test_the_deployed_form_is_the_same_beside_merging_and_cut_blocks(tiny_vit, images, random_plan):
+    dense = tiny_vit("deit")
+    shape = shape_of(dense)
+    blocks = list(random_plan(shape, "m---m", seed=1).blocks)
+    for index in (1, 3):
+        blocks[index] = BlockPlan(heads=blocks[index].heads, neurons=blocks[index].neurons,
+                                  tokens=random_share(shape.num_patches, index, own=0.5, pruned=2))
+    plan = CompressionPlan(shape=shape, blocks=tuple(blocks))
+    model, x = compress(dense, plan), images(dense, 3)
+    wanted = logits(model, x)
+    assert float((logits(deploy(model), x) - wanted).abs().max() / wanted.abs().max()) < 1e-4       # float32, folded matrices
+    assert CompressionPlan.from_json(__import__("json").loads(plan.to_json())) == plan
+    exported = torch.export.export(model, (x,)).module()
+    assert float((exported(x) - wanted).abs().max() / wanted.abs().max()) < 1e-5                    # float32, other kernels
+
+
+def test_intermediates_have_the_whole_grid(tiny_vit, images):
+    dense = tiny_vit("deit")
+    shape = shape_of(dense)
+    model = compress(dense, plan_with(shape, {1: random_share(shape.num_patches, 0), 4: random_share(shape.num_patches, 1)}))
+    found = model.forward_intermediates(images(dense), intermediates_only=True)
+    assert [tuple(f.shape[-2:]) for f in found] == [shape.grid_size] * 5
+
+
+def test_shared_regions_are_those_of_prune_and_merge_with_weights_that_sum_to_1(tiny_vit):
+    shape = shape_of(tiny_vit("deit"))
+    scores = torch.rand(5, shape.num_patches, generator=torch.Generator().manual_seed(0)) + 0.01
+    for weights in ("score", "uniform", "reference"):
+        merged, shared = (prune_and_merge(scores, shape, keep_rate=0.5, prune_rate=0.2, weights=weights, share=s) for s in (False, True))
+        for a, b in zip(merged.blocks, shared.blocks):
+            assert a.tokens.regions == b.tokens.regions and a.tokens.pruned == b.tokens.pruned
+            m = tokens.merge_matrix(a.tokens, 0, torch.float64)
+            mine = torch.zeros_like(m)
+            for j, (region, weight) in enumerate(zip(b.tokens.regions, b.tokens.weights)):
+                if region >= 0:
+                    mine[region, j] = weight
+            assert torch.allclose(mine, m / m.sum(dim=1, keepdim=True), atol=1e-6)      # weights are stored as they were computed
+
+
+def test_cost_has_no_matrices_and_one_scaling_of_each_patch(tiny_vit):
+    shape = shape_of(tiny_vit("deit"))
+    scores = torch.rand(5, shape.num_patches, generator=torch.Generator().manual_seed(0)) + 0.01
+    merged, shared = (prune_and_merge(scores, shape, keep_rate=0.5, prune_rate=0.2, share=s) for s in (False, True))
+    same = [part for part in cost.PARTS if part not in ("merge", "reconstruct", "fold")]
+    a, b = cost.macs(merged), cost.macs(shared)
+    assert [a[p] for p in same] == [b[p] for p in same] and b["fold"] == b["reconstruct"] == 0
+    inside = sum(shape.num_patches - len(block.tokens.pruned) for block in shared.blocks)
+    assert b["merge"] == inside * shape.embed_dim and cost.macs(shared, "published")["merge"] == 0
+    assert cost.macs(shared, "published")["total"] == cost.macs(merged, "published")["total"]
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"weights": (0.5, 0.5, 0.4)}, "region 1 sum to 0.4"), ({"weights": (0.5, 0.5)}, "2 weights"), ({"own": 1.5}, "own is 1.5"),
+    ({"own": True}, "own is True"), ({"regions": (0, 0, 2)}, "without a gap"), ({"weights": (1.5, -0.5, 1.0)}, "from 0 to 1"),
+])
+def test_wrong_rules_are_refused_by_value(change, says):
+    with pytest.raises(InputError, match=says):
+        SharedUpdate(**{"regions": (0, 0, 1), "weights": (0.5, 0.5, 1.0), **change})
+
+
+def test_sharing_after_a_selection_is_refused_by_block(tiny_vit):
+    from vitlab.rules import Select
+    shape = shape_of(tiny_vit("deit"))
+    with pytest.raises(InputError, match="^block 2: tokens share an update by their place"):
+        plan_with(shape, {1: Select(kept=3), 2: random_share(shape.num_patches, 0)})

@@ -1,0 +1,35 @@
+"""A block whose tokens share its update by regions (methods C1): a segment mean before it, a gather after it."""
+import torch
+from torch import Tensor, nn
+
+from vitlab.files import InputError
+from vitlab.rules import SharedUpdate
+
+
+class SharedUpdateBlock(nn.Module):
+    """timm's Block on the regions' means; all N tokens enter and leave, each keeping `own` of what sets it apart."""
+
+    def __init__(self, block: nn.Module, rule: SharedUpdate, num_prefix_tokens: int) -> None:
+        super().__init__()
+        self.block, self.rule, self.num_prefix_tokens, self.num_merged = block, rule, num_prefix_tokens, rule.num_merged
+        regions = torch.tensor(rule.regions)
+        inside = regions >= 0
+        # A patch of no region takes the update of one region more, which is zero, and keeps all of its stream.
+        self.register_buffer("regions", torch.where(inside, regions, rule.num_merged), persistent=False)
+        shares = torch.tensor(rule.weights, dtype=torch.float64).masked_fill(~inside, 0)
+        keeps = torch.ones(len(regions), dtype=torch.float64).masked_fill(inside, rule.own)
+        self.register_buffer("weights", shares[:, None], persistent=False)
+        self.register_buffer("own", None if rule.own == 1 else keeps[:, None], persistent=False)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        if attn_mask is not None or is_causal:
+            raise InputError("a block that merges tokens takes no attention mask")
+        prefix, patches = x.split((self.num_prefix_tokens, x.shape[1] - self.num_prefix_tokens), dim=1)
+        means = patches.new_zeros(len(x), self.num_merged + 1, x.shape[2]).index_add(1, self.regions, self.weights * patches)
+        given = self.block(torch.cat([prefix, means[:, :-1]], dim=1))           # (B, P + C, D)
+        given = torch.cat([given, torch.zeros_like(given[:, :1])], dim=1)
+        same = given[:, self.num_prefix_tokens:].index_select(1, self.regions)                  # (B, n, D) Block(z)_c
+        away = patches - means.index_select(1, self.regions)                    # what sets a token apart; all of it outside regions
+        own = away if self.own is None else self.own * away
+        return torch.cat([given[:, :self.num_prefix_tokens], same + own], dim=1)
