@@ -208,7 +208,7 @@ def execute(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 when done, 2 for wrong input (one line on stderr), 130 when interrupted."""
     args = build_parser().parse_args(argv)
-    warnings.formatwarning = lambda message, *_: f"vitlab {args.command}: {message}\n"
+    before, warnings.formatwarning = warnings.formatwarning, lambda message, *_: f"vitlab {args.command}: {message}\n"
     try:
         execute(args)
     except InputError as error:
@@ -222,6 +222,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"vitlab {args.command}: interrupted; what was finished is kept", file=sys.stderr)
         return 130
+    finally:
+        warnings.formatwarning = before
     return 0
 
 
