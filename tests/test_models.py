@@ -6,36 +6,15 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from comparing import disturb_matrices, logits, relative
 
 from vitlab.files import InputError
 from vitlab.models import attention_block, check_supported, compress, deploy, set_trainable, shape_of
 from vitlab.models.compress import MergeReconstructTokens
 from vitlab.plan import BlockPlan, CompressionPlan
 
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    """max |a - b| / max |b|."""
-    assert a.shape == b.shape and bool(torch.isfinite(a).all())
-    return float((a - b).abs().max() / b.abs().max())
-
-
 # The bound that methods and reference set for two float32 orders of the same sums, 5 blocks deep.
 SAME = 1e-4
-
-
-@torch.no_grad()
-def logits(model, x):
-    return model(x)
-
-
-@torch.no_grad()
-def disturb_matrices(model, seed: int = 0) -> None:
-    """Noise in every entry, as after training: entries that start at 0, prefix rows and pruned columns too."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, MergeReconstructTokens):
-            for matrix in (module.merge_matrix, module.reconstruct_matrix):
-                matrix.add_(0.05 * torch.randn(matrix.shape, generator=generator))
 
 
 # ---- The neutral plan is the exact identity

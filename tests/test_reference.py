@@ -45,13 +45,18 @@ def dense_model(meta: dict[str, str], tensors: dict[str, torch.Tensor]) -> torch
     return dense
 
 
-@functools.cache
-def load(path: Path) -> SimpleNamespace:
-    """Tensors, metadata and dense model of one file."""
+def read(path: Path) -> tuple[dict[str, torch.Tensor], torch.nn.Module, dict[str, str]]:
+    """Tensors, dense model and metadata of one file."""
     with safe_open(path, "pt") as file:
         meta = file.metadata()
     tensors = load_file(path)
-    dense = dense_model(meta, tensors)
+    return tensors, dense_model(meta, tensors), meta
+
+
+@functools.cache
+def load(path: Path) -> SimpleNamespace:
+    """Tensors, metadata and dense model of one file."""
+    tensors, dense, meta = read(path)
     rates = {"keep_rate": float(meta["keep_rate"]), "prune_rate": float(meta["prune_rate"])}
     return SimpleNamespace(meta=meta, tensors=tensors, dense=dense, shape=shape_of(dense), rule=meta["variant"], rates=rates)
 
@@ -151,10 +156,8 @@ def test_hsic_values_are_the_reference_ones(path):
 
 @each_mdc
 def test_neuron_and_head_scores_are_the_reference_ones(path):
-    with safe_open(path, "pt") as file:
-        meta = file.metadata()
-    tensors = load_file(path)
-    dense, images = dense_model(meta, tensors), tensors["input"]
+    tensors, dense, _ = read(path)
+    images = tensors["input"]
     with torch.no_grad():
         assert relative(dense(images), tensors["dense_logits"]) < AGREEMENT
     # In float64: the reference is float32 itself and about half of the agreement away from the exact value.
@@ -168,10 +171,7 @@ def test_neuron_and_head_scores_are_the_reference_ones(path):
 @functools.cache
 def load_mdc(path: Path) -> SimpleNamespace:
     """Tensors, dense model and shape of one mdc file; `policies` holds (neuron ratios, head ratios, rho)."""
-    with safe_open(path, "pt") as file:
-        meta = file.metadata()
-    tensors = load_file(path)
-    dense = dense_model(meta, tensors)
+    tensors, dense, _ = read(path)
     depth = len(dense.blocks)
     policies = [(row[:depth], row[depth:2 * depth], row[-1]) for row in tensors["policy"].tolist()]
     return SimpleNamespace(tensors=tensors, dense=dense, shape=shape_of(dense), policies=policies)

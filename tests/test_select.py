@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import disturb_matrices, logits, relative
 from timm.layers import DropPath
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vitlab import tokens
 from vitlab.files import InputError
 from vitlab.models import attention_block, compress, deploy, shape_of
-from vitlab.models.compress import MergeReconstructTokens
 from vitlab.models.select import SelectBlock
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import Select
@@ -23,17 +23,6 @@ SAME = 1e-4         # relative, the project's bound for two float32 orders of th
 # Where two ways of computing are compared that both rank, all runs in float64: float32 rounding could swap two tokens of
 # nearly equal rank, and sums of a few hundred terms round to about 1e-14 there.
 EXACT = 1e-10
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    """max |a - b| / max |b|."""
-    assert a.shape == b.shape and bool(torch.isfinite(a).all())
-    return float((a - b).abs().max() / b.abs().max())
-
-
-@torch.no_grad()
-def logits(model, x):
-    return model(x)
 
 
 def plan_with(shape, rules: dict, **cuts) -> CompressionPlan:
@@ -264,16 +253,6 @@ def test_fused_attention_stays_on_and_nothing_of_size_tokens_by_tokens_is_stored
 
 
 # ---- Forms: deployed, exported, saved
-
-@torch.no_grad()
-def disturb_matrices(model, seed: int = 0) -> None:
-    """Noise in every entry, as after training."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, MergeReconstructTokens):
-            for matrix in (module.merge_matrix, module.reconstruct_matrix):
-                matrix.add_(0.05 * torch.randn(matrix.shape, generator=generator, dtype=matrix.dtype))
-
 
 def test_deployed_form_of_merging_then_selecting_equals_the_training_form(tiny_vit, family, images, select_layout, random_plan):
     dense = tiny_vit(family).double()

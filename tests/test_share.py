@@ -1,15 +1,17 @@
 """Shared updates (methods C1) against slow loops, on every family."""
+import json
 import random
 
 import pytest
 import torch
+from comparing import logits, relative
 
 from vitlab import cost, tokens
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.files import InputError
 from vitlab.models import attention_block, compress, deploy, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import SharedUpdate
+from vitlab.rules import Select, SharedUpdate
 
 EXACT = 1e-10           # float64: only the order of the sums differs
 
@@ -48,11 +50,6 @@ def oracle(block, x: torch.Tensor, rule: SharedUpdate, prefix: int) -> torch.Ten
     return out
 
 
-def logits(model, x):
-    with torch.inference_mode():
-        return model(x)
-
-
 @pytest.mark.parametrize("own", [1.0, 0.0, 0.3])
 @pytest.mark.parametrize("pruned", [0, 4])
 def test_a_block_shares_the_update_of_its_regions_means(tiny_vit, family, images, own, pruned):
@@ -64,7 +61,7 @@ def test_a_block_shares_the_update_of_its_regions_means(tiny_vit, family, images
     with torch.no_grad():
         wanted = oracle(attention_block(dense.blocks[2]), x, rule, shape.num_prefix_tokens)
         got = model.blocks[2](x)
-    assert float((got - wanted).abs().max() / wanted.abs().max()) < EXACT
+    assert relative(got, wanted) < EXACT
 
 
 def test_regions_of_one_token_are_the_plain_model(tiny_vit, family, images):
@@ -86,10 +83,10 @@ def test_the_deployed_form_is_the_same_beside_merging_and_cut_blocks(tiny_vit, i
     plan = CompressionPlan(shape=shape, blocks=tuple(blocks))
     model, x = compress(dense, plan), images(dense, 3)
     wanted = logits(model, x)
-    assert float((logits(deploy(model), x) - wanted).abs().max() / wanted.abs().max()) < 1e-4       # float32, folded matrices
-    assert CompressionPlan.from_json(__import__("json").loads(plan.to_json())) == plan
+    assert relative(logits(deploy(model), x), wanted) < 1e-4       # float32, folded matrices
+    assert CompressionPlan.from_json(json.loads(plan.to_json())) == plan
     exported = torch.export.export(model, (x,)).module()
-    assert float((exported(x) - wanted).abs().max() / wanted.abs().max()) < 1e-5                    # float32, other kernels
+    assert relative(exported(x), wanted) < 1e-5                    # float32, other kernels
 
 
 def test_intermediates_have_the_whole_grid(tiny_vit, images):
@@ -137,7 +134,6 @@ def test_wrong_rules_are_refused_by_value(change, says):
 
 
 def test_sharing_after_a_selection_is_refused_by_block(tiny_vit):
-    from vitlab.rules import Select
     shape = shape_of(tiny_vit("deit"))
     with pytest.raises(InputError, match="^block 2: tokens share an update by their place"):
         plan_with(shape, {1: Select(kept=3), 2: random_share(shape.num_patches, 0)})

@@ -6,6 +6,7 @@ import random
 import pytest
 import timm
 import torch
+from comparing import logits, relative
 from safetensors.torch import load_file
 from timm.layers import Attention, SwiGLU
 from timm.models.vision_transformer import Block
@@ -21,17 +22,6 @@ from vitlab.training import checkpoint
 # Relative. The masked model adds the cut units' zeros in other places of the same float32 sums than the shrunk one, which
 # has no such terms; 5 blocks deep this is the project's bound for two orders of one sum.
 SAME = 1e-4
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    """max |a - b| / max |b|."""
-    assert a.shape == b.shape and bool(torch.isfinite(a).all())
-    return float((a - b).abs().max() / b.abs().max())
-
-
-@torch.no_grad()
-def logits(model, x):
-    return model(x)
 
 
 def some(count: int, kept: int, chance: random.Random) -> tuple[int, ...]:

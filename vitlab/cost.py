@@ -43,7 +43,7 @@ def counts_of(plan: CompressionPlan) -> Counts:
                   **{name: np.array([getattr(f, name) for f in flows]) for name in ("attended", "in_mlp", "carried", "pooled", "merged")})
 
 
-def _before(values: np.ndarray, first: int) -> np.ndarray:
+def previous(values: np.ndarray, first: int) -> np.ndarray:
     """Each block's value of the block before it; `first` for block 0."""
     return np.concatenate([np.full_like(values[..., :1], first), values[..., :-1]], axis=-1)
 
@@ -71,11 +71,11 @@ def macs_of(shape: ViTShape, counts: Counts, form: str = "deployed") -> dict[str
     if form != "published":
         parts["merge"] = c.pooled.sum(axis=-1) * dim
     if form == "training":
-        parts["merge"] = parts["merge"] + (c.merged * c.attended).sum(axis=-1) * everything * dim
         parts["reconstruct"] = (c.merged * c.attended).sum(axis=-1) * everything * dim
+        parts["merge"] = parts["merge"] + parts["reconstruct"]
     if form == "deployed":
         state = c.in_mlp + c.carried                                            # rows that leave each block
-        folds = (c.merged | _before(c.merged, False)) * (c.attended + c.carried) * _before(state, everything)
+        folds = (c.merged | previous(c.merged, False)) * (c.attended + c.carried) * previous(state, everything)
         rows = shape.num_prefix_tokens if shape.pool == POOL_TOKEN else everything
         parts["fold"] = (folds.sum(axis=-1) + c.merged[..., -1] * rows * state[..., -1]) * dim
     parts["total"] = sum(parts.values())
@@ -102,7 +102,7 @@ def mdc_macs(shape: ViTShape, heads: np.ndarray, neurons: np.ndarray, rho: np.nd
     ratios = 1 - np.asarray(rho, dtype=np.float64)[..., None]
     done = np.cumsum([block in select_in for block in range(shape.depth)])      # selections up to and with each block
     after = (shape.num_tokens * ratios**done).astype(np.int64)                  # (..., L)
-    entering = _before(after, shape.num_tokens)
+    entering = previous(after, shape.num_tokens)
     dim, d = shape.embed_dim, shape.head_dim
     return (heads * (4 * dim * d * entering + 2 * entering**2 * d) + 2 * after * dim * neurons).sum(axis=-1)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import map_coordinates
 
-from vitlab.cost import Counts
+from vitlab.cost import Counts, previous
 from vitlab.files import InputError, atomic_write, read_json
 from vitlab.shape import POOL_TOKEN, ViTShape, require
 
@@ -71,14 +71,13 @@ class LatencyTable:
         require(c.heads.shape[-1] == self.shape.depth, f"counts of {c.heads.shape[-1]} blocks; the table is for {self.shape.depth}")
         everything, always = self.shape.num_tokens, np.ones(c.heads.shape, dtype=bool)
         rows, state = c.attended + c.carried, c.in_mlp + c.carried              # that enter and leave each block
-        before, merged = np.roll(state, 1, axis=-1), np.roll(c.merged, 1, axis=-1)
-        before[..., 0], merged[..., 0] = everything, False
         wanted = self.shape.num_prefix_tokens if self.shape.pool == POOL_TOKEN else everything
         last, end = c.merged[..., -1], state[..., -1]
         parts = {"attention": self._at("attention", always, c.attended, c.heads),
                  "select": self._at("select", c.ranking > 0, c.attended, c.ranking),
                  "mlp": self._at("mlp", always, c.in_mlp, c.neurons),
-                 "fold": self._at("fold", c.merged | merged, rows, before), "carry": self._at("carry", c.carried > 0, rows),
+                 "fold": self._at("fold", c.merged | previous(c.merged, False), rows, previous(state, everything)),
+                 "carry": self._at("carry", c.carried > 0, rows),
                  "pool": self._at("pool", c.pooled > 0, c.attended)}
         parts = {part: ms.sum(axis=-1) for part, ms in parts.items()}           # (...)
         parts["fold"] = parts["fold"] + self._at("fold", last, wanted, end)

@@ -27,8 +27,36 @@ def whole(entering: int) -> Flow:
     return Flow(attended=entering, in_mlp=entering, carried=0, after=entering)
 
 
+class _Regions:
+    """What rules share whose patches go into regions by their place: `regions` (n) from 0, -1 for none, and `weights` (n)."""
+
+    regions: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def num_merged(self) -> int:
+        """How many tokens the patches become (prefix tokens not counted)."""
+        return max(self.regions, default=-1) + 1
+
+    def _check_regions(self) -> None:
+        """InputError where regions and weights are not one of each per patch, or regions are not numbered without a gap."""
+        n = len(self.regions)
+        require(n == len(self.weights), f"{n} regions but {len(self.weights)} weights; one of each per patch is needed")
+        require(all(is_int(r) and r >= -1 for r in self.regions), "regions must be integers of at least -1")
+        require(set(self.regions) - {-1} == set(range(self.num_merged)),
+                f"regions must be numbered 0 to {self.num_merged - 1} without a gap")
+
+    def _tokens(self, shape: ViTShape, entering: int, what: str) -> int:
+        """Tokens in the block. InputError where the rule is for another number of patches, or a block before has selected."""
+        require(len(self.regions) == shape.num_patches,
+                f"tokens.regions has {len(self.regions)} entries; the model has {shape.num_patches} patches")
+        require(entering == shape.num_tokens,
+                f"tokens {what} by their place, but only {entering} of {shape.num_tokens} come in: a block before has selected")
+        return shape.num_prefix_tokens + self.num_merged
+
+
 @dataclass(frozen=True, kw_only=True)
-class MergeReconstruct:
+class MergeReconstruct(_Regions):
     """Token rule of Prune and Merge: merge before the block, reconstruct after it (methods A4 to A6).
 
     The numbers are the matrices' starting values; trained matrices are weights and live in the checkpoint.
@@ -42,15 +70,12 @@ class MergeReconstruct:
     kind = "merge_reconstruct"
 
     def __post_init__(self) -> None:
+        self._check_regions()
         n, pruned = len(self.regions), set(self.pruned)
-        require(n == len(self.weights), f"{n} regions but {len(self.weights)} weights; one of each per patch is needed")
-        require(all(is_int(r) and r >= -1 for r in self.regions), "regions must be integers of at least -1")
         require(all(isinstance(w, (int, float)) and not isinstance(w, bool) and abs(w) < LARGEST
                      for w in self.weights), "weights must be finite numbers")
         require(all(is_int(j) and 0 <= j < n for j in self.pruned) and list(self.pruned) == sorted(pruned),
                  f"pruned must be patches from 0 to {n - 1}, ascending without repeats")
-        require(set(self.regions) - {-1} == set(range(self.num_merged)),
-                 f"regions must be numbered 0 to {self.num_merged - 1} without a gap")
         for j, (region, weight) in enumerate(zip(self.regions, self.weights)):
             require(j in pruned or region >= 0, f"patch {j} is in no region and not pruned")
             require(j not in pruned or weight == 0, f"patch {j} is pruned; its weight must be 0, not {weight}")
@@ -59,23 +84,14 @@ class MergeReconstruct:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
 
-    @property
-    def num_merged(self) -> int:
-        """How many tokens the patches become (prefix tokens not counted)."""
-        return max(self.regions, default=-1) + 1
-
     def flow(self, shape: ViTShape, entering: int) -> Flow:
         """InputError where the rule is for another number of patches, or a block before has selected tokens."""
-        require(len(self.regions) == shape.num_patches,
-                 f"tokens.regions has {len(self.regions)} entries; the model has {shape.num_patches} patches")
-        require(entering == shape.num_tokens, f"tokens are merged by their place, but only {entering} of {shape.num_tokens} "
-                                              "come in: a block before has selected")
-        tokens = shape.num_prefix_tokens + self.num_merged
+        tokens = self._tokens(shape, entering, "are merged")
         return Flow(attended=tokens, in_mlp=tokens, carried=len(self.pruned), after=entering, merged=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharedUpdate:
+class SharedUpdate(_Regions):
     """Token rule of methods C1: the tokens of a region go through the block as their mean, and share its update.
 
     y_j = z_c + u_c + own * (x_j - z_c), z_c the weighted mean of region c and u_c = Block(z)_c - z_c: with own = 1 every token
@@ -89,11 +105,7 @@ class SharedUpdate:
     kind = "shared_update"
 
     def __post_init__(self) -> None:
-        n = len(self.regions)
-        require(n == len(self.weights), f"{n} regions but {len(self.weights)} weights; one of each per patch is needed")
-        require(all(is_int(r) and r >= -1 for r in self.regions), "regions must be integers of at least -1")
-        require(set(self.regions) - {-1} == set(range(self.num_merged)),
-                f"regions must be numbered 0 to {self.num_merged - 1} without a gap")
+        self._check_regions()
         require(all(isinstance(w, (int, float)) and not isinstance(w, bool) and 0 <= w <= 1 for w in self.weights),
                 "weights must be numbers from 0 to 1")
         sums = [0.0] * self.num_merged
@@ -108,22 +120,13 @@ class SharedUpdate:
         object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
 
     @property
-    def num_merged(self) -> int:
-        """How many tokens the patches become (prefix tokens not counted)."""
-        return max(self.regions, default=-1) + 1
-
-    @property
     def pruned(self) -> tuple[int, ...]:
         """Patches that skip the block."""
         return tuple(j for j, region in enumerate(self.regions) if region < 0)
 
     def flow(self, shape: ViTShape, entering: int) -> Flow:
         """InputError where the rule is for another number of patches, or a block before has selected tokens."""
-        require(len(self.regions) == shape.num_patches,
-                f"tokens.regions has {len(self.regions)} entries; the model has {shape.num_patches} patches")
-        require(entering == shape.num_tokens, f"tokens share an update by their place, but only {entering} of {shape.num_tokens} "
-                                              "come in: a block before has selected")
-        tokens = shape.num_prefix_tokens + self.num_merged
+        tokens = self._tokens(shape, entering, "share an update")
         return Flow(attended=tokens, in_mlp=tokens, carried=0, after=entering,
                     pooled=(shape.num_patches - len(self.pruned)) * (1 if self.own in (0, 1) else 2))
 

@@ -67,17 +67,25 @@ class SearchSpace:
             raise InputError(f"{self.names[wrong[0][1]]} is {policies[tuple(wrong[0])]}; it must lie in [0, {self.max_ratio}]")
         return policies
 
+    def _total(self, unit: str) -> int:
+        """How many units of a kind a block of the dense model has."""
+        return self.shape.num_neurons if unit == "neurons" else self.shape.num_heads
+
+    def _where(self, unit: str) -> slice:
+        """The dimensions of a searched kind of unit, one for each block."""
+        start = self.units.index(unit) * self.shape.depth
+        return slice(start, start + self.shape.depth)
+
     def _unit_counts(self, policies: np.ndarray) -> dict[str, np.ndarray]:
         """Units that stay (P, L), at least one (methods B4)."""
-        depth, counts = self.shape.depth, {}
-        for unit in UNITS:
-            total = self.shape.num_neurons if unit == "neurons" else self.shape.num_heads
-            if unit in self.units:
-                start = self.units.index(unit) * depth
-                counts[unit] = np.maximum((total * (1 - policies[:, start:start + depth])).astype(np.int64), 1)
-            else:
-                counts[unit] = np.full((len(policies), depth), total)
+        counts = {unit: np.full((len(policies), self.shape.depth), self._total(unit)) for unit in UNITS}
+        for unit in self.units:
+            counts[unit] = np.maximum((self._total(unit) * (1 - policies[:, self._where(unit)])).astype(np.int64), 1)
         return counts
+
+    def _middle(self, unit: str, kept: np.ndarray) -> np.ndarray:
+        """The ratio in the middle of those with which `kept` units stay."""
+        return np.clip(1 - (kept + 0.5) / self._total(unit), 0, self.max_ratio)
 
     def counts(self, policies: np.ndarray) -> Counts:
         """What stays in each block (P, L)."""
@@ -93,10 +101,9 @@ class SearchSpace:
         c = self.counts(policies)
         return [tuple(row) for row in np.concatenate([c.neurons, c.heads, c.attended, c.in_mlp, c.carried], axis=1).tolist()]
 
-    def _levels(self, unit: str) -> tuple[slice, int, int]:
-        """(its dimensions, units in all, how many different counts the box allows)."""
-        total, start = (self.shape.num_neurons if unit == "neurons" else self.shape.num_heads), self.units.index(unit) * self.shape.depth
-        return slice(start, start + self.shape.depth), total, total - max(int(total * (1 - self.max_ratio)), 1) + 1
+    def _levels(self, unit: str) -> int:
+        """How many different counts of a unit the box allows."""
+        return self._total(unit) - max(int(self._total(unit) * (1 - self.max_ratio)), 1) + 1
 
     def even(self, policies: np.ndarray) -> np.ndarray:
         """Policies in coordinates (P, D) in which every count of units has an even share of [0, max_ratio], each in its middle.
@@ -106,17 +113,17 @@ class SearchSpace:
         """
         policies = self.check(policies).copy()
         for unit in self.units:
-            where, total, levels = self._levels(unit)
-            policies[:, where] = (total - self._unit_counts(policies)[unit] + 0.5) / levels * self.max_ratio
+            gone = self._total(unit) - self._unit_counts(policies)[unit]
+            policies[:, self._where(unit)] = (gone + 0.5) / self._levels(unit) * self.max_ratio
         return policies
 
     def from_even(self, points: np.ndarray) -> np.ndarray:
         """The policies (P, D) of even coordinates: each ratio in the middle of those with its count."""
         policies = self.check(points).copy()
         for unit in self.units:
-            where, total, levels = self._levels(unit)
+            where, levels = self._where(unit), self._levels(unit)
             gone = np.minimum((policies[:, where] / self.max_ratio * levels).astype(np.int64), levels - 1)
-            policies[:, where] = np.clip(1 - (total - gone + 0.5) / total, 0, self.max_ratio)
+            policies[:, where] = self._middle(unit, self._total(unit) - gone)
         return policies
 
     def snap(self, policies: np.ndarray) -> np.ndarray:
@@ -136,7 +143,7 @@ class SearchSpace:
             raise InputError(f"a plan is of one policy; {len(policy)} were given")
         counts, kept = self._unit_counts(policy), {}
         for unit, scores in (("heads", heads), ("neurons", neurons)):
-            total = self.shape.num_neurons if unit == "neurons" else self.shape.num_heads
+            total = self._total(unit)
             if unit not in self.units:
                 kept[unit] = [None] * self.shape.depth
                 continue
@@ -163,9 +170,7 @@ class SearchSpace:
         plan.check_fits(self.shape)
         wanted, found = counts_of(plan), np.zeros(self.size)
         for unit in self.units:
-            total = self.shape.num_neurons if unit == "neurons" else self.shape.num_heads
-            start = self.units.index(unit) * self.shape.depth
-            found[start:start + self.shape.depth] = np.clip(1 - (getattr(wanted, unit) + 0.5) / total, 0, self.max_ratio)
+            found[self._where(unit)] = self._middle(unit, getattr(wanted, unit))
         # Token ratios one after the other: the first of those with which most blocks, from the first on, agree.
         ratios = self._token_ratios()
         for d in range(self.size - len(self._tokens.names), self.size):

@@ -69,7 +69,6 @@ def _gaussian_process(problem: Problem, policies: np.ndarray, values: np.ndarray
                       rng: np.random.Generator) -> list[Proposal]:
     """The feasible policies with the largest log EI; each proposal of a batch is believed to come out at its mean."""
     space, proposals = problem.space, []
-
     for _ in range(count):
         surrogate = Surrogate(space.features(policies), values, noise=options.noise)
         best = float(values.max())

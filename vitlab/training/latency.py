@@ -78,7 +78,7 @@ def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]], batch: in
     for count, block in by_neurons.items():
         keep_neurons(block.mlp, range(count))
     folds = {(rows, n): torch.ones(int(rows), int(n)).to(like) for rows in axes["fold"][0] for n in axes["fold"][1]}
-    pools = {n: SharedUpdateBlock(nn.Identity(), _even_regions(shape_of(model).num_patches, int(n - prefix)), prefix).to(like)
+    pools = {n: SharedUpdateBlock(nn.Identity(), _even_regions(model.patch_embed.num_patches, int(n - prefix)), prefix).to(like)
              for n in axes["pool"][0]}
 
     def select(x: Tensor, n: int, heads: int) -> Tensor:

@@ -26,7 +26,7 @@ from vitlab.training.capture import Batches, averaged, frozen_eval, hooks, need_
 from vitlab.training.compensate import KINDS, gather_moments, mixing_layer
 
 
-def _unit_hooks(model: nn.Module, see: Callable[[str, int, Tensor], None], kinds: tuple[str, ...] = ("heads", "neurons")) -> list:
+def _unit_hooks(model: nn.Module, see: Callable[[str, int, Tensor], None], kinds: tuple[str, ...] = KINDS) -> list:
     """Handles of hooks that call see(kind, block, units), units (B, N, U, d) on the way into the linear that mixes them:
     head outputs into attn.proj, hidden units after the activation (d = 1) into mlp.fc2.
     """
@@ -41,8 +41,9 @@ def _unit_hooks(model: nn.Module, see: Callable[[str, int, Tensor], None], kinds
         return before
     handles = []
     for index, block in enumerate(model.blocks):
-        places = {"heads": (block.attn.proj, block.attn.num_heads), "neurons": (block.mlp.fc2, block.mlp.fc2.in_features)}
-        handles += [places[k][0].register_forward_pre_hook(hook(k, index, places[k][1])) for k in kinds]
+        for kind in kinds:
+            linear, width = mixing_layer(block, kind)
+            handles.append(linear.register_forward_pre_hook(hook(kind, index, linear.in_features // width)))
     return handles
 
 
@@ -58,7 +59,7 @@ def _unit_weights(block: nn.Module) -> dict[str, Tensor]:
 def _over_images(model: nn.Module, batches: Batches, criterion: UnitCriterion, settings: dict[str, dict], what: str,
                  device: str | torch.device | None, progress: bool) -> tuple[tuple[Tensor, ...], int]:
     """((head scores (L, H), neuron scores (L, M)), number of images) of a criterion that reads activations."""
-    found: dict[str, list] = {"heads": [None] * len(model.blocks), "neurons": [None] * len(model.blocks)}
+    found: dict[str, list] = {kind: [None] * len(model.blocks) for kind in KINDS}
     needs_gradient = criterion.needs == "gradients"
 
     def see(kind: str, index: int, units: Tensor) -> None:

@@ -25,15 +25,19 @@ from vitlab.training.checkpoint import Checkpoint
 from vitlab.training.compensate import compensate
 from vitlab.training.objective import PlanObjective
 from vitlab.training.units import unit_scores
-from vitlab.workbench.steps import apply_plan, need_dense, open_matching, open_model, pick_device
+from vitlab.workbench.steps import Source, apply_plan, need_dense, open_matching, open_model, pick_device
 
 UNIT_SCORES, SENSITIVITY = "unit_scores.safetensors", "sensitivity.jsonl"
 WIDE = 192                                  # models at least this wide gain by bf16 where the hardware has it; narrower ones lose
-Source = str | Path | Checkpoint
+
+
+def amp_of(model: nn.Module) -> bool | None:
+    """What `amp` is where a model is only measured: None, bf16 where the hardware has it, for a wide one."""
+    return None if model.embed_dim >= WIDE else False
 
 
 def open_dense(source: Source) -> Checkpoint:
-    return need_dense(source if isinstance(source, Checkpoint) else open_model(source))
+    return need_dense(open_model(source))
 
 
 def score_units(source: Source, data: str | Path, out: str | Path, *, criterion: str = "hsic", images: int = 512, batch_size: int = 64,
@@ -45,8 +49,13 @@ def score_units(source: Source, data: str | Path, out: str | Path, *, criterion:
     batches = opened.batches("train", found.model, batch_size=batch_size, limit=images, seed=seed, workers=workers)
     scores = unit_scores(found.model, batches, criterion=criterion, seed=seed, device=pick_device(device), progress=progress)
     made_by = {**scores.made_by, "data": opened.name, "batch_size": str(batch_size), "seed": str(seed)}
-    atomic_write(out, save({"head_scores": scores.heads.contiguous(), "neuron_scores": scores.neurons.contiguous()}, metadata=made_by))
+    write_units(out, scores, made_by)
     return dataclasses.replace(scores, made_by=made_by)
+
+
+def write_units(path: str | Path, scores: UnitScores, metadata: dict[str, str]) -> None:
+    """Write what `read_units` reads, atomically."""
+    atomic_write(path, save({"head_scores": scores.heads.contiguous(), "neuron_scores": scores.neurons.contiguous()}, metadata))
 
 
 def read_units(path: str | Path) -> UnitScores:
@@ -86,10 +95,11 @@ def prune_units(source: Source, scores: str | Path | UnitScores, out: str | Path
 
 
 def slice_objective(model: nn.Module, data: ImageData, images: int, seed: int, metric: str, device: torch.device,
-               workers: int | None) -> PlanObjective:
-    """On a slice of train, chosen by seed + 1: other images than the scores are from, mostly. Never on the held-out split."""
+                    workers: int | None, **settings: Any) -> PlanObjective:
+    """On a slice of train, chosen by seed + 1: other images than the scores are from, mostly. Never on the held-out split.
+    settings go to PlanObjective."""
     batches = data.batches("train", model, batch_size=128, limit=images, seed=seed + 1, workers=workers)
-    return PlanObjective(model, batches, metric=metric, device=device, amp=None if model.embed_dim >= WIDE else False)
+    return PlanObjective(model, batches, metric=metric, device=device, amp=amp_of(model), **settings)
 
 
 def sensitivity(source: Source, data: str | Path, out: str | Path, *, criteria: tuple[str, ...] = tuple(UNIT_CRITERIA),
@@ -149,7 +159,7 @@ def calibrate(source: Source, data: str | Path, out: str | Path, plan: str | Pat
     opened = open_matching(data, found, class_map)
     plan = plan if isinstance(plan, CompressionPlan) else CompressionPlan.load(plan)
     batches = list(opened.batches("train", found.model, limit=images, seed=seed, workers=workers))
-    small = compensate(found.model, plan, batches, ridge=ridge, device=place, amp=None if found.model.embed_dim >= WIDE else False,
+    small = compensate(found.model, plan, batches, ridge=ridge, device=place, amp=amp_of(found.model),
                        progress=progress)
     made_by = {"step": "calibrate", "data": opened.name, "images": images, "ridge": ridge, "seed": seed, "plan": plan.made_by}
     checkpoint.save(Path(out) / checkpoint.FOLDER, small.cpu(), plan, classes=found.info.get("classes"), made_by=made_by)

@@ -22,8 +22,8 @@ from vitlab.training.compensate import compensate, gather_moments
 from vitlab.training.latency import latency_table
 from vitlab.training.loop import fingerprint
 from vitlab.training.units import unit_scores
-from vitlab.workbench.cutting import UNIT_SCORES, WIDE, Source, open_dense, read_units, slice_objective
-from vitlab.workbench.steps import open_matching, pick_device, read_scores
+from vitlab.workbench.cutting import UNIT_SCORES, amp_of, open_dense, read_units, slice_objective, write_units
+from vitlab.workbench.steps import Source, open_matching, pick_device, read_scores
 
 TOKEN_SCORES, PLAN = "token_scores.safetensors", "plan.json"
 COSTS = ("gmacs", "published_gmacs", "latency_ms")
@@ -78,9 +78,9 @@ def search(source: Source, data: str | Path, out: str | Path, *, limit: float | 
              "compensated": compensated, "inputs": fingerprint([opened.files("train"), device], [found.model])}
     study = Study(out, space, budget, strategy=strategy, options=options, seed=seed, about=about)
     scores = _scores_of(study, found.model, opened, place, workers, progress)
-    objective = slice_objective(found.model, opened, images, seed, metric, place, workers)
-    if compensated and space.units:
-        objective.build = _refitting(found.model, opened, space.units, score_images, seed, place, workers)
+    refitted = compensated and space.units
+    build = {"build": _refitting(found.model, opened, space.units, score_images, seed, place, workers)} if refitted else {}
+    objective = slice_objective(found.model, opened, images, seed, metric, place, workers, **build)
     best = study.run(lambda policy: objective(space.plan(policy, **scores)), progress=progress)
     made_by = {"method": "search", "strategy": strategy, "cost": cost, "limit": limit, "evaluation": best.index, "value": best.value,
                "seed": seed, "units": list(units), "tokens": tokens}
@@ -93,7 +93,7 @@ def _refitting(model: nn.Module, data: ImageData, units: tuple[str, ...], images
     """compress with closed-form compensation, from moments of the dense model that are gathered once."""
     layers = [(index, kind) for index in range(len(model.blocks)) for kind in units]
     batches = data.batches("train", model, limit=images, seed=seed, workers=workers)
-    moments = gather_moments(model.to(device).eval(), batches, layers, device=device, amp=None if model.embed_dim >= WIDE else False)
+    moments = gather_moments(model.to(device).eval(), batches, layers, device=device, amp=amp_of(model))
     return lambda dense, plan: compensate(dense, plan, (), moments=moments, progress=False)
 
 
@@ -114,7 +114,7 @@ def _scores_of(study: Study, model: nn.Module, data: ImageData, device: torch.de
         path = study.folder / UNIT_SCORES
         if not path.exists():
             made = unit_scores(model, batches(), criterion=about["criterion"], seed=study.seed, device=device, progress=progress)
-            atomic_write(path, save({"head_scores": made.heads.contiguous(), "neuron_scores": made.neurons.contiguous()}, mark))
+            write_units(path, made, mark)
         units = read_units(path)
         check(path)
         scores |= {"heads": units.heads, "neurons": units.neurons}

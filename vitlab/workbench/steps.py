@@ -30,6 +30,7 @@ from vitlab.training.recipes import Recipe, recipe
 from vitlab.training.units import unit_scores
 
 RESULTS, TRAINING = "results.jsonl", "training"
+Source = str | Path | Checkpoint            # where a model comes from, or one that is open already
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 
 
@@ -45,12 +46,15 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def open_model(source: str | Path, *, model: str | None = None, num_classes: int | None = None, pretrained: bool = True,
+def open_model(source: Source, *, model: str | None = None, num_classes: int | None = None, pretrained: bool = True,
                **args: Any) -> Checkpoint:
-    """A model from a checkpoint or run folder; a weights file together with the timm name `model`; or a timm name.
+    """A model from a checkpoint or run folder; a weights file together with the timm name `model`; or a timm name. One that is
+    open already comes back as it is.
 
     A published Prune and Merge .pth is recognised. Raises InputError for anything else.
     """
+    if isinstance(source, Checkpoint):
+        return source
     path = Path(source)
     if num_classes is not None:
         args["num_classes"] = num_classes
@@ -109,11 +113,11 @@ def pretrain(model: str, data: str | Path, out: str | Path, *, settings: Recipe 
     return Path(out)
 
 
-def score(source: str | Path | Checkpoint, data: str | Path, out: str | Path, *, images: int = 512, batch_size: int = 64,
+def score(source: Source, data: str | Path, out: str | Path, *, images: int = 512, batch_size: int = 64,
           criterion: str = "gradient", absolute: str = "image", seed: int = 0, device: str | None = None,
           class_map: str | Path | None = None, workers: int | None = None, progress: bool = True) -> Tensor:
     """Token scores (L, n) by a criterion on a slice of train, written to `out` (safetensors)."""
-    found = source if isinstance(source, Checkpoint) else open_model(source)
+    found = open_model(source)
     opened = open_matching(data, found, class_map)
     batches = opened.batches("train", found.model, batch_size=batch_size, limit=images, seed=seed, workers=workers)
     scores = token_scores(found.model, batches, criterion=criterion, absolute=absolute, device=pick_device(device), progress=progress)
@@ -139,12 +143,12 @@ def read_scores(path: str | Path) -> tuple[Tensor, dict[str, str]]:
     return scores, made_by
 
 
-def prune(source: str | Path | Checkpoint, scores: str | Path | None, out: str | Path, *, plan: str | Path | None = None,
+def prune(source: Source, scores: str | Path | None, out: str | Path, *, plan: str | Path | None = None,
           rule: str = "center", keep_rate: float = tokens.KEEP_RATE, prune_rate: float = tokens.PRUNE_RATE,
           boundary: str = tokens.BOUNDARY, weights: str = tokens.WEIGHTS, share: bool = False) -> Checkpoint:
     """Compress a dense model by its token scores, or by a plan file; writes and returns the checkpoint in `out`. share: regions
     share their block's update (methods C1), without matrices."""
-    found = source if isinstance(source, Checkpoint) else open_model(source)
+    found = open_model(source)
     if (plan is None) == (scores is None):
         raise InputError("either token scores or a plan file is needed, not both")
     if plan is not None:
@@ -171,7 +175,7 @@ def apply_plan(found: Checkpoint, plan: CompressionPlan, out: str | Path, made_b
     return checkpoint.load(out)
 
 
-def finetune(source: str | Path | Checkpoint, teacher: str | Path | Checkpoint | None, data: str | Path, out: str | Path, *,
+def finetune(source: Source, teacher: Source | None, data: str | Path, out: str | Path, *,
              plan: str | Path | CompressionPlan | None = None, steps: int = 1, settings: Recipe | str = "digits_pm", seed: int = 0,
              device: str | None = None, limit: int | None = None, class_map: str | Path | None = None, workers: int | None = None,
              progress: bool = True) -> Path:
@@ -182,8 +186,8 @@ def finetune(source: str | Path | Checkpoint, teacher: str | Path | Checkpoint |
     and training for its share of the recipe's epochs, at least one. It needs `plan`.
     """
     settings = recipe(settings) if isinstance(settings, str) else settings
-    found = source if isinstance(source, Checkpoint) else open_model(source)
-    dense = teacher if isinstance(teacher, Checkpoint) or teacher is None else open_model(teacher)
+    found = open_model(source)
+    dense = None if teacher is None else open_model(teacher)
     if checkpoint.is_deployed(found.model):
         raise InputError("a deployed model no longer trains; fine-tune the training form and deploy it afterwards")
     if steps > 1 and plan is None:
@@ -215,12 +219,12 @@ def deployed(found: Checkpoint) -> nn.Module:
     return found.model if checkpoint.is_deployed(found.model) else deploy(found.model)
 
 
-def evaluate(source: str | Path | Checkpoint, data: str | Path, *, name: str | None = None, split: str = "held_out",
+def evaluate(source: Source, data: str | Path, *, name: str | None = None, split: str = "held_out",
              out: str | Path | None = None, batch_size: int = 64, device: str | None = None, amp: bool | None = False,
              class_map: str | Path | None = None, crop_pct: float | None = None, limit: int | None = None, seed: int = 0,
              workers: int | None = None, progress: bool = True) -> ResultRow:
     """Accuracy and cost of a model's deployed form; a row, appended to out/results.jsonl where `out` is given."""
-    found = source if isinstance(source, Checkpoint) else open_model(source)
+    found = open_model(source)
     opened, model = open_matching(data, found, class_map), deployed(found)
     device = pick_device(device)
     amp = evaluation.uses_bf16(device, amp)
@@ -241,7 +245,7 @@ def evaluate(source: str | Path | Checkpoint, data: str | Path, *, name: str | N
     return row
 
 
-def throughput(sources: dict[str, str | Path | Checkpoint], *, batch_size: int = 32, repeats: int = 10, dtype: str = "float32",
+def throughput(sources: dict[str, Source], *, batch_size: int = 32, repeats: int = 10, dtype: str = "float32",
                device: str | None = None, progress: bool = True, out: str | Path | None = None,
                like: ResultRow | None = None) -> list[ResultRow]:
     """Speed of deployed models at `batch_size`, and their latency at batch 1; the first is the baseline, all in turn in this process.
@@ -250,7 +254,7 @@ def throughput(sources: dict[str, str | Path | Checkpoint], *, batch_size: int =
     Rows are appended to out/results.jsonl where `out` is given; `like` is a row that says of which dataset and split.
     """
     device = pick_device(device)
-    models = {n: deployed(s if isinstance(s, Checkpoint) else open_model(s, pretrained=False)) for n, s in sources.items()}
+    models = {n: deployed(open_model(s, pretrained=False)) for n, s in sources.items()}
     options = {"repeats": repeats, "dtype": dtype, "device": device, "progress": progress}
     speeds, single = timing.measure(models, batch_size=batch_size, **options), timing.measure(models, batch_size=1, **options)
     conditions = timing.conditions(device, dtype, batch_size, repeats)
