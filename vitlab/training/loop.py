@@ -68,7 +68,9 @@ def fit(model: nn.Module, data: ImageData, recipe: Recipe, folder: str | Path, *
     task = make_task(model.to(device), teacher, recipe, device)
     batches = data.batches("train", model, batch_size=recipe.batch_size, training=True, limit=limit, seed=seed,
                            workers=workers, augment={"hflip": 0.5, **recipe.augment})
-    chosen = data.batches("train", model, limit=SLICE, seed=seed, workers=0)
+    train = data.split("train")
+    size = min(SLICE, len(train)) if hasattr(train, "__len__") else SLICE       # a stream has no length
+    chosen = data.batches("train", model, limit=size, seed=seed, workers=0)
     optimizer = create_optimizer_v2(model, opt=recipe.optimizer, lr=recipe.scaled_lr, weight_decay=recipe.weight_decay)
     scheduler, _ = create_scheduler_v2(
         optimizer, sched=recipe.schedule, num_epochs=recipe.epochs, warmup_epochs=recipe.warmup_epochs,
