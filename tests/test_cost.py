@@ -6,13 +6,14 @@ import pytest
 import timm
 import torch
 from timm.layers import Attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitlab import cost
 from vitlab.files import InputError
 from vitlab.models import compress, deploy, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import Select
+from vitlab.rules import Match, Select, SharedUpdate
 from vitlab.shape import ViTShape
 
 
@@ -21,7 +22,8 @@ def counted_macs(model: torch.nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, Attention):
             module.fused_attn = False
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # A block that matches has its fused attention always: in matrix products, which are counted.
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(torch.zeros(1, 3, *model.patch_embed.img_size))
     total = counter.get_total_flops()
     assert total % 2 == 0
@@ -186,9 +188,63 @@ def test_a_selection_costs_its_ranking_and_saves_the_mlp_of_the_tokens_that_go(t
     assert parts["total"] - parts["select"] == cost.macs(CompressionPlan.empty(shape))["total"] - saved
 
 
+# ---- Matching
+
+def matching(shape: ViTShape, merged: list[int | None], heads: dict[int, tuple[int, ...]] | None = None) -> CompressionPlan:
+    """merged: tokens that go in each block, None for no rule."""
+    return CompressionPlan(shape=shape, blocks=tuple(
+        BlockPlan(heads=(heads or {}).get(i), tokens=None if m is None else Match(merged=m)) for i, m in enumerate(merged)))
+
+
+def test_parts_of_a_matching_are_the_hand_computed_numbers():
+    shape = ViTShape(**{**vars(SMALL), "depth": 3})
+    plan = matching(shape, [4, 0, 5], {2: (1,)})
+    for form in cost.FORMS:
+        parts = cost.macs(plan, form)
+        # Attention over 17, 13, 13 tokens, width 33, 33, 11; the MLP has 13, 13, 8.
+        assert parts["qkv"] == 3 * 33 * (17 * 33 + 13 * 33 + 13 * 11) and parts["proj"] == 33 * (17 * 33 + 13 * 33 + 13 * 11)
+        assert parts["attention"] == 2 * (17 * 17 * 33 + 13 * 13 * 33 + 13 * 13 * 11)
+        assert parts["mlp"] == 2 * 33 * 41 * (13 + 13 + 8)
+        # Block 0: 8 sources and 7 targets of 15; block 2: 6 and 5 of 11; the class token's row over all. Then D for each row that
+        # is scaled: 4 that go and 7 targets, 5 and 5.
+        by_hand = 33 * (8 * 7 + 17) + 11 * (6 * 5 + 13) + 33 * (4 + 7) + 33 * (5 + 5)
+        assert parts["merge"] == (0 if form == "published" else by_hand)
+        assert parts["reconstruct"] == parts["fold"] == parts["select"] == 0
+
+
+def test_macs_of_plans_that_match_equal_what_runs_but_for_the_scalings(tiny_vit, family):
+    dense = tiny_vit(family)
+    shape = shape_of(dense)
+    for merged, heads in (([0] * 5, {}), ([None, 4, 0, 3, 2], {3: (0,), 1: (1,)}), ([7, 4, 1, 1, 0], {0: (0,)}), ([None] * 4 + [7], {})):
+        plan, scaled, left = matching(shape, merged, heads), 0, shape.num_patches
+        for count in merged:
+            scaled += count + left // 2 if count else 0                         # rows that go, and targets: no matrix product
+            left -= count or 0
+        model = compress(dense, plan)
+        for form, runs in (("training", model), ("deployed", deploy(model))):
+            assert cost.macs(plan, form)["total"] - scaled * shape.embed_dim == counted_macs(runs)
+
+
+def test_macs_of_a_matching_after_a_merge_equal_what_runs_in_both_forms(tiny_vit, random_plan):
+    dense = tiny_vit("dinov2_reg")
+    shape = shape_of(dense)
+    first = random_plan(shape, "m----", seed=5).blocks[0]
+    plan = CompressionPlan(shape=shape, blocks=(first, BlockPlan(), *(BlockPlan(tokens=Match(merged=m)) for m in (5, 0, 2))))
+    scaled = (5 + 7) + (2 + 5)                                                  # of 15 and of 10 tokens
+    model = compress(dense, plan)
+    for form, runs in (("training", model), ("deployed", deploy(model))):
+        assert cost.macs(plan, form)["total"] - scaled * shape.embed_dim == counted_macs(runs)
+
+
+def test_matching_none_costs_what_the_dense_model_does(tiny_vit, family):
+    shape = shape_of(tiny_vit(family))
+    for form in cost.FORMS:
+        assert cost.macs(matching(shape, [0] * 5), form) == cost.macs(CompressionPlan.empty(shape), form)
+
+
 # ---- Many at once
 
-COUNTS = ("heads", "neurons", "attended", "in_mlp", "carried", "merged", "ranking")
+COUNTS = ("heads", "neurons", "attended", "in_mlp", "carried", "merged", "ranking", "pooled", "compared")
 
 
 @pytest.mark.parametrize("form", cost.FORMS)
@@ -196,6 +252,10 @@ def test_costs_of_many_plans_at_once_equal_those_of_each(tiny_vit, family, rando
     shape, chance = shape_of(tiny_vit(family)), random.Random(1)
     layouts = ["".join(sorted([*chance.choices("ms-0", k=4), "-"], key="m0-s".index)) for _ in range(37)]
     plans = [random_plan(shape, letters, seed) for seed, letters in enumerate(layouts)]
+    pairs = tuple(j // 2 for j in range(shape.num_patches))                    # an odd number: the last is alone
+    share = SharedUpdate(regions=pairs, weights=(0.5,) * (len(pairs) - 1) + (1.0,), own=0.3)
+    plans[:3] = [matching(shape, [None, 4, 0, 3, 2]), matching(shape, [0, 0, 0, 7, 0], {3: (0,)}),
+                 CompressionPlan(shape=shape, blocks=(BlockPlan(tokens=share),) + (BlockPlan(tokens=Match(merged=3)),) * 4)]
     each = [cost.counts_of(plan) for plan in plans]
     together = cost.Counts(**{name: np.stack([getattr(c, name) for c in each]) for name in COUNTS})
     parts = cost.macs_of(shape, together, form)
@@ -211,7 +271,8 @@ def test_costs_of_random_counts_at_once_equal_one_by_one_and_keep_their_leading_
     noise, size = np.random.default_rng(0), (7, 11, 5)
     counts = {"heads": noise.integers(1, 4, size), "neurons": noise.integers(1, 42, size), "attended": noise.integers(3, 18, size),
               "in_mlp": noise.integers(3, 18, size), "carried": noise.integers(0, 16, size),
-              "merged": noise.random(size) < 0.5, "ranking": noise.integers(0, 4, size)}
+              "merged": noise.random(size) < 0.5, "ranking": noise.integers(0, 4, size),
+              "pooled": noise.integers(0, 30, size), "compared": noise.integers(0, 90, size)}
     together = cost.macs_of(shape, cost.Counts(**counts), form)
     assert together["total"].shape == (7, 11) and together["total"].dtype == np.int64
     for place in np.ndindex(7, 11):

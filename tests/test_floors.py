@@ -10,7 +10,7 @@ FLOORS = [                                              # lowest first
     {"shape"},
     {"rules"},
     {"plan", "results"},
-    {"tokens", "cost"},
+    {"tokens", "matching", "cost"},
     {"latency"},
     {"models", "criteria", "search", "data", "plots"},
     {"training"},

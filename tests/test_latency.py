@@ -15,7 +15,7 @@ from vitlab.files import InputError
 from vitlab.latency import AXES, LatencyTable
 from vitlab.models import compress, deploy, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import MergeReconstruct, Select
+from vitlab.rules import Match, MergeReconstruct, ReadOut, Select
 from vitlab.shape import ViTShape
 from vitlab.training import latency
 from vitlab.training.latency import grid_axes, latency_table, measure_table, prediction_error
@@ -25,7 +25,8 @@ SHAPE = ViTShape(img_size=(40, 56), patch_size=(8, 8), embed_dim=33, depth=5, nu
 TIMES = {"stem": lambda n: 7.0 + 0 * n, "attention": lambda n, h: 0.3 + 0.05 * n + 0.7 * h + 0.011 * n * h,
          "select": lambda n, h: 0.17 + 0.013 * n + 0.023 * h, "mlp": lambda n, m: 0.19 + 0.029 * n + 0.0031 * m + 0.0007 * n * m,
          "fold": lambda r, c: 0.071 + 0.0041 * r + 0.0067 * c + 0.0023 * r * c, "carry": lambda r: 0.053 + 0.0037 * r,
-         "pool": lambda r: 0.047 + 0.0029 * r,
+         "pool": lambda r: 0.047 + 0.0029 * r, "match": lambda n: 0.083 + 0.0057 * n,
+         "read_out": lambda n, h: 0.13 + 0.017 * n + 0.031 * h + 0.0043 * n * h,
          "head": lambda n: 0.61 + 0.0089 * n}
 FAST = {"batch_size": 2, "repeats": 1, "min_seconds": 0.0, "progress": False}
 
@@ -65,16 +66,23 @@ def by_hand(plan: CompressionPlan) -> float:
             total += TIMES["fold"](inside + skipping, here)
         if skipping:
             total += TIMES["carry"](inside + skipping)
-        total += TIMES["attention"](inside, heads)
+        total += TIMES["read_out" if isinstance(rule, ReadOut) else "attention"](inside, heads)
+        if isinstance(rule, ReadOut):
+            inside = prefix
         if isinstance(rule, Select):
             total += TIMES["select"](inside, shape.num_heads if rule.ranked_by == "all" else heads)
             inside = prefix + rule.kept + 1
+        if isinstance(rule, Match) and rule.merged:
+            total += TIMES["match"](inside)
+            inside -= rule.merged
         total += TIMES["mlp"](inside, neurons)
         here, folding = inside + skipping, isinstance(rule, MergeReconstruct)
     if folding:
         wanted = prefix if shape.pool == "token" else shape.num_tokens
         total += TIMES["fold"](wanted, here)
         here = wanted
+    if isinstance(rule, Match) and shape.pool != "token":
+        here = shape.num_tokens                                                 # every patch is given back for the mean
     return total + TIMES["head"](here)
 
 
@@ -87,11 +95,16 @@ PLANS = {
     "merged at the end alone": lambda s: cut([None, None, None, None, merging(s, 17, 3)], 7, s),
     "selected": lambda s: cut([None, Select(kept=19), Select(kept=7, ranked_by="all"), None, Select(kept=2)], 5, s),
     "merged, then selected": lambda s: cut([merging(s, 11, 5), None, Select(kept=23), None, None], 6, s),
+    "matched": lambda s: cut([None, Match(merged=13), Match(merged=0), Match(merged=7), Match(merged=2)], 8, s),
+    "merged, then matched": lambda s: cut([merging(s, 11, 5), None, Match(merged=11), Match(merged=0), Match(merged=0)], 9, s),
+    "read out": lambda s: cut([None, None, None, None, ReadOut()], 11, s),
+    "matched, then read out": lambda s: cut([None, Match(merged=17), Match(merged=0), Match(merged=3), ReadOut()], 12, s),
+    "matched by none": lambda s: cut([None, None, Match(merged=0), Match(merged=0), Match(merged=0)], 10, s),
 }
 
 
-@pytest.mark.parametrize("pool", ["token", "avg"])
-@pytest.mark.parametrize("name", list(PLANS))
+@pytest.mark.parametrize("name, pool", [(name, pool) for name in PLANS for pool in ("token", "avg")
+                                        if pool == "token" or "read out" not in name])
 def test_a_prediction_is_the_sum_of_the_parts_met_on_the_way(name, pool):
     plan = PLANS[name](dataclasses.replace(SHAPE, pool=pool))
     found = made(plan.shape).predict(counts_of(plan))
@@ -121,7 +134,7 @@ def test_between_two_measured_counts_the_time_is_the_middle_of_theirs():
     axes = {**grid_axes(SHAPE), "attention": (np.array([1, 11, 36]), np.array([1, 3]))}
     ms = {**made().ms, "attention": np.array([[1.0, 2.0], [4.0, 8.0], [30.0, 60.0]])}
     table = LatencyTable(shape=SHAPE, conditions={}, axes=axes, ms=ms)
-    middle = dataclasses.replace(counts_of(CompressionPlan.empty(SHAPE)), attended=np.full(5, 6), heads=np.full(5, 2))
+    middle = dataclasses.replace(counts_of(CompressionPlan.empty(SHAPE)), attended=np.full(5, 6), queried=None, heads=np.full(5, 2))
     assert float(table.by_part(middle)["attention"]) == pytest.approx(5 * (1 + 2 + 4 + 8) / 4, rel=1e-12)
 
 
@@ -131,7 +144,7 @@ def test_between_two_measured_counts_the_time_is_the_middle_of_theirs():
     ("in_mlp", 0, "mlp: 0 to 0 tokens wanted; the table holds 1 to 36"), ("ranking", 4, "select: 4 to 4 ranking heads"),
 ])
 def test_counts_outside_the_table_are_refused_by_name(field, value, words):
-    counts = dataclasses.replace(counts_of(CompressionPlan.empty(SHAPE)), **{field: np.full(5, value)})
+    counts = dataclasses.replace(counts_of(CompressionPlan.empty(SHAPE)), **{"queried": None, field: np.full(5, value)})
     with pytest.raises(InputError, match=words):
         made().predict(counts)
 
@@ -279,6 +292,10 @@ def test_each_piece_is_the_models_own_part(monkeypatch, tiny_vit):
         assert pieces["fold", (1, 2)](inputs["fold"][4 + 2]).shape[1] == axes["fold"][0][1]
         assert inputs["fold"][4 + 2].shape[1] == axes["fold"][1][2]
         torch.testing.assert_close(full["carry"](y), y, rtol=0, atol=0)
+        n, last = y.shape[1] - 1, len(axes["match"][0]) - 1
+        assert full["match"](y).shape[1] == 1 + n - n // 4                      # half of what can be merged
+        first = int(axes["match"][0][0])
+        assert first == 3 and pieces["match", (0,)](y[:, :first]).shape[1] == 2 and axes["match"][0][last] == 1 + n
 
 
 def test_a_model_without_prefix_tokens_has_no_time_of_selection():
@@ -335,3 +352,23 @@ def test_regions_that_share_an_update_take_the_time_of_their_means_and_no_fold()
     parts = made().by_part(counts_of(plan))
     assert parts["fold"] == parts["carry"] == 0
     assert float(parts["pool"]) == pytest.approx(sum(TIMES["pool"](n) for n in plan.tokens_per_block()), rel=1e-9)
+
+
+def test_matching_takes_its_own_time_and_none_of_regions_nor_of_selection():
+    plan = PLANS["matched"](SHAPE)
+    parts = made().by_part(counts_of(plan))
+    assert parts["fold"] == parts["carry"] == parts["pool"] == parts["select"] == 0
+    assert float(parts["match"]) == pytest.approx(TIMES["match"](36) + TIMES["match"](23) + TIMES["match"](16), rel=1e-12)
+    without = {part: ms for part, ms in made().ms.items() if part != "match"}
+    table = dataclasses.replace(made(), ms=without, axes={part: made().axes[part] for part in without})
+    assert float(table.predict(counts_of(PLANS["dense"](SHAPE)))) > 0
+    with pytest.raises(InputError, match="no times of match"):
+        table.predict(counts_of(plan))
+
+
+def test_a_table_of_an_older_version_is_refused(tmp_path):
+    made().save(tmp_path / "t.json")
+    data = json.loads((tmp_path / "t.json").read_text())
+    (tmp_path / "t.json").write_text(json.dumps({**data, "version": 1}))
+    with pytest.raises(InputError, match="t.json.*vitlab.latency of version 2 is needed"):
+        LatencyTable.load(tmp_path / "t.json")

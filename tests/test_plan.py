@@ -7,7 +7,7 @@ import pytest
 
 from vitlab.files import InputError
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import MergeReconstruct, Select
+from vitlab.rules import PROTECT, Match, MergeReconstruct, Select, SharedUpdate
 from vitlab.shape import ViTShape
 
 SHAPE = ViTShape(img_size=(48, 80), patch_size=(16, 16), embed_dim=33, depth=3, num_heads=3, head_dim=11, num_neurons=41,
@@ -311,3 +311,89 @@ def test_qk_norm_other_than_true_or_false_is_refused_by_name(value):
     data["shape"]["qk_norm"] = value
     with pytest.raises(InputError, match="shape: shape.qk_norm"):
         CompressionPlan.from_json(data)
+
+
+# ---- Matching, and proportional attention of regions
+
+MATCHING = with_tokens(Match(merged=5), Match(merged=0, protect=0.25), Match(merged=4, protect=0))
+SHARE = SharedUpdate(regions=tuple(j // 2 for j in range(N)), weights=(0.5,) * (N - 1) + (1.0,))
+SHARING = with_tokens(dataclasses.replace(SHARE, proportional=True, own=0.5), SHARE, None)
+
+
+def test_plans_that_match_or_count_regions_come_back_from_json_and_file_equal(tmp_path):
+    for plan in (MATCHING, SHARING, with_tokens(RULE, None, Match(merged=7)), with_tokens(SHARE, Match(merged=7), Match(merged=4))):
+        text = plan.to_json()
+        found = CompressionPlan.from_json(json.loads(text))
+        assert found == plan and found.to_json() == text
+        plan.save(tmp_path / "plan.json")
+        assert CompressionPlan.load(tmp_path / "plan.json") == plan
+    assert [b.tokens for b in CompressionPlan.from_json(json.loads(MATCHING.to_json())).blocks] == [
+        Match(merged=5, protect=PROTECT), Match(merged=0, protect=0.25), Match(merged=4, protect=0)]
+    assert json.loads(MATCHING.to_json())["blocks"][1]["tokens"] == {"kind": "match", "merged": 0, "protect": 0.25}
+
+
+@pytest.mark.parametrize("plan, field, meant", [(MATCHING, "protect", PROTECT), (SHARING, "proportional", False), (SHARING, "own", 1.0)])
+def test_what_a_file_does_not_say_is_the_default(plan, field, meant):
+    data = json.loads(plan.to_json())
+    del data["blocks"][0]["tokens"][field]
+    assert getattr(CompressionPlan.from_json(data).blocks[0].tokens, field) == meant
+
+
+@pytest.mark.parametrize("plan, field, value", [
+    *[(MATCHING, "merged", v) for v in (-1, True, False, 7.0, "7", None, [7])],
+    *[(MATCHING, "protect", v) for v in (-0.1, math.nan, math.inf, True, "0.1", None, [0.1], 10 ** 400)],
+    *[(SHARING, "proportional", v) for v in (0, 1, "true", None, [True])]], ids=lambda v: str(v)[:9])
+def test_a_rule_with_a_wrong_field_is_refused_by_block_and_field(plan, field, value):
+    data = json.loads(plan.to_json())
+    data["blocks"][1]["tokens"][field] = value
+    with pytest.raises(InputError, match=f"here: block 1: tokens: {field}"):
+        CompressionPlan.from_json(json.loads(json.dumps(data)), where="here")
+
+
+def test_a_matching_with_an_unknown_or_missing_field_is_refused_by_block():
+    for change in (lambda rule: rule.pop("merged"), lambda rule: rule.update(keep=3), lambda rule: rule.update(kind="Match")):
+        data = json.loads(MATCHING.to_json())
+        change(data["blocks"][2]["tokens"])
+        with pytest.raises(InputError, match="block 2.*tokens.*(merged|keep|kind)"):
+            CompressionPlan.from_json(data)
+
+
+def test_tokens_are_fewer_by_those_merged_from_the_mlp_of_their_block_on():
+    first, second, third = MATCHING.flows()
+    assert [(f.attended, f.in_mlp, f.after) for f in (first, second, third)] == [(17, 12, 12), (12, 12, 12), (12, 8, 8)]
+    assert MATCHING.tokens_per_block() == [17, 12, 12]
+    assert [(f.compared, f.pooled) for f in (first, second, third)] == [(8 * 7 + 17, 5 + 7), (0, 0), (5 * 5 + 12, 4 + 5)]
+    assert all(f.matched and not (f.merged or f.carried or f.ranked_by) for f in (first, second, third))
+
+
+@pytest.mark.parametrize("merged, block, limit, left", [((8, 0, 0), 0, 7, 15), ((7, 5, 0), 1, 4, 8), ((7, 4, 3), 2, 2, 4)])
+def test_more_than_half_of_the_tokens_are_refused_by_block(merged, block, limit, left):
+    with pytest.raises(InputError, match=f"^block {block}: {merged[block]} tokens are merged; at most half of the {left} "):
+        with_tokens(*(Match(merged=m) for m in merged))
+    with_tokens(*(Match(merged=limit if i == block else m) for i, m in enumerate(merged[:block + 1])),
+                *(Match(merged=0),) * (2 - block))
+
+
+@pytest.mark.parametrize("rules, block, says", [
+    ((Match(merged=3), None, None), 1, "tokens were merged by content before.*\"match\""),
+    ((Match(merged=3), Match(merged=0), SHARE), 2, "tokens share an update by their place"),
+    ((Match(merged=3), Match(merged=0), RULE), 2, "tokens are merged by their place"),
+    ((Match(merged=0), RULE, None), 1, "tokens were merged by content before"),
+    ((Match(merged=3), Match(merged=0), Select(kept=3)), 2, "tokens were merged by content before"),
+    ((Select(kept=3), Match(merged=0), Match(merged=0)), 1, "tokens are matched, but a block before has selected"),
+    ((Select(kept=3), None, Match(merged=0)), 2, "tokens are matched, but a block before has selected"),
+    ((None, RULE, Match(merged=3)), 2, "tokens are matched right after a block that merged")])
+def test_what_cant_follow_is_refused_by_block(rules, block, says):
+    with pytest.raises(InputError, match=f"^block {block}: {says}"):
+        with_tokens(*rules)
+
+
+def test_matching_none_may_follow_a_merge_at_once():
+    assert with_tokens(RULE, Match(merged=0), Match(merged=3)).flows()[2].after == 14
+
+
+def test_protection_needs_a_class_token():
+    shape = dataclasses.replace(SHAPE, num_prefix_tokens=0)
+    with pytest.raises(InputError, match="^block 1: .*no class token: protect 0 is needed"):
+        CompressionPlan(shape=shape, blocks=(BlockPlan(), *(BlockPlan(tokens=Match(merged=3)),) * 2))
+    CompressionPlan(shape=shape, blocks=(BlockPlan(), *(BlockPlan(tokens=Match(merged=3, protect=0)),) * 2))

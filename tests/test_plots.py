@@ -5,12 +5,16 @@ import numpy as np
 import pytest
 import torch
 
+from vitlab.files import InputError
+from vitlab.models import compress, deploy, shape_of
+from vitlab.models.match import Merged
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.plots import accuracy_against_cost, kept_counts, merge_map, save_figure, score_maps, to_image, training_curves
-from vitlab.plots.tokens import through_matrices
+from vitlab.plots import accuracy_against_cost, kept_counts, matched_map, merge_map, save_figure, score_maps, to_image, training_curves
+from vitlab.plots.tokens import region_means, through_matrices
 from vitlab.results import ResultRow
-from vitlab.rules import MergeReconstruct
+from vitlab.rules import Match, MergeReconstruct
 from vitlab.shape import ViTShape
+from vitlab.training.capture import token_places
 
 matplotlib.use("agg")
 SHAPE = ViTShape(img_size=(20, 30), patch_size=(10, 10), embed_dim=8, depth=2, num_heads=2, head_dim=4, num_neurons=16)
@@ -35,6 +39,56 @@ def test_region_means_and_reconstruction_are_the_matrices_own():
     expected = patches([.2, .2, .4, .9, .4, .4])            # means of patches 0, 1 and of 2, 4, 5; 3 is pruned and stays
     np.testing.assert_allclose(means, expected, atol=1e-12)
     np.testing.assert_allclose(back, expected, atol=1e-12)  # uniform weights: what comes back is the mean
+
+
+def test_region_means_are_of_all_pixels_of_a_region_wherever_it_lies():
+    noisy = np.random.default_rng(0).random((20, 30, 3))
+    shown = region_means(noisy, torch.tensor([1, 0, -1, -1, 0, 1]), SHAPE)
+    cells = [noisy[10 * (j // 3):, 10 * (j % 3):][:10, :10].reshape(-1, 3) for j in range(6)]
+    expected = [np.concatenate([cells[i] for i in same]).mean(axis=0) for same in ((0, 5), (1, 4), (2,), (3,), (1, 4), (0, 5))]
+    for j, colour in enumerate(expected):
+        np.testing.assert_allclose(shown[10 * (j // 3):, 10 * (j % 3):][:10, :10], np.broadcast_to(colour, (10, 10, 3)), atol=1e-12)
+
+
+def test_matched_map_has_a_row_an_image_and_each_token_one_colour_and_border():
+    images = [patches([.1, .3, .2, .9, .4, .6]), patches([.8, .2, .2, .2, .2, .2])]
+    places = {3: torch.tensor([[0, 0, 1, 2, 3, 1], [0, 1, 1, 1, 2, 3]]), 5: torch.tensor([[0, 0, 0, 1, 1, 0], [0, 1, 1, 1, 1, 1]])}
+    figure = matched_map(images, places, SHAPE)
+    assert [axis.get_title() for axis in figure.axes] == ["image", "block 3: 4 tokens", "block 5: 2 tokens", "", "", ""]
+    first, second, third, fourth = (figure.axes[i] for i in (1, 2, 4, 5))
+    np.testing.assert_array_equal(figure.axes[3].images[0].get_array(), images[1])
+    np.testing.assert_allclose(first.images[0].get_array(), patches([.2, .2, .4, .9, .4, .4]), atol=1e-12)
+    np.testing.assert_allclose(fourth.images[0].get_array(), patches([.8, .2, .2, .2, .2, .2]), atol=1e-12)
+    # Grids 0 0 1 / 2 3 1, 0 0 0 / 1 1 0, 0 1 1 / 1 2 3 and 0 1 1 / 1 1 1: neighbours that differ.
+    assert [len(axis.collections[0].get_segments()) for axis in (first, second, third, fourth)] == [5, 3, 6, 2]
+
+
+@torch.no_grad()
+def test_places_are_those_of_the_models_own_blocks_the_last_too_in_both_forms(tiny_vit, images):
+    dense = tiny_vit("deit")
+    shape, x = shape_of(dense), images(dense, 3)
+    counts = (None, 0, 4, 0, 5)
+    model = compress(dense, CompressionPlan(shape=shape, blocks=tuple(
+        BlockPlan(tokens=None if count is None else Match(merged=count)) for count in counts))).train()
+    for form in (model, deploy(model)):
+        found = token_places(form, x)
+        assert list(found) == [2, 3, 4] and form.training == (form is model)
+        assert [int(found[block].max()) + 1 for block in found] == [11, 11, 6] and torch.equal(found[2], found[3])
+        for before, after in zip(found[3], found[4]):                   # what was one token stays one
+            assert len(set(zip(before.tolist(), after.tolist()))) == 11
+    rows = model.eval().blocks[:4](dense.norm_pre(dense._pos_embed(dense.patch_embed(x))))
+    assert isinstance(rows, Merged) and torch.equal(rows.places, found[3])
+    grid = model.blocks(dense.norm_pre(dense._pos_embed(dense.patch_embed(x))))[:, 1:]
+    for each, places in zip(grid, found[4]):                            # patches of one token have one value
+        assert all(torch.equal(each[i], each[j]) == (places[i] == places[j]) for i in range(15) for j in range(i))
+
+
+def test_places_of_a_model_that_merges_none_are_refused(tiny_vit, images):
+    dense = tiny_vit("deit")
+    none = CompressionPlan(shape=shape_of(dense), blocks=(BlockPlan(tokens=Match(merged=0)),) * 5)
+    for model in (dense, compress(dense, none)):
+        with pytest.raises(InputError, match="no block of the model merges tokens by content"):
+            token_places(model, images(dense))
 
 
 def test_merge_map_draws_a_border_exactly_where_regions_change():

@@ -12,11 +12,12 @@ from vitlab.cost import Counts, counts_of, gmacs, mdc_macs
 from vitlab.files import InputError
 from vitlab.models import shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import MergeReconstruct, Select
+from vitlab.rules import PROTECT, Match, MergeReconstruct, Select
 from vitlab.search import SearchSpace
 from vitlab.shape import ViTShape
 
-MODES = ("none", "select", "select_per_stage", "merge", "merge_per_stage", "share", "share_per_stage")
+MODES = ("none", "select", "select_per_stage", "merge", "merge_per_stage", "share", "share_per_stage", "match", "match_per_stage",
+         "match_per_block")
 FIELDS = [field.name for field in dataclasses.fields(Counts)]
 
 
@@ -59,7 +60,7 @@ def slow_counts(shape: ViTShape, tokens: str, policy: list[float], ranked_by: st
         neurons = max(int(shape.num_neurons * (1 - policy[block])), 1)
         heads = max(int(shape.num_heads * (1 - policy[depth + block])), 1)
         found = {"neurons": neurons, "heads": heads, "attended": entering, "in_mlp": entering, "carried": 0, "pooled": 0,
-                 "merged": False, "ranking": 0}
+                 "compared": 0, "merged": False, "ranking": 0}
         if tokens.startswith("select") and block in quarters:
             ratio = token_ratios[quarters.index(block) if tokens == "select_per_stage" else 0]
             kept = max(int(entering * (1 - ratio)), prefix + 1)             # B3: K = int(N_now (1 - rho)), prefix tokens among them
@@ -75,7 +76,16 @@ def slow_counts(shape: ViTShape, tokens: str, policy: list[float], ranked_by: st
                 found |= {"carried": pruned, "merged": centers < n}
             elif centers < n:
                 found |= {"pooled": n - pruned}                             # each patch of a region is scaled once
-        blocks.append(found)
+        if tokens.startswith("match"):
+            which = {"match": 0, "match_per_stage": block * min(4, depth) // depth, "match_per_block": block}[tokens]
+            middle = tokens != "match" or depth // 4 <= block < max(3 * depth // 4, 1)        # blocks 3 to 8 of 12
+            left = entering - prefix
+            gone = min(left - int(left * (1 - token_ratios[which])), left // 2) if middle else 0       # every other one stays
+            if gone:
+                found |= {"compared": (left - left // 2) * (left // 2) + entering, "pooled": gone + left // 2}
+            entering -= gone
+            found |= {"in_mlp": entering}
+        blocks.append(found | {"queried": found["attended"]})
     return blocks
 
 
@@ -112,7 +122,9 @@ def test_dimensions_are_neurons_then_heads_then_tokens_named_by_block():
     twelve, units = shape_with(12, 3, 5, (2, 2)), ["neurons"] * 12 + ["heads"] * 12
     names = [f"{unit} {block}" for unit in ("neurons", "heads") for block in range(12)]
     for tokens, more in (("none", []), ("select", ["tokens"]), ("select_per_stage", ["tokens 3", "tokens 6", "tokens 9"]),
-                         ("merge", [f"tokens {b}" for b in range(12)]), ("merge_per_stage", [f"tokens {b}" for b in (0, 3, 6, 9)])):
+                         ("merge", [f"tokens {b}" for b in range(12)]), ("merge_per_stage", [f"tokens {b}" for b in (0, 3, 6, 9)]),
+                         ("match", ["tokens"]), ("match_per_stage", [f"tokens {b}" for b in (0, 3, 6, 9)]),
+                         ("match_per_block", [f"tokens {b}" for b in range(12)])):
         space = SearchSpace(shape=twelve, tokens=tokens)
         assert space.names == names + more and space.groups == units + ["tokens"] * len(more) and space.size == 24 + len(more)
     assert SearchSpace(shape=twelve).size == 25                             # 2 L + 1 (B4)
@@ -146,6 +158,11 @@ def test_one_head_one_neuron_one_center_and_one_patch_stay_at_the_largest_ratio(
         if tokens.startswith("select"):
             assert counts.in_mlp.tolist() == [[16, 3, 3, 3, 3]]             # the class token, one patch and the mean
             assert plan.blocks[0].tokens is None and plan.blocks[1].tokens == Select(kept=1)
+        if tokens == "match":                                               # 15, 8, 4: half at the most
+            assert counts.in_mlp.tolist() == [[16, 9, 5, 5, 5]]
+            assert [block.tokens and block.tokens.merged for block in plan.blocks] == [None, 7, 4, 0, 0]
+        if tokens in ("match_per_stage", "match_per_block"):
+            assert counts.in_mlp.tolist() == [[9, 5, 3, 2, 2]] and plan.blocks[4].tokens == Match(merged=0)
 
 
 # Published DeiT-S policy (methods B7).
@@ -178,7 +195,7 @@ def test_ratios_that_change_no_count_are_the_same_policy(tokens):
             total = totals[group]
             cut = chance.randrange(1, max(int(total * 0.4), 2))             # total - cut stay: ratios in ((cut - 1) / total, cut / total]
             low.append((cut - 0.9) / total), high.append((cut - 0.6) / total)
-        if tokens.startswith("select"):                                     # later selections work on fewer tokens: a smaller step
+        if tokens.startswith(("select", "match")):                          # later blocks work on fewer tokens: a smaller step
             high[10:] = [ratio + 1e-7 for ratio in low[10:]]
         assert space.keys([low, high])[0] == space.keys([low, high])[1]
         assert space.plan(low, **scores) == space.plan(high, **scores)
@@ -342,6 +359,24 @@ def test_token_settings_reach_the_rules():
     assert len(default.pruned) == 14 and len(first(prune_rate=0.2).pruned) == 28        # of 143
 
 
+def test_protection_reaches_every_rule_from_the_first_block_that_merges_on():
+    shape = SHAPES["twelve blocks"]
+    for settings, protect in (({}, PROTECT), ({"protect": 0.7}, 0.7), ({"protect": 0}, 0)):
+        space = SearchSpace(shape=shape, tokens="match_per_block", units=(), settings=settings)
+        ratios = [0.0, 0.0, 0.0, 0.3, 0.0, 0.5] + [0.0] * 6
+        rules = [block.tokens for block in space.plan(ratios).blocks]
+        merged = (18, 0, 19, 0, 0, 0, 0, 0, 0)                              # 57 - int(39.9); then half of 39 at most
+        assert rules[:3] == [None] * 3 and rules[3:] == [Match(merged=count, protect=protect) for count in merged]
+
+
+def test_a_space_of_matching_for_a_model_without_a_class_token_needs_protect_0():
+    shape = dataclasses.replace(SHAPES["five blocks"], num_prefix_tokens=0, pool="avg")
+    space = SearchSpace(shape=shape, tokens="match", settings={"protect": 0.0})
+    policy = [0.4] * space.size
+    same_counts(space.counts(policy), 0, slow_counts(shape, "match", policy))
+    assert space.plan(policy, **scores_for(shape)).blocks[1].tokens == Match(merged=58, protect=0.0)       # 143 - int(85.8)
+
+
 def test_nothing_cut_is_the_empty_plan(shape):
     for tokens in MODES:
         space = SearchSpace(shape=shape, tokens=tokens)
@@ -409,7 +444,9 @@ def test_scores_are_not_needed_for_what_is_not_searched():
 @pytest.mark.parametrize("tokens, prefix, settings", [
     ("select", 1, {"ranked_by": "some"}), ("merge", 1, {"boundary": "circle"}), ("merge", 1, {"weights": "none"}),
     ("select", 1, {"shape": None}),
-    ("select_per_stage", 1, {"per_stage": False}), ("select", 0, {})])
+    ("select_per_stage", 1, {"per_stage": False}), ("select", 0, {}), ("match", 0, {}), ("match", 1, {"protect": -1}),
+    ("match_per_stage", 1, {"protect": "much"}), ("match", 1, {"per": "block"}), ("match_per_block", 1, {"per": ""}),
+    ("match", 1, {"merged": 3})])
 def test_settings_that_no_plan_can_have_are_refused_with_the_space(tokens, prefix, settings):
     shape = dataclasses.replace(SHAPES["five blocks"], num_prefix_tokens=prefix, pool="avg")
     with pytest.raises(InputError):
@@ -418,10 +455,11 @@ def test_settings_that_no_plan_can_have_are_refused_with_the_space(tokens, prefi
 
 @pytest.mark.parametrize("tokens, rule", [
     ("select", Select(kept=109, ranked_by="all")),
-    ("merge", MergeReconstruct(regions=tuple(range(143)), weights=(0.5,) * 143))])
+    ("merge", MergeReconstruct(regions=tuple(range(143)), weights=(0.5,) * 143)),
+    ("match", MergeReconstruct(regions=(0,) * 143, weights=(0.5,) * 143))])
 def test_a_plan_that_ranks_or_merges_otherwise_is_not_in_the_space(tokens, rule):
     shape = SHAPES["five blocks"]
-    space = SearchSpace(shape=shape, tokens=tokens if tokens == "merge" else "select_per_stage", units=("heads",))
+    space = SearchSpace(shape=shape, tokens="select_per_stage" if tokens == "select" else tokens, units=("heads",))
     plan = with_block(shape, 1, BlockPlan(heads=(0, 2), tokens=rule))
     with pytest.raises(InputError, match="not in this search space"):
         space.policy(plan)

@@ -29,8 +29,14 @@ class Counts:
     carried: np.ndarray             # tokens that go around the block
     merged: np.ndarray              # bool: matrices stand before and after the block
     ranking: np.ndarray             # heads whose attention ranks tokens before the MLP; 0 where none are selected
-    # Rows scaled for a region's mean, and for what a token keeps of its own.
+    # Rows scaled for a mean of tokens, and for what a token keeps of its own; pairs of tokens whose keys are multiplied.
     pooled: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
+    compared: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
+    queried: np.ndarray | None = None           # tokens that ask in the attention; None: all that are attended to
+
+    def __post_init__(self) -> None:
+        if self.queried is None:
+            object.__setattr__(self, "queried", self.attended)
 
 
 def counts_of(plan: CompressionPlan) -> Counts:
@@ -39,8 +45,10 @@ def counts_of(plan: CompressionPlan) -> Counts:
     heads = [shape.num_heads if b.heads is None else len(b.heads) for b in plan.blocks]
     rank = [{"": 0, "kept": kept, "all": shape.num_heads}[f.ranked_by] for f, kept in zip(flows, heads)]
     return Counts(heads=np.array(heads), ranking=np.array(rank),
+                  queried=np.array([f.attended if f.queried is None else f.queried for f in flows]),
                   neurons=np.array([shape.num_neurons if b.neurons is None else len(b.neurons) for b in plan.blocks]),
-                  **{name: np.array([getattr(f, name) for f in flows]) for name in ("attended", "in_mlp", "carried", "pooled", "merged")})
+                  **{name: np.array([getattr(f, name) for f in flows])
+                     for name in ("attended", "in_mlp", "carried", "pooled", "compared", "merged")})
 
 
 def previous(values: np.ndarray, first: int) -> np.ndarray:
@@ -51,11 +59,12 @@ def previous(values: np.ndarray, first: int) -> np.ndarray:
 def macs_of(shape: ViTShape, counts: Counts, form: str = "deployed") -> dict[str, np.ndarray]:
     """MACs per image (...) by part (PARTS), and their sum under "total". Raises InputError for an unknown form.
 
-    Per block with C tokens in the attention, C' in the MLP, attention width w = heads * d, M neurons: qkv 3 C D w,
-    attention 2 C^2 w, proj C w D, mlp 2 C' D M; a ranking by heads of width r 2 D r + C heads D (q/k norm: D r + C D r + C r);
-    regions that share an update scale each of their n patches, n D. form "training" adds C N D for each merge and each
-    reconstruct; "deployed" adds the folded products instead: (C_l + p_l) (C_k + p_k) D between two blocks, p tokens carried
-    around them.
+    Per block with C tokens in the attention, Q of them asking (all, but for a block that reads out), C' in the MLP, attention
+    width w = heads * d, M neurons: qkv (2 C + Q) D w, attention 2 Q C w, proj Q w D, mlp 2 C' D M; a ranking by heads of width r
+    2 D r + C heads D (q/k norm: D r + C D r + C r); regions that share an update scale each of their n patches, n D; matching r
+    of n tokens compares (n / 2)^2 keys and the class token's with all, w each, and scales r + n / 2 rows. form "training"
+    adds C N D for each merge and each reconstruct; "deployed" adds the folded products instead: (C_l + p_l) (C_k + p_k) D between
+    two blocks, p tokens carried around them.
     """
     if form not in FORMS:
         raise InputError(f"form {form!r} is not known; known are {list(FORMS)}")
@@ -63,13 +72,14 @@ def macs_of(shape: ViTShape, counts: Counts, form: str = "deployed") -> dict[str
     width = c.heads * shape.head_dim                                            # (..., L)
     wide = c.ranking * shape.head_dim
     ranking = wide * (dim + c.attended * (dim + 1)) if shape.qk_norm else dim * (2 * wide + c.attended * c.ranking)
-    blocks = {"qkv": 3 * c.attended * dim * width, "attention": 2 * c.attended**2 * width, "proj": c.attended * width * dim,
+    blocks = {"qkv": (2 * c.attended + c.queried) * dim * width, "attention": 2 * c.queried * c.attended * width,
+              "proj": c.queried * width * dim,
               "mlp": 2 * c.in_mlp * dim * c.neurons, "select": ranking}
     parts = {name: blocks[name].sum(axis=-1) if name in blocks else np.zeros(width.shape[:-1], dtype=np.int64) for name in PARTS}
     parts["patch_embed"] += shape.num_patches * shape.patch_size[0] * shape.patch_size[1] * shape.in_chans * dim
     parts["classifier"] += dim * shape.num_classes * shape.num_classifiers
     if form != "published":
-        parts["merge"] = c.pooled.sum(axis=-1) * dim
+        parts["merge"] = c.pooled.sum(axis=-1) * dim + (c.compared * width).sum(axis=-1)
     if form == "training":
         parts["reconstruct"] = (c.merged * c.attended).sum(axis=-1) * everything * dim
         parts["merge"] = parts["merge"] + parts["reconstruct"]

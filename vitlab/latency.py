@@ -16,10 +16,11 @@ from vitlab.cost import Counts, previous
 from vitlab.files import InputError, atomic_write, read_json
 from vitlab.shape import POOL_TOKEN, ViTShape, require
 
-FORMAT, VERSION = "vitlab.latency", 1
+FORMAT, VERSION = "vitlab.latency", 2
 AXES = {"stem": ("tokens",), "attention": ("tokens", "heads"), "select": ("tokens", "ranking heads"), "mlp": ("tokens", "neurons"),
-        "fold": ("rows", "columns"), "carry": ("rows",), "pool": ("tokens",), "head": ("tokens",)}
-OPTIONAL = {"select", "pool"}                   # a model without a class token selects none; older tables pool none
+        "fold": ("rows", "columns"), "carry": ("rows",), "pool": ("tokens",), "match": ("tokens",), "head": ("tokens",),
+        "read_out": ("tokens", "heads")}
+OPTIONAL = {"select", "match", "read_out"}      # a model without a class token selects none; one of few patches matches none
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,7 +28,8 @@ class LatencyTable:
     """Milliseconds of each part of a model for one batch, by what it depends on (AXES).
 
     stem: embedding of patches and positions; attention, mlp: the halves of a block, with norm and residual; select: ranking
-    and choice of tokens; pool: means of regions, and what their tokens share; fold: a matrix (rows, columns) over the tokens;
+    and choice of tokens; pool: means of regions, and what their tokens share; match: merging alike tokens; read_out: an attention
+    in which the prefix tokens alone ask; fold: a matrix (rows, columns) over the tokens;
     carry: tokens split off before a block and joined again after it; head: norm, pooling, classifier.
     """
 
@@ -73,16 +75,20 @@ class LatencyTable:
         rows, state = c.attended + c.carried, c.in_mlp + c.carried              # that enter and leave each block
         wanted = self.shape.num_prefix_tokens if self.shape.pool == POOL_TOKEN else everything
         last, end = c.merged[..., -1], state[..., -1]
-        parts = {"attention": self._at("attention", always, c.attended, c.heads),
+        asked = c.queried == c.attended
+        parts = {"attention": self._at("attention", asked, c.attended, c.heads),
+                 "read_out": self._at("read_out", ~asked, c.attended, c.heads),
                  "select": self._at("select", c.ranking > 0, c.attended, c.ranking),
                  "mlp": self._at("mlp", always, c.in_mlp, c.neurons),
                  "fold": self._at("fold", c.merged | previous(c.merged, False), rows, previous(state, everything)),
                  "carry": self._at("carry", c.carried > 0, rows),
-                 "pool": self._at("pool", c.pooled > 0, c.attended)}
+                 "pool": self._at("pool", (c.pooled > 0) & (c.compared == 0), c.attended),
+                 "match": self._at("match", c.compared > 0, c.attended)}
         parts = {part: ms.sum(axis=-1) for part, ms in parts.items()}           # (...)
         parts["fold"] = parts["fold"] + self._at("fold", last, wanted, end)
         parts["stem"] = self._at("stem", always[..., 0], everything)
-        parts["head"] = self._at("head", always[..., 0], np.where(last, wanted, end))
+        given_back = last | (c.compared > 0).any(axis=-1) & (wanted == everything)              # matched tokens for a mean, too
+        parts["head"] = self._at("head", always[..., 0], np.where(given_back, wanted, end))
         return {part: self.scale * parts[part] for part in AXES}
 
     def predict(self, counts: Counts) -> np.ndarray:

@@ -68,16 +68,28 @@ class CompressionPlan:
 
     def flows(self) -> list[Flow]:
         """Token counts of each block. InputError naming the block whose rule can't take what reaches it."""
-        flows, entering, merged = [], self.shape.num_tokens, False
+        flows, before = [], whole(self.shape.num_tokens)
         for index, block in enumerate(self.blocks):
             try:
-                flows.append(whole(entering) if block.tokens is None else block.tokens.flow(self.shape, entering))
-                require(not (merged and flows[-1].ranked_by), "tokens are selected right after a block that merged: those of a region "
-                        "rank alike there but for rounding; a block without a token rule must stand between")
+                flow = whole(before.after) if block.tokens is None else block.tokens.flow(self.shape, before.after)
+                self._check_follows(flow, before)
+                require(flow.queried is None or index + 1 == len(self.blocks),
+                        "tokens are read out, but another block follows; only the last block can read out")
             except InputError as error:
                 raise InputError(f"block {index}: {error}") from None
-            entering, merged = flows[-1].after, flows[-1].merged
+            flows.append(flow)
+            before = flow
         return flows
+
+    def _check_follows(self, flow: Flow, before: Flow) -> None:
+        """InputError where a block can't take what the one before it gives."""
+        what = "selected" if flow.ranked_by else "matched"
+        require(not (before.merged and (flow.ranked_by or flow.compared)), f"tokens are {what} right after a block that merged: "
+                "those of a region rank alike there but for rounding; a block without a token rule must stand between")
+        require(flow.matched or not before.matched or flow.queried is not None, "tokens were merged by content before: from there on "
+                'every block needs rule "match" (merged 0 where none are to go), the last one that or "read_out"')
+        require(before.matched or not flow.matched or before.after == self.shape.num_tokens,
+                "tokens are matched, but a block before has selected some: one of the two rules is needed, not both")
 
     def tokens_per_block(self) -> list[int]:
         """Tokens that enter each block's attention, prefix tokens included."""

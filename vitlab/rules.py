@@ -4,9 +4,10 @@
 """
 from dataclasses import dataclass
 
-from vitlab.shape import ViTShape, is_int, require
+from vitlab.shape import POOL_TOKEN, ViTShape, is_int, require
 
 LARGEST = 3e38                              # of a float32
+PROTECT = 0.1                               # measured: docs/off_the_shelf.md
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +18,11 @@ class Flow:
     in_mlp: int                     # in the MLP
     carried: int                    # that go around the block
     after: int                      # that reach the next block
+    queried: int | None = None      # of those in the attention, the ones that ask; None: all
     pooled: int = 0                 # rows that are scaled for a weighted mean, and for what tokens keep of their own stream
     merged: bool = False            # whether matrices stand before and after the block
+    matched: bool = False           # whether tokens may stand for several patches from here on
+    compared: int = 0               # pairs of tokens whose keys are multiplied, to find those that are alike
     ranked_by: str = ""             # heads whose attention ranks tokens before the MLP: "kept", "all", or "" for no ranking
 
 
@@ -101,6 +105,7 @@ class SharedUpdate(_Regions):
     regions: tuple[int, ...]            # per patch: its region, from 0; -1: none, the patch skips the block
     weights: tuple[float, ...]          # per patch: its share of the region's mean; they sum to 1 in each region
     own: float = 1.0                    # how much of its own stream a token keeps, [0, 1]
+    proportional: bool = False          # whether a region counts in the attention as often as it has tokens
 
     kind = "shared_update"
 
@@ -116,8 +121,14 @@ class SharedUpdate(_Regions):
         require(not wrong, f"the weights of region {wrong[0] if wrong else 0} sum to {sums[wrong[0]] if wrong else 1:.6g}; 1 is needed")
         require(isinstance(self.own, (int, float)) and not isinstance(self.own, bool) and 0 <= self.own <= 1,
                 f"own is {self.own!r}; a number from 0 to 1 is needed")
+        require(isinstance(self.proportional, bool), f"proportional is {self.proportional!r}; true or false is needed")
         object.__setattr__(self, "regions", tuple(self.regions))
         object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens of each region."""
+        return tuple(self.regions.count(region) for region in range(self.num_merged))
 
     @property
     def pruned(self) -> tuple[int, ...]:
@@ -156,5 +167,47 @@ class Select:
         return Flow(attended=entering, in_mlp=after, carried=0, after=after, ranked_by=self.ranked_by)
 
 
-TOKEN_RULES = {rule.kind: rule for rule in (MergeReconstruct, SharedUpdate, Select)}
-TokenRule = MergeReconstruct | SharedUpdate | Select
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """Token rule that merges by content, each image its own tokens (arXiv 2210.09461): between attention and MLP, tokens with
+    alike keys become one, weighted by how many patches they stand for. From its first block on, every block has this rule (the
+    last may read out)."""
+
+    merged: int                     # tokens that go, 0 where the block only takes over what those before have merged
+    protect: float = PROTECT        # how much the class token's attention, in units of an even one, counts against being merged
+
+    kind = "match"
+
+    def __post_init__(self) -> None:
+        require(is_int(self.merged) and self.merged >= 0, f"merged is {self.merged!r}; an integer of at least 0 is needed")
+        require(isinstance(self.protect, (int, float)) and not isinstance(self.protect, bool) and 0 <= self.protect < LARGEST,
+                f"protect is {self.protect!r}; a number of at least 0 is needed")
+
+    def flow(self, shape: ViTShape, entering: int) -> Flow:
+        """InputError where more than half of the tokens would go: every other one is there to be merged into."""
+        count = entering - shape.num_prefix_tokens
+        require(self.merged <= count // 2, f"{self.merged} tokens are merged; at most half of the {count} beside the prefix tokens can be")
+        require(not self.protect or shape.num_prefix_tokens > 0,
+                "tokens are protected by the class token's attention; the model has no class token: protect 0 is needed")
+        after, sources, targets = entering - self.merged, count - count // 2, count // 2
+        work = {"compared": sources * targets + entering, "pooled": self.merged + targets} if self.merged else {}
+        return Flow(attended=entering, in_mlp=after, carried=0, after=after, matched=True, **work)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOut:
+    """Token rule of a last block that computes what the classifier reads, and no more: all tokens are attended to, but the prefix
+    tokens alone ask and go on. Exact for class-token pooling: what it leaves out, nothing looks at."""
+
+    kind = "read_out"
+
+    def flow(self, shape: ViTShape, entering: int) -> Flow:
+        """InputError for a model that pools other tokens too."""
+        require(shape.pool == POOL_TOKEN and shape.num_prefix_tokens > 0,
+                f"only prefix tokens are read out, but the model pools by {shape.pool!r}; {POOL_TOKEN!r} is needed")
+        prefix = shape.num_prefix_tokens
+        return Flow(attended=entering, queried=prefix, in_mlp=prefix, carried=0, after=prefix)
+
+
+TOKEN_RULES = {rule.kind: rule for rule in (MergeReconstruct, SharedUpdate, Select, Match, ReadOut)}
+TokenRule = MergeReconstruct | SharedUpdate | Select | Match | ReadOut

@@ -159,7 +159,7 @@ def merge_rule(scores: Tensor, unpruned: Tensor, centers: Tensor, *, columns: in
                             pruned=tuple((~unpruned).nonzero().flatten().tolist()), trains=trains)
 
 
-def shared(rule: MergeReconstruct | None, own: float = 1.0) -> SharedUpdate | None:
+def shared(rule: MergeReconstruct | None, own: float = 1.0, proportional: bool = True) -> SharedUpdate | None:
     """The same regions, sharing the block's update (methods C1); weights are made to sum to 1 in each region."""
     if rule is None:
         return None
@@ -167,7 +167,7 @@ def shared(rule: MergeReconstruct | None, own: float = 1.0) -> SharedUpdate | No
     regions, weights = torch.tensor(rule.regions), torch.tensor(rule.weights, dtype=torch.double)
     sums.index_add_(0, regions[regions >= 0], weights[regions >= 0])
     weights = torch.where(regions >= 0, weights / sums[regions.clamp(min=0)] if rule.num_merged else weights, 0)
-    return SharedUpdate(regions=rule.regions, weights=tuple(weights.tolist()), own=own)
+    return SharedUpdate(regions=rule.regions, weights=tuple(weights.tolist()), own=own, proportional=proportional)
 
 
 def merge_matrix(rule: MergeReconstruct, num_prefix_tokens: int, dtype: torch.dtype = torch.float32) -> Tensor:

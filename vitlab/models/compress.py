@@ -1,17 +1,20 @@
 """compress(model, plan): a timm model with its heads, neurons and tokens cut as the plan says (methods A6, B8)."""
 import copy
+import functools
 
 import torch
 from torch import Tensor, nn
 
 from vitlab import tokens
 from vitlab.files import InputError
+from vitlab.models.match import MatchBlock, forward_intermediates
+from vitlab.models.read_out import ReadOutBlock
 from vitlab.models.select import SelectBlock
 from vitlab.models.share import SharedUpdateBlock
 from vitlab.models.shrink import keep_heads, keep_neurons
 from vitlab.models.support import attention_block, shape_before_cutting, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import MergeReconstruct, Select, SharedUpdate, TokenRule
+from vitlab.rules import Match, MergeReconstruct, ReadOut, Select, SharedUpdate, TokenRule
 from vitlab.shape import ViTShape
 
 TRAINABLE = ("all", "matrices", "weights")
@@ -51,7 +54,8 @@ class TokenBlock(nn.Module):
         return self.tokens(x, self.block)
 
 
-TOKEN_BLOCKS = {MergeReconstruct.kind: TokenBlock, SharedUpdate.kind: SharedUpdateBlock, Select.kind: SelectBlock}
+TOKEN_BLOCKS = {MergeReconstruct.kind: TokenBlock, SharedUpdate.kind: SharedUpdateBlock, Select.kind: SelectBlock,
+                Match.kind: MatchBlock, ReadOut.kind: ReadOutBlock}
 
 
 def _check_size(patch_embed: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -64,7 +68,7 @@ def _check_size(patch_embed: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 
 def refuse_intermediates(*args: object, **kwargs: object) -> None:
     """Stands in for forward_intermediates where blocks no longer give back the whole grid."""
-    raise InputError("there is no token grid between the blocks of a deployed model, or after tokens were selected; "
+    raise InputError("there is no token grid between the blocks of a deployed model, or after tokens were selected or read out; "
                      "take intermediates from the training form of a plan that merges")
 
 
@@ -76,7 +80,7 @@ def _token_rule_agrees(block: nn.Module, rule: TokenRule | None, num_prefix_toke
         return False
     if isinstance(rule, Select):
         return (block.kept, block.ranked_by) == (rule.kept, rule.ranked_by)
-    if isinstance(rule, SharedUpdate):
+    if isinstance(rule, (SharedUpdate, Match, ReadOut)):
         return block.rule == rule
     mask = tokens.token_mask(rule, num_prefix_tokens)
     return len(block.tokens.merge_matrix) == num_prefix_tokens + rule.num_merged and torch.equal(block.tokens.token_mask.cpu() > 0, mask)
@@ -134,8 +138,10 @@ def _guard(model: nn.Module, plan: CompressionPlan) -> None:
     model.__dict__.pop("forward_intermediates", None)
     if any(cut.tokens is not None for cut in plan.blocks):
         model.patch_embed.register_forward_pre_hook(_check_size)
-    if any(isinstance(cut.tokens, Select) for cut in plan.blocks):
+    if any(isinstance(cut.tokens, (Select, ReadOut)) for cut in plan.blocks):
         model.forward_intermediates = refuse_intermediates
+    elif any(isinstance(cut.tokens, Match) for cut in plan.blocks):
+        model.forward_intermediates = functools.partial(forward_intermediates, model)
 
 
 def compress(model: nn.Module, plan: CompressionPlan, *, before: CompressionPlan | None = None) -> nn.Module:
@@ -157,6 +163,8 @@ def compress(model: nn.Module, plan: CompressionPlan, *, before: CompressionPlan
             model.blocks[index] = _cut(block, cut, was, plan.shape)
         except InputError as error:
             raise InputError(f"block {index}: {error}") from None
+    if isinstance(model.blocks[-1], MatchBlock):
+        model.blocks[-1].gives = "grid"
     return model
 
 

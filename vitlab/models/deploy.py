@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vitlab import tokens
 from vitlab.files import InputError
 from vitlab.models.compress import TokenBlock, refuse_intermediates
+from vitlab.models.match import MatchBlock
 from vitlab.models.support import attention_block, check_supported
 from vitlab.shape import POOL_TOKEN
 
@@ -70,6 +71,8 @@ def deploy(model: nn.Module) -> nn.Module:
     if any(isinstance(b, FoldedBlock) for b in model.blocks):
         raise InputError("the model is already deployed")
     model = copy.deepcopy(model).eval()
+    if isinstance(model.blocks[-1], MatchBlock) and model.global_pool == POOL_TOKEN:
+        model.blocks[-1].gives, model.forward_intermediates = "tokens", refuse_intermediates
     if not any(isinstance(b, TokenBlock) for b in model.blocks):
         return model
     weight = attention_block(model.blocks[0]).norm1.weight

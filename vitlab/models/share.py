@@ -3,6 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlab.files import InputError
+from vitlab.models.match import size_mask
 from vitlab.rules import SharedUpdate
 
 
@@ -20,6 +21,9 @@ class SharedUpdateBlock(nn.Module):
         keeps = torch.ones(len(regions), dtype=torch.float64).masked_fill(inside, rule.own)
         self.register_buffer("weights", shares[:, None], persistent=False)
         self.register_buffer("own", None if rule.own == 1 else keeps[:, None], persistent=False)
+        sizes = torch.tensor((1,) * num_prefix_tokens + rule.sizes)
+        proportional = rule.proportional and bool((sizes > 1).any())
+        self.register_buffer("mask", size_mask(sizes[None], torch.float64) if proportional else None, persistent=False)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
@@ -27,7 +31,8 @@ class SharedUpdateBlock(nn.Module):
             raise InputError("a block that merges tokens takes no attention mask")
         prefix, patches = x.split((self.num_prefix_tokens, x.shape[1] - self.num_prefix_tokens), dim=1)
         means = patches.new_zeros(len(x), self.num_merged + 1, x.shape[2]).index_add(1, self.regions, self.weights * patches)
-        given = self.block(torch.cat([prefix, means[:, :-1]], dim=1))           # (B, P + C, D)
+        regions = torch.cat([prefix, means[:, :-1]], dim=1)                     # (B, P + C, D)
+        given = self.block(regions) if self.mask is None else self.block(regions, attn_mask=self.mask)
         given = torch.cat([given, torch.zeros_like(given[:, :1])], dim=1)
         same = given[:, self.num_prefix_tokens:].index_select(1, self.regions)                  # (B, n, D) Block(z)_c
         away = patches - means.index_select(1, self.regions)                    # what sets a token apart; all of it outside regions

@@ -56,23 +56,34 @@ def _draw_borders(axis, regions: np.ndarray, size: tuple[int, int]) -> None:
         axis.add_collection(LineCollection(lines, colors=colour, linewidths=width))
 
 
+def _as_patches(image: np.ndarray, shape: ViTShape) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """An image (h, w, 3) as patches (n, ph pw 3), and (rows, height, columns, width) of the grid and its patches."""
+    (gh, gw), (ph, pw) = shape.grid_size, (image.shape[0] // shape.grid_size[0], image.shape[1] // shape.grid_size[1])
+    patches = image[:gh * ph, :gw * pw].reshape(gh, ph, gw, pw, 3).transpose(0, 2, 1, 3, 4).reshape(gh * gw, -1)
+    return torch.from_numpy(patches.copy()).double(), (gh, ph, gw, pw)
+
+
+def region_means(image: np.ndarray, regions: Tensor, shape: ViTShape) -> np.ndarray:
+    """The image with its patches in the mean colour of their region: regions (n) from 0; -1 for a patch by itself."""
+    x, (gh, ph, gw, pw) = _as_patches(image, shape)
+    colours = x.reshape(len(x), -1, 3).mean(dim=1)                              # (n, 3)
+    means = colours.clone()
+    for region in regions[regions >= 0].unique():
+        means[regions == region] = colours[regions == region].mean(dim=0)
+    return _upscaled(means.reshape(gh, gw, 3).numpy(), (gh * ph, gw * pw)).clip(0, 1)
+
+
 def through_matrices(image: np.ndarray, rule: MergeReconstruct, shape: ViTShape) -> tuple[np.ndarray, np.ndarray]:
     """(region means, what reconstruct @ merge gives back) of the image's patches, as images; pruned patches as they are.
 
     Pixels of a patch are treated as its token's features, so the second picture shows what the matrices keep.
     """
-    (gh, gw), (ph, pw) = shape.grid_size, (image.shape[0] // shape.grid_size[0], image.shape[1] // shape.grid_size[1])
-    patches = image[:gh * ph, :gw * pw].reshape(gh, ph, gw, pw, 3).transpose(0, 2, 1, 3, 4).reshape(gh * gw, -1)   # (n, ph pw 3)
-    x = torch.from_numpy(patches.copy()).double()
+    x, (gh, ph, gw, pw) = _as_patches(image, shape)
     merge = tokens.merge_matrix(rule, 0, torch.float64)                         # (C, n), no prefix rows
     mask = tokens.token_mask(rule, 0)[:, None]
     given = torch.where(mask, tokens.reconstruct_matrix(merge) @ (merge @ x), x)
-    regions, colours = torch.tensor(rule.regions), x.reshape(len(x), -1, 3).mean(dim=1)
-    means = colours.clone()
-    for region in regions[regions >= 0].unique():
-        means[regions == region] = colours[regions == region].mean(dim=0)
     back = given.reshape(gh, gw, ph, pw, 3).permute(0, 2, 1, 3, 4).reshape(gh * ph, gw * pw, 3)
-    return _upscaled(means.reshape(gh, gw, 3).numpy(), (gh * ph, gw * pw)).clip(0, 1), back.numpy().clip(0, 1)
+    return region_means(image, torch.tensor(rule.regions), shape), back.numpy().clip(0, 1)
 
 
 def merge_map(image: np.ndarray, plan: CompressionPlan, blocks: Sequence[int]) -> Figure:
@@ -103,4 +114,22 @@ def merge_map(image: np.ndarray, plan: CompressionPlan, blocks: Sequence[int]) -
         _draw_borders(axes[row, 0], np.array(rule.regions).reshape(shape.grid_size), image.shape[:2])
         axes[row, 1].imshow(means)
         axes[row, 2].imshow(back)
+    return figure
+
+
+def matched_map(images: Sequence[np.ndarray], places: dict[int, Tensor], shape: ViTShape) -> Figure:
+    """Per image, a row: the image, then for each block of `places` (B, n) what its patches are once tokens were merged by
+    content: those that became one token have its mean colour, and a border around them wherever they lie.
+
+    images: (h, w, 3) each, in [0, 1], h and w multiples of the grid.
+    """
+    figure, axes = new_axes(len(images), 1 + len(places), 1.75, 1.8)
+    titles = ["image"] + [f"block {block}: {int(each[0].max()) + 1} tokens" for block, each in places.items()]
+    for row, (image, line) in enumerate(zip(images, axes)):
+        for axis, title in zip(line, titles):
+            axis.set(xticks=[], yticks=[], title=title if row == 0 else "")
+        line[0].imshow(image)
+        for axis, each in zip(line[1:], places.values()):
+            axis.imshow(region_means(image, each[row], shape))
+            _draw_borders(axis, each[row].reshape(shape.grid_size).numpy(), image.shape[:2])
     return figure

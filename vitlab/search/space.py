@@ -14,12 +14,13 @@ from torch import Tensor
 from vitlab.cost import Counts, counts_of
 from vitlab.files import InputError
 from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.rules import ReadOut
 from vitlab.search.token_dimensions import token_dimensions
 from vitlab.shape import ViTShape
 
 UNITS = ("neurons", "heads")
 MAX_RATIO = 0.5                                 # published
-TOKEN_COUNTS = ("attended", "in_mlp", "carried", "pooled", "merged")
+TOKEN_COUNTS = ("attended", "in_mlp", "carried", "pooled", "compared", "merged", "queried")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,7 @@ class SearchSpace:
     units: tuple[str, ...] = UNITS              # of "neurons", "heads"
     tokens: str = "select"                      # a name of TOKEN_DIMENSIONS
     max_ratio: float = MAX_RATIO                # most that a ratio may cut, (0, 1)
+    read_out: bool = False                      # whether the last block computes what the classifier reads alone (rule ReadOut)
     settings: dict[str, Any] = field(default_factory=dict)      # of the token dimensions, such as prune_rate
 
     def __post_init__(self) -> None:
@@ -40,6 +42,8 @@ class SearchSpace:
             raise InputError(f"max_ratio is {self.max_ratio}; it must lie in (0, 1)")
         object.__setattr__(self, "units", tuple(u for u in UNITS if u in self.units))
         object.__setattr__(self, "_tokens", token_dimensions(self.tokens, self.shape, self.settings))
+        if self.read_out:
+            ReadOut().flow(self.shape, self.shape.num_tokens)                   # refuses what no plan can have
         if not self.names:
             raise InputError("nothing is searched: neither heads nor neurons nor tokens")
 
@@ -94,6 +98,14 @@ class SearchSpace:
         token = self._tokens.counts(policies[:, self.size - len(self._tokens.names):])
         every = getattr(self._tokens, "ranked_by", "kept") == "all"
         ranking = token.pop("ranks") * (self.shape.num_heads if every else units["heads"])
+        if self.read_out:
+            token["queried"] = token["attended"].copy()
+            by_place = self.tokens.startswith(("merge", "share"))               # these give back all tokens
+            token["attended"][:, -1] = self.shape.num_tokens if by_place else token["attended"][:, -1]
+            token["queried"][:, -1] = token["in_mlp"][:, -1] = self.shape.num_prefix_tokens
+            for name in ("carried", "pooled", "compared", "merged"):
+                token[name][:, -1] = 0
+            ranking[:, -1] = 0
         return Counts(**units, **token, ranking=ranking)
 
     def keys(self, policies: np.ndarray) -> list[tuple[int, ...]]:
@@ -155,6 +167,7 @@ class SearchSpace:
             order = scores.argsort(dim=1, descending=True, stable=True).tolist()
             kept[unit] = [None if k == total else tuple(sorted(best[:k])) for best, k in zip(order, counts[unit][0].tolist())]
         rules = self._tokens.rules(policy[0, self.size - len(self._tokens.names):], tokens)
+        rules = [*rules[:-1], ReadOut()] if self.read_out else rules
         blocks = tuple(BlockPlan(heads=h, neurons=m, tokens=t) for h, m, t in zip(kept["heads"], kept["neurons"], rules))
         return CompressionPlan(shape=self.shape, blocks=blocks, made_by=made_by or {})
 

@@ -2,6 +2,7 @@
 
 A ratio is the fraction cut, as for heads and neurons; 0 changes nothing. P policies, T ratios, L blocks, n patches.
 """
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, zeros
 
 from vitlab import tokens
 from vitlab.files import InputError
-from vitlab.rules import Select, TokenRule
+from vitlab.rules import PROTECT, Match, Select, TokenRule
 from vitlab.shape import ViTShape
 
 STAGES = 4                                      # blocks are grouped into as many stages where a ratio is per stage
@@ -25,7 +26,7 @@ def _whole(shape: ViTShape, policies: int) -> dict[str, np.ndarray]:
     """The counts of uncut tokens, each (P, L)."""
     size = (policies, shape.depth)
     return {"attended": np.full(size, shape.num_tokens), "in_mlp": np.full(size, shape.num_tokens),
-            "carried": np.zeros(size, dtype=np.int64), "pooled": np.zeros(size, dtype=np.int64),
+            **{name: np.zeros(size, dtype=np.int64) for name in ("carried", "pooled", "compared")},
             "merged": np.zeros(size, dtype=bool), "ranks": np.zeros(size, dtype=bool)}
 
 
@@ -157,19 +158,72 @@ class MergeTokens:
         return [tokens.shared(rule) if self.share else rule for rule in rules]
 
 
+@dataclass(frozen=True, kw_only=True)
+class MatchTokens:
+    """Merging by content: int(n * (1 - ratio)) of a block's n tokens stay, and no less than half. One ratio for the middle half
+    of the blocks, where merging costs least, or one for each stage or block."""
+
+    shape: ViTShape
+    per: str = ""                   # "", "stage" or "block"
+    protect: float = PROTECT
+
+    def __post_init__(self) -> None:
+        Match(merged=0, protect=self.protect).flow(self.shape, self.shape.num_tokens)          # refuses what no plan can have
+
+    def _dimension(self) -> np.ndarray:
+        """Which ratio each block takes (L), -1 for none."""
+        block, depth = np.arange(self.shape.depth), self.shape.depth
+        if self.per == "block":
+            return block
+        if self.per == "stage":
+            return block * min(STAGES, depth) // depth
+        return np.where((block >= depth // 4) & (block < max(3 * depth // 4, 1)), 0, -1)
+
+    @property
+    def names(self) -> list[str]:
+        dimension = self._dimension()
+        return [f"tokens {np.argmax(dimension == d)}" if self.per else "tokens" for d in range(dimension.max() + 1)]
+
+    def _steps(self, ratios: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(block, tokens entering, tokens merged), prefix tokens not counted, each (P)."""
+        left = np.full(len(ratios), self.shape.num_patches)
+        for block, d in enumerate(self._dimension()):
+            ratio = ratios[:, d] if d >= 0 else np.zeros(len(ratios))
+            merged = np.minimum(left - (left * (1 - ratio)).astype(np.int64), left // 2)
+            yield block, left, merged
+            left = left - merged
+
+    def counts(self, ratios: np.ndarray) -> dict[str, np.ndarray]:
+        """Ratios (P, T) -> counts by name, each (P, L)."""
+        counts, prefix = _whole(self.shape, len(ratios)), self.shape.num_prefix_tokens
+        for block, left, merged in self._steps(ratios):
+            targets = left // 2
+            counts["attended"][:, block], counts["in_mlp"][:, block] = left + prefix, left - merged + prefix
+            counts["compared"][:, block] = (merged > 0) * ((left - targets) * targets + left + prefix)
+            counts["pooled"][:, block] = (merged > 0) * (merged + targets)
+        return counts
+
+    def rules(self, ratios: np.ndarray, scores: Tensor | None) -> list[TokenRule | None]:
+        """Token rule of each block for one policy's ratios (T); scores are not needed, each image merges its own tokens."""
+        merged = [int(count[0]) for _, _, count in self._steps(ratios[None])]
+        return [Match(merged=count, protect=self.protect) if any(merged[:block + 1]) else None for block, count in enumerate(merged)]
+
+
 TOKEN_DIMENSIONS = {
-    "none": (NoTokens, {}), "select": (SelectTokens, {}), "select_per_stage": (SelectTokens, {"per_stage": True}),
+    "none": (NoTokens, {}), "match": (MatchTokens, {}), "match_per_stage": (MatchTokens, {"per": "stage"}),
+    "match_per_block": (MatchTokens, {"per": "block"}),
+    "select": (SelectTokens, {}), "select_per_stage": (SelectTokens, {"per_stage": True}),
     "merge": (MergeTokens, {}), "merge_per_stage": (MergeTokens, {"per_stage": True}),
     "share": (MergeTokens, {"share": True, "weights": "uniform"}),
     "share_per_stage": (MergeTokens, {"share": True, "weights": "uniform", "per_stage": True})}
 
 
-def token_dimensions(name: str, shape: ViTShape, settings: dict[str, Any]) -> NoTokens | SelectTokens | MergeTokens:
+def token_dimensions(name: str, shape: ViTShape, settings: dict[str, Any]) -> NoTokens | SelectTokens | MergeTokens | MatchTokens:
     """By name, with the class's own settings. Raises InputError for an unknown one."""
     if name not in TOKEN_DIMENSIONS:
         raise InputError(f"tokens {name!r} is not known; known are {sorted(TOKEN_DIMENSIONS)}")
     kind, fixed = TOKEN_DIMENSIONS[name]
-    known = set(kind.__dataclass_fields__) - {"shape", "per_stage", "share", *fixed}
+    known = set(kind.__dataclass_fields__) - {"shape", "per", "per_stage", "share", *fixed}
     unknown = sorted(set(settings) - known)
     if unknown:
         raise InputError(f"tokens {name!r} takes no {unknown[0]!r}; it takes {sorted(known) or 'no setting'}")

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from vitlab.criteria.hsic import dependence, gaussian_kernels
 from vitlab.files import InputError
 from vitlab.models import attention_block, check_supported, is_merged, shape_of
+from vitlab.models.match import MatchBlock, Merged
 
 ABSOLUTE = ("batch", "image")
 Batches = Iterable[tuple[Tensor, Tensor]]       # images (B, channels, height, width) and class numbers (B)
@@ -219,3 +220,23 @@ def attention_maps(model: nn.Module, images: Tensor) -> Tensor:
     with hooks(_attention_hooks(model, found, Tensor.cpu)), frozen_eval(model):
         model(images.to(next(model.parameters()).device))
     return torch.stack(found)
+
+
+@torch.no_grad()
+def token_places(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
+    """Which token each patch went into, for plots: {block: (B, n), from 0} of every block from the first that merges by content
+    on. Raises InputError for a model in which none does."""
+    found = {}
+
+    def hook(index: int):
+        def forward(block: MatchBlock, inputs: tuple, given: Merged | Tensor) -> None:
+            given = given if isinstance(given, Merged) else block._forward(*inputs)     # a last block has given the grid back
+            if isinstance(given, Merged):
+                found[index] = given.places.cpu()
+        return forward
+    matching = [(i, m) for i, block in enumerate(model.blocks) for m in block.modules() if isinstance(m, MatchBlock)]
+    with hooks([block.register_forward_hook(hook(i)) for i, block in matching]), frozen_eval(model):
+        model(images.to(next(model.parameters()).device))
+    if not found:
+        raise InputError("no block of the model merges tokens by content; a plan with rule \"match\" does")
+    return found

@@ -38,8 +38,14 @@ def versions() -> dict[str, str]:
             "python": platform.python_version()}
 
 
-def is_deployed(model: nn.Module) -> bool:
+def _is_folded(model: nn.Module) -> bool:
+    """Whether its blocks are no longer those of the training form."""
     return any(isinstance(b, FoldedBlock) for b in model.blocks)
+
+
+def is_deployed(model: nn.Module) -> bool:
+    """Whether `deploy` made it another form: folded, or its merged tokens not given back at the end."""
+    return _is_folded(model) or getattr(model.blocks[-1], "gives", None) == "tokens"
 
 
 def save(folder: str | Path, model: nn.Module, plan: CompressionPlan, *, classes: list[str] | None = None,
@@ -50,7 +56,7 @@ def save(folder: str | Path, model: nn.Module, plan: CompressionPlan, *, classes
     Raises InputError where the model was not made by timm.create_model, or the plan is not the one it was compressed by.
     """
     folder = Path(folder)
-    if not is_deployed(model):
+    if not _is_folded(model):
         check_agrees(model, plan)
     source = architecture(model)
     info = {"format": FORMAT, "version": VERSION, "model": source, "deployed": is_deployed(model),

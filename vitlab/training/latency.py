@@ -24,11 +24,13 @@ from vitlab.criteria.planning import prune_and_merge
 from vitlab.files import InputError
 from vitlab.latency import AXES, LatencyTable
 from vitlab.models import compress, deploy, shape_of
+from vitlab.models.match import MatchBlock
+from vitlab.models.read_out import read_out
 from vitlab.models.select import class_attention
 from vitlab.models.share import SharedUpdateBlock
 from vitlab.models.shrink import keep_heads, keep_neurons
 from vitlab.plan import CompressionPlan
-from vitlab.rules import SharedUpdate
+from vitlab.rules import Match, SharedUpdate
 from vitlab.shape import ViTShape, require
 from vitlab.training.throughput import DTYPES, _once, conditions, measure
 
@@ -44,6 +46,10 @@ def grid_axes(shape: ViTShape) -> dict[str, tuple[np.ndarray, ...]]:
             "fold": (rows, rows), "carry": (rows,), "pool": (rows,), "head": (count,)}
     if shape.num_prefix_tokens and shape.num_patches > 1:                       # one stays, one is left for the mean
         axes["select"] = (spread(shape.num_prefix_tokens + 2, everything, 4), heads)
+    if shape.num_prefix_tokens:
+        axes["read_out"] = axes["attention"]
+    if shape.num_patches > 1:
+        axes["match"] = (spread(shape.num_prefix_tokens + 2, everything, 4),)
     return axes
 
 
@@ -81,6 +87,10 @@ def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]], batch: in
     pools = {n: SharedUpdateBlock(nn.Identity(), _even_regions(model.patch_embed.num_patches, int(n - prefix)), prefix).to(like)
              for n in axes["pool"][0]}
 
+    def match(x: Tensor, n: int) -> Tensor:
+        """Half of what can be merged is; keys are as wide as all heads."""
+        return MatchBlock(nn.Identity(), Match(merged=max(1, int(n - prefix) // 4)), prefix)._merge(x, None, x[:, :, 0], x)[0]
+
     def select(x: Tensor, n: int, heads: int) -> Tensor:
         attn = by_heads[heads].attn
         rows = (None if v is None else v[:2 * attn.attn_dim] for v in (attn.qkv.weight, attn.qkv.bias))
@@ -92,6 +102,8 @@ def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]], batch: in
            "fold": lambda x, rows, n: torch.matmul(folds[rows, n], x),
            "carry": lambda x, n: torch.cat(x.tensor_split(2, dim=1), dim=1),
            "pool": lambda x, n: pools[n](x),
+           "match": match,
+           "read_out": lambda x, n, heads: read_out(by_heads[heads], x, None, prefix),
            "head": lambda x, n: model.forward_head(model.norm(x))}
     for part, grid in axes.items():
         for place in np.ndindex(*map(len, grid)):

@@ -1,0 +1,62 @@
+"""Merging by content, as pure functions: which tokens of an image are alike, what they become, and where each patch went.
+
+Bipartite soft matching of *Token Merging: Your ViT But Faster* (arXiv 2210.09461, section 3), with two additions: tokens that
+matter are protected, and every patch keeps its place, so that the whole grid can be given back. B images, n tokens (no prefix
+tokens among them), W width of what is compared, r tokens that go. Sources are the tokens 0, 2, 4, ..., targets the others.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def match(keys: Tensor, merged: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Which sources go, and into which targets.
+
+    keys (B, n, W), compared by cosine; importance (B, n): a source goes the later the larger it is (cosine less importance
+    ranks them). Returns order (B, sources), the ones that go first, and into (B, r), the target of each that goes.
+    """
+    alike = F.normalize(keys, dim=-1)
+    best, partner = (alike[:, ::2] @ alike[:, 1::2].transpose(1, 2)).max(dim=-1)
+    if importance is not None:
+        best = best - importance[:, ::2]
+    order = best.argsort(dim=1, descending=True, stable=True)
+    return order, partner.gather(1, order[:, :merged])
+
+
+def _flat(index: Tensor, count: int) -> Tensor:
+    """Indices (B, k) into the rows of each image -> (B k) into those of all images, `count` rows each."""
+    return (index + count * torch.arange(index.shape[0], device=index.device)[:, None]).flatten()
+
+
+def merge(x: Tensor, sizes: Tensor, order: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
+    """Each source that goes is averaged into its target, weighted by how many patches both stand for.
+
+    x (B, n, D), sizes (B, n) in patches. Returns (B, n - r, D) and (B, n - r): the sources that stay, then the targets.
+    """
+    batch, count, dim = x.shape
+    gone, targets = into.shape[1], count // 2
+    sources = x.reshape(-1, dim).index_select(0, _flat(2 * order, count)).unflatten(0, (batch, -1))     # (B, sources, D)
+    weight, where = sizes[:, ::2].gather(1, order), _flat(into, targets)
+    total = sizes[:, 1::2].reshape(-1).index_add(0, where, weight[:, :gone].reshape(-1))
+    summed = (x[:, 1::2] * sizes[:, 1::2, None]).flatten(0, 1).index_add(
+        0, where, (sources[:, :gone] * weight[:, :gone, None]).flatten(0, 1))
+    means = (summed / total[:, None]).unflatten(0, (batch, targets)).to(x.dtype)
+    return torch.cat([sources[:, gone:], means], dim=1), torch.cat([weight[:, gone:], total.unflatten(0, (batch, targets))], dim=1)
+
+
+def new_places(order: Tensor, into: Tensor, count: int) -> Tensor:
+    """Where each of `count` tokens is after `merge`: (B, n), from 0."""
+    batch, sources = order.shape
+    stay = sources - into.shape[1]
+    staying = torch.arange(stay, device=order.device).expand(batch, -1)
+    of_sources = torch.zeros_like(order).scatter(1, order, torch.cat([stay + into, staying], dim=1))
+    of_targets = torch.arange(stay, stay + count // 2, device=order.device).expand(batch, -1)
+    token = torch.arange(count, device=order.device)
+    return torch.cat([of_sources, of_targets], dim=1)[:, token // 2 + token % 2 * sources]
+
+
+def give_back(x: Tensor, places: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Every patch takes the value of the token it went into: x (B, P + K, D), places (B, n) -> (B, P + n, D)."""
+    prefix, rest = x.split((num_prefix_tokens, x.shape[1] - num_prefix_tokens), dim=1)
+    given = rest.reshape(-1, x.shape[2]).index_select(0, _flat(places, rest.shape[1])).unflatten(0, (x.shape[0], -1))
+    return torch.cat([prefix, given], dim=1)
