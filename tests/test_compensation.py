@@ -8,8 +8,9 @@ from vitlab.criteria.compensation import Moments, columns, elimination_order, re
 from vitlab.files import InputError
 from vitlab.models import attention_block, compress, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import Select
-from vitlab.training.compensate import compensate
+from vitlab.rules import MergeReconstruct, Select, SharedUpdate
+from vitlab.tokens import shared
+from vitlab.training.compensate import SMALL_GAMMA, compensate, dense_rows, gather_moments, gather_towards, mixing_layer
 
 ROWS, UNITS, WIDTH, OUT = 211, 7, 3, 5
 FLOAT32 = 1e-4          # inputs are gathered in float32: products of 211 rows of correlated numbers agree to some 1e-6 of their size
@@ -49,6 +50,42 @@ def test_refit_is_least_squares_with_a_bias(kept, width):
     found = np.linalg.lstsq(design, (x.double() @ weight.double().T).numpy(), rcond=None)[0]
     assert np.allclose(new.double().numpy(), found[:-1].T, atol=FLOAT32 * np.abs(found).max())
     assert np.allclose(gained.double().numpy(), found[-1], atol=FLOAT32 * np.abs(found).max())
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.05])
+def test_refit_to_what_the_output_lacks_is_weighted_ridge_regression_towards_the_weights_as_they_were(ridge):
+    x, weight = layer()
+    generator = torch.Generator().manual_seed(1)
+    lacks, rows = torch.randn(ROWS, OUT, generator=generator), 20.0 * torch.rand(ROWS, generator=generator)
+    kept, moments = torch.tensor([0, 2, 3, 6]), Moments(x.shape[1], outputs=OUT)
+    for part in zip(x.split(50), lacks.split(50), rows.split(50)):
+        moments.add(*part)
+    new, gained = refit(weight, moments, kept, WIDTH, ridge=ridge)
+    inputs = columns(kept, WIDTH).numpy()
+    a, w, e, r = x.double().numpy(), weight.double().numpy(), lacks.double().numpy(), rows.double().numpy()
+    mean = (r[:, None] * a).sum(axis=0) / r.sum()
+    variance = float(((r[:, None] * (a - mean) ** 2).sum(axis=0) / r.sum()).mean())
+    # sqrt(w_r) times each row, and one row more per weight, sqrt(ridge * variance * n) * (W' - W_S) = 0; none for the bias.
+    pull = np.sqrt(ridge * variance * r.sum()) * np.eye(len(inputs), len(inputs) + 1)
+    design = np.row_stack([np.sqrt(r)[:, None] * np.column_stack([a[:, inputs], np.ones(ROWS)]), pull])
+    target = np.row_stack([np.sqrt(r)[:, None] * (a @ w.T + e), pull[:, :-1] @ w[:, inputs].T])
+    found = np.linalg.lstsq(design, target, rcond=None)[0]
+    assert np.allclose(new.double().numpy(), found[:-1].T, atol=FLOAT32 * np.abs(found).max())
+    assert np.allclose(gained.double().numpy(), found[-1], atol=FLOAT32 * np.abs(found).max())
+
+
+def test_a_row_of_weight_three_is_three_rows():
+    x, _ = layer()
+    once, thrice = gathered(torch.cat([x, x[:5], x[:5]])), Moments(x.shape[1])
+    thrice.add(x, weights=torch.where(torch.arange(ROWS) < 5, 3.0, 1.0))
+    assert torch.allclose(once.covariance(), thrice.covariance(), atol=FLOAT32) and torch.allclose(once.mean, thrice.mean, atol=FLOAT32)
+
+
+def test_bf16_autocast_leaves_the_moments_in_float32():
+    x, _ = layer()
+    with torch.autocast("cpu", torch.bfloat16):
+        moments = gathered(x)
+    assert torch.equal(moments.products, gathered(x).products)
 
 
 def test_refit_with_nothing_cut_changes_nothing():
@@ -124,7 +161,7 @@ def test_the_first_refit_layer_is_least_squares_on_its_own_inputs():
     dense = tiny()
     kept = (1, 5, 40)
     plan = CompressionPlan(shape=shape_of(dense), blocks=(BlockPlan(neurons=kept), BlockPlan()))
-    found, hidden = compensate(dense, plan, batches(), ridge=0.0, progress=False), []
+    found, hidden = compensate(dense, plan, batches(), ridge=0.0, stream=0, prefix_weight=1, progress=False), []
     fc2 = attention_block(dense.blocks[0]).mlp.fc2
     handle = fc2.register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0].flatten(0, 1)))
     for x, _ in batches():
@@ -143,3 +180,117 @@ def test_compensation_without_images_is_refused():
     dense = tiny()
     with pytest.raises(InputError, match="block 0: no inputs were gathered"):
         compensate(dense, full_plan(dense), [], progress=False)
+
+
+def one_cut(model, block: int = 0) -> CompressionPlan:
+    """Some neurons of one block."""
+    return CompressionPlan(shape=shape_of(model), blocks=tuple(
+        BlockPlan(neurons=tuple(range(0, 96, 3)) if index == block else None) for index in range(2)))
+
+
+def changed(model, other) -> set[str]:
+    """Names of the tensors that differ."""
+    return {name for name, value in model.state_dict().items() if not torch.equal(value, other.state_dict()[name])}
+
+
+def test_without_the_stream_each_layer_is_fitted_to_its_own_output_alone():
+    dense = tiny()
+    plan = select_plan(dense)
+    found = compensate(dense, plan, batches(), stream=0, prefix_weight=1, progress=False)
+    model, given = compress(dense, CompressionPlan(shape=plan.shape, blocks=tuple(BlockPlan(tokens=b.tokens) for b in plan.blocks))), {}
+    for index, cut in enumerate(plan.blocks):
+        for kind in ("heads", "neurons"):
+            linear, width = mixing_layer(attention_block(model.blocks[index]), kind)
+            moments = gather_moments(model.eval(), batches(), [(index, kind)])[index, kind]
+            given[index, kind] = refit(linear.weight.detach(), moments, torch.tensor(getattr(cut, kind)), width)
+            rest = CompressionPlan(shape=plan.shape, blocks=tuple(      # the cut so far, the weights refitted
+                BlockPlan(tokens=b.tokens, **{k: getattr(b, k) for k in ("heads", "neurons") if (i, k) in given})
+                for i, b in enumerate(plan.blocks)))
+            model = compress(dense, rest)
+            for (i, k), (weight, gained) in given.items():
+                linear = mixing_layer(attention_block(model.blocks[i]), k)[0]
+                linear.weight.data.copy_(weight)
+                linear.bias.data.add_(gained)
+    assert torch.allclose(logits(found), logits(model), atol=1e-5)
+
+
+def test_every_proj_after_the_first_cut_is_refitted_with_the_stream_and_nothing_before_it_or_without():
+    dense = tiny()
+    own = {f"blocks.0.mlp.fc2.{name}" for name in ("weight", "bias")}
+    plan, other = one_cut(dense), one_cut(dense, block=1)
+    assert changed(compensate(dense, plan, batches(), progress=False), compress(dense, plan)) == \
+        own | {f"blocks.1.attn.proj.{name}" for name in ("weight", "bias")}
+    assert changed(compensate(dense, plan, batches(), stream=0, progress=False), compress(dense, plan)) == own
+    assert changed(compensate(dense, other, batches(), progress=False), compress(dense, other)) == {n.replace("0", "1", 1) for n in own}
+
+
+def test_with_moments_of_the_dense_model_no_batch_is_read_and_only_cut_layers_are_refitted():
+    dense = tiny()
+    plan, moments = one_cut(dense), gather_moments(dense.eval(), batches(), [(0, "neurons")])
+    found = compensate(dense, plan, None, moments=moments, progress=False)
+    own = compensate(dense, plan, batches(), stream=0, prefix_weight=1, progress=False)         # nothing is cut before block 0
+    assert changed(found, compress(dense, plan)) == {f"blocks.0.mlp.fc2.{name}" for name in ("weight", "bias")}
+    assert torch.allclose(found.blocks[0].mlp.fc2.weight, own.blocks[0].mlp.fc2.weight, atol=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [None, 0.3])
+def test_with_the_stream_as_target_the_layer_brings_its_block_to_the_dense_models_stream(gamma):
+    """The last fc2 of a model that is cut before, by numpy on the streams themselves."""
+    dense = tiny() if gamma is None else tiny(init_values=gamma)
+    plan = one_cut(dense)
+    model = compress(dense, plan).eval()
+    rows: dict[str, list] = {"a": [], "x": [], "d": []}
+    block = model.blocks[1]
+    handles = [block.mlp.fc2.register_forward_pre_hook(lambda module, inputs: rows["a"].append(inputs[0].flatten(0, 1))),
+               block.norm2.register_forward_pre_hook(lambda module, inputs: rows["x"].append(inputs[0].flatten(0, 1))),
+               dense.blocks[1].register_forward_hook(lambda module, inputs, output: rows["d"].append(output.flatten(0, 1)))]
+    for x, _ in batches():
+        logits(dense, x), logits(model, x)
+    for handle in handles:
+        handle.remove()
+    a, x, d = (torch.cat(rows[name]).double().numpy() for name in ("a", "x", "d"))
+    scale = 1 if gamma is None else block.ls2.gamma.detach().double().numpy()
+    root = np.sqrt(np.where(np.arange(len(a)) % 17 == 0, 5.0, 1.0))[:, None]                    # 16 patches behind one class token
+    design = np.column_stack([a, np.ones(len(a))])
+    fc2 = block.mlp.fc2
+    own = a @ fc2.weight.detach().double().numpy().T + fc2.bias.detach().double().numpy()
+    wanted = np.linalg.lstsq(root * design, root * (0.3 * own + 0.7 * (d - x) / scale), rcond=None)[0]
+    moments = gather_towards(dense, model, batches(), (1, "neurons"), None, stream=0.7, prefix_weight=5.0)
+    weight, gained = refit(fc2.weight.detach(), moments, torch.arange(96), ridge=1e-9)
+    found = design @ np.column_stack([weight.double().numpy(), (fc2.bias + gained).detach().double().numpy()]).T
+    assert np.allclose(found, design @ wanted, atol=5e-3 * np.abs(own).max())                   # 96 inputs, nearly dependent
+
+
+def test_a_channel_that_layer_scale_lets_nothing_through_keeps_its_own_target():
+    dense = tiny(init_values=0.3)
+    plan = one_cut(dense)
+    with torch.no_grad():
+        dense.blocks[1].ls1.gamma[[0, 3]] = torch.tensor([0.0, 0.1 * SMALL_GAMMA * 0.3])
+    found, cut = compensate(dense, plan, batches(), progress=False), compress(dense, plan)
+    moved = (found.blocks[1].attn.proj.weight - cut.blocks[1].attn.proj.weight).abs().amax(dim=1)
+    assert (moved[[0, 3]] == 0).all() and (moved > 0).sum() == 22 and torch.isfinite(logits(found)).all()
+
+
+def test_rows_of_the_dense_model_are_the_regions_means_where_an_update_is_shared_and_none_where_tokens_are_others():
+    dense = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))                    # 1 prefix token, 6 patches
+    rule = SharedUpdate(regions=(0, 1, 0, -1, 1, 1), weights=(0.25, 0.5, 0.75, 0.0, 0.2, 0.3))
+    wanted = torch.stack([dense[:, 0], 0.25 * dense[:, 1] + 0.75 * dense[:, 3],
+                          0.5 * dense[:, 2] + 0.2 * dense[:, 5] + 0.3 * dense[:, 6]], dim=1)
+    assert torch.allclose(dense_rows(rule, dense, 3), wanted)
+    assert dense_rows(None, dense, 7) is dense and dense_rows(Select(kept=3), dense, 7) is dense
+    merge = MergeReconstruct(regions=(0, 1, 0, 1, 1, 1), weights=(1.0,) * 6)
+    assert dense_rows(None, dense, 5) is None and dense_rows(Select(kept=3), dense, 5) is None
+    assert dense_rows(merge, dense, 3) is None and dense_rows(merge, dense, 7) is None
+
+
+@pytest.mark.parametrize("make", [full_plan, one_cut])
+def test_the_stream_brings_the_output_nearer_to_the_dense_models(make):
+    dense = tiny()
+    plan = make(dense)
+    if make is full_plan:
+        plan = CompressionPlan(shape=plan.shape, blocks=tuple(BlockPlan(heads=b.heads, neurons=b.neurons, tokens=shared(b.tokens))
+                                                              for b in plan.blocks))
+    x = images(32, seed=9)
+    own, both = (float((logits(compensate(dense, plan, batches(), stream=stream, progress=False), x) - logits(dense, x)).norm())
+                 for stream in (0, 0.5))
+    assert both < own

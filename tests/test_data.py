@@ -101,10 +101,55 @@ def test_a_folder_without_splits_is_refused_by_name(tmp_path):
         open_data(tmp_path)
 
 
-def test_a_split_without_class_folders_is_refused_by_name(tmp_path):
+def test_a_split_without_class_folders_is_refused_by_name_where_another_has_them(tmp_path):
+    write_folder(tmp_path, {"val": 1})
     write_grey(tmp_path / "train" / "0.png", 0)
     with pytest.raises(InputError, match=f"{tmp_path / 'train'}: holds no class folders"):
         open_data(tmp_path)
+
+
+@pytest.mark.parametrize("inside", ["", "train"])
+def test_a_folder_of_images_alone_is_train_without_labels(tmp_path, inside):
+    for level in (3, 40, 7):
+        write_grey(tmp_path / inside / f"{level}.png", level)
+    (tmp_path / inside / "notes.txt").write_text("not an image")
+    (tmp_path / inside / "broken.png").write_text("not an image either")
+    data = open_data(tmp_path)
+    assert (list(data.splits), data.classes, data.num_classes) == (["train"], None, None)
+    batches = data.batches("train", tiny(), workers=0)
+    with pytest.warns(UserWarning, match="broken.png: can't be read"):
+        assert grey_levels(batches) == [3, 7, 40]                               # in natural order, whatever their labels
+    assert [Path(path).name for path in batches.broken] == ["broken.png"]
+
+
+def test_an_image_beside_class_folders_does_not_make_them_a_folder_without_labels(tmp_path):
+    write_folder(tmp_path, {"photos": 1})
+    write_grey(tmp_path / "photos" / "stray.png", 9)
+    with pytest.raises(InputError, match="photos: holds none of train/"):
+        open_data(tmp_path / "photos")
+
+
+def test_a_step_that_needs_labels_refuses_a_folder_without_by_name_and_takes_one_with(tmp_path):
+    write_grey(tmp_path / "plain" / "0.png", 0)
+    with pytest.raises(InputError, match="plain: images without labels.*one folder per class"):
+        open_data(tmp_path / "plain").need_labels()
+    assert open_data("digits").need_labels().name == "digits"
+    with pytest.raises(InputError, match="plain: images without class folders; a class map"):
+        open_data(tmp_path / "plain", class_map=tmp_path / "map.json")
+
+
+@pytest.mark.parametrize(("given", "apart"), [(1000, 100), (200, 50), (60, 30), (3, 1), (2, 1)])
+def test_a_tenth_of_the_slice_is_set_apart_and_of_few_images_fifty_but_never_more_than_half(given, apart):
+    parts = open_data("digits").set_apart(given, seed=1)
+    train, val = ({parts.split(name).path(i) for i in range(len(parts.split(name)))} for name in ("train", "held_out"))
+    whole = open_data("digits").split("train", given, seed=1)
+    assert (len(train), len(val)) == (given - apart, apart)
+    assert not train & val and train | val == {whole.path(i) for i in range(given)}
+
+
+def test_one_image_can_not_be_parted():
+    with pytest.raises(InputError, match="digits: 1 images; 2 at least"):
+        open_data("digits").set_apart(1)
 
 
 def test_a_class_folder_without_images_is_refused_by_name(tmp_path):

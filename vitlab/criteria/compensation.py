@@ -14,19 +14,27 @@ STEPS = 256                                 # of an elimination; more units go s
 
 
 class Moments:
-    """Mean (K) and covariance (K, K) of a layer's inputs, gathered in any number of batches; memory K^2, whatever n."""
+    """Sums over weighted rows of a layer's inputs a (K) and, where given, of what its output lacks, e (D): of a, a a^T, e and
+    e a^T, gathered in any number of batches; memory K^2 + K D, whatever n. rows is the sum of the rows' weights."""
 
-    def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
-        self.rows = 0
-        self.sum = torch.zeros(size, dtype=torch.float64, device=device)
-        self.products = torch.zeros(size, size, dtype=torch.float64, device=device)
+    def __init__(self, size: int, device: torch.device | str = "cpu", outputs: int = 0) -> None:
+        def zeros(*sizes: int) -> Tensor:
+            return torch.zeros(sizes, dtype=torch.float64, device=device)
+        self.rows, self.sum, self.products = 0, zeros(size), zeros(size, size)
+        self.lack, self.lack_products = zeros(outputs), zeros(outputs, size)
 
-    def add(self, x: Tensor) -> None:
-        """Inputs (..., K)."""
+    def add(self, x: Tensor, lacks: Tensor | None = None, weights: Tensor | None = None) -> None:
+        """Inputs (..., K), what the outputs lack (..., D), and weights of the rows (...); None: nothing, and 1 each."""
         x = x.detach().flatten(0, -2).float()
-        self.rows += len(x)
-        self.sum += x.sum(dim=0, dtype=torch.float64)
-        self.products += (x.T @ x).double()
+        weighted = x if weights is None else x * weights.flatten()[:, None]
+        self.rows += len(x) if weights is None else float(weights.sum())
+        self.sum += weighted.sum(dim=0, dtype=torch.float64)
+        with torch.autocast(x.device.type, enabled=False):                      # bf16 is for the model, not for its moments
+            self.products += (weighted.T @ x).double()
+            if lacks is not None:
+                lacks = lacks.detach().flatten(0, -2).float()
+                self.lack_products += (lacks.T @ weighted).double()
+                self.lack += (lacks if weights is None else lacks * weights.flatten()[:, None]).sum(dim=0, dtype=torch.float64)
 
     @property
     def mean(self) -> Tensor:
@@ -48,19 +56,24 @@ def columns(units: Tensor, width: int) -> Tensor:
 
 
 def refit(weight: Tensor, moments: Moments, kept: Tensor, width: int = 1, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
-    """(weight of the kept inputs (D, K'), what the bias gains (D)) that give back the layer's output best, in least squares:
+    """(weight of the kept inputs (D, K'), what the bias gains (D)) that give back the layer's output, and what it lacked, best:
 
-        W' = W_S + W_R C_RS C_SS^-1,   b' - b = W_R (mu_R - C_RS C_SS^-1 mu_S)
+        min  sum_r w_r |W' a_S + b' - (W a + b + e)|^2 + ridge * mean variance * sum_r w_r * |W' - W_S|^2
+        W' = W_S + (W_R C_RS + C_eS) C_SS^-1,   b' - b = W_R mu_R + mu_e - (W' - W_S) mu_S
 
-    S the kept inputs, R the others, C the covariance. kept: units, ascending. With nothing cut: W itself, and 0.
+    S the kept inputs, R the others, C the covariance, its diagonal raised. kept: units, ascending. With nothing cut and nothing
+    lacking: W itself, and 0.
     """
     inputs = columns(kept, width)
     rest = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     rest[inputs] = False
     covariance, mean, w = moments.covariance(ridge), moments.mean, weight.double()
-    predicted = torch.linalg.solve(covariance[inputs][:, inputs], covariance[inputs][:, rest]).T       # C_RS C_SS^-1 (R, S)
-    gained = w[:, rest] @ (mean[rest] - predicted @ mean[inputs])
-    return (w[:, inputs] + w[:, rest] @ predicted).to(weight.dtype), gained.to(weight.dtype)
+    wanted, shift = w[:, rest] @ covariance[rest][:, inputs], w[:, rest] @ mean[rest]           # (D, K'), (D)
+    if len(moments.lack):
+        lack = moments.lack / moments.rows
+        wanted, shift = wanted + moments.lack_products[:, inputs] / moments.rows - torch.outer(lack, mean[inputs]), shift + lack
+    change = torch.linalg.solve(covariance[inputs][:, inputs], wanted.T).T
+    return (w[:, inputs] + change).to(weight.dtype), (shift - change @ mean[inputs]).to(weight.dtype)
 
 
 def elimination_order(weight: Tensor, moments: Moments, width: int = 1, ridge: float = RIDGE, at_once: int | None = None) -> Tensor:

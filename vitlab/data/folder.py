@@ -1,4 +1,5 @@
-"""An image folder, checked before anything runs: train/ and val/, validation/ or test/, one folder per class in each."""
+"""An image folder, checked before anything runs: train/ and val/, validation/ or test/, one folder per class in each; or images
+alone, without labels."""
 from pathlib import Path
 
 from timm.data.readers.img_extensions import get_img_extensions
@@ -11,25 +12,38 @@ TRAIN_NAMES, HELD_OUT_NAMES = ("train",), ("val", "validation", "test")
 CLASS_MAP = "class_index.json"
 
 
+def is_image(path: Path) -> bool:
+    return path.suffix.lower() in get_img_extensions(as_set=True) and path.is_file()
+
+
+def unlabelled(root: Path) -> Path | None:
+    """The folder whose images have no labels: root/train/ where it is the only split, or else root itself, where images lie in
+    it directly and no class folders; None where there is none."""
+    splits = tuple(name for name in TRAIN_NAMES + HELD_OUT_NAMES if (root / name).is_dir())
+    folder = {(): root, TRAIN_NAMES: root / TRAIN_NAMES[0]}.get(splits)
+    found = [] if folder is None or not folder.is_dir() else [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    return folder if any(map(is_image, found)) and not any(map(Path.is_dir, found)) else None
+
+
 def find_splits(root: Path) -> dict[str, Path]:
     """{"train": folder, held-out name: folder}, those that exist. Raises InputError where there is none."""
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; give 'digits', or a folder that holds train/ and val/, validation/ or test/")
     splits = {name: root / name for name in TRAIN_NAMES + HELD_OUT_NAMES if (root / name).is_dir()}
     if not splits:
-        raise InputError(f"{root}: holds none of train/, val/, validation/, test/; put one folder per class in each")
+        raise InputError(f"{root}: holds none of train/, val/, validation/, test/; put one folder per class in each, or give a "
+                         "folder of images alone where labels are not needed")
     return splits
 
 
 def class_folders(split: Path) -> list[str]:
     """Names of the class folders, sorted. Raises InputError naming a folder without images, or a split without folders."""
-    extensions = get_img_extensions(as_set=True)
     names = sorted(d.name for d in split.iterdir() if d.is_dir() and not d.name.startswith("."))
     if not names:
         raise InputError(f"{split}: holds no class folders; images must lie in {split.name}/CLASS/")
     for name in names:
-        if not any(f.suffix.lower() in extensions for f in (split / name).rglob("*")):
-            raise InputError(f"{split / name}: a class folder without images ({', '.join(sorted(extensions))})")
+        if not any(map(is_image, (split / name).rglob("*"))):
+            raise InputError(f"{split / name}: a class folder without images ({', '.join(sorted(get_img_extensions(as_set=True)))})")
     return names
 
 
@@ -69,10 +83,14 @@ def class_numbers(root: Path, splits: dict[str, Path], class_map: str | Path | N
 
 
 class FolderReader:
-    """Indexable (path, class) pairs of one split; every image below a class folder, however deep, is of that class."""
+    """Indexable (path, class) pairs of one split; every image below a class folder, however deep, is of that class. Without
+    class numbers, of the images in the folder itself, all of class 0."""
 
-    def __init__(self, split: Path, numbers: dict[str, int]) -> None:
-        found = make_dataset(str(split), numbers, extensions=tuple(get_img_extensions()), allow_empty=True)
+    def __init__(self, split: Path, numbers: dict[str, int] | None) -> None:
+        if numbers is None:
+            found = [(str(path), 0) for path in split.iterdir() if is_image(path) and not path.name.startswith(".")]
+        else:
+            found = make_dataset(str(split), numbers, extensions=tuple(get_img_extensions()), allow_empty=True)
         self.samples = sorted(found, key=lambda sample: natural_key(sample[0]))
 
     def __len__(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from vitlab.data.digits import CLASSES, DigitsReader
-from vitlab.data.folder import CLASS_MAP, HELD_OUT_NAMES, FolderReader, class_numbers, find_splits
+from vitlab.data.folder import CLASS_MAP, HELD_OUT_NAMES, FolderReader, class_numbers, find_splits, unlabelled
 from vitlab.files import InputError
 
 TIMM_PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
@@ -90,11 +90,20 @@ class Batches:
 
 
 class ImageData:
-    """Named splits of one data set. `train` is for training, scoring and choosing; `held_out` for reporting alone."""
+    """Named splits of one data set. `train` is for training, scoring and choosing; `held_out` for reporting alone. Where it is
+    not `labelled`, targets are 0 and say nothing."""
 
     def __init__(self, name: str, splits: dict[str, Any], classes: list[str] | None, num_classes: int | None,
-                 mapped: bool = False) -> None:
+                 mapped: bool = False, labelled: bool = True) -> None:
         self.name, self.splits, self.classes, self.num_classes, self.mapped = name, splits, classes, num_classes, mapped
+        self.labelled = labelled
+
+    def need_labels(self) -> "ImageData":
+        """The data set itself. Raises InputError where its images have no labels."""
+        if not self.labelled:
+            raise InputError(f"{self.name}: images without labels, which this step needs; a folder with one folder per class in "
+                             "train/ and in val/, validation/ or test/ has them")
+        return self
 
     @property
     def held_out(self) -> str:
@@ -111,6 +120,18 @@ class ImageData:
             raise InputError(f"{self.name}: no split {name!r}; it has {sorted(self.splits)}")
         images = self.splits[name]
         return images.take(limit, seed) if isinstance(images, Images) else images
+
+    def set_apart(self, limit: int, seed: int = 0) -> "ImageData":
+        """A slice of train in two: `val`, a tenth of it (of few images 50, but never more than half), to measure on, and the rest
+        as `train`. Raises InputError for a stream or a single image."""
+        images = self.split("train", limit, seed)
+        if not isinstance(images, Images):
+            raise InputError(f"{self.name}: a stream, from which no images can be set apart; a folder of images is needed")
+        if len(images) < 2:
+            raise InputError(f"{self.name}: {len(images)} images; 2 at least are needed, one of them to measure on")
+        apart = min(max(len(images) // 10, 50), len(images) // 2)
+        splits = {"train": Images(images.reader, images.indices[apart:]), "val": Images(images.reader, images.indices[:apart])}
+        return ImageData(self.name, splits, self.classes, self.num_classes, self.mapped, self.labelled)
 
     def files(self, split: str) -> list[str]:
         """Name and paths of a split, by which it is known again; the name alone of a stream."""
@@ -157,7 +178,8 @@ def open_data(data: str | Path, *, class_map: str | Path | None = None, root: st
     """Open a data set: "digits" (embedded), a folder of images, or a timm data set name such as "hfds/NAME".
 
     A folder holds train/ and val/, validation/ or test/, each with one folder per class. Class numbers follow the sorted
-    names, or class_map (default: class_index.json in the folder) where it holds only some of a model's classes.
+    names, or class_map (default: class_index.json in the folder) where it holds only some of a model's classes. A folder, or its
+    train/, that holds images alone has no labels, and no other split than train.
     Raises InputError naming the folder: missing, no split, an empty class, classes that differ between splits.
     """
     if str(data) == "digits":
@@ -168,6 +190,11 @@ def open_data(data: str | Path, *, class_map: str | Path | None = None, root: st
     if str(data).startswith(TIMM_PREFIXES):
         return _open_timm(str(data), root)
     folder = Path(data)
+    flat = unlabelled(folder)
+    if flat is not None:
+        if class_map is not None:
+            raise InputError(f"{flat}: images without class folders; a class map says nothing of them")
+        return ImageData(folder.resolve().name, {"train": Images(FolderReader(flat, None))}, None, None, labelled=False)
     paths = find_splits(folder)
     numbers = class_numbers(folder, paths, class_map)
     mapped = class_map is not None or (folder / CLASS_MAP).exists()

@@ -1,4 +1,4 @@
-"""Steps on heads and neurons: score, cut by ratios, find out where cutting hurts, refit what is left."""
+"""Steps on heads and neurons: score, cut by ratios, find out where cutting hurts."""
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,6 @@ from safetensors.torch import save
 from torch import nn
 
 from vitlab.cost import macs
-from vitlab.criteria.compensation import RIDGE
 from vitlab.criteria.units import UNIT_CRITERIA, UnitScores
 from vitlab.data import ImageData
 from vitlab.files import InputError, append_line, atomic_write
@@ -20,9 +19,7 @@ from vitlab.rules import Select
 from vitlab.search import SearchSpace
 from vitlab.search.published import published_policy
 from vitlab.shape import ViTShape
-from vitlab.training import checkpoint
 from vitlab.training.checkpoint import Checkpoint
-from vitlab.training.compensate import compensate
 from vitlab.training.objective import PlanObjective
 from vitlab.training.units import unit_scores
 from vitlab.workbench.steps import Source, apply_plan, need_dense, open_matching, open_model, pick_device
@@ -45,7 +42,7 @@ def score_units(source: Source, data: str | Path, out: str | Path, *, criterion:
                 progress: bool = True) -> UnitScores:
     """Scores of heads and neurons by a criterion on a slice of train, written to `out` (safetensors)."""
     found = open_dense(source)
-    opened = open_matching(data, found, class_map)
+    opened = open_matching(data, found, class_map, labels=criterion == "taylor")
     batches = opened.batches("train", found.model, batch_size=batch_size, limit=images, seed=seed, workers=workers)
     scores = unit_scores(found.model, batches, criterion=criterion, seed=seed, device=pick_device(device), progress=progress)
     made_by = {**scores.made_by, "data": opened.name, "batch_size": str(batch_size), "seed": str(seed)}
@@ -148,19 +145,3 @@ def _select_in(shape: ViTShape, block: int, ratio: float) -> CompressionPlan:
     kept = max(1, int(shape.num_tokens * (1 - ratio)) - shape.num_prefix_tokens)
     return CompressionPlan(shape=shape, blocks=tuple(BlockPlan(tokens=Select(kept=kept) if index == block else None)
                                                      for index in range(shape.depth)))
-
-
-def calibrate(source: Source, data: str | Path, out: str | Path, plan: str | Path | CompressionPlan, *, images: int = 1000,
-              ridge: float = RIDGE, seed: int = 0, device: str | None = None, class_map: str | Path | None = None,
-              workers: int | None = None, progress: bool = True) -> Checkpoint:
-    """Compress a dense model by a plan, and refit what is left of its heads and neurons on `images` of train, block after block,
-    in closed form: no labels, no training. Writes and returns the checkpoint in `out`."""
-    found, place = open_dense(source), pick_device(device)
-    opened = open_matching(data, found, class_map)
-    plan = plan if isinstance(plan, CompressionPlan) else CompressionPlan.load(plan)
-    batches = list(opened.batches("train", found.model, limit=images, seed=seed, workers=workers))
-    small = compensate(found.model, plan, batches, ridge=ridge, device=place, amp=amp_of(found.model),
-                       progress=progress)
-    made_by = {"step": "calibrate", "data": opened.name, "images": images, "ridge": ridge, "seed": seed, "plan": plan.made_by}
-    checkpoint.save(Path(out) / checkpoint.FOLDER, small.cpu(), plan, classes=found.info.get("classes"), made_by=made_by)
-    return checkpoint.load(out)

@@ -75,9 +75,12 @@ def open_model(source: Source, *, model: str | None = None, num_classes: int | N
     return Checkpoint(model=built, plan=CompressionPlan.empty(shape_of(built)), info={"made_by": {"timm": str(source)}})
 
 
-def open_matching(data: str | Path, found: Checkpoint, class_map: str | Path | None = None) -> ImageData:
-    """The data set, refused where its classes are not the ones the checkpoint was trained on."""
+def open_matching(data: str | Path, found: Checkpoint, class_map: str | Path | None = None, *, labels: bool = True) -> ImageData:
+    """The data set, refused where its classes are not the ones the checkpoint was trained on, or where it has no `labels` and
+    they are needed."""
     opened = open_data(data, class_map=class_map)
+    if labels:
+        opened.need_labels()
     known = found.info.get("classes")
     if known and opened.classes and not opened.mapped and list(known) != list(opened.classes):
         odd = sorted(set(known) ^ set(opened.classes))
@@ -98,6 +101,7 @@ def pretrain(model: str, data: str | Path, out: str | Path, *, settings: Recipe 
              progress: bool = True, **model_args: Any) -> Path:
     """Train a timm model from scratch; returns the run folder (training/, checkpoint/). A killed run goes on."""
     settings, opened = recipe(settings) if isinstance(settings, str) else settings, open_data(data, class_map=class_map)
+    opened.need_labels()
     device = pick_device(device)
     random_seed(seed)
     if opened.num_classes is not None:
@@ -118,7 +122,7 @@ def score(source: Source, data: str | Path, out: str | Path, *, images: int = 51
           class_map: str | Path | None = None, workers: int | None = None, progress: bool = True) -> Tensor:
     """Token scores (L, n) by a criterion on a slice of train, written to `out` (safetensors)."""
     found = open_model(source)
-    opened = open_matching(data, found, class_map)
+    opened = open_matching(data, found, class_map, labels=criterion == "gradient")
     batches = opened.batches("train", found.model, batch_size=batch_size, limit=images, seed=seed, workers=workers)
     scores = token_scores(found.model, batches, criterion=criterion, absolute=absolute, device=pick_device(device), progress=progress)
     made_by = {"data": opened.name, "criterion": criterion, "images": str(images), "batch_size": str(batch_size),

@@ -1,0 +1,167 @@
+"""Self-distillation: what it minimises, what it keeps, when it stops; and the step that calls it."""
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from training_fixtures import full_plan, images, logits, one_thread, tiny, token_plan  # noqa: F401
+
+from vitlab.data import open_data
+from vitlab.files import InputError
+from vitlab.models import compress, shape_of
+from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.training import checkpoint
+from vitlab.training.checkpoint import Checkpoint
+from vitlab.training.self_distillation import Divergence, self_distil
+from vitlab.workbench import calibrating, cutting, steps
+
+SHORT = {"workers": 0, "progress": False, "batch_size": 8, "lr": 2e-4}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """40 images of noise around a colour, without labels."""
+    root, generator = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for number in range(40):
+        pixels = generator.integers(0, 256, (1, 1, 3)) // 2 + generator.integers(0, 128, (32, 32, 3))
+        Image.fromarray(pixels.astype(np.uint8)).save(root / f"{number}.png")
+    return root
+
+
+@pytest.fixture
+def parts(pictures):
+    return open_data(pictures).set_apart(40)
+
+
+def outspoken():
+    """A model whose probabilities are far from even, so that there is something to distil."""
+    dense = tiny()
+    with torch.no_grad():
+        dense.head.weight.mul_(5)
+    return dense
+
+
+def models() -> tuple:
+    """(compressed model, dense teacher)."""
+    teacher = outspoken()
+    return compress(teacher, full_plan(teacher)), teacher
+
+
+def divergence_of(teacher, parts) -> Divergence:
+    return Divergence(teacher, parts.batches("val", teacher, workers=0))
+
+
+def test_divergence_is_the_mean_kullback_leibler_divergence_over_images():
+    model, teacher = models()
+    x = images(7)
+    found = Divergence(teacher, [(x[:4], None), (x[4:], None)])(model)
+    p, q = logits(teacher, x).double().softmax(dim=1), logits(model, x).double().softmax(dim=1)
+    wanted = sum(float(p[i, k] * (p[i, k] / q[i, k]).log()) for i, k in itertools.product(range(7), range(3))) / 7
+    assert found == pytest.approx(wanted, rel=1e-4)                             # float32 logarithms
+    assert Divergence(teacher, [(x, None)])(teacher) == pytest.approx(0, abs=1e-6)
+    with pytest.raises(InputError, match="no image"):
+        Divergence(teacher, [])
+
+
+def test_training_brings_the_model_nearer_to_the_teacher_on_images_set_apart(parts):
+    model, teacher = models()
+    divergence, before = divergence_of(teacher, parts), {k: v.clone() for k, v in model.state_dict().items()}
+    modes = []
+    teacher.train().register_forward_hook(lambda module, *_: modes.append(module.training))
+    log = self_distil(model, teacher, parts, divergence, steps=24, **SHORT)
+    assert len(modes) == 24 and not any(modes) and teacher.training            # asked in eval mode, and left as it was
+    least = min(record["kl"] for record in log)
+    assert divergence(model) == pytest.approx(least, rel=1e-5) and least < 0.8 * log[0]["kl"]
+    assert [record["steps"] for record in log] == list(range(0, 25, 2))         # 20 images in batches of 8: 2 an epoch
+    assert not torch.equal(model.blocks[0].tokens.merge_matrix, before["blocks.0.tokens.merge_matrix"]) and not model.training
+    assert all(torch.equal(v, w) for v, w in zip(teacher.state_dict().values(), outspoken().state_dict().values()))
+
+
+def test_the_same_seed_and_steps_train_the_same_model_and_another_seed_another(parts):
+    def trained(seed: int) -> list[tuple[float, float]]:
+        model, teacher = models()
+        log = self_distil(model, teacher, parts, divergence_of(teacher, parts), steps=4, seed=seed, **SHORT)
+        return [(record["loss"], record["kl"]) for record in log[1:]]
+    assert trained(0) == trained(0) != trained(1)
+
+
+def test_the_model_is_never_worse_than_the_one_given_and_stops_early(parts, monkeypatch):
+    model, teacher = models()
+    before, divergence, seen = logits(model), divergence_of(teacher, parts), []
+    values = itertools.count(1.0)                                               # every state is measured worse than the last
+    monkeypatch.setattr(Divergence, "__call__", lambda self, model: next(values))
+    log = self_distil(model, teacher, parts, divergence, steps=12, on_better=lambda *given: seen.append(given), **SHORT)
+    assert [record["steps"] for record in log] == [0, 2, 4, 6] and not seen     # 6 of 12 is more than a third
+    assert torch.equal(logits(model), before)
+
+
+def test_each_better_state_is_given_on_and_the_best_stays(parts, monkeypatch):
+    model, teacher = models()
+    divergence, seen = divergence_of(teacher, parts), []
+    values = iter([3.0, 2.0, 5.0, 1.0, 4.0])
+    monkeypatch.setattr(Divergence, "__call__", lambda self, model: next(values))
+    self_distil(model, teacher, parts, divergence, steps=8, on_better=lambda model, kl: seen.append((kl, logits(model))), **SHORT)
+    assert [kl for kl, _ in seen] == [2.0, 1.0]
+    assert torch.equal(logits(model), seen[-1][1])
+
+
+def test_steps_or_time_that_are_over_end_the_training(parts):
+    model, teacher = models()
+    log = self_distil(model, teacher, parts, divergence_of(teacher, parts), steps=3, **SHORT)
+    assert [record["steps"] for record in log] == [0, 2, 3]                     # in the middle of an epoch
+    log = self_distil(model, teacher, parts, divergence_of(teacher, parts), minutes=1e-9, **SHORT)
+    assert len(log) == 1
+    for both in ({}, {"minutes": 1, "steps": 1}):
+        with pytest.raises(InputError, match="either minutes or steps"):
+            self_distil(model, teacher, parts, divergence_of(teacher, parts), **both, **SHORT)
+
+
+def test_a_loss_that_is_not_finite_is_said_and_the_best_state_stays(parts):
+    model, teacher = models()
+    before, divergence = logits(model), divergence_of(teacher, parts)
+    with pytest.raises(InputError, match=r"loss of self-distillation is nan at step \d+; a smaller lr than 1e\+30"):
+        self_distil(model, teacher, parts, divergence, steps=10, **{**SHORT, "lr": 1e30})
+    assert torch.equal(logits(model), before)
+
+
+# ---------------------------------------------------------------- the step
+
+def dense_checkpoint() -> Checkpoint:
+    dense = outspoken()
+    return Checkpoint(model=dense, plan=CompressionPlan.empty(shape_of(dense)), info={})
+
+
+@pytest.mark.parametrize("cuts", ["tokens", "neurons"])
+def test_calibration_takes_images_without_labels_and_says_what_it_gained(pictures, tmp_path, cuts):
+    found = dense_checkpoint()
+    plan = token_plan(found.model) if cuts == "tokens" else CompressionPlan(
+        shape=shape_of(found.model), blocks=(BlockPlan(neurons=tuple(range(60))),) * 2)
+    made = calibrating.calibrate(found, pictures, tmp_path / "out", plan, images=40, minutes=0.03, workers=0, progress=False)
+    made_by = made.info["made_by"]
+    assert (made_by["images"], made_by["minutes"]) == (40, 0.03)
+    assert made_by["kl_distilled"] < made_by["kl_refitted"]
+    assert made_by["kl_refitted"] == made_by["kl_cut"] if cuts == "tokens" else made_by["kl_refitted"] < made_by["kl_cut"]
+    parts = open_data(pictures).set_apart(40)
+    assert divergence_of(outspoken(), parts)(made.model) == pytest.approx(made_by["kl_distilled"], rel=1e-4)
+
+
+def test_calibration_without_minutes_of_a_plan_that_cuts_no_unit_is_compress(pictures, tmp_path):
+    found = dense_checkpoint()
+    plan = token_plan(found.model)
+    made = calibrating.calibrate(found, pictures, tmp_path / "out", plan, images=40, workers=0, progress=False)
+    assert torch.equal(logits(made.model), logits(compress(found.model, plan)))
+    assert "kl_distilled" not in checkpoint.load(tmp_path / "out").info["made_by"]
+
+
+def test_steps_that_need_labels_refuse_images_without(pictures, tmp_path):
+    found, few = dense_checkpoint(), {"workers": 0, "progress": False}
+    for step in (lambda: steps.evaluate(found, pictures, **few),
+                 lambda: steps.score(found, pictures, tmp_path / "s.safetensors", **few),
+                 lambda: steps.finetune(found, None, pictures, tmp_path / "f", **few),
+                 lambda: steps.pretrain("vit_nano_patch4_32", pictures, tmp_path / "p", **few),
+                 lambda: cutting.score_units(found, pictures, tmp_path / "u.safetensors", criterion="taylor", **few)):
+        with pytest.raises(InputError, match=f"{pictures.name}: images without labels"):
+            step()
+    assert steps.score(found, pictures, tmp_path / "s.safetensors", criterion="class_attention", images=8, **few).shape == (2, 16)
+    assert len(cutting.score_units(found, pictures, tmp_path / "u.safetensors", images=8, **few).heads) == 2

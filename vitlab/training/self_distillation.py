@@ -1,0 +1,113 @@
+"""A short training of a compressed model on the dense model's output alone, without labels: methods A8 without the cross-entropy."""
+import copy
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from timm.utils import random_seed
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from vitlab.data import ImageData
+from vitlab.files import InputError
+from vitlab.models import set_trainable
+from vitlab.training.capture import Batches, frozen_eval
+from vitlab.training.evaluate import autocast
+
+LR, BATCH_SIZE = 2e-5, 32
+WARMUP, PATIENCE = 0.05, 1 / 3              # shares of the run: until lr is reached, and without a better state until it stops
+AUGMENT = {"scale": (0.35, 1.0), "hflip": 0.5, "color_jitter": 0.0}
+
+
+def log_probabilities(model: nn.Module, images: Tensor, amp: bool | None = False) -> Tensor:
+    """Of the classes (B, K), float32."""
+    device = next(model.parameters()).device
+    with autocast(device, amp):
+        logits = model(images.to(device))
+    return logits.float().log_softmax(dim=1)
+
+
+class Divergence:
+    """Mean KL(teacher || student) in nats, always over the same images, which are kept in memory with the teacher's output."""
+
+    def __init__(self, teacher: nn.Module, batches: Batches, amp: bool | None = False) -> None:
+        """Raises InputError where there is no image."""
+        self.amp, self.images = amp, [images for images, _ in batches]
+        if not self.images:
+            raise InputError("there is no image to compare with the dense model on")
+        with torch.inference_mode(), frozen_eval(teacher):
+            self.expected = [log_probabilities(teacher, images, amp) for images in self.images]
+
+    @torch.inference_mode()
+    def __call__(self, model: nn.Module) -> float:
+        with frozen_eval(model):
+            total = sum(float(F.kl_div(log_probabilities(model, images, self.amp), expected, reduction="sum", log_target=True))
+                        for images, expected in zip(self.images, self.expected))
+        return total / sum(map(len, self.images))
+
+
+def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, divergence: Divergence, *, minutes: float | None = None,
+                steps: int | None = None, lr: float = LR, batch_size: int = BATCH_SIZE, seed: int = 0, amp: bool | None = False,
+                workers: int | None = None, progress: bool = True,
+                on_better: Callable[[nn.Module, float], None] | None = None) -> list[dict[str, Any]]:
+    """Train all of `model` in place on data's `train` split to give the teacher's class probabilities; labels are not read.
+
+        loss = mean KL(teacher(x) || model(x)),  x an augmented image, the same for both
+
+    for at most `minutes`, or `steps`, with which the result does not depend on the clock, at a rate that rises to lr over the
+    first WARMUP of the run and falls to 0 as a cosine. After every epoch `divergence`, whose images should not be among
+    those trained on, is measured; the best state is what remains, the one given included, and on_better(model, kl) is called
+    with each. It stops early after PATIENCE of the run without a better one. Returns a record an epoch (epoch, steps, loss, kl,
+    seconds); the first is of the model as given. Raises InputError where the loss is not finite, the best state kept.
+    """
+    if (minutes is None) == (steps is None):
+        raise InputError("either minutes or steps are needed, not both")
+    random_seed(seed)
+    batches = data.batches("train", model, batch_size=batch_size, training=True, seed=seed, workers=workers, augment=AUGMENT)
+    set_trainable(model, "all")
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=lr, weight_decay=0.0)
+    log = [{"epoch": 0, "steps": 0, "loss": None, "kl": divergence(model), "seconds": 0.0}]
+    best, found_at, done, began = copy.deepcopy(model.state_dict()), 0.0, 0, time.monotonic()
+
+    def share() -> float:
+        """Of the run that is over."""
+        return done / steps if steps else (time.monotonic() - began) / (60 * minutes)
+    try:
+        with frozen_eval(teacher), tqdm(desc="self-distil", unit="step", total=steps, disable=not progress) as bar:
+            while share() < 1 and share() - found_at <= PATIENCE:
+                model.train()
+                losses = []
+                for images, _ in batches:
+                    over = share()
+                    if over >= 1:
+                        break
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr * min(1, (over + 1e-3) / WARMUP) * (1 + math.cos(math.pi * over)) / 2
+                    with torch.no_grad():
+                        expected = log_probabilities(teacher, images, amp)
+                    loss = F.kl_div(log_probabilities(model, images, amp), expected, reduction="batchmean", log_target=True)
+                    losses.append(float(loss.detach()))
+                    if not math.isfinite(losses[-1]):
+                        raise InputError(f"the loss of self-distillation is {losses[-1]} at step {done + 1}; a smaller lr than {lr} "
+                                         "may help. The best state so far is kept")
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                    optimizer.step()
+                    done += 1
+                    bar.update()
+                least = min(record["kl"] for record in log)
+                log.append({"epoch": len(log), "steps": done, "loss": sum(losses) / max(1, len(losses)), "kl": divergence(model),
+                            "seconds": round(time.monotonic() - began, 2)})
+                if log[-1]["kl"] < least:
+                    best, found_at = copy.deepcopy(model.state_dict()), share()
+                    if on_better is not None:
+                        on_better(model, log[-1]["kl"])
+                bar.set_postfix(kl=f"{log[-1]['kl']:.4f}", best=f"{min(least, log[-1]['kl']):.4f}")
+    finally:
+        model.load_state_dict(best)
+        model.eval()
+    return log
