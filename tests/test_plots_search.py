@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vitlab.files import InputError
-from vitlab.plots import acquisition, front, gp_slices, incumbents, parallel_coordinates, pareto
+from vitlab.plots import acquisition, front, gp_slices, incumbents, parallel_coordinates, pareto, sensitivity_curves
 
 matplotlib.use("agg")
 
@@ -180,3 +180,28 @@ def test_pareto_draws_points_per_strategy_and_the_staircase_over_all():
     # Held to the largest cost that was tried, 5.
     assert list(map(tuple, stairs.get_xydata())) == [(1, 60), (1.5, 65), (2, 70), (4, 72), (5, 72)]
     assert stairs.get_drawstyle() == "steps-post" and (axis.get_xlabel(), axis.get_ylabel()) == ("GMACs", "top-1 (%)")
+
+
+def cuts(*dimensions: str) -> list[dict]:
+    dense = {"dimension": "", "ratio": 0.0, "loss": 0.0, "saved": 0.0}
+    return [dense] + [{"dimension": name, "ratio": r, "loss": (i + 1) * r * r, "saved": r / 10} for r in (0.4, 0.2)
+                      for i, name in enumerate(dimensions)]
+
+
+def test_sensitivity_curves_draw_a_line_per_dimension_from_nothing_cut_in_its_groups_axis():
+    figure = sensitivity_curves(cuts("neurons 0", "neurons 3", "heads 3", "tokens"), loss_label="KL (nats)", saved_label="GMACs saved")
+    assert [axis.get_title() for axis in figure.axes[:3]] == ["neurons", "heads", "tokens"]
+    lines = {line.get_label(): line for axis in figure.axes[:3] for line in axis.lines}
+    assert set(lines) == {"neurons 0", "neurons 3", "heads 3", "tokens"}
+    assert lines["neurons 3"].get_xydata() == pytest.approx(np.array([[0, 0], [0.02, 0.08], [0.04, 0.32]]))
+    assert lines["neurons 3"].get_color() == lines["heads 3"].get_color() != lines["neurons 0"].get_color()
+    assert lines["tokens"].get_color() == "black" and len({axis.get_ylim() for axis in figure.axes[:3]}) == 1
+    assert figure.axes[0].get_ylabel() == "KL (nats)" and figure.get_supxlabel() == "GMACs saved"
+    assert figure.axes[3].get_ylabel() == "block"
+
+
+def test_sensitivity_curves_of_one_dimension_without_a_block_need_no_colours():
+    figure = sensitivity_curves(cuts("tokens"), loss_label="KL", saved_label="GMACs")
+    assert len(figure.axes) == 1
+    with pytest.raises(InputError, match="no dimension was cut"):
+        sensitivity_curves(cuts(), loss_label="KL", saved_label="GMACs")

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 
 from vitlab.cost import macs_of
-from vitlab.files import InputError
+from vitlab.files import InputError, read_lines
 from vitlab.search import Budget, SearchSpace, Study
 from vitlab.search import study as module
+from vitlab.search.allocation import levels
+from vitlab.search.sampling import Problem
+from vitlab.search.sensitivity import SENSITIVITY, start_policies
 from vitlab.search.strategies import Proposal, Settings
 from vitlab.search.study import JOURNAL, read_journal
 from vitlab.shape import ViTShape
@@ -297,7 +300,7 @@ def test_more_evaluations_may_be_asked_for_later(undisturbed, tmp_path):
 def test_a_policy_with_the_counts_of_another_is_not_measured_again(tmp_path, monkeypatch):
     policy = np.array([0.3, 0.3, 0.3, 0.3, 0.3])
     offered = [policy, policy + 1e-9, policy + 0.1, policy]
-    monkeypatch.setattr(module, "propose", lambda strategy, problem, policies, values, options, count, seed:
+    monkeypatch.setattr(module, "propose", lambda strategy, problem, policies, values, options, count, seed, *more:
                         [Proposal(policy=p, by="random", expected={}) for p in offered[len(policies):][:count]])
     for evaluations in (2, 4):                          # within a run, and after another
         calls = []
@@ -333,6 +336,65 @@ def test_the_best_is_the_first_of_the_largest_values(tmp_path):
     values = iter([1.0, 3.0, 2.0, 3.0, 0.0, -1.0, 3.0, 2.0, 0.5])
     best = fresh.run(lambda policy: {"value": next(values)}, progress=False)
     assert best is fresh.best and (best.index, best.value) == (1, 3.0)
+
+
+ALONE = 1 + sum(map(len, levels(SPACE)))        # policies that a start from sensitivity measures first
+
+
+def sensitive(folder: Path, **changed) -> Study:
+    return study(folder, options=dataclasses.replace(QUICK, initial="sensitivity", **changed))
+
+
+def test_a_start_from_sensitivity_measures_each_dimension_alone_and_begins_with_what_follows(tmp_path):
+    calls, found = [], sensitive(tmp_path)
+    found.run(lambda policy: calls.append(policy) or objective(policy), progress=False)
+    assert len(calls) == ALONE + 9 and (tmp_path / SENSITIVITY).read_bytes().count(b"\n") == ALONE
+    assert not calls[0].any() and all((policy > 0).sum() == 1 for policy in calls[1:ALONE])
+    assert [e.by for e in found.evaluations] == ["sensitivity"] * 2 + ["population"] * 3 + ["gp"] * 4      # half of 5, the rest as ever
+    first = start_policies(Problem(SPACE, budget()), read_lines(tmp_path / SENSITIVITY), 1, 0)[0]
+    assert (calls[ALONE] == first).all() and tuple(first) == found.evaluations[0].policy
+    assert budget().meets(np.array([e.policy for e in found.evaluations])).all()
+    varied = study(tmp_path / "varied")
+    varied.run(objective, progress=False)
+    assert [e.policy for e in found.evaluations[2:5]] == [e.policy for e in varied.evaluations[:3]]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("stop", [0, 1, 9, ALONE - 1, ALONE, ALONE + 1, ALONE + 7])
+def test_a_start_from_sensitivity_goes_on_where_it_was_killed(tmp_path, stop, batch):
+    whole = sensitive(tmp_path / "whole", batch=batch)
+    whole.run(objective, progress=False)
+    calls = []
+
+    def interrupted(policy: np.ndarray) -> dict[str, float]:
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        calls.append(tuple(policy))
+        return objective(policy)
+    with pytest.raises(KeyboardInterrupt):
+        sensitive(tmp_path / "killed", batch=batch).run(interrupted, progress=False)
+    resumed = sensitive(tmp_path / "killed", batch=batch)
+    resumed.run(lambda policy: calls.append(tuple(policy)) or objective(policy), progress=False)
+    assert facts(resumed) == facts(whole) and len(calls) == len(set(calls)) == ALONE + 9
+    assert (tmp_path / "killed" / SENSITIVITY).read_bytes() == (tmp_path / "whole" / SENSITIVITY).read_bytes()
+    again = sensitive(tmp_path / "killed", batch=batch)
+    again.run(lambda policy: pytest.fail("all is measured already"), progress=False)
+
+
+def test_sensitivity_of_another_study_is_refused(tmp_path):
+    sensitive(tmp_path, evaluations=1).run(objective, progress=False)
+    with pytest.raises(InputError, match="another study .settings.initial sensitivity, now varied"):
+        study(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / SENSITIVITY).write_bytes((tmp_path / SENSITIVITY).read_bytes())
+    with pytest.raises(InputError, match="sensitivity.jsonl: a journal without study.json"):
+        sensitive(tmp_path / "other")
+
+
+def test_a_start_from_sensitivity_is_for_the_gp(tmp_path):
+    with pytest.raises(InputError, match='initial "sensitivity" is a start of strategy "gp", not \'uniform\''):
+        study(tmp_path / "new", "uniform", options=dataclasses.replace(QUICK, initial="sensitivity"))
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_unknown_strategy_is_refused_before_anything_is_written(tmp_path):

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import seaborn as sns
+from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -202,5 +204,36 @@ def pareto(points: dict[str, Sequence[tuple[float, float]]], *, cost_label: str,
     axis.set(xlabel=cost_label, ylabel=value_label)
     axis.margins(0.06)
     legend_above(figure, *axis.get_legend_handles_labels())
+    sns.despine(fig=figure)
+    return figure
+
+
+def sensitivity_curves(rows: Sequence[dict[str, Any]], *, loss_label: str, saved_label: str) -> Figure:
+    """What a dimension loses when it is cut alone against what that saves: an axis per group of dimensions, a line per block.
+
+    rows: of each cut its dimension ("neurons 3"), loss and saved, in the units that the labels name; (0, 0) is drawn for every
+    line. Later blocks are darker; a dimension of no block is black. All axes share y.
+    """
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row["dimension"]:                                                    # not the dense model's own
+            lines.setdefault(row["dimension"], [(0.0, 0.0)]).append((row["saved"], row["loss"]))
+    require(len(lines) > 0, "no dimension was cut")
+    groups = list(dict.fromkeys(map(_group, lines)))
+    blocks = {name: int(found.group()) for name in lines if (found := re.search(r"\d+", name))}
+    colours = ScalarMappable(Normalize(0, max(1, *blocks.values()) if blocks else 1), "viridis_r")
+    figure, axes = new_axes(1, len(groups), 9.4 / max(len(groups), 2), 3.6)
+    for name, points in lines.items():
+        colour = colours.to_rgba(blocks[name]) if name in blocks else "black"
+        axes[0, groups.index(_group(name))].plot(*zip(*sorted(points)), marker="o", markersize=3.5, linewidth=1.5, color=colour, label=name)
+    highest = max(loss for points in lines.values() for _, loss in points) or 1.0
+    for axis, group in zip(axes[0], groups):
+        axis.set(title=group, ylim=(-0.04 * highest, 1.05 * highest))
+        axis.tick_params(labelleft=group == groups[0])
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=4))
+    axes[0, 0].set_ylabel(fill(loss_label, 36))
+    figure.supxlabel(saved_label, fontsize="medium")
+    if blocks:
+        figure.colorbar(colours, ax=axes[0, -1], label="block", pad=0.02, ticks=MaxNLocator(integer=True))
     sns.despine(fig=figure)
     return figure

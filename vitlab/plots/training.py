@@ -39,3 +39,23 @@ def accuracy_against_cost(rows: Sequence[ResultRow]) -> Figure:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, -1].legend(frameon=False, bbox_to_anchor=(1.02, 1), loc="upper left")
     return figure
+
+
+def trade_offs(panels: dict[str, dict[str, Sequence[tuple[float, float]]]], ylabel: str, dense: dict[str, tuple[float, float]]) -> Figure:
+    """One panel for each cost, {its label: {line: points (cost, value)}}; the same line has the same look in all of them. dense:
+    the dense model's point in each panel."""
+    figure, axes = new_axes(1, len(panels), 5.2, 4.0)
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    for axis, (label, lines) in zip(axes[0], panels.items()):
+        for name, points in lines.items():
+            index = names.index(name)
+            xs, ys = zip(*sorted(points))
+            axis.plot(xs, ys, marker="osD^v<>pX*"[index % 10], color=PALETTE[index % len(PALETTE)], label=name,
+                      linestyle=("-", "--", "-.", ":")[index // len(PALETTE) % 4])
+        axis.plot(*dense[label], marker="*", markersize=13, color="black", linestyle="none", label="dense")
+        axis.axhline(dense[label][1], color="0.7", linewidth=0.8, zorder=0)
+        axis.set(xlabel=label, ylabel=ylabel)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, -1].legend(frameon=False, bbox_to_anchor=(1.02, 1), loc="upper left")
+    return figure

@@ -1,4 +1,5 @@
 """What to measure next: Gaussian process with Expected Improvement, and the baselines random and uniform (methods B6)."""
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,8 @@ from vitlab.search.acquisition import log_expected_improvement
 from vitlab.search.sampling import Problem, neighbours, random_policies, uniform_policies, varied_policies
 from vitlab.search.surrogate import Surrogate
 
-INITIAL = {"varied": varied_policies, "random": random_policies}
+INITIAL = {"varied": varied_policies, "random": random_policies,
+           "sensitivity": varied_policies}      # and half the population from what each dimension loses alone
 BLOCKS = 20                                     # of `population` policies, drawn until enough are new
 LEADERS = 5                                     # best policies so far that candidates are drawn around
 
@@ -65,16 +67,33 @@ def _fresh(problem: Problem, policies: np.ndarray, seen: set[tuple[int, ...]]) -
     return policies[sorted(first.values())]
 
 
+Trend = Callable[[np.ndarray], np.ndarray]      # policies (P, D) -> (P), to which the objective is about proportional
+
+
+def _model(problem: Problem, policies: np.ndarray, values: np.ndarray, options: Settings, trend: Trend | None,
+           ) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """policies (P, D) -> (mean, deviation) of the objective, (P) each: a Gaussian process around a + b * trend, b >= 0, both
+    fitted by least squares first."""
+    features, known = problem.space.features, np.zeros(len(policies)) if trend is None else trend(policies)
+    slope = max(0.0, float(np.cov(known, values)[0, 1] / np.var(known, ddof=1))) if np.ptp(known) > 0 else 0.0
+    surrogate = Surrogate(features(policies), values - slope * known, noise=options.noise)
+
+    def predict(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        mean, deviation = surrogate.predict(features(p))
+        return mean + (slope * trend(p) if slope else 0.0), deviation
+    return predict
+
+
 def _gaussian_process(problem: Problem, policies: np.ndarray, values: np.ndarray, options: Settings, count: int,
-                      rng: np.random.Generator) -> list[Proposal]:
+                      rng: np.random.Generator, trend: Trend | None = None) -> list[Proposal]:
     """The feasible policies with the largest log EI; each proposal of a batch is believed to come out at its mean."""
     space, proposals = problem.space, []
     for _ in range(count):
-        surrogate = Surrogate(space.features(policies), values, noise=options.noise)
+        predict = _model(problem, policies, values, options, trend)
         best = float(values.max())
 
-        def acquisition(p: np.ndarray, surrogate: Surrogate = surrogate, best: float = best) -> np.ndarray:
-            return log_expected_improvement(*surrogate.predict(space.features(p)), best)
+        def acquisition(p: np.ndarray, predict: Callable = predict, best: float = best) -> np.ndarray:
+            return log_expected_improvement(*predict(p), best)
         leaders, seen = policies[np.argsort(-values)[:LEADERS]], set(space.keys(policies))
         half = options.candidates // 2
         pool = _fresh(problem, np.concatenate([INITIAL[options.initial](problem, half, rng),
@@ -86,7 +105,7 @@ def _gaussian_process(problem: Problem, policies: np.ndarray, values: np.ndarray
             break
         scores = acquisition(pool)
         chosen = pool[int(scores.argmax())]
-        mean, deviation = (float(v[0]) for v in surrogate.predict(space.features(chosen[None])))
+        mean, deviation = (float(v[0]) for v in predict(chosen[None]))
         proposals.append(Proposal(policy=chosen, by="gp", expected={"log_ei": float(scores.max()), "mean": mean,
                                                                     "deviation": deviation}))
         policies, values = np.concatenate([policies, chosen[None]]), np.append(values, mean)
@@ -94,27 +113,32 @@ def _gaussian_process(problem: Problem, policies: np.ndarray, values: np.ndarray
 
 
 def propose(strategy: str, problem: Problem, policies: np.ndarray, values: np.ndarray, options: Settings, count: int,
-            seed: int) -> list[Proposal]:
+            seed: int, start: np.ndarray | None = None, trend: Trend | None = None) -> list[Proposal]:
     """Up to `count` policies to measure after those measured (P, D) with their values (P), larger is better.
 
-    A pure function of its arguments, so a search that was killed proposes the same again. Fewer, or none, where nothing
-    feasible is left that was not measured. Raises InputError for an unknown strategy.
+    start: policies (K, D) that the population begins with; trend: what is known of the objective beforehand. A pure function of
+    its arguments, so a search that was killed proposes the same again. Fewer, or none, where nothing feasible is left that was
+    not measured. Raises InputError for an unknown strategy.
     """
     if strategy not in STRATEGIES:
         raise InputError(f"strategy {strategy!r} is not known; known are {sorted(STRATEGIES)}")
     done, proposals = len(policies), []
     draw, by = (INITIAL[options.initial], "population") if strategy == "gp" else (STRATEGIES[strategy], strategy)
     if strategy == "gp" and done >= options.population:
-        proposals = _gaussian_process(problem, policies, values, options, count, np.random.default_rng([1, seed, done]))
+        proposals = _gaussian_process(problem, policies, values, options, count, np.random.default_rng([1, seed, done]), trend)
     first, seen = done // options.population, set(problem.space.keys(policies)) if done else set()
+
+    def add(drawn: np.ndarray, by: str) -> None:
+        fresh = _fresh(problem, drawn, seen | {problem.space.keys(p.policy)[0] for p in proposals})
+        proposals.extend(Proposal(policy=policy, by=by, expected={}) for policy in fresh[:count - len(proposals)])
+    if start is not None and done < options.population:
+        add(start, "sensitivity")
     for block in range(first, first + BLOCKS):          # the same blocks every time, whatever was measured of them already
         if len(proposals) == count:
             break
-        drawn = draw(problem, options.population, np.random.default_rng([0, seed, block]))
-        fresh = _fresh(problem, drawn, seen | {problem.space.keys(p.policy)[0] for p in proposals})
-        proposals += [Proposal(policy=policy, by=by, expected={}) for policy in fresh[:count - len(proposals)]]
+        add(draw(problem, options.population, np.random.default_rng([0, seed, block])), by)
     if strategy == "gp" and not proposals and 2 <= done < options.population:           # the population can't be filled
-        proposals = _gaussian_process(problem, policies, values, options, count, np.random.default_rng([1, seed, done]))
+        proposals = _gaussian_process(problem, policies, values, options, count, np.random.default_rng([1, seed, done]), trend)
     return proposals
 
 

@@ -12,8 +12,10 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from vitlab.files import InputError, append_line, atomic_write, read_json
+from vitlab.search.allocation import summed_loss
 from vitlab.search.budget import Budget
 from vitlab.search.sampling import Problem
+from vitlab.search.sensitivity import SENSITIVITY, curves_of, measure_alone, start_policies
 from vitlab.search.space import SearchSpace
 from vitlab.search.strategies import STRATEGIES, Proposal, Settings, propose
 
@@ -29,7 +31,7 @@ class Evaluation:
     policy: tuple[float, ...]
     value: float                                # what is maximised
     cost: float                                 # in the budget's unit
-    by: str                                     # "population", "gp", "random" or "uniform"
+    by: str                                     # "sensitivity", "population", "gp", "random" or "uniform"
     measures: dict[str, float] = field(default_factory=dict)        # whatever else the objective gave
     expected: dict[str, float] = field(default_factory=dict)        # log_ei, mean, deviation before measuring
     seconds: float = 0.0
@@ -82,6 +84,8 @@ class Study:
             raise InputError(f"seed is {seed}; at least 0 is needed")
         self.folder, self.space, self.budget, self.strategy, self.seed = Path(folder), space, budget, strategy, seed
         self.options = options or Settings()
+        if self.options.initial == "sensitivity" and strategy != "gp":
+            raise InputError(f'initial "sensitivity" is a start of strategy "gp", not {strategy!r}')
         info = {"format": FORMAT, "version": VERSION, "strategy": strategy, "seed": seed,
                 "budget": {"limit": budget.limit, "unit": budget.unit, "tolerance": budget.tolerance},
                 "space": dataclasses.asdict(space), "settings": dataclasses.asdict(self.options), "about": about or {}}
@@ -100,9 +104,10 @@ class Study:
             differ = self._differences(known)
             if differ:
                 raise InputError(f"{path}: another study ({'; '.join(differ)}); choose another folder, or remove {self.folder}")
-        elif (self.folder / JOURNAL).exists():
-            raise InputError(f"{self.folder / JOURNAL}: a journal without {INFO}, which says what was searched; choose another folder, or "
-                             f"remove {self.folder}")
+        for name in (JOURNAL, SENSITIVITY):
+            if not path.exists() and (self.folder / name).exists():
+                raise InputError(f"{self.folder / name}: a journal without {INFO}, which says what was searched; choose another folder, "
+                                 f"or remove {self.folder}")
         atomic_write(path, json.dumps(self.info, indent=2) + "\n")
 
     def _differences(self, known: Any) -> list[str]:
@@ -132,21 +137,29 @@ class Study:
         return max(self.evaluations, key=lambda e: e.value)
 
     def run(self, objective: Callable[[np.ndarray], dict[str, float]], *, progress: bool = True) -> Evaluation:
-        """Measure until there are settings.evaluations of them; returns the best."""
+        """Measure until there are settings.evaluations of them; returns the best. With initial "sensitivity" each dimension is
+        measured alone before the first (`measure_alone`), and the population begins with what follows from it."""
         problem, total, batch = Problem(self.space, self.budget), self.options.evaluations, self.options.batch
+        start, trend = None, None
+        if self.options.initial == "sensitivity" and len(self.evaluations) < total:
+            rows = measure_alone(problem, objective, self.folder / SENSITIVITY, progress=progress)
+            start, curves = start_policies(problem, rows, self.options.population // 2, self.seed), curves_of(problem, rows)
+
+            def trend(policies: np.ndarray) -> np.ndarray:
+                return -summed_loss(curves, policies)
         known = dict(zip(self._keys(), self.evaluations))
         with tqdm(total=total, initial=len(self.evaluations), desc=f"search ({self.strategy})", unit="policy",
                   disable=not progress) as bar:
             while len(self.evaluations) < total:
                 done = len(self.evaluations)
-                start = done - done % batch                     # the batch that a kill may have left half done
-                seen = self.evaluations[:start]
+                first = done - done % batch                     # the batch that a kill may have left half done
+                seen = self.evaluations[:first]
                 proposals = propose(self.strategy, problem, np.array([e.policy for e in seen]).reshape(-1, self.space.size),
-                                    np.array([e.value for e in seen]), self.options, min(batch, total - start), self.seed)
-                if not proposals[done - start:]:
+                                    np.array([e.value for e in seen]), self.options, min(batch, total - first), self.seed, start, trend)
+                if not proposals[done - first:]:
                     self._nothing_left()
                     break
-                for proposal in proposals[done - start:]:
+                for proposal in proposals[done - first:]:
                     key, = self.space.keys(proposal.policy)
                     known[key] = self._measure(proposal, objective, known.get(key))
                     bar.update()

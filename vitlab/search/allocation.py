@@ -1,0 +1,73 @@
+"""How much to cut in each dimension of a policy, from what each costs when it is cut alone: the greedy solution of the
+separable resource allocation problem (Fox 1966; convex curves make it optimal, up to its last step). D dimensions."""
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.interpolate import PchipInterpolator
+
+from vitlab.files import InputError
+from vitlab.search.budget import Budget
+from vitlab.search.space import SearchSpace
+
+STEPS = 40                                      # ratios of a dimension that are tried, evenly from 0 to the most
+LEVELS = 4                                      # ratios at which a dimension is measured
+
+
+def _steps(space: SearchSpace) -> list[np.ndarray]:
+    """The ratios tried in each dimension (D), ascending from 0; of units no count twice, each in its middle."""
+    even = np.repeat(np.linspace(0, space.max_ratio, STEPS + 1)[:, None], space.size, axis=1)
+    return [np.unique(column) for column in space.from_even(even).T]
+
+
+def levels(space: SearchSpace, count: int = LEVELS) -> list[list[float]]:
+    """Up to `count` ratios at which each dimension (D) is measured alone: evenly from above 0 to the most it may cut; of few
+    heads, every number that may go."""
+    return [[float(steps[place]) for place in sorted({-(-part * (len(steps) - 1) // count) for part in range(1, count + 1)})]
+            for steps in _steps(space)]
+
+
+def _loss(curve: Sequence[tuple[float, float]], ratios: np.ndarray) -> np.ndarray:
+    """Measured losses between their ratios (Fritsch and Carlson's monotone cubics); never falling, so that noise makes no cut a
+    gain; NaN beyond the last."""
+    known = np.array([(0.0, 0.0), *sorted(curve)])
+    return PchipInterpolator(known[:, 0], np.maximum.accumulate(known[:, 1]), extrapolate=False)(ratios)
+
+
+def summed_loss(curves: Sequence[Sequence[tuple[float, float]]], policies: np.ndarray) -> np.ndarray:
+    """The sum (P) of what each dimension of the policies (P, D) loses by its curve; beyond a curve's end, what it loses there."""
+    return sum(_loss(curve, np.minimum(ratios, max(curve)[0])) for curve, ratios in zip(curves, policies.T))
+
+
+def allocate(space: SearchSpace, budget: Budget, curves: Sequence[Sequence[tuple[float, float]]]) -> np.ndarray:
+    """The policy (D) that meets the budget with about the least sum of losses.
+
+    curves: of each dimension (D) its (ratio > 0, loss >= 0) when it is cut alone. From nothing cut, the step with
+    the least added loss per cost saved is taken again and again; all steps ahead in a dimension are compared, which walks along
+    the lower convex hull of its curve. Costs are those of whole policies, as what a head costs depends on the tokens. Raises
+    InputError where the budget can't be met.
+    """
+    if len(curves) != space.size:
+        raise InputError(f"there are {len(curves)} curves; this space has {space.size} dimensions")
+    steps = _steps(space)
+    where, ratios = np.repeat(np.arange(space.size), list(map(len, steps))), np.concatenate(steps)      # (S) each
+    losses = np.concatenate([_loss(*both) for both in zip(curves, steps)])
+    policy, lost = np.zeros(space.size), np.zeros(space.size)
+    cost = float(budget.cost(policy[None])[0])
+    while cost > budget.limit:
+        tried = np.repeat(policy[None], len(ratios), axis=0)                    # (S, D)
+        tried[np.arange(len(ratios)), where] = ratios
+        costs, added = budget.cost(tried), losses - lost[where]
+        usable = (ratios > policy[where]) & (costs < cost) & np.isfinite(added)
+        if not usable.any():
+            raise InputError(f"a budget of {budget.limit:.6g} {budget.unit} can't be met by what was measured; {cost:.6g} is the least")
+        chosen = int(np.argmin(np.divide(added, cost - costs, out=np.full(len(ratios), np.inf), where=usable)))
+        if costs[chosen] <= budget.limit:                                       # the last step: any that loses least
+            fits = np.where(usable & (costs <= budget.limit), added, np.inf)
+            chosen = int(np.lexsort((-costs, fits, ~(usable & budget.meets(tried))))[0])
+        policy, cost = tried[chosen], float(costs[chosen])
+        lost[where[chosen]] = losses[chosen]
+    projected, meets = budget.project(policy[None])
+    if not meets[0]:
+        raise InputError(f"the policy from what was measured costs {cost:.6g} {budget.unit}, which can't be brought to within "
+                         f"{budget.tolerance:.1%} below {budget.limit:.6g}; a larger tolerance, or more dimensions, would do")
+    return projected[0]

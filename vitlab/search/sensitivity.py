@@ -1,0 +1,64 @@
+"""What each dimension of a policy costs when it is cut alone, measured once and kept on the disk."""
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from vitlab.files import InputError, append_line, read_lines
+from vitlab.search.allocation import allocate, levels
+from vitlab.search.sampling import Problem, neighbours
+
+SENSITIVITY = "sensitivity.jsonl"
+
+
+def _known(path: Path, wanted: list[tuple[str, float]]) -> dict[tuple[str, float], dict[str, Any]]:
+    """The rows of a file by (dimension, ratio). Raises InputError where it holds others."""
+    try:
+        rows = {(row["dimension"], row["ratio"]): row for row in read_lines(path) if np.isfinite([row["value"], row["loss"]]).all()}
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: holds something else than the cuts of this study ({error!r}); remove it") from None
+    odd = sorted(rows.keys() - set(wanted), key=str)
+    if odd:
+        raise InputError(f"{path}: {odd[0][0]} by {odd[0][1]} is no cut of this study; remove the file")
+    return rows
+
+
+def measure_alone(problem: Problem, objective: Callable[[np.ndarray], dict[str, float]], path: Path, *,
+                  progress: bool = True) -> list[dict[str, Any]]:
+    """Cut each dimension alone at its levels and measure: a row each, on the disk before the next starts; rows that are there
+    are not measured again.
+
+    Row: dimension (its name; "" where nothing is cut, the first row), ratio, value, loss = max(0, value of nothing cut -
+    value), saved (cost less than nothing cut's). A line that a kill cut short is measured again. Raises InputError for a file
+    of other cuts, or a value that is not finite.
+    """
+    space, budget = problem
+    at = [(d, ratio) for d, ratios in enumerate(levels(space)) for ratio in ratios]
+    policies = np.zeros((len(at) + 1, space.size))
+    for row, (d, ratio) in enumerate(at, start=1):
+        policies[row, d] = ratio
+    wanted, costs = [("", 0.0), *((space.names[d], ratio) for d, ratio in at)], budget.cost(policies)
+    known, rows = _known(path, wanted), []
+    for key, policy, cost in tqdm(list(zip(wanted, policies, costs)), desc="sensitivity", unit="cut", disable=not progress):
+        if key not in known:
+            value = float(objective(policy).get("value", np.nan))
+            if not np.isfinite(value):
+                raise InputError(f"the objective gave {value} for {key[0] or 'nothing cut'}; a finite value is needed")
+            loss = max(0.0, rows[0]["value"] - value) if rows else 0.0
+            known[key] = {"dimension": key[0], "ratio": key[1], "value": value, "loss": loss, "saved": float(costs[0] - cost)}
+            append_line(path, known[key])
+        rows.append(known[key])
+    return rows
+
+
+def curves_of(problem: Problem, rows: list[dict[str, Any]]) -> list[list[tuple[float, float]]]:
+    """(ratio, loss) of each dimension (D)."""
+    return [[(row["ratio"], row["loss"]) for row in rows if row["dimension"] == name] for name in problem.space.names]
+
+
+def start_policies(problem: Problem, rows: list[dict[str, Any]], count: int, seed: int) -> np.ndarray:
+    """Up to `count` policies (K, D) to begin with: the one that `allocate` makes of the rows, and others near it."""
+    first = allocate(*problem, curves_of(problem, rows))[None]
+    return np.concatenate([first, neighbours(problem, first, count - 1, np.random.default_rng([2, seed]))]) if count > 1 else first
