@@ -14,7 +14,7 @@ test: $(READY)          ## all tests
 	$(BIN)/python -m pytest -q
 
 lab: $(READY)           ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/08_tonight.ipynb
 
 lint: $(READY)          ## ruff
 	$(BIN)/ruff check .

@@ -9,7 +9,8 @@ from pathlib import Path
 from vitlab.files import atomic_write, read_lines
 
 HERE = Path(__file__).parent
-PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "prune_and_merge.md", HERE.parent / "docs" / "search.md")
+PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "prune_and_merge.md", HERE.parent / "docs" / "search.md",
+         HERE.parent / "docs" / "off_the_shelf.md")
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -106,10 +107,24 @@ def search_quality(rows: list[dict]) -> str:
     return _table(["MACs", "search", "after 20", "after 40", "after 60", "on other images"], body)
 
 
+def off_the_shelf(rows: list[dict]) -> str:
+    """Median (range) over the draws of the calibration images; what needs none has one value."""
+    def top1(r: dict) -> str:
+        draws = r["conditions"]["draws"]
+        return f"{r['top1_pct']:.2f}" + (f" ({min(draws):.2f} to {max(draws):.2f})" if len(draws) > 1 else "")
+
+    def line(r: dict) -> list[str]:
+        timed = r["ratio"] is not None
+        return [r["model"], f"{r['gmacs']:.2f}", top1(r), f"{r['against_dense']:+.2f}", f"{r['distill_loss']:.3f}",
+                f"{r['ratio']:.2f}" if timed else "-", f"{r['conditions']['of_mac_ratio']:.2f}" if timed else "-"]
+    head = ["rule", "GMACs", "top-1 %", "against dense", "distance to dense (nats)", "throughput ratio", "of the MAC ratio"]
+    return _table(head, [line(r) for r in rows])
+
+
 TABLES: dict[str, Callable[[list[dict]], str]] = {
     "published_table": published_table, "published_form": published_table, "boundaries": boundaries, "cifar10": cifar10,
     "token_speed": token_speed, "mdc_table": mdc_table, "joint": joint, "latency": latency, "hsic_speed": hsic_speed,
-    "search_quality": search_quality}
+    "search_quality": search_quality, "off_the_shelf": off_the_shelf}
 
 
 def render(text: str) -> str:

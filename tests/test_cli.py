@@ -67,10 +67,29 @@ def test_search_cut_and_fine_tune_run_from_commands_alone(study, capsys):
     journal = (study / "found/journal.jsonl").read_text()
     code, again, _ = run(capsys, *search)
     assert code == 0 and again == out and (study / "found/journal.jsonl").read_text() == journal
+    code, _, _ = run(capsys, *search[:-2], f"{study}/sensed", "--quiet", "--start", "sensitivity", "--evaluations", "1")
+    assert code == 0 and '"by": "sensitivity"' in (study / "sensed/journal.jsonl").read_text()
+    code, _, error = run(capsys, *search[:-2], f"{study}/other", "--quiet", "--start", "sensitivity", "--strategy", "random")
+    assert code == 2 and 'a start of strategy "gp"' in error
     code, _, _ = run(capsys, "finetune", *base, "--teacher", f"{study}/dense", "--recipe", "digits_pm", "--plan",
                      f"{study}/found/plan.json", "--out", f"{study}/joint", *QUICK)
     assert code == 0
     assert checkpoint.load(study / "joint").plan.blocks == CompressionPlan.load(study / "found/plan.json").blocks
+
+
+def test_calibration_runs_from_the_command_alone_and_prints_what_it_gained(study, capsys):
+    run(capsys, "score", "--checkpoint", f"{study}/dense", "--data", "digits", "--of", "units", "--criterion", "weight", "--out",
+        f"{study}/w.safetensors", "--quiet")
+    run(capsys, "prune", "--checkpoint", f"{study}/dense", "--unit-scores", f"{study}/w.safetensors", "--neuron-ratio", "0.5",
+        "--out", f"{study}/half")
+    base = ["calibrate", "--checkpoint", f"{study}/dense", "--plan", f"{study}/half/checkpoint/plan.json", "--data", "digits",
+            "--images", "64", "--out", f"{study}/calibrated"]
+    code, out, _ = run(capsys, *base)
+    assert code == 0 and "on images set apart: cut " in out and ", refitted " in out and "distilled" not in out
+    code, out, _ = run(capsys, *base, "--minutes", "0.02")
+    assert code == 0 and checkpoint.load(study / "calibrated").info["made_by"]["minutes"] == 0.02
+    code, _, err = run(capsys, *base, "--minutes", "-1")
+    assert code == 2 and "'-1' is not a number of minutes" in err
 
 
 def test_published_form_is_a_flag_away(study, capsys):

@@ -88,12 +88,13 @@ def test_all_notebooks_run_and_leave_their_artefacts(demo):
     for name in ("dense/checkpoint/plan.json", "scores.safetensors", "pruned/checkpoint/weights.safetensors",
                  "finetuned/checkpoint/checkpoint.json", "deployed/weights.safetensors", "unit_scores.safetensors",
                  "units/checkpoint/weights.safetensors", "sensitivity.jsonl", "search/gp/journal.jsonl", "search/random/plan.json",
-                 "joint_finetuned/checkpoint/checkpoint.json", "report.html"):
+                 "joint_finetuned/checkpoint/checkpoint.json", "tonight/offers.jsonl",
+                 "tonight/deployed/weights.safetensors", "report.html"):
         assert (demo / name).stat().st_size > 0, name
     drawn = {p.stem for p in (demo / "figures").glob("*.png")}
     assert {"01_training", "02_scores", "03_kept_counts", "03_merge_map_china", "04_training", "05_unit_scores", "05_rollouts",
             "05_redundancy", "05_sensitivity", "06_incumbents", "06_gp_slices", "06_acquisition", "06_parallel", "06_plan",
-            "06_pareto_gmacs", "06_pareto_latency_ms", "07_training", "90_accuracy_cost"} <= drawn
+            "06_pareto_gmacs", "06_pareto_latency_ms", "07_training", "08_curves", "08_offers", "08_plan", "90_accuracy_cost"} <= drawn
     executed = [json.loads((demo / "notebooks" / f"{n}.ipynb").read_text()) for n in DEMO]
     assert all(c["execution_count"] for nb in executed for c in nb["cells"] if c["cell_type"] == "code" and c["source"])
 
@@ -101,7 +102,8 @@ def test_all_notebooks_run_and_leave_their_artefacts(demo):
 def test_the_demo_table_has_every_figure_that_it_promises(demo):
     rows = read_rows(demo / "results.jsonl")
     assert [r.model for r in rows] == ["dense", "keep 0.6, off the shelf", "keep 0.6, fine-tuned", "heads and neurons, off the shelf",
-                                       "joint plan, off the shelf", "joint plan, fine-tuned"]
+                                       "joint plan, off the shelf", "joint plan, fine-tuned", rows[-1].model]
+    assert rows[-1].model.startswith("tonight, ") and rows[-1].gmacs <= 0.6 * rows[0].gmacs
     for row in rows:
         assert None not in (row.top1_pct, row.gmacs, row.params_m, row.throughput_img_s, row.ratio) and row.split == "test"
     assert rows[0].ratio == 1 and rows[1].gmacs == rows[2].gmacs < rows[0].gmacs

@@ -13,9 +13,11 @@ from vitlab.files import InputError, read_lines
 from vitlab.models import shape_of
 from vitlab.plan import CompressionPlan
 from vitlab.search.published import POLICIES
+from vitlab.search.sensitivity import SENSITIVITY
 from vitlab.search.strategies import Settings
 from vitlab.training import checkpoint
-from vitlab.workbench import cutting, searching, steps
+from vitlab.training.objective import PlanObjective
+from vitlab.workbench import calibrating, cutting, searching, steps
 
 FEW = {"device": "cpu", "progress": False, "workers": 0}
 SHORT = Settings(population=3, evaluations=5, candidates=20, refinements=1)
@@ -103,6 +105,32 @@ def test_a_search_leaves_a_plan_that_meets_the_budget_and_goes_on_where_it_was_k
     again = searching.search(found, data, tmp_path / "b", **options)
     assert [(e.policy, e.value, e.by) for e in again.evaluations] == [(e.policy, e.value, e.by) for e in study.evaluations]
     assert (tmp_path / "a" / searching.PLAN).read_text() == (tmp_path / "b" / searching.PLAN).read_text()
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+def test_a_search_from_sensitivity_begins_in_the_budget_and_goes_on_where_it_was_killed(tmp_path, data, monkeypatch, compensated):
+    found, options = dense_checkpoint(), {"macs_ratio": 0.7, "options": dataclasses.replace(SHORT, initial="sensitivity"), "images": 24,
+                                          "score_images": 32, "metric": "distill_loss", "compensated": compensated, **FEW}
+    study = searching.search(found, data, tmp_path / "a", **options)
+    assert [e.by for e in study.evaluations] == ["sensitivity"] + ["population"] * 2 + ["gp"] * 2      # half of 3 of the population
+    assert study.budget.meets(np.array(study.evaluations[0].policy)).all()
+    rows = read_lines(tmp_path / "a" / SENSITIVITY)
+    assert {row["dimension"] for row in rows} == {"", *study.space.names} and rows[0]["value"] == pytest.approx(0, abs=1e-6)
+    assert all(row["loss"] >= 0 and row["saved"] > 0 for row in rows[1:])
+    whole, calls = PlanObjective.__call__, []
+
+    def killed(self, plan):
+        calls.append(plan)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return whole(self, plan)
+    monkeypatch.setattr(PlanObjective, "__call__", killed)
+    with pytest.raises(KeyboardInterrupt):
+        searching.search(found, data, tmp_path / "b", **options)
+    again = searching.search(found, data, tmp_path / "b", **options)
+    assert len(calls) == len(rows) + len(study.evaluations) + 1                 # the killed one alone is begun twice
+    assert [(e.policy, e.value, e.by) for e in again.evaluations] == [(e.policy, e.value, e.by) for e in study.evaluations]
+    assert read_lines(tmp_path / "b" / SENSITIVITY) == rows
 
 
 def test_a_search_never_reads_the_held_out_split(tmp_path, data, monkeypatch):
@@ -199,7 +227,7 @@ def test_calibration_writes_the_refitted_model_of_the_plan(tmp_path, data):
     study = searching.search(found, data, tmp_path / "s", macs_ratio=0.6, compensated=True, criterion="reconstruction", options=SHORT,
                              images=24, score_images=32, **FEW)
     plan = study.folder / searching.PLAN
-    made = cutting.calibrate(found, data, tmp_path / "out", plan, images=32, **FEW)
+    made = calibrating.calibrate(found, data, tmp_path / "out", plan, images=32, **FEW)
     plain = steps.prune(found, None, tmp_path / "plain", plan=plan)
     assert made.plan.blocks == plain.plan.blocks and macs(made.plan) == macs(plain.plan)
     x, _ = next(iter(steps.open_data(data).batches("val", found.model, workers=0)))

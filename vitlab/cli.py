@@ -12,7 +12,7 @@ from vitlab.files import InputError
 from vitlab.options import build_parser
 
 DEMO = ("00_check_setup", "01_baseline", "02_token_scores", "03_prune_and_merge", "04_finetune", "05_heads_and_neurons", "06_search",
-        "07_prune_what_was_found", "90_results")
+        "07_prune_what_was_found", "08_tonight", "90_results")
 
 
 def _recipe(args: argparse.Namespace) -> Any:
@@ -87,7 +87,7 @@ def _print_cut(plan: Any, out: str) -> None:
         values = getattr(counts, name).tolist()
         if min(values) < total:
             print(f"{'tokens' if name == 'attended' else name} per block {values}, of {total}")
-    print(f"checkpoint: {out}/checkpoint")
+    print(f"checkpoint: {out}")
 
 
 def _prune(args: argparse.Namespace) -> None:
@@ -111,7 +111,7 @@ def _prune(args: argparse.Namespace) -> None:
     else:
         found = steps.prune(_source(args), args.scores, args.out, plan=args.plan, **chosen)
     if not args.quiet:
-        _print_cut(found.plan, args.out)
+        _print_cut(found.plan, f"{args.out}/checkpoint")
 
 
 def _finetune(args: argparse.Namespace) -> None:
@@ -128,7 +128,7 @@ def _search(args: argparse.Namespace) -> None:
     from vitlab.search.strategies import settings
     from vitlab.workbench import searching
     options = settings(args.settings)
-    changes = {k: getattr(args, k) for k in ("evaluations", "population") if getattr(args, k) is not None}
+    changes = {k: getattr(args, k) for k in ("evaluations", "population", "initial") if getattr(args, k) is not None}
     if args.latency_ms is None and (args.batch_size or args.dtype):
         raise InputError("--batch-size and --dtype are those of a latency; they go with --latency-ms")
     if args.published_count and args.latency_ms is not None:
@@ -140,7 +140,7 @@ def _search(args: argparse.Namespace) -> None:
     study = searching.search(
         _source(args), args.data, args.out, limit=limit, macs_ratio=args.macs_ratio, cost=cost,
         units=tuple(u for u in args.units.split(",") if u not in ("", "none")), tokens=args.tokens, max_ratio=args.max_ratio,
-        strategy=args.strategy,
+        read_out=args.read_out, strategy=args.strategy,
         options=dataclasses.replace(options, **changes), metric=args.metric, criterion=args.criterion, compensated=args.compensate,
         images=args.images,
         batch_size=args.batch_size or 32, dtype=args.dtype or "float32",
@@ -150,11 +150,22 @@ def _search(args: argparse.Namespace) -> None:
           + ", ".join(f"{k} {v:.4g}" for k, v in best.measures.items()) + f" on a slice of train\nplan: {args.out}/{searching.PLAN}")
 
 
-def _calibrate(args: argparse.Namespace) -> None:
-    from vitlab.workbench import cutting
-    found = cutting.calibrate(_source(args), args.data, args.out, args.plan, images=args.images, **_data(args))
+def _tonight(args: argparse.Namespace) -> None:
+    from vitlab.workbench import tonight
+    found = tonight.tonight(_source(args), args.data, args.out, gmacs=args.gmacs, macs_ratio=args.macs_ratio,
+                            evaluations=args.evaluations, minutes=args.minutes, images=args.images, **_data(args))
     if not args.quiet:
-        _print_cut(found.plan, args.out)
+        _print_cut(found.plan, f"{args.out}/{tonight.DEPLOYED}")
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    from vitlab.workbench import calibrating
+    found = calibrating.calibrate(_source(args), args.data, args.out, args.plan, images=args.images, minutes=args.minutes, **_data(args))
+    if not args.quiet:
+        made_by = found.info["made_by"]
+        print("KL(dense || compressed) on images set apart: " + ", ".join(f"{name} {made_by[f'kl_{name}']:.4f}" for name in
+                                                                         ("cut", "refitted", "distilled") if f"kl_{name}" in made_by))
+        _print_cut(found.plan, f"{args.out}/checkpoint")
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -192,13 +203,13 @@ def _demo(args: argparse.Namespace) -> None:
     print(f"report: {args.out}/report.html")
 
 
-COMMANDS = {"pretrain": _pretrain, "score": _score, "prune": _prune, "search": _search, "calibrate": _calibrate, "finetune": _finetune,
-            "evaluate": _evaluate, "throughput": _throughput, "recipes": _recipes, "demo": _demo}
+COMMANDS = {"pretrain": _pretrain, "score": _score, "prune": _prune, "search": _search, "tonight": _tonight, "calibrate": _calibrate,
+            "finetune": _finetune, "evaluate": _evaluate, "throughput": _throughput, "recipes": _recipes, "demo": _demo}
 
 
 def execute(args: argparse.Namespace) -> None:
     """Do one parsed command. Raises InputError."""
-    if args.command in ("prune", "calibrate", "search", "finetune"):
+    if args.command in ("prune", "calibrate", "search", "finetune", "tonight"):
         _check_apart(args)
     if getattr(args, "out", None):
         _check_out(args.out, wants_file=args.command == "score")

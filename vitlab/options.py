@@ -48,7 +48,8 @@ def _model_options(parser: argparse.ArgumentParser, name: str = "--checkpoint") 
 
 def _data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=given, required=True, metavar="DATA",
-                        help="'digits' (embedded), a folder with train/ and val/, validation/ or test/, or hfds/NAME, wds/NAME, ...")
+                        help="'digits' (embedded), a folder with train/ and val/, validation/ or test/, or hfds/NAME, wds/NAME, ...; "
+                             "where labels are not needed, also a folder of images alone")
     parser.add_argument("--class-map", type=given, metavar="FILE",
                         help="JSON of class folder: class number (default: DATA/class_index.json)")
     parser.add_argument("--workers", type=_number(int, 0, 256, "an integer from 0 to 256"), metavar="N",
@@ -130,7 +131,9 @@ def build_parser() -> Parser:
     p.add_argument("--published-count", action="store_true", help="count multiply-adds, and rank tokens, as arXiv 2201.00043 does")
     p.add_argument("--units", default="neurons,heads", metavar="LIST", help="neurons,heads or one of them or none (default: both)")
     p.add_argument("--tokens", default="select", metavar="NAME",
-                   help="none, select, merge or share, with _per_stage for ratios of their own (default: select)")
+                   help="none, select, merge, share or match, the last four with _per_stage for ratios of their own (default: select)")
+    p.add_argument("--read-out", action="store_true",
+                   help="the last block computes what a classifier on the class token reads, and no more: exact, fewer multiply-adds")
     p.add_argument("--max-ratio", type=_number(float, 1e-3, 0.999, "a fraction from 0.001 to 0.999"), default=0.5, metavar="R",
                    help="largest ratio; int(count * (1 - ratio)) stay, so of few heads one may go (default: 0.5, as published)")
     p.add_argument("--strategy", default="gp", metavar="NAME", help="gp, random or uniform (default: gp)")
@@ -138,6 +141,8 @@ def build_parser() -> Parser:
     p.add_argument("--evaluations", type=count, metavar="N", help="policies measured in all (default: the settings')")
     p.add_argument("--population", type=_number(int, 2, 10**6, "an integer of at least 2"), metavar="N",
                    help="policies before the Gaussian process proposes (default: the settings')")
+    p.add_argument("--start", dest="initial", choices=("varied", "random", "sensitivity"),
+                   help="how the population is drawn; sensitivity: each dimension is measured alone first (default: the settings')")
     p.add_argument("--metric", choices=("top1_pct", "distill_loss"), default="top1_pct", help="what is optimised (default: top1_pct)")
     p.add_argument("--criterion", default="hsic", metavar="NAME", help="that ranks heads and neurons (default: hsic)")
     p.add_argument("--compensate", action="store_true", help="refit what is left of each cut layer before a policy is measured")
@@ -147,11 +152,27 @@ def build_parser() -> Parser:
     p.add_argument("--out", type=given, required=True, metavar="STUDY", help="folder of the study")
     _run_options(p)
 
-    p = add("calibrate", "Compress by a plan and refit what is left of heads and neurons: closed form, no labels, no training.")
+    p = add("tonight", "From a dense model and images without labels to a smaller model that is ready: offers, search, calibration.")
+    _model_options(p)
+    _data_options(p)
+    group = p.add_mutually_exclusive_group()
+    group.add_argument("--gmacs", type=positive, help="budget: 10^9 multiply-adds per image")
+    group.add_argument("--macs-ratio", type=ratio, default=0.6, help="budget: fraction of the dense model's multiply-adds (default: 0.6)")
+    p.add_argument("--evaluations", type=_number(int, 0, 10**6, "an integer from 0"), default=40, metavar="N",
+                   help="plans measured in the search of the best rule; 0: none (default: 40)")
+    p.add_argument("--minutes", type=_number(float, 0, 1e6, "a number of minutes from 0"), default=10, metavar="M",
+                   help="self-distillation, at most so long (default: 10)")
+    p.add_argument("--images", type=count, default=256, help="of train, that plans are measured on (default: 256)")
+    p.add_argument("--out", type=given, required=True, metavar="RUN", help="run folder; the model is in deployed/")
+    _run_options(p)
+
+    p = add("calibrate", "Compress by a plan and refit what is left, without labels: closed form, then a short self-distillation.")
     _model_options(p)
     p.add_argument("--plan", type=given, required=True, metavar="FILE", help="a plan.json by which a dense SOURCE is compressed")
     _data_options(p)
-    p.add_argument("--images", type=count, default=1000, help="slice of train that it is refitted on (default: 1000)")
+    p.add_argument("--images", type=count, default=1000, help="slice of train for it, a tenth set apart (default: 1000)")
+    p.add_argument("--minutes", type=_number(float, 0, 1e6, "a number of minutes from 0"), default=0, metavar="M",
+                   help="self-distillation afterwards, at most so long (default: 0, none)")
     p.add_argument("--out", type=given, required=True, metavar="RUN", help="run folder for the checkpoint")
     _run_options(p)
 

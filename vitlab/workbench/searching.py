@@ -1,5 +1,5 @@
 """The search under a budget, from a model and images to a study and its plan."""
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,8 @@ def cost_function(space: SearchSpace, unit: str, model: nn.Module, *, batch_size
 
 def search(source: Source, data: str | Path, out: str | Path, *, limit: float | None = None, macs_ratio: float | None = None,
            cost: str = "gmacs", units: tuple[str, ...] = ("neurons", "heads"), tokens: str = "select",
-           token_settings: dict[str, Any] | None = None, max_ratio: float = MAX_RATIO, strategy: str = "gp",
+           token_settings: dict[str, Any] | None = None, max_ratio: float = MAX_RATIO,
+           read_out: bool = False, strategy: str = "gp",
            options: Settings | None = None, metric: str = "top1_pct", criterion: str = "hsic", compensated: bool = False,
            images: int = 1000,
            score_images: int = 512, batch_size: int = 32, dtype: str = "float32", seed: int = 0, device: str | None = None,
@@ -61,13 +62,15 @@ def search(source: Source, data: str | Path, out: str | Path, *, limit: float | 
     Units are ranked by `criterion`, patches, where tokens merge, by gradient-weighted attention, both on score_images of
     train; at most max_ratio of anything is cut. Policies are measured on `images` others of train, and the best one's plan goes
     to out/plan.json. With `compensated`, what is left of each cut layer is refitted before measuring (`calibrate` does it for the
-    plan found). A killed search goes on when called again. batch_size and dtype are those of a latency. Raises InputError for a
+    plan found). A killed search goes on when called again; with options of initial "sensitivity" each dimension is
+    measured alone first, by the same objective. batch_size and dtype are those of a latency. Raises InputError for a
     budget that can't be met.
     """
     found, out = open_dense(source), Path(out)
     opened, place = open_matching(data, found, class_map), pick_device(device)
     shape = shape_of(found.model)
-    space = SearchSpace(shape=shape, units=tuple(units), tokens=tokens, settings=token_settings or {}, max_ratio=max_ratio)
+    space = SearchSpace(shape=shape, units=tuple(units), tokens=tokens, settings=token_settings or {}, max_ratio=max_ratio,
+                        read_out=read_out)
     if (limit is None) == (macs_ratio is None):
         raise InputError("either a limit or a ratio of the dense model's cost is needed, not both")
     price = cost_function(space, cost, found.model, batch_size=batch_size, dtype=dtype, device=place, progress=progress)
@@ -79,7 +82,8 @@ def search(source: Source, data: str | Path, out: str | Path, *, limit: float | 
     study = Study(out, space, budget, strategy=strategy, options=options, seed=seed, about=about)
     scores = _scores_of(study, found.model, opened, place, workers, progress)
     refitted = compensated and space.units
-    build = {"build": _refitting(found.model, opened, space.units, score_images, seed, place, workers)} if refitted else {}
+    scored = opened.batches("train", found.model, limit=score_images, seed=seed, workers=workers)
+    build = {"build": refitting(found.model, scored, space.units, place)} if refitted else {}
     objective = slice_objective(found.model, opened, images, seed, metric, place, workers, **build)
     best = study.run(lambda policy: objective(space.plan(policy, **scores)), progress=progress)
     made_by = {"method": "search", "strategy": strategy, "cost": cost, "limit": limit, "evaluation": best.index, "value": best.value,
@@ -88,11 +92,10 @@ def search(source: Source, data: str | Path, out: str | Path, *, limit: float | 
     return study
 
 
-def _refitting(model: nn.Module, data: ImageData, units: tuple[str, ...], images: int, seed: int, device: torch.device,
-               workers: int | None) -> Callable[[nn.Module, CompressionPlan], nn.Module]:
+def refitting(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], units: tuple[str, ...], device: torch.device,
+              ) -> Callable[[nn.Module, CompressionPlan], nn.Module]:
     """compress with closed-form compensation, from moments of the dense model that are gathered once."""
     layers = [(index, kind) for index in range(len(model.blocks)) for kind in units]
-    batches = data.batches("train", model, limit=images, seed=seed, workers=workers)
     moments = gather_moments(model.to(device).eval(), batches, layers, device=device, amp=amp_of(model))
     return lambda dense, plan: compensate(dense, plan, (), moments=moments, progress=False)
 

@@ -1,0 +1,215 @@
+"""What can I have tonight? Plans by every rule at several budgets from a few images without labels, and one of them made ready.
+
+Each dimension of a rule is cut alone and measured once; from these curves `allocate` makes the plan of any budget.
+"""
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from vitlab import cost
+from vitlab.cost import macs_of
+from vitlab.files import InputError, atomic_write
+from vitlab.models import deploy, shape_of
+from vitlab.plan import CompressionPlan
+from vitlab.plots import save_figure, trade_offs
+from vitlab.search import Budget, SearchSpace, Study
+from vitlab.search.allocation import allocate
+from vitlab.search.sampling import Problem
+from vitlab.search.sensitivity import SENSITIVITY, measure_alone
+from vitlab.search.strategies import Settings
+from vitlab.shape import POOL_TOKEN
+from vitlab.training import checkpoint
+from vitlab.training.capture import token_scores
+from vitlab.training.checkpoint import Checkpoint
+from vitlab.training.loop import fingerprint
+from vitlab.training.units import unit_scores
+from vitlab.workbench.calibrating import calibrate
+from vitlab.workbench.cutting import open_dense, slice_objective
+from vitlab.workbench.searching import refitting
+from vitlab.workbench.steps import Source, open_matching, pick_device
+
+# name: (units, tokens) of its search space
+RULES = {"merging by content": ((), "match_per_stage"), "shared updates": ((), "share"), "neurons": (("neurons",), "none"),
+         "heads and neurons": (("heads", "neurons"), "none"), "all together": (("heads", "neurons"), "match_per_stage")}
+RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+MAX_RATIO, TOLERANCE = 0.75, 0.05
+SURVEY, OFFERS, DEPLOYED = "survey", "offers.jsonl", "deployed"
+GMACS = "GMACs per image"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """A plan and what it is worth, measured on images of train that it was not made from, mostly."""
+
+    rule: str
+    plan: CompressionPlan
+    gmacs: float
+    agree_pct: float                # images to which the dense model gives the same class, 0 to 100
+    distill_loss: float             # mean KL(dense || compressed), nats
+
+
+class Survey:
+    """The curves of a model's rules on a data set, and the offers that follow from them; curves are kept in `folder`."""
+
+    def __init__(self, source: Source, data: str | Path, folder: str | Path, *, images: int = 256, score_images: int = 512,
+                 seed: int = 0, device: str | None = None, class_map: str | Path | None = None, workers: int | None = None,
+                 progress: bool = True) -> None:
+        """images: of train, to measure on; score_images: others, to score and refit on. Raises InputError for a compressed model."""
+        self.found, self.folder, self.place, self.progress = open_dense(source), Path(folder), pick_device(device), progress
+        self.seed = seed
+        opened = open_matching(data, self.found, class_map, labels=False)
+        self.inputs = fingerprint([opened.files("train"), images, score_images, seed], [self.found.model])
+        model = self.found.model.to(self.place).eval()
+        self.shape = shape_of(model)
+        self.read_out = self.shape.pool == POOL_TOKEN and self.shape.num_prefix_tokens > 0
+        batches = list(opened.batches("train", model, limit=score_images, seed=seed, workers=workers))
+        units = unit_scores(model, batches, criterion="reconstruction", seed=seed, device=self.place, progress=progress)
+        tokens = token_scores(model, own_labels(model, batches, self.place), device=self.place, progress=progress)
+        self.scores = {"heads": units.heads, "neurons": units.neurons, "tokens": tokens}
+        self.objective = slice_objective(model, opened, images, seed, "distill_loss", self.place, workers,
+                                         build=refitting(model, batches, ("heads", "neurons"), self.place))
+        self._curves: dict[tuple[str, str], list[dict[str, Any]]] = {}
+
+    def _problem(self, rule: str, limit: float | None = None) -> Problem:
+        """The space of a rule, under a budget in GMACs; None: any."""
+        if rule not in RULES:
+            raise InputError(f"rule {rule!r} is not known; known are {list(RULES)}")
+        units, tokens = RULES[rule]
+        settings = {"prune_rate": 0.0} if tokens == "share" else {}
+        space = SearchSpace(shape=self.shape, units=units, tokens=tokens, max_ratio=MAX_RATIO, read_out=self.read_out, settings=settings)
+
+        def price(policies: np.ndarray) -> np.ndarray:
+            return macs_of(space.shape, space.counts(policies))["total"] / 1e9
+        most = float(price(np.zeros((1, space.size)))[0])
+        return Problem(space, Budget(limit=most * 0.99 if limit is None else limit, cost=price, max_ratio=space.max_ratio,
+                                     size=space.size, groups=tuple(space.groups), tolerance=TOLERANCE))
+
+    def _name(self, rule: str) -> str:
+        """Of a rule's folder: other images or another model have another."""
+        return f"{rule.replace(' ', '-')}-{self.inputs}"
+
+    def _measure(self, problem: Problem, policy: np.ndarray) -> dict[str, float]:
+        return self.objective(problem.space.plan(policy, **self.scores))
+
+    def curves(self, rule: str) -> list[dict[str, Any]]:
+        """What each dimension of the rule loses when it is cut alone, measured once, for whichever rule."""
+        if rule not in self._curves:
+            problem, path = self._problem(rule), self.folder / self._name(rule) / SENSITIVITY
+            if not path.exists():
+                atomic_write(path, "".join(json.dumps(row) + "\n" for row in self._known(rule)))
+            self._curves[rule] = measure_alone(problem, lambda policy: self._measure(problem, policy), path, progress=self.progress)
+        return self._curves[rule]
+
+    def _known(self, rule: str) -> list[dict[str, Any]]:
+        """Rows of this rule's dimensions that were measured for another rule."""
+        units, tokens = RULES[rule]
+        found = {}
+        for other, rows in self._curves.items():
+            kinds = {"", *units} & {"", *RULES[other][0]} | ({"tokens"} if RULES[other][1] == tokens else set())
+            found |= {(row["dimension"], row["ratio"]): row for row in rows if row["dimension"].split(" ")[0] in kinds}
+        return list(found.values())
+
+    def plan(self, rule: str, gmacs: float) -> CompressionPlan:
+        """The plan of a rule that costs at most `gmacs`. Raises InputError where there is none."""
+        problem, curves = self._problem(rule, gmacs), {}
+        for row in self.curves(rule):
+            curves.setdefault(row["dimension"], []).append((row["ratio"], row["loss"]))
+        policy = allocate(*problem, [curves[name] for name in problem.space.names])
+        return problem.space.plan(policy, **self.scores, made_by={"method": "allocation", "rule": rule, "gmacs": gmacs})
+
+    def offers(self, rules: Iterable[str] = tuple(RULES), ratios: Iterable[float] = RATIOS) -> Iterator[Offer]:
+        """An offer for each rule and each ratio of the dense model's GMACs, as they are measured; budgets that a rule can't meet
+        are left out."""
+        dense = cost.gmacs(CompressionPlan.empty(self.shape))
+        for rule in rules:
+            for ratio in ratios:
+                try:
+                    plan = self.plan(rule, ratio * dense)
+                except InputError:
+                    continue
+                yield self.offer(rule, plan)
+
+    def offer(self, rule: str, plan: CompressionPlan) -> Offer:
+        """What a plan is worth."""
+        found = self.objective(plan)
+        return Offer(rule=rule, plan=plan, gmacs=cost.gmacs(plan), agree_pct=found["agree_pct"], distill_loss=found["distill_loss"])
+
+    def search(self, rule: str, gmacs: float, evaluations: int) -> CompressionPlan:
+        """The plan of a rule that a search finds which starts from `plan`'s; it goes on when it was killed. Raises InputError."""
+        space, budget = problem = self._problem(rule, gmacs)
+        study = Study(self.folder / f"{self._name(rule)}-{gmacs:.6g}", space, budget, seed=self.seed, about={"inputs": self.inputs},
+                      options=Settings(initial="sensitivity", evaluations=evaluations, population=min(10, max(2, evaluations // 2))))
+        if not (study.folder / SENSITIVITY).exists():
+            atomic_write(study.folder / SENSITIVITY, "".join(json.dumps(row) + "\n" for row in self.curves(rule)))
+        best = study.run(lambda policy: self._measure(problem, policy), progress=self.progress)
+        return space.plan(best.policy, **self.scores, made_by={"method": "search", "rule": rule, "gmacs": gmacs, "evaluation": best.index})
+
+
+def tonight(source: Source, data: str | Path, out: str | Path, *, gmacs: float | None = None, macs_ratio: float = 0.6,
+            rules: Sequence[str] = tuple(RULES), ratios: Sequence[float] = RATIOS, evaluations: int = 40, minutes: float = 10,
+            images: int = 256, calibration_images: int = 1000, seed: int = 0, device: str | None = None,
+            class_map: str | Path | None = None, workers: int | None = None, progress: bool = True) -> Checkpoint:
+    """From a dense model and images without labels to a smaller model that is ready: offers of every rule at `ratios` of the
+    dense GMACs (out/offers.jsonl, out/offers.png), the best rule at the budget (`gmacs`, or macs_ratio of the dense model's)
+    searched on for so many evaluations, calibrated for at most so many minutes (`calibrate`), and its deployed form. Returns that
+    checkpoint, out/deployed. Raises InputError for a budget that no rule meets.
+    """
+    found, out = open_dense(source), Path(out)
+    common = {"seed": seed, "device": device, "class_map": class_map, "workers": workers, "progress": progress}
+    survey = Survey(found, data, out / SURVEY, images=images, **common)
+    dense = cost.gmacs(CompressionPlan.empty(survey.shape))
+    limit = macs_ratio * dense if gmacs is None else gmacs
+    offers = list(survey.offers(rules, sorted({*ratios, limit / dense})))
+    write_offers(out, offers)
+    best = best_offer(offers, limit)
+    plan = survey.search(best.rule, limit, evaluations) if evaluations else best.plan
+    return ready(found, data, out, plan, minutes=minutes, images=calibration_images, **common)
+
+
+def best_offer(offers: Sequence[Offer], gmacs: float) -> Offer:
+    """The one nearest to the dense model among those that cost no more. Raises InputError where there is none."""
+    within = [offer for offer in offers if offer.gmacs <= gmacs]
+    if not within:
+        least = f"; {min(offer.gmacs for offer in offers):.4g} is the least" if offers else ""
+        raise InputError(f"no plan was found that costs {gmacs:.4g} GMACs or less{least}")
+    return min(within, key=lambda offer: offer.distill_loss)
+
+
+def write_offers(out: str | Path, offers: Sequence[Offer]) -> None:
+    """out/offers.jsonl, a row each, and out/offers.png."""
+    rows = [{"rule": o.rule, "gmacs": o.gmacs, "agree_pct": o.agree_pct, "distill_loss": o.distill_loss,
+             "plan": json.loads(o.plan.to_json())} for o in offers]
+    atomic_write(Path(out) / OFFERS, "".join(json.dumps(row) + "\n" for row in rows))
+    if offers:
+        save_figure(offers_figure(offers), out, "offers")
+
+
+def offers_figure(offers: Sequence[Offer]) -> Figure:
+    """Agreement with the dense model against GMACs, a line per rule."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for offer in offers:
+        lines.setdefault(offer.rule, []).append((offer.gmacs, offer.agree_pct))
+    dense = cost.gmacs(CompressionPlan.empty(offers[0].plan.shape))
+    return trade_offs({GMACS: lines}, "images classified as by the dense model (%)", {GMACS: (dense, 100.0)})
+
+
+def ready(source: Source, data: str | Path, out: str | Path, plan: CompressionPlan, *, minutes: float = 10, **settings: Any) -> Checkpoint:
+    """Calibrate a plan's model (settings: those of `calibrate`) and write its deployed form to out/deployed; returns that."""
+    found = calibrate(source, data, out, plan, minutes=minutes, **settings)
+    checkpoint.save(Path(out) / DEPLOYED, deploy(found.model), found.plan, classes=found.info.get("classes"),
+                    made_by=found.info["made_by"] | {"step": "tonight"})
+    return checkpoint.load(Path(out) / DEPLOYED)
+
+
+def own_labels(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """The batches with the classes that the model itself gives: labels for scores of images that have none."""
+    with torch.inference_mode():
+        classes = [model(images.to(device)).argmax(dim=1).cpu() for images, _ in batches]
+    return [(images, given.clone()) for (images, _), given in zip(batches, classes)]
