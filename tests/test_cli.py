@@ -7,6 +7,7 @@ import pytest
 
 from vitlab import cli
 from vitlab.plan import CompressionPlan
+from vitlab.rules import ReadOut
 from vitlab.training import checkpoint
 
 QUICK = ["--limit", "64", "--epochs", "1", "--batch-size", "32", "--quiet", "--device", "cpu"]
@@ -203,3 +204,16 @@ def test_help_of_every_command_reads_without_loading_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 8
+
+
+def test_merging_by_content_from_the_command_line_needs_no_images(study, tmp_path, capsys):
+    common = ["prune", "--checkpoint", f"{study}/dense", "--out", str(tmp_path / "run")]
+    code, out, _ = run(capsys, *common, "--match", "0.25", "--read-out")
+    plan = checkpoint.load(tmp_path / "run").plan
+    assert code == 0 and "GMACs deployed" in out and isinstance(plan.blocks[-1].tokens, ReadOut)
+    depth, (first, *_) = len(plan.blocks), [i for i, block in enumerate(plan.blocks) if block.tokens is not None]
+    assert first == depth // 4 and plan.blocks[first].tokens.merged == plan.shape.num_patches - int(plan.shape.num_patches * 0.75)
+    code, _, error = run(capsys, *common, "--match", "0.25", "--keep-rate", "0.5")
+    assert code == 2 and "--keep-rate does not go with --match" in error
+    code, _, error = run(capsys, *common, "--plan", "none.json", "--read-out")
+    assert code == 2 and "--read-out goes with --match" in error

@@ -104,7 +104,13 @@ def _prune(args: argparse.Namespace) -> None:
         raise InputError(f"--{given} merges by --scores of tokens; --unit-scores takes --policy, or --head-ratio, --neuron-ratio and --rho")
     if args.rule == "merge" and args.boundary:
         raise InputError("--boundary is for rule center; rule merge has none")
-    if args.unit_scores:
+    if args.read_out and args.match is None:
+        raise InputError("--read-out goes with --match")
+    if args.match is not None:
+        if chosen or ratios:
+            raise InputError(f"--{given} does not go with --match, which has one number")
+        found = cutting.prune_match(_source(args), args.out, ratio=args.match, read_out=bool(args.read_out))
+    elif args.unit_scores:
         if not ratios:
             raise InputError("--unit-scores needs --policy NAME, or --head-ratio, --neuron-ratio or --rho")
         found = cutting.prune_units(_source(args), args.unit_scores, args.out, **ratios)

@@ -1,5 +1,6 @@
 """What a search measures: top-1, or the distance to the dense model's output, of really cut models on a fixed slice of train."""
 import copy
+import gc
 from collections.abc import Callable, Iterable
 
 import torch
@@ -54,6 +55,8 @@ class PlanObjective:
             agree += int((given.argmax(dim=1) == expected.argmax(dim=1)).sum())
             loss += float(F.nll_loss(given, targets, reduction="sum"))
             distance += float(F.kl_div(given, expected, reduction="sum", log_target=True))
+        del model
+        gc.collect()                                                            # a compressed model may refer to itself, and is large
         measures = {"top1_pct": 100 * top1 / self.images, "distill_loss": distance / self.images, "loss": loss / self.images,
                     "agree_pct": 100 * agree / self.images}
         return {"value": measures["top1_pct"] if self.metric == "top1_pct" else -measures["distill_loss"], **measures}

@@ -91,6 +91,14 @@ def prune_units(source: Source, scores: str | Path | UnitScores, out: str | Path
     return apply_plan(found, plan, out)
 
 
+def prune_match(source: Source, out: str | Path, *, ratio: float, read_out: bool = False) -> Checkpoint:
+    """Compress a dense model by merging tokens by content, the same ratio in each block of the middle half; no images are needed.
+    Writes and returns the checkpoint in `out`."""
+    found = open_dense(source)
+    space = SearchSpace(shape=shape_of(found.model), units=(), tokens="match", read_out=read_out, max_ratio=max(0.5, ratio))
+    return apply_plan(found, space.plan([ratio], made_by={"method": "match", "ratio": ratio, "read_out": read_out}), out)
+
+
 def slice_objective(model: nn.Module, data: ImageData, images: int, seed: int, metric: str, device: torch.device,
                     workers: int | None, **settings: Any) -> PlanObjective:
     """On a slice of train, chosen by seed + 1: other images than the scores are from, mostly. Never on the held-out split.
