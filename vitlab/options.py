@@ -107,7 +107,7 @@ def build_parser() -> Parser:
     group.add_argument("--plan", type=given, metavar="FILE", help="a plan.json to apply as it is")
     group.add_argument("--match", type=ratio, metavar="R",
                        help="merge by content this fraction of the tokens in each block of the middle half; needs no scores")
-    p.add_argument("--read-out", action="store_true", default=None, 
+    p.add_argument("--read-out", action="store_true", default=None,
                    help="with --match: the last block computes what the classifier reads alone")
     p.add_argument("--rule", choices=("center", "merge"), help="default: center")
     p.add_argument("--keep-rate", type=rate, help="fraction of patches that become centers (default: 0.6)")
