@@ -75,7 +75,7 @@ class Survey:
         self.scores = {"heads": units.heads, "neurons": units.neurons, "tokens": tokens}
         self.objective = slice_objective(model, opened, images, seed, "distill_loss", self.place, workers,
                                          build=refitting(model, batches, ("heads", "neurons"), self.place))
-        self._curves: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        self._curves: dict[str, list[dict[str, Any]]] = {}
 
     def _problem(self, rule: str, limit: float | None = None) -> Problem:
         """The space of a rule, under a budget in GMACs; None: any."""
@@ -83,6 +83,8 @@ class Survey:
             raise InputError(f"rule {rule!r} is not known; known are {list(RULES)}")
         units, tokens = RULES[rule]
         settings = {"prune_rate": 0.0} if tokens == "share" else {}
+        if tokens.startswith("match") and not self.shape.num_prefix_tokens:
+            settings = {"protect": 0.0}                                         # no class token whose attention could
         space = SearchSpace(shape=self.shape, units=units, tokens=tokens, max_ratio=MAX_RATIO, read_out=self.read_out, settings=settings)
 
         def price(policies: np.ndarray) -> np.ndarray:
@@ -90,6 +92,11 @@ class Survey:
         most = float(price(np.zeros((1, space.size)))[0])
         return Problem(space, Budget(limit=most * 0.99 if limit is None else limit, cost=price, max_ratio=space.max_ratio,
                                      size=space.size, groups=tuple(space.groups), tolerance=TOLERANCE))
+
+    def _uncut(self, rule: str) -> float:
+        """GMACs where nothing is cut."""
+        space, budget = self._problem(rule)
+        return float(budget.cost(np.zeros((1, space.size)))[0])
 
     def _name(self, rule: str) -> str:
         """Of a rule's folder: other images or another model have another."""
@@ -117,7 +124,10 @@ class Survey:
         return list(found.values())
 
     def plan(self, rule: str, gmacs: float) -> CompressionPlan:
-        """The plan of a rule that costs at most `gmacs`. Raises InputError where there is none."""
+        """The plan of a rule that costs at most `gmacs`; nothing is cut where reading out is enough. Raises InputError where there
+        is none."""
+        if gmacs >= self._uncut(rule):
+            return self._problem(rule).space.plan(np.zeros(self._problem(rule).space.size), **self.scores)
         problem, curves = self._problem(rule, gmacs), {}
         for row in self.curves(rule):
             curves.setdefault(row["dimension"], []).append((row["ratio"], row["loss"]))
@@ -129,6 +139,7 @@ class Survey:
         are left out."""
         dense = cost.gmacs(CompressionPlan.empty(self.shape))
         for rule in rules:
+            self.curves(rule)
             for ratio in ratios:
                 try:
                     plan = self.plan(rule, ratio * dense)
@@ -143,6 +154,8 @@ class Survey:
 
     def search(self, rule: str, gmacs: float, evaluations: int) -> CompressionPlan:
         """The plan of a rule that a search finds which starts from `plan`'s; it goes on when it was killed. Raises InputError."""
+        if gmacs >= self._uncut(rule):
+            return self.plan(rule, gmacs)
         space, budget = problem = self._problem(rule, gmacs)
         study = Study(self.folder / f"{self._name(rule)}-{gmacs:.6g}", space, budget, seed=self.seed, about={"inputs": self.inputs},
                       options=Settings(initial="sensitivity", evaluations=evaluations, population=min(10, max(2, evaluations // 2))))

@@ -1,0 +1,110 @@
+"""The survey of a model without labels, the offers that follow, and the model made ready."""
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from training_fixtures import logits, one_thread, tiny, write_easy_folder  # noqa: F401
+
+from vitlab.cost import gmacs
+from vitlab.files import InputError, read_lines
+from vitlab.models import compress, deploy, shape_of
+from vitlab.plan import CompressionPlan
+from vitlab.rules import Match, ReadOut
+from vitlab.training import checkpoint
+from vitlab.workbench import steps, tonight
+
+FEW = {"device": "cpu", "progress": False, "workers": 0}
+
+
+@pytest.fixture
+def dense():
+    model = tiny()
+    return steps.Checkpoint(model=model, plan=CompressionPlan.empty(shape_of(model)), info={})
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """A folder of images alone."""
+    folder = write_easy_folder(tmp_path / "labelled")
+    alone = tmp_path / "photographs"
+    alone.mkdir()
+    for number, path in enumerate(sorted((folder / "train").rglob("*.png"))):
+        shutil.copy(path, alone / f"{number:03d}.png")
+    return alone
+
+
+@pytest.fixture
+def survey(dense, photographs, tmp_path):
+    return tonight.Survey(dense, photographs, tmp_path / "survey", images=16, score_images=24, **FEW)
+
+
+def test_offers_meet_their_budget_and_say_what_they_are_worth(survey, dense):
+    whole = gmacs(CompressionPlan.empty(survey.shape))
+    offers = list(survey.offers(ratios=(0.8, 0.6)))
+    assert {offer.rule for offer in offers} == set(tonight.RULES)
+    for offer in offers:
+        assert offer.gmacs == gmacs(offer.plan) <= 0.8 * whole and isinstance(offer.plan.blocks[-1].tokens, ReadOut)
+    joint = next(offer for offer in offers[::-1] if offer.rule == "merging by content")
+    assert any(isinstance(block.tokens, Match) for block in joint.plan.blocks[:-1])
+    small, expected = deploy(compress(dense.model, joint.plan)), []
+    for images, _ in survey.objective.batches:
+        expected.append(logits(dense.model, images).argmax(dim=1) == logits(small, images).argmax(dim=1))
+    assert joint.agree_pct == pytest.approx(100 * float(torch.cat(expected).float().mean()))
+
+
+def test_a_cut_is_measured_once_for_all_rules_and_not_again_after_a_kill(survey, dense, photographs, tmp_path, monkeypatch):
+    cuts, measure = [], tonight.Survey._measure
+    monkeypatch.setattr(tonight.Survey, "_measure", lambda self, problem, policy: cuts.append(policy) or measure(self, problem, policy))
+    survey.curves("neurons")
+    survey.curves("merging by content")
+    before = len(cuts)
+    rows = survey.curves("all together")
+    heads = [row for row in rows if row["dimension"].startswith("heads")]
+    assert len(cuts) - before == len(heads) > 0                 # neurons, tokens and the uncut model were known
+    again = tonight.Survey(dense, photographs, tmp_path / "survey", images=16, score_images=24, **FEW)
+    before = len(cuts)
+    assert again.curves("all together") == rows and len(cuts) == before
+    other = tonight.Survey(dense, photographs, tmp_path / "survey", images=12, score_images=24, **FEW)
+    other.curves("neurons")
+    assert len(cuts) > before                                   # other images, other curves
+
+
+def test_the_search_starts_from_the_offer_and_is_no_worse(survey):
+    limit = 0.6 * gmacs(CompressionPlan.empty(survey.shape))
+    plan = survey.search("all together", limit, 6)
+    assert gmacs(plan) <= limit
+    offered = survey.offer("all together", survey.plan("all together", limit))
+    assert survey.offer("all together", plan).distill_loss <= offered.distill_loss + 1e-9
+    study = next(survey.folder.glob("*/journal.jsonl"))
+    assert [line["by"] for line in read_lines(study)][0] == "sensitivity"
+
+
+def test_the_best_offer_is_the_nearest_within_the_budget(survey):
+    plan = CompressionPlan.empty(survey.shape)
+    offers = [tonight.Offer(rule=rule, plan=plan, gmacs=cost, agree_pct=0.0, distill_loss=loss)
+              for rule, cost, loss in (("neurons", 0.5, 0.3), ("shared updates", 0.6, 0.1), ("all together", 0.7, 0.01))]
+    assert tonight.best_offer(offers, 0.6).rule == "shared updates"
+    with pytest.raises(InputError, match="no plan was found that costs 0.1 GMACs or less; 0.5 is the least"):
+        tonight.best_offer(offers, 0.1)
+
+
+def test_from_images_alone_to_a_deployed_model(dense, photographs, tmp_path):
+    found = tonight.tonight(dense, photographs, tmp_path / "out", macs_ratio=0.6, rules=("merging by content",), ratios=(0.8,),
+                            evaluations=3, minutes=0, images=16, calibration_images=40, **FEW)
+    assert gmacs(found.plan) <= 0.6 * gmacs(CompressionPlan.empty(found.plan.shape))
+    read = checkpoint.load(tmp_path / "out" / tonight.DEPLOYED)
+    x = torch.randn(2, 3, *found.plan.shape.img_size, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(logits(read.model, x), logits(found.model, x)) and np.isfinite(found.info["made_by"]["kl_refitted"])
+    rows = list(read_lines(tmp_path / "out" / tonight.OFFERS))
+    assert [row["rule"] for row in rows] == ["merging by content"] * 2 and (tmp_path / "out/offers.png").stat().st_size > 0
+    assert CompressionPlan.from_json(rows[0]["plan"]).shape == found.plan.shape
+
+
+def test_a_compressed_model_or_an_unknown_rule_is_refused(survey, dense, photographs, tmp_path):
+    with pytest.raises(InputError, match="rule 'pruning' is not known.*merging by content"):
+        survey.curves("pruning")
+    plan = survey.plan("merging by content", 0.7 * gmacs(CompressionPlan.empty(survey.shape)))
+    small = steps.Checkpoint(model=compress(dense.model, plan), plan=plan, info={})
+    with pytest.raises(InputError, match="already compressed"):
+        tonight.Survey(small, photographs, tmp_path / "other", **FEW)
