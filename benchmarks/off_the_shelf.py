@@ -228,19 +228,25 @@ class Bench:
 
 
 def draw(rows: list[dict]) -> None:
-    """docs/off_the_shelf.png: top-1 against GMACs and against images/s."""
+    """docs/off_the_shelf.png: top-1 against GMACs and against images/s; docs/off_the_shelf_distance.png: the distance to dense."""
+    _draw(rows, "top1_pct", "top-1 on 650 validation images (%)", (55, 82), "linear", "off_the_shelf")
+    _draw(rows, "distill_loss", "distance to the dense model (nats)", (1.3, 8e-4), "log", "off_the_shelf_distance")
+
+
+def _draw(rows: list[dict], value: str, ylabel: str, limits: tuple[float, float], scale: str, name: str) -> None:
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {"GMACs per image": {}, "images per second (float32, batch 32)": {}}
     dense = next(r for r in rows if r["model"] == "dense")
     for row in rows:
         for label, key in zip(panels, ("gmacs", "throughput_img_s")):
             if row[key] and row is not dense:
-                panels[label].setdefault(row["family"], []).append((row[key], row["top1_pct"]))
+                panels[label].setdefault(row["family"], []).append((row[key], row[value]))
     panels = {label: lines for label, lines in panels.items() if lines}
     keys = dict(zip(panels, ("gmacs", "throughput_img_s")))
-    figure = trade_offs(panels, "top-1 on 650 validation images (%)", {label: (dense[keys[label]], dense["top1_pct"]) for label in panels})
+    figure = trade_offs(panels, ylabel, {label: (dense[keys[label]], dense[value]) for label in panels})
     for axis in figure.get_axes():
-        axis.set_ylim(55, 82)
-    save_figure(figure, DOCS, "off_the_shelf")
+        axis.set_yscale(scale)
+        axis.set_ylim(*limits)
+    save_figure(figure, DOCS, name)
 
 
 if __name__ == "__main__":

@@ -121,16 +121,23 @@ def off_the_shelf(rows: list[dict]) -> str:
     return _table(head, [line(r) for r in rows])
 
 
+def off_the_shelf_short(rows: list[dict]) -> str:
+    """Without the points that only the figure needs."""
+    peers = ("dense", "ToMe, r 13", "ToMe, r 16", "merging by content, one ratio, 0.75", "Prune and Merge, keep 0.6", "shared updates, keep 0.6")
+    return off_the_shelf([r for r in rows if r["model"] in peers or "searched" in r["model"]])
+
+
 TABLES: dict[str, Callable[[list[dict]], str]] = {
     "published_table": published_table, "published_form": published_table, "boundaries": boundaries, "cifar10": cifar10,
     "token_speed": token_speed, "mdc_table": mdc_table, "joint": joint, "latency": latency, "hsic_speed": hsic_speed,
-    "search_quality": search_quality, "off_the_shelf": off_the_shelf}
+    "search_quality": search_quality, "off_the_shelf": off_the_shelf,
+    "off_the_shelf_short": off_the_shelf_short}
 
 
 def render(text: str) -> str:
     """A page's text with every table in it made anew."""
     for name, make in TABLES.items():
-        rows = read_lines(HERE / "results" / f"{name}.jsonl")
+        rows = read_lines(HERE / "results" / f"{name.removesuffix('_short')}.jsonl")
         if rows and f"<!-- table: {name} -->" in text:
             before, mark, after = text.partition(f"<!-- table: {name} -->\n")
             text = before + mark + make(rows) + "\n" + after[after.index("<!-- end -->"):]

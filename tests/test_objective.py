@@ -34,16 +34,18 @@ def softmax(logits: list[float]) -> list[float]:
 def slow(model: torch.nn.Module, plan: CompressionPlan, batches: list) -> dict[str, float]:
     """The training form, which is not deployed, one image at a time in float64."""
     dense, cut = copy.deepcopy(model).double(), compress(model, plan).double().eval()
-    right, loss, distance, count = 0, 0.0, 0.0, 0
+    right, same, loss, distance, count = 0, 0, 0.0, 0.0, 0
     for x, targets in batches:
         for image, target in zip(x, targets.tolist()):
             with torch.no_grad():
                 p, q = (softmax(m(image[None].double())[0].tolist()) for m in (dense, cut))
             right += q.index(max(q)) == target
+            same += q.index(max(q)) == p.index(max(p))
             loss += -math.log(q[target])
             distance += sum(a * math.log(a / b) for a, b in zip(p, q))                  # KL(dense || cut)
             count += 1
-    return {"top1_pct": 100 * right / count, "loss": loss / count, "distill_loss": distance / count}
+    return {"top1_pct": 100 * right / count, "loss": loss / count, "distill_loss": distance / count,
+            "agree_pct": 100 * same / count}
 
 
 @pytest.mark.parametrize("layout", ["-mm--", "--s--", "-----", "mm-s-"])
@@ -54,7 +56,7 @@ def test_measures_are_those_of_every_image_alone(sample, random_plan, family, la
     wanted = slow(model, plan, batches)
     for metric, sign in (("top1_pct", 1), ("distill_loss", -1)):
         given = PlanObjective(model, batches, metric=metric)(plan)
-        assert set(given) == {"value", "top1_pct", "distill_loss", "loss"} and all(type(v) is float for v in given.values())
+        assert set(given) == {"value", "top1_pct", "distill_loss", "loss", "agree_pct"} and all(type(v) is float for v in given.values())
         # float32 logits of about 3, through five blocks of unit gain: 1e-5; classes are further apart than that.
         assert {k: given[k] for k in wanted} == pytest.approx(wanted, abs=1e-4, rel=1e-4)
         assert given["value"] == sign * given[metric]
