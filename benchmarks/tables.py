@@ -123,7 +123,8 @@ def off_the_shelf(rows: list[dict]) -> str:
 
 def off_the_shelf_short(rows: list[dict]) -> str:
     """Without the points that only the figure needs."""
-    peers = ("dense", "ToMe, r 13", "ToMe, r 16", "merging by content, one ratio, 0.75", "Prune and Merge, keep 0.6", "shared updates, keep 0.6")
+    peers = ("dense", "ToMe, r 13", "ToMe, r 16", "merging by content, one ratio, 0.75", "Prune and Merge, keep 0.6",
+             "shared updates, keep 0.6")
     return off_the_shelf([r for r in rows if r["model"] in peers or "searched" in r["model"]])
 
 
