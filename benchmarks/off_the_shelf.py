@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vitlab import cost, matching
 from vitlab.criteria.planning import prune_and_merge
-from vitlab.files import append_line, atomic_write, read_lines
+from vitlab.files import append_line, atomic_write, read_lines, write_lines
 from vitlab.models import compress, deploy
 from vitlab.models.match import Merged, size_mask
 from vitlab.plan import CompressionPlan
@@ -223,7 +223,7 @@ class Bench:
                                     "dtype": "bfloat16" if self.amp else "float32", "speed": speed["conditions"],
                                     "of_mac_ratio": timed["ratio"] * gmacs / dense["gmacs"] if timed else None}}
             out.append(found)
-        atomic_write(RESULTS, "".join(json.dumps(row) + "\n" for row in out))
+        write_lines(RESULTS, out)
         draw(out)
 
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from comparing import killed_after
 from test_search_budget import DEIT_TI, MODES, budget_of, shape_of_size, toy
 
 from vitlab.files import InputError, append_line, read_lines
@@ -133,14 +134,8 @@ def test_every_dimension_is_measured_alone_at_its_levels(tmp_path):
 @pytest.mark.parametrize("stop", [0, 1, 6, 12])
 def test_a_killed_measurement_goes_on_and_measures_each_once(tmp_path, stop):
     path, calls = tmp_path / SENSITIVITY, []
-
-    def interrupted(policy: np.ndarray) -> dict[str, float]:
-        if len(calls) == stop:
-            raise KeyboardInterrupt
-        calls.append(tuple(policy))
-        return objective(policy)
     with pytest.raises(KeyboardInterrupt):
-        measure_alone(PROBLEM, interrupted, path, progress=False)
+        measure_alone(PROBLEM, killed_after(stop, objective, calls), path, progress=False)
     with open(path, "a") as file:
         file.write('{"dimension": "neurons 2", "ratio": 0.')                      # what a kill leaves of a line
     rows = measure_alone(PROBLEM, lambda p: calls.append(tuple(p)) or objective(p), path, progress=False)

@@ -7,7 +7,7 @@ import random
 import pytest
 import timm
 import torch
-from comparing import logits, relative
+from comparing import gradient_and_slope, logits, relative
 from conftest import random_rule
 from torch import nn
 
@@ -374,24 +374,10 @@ def test_intermediates_of_a_deployed_model_are_there_only_where_the_grid_is(tiny
 def test_gradients_are_the_slope_of_the_output(tiny_vit, family, images):
     dense = double(tiny_vit(family))
     model, x = compress(dense, matching(shape_of(dense))), double(images(dense))
-    model(x).square().sum().backward()
-    got, generator, step = 0.0, torch.Generator().manual_seed(0), 1e-7
-    moved = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in model.named_parameters() if p.grad is not None}
-    assert not [n for n, _ in model.named_parameters() if n not in moved and not n.startswith("head_dist")]
-    for name, parameter in model.named_parameters():
-        if name in moved:
-            assert bool(torch.isfinite(parameter.grad).all())
-            got += float((parameter.grad * moved[name]).sum())
-
-    def value(sign: int) -> float:
-        other = copy.deepcopy(model)
-        with torch.no_grad():
-            for name, parameter in other.named_parameters():
-                if name in moved:
-                    parameter.add_(sign * step * moved[name])
-        return float(logits(other, x).square().sum())
+    got, slope, still = gradient_and_slope(model, x)
+    assert not [n for n in still if not n.startswith("head_dist")]
     # The central difference errs by step^2 times a third derivative, and by about 1e-15 / step in rounding: below 1e-5.
-    assert got == pytest.approx((value(1) - value(-1)) / (2 * step), rel=1e-5)
+    assert got == pytest.approx(slope, rel=1e-5)
 
 
 @pytest.mark.parametrize("family_name", ["deit", "mae"])

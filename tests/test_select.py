@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from comparing import disturb_matrices, logits, relative
+from comparing import disturb_matrices, gradient_and_slope, logits, relative
 from timm.layers import DropPath
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -341,24 +341,8 @@ def test_gradients_of_a_model_that_selects_are_the_slope_of_its_output(tiny_vit,
     # and the slightest step would swap them.
     model = compress(dense, random_plan(shape_of(dense), "m-s-s", seed=5))
     x = images(dense).double()
-    model(x).square().sum().backward()
-    got, generator, step = 0.0, torch.Generator().manual_seed(0), 1e-7
-    moved = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in model.named_parameters() if p.grad is not None}
-    assert not [n for n, p in model.named_parameters()
-                if n not in moved and not n.endswith(("merge_matrix", "head_dist.weight", "head_dist.bias"))]
-    for name, parameter in model.named_parameters():
-        if name in moved:
-            assert bool(torch.isfinite(parameter.grad).all())
-            got += float((parameter.grad * moved[name]).sum())
-
-    def value(sign: int) -> float:
-        other = copy.deepcopy(model)
-        with torch.no_grad():
-            for name, parameter in other.named_parameters():
-                if name in moved:
-                    parameter.add_(sign * step * moved[name])
-        return float(logits(other, x).square().sum())
-    slope = (value(1) - value(-1)) / (2 * step)
+    got, slope, still = gradient_and_slope(model, x)
+    assert not [n for n in still if not n.endswith(("merge_matrix", "head_dist.weight", "head_dist.bias"))]
     # The central difference errs by step^2 times a third derivative, and by about 1e-15 / step in rounding: below 1e-5.
     assert got == pytest.approx(slope, rel=1e-5)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from comparing import killed_after
 
 from vitlab.cost import macs_of
 from vitlab.files import InputError, read_lines
@@ -365,14 +366,8 @@ def test_a_start_from_sensitivity_goes_on_where_it_was_killed(tmp_path, stop, ba
     whole = sensitive(tmp_path / "whole", batch=batch)
     whole.run(objective, progress=False)
     calls = []
-
-    def interrupted(policy: np.ndarray) -> dict[str, float]:
-        if len(calls) == stop:
-            raise KeyboardInterrupt
-        calls.append(tuple(policy))
-        return objective(policy)
     with pytest.raises(KeyboardInterrupt):
-        sensitive(tmp_path / "killed", batch=batch).run(interrupted, progress=False)
+        sensitive(tmp_path / "killed", batch=batch).run(killed_after(stop, objective, calls), progress=False)
     resumed = sensitive(tmp_path / "killed", batch=batch)
     resumed.run(lambda policy: calls.append(tuple(policy)) or objective(policy), progress=False)
     assert facts(resumed) == facts(whole) and len(calls) == len(set(calls)) == ALONE + 9

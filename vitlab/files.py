@@ -3,7 +3,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,11 @@ def append_line(path: str | Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(record).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_lines(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
+    """Replace a JSON-lines file by these records, atomically."""
+    atomic_write(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:

@@ -1,12 +1,11 @@
 """Result rows: one measured model a row, with its conditions, appended to results.jsonl and read back as a table."""
 import dataclasses
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vitlab.files import InputError, append_line, atomic_write, read_lines
+from vitlab.files import InputError, append_line, read_lines, write_lines
 
 COLUMNS = ("model", "top1_pct", "gmacs", "params_m", "throughput_img_s", "ratio")
 
@@ -42,7 +41,7 @@ def append_row(path: str | Path, row: ResultRow) -> None:
 
 def write_rows(path: str | Path, rows: list[ResultRow]) -> None:
     """Replace a results file by these rows, atomically."""
-    atomic_write(path, "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
+    write_lines(path, map(dataclasses.asdict, rows))
 
 
 def read_rows(path: str | Path) -> list[ResultRow]:

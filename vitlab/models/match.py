@@ -25,15 +25,20 @@ def size_mask(sizes: Tensor, dtype: torch.dtype) -> Tensor:
     return sizes.to(dtype).log()[:, None, None]
 
 
+def mix(attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """What timm's attention makes of queries (B, H, Q, d) and keys and values (B, H, N, d), with an additive mask: (B, Q, D)."""
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=None if mask is None else mask.to(query.dtype),
+                                           dropout_p=attn.attn_drop.p if attn.training else 0.0)
+    return attn.proj_drop(attn.proj(attn.norm(mixed.transpose(1, 2).flatten(2))))
+
+
 def attend(attn: Attention, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """timm's fused attention of x (B, N, D) with an additive mask, and what tokens are compared by, which it does not give out:
     its output (B, N, D), the class token's row of the softmax without the mask, averaged over heads (B, N), and the keys of all
     heads (B, N, H d)."""
     query, key, value = attn.qkv(x).unflatten(2, (3, -1, attn.head_dim)).permute(2, 0, 3, 1, 4)         # (B, H, N, d) each
     query, key = attn.q_norm(query), attn.k_norm(key)
-    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=None if mask is None else mask.to(query.dtype),
-                                           dropout_p=attn.attn_drop.p if attn.training else 0.0)
-    out = attn.proj_drop(attn.proj(attn.norm(mixed.transpose(1, 2).flatten(2))))
+    out = mix(attn, query, key, value, mask)
     with torch.no_grad():                                                       # a choice has no gradient
         row = (query[:, :, :1] * attn.scale @ key.transpose(2, 3)).softmax(dim=3).mean(dim=1)[:, 0]
         return out, row, key.transpose(1, 2).flatten(2)

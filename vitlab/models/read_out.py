@@ -3,7 +3,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlab.files import InputError
-from vitlab.models.match import Merged, size_mask
+from vitlab.models.match import Merged, mix, size_mask
 from vitlab.rules import ReadOut
 
 
@@ -19,10 +19,7 @@ def read_out(block: nn.Module, x: Tensor, mask: Tensor | None, num_prefix_tokens
         flat = F.linear(x, weight[rows], None if bias is None else bias[rows])
         return flat.unflatten(2, (-1, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
     query, (key, value) = projected(normed[:, :num_prefix_tokens], rows[0])[0], projected(normed, rows[1])
-    mixed = F.scaled_dot_product_attention(attn.q_norm(query), attn.k_norm(key), value,
-                                           attn_mask=None if mask is None else mask.to(query.dtype),
-                                           dropout_p=attn.attn_drop.p if attn.training else 0.0)
-    out = attn.proj_drop(attn.proj(attn.norm(mixed.transpose(1, 2).flatten(2))))
+    out = mix(attn, attn.q_norm(query), attn.k_norm(key), value, mask)
     return x[:, :num_prefix_tokens] + block.drop_path1(block.ls1(out))
 
 

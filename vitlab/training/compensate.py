@@ -119,15 +119,15 @@ def gather_towards(dense: nn.Module, model: nn.Module, batches: Iterable[tuple[T
                wrapped.register_forward_pre_hook(entering) if heads else wrapped.register_forward_hook(leaving)]
     with hooks(handles):
         for images, _ in batches:
-            for net in (dense, model):
+            for net in (dense, model) if stream else (model,):
                 with contextlib.suppress(_Reached), autocast(device, amp):
                     net(images.to(device))
             output = seen["output"]
-            lacks = _lacks(block.ls1 if heads else block.ls2, rule, seen["own"], output, seen["dense"], model.num_prefix_tokens,
-                           seen["merged"])
+            lacks = None if not stream else stream * _lacks(block.ls1 if heads else block.ls2, rule, seen["own"], output, seen["dense"],
+                                                            model.num_prefix_tokens, seen["merged"])
             weights = output.new_ones(output.shape[:2], dtype=torch.float32)
             weights[:, :model.num_prefix_tokens] = prefix_weight
-            found.add(seen["inputs"], stream * lacks, weights)
+            found.add(seen["inputs"], lacks, weights)
     return found
 
 

@@ -33,6 +33,14 @@ def autocast(device: torch.device, amp: bool | None) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, amp))
 
 
+def log_probabilities(model: nn.Module, images: Tensor, amp: bool | None = False) -> Tensor:
+    """Of the classes (B, K), float32."""
+    device = next(model.parameters()).device
+    with autocast(device, amp):
+        logits = model(images.to(device))
+    return logits.float().log_softmax(dim=1)
+
+
 def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies in bf16; elsewhere bf16 on a CPU is emulated and slower than float32."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vitlab.files import InputError
 from vitlab.models import compress, deploy, shape_of
 from vitlab.plan import CompressionPlan
-from vitlab.training.evaluate import autocast
+from vitlab.training.evaluate import log_probabilities
 
 METRICS = ("top1_pct", "distill_loss")
 
@@ -39,18 +39,14 @@ class PlanObjective:
         self.images = sum(len(targets) for _, targets in self.batches)
         if not self.images:
             raise InputError("there is no image to search on")
-        self.expected = [self._log_probabilities(self.dense, images) for images, _ in self.batches]
-
-    @torch.inference_mode()
-    def _log_probabilities(self, model: nn.Module, images: Tensor) -> Tensor:
-        with autocast(self.device, self.amp):
-            logits = model(images)
-        return logits.float().log_softmax(dim=1)
+        with torch.inference_mode():
+            self.expected = [log_probabilities(self.dense, images, amp) for images, _ in self.batches]
 
     def __call__(self, plan: CompressionPlan) -> dict[str, float]:
         model, top1, agree, loss, distance = deploy(self.build(self.dense, plan)), 0, 0, 0.0, 0.0
         for (images, targets), expected in zip(self.batches, self.expected):
-            given = self._log_probabilities(model, images)
+            with torch.inference_mode():
+                given = log_probabilities(model, images, self.amp)
             top1 += int((given.argmax(dim=1) == targets).sum())
             agree += int((given.argmax(dim=1) == expected.argmax(dim=1)).sum())
             loss += float(F.nll_loss(given, targets, reduction="sum"))

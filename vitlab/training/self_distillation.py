@@ -9,26 +9,18 @@ import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from timm.utils import random_seed
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from vitlab.data import ImageData
 from vitlab.files import InputError
 from vitlab.models import set_trainable
 from vitlab.training.capture import Batches, frozen_eval
-from vitlab.training.evaluate import autocast
+from vitlab.training.evaluate import log_probabilities
 
 LR, BATCH_SIZE = 2e-5, 32
 WARMUP, PATIENCE = 0.05, 1 / 3              # shares of the run: until lr is reached, and without a better state until it stops
 AUGMENT = {"scale": (0.35, 1.0), "hflip": 0.5, "color_jitter": 0.0}
-
-
-def log_probabilities(model: nn.Module, images: Tensor, amp: bool | None = False) -> Tensor:
-    """Of the classes (B, K), float32."""
-    device = next(model.parameters()).device
-    with autocast(device, amp):
-        logits = model(images.to(device))
-    return logits.float().log_softmax(dim=1)
 
 
 class Divergence:

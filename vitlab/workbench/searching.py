@@ -81,9 +81,10 @@ def search(source: Source, data: str | Path, out: str | Path, *, limit: float | 
              "compensated": compensated, "inputs": fingerprint([opened.files("train"), device], [found.model])}
     study = Study(out, space, budget, strategy=strategy, options=options, seed=seed, about=about)
     scores = _scores_of(study, found.model, opened, place, workers, progress)
-    refitted = compensated and space.units
-    scored = opened.batches("train", found.model, limit=score_images, seed=seed, workers=workers)
-    build = {"build": refitting(found.model, scored, space.units, place)} if refitted else {}
+    build = {}
+    if compensated and space.units:
+        scored = opened.batches("train", found.model, limit=score_images, seed=seed, workers=workers)
+        build = {"build": refitting(found.model, scored, space.units, place)}
     objective = slice_objective(found.model, opened, images, seed, metric, place, workers, **build)
     best = study.run(lambda policy: objective(space.plan(policy, **scores)), progress=progress)
     made_by = {"method": "search", "strategy": strategy, "cost": cost, "limit": limit, "evaluation": best.index, "value": best.value,

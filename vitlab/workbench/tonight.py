@@ -14,15 +14,14 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from vitlab import cost
-from vitlab.cost import macs_of
-from vitlab.files import InputError, atomic_write
+from vitlab.files import InputError, write_lines
 from vitlab.models import deploy, shape_of
 from vitlab.plan import CompressionPlan
 from vitlab.plots import save_figure, trade_offs
 from vitlab.search import Budget, SearchSpace, Study
 from vitlab.search.allocation import allocate
 from vitlab.search.sampling import Problem
-from vitlab.search.sensitivity import SENSITIVITY, measure_alone
+from vitlab.search.sensitivity import SENSITIVITY, curves_of, measure_alone
 from vitlab.search.strategies import Settings
 from vitlab.shape import POOL_TOKEN
 from vitlab.training import checkpoint
@@ -32,7 +31,7 @@ from vitlab.training.loop import fingerprint
 from vitlab.training.units import unit_scores
 from vitlab.workbench.calibrating import calibrate
 from vitlab.workbench.cutting import open_dense, slice_objective
-from vitlab.workbench.searching import refitting
+from vitlab.workbench.searching import cost_function, refitting
 from vitlab.workbench.steps import Source, open_matching, pick_device
 
 # name: (units, tokens) of its search space
@@ -86,9 +85,7 @@ class Survey:
         if tokens.startswith("match") and not self.shape.num_prefix_tokens:
             settings = {"protect": 0.0}                                         # no class token whose attention could
         space = SearchSpace(shape=self.shape, units=units, tokens=tokens, max_ratio=MAX_RATIO, read_out=self.read_out, settings=settings)
-
-        def price(policies: np.ndarray) -> np.ndarray:
-            return macs_of(space.shape, space.counts(policies))["total"] / 1e9
+        price = cost_function(space, "gmacs", self.found.model)
         most = float(price(np.zeros((1, space.size)))[0])
         return Problem(space, Budget(limit=most * 0.99 if limit is None else limit, cost=price, max_ratio=space.max_ratio,
                                      size=space.size, groups=tuple(space.groups), tolerance=TOLERANCE))
@@ -110,7 +107,7 @@ class Survey:
         if rule not in self._curves:
             problem, path = self._problem(rule), self.folder / self._name(rule) / SENSITIVITY
             if not path.exists():
-                atomic_write(path, "".join(json.dumps(row) + "\n" for row in self._known(rule)))
+                write_lines(path, self._known(rule))
             self._curves[rule] = measure_alone(problem, lambda policy: self._measure(problem, policy), path, progress=self.progress)
         return self._curves[rule]
 
@@ -127,11 +124,10 @@ class Survey:
         """The plan of a rule that costs at most `gmacs`; nothing is cut where reading out is enough. Raises InputError where there
         is none."""
         if gmacs >= self._uncut(rule):
-            return self._problem(rule).space.plan(np.zeros(self._problem(rule).space.size), **self.scores)
-        problem, curves = self._problem(rule, gmacs), {}
-        for row in self.curves(rule):
-            curves.setdefault(row["dimension"], []).append((row["ratio"], row["loss"]))
-        policy = allocate(*problem, [curves[name] for name in problem.space.names])
+            space = self._problem(rule).space
+            return space.plan(np.zeros(space.size), **self.scores)
+        problem = self._problem(rule, gmacs)
+        policy = allocate(*problem, curves_of(problem, self.curves(rule)))
         return problem.space.plan(policy, **self.scores, made_by={"method": "allocation", "rule": rule, "gmacs": gmacs})
 
     def offers(self, rules: Iterable[str] = tuple(RULES), ratios: Iterable[float] = RATIOS) -> Iterator[Offer]:
@@ -160,7 +156,7 @@ class Survey:
         study = Study(self.folder / f"{self._name(rule)}-{gmacs:.6g}", space, budget, seed=self.seed, about={"inputs": self.inputs},
                       options=Settings(initial="sensitivity", evaluations=evaluations, population=min(10, max(2, evaluations // 2))))
         if not (study.folder / SENSITIVITY).exists():
-            atomic_write(study.folder / SENSITIVITY, "".join(json.dumps(row) + "\n" for row in self.curves(rule)))
+            write_lines(study.folder / SENSITIVITY, self.curves(rule))
         best = study.run(lambda policy: self._measure(problem, policy), progress=self.progress)
         return space.plan(best.policy, **self.scores, made_by={"method": "search", "rule": rule, "gmacs": gmacs, "evaluation": best.index})
 
@@ -199,7 +195,7 @@ def write_offers(out: str | Path, offers: Sequence[Offer]) -> None:
     """out/offers.jsonl, a row each, and out/offers.png."""
     rows = [{"rule": o.rule, "gmacs": o.gmacs, "agree_pct": o.agree_pct, "distill_loss": o.distill_loss,
              "plan": json.loads(o.plan.to_json())} for o in offers]
-    atomic_write(Path(out) / OFFERS, "".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(Path(out) / OFFERS, rows)
     if offers:
         save_figure(offers_figure(offers), out, "offers")
 
@@ -223,6 +219,5 @@ def ready(source: Source, data: str | Path, out: str | Path, plan: CompressionPl
 
 def own_labels(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """The batches with the classes that the model itself gives: labels for scores of images that have none."""
-    with torch.inference_mode():
-        classes = [model(images.to(device)).argmax(dim=1).cpu() for images, _ in batches]
-    return [(images, given.clone()) for (images, _), given in zip(batches, classes)]
+    with torch.no_grad():                       # not inference mode: a loss is computed with them
+        return [(images, model(images.to(device)).argmax(dim=1).cpu()) for images, _ in batches]
