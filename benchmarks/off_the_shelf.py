@@ -42,7 +42,7 @@ RESULTS = Path(__file__).parent / "results" / "off_the_shelf.jsonl"
 DOCS = Path(__file__).parents[1] / "docs"
 GMACS, NEURONS = (0.75, 0.60, 0.45), (1.09, 0.98)
 TOME = (4, 8, 11, 13, 16)
-IMAGES, REFIT, EVALUATIONS, MINUTES = 160, 500, 30, 3
+IMAGES, REFIT, EVALUATIONS, MINUTES = 160, 1000, 20, 3
 
 
 class ToMeBlock(nn.Module):

@@ -153,7 +153,7 @@ def test_rows_of_other_cuts_and_values_that_are_none_are_refused(tmp_path):
     assert not (tmp_path / "d").exists()
 
 
-def test_start_policies_are_the_allocated_one_and_others_near_it(tmp_path):
+def test_start_policies_of_one_group_are_the_allocated_one_and_others_near_it(tmp_path):
     rows = measure_alone(PROBLEM, objective, tmp_path / SENSITIVITY, progress=False)
     found = start_policies(PROBLEM, rows, 5, seed=3)
     curves = [[(r["ratio"], r["loss"]) for r in rows if r["dimension"] == name] for name in SPACE.names]
@@ -162,3 +162,19 @@ def test_start_policies_are_the_allocated_one_and_others_near_it(tmp_path):
     other = start_policies(PROBLEM, rows, 5, seed=4)
     assert (other[0] == found[0]).all() and not np.isin(other[1:], found[1:]).all()
     assert len(start_policies(PROBLEM, rows, 1, seed=3)) == 1
+
+
+def test_start_policies_of_several_groups_have_one_where_each_is_dearer(tmp_path):
+    space = SearchSpace(shape=shape_of_size(2, 16), units=("neurons", "heads"), tokens="none")
+    problem = Problem(space, linear(np.full(4, 0.3), 0.8, 4))
+    rows = measure_alone(problem, lambda p: {"value": -float(p * p @ [1.0, 2.0, 1.5, 3.0])}, tmp_path / SENSITIVITY, progress=False)
+    found = start_policies(problem, rows, 8, seed=3)
+
+    def allocated(weights):
+        return allocate(*problem, [[(r["ratio"], weights[d] * r["loss"]) for r in rows if r["dimension"] == name]
+                                   for d, name in enumerate(space.names)])
+    expected = [allocated(w) for w in ((1, 1, 1, 1), (3, 3, 1, 1), (1, 1, 3, 3), (9, 9, 1, 1), (1, 1, 9, 9))]
+    assert (found[:5] == expected).all() and len(np.unique(found, axis=0)) == len(found) <= 8
+    neurons = found[:5, :2].sum(axis=1)
+    assert neurons[3] < neurons[1] < neurons[0] < neurons[2] < neurons[4]           # the dearer, the less is cut of it
+    assert (start_policies(problem, rows, 2, seed=3) == expected[:2]).all()

@@ -12,7 +12,7 @@ from vitlab.files import InputError
 from vitlab.search import Budget, SearchSpace
 from vitlab.search.acquisition import expected_improvement, log_expected_improvement
 from vitlab.search.sampling import Problem, neighbours, random_policies
-from vitlab.search.strategies import SETTINGS, STRATEGIES, Settings, propose, settings
+from vitlab.search.strategies import SETTINGS, STRATEGIES, Settings, predictor, propose, settings
 from vitlab.search.surrogate import Surrogate
 from vitlab.shape import ViTShape
 
@@ -355,3 +355,22 @@ def test_settings_that_can_not_be_are_refused(name, wrong):
     with pytest.raises(InputError, match=f"{name} is {wrong}; at least {wrong + 1} "):
         Settings(**{name: wrong})
     Settings(**{name: wrong + 1})
+
+
+def test_what_each_group_loses_alone_is_weighted_as_the_measured_policies_say():
+    problem = macs_problem()
+    seen, unseen = np.split(random_policies(problem, 40, np.random.default_rng(0)), [20])
+
+    def trend(policies):
+        return -np.stack([policies[:, :2].sum(axis=1), policies[:, 2:4].sum(axis=1), policies[:, 4]], axis=1)**2
+
+    def measured(policies, weights):
+        return 5.0 + trend(policies) @ weights
+    for weights in ((2.0, 0.5, 0.1), (0.3, 4.0, 1.0)):
+        mean, _ = predictor(problem, seen, measured(seen, weights), Settings(), trend)(unseen)
+        # An exact trend leaves rounding to the Gaussian process; one common weight would miss by some hundredths.
+        assert mean == pytest.approx(measured(unseen, weights), abs=1e-6)
+    against = measured(seen, (-1.0, 0.0, 0.0))                  # gains where alone it loses: the weight is 0, not negative
+    plain = predictor(problem, seen, against, Settings(), None)(unseen)
+    mean, deviation = predictor(problem, seen, against, Settings(), lambda p: trend(p)[:, :1])(unseen)
+    assert mean == pytest.approx(plain[0], abs=1e-9) and deviation == pytest.approx(plain[1], abs=1e-9)

@@ -12,6 +12,7 @@ from vitlab.models import compress, deploy, shape_of
 from vitlab.plan import CompressionPlan
 from vitlab.rules import Match, ReadOut
 from vitlab.training import checkpoint
+from vitlab.training.compensate import compensate
 from vitlab.workbench import steps, tonight
 
 FEW = {"device": "cpu", "progress": False, "workers": 0}
@@ -70,14 +71,23 @@ def test_a_cut_is_measured_once_for_all_rules_and_not_again_after_a_kill(survey,
     assert len(cuts) > before                                   # other images, other curves
 
 
-def test_the_search_starts_from_the_offer_and_is_no_worse(survey):
-    limit = 0.6 * gmacs(CompressionPlan.empty(survey.shape))
+def test_the_search_starts_from_the_offer_and_is_no_worse_once_refitted(survey, dense, monkeypatch):
+    limit, calls = 0.6 * gmacs(CompressionPlan.empty(survey.shape)), []
     plan = survey.search("all together", limit, 6)
     assert gmacs(plan) <= limit
-    offered = survey.offer("all together", survey.plan("all together", limit))
-    assert survey.offer("all together", plan).distill_loss <= offered.distill_loss + 1e-9
+
+    def refitted(plan):
+        small = compensate(dense.model, plan, survey.batches, progress=False)
+        return survey.objective.measure(deploy(small))["distill_loss"]
+    assert refitted(plan) <= refitted(survey.plan("all together", limit)) + 1e-9
     study = next(survey.folder.glob("*/journal.jsonl"))
-    assert [line["by"] for line in read_lines(study)][0] == "sensitivity"
+    lines, finalists = list(read_lines(study)), list(read_lines(study.parent / tonight.FINALISTS_MEASURED))
+    assert lines[0]["by"] == "sensitivity" and plan.made_by["evaluation"] in [row["evaluation"] for row in finalists]
+    ranked = sorted(lines, key=lambda line: -line["value"])[:tonight.FINALISTS]
+    assert {row["evaluation"] for row in finalists} == {0} | {line["index"] for line in ranked}
+    assert min(finalists, key=lambda row: row["distill_loss"])["distill_loss"] == pytest.approx(refitted(plan))
+    monkeypatch.setattr(tonight, "compensate", lambda *args, **settings: calls.append(args))
+    assert survey.search("all together", limit, 6) == plan and not calls          # finalists are measured once
 
 
 def test_the_best_offer_is_the_nearest_within_the_budget(survey):

@@ -33,9 +33,11 @@ def _loss(curve: Sequence[tuple[float, float]], ratios: np.ndarray) -> np.ndarra
     return PchipInterpolator(known[:, 0], np.maximum.accumulate(known[:, 1]), extrapolate=False)(ratios)
 
 
-def summed_loss(curves: Sequence[Sequence[tuple[float, float]]], policies: np.ndarray) -> np.ndarray:
-    """The sum (P) of what each dimension of the policies (P, D) loses by its curve; beyond a curve's end, what it loses there."""
-    return sum(_loss(curve, np.minimum(ratios, max(curve)[0])) for curve, ratios in zip(curves, policies.T))
+def summed_losses(curves: Sequence[Sequence[tuple[float, float]]], groups: Sequence[str], policies: np.ndarray) -> np.ndarray:
+    """What the dimensions of each group, in order of first appearance, lose together by their curves: policies (P, D) -> (P, G);
+    beyond a curve's end, what it loses there."""
+    lost = np.stack([_loss(curve, np.minimum(ratios, max(curve)[0])) for curve, ratios in zip(curves, policies.T)], axis=1)
+    return np.stack([lost[:, np.array(groups) == group].sum(axis=1) for group in dict.fromkeys(groups)], axis=1)
 
 
 def allocate(space: SearchSpace, budget: Budget, curves: Sequence[Sequence[tuple[float, float]]]) -> np.ndarray:

@@ -1,4 +1,5 @@
 """What each dimension of a policy costs when it is cut alone, measured once and kept on the disk."""
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,11 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from vitlab.files import InputError, append_line, read_lines
-from vitlab.search.allocation import allocate, levels
+from vitlab.search.allocation import allocate, levels, summed_losses
 from vitlab.search.sampling import Problem, neighbours
 
 SENSITIVITY = "sensitivity.jsonl"
+DEARER = (3, 9)                                 # weights of one group's losses, in policies to begin with
 
 
 def _known(path: Path, wanted: list[tuple[str, float]]) -> dict[tuple[str, float], dict[str, Any]]:
@@ -58,7 +60,22 @@ def curves_of(problem: Problem, rows: list[dict[str, Any]]) -> list[list[tuple[f
     return [[(row["ratio"], row["loss"]) for row in rows if row["dimension"] == name] for name in problem.space.names]
 
 
+def trend_of(problem: Problem, rows: list[dict[str, Any]]) -> Callable[[np.ndarray], np.ndarray]:
+    """Policies (P, D) -> (P, G), minus what each group of dimensions loses by the rows: the `trend` of a search that measured them."""
+    curves = curves_of(problem, rows)
+    return lambda policies: -summed_losses(curves, problem.space.groups, policies)
+
+
 def start_policies(problem: Problem, rows: list[dict[str, Any]], count: int, seed: int) -> np.ndarray:
-    """Up to `count` policies (K, D) to begin with: the one that `allocate` makes of the rows, and others near it."""
-    first = allocate(*problem, curves_of(problem, rows))[None]
-    return np.concatenate([first, neighbours(problem, first, count - 1, np.random.default_rng([2, seed]))]) if count > 1 else first
+    """Up to `count` policies (K, D) to begin with: the one that `allocate` makes of the rows; those it makes where one group's
+    losses weigh DEARER times as much, as groups cut together lose otherwise than alone; and others near these."""
+    curves, groups = curves_of(problem, rows), problem.space.groups
+    weights = [dict.fromkeys(groups, 1)] + [{group: dearer} for dearer in DEARER for group in dict.fromkeys(groups)]
+    made = []
+    for weight in weights[:count if len(set(groups)) > 1 else 1]:
+        with contextlib.suppress(InputError) if made else contextlib.nullcontext():     # the first says why there is none
+            made.append(allocate(*problem, [[(ratio, loss * weight.get(group, 1)) for ratio, loss in curve]
+                                            for curve, group in zip(curves, groups)]))
+    first = np.unique(made, axis=0)[np.argsort(np.unique(made, axis=0, return_index=True)[1])]
+    missing = count - len(first)
+    return np.concatenate([first, neighbours(problem, first, missing, np.random.default_rng([2, seed]))]) if missing else first

@@ -3,6 +3,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.optimize import nnls
 
 from vitlab.files import InputError
 from vitlab.search.acquisition import log_expected_improvement
@@ -67,20 +68,21 @@ def _fresh(problem: Problem, policies: np.ndarray, seen: set[tuple[int, ...]]) -
     return policies[sorted(first.values())]
 
 
-Trend = Callable[[np.ndarray], np.ndarray]      # policies (P, D) -> (P), to which the objective is about proportional
+Trend = Callable[[np.ndarray], np.ndarray]      # policies (P, D) -> (P, G), whose weighted sum is about the objective
 
 
-def _model(problem: Problem, policies: np.ndarray, values: np.ndarray, options: Settings, trend: Trend | None,
-           ) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """policies (P, D) -> (mean, deviation) of the objective, (P) each: a Gaussian process around a + b * trend, b >= 0, both
-    fitted by least squares first."""
-    features, known = problem.space.features, np.zeros(len(policies)) if trend is None else trend(policies)
-    slope = max(0.0, float(np.cov(known, values)[0, 1] / np.var(known, ddof=1))) if np.ptp(known) > 0 else 0.0
-    surrogate = Surrogate(features(policies), values - slope * known, noise=options.noise)
+def predictor(problem: Problem, policies: np.ndarray, values: np.ndarray, options: Settings, trend: Trend | None,
+              ) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """policies (P, D) -> (mean, deviation) of the objective, (P) each: a Gaussian process around a + trend @ b, b >= 0 (G), both
+    fitted by least squares first. What is cut together loses more or less than the sum of what is cut alone, and each group's
+    weight says how much."""
+    features, known = problem.space.features, np.zeros((len(policies), 1)) if trend is None else trend(policies)
+    weights = nnls(known - known.mean(axis=0), values - values.mean())[0]
+    surrogate = Surrogate(features(policies), values - known @ weights, noise=options.noise)
 
     def predict(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         mean, deviation = surrogate.predict(features(p))
-        return mean + (slope * trend(p) if slope else 0.0), deviation
+        return mean if trend is None else mean + trend(p) @ weights, deviation
     return predict
 
 
@@ -89,7 +91,7 @@ def _gaussian_process(problem: Problem, policies: np.ndarray, values: np.ndarray
     """The feasible policies with the largest log EI; each proposal of a batch is believed to come out at its mean."""
     space, proposals = problem.space, []
     for _ in range(count):
-        predict = _model(problem, policies, values, options, trend)
+        predict = predictor(problem, policies, values, options, trend)
         best = float(values.max())
 
         def acquisition(p: np.ndarray, predict: Callable = predict, best: float = best) -> np.ndarray:

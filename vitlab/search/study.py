@@ -12,10 +12,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from vitlab.files import InputError, append_line, atomic_write, read_json
-from vitlab.search.allocation import summed_loss
 from vitlab.search.budget import Budget
 from vitlab.search.sampling import Problem
-from vitlab.search.sensitivity import SENSITIVITY, curves_of, measure_alone, start_policies
+from vitlab.search.sensitivity import SENSITIVITY, measure_alone, start_policies, trend_of
 from vitlab.search.space import SearchSpace
 from vitlab.search.strategies import STRATEGIES, Proposal, Settings, propose
 
@@ -143,10 +142,7 @@ class Study:
         start, trend = None, None
         if self.options.initial == "sensitivity" and len(self.evaluations) < total:
             rows = measure_alone(problem, objective, self.folder / SENSITIVITY, progress=progress)
-            start, curves = start_policies(problem, rows, self.options.population // 2, self.seed), curves_of(problem, rows)
-
-            def trend(policies: np.ndarray) -> np.ndarray:
-                return -summed_loss(curves, policies)
+            start, trend = start_policies(problem, rows, self.options.population // 2, self.seed), trend_of(problem, rows)
         known = dict(zip(self._keys(), self.evaluations))
         with tqdm(total=total, initial=len(self.evaluations), desc=f"search ({self.strategy})", unit="policy",
                   disable=not progress) as bar:

@@ -43,7 +43,13 @@ class PlanObjective:
             self.expected = [log_probabilities(self.dense, images, amp) for images, _ in self.batches]
 
     def __call__(self, plan: CompressionPlan) -> dict[str, float]:
-        model, top1, agree, loss, distance = deploy(self.build(self.dense, plan)), 0, 0, 0.0, 0.0
+        measures = self.measure(deploy(self.build(self.dense, plan)))
+        gc.collect()                                                            # a compressed model may refer to itself, and is large
+        return measures
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """The same of a model that is built already."""
+        top1, agree, loss, distance = 0, 0, 0.0, 0.0
         for (images, targets), expected in zip(self.batches, self.expected):
             with torch.inference_mode():
                 given = log_probabilities(model, images, self.amp)
@@ -51,8 +57,6 @@ class PlanObjective:
             agree += int((given.argmax(dim=1) == expected.argmax(dim=1)).sum())
             loss += float(F.nll_loss(given, targets, reduction="sum"))
             distance += float(F.kl_div(given, expected, reduction="sum", log_target=True))
-        del model
-        gc.collect()                                                            # a compressed model may refer to itself, and is large
         measures = {"top1_pct": 100 * top1 / self.images, "distill_loss": distance / self.images, "loss": loss / self.images,
                     "agree_pct": 100 * agree / self.images}
         return {"value": measures["top1_pct"] if self.metric == "top1_pct" else -measures["distill_loss"], **measures}

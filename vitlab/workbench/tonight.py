@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from vitlab import cost
-from vitlab.files import InputError, write_lines
+from vitlab.files import InputError, append_line, read_lines, write_lines
 from vitlab.models import deploy, shape_of
 from vitlab.plan import CompressionPlan
 from vitlab.plots import save_figure, trade_offs
@@ -23,14 +23,16 @@ from vitlab.search.allocation import allocate
 from vitlab.search.sampling import Problem
 from vitlab.search.sensitivity import SENSITIVITY, curves_of, measure_alone
 from vitlab.search.strategies import Settings
+from vitlab.search.study import Evaluation
 from vitlab.shape import POOL_TOKEN
 from vitlab.training import checkpoint
 from vitlab.training.capture import token_scores
 from vitlab.training.checkpoint import Checkpoint
+from vitlab.training.compensate import compensate
 from vitlab.training.loop import fingerprint
 from vitlab.training.units import unit_scores
 from vitlab.workbench.calibrating import calibrate
-from vitlab.workbench.cutting import open_dense, slice_objective
+from vitlab.workbench.cutting import amp_of, open_dense, slice_objective
 from vitlab.workbench.searching import cost_function, refitting
 from vitlab.workbench.steps import Source, open_matching, pick_device
 
@@ -39,6 +41,7 @@ RULES = {"merging by content": ((), "match_per_stage"), "shared updates": ((), "
          "heads and neurons": (("heads", "neurons"), "none"), "all together": (("heads", "neurons"), "match_per_stage")}
 RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 MAX_RATIO, TOLERANCE = 0.75, 0.05
+FINALISTS, FINALISTS_MEASURED = 3, "finalists.jsonl"
 SURVEY, OFFERS, DEPLOYED = "survey", "offers.jsonl", "deployed"
 GMACS = "GMACs per image"
 
@@ -68,7 +71,7 @@ class Survey:
         model = self.found.model.to(self.place).eval()
         self.shape = shape_of(model)
         self.read_out = self.shape.pool == POOL_TOKEN and self.shape.num_prefix_tokens > 0
-        batches = list(opened.batches("train", model, limit=score_images, seed=seed, workers=workers))
+        self.batches = batches = list(opened.batches("train", model, limit=score_images, seed=seed, workers=workers))
         units = unit_scores(model, batches, criterion="reconstruction", seed=seed, device=self.place, progress=progress)
         tokens = token_scores(model, own_labels(model, batches, self.place), device=self.place, progress=progress)
         self.scores = {"heads": units.heads, "neurons": units.neurons, "tokens": tokens}
@@ -158,7 +161,22 @@ class Survey:
         if not (study.folder / SENSITIVITY).exists():
             write_lines(study.folder / SENSITIVITY, self.curves(rule))
         best = study.run(lambda policy: self._measure(problem, policy), progress=self.progress)
+        best = self._best_refitted(study) if space.units else best
         return space.plan(best.policy, **self.scores, made_by={"method": "search", "rule": rule, "gmacs": gmacs, "evaluation": best.index})
+
+    def _best_refitted(self, study: Study) -> Evaluation:
+        """Of the first policy, which the curves gave, and the best FINALISTS: the nearest to the dense model once it is refitted as
+        `calibrate` refits, block after block (the search's own refits are quicker, and of the dense model's inputs). Each is
+        written to finalists.jsonl as it is measured, and not measured again."""
+        path, ranked = study.folder / FINALISTS_MEASURED, sorted(study.evaluations, key=lambda e: -e.value)
+        known = {row["evaluation"]: row["distill_loss"] for row in read_lines(path)}
+        wanted = {e.index: e for e in (study.evaluations[0], *ranked[:FINALISTS])}
+        for index in wanted.keys() - known.keys():
+            small = compensate(self.found.model, study.space.plan(wanted[index].policy, **self.scores), self.batches, device=self.place,
+                               amp=amp_of(self.found.model), progress=self.progress)
+            known[index] = self.objective.measure(deploy(small))["distill_loss"]
+            append_line(path, {"evaluation": index, "distill_loss": known[index]})
+        return study.evaluations[min(sorted(known), key=known.__getitem__)]
 
 
 def tonight(source: Source, data: str | Path, out: str | Path, *, gmacs: float | None = None, macs_ratio: float = 0.6,
