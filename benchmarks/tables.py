@@ -128,11 +128,16 @@ def off_the_shelf_short(rows: list[dict]) -> str:
     return off_the_shelf([r for r in rows if r["model"] in peers or "searched" in r["model"]])
 
 
+def per_block(rows: list[dict]) -> str:
+    return _table(["merging by content", "GMACs", "top-1 %", "distance to dense (nats)"],
+                  [[r["model"], f"{r['gmacs']:.2f}", f"{r['top1_pct']:.2f}", f"{r['distill_loss']:.3f}"] for r in rows])
+
+
 TABLES: dict[str, Callable[[list[dict]], str]] = {
     "published_table": published_table, "published_form": published_table, "boundaries": boundaries, "cifar10": cifar10,
     "token_speed": token_speed, "mdc_table": mdc_table, "joint": joint, "latency": latency, "hsic_speed": hsic_speed,
     "search_quality": search_quality, "off_the_shelf": off_the_shelf,
-    "off_the_shelf_short": off_the_shelf_short}
+    "off_the_shelf_short": off_the_shelf_short, "per_block": per_block}
 
 
 def render(text: str) -> str:
