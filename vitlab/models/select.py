@@ -50,6 +50,10 @@ class SelectBlock(nn.Module):
         bias = attn.qkv.bias
         return attn.qkv.weight[:2 * attn.attn_dim], None if bias is None else bias[:2 * attn.attn_dim]
 
+    def ranking_rows(self) -> tuple[Tensor, Tensor | None]:
+        """The query and key rows (weight, bias) whose class attention ranks the tokens."""
+        return (self.rank_weight, self.rank_bias) if self.ranked_by == "all" else self._of_kept_heads()
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """(B, N, D) -> (B, P + kept + 1, D)."""
         if attn_mask is not None or is_causal:
@@ -57,8 +61,7 @@ class SelectBlock(nn.Module):
         block = self.block
         normed = block.norm1(x)
         with torch.no_grad():                                                   # a choice has no gradient
-            rows = (self.rank_weight, self.rank_bias) if self.ranked_by == "all" else self._of_kept_heads()
-            ranking = class_attention(block.attn, normed, *rows)
+            ranking = class_attention(block.attn, normed, *self.ranking_rows())
         x = x + block.drop_path1(block.ls1(block.attn(normed)))
         x = tokens.select(x, ranking, self.kept, self.num_prefix_tokens)
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))

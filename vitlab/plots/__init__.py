@@ -1,10 +1,10 @@
 """Figures: every one is drawn here and saved through save_figure."""
 from vitlab.plots.base import save_figure, to_image
-from vitlab.plots.search import acquisition, front, gp_slices, incumbents, parallel_coordinates, pareto, sensitivity_curves
+from vitlab.plots.search import acquisition, front, gp_slices, incumbents, moment, parallel_coordinates, pareto, sensitivity_curves
 from vitlab.plots.tokens import kept_counts, matched_map, merge_map, score_maps
-from vitlab.plots.training import accuracy_against_cost, trade_offs, training_curves
+from vitlab.plots.training import accuracy_against_cost, compare_plans, trade_offs, training_curves
 from vitlab.plots.units import head_rollouts, plan_bars, redundancy_matrices, rollout, sensitivity, unit_scores
 
-__all__ = ["accuracy_against_cost", "acquisition", "front", "gp_slices", "head_rollouts", "incumbents", "kept_counts", "matched_map",
-           "merge_map", "parallel_coordinates", "pareto", "plan_bars", "redundancy_matrices", "rollout", "save_figure", "score_maps",
-           "sensitivity", "sensitivity_curves", "to_image", "trade_offs", "training_curves", "unit_scores"]
+__all__ = ["accuracy_against_cost", "acquisition", "compare_plans", "front", "gp_slices", "head_rollouts", "incumbents", "kept_counts",
+           "matched_map", "merge_map", "moment", "parallel_coordinates", "pareto", "plan_bars", "redundancy_matrices", "rollout",
+           "save_figure", "score_maps", "sensitivity", "sensitivity_curves", "to_image", "trade_offs", "training_curves", "unit_scores"]

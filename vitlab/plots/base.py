@@ -1,4 +1,5 @@
 """The house look of figures, and the one helper that saves them."""
+import os
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -8,22 +9,26 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 PALETTE = sns.color_palette("colorblind")
+FORMATS = "VITLAB_FIGURES"                  # environment: formats that figures are saved in, such as "png,svg,pdf"; batches set it
+UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}        # the same figure gives the same file
 
 
 def style() -> None:
     """Set seaborn's theme and the colour-blind-safe palette; called by every plot."""
     sns.set_theme(style="ticks", context="notebook", palette=PALETTE, rc={"figure.dpi": 100, "savefig.dpi": 160,
-                                                                          "axes.titlesize": "medium", "svg.hashsalt": "vitlab"})
+                                                                          "axes.titlesize": "medium", "svg.hashsalt": "vitlab",
+                                                                          "pdf.fonttype": 42})
 
 
-def save_figure(figure: Figure, folder: str | Path, name: str, caption: str = "", formats: tuple[str, ...] = ("png",)) -> None:
-    """Write folder/NAME.FORMAT with the caption (the conditions) below the axes."""
+def save_figure(figure: Figure, folder: str | Path, name: str, caption: str = "", formats: tuple[str, ...] | None = None) -> None:
+    """Write folder/NAME.FORMAT with the caption (the conditions) below the axes. formats None: those that VITLAB_FIGURES names,
+    PNG alone where it is not set."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if caption:
         figure.text(0.5, -0.01, caption, ha="center", va="top", fontsize="small", color="0.3", wrap=True)
-    for kind in formats:
-        figure.savefig(folder / f"{name}.{kind}", bbox_inches="tight", facecolor="white")
+    for kind in formats or os.environ.get(FORMATS, "png").split(","):
+        figure.savefig(folder / f"{name}.{kind}", bbox_inches="tight", facecolor="white", metadata=UNDATED.get(kind))
 
 
 def to_image(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:

@@ -5,6 +5,7 @@ from itertools import groupby
 from textwrap import fill
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.cm import ScalarMappable
@@ -15,9 +16,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from vitlab.plots.base import PALETTE, new_axes
+from vitlab.plots.base import PALETTE, new_axes, style
 from vitlab.plots.units import MARKERS, as_array, legend_above
 from vitlab.shape import require
+
+DEPTH = 15                      # natural logarithms below the highest that an axis of log EI reaches; the measured are far below
 
 
 def _group(name: str) -> str:
@@ -235,5 +238,46 @@ def sensitivity_curves(rows: Sequence[dict[str, Any]], *, loss_label: str, saved
     figure.supxlabel(saved_label, fontsize="medium")
     if blocks:
         figure.colorbar(colours, ax=axes[0, -1], label="block", pad=0.02, ticks=MaxNLocator(integer=True))
+    sns.despine(fig=figure)
+    return figure
+
+
+def moment(values: Any, *, total: int, label: str, dimension: str, grid: Any = (), lines: dict[str, tuple[Any, Any, Any, float]],
+           expected: tuple[float, float] | None = None, then: float | None = None) -> Figure:
+    """A search at one moment: what it has measured, and what its GP believes along one dimension of the policy.
+
+    values (K,): measured so far, label names them; total: evaluations on the axis. expected: the GP's (mean, deviation) of the
+    next policy; then: what was measured of it. grid (G,): fractions cut of `dimension`; lines {what the other dimensions are
+    held at: (means (G,), deviations (G,), log EI (G,), the fraction at which that policy stands)}. Bands are +/- 2 deviations.
+    """
+    style()
+    figure, axes = plt.subplot_mosaic([["values", "values"], ["belief", "acquisition"]], figsize=(9.4, 5.8), layout="constrained")
+    values, grid = as_array(values), as_array(grid)
+    axis, steps = axes["values"], np.arange(len(values))
+    axis.plot(steps, values, marker="o", markersize=4, linestyle="none", color=PALETTE[0], label="measured")
+    axis.plot(steps, np.fmax.accumulate(values), drawstyle="steps-post", color="0.4", label="best so far")
+    if expected is not None:
+        axis.errorbar(len(values), expected[0], 2 * expected[1], marker="s", markersize=5, linestyle="none", color=PALETTE[1],
+                      elinewidth=1.5, label="next, expected +/- 2 deviations")
+    if then is not None:
+        axis.plot(len(values), then, marker="D", markersize=5, markerfacecolor="white", color=PALETTE[0], linestyle="none",
+                  label="next, then measured")
+    axis.set(xlabel="number of the evaluation", ylabel=fill(label, 28), xlim=(-0.5, max(total, len(values) + 1) - 0.5))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for colour, dash, (name, (means, deviations, log_ei, place)) in zip((PALETTE[2], PALETTE[3]), ("-", "--"), lines.items()):
+        means, deviations, log_ei = as_array(means), as_array(deviations), as_array(log_ei)
+        axes["belief"].fill_between(grid, means - 2 * deviations, means + 2 * deviations, color=colour, alpha=0.2, linewidth=0)
+        for axis, curve in ((axes["belief"], means), (axes["acquisition"], log_ei)):
+            axis.plot(grid, curve, color=colour, linestyle=dash, label=name)
+            axis.plot(place, np.interp(place, grid, curve), marker="o", color=colour, markersize=6, linestyle="none")
+    for name, what in (("belief", label), ("acquisition", "log EI")):
+        axes[name].set(xlabel=f"fraction cut of {dimension}", ylabel=fill(what, 28))
+        if not lines:
+            axes[name].text(0.5, 0.5, "two evaluations are needed", transform=axes[name].transAxes, ha="center", va="center")
+    if lines:
+        highest = max(as_array(log_ei).max() for _, _, log_ei, _ in lines.values())
+        axes["acquisition"].set_ylim(bottom=max(axes["acquisition"].get_ylim()[0], highest - DEPTH), top=highest + 1)
+    handles = [pair for axis in (axes["values"], axes["belief"]) for pair in zip(*axis.get_legend_handles_labels())]
+    legend_above(figure, *zip(*handles))
     sns.despine(fig=figure)
     return figure

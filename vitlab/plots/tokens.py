@@ -6,6 +6,7 @@ import torch
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from scipy.ndimage import maximum_filter
 from torch import Tensor
 
 from vitlab import tokens
@@ -73,17 +74,52 @@ def region_means(image: np.ndarray, regions: Tensor, shape: ViTShape) -> np.ndar
     return _upscaled(means.reshape(gh, gw, 3).numpy(), (gh * ph, gw * pw)).clip(0, 1)
 
 
+def _as_image(x: Tensor, grid: tuple[int, int, int, int]) -> np.ndarray:
+    """Patches (n, ph pw 3) back as an image: what `_as_patches` took apart."""
+    gh, ph, gw, pw = grid
+    return x.reshape(gh, gw, ph, pw, 3).permute(0, 2, 1, 3, 4).reshape(gh * ph, gw * pw, 3).numpy().clip(0, 1)
+
+
 def through_matrices(image: np.ndarray, rule: MergeReconstruct, shape: ViTShape) -> tuple[np.ndarray, np.ndarray]:
     """(region means, what reconstruct @ merge gives back) of the image's patches, as images; pruned patches as they are.
 
     Pixels of a patch are treated as its token's features, so the second picture shows what the matrices keep.
     """
-    x, (gh, ph, gw, pw) = _as_patches(image, shape)
+    x, grid = _as_patches(image, shape)
     merge = tokens.merge_matrix(rule, 0, torch.float64)                         # (C, n), no prefix rows
     mask = tokens.token_mask(rule, 0)[:, None]
     given = torch.where(mask, tokens.reconstruct_matrix(merge) @ (merge @ x), x)
-    back = given.reshape(gh, gw, ph, pw, 3).permute(0, 2, 1, 3, 4).reshape(gh * ph, gw * pw, 3)
-    return region_means(image, torch.tensor(rule.regions), shape), back.numpy().clip(0, 1)
+    return region_means(image, torch.tensor(rule.regions), shape), _as_image(given, grid)
+
+
+def through_means(image: np.ndarray, regions: Tensor, weights: Tensor, shape: ViTShape) -> np.ndarray:
+    """The image with every patch replaced by the mean patch of its region, pixel by pixel; a region of one patch stays as it is.
+
+    regions (n) from 0 without a gap, -1 for a patch by itself; weights (n), which sum to 1 in each region.
+    """
+    x, grid = _as_patches(image, shape)
+    inside = (regions >= 0).nonzero().flatten()
+    share = x.new_zeros(int(regions.max()) + 1, len(x))                         # (C, n)
+    share[regions[inside], inside] = weights[inside].double()
+    x[inside] = (share @ x)[regions[inside]]
+    return _as_image(x, grid)
+
+
+def tinted(image: np.ndarray, patches: np.ndarray, shape: ViTShape) -> np.ndarray:
+    """The image with the patches where `patches` (n) is True in the palette's orange."""
+    cover = _upscaled(patches.reshape(shape.grid_size), image.shape[:2])[..., None]
+    return np.where(cover, 0.45 * image[:cover.shape[0], :cover.shape[1]] + 0.55 * np.array(to_rgb(PALETTE[1])), image)
+
+
+def bordered(image: np.ndarray, regions: np.ndarray, shape: ViTShape) -> np.ndarray:
+    """The image (h, w, 3) with a line, one pixel of white between two of black, where regions (n) change: in some ms."""
+    labels = _upscaled(regions.reshape(shape.grid_size), image.shape[:2])
+    line = np.zeros(labels.shape, dtype=bool)
+    line[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+    line[1:] |= labels[1:] != labels[:-1]
+    shown = np.where(maximum_filter(line, 3)[..., None], 0.0, image)
+    shown[line] = 1.0
+    return shown
 
 
 def merge_map(image: np.ndarray, plan: CompressionPlan, blocks: Sequence[int]) -> Figure:
@@ -94,7 +130,7 @@ def merge_map(image: np.ndarray, plan: CompressionPlan, blocks: Sequence[int]) -
     pixels is darker or brighter than the image where the weights of a region differ.
     """
     figure, axes = new_axes(len(blocks), 3, 2.7, 2.75)
-    shape, pruned_colour = plan.shape, np.array(to_rgb(PALETTE[1]))
+    shape = plan.shape
     for row, block in enumerate(blocks):
         rule = plan.blocks[block].tokens
         titles = ("regions (orange: pruned)", "region means", "reconstruct @ merge")
@@ -106,11 +142,9 @@ def merge_map(image: np.ndarray, plan: CompressionPlan, blocks: Sequence[int]) -
             for axis in axes[row]:
                 axis.imshow(image)
             continue
-        pruned = np.isin(np.arange(shape.num_patches), rule.pruned).reshape(shape.grid_size)
-        cover = _upscaled(pruned, image.shape[:2])[..., None]
-        shown = np.where(cover, 0.45 * image[:cover.shape[0], :cover.shape[1]] + 0.55 * pruned_colour, image)
+        pruned = np.isin(np.arange(shape.num_patches), rule.pruned)
         means, back = through_matrices(image, rule, shape)
-        axes[row, 0].imshow(shown)
+        axes[row, 0].imshow(tinted(image, pruned, shape))
         _draw_borders(axes[row, 0], np.array(rule.regions).reshape(shape.grid_size), image.shape[:2])
         axes[row, 1].imshow(means)
         axes[row, 2].imshow(back)

@@ -1,11 +1,15 @@
-"""Figures of training runs and result rows."""
+"""Figures of training runs, result rows and costs."""
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from vitlab import cost
+from vitlab.plan import CompressionPlan
 from vitlab.plots.base import PALETTE, new_axes
+from vitlab.plots.units import plan_bars
 from vitlab.results import ResultRow
 
 
@@ -58,4 +62,37 @@ def trade_offs(panels: dict[str, dict[str, Sequence[tuple[float, float]]]], ylab
         axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, -1].legend(frameon=False, bbox_to_anchor=(1.02, 1), loc="upper left")
+    return figure
+
+
+def compare_plans(plans: dict[str, CompressionPlan], note: str = "") -> Figure:
+    """`plan_bars`, and below it the MACs per image by part: a stacked bar for the dense model and for each plan.
+
+    Behind a bar stands its sum, in 10^9 or 10^6 MACs as the size asks for, and in percent of the dense model's. note: lines below.
+    """
+    figure = plan_bars(plans)
+    first = next(iter(plans.values()))
+    bars = {"dense": cost.macs(CompressionPlan.empty(first.shape)), **{name: cost.macs(plan) for name, plan in plans.items()}}
+    whole = bars["dense"]["total"]
+    scale, unit = (1e9, "G") if whole >= 1e9 else (1e6, "M")
+    height = 0.9 + 0.34 * len(bars)                                             # inches
+    rows = figure.add_gridspec(4, 1, height_ratios=(1.2, 1.2, 1.2, height))
+    figure.set_size_inches(9.4, 3.6 + height + 1.6)
+    for axis, row in zip(figure.axes, rows):
+        axis.set_subplotspec(row)
+    axis, lefts = figure.add_subplot(rows[3]), np.zeros(len(bars))
+    for index, part in enumerate(cost.PARTS):
+        widths = np.array([parts[part] for parts in bars.values()]) / scale     # (bars)
+        if widths.any():
+            axis.barh(range(len(bars)), widths, 0.7, left=lefts, color=PALETTE[index % len(PALETTE)], label=part.replace("_", " "),
+                      edgecolor="white", linewidth=0.5)
+            lefts += widths
+    for place, parts in enumerate(bars.values()):
+        axis.text(lefts[place], place, f"  {parts['total'] / scale:.4g} {unit}, {parts['total'] / whole:.1%}", va="center", fontsize=9)
+    axis.set(yticks=range(len(bars)), xlabel=f"MACs per image, deployed ({unit})", xlim=(0, 1.2 * lefts.max()))
+    axis.set_yticklabels(bars, fontsize=10)
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=8, frameon=False, fontsize=9, handlelength=1.2, columnspacing=1.2)
+    figure.supxlabel(note, fontsize="small", color="0.3")
     return figure

@@ -6,9 +6,14 @@ from typing import Any
 import numpy as np
 import seaborn as sns
 import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 from torch import Tensor
 
 from vitlab.plan import CompressionPlan
@@ -30,10 +35,33 @@ def legend_above(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -
     figure.legend(handles, names, loc="outside upper center", ncols=columns, frameon=False, fontsize="small")
 
 
-def _to_own_range(rows: np.ndarray, highest: float = 1.0) -> np.ndarray:
+def to_own_range(rows: np.ndarray, highest: float = 1.0) -> np.ndarray:
     """(L, K) with each row's range, from its least to its quantile `highest`, moved to [0, 1]; a row of equal values becomes 0."""
     low, high = rows.min(axis=1, keepdims=True), np.quantile(rows, highest, axis=1, keepdims=True)
     return ((rows - low) / np.where(high > low, high - low, 1)).clip(0, 1)
+
+
+def _score_map(axis: Axes, values: np.ndarray, label: str) -> AxesImage:
+    """A heat map of values (L, K) in [0, 1]."""
+    axis.set(xlabel=label)
+    image = axis.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    axis.yaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    return image
+
+
+def cut_heads(plan: CompressionPlan) -> list[tuple[int, int]]:
+    """(block, head) of every head that the plan cuts."""
+    return [(row, head) for row, block in enumerate(plan.blocks) if block.heads is not None
+            for head in range(plan.shape.num_heads) if head not in block.heads]
+
+
+def _cross_cut(axis: Axes, plan: CompressionPlan) -> None:
+    """A cross on each head that the plan cuts, on a heat map of blocks by heads."""
+    cut = cut_heads(plan)
+    for colour, width in (("black", 4.0), ("white", 1.6)):                      # seen on bright and on dark ground
+        if cut:
+            axis.scatter([head for _, head in cut], [row for row, _ in cut], marker="x", s=36, color=colour, linewidths=width)
 
 
 def unit_scores(heads: Any, neurons: Any, plan: CompressionPlan | None = None) -> Figure:
@@ -52,21 +80,15 @@ def unit_scores(heads: Any, neurons: Any, plan: CompressionPlan | None = None) -
     depth = len(heads)
     figure, (axes,) = new_axes(1, 2, 4.8, min(max(1.7 + 0.22 * depth, 2.7), 6.5))
     ranked = -np.sort(-neurons, axis=1)                                         # (L, M), highest first
-    shown = (_to_own_range(heads), _to_own_range(ranked, 0.99))
+    shown = (to_own_range(heads), to_own_range(ranked, 0.99))
     for axis, values, label in zip(axes, shown, ("head", "neurons, highest score first")):
-        image = axis.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-        axis.set(xlabel=label)
-        axis.yaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
-        axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+        image = _score_map(axis, values, label)
     axes[0].set(ylabel="block")
     figure.colorbar(image, ax=list(axes), label="score in block's range", aspect=30, pad=0.01)
     if plan is not None:
-        cut = [(head, row) for row, block in enumerate(plan.blocks) if block.heads is not None
-               for head in range(heads.shape[1]) if head not in block.heads]
+        _cross_cut(axes[0], plan)
         kept = [neurons.shape[1] if block.neurons is None else len(block.neurons) for block in plan.blocks]
         for colour, width in (("black", 4.0), ("white", 1.6)):                  # seen on bright and on dark ground
-            if cut:
-                axes[0].scatter(*zip(*cut), marker="x", s=36, color=colour, linewidths=width)
             lines = [((count - 0.5, row - 0.5), (count - 0.5, row + 0.5)) for row, count in enumerate(kept)]
             axes[1].add_collection(LineCollection(lines, colors=colour, linewidths=width, clip_on=False), autolim=False)
         axes[0].set_title("cross: cut")
@@ -143,7 +165,13 @@ def rollout(attention: Tensor, num_prefix_tokens: int, kept: Sequence[Sequence[i
             continue
         mixed = chosen.double().mean(dim=0) + identity                          # the paper's 0.5 goes with the normalisation
         result = (mixed / mixed.sum(dim=1, keepdim=True)) @ result
-    row = result[num_prefix_tokens:].mean(dim=0) if average else result[0]
+    return looked_at(result, num_prefix_tokens, average=average)
+
+
+def looked_at(attention: Tensor, num_prefix_tokens: int, *, average: bool = False) -> Tensor:
+    """What the class token (row 0) takes from each patch, of attention (N, N); average: the mean over the patches' rows instead,
+    for a model that pools over patches. Returns (n,)."""
+    row = attention[num_prefix_tokens:].mean(dim=0) if average else attention[0]
     return row[num_prefix_tokens:]
 
 
@@ -175,7 +203,7 @@ def head_rollouts(pictures: dict[str, np.ndarray], attention: dict[str, Tensor],
                 continue
             axis.imshow(picture.mean(axis=2), cmap="gray", vmin=0, vmax=1)      # grey: the only colours are the map's
             given = rollout(attention[name], shape.num_prefix_tokens, heads, average=shape.pool != POOL_TOKEN).cpu().numpy()
-            shown = _to_own_range(given[None]).reshape(shape.grid_size)
+            shown = to_own_range(given[None]).reshape(shape.grid_size)
             image = axis.imshow(shown, cmap="viridis", vmin=0, vmax=1, alpha=0.6, interpolation="bilinear",
                                 extent=(-0.5, covered[1] - 0.5, covered[0] - 0.5, -0.5))
             axis.set(xlim=(-0.5, picture.shape[1] - 0.5), ylim=(picture.shape[0] - 0.5, -0.5))
@@ -184,6 +212,50 @@ def head_rollouts(pictures: dict[str, np.ndarray], attention: dict[str, Tensor],
     for axis, title in zip(axes[0], ("picture", "heads kept", "heads cut")):
         axis.set_title(title)
     figure.colorbar(image, ax=list(axes.flat), label="rollout in map's range", aspect=25 * len(axes), pad=0.01)
+    return figure
+
+
+def over_grey(picture: np.ndarray, values: Any, shape: ViTShape) -> np.ndarray:
+    """A picture (h, w, 3) in grey under the values (n) of its patches, coloured within their own range."""
+    shown = Image.fromarray(to_own_range(as_array(values)[None]).reshape(shape.grid_size).astype(np.float32))
+    smooth = np.asarray(shown.resize(picture.shape[1::-1], Image.Resampling.BILINEAR))
+    return 0.4 * picture.mean(axis=2, keepdims=True) + 0.6 * colormaps["viridis"](smooth)[..., :3]
+
+
+def ranked_neurons(neurons: Any, plan: CompressionPlan, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """(scores (M), highest first, and which of them the plan keeps (M))."""
+    scores, kept = as_array(neurons[block]), plan.blocks[block].neurons
+    order = np.argsort(-scores, kind="stable")
+    return scores[order], np.isin(order, range(len(scores)) if kept is None else kept)
+
+
+def head_view(heads: Any, neurons: Any, plan: CompressionPlan, picture: np.ndarray, attention: Any, shared: Any, block: int,
+              head: int) -> Figure:
+    """One head in four panels: where it stands among the scores (L, H), what it looks at, what it shares with the other heads of
+    its block, and the scores of the block's neurons (L, M), highest first.
+
+    picture (h, w, 3) in [0, 1]; attention (n) of the head to the patches; shared (H), the HSIC with each head of the block, or
+    None. Blue is kept, orange is cut.
+    """
+    figure, axes = new_axes(2, 2, 4.7, 3.3)
+    (scores, looks), (bars, ranks) = axes
+    _score_map(scores, to_own_range(as_array(heads)), "head").axes.set(ylabel="block", title="score in block's range; cross: cut")
+    _cross_cut(scores, plan)
+    scores.add_patch(Rectangle((head - 0.5, block - 0.5), 1, 1, fill=False, edgecolor=PALETTE[1], linewidth=3))
+    looks.imshow(over_grey(picture, attention, plan.shape))
+    looks.set(xticks=[], yticks=[], title=f"attention of block {block}, head {head}")
+    cut = {other for row, other in cut_heads(plan) if row == block}
+    others = [other for other in range(plan.shape.num_heads) if other != head]
+    if shared is None or not others:
+        bars.set_visible(False)
+    else:
+        bars.bar([str(other) for other in others], as_array(shared)[others], color=[PALETTE[other in cut] for other in others])
+        bars.set(xlabel="head", ylabel="HSIC", title=f"dependence of head {head} on the others")
+    values, kept = ranked_neurons(neurons, plan, block)
+    ranks.vlines(np.arange(len(values)), min(0.0, values.min()), values, colors=np.where(kept[:, None], PALETTE[0], PALETTE[1]))
+    ranks.set(xlabel="neuron, highest score first", ylabel="score", title=f"{kept.sum()} of {len(kept)} neurons kept")
+    sns.despine(ax=bars)
+    sns.despine(ax=ranks)
     return figure
 
 

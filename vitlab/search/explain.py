@@ -1,11 +1,26 @@
 """What a study has learned, as arrays that plots draw."""
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from vitlab.files import InputError
+from vitlab.files import InputError, read_lines
+from vitlab.search.sampling import Problem
+from vitlab.search.sensitivity import SENSITIVITY, trend_of
+from vitlab.search.strategies import predictor
 from vitlab.search.study import Study
-from vitlab.search.surrogate import Surrogate
+
+Predict = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def believed(study: Any, policies: np.ndarray, values: np.ndarray) -> Predict:
+    """policies (P, D) -> (mean, deviation), (P) each, by the Gaussian process of a study (its space, folder and options) after
+    policies (E, D) with their values (E), two at least."""
+    problem, trend = Problem(study.space, None), None
+    if study.options.initial == "sensitivity":
+        trend = trend_of(problem, read_lines(study.folder / SENSITIVITY))
+    return predictor(problem, policies, values, study.options, trend)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -23,12 +38,10 @@ def slices(study: Study, points: int = 41) -> Slices:
     space = study.space
     if len(study.evaluations) < 2:
         raise InputError(f"{study.folder}: two evaluations are needed; there are {len(study.evaluations)}")
-    policies = np.array([e.policy for e in study.evaluations])
-    surrogate = Surrogate(space.features(policies), np.array([e.value for e in study.evaluations]),
-                          noise=study.options.noise)
+    predict = believed(study, np.array([e.policy for e in study.evaluations]), np.array([e.value for e in study.evaluations]))
     grid = np.linspace(0, space.max_ratio, points)
     moved = np.tile(np.array(study.best.policy), (space.size, points, 1))       # (D, G, D)
     moved[np.arange(space.size), :, np.arange(space.size)] = grid
-    mean, deviation = surrogate.predict(space.features(moved.reshape(-1, space.size)))
+    mean, deviation = predict(moved.reshape(-1, space.size))
     return Slices(grids=np.tile(grid, (space.size, 1)), means=mean.reshape(space.size, points),
                   deviations=deviation.reshape(space.size, points))

@@ -1,0 +1,78 @@
+"""What the explorers share: a widget that is a figure where there are none, and a picture of cells to point at."""
+import asyncio
+import base64
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import ipywidgets
+import matplotlib.pyplot as plt
+import numpy as np
+import traitlets
+from matplotlib.figure import Figure
+from PIL import Image
+
+_TASKS: set[asyncio.Task] = set()               # a loop holds its tasks weakly
+
+
+class Explorer(ipywidgets.VBox):
+    """Widgets in a column. JupyterLab shows them; a page, a printer or a notebook run by papermill shows `figure()`, which is
+    what they show at that moment."""
+
+    def __init__(self, children: Sequence[ipywidgets.Widget], figure: Callable[[], Figure]) -> None:
+        super().__init__(list(children))
+        self.figure = figure
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        figure = self.figure()
+        try:
+            return {**super()._repr_mimebundle_(**kwargs), "image/png": base64.b64encode(figure_png(figure)).decode()}
+        finally:
+            plt.close(figure)
+
+
+class Cells(anywidget.AnyWidget):
+    """A picture under a grid of cells. Pointing at a cell outlines all cells of its group and shows its label; a click, or the
+    arrow keys, choose it."""
+
+    _esm = Path(__file__).parent / "cells.js"
+    picture = traitlets.Bytes().tag(sync=True)              # PNG
+    width = traitlets.Int(320).tag(sync=True)               # CSS pixels; the height follows from the picture
+    alt = traitlets.Unicode().tag(sync=True)                # what the picture shows, in words
+    grid = traitlets.Tuple(traitlets.Int(), traitlets.Int(), default_value=(1, 1)).tag(sync=True)       # (rows, columns)
+    groups = traitlets.List(traitlets.Int()).tag(sync=True)             # of each cell, row by row; [] : each by itself
+    labels = traitlets.List(traitlets.Unicode()).tag(sync=True)         # of each cell; [] : none
+    picked = traitlets.Int(-1).tag(sync=True)               # the chosen cell, -1: none
+
+
+def figure_png(figure: Figure) -> bytes:
+    """A figure as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight", facecolor="white")
+    return buffer.getvalue()
+
+
+def array_png(image: np.ndarray) -> bytes:
+    """An image (h, w, 3) in [0, 1] as PNG, some ms where a figure takes a quarter of a second."""
+    buffer = io.BytesIO()
+    Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8)).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def show(picture: ipywidgets.Image, figure: Figure) -> None:
+    """Put a figure into a picture, and let go of it."""
+    picture.value = figure_png(figure)
+    plt.close(figure)
+
+
+def repeat(look: Callable[[], bool], seconds: float) -> asyncio.Task:
+    """Call `look` in the kernel's own event loop, at once and then every so many seconds, between the cells, until it gives False."""
+    async def again() -> None:
+        while look():
+            await asyncio.sleep(seconds)
+    task = asyncio.get_running_loop().create_task(again())
+    _TASKS.add(task)
+    task.add_done_callback(_TASKS.discard)
+    return task

@@ -1,0 +1,121 @@
+"""Choosing a picture in a notebook: from a list, a folder or an upload, decoded with the care that a stranger's file needs."""
+import html
+import io
+import itertools
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ipywidgets
+import numpy as np
+import traitlets
+from PIL import Image, ImageOps
+from timm.utils.misc import natural_key
+
+from vitlab.data.folder import is_image
+from vitlab.files import InputError
+from vitlab.shape import ViTShape, require
+from vitlab.workbench.pictures import SHOWN
+
+MAX_BYTES = 10_000_000                          # of an image file; Jupyter's server takes no larger message
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")        # none that Pillow needs another program for
+MAX_LISTED = 1000                               # images of a folder
+WIDE = {"style": {"description_width": "125px"}, "layout": {"width": "400px"}}         # of a control, two in a row
+
+
+def fitted(image: Image.Image, shape: ViTShape) -> np.ndarray:
+    """The middle of an image as (h, w, 3) in [0, 1], of a size that the patch grid divides."""
+    scale = max(1, SHOWN // shape.img_size[0])
+    height, width = (g * p * scale for g, p in zip(shape.grid_size, shape.patch_size))
+    return np.asarray(ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC)) / 255
+
+
+def decode(name: str, content: bytes, shape: ViTShape) -> np.ndarray:
+    """`fitted` of an image file's content. Raises InputError that begins with `name` for more than MAX_BYTES, more pixels than
+    Pillow takes for a decompression bomb (seen in the header, before anything is unpacked), or what is no image of FORMATS."""
+    if len(content) > MAX_BYTES:
+        raise InputError(f"{name}: a file of more than {MAX_BYTES / 1e6:.0f} MB, which is not read")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                return fitted(ImageOps.exif_transpose(image), shape)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise InputError(f"{name}: more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels, which are not unpacked") from None
+    except Exception:                           # a damaged file makes Pillow's decoders raise nearly anything
+        raise InputError(f"{name}: can't be read as an image ({', '.join(FORMATS)})") from None
+
+
+class PictureChooser(ipywidgets.VBox):
+    """A picture out of a list, to which the images of a folder or an uploaded one are added. What can't be read is said in a
+    line of text, and the picture stays."""
+
+    chosen = traitlets.Unicode()                # key of the picture
+
+    def __init__(self, pictures: dict[str, np.ndarray], shape: ViTShape) -> None:
+        require(bool(pictures), "no picture was given; one at least is needed to begin with")
+        self.shape = shape
+        self.known: dict[str, np.ndarray | Path] = {            # a Path is read once it is chosen
+            name: fitted(Image.fromarray((picture * 255).round().astype(np.uint8)), shape) for name, picture in pictures.items()}
+        self.names = ipywidgets.Dropdown(options=list(self.known), description="picture", **WIDE)
+        self.folder = ipywidgets.Text(description="folder", placeholder="path, Enter", continuous_update=False,
+                                      style={"description_width": "60px"}, layout={"width": "200px"})
+        self.upload = ipywidgets.FileUpload(accept="image/*", description=f"upload ≤ {MAX_BYTES / 1e6:.0f} MB",
+                                            layout={"width": "185px"})
+        self.message = ipywidgets.HTML()
+        super().__init__([ipywidgets.HBox([self.names, self.folder, self.upload]), self.message], chosen=self.names.value)
+        self.names.observe(self._named, "value")
+        self.folder.observe(lambda change: change.new and self._try(self._list, Path(os.path.expanduser(change.new))), "value")
+        self.upload.observe(lambda change: change.new and self._try(self._take, change.new[0]), "value")
+
+    @property
+    def picture(self) -> np.ndarray:
+        """(h, w, 3) in [0, 1]."""
+        return self.known[self.chosen]
+
+    def _try(self, function: Callable[[Any], None], given: Any) -> None:
+        self.message.value = ""
+        try:
+            function(given)
+        except InputError as error:
+            self.message.value = html.escape(str(error))
+        except OSError as error:
+            self.message.value = html.escape(f"{error.filename}: can't be read ({error.strerror})")
+
+    def _named(self, change: Any) -> None:
+        self._try(self._choose, change.new)
+
+    def _choose(self, key: str) -> None:
+        try:
+            if isinstance(self.known[key], Path):
+                with open(key, "rb") as file:
+                    self.known[key] = decode(Path(key).name, file.read(MAX_BYTES + 1), self.shape)
+        except (InputError, OSError):
+            self._offer(self.chosen)
+            raise
+        self.chosen = key
+
+    def _list(self, folder: Path) -> None:
+        """Offer the images of a folder and of the folders in it."""
+        found = sorted(map(str, itertools.islice(filter(is_image, itertools.chain(folder.glob("*"), folder.glob("*/*"))), MAX_LISTED)),
+                       key=natural_key)
+        if not found:
+            raise InputError(f"{folder}: no such folder, or no image in it or in its folders")
+        self.known = {path: Path(path) for path in found} | self.known
+        self._offer(self.chosen)
+        self.names.value = found[0]
+
+    def _take(self, upload: dict[str, Any]) -> None:
+        key = f"{upload['name']} (upload {sum(' (upload ' in key for key in self.known) + 1})"
+        self.known[key] = decode(upload["name"], bytes(upload["content"]), self.shape)
+        self._offer(key)
+        self.chosen = key
+
+    def _offer(self, key: str) -> None:
+        """The list as it is now, with `key` chosen in it; new options would else choose the first."""
+        self.names.unobserve(self._named, "value")
+        self.names.options = [("/".join(Path(name).parts[-2:]), name) for name in self.known]
+        self.names.value = key
+        self.names.observe(self._named, "value")

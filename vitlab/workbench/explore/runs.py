@@ -1,0 +1,238 @@
+"""Runs as they go on: which there are, how far each is, and starting, stopping and resuming one as a process of its own."""
+import asyncio
+import contextlib
+import html
+import math
+import os
+import shlex
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ipywidgets
+from matplotlib.figure import Figure
+
+from vitlab.files import InputError, read_lines
+from vitlab.plots.base import new_axes
+from vitlab.plots.search import incumbents
+from vitlab.plots.training import training_curves
+from vitlab.search.study import JOURNAL, read_journal
+from vitlab.training.loop import LOG
+from vitlab.workbench import processes
+from vitlab.workbench.explore.base import Explorer, repeat, show
+from vitlab.workbench.explore.study import watch
+from vitlab.workbench.steps import TRAINING, study_folder
+
+SECONDS = 2.0                                   # between two looks at a run that goes on
+TAIL = 12                                       # lines of output shown
+RECENT = 20_000                                 # bytes of output that they are taken from
+LOGGED = ("epoch", "loss", "lr", "train_slice_top1_pct")
+# The fields of the form, by command; each is a flag of it.
+COMMANDS = {"finetune": ("checkpoint", "teacher", "data", "recipe", "out"), "search": ("checkpoint", "data", "macs-ratio", "out"),
+            "pretrain": ("model", "data", "recipe", "out"), "tonight": ("checkpoint", "data", "out")}
+EXAMPLES = {"checkpoint": "runs/demo/pruned", "teacher": "runs/demo/dense", "data": "digits, or a folder of images",
+            "recipe": "digits_pm", "macs-ratio": "0.6", "model": "vit_nano_patch4_32", "out": "runs/mine (a new folder)"}
+
+
+def find_runs(root: str | Path) -> list[Path]:
+    """The folders at and below `root` in which a process was started, a model trained or a search made, in order of their names."""
+    found: set[Path] = set()
+    for folder, below, files in os.walk(root):
+        here = Path(folder)
+        if processes.INFO in files or JOURNAL in files or TRAINING in below:
+            found.add(here)
+        below[:] = [name for name in below if name != TRAINING and not name.startswith(".")]
+    return sorted(found)
+
+
+def training_logs(run: str | Path) -> dict[str, list[dict[str, Any]]]:
+    """{stage: a record per epoch} of what is trained in a run, each epoch's last; lines that are damaged, or no records of an epoch, are
+    left out."""
+    folder, logs = Path(run) / TRAINING, {}
+    for path in sorted([*folder.glob(LOG), *folder.glob(f"*/{LOG}")], key=lambda p: (len(p.parent.name), p)):
+        last = {r["epoch"]: r for r in read_lines(path) if isinstance(r, dict) and all(_is_number(r.get(name)) for name in LOGGED)}
+        if last:
+            logs["training" if path.parent == folder else path.parent.name] = [last[epoch] for epoch in sorted(last)]
+    return logs
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def run_figure(run: str | Path | None) -> Figure:
+    """How far a run is: loss, top-1 and learning rate of a training, or the best so far of a search; None: no run. What can't be
+    read is said in place of it."""
+    if run is None:
+        return _words("no run was found")
+    try:
+        logs = training_logs(run)
+        if logs:
+            return training_curves(logs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                                     # a line that is being written
+            values = [e.value for e in read_journal(run)]
+        return incumbents({watch(run).strategy: [values]}, label=watch(run).label) if values else _words("nothing is logged yet")
+    except InputError as error:
+        return _words(str(error))
+
+
+def _words(text: str) -> Figure:
+    figure, axes = new_axes(1, 1, 9.0, 1.0)
+    axes[0, 0].text(0.5, 0.5, text, ha="center", va="center", wrap=True)
+    axes[0, 0].set_axis_off()
+    return figure
+
+
+def last_lines(path: str | Path) -> str:
+    """The last lines of a process's output; of a progress bar, which overwrites itself, its last state."""
+    if not Path(path).exists():
+        return ""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - RECENT))
+        text = file.read().decode(errors="replace")
+    lines = [[part for part in line.split("\r") if part.strip()] for line in text.split("\n")]
+    return "\n".join([parts[-1] for parts in lines if parts][-TAIL:])
+
+
+def runs_panel(root: str | Path = "runs") -> Explorer:
+    """The runs at and below `root`: choose one and see its state, its output, and its loss, top-1 and learning rate, or a
+    search's best so far, every two seconds while it goes on; stop it, resume it where it was, or start another.
+
+    A run is a process of its own: it goes on when the notebook is closed or the kernel restarted, and a new panel finds it. The
+    watching ends with the run, or when the panel is closed. In the notebooks' own folder relative paths are from the project's
+    root.
+    """
+    folder = study_folder(".").absolute()
+    root, started = folder / root, []
+    chosen = ipywidgets.Dropdown(description="run", layout={"width": "28em"}, style={"description_width": "3em"})
+    stop = ipywidgets.Button(description="stop", icon="stop", layout={"width": "7em"})
+    resume = ipywidgets.Button(description="resume", icon="play", layout={"width": "7em"})
+    again = ipywidgets.Button(description="look again", icon="refresh", layout={"width": "9em"})
+    told, tail, message = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
+    picture = ipywidgets.Image(format="png", layout={"width": "100%", "max_width": "940px"})
+    shown: list[Any] = []                       # what the picture was drawn from
+    watching: list[asyncio.Task] = []
+
+    def look() -> bool:
+        """Show the chosen run as it is now, and say whether it goes on."""
+        run, state = chosen.value, None
+        if run is not None:
+            told.value, state = _told(run)
+            tail.value = _as_text(last_lines(run / processes.OUTPUT))
+        drawn_from = [run, *_stamp(run)]
+        if drawn_from != shown:
+            shown[:] = drawn_from
+            show(picture, run_figure(run))
+        stop.disabled, resume.disabled = state != "running", state in (None, "running")
+        return state == "running" and panel.comm is not None
+
+    def watch_on(*_: object) -> None:
+        """Look now, and again and again while the run goes on."""
+        if look() and _has_loop() and all(task.done() for task in watching):
+            watching[:] = [repeat(look, SECONDS)]
+
+    def find(wanted: Path | None) -> None:
+        """Look for runs again; the wanted one is shown, else the first that is running, else the first."""
+        found = sorted({*find_runs(root), *started})
+        order = [wanted, *(run for run in found if _told(run)[1] == "running"), *found]
+        chosen.options = [(os.path.relpath(run, root), run) for run in found]
+        chosen.value = next((run for run in order if run in found), None)
+        watch_on()
+
+    def attempt(action: Callable[[], object]) -> None:
+        """Do it, and say what was wrong."""
+        try:
+            action()
+            message.value = ""
+        except (InputError, OSError) as error:
+            message.value = f"<b>{html.escape(str(error))}</b>"
+        watch_on()
+
+    def begin(arguments: list[str], out: str) -> None:
+        def action() -> None:
+            if not out:
+                raise InputError("out is empty; the name of a folder for the run is needed")
+            processes.start(arguments, folder / out, folder=folder)
+            started.append(folder / out)
+            find(folder / out)
+        attempt(action)
+
+    def end(_: object) -> None:
+        """In a thread: a process may take its time to end, and the kernel has other work."""
+        threading.Thread(target=_stop, args=(chosen.value,), daemon=True).start()
+    panel = Explorer([ipywidgets.HBox([chosen, stop, resume, again], layout={"flex_flow": "row wrap"}), told, message, picture, tail,
+                      ipywidgets.Accordion([start_form(begin)], titles=["start a run"])], lambda: run_figure(chosen.value))
+    chosen.observe(watch_on, "value")
+    stop.on_click(end)
+    resume.on_click(lambda _: attempt(lambda: processes.resume(chosen.value)))
+    again.on_click(lambda _: find(chosen.value))
+    find(None)
+    return panel
+
+
+def start_form(begin: Callable[[list[str], str], None]) -> ipywidgets.VBox:
+    """Fields for a command, the command line that they make, and a button that calls begin(arguments, run folder)."""
+    wide = {"style": {"description_width": "7em"}, "layout": {"width": "36em"}}
+    command = ipywidgets.Dropdown(options=list(COMMANDS), description="command", **wide)
+    fields = {name: ipywidgets.Text(placeholder=f"such as {example}", description=name, **wide) for name, example in EXAMPLES.items()}
+    more = ipywidgets.Text(placeholder="any other arguments, such as --epochs 3", description="more", **wide)
+    line, button = ipywidgets.HTML(), ipywidgets.Button(description="start", icon="rocket", button_style="primary")
+
+    def arguments() -> list[str]:
+        """Raises ValueError for a quotation mark that is not closed."""
+        given = [(name, fields[name].value.strip()) for name in COMMANDS[command.value]]
+        return [command.value, *(part for name, value in given if value for part in (f"--{name}", value)), *shlex.split(more.value)]
+
+    def write(*_: object) -> None:
+        for name, field in fields.items():
+            field.layout.display = None if name in COMMANDS[command.value] else "none"
+        try:
+            line.value, button.disabled = _as_text(shlex.join(["vitlab", *arguments()])), False
+        except ValueError as error:
+            line.value, button.disabled = f"<b>more: {html.escape(str(error))}</b>", True
+    for widget in (command, more, *fields.values()):
+        widget.observe(write, "value")
+    button.on_click(lambda _: begin(arguments(), fields["out"].value.strip()))
+    write()
+    return ipywidgets.VBox([command, *fields.values(), more, line, button])
+
+
+def _has_loop() -> bool:
+    """Whether there is an event loop to look again in: a kernel's, but not a script's."""
+    try:
+        return asyncio.get_running_loop() is not None
+    except RuntimeError:
+        return False
+
+
+def _stop(run: Path) -> None:
+    with contextlib.suppress(InputError):       # it ended by itself just now
+        processes.stop(run)
+
+
+def _stamp(run: Path | None) -> list[tuple[Path, int]]:
+    """What a run's picture depends on: its logs and when each was written."""
+    paths = [] if run is None else [*(run / TRAINING).glob(f"**/{LOG}"), *run.glob(JOURNAL)]
+    return [(path, path.stat().st_mtime_ns) for path in paths]
+
+
+def _told(run: Path) -> tuple[str, str | None]:
+    """(what there is to say of a run's process, as HTML; its state's name, None where there is no process)."""
+    if not (run / processes.INFO).exists():
+        return "no process was started here; what it has logged is below", None
+    try:
+        state = processes.state(run)
+    except InputError as error:
+        return html.escape(str(error)), None
+    code = "" if state.exit_code is None else f" with exit code {state.exit_code}"
+    line = _as_text(shlex.join(["vitlab", *state.arguments]))
+    return f"<b>{state.name}</b>{code}, started {html.escape(state.started)}{line}", state.name
+
+
+def _as_text(text: str) -> str:
+    """Text as it is, in HTML."""
+    look = "white-space: pre-wrap; word-break: normal; overflow-wrap: anywhere; line-height: 1.35; font-size: 12px; margin: 0"
+    return f'<pre style="{look}">{html.escape(text)}</pre>'
