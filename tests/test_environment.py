@@ -35,7 +35,8 @@ def pins() -> dict[str, str]:
 
 def test_every_declared_dependency_is_pinned_in_the_constraints():
     assert len(declared()) >= 15
-    assert not [n for n in declared() if n.lower() not in pins()]
+    missing = {n for n in declared() if n.lower() not in pins()}
+    assert missing == ({"snakemake"} if sys.version_info < (3, 11) else set())          # it has no release for 3.10
 
 
 def test_environment_yml_is_a_thin_shell_over_pyproject_and_constraints():

@@ -200,6 +200,26 @@ def _recipes(args: argparse.Namespace) -> None:
         print(f"{r.name}\n  source    {r.source}\n  expected  {r.expected}\n  command   {r.command}")
 
 
+def _batch(args: argparse.Namespace) -> int:
+    from vitlab.workbench import batch
+    out, changes = args.out or f"runs/{Path(args.file).stem}", dict(args.changes)
+    _check_out(out, wants_file=False)
+    if args.dry_run:
+        print(batch.format_summary(batch.plan_of(args.file, out, changes)))
+        return 0
+    summary = batch.run_batch(args.file, out, changes=changes, cores=args.cores, executor=args.executor, extra=tuple(args.snakemake))
+    print(batch.format_summary(summary["entries"]))
+    print(f"{', '.join(f'{count} {state}' for state, count in summary['counts'].items() if count)}; summary: {out}/summary.json; "
+          f"page: vitlab report {out}")
+    return 1 if summary["counts"]["failed"] else 0
+
+
+def _report(args: argparse.Namespace) -> None:
+    from vitlab.workbench import report
+    page = report.report(args.run)
+    print(f"report: {page}, as notebook {report.NOTEBOOK}; table: {report.CSV}, {report.LATEX}")
+
+
 def _demo(args: argparse.Namespace) -> None:
     from vitlab.results import format_table, read_rows
     from vitlab.workbench import notebooks, steps
@@ -210,24 +230,25 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 COMMANDS = {"pretrain": _pretrain, "score": _score, "prune": _prune, "search": _search, "tonight": _tonight, "calibrate": _calibrate,
-            "finetune": _finetune, "evaluate": _evaluate, "throughput": _throughput, "recipes": _recipes, "demo": _demo}
+            "finetune": _finetune, "evaluate": _evaluate, "throughput": _throughput, "recipes": _recipes, "batch": _batch,
+            "report": _report, "demo": _demo}
 
 
-def execute(args: argparse.Namespace) -> None:
-    """Do one parsed command. Raises InputError."""
+def execute(args: argparse.Namespace) -> int:
+    """Do one parsed command; returns its exit code. Raises InputError."""
     if args.command in ("prune", "calibrate", "search", "finetune", "tonight"):
         _check_apart(args)
     if getattr(args, "out", None):
         _check_out(args.out, wants_file=args.command == "score")
-    COMMANDS[args.command](args)
+    return COMMANDS[args.command](args) or 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 when done, 2 for wrong input (one line on stderr), 130 when interrupted."""
+    """Run a command; 0 when done, 1 where an entry of a batch failed, 2 for wrong input (one line on stderr), 130 when interrupted."""
     args = build_parser().parse_args(argv)
     before, warnings.formatwarning = warnings.formatwarning, lambda message, *_: f"vitlab {args.command}: {message}\n"
     try:
-        execute(args)
+        return execute(args)
     except InputError as error:
         print(f"vitlab {args.command}: {error}", file=sys.stderr)
         return 2

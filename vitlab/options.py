@@ -1,5 +1,6 @@
 """What the command line takes: the subcommands, their flags, and the checks on each value."""
 import argparse
+import shlex
 from typing import NoReturn
 
 import vitlab
@@ -37,6 +38,22 @@ def given(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("an empty text names nothing")
     return text
+
+
+def setting(text: str) -> tuple[str, str]:
+    """(key, value) of KEY=VALUE."""
+    key, sign, value = text.partition("=")
+    if not key.strip() or not sign:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return key.strip(), value
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, quoted as in a shell."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
 def _model_options(parser: argparse.ArgumentParser, name: str = "--checkpoint") -> None:
@@ -216,6 +233,21 @@ def build_parser() -> Parser:
     p.add_argument("--quiet", action="store_true", help="no progress bars")
 
     add("recipes", "List the named recipes with source, expected number and command.")
+
+    p = add("batch", "Run a batch file of notebooks with parameters; what is up to date is not repeated, a failed or killed one goes on.")
+    p.add_argument("file", type=given, metavar="FILE", help="YAML; docs/batch.md has the format, batches/ the files that come with vitlab")
+    p.add_argument("--out", type=given, metavar="RUN", help="run folder (default: runs/NAME, of FILE's name)")
+    p.add_argument("--set", dest="changes", action="append", default=[], type=setting, metavar="KEY=VALUE",
+                   help="a parameter for all notebooks that declare it; with dots, a place in the file, such as "
+                        "entries.dense.parameters.seed=1")
+    p.add_argument("--cores", type=count, default=1, metavar="N", help="entries at a time (default: 1)")
+    p.add_argument("--executor", type=given, metavar="NAME", help="executor plugin of Snakemake's, such as slurm (default: this machine)")
+    p.add_argument("--snakemake", type=words, default=[], metavar="ARGS",
+                   help="arguments for Snakemake itself in one text, such as --snakemake='--default-resources slurm_partition=gpu'")
+    p.add_argument("--dry-run", action="store_true", help="say what would run and why, and start nothing")
+
+    p = add("report", "One page of a batch's run, or a study's: tables with conditions, figures, failures; the table as CSV and LaTeX.")
+    p.add_argument("run", type=given, metavar="RUN", help="run folder of a batch, or a study with results.jsonl")
 
     p = add("demo", "Run the notebooks on the embedded digits: baseline, scores, prune and merge, search, fine-tune, table.")
     p.add_argument("--out", type=given, default="runs/demo", metavar="RUN", help="default: runs/demo")

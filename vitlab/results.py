@@ -1,5 +1,8 @@
 """Result rows: one measured model a row, with its conditions, appended to results.jsonl and read back as a table."""
+import csv
 import dataclasses
+import io
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,20 +62,59 @@ def read_rows(path: str | Path) -> list[ResultRow]:
     return [ResultRow(**row) for row in merged.values()]
 
 
+DIGITS = {"top1_pct": 2, "top5_pct": 2, "gmacs": 4, "params_m": 3, "throughput_img_s": 1, "ratio": 2, "latency_ms": 2, "loss": 4}
+
+
+def format_cell(value: Any, column: str) -> str:
+    """A value as tables show it; '-' where nothing was measured."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    return f"{value:.{DIGITS[column]}f}" if column in DIGITS else str(value)
+
+
 def format_table(rows: list[ResultRow], columns: tuple[str, ...] = COLUMNS) -> str:
     """Plain-text table, numbers right-aligned; '-' where nothing was measured."""
-    digits = {"top1_pct": 2, "top5_pct": 2, "gmacs": 4, "params_m": 3, "throughput_img_s": 1, "ratio": 2,
-              "latency_ms": 2, "loss": 4}
-
-    def cell(row: ResultRow, column: str) -> str:
-        value = getattr(row, column)
-        if value is None or (isinstance(value, float) and math.isnan(value)):
-            return "-"
-        return f"{value:.{digits[column]}f}" if column in digits else str(value)
-
-    cells = [list(columns)] + [[cell(r, c) for c in columns] for r in rows]
+    cells = [list(columns)] + [[format_cell(getattr(r, c), c) for c in columns] for r in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines = ["  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(line, widths)))
              for line in cells]
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join(lines)
+
+
+def conditions_of(row: ResultRow) -> dict[str, Any]:
+    """The conditions as one flat mapping: what is nested under names joined by dots; what is None left out."""
+    def flat(prefix: str, value: Any) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return {k: v for key, inner in value.items() for k, v in flat(f"{prefix}.{key}" if prefix else str(key), inner).items()}
+        return {} if value is None else {prefix: value if isinstance(value, (str, int, float, bool)) else json.dumps(value)}
+    return flat("", row.conditions)
+
+
+def to_csv(labels: list[str], rows: list[ResultRow]) -> str:
+    """CSV of the rows, each behind its label (the entry it is from): all that was measured, unrounded, and a column a condition."""
+    names = [f.name for f in dataclasses.fields(ResultRow) if f.name != "conditions"]
+    conditions = [conditions_of(row) for row in rows]
+    keys = list(dict.fromkeys(key for given in conditions for key in given))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["entry", *names, *keys])
+    for label, row, given in zip(labels, rows, conditions):
+        writer.writerow([label, *(getattr(row, name) for name in names), *(given.get(key) for key in keys)])
+    return text.getvalue()
+
+
+LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+         **{c: f"\\{c}" for c in "&%$#_{}"}}
+
+
+def to_latex(labels: list[str], rows: list[ResultRow], caption: str, columns: tuple[str, ...] = COLUMNS) -> str:
+    """A LaTeX table of the rows, each behind its label, for the package booktabs; everything in it is escaped."""
+    def escaped(text: str) -> str:
+        return "".join(LATEX.get(letter, letter) for letter in " ".join(text.split()))
+    lines = [["entry", *columns], *([label, *(format_cell(getattr(r, c), c) for c in columns)] for label, r in zip(labels, rows))]
+    head, *body = [" & ".join(map(escaped, line)) + r" \\" for line in lines]
+    shape = "l" + "".join("r" if c in DIGITS else "l" for c in columns)
+    return "\n".join([r"% needs \usepackage{booktabs}", r"\begin{table}", rf"\caption{{{escaped(caption)}}}",
+                      rf"\begin{{tabular}}{{{shape}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}",
+                      r"\end{table}", ""])

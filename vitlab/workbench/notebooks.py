@@ -1,5 +1,6 @@
 """Run notebooks with papermill, in order, with parameters that they declare; and turn one into an HTML report."""
 import ast
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from vitlab.files import InputError, atomic_write
-from vitlab.workbench.steps import NOTEBOOKS
 
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]    # the first of these an output has
+POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">"""
 ENCRYPTED = Config({"KernelManager": {"transport_encryption": "auto"}})        # else each kernel warns of plain TCP
 
 
@@ -58,12 +61,14 @@ def run(path: str | Path, out: str | Path, parameters: dict[str, Any] | None = N
 
 
 def report(executed: str | Path, target: str | Path) -> Path:
-    """The executed notebook as one HTML page, without its code."""
-    exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True)
-    exporter.require_js_url = exporter.mathjax_url = ""         # the page loads nothing from elsewhere
+    """The executed notebook as one HTML page, without its code. It loads nothing from elsewhere and runs no script; a widget is
+    shown as its picture."""
+    exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True,
+                            config=Config({"NbConvertBase": {"display_data_priority": SHOWN}}))
     html, _ = exporter.from_notebook_node(nbformat.read(executed, as_version=4),
                                           resources={"metadata": {"name": f"vitlab: {Path(target).resolve().parent.name}"}})
-    atomic_write(target, html)
+    html = re.sub(r"<script\b.*?</script>", "", html, flags=re.DOTALL)        # the exporter's own; in what data says they are escaped
+    atomic_write(target, html.replace("<head>", f"<head>{POLICY}", 1))
     return Path(target)
 
 

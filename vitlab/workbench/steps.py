@@ -28,10 +28,10 @@ from vitlab.training.loop import fit
 from vitlab.training.published import is_published, load_published
 from vitlab.training.recipes import Recipe, recipe
 from vitlab.training.units import unit_scores
+from vitlab.workbench.notebooks import NOTEBOOKS
 
 RESULTS, TRAINING = "results.jsonl", "training"
 Source = str | Path | Checkpoint            # where a model comes from, or one that is open already
-NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 
 
 def pick_device(name: str | None) -> torch.device:

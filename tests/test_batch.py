@@ -1,0 +1,490 @@
+"""Batches: what is refused before anything starts, what runs and what is not repeated, kills, and the report."""
+import contextlib
+import csv
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import nbformat
+import psutil
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+from vitlab import cli
+from vitlab.files import InputError, atomic_write, read_json, read_lines
+from vitlab.plots.base import new_axes, save_figure
+from vitlab.results import ResultRow, to_csv, to_latex
+from vitlab.training.recipes import RECIPES
+from vitlab.workbench import batch, batch_entry, batch_file, notebooks, report
+
+pytest.importorskip("snakemake", reason="batches need Snakemake, which needs Python 3.11 or newer")
+BATCHES = Path(__file__).parents[1] / "batches"
+WRITE = ['run: str = ""  # folder\nvalue: int = 1\nscale: float = 1.0\nname: str = "dense"\ndata: str = ""\nwait: float = 0.0',
+         "out = Path(run)\nwith open(out / 'turns.txt', 'a') as file:\n    print(os.getpid(), file=file)",
+         "time.sleep(wait)",
+         "assert not data or Path(data).exists(), f'no images in {data}: <script>alert(1)</script>'",
+         "atomic_write(out / 'made' / 'plan.json', json.dumps(value * scale))",
+         "append_row(out / 'results.jsonl', ResultRow(model=name, dataset='a', split='test', top1_pct=value * scale,"
+         " conditions={'seed': 0, 'value': value}))"]
+READ = ['run: str = ""  # folder\nfactor: float = 2.0\nsource: str = ""',
+        "place = Path(run) / 'made' / 'plan.json'\nread = json.loads((Path(source) if source else place).read_text())",
+        "place.write_text(json.dumps(read * factor))",
+        "append_row(Path(run) / 'results.jsonl', ResultRow(model='dense', dataset='a', split='test', gmacs=read * factor))"]
+
+
+def write_notebook(path: Path, parameters: str, *cells: str) -> None:
+    imports = ("import json\nimport os\nimport time\nfrom pathlib import Path\n\nfrom vitlab.files import atomic_write\n"
+               "from vitlab.results import ResultRow, append_row")
+    tagged = new_code_cell(parameters, metadata={"tags": ["parameters"]})
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(new_notebook(cells=[new_code_cell(imports), tagged, *map(new_code_cell, cells)], metadata=kernel), path)
+
+
+def write_batch(folder: Path, text: str, name: str = "batch.yaml") -> Path:
+    for notebook, cells in (("write.ipynb", WRITE), ("read.ipynb", READ)):
+        if not (folder / notebook).exists():
+            write_notebook(folder / notebook, *cells)
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    code = cli.main(list(argv))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def states(run_folder: Path) -> dict[str, str]:
+    return {e["name"]: e["state"] for e in read_json(run_folder / "summary.json")["entries"]}
+
+
+def times(run_folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(run_folder)): p.stat().st_mtime_ns for p in (run_folder / "entries").rglob("*") if p.is_file()}
+
+
+# What is refused
+
+TWO = "entries:\n  w: {notebook: write.ipynb}\n  r: {notebook: read.ipynb, after: w}\n"
+
+
+@pytest.mark.parametrize(("text", "named"), [
+    ("", "entries: none"),
+    ("[1, 2]", "the file: a mapping"),
+    ("entries: [write]", "entries: a mapping"),
+    ("entries: {w: {notebook: write.ipynb}}\nsteps: 3", "unknown key 'steps'; known are defaults, entries"),
+    ("entries: {w: {notebook: write.ipynb, params: {}}}", "entries.w: unknown key 'params'; known are notebook, parameters"),
+    ("entries: {w: {}}", "entries.w.notebook"),
+    ("entries: {w: {notebook: 77_nothing}}", "entries.w.notebook: no such notebook"),
+    ("entries: {w: {notebook: ../write.ipynb}}", "entries.w.notebook: '../write.ipynb' is not in the folder"),
+    ("entries: {w: {notebook: /etc/write.ipynb}}", "entries.w.notebook"),
+    ("entries: {w: {notebook: ../01_baseline}}", "entries.w.notebook: '../01_baseline' is no name"),
+    ("entries: {w: {notebook: broken.ipynb}}", "broken.ipynb can't be read as a notebook"),
+    ("entries: {../w: {notebook: write.ipynb}}", "entries: '../w' is no name"),
+    ("entries: {'..': {notebook: write.ipynb}}", "entries: '..' is no name"),
+    ("entries: {w/../../x: {notebook: write.ipynb}}", "is no name"),
+    ('entries: {"w\\n": {notebook: write.ipynb}}', "is no name"),
+    ("entries: {3: {notebook: write.ipynb}}", "entries: a mapping with texts as keys"),
+    ("entries: {w: {notebook: write.ipynb}, w: {notebook: read.ipynb}}", "line 1: 'w' is given twice"),
+    (TWO.replace("after: w", "after: v"), "entries.r.after: no entry 'v'; there are w, r"),
+    (TWO.replace("after: w", "after: {w: 1}"), "entries.r.after: the name of an entry"),
+    (TWO.replace("write.ipynb", "write.ipynb, after: r"), "comes after itself (w -> r -> w)"),
+    ("entries: {w: {notebook: write.ipynb, after: [w]}}", "comes after itself (w -> w)"),
+    ("entries: {w: {notebook: write.ipynb, parameters: {valeu: 1}}}", "entries.w: "),
+    ("entries: {w: {notebook: write.ipynb, parameters: {value: half}}}", "value is 'half'; a int such as 1"),
+    ("entries: {w: {notebook: write.ipynb, parameters: {value: true}}}", "value is True"),
+    ("entries: {w: {notebook: write.ipynb, parameters: {value: [1]}}}", "entries.w.parameters.value: a list"),
+    ("entries: {w: {notebook: write.ipynb, parameters: {run: /tmp/x}}}", "entries.w.parameters.run: can't be set"),
+    ("entries: {w: {notebook: write.ipynb, parameters: {data: }}}", "entries.w: data has no value; give it with --set data="),
+    ("defaults: {valeu: 1}\n" + TWO, "defaults.valeu: no notebook"),
+    ("entries: {w: {notebook: write.ipynb, grid: {value: 3}}}", "entries.w.grid.value: a list of different values"),
+    ("entries: {w: {notebook: write.ipynb, grid: {value: [1, 1]}}}", "entries.w.grid.value: a list of different values"),
+    ("entries: {w: {notebook: write.ipynb, grid: {value: []}}}", "entries.w.grid.value: a list of different values"),
+    ("entries: {w: {notebook: write.ipynb, grid: {valeu: [1, 2]}}}", "entries.w.grid.valeu: no notebook"),
+    ("entries: {w: {notebook: write.ipynb, grid: {data: [../a, b]}}}", "entries.w.grid.data: '../a' is no name"),
+    ("entries: {w: {notebook: write.ipynb, grid: {kind: {../a: {value: 1}}}}}", "entries.w.grid.kind: '../a' is no name"),
+    ("entries: {w: {notebook: write.ipynb, parameters: {value: 3}, grid: {value: [1, 2]}}}", "the grid gives it too"),
+    ("entries: {w: {notebook: write.ipynb, grid: {value: [1, 2]}},\n r: {notebook: read.ipynb, after: w, grid: {value: [1, 2]}}}",
+     "entries.r.grid: another axis 'value'"),
+    ("entries: {w: {notebook: write.ipynb, grid: {" + ", ".join(f"a{i}: {{x: {{value: 1}}, y: {{value: 2}}}}" for i in range(20)) + "}}}",
+     "more than 5000 entries"),
+    (TWO.replace("after: w", "after: w, parameters: {source: '{v}/made'}"), "entries.r: {v} is no single entry that it comes after"),
+    (TWO.replace("after: w", "parameters: {source: '{w}/made'}"), "those are none"),
+    ("entries: {w: [", "not valid YAML (line 1"),
+    ("entries: !!python/object/apply:os.system ['touch owned']", "not valid YAML"),
+    ("entries: {w: {notebook: 2020-99-99}}", "not valid YAML"),
+    ("[" * 100_000, "not valid YAML"),
+    ("#" + "x" * 300_000, "larger than"),
+    ("a: &a [x]\n" + "".join(f"{c}: &{c} [{', '.join([f'*{p}'] * 9)}]\n" for p, c in zip("abcdefghijklm", "bcdefghijklmn"))
+     + "entries: {w: {notebook: write.ipynb, parameters: {value: *n}}}", "unknown key 'a'"),
+    ("entries:\n  w: {notebook: &a [x, x]}\n", "entries.w.notebook: the name of a notebook"),
+    ("a: &a {x: 1}\nb: &b {<<: [*a, *a]}\nentries: {}", "<< takes one mapping"),
+])
+def test_wrong_files_get_one_line_that_names_the_place_and_start_nothing(text, named, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.ipynb").write_text("{no")
+    path = write_batch(tmp_path, text)
+    before = sorted(tmp_path.iterdir())
+    code, out, err = run(capsys, "batch", str(path), "--out", "out")
+    assert code == 2 and out == "" and len(err.strip().splitlines()) == 1, err
+    assert named in err and str(path) in err and "Traceback" not in err and len(err) < 2000
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    ("valeu=1", "--set valeu: no notebook"), ("value=x", "value is 'x'"), ("run=x", "--set.run"), ("value=[1", "--set value: '[1'"),
+    ("entries.v.parameters.value=1", "--set entries.v.parameters.value: there is no such place in the file ('v' is not among w, r)"),
+    ("factor=2", "--set factor: entries.r takes it from a grid"), ("value", "'value' is not KEY=VALUE"), ("=1", "is not KEY=VALUE")])
+def test_wrong_changes_are_refused(change, named, tmp_path, capsys):
+    path = write_batch(tmp_path, TWO.replace("after: w", "after: w, grid: {factor: [2, 3]}"))
+    with contextlib.suppress(SystemExit):
+        assert cli.main(["batch", str(path), "--out", str(tmp_path / "out"), "--set", change]) == 2
+    assert named in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+# What a file means
+
+def test_a_grid_multiplies_its_entry_and_all_after_it_and_after_all_gathers(tmp_path):
+    path = write_batch(tmp_path, """
+defaults: {scale: 2.0, factor: 5.0}
+entries:
+  all: {notebook: read.ipynb, after_all: [r, alone], parameters: {factor: 7}}
+  r: {notebook: read.ipynb, after: w, parameters: {source: "{w}/made"}, grid: {factor: [1, 2]}}
+  w: {notebook: write.ipynb, grid: {kind: {small: {value: 1, name: s}, large: {value: 9}}}}
+  alone: {notebook: write.ipynb, parameters: {scale: 3}}
+""")
+    found = {e.name: e for e in batch_file.read(path, {"data": "x", "entries.w.grid.kind.large.value": "8"})}
+    assert list(found) == ["w-kind=small", "w-kind=large", "r-kind=small-factor=1", "r-kind=small-factor=2", "r-kind=large-factor=1",
+                           "r-kind=large-factor=2", "alone", "all"]
+    assert found["w-kind=small"].parameters == {"scale": 2.0, "value": 1, "name": "s", "data": "x"}
+    assert found["w-kind=large"].parameters == {"scale": 2.0, "value": 8, "data": "x"}
+    assert found["r-kind=large-factor=2"].after == ("w-kind=large",)
+    assert found["r-kind=large-factor=2"].parameters == {"factor": 2, "source": "{w-kind=large}/made"}
+    assert found["all"].after == tuple(list(found)[2:7]) and found["all"].parameters == {"factor": 7}
+    assert found["alone"].parameters["scale"] == 3
+
+
+def test_the_batch_files_that_come_with_vitlab_are_whole():
+    files = {path.stem: path for path in BATCHES.glob("*.yaml")}
+    assert set(files) == {"digits", "cifar10", "prune_and_merge_table", "mdc_table"}
+    for name, path in files.items():
+        if "table" in name:
+            with pytest.raises(InputError, match="data has no value; give it with --set data="):
+                batch_file.read(path)
+        entries = batch_file.read(path, {"data": "/images"})
+        assert all(e.parameters.get("recipe_name", "digits") in RECIPES for e in entries)
+    table = batch_file.read(files["prune_and_merge_table"], {"data": "/images"})
+    assert {(e.name.split("=")[1].split("-")[0], e.parameters["keep_rate"]) for e in table if "keep_rate" in e.parameters} == {
+        (model, keep) for model in ("deit_tiny", "deit_small", "mae_base") for keep in (0.7, 0.6)}
+
+
+# What a result depends on
+
+def test_what_an_entry_depends_on_is_code_notebook_parameters_files_and_what_came_before(tmp_path):
+    path = write_batch(tmp_path, TWO)
+
+    def changed(**sets: str) -> set[str]:
+        needs = batch_entry.dependencies(batch_file.read(path, sets))
+        return {f"{name} {key}" for name, had in before.items() for key in had if had[key] != needs[name][key]}
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.png").write_text("a")
+    sets = {"data": str(tmp_path / "images")}
+    before = batch_entry.dependencies(batch_file.read(path, sets))
+    assert changed(**sets) == set()
+    assert changed(**sets, factor="3") == {"r parameters"}
+    assert changed(**sets, value="3") == {"w parameters", "r after"}
+    (tmp_path / "images/b.png").write_text("b")
+    assert changed(**sets) == {"w files", "r after"}
+    (tmp_path / "images/b.png").unlink()
+    (tmp_path / "images/again").symlink_to(tmp_path / "images")           # a folder in itself ends
+    write_notebook(tmp_path / "read.ipynb", *READ, "1")
+    assert changed(**sets) == {"r notebook"}
+    assert batch_entry.fingerprint("nowhere") is None
+
+
+def test_source_that_only_starts_and_draws_is_not_what_results_depend_on(tmp_path, monkeypatch):
+    (tmp_path / "plots").mkdir()
+    for name in ("__init__.py", "cost.py", "plots/base.py"):
+        (tmp_path / name).write_text("x = 1\n")
+    monkeypatch.setattr(batch_entry, "SOURCE", tmp_path)
+    before = batch_entry._code()
+    (tmp_path / "plots/base.py").write_text("x = 2\n")
+    assert batch_entry._code() == before
+    (tmp_path / "cost.py").write_text("x = 2\n")
+    assert batch_entry._code() != before
+
+
+def test_an_entrys_folder_is_kept_for_the_same_inputs_and_where_a_fault_was_mended_and_else_begins_empty(tmp_path):
+    folder, needs = tmp_path / "e", {"code": "1", "notebook": "1", "parameters": {}, "files": {}, "after": {}, "left": {}}
+
+    def kept(state: str, **changes) -> bool:
+        batch_entry._prepare(folder, {"anew": time.monotonic_ns()}, [])
+        batch_entry._prepare(folder, needs, [])
+        (folder / "state.pt").write_text("half")
+        atomic_write(folder / "status.json", json.dumps({"state": state}))
+        batch_entry._prepare(folder, needs | changes, [])
+        return (folder / "state.pt").exists()
+    assert kept("running") and kept("failed") and kept("done")
+    assert kept("failed", code="2") and kept("running", notebook="2", after={"w": "2"}) and not kept("done", code="2")
+    assert not kept("failed", parameters={"value": 2}) and not kept("failed", files={"data": "2"})
+    assert not kept("failed", left={"w": {"plan.json": "2"}})
+
+
+def test_what_is_handed_on_can_not_be_changed_by_who_gets_it(tmp_path):
+    first, second = tmp_path / "entries/a", tmp_path / "entries/b"
+    for name in ("dense/checkpoint/weights.safetensors", "dense/log.jsonl", "log.txt", "figures/01.png", "01.ipynb", "status.json"):
+        atomic_write(first / name, "old\n")
+    batch_entry._pass_on(first, second)
+    assert sorted(str(p.relative_to(second)) for p in second.rglob("*") if p.is_file()) == [
+        "dense/checkpoint/weights.safetensors", "dense/log.jsonl"]
+    assert (second / "dense/checkpoint/weights.safetensors").is_symlink()
+    atomic_write(second / "dense/checkpoint/weights.safetensors", "new")
+    with open(second / "dense/log.jsonl", "a") as file:
+        file.write("new\n")
+    assert {p.read_text() for p in first.rglob("*") if p.is_file()} == {"old\n"}
+
+
+# Runs: one batch from call to call, each stage looked at by a test
+
+STORY = """
+entries:
+  first: {notebook: write.ipynb}
+  slow: {notebook: write.ipynb, after: first, parameters: {wait: 5}}
+  bad: {notebook: write.ipynb, after: first, parameters: {data: nowhere, value: VALUE, name: "<script>alert(2)</script> 50 % & more_"}}
+  behind: {notebook: read.ipynb, after: bad, parameters: {source: "{bad}/made/plan.json"}}
+"""
+
+
+def call(folder: Path) -> list[str]:
+    return [sys.executable, "-m", "vitlab.cli", "batch", str(folder / "batch.yaml"), "--out", str(folder / "out")]
+
+
+def start(folder: Path, turn: int) -> tuple[subprocess.Popen, list[int]]:
+    """A call that has come to the waiting cell of `slow`, which begins it for the so-manyeth time; (process, ids of all below it)."""
+    process = subprocess.Popen(call(folder), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    turns, deadline = folder / "out/entries/slow/turns.txt", time.monotonic() + 180
+    while not (turns.exists() and len(turns.read_text().split()) == turn):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    family = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    assert int(turns.read_text().split()[-1]) in family         # the kernel, which has a session of its own
+    return process, family
+
+
+def gone(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    return True
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    """What was seen of one batch: told to end, killed, finished with a failing entry, mended, called again, changed."""
+    folder, seen = tmp_path_factory.mktemp("story"), {}
+    out = folder / "out"
+    write_batch(folder, STORY.replace("VALUE", "3"))
+
+    def look(name: str, code: int, said: str = "") -> None:
+        rows = {p.parent.name: read_lines(p) for p in out.glob("entries/*/results.jsonl")}
+        seen[name] = {"code": code, "said": said, "states": states(out), "times": times(out), "summary": read_json(out / "summary.json"),
+                      "rows": rows}
+
+    def run_on(name: str) -> None:
+        done = subprocess.run(call(folder), cwd=folder, capture_output=True, text=True)
+        look(name, done.returncode, done.stdout + done.stderr)
+    process, family = start(folder, 2)                          # the first turn in that file is of `first`, handed on
+    process.send_signal(signal.SIGTERM)
+    code = process.wait(timeout=120)
+    look("ended", code)
+    seen["ended"]["left"] = [pid for pid in family if not gone(pid)]
+    process, _ = start(folder, 3)
+    with open(out / ".lock") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            seen["let in"] = True
+        except BlockingIOError:
+            seen["let in"] = False
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    run_on("finished")
+    assert cli.main(["report", str(out)]) == 0
+    seen["page"] = (out / "report.html").read_text()
+    (folder / "nowhere").mkdir()
+    run_on("mended")
+    for place in (out / "inputs").iterdir():
+        os.utime(place)                                         # newer, but the same
+    run_on("again")
+    write_batch(folder, STORY.replace("VALUE", "5"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        seen["plan"] = {e["name"]: e["why"] for e in batch.plan_of(folder / "batch.yaml", out)}
+    look("planned", 0)
+    run_on("changed")
+    return folder, seen
+
+
+def test_a_batch_told_to_end_takes_its_kernels_along(story):
+    ended = story[1]["ended"]
+    assert ended["code"] == 130 and ended["left"] == []
+    assert ended["states"]["slow"] == "failed" and ended["states"]["first"] == "done"
+    assert "interrupted" in next(e["why"] for e in ended["summary"]["entries"] if e["name"] == "slow")
+
+
+def test_a_batch_killed_half_way_is_finished_by_a_second_call(story):
+    folder, seen = story
+    assert not seen["let in"]                                   # nobody else, while it lived
+    assert seen["finished"]["states"]["first"] == "up to date" and seen["finished"]["states"]["slow"] == "done"
+    assert of("first", seen["finished"]["times"]) == of("first", seen["ended"]["times"])
+    assert len((folder / "out/entries/slow/turns.txt").read_text().split()) == 4        # its folder was kept each time
+
+
+def of(entry: str, times: dict[str, int]) -> dict[str, int]:
+    return {path: value for path, value in times.items() if path.split("/")[1] == entry}
+
+
+def test_a_failing_entry_stops_only_what_comes_after_it_and_is_named_with_cell_and_error(story):
+    finished = story[1]["finished"]
+    why = {e["name"]: e["why"] for e in finished["summary"]["entries"]}
+    assert finished["code"] == 1 and (finished["states"]["bad"], finished["states"]["behind"]) == ("failed", "skipped")
+    assert "write.ipynb: cell 5 failed: AssertionError: no images in nowhere" in why["bad"] and why["behind"] == "bad failed"
+    assert why["bad"] in finished["said"] and "Traceback" not in finished["said"] and why["slow"] is None
+
+
+def test_what_failed_goes_on_and_what_is_done_is_not_repeated(story):
+    _, seen = story
+    assert seen["mended"]["code"] == 0
+    assert seen["mended"]["states"] == {"first": "up to date", "slow": "up to date", "bad": "done", "behind": "done"}
+    assert seen["again"]["code"] == 0 and set(seen["again"]["states"].values()) == {"up to date"}
+    assert seen["again"]["times"] == seen["mended"]["times"]
+
+
+def test_a_changed_parameter_repeats_only_what_follows_from_it(story):
+    folder, seen = story
+    assert seen["plan"] == {"first": None, "slow": None, "bad": "changed: parameters", "behind": "bad would run"}
+    assert seen["planned"]["times"] == seen["again"]["times"]
+    assert seen["changed"]["states"] == {"first": "up to date", "slow": "up to date", "bad": "done", "behind": "done"}
+    for entry in ("first", "slow"):
+        assert of(entry, seen["changed"]["times"]) == of(entry, seen["mended"]["times"])
+    assert json.loads((folder / "out/entries/bad/made/plan.json").read_text()) == 5
+    assert json.loads((folder / "out/entries/behind/made/plan.json").read_text()) == 10
+
+
+def test_an_entry_has_its_own_folder_with_notebook_log_and_rows_and_those_of_what_came_before(story):
+    folder, seen = story
+    entries = folder / "out/entries"
+    for name, notebook in (("first", "write"), ("slow", "write"), ("behind", "read")):
+        with open(entries / name / f"{notebook}.ipynb") as file:
+            assert nbformat.read(file, 4).cells[0].execution_count == 1
+        assert (entries / name / "log.txt").stat().st_size
+    assert [row["top1_pct"] or row["gmacs"] for row in seen["changed"]["rows"]["behind"]] == [1.0, 5.0, 10.0]
+    assert len(seen["finished"]["rows"]["first"]) == 1 and "AssertionError" not in (entries / "bad/log.txt").read_text()
+
+
+def test_the_report_holds_every_row_and_failure_escaped_and_loads_nothing(story, capsys):
+    folder, seen = story
+    out = folder / "out"
+    assert "<script" not in seen["page"] and "no images in nowhere: &lt;script&gt;alert(1)" in seen["page"] and "bad failed" in seen["page"]
+    atomic_write(out / "entries/first/figures/01.png", (Path(__file__).parents[1] / "docs/token_speed.png").read_bytes())
+    atomic_write(out / "entries/first/figures/01.svg", "<svg/>")
+    code, said, _ = run(capsys, "report", str(out))
+    page = (out / "report.html").read_text()
+    assert code == 0 and "report.html" in said
+    assert "<script" not in page and "&lt;script&gt;alert(2)&lt;/script&gt; 50 % &amp; more_" in page
+    assert "default-src 'none'" in page and "cdnjs" not in page and "unpkg" not in page and 'src="http' not in page
+    assert 'href="entries/first/write.ipynb"' in page and 'href="entries/first/figures/01.svg"' in page and "01.pdf" not in page
+    assert "data:image/png;base64" in page
+    with open(out / "report.ipynb") as file:
+        assert nbformat.read(file, 4).cells[1].execution_count == 1
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    odd = "<script>alert(2)</script> 50 % & more_"
+    assert [(r["entry"], r["model"]) for r in rows] == [("first", "dense"), ("slow", "dense"), ("bad", odd), ("behind", "dense")]
+    assert (rows[3]["top1_pct"], rows[3]["gmacs"], rows[2]["value"]) == ("1.0", "10.0", "5")
+    assert r"\textless{}script\textgreater{}alert(2)\textless{}/script\textgreater{} 50 \% \& more\_" in (out / "results.tex").read_text()
+
+
+def test_a_folder_where_another_batch_is_at_work_is_refused(tmp_path):
+    with (batch_entry.only_one(tmp_path / ".lock"), pytest.raises(InputError, match="another process is at work"),
+          batch_entry.only_one(tmp_path / ".lock")):
+        pass
+    with batch_entry.only_one(tmp_path / ".lock"):
+        pass
+
+
+def test_without_snakemake_the_command_says_what_is_needed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(batch.importlib.util, "find_spec", lambda name: None)
+    code, _, err = run(capsys, "batch", str(write_batch(tmp_path, TWO)))
+    assert code == 2 and "Python 3.11" in err
+
+
+def test_the_digits_batch_runs_repeats_nothing_and_is_reported(tmp_path, capsys):
+    out = tmp_path / "out"
+    common = ["batch", str(BATCHES / "digits.yaml"), "--out", str(out), "--set", "quick=true",
+              "--set", "entries.pruned.grid.keep_rate=[0.6]"]
+    code, said, err = run(capsys, *common)
+    assert code == 0, (said, err, (out / "snakemake.log").read_text())
+    assert set(states(out)) == {"dense", "scores", "pruned-keep_rate=0.6", "tuned-keep_rate=0.6", "results"}
+    before = times(out)
+    assert run(capsys, *common)[0] == 0
+    assert set(states(out).values()) == {"up to date"} and times(out) == before
+    assert {p.suffix for p in (out / "entries/scores/figures").iterdir()} == {".png", ".svg", ".pdf"}
+    assert run(capsys, "report", str(out))[0] == 0
+    rows = {(r["entry"], r["model"]): r for r in csv.DictReader((out / "results.csv").open())}
+    tuned = rows["tuned-keep_rate=0.6", "keep 0.6, fine-tuned"]
+    assert float(tuned["gmacs"]) < float(rows["dense", "dense"]["gmacs"]) and float(tuned["throughput_img_s"]) > 0
+    assert tuned["plan.keep_rate"] == "0.6" and tuned["dataset"] == "digits"
+
+
+# Tables, pages, figures
+
+def test_csv_and_latex_say_what_the_rows_say():
+    rows = [ResultRow(model="a, \"b\"", dataset="d", split="test", top1_pct=61.987654321, gmacs=0.1, conditions={"speed": {"batch": 7}}),
+            ResultRow(model="50 %_x", params_m=2.0, conditions={"seed": 3, "versions": ["1", "2"], "none": None})]
+    read = list(csv.DictReader(to_csv(["e", "f"], rows).splitlines()))
+    assert [r["entry"] for r in read] == ["e", "f"] and [r["model"] for r in read] == [r.model for r in rows]
+    assert float(read[0]["top1_pct"]) == rows[0].top1_pct and read[1]["top1_pct"] == ""
+    assert (read[0]["speed.batch"], read[1]["seed"], read[1]["versions"]) == ("7", "3", '["1", "2"]') and "none" not in read[0]
+    tex = to_latex(["e", "f"], rows, "seed_0 & more", ("model", "top1_pct", "params_m")).splitlines()
+    assert r'e & a, "b" & 61.99 & - \\' in tex and r"f & 50 \%\_x & - & 2.000 \\" in tex
+    assert r"\caption{seed\_0 \& more}" in tex and r"\begin{tabular}{llrr}" in tex and r"\toprule" in tex
+
+
+def test_conditions_that_all_rows_share_are_said_once():
+    rows = [ResultRow(model="a", conditions={"seed": 0, "n": 1}), ResultRow(model="b", conditions={"seed": 0, "n": 2, "keep": 0.5})]
+    assert report.conditions(rows) == ("seed 0, keep 0.5", ["n 1", "n 2"])
+    assert report.conditions([]) == ("", [])
+
+
+def test_a_page_shows_a_widget_as_its_picture(tmp_path):
+    widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "m", "version_major": 2, "version_minor": 0},
+              "image/png": "aGFsbG8=", "text/plain": "Widget()"}
+    cell = new_code_cell("x", outputs=[new_output("display_data", data=widget)])
+    state = {"state": {"m": {"model_name": "M", "model_module": "m", "model_module_version": "1", "state": {}}}, "version_major": 2,
+             "version_minor": 0}                        # nbclient keeps it; only with it would the widget come first
+    nbformat.write(new_notebook(cells=[cell], metadata={"widgets": {"application/vnd.jupyter.widget-state+json": state}}),
+                   tmp_path / "n.ipynb")
+    page = notebooks.report(tmp_path / "n.ipynb", tmp_path / "n.html").read_text()
+    assert "data:image/png;base64,aGFsbG8=" in page and "widget-view" not in page
+
+
+def test_a_report_of_no_run_is_refused(tmp_path, capsys):
+    code, _, err = run(capsys, "report", str(tmp_path))
+    assert code == 2 and "no run of a batch" in err
+
+
+def test_figures_come_in_the_formats_asked_for_and_the_same_figure_gives_the_same_files(tmp_path, monkeypatch):
+    def draw(folder: str) -> list[Path]:
+        figure, axes = new_axes(1, 1, 3, 2)
+        axes[0, 0].plot([1, 2])
+        save_figure(figure, tmp_path / folder, "01")
+        plt.close(figure)
+        return sorted((tmp_path / folder).iterdir())
+    assert [p.name for p in draw("one")] == ["01.png"]
+    monkeypatch.setenv("VITLAB_FIGURES", "png,svg,pdf")
+    two, three = draw("two"), draw("three")
+    assert [p.name for p in two] == ["01.pdf", "01.png", "01.svg"]
+    assert [p.read_bytes() for p in two] == [p.read_bytes() for p in three]

@@ -1,0 +1,174 @@
+"""Run a batch file: Snakemake is the engine, papermill runs each notebook; here are the rules made for it and the summary read.
+
+A run folder holds entries/NAME/ (all that an entry reads and writes), inputs/NAME.json (what it depends on), done/NAME.json
+(what it left), the Snakefile with its log, and summary.json. An entry's folder is its notebook's study: what the entries before
+it left there is linked in.
+"""
+import contextlib
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from vitlab.files import InputError, atomic_write, read_json
+from vitlab.workbench import batch_file
+from vitlab.workbench.batch_entry import dependencies, only_one
+from vitlab.workbench.batch_file import Entry
+
+STATES = ("done", "up to date", "failed", "skipped")
+
+
+def run_batch(path: str | Path, out: str | Path, *, changes: dict[str, str] | None = None, cores: int = 1, executor: str | None = None,
+              extra: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Run what is not up to date of a batch file into the run folder `out`; returns the summary, also in out/summary.json.
+
+    cores: entries at a time. executor, extra: Snakemake's own (an executor plugin, arguments). Raises InputError for whatever
+    is wrong in the file, before anything is started.
+    """
+    need_engine()
+    entries, out = batch_file.read(path, changes), Path(out)
+    with only_one(out / ".lock", patience=5) as lock:
+        wanted = dependencies(entries)
+        for name, needs in wanted.items():
+            text = json.dumps(needs, indent=2, sort_keys=True) + "\n"
+            place = out / "inputs" / f"{name}.json"
+            if not place.exists() or place.read_text() != text:             # the content decides, not the time of a file
+                atomic_write(place, text)
+        listed = {e.name: {"notebook": str(e.notebook), "parameters": e.parameters, "after": list(e.after)} for e in entries}
+        call = {"call": f"{time.time():.6f}", "file": str(path), "folder": str(Path.cwd()), "run": str(out),
+                "threads": None if executor else _threads(cores), "entries": listed}
+        atomic_write(out / "batch.json", json.dumps(call, indent=2) + "\n")
+        atomic_write(out / "Snakefile", snakefile(entries))
+        many = ["--jobs", str(cores), "--executor", executor] if executor else ["--cores", str(cores)]
+        command = [sys.executable, "-m", "snakemake", "--snakefile", str(out / "Snakefile"), "--directory", str(out), *many,
+                   "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "--scheduler", "greedy", "--nolock", *extra]
+        try:
+            code = _follow(command, out, list(wanted), call["call"], lock)
+        finally:
+            summary = summarise(out)
+            atomic_write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        if code and not any(e["state"] == "failed" for e in summary["entries"]):
+            said = (out / "snakemake.log").read_text(errors="replace").strip().splitlines()
+            raise InputError(f"Snakemake ended with code {code}: {said[-1] if said else 'no word'} (see {out}/snakemake.log)")
+    return summary
+
+
+def need_engine() -> None:
+    """InputError where Snakemake is not installed."""
+    if importlib.util.find_spec("snakemake") is None:
+        raise InputError("batches need Snakemake, and that Python 3.11 or newer: python -m pip install 'snakemake>=9.15'")
+
+
+def _threads(cores: int) -> int:
+    """Of each of so many entries that run at a time."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, here // cores)
+
+
+def snakefile(entries: list[Entry]) -> str:
+    """One rule per entry: from its inputs and what is done before it to its done marker."""
+    command = f"{shlex.quote(sys.executable)} -m vitlab.workbench.batch_entry".replace("{", "{{").replace("}", "}}")
+    rules = [f"rule _batch:\n    input: {json.dumps([f'done/{e.name}.json' for e in entries])}\n"]
+    for entry in entries:
+        needs = [f"inputs/{entry.name}.json", *(f"done/{name}.json" for name in entry.after)]
+        rules.append(f'rule:\n    name: "{entry.name}"\n    input: {json.dumps(needs)}\n    output: "done/{entry.name}.json"\n'
+                     f"    shell: {json.dumps(f'{command} {entry.name}')}\n")
+    return "\n".join(rules)
+
+
+def _follow(command: list[str], out: Path, names: list[str], call: str, lock: int) -> int:
+    """Run Snakemake, its words in snakemake.log, and say on stderr what becomes of each entry. Where this process is interrupted or
+    told to end, so are all that it started. Returns Snakemake's code."""
+    (out / "snakemake.log").unlink(missing_ok=True)
+    told: dict[str, str] = {}
+
+    def tell() -> None:
+        for name in names:
+            with contextlib.suppress(InputError):
+                status = read_json(out / "entries" / name / "status.json")
+                if status["call"] == call and told.get(name) != status["state"]:
+                    told[name] = status["state"]
+                    ended = sum(state != "running" for state in told.values())
+                    print(f"[{ended} ended] {name}: {status['state']}" + (f": {status['error']}" if status["error"] else ""),
+                          file=sys.stderr, flush=True)
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with open(out / "snakemake.log", "ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, pass_fds=(lock,))
+    try:
+        while process.poll() is None:
+            tell()
+            time.sleep(0.3)
+        tell()
+        return process.returncode
+    finally:
+        _end(process)
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End Snakemake, which takes back what it submitted elsewhere, and all that runs below it here, kernels too."""
+    if process.poll() is not None:
+        return
+    process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + 30
+    while process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.terminate() if time.monotonic() < deadline - 20 else child.kill()
+        if time.monotonic() > deadline:
+            process.kill()
+        time.sleep(0.2)
+
+
+def summarise(out: Path) -> dict[str, Any]:
+    """{"file", "counts", "entries"}: of each entry its state after the last call, seconds, and why where it is not done."""
+    batch, found = read_json(out / "batch.json"), {}
+    for name, entry in batch["entries"].items():
+        folder = out / "entries" / name
+        status = read_json(folder / "status.json") if (folder / "status.json").exists() else {}
+        now = status.get("call") == batch["call"]
+        stopped = [other for other in entry["after"] if found[other]["state"] in ("failed", "skipped")]
+        state, why = "skipped", f"{stopped[0]} {found[stopped[0]]['state']}" if stopped else "not started"
+        if (out / "done" / f"{name}.json").exists() and not stopped:
+            state, why = "done" if now else "up to date", None
+        elif now and status["state"] == "failed":
+            state, why = "failed", status["error"]
+        elif now:
+            state, why = "failed", "ended without a word: interrupted, killed or out of memory; the next call goes on with it"
+        found[name] = {"name": name, "notebook": Path(entry["notebook"]).name, "state": state,
+                       "seconds": status.get("seconds") if state != "skipped" else None, "why": why}
+    counts = {state: sum(e["state"] == state for e in found.values()) for state in STATES}
+    return {"file": batch["file"], "counts": counts, "entries": list(found.values())}
+
+
+def plan_of(path: str | Path, out: str | Path, changes: dict[str, str] | None = None) -> list[dict[str, Any]]:
+    """What `run_batch` would do, nothing being written: of each entry its state ("would run" or "up to date") and why."""
+    need_engine()
+    found: dict[str, dict[str, Any]] = {}
+    for name, needs in dependencies(batch_file.read(path, changes)).items():
+        made_for = Path(out) / "entries" / name / "inputs.json"
+        had = read_json(made_for) if made_for.exists() else None
+        first = next((other for other in needs["after"] if found[other]["state"] != "up to date"), None)
+        changed = [key for key in needs if had is not None and had.get(key) != needs[key]]
+        why = "new" if had is None else f"{first} would run" if first else f"changed: {', '.join(changed)}" if changed else None
+        if why is None and not (Path(out) / "done" / f"{name}.json").exists():
+            why = "not finished"
+        found[name] = {"name": name, "state": "would run" if why else "up to date", "why": why}
+    return list(found.values())
+
+
+def format_summary(entries: list[dict[str, Any]]) -> str:
+    """Plain-text table of a summary's entries."""
+    columns = [key for key in ("name", "state", "seconds", "why") if key in entries[0]]
+    cells = [columns] + [["" if e[key] is None else str(e[key]) for key in columns] for e in entries]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return "\n".join("  ".join(v.ljust(w) for v, w in zip(line, widths)).rstrip() for line in cells)

@@ -1,0 +1,130 @@
+"""The report of a batch's run, or of one study: tables with conditions, figures, what failed; as page, notebook, CSV and LaTeX."""
+import os
+import tempfile
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from IPython.display import HTML, Image, display
+
+from vitlab.files import InputError, atomic_write, read_json, read_lines
+from vitlab.results import DIGITS, ResultRow, conditions_of, format_cell, read_rows, to_csv, to_latex
+from vitlab.workbench import notebooks
+from vitlab.workbench.batch_entry import RESULTS
+
+PAGE, NOTEBOOK, CSV, LATEX = "report.html", "report.ipynb", "results.csv", "results.tex"
+COLUMNS = ("model", "dataset", "split", "top1_pct", "top5_pct", "loss", "gmacs", "params_m", "throughput_img_s", "latency_ms", "ratio")
+
+
+def report(run: str | Path) -> Path:
+    """Write run/report.ipynb, executed, run/report.html of it, and run/results.csv and .tex; returns the page. Raises InputError
+    for a folder that is no run."""
+    run = Path(run)
+    entries_of(run)
+    with tempfile.TemporaryDirectory(dir=run, prefix=".report-") as folder:
+        executed = notebooks.run(notebooks.NOTEBOOKS / "91_report.ipynb", folder, {"run": str(run.resolve())}, progress=False)
+        os.replace(executed, run / NOTEBOOK)
+    return notebooks.report(run / NOTEBOOK, run / PAGE)
+
+
+def entries_of(run: str | Path) -> list[dict[str, Any]]:
+    """The entries of a batch's summary, each with its "folder"; of a study, the study itself."""
+    run = Path(run)
+    if (run / "summary.json").exists():
+        return [entry | {"folder": run / "entries" / entry["name"]} for entry in read_json(run / "summary.json")["entries"]]
+    if (run / RESULTS).exists():
+        return [{"name": run.resolve().name, "notebook": "", "state": "done", "seconds": None, "why": None, "folder": run}]
+    raise InputError(f"{run}: no run of a batch, which has a summary.json, and no study, which has a {RESULTS}")
+
+
+def rows_of(run: str | Path) -> tuple[list[str], list[ResultRow]]:
+    """(entry, row) of every model that an entry measured; what entries before it measured of the same model is in the row too."""
+    labels, rows = [], []
+    for entry in entries_of(run):
+        folder = entry["folder"]
+        status = read_json(folder / "status.json") if (folder / "status.json").exists() else {}
+        found = read_rows(folder / RESULTS)
+        own = {_key(record) for record in read_lines(folder / RESULTS)[status.get("inherited", 0):]}
+        found = [row for row in found if (row.model, row.dataset, row.split) in own]
+        labels += [entry["name"]] * len(found)
+        rows += found
+    return labels, rows
+
+
+def _key(record: dict[str, Any]) -> tuple[Any, ...]:
+    return record.get("model"), record.get("dataset", ""), record.get("split", "")
+
+
+def conditions(rows: list[ResultRow]) -> tuple[str, list[str]]:
+    """(what is the same in all rows that say it, what differs in each row), as text."""
+    flat = [conditions_of(row) for row in rows]
+    values: dict[str, list[Any]] = {}
+    for given in flat:
+        for key, value in given.items():
+            values.setdefault(key, []).append(value)
+    shared = {key: found[0] for key, found in values.items() if all(value == found[0] for value in found)}
+
+    def text(given: dict[str, Any]) -> str:
+        return ", ".join(f"{key} {value}" for key, value in given.items())
+    return text(shared), [text({k: v for k, v in given.items() if k not in shared}) for given in flat]
+
+
+def summary_table(run: str | Path) -> HTML:
+    """What became of each entry, with a link to its executed notebook and its log."""
+    lines = []
+    for entry in entries_of(run):
+        links = [_link(run, entry["folder"] / name, name) for name in (entry["notebook"], "log.txt") if name]
+        seconds = "" if entry["seconds"] is None else f"{entry['seconds']:.0f} s"
+        lines.append([entry["name"], entry["state"], seconds, links, entry["why"] or ""])
+    return _table(["entry", "state", "time", "files", "why"], lines)
+
+
+def results_table(run: str | Path) -> HTML:
+    """Every row; conditions that differ between rows stand in the row, the others below the table."""
+    labels, rows = rows_of(run)
+    shared, own = conditions(rows)
+    lines = [[label, *(format_cell(getattr(row, c), c) for c in COLUMNS), more] for label, row, more in zip(labels, rows, own)]
+    return HTML(_table(["entry", *COLUMNS, "conditions"], lines).data + f"<p>The same in all rows that have it: {escape(shared)}</p>")
+
+
+def show_figures(run: str | Path) -> None:
+    """Display the figures of every entry, with links to the same as SVG and PDF."""
+    for entry in entries_of(run):
+        paths = sorted((entry["folder"] / "figures").glob("*.png"))
+        if paths:
+            display(HTML(f"<h3>{escape(entry['name'])}</h3>"))
+        for path in paths:
+            links = " ".join(_link(run, path.with_suffix(f".{kind}"), kind.upper()) for kind in ("svg", "pdf"))
+            display(HTML(f"<p>{escape(path.stem)} {links}</p>"), Image(filename=str(path), width=700))
+
+
+def write_tables(run: str | Path) -> list[Path]:
+    """results.csv with everything, and results.tex with the columns that were measured."""
+    labels, rows = rows_of(run)
+    columns = ("model", "top1_pct", "gmacs", "params_m", "throughput_img_s", "latency_ms", "ratio")
+    measured = tuple(c for c in columns if any(getattr(row, c) is not None for row in rows))
+    sets = ", ".join(dict.fromkeys(f"{row.dataset} {row.split}" for row in rows if row.dataset))
+    atomic_write(Path(run) / CSV, to_csv(labels, rows))
+    atomic_write(Path(run) / LATEX, to_latex(labels, rows, f"{sets}. {conditions(rows)[0]}", measured))
+    return [Path(run) / CSV, Path(run) / LATEX]
+
+
+def _link(run: str | Path, path: Path, text: str) -> str:
+    """HTML: a relative link where the file is there."""
+    if not path.exists():
+        return ""
+    return f'<a href="{escape(path.relative_to(run).as_posix())}">{escape(text)}</a>'
+
+
+def _table(head: list[str], lines: list[list[Any]]) -> HTML:
+    """Cells are escaped texts; a list is of links, which are HTML already."""
+    def side(column: str) -> str:
+        return f'style="text-align: {"right" if column in DIGITS else "left"}"'
+
+    def title(column: str) -> str:
+        return f"<th {side(column)}>{escape(column)}</th>"
+
+    def cell(value: Any, column: str) -> str:
+        return f"<td {side(column)}>{' '.join(value) if isinstance(value, list) else escape(value)}</td>"
+    rows = "".join("<tr>" + "".join(map(cell, line, head)) + "</tr>" for line in lines)
+    return HTML(f"<table><tr>{''.join(map(title, head))}</tr>{rows}</table>")
