@@ -10,7 +10,7 @@ from vitlab.files import atomic_write, read_lines
 
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "prune_and_merge.md", HERE.parent / "docs" / "search.md",
-         HERE.parent / "docs" / "off_the_shelf.md")
+         HERE.parent / "docs" / "off_the_shelf.md", HERE.parent / "docs" / "results.md")
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -123,9 +123,11 @@ def off_the_shelf(rows: list[dict]) -> str:
 
 def off_the_shelf_short(rows: list[dict]) -> str:
     """Without the points that only the figure needs."""
-    peers = ("dense", "ToMe, r 13", "ToMe, r 16", "merging by content, one ratio, 0.75", "Prune and Merge, keep 0.6",
-             "shared updates, keep 0.6")
-    return off_the_shelf([r for r in rows if r["model"] in peers or "searched" in r["model"]])
+    shown = ("dense", "ToMe, r 13", "ToMe, r 16", "merging by content, one ratio, 0.75", "merging by content, searched, 0.75",
+             "merging by content, searched, 0.6", "Prune and Merge, keep 0.6", "shared updates, searched, 0.75",
+             "shared updates, searched, 0.75, calibrated", "neurons, searched, 1.09", "neurons, searched, 0.98",
+             "all together, searched, 0.75", "all together, searched, 0.6", "all together, searched, 0.45")
+    return off_the_shelf(sorted((r for r in rows if r["model"] in shown), key=lambda r: shown.index(r["model"])))
 
 
 def per_block(rows: list[dict]) -> str:

@@ -3,10 +3,14 @@ import importlib.util
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 import vitlab
+from vitlab.criteria.units import UNIT_CRITERIA
+from vitlab.data import DATA_SETS
 from vitlab.options import build_parser
+from vitlab.search.token_dimensions import TOKEN_DIMENSIONS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,6 +39,22 @@ def test_every_file_that_the_readme_names_is_there():
     assert links and not [link for link in links if not (ROOT / link).exists()]
     notebooks = {p.stem for p in (ROOT / "notebooks").glob("*.ipynb")}
     assert set(re.findall(r"`(\d\d_\w+)`", README)) == notebooks
+
+
+@pytest.mark.parametrize("page", ["plan", "extending"])
+def test_the_examples_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"), flags=re.S)
+    assert blocks and all("assert" in block for block in blocks)
+    known, names = (UNIT_CRITERIA, TOKEN_DIMENSIONS, DATA_SETS), {"__name__": "example"}
+    before = [dict(each) for each in known]
+    try:
+        for block in blocks:
+            exec(compile(block, f"docs/{page}.md", "exec"), names)
+    finally:
+        for each, kept in zip(known, before):                   # what an example adds goes again
+            each.clear()
+            each.update(kept)
 
 
 def test_the_lines_of_code_in_the_readme_run(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """open_data: one way to digits, a folder of images, or whatever timm.data.create_dataset opens; and its batches."""
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -174,19 +174,25 @@ class ImageData:
         return Batches(loader, images if isinstance(images, Images) else None, limit)
 
 
+def _open_digits() -> ImageData:
+    return ImageData("digits", {name: Images(DigitsReader(name)) for name in ("train", "test")}, list(CLASSES), len(CLASSES))
+
+
+DATA_SETS: dict[str, Callable[[], ImageData]] = {"digits": _open_digits}
+
+
 def open_data(data: str | Path, *, class_map: str | Path | None = None, root: str | None = None) -> ImageData:
-    """Open a data set: "digits" (embedded), a folder of images, or a timm data set name such as "hfds/NAME".
+    """Open a data set: a name of DATA_SETS ("digits"), a folder of images, or a timm data set name such as "hfds/NAME".
 
     A folder holds train/ and val/, validation/ or test/, each with one folder per class. Class numbers follow the sorted
     names, or class_map (default: class_index.json in the folder) where it holds only some of a model's classes. A folder, or its
     train/, that holds images alone has no labels, and no other split than train.
     Raises InputError naming the folder: missing, no split, an empty class, classes that differ between splits.
     """
-    if str(data) == "digits":
+    if str(data) in DATA_SETS:
         if class_map is not None:
-            raise InputError("digits takes no class map: its ten classes are fixed")
-        splits = {name: Images(DigitsReader(name)) for name in ("train", "test")}
-        return ImageData("digits", splits, list(CLASSES), len(CLASSES))
+            raise InputError(f"{data} takes no class map: its classes are fixed")
+        return DATA_SETS[str(data)]()
     if str(data).startswith(TIMM_PREFIXES):
         return _open_timm(str(data), root)
     folder = Path(data)
