@@ -5,13 +5,18 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 RUN    ?= runs/demo
 
-.PHONY: demo test lab lint clean
+.PHONY: demo test lab lint clean chromium
 
 demo: $(READY)          ## the main job on the embedded digits, into runs/demo
 	$(BIN)/vitlab demo --out $(RUN)
 
-test: $(READY)          ## all tests
-	$(BIN)/python -m pytest -q
+test: $(READY) chromium ## all tests
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+
+chromium:               ## for the test in a browser: Debian's, where it is missing and this is root; else that test is skipped
+	@command -v chromium chromium-browser google-chrome >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+	  && apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium >/dev/null; } \
+	  || echo "no chromium here: the browser test will be skipped"
 
 lab: $(READY)           ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/08_tonight.ipynb
