@@ -1,4 +1,5 @@
 """Shared fixtures: tiny timm models of every supported family, and random plans for them."""
+import os
 import random
 
 import pytest
@@ -14,6 +15,7 @@ from vitlab.rules import MergeReconstruct, Select
 from vitlab.shape import ViTShape
 
 torch.set_num_threads(1)        # the models are tiny: with more threads they mostly wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")                   # in what tests start, too: several run at a time
 
 # Depth 5, so that a plan can hold plain blocks side by side between merging ones. Grids are not square, and no two of
 # tokens, width, head width and neurons are equal in one model.

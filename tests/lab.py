@@ -180,6 +180,9 @@ def screenshots(out: Path) -> None:
                     if view in ("token_map", "heads_and_neurons"):
                         widgets = opened.page.locator(".jp-CodeCell", has_text=code).last
                         widgets.locator("select").first.select_option("china")
+                        if view == "token_map":         # the last block merges most
+                            opened.slider("block").focus()
+                            opened.page.keyboard.press("End")
                         opened.page.wait_for_timeout(2000)
                     opened.shot(code, out / f"{view}.png")
 

@@ -1,6 +1,7 @@
 """What the README shows is what benchmarks/results holds, and its code runs."""
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def test_the_tables_of_readme_and_docs_are_the_measured_ones():
 
 
 def test_the_commands_in_the_readme_are_ones_that_vitlab_takes():
-    commands = [line.split() for line in README.replace("\\\n", " ").splitlines() if line.startswith("vitlab ")]
+    commands = [shlex.split(line, comments=True) for line in README.replace("\\\n", " ").splitlines() if line.startswith("vitlab ")]
     assert {command[1] for command in commands} >= {"score", "prune", "search", "finetune", "evaluate", "throughput"}
     for command in commands:
         build_parser().parse_args(command[1:])                                  # exits where an option is not there

@@ -1,9 +1,11 @@
-"""The notebooks: a fast lint of their form, and a run of all of them in order with quick settings."""
+"""The notebooks: a fast lint of their form, and quick runs of all of them in order, by papermill and in a real browser."""
 import ast
 import json
 import re
+import shutil
 from pathlib import Path
 
+import lab
 import nbformat
 import pytest
 
@@ -14,6 +16,9 @@ from vitlab.workbench import notebooks
 
 PATHS = sorted(notebooks.NOTEBOOKS.glob("*.ipynb"))
 MAX_CELL, MAX_NOTEBOOK = 15, 90            # lines, from the notebook rules
+# Of each notebook with widgets: sliders whose picture has to change on a key, pressed so often.
+SLIDERS = {"03_prune_and_merge.ipynb": [("keep rate", "ArrowLeft", 10), ("block", "ArrowRight", 1)],
+           "06_search.ipynb": [("evaluation", "ArrowLeft", 1), ("cut", "ArrowRight", 10)]}
 
 
 def code_cells(path: Path) -> list:
@@ -119,3 +124,27 @@ def test_a_changed_parameter_changes_the_result(demo, tmp_path):
     changed, = read_rows(tmp_path / "results.jsonl")
     assert changed.model == "keep 0.3, off the shelf"
     assert changed.gmacs < read_rows(demo / "results.jsonl")[1].gmacs
+
+
+@pytest.fixture(scope="module")
+def opened(demo, tmp_path_factory):
+    root = tmp_path_factory.mktemp("lab")
+    shutil.copytree(demo, root / "run")                         # what is trained and searched there is found again
+    lab.copies(root, root / "run", quick=True)
+    with lab.lab(root) as found:
+        yield found
+
+
+@pytest.mark.skipif(bool(lab.missing()), reason=lab.missing() or "-")
+@pytest.mark.parametrize("name", [path.name for path in PATHS])
+def test_notebook_runs_to_the_end_in_jupyterlab_and_its_widgets_answer_to_keys(opened, name):
+    opened.open(name)
+    cells = opened.run_all()
+    failed = [f"{o.ename}: {o.evalue}" for cell in cells for o in cell.outputs if o.output_type == "error"]
+    assert not failed
+    assert [cell.source for cell in cells if not cell.execution_count] == []
+    for label, key, times in SLIDERS.get(name, []):
+        assert opened.press(opened.slider(label), key, times), f"{label}: no other picture after {key}"
+    text = opened.page.locator(".jp-Notebook").inner_text()
+    assert "Error displaying widget" not in text and "Error creating widget" not in text and "Traceback" not in text
+    assert opened.errors == []

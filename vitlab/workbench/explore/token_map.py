@@ -140,7 +140,8 @@ class Maps:
             f"of {whole} tokens {flow.attended} in the attention, {flow.in_mlp} in the MLP")
         inside, aside = seen.regions[~seen.aside], int(seen.aside.sum())
         merged, what = len(inside) - len(set(inside.tolist())), "averaged into one token" if seen.weights[seen.aside].any() else "pruned"
-        fates = [f"{count} {fate}" for count, fate in ((merged, "patches merged into others"), (aside, f"patches {what}")) if count]
+        fates = [f"{count} {'patch' if count == 1 else 'patches'} {fate}"
+                 for count, fate in ((merged, "merged into others"), (aside, what)) if count]
         text = (f"Block {block}: {'; '.join([counts, *fates])}. "
                 f"Whole model: {total:.4g} of {self.dense_gmacs:.4g} GMACs, ratio {total / self.dense_gmacs:.3f}.")
         cutting = [str(index) for index, each in enumerate(plan.blocks) if isinstance(each.tokens, Select) or _matches(each)]
