@@ -69,7 +69,7 @@ def test_digits_are_32_by_32_rgb_of_the_scanned_digit_with_its_label():
 @pytest.mark.parametrize("held_out", ["val", "validation", "test"])
 def test_a_folder_of_train_and_any_of_the_held_out_names_opens_with_sorted_class_numbers(tmp_path, held_out):
     data = open_data(write_folder(tmp_path, {"train": 3, held_out: 2}))
-    assert data.held_out == held_out and data.classes == ["ant", "bee", "cat"] and data.num_classes == 3
+    assert data.has_held_out and data.held_out == held_out and data.classes == ["ant", "bee", "cat"] and data.num_classes == 3
     assert len(data.split("train")) == 9 and len(data.split("held_out")) == 6
     batches = data.batches("held_out", tiny(), batch_size=4, workers=0)
     assert targets_of(batches) == [0, 0, 1, 1, 2, 2]
@@ -84,6 +84,7 @@ def test_a_held_out_split_alone_opens_and_train_is_said_to_be_missing(tmp_path):
 
 def test_a_missing_split_error_names_those_there_are(tmp_path):
     data = open_data(write_folder(tmp_path, {"train": 1}))
+    assert not data.has_held_out
     with pytest.raises(InputError, match=r"held-out.*\['train'\]"):
         data.split("held_out")
     with pytest.raises(InputError, match=r"no split 'wal'.*\['test', 'train'\]"):

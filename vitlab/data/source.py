@@ -106,6 +106,11 @@ class ImageData:
         return self
 
     @property
+    def has_held_out(self) -> bool:
+        """Whether there are labelled images to report on."""
+        return self.labelled and any(name in self.splits for name in HELD_OUT_NAMES)
+
+    @property
     def held_out(self) -> str:
         """Name of the held-out split. Raises InputError where there is none."""
         for name in HELD_OUT_NAMES:
