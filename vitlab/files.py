@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+
 
 class InputError(ValueError):
     """Something the user gave is wrong; the message names what, where, and what would be right."""

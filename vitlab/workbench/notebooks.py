@@ -11,9 +11,8 @@ from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from vitlab.files import InputError, atomic_write
+from vitlab.files import NOTEBOOKS, InputError, atomic_write
 
-NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]    # the first of these an output has
 POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">"""
 ENCRYPTED = Config({"KernelManager": {"transport_encryption": "auto"}})        # else each kernel warns of plain TCP

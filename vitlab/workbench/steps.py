@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vitlab import cost, tokens
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.data import ImageData, open_data
-from vitlab.files import InputError, atomic_write
+from vitlab.files import NOTEBOOKS, InputError, atomic_write
 from vitlab.models import compress, deploy, shape_of
 from vitlab.models.create import create_model, first_line, read_file
 from vitlab.plan import BlockPlan, CompressionPlan
@@ -28,7 +28,6 @@ from vitlab.training.loop import fit
 from vitlab.training.published import is_published, load_published
 from vitlab.training.recipes import Recipe, recipe
 from vitlab.training.units import unit_scores
-from vitlab.workbench.notebooks import NOTEBOOKS
 
 RESULTS, TRAINING = "results.jsonl", "training"
 Source = str | Path | Checkpoint            # where a model comes from, or one that is open already

@@ -12,8 +12,9 @@ from vitlab.files import InputError
 from vitlab.plan import CompressionPlan
 from vitlab.plots.training import compare_plans
 from vitlab.search import SearchSpace, Study
+from vitlab.search.explain import Predict
 from vitlab.workbench.explore.base import Explorer, show
-from vitlab.workbench.explore.study import Predict, Watched, watch
+from vitlab.workbench.explore.study import Watched, watch
 from vitlab.workbench.searching import cost_function
 
 DENSE, DRAGGED = "dense", "dragged"
