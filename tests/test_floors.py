@@ -6,7 +6,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [                                              # lowest first
-    {"files"},
+    {"files", "signals"},
+    {"parallel"},
     {"shape"},
     {"rules"},
     {"plan", "results"},
@@ -17,6 +18,7 @@ FLOORS = [                                              # lowest first
     {"workbench"},
     {"options"},
     {"cli"},                                            # the commands call the workbench's steps
+    {"__main__"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

@@ -1,6 +1,7 @@
 """fit: learns, trains what the recipe says, repeats itself by seed, and goes on after a kill as if nothing had happened."""
-import io
+import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,10 +15,11 @@ from training_fixtures import compressed, one_thread, small_recipe, tiny, write_
 
 import vitlab
 from vitlab.data import Batches, open_data
-from vitlab.files import InputError
-from vitlab.training import loop
+from vitlab.files import InputError, read_lines
+from vitlab.training import states
 from vitlab.training.evaluate import evaluate
-from vitlab.training.loop import LOG, STATE, fit
+from vitlab.training.loop import LOG, fit
+from vitlab.training.recipes import Engine
 
 QUIET = {"progress": False, "workers": 0}
 # everything that draws random numbers or has a memory: warm-up, drop path, flips and colours, momentum
@@ -41,6 +43,15 @@ def changed(model, before: dict[str, torch.Tensor]) -> set[str]:
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def newest(folder) -> Path:
+    """The newest state's file."""
+    return states.paths(folder)[0]
+
+
+def state_of(folder) -> dict:
+    return torch.load(newest(folder), weights_only=True)
 
 
 def timeless(log: list[dict]) -> list[dict]:
@@ -86,7 +97,7 @@ def test_the_log_has_one_record_an_epoch_and_is_the_one_in_the_folder(easy, tmp_
     recipe = small_recipe(epochs=3)
     log = fit(tiny(), easy, recipe, tmp_path, **QUIET)
     assert [r["epoch"] for r in log] == [1, 2, 3]
-    assert all(set(r) == {"epoch", "loss", "lr", "train_slice_top1_pct", "seconds"} for r in log)
+    assert all(set(r) == {"epoch", "step", "loss", "lr", "train_slice_top1_pct", "seconds"} for r in log)
     assert log == [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()]
     rates = [r["lr"] for r in log]                              # cosine: falls every epoch, from below the first step's
     assert recipe.scaled_lr > rates[0] > rates[1] > rates[2] >= recipe.min_lr
@@ -139,7 +150,7 @@ def test_a_recipe_that_trains_matrices_refuses_a_model_without(easy, tmp_path):
 def test_a_recipe_that_distils_refuses_to_start_without_a_teacher(easy, tmp_path):
     with pytest.raises(InputError, match="a teacher is needed"):
         fit(tiny(), easy, small_recipe(distill="soft"), tmp_path, **QUIET)
-    assert not (tmp_path / STATE).exists()
+    assert not states.paths(tmp_path)
 
 
 # ---------------------------------------------------------------- same again
@@ -175,7 +186,7 @@ def test_a_run_stopped_inside_an_epoch_ends_with_the_weights_and_log_of_an_undis
     plain = Batches.__iter__
 
     def stopping(self):
-        training = self.loader.drop_last
+        training = self.training
         passes[0] += training
         for step, batch in enumerate(plain(self)):
             if training and passes[0] == 3 and step == 1:
@@ -185,7 +196,7 @@ def test_a_run_stopped_inside_an_epoch_ends_with_the_weights_and_log_of_an_undis
         patch.setattr(Batches, "__iter__", stopping)
         with pytest.raises(Stop):
             fit(lively_model(), easy, recipe, tmp_path, seed=3, **QUIET)
-    assert torch.load(tmp_path / STATE, weights_only=True)["epoch"] == 2
+    assert state_of(tmp_path)["epoch"] == 2
     model = lively_model()
     torch.rand(17)
     log = fit(model, easy, recipe, tmp_path, seed=3, **QUIET)
@@ -194,19 +205,19 @@ def test_a_run_stopped_inside_an_epoch_ends_with_the_weights_and_log_of_an_undis
 
 
 def test_a_run_stopped_between_log_and_state_repeats_the_epoch_and_returns_it_once(easy, tmp_path, undisturbed, monkeypatch):
-    recipe, plain = small_recipe(**LIVELY), loop.atomic_write
+    recipe, plain = small_recipe(**LIVELY), states.write
 
-    def stopping(path, content):
-        if torch.load(io.BytesIO(content), weights_only=True)["epoch"] == 2:
+    def stopping(folder, step, state, keep):
+        if state["epoch"] == 2:
             raise Stop
-        plain(path, content)
+        plain(folder, step, state, keep)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "atomic_write", stopping)
+        patch.setattr(states, "write", stopping)
         with pytest.raises(Stop):
             fit(lively_model(), easy, recipe, tmp_path, seed=3, **QUIET)
     model = lively_model()
     log = fit(model, easy, recipe, tmp_path, seed=3, **QUIET)
-    assert len((tmp_path / LOG).read_text().splitlines()) == 5  # epoch 2 is in the file twice
+    assert len((tmp_path / LOG).read_text().splitlines()) == 4
     assert equal(weights(model), undisturbed[0]) and timeless(log) == undisturbed[1]
 
 
@@ -218,10 +229,10 @@ sys.path.insert(0, sys.argv[1])
 from test_loop import LIVELY, QUIET, lively_model
 from training_fixtures import small_recipe
 from vitlab.data import open_data
-from vitlab.training import loop
+from vitlab.training import states
 plain = loop.append_line
 def slow(path, record):
-    if record["epoch"] == 2:
+    if record.get("epoch") == 2:
         time.sleep(120)                 # the parent kills it here, in the second epoch
     plain(path, record)
 loop.append_line = slow
@@ -237,25 +248,23 @@ def test_a_killed_process_called_again_ends_with_the_weights_and_log_of_an_undis
         env={**os.environ, "PYTHONPATH": str(Path(vitlab.__file__).parents[1])}, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
-        while not (run / STATE).exists():
+        while not states.paths(run):
             assert child.poll() is None, child.stderr.read()
             assert time.monotonic() < deadline, "the child wrote no state in 120 s"
             time.sleep(0.05)
     finally:
         child.send_signal(signal.SIGKILL)
         child.communicate()
-    assert torch.load(run / STATE, weights_only=True)["epoch"] == 1
+    assert state_of(run)["epoch"] == 1
     model = lively_model()
     log = fit(model, easy, small_recipe(**LIVELY), run, seed=3, **QUIET)
     assert equal(weights(model), undisturbed[0]) and timeless(log) == undisturbed[1]
 
 
-def test_the_same_seed_with_worker_processes_gives_the_same_weights(easy, tmp_path):
-    recipe, settings = small_recipe(**LIVELY | {"epochs": 2}), {**QUIET, "workers": 2, "seed": 3}
-    first, second = lively_model(), lively_model()
-    fit(first, easy, recipe, tmp_path / "first", **settings)
-    fit(second, easy, recipe, tmp_path / "second", **settings)
-    assert equal(weights(first), weights(second))
+def test_worker_processes_change_nothing(easy, tmp_path, undisturbed):
+    model = lively_model()
+    log = fit(model, easy, small_recipe(**LIVELY), tmp_path, **{**QUIET, "workers": 2, "seed": 3})
+    assert equal(weights(model), undisturbed[0]) and timeless(log) == undisturbed[1]
 
 
 def test_a_resumed_run_with_worker_processes_ends_with_the_weights_of_an_undisturbed_one(easy, tmp_path, monkeypatch):
@@ -263,13 +272,13 @@ def test_a_resumed_run_with_worker_processes_ends_with_the_weights_of_an_undistu
     recipe, settings = small_recipe(**LIVELY | {"epochs": 2}), {**QUIET, "workers": 2, "seed": 3}
     whole, parts = lively_model(), lively_model()
     log = fit(whole, easy, recipe, tmp_path / "whole", **settings)
-    plain = loop.atomic_write
+    plain = states.write
 
-    def stopping(path, content):
-        plain(path, content)
+    def stopping(folder, step, state, keep):
+        plain(folder, step, state, keep)
         raise Stop
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "atomic_write", stopping)
+        patch.setattr(states, "write", stopping)
         with pytest.raises(Stop):
             fit(lively_model(), easy, recipe, tmp_path / "parts", **settings)
     again = fit(parts, easy, recipe, tmp_path / "parts", **settings)
@@ -287,9 +296,9 @@ def finished(easy, tmp_path_factory):
 
 def test_a_finished_run_called_again_trains_no_more_and_gives_the_same(easy, finished):
     folder, wanted, log = finished
-    content, model = (folder / STATE).read_bytes(), tiny()
+    content, model = newest(folder).read_bytes(), tiny()
     assert fit(model, easy, small_recipe(), folder, **QUIET) == log
-    assert equal(weights(model), wanted) and (folder / STATE).read_bytes() == content
+    assert equal(weights(model), wanted) and newest(folder).read_bytes() == content
 
 
 def test_a_run_does_not_go_on_from_the_state_of_other_weights_another_teacher_or_other_files(easy, finished, tmp_path):
@@ -305,11 +314,10 @@ def test_a_run_does_not_go_on_from_the_state_of_other_weights_another_teacher_or
         fit(tiny(), easy, settings, tmp_path / "run", teacher=tiny(seed=3), **QUIET)
 
 
-@pytest.mark.parametrize("damage", [{"epoch": "two"}, {"random": None}, {"model": {}}, {"optimizer": {}}])
-def test_a_damaged_state_is_refused_by_name(easy, finished, tmp_path, damage):
-    state = torch.load(finished[0] / STATE, weights_only=True)
-    torch.save({**state, **damage}, tmp_path / STATE)
-    with pytest.raises(InputError, match=f"{tmp_path / STATE}: d"):       # damaged, or does not fit the model
+@pytest.mark.parametrize("damage", [{"epoch": "two"}, {"losses": None}, {"model": {}}, {"optimizer": {}}])
+def test_a_state_that_is_whole_but_none_of_this_training_is_refused_by_name(easy, finished, tmp_path, damage):
+    path = states.write(tmp_path, 6, {**state_of(finished[0]), **damage}, keep=1)
+    with pytest.raises(InputError, match=f"{path}: d"):                  # damaged, or does not fit the model
         fit(tiny(), easy, small_recipe(), tmp_path, **QUIET)
 
 
@@ -321,13 +329,13 @@ def test_after_training_a_merge_matrix_of_rule_merge_still_does_not_train(easy, 
 
 
 def test_the_state_loads_without_pickled_code_and_says_its_epoch(finished):
-    state = torch.load(finished[0] / STATE, weights_only=True)
-    assert state["epoch"] == 2 and {"model", "optimizer", "random", "mark"} <= set(state)
+    state = state_of(finished[0])
+    assert state["epoch"] == 2 and {"model", "optimizer", "scheduler", "scaler", "seed", "done", "recipe", "about", "marks"} <= set(state)
 
 
 @pytest.mark.parametrize("other", ["recipe", "data", "model", "seed", "limit"])
 def test_the_state_of_another_run_is_refused_and_left_alone(easy, finished, tmp_path, other):
-    state = finished[0] / STATE
+    state = newest(finished[0])
     content = state.read_bytes()
     data = open_data(write_folder(tmp_path, {"train": 5})) if other == "data" else easy
     recipe = small_recipe(lr=1e-3) if other == "recipe" else small_recipe()
@@ -340,31 +348,52 @@ def test_the_state_of_another_run_is_refused_and_left_alone(easy, finished, tmp_
 
 # ---------------------------------------------------------------- faults
 
-def test_a_loss_that_is_not_finite_is_refused_naming_epoch_and_step(easy, tmp_path):
-    with pytest.raises(InputError, match=r"the loss is (nan|inf) at epoch 1, step [23].*smaller lr"):
-        fit(tiny(), easy, small_recipe(lr=1e30), tmp_path, **QUIET)
-
-
-def test_nan_images_are_refused_at_the_first_step_and_no_state_is_spoken_of_that_is_not_there(easy, tmp_path, monkeypatch):
-    plain = Batches.__iter__
-    monkeypatch.setattr(Batches, "__iter__", lambda self: ((x * float("nan"), y) for x, y in plain(self)))
-    with pytest.raises(InputError, match="the loss is nan at epoch 1, step 1") as caught:
-        fit(tiny(), easy, small_recipe(), tmp_path, **QUIET)
-    assert not (tmp_path / STATE).exists() and str(tmp_path / STATE) not in str(caught.value)
-
-
-def test_a_loss_that_is_not_finite_leaves_the_state_of_the_epoch_before(easy, tmp_path, monkeypatch):
-    plain, passes = Batches.__iter__, [0]
+def poison(monkeypatch, bad) -> None:
+    """Training batch i of the run, from 0, holds NaN where bad(i)."""
+    plain, count = Batches.__iter__, itertools.count()
 
     def poisoned(self):
-        passes[0] += self.loader.drop_last
         for x, y in plain(self):
-            yield (x * float("nan") if passes[0] == 2 and self.loader.drop_last else x), y
+            yield (x * float("nan") if self.training and bad(next(count)) else x), y
     monkeypatch.setattr(Batches, "__iter__", poisoned)
-    with pytest.raises(InputError, match=f"epoch 2, step 1.*state after epoch 1 is in {tmp_path / STATE}"):
-        fit(tiny(), easy, small_recipe(epochs=3), tmp_path, **QUIET)
-    state = torch.load(tmp_path / STATE, weights_only=True)
+
+
+def test_steps_without_a_finite_loss_are_left_out_and_their_files_are_in_the_log(easy, tmp_path, monkeypatch):
+    poison(monkeypatch, lambda i: i in (1, 4))
+    model = tiny()
+    log = fit(model, easy, small_recipe(epochs=3), tmp_path, **QUIET)
+    skipped = [r for r in read_lines(tmp_path / LOG) if "skipped" in r]
+    assert [r["step"] for r in skipped] == [2, 5] and all(r["skipped"] == "nan" for r in skipped)
+    order = data_order(easy, tmp_path / "other")
+    assert [r["files"] for r in skipped] == [order[1], order[4]]
+    assert len(log) == 3 and all(math.isfinite(r["loss"]) for r in log) and log[-1]["loss"] < log[0]["loss"]
+    assert all(torch.isfinite(v).all() for v in weights(model).values())
+
+
+def data_order(data, folder) -> list[list[str]]:
+    """The files of each step that a run of this data reads, known by opening its batches as images."""
+    batches = data.batches("train", tiny(), batch_size=16, training=True, seed=0, workers=0, shared=True, turns=1,
+                           augment=small_recipe().augment | {"hflip": 0.0})
+    dataset, found = batches.loader.dataset, []
+    for epoch in range(3):
+        batches.begin(epoch)
+        for keys in batches.order:
+            found.append([dataset.path(i) for i, _ in keys])
+        batches.order.epoch = 0
+    return found
+
+
+def test_too_many_steps_in_a_row_without_a_finite_loss_end_the_run_with_the_state_before_them(easy, tmp_path, monkeypatch):
+    poison(monkeypatch, lambda i: i >= 3)
+    with pytest.raises(InputError, match="the loss is nan at epoch 2, step 3, and was not finite in 3 steps in a row.*smaller lr"):
+        fit(tiny(), easy, small_recipe(epochs=3), tmp_path, engine=Engine(max_skipped=2), **QUIET)
+    state = state_of(tmp_path)
     assert state["epoch"] == 1 and all(torch.isfinite(v).all() for v in state["model"].values())
+
+
+def test_a_learning_rate_that_bursts_the_weights_ends_the_run(easy, tmp_path):
+    with pytest.raises(InputError, match=r"the loss is (nan|inf) at epoch .*smaller lr than 1e\+30"):
+        fit(tiny(), easy, small_recipe(lr=1e30, epochs=5), tmp_path, **QUIET)
 
 
 def test_a_training_set_where_no_image_can_be_read_is_refused(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from comparing import killed_after
 
 from vitlab.cost import macs_of
-from vitlab.files import InputError, read_lines
+from vitlab.files import LOCK, InputError, read_lines
 from vitlab.search import Budget, SearchSpace, Study
 from vitlab.search import study as module
 from vitlab.search.allocation import levels
@@ -252,13 +252,13 @@ def test_the_folder_of_another_study_is_refused_naming_what_differs(tmp_path, na
     same = {"about": {"model": "a", "images": 64}}
     first = study(tmp_path, **same)
     first.run(objective, progress=False)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != LOCK}
     assert set(before) == {"study.json", JOURNAL}
     with pytest.raises(InputError, match=r"study.json: another study \(.*, now ") as refused:
         study(tmp_path, **(same | change()))
     differences = str(refused.value).partition("(")[2].split("; ")
     assert {d.split(" ")[0].split(".")[0].strip(")") for d in differences if ", now " in d} == set(name.split(", "))
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != LOCK} == before
     assert facts(study(tmp_path, **same)) == facts(first)
 
 

@@ -103,5 +103,5 @@ def write_easy_folder(root: Path, train: int = 16, val: int = 7, seed: int = 0) 
 def small_recipe(**changes) -> Recipe:
     """Two epochs in batches of 16; no random crop, so that a set of noise stays what it is."""
     return Recipe(**{"name": "test", "source": "tests", "command": "pytest", "epochs": 2, "batch_size": 16, "lr": 3e-3,
-                     "lr_batch": 16, "amp": False,
+                     "lr_batch": 16, "dtype": "float32",
                      "augment": {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "color_jitter": 0.0}, **changes})

@@ -1,24 +1,43 @@
 """The command line: one subcommand per step; every line of work is in vitlab.workbench."""
 import argparse
+import contextlib
 import dataclasses
+import json
 import os
+import shutil
 import sys
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitlab.files import InputError
+from vitlab import signals
+from vitlab.files import LOCK, InputError, atomic_write, read_json
 from vitlab.options import build_parser
 
 DEMO = ("00_check_setup", "01_baseline", "02_token_scores", "03_prune_and_merge", "04_finetune", "05_heads_and_neurons", "06_search",
         "07_prune_what_was_found", "08_tonight", "90_results")
 
 
+TOGETHER = ("pretrain", "finetune", "score", "evaluate", "search")              # take several processes
+RESUMABLE, COMMAND = ("pretrain", "finetune", "search", "tonight"), "command.json"
+LOST = 15.0                                     # seconds that a process waits to be ended after another one was
+
+
 def _recipe(args: argparse.Namespace) -> Any:
     from vitlab.training.recipes import recipe
     return recipe(args.recipe).replace(epochs=args.epochs, batch_size=args.batch_size, lr=args.lr,
-                                       distill=getattr(args, "distill", None), trainable=getattr(args, "trainable", None))
+                                       distill=getattr(args, "distill", None), trainable=getattr(args, "trainable", None),
+                                       dtype=args.dtype)
+
+
+def _engine(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of how a training is run."""
+    from vitlab.training.recipes import Engine
+    engine = Engine(accumulate=args.accumulate, compile=args.compile, checkpointing=args.grad_checkpointing,
+                    channels_last=args.channels_last, save_steps=args.save_steps, keep=args.keep)
+    return {"engine": engine, "changed_data": args.changed_data}
 
 
 def _source(args: argparse.Namespace) -> Any:
@@ -60,7 +79,7 @@ def _data(args: argparse.Namespace) -> dict[str, Any]:
 def _pretrain(args: argparse.Namespace) -> None:
     from vitlab.workbench import steps
     extra = {"img_size": args.img_size} if args.img_size else {}
-    run = steps.pretrain(args.model, args.data, args.out, settings=_recipe(args), limit=args.limit, **_data(args), **extra)
+    run = steps.pretrain(args.model, args.data, args.out, settings=_recipe(args), limit=args.limit, **_engine(args), **_data(args), **extra)
     print(f"checkpoint: {run}/checkpoint")
 
 
@@ -126,15 +145,18 @@ def _finetune(args: argparse.Namespace) -> None:
         raise InputError(f"{args.teacher} is a folder and says itself which model it holds; --teacher-model is for weights files")
     teacher = None if args.teacher is None else steps.open_model(args.teacher, model=args.teacher_model, num_classes=args.num_classes)
     run = steps.finetune(_source(args), teacher, args.data, args.out, plan=args.plan, steps=args.steps, settings=_recipe(args),
-                         limit=args.limit, **_data(args))
+                         limit=args.limit, **_engine(args), **_data(args))
     print(f"checkpoint: {run}/checkpoint")
 
 
 def _search(args: argparse.Namespace) -> None:
+    from vitlab import parallel
     from vitlab.search.strategies import settings
     from vitlab.workbench import searching
     options = settings(args.settings)
     changes = {k: getattr(args, k) for k in ("evaluations", "population", "initial") if getattr(args, k) is not None}
+    together = args.parallel or parallel.world()
+    changes |= {"batch": together} if together > 1 else {}
     if args.latency_ms is None and (args.batch_size or args.dtype):
         raise InputError("--batch-size and --dtype are those of a latency; they go with --latency-ms")
     if args.published_count and args.latency_ms is not None:
@@ -234,35 +256,134 @@ COMMANDS = {"pretrain": _pretrain, "score": _score, "prune": _prune, "search": _
             "report": _report, "demo": _demo}
 
 
-def execute(args: argparse.Namespace) -> int:
-    """Do one parsed command; returns its exit code. Raises InputError."""
+def _recorded(run: str, parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command that began a run; its folder becomes the current one. Raises InputError naming the file."""
+    path = Path(run) / COMMAND
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; {', '.join(RESUMABLE)} write it into their run folder")
+    record = read_json(path)
+    arguments, folder = (record.get("arguments"), record.get("folder")) if isinstance(record, dict) else (None, None)
+    if not isinstance(arguments, list) or not all(isinstance(a, str) for a in arguments) or not isinstance(folder, str):
+        raise InputError(f"{path}: no record of a command")
+    if not arguments or arguments[0] not in RESUMABLE:
+        raise InputError(f"{path}: {arguments[0] if arguments else 'nothing'!r} can't be gone on with; {', '.join(RESUMABLE)} can")
+    args = parser.parse_args(arguments)
+    if not Path(folder).is_dir() or (Path(folder) / args.out).resolve() != Path(run).resolve():
+        raise InputError(f"{path}: the run was begun in {folder} as {args.out} and has been moved since; give its command again")
+    os.chdir(folder)
+    return args
+
+
+def _join(args: argparse.Namespace) -> None:
+    """Where torchrun started several processes: be one of them. The first one alone prints."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    from vitlab import parallel
+    if args.command not in TOGETHER:
+        raise InputError(f"`{args.command}` runs in one process; start it without torchrun ({', '.join(TOGETHER)} take several)")
+    parallel.begin(args.device)
+    if not parallel.is_first():
+        sys.stdout, args.quiet = open(os.devnull, "w"), True
+
+
+def _leave(error: BaseException | None = None) -> None:
+    """Where torchrun started several processes: leave the others, with the error for its report."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    if error is None:
+        from vitlab import parallel
+        parallel.end()
+    else:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+        get_error_handler().record_exception(error)
+
+
+@contextlib.contextmanager
+def _on_record(path: Path, given: Sequence[str]) -> Iterator[None]:
+    """Write the command into its run folder; where it is refused, the one that began the run stands there again, or nothing."""
+    before, fresh = path.read_bytes() if path.is_file() else None, not path.parent.exists()
+    atomic_write(path, json.dumps({"arguments": list(given), "folder": str(Path.cwd())}) + "\n")
+    try:
+        yield
+    except (InputError, OSError):
+        if before is not None:
+            atomic_write(path, before)
+        elif not [p for p in path.parent.iterdir() if p.name not in (COMMAND, LOCK)]:
+            shutil.rmtree(path.parent) if fresh else path.unlink()
+        raise
+
+
+def execute(args: argparse.Namespace, given: Sequence[str] = ()) -> int:
+    """Do one parsed command, `given` as these words; returns its exit code. Raises InputError."""
     if args.command in ("prune", "calibrate", "search", "finetune", "tonight"):
         _check_apart(args)
     if getattr(args, "out", None):
         _check_out(args.out, wants_file=args.command == "score")
-    return COMMANDS[args.command](args) or 0
+    _join(args)
+    keeps = args.command in RESUMABLE and given and int(os.environ.get("RANK", "0")) == 0
+    with _on_record(Path(args.out) / COMMAND, given) if keeps else contextlib.nullcontext():
+        code = COMMANDS[args.command](args) or 0
+    _leave()
+    return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 when done, 1 where an entry of a batch failed, 2 for wrong input (one line on stderr), 130 when interrupted."""
-    args = build_parser().parse_args(argv)
-    before, warnings.formatwarning = warnings.formatwarning, lambda message, *_: f"vitlab {args.command}: {message}\n"
+    """Run a command; 0 when done, 1 where an entry of a batch failed, 2 for wrong input (one line on stderr), 75 when asked to stop
+    (SIGTERM), 130 when interrupted."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    args = parser.parse_args(given)
+    before, warnings.formatwarning = warnings.formatwarning, lambda message, *_: f"vitlab {args.command}: {_one_line(str(message))}\n"
+    with contextlib.suppress(AttributeError, ValueError):       # names of files need not be text: print them all the same
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+    def say(what: str) -> None:
+        print(f"vitlab {args.command}: {_one_line(what)}", file=sys.stderr)
     try:
-        return execute(args)
+        with signals.on_request(signals.stop):
+            if args.command == "resume":
+                args, given = _recorded(args.run, parser), ()
+            return execute(args, given)
     except InputError as error:
-        print(f"vitlab {args.command}: {error}", file=sys.stderr)
+        say(str(error))
+        _leave(error)
         return 2
     except BrokenPipeError:                     # the reader of our output left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        print(f"vitlab {args.command}: {error.filename or ''}: {error.strerror or error}".replace(" : ", " "), file=sys.stderr)
+        say(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "))
+        _leave(error)
         return 2
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+            say(f"out of memory; a smaller batch or model needs less ({str(error) or 'no memory'})"[:300])
+            _leave(error)
+            return 2
+        if not _lost(error):
+            _leave(error)
+            raise
+        say("another process of this run ended, and so does this one; what went wrong is in that one's error")
+        time.sleep(LOST)                        # torchrun reports the first that ends
+        return 1
+    except signals.Stopped:
+        say("stopped on request; what was finished is kept, and the same command goes on")
+        return signals.EXIT_CODE
     except KeyboardInterrupt:
-        print(f"vitlab {args.command}: interrupted; what was finished is kept", file=sys.stderr)
+        say("interrupted; what was finished is kept")
         return 130
     finally:
         warnings.formatwarning = before
     return 0
+
+
+def _one_line(text: str) -> str:
+    """A message in one line, with what can't be printed (control characters in names of files, say) written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.splitlines()))
+
+
+def _lost(error: RuntimeError) -> bool:
+    """Whether it says no more than that another process is gone."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(word in str(error).lower() for word in ("gloo", "nccl", "connection closed"))
 
 
 if __name__ == "__main__":

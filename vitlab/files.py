@@ -7,6 +7,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+LOCK, WAIT = ".lock", 8.0                       # seconds that a folder may still be held
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 
 
@@ -14,7 +17,7 @@ class InputError(ValueError):
     """Something the user gave is wrong; the message names what, where, and what would be right."""
 
 
-def atomic_write(path: str | Path, content: str | bytes) -> None:
+def atomic_write(path: str | Path, content: str | bytes | memoryview) -> None:
     """Replace the file at `path` in one step, so that a reader sees the old content or the new, never a part.
 
     Raises OSError (disk full, no permission) with the old content still whole.
@@ -43,6 +46,22 @@ def existing_folder(path: str | Path) -> Path:
     if not path.exists() and replaced(path).exists():
         replaced(path).rename(path)
     return path
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Hold `folder` for this process: a second one that wants it is refused. A process that dies, however, lets go of it.
+
+    Raises InputError naming the folder where another process holds it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        # The loader's processes of a run that was killed live on for some seconds, and hold its lock.
+        with FileLock(folder / LOCK, timeout=WAIT, thread_local=False):
+            yield
+    except Timeout:
+        raise InputError(f"{folder}: another process works in this folder; wait for it, stop it, or choose another folder") from None
 
 
 @contextlib.contextmanager
@@ -101,6 +120,6 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, RecursionError):    # also numbers or nesting beyond Python's limits
             records.append(json.loads(line))
     return records

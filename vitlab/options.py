@@ -37,6 +37,8 @@ def given(text: str) -> str:
     """A path or name that is not empty."""
     if not text.strip():
         raise argparse.ArgumentTypeError("an empty text names nothing")
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r}: a NUL is in no name")
     return text
 
 
@@ -84,7 +86,17 @@ def _recipe_options(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--epochs", type=count, metavar="N", help="instead of the recipe's")
     parser.add_argument("--batch-size", type=count, metavar="N", help="instead of the recipe's; lr scales along")
     parser.add_argument("--lr", type=_number(float, 1e-12, 1e3, "a positive number"), metavar="LR", help="instead of the recipe's")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="instead of the recipe's; float16 with loss scaling")
     parser.add_argument("--limit", type=count, metavar="IMAGES", help="train on a slice of this many images")
+    group = parser.add_argument_group("how it is run", "None of it changes what is trained, but for rounding.")
+    group.add_argument("--accumulate", type=count, default=1, metavar="K", help="divide each step into K batches one after another")
+    group.add_argument("--compile", action="store_true", help="compile the model (torch.compile)")
+    group.add_argument("--grad-checkpointing", action="store_true", help="keep no activations inside blocks: less memory, more time")
+    group.add_argument("--channels-last", action="store_true", help="memory format of images and patch embedding")
+    group.add_argument("--save-steps", type=count, default=1000, metavar="N",
+                       help="a state on the disk every N steps, besides one after each epoch (default: 1000)")
+    group.add_argument("--keep", type=count, default=2, metavar="K", help="states that stay on the disk (default: 2)")
+    group.add_argument("--changed-data", action="store_true", help="go on though the data set is another than it was")
 
 
 def build_parser() -> Parser:
@@ -162,12 +174,13 @@ def build_parser() -> Parser:
     p.add_argument("--evaluations", type=count, metavar="N", help="policies measured in all (default: the settings')")
     p.add_argument("--population", type=_number(int, 2, 10**6, "an integer of at least 2"), metavar="N",
                    help="policies before the Gaussian process proposes (default: the settings')")
-    p.add_argument("--start", dest="initial", choices=("varied", "random", "sensitivity"),
+    p.add_argument("--start", "--initial", dest="initial", choices=("varied", "random", "sensitivity"),
                    help="how the population is drawn; sensitivity: each dimension is measured alone first (default: the settings')")
     p.add_argument("--metric", choices=("top1_pct", "distill_loss"), default="top1_pct", help="what is optimised (default: top1_pct)")
     p.add_argument("--criterion", default="hsic", metavar="NAME", help="that ranks heads and neurons (default: hsic)")
     p.add_argument("--compensate", action="store_true", help="refit what is left of each cut layer before a policy is measured")
     p.add_argument("--images", type=count, default=1000, help="slice of train that policies are measured on (default: 1000)")
+    p.add_argument("--parallel", type=count, metavar="K", help="policies proposed at a time (default: as many as there are processes)")
     p.add_argument("--batch-size", type=count, metavar="N", help="of the latency (default: 32)")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the latency (default: float32)")
     p.add_argument("--out", type=given, required=True, metavar="STUDY", help="folder of the study")
@@ -210,6 +223,9 @@ def build_parser() -> Parser:
     p.add_argument("--trainable", choices=("all", "matrices", "weights"), help="what trains: all, the matrices alone, or all but them")
     p.add_argument("--out", type=given, required=True, metavar="RUN", help="run folder; a killed run goes on there")
     _run_options(p)
+
+    p = add("resume", "Go on with the training or search of a run folder, by the command that began it.")
+    p.add_argument("run", type=given, metavar="RUN", help="run folder")
 
     p = add("evaluate", "Top-1, top-5 and loss on the held-out split, with GMACs and parameters.")
     _model_options(p)

@@ -1,4 +1,6 @@
 """open_data: one way to digits, a folder of images, or whatever timm.data.create_dataset opens; and its batches."""
+import contextlib
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -7,16 +9,19 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_loader, resolve_model_data_config
+from timm.data import create_dataset, create_loader, create_transform, resolve_model_data_config
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from vitlab import parallel
 from vitlab.data.digits import CLASSES, DigitsReader
-from vitlab.data.folder import CLASS_MAP, HELD_OUT_NAMES, FolderReader, class_numbers, find_splits, unlabelled
+from vitlab.data.folder import CLASS_MAP, HELD_OUT_NAMES, FolderReader, class_numbers, find_splits, read_image, unlabelled
+from vitlab.data.order import PlainOrder, TrainingOrder, drawing, ignore_requests
 from vitlab.files import InputError
 
 TIMM_PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
 MAX_WORKERS = 8
+MAX_BROKEN, BROKEN_SHARE = 16, 0.01             # so many images, or that share of a split, may be broken: the larger of the two
 
 
 def available_cores() -> int:
@@ -50,43 +55,96 @@ class Images(Dataset):
     def image(self, i: int) -> tuple[Image.Image, int]:
         """(RGB image, class), untransformed. Raises whatever Pillow does where it can't be read."""
         image, target = self.reader[self.indices[i]][:2]
-        image = image if isinstance(image, Image.Image) else Image.open(image)
+        image = image if isinstance(image, Image.Image) else read_image(image)
         return image.convert("RGB"), int(target)
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
+        """key: a number, or with the seed of its random numbers."""
+        i, seed = key if isinstance(key, tuple) else (key, None)
         try:
             image, target = self.image(i)
         except Exception:                       # a damaged file makes Pillow's decoders raise nearly anything
             image, target = Image.new("RGB", (64, 64)), -1 - i
-        return self.transform(image), target
+        with contextlib.nullcontext() if seed is None else drawing(seed):
+            return self.transform(image), target
 
 
 class Batches:
-    """Iterate (images, targets) of a timm loader without the broken images; their paths gather in `broken`."""
+    """Iterate (images, targets) of a loader without the broken images; their paths gather in `broken`.
 
-    def __init__(self, loader: Any, images: Images | None, limit: int | None = None) -> None:
-        self.loader, self.images, self.broken = loader, images, []
-        self.limit = None if images is not None else limit      # a stream has no slice to take: its first images serve
+    order: which images each batch has; None for a stream, of which the first `limit` images serve. Raises InputError once more
+    images are broken than a data set should have, and where training finds a batch with none that can be read.
+    """
+
+    def __init__(self, loader: Any, images: Images | None, order: PlainOrder | TrainingOrder | None = None,
+                 limit: int | None = None) -> None:
+        self.loader, self.images, self.order, self.broken = loader, images, order, []
+        self.limit, self.skip = limit, 0
 
     def __len__(self) -> int:
         return len(self.loader)
 
+    @property
+    def training(self) -> bool:
+        return isinstance(self.order, TrainingOrder)
+
+    def begin(self, epoch: int, start: int = 0) -> None:
+        """The next pass is that epoch's, without its first `start` batches. Of a stream they are read and dropped."""
+        if self.training:
+            self.order.epoch, self.order.start = epoch, start
+            return
+        self.skip = start
+        if hasattr(self.loader.dataset, "set_epoch"):
+            self.loader.dataset.set_epoch(epoch)
+
+    def names(self, epoch: int, batch: int) -> list[str]:
+        """The files of one batch of an epoch; none of a stream."""
+        if not self.training:
+            return []
+        size = self.order.batch_size
+        return [self.images.path(i) for i in self.order.places(epoch)[batch * size:(batch + 1) * size]]
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        seen = 0
+        if self.images is None:
+            yield from self._stream()
+            return
         for x, y in self.loader:
+            for flag in y[y < 0].tolist():
+                self._is_broken(self.images.path(-1 - flag))
+            if (y >= 0).any():
+                yield x[y >= 0], y[y >= 0]
+            elif self.training:
+                raise InputError(f"no image of a batch of {len(y)} could be read, {self.broken[-1]} among them; repair or remove them")
+
+    def _stream(self) -> Iterator[tuple[Tensor, Tensor]]:
+        seen, skipped, self.skip = 0, self.skip, 0
+        for x, y in itertools.islice(self.loader, skipped, None):
             if self.limit is not None and seen >= self.limit:
                 return
             seen += len(y)
-            for flag in y[y < 0].tolist() if self.images is not None else []:
-                path = self.images.path(-1 - flag)
-                if path not in self.broken:
-                    self.broken.append(path)
-                    warnings.warn(f"{path}: can't be read as an image, left out", stacklevel=2)
-            if (y >= 0).any():
-                yield x[y >= 0], y[y >= 0]
+            yield x, y
+
+    def _is_broken(self, path: str) -> None:
+        """Take note of it. Raises InputError where there are too many."""
+        if path in self.broken:
+            return
+        self.broken.append(path)
+        warnings.warn(f"{path}: can't be read as an image, left out", stacklevel=3)
+        most = max(MAX_BROKEN, int(len(self.images) * BROKEN_SHARE))
+        if len(self.broken) > most:
+            raise InputError(f"{len(self.broken)} of {len(self.images)} images can't be read, {', '.join(self.broken[:3])} and others; "
+                             f"more than {most} are too many to be left out: repair or remove them")
+
+
+def _known_by(path: str) -> str:
+    """Path and size of a file; the name alone of what is none."""
+    try:
+        return f"{path} {os.stat(path).st_size}"
+    except OSError:
+        return path
 
 
 class ImageData:
@@ -139,9 +197,9 @@ class ImageData:
         return ImageData(self.name, splits, self.classes, self.num_classes, self.mapped, self.labelled)
 
     def files(self, split: str) -> list[str]:
-        """Name and paths of a split, by which it is known again; the name alone of a stream."""
+        """Name of the data set, and path and size of each image of a split, by which it is known again; the name alone of a stream."""
         images = self.split(split)
-        return [self.name, *(images.path(i) for i in range(len(images)))] if isinstance(images, Images) else [self.name]
+        return [self.name, *map(_known_by, map(images.path, range(len(images))))] if isinstance(images, Images) else [self.name]
 
     def check_fits(self, num_classes: int) -> None:
         """InputError where the class numbers can't be the classifier's."""
@@ -153,11 +211,12 @@ class ImageData:
 
     def batches(self, split: str, model: nn.Module, *, batch_size: int = 64, training: bool = False,
                 limit: int | None = None, seed: int = 0, workers: int | None = None, crop_pct: float | None = None,
-                augment: dict[str, Any] | None = None) -> Batches:
-        """Batches for this model (its input size, mean, deviation, interpolation), through timm's create_loader.
+                augment: dict[str, Any] | None = None, shared: bool = False, turns: int = 1, repeats: int = 1) -> Batches:
+        """Batches for this model (its input size, mean, deviation, interpolation), through timm's transforms.
 
-        training shuffles, augments (augment: create_loader's own options) and drops the last partial batch; without it
-        the order is the split's own. workers None: none for small embedded data, else up to 8, one a core.
+        training shuffles, augments (augment: options of timm's create_transform) and leaves out the last partial step of `turns`
+        batches; without it the order is the split's own. shared: each process takes its share of the batches. workers None: none
+        for small embedded data, else one a core, up to 8, divided among the processes of this machine.
         """
         self.check_fits(model.num_classes)
         images = self.split(split, limit, seed)
@@ -167,16 +226,24 @@ class ImageData:
         if crop_pct is not None:
             config["crop_pct"] = crop_pct
         if workers is None:
-            workers = 0 if self.name == "digits" else min(MAX_WORKERS, available_cores())
-        if training and isinstance(images, Images):
-            batch_size = min(batch_size, len(images))
-        loader = create_loader(
-            images, input_size=config["input_size"], batch_size=batch_size, is_training=training,
-            interpolation=config["interpolation"], mean=config["mean"], std=config["std"], crop_pct=config["crop_pct"],
-            crop_mode=config.get("crop_mode"), num_workers=workers, use_prefetcher=False,
-            persistent_workers=False,           # fresh workers every epoch: a resumed run draws the same random numbers
-            pin_memory=torch.cuda.is_available(), device=torch.device("cpu"), **(augment or {}))
-        return Batches(loader, images if isinstance(images, Images) else None, limit)
+            workers = 0 if self.name == "digits" else min(MAX_WORKERS, max(1, available_cores() // parallel.local_world()))
+        settings = {"is_training": training, **{k: config.get(k) for k in ("interpolation", "mean", "std", "crop_pct", "crop_mode")},
+                    **(augment or {})}
+        if not isinstance(images, Images):
+            loader = create_loader(images, input_size=config["input_size"], batch_size=batch_size, num_workers=workers,
+                                   use_prefetcher=False, persistent_workers=False, pin_memory=torch.cuda.is_available(),
+                                   device=torch.device("cpu"), **settings)
+            return Batches(loader, None, limit=limit)
+        rank, world = (parallel.rank(), parallel.world()) if shared else (0, 1)
+        if training:
+            batch_size = min(batch_size, max(1, len(images) // (world * turns)))
+            order = TrainingOrder(images, batch_size, seed=seed, turns=turns, repeats=repeats, rank=rank, world=world)
+        else:
+            order = PlainOrder(images, batch_size, rank, world)
+        images.transform = create_transform(config["input_size"], **settings)
+        loader = DataLoader(images, batch_sampler=order, num_workers=workers, persistent_workers=training and workers > 0,
+                            pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_requests)
+        return Batches(loader, images, order)
 
 
 def _open_digits() -> ImageData:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from vitlab import parallel
 from vitlab.files import InputError, append_line, read_lines
 from vitlab.search.allocation import allocate, levels, summed_losses
 from vitlab.search.sampling import Problem, neighbours
@@ -18,7 +19,8 @@ DEARER = (3, 9)                                 # weights of one group's losses,
 def _known(path: Path, wanted: list[tuple[str, float]]) -> dict[tuple[str, float], dict[str, Any]]:
     """The rows of a file by (dimension, ratio). Raises InputError where it holds others."""
     try:
-        rows = {(row["dimension"], row["ratio"]): row for row in read_lines(path) if np.isfinite([row["value"], row["loss"]]).all()}
+        rows = {(row["dimension"], row["ratio"]): row for row in read_lines(path)
+                if np.isfinite([row["value"], row["loss"], row["saved"]]).all()}
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: holds something else than the cuts of this study ({error!r}); remove it") from None
     odd = sorted(rows.keys() - set(wanted), key=str)
@@ -42,17 +44,25 @@ def measure_alone(problem: Problem, objective: Callable[[np.ndarray], dict[str, 
     for row, (d, ratio) in enumerate(at, start=1):
         policies[row, d] = ratio
     wanted, costs = [("", 0.0), *((space.names[d], ratio) for d, ratio in at)], budget.cost(policies)
-    known, rows = _known(path, wanted), []
-    for key, policy, cost in tqdm(list(zip(wanted, policies, costs)), desc="sensitivity", unit="cut", disable=not progress):
-        if key not in known:
-            value = float(objective(policy).get("value", np.nan))
+    known = _known(path, wanted)
+    todo = [row for row, key in enumerate(wanted) if key not in known]
+    together = parallel.world()
+    first, rest = [row for row in todo if row == 0], [row for row in todo if row]      # losses are differences to nothing cut
+    groups = [group for group in (first, *(rest[i:i + together] for i in range(0, len(rest), together))) if group]
+    for group in tqdm(groups, desc="sensitivity", unit="cut", disable=not progress):
+        mine, found = parallel.rank(), float("nan")
+        if mine < len(group):
+            with parallel.alone():
+                found = float(objective(policies[group[mine]]).get("value", np.nan))
+        for row, value in zip(group, parallel.gather(found)):
+            key = wanted[row]
             if not np.isfinite(value):
                 raise InputError(f"the objective gave {value} for {key[0] or 'nothing cut'}; a finite value is needed")
-            loss = max(0.0, rows[0]["value"] - value) if rows else 0.0
-            known[key] = {"dimension": key[0], "ratio": key[1], "value": value, "loss": loss, "saved": float(costs[0] - cost)}
-            append_line(path, known[key])
-        rows.append(known[key])
-    return rows
+            loss = max(0.0, known[wanted[0]]["value"] - value) if row else 0.0
+            known[key] = {"dimension": key[0], "ratio": key[1], "value": value, "loss": loss, "saved": float(costs[0] - costs[row])}
+            if parallel.is_first():
+                append_line(path, known[key])
+    return [known[key] for key in wanted]
 
 
 def curves_of(problem: Problem, rows: list[dict[str, Any]]) -> list[list[tuple[float, float]]]:

@@ -1,9 +1,10 @@
 """Study: a search in a folder, with a journal to which every evaluation is appended, so that it goes on after a kill."""
+import contextlib
 import dataclasses
 import json
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from vitlab.files import InputError, append_line, atomic_write, read_json
+from vitlab import parallel
+from vitlab.files import InputError, append_line, atomic_write, locked, read_json
 from vitlab.search.budget import Budget
 from vitlab.search.sampling import Problem
 from vitlab.search.sensitivity import SENSITIVITY, measure_alone, start_policies, trend_of
@@ -39,7 +41,8 @@ class Evaluation:
 def _evaluation(record: Any, index: int) -> Evaluation:
     """A checked line. Raises TypeError, ValueError or KeyError where it is none."""
     found = Evaluation(**{**record, "policy": tuple(float(v) for v in record["policy"])})
-    if found.index != index or not np.isfinite([found.value, found.cost]).all() or not isinstance(found.by, str):
+    numbers = [found.value, found.cost, *found.policy, *found.measures.values(), *found.expected.values()]
+    if found.index != index or not np.isfinite(numbers).all() or not isinstance(found.by, str):
         raise ValueError(f"index {found.index}, value {found.value}")
     return found
 
@@ -56,7 +59,7 @@ def read_journal(folder: str | Path, *, repair: bool = False) -> list[Evaluation
     for number, line in enumerate(lines):
         try:
             evaluations.append(_evaluation(json.loads(line), number))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             if number + 1 < len(lines):
                 raise InputError(f"{path}: line {number + 1} is damaged ({error}); remove it and those after it, and the search "
                                  "goes on from there") from None
@@ -95,6 +98,11 @@ class Study:
         if wrong:
             raise InputError(f"{self.folder / JOURNAL}: line {wrong[0].index + 1} has {len(wrong[0].policy)} dimensions, "
                              f"the space {space.size}")
+        for found in self.evaluations:
+            try:
+                space.check(found.policy)
+            except InputError as error:
+                raise InputError(f"{self.folder / JOURNAL}: line {found.index + 1}: {error}") from None
 
     def _check_same(self) -> None:
         path = self.folder / INFO
@@ -137,7 +145,17 @@ class Study:
 
     def run(self, objective: Callable[[np.ndarray], dict[str, float]], *, progress: bool = True) -> Evaluation:
         """Measure until there are settings.evaluations of them; returns the best. With initial "sensitivity" each dimension is
-        measured alone before the first (`measure_alone`), and the population begins with what follows from it."""
+        measured alone before the first (`measure_alone`), and the population begins with what follows from it. Under torchrun the
+        settings.batch proposals of a turn are measured side by side, and the journal is that of one process.
+
+        Raises InputError where another process searches in this folder."""
+        with locked(self.folder) if parallel.is_first() else contextlib.nullcontext():
+            if len(read_journal(self.folder)) != len(self.evaluations):
+                raise InputError(f"{self.folder / JOURNAL}: another process has searched here meanwhile; open the study again")
+            parallel.wait()
+            return self._run(objective, progress)
+
+    def _run(self, objective: Callable[[np.ndarray], dict[str, float]], progress: bool) -> Evaluation:
         problem, total, batch = Problem(self.space, self.budget), self.options.evaluations, self.options.batch
         start, trend = None, None
         if self.options.initial == "sensitivity" and len(self.evaluations) < total:
@@ -155,26 +173,38 @@ class Study:
                 if not proposals[done - first:]:
                     self._nothing_left()
                     break
-                for proposal in proposals[done - first:]:
-                    key, = self.space.keys(proposal.policy)
-                    known[key] = self._measure(proposal, objective, known.get(key))
-                    bar.update()
-                    bar.set_postfix(best=f"{self.best.value:.4g}", refresh=False)
+                pending = proposals[done - first:]
+                for at in range(0, len(pending), parallel.world()):
+                    for found in self._measure(pending[at:at + parallel.world()], objective, known):
+                        self._keep(found)
+                        bar.update()
+                        bar.set_postfix(best=f"{self.best.value:.4g}", refresh=False)
         return self.best
 
-    def _measure(self, proposal: Proposal, objective: Callable[[np.ndarray], dict[str, float]], same: Evaluation | None) -> Evaluation:
-        """Measure, or take what the same policy gave, and append it to the journal."""
-        began, index = time.perf_counter(), len(self.evaluations)
-        measures = {k: float(v) for k, v in objective(proposal.policy).items()} if same is None else {"value": same.value, **same.measures}
-        value = measures.pop("value", float("nan"))
-        if not np.isfinite(value):
-            raise InputError(f"the objective gave {value} for policy {index}; a finite value is needed")
-        found = Evaluation(index=index, policy=tuple(proposal.policy.tolist()), value=value,
-                           cost=float(self.budget.cost(proposal.policy[None])[0]), by=proposal.by, measures=measures,
-                           expected=proposal.expected, seconds=round(time.perf_counter() - began, 3))
-        append_line(self.folder / JOURNAL, dataclasses.asdict(found))
+    def _measure(self, proposals: list[Proposal], objective: Callable[[np.ndarray], dict[str, float]],
+                 known: dict[tuple[int, ...], Evaluation]) -> Iterator[Evaluation]:
+        """Measure up to as many proposals as there are processes, one each; those known already take what was found then."""
+        began, keys, measures = time.perf_counter(), self.space.keys([p.policy for p in proposals]), None
+        mine = parallel.rank()
+        if mine < len(proposals) and keys[mine] not in known:
+            with parallel.alone():
+                measures = {k: float(v) for k, v in objective(proposals[mine].policy).items()}
+        for proposal, key, given, seconds in zip(proposals, keys, *zip(*parallel.gather((measures, time.perf_counter() - began)))):
+            index = len(self.evaluations)
+            given = {"value": known[key].value, **known[key].measures} if key in known else dict(given)
+            value = given.pop("value", float("nan"))
+            if not np.isfinite(value):
+                raise InputError(f"the objective gave {value} for policy {index}; a finite value is needed")
+            known[key] = Evaluation(index=index, policy=tuple(proposal.policy.tolist()), value=value,
+                                    cost=float(self.budget.cost(proposal.policy[None])[0]), by=proposal.by, measures=given,
+                                    expected=proposal.expected, seconds=round(seconds, 3))
+            yield known[key]
+
+    def _keep(self, found: Evaluation) -> None:
+        """To the journal, which the first process writes."""
+        if parallel.is_first():
+            append_line(self.folder / JOURNAL, dataclasses.asdict(found))
         self.evaluations.append(found)
-        return found
 
     def _nothing_left(self) -> None:
         why = (f"no other policy was found within {self.budget.tolerance:.1%} below {self.budget.limit:.6g} {self.budget.unit}; a larger "

@@ -4,6 +4,7 @@
 HSIC as in *Multi-Dimensional Vision Transformer Compression* (arXiv 2201.00043), methods B1. Also what captures share.
 """
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from vitlab import parallel
 from vitlab.criteria.hsic import dependence, gaussian_kernels
 from vitlab.files import InputError
 from vitlab.models import attention_block, check_supported, is_merged, shape_of
@@ -49,27 +51,49 @@ def averaged(model: nn.Module, batches: Batches, step: Callable[[Tensor, Tensor]
              device: str | torch.device | None, progress: bool, same_size: bool = False) -> tuple[tuple[Tensor, ...], int]:
     """(mean over images of what step(images, targets) gives for each batch, number of images), on the CPU.
 
-    model: in eval mode and frozen meanwhile. same_size: only batches as large as the first are read, and it needs two
+    model: in eval mode and frozen meanwhile. Under torchrun each process gives its share of the batches, and all get the mean over
+    all of them. same_size: only batches as large as the first are read, and it needs two
     images: HSIC grows with the square of the batch and says little of a few images, so that a last, smaller batch would
     spoil the mean. Raises InputError where there is no image.
     """
     device = torch.device(device) if device is not None else next(model.parameters()).device
     model.to(device)
     mean: tuple[Tensor, ...] = ()
-    seen = first = 0
+    seen = 0
     with frozen_eval(model):
-        for images, targets in tqdm(batches, desc=what, unit="batch", disable=not progress):
-            first = first or len(images)
-            if same_size and first < 2:
-                raise InputError(f"{what}: dependence compares images; a batch of {first} has none to compare, 2 at least are needed")
+        first, rest = first_of(tqdm(batches, desc=what, unit="batch", disable=not progress), what)
+        if same_size and first < 2:
+            raise InputError(f"{what}: dependence compares images; a batch of {first} has none to compare, 2 at least are needed")
+        for images, targets in rest:
             if same_size and len(images) != first:
                 continue
             seen += len(images)
             given = step(images.to(device), targets.to(device))
             mean = tuple(m + (g - m) * (len(images) / seen) for m, g in zip(mean, given)) if mean else given
-    if not seen:
+    return _over_processes(tuple(m.detach().cpu() for m in mean), seen)
+
+
+def first_of(batches: Batches, what: str) -> tuple[int, Batches]:
+    """(images in the first batch of all processes, the batches of this one). Raises InputError, on all of them, where one has none."""
+    rest = iter(batches)
+    first = next(rest, None)
+    sizes = parallel.gather(0 if first is None else len(first[0]))
+    if not any(sizes):
         raise InputError(f"{what}: there is no image to score on")
-    return tuple(m.detach().cpu() for m in mean), seen
+    if not all(sizes):
+        raise InputError(f"{what}: {sum(map(bool, sizes))} batches for {len(sizes)} processes; smaller batches, more images or fewer "
+                         "processes are needed")
+    return sizes[0], itertools.chain([first], rest)
+
+
+def _over_processes(mean: tuple[Tensor, ...], seen: int) -> tuple[tuple[Tensor, ...], int]:
+    """The mean over the images of all processes, and how many these are."""
+    if parallel.world() == 1:
+        return mean, seen
+    shapes = next(filter(None, parallel.gather([tuple(m.shape) for m in mean])))    # a process may have had no batch of the right size
+    images = int(parallel.total(torch.tensor(seen)))
+    sums = [m.double() * seen for m in mean] or [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+    return tuple((parallel.total(s) / images).float() for s in sums), images
 
 
 def need_classifier(model: nn.Module, what: str) -> None:
@@ -114,15 +138,13 @@ def _by_gradient(model: nn.Module, batches: Batches, absolute: str, device: str 
     total: Tensor | None = None
     capture = ValueGradient(model, absolute)
     with hooks(capture.handles), frozen_eval(model), torch.enable_grad():
-        for images, targets in tqdm(batches, desc="token scores", unit="batch", disable=not progress):
+        for images, targets in first_of(tqdm(batches, desc="token scores", unit="batch", disable=not progress), "token scores")[1]:
             images, targets = images.to(device), targets.to(device)
             F.cross_entropy(model(images), targets).backward()
             scale = [len(images) * a.num_heads * len(s) for a, s in zip(capture.attentions, capture.sums)]
             step = torch.stack([s / k for s, k in zip(capture.sums, scale)])      # (L, N)
             total = step if total is None else total + step
-    if total is None:
-        raise InputError("there is no image to score tokens on")
-    return total[:, model.num_prefix_tokens:].cpu()
+    return parallel.total(total[:, model.num_prefix_tokens:].cpu())
 
 
 def _attention(attn: nn.Module, qkv: Tensor, queries: int | None = None) -> Tensor:

@@ -17,9 +17,11 @@ from vitlab.models.compress import check_agrees
 from vitlab.models.create import architecture, load_state, read_state, rebuild
 from vitlab.models.deploy import FoldedBlock
 from vitlab.plan import CompressionPlan
+from vitlab.shape import is_int
 
 WEIGHTS, PLAN, INFO, FOLDER = "weights.safetensors", "plan.json", "checkpoint.json", "checkpoint"
 FORMAT, VERSION = "vitlab.checkpoint", 1
+LARGEST_CUT = 1000                              # no plan makes a model smaller than by this
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box", "random")
 
 
@@ -72,13 +74,23 @@ def save(folder: str | Path, model: nn.Module, plan: CompressionPlan, *, classes
 def _check_config(config: Any, classes: Any) -> None:
     """InputError where the image settings or class names of a checkpoint.json are of the wrong kind."""
     def numbers(value: Any) -> bool:
-        return isinstance(value, list) and len(value) in (1, 3) and all(isinstance(v, (int, float)) for v in value)
-    kinds = {"mean": numbers, "std": numbers, "crop_pct": lambda v: isinstance(v, (int, float)) and 0 < v <= 1,
+        return isinstance(value, list) and len(value) in (1, 3) and all(isinstance(v, (int, float)) and abs(v) < 1e6 for v in value)
+    kinds = {"mean": numbers, "std": lambda value: numbers(value) and min(value) > 0, "crop_pct": lambda v: isinstance(v, (int, float)) and 0 < v <= 1,
              "interpolation": lambda v: v in INTERPOLATIONS}
     if not isinstance(config, dict) or not all(k in kinds and (v is None or kinds[k](v)) for k, v in config.items()):
         raise InputError(f'"config" must hold mean, std, crop_pct and interpolation of images, not {str(config)[:120]}')
     if classes is not None and not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
         raise InputError('"classes" must be a list of names or null')
+
+
+def _dense(info: dict[str, Any], plan: CompressionPlan, weights: Path) -> nn.Module:
+    """The dense model that a checkpoint.json names, with random weights. Raises InputError, and before much memory or time is
+    taken where a damaged file asks for a model that its plan and weights can't be of."""
+    source = info.get("model")
+    depth = source["args"].get("depth") if isinstance(source, dict) and isinstance(source.get("args"), dict) else None
+    if is_int(depth) and depth > plan.shape.depth:
+        raise InputError(f"a model of {depth} blocks, but the plan has {plan.shape.depth}")
+    return rebuild(source, most=LARGEST_CUT * (weights.stat().st_size if weights.is_file() else 0) // 4 + 10 ** 6)
 
 
 def find(path: str | Path) -> Path:
@@ -101,7 +113,9 @@ def load(path: str | Path) -> Checkpoint:
     config, plan = info.get("config") or {}, CompressionPlan.load(folder / PLAN)
     try:
         _check_config(config, info.get("classes"))
-        dense = rebuild(info.get("model"))
+        if not isinstance(info.get("deployed", False), bool):
+            raise InputError('"deployed" must be true or false')
+        dense = _dense(info, plan, folder / WEIGHTS)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     try:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vitlab import tokens
+from vitlab import parallel, tokens
 from vitlab.criteria.compensation import RIDGE, Moments, refit
 from vitlab.files import InputError
 from vitlab.models import attention_block, compress
@@ -38,7 +38,7 @@ class _Reached(Exception):
 def gather_moments(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], layers: Sequence[tuple[int, str]], *,
                    device: str | torch.device | None = None, amp: bool | None = False) -> dict[tuple[int, str], Moments]:
     """Moments of the inputs of some layers, (block, "heads" or "neurons") each, over all tokens of all images, in one pass that
-    ends where the last of them is reached."""
+    ends where the last of them is reached. Under torchrun each process gives its share of the batches."""
     device = torch.device(device) if device is not None else next(model.parameters()).device
     found, handles, last = {}, [], max(layers)
 
@@ -56,6 +56,9 @@ def gather_moments(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], l
         for images, _ in batches:
             with contextlib.suppress(_Reached), autocast(device, amp):
                 model(images.to(device))
+    for moments in found.values():
+        moments.rows = float(parallel.total(torch.tensor(float(moments.rows), dtype=torch.float64)))
+        moments.sum, moments.products = parallel.total(moments.sum), parallel.total(moments.products)
     return found
 
 

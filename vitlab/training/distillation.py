@@ -1,7 +1,7 @@
 """What a step minimises: timm's tasks, set to the published loss (methods A8), and hard distillation."""
 import torch
 import torch.nn.functional as F
-from timm.loss import LabelSmoothingCrossEntropy
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.task import ClassificationTask, LogitDistillationTask
 from torch import Tensor, nn
 
@@ -28,7 +28,9 @@ def make_task(model: nn.Module, teacher: nn.Module | None, recipe: Recipe, devic
     """The training task of a recipe. Soft (A8): (1 - alpha) * CE + alpha * tau^2 * KL(teacher || student at tau) / (B * classes);
     timm's task divides by B, so its weight is alpha / classes. Raises InputError where the teacher is missing or differs in classes.
     """
-    criterion = LabelSmoothingCrossEntropy(recipe.smoothing) if recipe.smoothing else nn.CrossEntropyLoss()
+    mixed = recipe.mixup or recipe.cutmix                               # targets are then probabilities, smoothed already
+    criterion = (SoftTargetCrossEntropy() if mixed else LabelSmoothingCrossEntropy(recipe.smoothing) if recipe.smoothing
+                 else nn.CrossEntropyLoss())
     if recipe.distill == "none":
         return ClassificationTask(model, criterion, device=device, verbose=False)
     if teacher is None:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from vitlab import parallel
 from vitlab.files import InputError
 
 
@@ -49,7 +50,10 @@ def cpu_has_bf16() -> bool:
 @torch.inference_mode()
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: str | torch.device | None = None,
              amp: bool | None = False, progress: bool = True) -> Accuracy:
-    """Exact counts over all readable images, in eval mode, float32 unless amp. Raises InputError where there is none."""
+    """Exact counts over all readable images, in eval mode, float32 unless amp. Raises InputError where there is none.
+
+    Under torchrun each process gives its share of the batches, and all get the counts of all of them.
+    """
     device = torch.device(device) if device is not None else next(model.parameters()).device
     training = model.training
     model.to(device).eval()
@@ -64,7 +68,10 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, devi
         loss += float(F.cross_entropy(logits, targets, reduction="sum"))
         count += len(images)
     model.train(training)
+    counts = torch.tensor([count, top1, top5, loss, len(getattr(batches, "broken", ()))], dtype=torch.float64)
+    count, top1, top5, loss, broken = parallel.total(counts).tolist()
     if not count:
         raise InputError("no image of the split could be read")
+    classes = max(parallel.gather(classes))
     return Accuracy(top1_pct=100 * top1 / count, top5_pct=100 * top5 / count if classes >= 5 else None,
-                    loss=loss / count, images=count, broken=len(getattr(batches, "broken", ())))
+                    loss=loss / count, images=int(count), broken=int(broken))

@@ -6,7 +6,7 @@ from typing import Any
 from vitlab.files import InputError
 from vitlab.models import TRAINABLE
 
-DISTILL = ("none", "soft", "hard")
+DISTILL, DTYPES = ("none", "soft", "hard"), ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class Recipe:
     command: str                                # how to run it
     expected: str = ""                          # what should come out, and whose number it is
     epochs: int = 30
-    batch_size: int = 128
+    batch_size: int = 128                       # images a step, on all devices together
     lr: float = 1e-4                            # at `lr_batch` images a step; scaled linearly with the batch
     lr_batch: int = 512
     weight_decay: float = 1e-3
@@ -27,20 +27,28 @@ class Recipe:
     warmup_epochs: float = 0
     min_lr: float = 1e-6
     clip_grad: float | None = None
+    layer_decay: float | None = None            # factor of the learning rate from each block to the one before it, (0, 1]
+    ema_decay: float | None = None              # weights become their moving average over the steps, (0, 1)
     smoothing: float = 0.0                      # label smoothing, [0, 1)
+    mixup: float = 0.0                          # alpha of mixup; with cutmix, each batch has one of the two
+    cutmix: float = 0.0                         # alpha of cutmix
+    repeats: int = 1                            # repeated augmentation: each image drawn is in so many places of an epoch
     distill: str = "none"                       # "none", "soft" (A8) or "hard"
     alpha: float = 1.0                          # weight of the distillation loss, [0, 1]
     tau: float = 20.0                           # temperature of soft distillation
     trainable: str = "all"                      # "all", "matrices" or "weights"
     drop_path: float = 0.0
-    amp: bool | None = None                     # bf16 autocast; None: where the hardware has it (narrow models lose by it)
-    augment: dict[str, Any] = field(default_factory=dict)      # timm create_loader's own options
+    dtype: str | None = None                    # a name of DTYPES; None: bfloat16 where the hardware has it (narrow models lose by it)
+    augment: dict[str, Any] = field(default_factory=dict)      # options of timm's create_transform
 
     def __post_init__(self) -> None:
         checks = {"epochs": self.epochs >= 1, "batch_size": self.batch_size >= 1, "lr": self.lr > 0,
                   "weight_decay": self.weight_decay >= 0, "alpha": 0 <= self.alpha <= 1, "tau": self.tau > 0,
                   "lr_batch": self.lr_batch >= 1, "warmup_epochs": self.warmup_epochs >= 0, "min_lr": self.min_lr >= 0,
                   "clip_grad": self.clip_grad is None or self.clip_grad > 0, "drop_path": 0 <= self.drop_path < 1,
+                  "layer_decay": self.layer_decay is None or 0 < self.layer_decay <= 1, "repeats": self.repeats >= 1,
+                  "ema_decay": self.ema_decay is None or 0 < self.ema_decay < 1, "mixup": self.mixup >= 0, "cutmix": self.cutmix >= 0,
+                  "dtype": self.dtype is None or self.dtype in DTYPES,
                   "trainable": self.trainable in TRAINABLE, "smoothing": 0 <= self.smoothing < 1, "distill": self.distill in DISTILL}
         for name, good in checks.items():
             if not good:
@@ -54,6 +62,26 @@ class Recipe:
     def scaled_lr(self) -> float:
         """lr * batch_size / lr_batch."""
         return self.lr * self.batch_size / self.lr_batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """How a recipe is run. But for rounding, none of it changes what comes out."""
+
+    accumulate: int = 1                         # batches of a step that follow each other, where one would need too much memory
+    compile: bool = False                       # torch.compile
+    checkpointing: bool = False                 # keep no activations inside blocks: less memory, a third more time
+    channels_last: bool = False                 # memory format of the images and of the patch embedding
+    save_steps: int = 1000                      # a state on the disk so often within an epoch, and at its end
+    keep: int = 2                               # states that stay on the disk
+    log_steps: int = 100                        # a line in the log so often within an epoch
+    max_skipped: int = 10                       # steps in a row whose loss may be not finite: they are left out
+
+    def __post_init__(self) -> None:
+        lowest = {"accumulate": 1, "save_steps": 1, "keep": 1, "log_steps": 1, "max_skipped": 0}
+        for name, low in lowest.items():
+            if getattr(self, name) < low:
+                raise InputError(f"{name} is {getattr(self, name)}; at least {low} is needed")
 
 
 _PAPER = "arXiv 2503.23455, experiments on ImageNet-1k"
@@ -74,13 +102,19 @@ RECIPES = {recipe.name: recipe for recipe in (
                "top-1 72.0 % at keep 0.7 (0.8 GMACs), 71.6 % at keep 0.6 (0.7); dense 72.2 % (1.3)"),
     _published("deit_small_pm", "deit_small_patch16_224", 1.0, "top-1 79.6 % at keep 0.6 (3.0 GMACs); dense 79.8 % (4.6)"),
     _published("mae_base_pm", "vit_base_patch16_224.mae", 1.0, "top-1 83.6 % at keep 0.6 (10.4 GMACs)"),
+    Recipe(name="deit", source="arXiv 2012.12877, table 9",
+           expected="top-1 72.2 % of deit_tiny_patch16_224, 79.8 % of deit_small, 81.8 % of deit_base (the paper's numbers)",
+           command=_PRETRAIN.format("deit_tiny_patch16_224", "IMAGENET", "deit"),
+           epochs=300, batch_size=1024, lr=5e-4, lr_batch=512, weight_decay=0.05, warmup_epochs=5, min_lr=1e-5, smoothing=0.1,
+           mixup=0.8, cutmix=1.0, repeats=3, drop_path=0.1, ema_decay=0.99996,
+           augment={"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "re_mode": "pixel", "color_jitter": 0.3}),
     Recipe(name="digits", source="vitlab, chosen on a slice of train", expected="top-1 over 95 % on the digits' test split",
            command=_PRETRAIN.format("vit_nano_patch4_32", "digits", "digits"),
            epochs=40, batch_size=32, lr=1.5e-3, lr_batch=32, weight_decay=0.05, warmup_epochs=2, smoothing=0.05, clip_grad=1.0,
-           amp=False, augment=_DIGIT_AUGMENT),
+           dtype="float32", augment=_DIGIT_AUGMENT),
     Recipe(name="digits_pm", source="vitlab: methods A8, larger steps for 1,437 images", expected="within 1 point of the dense model",
            command=_FINETUNE.format("RUN/dense", "digits", "digits_pm"),
-           epochs=12, batch_size=32, lr=3e-4, lr_batch=32, distill="soft", alpha=0.8, tau=4.0, clip_grad=1.0, amp=False,
+           epochs=12, batch_size=32, lr=3e-4, lr_batch=32, distill="soft", alpha=0.8, tau=4.0, clip_grad=1.0, dtype="float32",
            augment=_DIGIT_AUGMENT),
     Recipe(name="cifar10", source="vitlab", expected="benchmarks/results/cifar10.jsonl",
            command=_PRETRAIN.format("vit_micro_patch4_32", "CIFAR10", "cifar10"),

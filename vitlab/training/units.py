@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from vitlab import parallel
 from vitlab.criteria.hsic import CHUNK, shared_dependence
 from vitlab.criteria.units import (
     MAGNITUDE_WEIGHT,
@@ -95,6 +96,7 @@ def _by_moments(model: nn.Module, batches: Batches, criterion: UnitCriterion, de
     layers = [(index, kind) for index in range(len(model.blocks)) for kind in KINDS]
     with frozen_eval(model.to(device)):
         moments = gather_moments(model, counted(), layers, device=device)
+    images = int(parallel.total(torch.tensor(images)))
     if not images:
         raise InputError(f"unit scores by {made_by['criterion']}: there is no image to score on")
     found = {kind: [] for kind in KINDS}

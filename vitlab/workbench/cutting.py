@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from vitlab import parallel
 from vitlab.cost import macs
 from vitlab.criteria.units import UNIT_CRITERIA, UnitScores
 from vitlab.data import ImageData
@@ -43,10 +44,11 @@ def score_units(source: Source, data: str | Path, out: str | Path, *, criterion:
     """Scores of heads and neurons by a criterion on a slice of train, written to `out` (safetensors)."""
     found = open_dense(source)
     opened = open_matching(data, found, class_map, labels=criterion == "taylor")
-    batches = opened.batches("train", found.model, batch_size=batch_size, limit=images, seed=seed, workers=workers)
+    batches = opened.batches("train", found.model, batch_size=batch_size, limit=images, seed=seed, workers=workers, shared=True)
     scores = unit_scores(found.model, batches, criterion=criterion, seed=seed, device=pick_device(device), progress=progress)
     made_by = {**scores.made_by, "data": opened.name, "batch_size": str(batch_size), "seed": str(seed)}
-    write_units(out, scores, made_by)
+    if parallel.is_first():
+        write_units(out, scores, made_by)
     return dataclasses.replace(scores, made_by=made_by)
 
 
@@ -63,6 +65,9 @@ def read_units(path: str | Path) -> UnitScores:
     missing = sorted({"head_scores", "neuron_scores"} - set(tensors))
     if missing:
         raise InputError(f"{path}: holds no {missing[0]}; `vitlab score --of units` writes them")
+    for name in ("head_scores", "neuron_scores"):
+        if not tensors[name].isfinite().all():
+            raise InputError(f"{path}: {name} must be finite")
     odd = [name for name in ("head_scores", "neuron_scores") if tensors[name].dtype not in (torch.float32, torch.float64)]
     if odd:
         raise InputError(f"{path}: {odd[0]} are {tensors[odd[0]].dtype}; float32 is needed")

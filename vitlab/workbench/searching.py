@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from vitlab import parallel
 from vitlab.cost import macs_of, mdc_macs
 from vitlab.data import ImageData
 from vitlab.files import InputError, atomic_write
@@ -73,23 +74,26 @@ def search(source: Source, data: str | Path, out: str | Path, *, limit: float | 
                         read_out=read_out)
     if (limit is None) == (macs_ratio is None):
         raise InputError("either a limit or a ratio of the dense model's cost is needed, not both")
-    price = cost_function(space, cost, found.model, batch_size=batch_size, dtype=dtype, device=place, progress=progress)
+    price = parallel.after_first(lambda: cost_function(space, cost, found.model, batch_size=batch_size, dtype=dtype, device=place,
+                                                       progress=progress))       # a latency table is measured once, and kept
     if limit is None:
         limit = macs_ratio * float(price(np.zeros((1, space.size)))[0])
     budget = Budget(limit=limit, cost=price, max_ratio=space.max_ratio, size=space.size, groups=tuple(space.groups), unit=cost)
     about = {"data": opened.name, "metric": metric, "images": images, "criterion": criterion, "score_images": score_images,
              "compensated": compensated, "inputs": fingerprint([opened.files("train"), device], [found.model])}
-    study = Study(out, space, budget, strategy=strategy, options=options, seed=seed, about=about)
-    scores = _scores_of(study, found.model, opened, place, workers, progress)
+    study = parallel.after_first(lambda: Study(out, space, budget, strategy=strategy, options=options, seed=seed, about=about))
+    scores = parallel.after_first(lambda: _scores_of(study, found.model, opened, place, workers, progress))
     build = {}
     if compensated and space.units:
         scored = opened.batches("train", found.model, limit=score_images, seed=seed, workers=workers)
-        build = {"build": refitting(found.model, scored, space.units, place)}
+        with parallel.alone():
+            build = {"build": refitting(found.model, scored, space.units, place)}
     objective = slice_objective(found.model, opened, images, seed, metric, place, workers, **build)
     best = study.run(lambda policy: objective(space.plan(policy, **scores)), progress=progress)
     made_by = {"method": "search", "strategy": strategy, "cost": cost, "limit": limit, "evaluation": best.index, "value": best.value,
                "seed": seed, "units": list(units), "tokens": tokens}
-    space.plan(best.policy, **scores, made_by=made_by).save(out / PLAN)
+    if parallel.is_first():
+        space.plan(best.policy, **scores, made_by=made_by).save(out / PLAN)
     return study
 
 

@@ -1,5 +1,6 @@
 """The steps of a study, each from files to files: notebooks and the command line call these same functions."""
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from safetensors.torch import save
 from timm.utils import random_seed
 from torch import Tensor, nn
 
-from vitlab import cost, tokens
+from vitlab import cost, parallel, tokens
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.data import ImageData, open_data
 from vitlab.files import NOTEBOOKS, InputError, atomic_write
@@ -26,7 +27,7 @@ from vitlab.training.checkpoint import Checkpoint
 from vitlab.training.gradual import partial_plan
 from vitlab.training.loop import fit
 from vitlab.training.published import is_published, load_published
-from vitlab.training.recipes import Recipe, recipe
+from vitlab.training.recipes import Engine, Recipe, recipe
 from vitlab.training.units import unit_scores
 
 RESULTS, TRAINING = "results.jsonl", "training"
@@ -37,6 +38,8 @@ def pick_device(name: str | None) -> torch.device:
     """The device of that name; None: a GPU where there is one. Raises InputError where it can't be used."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and device.index is None and parallel.world() > 1:
+            device = torch.device("cuda", torch.cuda.current_device())              # each process has its own
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r} can't be used here ({first_line(error)})") from None
@@ -97,8 +100,8 @@ def study_folder(path: str | Path) -> Path:
 
 def pretrain(model: str, data: str | Path, out: str | Path, *, settings: Recipe | str = "digits", seed: int = 0,
              device: str | None = None, limit: int | None = None, class_map: str | Path | None = None, workers: int | None = None,
-             progress: bool = True, **model_args: Any) -> Path:
-    """Train a timm model from scratch; returns the run folder (training/, checkpoint/). A killed run goes on."""
+             engine: Engine | None = None, changed_data: bool = False, progress: bool = True, **model_args: Any) -> Path:
+    """Train a timm model from scratch; returns the run folder (training/, checkpoint/). A killed run goes on (`fit`)."""
     settings, opened = recipe(settings) if isinstance(settings, str) else settings, open_data(data, class_map=class_map)
     opened.need_labels()
     device = pick_device(device)
@@ -108,12 +111,18 @@ def pretrain(model: str, data: str | Path, out: str | Path, *, settings: Recipe 
     if settings.drop_path:
         model_args["drop_path_rate"] = settings.drop_path
     dense = create_model(model, **model_args)
-    log = fit(dense, opened, settings, Path(out) / TRAINING, seed=seed, device=device, limit=limit,
-              workers=workers, progress=progress)
-    checkpoint.save(Path(out) / checkpoint.FOLDER, dense.cpu(), CompressionPlan.empty(shape_of(dense)), classes=opened.classes,
-                    made_by={"step": "pretrain", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed,
-                             "last_epoch": log[-1:]})
+    log = fit(dense, opened, settings, Path(out) / TRAINING, seed=seed, device=device, limit=limit, engine=engine,
+              changed_data=changed_data, workers=workers, progress=progress)
+    _save(out, dense, CompressionPlan.empty(shape_of(dense)), opened,
+          made_by={"step": "pretrain", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed, "last_epoch": log[-1:]})
     return Path(out)
+
+
+def _save(out: str | Path, model: nn.Module, plan: CompressionPlan, data: ImageData, made_by: dict[str, Any]) -> None:
+    """The checkpoint of a training, written by the first process."""
+    if parallel.is_first():
+        checkpoint.save(Path(out) / checkpoint.FOLDER, model.cpu(), plan, classes=data.classes, made_by=made_by)
+    parallel.wait()
 
 
 def score(source: Source, data: str | Path, out: str | Path, *, images: int = 512, batch_size: int = 64,
@@ -122,11 +131,12 @@ def score(source: Source, data: str | Path, out: str | Path, *, images: int = 51
     """Token scores (L, n) by a criterion on a slice of train, written to `out` (safetensors)."""
     found = open_model(source)
     opened = open_matching(data, found, class_map, labels=criterion == "gradient")
-    batches = opened.batches("train", found.model, batch_size=batch_size, limit=images, seed=seed, workers=workers)
+    batches = opened.batches("train", found.model, batch_size=batch_size, limit=images, seed=seed, workers=workers, shared=True)
     scores = token_scores(found.model, batches, criterion=criterion, absolute=absolute, device=pick_device(device), progress=progress)
     made_by = {"data": opened.name, "criterion": criterion, "images": str(images), "batch_size": str(batch_size),
                "absolute": absolute, "seed": str(seed)}
-    atomic_write(out, save({"token_scores": scores.contiguous()}, metadata=made_by))
+    if parallel.is_first():
+        atomic_write(out, save({"token_scores": scores.contiguous()}, metadata=made_by))
     return scores
 
 
@@ -155,7 +165,7 @@ def prune(source: Source, scores: str | Path | None, out: str | Path, *, plan: s
     if (plan is None) == (scores is None):
         raise InputError("either token scores or a plan file is needed, not both")
     if plan is not None:
-        made, made_by = CompressionPlan.load(plan), {"from_plan": Path(plan).name}
+        made, made_by = CompressionPlan.load(plan, shape_of(need_dense(found).model)), {"from_plan": Path(plan).name}
     else:
         values, source_of_scores = read_scores(scores)
         made_by = {"scores": source_of_scores}
@@ -181,9 +191,9 @@ def apply_plan(found: Checkpoint, plan: CompressionPlan, out: str | Path, made_b
 def finetune(source: Source, teacher: Source | None, data: str | Path, out: str | Path, *,
              plan: str | Path | CompressionPlan | None = None, steps: int = 1, settings: Recipe | str = "digits_pm", seed: int = 0,
              device: str | None = None, limit: int | None = None, class_map: str | Path | None = None, workers: int | None = None,
-             progress: bool = True) -> Path:
+             engine: Engine | None = None, changed_data: bool = False, progress: bool = True) -> Path:
     """Fine-tune a compressed model, or a dense one compressed by `plan` first, distilling from the dense one; returns the run
-    folder. A killed run goes on.
+    folder. A killed run goes on (`fit`).
 
     steps: prune and fine-tune in so many turns, each cutting an equal part of the plan (`partial_plan`, by weight magnitude)
     and training for its share of the recipe's epochs, at least one. It needs `plan`.
@@ -199,7 +209,7 @@ def finetune(source: Source, teacher: Source | None, data: str | Path, out: str 
     final, model, log = found.plan, found.model, []
     if plan is not None:
         need_dense(found)
-        final = plan if isinstance(plan, CompressionPlan) else CompressionPlan.load(plan)
+        final = plan if isinstance(plan, CompressionPlan) else CompressionPlan.load(plan, shape_of(model))
         final.check_fits(shape_of(model))
         scores, before = unit_scores(model, (), criterion="weight"), None
     for step in range(1, steps + 1):
@@ -210,10 +220,11 @@ def finetune(source: Source, teacher: Source | None, data: str | Path, out: str 
         if steps > 1:
             folder, turn = folder / f"step-{step}", settings.replace(epochs=max(1, settings.epochs // steps))
         log = fit(model, opened, turn, folder, teacher=None if dense is None else dense.model, seed=seed,
-                  device=pick_device(device), limit=limit, workers=workers, progress=progress)
-    checkpoint.save(Path(out) / checkpoint.FOLDER, model.cpu(), final, classes=opened.classes,
-                    made_by={"step": "finetune", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed,
-                             "steps": steps, "plan": final.made_by, "last_epoch": log[-1:]})
+                  device=pick_device(device), limit=limit, engine=engine, changed_data=changed_data, workers=workers,
+                  about={"plan": json.loads((final if plan is None else part).to_json())}, progress=progress)
+    _save(out, model, final, opened,
+          made_by={"step": "finetune", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed, "steps": steps,
+                   "plan": final.made_by, "last_epoch": log[-1:]})
     return Path(out)
 
 
@@ -231,7 +242,8 @@ def evaluate(source: Source, data: str | Path, *, name: str | None = None, split
     opened, model = open_matching(data, found, class_map), deployed(found)
     device = pick_device(device)
     amp = evaluation.uses_bf16(device, amp)
-    batches = opened.batches(split, model, batch_size=batch_size, limit=limit, seed=seed, crop_pct=crop_pct, workers=workers)
+    batches = opened.batches(split, model, batch_size=batch_size, limit=limit, seed=seed, crop_pct=crop_pct, workers=workers,
+                             shared=True)
     accuracy = evaluation.evaluate(model, batches, device=device, amp=amp, progress=progress)
     row = ResultRow(
         model=name or str(source), dataset=opened.name, split=opened.held_out if split == "held_out" else split,
@@ -241,9 +253,9 @@ def evaluate(source: Source, data: str | Path, *, name: str | None = None, split
                     "crop_pct": crop_pct, "images": accuracy.images, "broken": accuracy.broken, "form": "deployed",
                     "plan": found.plan.made_by,
                     "versions": checkpoint.versions()})
-    if accuracy.broken:
+    if accuracy.broken and parallel.is_first():
         print(f"{accuracy.broken} broken images left out", file=sys.stderr)
-    if out is not None:
+    if out is not None and parallel.is_first():
         append_row(Path(out) / RESULTS, row)
     return row
 

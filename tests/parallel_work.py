@@ -1,0 +1,96 @@
+"""What test_parallel does in one process and in several: each part gives plain data or tensors.
+
+    torchrun --nproc-per-node 2 parallel_work.py FOLDER
+"""
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from training_fixtures import compressed, small_recipe, tiny
+
+from vitlab import parallel
+from vitlab.data import ImageData, open_data
+from vitlab.search import Study
+from vitlab.search.strategies import Settings
+from vitlab.training.capture import token_scores
+from vitlab.training.evaluate import evaluate
+from vitlab.training.loop import fit
+from vitlab.training.recipes import Engine
+from vitlab.training.units import head_redundancy, unit_scores
+
+LIVELY = {"epochs": 2, "batch_size": 16, "warmup_epochs": 1, "clip_grad": 1.0, "smoothing": 0.1, "layer_decay": 0.9, "ema_decay": 0.5,
+          "repeats": 2, "augment": {"scale": (0.7, 1.0), "color_jitter": 0.3, "hflip": 0.5, "re_prob": 0.5}}
+
+
+def trainings() -> dict[str, tuple]:
+    """(model, teacher, settings, engine) of each training, by name."""
+    small = compressed()[0]
+    return {"dense": (tiny(), None, LIVELY, Engine()),
+            "distilled": (small, tiny(), LIVELY | {"distill": "soft", "alpha": 0.5, "tau": 4.0}, Engine()),
+            "accumulated": (tiny(), None, LIVELY, Engine(accumulate=2)),
+            "checkpointed": (tiny(), None, LIVELY, Engine(checkpointing=True, channels_last=True))}
+
+
+def train(data: ImageData, folder: Path, only: str | None = None) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, (model, teacher, settings, engine) in trainings().items():
+        if only in (None, name):
+            log = fit(model, data, small_recipe(**settings), folder / name, teacher=teacher, engine=engine, seed=3, workers=0,
+                      progress=False)
+            found[f"{name} losses"] = torch.tensor([r["loss"] for r in log], dtype=torch.float64)
+            found |= {f"{name} {k}": v for k, v in model.state_dict().items()}
+    return found
+
+
+def measure(data: ImageData) -> dict[str, torch.Tensor]:
+    """Scores and exact counts on 21 images: batches of 5 do not divide evenly among two processes, nor does the last among five."""
+    model, found = tiny(), {}
+
+    def batches():
+        return data.batches("held_out", model, batch_size=5, workers=0, shared=True)
+    for criterion in ("gradient", "class_attention", "hsic"):
+        found[f"tokens {criterion}"] = token_scores(model, batches(), criterion=criterion, progress=False)
+    for criterion in ("hsic", "activation", "taylor", "reconstruction"):
+        scores = unit_scores(model, batches(), criterion=criterion, progress=False)
+        found |= {f"heads {criterion}": scores.heads, f"neurons {criterion}": scores.neurons,
+                  f"images {criterion}": torch.tensor(int(scores.made_by["images"]))}
+    found["redundancy"] = head_redundancy(model, batches(), progress=False)
+    accuracy = evaluate(model, batches(), progress=False)
+    found["accuracy"] = torch.tensor([accuracy.top1_pct, accuracy.images, accuracy.broken, accuracy.loss], dtype=torch.float64)
+    few = data.batches("held_out", model, batch_size=64, workers=0, shared=True)                # one batch: a process has none
+    found["one batch"] = torch.tensor(evaluate(model, few, progress=False).images)
+    return found
+
+
+def objective(policy: np.ndarray) -> dict[str, float]:
+    value = -float(((policy - 0.2)**2).sum())
+    return {"value": value, "top1_pct": 50 + value}
+
+
+def search(folder: Path) -> None:
+    from test_study import SPACE, budget
+    for initial in ("varied", "sensitivity"):
+        options = Settings(population=5, evaluations=9, candidates=12, refinements=1, batch=2, initial=initial)
+        study = parallel.after_first(lambda options=options, initial=initial: Study(folder / initial, SPACE, budget(), options=options))
+        study.run(objective, progress=False)
+        assert len(study.evaluations) == 9, f"process {parallel.rank()} knows {len(study.evaluations)}"
+
+
+def main(folder: Path, data: ImageData) -> None:
+    found = train(data, folder) | measure(data)
+    search(folder)
+    same = parallel.gather([float(v.double().sum()) for v in found.values()])
+    assert same[0] == same[-1], "the processes ended with different weights or scores"
+    if parallel.is_first():
+        save_file({k: v.contiguous() for k, v in found.items()}, folder / "found.safetensors")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    parallel.begin("cpu")
+    main(Path(sys.argv[1]), open_data(Path(sys.argv[1]) / "data"))
+    parallel.end()

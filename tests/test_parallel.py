@@ -1,0 +1,183 @@
+"""Under torchrun two processes do what one does: the same losses, scores, counts and journal; and none is left hanging."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import parallel_work
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_fixtures import one_thread, small_recipe, tiny, write_easy_folder  # noqa: F401
+
+import vitlab
+from vitlab.cli import main
+from vitlab.data import open_data
+from vitlab.data.order import TrainingOrder
+from vitlab.files import InputError, read_lines
+from vitlab.models import shape_of
+from vitlab.plan import CompressionPlan
+from vitlab.training import checkpoint, states
+from vitlab.training.loop import LOG, fit
+from vitlab.training.recipes import Engine
+
+HERE = Path(__file__).parent
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{Path(vitlab.__file__).parents[1]}{os.pathsep}{HERE}"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def torchrun(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run([*TORCHRUN, *map(str, arguments)], env=ENV, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """(folder of one process, its tensors; folder of two, their tensors)."""
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    for folder in (one, two):
+        write_easy_folder(folder / "same" / "data")
+    ran = torchrun(HERE / "parallel_work.py", two / "same")
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    os.chdir(HERE)
+    parallel_work.main(one / "same", open_data(one / "same" / "data"))
+    return one / "same", load_file(one / "same" / "found.safetensors"), two / "same", load_file(two / "same" / "found.safetensors")
+
+
+@pytest.mark.parametrize("name", ["dense", "distilled", "accumulated", "checkpointed"])
+def test_the_same_global_batch_gives_the_same_losses_and_weights(both, name):
+    _, one, _, two = both
+    assert (one[f"{name} losses"] - two[f"{name} losses"]).abs().max() < 1e-5
+    keys = [k for k in one if k.startswith(f"{name} ") and not k.endswith("losses")]
+    # Adam divides by the root of small squares: rounding grows to a part of the step, which is 3e-3.
+    assert len(keys) > 20 and max(float((one[k] - two[k]).abs().max()) for k in keys) < 1e-3
+
+
+def test_a_step_in_turns_is_the_same_step(both):
+    _, one, _, _ = both
+    assert (one["dense losses"] - one["accumulated losses"]).abs().max() < 1e-5
+    assert (one["dense losses"] - one["checkpointed losses"]).abs().max() < 1e-5
+
+
+def test_scores_are_the_same_and_every_image_counts_once(both):
+    _, one, _, two = both
+    names = [k for k in one if k.split()[0] in ("tokens", "heads", "neurons", "redundancy")]
+    assert len(names) == 12
+    for name in names:
+        # Sums in another order: a few units in the last place of float32.
+        atol = 1e-6 * float(one[name].abs().max())
+        torch.testing.assert_close(two[name], one[name], rtol=2e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+    for name in ("activation", "taylor", "reconstruction"):
+        assert int(one[f"images {name}"]) == int(two[f"images {name}"]) == 21
+    assert int(one["images hsic"]) == int(two["images hsic"]) == 20             # the last batch is smaller, and left out
+    assert torch.equal(one["accuracy"][:3], two["accuracy"][:3]) and int(two["accuracy"][1]) == 21
+    assert abs(float(one["accuracy"][3] - two["accuracy"][3])) < 1e-12
+    assert int(two["one batch"]) == 21
+
+
+@pytest.mark.parametrize("initial", ["varied", "sensitivity"])
+def test_the_journal_is_that_of_one_process(both, initial):
+    one, _, two, _ = both
+    for name in ("journal.jsonl", "sensitivity.jsonl") if initial == "sensitivity" else ("journal.jsonl",):
+        lines = [[{k: v for k, v in row.items() if k != "seconds"} for row in read_lines(folder / initial / name)] for folder in (one, two)]
+        assert lines[0] == lines[1] and len(lines[0]) >= 9
+
+
+def test_processes_share_an_epoch_without_an_image_twice_or_left_out():
+    for count, repeats in ((48, 1), (37, 1), (48, 3), (37, 2)):
+        whole = [key for batch in TrainingOrder(range(count), 8, seed=5, repeats=repeats) for key in batch]
+        parts = [list(TrainingOrder(range(count), 4, seed=5, repeats=repeats, rank=rank, world=2)) for rank in (0, 1)]
+        assert sorted(key for part in parts for batch in part for key in batch) == sorted(whole)
+        for step, batches in enumerate(zip(*parts)):
+            assert sorted(key for batch in batches for key in batch) == sorted(whole[step * 8:(step + 1) * 8])
+        if repeats == 1:
+            assert len({i for i, _ in whole}) == len(whole) == count // 8 * 8
+        assert len({seed for _, seed in whole}) == len(whole)                   # repeats of an image are drawn anew
+
+
+# ---------------------------------------------------------------- commands, and their end
+
+@pytest.fixture
+def place(tmp_path):
+    checkpoint.save(tmp_path / "dense", tiny(), CompressionPlan.empty(shape_of(tiny())))
+    write_easy_folder(tmp_path / "data")
+    return tmp_path
+
+
+FINETUNE = ("-m", "vitlab", "finetune", "--checkpoint", "dense", "--data", "data", "--recipe", "digits", "--batch-size", "8",
+            "--workers", "0", "--device", "cpu", "--out", "run")
+
+
+def test_the_command_line_trains_in_two_processes_and_prints_once(place):
+    ran = torchrun(*FINETUNE, "--epochs", "1", cwd=place)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.count("checkpoint: run/checkpoint") == 1
+    assert len(read_lines(place / "run" / "training" / LOG)) == 1 and checkpoint.load(place / "run")
+
+
+def test_wrong_input_under_torchrun_is_one_line_and_the_end_of_all(place):
+    began = time.monotonic()
+    ran = torchrun(*FINETUNE, "--accumulate", "3", cwd=place)
+    assert ran.returncode != 0 and time.monotonic() - began < 100
+    assert "vitlab finetune: recipe digits: a step of 8 images does not divide by 2 processes times 3 batches" in ran.stderr
+    assert "Traceback" not in ran.stderr.split("exitcode")[0]
+
+
+def test_a_command_for_one_process_is_refused_by_name(place, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(place / "error.json"))
+    arguments = ["calibrate", "--checkpoint", str(place / "dense"), "--plan", "p.json", "--data", "digits", "--out", str(place / "run")]
+    assert main(arguments) == 2
+    assert "`calibrate` runs in one process; start it without torchrun" in capsys.readouterr().err
+    assert "`calibrate` runs in one process" in (place / "error.json").read_text()
+
+
+def test_a_process_that_dies_ends_the_job_with_its_own_error_on_top(place):
+    """One process of two meets an error in the middle of training while the other waits for it."""
+    script = place / "dies.py"
+    script.write_text("""
+import os, sys
+from vitlab import parallel
+from vitlab.cli import main
+from vitlab.files import InputError
+from vitlab.training import loop
+plain = loop._Training.take_step
+def step(self, batches):
+    if parallel.rank() == 1 and self.step == 2:
+        raise InputError("data/red/7.png: the disk gave up")
+    return plain(self, batches)
+loop._Training.take_step = step
+sys.exit(main(sys.argv[1:]))
+""")
+    began = time.monotonic()
+    ran = torchrun(script, *FINETUNE[2:], cwd=place)
+    assert ran.returncode != 0 and time.monotonic() - began < 100
+    assert "vitlab finetune: data/red/7.png: the disk gave up" in ran.stderr
+    root = ran.stderr[ran.stderr.index("Root Cause"):]
+    assert "rank      : 1" in root and "the disk gave up" in root
+    assert "Traceback" not in ran.stderr[:ran.stderr.index("Root Cause")].split("ChildFailedError")[0].split("torch/distributed")[0]
+
+
+def test_a_request_to_stop_is_agreed_on_and_the_run_goes_on_from_there(place):
+    run = subprocess.Popen([*TORCHRUN, *FINETUNE, "--epochs", "100000"], cwd=place, env=ENV, stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.monotonic() + 120
+        while not states.paths(place / "run" / "training"):
+            assert run.poll() is None and time.monotonic() < end, run.stderr.read()
+            time.sleep(0.05)
+        run.send_signal(signal.SIGTERM)
+        said = run.communicate(timeout=100)[1]
+    finally:
+        run.kill()
+    assert "stopped on request" in said
+    path, state = next(states.newest(place / "run" / "training"))
+    assert f"{state['epoch'] * 6 + state['done']:09d}" in path.name             # 48 images
+    ran = torchrun(*FINETUNE, "--epochs", str(state["epoch"] + 2), cwd=place)
+    assert ran.returncode != 0 and "another run (other recipe)" in ran.stderr
+
+
+def test_a_batch_that_does_not_divide_is_refused(place, monkeypatch):
+    with pytest.raises(InputError, match="16 images does not divide by 1 processes times 5 batches"):
+        fit(tiny(), open_data(place / "data"), small_recipe(), place / "x", engine=Engine(accumulate=5), workers=0, progress=False)

@@ -1,0 +1,84 @@
+"""Which images are in which batch of which process, and the random numbers of each: known from seed, epoch and place alone, so
+that training goes on in the middle of an epoch, and is the same on one process as on several."""
+import contextlib
+import random
+import signal
+from collections.abc import Iterator, Sized
+
+import numpy as np
+import torch
+from timm.data.distributed_sampler import RepeatAugSampler
+from timm.utils import random_seed
+from torch.utils.data import Sampler
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed below 2^31 in which every one of these numbers counts."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
+
+
+@contextlib.contextmanager
+def drawing(seed: int) -> Iterator[None]:
+    """Inside, torch, numpy and random draw from this seed; afterwards they go on as if nothing had been drawn."""
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    random_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before[0])
+        np.random.set_state(before[1])
+        random.setstate(before[2])
+
+
+def ignore_requests(worker: int) -> None:
+    """In a loader's process: a request to stop is the training process's to answer, which still needs its batches until then."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+class PlainOrder(Sampler):
+    """All images once, in their order; whole batches go round the processes."""
+
+    def __init__(self, images: Sized, batch_size: int, rank: int = 0, world: int = 1) -> None:
+        starts = range(0, len(images), batch_size)[rank::world]
+        self.batches = [list(range(first, min(first + batch_size, len(images)))) for first in starts]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+
+class TrainingOrder(Sampler):
+    """Shuffled batches of one process in an epoch, the last partial step left out. (image, seed of its random numbers) each.
+
+    A step is `turns` batches of each process. `repeats`: each image drawn is taken so many times in a row (Hoffer et al., arXiv
+    1901.09335), the epoch staying as long as it was. epoch and start (batches left out at the front) are set before each epoch;
+    going through it once moves on to the next.
+    """
+
+    def __init__(self, images: Sized, batch_size: int, *, seed: int, turns: int = 1, repeats: int = 1, rank: int = 0,
+                 world: int = 1) -> None:
+        self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
+        self.epoch, self.start = 0, 0
+        self.sampler = RepeatAugSampler(images, world, rank, num_repeats=repeats, selected_round=0)
+        self.steps = len(images) // (batch_size * turns * world)
+        self.count = self.steps * turns
+
+    def __len__(self) -> int:
+        return self.count
+
+    def places(self, epoch: int) -> list[int]:
+        """The images of this process in that epoch, in their order."""
+        self.sampler.set_epoch(seed_of(self.seed, epoch))
+        return list(self.sampler)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, start, size = self.epoch, self.start, self.batch_size
+        self.epoch, self.start = epoch + 1, 0
+        images = self.places(epoch)
+        for batch in range(start, self.count):
+            yield [(images[place], seed_of(self.seed, epoch, place * self.world + self.rank))
+                   for place in range(batch * size, (batch + 1) * size)]
