@@ -229,7 +229,7 @@ sys.path.insert(0, sys.argv[1])
 from test_loop import LIVELY, QUIET, lively_model
 from training_fixtures import small_recipe
 from vitlab.data import open_data
-from vitlab.training import states
+from vitlab.training import loop
 plain = loop.append_line
 def slow(path, record):
     if record.get("epoch") == 2:

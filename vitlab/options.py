@@ -68,7 +68,7 @@ def _model_options(parser: argparse.ArgumentParser, name: str = "--checkpoint") 
 def _data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=given, required=True, metavar="DATA",
                         help="'digits' (embedded), a folder with train/ and val/, validation/ or test/, or hfds/NAME, wds/NAME, ...; "
-                             "where labels are not needed, also a folder of images alone")
+                             "where labels are not needed, also a folder of images alone; a split may be a tar file")
     parser.add_argument("--class-map", type=given, metavar="FILE",
                         help="JSON of class folder: class number (default: DATA/class_index.json)")
     parser.add_argument("--workers", type=_number(int, 0, 256, "an integer from 0 to 256"), metavar="N",

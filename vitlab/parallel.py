@@ -46,6 +46,11 @@ def end() -> None:
         dist.destroy_process_group()
 
 
+def joined() -> bool:
+    """Whether this process is one of several, whatever it does alone."""
+    return dist.is_initialized()
+
+
 def world() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() and not _alone else 1

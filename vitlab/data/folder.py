@@ -1,7 +1,10 @@
 """An image folder, checked before anything runs: train/ and val/, validation/ or test/, one folder per class in each; or images
 alone, without labels."""
+import os
 from pathlib import Path
+from typing import Any
 
+from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.utils.misc import natural_key
 from torchvision.datasets.folder import make_dataset
@@ -10,6 +13,15 @@ from vitlab.files import InputError, read_json
 
 TRAIN_NAMES, HELD_OUT_NAMES = ("train",), ("val", "validation", "test")
 CLASS_MAP = "class_index.json"
+Image.init()
+FORMATS = tuple(name for name in Image.ID if name != "EPS")     # PostScript is code, and Pillow would start a program that runs it
+
+
+def read_image(source: Any) -> Image.Image:
+    """An image from a path, or from an open file. Raises whatever Pillow does, and OSError for a pipe or a device of that name."""
+    if isinstance(source, (str, Path)) and not os.path.isfile(source):
+        raise OSError(f"{source}: no file")
+    return Image.open(source, formats=FORMATS)
 
 
 def is_image(path: Path) -> bool:
@@ -44,7 +56,16 @@ def class_folders(split: Path) -> list[str]:
     for name in names:
         if not any(map(is_image, (split / name).rglob("*"))):
             raise InputError(f"{split / name}: a class folder without images ({', '.join(sorted(get_img_extensions(as_set=True)))})")
+        _check_links(split / name)
     return names
+
+
+def _check_links(folder: Path) -> None:
+    """InputError naming a link that leads back to a folder it lies in, below which images would be found again and again."""
+    for place, folders, _ in os.walk(folder, followlinks=True):
+        for link in (Path(place, name) for name in folders if os.path.islink(os.path.join(place, name))):
+            if Path(place).resolve().is_relative_to(link.resolve()):
+                raise InputError(f"{link}: links back to {link.resolve()}, in which it lies; remove the link")
 
 
 def read_class_map(path: Path) -> dict[str, int]:

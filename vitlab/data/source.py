@@ -1,142 +1,30 @@
 """open_data: one way to digits, a folder of images, or whatever timm.data.create_dataset opens; and its batches."""
-import contextlib
-import itertools
 import os
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from timm.data import create_dataset, create_loader, create_transform, resolve_model_data_config
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from vitlab import parallel
 from vitlab.data.digits import CLASSES, DigitsReader
-from vitlab.data.folder import CLASS_MAP, HELD_OUT_NAMES, FolderReader, class_numbers, find_splits, read_image, unlabelled
-from vitlab.data.order import PlainOrder, TrainingOrder, drawing, ignore_requests
+from vitlab.data.folder import CLASS_MAP, HELD_OUT_NAMES, FolderReader, class_numbers, find_splits, unlabelled
+from vitlab.data.images import Batches, Images, Stream
+from vitlab.data.order import PlainOrder, TrainingOrder, ignore_requests
+from vitlab.data.tar import TarReader, find_tars
 from vitlab.files import InputError
 
 TIMM_PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
 MAX_WORKERS = 8
-MAX_BROKEN, BROKEN_SHARE = 16, 0.01             # so many images, or that share of a split, may be broken: the larger of the two
 
 
 def available_cores() -> int:
     """Cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class Images(Dataset):
-    """A split, or a slice of one. An image that can't be read becomes a black one with target -1 - index: a flag that
-    Batches takes out and reports, instead of a crash in a worker or another image in its place."""
-
-    def __init__(self, reader: Any, indices: list[int] | None = None) -> None:
-        self.reader = reader
-        self.indices = list(range(len(reader))) if indices is None else indices
-        self.transform = None                                   # set by timm's create_loader
-
-    def take(self, limit: int | None, seed: int) -> "Images":
-        """A slice of `limit` images, chosen and ordered by seed (classes mix in each batch); all, in order, where None."""
-        if limit is None:
-            return Images(self.reader, self.indices)
-        if limit < 1:
-            raise InputError(f"limit is {limit}; at least 1 image is needed")
-        if limit > len(self):
-            warnings.warn(f"{limit} images were asked for; the split has {len(self)}, and all of them are taken", stacklevel=4)
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:limit]
-        return Images(self.reader, [self.indices[i] for i in order.tolist()])
-
-    def path(self, i: int) -> str:
-        return self.reader.filename(self.indices[i])
-
-    def image(self, i: int) -> tuple[Image.Image, int]:
-        """(RGB image, class), untransformed. Raises whatever Pillow does where it can't be read."""
-        image, target = self.reader[self.indices[i]][:2]
-        image = image if isinstance(image, Image.Image) else read_image(image)
-        return image.convert("RGB"), int(target)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
-        """key: a number, or with the seed of its random numbers."""
-        i, seed = key if isinstance(key, tuple) else (key, None)
-        try:
-            image, target = self.image(i)
-        except Exception:                       # a damaged file makes Pillow's decoders raise nearly anything
-            image, target = Image.new("RGB", (64, 64)), -1 - i
-        with contextlib.nullcontext() if seed is None else drawing(seed):
-            return self.transform(image), target
-
-
-class Batches:
-    """Iterate (images, targets) of a loader without the broken images; their paths gather in `broken`.
-
-    order: which images each batch has; None for a stream, of which the first `limit` images serve. Raises InputError once more
-    images are broken than a data set should have, and where training finds a batch with none that can be read.
-    """
-
-    def __init__(self, loader: Any, images: Images | None, order: PlainOrder | TrainingOrder | None = None,
-                 limit: int | None = None) -> None:
-        self.loader, self.images, self.order, self.broken = loader, images, order, []
-        self.limit, self.skip = limit, 0
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    @property
-    def training(self) -> bool:
-        return isinstance(self.order, TrainingOrder)
-
-    def begin(self, epoch: int, start: int = 0) -> None:
-        """The next pass is that epoch's, without its first `start` batches. Of a stream they are read and dropped."""
-        if self.training:
-            self.order.epoch, self.order.start = epoch, start
-            return
-        self.skip = start
-        if hasattr(self.loader.dataset, "set_epoch"):
-            self.loader.dataset.set_epoch(epoch)
-
-    def names(self, epoch: int, batch: int) -> list[str]:
-        """The files of one batch of an epoch; none of a stream."""
-        if not self.training:
-            return []
-        size = self.order.batch_size
-        return [self.images.path(i) for i in self.order.places(epoch)[batch * size:(batch + 1) * size]]
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if self.images is None:
-            yield from self._stream()
-            return
-        for x, y in self.loader:
-            for flag in y[y < 0].tolist():
-                self._is_broken(self.images.path(-1 - flag))
-            if (y >= 0).any():
-                yield x[y >= 0], y[y >= 0]
-            elif self.training:
-                raise InputError(f"no image of a batch of {len(y)} could be read, {self.broken[-1]} among them; repair or remove them")
-
-    def _stream(self) -> Iterator[tuple[Tensor, Tensor]]:
-        seen, skipped, self.skip = 0, self.skip, 0
-        for x, y in itertools.islice(self.loader, skipped, None):
-            if self.limit is not None and seen >= self.limit:
-                return
-            seen += len(y)
-            yield x, y
-
-    def _is_broken(self, path: str) -> None:
-        """Take note of it. Raises InputError where there are too many."""
-        if path in self.broken:
-            return
-        self.broken.append(path)
-        warnings.warn(f"{path}: can't be read as an image, left out", stacklevel=3)
-        most = max(MAX_BROKEN, int(len(self.images) * BROKEN_SHARE))
-        if len(self.broken) > most:
-            raise InputError(f"{len(self.broken)} of {len(self.images)} images can't be read, {', '.join(self.broken[:3])} and others; "
-                             f"more than {most} are too many to be left out: repair or remove them")
 
 
 def _known_by(path: str) -> str:
@@ -230,10 +118,16 @@ class ImageData:
         settings = {"is_training": training, **{k: config.get(k) for k in ("interpolation", "mean", "std", "crop_pct", "crop_mode")},
                     **(augment or {})}
         if not isinstance(images, Images):
-            loader = create_loader(images, input_size=config["input_size"], batch_size=batch_size, num_workers=workers,
-                                   use_prefetcher=False, persistent_workers=False, pin_memory=torch.cuda.is_available(),
-                                   device=torch.device("cpu"), **settings)
-            return Batches(loader, None, limit=limit)
+            if parallel.joined() and not (shared and split == "train"):
+                raise InputError(f"{self.name}: a stream, whose images can't be divided exactly among processes; for this, start one "
+                                 "process, or give a folder or tar files")
+
+            def reopen(seed: int) -> DataLoader:
+                # batch_size: each of the loader's processes fills whole batches
+                return create_loader(images.open(batch_size=batch_size, seed=seed), input_size=config["input_size"], batch_size=batch_size,
+                                     num_workers=workers, use_prefetcher=False, persistent_workers=False,
+                                     pin_memory=torch.cuda.is_available(), device=torch.device("cpu"), **settings)
+            return Batches(reopen(seed), None, limit=limit, reopen=reopen, seed=seed)
         rank, world = (parallel.rank(), parallel.world()) if shared else (0, 1)
         if training:
             batch_size = min(batch_size, max(1, len(images) // (world * turns)))
@@ -256,6 +150,10 @@ DATA_SETS: dict[str, Callable[[], ImageData]] = {"digits": _open_digits}
 def open_data(data: str | Path, *, class_map: str | Path | None = None, root: str | None = None) -> ImageData:
     """Open a data set: a name of DATA_SETS ("digits"), a folder of images, or a timm data set name such as "hfds/NAME".
 
+    hfds/NAME (or a local folder that Hugging Face's datasets open), hfids/NAME, tfds/NAME and torch/NAME take their folder from root;
+    wds/FOLDER is a folder of WebDataset shards with an _info.json. In place of each of its folders below a split may be a tar file
+    of class folders.
+
     A folder holds train/ and val/, validation/ or test/, each with one folder per class. Class numbers follow the sorted
     names, or class_map (default: class_index.json in the folder) where it holds only some of a model's classes. A folder, or its
     train/, that holds images alone has no labels, and no other split than train.
@@ -268,6 +166,9 @@ def open_data(data: str | Path, *, class_map: str | Path | None = None, root: st
     if str(data).startswith(TIMM_PREFIXES):
         return _open_timm(str(data), root)
     folder = Path(data)
+    tars = find_tars(folder)
+    if tars:
+        return _open_tars(folder, tars)
     flat = unlabelled(folder)
     if flat is not None:
         if class_map is not None:
@@ -297,8 +198,23 @@ class _PairReader:
         return f"{self.name}/{i}"
 
 
+def _open_tars(folder: Path, tars: dict[str, Path]) -> ImageData:
+    readers = {name: TarReader(path) for name, path in tars.items()}
+    (first, reader), *others = readers.items()
+    for name, other in others:
+        odd = sorted(set(other.class_name_to_idx) ^ set(reader.class_name_to_idx))
+        if odd:
+            raise InputError(f"{folder}: {first}.tar and {name}.tar hold different classes ({odd[0]!r} is in one of them only)")
+    classes = [reader.class_idx_to_name[i] for i in range(len(reader.class_idx_to_name))]
+    return ImageData(folder.resolve().name, {name: Images(r) for name, r in readers.items()}, classes, len(classes))
+
+
 def _open_timm(name: str, root: str | None) -> ImageData:
     splits, errors = {}, []
+    if name.startswith("wds/"):
+        root = root or name.removeprefix("wds/")
+        if not (Path(root) / "_info.json").is_file() and not (Path(root) / "info.json").is_file():
+            raise InputError(f"{root}: no folder of WebDataset shards; one with an _info.json that names the shards of each split is")
     for split in ("train", "validation", "test"):
         try:
             opened = create_dataset(name, root=root, split=split, is_training=split == "train")
@@ -306,7 +222,7 @@ def _open_timm(name: str, root: str | None) -> ImageData:
             errors.append(f"{split}: {error}")
             continue
         if isinstance(opened, IterableDataset):
-            splits[split] = opened
+            splits[split] = Stream(partial(create_dataset, name, root=root, split=split, is_training=split == "train"))
         else:
             splits[split] = Images(opened.reader if hasattr(opened, "reader") else _PairReader(opened, name))
     if not splits:

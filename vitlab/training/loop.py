@@ -7,6 +7,8 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,8 @@ class _Training:
         if engine.checkpointing:
             model.set_grad_checkpointing(True)
         if engine.compile:
+            if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
+                raise InputError("compiling for a CPU needs a C++ compiler, and there is none here (g++ or clang++)")
             task.compile()
         if parallel.world() > 1:
             task.prepare_distributed(device_ids=[device] if device.type == "cuda" else None)
@@ -138,6 +142,13 @@ class _Training:
         with torch.autocast(self.device.type, getattr(torch, self.dtype), enabled=self.dtype != "float32"):
             return self.task(images, targets)["loss"]
 
+    def _next(self, batches: Any) -> tuple[Tensor, Tensor]:
+        try:
+            return next(batches)
+        except StopIteration:
+            raise InputError(f"the data ended after {self.done} of the {self.steps} steps of epoch {self.epoch + 1}; its number of images "
+                             "is not what it says") from None
+
     def _agree(self, value: float) -> float:
         """The sum of `value` over all processes; to be asked to stop is passed on along with it."""
         found, asked = parallel.total(torch.tensor([value, float(self.asked)], dtype=torch.float64)).tolist()
@@ -156,7 +167,7 @@ class _Training:
         turns, found = self.engine.accumulate, 0.0
         self.optimizer.zero_grad(set_to_none=True)
         for turn in range(turns):
-            images, targets = next(batches)
+            images, targets = self._next(batches)
             random_seed(seed_of(self.seed, self.step, turn), parallel.rank())       # loaders draw as well, or not: after them
             with contextlib.nullcontext() if turn + 1 == turns else self.task.no_sync():
                 loss = self._forward(images, targets) / turns
@@ -260,7 +271,6 @@ def _epoch(training: _Training, folder: Path, fixed: dict[str, Any], progress: b
 
     training.task.train()
     training.batches.begin(training.epoch, training.done * engine.accumulate)
-    random_seed(seed_of(training.seed, training.step))                              # workers of a stream draw from here
     batches = iter(training.batches)
     with contextlib.closing(batches), tqdm(total=training.steps, initial=training.done, desc=f"epoch {number}/{recipe.epochs}",
                                            unit="step", disable=not progress, leave=False) as bar:

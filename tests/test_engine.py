@@ -1,0 +1,217 @@
+"""How a recipe is run changes nothing of what comes out; and what a recipe asks for is what is done."""
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from training_fixtures import images, one_thread, small_recipe, tiny, token_plan, write_easy_folder  # noqa: F401
+
+from vitlab.data import Batches, open_data
+from vitlab.data.order import TrainingOrder
+from vitlab.files import InputError
+from vitlab.models import compress, shape_of
+from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.rules import Match, Select, SharedUpdate
+from vitlab.training import loop, states
+from vitlab.training.loop import fit
+from vitlab.training.recipes import RECIPES, Engine
+
+QUIET = {"workers": 0, "progress": False, "seed": 3}
+PATCHES = 16
+RULES = {"dense": lambda model: None,
+         "merge": lambda model: token_plan(model),
+         "share": lambda model: with_rule(model, SharedUpdate(regions=tuple(j // 2 for j in range(PATCHES)), weights=(0.5,) * PATCHES)),
+         "select": lambda model: with_rule(model, Select(kept=7)),
+         "match": lambda model: with_rule(model, Match(merged=5), Match(merged=2)),
+         "heads and neurons": lambda model: CompressionPlan(shape=shape_of(model), blocks=(
+             BlockPlan(heads=(0, 2)), BlockPlan(neurons=tuple(range(0, shape_of(model).num_neurons, 3)))))}
+
+
+def with_rule(model, *rules) -> CompressionPlan:
+    blocks = [BlockPlan(tokens=rule) for rule in rules] + [BlockPlan()] * (2 - len(rules))
+    return CompressionPlan(shape=shape_of(model), blocks=tuple(blocks))
+
+
+def build(rule: str):
+    model = tiny()
+    plan = RULES[rule](model)
+    return model if plan is None else compress(model, plan)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return open_data(write_easy_folder(tmp_path_factory.mktemp("easy")))
+
+
+def losses(log: list[dict]) -> list[float]:
+    return [r["loss"] for r in log]
+
+
+@pytest.fixture(scope="module")
+def plain(data, tmp_path_factory):
+    """The losses of each rule's training as it is, by rule."""
+    return {rule: losses(fit(build(rule), data, small_recipe(), tmp_path_factory.mktemp("plain"), **QUIET)) for rule in RULES}
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+@pytest.mark.parametrize("engine", [Engine(accumulate=2), Engine(accumulate=4), Engine(checkpointing=True), Engine(channels_last=True)],
+                         ids=["accumulate 2", "accumulate 4", "checkpointing", "channels last"])
+def test_how_a_recipe_is_run_changes_only_rounding(data, tmp_path, plain, rule, engine):
+    model = build(rule)
+    assert losses(fit(model, data, small_recipe(), tmp_path, engine=engine, **QUIET)) == pytest.approx(plain[rule], abs=1e-5)
+    assert not getattr(model, "grad_checkpointing", False)                      # given back as it was
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+def test_a_compiled_model_trains_to_the_same_losses(data, tmp_path, plain, rule, monkeypatch):
+    """By the tracer and autograd of torch.compile, without its code generator, which needs a compiler on the machine."""
+    whole = torch.compile
+    graphs = []
+
+    def tracing(model, **settings):
+        graphs.append(model)
+        return whole(model, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", tracing)
+    model = build(rule)
+    assert losses(fit(model, data, small_recipe(epochs=1), tmp_path, engine=Engine(compile=True), **QUIET)) == pytest.approx(
+        losses(fit(build(rule), data, small_recipe(epochs=1), tmp_path / "plain", **QUIET)), abs=1e-5)
+    assert graphs and set(model.state_dict()) == set(build(rule).state_dict())
+
+
+def test_compiling_without_a_compiler_is_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.shutil, "which", lambda name: None)
+    with pytest.raises(InputError, match="needs a C\\+\\+ compiler"):
+        fit(tiny(), data, small_recipe(epochs=1), tmp_path, engine=Engine(compile=True), **QUIET)
+
+
+@pytest.mark.parametrize("rule", ["dense", "merge", "match"])
+def test_lower_precision_comes_near_and_trains(data, tmp_path, plain, rule):
+    for dtype, near in (("bfloat16", 0.05), ("float16", 0.01)):                # 8 and 11 bits of the mantissa
+        model = build(rule)
+        found = losses(fit(model, data, small_recipe(dtype=dtype), tmp_path / dtype, **QUIET))
+        assert found == pytest.approx(plain[rule], rel=near) and found != plain[rule]
+        assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in model.parameters())
+        scaler = next(states.newest(tmp_path / dtype))[1]["scaler"]
+        assert bool(scaler) == (dtype == "float16")
+
+
+def test_a_loss_scale_too_large_is_lowered_and_the_run_goes_on(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda kind, enabled: whole(kind, enabled=enabled, init_scale=2.0**40))
+    whole = torch.cuda.amp.GradScaler.__mro__[1]
+    log = fit(tiny(), data, small_recipe(dtype="float16", epochs=12), tmp_path, **QUIET)
+    scale = next(states.newest(tmp_path))[1]["scaler"]["scale"]
+    assert scale < 2.0**40 and log[-1]["loss"] < log[0]["loss"]
+
+
+# ---------------------------------------------------------------- what a recipe asks for
+
+def test_the_moving_average_is_that_of_the_steps_and_is_what_comes_out(data, tmp_path, monkeypatch):
+    decay, seen = 0.7, []
+    plain = loop._Training.take_step
+
+    def watched(self, batches):
+        loss = plain(self, batches)
+        seen.append({k: v.clone() for k, v in self.model.state_dict().items()})
+        return loss
+    monkeypatch.setattr(loop._Training, "take_step", watched)
+    model = tiny()
+    fit(model, data, small_recipe(ema_decay=decay), tmp_path, **QUIET)
+    wanted = seen[0]                                                            # the average begins with the first step's weights
+    for weights in seen[1:]:
+        wanted = {k: decay * v + (1 - decay) * weights[k] for k, v in wanted.items()}
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, wanted[key], rtol=1e-5, atol=1e-6)
+    assert not torch.equal(seen[-1]["head.weight"], model.head.weight)
+
+
+def test_layer_decay_lowers_the_rate_towards_the_image(data, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(loop, "create_optimizer_v2", lambda *a, **k: made.append(create_optimizer_v2(*a, **k)) or made[-1])
+    model = tiny()
+    fit(model, data, small_recipe(epochs=1, layer_decay=0.5), tmp_path, **QUIET)
+    rates = {id(p): group["lr_scale"] for group in made[0].param_groups for p in group["params"]}
+    by_layer = [rates[id(p)] for p in (model.patch_embed.proj.weight, model.blocks[0].mlp.fc1.weight, model.blocks[1].mlp.fc1.weight,
+                                       model.head.weight)]
+    assert by_layer == pytest.approx([0.125, 0.25, 0.5, 1.0])
+
+
+def test_mixed_images_have_the_mixed_targets_of_the_formula(data, tmp_path, monkeypatch):
+    """mixup: x = lam x_i + (1 - lam) x_j, and the loss is the cross-entropy with lam y_i + (1 - lam) y_j, smoothed."""
+    seen = []
+    monkeypatch.setattr(loop._Training, "_forward", watched_forward(loop._Training._forward, seen))
+    fit(tiny(), data, small_recipe(epochs=1, mixup=0.8, smoothing=0.1), tmp_path, **QUIET)
+    for model_state, (x, y), loss in seen:
+        model = tiny()
+        model.load_state_dict(model_state)
+        best = None
+        for lam in torch.linspace(0, 1, 2001):
+            smooth = F.one_hot(y, 3) * 0.9 + 0.1 / 3
+            targets = lam * smooth + (1 - lam) * smooth.flip(0)
+            value = float(-(targets * model.train()(lam * x + (1 - lam) * x.flip(0)).log_softmax(1)).sum(1).mean().detach())
+            best = min(best or math.inf, abs(value - loss))
+        assert best < 2e-3                                                      # some lam gives it: its grid is 5e-4 wide
+
+
+def watched_forward(plain, seen):
+    def forward(self, x, y):
+        before = {k: v.clone() for k, v in self.model.state_dict().items()}, (x.clone(), y.clone())         # mixed in place
+        loss = plain(self, x, y)
+        seen.append((*before, float(loss.detach())))
+        return loss
+    return forward
+
+
+def test_a_batch_that_lost_an_image_is_mixed_all_the_same(data, tmp_path, monkeypatch):
+    plain = Batches.__iter__
+    monkeypatch.setattr(Batches, "__iter__", lambda self: ((x[1:], y[1:]) if self.training else (x, y) for x, y in plain(self)))
+    log = fit(tiny(), data, small_recipe(epochs=1, mixup=0.8, cutmix=1.0), tmp_path, **QUIET)
+    assert math.isfinite(log[0]["loss"])
+
+
+def test_repeated_augmentation_takes_each_image_several_times_in_a_row_drawn_anew(data):
+    order = TrainingOrder(range(48), 12, seed=1, repeats=3)
+    epoch = [key for batch in order for key in batch]
+    assert len(epoch) == 48 and len({i for i, _ in epoch}) == 16
+    assert all(len({i for i, _ in epoch[k:k + 3]}) == 1 for k in range(0, 48, 3)) and len({seed for _, seed in epoch}) == 48
+    batches = data.batches("train", tiny(), batch_size=6, training=True, repeats=3, seed=1, workers=0)
+    x, _ = next(iter(batches))
+    assert not torch.equal(x[0], x[1]) and not torch.equal(x[1], x[2])
+
+
+def test_epochs_are_shuffled_anew_and_known_by_seed_and_epoch():
+    order = TrainingOrder(range(40), 8, seed=1)
+    epochs = [[key for batch in order for key in batch] for _ in range(2)]
+    order.epoch, order.start = 1, 3
+    assert [key for batch in order for key in batch] == epochs[1][24:] and epochs[0] != epochs[1]
+    other = TrainingOrder(range(40), 8, seed=2)
+    assert [i for batch in other for i, _ in batch] != [i for i, _ in epochs[0]]
+
+
+def test_the_published_pretraining_recipe_is_the_papers():
+    """arXiv 2012.12877, table 9."""
+    deit = RECIPES["deit"]
+    assert (deit.epochs, deit.batch_size, deit.scaled_lr, deit.weight_decay, deit.warmup_epochs) == (300, 1024, 1e-3, 0.05, 5)
+    assert (deit.smoothing, deit.drop_path, deit.repeats, deit.mixup, deit.cutmix) == (0.1, 0.1, 3, 0.8, 1.0)
+    assert deit.augment["auto_augment"].startswith("rand-m9-mstd0.5") and deit.augment["re_prob"] == 0.25
+
+
+def test_the_deit_recipe_trains(data, tmp_path):
+    log = fit(tiny(drop_path_rate=0.1), data, RECIPES["deit"].replace(epochs=2, batch_size=16, warmup_epochs=1, dtype="float32"), tmp_path,
+              **QUIET)
+    assert len(log) == 2 and all(math.isfinite(r["loss"]) for r in log)
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"accumulate": 0}, "accumulate is 0"), ({"save_steps": 0}, "save_steps is 0"), ({"keep": 0}, "keep is 0"),
+    ({"max_skipped": -1}, "max_skipped is -1")])
+def test_settings_out_of_their_range_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        Engine(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"ema_decay": 1.0}, {"layer_decay": 0.0}, {"mixup": -0.1}, {"repeats": 0}, {"dtype": "int8"}])
+def test_recipe_settings_out_of_their_range_are_refused(settings):
+    with pytest.raises(InputError, match=f"{next(iter(settings))} is"):
+        dataclasses.replace(small_recipe(), **settings)

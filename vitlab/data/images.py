@@ -1,0 +1,141 @@
+"""The images of a split, one by one and in batches; broken ones are left out and named."""
+import contextlib
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from vitlab.data.folder import read_image
+from vitlab.data.order import PlainOrder, TrainingOrder, drawing, seed_of
+from vitlab.files import InputError
+
+MAX_BROKEN, BROKEN_SHARE = 16, 0.01             # so many images, or that share of a split, may be broken: the larger of the two
+
+
+class Images(Dataset):
+    """A split, or a slice of one. An image that can't be read becomes a black one with target -1 - index: a flag that
+    Batches takes out and reports, instead of a crash in a worker or another image in its place."""
+
+    def __init__(self, reader: Any, indices: list[int] | None = None) -> None:
+        self.reader = reader
+        self.indices = list(range(len(reader))) if indices is None else indices
+        self.transform = None                                   # set by timm's create_loader
+
+    def take(self, limit: int | None, seed: int) -> "Images":
+        """A slice of `limit` images, chosen and ordered by seed (classes mix in each batch); all, in order, where None."""
+        if limit is None:
+            return Images(self.reader, self.indices)
+        if limit < 1:
+            raise InputError(f"limit is {limit}; at least 1 image is needed")
+        if limit > len(self):
+            warnings.warn(f"{limit} images were asked for; the split has {len(self)}, and all of them are taken", stacklevel=4)
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:limit]
+        return Images(self.reader, [self.indices[i] for i in order.tolist()])
+
+    def path(self, i: int) -> str:
+        return self.reader.filename(self.indices[i])
+
+    def image(self, i: int) -> tuple[Image.Image, int]:
+        """(RGB image, class), untransformed. Raises whatever Pillow does where it can't be read."""
+        image, target = self.reader[self.indices[i]][:2]
+        image = image if isinstance(image, Image.Image) else read_image(image)
+        return image.convert("RGB"), int(target)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
+        """key: a number, or with the seed of its random numbers."""
+        i, seed = key if isinstance(key, tuple) else (key, None)
+        try:
+            image, target = self.image(i)
+        except Exception:                       # a damaged file makes Pillow's decoders raise nearly anything
+            image, target = Image.new("RGB", (64, 64)), -1 - i
+        with contextlib.nullcontext() if seed is None else drawing(seed):
+            return self.transform(image), target
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A split that is read from its beginning, opened anew for each epoch: timm's readers remember by how many processes they were
+    first read, and how they shuffled before."""
+
+    open: Callable[..., IterableDataset]        # takes batch_size and seed
+
+
+class Batches:
+    """Iterate (images, targets) of a loader without the broken images; their paths gather in `broken`.
+
+    order: which images each batch has. Of a stream, reopen(seed) gives the loader of an epoch, and the first `limit` images serve.
+    Raises InputError once more images are broken than a data set should have, and where training finds a batch with none that
+    can be read.
+    """
+
+    def __init__(self, loader: Any, images: Images | None, order: PlainOrder | TrainingOrder | None = None,
+                 limit: int | None = None, reopen: Callable[[int], Any] | None = None, seed: int = 0) -> None:
+        self.loader, self.images, self.order, self.broken = loader, images, order, []
+        self.limit, self.reopen, self.seed, self.epoch, self.skip = limit, reopen, seed, 0, 0
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    @property
+    def training(self) -> bool:
+        return isinstance(self.order, TrainingOrder)
+
+    def begin(self, epoch: int, start: int = 0) -> None:
+        """The next pass is that epoch's, without its first `start` batches. Of a stream they are read and dropped."""
+        if self.training:
+            self.order.epoch, self.order.start = epoch, start
+            return
+        self.epoch, self.skip = epoch, start
+
+    def names(self, epoch: int, batch: int) -> list[str]:
+        """The files of one batch of an epoch; none of a stream."""
+        if not self.training:
+            return []
+        size = self.order.batch_size
+        return [self.images.path(i) for i in self.order.places(epoch)[batch * size:(batch + 1) * size]]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.images is None:
+            yield from self._stream()
+            return
+        for x, y in self.loader:
+            for flag in y[y < 0].tolist():
+                self._is_broken(self.images.path(-1 - flag))
+            if (y >= 0).any():
+                yield x[y >= 0], y[y >= 0]
+            elif self.training:
+                raise InputError(f"no image of a batch of {len(y)} could be read, {self.broken[-1]} among them; repair or remove them")
+
+    def _stream(self) -> Iterator[tuple[Tensor, Tensor]]:
+        seen, epoch, skipped = 0, self.epoch, self.skip
+        self.epoch, self.skip = epoch + 1, 0
+        with drawing(seed_of(self.seed, epoch)):                                    # where loader processes begin to draw
+            batches = iter(self.reopen(seed_of(self.seed, epoch)))
+        for number in itertools.count():
+            with drawing(seed_of(self.seed, epoch, number)):
+                x, y = next(batches, (None, None))
+            if x is None or (self.limit is not None and seen >= self.limit):
+                return
+            seen += len(y)
+            if number >= skipped:
+                yield x, y
+
+    def _is_broken(self, path: str) -> None:
+        """Take note of it. Raises InputError where there are too many."""
+        if path in self.broken:
+            return
+        self.broken.append(path)
+        warnings.warn(f"{path}: can't be read as an image, left out", stacklevel=3)
+        most = max(MAX_BROKEN, int(len(self.images) * BROKEN_SHARE))
+        if len(self.broken) > most:
+            raise InputError(f"{len(self.broken)} of {len(self.images)} images can't be read, {', '.join(self.broken[:3])} and others; "
+                             f"more than {most} are too many to be left out: repair or remove them")
