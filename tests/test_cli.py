@@ -100,38 +100,6 @@ def test_published_form_is_a_flag_away(study, capsys):
     assert code == 0 and (made_by["boundary"], made_by["weights"]) == ("reference", "reference")
 
 
-@pytest.mark.parametrize(("argv", "named"), [
-    (["prune", "--keep-rat", "0.5"], "--checkpoint"),
-    (["prune", "--checkpoint", "x", "--scores", "s", "--out", "o", "--keep-rate", "1.5"], "1.5"),
-    (["prune", "--checkpoint", "x", "--scores", "s", "--plan", "p", "--out", "o"], "--plan"),
-    (["prune", "--checkpoint", "resnet5", "--scores", "s", "--out", "o"], "resnet5"),
-    (["prune", "--checkpoint", "nowhere/run.pth", "--scores", "s", "--out", "o"], "--model"),
-    (["prune", "--checkpoint", "nowhere/run.pth", "--model", "deit_tiny_patch16_224", "--scores", "s", "--out", "o"], "nowhere/run.pth"),
-    (["pretrain", "--model", "vit_nano_patch4_32", "--data", "nowhere", "--out", "o"], "nowhere"),
-    (["score", "--checkpoint", "vit_nano_patch4_32", "--data", "digits", "--out", "o.safetensors"], "No pretrained weights"),
-    (["score", "--checkpoint", "vit_nano_patch4_32", "--data", "digits", "--out", "scores.txt"], "scores.txt: scores are written as"),
-    (["pretrain", "--model", "swin_tiny_patch4_window7_224", "--data", "digits", "--out", "o"], "SwinTransformer"),
-    (["pretrain", "--model", "vit_nano_patch4_32", "--data", "digits", "--recipe", "nope", "--out", "o"], "digits_pm"),
-    (["pretrain", "--model", "vit_nano_patch4_32", "--data", "digits", "--epochs", "0", "--out", "o"], "'0'"),
-    (["pretrain", "--model", "vit_nano_patch4_32", "--data", "digits", "--device", "gpu9", "--out", "o"], "gpu9"),
-    (["throughput", "nothing_like_a_model"], "nothing_like_a_model"),
-    (["search", "--checkpoint", "x", "--data", "digits", "--out", "o"], "--gmacs"),
-    (["search", "--checkpoint", "x", "--data", "digits", "--out", "o", "--gmacs", "-1"], "'-1'"),
-    (["search", "--checkpoint", "x", "--data", "digits", "--out", "o", "--gmacs", "1", "--latency-ms", "3"], "--latency-ms"),
-    (["search", "--checkpoint", "x", "--data", "digits", "--out", "o", "--gmacs", "1", "--settings", "nope"], "published"),
-    (["search", "--checkpoint", "x", "--data", "digits", "--out", "o", "--gmacs", "1", "--dtype", "bfloat16"], "--latency-ms"),
-    (["search", "--checkpoint", "nowhere/run.pth", "--data", "digits", "--out", "o", "--gmacs", "1"], "nowhere/run.pth"),
-    (["frobnicate"], "frobnicate"),
-    ([], "COMMAND"),
-])
-def test_wrong_input_gets_one_line_that_names_it_and_exit_code_2(argv, named, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    code, out, err = run(capsys, *argv)
-    assert code == 2 and out == ""
-    assert len(err.strip().splitlines()) == 1, err
-    assert named in err and "Traceback" not in err
-
-
 def test_a_split_that_is_not_there_is_named_with_those_that_are(study, capsys):
     code, _, err = run(capsys, "evaluate", "--checkpoint", f"{study}/dense", "--data", "digits", "--split", "dev", "--quiet")
     assert code == 2 and "no split 'dev'" in err and "test" in err and "train" in err

@@ -91,17 +91,6 @@ def test_a_missing_split_error_names_those_there_are(tmp_path):
         open_data("digits").split("wal")
 
 
-def test_a_missing_folder_is_refused_by_name_with_what_would_be_right(tmp_path):
-    with pytest.raises(InputError, match="nowhere: no such folder.*train/"):
-        open_data(tmp_path / "nowhere")
-
-
-def test_a_folder_without_splits_is_refused_by_name(tmp_path):
-    (tmp_path / "pictures").mkdir()
-    with pytest.raises(InputError, match=f"{tmp_path}: holds none of train/"):
-        open_data(tmp_path)
-
-
 def test_a_split_without_class_folders_is_refused_by_name_where_another_has_them(tmp_path):
     write_folder(tmp_path, {"val": 1})
     write_grey(tmp_path / "train" / "0.png", 0)
@@ -206,20 +195,6 @@ def test_a_folder_that_the_class_index_lacks_is_refused_by_name(tmp_path):
     write_folder(tmp_path, {"train": 1})
     (tmp_path / "class_index.json").write_text(json.dumps({"ant": 0, "cat": 1}))
     with pytest.raises(InputError, match=f"{tmp_path / 'train' / 'bee'}: not in the class map .*class_index.json"):
-        open_data(tmp_path)
-
-
-@pytest.mark.parametrize("text, says", [
-    ('{"ant": 0, "bee": 1, "cat": 1}', "same number"),
-    ('["ant", "bee", "cat"]', "must be an object"),
-    ('{"ant": "0", "bee": 1, "cat": 2}', "must be an object"),
-    ('{"ant": -1, "bee": 1, "cat": 2}', "must be an object"),
-    ('{"ant": 0, "bee": 1, "cat"', "not valid JSON"),
-])
-def test_a_faulty_class_index_is_refused_by_name(tmp_path, text, says):
-    write_folder(tmp_path, {"train": 1})
-    (tmp_path / "class_index.json").write_text(text)
-    with pytest.raises(InputError, match=f"class_index.json: .*{says}"):
         open_data(tmp_path)
 
 

@@ -37,9 +37,10 @@ def write_log(path: Path, *lines: object) -> None:
 
 def panel_parts(panel) -> dict:
     row, told, message, picture, tail, accordion = panel.children
-    command, *fields, more, line, begin = accordion.children[0].children
+    command, *fields, more, several, line, begin = accordion.children[0].children
     return {**dict(zip(("run", "stop", "resume", "again"), row.children)), "told": told, "message": message, "picture": picture,
-            "tail": tail, "command": command, "fields": {f.description: f for f in fields}, "more": more, "line": line, "begin": begin}
+            "tail": tail, "command": command, "fields": {f.description: f for f in fields}, "more": more, "several": several, "line": line,
+            "begin": begin}
 
 
 async def until_shown(condition: Callable[[], bool], seconds: float = 120) -> None:
@@ -190,3 +191,29 @@ def test_a_command_that_fails_is_seen_with_its_exit_code_and_its_own_words(tmp_p
     parts = panel_parts(runs_panel(tmp_path))
     assert "<b>finished</b> with exit code 2" in parts["told"].value and "--data" in parts["tail"].value
     assert processes.INFO in {p.name for p in (tmp_path / "bad").iterdir()}
+
+
+def test_a_training_takes_a_process_for_each_gpu_and_the_line_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(module.torch.cuda, "device_count", lambda: 4)
+    begun = []
+    form = module.start_form(lambda *given: begun.append(given))
+    command, *fields, more, several, line, begin = form.children
+    command.value = "search"
+    assert several.value == 4 and "torchrun --nproc-per-node 4 -m vitlab search" in line.value
+    several.value = 2
+    begin.click()
+    command.value = "tonight"
+    assert several.layout.display == "none" and "torchrun" not in line.value
+    begin.click()
+    assert [count for _, _, count in begun] == [2, 1]
+
+
+def test_steps_within_an_epoch_are_shown_while_the_first_epoch_goes_on(tmp_path):
+    steps = [{"step": i, "at_epoch": i / 10, "loss": 1 / i, "lr": 0.1, "seconds": 1.0} for i in (1, 2, 3)]
+    write_log(tmp_path / "training" / "log.jsonl", *steps, {"step": 4, "skipped": "nan", "files": ["a.png"]})
+    axes = run_figure(tmp_path).axes
+    assert [list(line.get_xdata()) for line in axes[0].lines] == [[], [0.1, 0.2, 0.3]]
+    write_log(tmp_path / "training" / "log.jsonl", *steps, record(1, 0.7))
+    axes = run_figure(tmp_path).axes
+    assert [list(line.get_ydata()) for line in axes[0].lines] == [[0.7], [1, 1 / 2, 1 / 3]]
+    assert [list(line.get_ydata()) for line in axes[1].lines] == [[81.0]]

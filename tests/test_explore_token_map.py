@@ -25,7 +25,7 @@ from vitlab.workbench.explore.choosing import PictureChooser
 from vitlab.workbench.explore.token_map import GIVEN, selected, token_map
 from vitlab.workbench.pictures import as_input
 
-CENTER, MERGE, SHARE = "Prune and Merge, one budget for all blocks", "Prune and Merge, a budget per block", "shared updates"
+CENTER, MERGE, SHARE = "Prune and Merge, one budget for all", "Prune and Merge, a budget per block", "shared updates"
 MATCH, SELECT = "merging by content", "selection"
 BY_PLACE = {CENTER: {"rule": "center"}, MERGE: {"rule": "merge"}, SHARE: {"rule": "center", "share": True}}
 ROUNDING = 0.5 / 255 + 1e-9                     # of a PNG
@@ -336,6 +336,19 @@ def test_the_images_of_a_folder_and_of_its_folders_are_offered_and_a_broken_one_
     (tmp_path / "a10.png").unlink()
     chooser.names.label = labels[1]
     assert "a10.png: can&#x27;t be read (No such file" in chooser.message.value and chooser.names.label == labels[2]
+
+
+def test_the_folder_of_a_data_set_and_a_single_image_are_taken_too_and_a_relative_path_is_said_in_full(chooser, tmp_path, monkeypatch):
+    deep = tmp_path / "val" / "cats" / "c.png"
+    deep.parent.mkdir(parents=True)
+    deep.write_bytes(saved(noise(220, 330, seed=2)))
+    for given in (tmp_path, deep):
+        chooser.names.label = "noise"
+        chooser.folder.value = str(given)
+        assert [label for label, _ in chooser.names.options] == ["cats/c.png", "noise", "other"] and chooser.names.label == "cats/c.png"
+    monkeypatch.chdir(tmp_path)
+    chooser.folder.value = "vall"
+    assert f"{tmp_path / 'vall'}: no such folder" in chooser.message.value
 
 
 @pytest.mark.parametrize("folder", ["/no/such/folder", "~nobody-at-all/x", "empty"])

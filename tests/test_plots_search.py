@@ -200,6 +200,15 @@ def test_sensitivity_curves_draw_a_line_per_dimension_from_nothing_cut_in_its_gr
     assert figure.axes[3].get_ylabel() == "block"
 
 
+def test_sensitivity_curves_of_groups_far_apart_are_logarithmic_above_the_gentlest_groups_largest_loss():
+    rows = cuts("neurons 0", "tokens")
+    near, far = (sensitivity_curves([{**row, "loss": row["loss"] * (times if row["dimension"] == "tokens" else 1)} for row in rows],
+                                    loss_label="KL", saved_label="GMACs") for times in (1, 100))
+    assert [axis.get_yscale() for axis in near.axes[:2]] == ["linear"] * 2 and near.axes[0].get_ylabel() == "KL"
+    assert [axis.get_yscale() for axis in far.axes[:2]] == ["symlog"] * 2 and far.axes[0].get_ylabel() == "KL, logarithmic above 0.16"
+    assert far.axes[0].get_ylim() == far.axes[1].get_ylim() and far.axes[0].get_ylim()[1] > 32
+
+
 def test_sensitivity_curves_of_one_dimension_without_a_block_need_no_colours():
     figure = sensitivity_curves(cuts("tokens"), loss_label="KL", saved_label="GMACs")
     assert len(figure.axes) == 1

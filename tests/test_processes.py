@@ -16,6 +16,7 @@ from training_fixtures import tiny, write_easy_folder
 from vitlab.files import InputError, read_json
 from vitlab.models import shape_of
 from vitlab.plan import CompressionPlan
+from vitlab.signals import EXIT_CODE
 from vitlab.training import checkpoint
 from vitlab.workbench import processes
 from vitlab.workbench.processes import INFO, OUTPUT, resume, start, state, stop
@@ -82,13 +83,13 @@ def test_stop_ends_the_command_and_resume_goes_on_where_it_was(run, training):
     until(lambda: len(epochs(run)) >= 3)
     pids = processes._group(read_json(run / INFO))
     assert len(pids) == 2                               # the runner and its command
-    assert stop(run).name == "stopped" and state(run).exit_code == -signal.SIGTERM
+    assert stop(run).name == "stopped" and state(run).exit_code == EXIT_CODE
     assert not any(processes._alive(pid) for pid in pids)
     reached = epochs(run)
     assert resume(run).name == "running" and state(run).exit_code is None
     until(lambda: len(epochs(run)) > len(reached))
     assert epochs(run)[:len(reached)] == reached
-    assert epochs(run)[len(reached)] in (reached[-1], reached[-1] + 1)         # a kill between log and state repeats one
+    assert epochs(run)[len(reached)] == reached[-1] + 1
     stop(run)
 
 
@@ -106,7 +107,7 @@ def test_a_second_start_is_refused_while_one_is_running_and_leaves_it_alone(run,
 def test_a_command_that_ignores_the_request_to_stop_is_killed_after_the_grace_time(run, monkeypatch):
     stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(600)"
     (run / "vitlab").mkdir(parents=True)
-    (run / "sitecustomize.py").write_text(f"import sys\nif 'vitlab.cli' in sys.orig_argv:\n    {stubborn}\n")
+    (run / "sitecustomize.py").write_text(f"import sys\nif 'vitlab' in sys.orig_argv:\n    {stubborn}\n")
     monkeypatch.setenv("PYTHONPATH", str(run))          # the command, not the runner, never hears of it
     start(["recipes"], run)
     until(lambda: "deaf" in (run / OUTPUT).read_text())
@@ -188,3 +189,18 @@ def test_no_command_is_refused(run):
     with pytest.raises(InputError, match="no command"):
         start([], run)
     assert not run.exists()
+
+
+def test_several_processes_run_under_torchrun_and_all_of_them_end_when_asked(run, training):
+    """Torchrun puts what it starts into groups of its own: they are found, asked to stop in time for a state, and none is left."""
+    arguments = [*training[:-2], "--save-steps", "1000000", *training[-2:]]
+    assert start(arguments, run, processes=2).processes == 2
+    until(lambda: epochs(run))
+    found = processes._group(processes._record(run))
+    workers = [pid for pid in found if "RANK" in psutil.Process(pid).environ() and psutil.Process(pid).children() == []]
+    assert len(workers) == 2 and {psutil.Process(pid).environ()["RANK"] for pid in workers} == {"0", "1"}
+    assert stop(run, grace=60).name == "stopped"
+    assert not any(processes._alive(pid) for pid in found)
+    assert "stopped on request" in (run / OUTPUT).read_text()
+    again = resume(run)
+    assert again.name == "running" and again.processes == 2

@@ -13,8 +13,19 @@ LOCK, WAIT = ".lock", 8.0                       # seconds that a folder may stil
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 
 
+def from_root(path: str | Path) -> Path:
+    """`path` with ~ as the home folder; in the notebooks' own folder, where JupyterLab starts their kernels, a relative path that is
+    not there is from the project's root, as the folder of a study is."""
+    path = Path(path).expanduser()
+    return NOTEBOOKS.parent / path if not path.is_absolute() and not path.exists() and Path.cwd() == NOTEBOOKS else path
+
+
 class InputError(ValueError):
-    """Something the user gave is wrong; the message names what, where, and what would be right."""
+    """Something the user gave is wrong; the message names what, where, and what would be right. A notebook shows it alone."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython prints in place of a traceback."""
+        return [f"InputError: {self}"]
 
 
 def atomic_write(path: str | Path, content: str | bytes | memoryview) -> None:
@@ -27,7 +38,7 @@ def atomic_write(path: str | Path, content: str | bytes | memoryview) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -129,9 +129,14 @@ class CompressionPlan:
         atomic_write(path, self.to_json())
 
     @classmethod
-    def load(cls, path: str | Path) -> "CompressionPlan":
-        """Read and check; InputError names the file, the block and the field."""
-        return cls.from_json(read_json(path), str(path))
+    def load(cls, path: str | Path, shape: ViTShape | None = None) -> "CompressionPlan":
+        """Read and check, also that it is for a model of `shape`; InputError names the file, the block and the field."""
+        plan = cls.from_json(read_json(path), str(path))
+        try:
+            plan.check_fits(shape or plan.shape)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        return plan
 
 
 def _build(cls: type, data: Any, where: str) -> Any:

@@ -31,6 +31,11 @@ class ResultRow:
     conditions: dict[str, Any] = field(default_factory=dict)   # device, dtype, batch, threads, seed, versions
 
     def __post_init__(self) -> None:
+        kinds = {"model": (str, "text"), "dataset": (str, "text"), "split": (str, "text"), "conditions": (dict, "mapping")}
+        for name, value in vars(self).items():
+            kind, what = kinds.get(name, ((int, float, type(None)), "number"))
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise InputError(f"{name} is {str(value)[:80]!r}; a {what} is needed")
         for name in ("top1_pct", "top5_pct"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 100:
@@ -56,6 +61,10 @@ def read_rows(path: str | Path) -> list[ResultRow]:
         if not isinstance(record, dict) or not isinstance(record.get("model"), str):
             raise InputError(f"{path}: holds a line that is no result row: {str(record)[:80]}")
         record = {k: v for k, v in record.items() if k in known and v is not None}
+        try:
+            ResultRow(**record)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
         row = merged.setdefault((record["model"], record.get("dataset", ""), record.get("split", "")), {})
         conditions = {**row.get("conditions", {}), **record.get("conditions", {})}
         row.update(record, conditions=conditions)
@@ -98,9 +107,16 @@ def to_csv(labels: list[str], rows: list[ResultRow]) -> str:
     keys = list(dict.fromkeys(key for given in conditions for key in given))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["entry", *names, *keys])
+
+    def plain(value: Any) -> Any:
+        """A text that a spreadsheet would take for a formula, with the sign that makes it a text."""
+        if not isinstance(value, str):
+            return value
+        value = value.replace("\r", " ")                        # which Python's csv does not quote
+        return f"'{value}" if value.lstrip().startswith(("=", "+", "-", "@")) else value
+    writer.writerow(map(plain, ["entry", *names, *keys]))
     for label, row, given in zip(labels, rows, conditions):
-        writer.writerow([label, *(getattr(row, name) for name in names), *(given.get(key) for key in keys)])
+        writer.writerow(map(plain, [label, *(getattr(row, name) for name in names), *(given.get(key) for key in keys)]))
     return text.getvalue()
 
 

@@ -16,7 +16,7 @@ from vitlab.data.folder import CLASS_MAP, HELD_OUT_NAMES, FolderReader, class_nu
 from vitlab.data.images import Batches, Images, Stream
 from vitlab.data.order import PlainOrder, TrainingOrder, ignore_requests
 from vitlab.data.tar import TarReader, find_tars
-from vitlab.files import InputError
+from vitlab.files import InputError, from_root
 
 TIMM_PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
 MAX_WORKERS = 8
@@ -165,7 +165,9 @@ def open_data(data: str | Path, *, class_map: str | Path | None = None, root: st
         return DATA_SETS[str(data)]()
     if str(data).startswith(TIMM_PREFIXES):
         return _open_timm(str(data), root)
-    folder = Path(data)
+    if not str(data):
+        raise InputError("no data set is named; give 'digits' or a folder of images")
+    folder = from_root(data)
     tars = find_tars(folder)
     if tars:
         return _open_tars(folder, tars)

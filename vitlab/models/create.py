@@ -8,7 +8,6 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_model_args, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
@@ -64,9 +63,18 @@ def create_model(name: str, *, weights: str | Path | None = None, pretrained: bo
     except (TypeError, AssertionError, ArithmeticError, RuntimeError, ValueError, OSError) as error:     # OSError: a download
         raise InputError(f"{name}: timm could not build it ({first_line(error)})") from error
     check_supported(model)
+    if not model.patch_embed.num_patches:
+        raise InputError(f"{name}: an image of {model.patch_embed.img_size} holds no patch of {model.patch_embed.patch_size}")
     if weights is not None:
-        state = checkpoint_filter_fn(read_state(weights), model, adapt_layer_scale=True)
-        load_state(model, state, weights)
+        state = read_state(weights)
+        try:
+            state = checkpoint_filter_fn(state, model, adapt_layer_scale=True)
+        except Exception as error:              # whatever tensors of other sizes make timm's conversion raise
+            raise InputError(f"{weights}: does not fit the model; it can't be converted ({first_line(error)})") from None
+        try:
+            load_state(model, state, weights)
+        except InputError as error:
+            raise InputError(f"{error} (the model is {name})") from None
     return model.eval()
 
 
@@ -79,14 +87,20 @@ def architecture(model: nn.Module) -> dict[str, Any]:
     return {"name": name, "args": args}
 
 
-def rebuild(source: dict[str, Any]) -> nn.Module:
+def rebuild(source: dict[str, Any], most: int | None = None) -> nn.Module:
     """The model of an `architecture`, with random weights. Only arguments of timm's VisionTransformer are taken, so a file
-    can't make it read other files or download. Raises InputError naming what is wrong."""
+    can't make it read other files or download. Raises InputError naming what is wrong, and, before any memory is taken, where it
+    would have more than `most` parameters."""
     if not isinstance(source, dict) or not isinstance(source.get("name"), str) or not isinstance(source.get("args"), dict):
         raise InputError('"model" must hold "name" and "args"')
     odd = sorted(set(source["args"]) - set(inspect.signature(VisionTransformer.__init__).parameters))
     if odd:
         raise InputError(f"model argument {odd[0]!r} is not one of a vision transformer's")
+    if most is not None:
+        with torch.device("meta"):              # sizes alone, without memory
+            count = sum(p.numel() for p in create_model(source["name"], **source["args"]).parameters())
+        if count > most:
+            raise InputError(f"a model of {count:,} parameters; the weights beside it are those of {most:,} at most")
     return create_model(source["name"], **source["args"])
 
 
@@ -112,7 +126,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise InputError(f"{path}: holds more than weights, or is damaged; nothing of it was run or loaded "
                          f"({first_line(error)})") from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:                  # a damaged file makes the readers raise nearly anything
         raise InputError(f"{path}: can't be read, it may be cut short ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a state dict")
@@ -128,7 +142,16 @@ def state_of(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
     wrong = [k for k, v in content.items() if not isinstance(v, Tensor) or not isinstance(k, str)]
     if wrong or not content:
         raise InputError(f"{path}: " + (f"{wrong[0]!r} is not a tensor, or not its name" if wrong else "holds no weights"))
+    check_plain(content, path)
     return {k.removeprefix("module."): v for k, v in content.items()}
+
+
+def check_plain(state: dict[str, Tensor], path: str | Path) -> None:
+    """InputError naming the first tensor that a parameter can't be filled from."""
+    for name, tensor in state.items():
+        if tensor.is_complex() or tensor.is_quantized or tensor.layout != torch.strided or tensor.is_meta:
+            kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}".replace("torch.", "")
+            raise InputError(f"{path}: {name!r} is {kind}; real numbers in a plain tensor are needed")
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:

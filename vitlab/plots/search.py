@@ -21,6 +21,7 @@ from vitlab.plots.units import MARKERS, as_array, legend_above
 from vitlab.shape import require
 
 DEPTH = 15                      # natural logarithms below the highest that an axis of log EI reaches; the measured are far below
+SPREAD = 5                      # times that one group's largest loss may be another's before their common axis turns logarithmic
 
 
 def _group(name: str) -> str:
@@ -215,7 +216,8 @@ def sensitivity_curves(rows: Sequence[dict[str, Any]], *, loss_label: str, saved
     """What a dimension loses when it is cut alone against what that saves: an axis per group of dimensions, a line per block.
 
     rows: of each cut its dimension ("neurons 3"), loss and saved, in the units that the labels name; (0, 0) is drawn for every
-    line. Later blocks are darker; a dimension of no block is black. All axes share y.
+    line. Later blocks are darker; a dimension of no block is black. All axes share y, which is logarithmic above the gentlest
+    group's largest loss where the groups lie far apart.
     """
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
@@ -229,12 +231,17 @@ def sensitivity_curves(rows: Sequence[dict[str, Any]], *, loss_label: str, saved
     for name, points in lines.items():
         colour = colours.to_rgba(blocks[name]) if name in blocks else "black"
         axes[0, groups.index(_group(name))].plot(*zip(*sorted(points)), marker="o", markersize=3.5, linewidth=1.5, color=colour, label=name)
-    highest = max(loss for points in lines.values() for _, loss in points) or 1.0
+    worst = {group: max(loss for name, points in lines.items() if _group(name) == group for _, loss in points) for group in groups}
+    highest, least = max(worst.values()) or 1.0, min(worst.values())
+    wide = 0 < least < highest / SPREAD                         # the gentlest group would be a flat line
     for axis, group in zip(axes[0], groups):
-        axis.set(title=group, ylim=(-0.04 * highest, 1.05 * highest))
+        if wide:
+            axis.set_yscale("symlog", linthresh=least)
+            axis.yaxis.set_major_formatter("{x:g}")
+        axis.set(title=group, ylim=(-0.04 * (least if wide else highest), (1.3 if wide else 1.05) * highest))
         axis.tick_params(labelleft=group == groups[0])
         axis.xaxis.set_major_locator(MaxNLocator(nbins=4))
-    axes[0, 0].set_ylabel(fill(loss_label, 36))
+    axes[0, 0].set_ylabel(fill(f"{loss_label}, logarithmic above {least:.2g}" if wide else loss_label, 36))
     figure.supxlabel(saved_label, fontsize="medium")
     if blocks:
         figure.colorbar(colours, ax=axes[0, -1], label="block", pad=0.02, ticks=MaxNLocator(integer=True))

@@ -14,12 +14,16 @@ from vitlab.results import ResultRow
 
 
 def training_curves(logs: dict[str, Sequence[dict[str, Any]]]) -> Figure:
-    """Loss, top-1 on the train slice, and learning rate against epochs, one line per run."""
+    """Loss, top-1 on the train slice, and learning rate against epochs, one line per run; in between, where they were logged, the
+    loss and the rate of single steps, pale."""
     figure, axes = new_axes(1, 3, 3.6, 3.0)
     fields = (("loss", "training loss"), ("train_slice_top1_pct", "top-1 on a train slice (%)"), ("lr", "learning rate"))
     for axis, (field, label) in zip(axes[0], fields):
         for (name, log), line in zip(logs.items(), ("-", "--", "-.", ":") * len(logs)):
-            axis.plot([r["epoch"] for r in log], [r[field] for r in log], linestyle=line, marker=".", label=name)
+            epochs, steps = ([r for r in log if key in r and field in r] for key in ("epoch", "at_epoch"))
+            drawn, = axis.plot([r["epoch"] for r in epochs], [r[field] for r in epochs], linestyle=line, marker=".", label=name)
+            if steps:
+                axis.plot([r["at_epoch"] for r in steps], [r[field] for r in steps], color=drawn.get_color(), alpha=0.35, linewidth=1)
         axis.set(xlabel="epoch", ylabel=label)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.spines[["top", "right"]].set_visible(False)

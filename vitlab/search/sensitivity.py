@@ -30,7 +30,7 @@ def _known(path: Path, wanted: list[tuple[str, float]]) -> dict[tuple[str, float
 
 
 def measure_alone(problem: Problem, objective: Callable[[np.ndarray], dict[str, float]], path: Path, *,
-                  progress: bool = True) -> list[dict[str, Any]]:
+                  label: str = "", progress: bool = True) -> list[dict[str, Any]]:
     """Cut each dimension alone at its levels and measure: a row each, on the disk before the next starts; rows that are there
     are not measured again.
 
@@ -49,7 +49,7 @@ def measure_alone(problem: Problem, objective: Callable[[np.ndarray], dict[str, 
     together = parallel.world()
     first, rest = [row for row in todo if row == 0], [row for row in todo if row]      # losses are differences to nothing cut
     groups = [group for group in (first, *(rest[i:i + together] for i in range(0, len(rest), together))) if group]
-    for group in tqdm(groups, desc="sensitivity", unit="cut", disable=not progress):
+    for group in tqdm(groups, desc=f"sensitivity {label}".strip(), unit="cut", disable=not progress):
         mine, found = parallel.rank(), float("nan")
         if mine < len(group):
             with parallel.alone():

@@ -75,7 +75,8 @@ def _check_config(config: Any, classes: Any) -> None:
     """InputError where the image settings or class names of a checkpoint.json are of the wrong kind."""
     def numbers(value: Any) -> bool:
         return isinstance(value, list) and len(value) in (1, 3) and all(isinstance(v, (int, float)) and abs(v) < 1e6 for v in value)
-    kinds = {"mean": numbers, "std": lambda value: numbers(value) and min(value) > 0, "crop_pct": lambda v: isinstance(v, (int, float)) and 0 < v <= 1,
+    kinds = {"mean": numbers, "std": lambda value: numbers(value) and min(value) > 0,
+             "crop_pct": lambda v: isinstance(v, (int, float)) and 0 < v <= 1,
              "interpolation": lambda v: v in INTERPOLATIONS}
     if not isinstance(config, dict) or not all(k in kinds and (v is None or kinds[k](v)) for k, v in config.items()):
         raise InputError(f'"config" must hold mean, std, crop_pct and interpolation of images, not {str(config)[:120]}')

@@ -20,6 +20,7 @@ from vitlab.workbench import notebooks
 from vitlab.workbench.batch_file import REFERENCE, Entry
 
 RESULTS = "results.jsonl"
+ENTRY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]*")          # a name of batch_file's with the choices of its grids: never a way out
 OWN = ("inputs.json", "status.json", "log.txt", "figures", RESULTS)         # of an entry alone, not passed on
 SOURCE = Path(__file__).resolve().parents[1]
 SHOWING = ("plots", "cli.py", "options.py", "workbench/batch", "workbench/report.py", "workbench/explore", "workbench/processes.py")
@@ -188,6 +189,6 @@ def _own_files(folder: Path) -> dict[str, str | None]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=-]*", sys.argv[1]):
+    if len(sys.argv) != 2 or not ENTRY.fullmatch(sys.argv[1]):
         sys.exit("usage, in a run folder: python -m vitlab.workbench.batch_entry ENTRY")
     sys.exit(run_entry(Path.cwd(), sys.argv[1]))

@@ -4,7 +4,7 @@ from pathlib import Path
 from torch import nn
 
 from vitlab.criteria.compensation import RIDGE
-from vitlab.models import compress
+from vitlab.models import compress, shape_of
 from vitlab.plan import CompressionPlan
 from vitlab.training import checkpoint
 from vitlab.training.capture import need_classifier
@@ -30,7 +30,7 @@ def calibrate(source: Source, data: str | Path, out: str | Path, plan: str | Pat
     dense, amp = found.model.to(place), amp_of(found.model)
     need_classifier(dense, "calibrated models")
     opened = open_matching(data, found, class_map, labels=False).set_apart(images, seed)
-    plan = plan if isinstance(plan, CompressionPlan) else CompressionPlan.load(plan)
+    plan = plan if isinstance(plan, CompressionPlan) else CompressionPlan.load(plan, shape_of(dense))
     divergence = Divergence(dense, opened.batches("val", dense, workers=workers), amp)
     batches = list(opened.batches("train", dense, workers=workers))
     small = compensate(dense, plan, batches, ridge=ridge, amp=amp, progress=progress)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from safetensors.torch import save
 from torch import nn
+from tqdm.auto import tqdm
 
 from vitlab import parallel
 from vitlab.cost import macs
@@ -118,17 +119,20 @@ def sensitivity(source: Source, data: str | Path, out: str | Path, *, criteria: 
                 progress: bool = True) -> list[dict[str, Any]]:
     """Cut one dimension of one block by `ratio`, by each criterion, and measure on a slice of train.
 
-    Returns, and writes to out/sensitivity.jsonl, a row per cut: criterion, dimension ("heads", "neurons" or "tokens"),
+    Returns, and writes to out/sensitivity.jsonl as they are measured, a row per cut: criterion, dimension ("heads", "neurons" or "tokens"),
     block, drop (dense value less the cut one's, of `metric`), gmacs_removed and drop_per_gmac. Tokens are selected in that
     block alone (criterion "class attention").
     """
     found = open_dense(source)
-    opened, device = open_matching(data, found, class_map), pick_device(device)
+    opened, device = open_matching(data, found, class_map, labels=metric == "top1_pct" or "taylor" in criteria), pick_device(device)
     objective = slice_objective(found.model, opened, images, seed, metric, device, workers)
     shape = shape_of(found.model)
     empty = CompressionPlan.empty(shape)
     dense, whole, rows = objective(empty)["value"], macs(empty)["total"], []
     batches = list(opened.batches("train", found.model, limit=score_images, seed=seed, workers=workers))
+    path = Path(out) / SENSITIVITY
+    path.unlink(missing_ok=True)
+    bar = tqdm(total=shape.depth * (2 * len(criteria) + 1), desc="sensitivity", unit="cut", disable=not progress)
 
     def measure(criterion: str, dimension: str, block: int, plan: CompressionPlan) -> None:
         removed = (whole - macs(plan)["total"]) / 1e9
@@ -136,8 +140,11 @@ def sensitivity(source: Source, data: str | Path, out: str | Path, *, criteria: 
             drop = dense - objective(plan)["value"]
             rows.append({"criterion": criterion, "dimension": dimension, "block": block, "ratio": ratio, "drop": drop,
                          "gmacs_removed": removed, "drop_per_gmac": drop / removed, "metric": metric})
+            append_line(path, rows[-1])
+        bar.update()
     for criterion in criteria:
-        scores = unit_scores(found.model, batches, criterion=criterion, seed=seed, device=device, progress=progress)
+        bar.set_postfix(criterion=criterion)
+        scores = unit_scores(found.model, batches, criterion=criterion, seed=seed, device=device, progress=False)
         for unit in ("neurons", "heads"):
             space = SearchSpace(shape=shape, units=(unit,), tokens="none", max_ratio=max(ratio, 0.5))
             # One head is the least that can be cut, so it is one where the ratio is less than that.
@@ -146,10 +153,7 @@ def sensitivity(source: Source, data: str | Path, out: str | Path, *, criteria: 
                 measure(criterion, unit, block, space.plan(policy, heads=scores.heads, neurons=scores.neurons))
     for block in range(shape.depth):
         measure("class attention", "tokens", block, _select_in(shape, block, ratio))
-    path = Path(out) / SENSITIVITY
-    path.unlink(missing_ok=True)
-    for row in rows:
-        append_line(path, row)
+    bar.close()
     return rows
 
 

@@ -32,6 +32,7 @@ class State:
     name: str                           # "running", "finished" (by itself, see exit_code), "stopped" (on request) or "died"
     arguments: tuple[str, ...]          # of vitlab
     started: str                        # local time
+    processes: int = 1                  # more than one: under torchrun
     exit_code: int | None = None        # None while it runs, and where nothing was left to tell it; -9: killed by signal 9
 
 
@@ -53,8 +54,15 @@ def _alive(pid: int) -> bool:
         return False
 
 
+def command_line(arguments: Sequence[str], processes: int) -> list[str]:
+    """What runs `vitlab ARGUMENTS` in so many processes on this machine."""
+    together = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "vitlab"]
+    return [sys.executable, "-m", *(together if processes > 1 else ["vitlab"]), *arguments]
+
+
 def _group(record: dict[str, Any]) -> list[int]:
-    """The living processes of a run: the runner, which leads the group and gave it its number, and all that came of it.
+    """The living processes of a run: the runner, which leads the group and gave it its number, and all that came of it, what
+    torchrun started in groups of their own too.
 
     A number is given to another process once everything that bore it is gone: then it began at another time.
     """
@@ -70,6 +78,9 @@ def _group(record: dict[str, Any]) -> list[int]:
                 found.append(pid)
         except (ProcessLookupError, PermissionError):
             continue
+    for pid in list(found):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [child.pid for child in psutil.Process(pid).children(recursive=True) if child.pid not in found and _alive(child.pid)]
     return found
 
 
@@ -86,25 +97,33 @@ def state(run: str | Path) -> State:
     code = record.get("exit_code")
     ended = "stopped" if record.get("stopped") else "died" if code is None or code < 0 else "finished"
     return State(name="running" if running else ended, arguments=tuple(record["arguments"]), started=record["started"],
-                 exit_code=None if running else code)
+                 exit_code=None if running else code, processes=_count(record))
 
 
-def start(arguments: Sequence[str], run: str | Path, *, folder: str | Path | None = None) -> State:
+def _count(record: dict[str, Any]) -> int:
+    count = record.get("processes", 1)
+    return count if isinstance(count, int) and count > 0 else 1
+
+
+def start(arguments: Sequence[str], run: str | Path, *, folder: str | Path | None = None, processes: int = 1) -> State:
     """Start `vitlab ARGUMENTS` as a process of its own, with its output appended to run/process.log.
 
     It goes on when the notebook is closed and the kernel restarted or killed. folder: where relative paths of the arguments
-    begin; None: the current one. Raises InputError where a process of this run is still running.
+    begin; None: the current one. processes: more than one are started by torchrun. Raises InputError where a process of this run
+    is still running.
     """
     run, folder = Path(run).absolute(), Path(folder or Path.cwd()).absolute()
     if not arguments:
         raise InputError("there is no command to start; arguments such as finetune --checkpoint ... are needed")
+    if processes < 1:
+        raise InputError(f"{processes} processes; at least 1 is needed")
     if (run / INFO).exists() and state(run).name == "running":
         raise InputError(f"{run}: a process is running there since {state(run).started}; stop it first, or choose another folder")
     run.mkdir(parents=True, exist_ok=True)
     with open(run / OUTPUT, "ab") as output:
         runner = subprocess.Popen([sys.executable, "-m", __name__, str(run)], cwd=folder, stdin=subprocess.PIPE, stdout=output,
                                   stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-    _write(run, {"arguments": list(arguments), "folder": str(folder), "pid": runner.pid,
+    _write(run, {"arguments": list(arguments), "folder": str(folder), "processes": processes, "pid": runner.pid,
                  "created": psutil.Process(runner.pid).create_time(), "started": time.strftime("%Y-%m-%d %H:%M:%S")})
     with contextlib.suppress(BrokenPipeError), runner.stdin as pipe:            # it is on record now: the runner may begin
         pipe.write(b"\n")
@@ -115,7 +134,7 @@ def resume(run: str | Path) -> State:
     """Give the same command again, in the same folder: training and searches go on where they were. Raises InputError where it
     is still running, or nothing was ever started there."""
     record = _record(run)
-    return start(record["arguments"], run, folder=record["folder"])
+    return start(record["arguments"], run, folder=record["folder"], processes=_count(record))
 
 
 def stop(run: str | Path, *, grace: float = GRACE) -> State:
@@ -125,10 +144,12 @@ def stop(run: str | Path, *, grace: float = GRACE) -> State:
         raise InputError(f"{run}: no process is running there; the last one {state(run).name}")
     record, end = _record(run), time.monotonic() + grace
     request = signal.SIGTERM
-    while _group(record):
-        if request is not None:
+    while living := _group(record):
+        # The runner passes the request on, once: a second one would end torchrun before what it started.
+        asked = living if request == signal.SIGKILL or record["pid"] not in living else [record["pid"]]
+        for pid in asked if request is not None else []:
             with contextlib.suppress(ProcessLookupError):                       # it ended by itself just now
-                os.killpg(record["pid"], request)
+                os.kill(pid, request)
         request = signal.SIGKILL if time.monotonic() > end else None
         time.sleep(0.05)
     after = _record(run)
@@ -148,7 +169,7 @@ def main(run: str) -> None:
         if child is not None:
             child.terminate()
     signal.signal(signal.SIGTERM, on_request)
-    child = subprocess.Popen([sys.executable, "-m", "vitlab.cli", *record["arguments"]], stdin=subprocess.DEVNULL)
+    child = subprocess.Popen(command_line(record["arguments"], _count(record)), stdin=subprocess.DEVNULL)
     if record.get("stopped"):           # asked before there was a child to tell
         child.terminate()
     record["exit_code"] = child.wait()

@@ -9,9 +9,11 @@ from IPython.display import HTML, Image, display
 
 from vitlab.files import InputError, atomic_write, read_json, read_lines
 from vitlab.results import DIGITS, ResultRow, conditions_of, format_cell, read_rows, to_csv, to_latex
+from vitlab.shape import is_int
 from vitlab.workbench import notebooks
-from vitlab.workbench.batch_entry import RESULTS
+from vitlab.workbench.batch_entry import ENTRY, RESULTS
 
+SUMMARY = "summary.json"
 PAGE, NOTEBOOK, CSV, LATEX = "report.html", "report.ipynb", "results.csv", "results.tex"
 COLUMNS = ("model", "dataset", "split", "top1_pct", "top5_pct", "loss", "gmacs", "params_m", "throughput_img_s", "latency_ms", "ratio")
 
@@ -20,7 +22,7 @@ def report(run: str | Path) -> Path:
     """Write run/report.ipynb, executed, run/report.html of it, and run/results.csv and .tex; returns the page. Raises InputError
     for a folder that is no run."""
     run = Path(run)
-    entries_of(run)
+    rows_of(run)
     with tempfile.TemporaryDirectory(dir=run, prefix=".report-") as folder:
         executed = notebooks.run(notebooks.NOTEBOOKS / "91_report.ipynb", folder, {"run": str(run.resolve())}, progress=False)
         os.replace(executed, run / NOTEBOOK)
@@ -30,11 +32,25 @@ def report(run: str | Path) -> Path:
 def entries_of(run: str | Path) -> list[dict[str, Any]]:
     """The entries of a batch's summary, each with its "folder"; of a study, the study itself."""
     run = Path(run)
-    if (run / "summary.json").exists():
-        return [entry | {"folder": run / "entries" / entry["name"]} for entry in read_json(run / "summary.json")["entries"]]
+    if (run / SUMMARY).exists():
+        return [entry | {"folder": run / "entries" / entry["name"]} for entry in _entries(run / SUMMARY)]
     if (run / RESULTS).exists():
         return [{"name": run.resolve().name, "notebook": "", "state": "done", "seconds": None, "why": None, "folder": run}]
     raise InputError(f"{run}: no run of a batch, which has a summary.json, and no study, which has a {RESULTS}")
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    """The entries of a summary.json. Raises InputError where it is none, or a name leads out of the run's folder."""
+    kinds = {"name": str, "notebook": str, "state": str, "seconds": (int, float, type(None)), "why": (str, type(None))}
+    data = read_json(path)
+    entries = data.get("entries") if isinstance(data, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(e, dict) and all(k in e and isinstance(e[k], t) for k, t in kinds.items())
+                                                and Path(e["notebook"]).name == e["notebook"] for e in entries):
+        raise InputError(f"{path}: not the summary of a batch")
+    for entry in entries:
+        if not ENTRY.fullmatch(entry["name"]):
+            raise InputError(f"{path}: {entry['name'][:80]!r} is no name of an entry")
+    return entries
 
 
 def rows_of(run: str | Path) -> tuple[list[str], list[ResultRow]]:
@@ -43,6 +59,8 @@ def rows_of(run: str | Path) -> tuple[list[str], list[ResultRow]]:
     for entry in entries_of(run):
         folder = entry["folder"]
         status = read_json(folder / "status.json") if (folder / "status.json").exists() else {}
+        if not isinstance(status, dict) or not is_int(status.get("inherited", 0)):
+            raise InputError(f"{folder / 'status.json'}: not the status of an entry")
         found = read_rows(folder / RESULTS)
         own = {_key(record) for record in read_lines(folder / RESULTS)[status.get("inherited", 0):]}
         found = [row for row in found if (row.model, row.dataset, row.split) in own]

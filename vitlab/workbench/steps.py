@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vitlab import cost, parallel, tokens
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.data import ImageData, open_data
-from vitlab.files import NOTEBOOKS, InputError, atomic_write
+from vitlab.files import NOTEBOOKS, InputError, atomic_write, from_root
 from vitlab.models import compress, deploy, shape_of
 from vitlab.models.create import create_model, first_line, read_file
 from vitlab.plan import BlockPlan, CompressionPlan
@@ -57,14 +57,16 @@ def open_model(source: Source, *, model: str | None = None, num_classes: int | N
     """
     if isinstance(source, Checkpoint):
         return source
-    path = Path(source)
+    if not str(source):
+        raise InputError("no model is named; a run folder, a weights file or a timm name is needed")
+    path = from_root(source)
     if num_classes is not None:
         args["num_classes"] = num_classes
     if path.is_dir():
         return checkpoint.load(path)
     if path.suffix in (".pth", ".pt", ".bin", ".safetensors"):
         if model is None:
-            raise InputError(f"{path}: a weights file needs the timm name of its model (--model NAME)")
+            raise InputError(f"{path}: a weights file needs the timm name of its model (--model NAME, or `model` in a notebook)")
         if path.suffix != ".safetensors" and is_published(read_file(path)):
             built, plan = load_published(path, create_model(model, **args))
         else:
@@ -73,6 +75,8 @@ def open_model(source: Source, *, model: str | None = None, num_classes: int | N
         return Checkpoint(model=built, plan=plan, info={"made_by": {"read_from": path.name}})
     if path.is_file():
         raise InputError(f"{path}: not a weights file; one that ends in .safetensors, .pth, .pt or .bin is, or a run folder")
+    if len(path.parts) > 2 or path.is_absolute():                                   # timm's names have one part, or two
+        raise InputError(f"{path}: no such run folder or weights file; 01_baseline and `vitlab pretrain` write the dense one of a study")
     built = create_model(str(source), pretrained=pretrained, **args)
     return Checkpoint(model=built, plan=CompressionPlan.empty(shape_of(built)), info={"made_by": {"timm": str(source)}})
 

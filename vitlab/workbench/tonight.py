@@ -4,7 +4,7 @@ Each dimension of a rule is cut alone and measured once; from these curves `allo
 """
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class Offer:
     """A plan and what it is worth, measured on images of train that it was not made from, mostly."""
 
     rule: str
-    plan: CompressionPlan
+    plan: CompressionPlan = field(repr=False)       # hundreds of lines
     gmacs: float
     agree_pct: float                # images to which the dense model gives the same class, 0 to 100
     distill_loss: float             # mean KL(dense || compressed), nats
@@ -98,6 +98,12 @@ class Survey:
         space, budget = self._problem(rule)
         return float(budget.cost(np.zeros((1, space.size)))[0])
 
+    def check(self, gmacs: float, rules: Iterable[str] = tuple(RULES)) -> None:
+        """InputError, before anything is measured, where no rule costs as little as `gmacs`."""
+        least = min(float(budget.cost(np.full((1, space.size), MAX_RATIO))[0]) for space, budget in map(self._problem, rules))
+        if gmacs < least:
+            raise InputError(f"a budget of {gmacs:.4g} GMACs can't be met: with as much cut as may be, {least:.4g} are left")
+
     def _name(self, rule: str) -> str:
         """Of a rule's folder: other images or another model have another."""
         return f"{rule.replace(' ', '-')}-{self.inputs}"
@@ -111,7 +117,8 @@ class Survey:
             problem, path = self._problem(rule), self.folder / self._name(rule) / SENSITIVITY
             if not path.exists():
                 write_lines(path, self._known(rule))
-            self._curves[rule] = measure_alone(problem, lambda policy: self._measure(problem, policy), path, progress=self.progress)
+            self._curves[rule] = measure_alone(problem, lambda policy: self._measure(problem, policy), path, label=rule,
+                                               progress=self.progress)
         return self._curves[rule]
 
     def _known(self, rule: str) -> list[dict[str, Any]]:
@@ -193,6 +200,7 @@ def tonight(source: Source, data: str | Path, out: str | Path, *, gmacs: float |
     survey = Survey(found, data, out / SURVEY, images=images, **common)
     dense = cost.gmacs(CompressionPlan.empty(survey.shape))
     limit = macs_ratio * dense if gmacs is None else gmacs
+    survey.check(limit, rules)
     offers = list(survey.offers(rules, sorted({*ratios, limit / dense})))
     write_offers(out, offers)
     best = best_offer(offers, limit)

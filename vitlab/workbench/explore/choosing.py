@@ -22,7 +22,9 @@ from vitlab.workbench.pictures import SHOWN
 MAX_BYTES = 10_000_000                          # of an image file; Jupyter's server takes no larger message
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")        # none that Pillow needs another program for
 MAX_LISTED = 1000                               # images of a folder
+WITHIN = ("*", "*/*", "*/*/*")                  # where they are looked for: the folder of a data set holds SPLIT/CLASS/IMAGE
 WIDE = {"style": {"description_width": "125px"}, "layout": {"width": "400px"}}         # of a control, two in a row
+WRAPPED = {"flex_flow": "row wrap"}             # of a row, whose second half goes below the first in a narrow window
 
 
 def fitted(image: Image.Image, shape: ViTShape) -> np.ndarray:
@@ -65,7 +67,7 @@ class PictureChooser(ipywidgets.VBox):
         self.upload = ipywidgets.FileUpload(accept="image/*", description=f"upload ≤ {MAX_BYTES / 1e6:.0f} MB",
                                             layout={"width": "185px"})
         self.message = ipywidgets.HTML()
-        super().__init__([ipywidgets.HBox([self.names, self.folder, self.upload]), self.message], chosen=self.names.value)
+        super().__init__([ipywidgets.HBox([self.names, self.folder, self.upload], layout=WRAPPED), self.message], chosen=self.names.value)
         self.names.observe(self._named, "value")
         self.folder.observe(lambda change: change.new and self._try(self._list, Path(os.path.expanduser(change.new))), "value")
         self.upload.observe(lambda change: change.new and self._try(self._take, change.new[0]), "value")
@@ -98,9 +100,10 @@ class PictureChooser(ipywidgets.VBox):
         self.chosen = key
 
     def _list(self, folder: Path) -> None:
-        """Offer the images of a folder and of the folders in it."""
-        found = sorted(map(str, itertools.islice(filter(is_image, itertools.chain(folder.glob("*"), folder.glob("*/*"))), MAX_LISTED)),
-                       key=natural_key)
+        """Offer the images of a folder and of the folders in it, or the one image that it is."""
+        folder = folder.absolute()                              # a message says where a relative path was looked for
+        inside = itertools.chain([folder], *(folder.glob(pattern) for pattern in WITHIN))
+        found = sorted(map(str, itertools.islice(filter(is_image, inside), MAX_LISTED)), key=natural_key)
         if not found:
             raise InputError(f"{folder}: no such folder, or no image in it or in its folders")
         self.known = {path: Path(path) for path in found} | self.known

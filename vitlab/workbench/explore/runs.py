@@ -7,11 +7,12 @@ import os
 import shlex
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ipywidgets
+import torch
 from matplotlib.figure import Figure
 
 from vitlab.files import InputError, read_lines
@@ -28,7 +29,8 @@ from vitlab.workbench.steps import TRAINING, study_folder
 SECONDS = 2.0                                   # between two looks at a run that goes on
 TAIL = 12                                       # lines of output shown
 RECENT = 20_000                                 # bytes of output that they are taken from
-LOGGED = ("epoch", "loss", "lr", "train_slice_top1_pct")
+LOGGED, LOGGED_STEP = ("epoch", "loss", "lr", "train_slice_top1_pct"), ("at_epoch", "loss", "lr")     # of an epoch, of a step in one
+TOGETHER = ("pretrain", "finetune", "search")      # take several processes
 # The fields of the form, by command; each is a flag of it.
 COMMANDS = {"finetune": ("checkpoint", "teacher", "data", "recipe", "out"), "search": ("checkpoint", "data", "macs-ratio", "out"),
             "pretrain": ("model", "data", "recipe", "out"), "tonight": ("checkpoint", "data", "out")}
@@ -48,13 +50,17 @@ def find_runs(root: str | Path) -> list[Path]:
 
 
 def training_logs(run: str | Path) -> dict[str, list[dict[str, Any]]]:
-    """{stage: a record per epoch} of what is trained in a run, each epoch's last; lines that are damaged, or no records of an epoch, are
-    left out."""
+    """{stage: records} of what is trained in a run: each epoch's last, and those of steps in between; other lines, and damaged ones,
+    are left out."""
     folder, logs = Path(run) / TRAINING, {}
     for path in sorted([*folder.glob(LOG), *folder.glob(f"*/{LOG}")], key=lambda p: (len(p.parent.name), p)):
-        last = {r["epoch"]: r for r in read_lines(path) if isinstance(r, dict) and all(_is_number(r.get(name)) for name in LOGGED)}
+        last = {}
+        for record in read_lines(path):
+            for logged in (LOGGED, LOGGED_STEP):
+                if isinstance(record, dict) and all(_is_number(record.get(name)) for name in logged):
+                    last[logged[0], record[logged[0]]] = record
         if last:
-            logs["training" if path.parent == folder else path.parent.name] = [last[epoch] for epoch in sorted(last)]
+            logs["training" if path.parent == folder else path.parent.name] = [last[key] for key in sorted(last)]
     return logs
 
 
@@ -151,11 +157,11 @@ def runs_panel(root: str | Path = "runs") -> Explorer:
             message.value = f"<b>{html.escape(str(error))}</b>"
         watch_on()
 
-    def begin(arguments: list[str], out: str) -> None:
+    def begin(arguments: list[str], out: str, count: int) -> None:
         def action() -> None:
             if not out:
                 raise InputError("out is empty; the name of a folder for the run is needed")
-            processes.start(arguments, folder / out, folder=folder)
+            processes.start(arguments, folder / out, folder=folder, processes=count)
             started.append(folder / out)
             find(folder / out)
         attempt(action)
@@ -173,13 +179,18 @@ def runs_panel(root: str | Path = "runs") -> Explorer:
     return panel
 
 
-def start_form(begin: Callable[[list[str], str], None]) -> ipywidgets.VBox:
-    """Fields for a command, the command line that they make, and a button that calls begin(arguments, run folder)."""
+def start_form(begin: Callable[[list[str], str, int], None]) -> ipywidgets.VBox:
+    """Fields for a command, the command line that they make, and a button that calls begin(arguments, run folder, processes), of
+    which there is one for each GPU where the command takes several."""
     wide = {"style": {"description_width": "7em"}, "layout": {"width": "36em"}}
     command = ipywidgets.Dropdown(options=list(COMMANDS), description="command", **wide)
     fields = {name: ipywidgets.Text(placeholder=f"such as {example}", description=name, **wide) for name, example in EXAMPLES.items()}
     more = ipywidgets.Text(placeholder="any other arguments, such as --epochs 3", description="more", **wide)
+    several = ipywidgets.BoundedIntText(max(1, torch.cuda.device_count()), min=1, max=64, description="processes", **wide)
     line, button = ipywidgets.HTML(), ipywidgets.Button(description="start", icon="rocket", button_style="primary")
+
+    def count() -> int:
+        return several.value if command.value in TOGETHER else 1
 
     def arguments() -> list[str]:
         """Raises ValueError for a quotation mark that is not closed."""
@@ -190,14 +201,20 @@ def start_form(begin: Callable[[list[str], str], None]) -> ipywidgets.VBox:
         for name, field in fields.items():
             field.layout.display = None if name in COMMANDS[command.value] else "none"
         try:
-            line.value, button.disabled = _as_text(shlex.join(["vitlab", *arguments()])), False
+            line.value, button.disabled = _as_text(_line(arguments(), count())), False
         except ValueError as error:
             line.value, button.disabled = f"<b>more: {html.escape(str(error))}</b>", True
-    for widget in (command, more, *fields.values()):
+        several.layout.display = None if command.value in TOGETHER else "none"
+    for widget in (command, more, several, *fields.values()):
         widget.observe(write, "value")
-    button.on_click(lambda _: begin(arguments(), fields["out"].value.strip()))
+    button.on_click(lambda _: begin(arguments(), fields["out"].value.strip(), count()))
     write()
-    return ipywidgets.VBox([command, *fields.values(), more, line, button])
+    return ipywidgets.VBox([command, *fields.values(), more, several, line, button])
+
+
+def _line(arguments: Sequence[str], count: int) -> str:
+    """The command as it is typed."""
+    return shlex.join([*(["torchrun", "--nproc-per-node", str(count), "-m"] if count > 1 else []), "vitlab", *arguments])
 
 
 def _has_loop() -> bool:
@@ -228,7 +245,7 @@ def _told(run: Path) -> tuple[str, str | None]:
     except InputError as error:
         return html.escape(str(error)), None
     code = "" if state.exit_code is None else f" with exit code {state.exit_code}"
-    line = _as_text(shlex.join(["vitlab", *state.arguments]))
+    line = _as_text(_line(state.arguments, state.processes))
     return f"<b>{state.name}</b>{code}, started {html.escape(state.started)}{line}", state.name
 
 

@@ -26,13 +26,13 @@ from vitlab.shape import ViTShape
 from vitlab.training.capture import frozen_eval, hooks, token_places
 from vitlab.workbench.cutting import open_dense
 from vitlab.workbench.explore.base import Cells, Explorer, array_png
-from vitlab.workbench.explore.choosing import WIDE, PictureChooser
+from vitlab.workbench.explore.choosing import WIDE, WRAPPED, PictureChooser
 from vitlab.workbench.pictures import as_input
 from vitlab.workbench.steps import Source
 
 WIDTH, DRAWN = 380, 448                         # of a picture on the page, in CSS pixels, and of its drawing with borders, at least
 GIVEN = "the given plan"
-BY_PLACE = {"Prune and Merge, one budget for all blocks": {"rule": "center"}, "Prune and Merge, a budget per block": {"rule": "merge"},
+BY_PLACE = {"Prune and Merge, one budget for all": {"rule": "center"}, "Prune and Merge, a budget per block": {"rule": "merge"},
             "shared updates": {"rule": "center", "share": True}}
 BY_CONTENT = {"merging by content": "match", "selection": "select"}         # names of their token dimensions
 
@@ -167,8 +167,8 @@ class TokenMap(Explorer):
         titles = ("tokens of the block; orange: pruned or averaged", "what merging keeps of the picture")
         panels = [ipywidgets.VBox([ipywidgets.HTML(f"<b>{title}</b>"), cells], layout=WIDE["layout"])
                   for title, cells in zip(titles, (self.left, self.right))]
-        super().__init__([chooser, ipywidgets.HBox([self.rule, self.block]), ipywidgets.HBox([self.keep_rate, self.prune_rate]),
-                          ipywidgets.HBox(panels), self.line], self._figure)
+        rows = [ipywidgets.HBox(row, layout=WRAPPED) for row in ([self.rule, self.block], [self.keep_rate, self.prune_rate], panels)]
+        super().__init__([chooser, *rows, self.line], self._figure)
         for widget in (self.rule, self.block, self.keep_rate, self.prune_rate):
             widget.observe(self._show, "value")
         chooser.observe(self._show, "chosen")

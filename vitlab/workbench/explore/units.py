@@ -20,7 +20,7 @@ from vitlab.shape import POOL_TOKEN, require
 from vitlab.training.capture import attention_maps
 from vitlab.workbench.cutting import open_dense
 from vitlab.workbench.explore.base import Cells, Explorer, array_png
-from vitlab.workbench.explore.choosing import WIDE, PictureChooser
+from vitlab.workbench.explore.choosing import WIDE, WRAPPED, PictureChooser
 from vitlab.workbench.pictures import as_input
 from vitlab.workbench.steps import Source
 
@@ -88,7 +88,7 @@ class UnitsMap(Explorer):
                 ipywidgets.HTML("<b>dependence on the block's other heads</b> (HSIC)"), self.shares]
         right = [self.titles["looks"], self.looks, self.titles["neurons"], self.neurons]
         columns = [ipywidgets.VBox(column, layout=WIDE["layout"]) for column in (left, right)]
-        super().__init__([chooser, self.line, ipywidgets.HBox(columns)], self._figure)
+        super().__init__([chooser, self.line, ipywidgets.HBox(columns, layout=WRAPPED)], self._figure)
         self.heads.observe(self._pick, "picked")
         chooser.observe(self._show, "chosen")
         self._show()
