@@ -10,7 +10,7 @@ from vitlab.files import atomic_write, read_lines
 
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "prune_and_merge.md", HERE.parent / "docs" / "search.md",
-         HERE.parent / "docs" / "off_the_shelf.md", HERE.parent / "docs" / "results.md")
+         HERE.parent / "docs" / "off_the_shelf.md", HERE.parent / "docs" / "results.md", HERE.parent / "docs" / "scale.md")
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -135,11 +135,26 @@ def per_block(rows: list[dict]) -> str:
                   [[r["model"], f"{r['gmacs']:.2f}", f"{r['top1_pct']:.2f}", f"{r['distill_loss']:.3f}"] for r in rows])
 
 
+def scale(rows: list[dict]) -> str:
+    head = ["model", "GMACs", "memory of the model (GB)", "of an image (MB)", "images/s, one CPU core", "images/s, one A100 (estimated)",
+            "30 epochs of ImageNet with a teacher (estimated)"]
+    return _table(head, [[r["model"].replace("_patch16_224", ""), f"{r['gmacs']:.1f}", f"{r['state_gb']:.1f}",
+                          f"{r['activations_mb']:.0f} ({r['activations_checkpointed_mb']:.0f})", f"{r['cpu_img_s']:.1f}",
+                          f"{r['A100_img_s']:.0f}", ", ".join(f"{hours:.1f} h on {where}" for where, hours in r["finetune_hours"].items())]
+                         for r in rows])
+
+
+def loader(rows: list[dict]) -> str:
+    return _table(["model, one step of 32 images", "loader processes", "loader alone (images/s)", "steps alone", "both", "the limit"],
+                  [[r["model"].replace("_patch16_224", ""), str(r["workers"]), f"{r['loader_img_s']:.0f}", f"{r['step_img_s']:.0f}",
+                    f"{r['both_img_s']:.0f}", r["limit"]] for r in rows])
+
+
 TABLES: dict[str, Callable[[list[dict]], str]] = {
     "published_table": published_table, "published_form": published_table, "boundaries": boundaries, "cifar10": cifar10,
     "token_speed": token_speed, "mdc_table": mdc_table, "joint": joint, "latency": latency, "hsic_speed": hsic_speed,
     "search_quality": search_quality, "off_the_shelf": off_the_shelf,
-    "off_the_shelf_short": off_the_shelf_short, "per_block": per_block}
+    "off_the_shelf_short": off_the_shelf_short, "per_block": per_block, "scale": scale, "loader": loader}
 
 
 def render(text: str) -> str:
