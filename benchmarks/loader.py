@@ -18,15 +18,15 @@ from torch import Tensor
 from vitlab.data import open_data
 from vitlab.files import write_lines
 from vitlab.models.create import create_model
-from vitlab.training.loop import _Training
 from vitlab.training.recipes import Engine, recipe
+from vitlab.training.stepping import Training
 from vitlab.training.throughput import conditions
 from vitlab.workbench.steps import pick_device
 
 RESULTS = Path(__file__).parent / "results" / "loader.jsonl"
 
 
-def rate(batches: Iterator[tuple[Tensor, Tensor]], training: _Training | None, count: int, device: torch.device) -> float:
+def rate(batches: Iterator[tuple[Tensor, Tensor]], training: Training | None, count: int, device: torch.device) -> float:
     """Images/s: the median of `count` steps, or of batches alone, after two to warm up."""
     seconds = []
     for _ in range(count + 2):
@@ -58,7 +58,7 @@ if __name__ == "__main__":
     for name in args.models:
         for workers in args.workers:
             model = create_model(name, num_classes=data.num_classes) if data.num_classes else create_model(name)
-            training = _Training(model, data, settings, Engine(), None, 0, device, None, workers)
+            training = Training(model, data, settings, Engine(), None, 0, device, None, workers)
             training.task.train()
             stream = itertools.chain.from_iterable(itertools.repeat(training.batches))
             alone = rate(stream, None, args.batches, device)

@@ -14,7 +14,7 @@ from vitlab.files import InputError
 from vitlab.models import compress, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import Match, Select, SharedUpdate
-from vitlab.training import loop, states
+from vitlab.training import states, stepping
 from vitlab.training.loop import fit
 from vitlab.training.recipes import RECIPES, Engine
 
@@ -81,7 +81,7 @@ def test_a_compiled_model_trains_to_the_same_losses(data, tmp_path, plain, rule,
 
 
 def test_compiling_without_a_compiler_is_refused(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.shutil, "which", lambda name: None)
+    monkeypatch.setattr(stepping.shutil, "which", lambda name: None)
     with pytest.raises(InputError, match="needs a C\\+\\+ compiler"):
         fit(tiny(), data, small_recipe(epochs=1), tmp_path, engine=Engine(compile=True), **QUIET)
 
@@ -109,13 +109,13 @@ def test_a_loss_scale_too_large_is_lowered_and_the_run_goes_on(data, tmp_path, m
 
 def test_the_moving_average_is_that_of_the_steps_and_is_what_comes_out(data, tmp_path, monkeypatch):
     decay, seen = 0.7, []
-    plain = loop._Training.take_step
+    plain = stepping.Training.take_step
 
     def watched(self, batches):
         loss = plain(self, batches)
         seen.append({k: v.clone() for k, v in self.model.state_dict().items()})
         return loss
-    monkeypatch.setattr(loop._Training, "take_step", watched)
+    monkeypatch.setattr(stepping.Training, "take_step", watched)
     model = tiny()
     fit(model, data, small_recipe(ema_decay=decay), tmp_path, **QUIET)
     wanted = seen[0]                                                            # the average begins with the first step's weights
@@ -128,7 +128,7 @@ def test_the_moving_average_is_that_of_the_steps_and_is_what_comes_out(data, tmp
 
 def test_layer_decay_lowers_the_rate_towards_the_image(data, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(loop, "create_optimizer_v2", lambda *a, **k: made.append(create_optimizer_v2(*a, **k)) or made[-1])
+    monkeypatch.setattr(stepping, "create_optimizer_v2", lambda *a, **k: made.append(create_optimizer_v2(*a, **k)) or made[-1])
     model = tiny()
     fit(model, data, small_recipe(epochs=1, layer_decay=0.5), tmp_path, **QUIET)
     rates = {id(p): group["lr_scale"] for group in made[0].param_groups for p in group["params"]}
@@ -140,7 +140,7 @@ def test_layer_decay_lowers_the_rate_towards_the_image(data, tmp_path, monkeypat
 def test_mixed_images_have_the_mixed_targets_of_the_formula(data, tmp_path, monkeypatch):
     """mixup: x = lam x_i + (1 - lam) x_j, and the loss is the cross-entropy with lam y_i + (1 - lam) y_j, smoothed."""
     seen = []
-    monkeypatch.setattr(loop._Training, "_forward", watched_forward(loop._Training._forward, seen))
+    monkeypatch.setattr(stepping.Training, "_forward", watched_forward(stepping.Training._forward, seen))
     fit(tiny(), data, small_recipe(epochs=1, mixup=0.8, smoothing=0.1), tmp_path, **QUIET)
     for model_state, (x, y), loss in seen:
         model = tiny()
@@ -184,7 +184,8 @@ def test_epochs_are_shuffled_anew_and_known_by_seed_and_epoch():
     order = TrainingOrder(range(40), 8, seed=1)
     epochs = [[key for batch in order for key in batch] for _ in range(2)]
     order.epoch, order.start = 1, 3
-    assert [key for batch in order for key in batch] == epochs[1][24:] and epochs[0] != epochs[1]
+    assert [key for batch in order for key in batch] == epochs[1][24:]
+    assert [i for i, _ in epochs[0]] != [i for i, _ in epochs[1]] and [seed for _, seed in epochs[0]] != [seed for _, seed in epochs[1]]
     other = TrainingOrder(range(40), 8, seed=2)
     assert [i for batch in other for i, _ in batch] != [i for i, _ in epochs[0]]
 

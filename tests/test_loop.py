@@ -120,7 +120,7 @@ def test_training_goes_on_without_the_broken_images(tmp_path):
     (root / "train" / "red" / "bad.png").write_bytes(b"nonsense")
     with pytest.warns(UserWarning, match="bad.png"):
         log = fit(tiny(), open_data(root), small_recipe(), tmp_path / "run", **QUIET)
-    assert len(log) == 2 and log[1]["loss"] < log[0]["loss"]
+    assert len(log) == 2 and log[1]["loss"] < log[0]["loss"] and log[1]["broken"] == 1
 
 
 # ---------------------------------------------------------------- what trains

@@ -142,13 +142,13 @@ import os, sys
 from vitlab import parallel
 from vitlab.cli import main
 from vitlab.files import InputError
-from vitlab.training import loop
-plain = loop._Training.take_step
+from vitlab.training import stepping
+plain = stepping.Training.take_step
 def step(self, batches):
     if parallel.rank() == 1 and self.step == 2:
         raise InputError("data/red/7.png: the disk gave up")
     return plain(self, batches)
-loop._Training.take_step = step
+stepping.Training.take_step = step
 sys.exit(main(sys.argv[1:]))
 """)
     began = time.monotonic()
