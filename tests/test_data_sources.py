@@ -51,7 +51,7 @@ def write_shards(source: Path, target: Path, shards: int = 2) -> Path:
     return target
 
 
-@pytest.fixture(scope="module", params=["tar", "wds", "hfds"])
+@pytest.fixture(scope="module", params=["tar", "wds", "hfds", "torch"])
 def other(request, folder, tmp_path_factory) -> str:
     """The same images in another form."""
     place = tmp_path_factory.mktemp(request.param)
@@ -60,6 +60,8 @@ def other(request, folder, tmp_path_factory) -> str:
     if request.param == "wds":
         pytest.importorskip("webdataset", reason="webdataset is not installed (pip install vitlab[streams])")
         return f"wds/{write_shards(folder, place / 'shards')}"
+    if request.param == "torch":
+        return f"torch/image_folder@{folder}"
     pytest.importorskip("datasets", reason="Hugging Face's datasets is not installed (pip install vitlab[streams])")
     return f"hfds/{folder}"
 

@@ -16,7 +16,7 @@ FLOORS = [                                              # lowest first
     {"models", "criteria", "search", "data", "plots"},
     {"training"},
     {"workbench"},
-    {"options"},
+    {"options", "launching"},
     {"cli"},                                            # the commands call the workbench's steps
     {"__main__"},
 ]

@@ -84,7 +84,7 @@ def refused():
     try:
         yield
     except InputError as error:
-        assert 10 < len(cli._one_line(str(error))) < 3000
+        assert 10 < len(cli.one_line(str(error))) < 3000
 
 
 # ---- Plans

@@ -119,7 +119,7 @@ def test_the_command_line_trains_in_two_processes_and_prints_once(place):
 def test_wrong_input_under_torchrun_is_one_line_and_the_end_of_all(place):
     began = time.monotonic()
     ran = torchrun(*FINETUNE, "--accumulate", "3", cwd=place)
-    assert ran.returncode != 0 and time.monotonic() - began < 100
+    assert ran.returncode != 0 and time.monotonic() - began < 240
     assert "vitlab finetune: recipe digits: a step of 8 images does not divide by 2 processes times 3 batches" in ran.stderr
     assert "Traceback" not in ran.stderr.split("exitcode")[0]
 
@@ -153,7 +153,7 @@ sys.exit(main(sys.argv[1:]))
 """)
     began = time.monotonic()
     ran = torchrun(script, *FINETUNE[2:], cwd=place)
-    assert ran.returncode != 0 and time.monotonic() - began < 100
+    assert ran.returncode != 0 and time.monotonic() - began < 240
     assert "vitlab finetune: data/red/7.png: the disk gave up" in ran.stderr
     root = ran.stderr[ran.stderr.index("Root Cause"):]
     assert "rank      : 1" in root and "the disk gave up" in root

@@ -19,9 +19,10 @@ from PIL import Image
 from training_fixtures import compressed, one_thread, small_recipe, tiny, write_easy_folder, write_folder  # noqa: F401
 
 from vitlab import files, signals
-from vitlab.cli import COMMAND, main
+from vitlab.cli import main
 from vitlab.data import open_data
 from vitlab.files import InputError, read_lines
+from vitlab.launching import COMMAND
 from vitlab.models import shape_of
 from vitlab.plan import CompressionPlan
 from vitlab.search.study import JOURNAL

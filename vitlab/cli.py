@@ -2,27 +2,21 @@
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
-import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vitlab import signals
-from vitlab.files import LOCK, InputError, atomic_write, read_json
+from vitlab.files import InputError
+from vitlab.launching import COMMAND, LOST, RESUMABLE, join, leave, lost, on_record, one_line, recorded
 from vitlab.options import build_parser
 
 DEMO = ("00_check_setup", "01_baseline", "02_token_scores", "03_prune_and_merge", "04_finetune", "05_heads_and_neurons", "06_search",
         "07_prune_what_was_found", "08_tonight", "90_results")
-
-
-TOGETHER = ("pretrain", "finetune", "score", "evaluate", "search")              # take several processes
-RESUMABLE, COMMAND = ("pretrain", "finetune", "search", "tonight"), "command.json"
-LOST = 15.0                                     # seconds that a process waits to be ended after another one was
 
 
 def _recipe(args: argparse.Namespace) -> Any:
@@ -256,74 +250,17 @@ COMMANDS = {"pretrain": _pretrain, "score": _score, "prune": _prune, "search": _
             "report": _report, "demo": _demo}
 
 
-def _recorded(run: str, parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command that began a run; its folder becomes the current one. Raises InputError naming the file."""
-    path = Path(run) / COMMAND
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; {', '.join(RESUMABLE)} write it into their run folder")
-    record = read_json(path)
-    arguments, folder = (record.get("arguments"), record.get("folder")) if isinstance(record, dict) else (None, None)
-    if not isinstance(arguments, list) or not all(isinstance(a, str) for a in arguments) or not isinstance(folder, str):
-        raise InputError(f"{path}: no record of a command")
-    if not arguments or arguments[0] not in RESUMABLE:
-        raise InputError(f"{path}: {arguments[0] if arguments else 'nothing'!r} can't be gone on with; {', '.join(RESUMABLE)} can")
-    args = parser.parse_args(arguments)
-    if not Path(folder).is_dir() or (Path(folder) / args.out).resolve() != Path(run).resolve():
-        raise InputError(f"{path}: the run was begun in {folder} as {args.out} and has been moved since; give its command again")
-    os.chdir(folder)
-    return args
-
-
-def _join(args: argparse.Namespace) -> None:
-    """Where torchrun started several processes: be one of them. The first one alone prints."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return
-    from vitlab import parallel
-    if args.command not in TOGETHER:
-        raise InputError(f"`{args.command}` runs in one process; start it without torchrun ({', '.join(TOGETHER)} take several)")
-    parallel.begin(args.device)
-    if not parallel.is_first():
-        sys.stdout, args.quiet = open(os.devnull, "w"), True
-
-
-def _leave(error: BaseException | None = None) -> None:
-    """Where torchrun started several processes: leave the others, with the error for its report."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return
-    if error is None:
-        from vitlab import parallel
-        parallel.end()
-    else:
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-        get_error_handler().record_exception(error)
-
-
-@contextlib.contextmanager
-def _on_record(path: Path, given: Sequence[str]) -> Iterator[None]:
-    """Write the command into its run folder; where it is refused, the one that began the run stands there again, or nothing."""
-    before, fresh = path.read_bytes() if path.is_file() else None, not path.parent.exists()
-    atomic_write(path, json.dumps({"arguments": list(given), "folder": str(Path.cwd())}) + "\n")
-    try:
-        yield
-    except (InputError, OSError):
-        if before is not None:
-            atomic_write(path, before)
-        elif not [p for p in path.parent.iterdir() if p.name not in (COMMAND, LOCK)]:
-            shutil.rmtree(path.parent) if fresh else path.unlink()
-        raise
-
-
 def execute(args: argparse.Namespace, given: Sequence[str] = ()) -> int:
     """Do one parsed command, `given` as these words; returns its exit code. Raises InputError."""
     if args.command in ("prune", "calibrate", "search", "finetune", "tonight"):
         _check_apart(args)
     if getattr(args, "out", None):
         _check_out(args.out, wants_file=args.command == "score")
-    _join(args)
+    join(args)
     keeps = args.command in RESUMABLE and given and int(os.environ.get("RANK", "0")) == 0
-    with _on_record(Path(args.out) / COMMAND, given) if keeps else contextlib.nullcontext():
+    with on_record(Path(args.out) / COMMAND, given) if keeps else contextlib.nullcontext():
         code = COMMANDS[args.command](args) or 0
-    _leave()
+    leave()
     return code
 
 
@@ -333,34 +270,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     args = parser.parse_args(given)
-    before, warnings.formatwarning = warnings.formatwarning, lambda message, *_: f"vitlab {args.command}: {_one_line(str(message))}\n"
+    before, warnings.formatwarning = warnings.formatwarning, lambda message, *_: f"vitlab {args.command}: {one_line(str(message))}\n"
     with contextlib.suppress(AttributeError, ValueError):       # names of files need not be text: print them all the same
         sys.stdout.reconfigure(errors="backslashreplace")
 
     def say(what: str) -> None:
-        print(f"vitlab {args.command}: {_one_line(what)}", file=sys.stderr)
+        print(f"vitlab {args.command}: {one_line(what)}", file=sys.stderr)
     try:
         with signals.on_request(signals.stop):
             if args.command == "resume":
-                args, given = _recorded(args.run, parser), ()
+                args, given = recorded(args.run, parser), ()
             return execute(args, given)
     except InputError as error:
         say(str(error))
-        _leave(error)
+        leave(error)
         return 2
     except BrokenPipeError:                     # the reader of our output left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         say(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "))
-        _leave(error)
+        leave(error)
         return 2
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or any(words in str(error) for words in ("out of memory", "can't allocate memory")):
             say(f"out of memory; a smaller batch or model needs less ({str(error) or 'no memory'})"[:300])
-            _leave(error)
+            leave(error)
             return 2
-        if not _lost(error):
-            _leave(error)
+        if not lost(error):
+            leave(error)
             raise
         say("another process of this run ended, and so does this one; what went wrong is in that one's error")
         time.sleep(LOST)                        # torchrun reports the first that ends
@@ -374,16 +311,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         warnings.formatwarning = before
     return 0
-
-
-def _one_line(text: str) -> str:
-    """A message in one line, with what can't be printed (control characters in names of files, say) written as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.splitlines()))
-
-
-def _lost(error: RuntimeError) -> bool:
-    """Whether it says no more than that another process is gone."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(word in str(error).lower() for word in ("gloo", "nccl", "connection closed"))
 
 
 if __name__ == "__main__":

@@ -147,12 +147,12 @@ def _open_digits() -> ImageData:
 DATA_SETS: dict[str, Callable[[], ImageData]] = {"digits": _open_digits}
 
 
-def open_data(data: str | Path, *, class_map: str | Path | None = None, root: str | None = None) -> ImageData:
+def open_data(data: str | Path, *, class_map: str | Path | None = None) -> ImageData:
     """Open a data set: a name of DATA_SETS ("digits"), a folder of images, or a timm data set name such as "hfds/NAME".
 
-    hfds/NAME (or a local folder that Hugging Face's datasets open), hfids/NAME, tfds/NAME and torch/NAME take their folder from root;
-    wds/FOLDER is a folder of WebDataset shards with an _info.json. In place of each of its folders below a split may be a tar file
-    of class folders.
+    hfds/NAME (or a local folder that Hugging Face's datasets open), hfids/NAME, tfds/NAME and torch/NAME name the folder of their files
+    after an @, as in torch/cifar10@FOLDER; wds/FOLDER is a folder of WebDataset shards with an _info.json. In place of each of its
+    folders below a split may be a tar file of class folders.
 
     A folder holds train/ and val/, validation/ or test/, each with one folder per class. Class numbers follow the sorted
     names, or class_map (default: class_index.json in the folder) where it holds only some of a model's classes. A folder, or its
@@ -164,7 +164,7 @@ def open_data(data: str | Path, *, class_map: str | Path | None = None, root: st
             raise InputError(f"{data} takes no class map: its classes are fixed")
         return DATA_SETS[str(data)]()
     if str(data).startswith(TIMM_PREFIXES):
-        return _open_timm(str(data), root)
+        return _open_timm(str(data))
     if not str(data):
         raise InputError("no data set is named; give 'digits' or a folder of images")
     folder = from_root(data)
@@ -211,10 +211,11 @@ def _open_tars(folder: Path, tars: dict[str, Path]) -> ImageData:
     return ImageData(folder.resolve().name, {name: Images(r) for name, r in readers.items()}, classes, len(classes))
 
 
-def _open_timm(name: str, root: str | None) -> ImageData:
-    splits, errors = {}, []
+def _open_timm(data: str) -> ImageData:
+    name, _, root = data.partition("@")
+    splits, errors, root = {}, [], root or None
     if name.startswith("wds/"):
-        root = root or name.removeprefix("wds/")
+        root = name.removeprefix("wds/")
         if not (Path(root) / "_info.json").is_file() and not (Path(root) / "info.json").is_file():
             raise InputError(f"{root}: no folder of WebDataset shards; one with an _info.json that names the shards of each split is")
     for split in ("train", "validation", "test"):

@@ -1,0 +1,82 @@
+"""How a command is begun and ended: on record in its run folder, gone on with, as one of several processes, its errors in one line."""
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from vitlab.files import LOCK, InputError, atomic_write, read_json
+
+TOGETHER = ("pretrain", "finetune", "score", "evaluate", "search")              # take several processes
+RESUMABLE, COMMAND = ("pretrain", "finetune", "search", "tonight"), "command.json"
+LOST = 15.0                                     # seconds that a process waits to be ended after another one was
+
+
+def recorded(run: str, parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command that began a run; its folder becomes the current one. Raises InputError naming the file."""
+    path = Path(run) / COMMAND
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; {', '.join(RESUMABLE)} write it into their run folder")
+    record = read_json(path)
+    arguments, folder = (record.get("arguments"), record.get("folder")) if isinstance(record, dict) else (None, None)
+    if not isinstance(arguments, list) or not all(isinstance(a, str) for a in arguments) or not isinstance(folder, str):
+        raise InputError(f"{path}: no record of a command")
+    if not arguments or arguments[0] not in RESUMABLE:
+        raise InputError(f"{path}: {arguments[0] if arguments else 'nothing'!r} can't be gone on with; {', '.join(RESUMABLE)} can")
+    args = parser.parse_args(arguments)
+    if not Path(folder).is_dir() or (Path(folder) / args.out).resolve() != Path(run).resolve():
+        raise InputError(f"{path}: the run was begun in {folder} as {args.out} and has been moved since; give its command again")
+    os.chdir(folder)
+    return args
+
+
+def join(args: argparse.Namespace) -> None:
+    """Where torchrun started several processes: be one of them. The first one alone prints."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    from vitlab import parallel
+    if args.command not in TOGETHER:
+        raise InputError(f"`{args.command}` runs in one process; start it without torchrun ({', '.join(TOGETHER)} take several)")
+    parallel.begin(args.device)
+    if not parallel.is_first():
+        sys.stdout, args.quiet = open(os.devnull, "w"), True
+
+
+def leave(error: BaseException | None = None) -> None:
+    """Where torchrun started several processes: leave the others, with the error for its report."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    if error is None:
+        from vitlab import parallel
+        parallel.end()
+    else:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+        get_error_handler().record_exception(error)
+
+
+@contextlib.contextmanager
+def on_record(path: Path, given: Sequence[str]) -> Iterator[None]:
+    """Write the command into its run folder; where it is refused, the one that began the run stands there again, or nothing."""
+    before, fresh = path.read_bytes() if path.is_file() else None, not path.parent.exists()
+    atomic_write(path, json.dumps({"arguments": list(given), "folder": str(Path.cwd())}) + "\n")
+    try:
+        yield
+    except (InputError, OSError):
+        if before is not None:
+            atomic_write(path, before)
+        elif not [p for p in path.parent.iterdir() if p.name not in (COMMAND, LOCK)]:
+            shutil.rmtree(path.parent) if fresh else path.unlink()
+        raise
+
+
+def one_line(text: str) -> str:
+    """A message in one line, with what can't be printed (control characters in names of files, say) written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.splitlines()))
+
+
+def lost(error: RuntimeError) -> bool:
+    """Whether it says no more than that another process is gone."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(word in str(error).lower() for word in ("gloo", "nccl", "connection closed"))
