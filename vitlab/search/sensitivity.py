@@ -49,7 +49,8 @@ def measure_alone(problem: Problem, objective: Callable[[np.ndarray], dict[str, 
     together = parallel.world()
     first, rest = [row for row in todo if row == 0], [row for row in todo if row]      # losses are differences to nothing cut
     groups = [group for group in (first, *(rest[i:i + together] for i in range(0, len(rest), together))) if group]
-    for group in tqdm(groups, desc=f"sensitivity {label}".strip(), unit="cut", disable=not progress):
+    for group in tqdm(groups, desc=f"sensitivity {label}".strip(), unit="cut",
+                      disable=not progress or not groups):
         mine, found = parallel.rank(), float("nan")
         if mine < len(group):
             with parallel.alone():
