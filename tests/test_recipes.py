@@ -1,9 +1,14 @@
 """Recipes: complete, checked, and scaled as their source says."""
 import math
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
 from training_fixtures import small_recipe
 
+from vitlab.data.order import drawing
 from vitlab.files import InputError
 from vitlab.training.recipes import DISTILL, RECIPES, Recipe, recipe
 
@@ -61,3 +66,13 @@ def test_an_unknown_recipe_lists_the_known_ones():
 def test_the_step_size_scales_linearly_with_the_batch(batch_size, wanted):
     scaled = Recipe(name="a", source="b", command="c", lr=1e-4, lr_batch=512, batch_size=batch_size).scaled_lr
     assert scaled == pytest.approx(wanted, rel=1e-12)           # two float64 operations
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_the_augmentation_of_a_recipe_can_be_drawn_again_and_again(name):
+    """RandAugment has operations, and magnitudes of them, that are drawn once in a thousand images."""
+    transform = create_transform(32, is_training=True, **RECIPES[name].augment)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    for seed in range(3000 if "auto_augment" in RECIPES[name].augment else 100):
+        with drawing(seed):
+            assert torch.isfinite(transform(image)).all(), f"seed {seed}"

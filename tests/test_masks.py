@@ -1,0 +1,514 @@
+"""Images with masks: every published layout written small, its faults named by file, joint transforms, and batches that resume."""
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from training_fixtures import one_thread, tiny  # noqa: F401
+
+from vitlab.data.joint import evaluation_transform, training_transform
+from vitlab.data.layouts import CAMVID, CITYSCAPES, LAYOUTS, PASCAL_CONTEXT
+from vitlab.data.masks import open_scenes
+from vitlab.data.scene_data import Scenes
+from vitlab.files import InputError
+
+HEIGHT, WIDTH = 11, 13                                                  # no multiples of any patch
+
+
+def write_image(path: Path, size: tuple[int, int] = (HEIGHT, WIDTH), level: int = 100) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size[::-1], (level,) * 3).save(path)
+
+
+def write_mask(path: Path, ids: list[int], size: tuple[int, int] = (HEIGHT, WIDTH), palette: bool = False) -> None:
+    """The ids in turn, pixel by pixel."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.resize(np.array(ids), size)
+    image = Image.fromarray(values.astype(np.uint8) if values.max() < 256 else values.astype(np.uint16))
+    if palette:
+        image.putpalette([255 - v // 3 for v in range(768)])            # colours that are not the ids
+    image.save(path)
+
+
+def ade20k(root: Path, ids: list[int]) -> Path:
+    for split in ("training", "validation"):
+        for name in ("b", "a"):
+            write_image(root / "images" / split / f"ADE_{split}_{name}.jpg")
+            write_mask(root / "annotations" / split / f"ADE_{split}_{name}.png", ids)
+    return root
+
+
+def cityscapes(root: Path, ids: list[int]) -> Path:
+    for split, city in (("train", "zurich"), ("train", "aachen"), ("val", "ulm"), ("test", "bonn")):
+        name = f"{city}_000000_000019"
+        write_image(root / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png")
+        write_mask(root / "gtFine" / split / city / f"{name}_gtFine_labelIds.png", ids)
+        write_mask(root / "gtFine" / split / city / f"{name}_gtFine_color.png", [200])
+    return root
+
+
+def pascal_context(root: Path, ids: list[int]) -> Path:
+    for split, names in (("train", ("2008_000002", "2008_000001")), ("val", ("2010_000003",))):
+        (root / "ImageSets" / "SegmentationContext").mkdir(parents=True, exist_ok=True)
+        (root / "ImageSets" / "SegmentationContext" / f"{split}.txt").write_text("\n".join(names) + "\n")
+        for name in names:
+            write_image(root / "JPEGImages" / f"{name}.jpg")
+            write_mask(root / "SegmentationClassContext" / f"{name}.png", ids, palette=True)
+    write_image(root / "JPEGImages" / "2007_000000.jpg")                # of VOC, in no list
+    return root
+
+
+def folder(root: Path, ids: list[int], classes: tuple[str, ...] = ("sand", "sea"), **settings) -> Path:
+    for split in ("train", "val", "test"):
+        for name in ("b", "a"):
+            write_image(root / split / "images" / f"{name}.jpg")
+            write_mask(root / split / "masks" / f"{name}.png", ids, **settings)
+    (root / "classes.txt").write_text("\n".join(classes) + "\n")
+    return root
+
+
+def camvid(root: Path, ids: list[int]) -> Path:
+    return folder(root, ids, CAMVID)
+
+
+# layout: how it is written, ids, the classes they are (255: ignored), number of classes, images in train
+CASES = {
+    "ade20k": (ade20k, [0, 1, 2, 150], [255, 0, 1, 149], 150, 2),
+    # in the owners' label table: unlabeled, road, sidewalk, parking, building, guard rail, pole, polegroup, traffic light, sky, rider,
+    # caravan, trailer, train, bicycle
+    "cityscapes": (cityscapes, [0, 7, 8, 9, 11, 14, 17, 18, 19, 23, 25, 29, 30, 31, 33],
+                   [255, 0, 1, 255, 2, 255, 5, 255, 6, 10, 12, 255, 255, 16, 18], 19, 2),
+    "pascal_context": (pascal_context, [0, 1, 59, 255], [0, 1, 59, 255], 60, 2),
+    "camvid": (camvid, [0, 10, 11, 255], [0, 10, 255, 255], 11, 2),
+    "folder": (folder, [1, 0, 255], [1, 0, 255], 2, 2),
+}
+
+
+@pytest.fixture(params=list(CASES))
+def case(request) -> str:
+    return request.param
+
+
+# ---------------------------------------------------------------- layouts
+
+def test_every_layout_has_a_case():
+    assert set(CASES) == set(LAYOUTS)
+
+
+def test_a_published_layout_is_known_by_itself_and_its_ids_become_classes(tmp_path, case):
+    write, ids, classes, count, images = CASES[case]
+    data = open_scenes(write(tmp_path / "set", ids))
+    assert (data.name, data.num_classes, len(set(data.classes))) == ("set", count, count)
+    assert len(data.split("train")) == images and data.choose_on == "val"
+    assert data.held_out == ("test" if case in ("camvid", "folder") else "val")
+    for split in data.splits:
+        for i in range(len(data.split(split))):
+            image, mask = data.split(split).scene(i)
+            assert image.size == (WIDTH, HEIGHT) and image.mode == "RGB"
+            assert mask.dtype == np.uint8 and np.array_equal(mask, np.resize(classes, (HEIGHT, WIDTH)))
+
+
+def test_a_layout_by_name_overrides_what_the_folder_looks_like(tmp_path):
+    root = camvid(tmp_path, [0, 10])
+    assert open_scenes(root).split("train").reader.table[11] == 255
+    data = open_scenes(root, "folder")
+    write_mask(root / "train" / "masks" / "a.png", [11])
+    with pytest.raises(InputError, match=f"{root / 'train' / 'masks' / 'a.png'}: holds id 11, which is unknown; ids are 0 to 10, 255"):
+        data.split("train").scene(0)
+
+
+def test_splits_of_the_published_sets(tmp_path):
+    for name, wanted in (("ade20k", ["train", "val"]), ("cityscapes", ["train", "val"]), ("pascal_context", ["train", "val"]),
+                         ("camvid", ["train", "val", "test"])):
+        write, ids, *_ = CASES[name]
+        assert list(open_scenes(write(tmp_path / name, ids)).splits) == wanted         # Cityscapes' test has no published truth
+
+
+def test_images_are_in_the_order_of_their_names_and_those_of_pascal_in_that_of_their_list(tmp_path):
+    def names(data):
+        return [Path(data.split("train").path(i)).stem for i in range(2)]
+    assert names(open_scenes(ade20k(tmp_path / "a", [1]))) == ["ADE_training_a", "ADE_training_b"]
+    assert names(open_scenes(folder(tmp_path / "f", [1]))) == ["a", "b"]
+    assert names(open_scenes(cityscapes(tmp_path / "c", [7])))[0].startswith("aachen")
+    assert names(open_scenes(pascal_context(tmp_path / "p", [1]))) == ["2008_000002", "2008_000001"]
+
+
+def test_class_names(tmp_path):
+    root = ade20k(tmp_path / "a", [1])
+    assert open_scenes(root).classes[:2] == ["class 1", "class 2"]
+    lines = [f"{i}\t0.1\t10\t1\tthing{i}, other{i}\t" if i % 2 else f"{i}\t0.1\t10\t1\tthing{i}" for i in range(1, 151)]
+    (root / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tName\n" + "\n".join(line.rstrip("\t") for line in lines) + "\n")
+    assert open_scenes(root).classes == [f"thing{i}" for i in range(1, 151)]
+    (root / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tName\n1\t0.1\t10\t1\twall\n")
+    with pytest.raises(InputError, match="objectInfo150.txt: names 1 classes; 150 are needed"):
+        open_scenes(root)
+    assert (CITYSCAPES[0], CITYSCAPES[13], CITYSCAPES[18], len(CITYSCAPES)) == ("road", "car", "bicycle", 19)
+    assert (PASCAL_CONTEXT[0], PASCAL_CONTEXT[15], PASCAL_CONTEXT[59], len(set(PASCAL_CONTEXT))) == ("background", "person", "wood", 60)
+    assert len(set(CAMVID)) == 11
+
+
+def test_palette_masks_give_their_index_not_their_colour(tmp_path):
+    data = open_scenes(folder(tmp_path, [1, 0, 255], palette=True))
+    assert Image.open(tmp_path / "train" / "masks" / "a.png").mode == "P"
+    assert np.array_equal(data.split("train").scene(0)[1], np.resize([1, 0, 255], (HEIGHT, WIDTH)))
+
+
+@pytest.mark.parametrize("mode", ["1", "I;16", "I"])
+def test_masks_of_other_depths_are_read(tmp_path, mode):
+    folder(tmp_path, [0])
+    values = np.resize([0, 1, 1], (HEIGHT, WIDTH))
+    dtype = {"1": np.bool_, "I;16": np.uint16, "I": np.int32}[mode]
+    image = Image.fromarray(values.astype(dtype))
+    assert image.mode == mode
+    path = tmp_path / "train" / "masks" / "a.png"
+    if mode == "I":                                                     # PNG keeps 16 bits of it
+        path.unlink()
+        path = path.with_suffix(".tif")
+        image.save(path)
+        path.rename(path.with_suffix(".png"))
+    else:
+        image.save(path)
+    assert np.array_equal(open_scenes(tmp_path).split("train").scene(0)[1], values)
+
+
+def test_any_image_becomes_rgb(tmp_path):
+    folder(tmp_path, [0])
+    Image.new("LA", (WIDTH, HEIGHT), (9, 100)).save(tmp_path / "train" / "images" / "a.png")
+    (tmp_path / "train" / "images" / "a.jpg").unlink()
+    assert open_scenes(tmp_path).split("train").scene(0)[0].getpixel((0, 0)) == (9, 9, 9)
+
+
+# ---------------------------------------------------------------- faults
+
+MASKS = {"ade20k": ("annotations/training/ADE_training_a.png", 0),
+         "cityscapes": ("gtFine/val/ulm/ulm_000000_000019_gtFine_labelIds.png", 0),
+         "pascal_context": ("SegmentationClassContext/2010_000003.png", 0), "camvid": ("val/masks/b.png", 1),
+         "folder": ("test/masks/b.png", 1)}
+UNKNOWN = {"ade20k": (151, "0 to 150"), "cityscapes": (34, "0 to 33"), "pascal_context": (60, "0 to 59, 255"),
+           "camvid": (12, "0 to 11, 255"), "folder": (2, "0 to 1, 255")}
+
+
+def faulty(data, case: str) -> Exception:
+    """What the scene with that mask raises."""
+    path, number = MASKS[case]
+    split = path.split("/")[0] if case in ("camvid", "folder") else "train" if case == "ade20k" else "val"
+    with pytest.raises(InputError) as error:
+        data.split(split).scene(number)
+    return error.value
+
+
+def test_a_mask_of_another_size_is_named_with_its_image(tmp_path, case):
+    root, path = CASES[case][0](tmp_path, CASES[case][1]), tmp_path / MASKS[case][0]
+    write_mask(path, [1], (WIDTH, HEIGHT))
+    message = str(faulty(open_scenes(root), case))
+    assert message.startswith(f"{path}: is 13 x 11, its image ") and message.endswith(" is 11 x 13")
+
+
+def test_a_missing_mask_is_named_with_its_image_when_the_set_is_opened(tmp_path, case):
+    root, path = CASES[case][0](tmp_path, CASES[case][1]), tmp_path / MASKS[case][0]
+    path.unlink()
+    with pytest.raises(InputError, match=f"{tmp_path}.*(jpg|png): has no mask; {path} is missing"):
+        open_scenes(root)
+
+
+def test_an_unknown_id_is_named_with_its_file_and_the_known_ones(tmp_path, case):
+    root, path = CASES[case][0](tmp_path, CASES[case][1]), tmp_path / MASKS[case][0]
+    wrong, known = UNKNOWN[case]
+    write_mask(path, [1, wrong])
+    assert str(faulty(open_scenes(root), case)) == f"{path}: holds id {wrong}, which is unknown; ids are {known}"
+
+
+def test_ids_of_more_than_a_byte_and_several_are_named(tmp_path):
+    root = folder(tmp_path, [0])
+    write_mask(tmp_path / "test/masks/b.png", [0, 256, 65535])          # a byte of 256 would be 0
+    assert str(faulty(open_scenes(root), "folder")).endswith("holds id 256 and 1 more that are unknown; ids are 0 to 1, 255")
+
+
+@pytest.mark.parametrize("what", ["colours", "broken", "empty", "folder"])
+def test_a_mask_that_is_none_is_named(tmp_path, what):
+    root, path = folder(tmp_path, [0]), tmp_path / "test/masks/b.png"
+    path.unlink()
+    if what == "colours":
+        write_image(path)
+    elif what == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(b"not an image" if what == "broken" else b"")
+    says = "has 3 channels \\(RGB\\); a mask has one number a pixel" if what == "colours" else "can't be read as a mask"
+    assert str(path) in str(faulty(open_scenes(root), "folder"))
+    with pytest.raises(InputError, match=f"{path}: {says}"):
+        open_scenes(root).split("test").scene(1)
+
+
+def test_a_broken_image_is_named(tmp_path):
+    root = folder(tmp_path, [0])
+    path = tmp_path / "test/images/b.jpg"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(InputError, match=f"{path}: can't be read as an image"):
+        open_scenes(root).split("test").scene(1)
+
+
+@pytest.mark.parametrize("text, says", [
+    (None, "no such file; the class names are needed there"), ("", "names 0 classes; 2 to 255"), ("sand\n", "names 1 classes"),
+    ("sand\nsea\nsand\n", "names 'sand' twice"), (b"\xff\xfe\x00", "can't be read"),
+    ("\n".join(map(str, range(256))), "names 256 classes"),
+])
+def test_a_class_list_that_is_none_is_named(tmp_path, text, says):
+    root = folder(tmp_path, [0])
+    path = root / "classes.txt"
+    path.unlink() if text is None else path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match=f"{path}: {says}"):
+        open_scenes(root)
+
+
+def test_folders_that_hold_no_scenes_are_named(tmp_path):
+    with pytest.raises(InputError, match=f"'{tmp_path / 'nowhere'}': no such folder; give one of"):
+        open_scenes(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="'': no such folder"):
+        open_scenes("")
+    with pytest.raises(InputError, match=f"{tmp_path}: has none of the layouts"):
+        open_scenes(tmp_path)
+    with pytest.raises(InputError, match="layout 'voc' is not known; known are"):
+        open_scenes(tmp_path, "voc")
+    for name in ("ade20k", "cityscapes", "pascal_context", "folder"):
+        with pytest.raises(InputError, match=f"{tmp_path}"):
+            open_scenes(tmp_path, name)
+    root = folder(tmp_path / "f", [0])
+    for path in (root / "val" / "images").iterdir():
+        path.unlink()
+    with pytest.raises(InputError, match=f"{root / 'val' / 'images'}: holds no images"):
+        open_scenes(root)
+    with pytest.raises(InputError, match=f"{root / 'classes.txt'}: not CamVid's 11 classes"):
+        open_scenes(folder(tmp_path / "f", [0]), "camvid")
+
+
+def test_a_name_in_a_pascal_list_without_image_is_named(tmp_path):
+    root = pascal_context(tmp_path, [0])
+    (root / "JPEGImages" / "2010_000003.jpg").unlink()
+    with pytest.raises(InputError, match=f"{root}/ImageSets/SegmentationContext/val.txt: names 2010_000003, but .*jpg is missing"):
+        open_scenes(root)
+
+
+# ---------------------------------------------------------------- joint transforms
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.5)
+
+
+def coloured(height: int = 23, width: int = 29, block: int = 1, seed: int = 0) -> tuple[Image.Image, np.ndarray]:
+    """An image that says each pixel's class: class k is grey 20 k. Blocks of one class."""
+    small = np.random.default_rng(seed).integers(0, 10, (-(-height // block), -(-width // block)), dtype=np.uint8)
+    mask = small.repeat(block, 0).repeat(block, 1)[:height, :width].copy()
+    return Image.fromarray(np.repeat(20 * mask[..., None], 3, axis=2)), mask
+
+
+def classes_in(image: torch.Tensor) -> torch.Tensor:
+    """The classes that a transformed image says: (3, h, w) -> (h, w), -1 for the mean colour."""
+    grey = (image * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]) * 255
+    filled = ((image.abs() < 0.01).all(dim=0))
+    return torch.where(filled, -1, (grey.mean(dim=0) / 20).round().long())
+
+
+def test_evaluation_normalises_alone():
+    image, mask = coloured()
+    x, y = evaluation_transform(MEAN, STD)(image, mask)
+    assert (x.dtype, y.dtype, x.shape, y.shape) == (torch.float32, torch.int64, (3, 23, 29), (23, 29))
+    assert type(x) is torch.Tensor and type(y) is torch.Tensor and np.array_equal(y.numpy(), mask)
+    for c, i, j in ((0, 0, 0), (1, 22, 3), (2, 7, 28)):
+        assert float(x[c, i, j]) == pytest.approx((image.getpixel((j, i))[c] / 255 - MEAN[c]) / STD[c], abs=1e-6)
+
+
+@pytest.mark.parametrize("size, top, left", [((11, 17), 6, 6), ((23, 29), 0, 0), ((31, 17), 0, 6)])
+def test_the_middle_is_cut_out_and_what_is_missing_below_and_right_of_it_is_ignored(size, top, left):
+    image, mask = coloured()
+    x, y = evaluation_transform(MEAN, STD, size)(image, mask)
+    assert x.shape == (3, *size) and y.shape == size
+    inside = mask[top:top + size[0], left:left + size[1]]
+    assert np.array_equal(y[:len(inside)].numpy(), inside) and bool((y[len(inside):] == 255).all())
+    said = classes_in(x)
+    assert torch.equal(said == -1, y == 255) and torch.equal(said[y != 255], y[y != 255])
+
+
+@pytest.mark.parametrize("size", [(23, 29), (11, 17), (31, 37), (11, 41)])
+def test_crops_and_flips_move_image_and_mask_together_and_what_is_filled_is_ignored(size):
+    transform = training_transform(size, MEAN, STD, scale=(1, 1), color_jitter=0)
+    image, mask = coloured()
+    flipped = 0
+    for seed in range(8):
+        torch.manual_seed(seed)
+        x, y = transform(image, mask)
+        assert x.shape == (3, *size) and y.shape == size
+        said = classes_in(x)
+        assert torch.equal(said == -1, y == 255) and torch.equal(said[y != 255], y[y != 255])
+        assert int((y == 255).sum()) == size[0] * size[1] - min(size[0], 23) * min(size[1], 29)
+        flipped += size == (23, 29) and np.array_equal(y.numpy(), mask[:, ::-1])
+    assert size != (23, 29) or 0 < flipped < 8
+
+
+def test_resizing_moves_image_and_mask_together():
+    image, mask = coloured(64, 96, block=16)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        x, y = training_transform((64, 96), MEAN, STD, scale=(0.5, 2.0), color_jitter=0)(image, mask)
+        same = classes_in(x)[y != 255] == y[y != 255]
+        assert float(same.float().mean()) > 0.75                        # all but the soft edges of regions of 8 to 32 pixels
+
+
+def test_the_factor_is_drawn_from_the_whole_range_and_both_sides_share_it():
+    image = Image.new("RGB", (60, 40), (0, 0, 0))
+    transform, factors = training_transform((80, 120), (0.5,) * 3, (0.5,) * 3, scale=(0.5, 2.0), color_jitter=0), []
+    for seed in range(40):
+        torch.manual_seed(seed)
+        inside = transform(image, np.zeros((40, 60), np.uint8))[1] != 255
+        height, width = int(inside.any(1).sum()), int(inside.any(0).sum())
+        assert abs(height * 1.5 - width) <= 1.5
+        factors.append(height / 40)
+    assert 0.5 <= min(factors) < 0.65 and 1.85 < max(factors) <= 2.0 and 1.0 < np.mean(factors) < 1.5
+
+
+def test_colours_change_the_image_and_never_the_mask():
+    image, mask = coloured()
+    found = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x, y = training_transform((23, 29), MEAN, STD, scale=(1, 1), hflip=0, color_jitter=0.5)(image, mask)
+        assert np.array_equal(y.numpy(), mask)
+        found.append(x)
+    assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+
+
+# ---------------------------------------------------------------- batches
+
+class Model(nn.Module):
+    """What batches ask of a Segmenter: the encoder's size, mean and deviation, and the number of classes."""
+
+    def __init__(self, num_classes: int = 11, img_size: tuple[int, int] = (32, 32)) -> None:
+        super().__init__()
+        self.encoder, self.num_classes = tiny(img_size=img_size), num_classes
+
+
+def same(a: list, b: list) -> bool:
+    return len(a) == len(b) and all(torch.equal(p, q) for left, right in zip(a, b) for p, q in zip(left, right))
+
+
+def batches(training: bool = True, **settings):
+    settings = {"batch_size": 4, "limit": 14, "seed": 5, "workers": 0, **settings}
+    return open_scenes("digit_scenes").batches("train", Model(), training=training, **settings)
+
+
+def test_evaluation_batches_hold_every_image_once_in_order_with_int64_masks():
+    data = open_scenes("digit_scenes")
+    found = list(data.batches("val", Model(), batch_size=30))
+    assert [len(x) for x, _ in found] == [30, 30, 30, 10]
+    masks = torch.cat([y for _, y in found])
+    assert masks.shape == (100, 64, 96) and masks.dtype == torch.int64 and found[0][0].shape == (30, 3, 64, 96)
+    assert all(np.array_equal(masks[i].numpy(), data.split("val").scene(i)[1]) for i in range(0, 100, 9))
+    image = torch.from_numpy(np.asarray(data.split("val").scene(0)[0]).copy()).permute(2, 0, 1) / 255
+    torch.testing.assert_close(found[0][0][0], (image - 0.5) / 0.5)     # the encoder's mean and deviation
+
+
+def test_training_batches_are_crops_of_the_encoders_size_or_of_the_one_given():
+    assert {(x.shape, y.shape) for x, y in batches()} == {((4, 3, 32, 32), (4, 32, 32))}
+    x, y = next(iter(batches(crop=(24, 40), augment={"hflip": 0.0, "color_jitter": 0.0})))
+    assert x.shape == (4, 3, 24, 40) and y.shape == (4, 24, 40)
+
+
+def test_training_goes_on_in_the_middle_of_an_epoch_bit_for_bit():
+    whole = batches()
+    first, second = list(whole), list(whole)                            # epochs 0 and 1
+    assert len(first) == 3 and not same(first, second)
+    later = batches()
+    torch.manual_seed(99)                                               # whatever was drawn before
+    later.begin(1, 2)
+    assert same(list(later), second[2:])
+    later.begin(0)
+    assert same(list(later), first)
+
+
+def test_repeats_take_an_image_several_times_in_a_row_each_with_random_numbers_of_its_own():
+    found = batches(repeats=2)
+    names = [found.names(0, batch) for batch in range(3)]
+    assert all(four[0] == four[1] and four[2] == four[3] for four in names)
+    images = next(iter(found))[0]
+    assert not torch.equal(images[0], images[1])
+
+
+def test_a_seed_of_its_own_makes_each_sample_and_leaves_the_random_numbers_of_others_alone():
+    images = open_scenes("digit_scenes").split("train")
+    images.transform = training_transform((32, 32), MEAN, STD)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    one, other, again = images[3, 77], images[3, 78], images[3, 77]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert same([one], [again]) and not torch.equal(one[0], other[0])
+
+
+def test_loader_processes_give_the_same_batches():
+    assert same(list(batches(workers=1)), list(batches(workers=0)))
+
+
+def test_two_processes_share_the_batches_of_one(monkeypatch):
+    def places(rank: int, world: int, training: bool) -> list:
+        monkeypatch.setattr("vitlab.parallel.rank", lambda: rank)
+        monkeypatch.setattr("vitlab.parallel.world", lambda: world)
+        return list(batches(training, shared=True, batch_size=3))
+    one = places(0, 1, False)
+    halves = places(0, 2, False), places(1, 2, False)
+    assert same([b for pair in itertools.zip_longest(*halves) for b in pair if b is not None], one)
+    pictures = {x.numpy().tobytes() for rank in (0, 1) for batch, _ in places(rank, 2, True) for x in batch}
+    assert len(pictures) == 12                                          # 2 processes, 2 batches of 3 each, none twice
+
+
+def refusal(found) -> str:
+    """What ends the batches; no traceback is kept that would keep the loader's process."""
+    try:
+        list(found)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_wrong_mask_ends_the_batches_with_its_name_in_one_line(tmp_path, workers):
+    root = folder(tmp_path, [0])
+    write_mask(root / "test" / "masks" / "b.png", [7])
+    said = refusal(open_scenes(root).batches("test", Model(2), batch_size=2, workers=workers))
+    assert said == f"{root}/test/masks/b.png: holds id 7, which is unknown; ids are 0 to 1, 255"
+
+
+def test_images_that_differ_in_size_are_evaluated_one_by_one(tmp_path):
+    root = folder(tmp_path, [0])
+    write_image(root / "val" / "images" / "b.jpg", (7, 9))
+    write_mask(root / "val" / "masks" / "b.png", [1], (7, 9))
+    data = open_scenes(root)
+    with pytest.raises(InputError, match="images of 7 x 9 and 11 x 13 in one batch; .* batches of 1"):
+        list(data.batches("val", Model(2), batch_size=2, workers=0))
+    assert [tuple(y.shape) for _, y in data.batches("val", Model(2), batch_size=1, workers=0)] == [(1, 11, 13), (1, 7, 9)]
+    for training in (True, False):
+        found = data.batches("val", Model(2), batch_size=2, training=training, crop=(6, 12), workers=0)
+        assert [tuple(y.shape) for _, y in found] == [(2, 6, 12)]
+
+
+def test_a_slice_and_the_part_set_apart_are_scenes_of_the_split():
+    data = open_scenes("digit_scenes")
+    parts = data.set_apart(60, seed=2)
+    train, val = ({parts.split(name).path(i) for i in range(len(parts.split(name)))} for name in ("train", "val"))
+    whole = data.split("train", 60, seed=2)
+    assert (len(train), len(val)) == (30, 30) and not train & val
+    assert train | val == {whole.path(i) for i in range(60)} and isinstance(parts.split("val"), Scenes)
+    assert parts.split("val").scene(0)[1].shape == (64, 96)
+    assert data.files("val")[:2] == ["digit_scenes", "digit_scenes/val/0"]
+
+
+def test_a_model_of_another_number_of_classes_and_a_missing_split_are_refused(tmp_path):
+    data = open_scenes(folder(tmp_path, [0]))
+    with pytest.raises(InputError, match="2 classes, but the model's decoder has 11"):
+        data.batches("val", Model())
+    with pytest.raises(InputError, match="no split 'wal'"):
+        data.split("wal")
+    del data.splits["test"], data.splits["val"]
+    for what in ("report on", "choose on"):
+        with pytest.raises(InputError, match=f"no split to {what} .*it has .'train'."):
+            data.held_out if what == "report on" else data.choose_on  # noqa: B018

@@ -1,0 +1,114 @@
+"""The embedded scenes: exact masks, the same every time, digits of a split in no other."""
+import time
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from vitlab.data.masks import open_scenes
+from vitlab.data.scenes import CLASSES, SIDE, DigitScenesReader, background, make_scene, stroke
+from vitlab.files import InputError
+
+
+def test_splits_sizes_and_classes():
+    data = open_scenes("digit_scenes")
+    assert {name: len(split) for name, split in data.splits.items()} == {"train": 400, "val": 100, "test": 100}
+    assert data.classes == ["background", *"0123456789"] and data.num_classes == len(CLASSES) == 11
+    assert (data.held_out, data.choose_on) == ("test", "val")
+    image, mask = data.split("test").scene(3)
+    assert image.size == (96, 64) and image.mode == "RGB" and mask.shape == (64, 96) and mask.dtype == np.uint8
+
+
+def test_it_opens_in_well_under_a_second():
+    start = time.process_time()                                         # seconds of this process, however busy the machine is
+    open_scenes("digit_scenes").split("train").scene(0)
+    assert time.process_time() - start < 0.8                            # 0.04 measured; nothing is made beforehand
+
+
+def test_a_scene_is_the_same_every_time_and_unlike_every_other():
+    first, again = DigitScenesReader("val"), DigitScenesReader("val")
+    images = {split: [np.asarray(DigitScenesReader(split)[i][0]) for i in range(5)] for split in ("train", "val", "test")}
+    for i in (4, 2, 0):                                                 # in any order
+        assert np.array_equal(np.asarray(again[i][0]), images["val"][i]) and np.array_equal(again[i][1], first[i][1])
+    flat = [image.tobytes() for split in images.values() for image in split]
+    assert len(set(flat)) == len(flat)
+
+
+def test_there_are_as_many_scenes_as_said():
+    assert len(list(DigitScenesReader("val"))) == 100
+
+
+def test_digits_of_a_split_are_in_no_other_and_each_is_of_the_class_it_is_named():
+    bunch = load_digits()
+    known = {(image * 255 / 16).round().astype(np.uint8).tobytes(): int(target) for image, target in zip(bunch.images, bunch.target)}
+    found = {}
+    for split in ("train", "val", "test"):
+        reader = DigitScenesReader(split)
+        found[split] = {digit.tobytes() for digit in reader.digits}
+        assert all(known[digit.tobytes()] == label for digit, label in zip(reader.digits, reader.labels))
+        assert set(reader.labels.tolist()) == set(range(10))
+    assert not found["train"] & found["val"] and not found["train"] & found["test"] and not found["val"] & found["test"]
+
+
+def test_the_mask_is_exactly_where_the_picture_differs_from_its_background():
+    reader = DigitScenesReader("train")
+    for i in range(20):
+        image, mask = make_scene(reader.digits, reader.labels, np.random.default_rng([7, i]))
+        ground = np.clip(background(np.random.default_rng([7, i])).round(), 0, 255).astype(np.uint8)
+        assert np.array_equal((image != ground).any(axis=2), mask > 0)
+
+
+def test_a_digit_is_drawn_whole_with_its_class_and_none_lies_over_another():
+    reader = DigitScenesReader("test")
+    shapes = {}
+    for digit, label in zip(reader.digits, reader.labels):
+        for side in range(SIDE[0], SIDE[1] + 1):
+            ink = stroke(digit, side)
+            rows, columns = ink.any(1).nonzero()[0], ink.any(0).nonzero()[0]
+            cropped = ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+            shapes.setdefault(int(label), set()).add((cropped.shape, cropped.tobytes()))
+    alone = 0
+    for i in range(30):
+        mask = reader[i][1]
+        assert mask.max() > 0                                           # at least one digit
+        for value in np.unique(mask[mask > 0]):
+            ink = mask == value
+            rows, columns = ink.any(1).nonzero()[0], ink.any(0).nonzero()[0]
+            cropped = ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+            alone += (cropped.shape, cropped.tobytes()) in shapes[int(value) - 1]
+    assert alone > 40                                                   # but for scenes with one class twice
+
+
+def test_every_class_is_in_every_split():
+    for split in ("train", "val", "test"):
+        seen = set()
+        reader = DigitScenesReader(split)
+        for i in range(0, len(reader), 2):
+            seen |= set(np.unique(reader[i][1]).tolist())
+        assert seen == set(range(11))
+
+
+def test_digits_are_brighter_than_what_they_lie_on():
+    for i in range(10):
+        image, mask = DigitScenesReader("train")[i]
+        pixels = np.asarray(image).astype(float).mean(axis=2)
+        assert pixels[mask > 0].mean() > pixels[mask == 0].mean() + 60
+
+
+def test_backgrounds_are_textured_in_range():
+    ground = background(np.random.default_rng(0))
+    assert ground.shape == (64, 96, 3) and ground.min() >= 0 and ground.max() <= 255 and ground.std(axis=(0, 1)).min() > 5
+
+
+def test_the_embedded_scenes_take_no_layout():
+    with pytest.raises(InputError, match="digit_scenes takes no layout"):
+        open_scenes("digit_scenes", "camvid")
+
+
+def test_making_a_scene_leaves_the_random_numbers_of_others_alone():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    open_scenes("digit_scenes").split("train").scene(11)
+    assert torch.equal(torch.get_rng_state(), before[0]) and np.array_equal(np.random.get_state()[1], before[1])

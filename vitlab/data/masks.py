@@ -1,0 +1,107 @@
+"""open_scenes: one way to the embedded scenes, or a folder of images and masks in a published layout; masks are checked as they are
+read."""
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vitlab.data.folder import read_image
+from vitlab.data.layouts import LAYOUTS, Pairs
+from vitlab.data.scene_data import SceneData, Scenes
+from vitlab.data.scenes import digit_scenes
+from vitlab.files import InputError, from_root
+
+MODES = ("L", "P", "1", "I", "I;16", "I;16B")   # Pillow's, of one number a pixel; of a palette, its index
+UNKNOWN = 254                                   # stands for an id that the layout does not have; no data set has so many classes
+LARGEST_ID = 255
+
+
+def _opened(path: Path, what: str) -> Image.Image:
+    try:
+        image = read_image(path)
+        image.load()
+        return image
+    except Exception as error:                  # a damaged file makes Pillow's decoders raise nearly anything
+        raise InputError(f"{path}: can't be read as {what} ({(str(error) or type(error).__name__).splitlines()[0][:200]})") from None
+
+
+def read_mask(path: Path, table: np.ndarray) -> np.ndarray:
+    """(H, W) uint8 class numbers of a mask file. table (256): id -> class number, IGNORE, or UNKNOWN.
+
+    Raises InputError naming the file where it can't be read, has more than one number a pixel, or an id that is UNKNOWN.
+    """
+    image = _opened(path, "a mask")
+    if image.mode not in MODES:
+        raise InputError(f"{path}: has {len(image.getbands())} channels ({image.mode}); a mask has one number a pixel, the class's id")
+    ids = np.asarray(image)
+    out = ids[(ids < 0) | (ids > LARGEST_ID)] if ids.dtype not in (np.uint8, np.bool_) else ids[:0]
+    classes = table[ids.astype(np.uint8)]
+    wrong = np.unique(out if len(out) else ids[classes == UNKNOWN]).astype(int).tolist()
+    if wrong:
+        known = np.flatnonzero(table != UNKNOWN)
+        raise InputError(f"{path}: holds id {wrong[0]}" + (f" and {len(wrong) - 1} more that are" if len(wrong) > 1 else ", which is")
+                         + f" unknown; ids are {_ranges(known)}")
+    return classes
+
+
+def _ranges(ids: np.ndarray) -> str:
+    """[0, 1, 2, 255] -> "0 to 2, 255"."""
+    runs = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1)
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+class MaskReader:
+    """(RGB image, mask) pairs of files. ids: id in a mask -> class number or IGNORE."""
+
+    def __init__(self, pairs: Pairs, ids: dict[int, int]) -> None:
+        self.pairs = pairs
+        self.table = np.full(LARGEST_ID + 1, UNKNOWN, dtype=np.uint8)
+        self.table[list(ids)] = list(ids.values())
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, np.ndarray]:
+        """Raises InputError naming the file that can't be read, or a mask of another size than its image."""
+        image_path, mask_path = self.pairs[i]
+        image, mask = _opened(image_path, "an image"), read_mask(mask_path, self.table)
+        if mask.shape != (image.height, image.width):
+            raise InputError(f"{mask_path}: is {mask.shape[0]} x {mask.shape[1]}, its image {image_path} is {image.height} x {image.width}")
+        return image.convert("RGB"), mask
+
+    def filename(self, i: int) -> str:
+        return str(self.pairs[i][0])
+
+
+SCENES: dict[str, Callable[[], SceneData]] = {"digit_scenes": digit_scenes}
+
+
+def open_scenes(data: str | Path, layout: str | None = None) -> SceneData:
+    """A data set of images with masks: a name of SCENES, or a folder in one of LAYOUTS; layout None: the first that it has.
+
+    ade20k: ADEChallengeData2016/ with images/ and annotations/, training/ and validation/ in each. cityscapes: leftImg8bit/ and
+    gtFine/ with labelIds. pascal_context: VOC2010/ with ImageSets/SegmentationContext/ and PNGs in SegmentationClassContext/.
+    camvid, folder: train/, val/ and test/ with images/ and masks/ in each, and classes.txt.
+    Raises InputError naming the folder or file: missing, no layout that is known, an image without a mask, a split without images.
+    """
+    if str(data) in SCENES:
+        if layout is not None:
+            raise InputError(f"{data} takes no layout")
+        return SCENES[str(data)]()
+    root = from_root(data)
+    if layout is not None and layout not in LAYOUTS:
+        raise InputError(f"layout {layout!r} is not known; known are {sorted(LAYOUTS)}")
+    if not str(data) or not root.is_dir():
+        raise InputError(f"{str(data)!r}: no such folder; give one of {sorted(SCENES)}, or a folder of images and masks")
+    name = layout or next((name for name, each in LAYOUTS.items() if each.known_by(root)), None)
+    if name is None:
+        raise InputError(f"{root}: has none of the layouts {sorted(LAYOUTS)}; the simplest is train/images/, train/masks/, the same of val "
+                         "and test, and classes.txt with a name a line")
+    chosen = LAYOUTS[name]
+    pairs, classes = chosen.pairs(root), chosen.classes(root)
+    if not pairs:
+        raise InputError(f"{root}: holds no split of layout {name!r}")
+    ids = chosen.ids(len(classes))
+    splits = {split: Scenes(MaskReader(found, ids)) for split, found in pairs.items()}
+    return SceneData(root.resolve().name, splits, list(classes))

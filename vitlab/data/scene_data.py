@@ -1,0 +1,136 @@
+"""Splits of images with masks, and their batches: what Images, Batches and ImageData are for classes."""
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
+
+from vitlab import parallel
+from vitlab.data.images import Batches, Images
+from vitlab.data.joint import evaluation_transform, training_transform
+from vitlab.data.order import PlainOrder, TrainingOrder, drawing, ignore_requests
+from vitlab.data.source import MAX_WORKERS, ImageData, available_cores
+from vitlab.files import InputError
+
+REPORT_ON, CHOOSE_ON = ("test", "val", "validation"), ("val", "validation")
+
+
+class SceneReader(Protocol):
+    """Indexable (RGB image, mask (H, W) uint8 of class numbers and 255) pairs."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, np.ndarray]: ...
+
+    def filename(self, i: int) -> str: ...
+
+
+class Scenes(Images):
+    """A split, or a slice of one; a key may carry the seed of its random numbers, as that of Images."""
+
+    def take(self, limit: int | None, seed: int) -> "Scenes":
+        return Scenes(self.reader, super().take(limit, seed).indices)
+
+    def scene(self, i: int) -> tuple[Image.Image, np.ndarray]:
+        """(RGB image, mask (H, W) uint8), untransformed. Raises InputError naming a file that is wrong."""
+        return self.reader[self.indices[i]]
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor] | InputError:
+        """(image, mask), transformed. What is wrong is given, not raised: it has to leave a loader's process as it is."""
+        i, seed = key if isinstance(key, tuple) else (key, None)
+        try:
+            image, mask = self.scene(i)
+        except InputError as error:
+            return error
+        with contextlib.nullcontext() if seed is None else drawing(seed):
+            return self.transform(image, mask)
+
+
+def _collate(samples: list[Any]) -> list[Tensor] | InputError:
+    """A batch; or the first thing that was wrong in it."""
+    wrong = next((sample for sample in samples if isinstance(sample, InputError)), None)
+    if wrong is not None:
+        return wrong
+    sizes = sorted({tuple(mask.shape) for _, mask in samples})
+    if len(sizes) > 1:
+        return InputError(f"images of {' and '.join(f'{h} x {w}' for h, w in sizes[:2])} in one batch; images that differ in size are "
+                          "evaluated in batches of 1")
+    return default_collate(samples)
+
+
+class SceneBatches(Batches):
+    """Iterate (images (B, 3, H, W), masks (B, H, W) int64). Raises InputError naming the first file that is wrong: none is left out."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self.loader:
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch[0], batch[1]
+
+
+class SceneData(ImageData):
+    """Named splits of images with masks: `train`, one to choose on (`val`) and one to report on (`test`, or else `val`)."""
+
+    def __init__(self, name: str, splits: dict[str, Scenes], classes: list[str], embedded: bool = False) -> None:
+        super().__init__(name, splits, classes, len(classes))
+        self.embedded = embedded
+
+    def _first(self, names: tuple[str, ...], what: str) -> str:
+        found = next((name for name in names if name in self.splits), None)
+        if found is None:
+            raise InputError(f"{self.name}: no split to {what} ({', '.join(names)}); it has {sorted(self.splits)}")
+        return found
+
+    @property
+    def held_out(self) -> str:
+        """Name of the split to report on. Raises InputError where there is none."""
+        return self._first(REPORT_ON, "report on")
+
+    @property
+    def choose_on(self) -> str:
+        """Name of the split to choose on. Raises InputError where there is none."""
+        return self._first(CHOOSE_ON, "choose on")
+
+    def set_apart(self, limit: int, seed: int = 0) -> "SceneData":
+        splits = {name: Scenes(part.reader, part.indices) for name, part in super().set_apart(limit, seed).splits.items()}
+        return SceneData(self.name, splits, self.classes, self.embedded)
+
+    def check_fits(self, num_classes: int) -> None:
+        """InputError where the decoder has another number of classes."""
+        if self.num_classes != num_classes:
+            raise InputError(f"{self.name}: {self.num_classes} classes, but the model's decoder has {num_classes}")
+
+    def batches(self, split: str, model: nn.Module, *, batch_size: int = 8, training: bool = False, limit: int | None = None,
+                seed: int = 0, workers: int | None = None, crop: tuple[int, int] | None = None, augment: dict[str, Any] | None = None,
+                shared: bool = False, turns: int = 1, repeats: int = 1) -> SceneBatches:
+        """Batches for a Segmenter (its encoder's mean and deviation).
+
+        training shuffles, augments (`training_transform`, with options `augment`), crops (crop: height and width; None: the
+        encoder's image size) and leaves out the last partial step of `turns` batches, each image taken `repeats` times in a row.
+        Without it images are normalised alone, in the split's own order, and a batch takes only images of one size, or the middle
+        of each where crop is given. shared: each process takes its share of the batches.
+        workers None: none for the embedded set, else one a core, up to 8, divided among the processes of this machine.
+        """
+        self.check_fits(model.num_classes)
+        images = self.split(split, limit, seed)
+        images = Scenes(images.reader, images.indices)          # each has a transform of its own
+        config = resolve_model_data_config(model.encoder)
+        if workers is None:
+            workers = 0 if self.embedded else min(MAX_WORKERS, max(1, available_cores() // parallel.local_world()))
+        rank, world = (parallel.rank(), parallel.world()) if shared else (0, 1)
+        if training:
+            batch_size = min(batch_size, max(1, len(images) // (world * turns)))
+            order = TrainingOrder(images, batch_size, seed=seed, turns=turns, repeats=repeats, rank=rank, world=world)
+            size = tuple(model.encoder.patch_embed.img_size) if crop is None else crop
+            images.transform = training_transform(size, config["mean"], config["std"], **(augment or {}))
+        else:
+            order = PlainOrder(images, batch_size, rank, world)
+            images.transform = evaluation_transform(config["mean"], config["std"], crop)
+        loader = DataLoader(images, batch_sampler=order, num_workers=workers, persistent_workers=training and workers > 0,
+                            pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_requests, collate_fn=_collate)
+        return SceneBatches(loader, images, order)

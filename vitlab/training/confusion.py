@@ -1,0 +1,64 @@
+"""Segmentation measured from one confusion matrix of pixels: mIoU, IoU per class, pixel and mean accuracy.
+
+Definitions of Long, Shelhamer and Darrell (CVPR 2015, arXiv 1411.4038, section 5). n_ij: pixels of class i that were given class
+j, t_i = sum_j n_ij, K classes.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitlab import parallel
+from vitlab.files import InputError
+
+IGNORE = 255                                    # truth of pixels that count for nothing, whatever was predicted there
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationScores:
+    """In per cent; NaN where nothing can be said."""
+
+    miou_pct: float                 # mean of IoU over the classes in the truth or the prediction; absent in both: left out
+    iou_pct: tuple[float, ...]      # n_ii / (t_i + sum_j n_ji - n_ii) per class; NaN for a class absent in both
+    pixel_accuracy_pct: float       # sum_i n_ii / sum_i t_i
+    mean_accuracy_pct: float        # mean of n_ii / t_i over the classes in the truth
+    pixels: int                     # counted, ignored ones left out
+
+
+def confusion_matrix(predicted: Tensor, truth: Tensor, num_classes: int, ignore: int = IGNORE) -> Tensor:
+    """(K, K) int64, pixels by truth (row) and prediction (column); predicted, truth: integers of one shape, from 0 to K - 1.
+
+    Raises InputError where the shapes differ, or a class is out of range at a pixel that counts.
+    """
+    if predicted.shape != truth.shape:
+        raise InputError(f"the prediction is {tuple(predicted.shape)}, its truth {tuple(truth.shape)}")
+    counted = truth != ignore
+    truth, predicted = truth[counted].long(), predicted[counted].long()
+    for what, classes in (("truth", truth), ("prediction", predicted)):
+        if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < num_classes:
+            raise InputError(f"the {what} has classes from {int(classes.min())} to {int(classes.max())}; there are 0 to {num_classes - 1}")
+    return torch.bincount(truth * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def scores_of(matrix: Tensor) -> SegmentationScores:
+    """What a confusion matrix (K, K) says."""
+    matrix = matrix.double().cpu()              # exact up to 2^53 pixels
+    hits, truth, predicted = matrix.diagonal(), matrix.sum(dim=1), matrix.sum(dim=0)
+    iou, accuracy = 100 * hits / (truth + predicted - hits), 100 * hits / truth         # 0 / 0 is NaN
+    return SegmentationScores(miou_pct=float(iou.nanmean()), iou_pct=tuple(iou.tolist()), pixels=int(truth.sum()),
+                              pixel_accuracy_pct=float(100 * hits.sum() / truth.sum()), mean_accuracy_pct=float(accuracy.nanmean()))
+
+
+class Confusion:
+    """A confusion matrix that grows batch by batch; exact, as counts are integers."""
+
+    def __init__(self, num_classes: int, ignore: int = IGNORE) -> None:
+        self.matrix, self.ignore = torch.zeros(num_classes, num_classes, dtype=torch.int64), ignore
+
+    def add(self, predicted: Tensor, truth: Tensor) -> None:
+        """Predicted and true classes (B, H, W) of a batch, on one device; see `confusion_matrix`."""
+        self.matrix += confusion_matrix(predicted, truth, len(self.matrix), self.ignore).cpu()
+
+    def scores(self) -> SegmentationScores:
+        """Of all that was added, in every process under torchrun: each gets the same."""
+        return scores_of(parallel.total(self.matrix))
