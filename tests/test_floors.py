@@ -8,6 +8,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [                                              # lowest first
     {"files", "signals"},
     {"parallel"},
+    {"launching"},
     {"shape"},
     {"rules"},
     {"plan", "results"},
@@ -16,7 +17,7 @@ FLOORS = [                                              # lowest first
     {"models", "criteria", "search", "data", "plots"},
     {"training"},
     {"workbench"},
-    {"options", "launching"},
+    {"options"},
     {"cli"},                                            # the commands call the workbench's steps
     {"__main__"},
 ]

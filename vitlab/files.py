@@ -59,6 +59,11 @@ def existing_folder(path: str | Path) -> Path:
     return path
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, short enough for one line."""
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
 @contextlib.contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
     """Hold `folder` for this process: a second one that wants it is refused. A process that dies, however, lets go of it.

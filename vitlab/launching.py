@@ -15,6 +15,11 @@ RESUMABLE, COMMAND = ("pretrain", "finetune", "search", "tonight"), "command.jso
 LOST = 15.0                                     # seconds that a process waits to be ended after another one was
 
 
+def _several() -> bool:
+    """Whether torchrun started this process as one of several; asked without loading torch."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def recorded(run: str, parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The command that began a run; its folder becomes the current one. Raises InputError naming the file."""
     path = Path(run) / COMMAND
@@ -35,7 +40,7 @@ def recorded(run: str, parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def join(args: argparse.Namespace) -> None:
     """Where torchrun started several processes: be one of them. The first one alone prints."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not _several():
         return
     from vitlab import parallel
     if args.command not in TOGETHER:
@@ -47,7 +52,7 @@ def join(args: argparse.Namespace) -> None:
 
 def leave(error: BaseException | None = None) -> None:
     """Where torchrun started several processes: leave the others, with the error for its report."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not _several():
         return
     if error is None:
         from vitlab import parallel
@@ -79,4 +84,4 @@ def one_line(text: str) -> str:
 
 def lost(error: RuntimeError) -> bool:
     """Whether it says no more than that another process is gone."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(word in str(error).lower() for word in ("gloo", "nccl", "connection closed"))
+    return _several() and any(word in str(error).lower() for word in ("gloo", "nccl", "connection closed"))

@@ -1,6 +1,6 @@
 """The images of a split, one by one and in batches; broken ones are left out and named."""
-import contextlib
 import itertools
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from vitlab import parallel
 from vitlab.data.folder import read_image
-from vitlab.data.order import PlainOrder, TrainingOrder, drawing, seed_of
+from vitlab.data.order import PlainOrder, TrainingOrder, drawing, ignore_requests, seed_of
 from vitlab.files import InputError
 
+MAX_WORKERS = 8
 MAX_BROKEN, BROKEN_SHARE = 16, 0.01             # so many images, or that share of a split, may be broken: the larger of the two
 
 
@@ -25,18 +27,18 @@ class Images(Dataset):
     def __init__(self, reader: Any, indices: list[int] | None = None) -> None:
         self.reader = reader
         self.indices = list(range(len(reader))) if indices is None else indices
-        self.transform = None                                   # set by timm's create_loader
+        self.transform = None                                   # set by whoever makes batches of it
 
     def take(self, limit: int | None, seed: int) -> "Images":
         """A slice of `limit` images, chosen and ordered by seed (classes mix in each batch); all, in order, where None."""
         if limit is None:
-            return Images(self.reader, self.indices)
+            return type(self)(self.reader, self.indices)
         if limit < 1:
             raise InputError(f"limit is {limit}; at least 1 image is needed")
         if limit > len(self):
             warnings.warn(f"{limit} images were asked for; the split has {len(self)}, and all of them are taken", stacklevel=4)
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:limit]
-        return Images(self.reader, [self.indices[i] for i in order.tolist()])
+        return type(self)(self.reader, [self.indices[i] for i in order.tolist()])
 
     def path(self, i: int) -> str:
         return self.reader.filename(self.indices[i])
@@ -57,8 +59,34 @@ class Images(Dataset):
             image, target = self.image(i)
         except Exception:                       # a damaged file makes Pillow's decoders raise nearly anything
             image, target = Image.new("RGB", (64, 64)), -1 - i
-        with contextlib.nullcontext() if seed is None else drawing(seed):
+        with drawing(seed):
             return self.transform(image), target
+
+
+def load(images: Images, batch_size: int, *, training: bool, seed: int, workers: int | None, embedded: bool, shared: bool, turns: int,
+         repeats: int, collate: Callable[[list], Any] | None = None) -> tuple[DataLoader, PlainOrder | TrainingOrder]:
+    """(loader, its order) of images that have their transform; the settings are those of `ImageData.batches`. embedded: small, and
+    read by this process where workers is None."""
+    if workers is None:
+        workers = 0 if embedded else default_workers()
+    rank, world = (parallel.rank(), parallel.world()) if shared else (0, 1)
+    if training:
+        batch_size = min(batch_size, max(1, len(images) // (world * turns)))
+        order = TrainingOrder(images, batch_size, seed=seed, turns=turns, repeats=repeats, rank=rank, world=world)
+    else:
+        order = PlainOrder(images, batch_size, rank, world)
+    return DataLoader(images, batch_sampler=order, num_workers=workers, persistent_workers=training and workers > 0, collate_fn=collate,
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_requests), order
+
+
+def available_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_workers() -> int:
+    """Loader processes: one a core, divided among the processes of this machine."""
+    return min(MAX_WORKERS, max(1, available_cores() // parallel.local_world()))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from vitlab.data.folder import read_image
 from vitlab.data.layouts import LAYOUTS, Pairs
 from vitlab.data.scene_data import SceneData, Scenes
 from vitlab.data.scenes import digit_scenes
-from vitlab.files import InputError, from_root
+from vitlab.files import InputError, first_line, from_root
 
 MODES = ("L", "P", "1", "I", "I;16", "I;16B")   # Pillow's, of one number a pixel; of a palette, its index
 UNKNOWN = 254                                   # stands for an id that the layout does not have; no data set has so many classes
@@ -23,7 +23,7 @@ def _opened(path: Path, what: str) -> Image.Image:
         image.load()
         return image
     except Exception as error:                  # a damaged file makes Pillow's decoders raise nearly anything
-        raise InputError(f"{path}: can't be read as {what} ({(str(error) or type(error).__name__).splitlines()[0][:200]})") from None
+        raise InputError(f"{path}: can't be read as {what} ({first_line(error)})") from None
 
 
 def read_mask(path: Path, table: np.ndarray) -> np.ndarray:

@@ -18,8 +18,11 @@ def seed_of(*numbers: int) -> int:
 
 
 @contextlib.contextmanager
-def drawing(seed: int) -> Iterator[None]:
-    """Inside, torch, numpy and random draw from this seed; afterwards they go on as if nothing had been drawn."""
+def drawing(seed: int | None) -> Iterator[None]:
+    """Inside, torch, numpy and random draw from this seed; afterwards they go on as if nothing had been drawn. None: they just go on."""
+    if seed is None:
+        yield
+        return
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()
     random_seed(seed)
     try:
@@ -64,8 +67,7 @@ class TrainingOrder(Sampler):
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
         self.epoch, self.start = 0, 0
         self.sampler = RepeatAugSampler(images, world, rank, num_repeats=repeats, selected_round=0)
-        self.steps = len(images) // (batch_size * turns * world)
-        self.count = self.steps * turns
+        self.count = len(images) // (batch_size * turns * world) * turns
 
     def __len__(self) -> int:
         return self.count

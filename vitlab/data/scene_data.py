@@ -1,20 +1,17 @@
 """Splits of images with masks, and their batches: what Images, Batches and ImageData are for classes."""
-import contextlib
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from PIL import Image
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import default_collate
 
-from vitlab import parallel
-from vitlab.data.images import Batches, Images
+from vitlab.data.images import Batches, Images, load
 from vitlab.data.joint import evaluation_transform, training_transform
-from vitlab.data.order import PlainOrder, TrainingOrder, drawing, ignore_requests
-from vitlab.data.source import MAX_WORKERS, ImageData, available_cores
+from vitlab.data.order import drawing
+from vitlab.data.source import ImageData
 from vitlab.files import InputError
 
 REPORT_ON, CHOOSE_ON = ("test", "val", "validation"), ("val", "validation")
@@ -33,9 +30,6 @@ class SceneReader(Protocol):
 class Scenes(Images):
     """A split, or a slice of one; a key may carry the seed of its random numbers, as that of Images."""
 
-    def take(self, limit: int | None, seed: int) -> "Scenes":
-        return Scenes(self.reader, super().take(limit, seed).indices)
-
     def scene(self, i: int) -> tuple[Image.Image, np.ndarray]:
         """(RGB image, mask (H, W) uint8), untransformed. Raises InputError naming a file that is wrong."""
         return self.reader[self.indices[i]]
@@ -47,7 +41,7 @@ class Scenes(Images):
             image, mask = self.scene(i)
         except InputError as error:
             return error
-        with contextlib.nullcontext() if seed is None else drawing(seed):
+        with drawing(seed):
             return self.transform(image, mask)
 
 
@@ -97,8 +91,7 @@ class SceneData(ImageData):
         return self._first(CHOOSE_ON, "choose on")
 
     def set_apart(self, limit: int, seed: int = 0) -> "SceneData":
-        splits = {name: Scenes(part.reader, part.indices) for name, part in super().set_apart(limit, seed).splits.items()}
-        return SceneData(self.name, splits, self.classes, self.embedded)
+        return SceneData(self.name, super().set_apart(limit, seed).splits, self.classes, self.embedded)
 
     def check_fits(self, num_classes: int) -> None:
         """InputError where the decoder has another number of classes."""
@@ -118,19 +111,12 @@ class SceneData(ImageData):
         """
         self.check_fits(model.num_classes)
         images = self.split(split, limit, seed)
-        images = Scenes(images.reader, images.indices)          # each has a transform of its own
         config = resolve_model_data_config(model.encoder)
-        if workers is None:
-            workers = 0 if self.embedded else min(MAX_WORKERS, max(1, available_cores() // parallel.local_world()))
-        rank, world = (parallel.rank(), parallel.world()) if shared else (0, 1)
         if training:
-            batch_size = min(batch_size, max(1, len(images) // (world * turns)))
-            order = TrainingOrder(images, batch_size, seed=seed, turns=turns, repeats=repeats, rank=rank, world=world)
             size = tuple(model.encoder.patch_embed.img_size) if crop is None else crop
             images.transform = training_transform(size, config["mean"], config["std"], **(augment or {}))
         else:
-            order = PlainOrder(images, batch_size, rank, world)
             images.transform = evaluation_transform(config["mean"], config["std"], crop)
-        loader = DataLoader(images, batch_sampler=order, num_workers=workers, persistent_workers=training and workers > 0,
-                            pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_requests, collate_fn=_collate)
+        loader, order = load(images, batch_size, training=training, seed=seed, workers=workers, embedded=self.embedded, shared=shared,
+                             turns=turns, repeats=repeats, collate=_collate)
         return SceneBatches(loader, images, order)

@@ -13,18 +13,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from vitlab import parallel
 from vitlab.data.digits import CLASSES, DigitsReader
 from vitlab.data.folder import CLASS_MAP, HELD_OUT_NAMES, FolderReader, class_numbers, find_splits, unlabelled
-from vitlab.data.images import Batches, Images, Stream
-from vitlab.data.order import PlainOrder, TrainingOrder, ignore_requests
+from vitlab.data.images import Batches, Images, Stream, default_workers, load
 from vitlab.data.tar import TarReader, find_tars
 from vitlab.files import InputError, from_root
 
 TIMM_PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
-MAX_WORKERS = 8
-
-
-def available_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _known_by(path: str) -> str:
@@ -81,7 +74,8 @@ class ImageData:
         if len(images) < 2:
             raise InputError(f"{self.name}: {len(images)} images; 2 at least are needed, one of them to measure on")
         apart = min(max(len(images) // 10, 50), len(images) // 2)
-        splits = {"train": Images(images.reader, images.indices[apart:]), "val": Images(images.reader, images.indices[:apart])}
+        splits = {name: type(images)(images.reader, part)
+                  for name, part in (("train", images.indices[apart:]), ("val", images.indices[:apart]))}
         return ImageData(self.name, splits, self.classes, self.num_classes, self.mapped, self.labelled)
 
     def files(self, split: str) -> list[str]:
@@ -113,8 +107,6 @@ class ImageData:
         config["input_size"] = config["input_size"] if size is None else (model.in_chans, *size)     # as the model is, not was
         if crop_pct is not None:
             config["crop_pct"] = crop_pct
-        if workers is None:
-            workers = 0 if self.name == "digits" else min(MAX_WORKERS, max(1, available_cores() // parallel.local_world()))
         settings = {"is_training": training, **{k: config.get(k) for k in ("interpolation", "mean", "std", "crop_pct", "crop_mode")},
                     **(augment or {})}
         if not isinstance(images, Images):
@@ -125,18 +117,12 @@ class ImageData:
             def reopen(seed: int) -> DataLoader:
                 # batch_size: each of the loader's processes fills whole batches
                 return create_loader(images.open(batch_size=batch_size, seed=seed), input_size=config["input_size"], batch_size=batch_size,
-                                     num_workers=workers, use_prefetcher=False, persistent_workers=False,
-                                     pin_memory=torch.cuda.is_available(), device=torch.device("cpu"), **settings)
+                                     num_workers=default_workers() if workers is None else workers, use_prefetcher=False,
+                                     persistent_workers=False, pin_memory=torch.cuda.is_available(), device=torch.device("cpu"), **settings)
             return Batches(reopen(seed), None, limit=limit, reopen=reopen, seed=seed)
-        rank, world = (parallel.rank(), parallel.world()) if shared else (0, 1)
-        if training:
-            batch_size = min(batch_size, max(1, len(images) // (world * turns)))
-            order = TrainingOrder(images, batch_size, seed=seed, turns=turns, repeats=repeats, rank=rank, world=world)
-        else:
-            order = PlainOrder(images, batch_size, rank, world)
         images.transform = create_transform(config["input_size"], **settings)
-        loader = DataLoader(images, batch_sampler=order, num_workers=workers, persistent_workers=training and workers > 0,
-                            pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_requests)
+        loader, order = load(images, batch_size, training=training, seed=seed, workers=workers, embedded=self.name == "digits",
+                             shared=shared, turns=turns, repeats=repeats)
         return Batches(loader, images, order)
 
 

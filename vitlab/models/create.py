@@ -13,7 +13,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, get_model_a
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from vitlab.files import InputError
+from vitlab.files import InputError, first_line
 from vitlab.models.support import check_supported
 
 _SMALL_CFG = {"input_size": (3, 32, 32), "num_classes": 10, "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0,
@@ -36,11 +36,6 @@ def vit_nano_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransfo
 def vit_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """64 tokens, 96 wide, 6 blocks, 3 heads: 0.7 M parameters, 0.05 GMACs. For CIFAR-10."""
     return _small("vit_micro_patch4_32", pretrained, **{"embed_dim": 96, "depth": 6, "num_heads": 3, **kwargs})
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, short enough for one line."""
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 def create_model(name: str, *, weights: str | Path | None = None, pretrained: bool = False, **args: Any) -> nn.Module:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitlab.files import InputError
+from vitlab.models.segmenter import pad
 
 Model = Callable[[Tensor], Tensor]              # images (B, C, h, w) -> logits (B, K, h, w)
 
@@ -46,7 +47,7 @@ def slide(model: Model, images: Tensor, *, window: int | tuple[int, int], stride
     height, width = images.shape[2:]
     window = _pair(window)
     stride = window if stride is None else _pair(stride)
-    images = F.pad(images, (0, max(0, window[1] - width), 0, max(0, window[0] - height)))
+    images = pad(images, (max(window[0], height), max(window[1], width)))
     places = windows(tuple(images.shape[2:]), window, stride)
     parts = [(b, top, left) for b in range(len(images)) for top, left in places]
     total = counts = None

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from vitlab import parallel
+from vitlab.data.layouts import IGNORE  # truth of pixels that count for nothing, whatever was predicted there
 from vitlab.files import InputError
-
-IGNORE = 255                                    # truth of pixels that count for nothing, whatever was predicted there
 
 
 @dataclass(frozen=True, kw_only=True)

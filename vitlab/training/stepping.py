@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from vitlab import parallel
 from vitlab.data import ImageData
 from vitlab.data.order import seed_of
-from vitlab.files import InputError
+from vitlab.files import InputError, first_line
 from vitlab.models import set_trainable
-from vitlab.models.create import first_line, load_state
+from vitlab.models.create import load_state
 from vitlab.training.distillation import make_task
 from vitlab.training.evaluate import uses_bf16
 from vitlab.training.recipes import Engine, Recipe

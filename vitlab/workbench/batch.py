@@ -20,7 +20,7 @@ import psutil
 
 from vitlab.files import InputError, atomic_write, read_json
 from vitlab.workbench import batch_file
-from vitlab.workbench.batch_entry import dependencies, only_one
+from vitlab.workbench.batch_entry import SUMMARY, dependencies, only_one
 from vitlab.workbench.batch_file import Entry
 
 STATES = ("done", "up to date", "failed", "skipped")
@@ -54,7 +54,7 @@ def run_batch(path: str | Path, out: str | Path, *, changes: dict[str, str] | No
             code = _follow(command, out, list(wanted), call["call"], lock)
         finally:
             summary = summarise(out)
-            atomic_write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+            atomic_write(out / SUMMARY, json.dumps(summary, indent=2) + "\n")
         if code and not any(e["state"] == "failed" for e in summary["entries"]):
             said = (out / "snakemake.log").read_text(errors="replace").strip().splitlines()
             raise InputError(f"Snakemake ended with code {code}: {said[-1] if said else 'no word'} (see {out}/snakemake.log)")

@@ -19,11 +19,12 @@ from vitlab.files import InputError, append_line, atomic_write, read_json, read_
 from vitlab.workbench import notebooks
 from vitlab.workbench.batch_file import REFERENCE, Entry
 
-RESULTS = "results.jsonl"
+RESULTS, SUMMARY = "results.jsonl", "summary.json"
 ENTRY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]*")          # a name of batch_file's with the choices of its grids: never a way out
 OWN = ("inputs.json", "status.json", "log.txt", "figures", RESULTS)         # of an entry alone, not passed on
 SOURCE = Path(__file__).resolve().parents[1]
-SHOWING = ("plots", "cli.py", "options.py", "workbench/batch", "workbench/report.py", "workbench/explore", "workbench/processes.py")
+SHOWING = ("plots", "cli.py", "options.py", "launching.py", "workbench/batch", "workbench/report.py", "workbench/explore",
+           "workbench/processes.py")
 # ... source that starts and draws, and changes no result
 WEIGHTS = (".safetensors", ".pt", ".pth")
 FIGURES = "png,svg,pdf"

@@ -11,9 +11,8 @@ from vitlab.files import InputError, atomic_write, read_json, read_lines
 from vitlab.results import DIGITS, ResultRow, conditions_of, format_cell, read_rows, to_csv, to_latex
 from vitlab.shape import is_int
 from vitlab.workbench import notebooks
-from vitlab.workbench.batch_entry import ENTRY, RESULTS
+from vitlab.workbench.batch_entry import ENTRY, RESULTS, SUMMARY
 
-SUMMARY = "summary.json"
 PAGE, NOTEBOOK, CSV, LATEX = "report.html", "report.ipynb", "results.csv", "results.tex"
 COLUMNS = ("model", "dataset", "split", "top1_pct", "top5_pct", "loss", "gmacs", "params_m", "throughput_img_s", "latency_ms", "ratio")
 

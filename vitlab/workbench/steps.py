@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from vitlab import cost, parallel, tokens
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.data import ImageData, open_data
-from vitlab.files import NOTEBOOKS, InputError, atomic_write, from_root
+from vitlab.files import NOTEBOOKS, InputError, atomic_write, first_line, from_root
 from vitlab.models import compress, deploy, shape_of
-from vitlab.models.create import create_model, first_line, read_file
+from vitlab.models.create import create_model, read_file
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.results import ResultRow, append_row
 from vitlab.training import checkpoint

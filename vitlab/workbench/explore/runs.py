@@ -16,6 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 from vitlab.files import InputError, read_lines
+from vitlab.launching import TOGETHER
 from vitlab.plots.base import new_axes
 from vitlab.plots.search import incumbents
 from vitlab.plots.training import training_curves
@@ -30,7 +31,6 @@ SECONDS = 2.0                                   # between two looks at a run tha
 TAIL = 12                                       # lines of output shown
 RECENT = 20_000                                 # bytes of output that they are taken from
 LOGGED, LOGGED_STEP = ("epoch", "loss", "lr", "train_slice_top1_pct"), ("at_epoch", "loss", "lr")     # of an epoch, of a step in one
-TOGETHER = ("pretrain", "finetune", "search")      # take several processes
 # The fields of the form, by command; each is a flag of it.
 COMMANDS = {"finetune": ("checkpoint", "teacher", "data", "recipe", "out"), "search": ("checkpoint", "data", "macs-ratio", "out"),
             "pretrain": ("model", "data", "recipe", "out"), "tonight": ("checkpoint", "data", "out")}
