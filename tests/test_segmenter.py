@@ -15,7 +15,8 @@ from vitlab import cost, tokens
 from vitlab.files import InputError
 from vitlab.models import compress, deploy, shape_of
 from vitlab.models.create import create_model
-from vitlab.models.segmenter import DECODERS, MaskTransformer, Segmenter, as_encoder, create_encoder, encoder_source, rebuild_encoder
+from vitlab.models.decoders import DECODERS, MaskTransformer
+from vitlab.models.segmenter import Segmenter, as_encoder, create_encoder, encoder_source, rebuild_encoder
 from vitlab.models.windows import segment, slide, windows
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import Match, ReadOut, Select

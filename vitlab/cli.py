@@ -77,6 +77,30 @@ def _pretrain(args: argparse.Namespace) -> None:
     print(f"checkpoint: {run}/checkpoint")
 
 
+def _segment(args: argparse.Namespace) -> None:
+    from vitlab.workbench import segmenting
+    options = {**_engine(args), **_data(args)}
+    if options.pop("class_map") is not None:
+        raise InputError("--class-map is of class folders; masks have none")
+    run = segmenting.train_segmenter(_source(args), args.data, args.out, img_size=None if args.img_size is None else tuple(args.img_size),
+                                     decoder=args.decoder, settings=_recipe(args), limit=args.limit, **options)
+    print(f"checkpoint: {run}/checkpoint")
+
+
+def _windows(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of windows that were given."""
+    given = {"window": args.window and tuple(args.window), "stride": args.stride and tuple(args.stride),
+             "scales": args.scales and tuple(args.scales), "flip": args.flip or None}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from vitlab.workbench import segmenting
+    written = segmenting.predict(_source(args), args.images, args.out, opacity=args.opacity, amp=args.bf16, device=args.device,
+                                 progress=not args.quiet, **_windows(args))
+    print(f"{len(written)} images: {args.out}")
+
+
 def _score(args: argparse.Namespace) -> None:
     from vitlab.workbench import cutting, steps
     options = {"images": args.images, "batch_size": args.batch_size, **_data(args)}
@@ -155,7 +179,7 @@ def _search(args: argparse.Namespace) -> None:
         raise InputError("--batch-size and --dtype are those of a latency; they go with --latency-ms")
     if args.published_count and args.latency_ms is not None:
         raise InputError("--published-count goes with --gmacs or --macs-ratio")
-    if args.published_count and args.tokens != "select":
+    if args.published_count and args.tokens not in (None, "select"):
         raise InputError(f"--published-count is of one selection ratio; it goes with --tokens select, not {args.tokens}")
     cost = "latency_ms" if args.latency_ms is not None else "published_gmacs" if args.published_count else "gmacs"
     limit = args.latency_ms if args.latency_ms is not None else args.gmacs
@@ -194,8 +218,12 @@ def _evaluate(args: argparse.Namespace) -> None:
     from vitlab.results import format_table
     from vitlab.workbench import steps
     row = steps.evaluate(_source(args), args.data, name=args.name or args.source, split=args.split, out=args.out, amp=args.bf16,
-                         batch_size=args.batch_size, crop_pct=args.crop_pct, limit=args.limit, **_data(args))
-    print(format_table([row], ("model", "dataset", "split", "top1_pct", "top5_pct", "loss", "gmacs", "params_m")))
+                         batch_size=args.batch_size, crop_pct=args.crop_pct, limit=args.limit, **_windows(args), **_data(args))
+    measured = ("top1_pct", "top5_pct") if row.miou_pct is None else ("miou_pct", "pixel_accuracy_pct")
+    print(format_table([row], ("model", "dataset", "split", *measured, "loss", "gmacs", "params_m")))
+    if row.miou_pct is not None:
+        iou = row.conditions["iou_pct"].items()
+        print("IoU: " + ", ".join(f"{name} {'-' if value is None else f'{value:.1f}'}" for name, value in iou))
 
 
 def _throughput(args: argparse.Namespace) -> None:
@@ -245,14 +273,15 @@ def _demo(args: argparse.Namespace) -> None:
     print(f"report: {args.out}/report.html")
 
 
-COMMANDS = {"pretrain": _pretrain, "score": _score, "prune": _prune, "search": _search, "tonight": _tonight, "calibrate": _calibrate,
+COMMANDS = {"pretrain": _pretrain, "segment": _segment, "score": _score, "prune": _prune, "search": _search, "tonight": _tonight,
+            "calibrate": _calibrate, "predict": _predict,
             "finetune": _finetune, "evaluate": _evaluate, "throughput": _throughput, "recipes": _recipes, "batch": _batch,
             "report": _report, "demo": _demo}
 
 
 def execute(args: argparse.Namespace, given: Sequence[str] = ()) -> int:
     """Do one parsed command, `given` as these words; returns its exit code. Raises InputError."""
-    if args.command in ("prune", "calibrate", "search", "finetune", "tonight"):
+    if args.command in ("prune", "calibrate", "search", "finetune", "tonight", "segment"):
         _check_apart(args)
     if getattr(args, "out", None):
         _check_out(args.out, wants_file=args.command == "score")

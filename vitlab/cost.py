@@ -14,7 +14,7 @@ from vitlab.plan import CompressionPlan
 from vitlab.shape import POOL_TOKEN, ViTShape
 
 FORMS = ("deployed", "training", "published")
-PARTS = ("patch_embed", "qkv", "attention", "proj", "mlp", "select", "merge", "reconstruct", "fold", "classifier")
+PARTS = ("patch_embed", "qkv", "attention", "proj", "mlp", "select", "merge", "reconstruct", "fold", "classifier", "decoder")
 SELECT_IN = (3, 6, 9)                           # blocks that select tokens in arXiv 2201.00043, from 0
 
 
@@ -56,6 +56,18 @@ def previous(values: np.ndarray, first: int) -> np.ndarray:
     return np.concatenate([np.full_like(values[..., :1], first), values[..., :-1]], axis=-1)
 
 
+def _head_macs(shape: ViTShape) -> int:
+    """MACs of what follows the encoder: a classifier D K for each there is; a linear decoder n D K; a mask transformer of L blocks on
+    the n patches and K classes, n D^2 + L (n + K) (12 D^2 + 2 (n + K) D) + (n + K) D^2 + n D K (arXiv 2105.05633)."""
+    n, dim, classes = shape.num_patches, shape.embed_dim, shape.num_classes
+    if shape.decoder == "linear":
+        return n * dim * classes
+    if shape.decoder:
+        rows = n + classes
+        return n * dim**2 + shape.decoder_depth * rows * (12 * dim**2 + 2 * rows * dim) + rows * dim**2 + n * dim * classes
+    return dim * classes * shape.num_classifiers
+
+
 def macs_of(shape: ViTShape, counts: Counts, form: str = "deployed") -> dict[str, np.ndarray]:
     """MACs per image (...) by part (PARTS), and their sum under "total". Raises InputError for an unknown form.
 
@@ -77,7 +89,7 @@ def macs_of(shape: ViTShape, counts: Counts, form: str = "deployed") -> dict[str
               "mlp": 2 * c.in_mlp * dim * c.neurons, "select": ranking}
     parts = {name: blocks[name].sum(axis=-1) if name in blocks else np.zeros(width.shape[:-1], dtype=np.int64) for name in PARTS}
     parts["patch_embed"] += shape.num_patches * shape.patch_size[0] * shape.patch_size[1] * shape.in_chans * dim
-    parts["classifier"] += dim * shape.num_classes * shape.num_classifiers
+    parts["decoder" if shape.decoder else "classifier"] += _head_macs(shape)
     if form != "published":
         parts["merge"] = c.pooled.sum(axis=-1) * dim + (c.compared * width).sum(axis=-1)
     if form == "training":
@@ -120,8 +132,8 @@ def mdc_macs(shape: ViTShape, heads: np.ndarray, neurons: np.ndarray, rho: np.nd
 def params(model: nn.Module) -> dict[str, int]:
     """Parameters of a timm vision transformer by part, and their sum under "total"; fold matrices count as parameters."""
     def part(name: str) -> str:
-        for key, word in ((".rank", "select"), (".attn.", "attention"), (".mlp.", "mlp"), (".tokens.", "merge and reconstruct"),
-                          ("fold.", "fold"), ("patch_embed", "patch_embed"), ("head", "classifier")):
+        for key, word in (("decoder.", "decoder"), (".rank", "select"), (".attn.", "attention"), (".mlp.", "mlp"),
+                          (".tokens.", "merge and reconstruct"), ("fold.", "fold"), ("patch_embed", "patch_embed"), ("head", "classifier")):
             if key in name:
                 return word
         return "norms and embeddings"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from vitlab.files import LOCK, InputError, atomic_write, read_json
 
-TOGETHER = ("pretrain", "finetune", "score", "evaluate", "search")              # take several processes
-RESUMABLE, COMMAND = ("pretrain", "finetune", "search", "tonight"), "command.json"
+TOGETHER = ("pretrain", "segment", "finetune", "score", "evaluate", "search")              # take several processes
+RESUMABLE, COMMAND = ("pretrain", "segment", "finetune", "search", "tonight"), "command.json"
 LOST = 15.0                                     # seconds that a process waits to be ended after another one was
 
 

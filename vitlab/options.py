@@ -68,7 +68,9 @@ def _model_options(parser: argparse.ArgumentParser, name: str = "--checkpoint") 
 def _data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=given, required=True, metavar="DATA",
                         help="'digits' (embedded), a folder with train/ and val/, validation/ or test/, or hfds/NAME, wds/NAME, ...; "
-                             "where labels are not needed, also a folder of images alone; a split may be a tar file")
+                             "where labels are not needed, also a folder of images alone; a split may be a tar file. Of a Segmenter: "
+                             "'digit_scenes' (embedded), or the folder of ADE20K, Cityscapes, PASCAL Context, CamVid, or of images and "
+                             "masks")
     parser.add_argument("--class-map", type=given, metavar="FILE",
                         help="JSON of class folder: class number (default: DATA/class_index.json)")
     parser.add_argument("--workers", type=_number(int, 0, 256, "an integer from 0 to 256"), metavar="N",
@@ -99,6 +101,14 @@ def _recipe_options(parser: argparse.ArgumentParser, default: str) -> None:
     group.add_argument("--changed-data", action="store_true", help="go on though the data set is another than it was")
 
 
+def _window_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("windows", "Of a Segmenter, whose images may be larger than its encoder's.")
+    group.add_argument("--window", type=count, nargs=2, metavar=("HEIGHT", "WIDTH"), help="default: the encoder's size")
+    group.add_argument("--stride", type=count, nargs=2, metavar=("HEIGHT", "WIDTH"), help="from window to window (default: the window)")
+    group.add_argument("--scales", type=positive, nargs="+", metavar="FACTOR", help="the mean over several sizes (default: 1)")
+    group.add_argument("--flip", action="store_true", help="and over each turned left to right")
+
+
 def build_parser() -> Parser:
     parser = Parser(prog="vitlab", description="Make vision transformers smaller and faster, and see why it works.")
     parser.add_argument("--version", action="version", version=f"vitlab {vitlab.__version__}")
@@ -112,6 +122,17 @@ def build_parser() -> Parser:
     p.add_argument("--img-size", type=count, metavar="PIXELS", help="instead of the model's own")
     _data_options(p)
     _recipe_options(p, "digits")
+    p.add_argument("--out", type=given, required=True, metavar="RUN", help="run folder; a killed run goes on there")
+    _run_options(p)
+
+    p = add("segment", "Train a dense Segmenter: a model's blocks as encoder, and a decoder that gives every pixel a class.")
+    _model_options(p)
+    _data_options(p)
+    p.add_argument("--decoder", choices=("mask_transformer", "linear"),
+                   help="default: mask_transformer; where SOURCE is a Segmenter, its own goes on")
+    p.add_argument("--img-size", type=count, nargs=2, metavar=("HEIGHT", "WIDTH"),
+                   help="pixels the encoder is for (default: those of the first images, 512 x 512 where they differ)")
+    _recipe_options(p, "segmenter")
     p.add_argument("--out", type=given, required=True, metavar="RUN", help="run folder; a killed run goes on there")
     _run_options(p)
 
@@ -163,8 +184,9 @@ def build_parser() -> Parser:
     group.add_argument("--latency-ms", type=positive, help="budget: milliseconds of one batch on this machine, from a measured table")
     p.add_argument("--published-count", action="store_true", help="count multiply-adds, and rank tokens, as arXiv 2201.00043 does")
     p.add_argument("--units", default="neurons,heads", metavar="LIST", help="neurons,heads or one of them or none (default: both)")
-    p.add_argument("--tokens", default="select", metavar="NAME",
-                   help="none, select, merge, share or match, the last four with _per_stage for ratios of their own (default: select)")
+    p.add_argument("--tokens", metavar="NAME",
+                   help="none, select, merge, share or match, the last four with _per_stage for ratios of their own (default: select, of "
+                        "a Segmenter match)")
     p.add_argument("--read-out", action="store_true",
                    help="the last block computes what a classifier on the class token reads, and no more: exact, fewer multiply-adds")
     p.add_argument("--max-ratio", type=_number(float, 1e-3, 0.999, "a fraction from 0.001 to 0.999"), default=0.5, metavar="R",
@@ -176,7 +198,8 @@ def build_parser() -> Parser:
                    help="policies before the Gaussian process proposes (default: the settings')")
     p.add_argument("--start", "--initial", dest="initial", choices=("varied", "random", "sensitivity"),
                    help="how the population is drawn; sensitivity: each dimension is measured alone first (default: the settings')")
-    p.add_argument("--metric", choices=("top1_pct", "distill_loss"), default="top1_pct", help="what is optimised (default: top1_pct)")
+    p.add_argument("--metric", choices=("top1_pct", "miou_pct", "distill_loss"),
+                   help="what is optimised (default: top1_pct, of a Segmenter miou_pct)")
     p.add_argument("--criterion", default="hsic", metavar="NAME", help="that ranks heads and neurons (default: hsic)")
     p.add_argument("--compensate", action="store_true", help="refit what is left of each cut layer before a policy is measured")
     p.add_argument("--images", type=count, default=1000, help="slice of train that policies are measured on (default: 1000)")
@@ -227,17 +250,28 @@ def build_parser() -> Parser:
     p = add("resume", "Go on with the training or search of a run folder, by the command that began it.")
     p.add_argument("run", type=given, metavar="RUN", help="run folder")
 
-    p = add("evaluate", "Top-1, top-5 and loss on the held-out split, with GMACs and parameters.")
+    p = add("evaluate", "Top-1, top-5 and loss on the held-out split, of a Segmenter mIoU, with GMACs and parameters.")
     _model_options(p)
     _data_options(p)
     p.add_argument("--split", default="held_out", help="default: the held-out one")
-    p.add_argument("--batch-size", type=count, default=64, help="default: 64")
+    p.add_argument("--batch-size", type=count, help="default: 64, of a Segmenter 1, for images that differ in size")
     p.add_argument("--crop-pct", type=crop, help="crop size over resize size (default: the model's)")
     p.add_argument("--limit", type=count, metavar="IMAGES", help="a slice of this many images")
     p.add_argument("--name", help="name in the result row (default: SOURCE)")
     p.add_argument("--bf16", action="store_true", help="bf16 autocast instead of float32")
+    _window_options(p)
     p.add_argument("--out", type=given, metavar="RUN", help="append the row to RUN/results.jsonl")
     _run_options(p)
+
+    p = add("predict", "Segment a folder of images: class numbers and an overlay of each, as PNG.")
+    _model_options(p)
+    p.add_argument("--images", type=given, required=True, metavar="FOLDER", help="folder of images; masks are not needed")
+    p.add_argument("--opacity", type=rate, default=0.55, help="of the classes' colours over the image (default: 0.55)")
+    p.add_argument("--bf16", action="store_true", help="bf16 autocast instead of float32")
+    _window_options(p)
+    p.add_argument("--out", type=given, required=True, metavar="FOLDER", help="folder for NAME.png (overlay) and NAME_classes.png")
+    p.add_argument("--device", metavar="DEVICE", help="cpu or cuda (default: cuda where there is one)")
+    p.add_argument("--quiet", action="store_true", help="no progress bars")
 
     p = add("throughput", "Images per second of deployed models, the first the baseline, measured in turn.")
     p.add_argument("sources", nargs="+", type=given, metavar="SOURCE", help="checkpoint or run folders, or timm names")

@@ -59,8 +59,8 @@ class CompressionPlan:
         return cls(shape=shape, blocks=tuple(BlockPlan() for _ in range(shape.depth)))
 
     def check_fits(self, shape: ViTShape) -> None:
-        """InputError naming every size in which the model and the plan differ (classifier and pooling may)."""
-        free = ("num_classes", "num_classifiers", "pool", "in_chans", "qk_norm")
+        """InputError naming every size in which the model and the plan differ (classifier, decoder and pooling may)."""
+        free = ("num_classes", "num_classifiers", "pool", "in_chans", "qk_norm", "decoder", "decoder_depth")
         wrong = [f"{f.name} {getattr(shape, f.name)} (plan: {getattr(self.shape, f.name)})"
                  for f in dataclasses.fields(shape)
                  if f.name not in free and getattr(shape, f.name) != getattr(self.shape, f.name)]

@@ -19,9 +19,11 @@ class ResultRow:
 
     model: str
     dataset: str = ""
-    split: str = ""                         # the named split that top1_pct is on
+    split: str = ""                         # the named split that these are on
     top1_pct: float | None = None           # 0 to 100
     top5_pct: float | None = None           # 0 to 100
+    miou_pct: float | None = None           # 0 to 100; of a Segmenter, IoU per class stands in the conditions
+    pixel_accuracy_pct: float | None = None     # 0 to 100
     loss: float | None = None               # mean cross-entropy
     gmacs: float | None = None              # per image, everything that is multiplied
     params_m: float | None = None
@@ -36,7 +38,7 @@ class ResultRow:
             kind, what = kinds.get(name, ((int, float, type(None)), "number"))
             if isinstance(value, bool) or not isinstance(value, kind):
                 raise InputError(f"{name} is {str(value)[:80]!r}; a {what} is needed")
-        for name in ("top1_pct", "top5_pct"):
+        for name in ("top1_pct", "top5_pct", "miou_pct", "pixel_accuracy_pct"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 100:
                 raise InputError(f"{name} is {value}; a percentage from 0 to 100 is needed")
@@ -71,7 +73,8 @@ def read_rows(path: str | Path) -> list[ResultRow]:
     return [ResultRow(**row) for row in merged.values()]
 
 
-DIGITS = {"top1_pct": 2, "top5_pct": 2, "gmacs": 4, "params_m": 3, "throughput_img_s": 1, "ratio": 2, "latency_ms": 2, "loss": 4}
+DIGITS = {"top1_pct": 2, "top5_pct": 2, "miou_pct": 2, "pixel_accuracy_pct": 2, "gmacs": 4, "params_m": 3, "throughput_img_s": 1,
+          "ratio": 2, "latency_ms": 2, "loss": 4}
 
 
 def format_cell(value: Any, column: str) -> str:

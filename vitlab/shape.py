@@ -6,6 +6,7 @@ from typing import Any
 from vitlab.files import InputError
 
 POOL_TOKEN = "token"
+DECODERS = ("", "linear", "mask_transformer")
 
 
 def require(condition: bool, message: str) -> None:
@@ -36,6 +37,8 @@ class ViTShape:
     num_classifiers: int = 1            # 2 for a distilled DeiT
     pool: str = POOL_TOKEN              # "token" needs prefix tokens alone; every other pooling needs all
     qk_norm: bool = False               # whether attention normalises queries and keys
+    decoder: str = ""                   # of DECODERS, gives every patch the logits of num_classes; "": a classifier, or nothing
+    decoder_depth: int = 0              # blocks of a mask transformer
 
     def __post_init__(self) -> None:
         for name in ("img_size", "patch_size"):
@@ -43,13 +46,14 @@ class ViTShape:
             require(isinstance(value, (tuple, list)) and len(value) == 2 and all(is_int(v) and v > 0 for v in value),
                      f"shape.{name} is {value!r}; two positive integers are needed")
             object.__setattr__(self, name, tuple(value))
-        lowest = {"num_prefix_tokens": 0, "num_classes": 0}
+        lowest = {"num_prefix_tokens": 0, "num_classes": 0, "decoder_depth": 0}
         for f in dataclasses.fields(self):
             if f.type in (int, "int"):
                 value, low = getattr(self, f.name), lowest.get(f.name, 1)
                 require(is_int(value) and value >= low, f"shape.{f.name} is {value!r}; an integer of at least {low} is needed")
         require(isinstance(self.qk_norm, bool), f"shape.qk_norm is {self.qk_norm!r}; true or false is needed")
         require(isinstance(self.pool, str), f"shape.pool is {self.pool!r}; a string is needed")
+        require(self.decoder in DECODERS, f"shape.decoder is {self.decoder!r}; one of {list(DECODERS)} is needed")
         require(self.num_patches > 0, f"shape: an image of {self.img_size} holds no patch of {self.patch_size}")
 
     @property

@@ -14,6 +14,7 @@ from vitlab.data.order import drawing
 from vitlab.data.source import ImageData
 from vitlab.files import InputError
 
+MILD = {"scale": (0.75, 1.5), "color_jitter": 0.0}
 REPORT_ON, CHOOSE_ON = ("test", "val", "validation"), ("val", "validation")
 
 
@@ -70,6 +71,8 @@ class SceneBatches(Batches):
 class SceneData(ImageData):
     """Named splits of images with masks: `train`, one to choose on (`val`) and one to report on (`test`, or else `val`)."""
 
+    logged, mild = 50, MILD
+
     def __init__(self, name: str, splits: dict[str, Scenes], classes: list[str], embedded: bool = False) -> None:
         super().__init__(name, splits, classes, len(classes))
         self.embedded = embedded
@@ -99,24 +102,24 @@ class SceneData(ImageData):
             raise InputError(f"{self.name}: {self.num_classes} classes, but the model's decoder has {num_classes}")
 
     def batches(self, split: str, model: nn.Module, *, batch_size: int = 8, training: bool = False, limit: int | None = None,
-                seed: int = 0, workers: int | None = None, crop: tuple[int, int] | None = None, augment: dict[str, Any] | None = None,
-                shared: bool = False, turns: int = 1, repeats: int = 1) -> SceneBatches:
-        """Batches for a Segmenter (its encoder's mean and deviation).
+                seed: int = 0, workers: int | None = None, whole: bool = False, crop_pct: float | None = None,
+                augment: dict[str, Any] | None = None, shared: bool = False, turns: int = 1, repeats: int = 1) -> SceneBatches:
+        """Batches for a Segmenter (its encoder's mean and deviation, and its size of images).
 
-        training shuffles, augments (`training_transform`, with options `augment`), crops (crop: height and width; None: the
-        encoder's image size) and leaves out the last partial step of `turns` batches, each image taken `repeats` times in a row.
-        Without it images are normalised alone, in the split's own order, and a batch takes only images of one size, or the middle
-        of each where crop is given. shared: each process takes its share of the batches.
+        training shuffles, augments (`training_transform`, with options `augment`), crops and leaves out the last partial step of
+        `turns` batches, each image taken `repeats` times in a row. Without it images are normalised alone, in the split's own order:
+        the middle of each, or, with `whole`, each at its own size, and a batch takes only images of one size. shared: each process
+        takes its share of the batches. Raises InputError for a crop_pct: scenes are not resized.
         workers None: none for the embedded set, else one a core, up to 8, divided among the processes of this machine.
         """
+        if crop_pct is not None:
+            raise InputError(f"{self.name}: crop_pct is {crop_pct}, but scenes are taken as they are, not resized and cropped")
         self.check_fits(model.num_classes)
-        images = self.split(split, limit, seed)
-        config = resolve_model_data_config(model.encoder)
+        images, config = self.split(split, limit, seed), resolve_model_data_config(model.encoder)
         if training:
-            size = tuple(model.encoder.patch_embed.img_size) if crop is None else crop
-            images.transform = training_transform(size, config["mean"], config["std"], **(augment or {}))
+            images.transform = training_transform(model.img_size, config["mean"], config["std"], **(augment or {}))
         else:
-            images.transform = evaluation_transform(config["mean"], config["std"], crop)
+            images.transform = evaluation_transform(config["mean"], config["std"], None if whole else model.img_size)
         loader, order = load(images, batch_size, training=training, seed=seed, workers=workers, embedded=self.embedded, shared=shared,
                              turns=turns, repeats=repeats, collate=_collate)
         return SceneBatches(loader, images, order)

@@ -32,6 +32,9 @@ class ImageData:
     """Named splits of one data set. `train` is for training, scoring and choosing; `held_out` for reporting alone. Where it is
     not `labelled`, targets are 0 and say nothing."""
 
+    logged = 500                # images of train that a training's log is measured on; the held-out split is for reports
+    mild = {"scale": (0.35, 1.0), "hflip": 0.5, "color_jitter": 0.0}               # augmentation of a short self-distillation
+
     def __init__(self, name: str, splits: dict[str, Any], classes: list[str] | None, num_classes: int | None,
                  mapped: bool = False, labelled: bool = True) -> None:
         self.name, self.splits, self.classes, self.num_classes, self.mapped = name, splits, classes, num_classes, mapped

@@ -1,6 +1,6 @@
 """timm models and what vitlab makes of them: compress, deploy."""
 from vitlab.models.compress import TRAINABLE, compress, set_trainable
 from vitlab.models.deploy import deploy
-from vitlab.models.support import attention_block, check_supported, is_merged, shape_of
+from vitlab.models.support import attention_block, check_supported, encoder_of, is_merged, shape_of
 
-__all__ = ["TRAINABLE", "attention_block", "check_supported", "compress", "deploy", "is_merged", "set_trainable", "shape_of"]
+__all__ = ["TRAINABLE", "attention_block", "check_supported", "compress", "deploy", "encoder_of", "is_merged", "set_trainable", "shape_of"]

@@ -12,7 +12,7 @@ from vitlab.models.read_out import ReadOutBlock
 from vitlab.models.select import SelectBlock
 from vitlab.models.share import SharedUpdateBlock
 from vitlab.models.shrink import keep_heads, keep_neurons
-from vitlab.models.support import attention_block, shape_before_cutting, shape_of
+from vitlab.models.support import attention_block, encoder_of, shape_before_cutting, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import Match, MergeReconstruct, ReadOut, Select, SharedUpdate, TokenRule
 from vitlab.shape import ViTShape
@@ -144,8 +144,17 @@ def _guard(model: nn.Module, plan: CompressionPlan) -> None:
         model.forward_intermediates = functools.partial(forward_intermediates, model)
 
 
+def _check_whole_grid(plan: CompressionPlan) -> None:
+    """InputError naming the first block after which patches have no place any more: a decoder needs them all."""
+    for index, block in enumerate(plan.blocks):
+        if isinstance(block.tokens, (Select, ReadOut)):
+            raise InputError(f"block {index}: tokens are {'selected' if isinstance(block.tokens, Select) else 'read out'}, but a class for "
+                             'each pixel needs the whole grid; merge them ("merge_reconstruct", "shared_update" or "match")')
+
+
 def compress(model: nn.Module, plan: CompressionPlan, *, before: CompressionPlan | None = None) -> nn.Module:
-    """A copy of `model`, compressed; still the same timm class. The plan that cuts nothing gives bit-equal logits.
+    """A copy of `model`, compressed; still the same class. The plan that cuts nothing gives bit-equal logits. Of a Segmenter the
+    encoder is compressed, the decoder stays.
 
     model: a dense timm VisionTransformer, or, to cut further, one that was compressed by the plan `before` (training form,
     fine-tuned or not); matrices of a token rule that stays the same keep their trained values. Raises InputError where the
@@ -156,6 +165,9 @@ def compress(model: nn.Module, plan: CompressionPlan, *, before: CompressionPlan
     else:
         check_agrees(model, before)
     plan.check_fits(before.shape)
+    if encoder_of(model) is not model:
+        _check_whole_grid(plan)
+        return model.with_encoder(compress(model.encoder, plan, before=before))
     model = copy.deepcopy(model)
     _guard(model, plan)
     for index, (block, cut, was) in enumerate(zip(model.blocks, plan.blocks, before.blocks)):

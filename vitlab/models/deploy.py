@@ -12,7 +12,7 @@ from vitlab import tokens
 from vitlab.files import InputError
 from vitlab.models.compress import TokenBlock, refuse_intermediates
 from vitlab.models.match import MatchBlock
-from vitlab.models.support import attention_block, check_supported
+from vitlab.models.support import attention_block, check_supported, encoder_of
 from vitlab.shape import POOL_TOKEN
 
 
@@ -65,9 +65,12 @@ def deploy(model: nn.Module) -> nn.Module:
     Shapes are static. With class-token pooling only the prefix tokens are reconstructed at the end, and forward_features
     returns those alone (all tokens where the last block merges none); with any other pooling the whole grid is.
     A model without merged tokens comes back as it is. The folded matrices no longer train, and the classifier can't be
-    reset any more. Raises InputError for a family that can't be handled.
+    reset any more. Of a Segmenter the encoder is deployed; its decoder needs the whole grid, which is rebuilt once, before it.
+    Raises InputError for a family that can't be handled.
     """
     check_supported(model)
+    if encoder_of(model) is not model:
+        return model.with_encoder(deploy(model.encoder)).eval()
     if any(isinstance(b, FoldedBlock) for b in model.blocks):
         raise InputError("the model is already deployed")
     model = copy.deepcopy(model).eval()

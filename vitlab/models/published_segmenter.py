@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from torch import nn
 
 from vitlab.files import InputError
 from vitlab.models.create import load_state, read_file, rebuild, state_of
-from vitlab.models.segmenter import NORM_EPS, Segmenter, as_encoder
+from vitlab.models.decoders import NORM_EPS
+from vitlab.models.segmenter import Segmenter, as_encoder, set_norm_eps
 from vitlab.shape import is_int
 
 VARIANT = "variant.yml"
@@ -75,12 +75,6 @@ def _check(net: dict[str, Any], path: Path) -> None:
     _taken(net["decoder"], f"{where}.decoder", kinds[net["decoder"]["name"]])
 
 
-def _eps(module: nn.Module, eps: float) -> None:
-    for norm in module.modules():
-        if isinstance(norm, nn.LayerNorm):
-            norm.eps = eps
-
-
 def load_published_segmenter(path: str | Path) -> Segmenter:
     """The dense Segmenter, in eval mode, of a published checkpoint.pth (or of the folder that holds it).
 
@@ -112,7 +106,7 @@ def load_published_segmenter(path: str | Path) -> Segmenter:
         model = Segmenter(encoder, net["n_cls"], decoder["name"], **own)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    _eps(encoder, NORM_EPS)
+    set_norm_eps(encoder, NORM_EPS)
     mean, std = STATISTICS[net["normalization"]]
     encoder.pretrained_cfg = {**encoder.pretrained_cfg, "mean": mean, "std": std}
     load_state(model, state, path)

@@ -4,92 +4,28 @@
 B images, n patches in raster order on a grid of h x w, P prefix tokens, D dim of the encoder, K classes.
 """
 import copy
-from collections.abc import Callable
+import reprlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from vitlab.files import InputError
 from vitlab.models.create import architecture, create_model, rebuild
+from vitlab.models.decoders import DECODERS
 from vitlab.models.deploy import Fold
-from vitlab.models.support import attention_block, check_supported
+from vitlab.models.support import attention_block, check_supported, is_merged
+from vitlab.shape import is_int
 
-NORM_EPS = 1e-5                                 # of the decoder's LayerNorms, as published; timm's own are 1e-6
-INIT_STD = 0.02                                 # of linear layers and class embeddings at first
-DROP = 0.1                                      # dropout in the decoder's blocks, as published
-
-
-def _start(module: nn.Module) -> None:
-    """Initial values of a decoder's linear layers."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=INIT_STD)
-        nn.init.zeros_(module.bias)
+LARGEST = 2**16                                 # of any size that a file may ask for
+SHOWN = ("blocks", "patch_embed", "cls_token", "num_prefix_tokens", "embed_dim", "in_chans", "pretrained_cfg")
 
 
-def _norm(width: int, **kwargs: Any) -> nn.LayerNorm:
-    return nn.LayerNorm(width, eps=NORM_EPS, **kwargs)
-
-
-class LinearDecoder(nn.Module):
-    """A linear classifier of each patch (section 3.2): patches (B, n, D) -> logits (B, n, K). It has no heads: head_dim is not used."""
-
-    def __init__(self, embed_dim: int, num_classes: int, head_dim: int = 64) -> None:
-        super().__init__()
-        self.head = nn.Linear(embed_dim, num_classes)
-        self.apply(_start)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        return self.head(patches)
-
-
-class MaskTransformer(nn.Module):
-    """Class embeddings go through blocks together with the patches; a patch's logits are its products with them (section 3.2).
-
-        logits = LayerNorm_K(normalise(z_patches W_patches) normalise(z_classes W_classes)^T),   normalise(v) = v / ||v||_2
-
-    patches (B, n, D) -> logits (B, n, K). Blocks are timm's; parameters have the published names, so that published files fit.
-    head_dim: width of a head of the blocks, which must divide embed_dim; drop: dropout rate in the blocks, [0, 1).
-    """
-
-    def __init__(self, embed_dim: int, num_classes: int, head_dim: int = 64, *, depth: int = 2, drop: float = DROP,
-                 drop_path: float = 0.0) -> None:
-        super().__init__()
-        if embed_dim % head_dim or depth < 1:
-            raise InputError(f"a mask transformer of {depth} blocks, {embed_dim} wide, with heads of {head_dim}: at least one block is "
-                             "needed, and a width that the heads divide")
-        rates = torch.linspace(0, drop_path, depth).tolist()
-        self.num_classes = num_classes
-        self.proj_dec = nn.Linear(embed_dim, embed_dim)
-        self.cls_emb = nn.Parameter(torch.empty(1, num_classes, embed_dim))
-        self.blocks = nn.ModuleList(
-            Block(embed_dim, embed_dim // head_dim, qkv_bias=True, proj_drop=drop, attn_drop=drop, drop_path=rate,
-                  norm_layer=_norm) for rate in rates)
-        self.decoder_norm = _norm(embed_dim)
-        self.proj_patch = nn.Parameter(torch.randn(embed_dim, embed_dim) * embed_dim ** -0.5)
-        self.proj_classes = nn.Parameter(torch.randn(embed_dim, embed_dim) * embed_dim ** -0.5)
-        self.mask_norm = _norm(num_classes)
-        self.apply(_start)
-        trunc_normal_(self.cls_emb, std=INIT_STD)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        x = torch.cat([self.proj_dec(patches), self.cls_emb.expand(len(patches), -1, -1)], dim=1)       # (B, n + K, D)
-        for block in self.blocks:
-            x = block(x)
-        patches, classes = self.decoder_norm(x).split((patches.shape[1], self.num_classes), dim=1)
-        patches = F.normalize(patches @ self.proj_patch, dim=2)
-        classes = F.normalize(classes @ self.proj_classes, dim=2)
-        return self.mask_norm(patches @ classes.transpose(1, 2))
-
-    def no_weight_decay(self) -> set[str]:
-        return {"cls_emb"}
-
-
-DECODERS: dict[str, Callable[..., nn.Module]] = {"linear": LinearDecoder, "mask_transformer": MaskTransformer}
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def as_encoder(model: nn.Module) -> nn.Module:
@@ -130,6 +66,13 @@ def rebuild_encoder(source: dict[str, Any], most: int | None = None) -> nn.Modul
     return as_encoder(rebuild(source, most))
 
 
+def set_norm_eps(encoder: nn.Module, eps: float) -> None:
+    """Set the epsilon of all its LayerNorms: published Segmenters have 1e-5, timm's models 1e-6."""
+    for norm in encoder.modules():
+        if isinstance(norm, nn.LayerNorm):
+            norm.eps = eps
+
+
 def multiple(size: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
     """The next multiples of the patch; heights and widths."""
     return -(-size[0] // patch[0]) * patch[0], -(-size[1] // patch[1]) * patch[1]
@@ -138,6 +81,37 @@ def multiple(size: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
 def pad(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Zeros at the right and bottom, up to size (height, width): (B, C, H, W) -> (B, C, *size)."""
     return F.pad(images, (0, size[1] - images.shape[3], 0, size[0] - images.shape[2]))
+
+
+def segmenter_source(model: "Segmenter") -> dict[str, Any]:
+    """What `rebuild_segmenter` needs beside the `encoder_source`."""
+    return {"num_classes": model.num_classes, "decoder": model.decoder_name, "args": model.decoder_args,
+            "norm_eps": getattr(model.encoder.norm, "eps", None)}
+
+
+def rebuild_segmenter(encoder: dict[str, Any], source: Any, most: int | None = None) -> "Segmenter":
+    """The dense Segmenter of an `encoder_source` and a `segmenter_source`, with random weights. Raises InputError naming what is wrong,
+    and, before any memory is taken, where it would have more than `most` parameters."""
+    numbers = {"head_dim": is_int, "depth": is_int, "drop": _is_number, "drop_path": _is_number}
+    known = {"num_classes": lambda v: is_int(v) and 2 <= v <= LARGEST, "decoder": lambda v: isinstance(v, str) and v in DECODERS,
+             "norm_eps": lambda v: v is None or _is_number(v) and 0 < v < 1,
+             "args": lambda v: isinstance(v, dict) and all(k in numbers and numbers[k](n) and 0 <= n <= LARGEST for k, n in v.items())}
+    for name, fits in known.items():
+        if not isinstance(source, dict) or not fits(source.get(name)):
+            given = reprlib.repr(source.get(name) if isinstance(source, dict) else source)
+            raise InputError(f'"segmenter": {name} is {given}, which no Segmenter can be built from')
+
+    def build() -> Segmenter:
+        return Segmenter(rebuild_encoder(encoder, most), source["num_classes"], source["decoder"], **source["args"])
+    if most is not None:
+        with torch.device("meta"):              # sizes alone, without memory
+            count = sum(p.numel() for p in build().parameters())
+        if count > most:
+            raise InputError(f"a Segmenter of {count:,} parameters; the weights beside it are those of {most:,} at most")
+    model = build()
+    if source["norm_eps"] is not None:
+        set_norm_eps(model.encoder, source["norm_eps"])
+    return model.eval()
 
 
 class Segmenter(nn.Module):
@@ -164,6 +138,15 @@ class Segmenter(nn.Module):
         except TypeError as error:
             raise InputError(f"decoder {decoder}: {error}") from None
 
+    def __getattr__(self, name: str) -> Any:
+        """A Segmenter shows its encoder's parts (SHOWN) as its own: what reads or hooks them need not know the difference."""
+        return getattr(self.encoder, name) if name in SHOWN else super().__getattr__(name)
+
+    @property
+    def decoder_depth(self) -> int:
+        """Blocks of the decoder."""
+        return len(getattr(self.decoder, "blocks", ()))
+
     @property
     def img_size(self) -> tuple[int, int]:
         """Height and width of the images that the encoder is for, multiples of the patch."""
@@ -172,6 +155,15 @@ class Segmenter(nn.Module):
     def with_encoder(self, encoder: nn.Module) -> "Segmenter":
         """A copy with that encoder in place of its own (compressed, deployed) and the same decoder, weights too."""
         return copy.deepcopy(self, {id(self.encoder): encoder})
+
+    def at_size(self, img_size: tuple[int, int]) -> "Segmenter":
+        """A copy for images of another size (height, width), rounded up to a multiple of the patch; timm resamples the position
+        embeddings. Raises InputError where tokens are cut by their place."""
+        model = copy.deepcopy(self)
+        if is_merged(model):
+            raise InputError("tokens are cut for one size of images; take the dense model to another size, and compress it there")
+        model.encoder.set_input_size(img_size=multiple(img_size, model.patch_embed.patch_size))
+        return model
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
         """The next multiples of the patch. Raises InputError where they are not the encoder's size, and it has but one."""
@@ -182,10 +174,14 @@ class Segmenter(nn.Module):
         return size
 
     def patch_logits(self, images: Tensor) -> Tensor:
-        """Logits of the patches: (B, 3, h p, w q), a multiple of the patch p x q -> (B, K, h, w)."""
-        grid = tuple(side // p for side, p in zip(images.shape[2:], self.encoder.patch_embed.patch_size))
+        """Logits of the patches: (B, 3, H, W), padded to a multiple of the patch p x q -> (B, K, ceil(H / p), ceil(W / q))."""
+        images = pad(images, self.padded_size(*images.shape[2:]))
+        return self._decoded(self.encoder.forward_features(images), images.shape[2:])
+
+    def _decoded(self, tokens: Tensor, size: Sequence[int]) -> Tensor:
+        """Tokens (B, P + n, D) of an image of that padded size -> logits of its patches (B, K, h, w)."""
+        grid = tuple(side // p for side, p in zip(size, self.encoder.patch_embed.patch_size))
         prefix = self.encoder.num_prefix_tokens
-        tokens = self.encoder.forward_features(images)                          # (B, P + n, D)
         if tokens.shape[1] != prefix + grid[0] * grid[1]:
             raise InputError(f"the encoder gives {tokens.shape[1]} tokens for {prefix} prefix tokens and a grid of {grid[0]} x {grid[1]}; "
                              "dense prediction needs the whole grid: a plan that neither selects nor reads out, and `as_encoder` before "
@@ -193,11 +189,17 @@ class Segmenter(nn.Module):
         patches = self.encoder.fc_norm(tokens[:, prefix:])                      # the final norm of models that pool by average
         return self.decoder(patches).transpose(1, 2).unflatten(2, grid)
 
+    def upsample(self, logits: Tensor, size: Sequence[int]) -> Tensor:
+        """Logits of the patches (B, K, h, w) -> of the pixels of an image of that size (B, K, H, W)."""
+        padded = tuple(side * p for side, p in zip(logits.shape[2:], self.encoder.patch_embed.patch_size))
+        return F.interpolate(logits, size=padded, mode="bilinear")[:, :, :size[0], :size[1]]
+
     def forward(self, images: Tensor) -> Tensor:
-        height, width = images.shape[2:]
-        size = self.padded_size(height, width)
-        logits = self.patch_logits(pad(images, size))
-        return F.interpolate(logits, size=size, mode="bilinear")[:, :, :height, :width]
+        return self.upsample(self.patch_logits(images), images.shape[2:])
+
+    def forward_head(self, tokens: Tensor) -> Tensor:
+        """What follows the encoder's last norm: tokens (B, P + n, D) of an image of its own size -> logits of the pixels."""
+        return self.upsample(self._decoded(tokens, self.img_size), self.img_size)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """The encoder's blocks are computed again in the backward, for less memory."""
@@ -207,3 +209,8 @@ class Segmenter(nn.Module):
         """Names of parameters that timm's optimizers leave out of the weight decay, besides those of one dimension."""
         parts = {"encoder": self.encoder.no_weight_decay(), "decoder": getattr(self.decoder, "no_weight_decay", set)()}
         return {f"{part}.{name}" for part, names in parts.items() for name in names}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Groups of parameters for timm's layer decay: the encoder's blocks, the decoder last."""
+        return {"stem": r"^encoder\.(cls_token|reg_token|pos_embed|patch_embed|norm_pre|dist_token)",
+                "blocks": [(r"^encoder\.blocks\.(\d+)", None), (r"^encoder\.(norm|fc_norm)|^decoder", (99999,))]}

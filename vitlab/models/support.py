@@ -7,6 +7,11 @@ from vitlab.files import InputError
 from vitlab.shape import ViTShape
 
 
+def encoder_of(model: nn.Module) -> nn.Module:
+    """The vision transformer whose blocks are cut: of a Segmenter its encoder, else the model itself."""
+    return getattr(model, "encoder", model)
+
+
 def attention_block(block: nn.Module) -> nn.Module:
     """timm's own Block, whether plain or inside wrappers of vitlab."""
     while hasattr(block, "block"):
@@ -47,19 +52,21 @@ def refuse(model: nn.Module) -> str | None:
 
 def check_supported(model: nn.Module) -> None:
     """InputError naming the model and the reason where the family can't be handled."""
-    reason = refuse(model)
+    reason = refuse(encoder_of(model))
     if reason is not None:
         raise InputError(f"this model can't be handled: {reason}")
 
 
 def _shape(model: nn.Module, num_heads: int, num_neurons: int) -> ViTShape:
-    """Sizes of a model whose dense form has so many heads and neurons in each block."""
+    """Sizes of a model whose dense form has so many heads and neurons in each block; of a Segmenter with its decoder's."""
+    whole, model = model, encoder_of(model)
     first, classifiers, embed = attention_block(model.blocks[0]), model.get_classifier(), model.patch_embed
-    return ViTShape(
+    decoder = {} if whole is model else {"decoder": whole.decoder_name, "decoder_depth": whole.decoder_depth}
+    return ViTShape(**decoder,
         img_size=tuple(embed.img_size), patch_size=tuple(embed.patch_size), in_chans=model.in_chans,
         embed_dim=model.embed_dim, depth=len(model.blocks),
         num_heads=num_heads, head_dim=first.attn.head_dim, num_neurons=num_neurons,
-        num_prefix_tokens=model.num_prefix_tokens, num_classes=model.num_classes,
+        num_prefix_tokens=model.num_prefix_tokens, num_classes=whole.num_classes,
         num_classifiers=len(classifiers) if isinstance(classifiers, tuple) else 1,
         pool=model.global_pool, qk_norm=not isinstance(first.attn.q_norm, nn.Identity))
 

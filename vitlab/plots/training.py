@@ -17,7 +17,9 @@ def training_curves(logs: dict[str, Sequence[dict[str, Any]]]) -> Figure:
     """Loss, top-1 on the train slice, and learning rate against epochs, one line per run; in between, where they were logged, the
     loss and the rate of single steps, pale."""
     figure, axes = new_axes(1, 3, 3.6, 3.0)
-    fields = (("loss", "training loss"), ("train_slice_top1_pct", "top-1 on a train slice (%)"), ("lr", "learning rate"))
+    scenes = any("train_slice_miou_pct" in record for log in logs.values() for record in log)
+    measure = ("train_slice_miou_pct", "mIoU on a train slice (%)") if scenes else ("train_slice_top1_pct", "top-1 on a train slice (%)")
+    fields = (("loss", "training loss"), measure, ("lr", "learning rate"))
     for axis, (field, label) in zip(axes[0], fields):
         for (name, log), line in zip(logs.items(), ("-", "--", "-.", ":") * len(logs)):
             epochs, steps = ([r for r in log if key in r and field in r] for key in ("epoch", "at_epoch"))

@@ -8,7 +8,6 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -17,9 +16,10 @@ from vitlab.criteria.hsic import dependence, gaussian_kernels
 from vitlab.files import InputError
 from vitlab.models import attention_block, check_supported, is_merged, shape_of
 from vitlab.models.match import MatchBlock, Merged
+from vitlab.training.pixels import cross_entropy, log_probabilities
 
 ABSOLUTE = ("batch", "image")
-Batches = Iterable[tuple[Tensor, Tensor]]       # images (B, channels, height, width) and class numbers (B)
+Batches = Iterable[tuple[Tensor, Tensor]]       # images (B, channels, height, width) and class numbers (B), or masks (B, height, width)
 
 
 @contextlib.contextmanager
@@ -99,7 +99,7 @@ def _over_processes(mean: tuple[Tensor, ...], seen: int) -> tuple[tuple[Tensor, 
 def need_classifier(model: nn.Module, what: str) -> None:
     """InputError where the model gives no class probabilities."""
     if model.num_classes == 0:
-        raise InputError(f"{what} need a classifier; the model has num_classes=0")
+        raise InputError(f"{what} need a classifier or decoder; the model has num_classes=0")
 
 
 class ValueGradient:
@@ -140,7 +140,7 @@ def _by_gradient(model: nn.Module, batches: Batches, absolute: str, device: str 
     with hooks(capture.handles), frozen_eval(model), torch.enable_grad():
         for images, targets in first_of(tqdm(batches, desc="token scores", unit="batch", disable=not progress), "token scores")[1]:
             images, targets = images.to(device), targets.to(device)
-            F.cross_entropy(model(images), targets).backward()
+            cross_entropy(model(images), targets).backward()
             scale = [len(images) * a.num_heads * len(s) for a, s in zip(capture.attentions, capture.sums)]
             step = torch.stack([s / k for s, k in zip(capture.sums, scale)])      # (L, N)
             total = step if total is None else total + step
@@ -190,7 +190,7 @@ def _by_hsic(model: nn.Module, batches: Batches, absolute: str, device: str | to
         return before
 
     def step(images: Tensor, targets: Tensor) -> tuple[Tensor]:
-        probabilities = model(images).softmax(dim=1)
+        probabilities = log_probabilities(model, images).exp().flatten(1)
         return (torch.stack([dependence(k, probabilities) for k in kernels]),)           # (L, n)
     with hooks([b.register_forward_pre_hook(hook(i)) for i, b in enumerate(model.blocks)]), torch.no_grad():
         (scores,), _ = averaged(model, batches, step, what="token scores by hsic", device=device, progress=progress, same_size=True)

@@ -12,10 +12,11 @@ from torch import nn
 
 import vitlab
 from vitlab.files import InputError, atomic_folder, existing_folder, read_json
-from vitlab.models import compress, deploy
+from vitlab.models import compress, deploy, encoder_of
 from vitlab.models.compress import check_agrees
 from vitlab.models.create import architecture, load_state, read_state, rebuild
 from vitlab.models.deploy import FoldedBlock
+from vitlab.models.segmenter import Segmenter, encoder_source, rebuild_segmenter, segmenter_source
 from vitlab.plan import CompressionPlan
 from vitlab.shape import is_int
 
@@ -60,8 +61,10 @@ def save(folder: str | Path, model: nn.Module, plan: CompressionPlan, *, classes
     folder = Path(folder)
     if not _is_folded(model):
         check_agrees(model, plan)
-    source = architecture(model)
-    info = {"format": FORMAT, "version": VERSION, "model": source, "deployed": is_deployed(model),
+    of_pixels = isinstance(model, Segmenter)
+    source = encoder_source(model.encoder) if of_pixels else architecture(model)
+    decoder = {"segmenter": segmenter_source(model)} if of_pixels else {}
+    info = {"format": FORMAT, "version": VERSION, "model": source, **decoder, "deployed": is_deployed(model),
             "config": {k: model.pretrained_cfg.get(k) for k in ("mean", "std", "interpolation", "crop_pct")},
             "classes": classes, "made_by": made_by or {}, "versions": versions()}
     with atomic_folder(folder) as temporary:
@@ -87,11 +90,12 @@ def _check_config(config: Any, classes: Any) -> None:
 def _dense(info: dict[str, Any], plan: CompressionPlan, weights: Path) -> nn.Module:
     """The dense model that a checkpoint.json names, with random weights. Raises InputError, and before much memory or time is
     taken where a damaged file asks for a model that its plan and weights can't be of."""
-    source = info.get("model")
+    source, of_pixels = info.get("model"), info.get("segmenter")
     depth = source["args"].get("depth") if isinstance(source, dict) and isinstance(source.get("args"), dict) else None
     if is_int(depth) and depth > plan.shape.depth:
         raise InputError(f"a model of {depth} blocks, but the plan has {plan.shape.depth}")
-    return rebuild(source, most=LARGEST_CUT * (weights.stat().st_size if weights.is_file() else 0) // 4 + 10 ** 6)
+    most = LARGEST_CUT * (weights.stat().st_size if weights.is_file() else 0) // 4 + 10 ** 6
+    return rebuild(source, most) if of_pixels is None else rebuild_segmenter(source, of_pixels, most)
 
 
 def find(path: str | Path) -> Path:
@@ -126,5 +130,5 @@ def load(path: str | Path) -> Checkpoint:
     if info.get("deployed"):
         model = deploy(model)
     load_state(model, read_state(folder / WEIGHTS), folder / WEIGHTS)
-    model.pretrained_cfg = {**model.pretrained_cfg, **{k: v for k, v in config.items() if v is not None}}
+    encoder_of(model).pretrained_cfg = {**model.pretrained_cfg, **{k: v for k, v in config.items() if v is not None}}
     return Checkpoint(model=model.eval(), plan=plan, info=info)

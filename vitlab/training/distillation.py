@@ -5,7 +5,10 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.task import ClassificationTask, LogitDistillationTask
 from torch import Tensor, nn
 
+from vitlab.data.layouts import IGNORE
 from vitlab.files import InputError
+from vitlab.models.segmenter import Segmenter
+from vitlab.training.pixels import divergence
 from vitlab.training.recipes import Recipe
 
 
@@ -24,21 +27,44 @@ class HardDistillationTask(LogitDistillationTask):
         return {"loss": loss, "output": logits, "task_loss": task, "kd_loss": distill}
 
 
+class PixelDistillationTask(LogitDistillationTask):
+    """timm's soft distillation with a class for each pixel: logits (B, K, H, W), the KL's mean over the pixels."""
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        logits = self.trainable_module(input)
+        with torch.no_grad():
+            expected = self.teacher(self.teacher.normalize_input(input, self.student_mean, self.student_std))
+        task = self.criterion(logits, target)
+        given, expected = ((each / self.temperature).log_softmax(dim=1) for each in (logits, expected))
+        distill = divergence(given, expected) / len(logits) * self.temperature**2
+        loss = self.task_loss_weight * task + self.distill_loss_weight * distill
+        return {"loss": loss, "output": logits, "task_loss": task, "kd_loss": distill}
+
+
 def make_task(model: nn.Module, teacher: nn.Module | None, recipe: Recipe, device: torch.device) -> nn.Module:
     """The training task of a recipe. Soft (A8): (1 - alpha) * CE + alpha * tau^2 * KL(teacher || student at tau) / (B * classes);
-    timm's task divides by B, so its weight is alpha / classes. Raises InputError where the teacher is missing or differs in classes.
+    timm's task divides by B, so its weight is alpha / classes. Of a Segmenter the loss is the mean over pixels, those to be ignored
+    left out of the cross-entropy. Raises InputError where the teacher is missing, or differs in classes or task, or a recipe mixes
+    images that have masks.
     """
+    dense = isinstance(model, Segmenter)
+    if dense and (recipe.mixup or recipe.cutmix):
+        raise InputError(f"recipe {recipe.name} mixes images (mixup, cutmix), which masks can't follow; one without is needed")
     mixed = recipe.mixup or recipe.cutmix                               # targets are then probabilities, smoothed already
     criterion = (SoftTargetCrossEntropy() if mixed else LabelSmoothingCrossEntropy(recipe.smoothing) if recipe.smoothing
                  else nn.CrossEntropyLoss())
+    if dense:
+        criterion = nn.CrossEntropyLoss(ignore_index=IGNORE, label_smoothing=recipe.smoothing)
     if recipe.distill == "none":
         return ClassificationTask(model, criterion, device=device, verbose=False)
     if teacher is None:
         raise InputError(f"recipe {recipe.name} distils ({recipe.distill}); a teacher is needed")
     if teacher.num_classes != model.num_classes:
         raise InputError(f"the teacher has {teacher.num_classes} classes, the student {model.num_classes}")
+    if isinstance(teacher, Segmenter) is not dense:
+        raise InputError("the teacher and the student are of different tasks: one gives a class for each pixel, the other for each image")
     soft = recipe.distill == "soft"
-    kind = LogitDistillationTask if soft else HardDistillationTask
+    kind = HardDistillationTask if not soft else PixelDistillationTask if dense else LogitDistillationTask
     return kind(model, teacher.to(device).requires_grad_(False), criterion, task_loss_weight=1 - recipe.alpha,
                 distill_loss_weight=recipe.alpha / model.num_classes if soft else recipe.alpha,
                 temperature=recipe.tau, device=device, verbose=False)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from vitlab import parallel
@@ -34,21 +34,13 @@ def autocast(device: torch.device, amp: bool | None) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, amp))
 
 
-def log_probabilities(model: nn.Module, images: Tensor, amp: bool | None = False) -> Tensor:
-    """Of the classes (B, K), float32."""
-    device = next(model.parameters()).device
-    with autocast(device, amp):
-        logits = model(images.to(device))
-    return logits.float().log_softmax(dim=1)
-
-
 def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies in bf16; elsewhere bf16 on a CPU is emulated and slower than float32."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: str | torch.device | None = None,
+def evaluate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], *, device: str | torch.device | None = None,
              amp: bool | None = False, progress: bool = True) -> Accuracy:
     """Exact counts over all readable images, in eval mode, float32 unless amp. Raises InputError where there is none.
 

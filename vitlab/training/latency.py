@@ -23,7 +23,7 @@ from vitlab.cost import counts_of
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.files import InputError
 from vitlab.latency import AXES, LatencyTable
-from vitlab.models import compress, deploy, shape_of
+from vitlab.models import compress, deploy, encoder_of, shape_of
 from vitlab.models.match import MatchBlock
 from vitlab.models.read_out import read_out
 from vitlab.models.select import class_attention
@@ -42,8 +42,9 @@ def grid_axes(shape: ViTShape) -> dict[str, tuple[np.ndarray, ...]]:
     few, everything = max(1, shape.num_prefix_tokens), shape.num_tokens
     count, rows = spread(few, everything, 6), spread(few, everything, 4)
     heads = spread(1, shape.num_heads, shape.num_heads if shape.num_heads <= 6 else 5)
-    axes = {"stem": (np.array([everything]),), "attention": (count, heads), "mlp": (count, spread(1, shape.num_neurons, 5)),
-            "fold": (rows, rows), "carry": (rows,), "pool": (rows,), "head": (count,)}
+    whole = np.array([everything])
+    axes = {"stem": (whole,), "attention": (count, heads), "mlp": (count, spread(1, shape.num_neurons, 5)),
+            "fold": (rows, rows), "carry": (rows,), "pool": (rows,), "head": (whole if shape.decoder else count,)}
     if shape.num_prefix_tokens and shape.num_patches > 1:                       # one stays, one is left for the mean
         axes["select"] = (spread(shape.num_prefix_tokens + 2, everything, 4), heads)
     if shape.num_prefix_tokens:
@@ -95,7 +96,8 @@ def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]], batch: in
         attn = by_heads[heads].attn
         rows = (None if v is None else v[:2 * attn.attn_dim] for v in (attn.qkv.weight, attn.qkv.bias))
         return tokens.select(x, class_attention(attn, x, *rows), int(n - prefix) // 2, prefix)
-    run = {"stem": lambda x, n: model.norm_pre(model._pos_embed(model.patch_embed(x))),
+    encoder = encoder_of(model)
+    run = {"stem": lambda x, n: encoder.norm_pre(encoder._pos_embed(encoder.patch_embed(x))),
            "attention": lambda x, n, heads: x + (b := by_heads[heads]).drop_path1(b.ls1(b.attn(b.norm1(x)))),
            "select": select,
            "mlp": lambda x, n, neurons: x + (b := by_neurons[neurons]).drop_path2(b.ls2(b.mlp(b.norm2(x)))),
@@ -104,7 +106,7 @@ def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]], batch: in
            "pool": lambda x, n: pools[n](x),
            "match": match,
            "read_out": lambda x, n, heads: read_out(by_heads[heads], x, None, prefix),
-           "head": lambda x, n: model.forward_head(model.norm(x))}
+           "head": lambda x, n: model.forward_head(encoder.norm(x))}
     for part, grid in axes.items():
         for place in np.ndindex(*map(len, grid)):
             counts = [axis[i] for axis, i in zip(grid, place)]

@@ -21,7 +21,7 @@ from vitlab.data import ImageData
 from vitlab.files import InputError, append_line, locked, read_lines, write_lines
 from vitlab.models import set_trainable
 from vitlab.training import states
-from vitlab.training.evaluate import evaluate
+from vitlab.training.pixels import measured
 from vitlab.training.recipes import Engine, Recipe
 from vitlab.training.stepping import Training
 
@@ -69,7 +69,8 @@ def fit(model: nn.Module, data: ImageData, recipe: Recipe, folder: str | Path, *
         seed: int = 0, device: str | torch.device | None = None, limit: int | None = None, workers: int | None = None,
         engine: Engine | None = None, about: dict[str, Any] | None = None, changed_data: bool = False,
         progress: bool = True) -> list[dict[str, Any]]:
-    """Train `model` in place by `recipe`; returns the log, one record an epoch (epoch, step, loss, lr, train_slice_top1_pct, seconds).
+    """Train `model` in place by `recipe`; returns the log, one record an epoch (epoch, step, loss, lr, train_slice_top1_pct,
+    of a Segmenter train_slice_miou_pct, seconds).
 
     States go to folder/state-STEP-DIGEST.pt every engine.save_steps and after every epoch, the last engine.keep of them, and lines
     to folder/log.jsonl; a run that was killed, called again with the same arguments, goes on from the newest whole state and ends
@@ -136,17 +137,17 @@ def _epoch(training: Training, folder: Path, fixed: dict[str, Any], progress: bo
                 save()
                 if training.asked:
                     raise signals.Stopped
-    accuracy = evaluate(training.average, training.slice, device=training.device, amp=training.dtype != "float32", progress=False)
+    name, value = measured(training.average, training.slice, device=training.device, amp=training.dtype != "float32", progress=False)
     losses = training.losses
     training.epoch, training.done, training.losses = number, 0, []
     record = {"epoch": number, "loss": sum(losses) / max(1, len(losses)), "lr": training.optimizer.param_groups[0]["lr"],
-              "train_slice_top1_pct": accuracy.top1_pct}
+              f"train_slice_{name}": value}
     broken = len({path for paths in parallel.gather(training.batches.broken) for path in paths})
     record |= {"broken": broken} if broken else {}                                  # images left out so far
     log(record)
     if progress:
-        tqdm.write(f"epoch {number:3d}/{recipe.epochs}  loss {record['loss']:.4f}  top-1 on a train slice {accuracy.top1_pct:.2f} %  "
-                   f"{time.perf_counter() - began:.0f} s")
+        tqdm.write(f"epoch {number:3d}/{recipe.epochs}  loss {record['loss']:.4f}  {name.removesuffix('_pct')} on a train slice "
+                   f"{value:.2f} %  {time.perf_counter() - began:.0f} s")
     began = time.perf_counter()
     save()
     if training.must_stop() and number < recipe.epochs:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from timm.utils import random_seed
 from torch import nn
@@ -16,15 +15,15 @@ from vitlab.data import ImageData
 from vitlab.files import InputError
 from vitlab.models import set_trainable
 from vitlab.training.capture import Batches, frozen_eval
-from vitlab.training.evaluate import log_probabilities
+from vitlab.training.pixels import divergence, log_probabilities
 
 LR, BATCH_SIZE = 2e-5, 32
 WARMUP, PATIENCE = 0.05, 1 / 3              # shares of the run: until lr is reached, and without a better state until it stops
-AUGMENT = {"scale": (0.35, 1.0), "hflip": 0.5, "color_jitter": 0.0}
 
 
 class Divergence:
-    """Mean KL(teacher || student) in nats, always over the same images, which are kept in memory with the teacher's output."""
+    """Mean KL(teacher || student) in nats, of a Segmenter over its patches, always over the same images, which are kept in memory with
+    the teacher's output."""
 
     def __init__(self, teacher: nn.Module, batches: Batches, amp: bool | None = False) -> None:
         """Raises InputError where there is no image."""
@@ -37,12 +36,12 @@ class Divergence:
     @torch.inference_mode()
     def __call__(self, model: nn.Module) -> float:
         with frozen_eval(model):
-            total = sum(float(F.kl_div(log_probabilities(model, images, self.amp), expected, reduction="sum", log_target=True))
+            total = sum(float(divergence(log_probabilities(model, images, self.amp), expected))
                         for images, expected in zip(self.images, self.expected))
         return total / sum(map(len, self.images))
 
 
-def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, divergence: Divergence, *, minutes: float | None = None,
+def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Divergence, *, minutes: float | None = None,
                 steps: int | None = None, lr: float = LR, batch_size: int = BATCH_SIZE, seed: int = 0, amp: bool | None = False,
                 workers: int | None = None, progress: bool = True,
                 on_better: Callable[[nn.Module, float], None] | None = None) -> list[dict[str, Any]]:
@@ -51,7 +50,7 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, divergenc
         loss = mean KL(teacher(x) || model(x)),  x an augmented image, the same for both
 
     for at most `minutes`, or `steps`, with which the result does not depend on the clock, at a rate that rises to lr over the
-    first WARMUP of the run and falls to 0 as a cosine. After every epoch `divergence`, whose images should not be among
+    first WARMUP of the run and falls to 0 as a cosine. After every epoch `apart`, whose images should not be among
     those trained on, is measured; the best state is what remains, the one given included, and on_better(model, kl) is called
     with each. It stops early after PATIENCE of the run without a better one. Returns a record an epoch (epoch, steps, loss, kl,
     seconds); the first is of the model as given. Raises InputError where the loss is not finite, the best state kept.
@@ -59,10 +58,10 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, divergenc
     if (minutes is None) == (steps is None):
         raise InputError("either minutes or steps are needed, not both")
     random_seed(seed)
-    batches = data.batches("train", model, batch_size=batch_size, training=True, seed=seed, workers=workers, augment=AUGMENT)
+    batches = data.batches("train", model, batch_size=batch_size, training=True, seed=seed, workers=workers, augment=data.mild)
     set_trainable(model, "all")
     optimizer = create_optimizer_v2(model, opt="adamw", lr=lr, weight_decay=0.0)
-    log = [{"epoch": 0, "steps": 0, "loss": None, "kl": divergence(model), "seconds": 0.0}]
+    log = [{"epoch": 0, "steps": 0, "loss": None, "kl": apart(model), "seconds": 0.0}]
     best, found_at, done, began = copy.deepcopy(model.state_dict()), 0.0, 0, time.monotonic()
 
     def share() -> float:
@@ -81,7 +80,7 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, divergenc
                         group["lr"] = lr * min(1, (over + 1e-3) / WARMUP) * (1 + math.cos(math.pi * over)) / 2
                     with torch.no_grad():
                         expected = log_probabilities(teacher, images, amp)
-                    loss = F.kl_div(log_probabilities(model, images, amp), expected, reduction="batchmean", log_target=True)
+                    loss = divergence(log_probabilities(model, images, amp), expected) / len(images)
                     losses.append(float(loss.detach()))
                     if not math.isfinite(losses[-1]):
                         raise InputError(f"the loss of self-distillation is {losses[-1]} at step {done + 1}; a smaller lr than {lr} "
@@ -92,7 +91,7 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, divergenc
                     done += 1
                     bar.update()
                 least = min(record["kl"] for record in log)
-                log.append({"epoch": len(log), "steps": done, "loss": sum(losses) / max(1, len(losses)), "kl": divergence(model),
+                log.append({"epoch": len(log), "steps": done, "loss": sum(losses) / max(1, len(losses)), "kl": apart(model),
                             "seconds": round(time.monotonic() - began, 2)})
                 if log[-1]["kl"] < least:
                     best, found_at = copy.deepcopy(model.state_dict()), share()

@@ -23,8 +23,6 @@ from vitlab.training.distillation import make_task
 from vitlab.training.evaluate import uses_bf16
 from vitlab.training.recipes import Engine, Recipe
 
-SLICE = 500                 # images of train that the log's train_slice_top1_pct is measured on; the held-out split is for reports
-
 
 class Training:
     """What is trained and by what, and how far it is: `step` steps are done, `epoch` of them complete."""
@@ -35,7 +33,7 @@ class Training:
         self.batches = data.batches("train", model, batch_size=self._batch_size(), training=True, limit=limit, seed=seed, workers=workers,
                                     augment={"hflip": 0.5, **recipe.augment}, shared=True, turns=engine.accumulate, repeats=recipe.repeats)
         train = data.split("train")
-        size = min(SLICE, len(train)) if hasattr(train, "__len__") else SLICE       # a stream has no length
+        size = min(data.logged, len(train)) if hasattr(train, "__len__") else data.logged      # a stream has no length
         self.slice = data.batches("train", model, limit=size, seed=seed, workers=0, shared=True)
         self.steps = len(self.batches) // engine.accumulate                         # of an epoch
         if not self.steps:

@@ -6,7 +6,6 @@ arXiv 2201.00043), methods B1 and B2.
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -25,6 +24,7 @@ from vitlab.files import InputError
 from vitlab.models import shape_of
 from vitlab.training.capture import Batches, averaged, frozen_eval, hooks, need_classifier
 from vitlab.training.compensate import KINDS, gather_moments, mixing_layer
+from vitlab.training.pixels import cross_entropy, log_probabilities
 
 
 def _unit_hooks(model: nn.Module, see: Callable[[str, int, Tensor], None], kinds: tuple[str, ...] = KINDS) -> list:
@@ -72,12 +72,12 @@ def _over_images(model: nn.Module, batches: Batches, criterion: UnitCriterion, s
             found[kind][index] = function(units, **settings[kind])
 
     def step(images: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        if criterion.needs == "output":
+            probabilities = log_probabilities(model, images).exp().flatten(1)
+            return tuple(torch.stack([score(probabilities) for score in found[kind]]) for kind in found)
         logits = model(images)
         if needs_gradient:
-            F.cross_entropy(logits, targets, reduction="sum").backward()        # each image's own loss
-        if criterion.needs == "output":
-            probabilities = logits.softmax(dim=1)
-            return tuple(torch.stack([score(probabilities) for score in found[kind]]) for kind in found)
+            (cross_entropy(logits, targets) * len(images)).backward()           # each image's own loss
         return tuple(torch.stack(found[kind]) for kind in found)
     with hooks(_unit_hooks(model, see)), torch.set_grad_enabled(needs_gradient):
         return averaged(model, batches, step, what=what, device=device, progress=progress, same_size=criterion.needs == "output")

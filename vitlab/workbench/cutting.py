@@ -17,12 +17,12 @@ from vitlab.files import InputError, append_line, atomic_write
 from vitlab.models import shape_of
 from vitlab.models.create import read_file
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import Select
+from vitlab.rules import Match, Select
 from vitlab.search import SearchSpace
 from vitlab.search.published import published_policy
 from vitlab.shape import ViTShape
 from vitlab.training.checkpoint import Checkpoint
-from vitlab.training.objective import PlanObjective
+from vitlab.training.objective import PlanObjective, own_metric
 from vitlab.training.units import unit_scores
 from vitlab.workbench.steps import Source, apply_plan, need_dense, open_matching, open_model, pick_device
 
@@ -114,19 +114,20 @@ def slice_objective(model: nn.Module, data: ImageData, images: int, seed: int, m
 
 
 def sensitivity(source: Source, data: str | Path, out: str | Path, *, criteria: tuple[str, ...] = tuple(UNIT_CRITERIA),
-                ratio: float = 0.25, images: int = 1000, score_images: int = 512, metric: str = "top1_pct", seed: int = 0,
+                ratio: float = 0.25, images: int = 1000, score_images: int = 512, metric: str | None = None, seed: int = 0,
                 device: str | None = None, class_map: str | Path | None = None, workers: int | None = None,
                 progress: bool = True) -> list[dict[str, Any]]:
     """Cut one dimension of one block by `ratio`, by each criterion, and measure on a slice of train.
 
     Returns, and writes to out/sensitivity.jsonl as they are measured, a row per cut: criterion, dimension ("heads", "neurons" or "tokens"),
     block, drop (dense value less the cut one's, of `metric`), gmacs_removed and drop_per_gmac. Tokens are selected in that
-    block alone (criterion "class attention").
+    block alone (criterion "class attention"), or merged there by content where the grid is needed.
     """
     found = open_dense(source)
-    opened, device = open_matching(data, found, class_map, labels=metric == "top1_pct" or "taylor" in criteria), pick_device(device)
-    objective = slice_objective(found.model, opened, images, seed, metric, device, workers)
     shape = shape_of(found.model)
+    metric = metric or own_metric(shape)
+    opened, device = open_matching(data, found, class_map, labels=metric != "distill_loss" or "taylor" in criteria), pick_device(device)
+    objective = slice_objective(found.model, opened, images, seed, metric, device, workers)
     empty = CompressionPlan.empty(shape)
     dense, whole, rows = objective(empty)["value"], macs(empty)["total"], []
     batches = list(opened.batches("train", found.model, limit=score_images, seed=seed, workers=workers))
@@ -152,7 +153,7 @@ def sensitivity(source: Source, data: str | Path, out: str | Path, *, criteria: 
             for block, policy in enumerate(np.eye(shape.depth) * cut):
                 measure(criterion, unit, block, space.plan(policy, heads=scores.heads, neurons=scores.neurons))
     for block in range(shape.depth):
-        measure("class attention", "tokens", block, _select_in(shape, block, ratio))
+        measure("class attention", "tokens", block, (_match_in if shape.decoder else _select_in)(shape, block, ratio))
     bar.close()
     return rows
 
@@ -162,3 +163,11 @@ def _select_in(shape: ViTShape, block: int, ratio: float) -> CompressionPlan:
     kept = max(1, int(shape.num_tokens * (1 - ratio)) - shape.num_prefix_tokens)
     return CompressionPlan(shape=shape, blocks=tuple(BlockPlan(tokens=Select(kept=kept) if index == block else None)
                                                      for index in range(shape.depth)))
+
+
+def _match_in(shape: ViTShape, block: int, ratio: float) -> CompressionPlan:
+    """The plan that merges tokens by content in one block, and gives them back at the end."""
+    merged = min(int(shape.num_patches * ratio), shape.num_patches // 2)
+    protect = {} if shape.num_prefix_tokens else {"protect": 0.0}
+    rules = [None] * block + [Match(merged=merged if index == block else 0, **protect) for index in range(block, shape.depth)]
+    return CompressionPlan(shape=shape, blocks=tuple(BlockPlan(tokens=rule) for rule in rules))

@@ -22,6 +22,7 @@ from vitlab.training.capture import token_scores
 from vitlab.training.compensate import compensate, gather_moments
 from vitlab.training.latency import latency_table
 from vitlab.training.loop import fingerprint
+from vitlab.training.objective import own_metric
 from vitlab.training.units import unit_scores
 from vitlab.workbench.cutting import UNIT_SCORES, amp_of, open_dense, read_units, slice_objective, write_units
 from vitlab.workbench.steps import Source, open_matching, pick_device, read_scores
@@ -51,10 +52,10 @@ def cost_function(space: SearchSpace, unit: str, model: nn.Module, *, batch_size
 
 
 def search(source: Source, data: str | Path, out: str | Path, *, limit: float | None = None, macs_ratio: float | None = None,
-           cost: str = "gmacs", units: tuple[str, ...] = ("neurons", "heads"), tokens: str = "select",
+           cost: str = "gmacs", units: tuple[str, ...] = ("neurons", "heads"), tokens: str | None = None,
            token_settings: dict[str, Any] | None = None, max_ratio: float = MAX_RATIO,
            read_out: bool = False, strategy: str = "gp",
-           options: Settings | None = None, metric: str = "top1_pct", criterion: str = "hsic", compensated: bool = False,
+           options: Settings | None = None, metric: str | None = None, criterion: str = "hsic", compensated: bool = False,
            images: int = 1000,
            score_images: int = 512, batch_size: int = 32, dtype: str = "float32", seed: int = 0, device: str | None = None,
            class_map: str | Path | None = None, workers: int | None = None, progress: bool = True) -> Study:
@@ -64,12 +65,17 @@ def search(source: Source, data: str | Path, out: str | Path, *, limit: float | 
     train; at most max_ratio of anything is cut. Policies are measured on `images` others of train, and the best one's plan goes
     to out/plan.json. With `compensated`, what is left of each cut layer is refitted before measuring (`calibrate` does it for the
     plan found). A killed search goes on when called again; with options of initial "sensitivity" each dimension is
-    measured alone first, by the same objective. batch_size and dtype are those of a latency. Raises InputError for a
-    budget that can't be met.
+    measured alone first, by the same objective. batch_size and dtype are those of a latency. tokens None: "select", of a Segmenter
+    "match"; metric None: top1_pct or miou_pct. Raises InputError for a budget that can't be met, or tokens that keep no grid where a
+    Segmenter needs it.
     """
     found, out = open_dense(source), Path(out)
     opened, place = open_matching(data, found, class_map), pick_device(device)
     shape = shape_of(found.model)
+    metric, tokens = metric or own_metric(shape), tokens or ("match" if shape.decoder else "select")
+    if shape.decoder and (tokens.startswith("select") or read_out):
+        raise InputError(f"{'read_out' if read_out else f'tokens {tokens!r}'}: a class for each pixel needs the whole grid; tokens that "
+                         "merge (match, share or merge, also with _per_stage) keep it")
     space = SearchSpace(shape=shape, units=tuple(units), tokens=tokens, settings=token_settings or {}, max_ratio=max_ratio,
                         read_out=read_out)
     if (limit is None) == (macs_ratio is None):

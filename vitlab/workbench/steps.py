@@ -1,6 +1,7 @@
 """The steps of a study, each from files to files: notebooks and the command line call these same functions."""
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 from vitlab import cost, parallel, tokens
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.data import ImageData, open_data
+from vitlab.data.masks import open_scenes
 from vitlab.files import NOTEBOOKS, InputError, atomic_write, first_line, from_root
 from vitlab.models import compress, deploy, shape_of
 from vitlab.models.create import create_model, read_file
+from vitlab.models.published_segmenter import VARIANT, load_published_segmenter
+from vitlab.models.segmenter import Segmenter
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.results import ResultRow, append_row
 from vitlab.training import checkpoint
@@ -26,6 +30,7 @@ from vitlab.training.capture import token_scores
 from vitlab.training.checkpoint import Checkpoint
 from vitlab.training.gradual import partial_plan
 from vitlab.training.loop import fit
+from vitlab.training.pixels import Segmentation, evaluate_scenes
 from vitlab.training.published import is_published, load_published
 from vitlab.training.recipes import Engine, Recipe, recipe
 from vitlab.training.units import unit_scores
@@ -53,7 +58,8 @@ def open_model(source: Source, *, model: str | None = None, num_classes: int | N
     """A model from a checkpoint or run folder; a weights file together with the timm name `model`; or a timm name. One that is
     open already comes back as it is.
 
-    A published Prune and Merge .pth is recognised. Raises InputError for anything else.
+    A published Prune and Merge .pth is recognised, and a published Segmenter's with its variant.yml beside it. Raises InputError for
+    anything else.
     """
     if isinstance(source, Checkpoint):
         return source
@@ -65,6 +71,9 @@ def open_model(source: Source, *, model: str | None = None, num_classes: int | N
     if path.is_dir():
         return checkpoint.load(path)
     if path.suffix in (".pth", ".pt", ".bin", ".safetensors"):
+        if model is None and path.suffix == ".pth" and (path.parent / VARIANT).is_file():
+            built = load_published_segmenter(path)
+            return Checkpoint(model=built, plan=CompressionPlan.empty(shape_of(built)), info={"made_by": {"read_from": path.name}})
         if model is None:
             raise InputError(f"{path}: a weights file needs the timm name of its model (--model NAME, or `model` in a notebook)")
         if path.suffix != ".safetensors" and is_published(read_file(path)):
@@ -82,9 +91,14 @@ def open_model(source: Source, *, model: str | None = None, num_classes: int | N
 
 
 def open_matching(data: str | Path, found: Checkpoint, class_map: str | Path | None = None, *, labels: bool = True) -> ImageData:
-    """The data set, refused where its classes are not the ones the checkpoint was trained on, or where it has no `labels` and
-    they are needed."""
-    opened = open_data(data, class_map=class_map)
+    """The data set, images with masks for a Segmenter, refused where its classes are not the ones the checkpoint was trained on, or
+    where it has no `labels` and they are needed."""
+    if isinstance(found.model, Segmenter):
+        if class_map is not None:
+            raise InputError("a class map is of class folders; masks have none")
+        opened = open_scenes(data)
+    else:
+        opened = open_data(data, class_map=class_map)
     if labels:
         opened.need_labels()
     known = found.info.get("classes")
@@ -117,12 +131,12 @@ def pretrain(model: str, data: str | Path, out: str | Path, *, settings: Recipe 
     dense = create_model(model, **model_args)
     log = fit(dense, opened, settings, Path(out) / TRAINING, seed=seed, device=device, limit=limit, engine=engine,
               changed_data=changed_data, workers=workers, progress=progress)
-    _save(out, dense, CompressionPlan.empty(shape_of(dense)), opened,
+    save_trained(out, dense, CompressionPlan.empty(shape_of(dense)), opened,
           made_by={"step": "pretrain", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed, "last_epoch": log[-1:]})
     return Path(out)
 
 
-def _save(out: str | Path, model: nn.Module, plan: CompressionPlan, data: ImageData, made_by: dict[str, Any]) -> None:
+def save_trained(out: str | Path, model: nn.Module, plan: CompressionPlan, data: ImageData, made_by: dict[str, Any]) -> None:
     """The checkpoint of a training, written by the first process."""
     if parallel.is_first():
         checkpoint.save(Path(out) / checkpoint.FOLDER, model.cpu(), plan, classes=data.classes, made_by=made_by)
@@ -226,7 +240,7 @@ def finetune(source: Source, teacher: Source | None, data: str | Path, out: str 
         log = fit(model, opened, turn, folder, teacher=None if dense is None else dense.model, seed=seed,
                   device=pick_device(device), limit=limit, engine=engine, changed_data=changed_data, workers=workers,
                   about={"plan": json.loads((final if plan is None else part).to_json())}, progress=progress)
-    _save(out, model, final, opened,
+    save_trained(out, model, final, opened,
           made_by={"step": "finetune", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed, "steps": steps,
                    "plan": final.made_by, "last_epoch": log[-1:]})
     return Path(out)
@@ -238,30 +252,46 @@ def deployed(found: Checkpoint) -> nn.Module:
 
 
 def evaluate(source: Source, data: str | Path, *, name: str | None = None, split: str = "held_out",
-             out: str | Path | None = None, batch_size: int = 64, device: str | None = None, amp: bool | None = False,
+             out: str | Path | None = None, batch_size: int | None = None, device: str | None = None, amp: bool | None = False,
              class_map: str | Path | None = None, crop_pct: float | None = None, limit: int | None = None, seed: int = 0,
-             workers: int | None = None, progress: bool = True) -> ResultRow:
-    """Accuracy and cost of a model's deployed form; a row, appended to out/results.jsonl where `out` is given."""
+             workers: int | None = None, progress: bool = True, **windows: Any) -> ResultRow:
+    """Accuracy and cost of a model's deployed form; a row, appended to out/results.jsonl where `out` is given. batch_size None: 64,
+    or of a Segmenter 1, so that images may differ in size. windows: window, stride, scales and flip of `segment`, of a Segmenter alone;
+    gmacs is of one window.
+    """
     found = open_model(source)
-    opened, model = open_matching(data, found, class_map), deployed(found)
-    device = pick_device(device)
-    amp = evaluation.uses_bf16(device, amp)
-    batches = opened.batches(split, model, batch_size=batch_size, limit=limit, seed=seed, crop_pct=crop_pct, workers=workers,
-                             shared=True)
-    accuracy = evaluation.evaluate(model, batches, device=device, amp=amp, progress=progress)
+    opened, model, device = open_matching(data, found, class_map), deployed(found), pick_device(device)
+    amp, dense = evaluation.uses_bf16(device, amp), isinstance(model, Segmenter)
+    if not dense and windows:
+        raise InputError(f"{next(iter(windows))} is of segmentation; the model gives one class for an image")
+    batches = opened.batches(split, model, batch_size=batch_size or (1 if dense else 64), limit=limit, seed=seed, crop_pct=crop_pct,
+                             workers=workers, shared=True, **({"whole": True} if dense else {}))
+    if dense:
+        found_scenes = evaluate_scenes(model, batches, device=device, amp=amp, progress=progress, **windows)
+        measures, more = _scene_measures(found_scenes, opened.classes, windows)
+    else:
+        accuracy = evaluation.evaluate(model, batches, device=device, amp=amp, progress=progress)
+        measures = {"top1_pct": accuracy.top1_pct, "top5_pct": accuracy.top5_pct, "loss": accuracy.loss}
+        more = {"crop_pct": crop_pct, "images": accuracy.images, "broken": accuracy.broken}
+        if accuracy.broken and parallel.is_first():
+            print(f"{accuracy.broken} broken images left out", file=sys.stderr)
     row = ResultRow(
         model=name or str(source), dataset=opened.name, split=opened.held_out if split == "held_out" else split,
-        top1_pct=accuracy.top1_pct, top5_pct=accuracy.top5_pct, loss=accuracy.loss, gmacs=cost.gmacs(found.plan),
-        params_m=cost.params(model)["total"] / 1e6,
-        conditions={"device": str(device), "dtype": "bfloat16" if amp else "float32", "limit": limit, "seed": seed,
-                    "crop_pct": crop_pct, "images": accuracy.images, "broken": accuracy.broken, "form": "deployed",
-                    "plan": found.plan.made_by,
-                    "versions": checkpoint.versions()})
-    if accuracy.broken and parallel.is_first():
-        print(f"{accuracy.broken} broken images left out", file=sys.stderr)
+        **measures, gmacs=cost.gmacs(found.plan), params_m=cost.params(model)["total"] / 1e6,
+        conditions={"device": str(device), "dtype": "bfloat16" if amp else "float32", "limit": limit, "seed": seed, **more,
+                    "form": "deployed", "plan": found.plan.made_by, "versions": checkpoint.versions()})
     if out is not None and parallel.is_first():
         append_row(Path(out) / RESULTS, row)
     return row
+
+
+def _scene_measures(found: Segmentation, classes: list[str], windows: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
+    """(what a row says, its conditions) of a Segmenter that was measured."""
+    scores = found.scores
+    iou = {name: None if math.isnan(value) else value for name, value in zip(classes, scores.iou_pct)}
+    return ({"miou_pct": scores.miou_pct, "pixel_accuracy_pct": scores.pixel_accuracy_pct, "loss": found.loss},
+            {"images": found.images, "pixels": scores.pixels, "mean_accuracy_pct": scores.mean_accuracy_pct, "iou_pct": iou,
+             **({"windows": windows} if windows else {})})
 
 
 def throughput(sources: dict[str, Source], *, batch_size: int = 32, repeats: int = 10, dtype: str = "float32",

@@ -18,7 +18,8 @@ from vitlab.workbench.explore.study import Watched, watch
 from vitlab.workbench.searching import cost_function
 
 DENSE, DRAGGED = "dense", "dragged"
-MEASURES = {"top1_pct": "top-1 on a slice of train (%)", "agree_pct": "classified as by the dense model (%)"}
+MEASURES = {"top1_pct": "top-1 on a slice of train (%)", "miou_pct": "mIoU on a slice of train (%)",
+            "agree_pct": "classified as by the dense model (%)"}
 CELL = "padding-right: 2em; white-space: nowrap; line-height: 1.5"
 
 

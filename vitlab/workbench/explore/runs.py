@@ -30,10 +30,12 @@ from vitlab.workbench.steps import TRAINING, study_folder
 SECONDS = 2.0                                   # between two looks at a run that goes on
 TAIL = 12                                       # lines of output shown
 RECENT = 20_000                                 # bytes of output that they are taken from
-LOGGED, LOGGED_STEP = ("epoch", "loss", "lr", "train_slice_top1_pct"), ("at_epoch", "loss", "lr")     # of an epoch, of a step in one
+# Of an epoch, of a classifier or a Segmenter, and of a step in one.
+LOGGED = (("epoch", "loss", "lr", "train_slice_top1_pct"), ("epoch", "loss", "lr", "train_slice_miou_pct"), ("at_epoch", "loss", "lr"))
 # The fields of the form, by command; each is a flag of it.
 COMMANDS = {"finetune": ("checkpoint", "teacher", "data", "recipe", "out"), "search": ("checkpoint", "data", "macs-ratio", "out"),
-            "pretrain": ("model", "data", "recipe", "out"), "tonight": ("checkpoint", "data", "out")}
+            "pretrain": ("model", "data", "recipe", "out"), "segment": ("checkpoint", "data", "recipe", "out"),
+            "tonight": ("checkpoint", "data", "out")}
 EXAMPLES = {"checkpoint": "runs/demo/pruned", "teacher": "runs/demo/dense", "data": "digits, or a folder of images",
             "recipe": "digits_pm", "macs-ratio": "0.6", "model": "vit_nano_patch4_32", "out": "runs/mine (a new folder)"}
 
@@ -56,7 +58,7 @@ def training_logs(run: str | Path) -> dict[str, list[dict[str, Any]]]:
     for path in sorted([*folder.glob(LOG), *folder.glob(f"*/{LOG}")], key=lambda p: (len(p.parent.name), p)):
         last = {}
         for record in read_lines(path):
-            for logged in (LOGGED, LOGGED_STEP):
+            for logged in LOGGED:
                 if isinstance(record, dict) and all(_is_number(record.get(name)) for name in logged):
                     last[logged[0], record[logged[0]]] = record
         if last:

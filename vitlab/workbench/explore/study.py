@@ -18,7 +18,8 @@ from vitlab.search.study import INFO, Evaluation, read_journal
 from vitlab.shape import ViTShape
 from vitlab.workbench.explore.base import Explorer, repeat, show
 
-METRICS = {"distill_loss": "minus the distance to the dense model (nats)", "top1_pct": "top-1 on a slice of train (%)"}
+METRICS = {"distill_loss": "minus the distance to the dense model (nats)", "top1_pct": "top-1 on a slice of train (%)",
+           "miou_pct": "mIoU on a slice of train (%)"}
 POINTS = 61                                     # of the curves along a dimension
 SECONDS = 1.0                                   # between two looks at the journal of a search that is followed
 

@@ -1,0 +1,97 @@
+"""Where every pixel has a class: losses and distances of both tasks in one form, and the measuring of a Segmenter.
+
+Logits are (B, K) of images, (B, K, h, w) of patches or (B, K, H, W) of pixels; targets (B), or (B, H, W) with IGNORE where nothing
+counts.
+"""
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from vitlab import parallel
+from vitlab.data.layouts import IGNORE
+from vitlab.files import InputError
+from vitlab.models.segmenter import Segmenter
+from vitlab.models.windows import segment
+from vitlab.training.confusion import Confusion, SegmentationScores
+from vitlab.training.evaluate import Accuracy, autocast, evaluate
+
+NONE = -100                                     # torch's own number of a target that counts for nothing: no image has it
+
+
+def ignored(targets: Tensor) -> int:
+    """The target that counts for nothing: IGNORE of pixels; of images, which have classes above it, none is."""
+    return IGNORE if targets.dim() > 1 else NONE
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Of images, or of all pixels that count; 0 where none does."""
+    loss = F.cross_entropy(logits, targets, reduction=reduction, ignore_index=ignored(targets))
+    return loss if reduction == "sum" or targets.dim() == 1 else loss.nan_to_num() if (targets == IGNORE).all() else loss
+
+
+def log_probabilities(model: nn.Module, images: Tensor, amp: bool | None = False) -> Tensor:
+    """Of the classes, float32: (B, K) of a classifier, (B, K, h, w) of a Segmenter's patches, from which its pixels' follow."""
+    device = next(model.parameters()).device
+    with autocast(device, amp):
+        logits = (model.patch_logits if isinstance(model, Segmenter) else model)(images.to(device))
+    return logits.float().log_softmax(dim=1)
+
+
+def at_targets(model: nn.Module, given: Tensor, targets: Tensor) -> Tensor:
+    """`log_probabilities` where the targets are: of patches, those of the pixels (the logits of pixels lie between those of patches,
+    and a number that is the same for all classes changes no softmax)."""
+    return given if targets.dim() == 1 else model.upsample(given, targets.shape[1:]).log_softmax(dim=1)
+
+
+def divergence(given: Tensor, expected: Tensor) -> Tensor:
+    """KL(expected || given) of log-probabilities in nats, summed over images; of patches their mean."""
+    each = F.kl_div(given, expected, reduction="none", log_target=True).sum(dim=1)          # (B) or (B, h, w)
+    return each.flatten(1).mean(dim=1).sum() if each.dim() > 1 else each.sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segmentation:
+    """What a Segmenter is worth on `images` images; loss: mean cross-entropy of the pixels that count."""
+
+    scores: SegmentationScores
+    loss: float
+    images: int
+
+
+@torch.inference_mode()
+def evaluate_scenes(model: Segmenter, batches: Iterable[tuple[Tensor, Tensor]], *, device: str | torch.device | None = None,
+                    amp: bool | None = False, window: int | tuple[int, int] | None = None, stride: int | tuple[int, int] | None = None,
+                    scales: Sequence[float] = (1.0,), flip: bool = False, progress: bool = True) -> Segmentation:
+    """One confusion matrix of all pixels, in eval mode, each image as a whole through `segment` (windows, scales and flips), float32
+    unless amp. Under torchrun each process gives its share of the batches, and all get the sum. Raises InputError where no pixel
+    counts, or as `segment` does.
+    """
+    device = torch.device(device) if device is not None else next(model.parameters()).device
+    training = model.training
+    model.to(device).eval()
+    confusion, loss, count, images = Confusion(model.num_classes), 0.0, 0, 0
+    for x, masks in tqdm(batches, desc="evaluate", unit="batch", disable=not progress):
+        masks = masks.to(device)
+        with autocast(device, amp):
+            probabilities = segment(model, x.to(device), window=window, stride=stride, scales=scales, flip=flip, batch_size=max(8, len(x)))
+        log = probabilities.float().clamp(min=torch.finfo(torch.float32).tiny).log()
+        loss += float(F.nll_loss(log, masks, reduction="sum", ignore_index=IGNORE))
+        confusion.add(log.argmax(dim=1), masks)
+        count, images = count + int((masks != IGNORE).sum()), images + len(x)
+    model.train(training)
+    loss, count, images = parallel.total(torch.tensor([loss, count, images], dtype=torch.float64)).tolist()
+    if not count:
+        raise InputError("no pixel of the split counts: there are no images, or all that their masks hold is to be ignored")
+    return Segmentation(scores=confusion.scores(), loss=loss / count, images=int(images))
+
+
+def measured(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], **settings: object) -> tuple[str, float]:
+    """(name, value in per cent) of the one number that a training watches: top-1, or a Segmenter's mIoU."""
+    if isinstance(model, Segmenter):
+        return "miou_pct", evaluate_scenes(model, batches, **settings).scores.miou_pct
+    accuracy: Accuracy = evaluate(model, batches, **settings)
+    return "top1_pct", accuracy.top1_pct

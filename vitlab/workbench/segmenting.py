@@ -1,0 +1,122 @@
+"""Steps of segmentation that classification has not: a dense Segmenter from an encoder, and a folder of images made into overlays."""
+import dataclasses
+import io
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import resolve_model_data_config
+from timm.layers import DropPath
+from timm.utils import random_seed
+from torch import nn
+from tqdm.auto import tqdm
+
+from vitlab.data.folder import is_image, read_image
+from vitlab.data.joint import evaluation_transform
+from vitlab.data.masks import open_scenes
+from vitlab.data.scene_data import SceneData
+from vitlab.files import InputError, atomic_write, first_line, from_root
+from vitlab.models import shape_of
+from vitlab.models.segmenter import Segmenter, as_encoder
+from vitlab.models.windows import segment
+from vitlab.plan import CompressionPlan
+from vitlab.plots.class_colours import class_colours, overlaid
+from vitlab.training.evaluate import autocast
+from vitlab.training.loop import fit
+from vitlab.training.recipes import Engine, Recipe, recipe
+from vitlab.workbench.steps import TRAINING, Source, deployed, need_dense, open_model, pick_device, save_trained
+
+LOOKED_AT, LARGEST_SIDE = 16, 512               # images of train whose sizes say the encoder's, and its sides where they differ
+
+
+def scene_size(data: SceneData) -> tuple[int, int]:
+    """Height and width that the first images of train have; where they differ, LARGEST_SIDE for both."""
+    train = data.split("train")
+    sizes = Counter(train.scene(i)[1].shape for i in range(min(LOOKED_AT, len(train))))
+    return tuple(map(int, next(iter(sizes)))) if len(sizes) == 1 else (LARGEST_SIDE, LARGEST_SIDE)
+
+
+def make_segmenter(source: Source, data: SceneData, *, img_size: tuple[int, int] | None = None, decoder: str | None = None,
+                   drop_path: float = 0.0, **args: Any) -> Segmenter:
+    """A dense Segmenter for a data set: `source` itself where it is one, else its blocks as encoder and a new decoder (a name of
+    DECODERS, default mask_transformer; args are its own); at img_size (height, width), default `scene_size`. Raises InputError for a
+    compressed model, another number of classes, or a decoder where there is one."""
+    model = need_dense(open_model(source)).model
+    if isinstance(model, Segmenter):
+        data.check_fits(model.num_classes)
+        if decoder is not None or args:
+            raise InputError(f"the model has a decoder already ({model.decoder_name}), which goes on training; a new one needs a model "
+                             "without")
+    else:
+        model = Segmenter(as_encoder(model), data.num_classes, decoder or "mask_transformer", **args)
+    model = model.at_size(img_size or scene_size(data))
+    for block, rate in zip(model.blocks, torch.linspace(0, drop_path, len(model.blocks)).tolist()):
+        block.drop_path1, block.drop_path2 = (DropPath(rate) if rate else nn.Identity() for _ in range(2))
+    return model
+
+
+def train_segmenter(source: Source, data: str | Path, out: str | Path, *,
+                    img_size: tuple[int, int] | None = None, decoder: str | None = None, settings: Recipe | str = "digit_scenes",
+                    seed: int = 0, device: str | None = None, limit: int | None = None, workers: int | None = None,
+                    engine: Engine | None = None, changed_data: bool = False, progress: bool = True) -> Path:
+    """Train a dense Segmenter on images with masks (`make_segmenter`); returns the run folder (training/, checkpoint/). A killed run
+    goes on (`fit`)."""
+    settings, opened = recipe(settings) if isinstance(settings, str) else settings, open_scenes(data)
+    device = pick_device(device)
+    random_seed(seed)
+    model = make_segmenter(source, opened, img_size=img_size, decoder=decoder, drop_path=settings.drop_path)
+    log = fit(model, opened, settings, Path(out) / TRAINING, seed=seed, device=device, limit=limit, engine=engine,
+              changed_data=changed_data, workers=workers, progress=progress)
+    save_trained(out, model, CompressionPlan.empty(shape_of(model)), opened,
+          made_by={"step": "segment", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed, "last_epoch": log[-1:]})
+    return Path(out)
+
+
+@torch.inference_mode()
+def predict(source: Source, images: str | Path, out: str | Path, *, opacity: float = 0.55, amp: bool | None = False,
+            device: str | None = None, progress: bool = True, **windows: Any) -> list[Path]:
+    """Segment every image of a folder, each as a whole (windows: those of `segment`), by the model's deployed form. Writes
+    out/NAME.png, the classes' colours over the image, and out/NAME_classes.png, a palette image of the class numbers; returns the
+    overlays. An image that can't be read is named on stderr and left out. Raises InputError for another model, a folder without images
+    or of which none can be read, or two images of one name."""
+    found, folder, place = open_model(source), from_root(images), pick_device(device)
+    if not isinstance(found.model, Segmenter):
+        raise InputError(f"{source}: gives one class for an image; a Segmenter is needed (`vitlab segment` trains one)")
+    if not folder.is_dir():
+        raise InputError(f"{images}: no such folder of images")
+    paths = sorted(path for path in folder.iterdir() if is_image(path) and not path.name.startswith("."))
+    twice = next((path for path in paths if sum(path.stem == other.stem for other in paths) > 1), None)
+    if not paths or twice is not None:
+        raise InputError(f"{images}: " + ("holds no images" if not paths else f"more than one image is named {twice.stem}; both would be "
+                                          f"written to {twice.stem}.png"))
+    model, colours, written = deployed(found).to(place), class_colours(found.model.num_classes), []
+    config = resolve_model_data_config(model.encoder)
+    transform = evaluation_transform(config["mean"], config["std"])
+    for path in tqdm(paths, desc="predict", unit="image", disable=not progress):
+        try:
+            image = read_image(path).convert("RGB")
+        except Exception as error:              # a damaged file makes Pillow's decoders raise nearly anything
+            print(f"{path}: can't be read as an image ({first_line(error)}), left out", file=sys.stderr)
+            continue
+        x, _ = transform(image, np.zeros((image.height, image.width), dtype=np.uint8))
+        with autocast(place, amp):
+            classes = segment(model, x[None].to(place), **windows)[0].argmax(dim=0).to(torch.uint8).cpu().numpy()
+        shown = overlaid(np.asarray(image) / 255, classes, colours, opacity)
+        flat = Image.fromarray(classes)
+        flat.putpalette((colours * 255).round().astype(np.uint8).tobytes())
+        written.append(Path(out) / f"{path.stem}.png")
+        _write_png(written[-1], Image.fromarray((shown * 255).round().astype(np.uint8)))
+        _write_png(Path(out) / f"{path.stem}_classes.png", flat)
+    if not written:
+        raise InputError(f"{images}: none of its {len(paths)} images can be read")
+    return written
+
+
+def _write_png(path: Path, image: Image.Image) -> None:
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    atomic_write(path, content.getvalue())
