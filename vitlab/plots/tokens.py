@@ -46,15 +46,15 @@ def _upscaled(patches: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return patches.repeat(size[0] // rows, axis=0).repeat(size[1] // columns, axis=1)
 
 
-def _draw_borders(axis, regions: np.ndarray, size: tuple[int, int]) -> None:
-    """Lines where neighbouring patches belong to different regions."""
+def _draw_borders(axis, regions: np.ndarray, size: tuple[int, int], thickness: float = 1.0) -> None:
+    """Lines where neighbouring patches belong to different regions; thickness 1: two points."""
     rows, columns = regions.shape
     dy, dx = size[0] / rows, size[1] / columns
     segments = [((x + 1, x + 1), (y, y + 1)) for y in range(rows) for x in range(columns - 1) if regions[y, x] != regions[y, x + 1]]
     segments += [((x, x + 1), (y + 1, y + 1)) for y in range(rows - 1) for x in range(columns) if regions[y, x] != regions[y + 1, x]]
     lines = [np.stack([np.array(xs) * dx - 0.5, np.array(ys) * dy - 0.5], axis=1) for xs, ys in segments]
     for colour, width in (("black", 2.0), ("white", 0.9)):                      # seen on bright and on dark ground
-        axis.add_collection(LineCollection(lines, colors=colour, linewidths=width))
+        axis.add_collection(LineCollection(lines, colors=colour, linewidths=thickness * width))
 
 
 def _as_patches(image: np.ndarray, shape: ViTShape) -> tuple[Tensor, tuple[int, int, int, int]]:

@@ -1,5 +1,5 @@
 """Figures of training runs, result rows and costs."""
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,8 +9,13 @@ from matplotlib.ticker import MaxNLocator
 from vitlab import cost
 from vitlab.plan import CompressionPlan
 from vitlab.plots.base import PALETTE, new_axes
-from vitlab.plots.units import plan_bars
+from vitlab.plots.class_colours import class_colours
+from vitlab.plots.units import legend_above, plan_bars
 from vitlab.results import ResultRow
+from vitlab.shape import require
+
+VALUES = {"top1_pct": "top-1 (%)", "top5_pct": "top-5 (%)", "miou_pct": "mIoU (%)"}       # of a result row, that costs are set against
+GROWS = "attention"                             # the part that grows with the square of the tokens, drawn at the bottom
 
 
 def training_curves(logs: dict[str, Sequence[dict[str, Any]]]) -> Figure:
@@ -33,18 +38,20 @@ def training_curves(logs: dict[str, Sequence[dict[str, Any]]]) -> Figure:
     return figure
 
 
-def accuracy_against_cost(rows: Sequence[ResultRow]) -> Figure:
-    """Top-1 against GMACs, and against measured images per second where that was measured; each point is named."""
+def accuracy_against_cost(rows: Sequence[ResultRow], value: str = "top1_pct") -> Figure:
+    """Top-1, or another of VALUES, against GMACs, and against measured images per second where that was measured; each point is
+    named. Raises InputError for another value."""
+    require(value in VALUES, f"value {value!r} is not known; known are {list(VALUES)}")
     fields = [("gmacs", "GMACs per image, deployed")]
     if any(r.throughput_img_s for r in rows):
         fields.append(("throughput_img_s", "images per second"))
     figure, axes = new_axes(1, len(fields), 5.2, 3.8)
     for axis, (field, label) in zip(axes[0], fields):
-        points = [r for r in rows if getattr(r, field) is not None and r.top1_pct is not None]
+        points = [r for r in rows if getattr(r, field) is not None and getattr(r, value) is not None]
         for index, row in enumerate(points):
-            axis.plot(getattr(row, field), row.top1_pct, marker="osD^v<>pX*"[index % 10], color=PALETTE[index % len(PALETTE)],
+            axis.plot(getattr(row, field), getattr(row, value), marker="osD^v<>pX*"[index % 10], color=PALETTE[index % len(PALETTE)],
                       markersize=9, linestyle="none", label=row.model)
-        axis.set(xlabel=label, ylabel="top-1 (%)")
+        axis.set(xlabel=label, ylabel=VALUES[value])
         axis.margins(0.15)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, -1].legend(frameon=False, bbox_to_anchor=(1.02, 1), loc="upper left")
@@ -101,4 +108,40 @@ def compare_plans(plans: dict[str, CompressionPlan], note: str = "") -> Figure:
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=8, frameon=False, fontsize=9, handlelength=1.2, columnspacing=1.2)
     figure.supxlabel(note, fontsize="small", color="0.3")
+    return figure
+
+
+def cost_by_part(bars: Mapping[str, Mapping[str, int]]) -> Figure:
+    """MACs per image by part, a stacked bar for each of `bars`, such as the resolutions a model works at: on the left in 10^9 or
+    10^6, on the right in per cent of its bar's sum. What grows with the square of the tokens stands at the bottom.
+
+    bars {label: {part: MACs}}, as `cost.macs` gives them; "total", if it is there, is not drawn, and parts of no bar are left out.
+    Raises InputError for no bar, one that sums to 0, or a negative number.
+    """
+    require(len(bars) > 0, "no bar was given")
+    names = list(dict.fromkeys(part for parts in bars.values() for part in parts if part != "total" and parts[part]))
+    names.sort(key=lambda part: part != GROWS)
+    counts = np.array([[parts.get(part, 0) for part in names] for parts in bars.values()], dtype=np.float64)    # (bars, parts)
+    for label, row in zip(bars, counts):
+        require(row.sum() > 0 and row.min() >= 0, f"{label}: MACs must be at least 0 and not all of them 0")
+    sums = counts.sum(axis=1, keepdims=True)
+    scale, unit = (1e9, "GMACs") if sums.max() >= 1e9 else (1e6, "10^6 MACs")
+    colours = PALETTE if len(names) <= len(PALETTE) else class_colours(len(names))
+    figure, (axes,) = new_axes(1, 2, 4.7, 3.8)
+    for axis, values in zip(axes, (counts / scale, 100 * counts / sums)):
+        for index, part in enumerate(names):
+            axis.bar(range(len(bars)), values[:, index], 0.7, bottom=values[:, :index].sum(axis=1), color=colours[index],
+                     label=part.replace("_", " "), edgecolor="white", linewidth=0.5)
+        turned = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if max(map(len, bars)) * len(bars) > 45 else {}
+        axis.set_xticks(range(len(bars)), bars, fontsize=9, **turned)
+        axis.spines[["top", "right"]].set_visible(False)
+    for place, whole in enumerate(sums[:, 0] / scale):
+        axes[0].text(place, whole, f"{whole:.3g}", ha="center", va="bottom", fontsize=9)
+    if names[0] == GROWS:
+        for place, share in enumerate(100 * counts[:, 0] / sums[:, 0]):
+            if share >= 5:                                                      # there is room for it
+                axes[1].text(place, share / 2, f"{share:.0f}%", ha="center", va="center", fontsize=9, color="white")
+    axes[0].set(ylabel=f"{unit} per image")
+    axes[1].set(ylabel="share of the bar (%)", ylim=(0, 100))
+    legend_above(figure, *axes[0].get_legend_handles_labels())
     return figure

@@ -1,0 +1,245 @@
+"""Figures of segmented scenes: what each pixel is taken for, what compression changes there, which patches become one token."""
+from collections.abc import Mapping, Sequence
+from textwrap import fill
+from typing import Any
+
+import numpy as np
+import seaborn as sns
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from torch import Tensor
+
+from vitlab.files import InputError
+from vitlab.plan import CompressionPlan
+from vitlab.plots.base import PALETTE, new_axes
+from vitlab.plots.class_colours import GREY, IGNORE, check_mask, class_colours, coloured, overlaid
+from vitlab.plots.tokens import _draw_borders, region_means, tinted
+from vitlab.plots.units import as_array, legend_above
+from vitlab.rules import Match, MergeReconstruct, Select, SharedUpdate
+from vitlab.shape import ViTShape, require
+
+OPACITY = 0.6                                   # of a mask over its image
+RIGHT, WRONG, LOST, GAINED = range(4)
+OUTCOMES = {RIGHT: ("right in both", (0.93,) * 3), WRONG: ("wrong in both", (0.25,) * 3),
+            LOST: ("lost: the first alone is right", PALETTE[1]), GAINED: ("gained: the second alone is right", PALETTE[0])}
+FINE = 400                                      # patches from which borders are drawn thinner
+PER_ROW = 45                                    # classes in one row of bars, so that their names can be read
+
+
+def outcomes(truth: Any, before: Any, after: Any, num_classes: int, ignore: int = IGNORE) -> np.ndarray:
+    """(H, W) of RIGHT (before and after), WRONG (in both), LOST (right before alone), GAINED (right after alone) or `ignore`.
+
+    truth, before, after: class numbers (H, W); where the truth is `ignore`, nothing counts. Raises InputError where sizes differ, or
+    a class is out of range.
+    """
+    truth, before, after = (check_mask(each, num_classes, what, ignore)
+                            for each, what in ((truth, "the truth"), (before, "the first prediction"), (after, "the second prediction")))
+    require(truth.shape == before.shape == after.shape, f"the truth is {truth.shape}, the predictions {before.shape} and {after.shape}")
+    was, still = before == truth, after == truth
+    found = np.select([was & still, was, still], [RIGHT, LOST, GAINED], WRONG)
+    return np.where(truth == ignore, ignore, found)
+
+
+def difference(truth: Any, before: Any, after: Any, num_classes: int, ignore: int = IGNORE) -> np.ndarray:
+    """`outcomes` in the colours of OUTCOMES, ignored pixels grey: (H, W, 3) in [0, 1]."""
+    return outcomes_coloured(outcomes(truth, before, after, num_classes, ignore), ignore)
+
+
+def outcomes_coloured(found: np.ndarray, ignore: int = IGNORE) -> np.ndarray:
+    """(H, W, 3) of `outcomes` (H, W)."""
+    return coloured(found, np.array([colour for _, colour in OUTCOMES.values()]), ignore)
+
+
+def _share(hit: np.ndarray, truth: np.ndarray, ignore: int) -> str:
+    """In per cent of the pixels that count."""
+    counted = truth != ignore
+    return f"{100 * hit[counted].mean():.1f}%" if counted.any() else "no pixel counts"
+
+
+def _class_handles(masks: Sequence[np.ndarray], classes: Sequence[str], ignore: int) -> list[Patch]:
+    """A square per class that occurs in one of the masks, and for ignored pixels."""
+    found, colours = np.unique(np.concatenate([np.unique(mask) for mask in masks])).tolist(), class_colours(len(classes))
+    return [Patch(color=(GREY,) * 3 if i == ignore else colours[i], label="ignored" if i == ignore else classes[i]) for i in found]
+
+
+def _legend(figure: Figure, handles: Sequence[Patch], place: str) -> float:
+    """A legend of squares above ("upper") or below ("lower") all axes; gives its height in inches."""
+    widths, room = [5 + len(handle.get_label()) for handle in handles], int(13 * figure.get_figwidth())        # in letters
+    columns = len(handles) if sum(widths) <= room else max(1, room // max(widths))
+    figure.legend(handles=handles, loc=f"outside {place} center", ncols=columns, frameon=False, fontsize=9, handlelength=1.2,
+                  columnspacing=1.5)
+    return 0.25 + 0.2 * -(-len(handles) // columns)
+
+
+def _bare(axis: Axes, image: np.ndarray, title: str = "", below: str = "") -> None:
+    axis.imshow(image, interpolation="nearest")
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel(below, fontsize=9)
+
+
+def _checked(truths: Sequence[Any], predicted: Mapping[str, Sequence[Any]], count: int, num_classes: int,
+             ignore: int) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
+    """Masks of so many images as integers. Raises InputError where there is no image or model, a number of masks or a size differs, or a
+    class is out of range."""
+    require(count > 0 and len(predicted) > 0, f"{count} images and {len(predicted)} models; one of each at least is needed")
+    found = {}
+    for name, masks in {"truth": truths, **predicted}.items():
+        require(len(masks) == count, f"{name}: {len(masks)} masks for {count} images")
+        found[name] = [check_mask(mask, num_classes, f"{name}, image {i}", ignore) for i, mask in enumerate(masks)]
+        for i, (mask, truth) in enumerate(zip(found[name], found["truth"])):
+            require(mask.shape == truth.shape, f"{name}, image {i}: {mask.shape}, its truth {truth.shape}")
+    return found.pop("truth"), found
+
+
+def predictions(images: Sequence[np.ndarray], truths: Sequence[np.ndarray], predicted: Mapping[str, Sequence[np.ndarray]],
+                classes: Sequence[str], *, opacity: float = OPACITY, ignore: int = IGNORE) -> Figure:
+    """A row per image: the image, its truth, each model's prediction over the image, and for each model after the first what it lost
+    and gained against the first; below a prediction stands the share of pixels that are right.
+
+    images (H, W, 3) in [0, 1]; truths (H, W); predicted {model: masks (H, W) of the images}, the first model being the dense one;
+    classes: the K names. opacity of the masks, [0, 1]. The legend has the classes that occur. Raises InputError where there is no
+    image or model, numbers or sizes differ, or a class is out of range.
+    """
+    require("truth" not in predicted, "a model is named 'truth'; another name is needed")
+    truths, shown = _checked(truths, predicted, len(images), len(classes), ignore)
+    (first, dense), *others = shown.items()
+    models, against = list(shown), [f"{name} against {first}" for name, _ in others]
+    rows = [["image", "truth", *models, *against]] if len(models) < 3 else [["image", *models], ["truth", None, *against]]
+    colours, columns = class_colours(len(classes)), len(rows[0])
+    wide = min(3.2, 9.6 / columns)
+    high = wide * max(image.shape[0] / image.shape[1] for image in images) + 0.3
+    figure, axes = new_axes(len(images) * len(rows), columns, wide, high)
+    for index, (image, truth) in enumerate(zip(images, truths)):
+        grey = image.mean(axis=2, keepdims=True).repeat(3, axis=2)              # the only colours are the classes'
+        panels = {"image": (image, ""), "truth": (overlaid(grey, truth, colours, opacity, ignore), "")}
+        for name, masks in shown.items():
+            panels[name] = overlaid(grey, masks[index], colours, opacity, ignore), f"{_share(masks[index] == truth, truth, ignore)} right"
+        for title, (_, masks) in zip(against, others):
+            found = outcomes(truth, dense[index], masks[index], len(classes), ignore)
+            panels[title] = (outcomes_coloured(found, ignore),
+                             f"lost {_share(found == LOST, truth, ignore)}, gained {_share(found == GAINED, truth, ignore)}")
+        for line, names in zip(axes[index * len(rows):], rows):
+            for axis, name in zip(line, names):
+                if name is None:
+                    axis.set_visible(False)
+                else:
+                    titled = index == 0 or len(rows) > 1
+                    _bare(axis, panels[name][0], fill(name, int(11 * wide)) if titled else "", panels[name][1])
+    legends = 0.0
+    if others:
+        handles = [Patch(facecolor=colour, edgecolor="0.6", linewidth=0.5, label=label) for label, colour in OUTCOMES.values()]
+        legends += _legend(figure, handles, "upper")
+    legends += _legend(figure, _class_handles([*truths, *(mask for masks in shown.values() for mask in masks)], classes, ignore), "lower")
+    titles = 0.35 * (len(images) * len(rows) if len(rows) > 1 else 1)
+    figure.set_figheight(high * len(axes) + titles + legends)
+    return figure
+
+
+def fitted_to(image: np.ndarray, shape: ViTShape) -> np.ndarray:
+    """A scene (h, w, 3), at most as large as the model's images, continued at the right and bottom to their size by its last row and
+    column, so that the patch grid divides it. Raises InputError for a larger one."""
+    missing = [side - given for side, given in zip(shape.img_size, image.shape)]
+    require(min(missing) >= 0, f"the image is {image.shape[0]} x {image.shape[1]}, the model's {shape.img_size[0]} x {shape.img_size[1]}; "
+                               "no larger one is needed")
+    return np.pad(image, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge")
+
+
+def regions_of(plan: CompressionPlan, block: int, places: Mapping[int, Any] | None = None) -> tuple[Tensor, np.ndarray]:
+    """(region (n) of each patch in a block, from 0, or -1 for none; whether it is pruned (n)).
+
+    places {block: (n)}: what `token_places` gives of one image, for rules by content. Raises InputError for a block that is not
+    there, or one by content without places.
+    """
+    require(0 <= block < plan.shape.depth, f"block {block} is not there; the model has blocks 0 to {plan.shape.depth - 1}")
+    rule, n = plan.blocks[block].tokens, plan.shape.num_patches
+    if isinstance(rule, (MergeReconstruct, SharedUpdate)):
+        return torch.tensor(rule.regions), np.isin(np.arange(n), rule.pruned)
+    if places is not None and block in places:
+        regions = torch.as_tensor(places[block])
+        require(tuple(regions.shape) == (n,), f"places of block {block} are {tuple(regions.shape)}; one of each of {n} patches is needed")
+        return regions, np.zeros(n, dtype=bool)
+    if isinstance(rule, Select) or isinstance(rule, Match) and any(
+            isinstance(each.tokens, Match) and each.tokens.merged for each in plan.blocks[:block + 1]):
+        raise InputError(f"block {block} merges by content, each image its own way; its places are needed")
+    return torch.arange(n), np.zeros(n, dtype=bool)
+
+
+def scene_regions(image: np.ndarray, plan: CompressionPlan, blocks: Sequence[int], places: Mapping[int, Any] | None = None) -> Figure:
+    """What a block sees of a scene, a column per block: above, the image with a border around the patches of each token, pruned
+    patches in orange; below (of one block: beside it), each token in its mean colour.
+
+    image (h, w, 3) in [0, 1], at the model's own scale and no larger than its images. places {block: (n)} of the image, for
+    blocks that merge by content (`token_places`). Raises InputError as `regions_of` and `fitted_to` do, or for no block.
+    """
+    require(len(blocks) > 0, "no block was named; one at least is needed")
+    shape, (height, width) = plan.shape, image.shape[:2]
+    whole, columns = fitted_to(image, shape), min(len(blocks), 3)
+    wide = 9.6 / max(columns, 2)
+    grid = (1, 2) if len(blocks) == 1 else (2 * -(-len(blocks) // columns), columns)
+    figure, axes = new_axes(*grid, wide, wide * height / width + 0.2)
+    pairs = axes if len(blocks) == 1 else axes.reshape(-1, 2, columns).transpose(0, 2, 1).reshape(-1, 2)       # (blocks or more, 2)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    orange = False
+    for block, (above, below) in zip(blocks, pairs):
+        regions, pruned = regions_of(plan, block, places)
+        orange = orange or bool(pruned.any())
+        title = f"block {block}: {len(regions)} patches in {int(regions.max()) + 1} tokens"
+        _bare(above, tinted(whole, pruned, shape)[:height, :width], title)
+        _draw_borders(above, regions.reshape(shape.grid_size).numpy(), shape.img_size, 1.0 if len(regions) < FINE else 0.6)
+        _bare(below, region_means(whole, regions, shape)[:height, :width])
+        for axis in (above, below):
+            axis.set_axis_on()
+            axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+    if orange:
+        _legend(figure, [Patch(color=PALETTE[1], alpha=0.55, label="pruned: goes around the block")], "upper")
+        figure.set_figheight(figure.get_figheight() + 0.4)
+    return figure
+
+
+def class_iou_bars(ious: Mapping[str, Any], classes: Sequence[str], *, by: str | None = None) -> Figure:
+    """IoU of each class in per cent: a group of bars per class, a bar per model; the legend has their means (mIoU).
+
+    ious {model: (K) in per cent, NaN for a class in neither the truth nor the prediction}. by: the model by whose IoU classes are
+    sorted, the highest first; None: in the order of their numbers. A class that is NaN for all models is left out; below it is named,
+    and so are those that are NaN for some. Raises InputError for no model, another number of classes, a value out of [0, 100], no
+    class that is left, or an unknown model in `by`.
+    """
+    require(len(ious) > 0, "no model was given")
+    values = {name: as_array(each) for name, each in ious.items()}
+    for name, each in values.items():
+        require(each.shape == (len(classes),), f"{name}: IoU of {each.shape}; one of each of {len(classes)} classes is needed")
+        require(bool(((each >= 0) & (each <= 100) | np.isnan(each)).all()), f"{name}: an IoU is not in [0, 100] per cent")
+    require(by is None or by in values, f"by is {by!r}; known are {list(values)}")
+    gone = np.isnan(np.stack(list(values.values()))).all(axis=0)                # (K)
+    left = [i for i in range(len(classes)) if not gone[i]]
+    require(len(left) > 0, "no class has an IoU")
+    if by is not None:
+        left.sort(key=lambda i: -np.nan_to_num(values[by][i], nan=-1.0))
+    rows = -(-len(left) // PER_ROW)
+    some = -(-len(left) // rows)                                                # classes in a row
+    turned, longest = some > 12, max(len(classes[i]) for i in left)
+    figure, axes = new_axes(rows, 1, 9.4, 2.5 + (0.07 if turned else 0.03) * longest)
+    width = 0.8 / len(values)
+    for row, axis in enumerate(axes[:, 0]):
+        chosen = left[row * some:(row + 1) * some]
+        for index, (name, each) in enumerate(values.items()):
+            places = np.arange(len(chosen)) + (index - (len(values) - 1) / 2) * width
+            axis.bar(places, each[chosen], width, color=PALETTE[index % len(PALETTE)], linewidth=0,
+                     label=f"{name}: mIoU {np.nanmean(each):.1f}%")
+        axis.set_xticks(range(len(chosen)), [classes[i] for i in chosen], rotation=90 if turned else 35, fontsize=9,
+                        ha="center" if turned else "right", rotation_mode=None if turned else "anchor")
+        axis.set(ylabel="IoU (%)", ylim=(0, 100), xlim=(-0.6, some - 0.4))
+        axis.tick_params(axis="x", length=0)
+        axis.grid(axis="y", color="0.9", linewidth=0.8)
+        axis.set_axisbelow(True)
+    legend_above(figure, *axes[0, 0].get_legend_handles_labels())
+    absent = [("left out", gone), *((f"no bar of {name}", np.isnan(each) & ~gone) for name, each in values.items())]
+    notes = [f"{what}: {', '.join(classes[i] for i in np.flatnonzero(which))}" for what, which in absent if which.any()]
+    if notes:
+        figure.supxlabel(fill(f"in neither truth nor prediction, {'; '.join(notes)}", 120), fontsize=9, color="0.3")
+    sns.despine(fig=figure)
+    return figure
