@@ -73,7 +73,7 @@ def test_the_empty_plan_has_no_distance_and_the_top1_of_the_dense_model(sample, 
 
 def test_top1_is_the_metric_unless_another_is_asked_for(sample):
     model, batches = sample("deit")
-    assert METRICS == ("top1_pct", "distill_loss")
+    assert METRICS == ("top1_pct", "miou_pct", "distill_loss")
     given = PlanObjective(model, batches)(CompressionPlan.empty(shape_of(model)))
     assert given["value"] == given["top1_pct"] == pytest.approx(100 * 7 / 11)
     with pytest.raises(InputError, match="metric 'loss' .*top1_pct.*distill_loss"):
