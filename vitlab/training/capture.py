@@ -16,7 +16,7 @@ from vitlab.criteria.hsic import dependence, gaussian_kernels
 from vitlab.files import InputError
 from vitlab.models import attention_block, check_supported, is_merged, shape_of
 from vitlab.models.match import MatchBlock, Merged
-from vitlab.training.pixels import cross_entropy, log_probabilities
+from vitlab.training.pixels import cross_entropy, logits_of
 
 ABSOLUTE = ("batch", "image")
 Batches = Iterable[tuple[Tensor, Tensor]]       # images (B, channels, height, width) and class numbers (B), or masks (B, height, width)
@@ -190,7 +190,7 @@ def _by_hsic(model: nn.Module, batches: Batches, absolute: str, device: str | to
         return before
 
     def step(images: Tensor, targets: Tensor) -> tuple[Tensor]:
-        probabilities = log_probabilities(model, images).exp().flatten(1)
+        probabilities = logits_of(model, images).softmax(dim=1).flatten(1)
         return (torch.stack([dependence(k, probabilities) for k in kernels]),)           # (L, n)
     with hooks([b.register_forward_pre_hook(hook(i)) for i, b in enumerate(model.blocks)]), torch.no_grad():
         (scores,), _ = averaged(model, batches, step, what="token scores by hsic", device=device, progress=progress, same_size=True)

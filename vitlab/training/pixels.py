@@ -33,11 +33,16 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
     return loss if reduction == "sum" or targets.dim() == 1 else loss.nan_to_num() if (targets == IGNORE).all() else loss
 
 
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """Of the classes: (B, K) of a classifier, (B, K, h, w) of a Segmenter's patches, from which its pixels' follow."""
+    return (model.patch_logits if isinstance(model, Segmenter) else model)(images)
+
+
 def log_probabilities(model: nn.Module, images: Tensor, amp: bool | None = False) -> Tensor:
-    """Of the classes, float32: (B, K) of a classifier, (B, K, h, w) of a Segmenter's patches, from which its pixels' follow."""
+    """Of `logits_of`, float32."""
     device = next(model.parameters()).device
     with autocast(device, amp):
-        logits = (model.patch_logits if isinstance(model, Segmenter) else model)(images.to(device))
+        logits = logits_of(model, images.to(device))
     return logits.float().log_softmax(dim=1)
 
 

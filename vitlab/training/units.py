@@ -24,7 +24,7 @@ from vitlab.files import InputError
 from vitlab.models import shape_of
 from vitlab.training.capture import Batches, averaged, frozen_eval, hooks, need_classifier
 from vitlab.training.compensate import KINDS, gather_moments, mixing_layer
-from vitlab.training.pixels import cross_entropy, log_probabilities
+from vitlab.training.pixels import cross_entropy, logits_of
 
 
 def _unit_hooks(model: nn.Module, see: Callable[[str, int, Tensor], None], kinds: tuple[str, ...] = KINDS) -> list:
@@ -73,7 +73,7 @@ def _over_images(model: nn.Module, batches: Batches, criterion: UnitCriterion, s
 
     def step(images: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         if criterion.needs == "output":
-            probabilities = log_probabilities(model, images).exp().flatten(1)
+            probabilities = logits_of(model, images).softmax(dim=1).flatten(1)
             return tuple(torch.stack([score(probabilities) for score in found[kind]]) for kind in found)
         logits = model(images)
         if needs_gradient:
