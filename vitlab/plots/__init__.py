@@ -1,7 +1,8 @@
 """Figures: every one is drawn here and saved through save_figure."""
 from vitlab.plots.base import save_figure, to_image
-from vitlab.plots.class_colours import class_colours, coloured, overlaid
-from vitlab.plots.scenes import class_iou_bars, difference, outcomes, predictions, scene_regions
+from vitlab.plots.class_iou import class_iou_bars
+from vitlab.plots.colours import class_colours, coloured, overlaid
+from vitlab.plots.scenes import difference, outcomes, predictions, scene_moment, scene_regions
 from vitlab.plots.search import acquisition, front, gp_slices, incumbents, moment, parallel_coordinates, pareto, sensitivity_curves
 from vitlab.plots.tokens import kept_counts, matched_map, merge_map, score_maps
 from vitlab.plots.training import accuracy_against_cost, compare_plans, cost_by_part, trade_offs, training_curves
@@ -10,5 +11,5 @@ from vitlab.plots.units import head_rollouts, plan_bars, redundancy_matrices, ro
 __all__ = ["accuracy_against_cost", "acquisition", "class_colours", "class_iou_bars", "coloured", "compare_plans", "cost_by_part",
            "difference", "front", "gp_slices", "head_rollouts", "incumbents", "kept_counts", "matched_map", "merge_map", "moment",
            "outcomes", "overlaid", "parallel_coordinates", "pareto", "plan_bars", "predictions", "redundancy_matrices", "rollout",
-           "save_figure", "scene_regions", "score_maps", "sensitivity", "sensitivity_curves", "to_image", "trade_offs",
+           "save_figure", "scene_moment", "scene_regions", "score_maps", "sensitivity", "sensitivity_curves", "to_image", "trade_offs",
            "training_curves", "unit_scores"]

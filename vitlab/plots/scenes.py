@@ -4,7 +4,6 @@ from textwrap import fill
 from typing import Any
 
 import numpy as np
-import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,9 +13,8 @@ from torch import Tensor
 from vitlab.files import InputError
 from vitlab.plan import CompressionPlan
 from vitlab.plots.base import PALETTE, new_axes
-from vitlab.plots.class_colours import GREY, IGNORE, check_mask, class_colours, coloured, overlaid
+from vitlab.plots.colours import GREY, IGNORE, check_mask, class_colours, coloured, overlaid
 from vitlab.plots.tokens import _draw_borders, region_means, tinted
-from vitlab.plots.units import as_array, legend_above
 from vitlab.rules import Match, MergeReconstruct, Select, SharedUpdate
 from vitlab.shape import ViTShape, require
 
@@ -25,7 +23,6 @@ RIGHT, WRONG, LOST, GAINED = range(4)
 OUTCOMES = {RIGHT: ("right in both", (0.93,) * 3), WRONG: ("wrong in both", (0.25,) * 3),
             LOST: ("lost: the first alone is right", PALETTE[1]), GAINED: ("gained: the second alone is right", PALETTE[0])}
 FINE = 400                                      # patches from which borders are drawn thinner
-PER_ROW = 45                                    # classes in one row of bars, so that their names can be read
 
 
 def outcomes(truth: Any, before: Any, after: Any, num_classes: int, ignore: int = IGNORE) -> np.ndarray:
@@ -52,10 +49,15 @@ def outcomes_coloured(found: np.ndarray, ignore: int = IGNORE) -> np.ndarray:
     return coloured(found, np.array([colour for _, colour in OUTCOMES.values()]), ignore)
 
 
+def in_grey(image: np.ndarray) -> np.ndarray:
+    """An image (H, W, 3) without its colours, so that over it the only ones are the classes'."""
+    return image.mean(axis=2, keepdims=True).repeat(3, axis=2)
+
+
 def _share(hit: np.ndarray, truth: np.ndarray, ignore: int) -> str:
-    """In per cent of the pixels that count."""
+    """In per cent of the pixels that count; "-" where none does."""
     counted = truth != ignore
-    return f"{100 * hit[counted].mean():.1f}%" if counted.any() else "no pixel counts"
+    return f"{100 * hit[counted].mean():.1f}%" if counted.any() else "-"
 
 
 def _class_handles(masks: Sequence[np.ndarray], classes: Sequence[str], ignore: int) -> list[Patch]:
@@ -64,13 +66,17 @@ def _class_handles(masks: Sequence[np.ndarray], classes: Sequence[str], ignore: 
     return [Patch(color=(GREY,) * 3 if i == ignore else colours[i], label="ignored" if i == ignore else classes[i]) for i in found]
 
 
-def _legend(figure: Figure, handles: Sequence[Patch], place: str) -> float:
+def _outcome_handles() -> list[Patch]:
+    return [Patch(facecolor=colour, edgecolor="0.6", linewidth=0.5, label=label) for label, colour in OUTCOMES.values()]
+
+
+def _legend(figure: Figure, handles: Sequence[Patch], place: str, title: str = "") -> float:
     """A legend of squares above ("upper") or below ("lower") all axes; gives its height in inches."""
     widths, room = [5 + len(handle.get_label()) for handle in handles], int(13 * figure.get_figwidth())        # in letters
     columns = len(handles) if sum(widths) <= room else max(1, room // max(widths))
     figure.legend(handles=handles, loc=f"outside {place} center", ncols=columns, frameon=False, fontsize=9, handlelength=1.2,
-                  columnspacing=1.5)
-    return 0.25 + 0.2 * -(-len(handles) // columns)
+                  columnspacing=1.5, title=title or None, title_fontsize=9)
+    return 0.25 + 0.2 * (-(-len(handles) // columns) + len(title.splitlines()))
 
 
 def _bare(axis: Axes, image: np.ndarray, title: str = "", below: str = "") -> None:
@@ -113,7 +119,7 @@ def predictions(images: Sequence[np.ndarray], truths: Sequence[np.ndarray], pred
     high = wide * max(image.shape[0] / image.shape[1] for image in images) + 0.3
     figure, axes = new_axes(len(images) * len(rows), columns, wide, high)
     for index, (image, truth) in enumerate(zip(images, truths)):
-        grey = image.mean(axis=2, keepdims=True).repeat(3, axis=2)              # the only colours are the classes'
+        grey = in_grey(image)
         panels = {"image": (image, ""), "truth": (overlaid(grey, truth, colours, opacity, ignore), "")}
         for name, masks in shown.items():
             panels[name] = overlaid(grey, masks[index], colours, opacity, ignore), f"{_share(masks[index] == truth, truth, ignore)} right"
@@ -130,8 +136,7 @@ def predictions(images: Sequence[np.ndarray], truths: Sequence[np.ndarray], pred
                     _bare(axis, panels[name][0], fill(name, int(11 * wide)) if titled else "", panels[name][1])
     legends = 0.0
     if others:
-        handles = [Patch(facecolor=colour, edgecolor="0.6", linewidth=0.5, label=label) for label, colour in OUTCOMES.values()]
-        legends += _legend(figure, handles, "upper")
+        legends += _legend(figure, _outcome_handles(), "upper")
     legends += _legend(figure, _class_handles([*truths, *(mask for masks in shown.values() for mask in masks)], classes, ignore), "lower")
     titles = 0.35 * (len(images) * len(rows) if len(rows) > 1 else 1)
     figure.set_figheight(high * len(axes) + titles + legends)
@@ -167,6 +172,15 @@ def regions_of(plan: CompressionPlan, block: int, places: Mapping[int, Any] | No
     return torch.arange(n), np.zeros(n, dtype=bool)
 
 
+def _draw_regions(axis: Axes, image: np.ndarray, regions: Tensor, pruned: np.ndarray, shape: ViTShape, block: int) -> None:
+    """A scene (h, w, 3) with borders around its tokens, and its pruned patches in orange."""
+    height, width = image.shape[:2]
+    title = f"block {block}: {len(regions)} patches in {int(regions.max()) + 1} tokens"
+    _bare(axis, tinted(fitted_to(image, shape), pruned, shape)[:height, :width], title)
+    _draw_borders(axis, regions.reshape(shape.grid_size).numpy(), shape.img_size, 1.0 if len(regions) < FINE else 0.6)
+    axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+
+
 def scene_regions(image: np.ndarray, plan: CompressionPlan, blocks: Sequence[int], places: Mapping[int, Any] | None = None) -> Figure:
     """What a block sees of a scene, a column per block: above, the image with a border around the patches of each token, pruned
     patches in orange; below (of one block: beside it), each token in its mean colour.
@@ -187,59 +201,36 @@ def scene_regions(image: np.ndarray, plan: CompressionPlan, blocks: Sequence[int
     for block, (above, below) in zip(blocks, pairs):
         regions, pruned = regions_of(plan, block, places)
         orange = orange or bool(pruned.any())
-        title = f"block {block}: {len(regions)} patches in {int(regions.max()) + 1} tokens"
-        _bare(above, tinted(whole, pruned, shape)[:height, :width], title)
-        _draw_borders(above, regions.reshape(shape.grid_size).numpy(), shape.img_size, 1.0 if len(regions) < FINE else 0.6)
-        _bare(below, region_means(whole, regions, shape)[:height, :width])
         for axis in (above, below):
             axis.set_axis_on()
-            axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+        _draw_regions(above, image, regions, pruned, shape, block)
+        _bare(below, region_means(whole, regions, shape)[:height, :width])
     if orange:
         _legend(figure, [Patch(color=PALETTE[1], alpha=0.55, label="pruned: goes around the block")], "upper")
         figure.set_figheight(figure.get_figheight() + 0.4)
     return figure
 
 
-def class_iou_bars(ious: Mapping[str, Any], classes: Sequence[str], *, by: str | None = None) -> Figure:
-    """IoU of each class in per cent: a group of bars per class, a bar per model; the legend has their means (mIoU).
-
-    ious {model: (K) in per cent, NaN for a class in neither the truth nor the prediction}. by: the model by whose IoU classes are
-    sorted, the highest first; None: in the order of their numbers. A class that is NaN for all models is left out; below it is named,
-    and so are those that are NaN for some. Raises InputError for no model, another number of classes, a value out of [0, 100], no
-    class that is left, or an unknown model in `by`.
-    """
-    require(len(ious) > 0, "no model was given")
-    values = {name: as_array(each) for name, each in ious.items()}
-    for name, each in values.items():
-        require(each.shape == (len(classes),), f"{name}: IoU of {each.shape}; one of each of {len(classes)} classes is needed")
-        require(bool(((each >= 0) & (each <= 100) | np.isnan(each)).all()), f"{name}: an IoU is not in [0, 100] per cent")
-    require(by is None or by in values, f"by is {by!r}; known are {list(values)}")
-    gone = np.isnan(np.stack(list(values.values()))).all(axis=0)                # (K)
-    left = [i for i in range(len(classes)) if not gone[i]]
-    require(len(left) > 0, "no class has an IoU")
-    if by is not None:
-        left.sort(key=lambda i: -np.nan_to_num(values[by][i], nan=-1.0))
-    rows = -(-len(left) // PER_ROW)
-    some = -(-len(left) // rows)                                                # classes in a row
-    turned, longest = some > 12, max(len(classes[i]) for i in left)
-    figure, axes = new_axes(rows, 1, 9.4, 2.5 + (0.07 if turned else 0.03) * longest)
-    width = 0.8 / len(values)
-    for row, axis in enumerate(axes[:, 0]):
-        chosen = left[row * some:(row + 1) * some]
-        for index, (name, each) in enumerate(values.items()):
-            places = np.arange(len(chosen)) + (index - (len(values) - 1) / 2) * width
-            axis.bar(places, each[chosen], width, color=PALETTE[index % len(PALETTE)], linewidth=0,
-                     label=f"{name}: mIoU {np.nanmean(each):.1f}%")
-        axis.set_xticks(range(len(chosen)), [classes[i] for i in chosen], rotation=90 if turned else 35, fontsize=9,
-                        ha="center" if turned else "right", rotation_mode=None if turned else "anchor")
-        axis.set(ylabel="IoU (%)", ylim=(0, 100), xlim=(-0.6, some - 0.4))
-        axis.tick_params(axis="x", length=0)
-        axis.grid(axis="y", color="0.9", linewidth=0.8)
-        axis.set_axisbelow(True)
-    legend_above(figure, *axes[0, 0].get_legend_handles_labels())
-    absent = [("left out", gone), *((f"no bar of {name}", np.isnan(each) & ~gone) for name, each in values.items())]
-    notes = [f"{what}: {', '.join(classes[i] for i in np.flatnonzero(which))}" for what, which in absent if which.any()]
-    if notes:
-        figure.supxlabel(fill(f"in neither truth nor prediction, {'; '.join(notes)}", 120), fontsize=9, color="0.3")
-    sns.despine(fig=figure)
+def scene_moment(image: np.ndarray, truth: Any, dense: Any, compressed: Any, classes: Sequence[str], plan: CompressionPlan, block: int,
+                 places: Mapping[int, Any] | None = None, *, opacity: float = OPACITY, note: str = "", ignore: int = IGNORE) -> Figure:
+    """One scene under one plan: the image, its truth and the tokens of a block; the dense model's prediction, the compressed one's, and
+    what is lost and gained. note: lines below. The rest, and what raises, as in `predictions` and `scene_regions`."""
+    (truth,), shown = _checked([truth], {"dense": [dense], "compressed": [compressed]}, 1, len(classes), ignore)
+    (dense,), (compressed,) = shown.values()
+    require(image.shape[:2] == truth.shape, f"the image is {image.shape}, its truth {truth.shape}")
+    regions, pruned = regions_of(plan, block, places)
+    wide, high = 3.2, 3.2 * image.shape[0] / image.shape[1] + 0.4
+    figure, axes = new_axes(2, 3, wide, high)
+    grey, colours = in_grey(image), class_colours(len(classes))
+    found = outcomes(truth, dense, compressed, len(classes), ignore)
+    _bare(axes[0, 0], image, "image")
+    _bare(axes[0, 1], overlaid(grey, truth, colours, opacity, ignore), "truth")
+    _draw_regions(axes[0, 2], image, regions, pruned, plan.shape, block)
+    for axis, name, mask in ((axes[1, 0], "dense", dense), (axes[1, 1], "compressed", compressed)):
+        _bare(axis, overlaid(grey, mask, colours, opacity, ignore), name, f"{_share(mask == truth, truth, ignore)} right")
+    _bare(axes[1, 2], outcomes_coloured(found, ignore), "compressed against dense",
+          f"lost {_share(found == LOST, truth, ignore)}, gained {_share(found == GAINED, truth, ignore)}")
+    legends = _legend(figure, _outcome_handles(), "upper")
+    legends += _legend(figure, _class_handles([truth, dense, compressed], classes, ignore), "lower", fill(note, int(13 * 3 * wide)))
+    figure.set_figheight(2 * high + legends)
     return figure

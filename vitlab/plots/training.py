@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 from vitlab import cost
 from vitlab.plan import CompressionPlan
 from vitlab.plots.base import PALETTE, new_axes
-from vitlab.plots.class_colours import class_colours
+from vitlab.plots.colours import class_colours
 from vitlab.plots.units import legend_above, plan_bars
 from vitlab.results import ResultRow
 from vitlab.shape import require

@@ -2,6 +2,7 @@
 import functools
 import html
 from collections import Counter
+from collections.abc import Callable
 from textwrap import fill
 from typing import Any, NamedTuple
 
@@ -81,15 +82,18 @@ def _matches(block: BlockPlan) -> bool:
 class Maps:
     """Plans by rule and rates, and the tokens of every block of a picture under them, each made once."""
 
-    def __init__(self, model: nn.Module, chooser: PictureChooser, scores: Tensor | None, plan: CompressionPlan | None,
-                 **settings: Any) -> None:
-        self.model, self.shape, self.chooser, self.scores, self.given, self.settings = model, chooser.shape, chooser, scores, plan, settings
-        self.dense_gmacs = gmacs(CompressionPlan.empty(self.shape))
+    def __init__(self, model: nn.Module, taken: Callable[[Any], Tensor], scores: Tensor | None, plan: CompressionPlan | None, *,
+                 dense: bool = False, **settings: Any) -> None:
+        """taken: the model's input (1, channels, H, W) of a picture, by its key. dense: the model's every patch is read out, so that
+        none may be selected."""
+        self.model, self.shape, self.taken, self.scores, self.given, self.settings = model, shape_of(model), taken, scores, plan, settings
+        self.whole, self.dense_gmacs = "Encoder" if dense else "Whole model", gmacs(CompressionPlan.empty(self.shape))
         if plan is not None:
             plan.check_fits(self.shape)
-        by_content = list(BY_CONTENT)[:2 if self.shape.num_prefix_tokens else 1]    # selection ranks by the class token
+        by_content = list(BY_CONTENT)[:2 if self.shape.num_prefix_tokens and not dense else 1]      # selection ranks by the class token
         self.rules = [GIVEN] * (plan is not None) + list(BY_PLACE) * (scores is not None) + by_content
         self.plan = functools.lru_cache(maxsize=256)(self._plan)
+        self.compressed = functools.lru_cache(maxsize=1)(lambda *key: compress(self.model, self.plan(*key)))
         self.tokens = functools.lru_cache(maxsize=256)(self._tokens)
         for rule in self.rules:
             self.plan(rule, 1.0, 0.0)                           # refuses here and not in a slider's callback
@@ -106,12 +110,13 @@ class Maps:
         ratio = 1 - keep_rate ** (1 / int((tried.compared + tried.ranking > 0).sum()))
         return space.plan([ratio], made_by={"method": BY_CONTENT[rule], "ratio": ratio})
 
-    def _by_image(self, plan: CompressionPlan, picture: str) -> dict[int, Tokens]:
+    def _by_image(self, picture: Any, *key: Any) -> dict[int, Tokens]:
         """Of the blocks that match or select, for which the model is run."""
+        plan = self.plan(*key)
         matches = any(map(_matches, plan.blocks))
         if not matches and not any(isinstance(block.tokens, Select) for block in plan.blocks):
             return {}
-        x, small, found = as_input(self.chooser.known[picture], self.model), compress(self.model, plan), {}
+        x, small, found = self.taken(picture), self.compressed(*key), {}
         if matches:
             for block, places in token_places(small, x).items():
                 regions = places[0].numpy()
@@ -122,10 +127,10 @@ class Maps:
             found[block] = Tokens(regions, weights, np.bincount(regions)[regions] > 1)
         return found
 
-    def _tokens(self, picture: str, *key: Any) -> list[Tokens]:
+    def _tokens(self, picture: Any, *key: Any) -> list[Tokens]:
         """Of each block."""
         plan, n = self.plan(*key), self.shape.num_patches
-        by_image = self._by_image(plan, picture)
+        by_image = self._by_image(picture, *key)
         latest, found = Tokens(np.arange(n), np.ones(n), np.zeros(n, dtype=bool)), []
         for index, block in enumerate(plan.blocks):
             rule, latest = block.tokens, by_image.get(index, latest)
@@ -143,7 +148,7 @@ class Maps:
         fates = [f"{count} {'patch' if count == 1 else 'patches'} {fate}"
                  for count, fate in ((merged, "merged into others"), (aside, what)) if count]
         text = (f"Block {block}: {'; '.join([counts, *fates])}. "
-                f"Whole model: {total:.4g} of {self.dense_gmacs:.4g} GMACs, ratio {total / self.dense_gmacs:.3f}.")
+                f"{self.whole}: {total:.4g} of {self.dense_gmacs:.4g} GMACs, ratio {total / self.dense_gmacs:.3f}.")
         cutting = [str(index) for index, each in enumerate(plan.blocks) if isinstance(each.tokens, Select) or _matches(each)]
         if cutting and isinstance(plan.made_by.get("ratio"), float):
             text += f" Each of the blocks {', '.join(cutting)} cuts {plan.made_by['ratio']:.3f} of its tokens."
@@ -228,4 +233,5 @@ def token_map(source: Source | nn.Module, pictures: dict[str, np.ndarray], score
     """
     model = source if isinstance(source, nn.Module) else open_dense(source).model
     chooser = PictureChooser(pictures, shape_of(model))
-    return TokenMap(Maps(model, chooser, scores, plan, boundary=boundary, weights=weights), chooser, keep_rate, prune_rate)
+    maps = Maps(model, lambda name: as_input(chooser.known[name], model), scores, plan, boundary=boundary, weights=weights)
+    return TokenMap(maps, chooser, keep_rate, prune_rate)

@@ -1,0 +1,184 @@
+"""Scene view: what a compressed model takes each pixel of a scene for, where it differs from the dense one, and which patches a
+block's tokens stand for."""
+import functools
+import html
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import ipywidgets
+import numpy as np
+import torch
+import traitlets
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from timm.data import resolve_model_data_config
+from torch import Tensor
+
+from vitlab import tokens
+from vitlab.data.joint import evaluation_transform
+from vitlab.data.layouts import IGNORE
+from vitlab.data.scene_data import SceneData, Scenes
+from vitlab.models.segmenter import Segmenter, pad
+from vitlab.plan import CompressionPlan
+from vitlab.plots.base import to_image
+from vitlab.plots.colours import GREY, class_colours, overlaid
+from vitlab.plots.scenes import OPACITY, OUTCOMES, difference, in_grey, scene_moment
+from vitlab.plots.tokens import bordered, tinted
+from vitlab.shape import require
+from vitlab.training.capture import frozen_eval
+from vitlab.training.confusion import confusion_matrix, scores_of
+from vitlab.workbench.explore.base import Cells, Explorer, array_png
+from vitlab.workbench.explore.choosing import WIDE, WRAPPED
+from vitlab.workbench.explore.token_map import BY_PLACE, DRAWN, GIVEN, WIDTH, Maps
+
+LATE = {"continuous_update": False}             # of a slider each of whose values runs the model
+
+
+class Scene(NamedTuple):
+    """A scene as a model sees it: at the encoder's size, what is larger by its middle, what is smaller padded right and below."""
+
+    x: Tensor                       # (1, 3, H, W), normalised
+    truth: np.ndarray               # (H, W), IGNORE in the padding
+    picture: np.ndarray             # (H, W, 3) in [0, 1]
+    inside: tuple[slice, slice]     # rows and columns that are no padding
+
+
+class Views:
+    """Scenes of a split and a model's predictions of them, dense and under plans, each made once."""
+
+    def __init__(self, model: Segmenter, scenes: Scenes, scores: Tensor | None, plan: CompressionPlan | None, **settings: Any) -> None:
+        self.model, self.scenes = model, scenes
+        self.maps = Maps(model.encoder, lambda i: self.scene(i).x, scores, plan, dense=True, **settings)
+        config = resolve_model_data_config(model.encoder)
+        self.mean, self.std = config["mean"], config["std"]
+        self.scene = functools.lru_cache(maxsize=16)(self._scene)
+        self.dense = functools.lru_cache(maxsize=64)(lambda i: self._predicted(self.model, i))
+        self.compressed = functools.lru_cache(maxsize=64)(self._compressed)
+
+    def _scene(self, i: int) -> Scene:
+        image, mask = evaluation_transform(self.mean, self.std)(*self.scenes.scene(i))
+        size = self.model.img_size
+        starts = [max(0, (have - want) // 2) for have, want in zip(mask.shape, size)]
+        middle = tuple(slice(start, start + want) for start, want in zip(starts, size))
+        image, mask = image[(slice(None), *middle)], mask[middle].numpy()
+        inside = (slice(mask.shape[0]), slice(mask.shape[1]))
+        truth = np.full(size, IGNORE, dtype=np.uint8)
+        truth[inside] = mask
+        x = pad(image[None], size)
+        return Scene(x, truth, to_image(x[0], self.mean, self.std), inside)
+
+    @torch.no_grad()
+    def _predicted(self, model: Segmenter, i: int) -> np.ndarray:
+        """(H, W) uint8, IGNORE in the padding."""
+        scene = self.scene(i)
+        with frozen_eval(model):
+            given = model(scene.x.to(next(model.parameters()).device)).argmax(dim=1)[0].cpu().numpy()
+        shown = np.full(given.shape, IGNORE, dtype=np.uint8)
+        shown[scene.inside] = given[scene.inside]
+        return shown
+
+    def _compressed(self, i: int, *key: Any) -> np.ndarray:
+        return self._predicted(self.model.with_encoder(self.maps.compressed(*key)), i)
+
+    def miou_pct(self, i: int, predicted: np.ndarray) -> float:
+        """Of one scene alone."""
+        predicted, truth = torch.from_numpy(predicted), torch.from_numpy(self.scene(i).truth)
+        return scores_of(confusion_matrix(predicted, truth, self.model.num_classes)).miou_pct
+
+
+def _squares(entries: Sequence[tuple[str, Any]]) -> str:
+    """A legend in HTML: (label, colour) each."""
+    return " &nbsp; ".join(f'<span style="color: {to_hex(colour)}">■</span>&nbsp;{html.escape(label)}' for label, colour in entries)
+
+
+class SceneView(Explorer):
+    """The widgets of `scene_view`; their values are the state, and `figure()` draws it."""
+
+    def __init__(self, views: Views, classes: Sequence[str], keep_rate: float, prune_rate: float, opacity: float) -> None:
+        rate = {"step": 0.01, "readout_format": ".2f", **WIDE}
+        self.views, self.maps, self.classes, shape = views, views.maps, list(classes), views.maps.shape
+        self.image = ipywidgets.IntSlider(0, 0, len(views.scenes) - 1, description="image", **LATE, **WIDE)
+        self.rule = ipywidgets.Dropdown(options=self.maps.rules, description="rule", **WIDE)
+        self.block = ipywidgets.IntSlider(shape.depth // 2, 0, shape.depth - 1, description="block", **WIDE)
+        self.opacity = ipywidgets.FloatSlider(opacity, min=0, max=1, description="opacity, [0, 1]", **rate)
+        least = max(0.05, 1.01 / shape.num_patches)             # one patch has to stay, for all rounding
+        self.keep_rate = ipywidgets.FloatSlider(keep_rate, min=least, max=1, description="keep rate, (0, 1]", **LATE, **rate)
+        self.prune_rate = ipywidgets.FloatSlider(prune_rate, min=0, max=0.95, description="prune rate, [0, 1)", **LATE, **rate)
+        titles = {"compressed": "compressed", "dense": "dense", "difference": _squares(list(OUTCOMES.values())),
+                  "regions": "tokens of the block; orange: pruned"}
+        self.panels = {name: Cells(grid=shape.grid_size, width=WIDTH) for name in titles}
+        first, *others = self.panels.values()
+        for other in others:
+            traitlets.link((first, "picked"), (other, "picked"))
+        self.legend, self.line = ipywidgets.HTML(), ipywidgets.HTML()
+        boxes = [ipywidgets.VBox([ipywidgets.HTML(title if name == "difference" else f"<b>{title}</b>"), self.panels[name]],
+                                 layout=WIDE["layout"]) for name, title in titles.items()]
+        controls = (self.image, self.rule, self.keep_rate, self.prune_rate, self.block, self.opacity)
+        pairs = [*zip(controls[::2], controls[1::2]), *zip(boxes[::2], boxes[1::2])]
+        super().__init__([*(ipywidgets.HBox(list(pair), layout=WRAPPED) for pair in pairs), self.legend, self.line], self._figure)
+        for widget in controls:
+            widget.observe(self._show, "value")
+        self._show()
+
+    def _key(self) -> tuple[str, float, float]:
+        return self.rule.value, self.keep_rate.value, self.prune_rate.value if self.rule.value in BY_PLACE else 0.0
+
+    def _show(self, change: Any = None) -> None:
+        self.keep_rate.disabled = self.rule.value == GIVEN
+        self.prune_rate.disabled = self.rule.value not in BY_PLACE
+        i, key, shape, block = self.image.value, self._key(), self.maps.shape, self.block.value
+        scene, dense, compressed = self.views.scene(i), self.views.dense(i), self.views.compressed(i, *key)
+        seen, zoom, colours = self.maps.tokens(i, *key)[block], -(-DRAWN // max(shape.img_size)), class_colours(len(self.classes))
+
+        grey = in_grey(scene.picture)
+
+        def large(image: np.ndarray) -> np.ndarray:
+            return image.repeat(zoom, 0).repeat(zoom, 1)
+        drawn = {"compressed": large(overlaid(grey, compressed, colours, self.opacity.value)),
+                 "dense": large(overlaid(grey, dense, colours, self.opacity.value)),
+                 "difference": large(difference(scene.truth, dense, compressed, len(self.classes))),
+                 "regions": bordered(tinted(large(scene.picture), seen.aside, shape), seen.regions, shape)}
+        alts = {"compressed": "Prediction of the compressed model", "dense": "Prediction of the dense model",
+                "difference": "What the compressed model loses and gains", "regions": f"Tokens of block {block}"}
+        labels = seen.labels(shape)
+        for name, cells in self.panels.items():
+            with cells.hold_sync():
+                cells.picture, cells.groups, cells.labels = array_png(drawn[name]), seen.regions.tolist(), labels
+                cells.alt = f"{alts[name]}, image {i}, {self.rule.value}"
+        found = sorted(set(np.unique(dense).tolist()) | set(np.unique(compressed).tolist()))
+        self.legend.value = _squares([("none", (GREY,) * 3) if k == IGNORE else (self.classes[k], colours[k]) for k in found])
+        self.line.value = html.escape(self._costs())
+
+    def _costs(self) -> str:
+        i, key, block = self.image.value, self._key(), self.block.value
+        before, after = (self.views.miou_pct(i, mask) for mask in (self.views.dense(i), self.views.compressed(i, *key)))
+        return (f"{self.maps.costs(self.maps.plan(*key), block, self.maps.tokens(i, *key)[block])} "
+                f"mIoU of this image: dense {before:.1f}%, compressed {after:.1f}%.")
+
+    def _figure(self) -> Figure:
+        i, key, block = self.image.value, self._key(), self.block.value
+        scene, seen = self.views.scene(i), self.maps.tokens(i, *key)[block]
+        shown = [each[scene.inside] for each in (scene.picture, scene.truth, self.views.dense(i), self.views.compressed(i, *key))]
+        return scene_moment(*shown, self.classes, self.maps.plan(*key), block, {block: torch.from_numpy(seen.regions)},
+                            opacity=self.opacity.value, note=f"Image {i}. {self.rule.value}. {self._costs()}")
+
+
+def scene_view(model: Segmenter, data: SceneData, scores: Tensor | None = None, plan: CompressionPlan | None = None, *,
+               split: str | None = None, keep_rate: float = tokens.KEEP_RATE, prune_rate: float = 0.0, opacity: float = OPACITY,
+               boundary: str = tokens.BOUNDARY, weights: str = tokens.WEIGHTS) -> SceneView:
+    """Widgets that show what a token rule in the encoder of a dense Segmenter does to its prediction of a scene, and what it saves.
+
+    The images are those of a split of the data (None: the one to choose on); of one that is larger than model.img_size the middle is
+    taken. scores: raw token scores (L, n); without them there are only the rules that need none. plan: shown first, beside the
+    rules. keep_rate, prune_rate, opacity of the masks: where the sliders start; boundary and weights: as in `prune_and_merge`. Of
+    merging by content keep_rate is the fraction of patches that is left after the last block that cuts.
+
+    The difference is against the truth: right in both, wrong in both, lost and gained. A click or the pointer outlines on all four
+    pictures the patches that one token of the block stands for. Raises InputError for another kind of model, one whose encoder is
+    compressed already, data of another number of classes, a split that is not there, a plan or scores for another model.
+    """
+    require(isinstance(model, Segmenter), f"a {type(model).__name__} came in; a Segmenter is needed")
+    data.check_fits(model.num_classes)
+    require(0 <= opacity <= 1, f"opacity is {opacity}; it must lie in [0, 1]")
+    views = Views(model, data.split(split or data.choose_on), scores, plan, boundary=boundary, weights=weights)
+    return SceneView(views, data.classes, keep_rate, prune_rate, opacity)
