@@ -1,5 +1,6 @@
 """The scene view: what it shows against the model itself, the cost module and slow loops over pixels."""
 import base64
+import copy
 import io
 import re
 
@@ -18,7 +19,7 @@ from vitlab.models import compress, shape_of
 from vitlab.models.segmenter import Segmenter, as_encoder
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plots.colours import class_colours, overlaid
-from vitlab.plots.scenes import difference
+from vitlab.plots.scenes import OPACITY, difference
 from vitlab.rules import Match
 from vitlab.training.capture import token_places
 from vitlab.workbench.explore.scene_view import scene_view
@@ -236,10 +237,11 @@ def test_the_split_to_choose_on_is_shown_unless_another_is_named(model, data):
         scene_view(model, data, split="other")
 
 
-def test_the_model_stays_in_its_mode_and_its_parameters_go_on_training(model, data):
-    model.train()
+def test_a_model_that_trains_is_shown_without_its_dropout_and_goes_on_training(model, data):
+    model = Segmenter(model.encoder, 5, "mask_transformer", drop=0.5).train()
     view = scene_view(model, data)
     view.keep_rate.value = 0.3
+    np.testing.assert_allclose(drawn(view, "dense"), panel(predicted(copy.deepcopy(model).eval(), 0), seen(0)[0], OPACITY), atol=ROUNDING)
     assert all(module.training for module in model.modules()) and all(p.requires_grad for p in model.parameters())
 
 

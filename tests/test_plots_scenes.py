@@ -316,6 +316,9 @@ def test_classes_are_sorted_by_the_ious_of_the_model_named():
     given = {"dense": [20, 90, 40, 60], "small": [10, 5, float("nan"), 7]}
     names = {by: [tick.get_text() for tick in class_iou_bars(given, CLASSES, by=by).axes[0].get_xticklabels()] for by in ("dense", "small")}
     assert names == {"dense": ["road", "car", "tree", "sky"], "small": ["sky", "car", "road", "tree"]}
+    dense, small = bars(class_iou_bars(given, CLASSES, by="dense").axes[0]).values()
+    assert dense == [90, 60, 40, 20]
+    np.testing.assert_array_equal(small, [5, 7, float("nan"), 10])
 
 
 @pytest.mark.parametrize("count", [2, 11, 60, 150])
