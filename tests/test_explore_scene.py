@@ -107,7 +107,7 @@ def slow_miou(predicted: np.ndarray, truth: np.ndarray) -> float:
 
 def numbers(line: str) -> tuple[float, ...]:
     """(GMACs, of the dense encoder, mIoU dense, compressed) that the line says."""
-    return tuple(map(float, re.search(r"Encoder: ([\d.e-]+) of ([\d.e-]+) GMACs.*mIoU of this image: dense ([\d.]+)%, compressed ([\d.]+)%",
+    return tuple(map(float, re.search(r"Whole model: ([\d.e-]+) of ([\d.e-]+) GMACs.*mIoU of this image: dense ([\d.]+)%, compressed ([\d.]+)%",
                                       line).groups()))
 
 

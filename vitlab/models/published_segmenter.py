@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from torch import Tensor
 
 from vitlab.files import InputError
 from vitlab.models.create import load_state, read_file, rebuild, state_of
@@ -76,7 +77,14 @@ def _check(net: dict[str, Any], path: Path) -> None:
 
 
 def load_published_segmenter(path: str | Path) -> Segmenter:
-    """The dense Segmenter, in eval mode, of a published checkpoint.pth (or of the folder that holds it).
+    """The dense Segmenter, in eval mode, of a published checkpoint.pth (or of the folder that holds it); see `published_parts`."""
+    model, state, path = published_parts(path)
+    load_state(model, state, path)
+    return model.eval()
+
+
+def published_parts(path: str | Path) -> tuple[Segmenter, dict[str, Tensor], Path]:
+    """(the dense Segmenter with random weights, the state dict, its file) of a published checkpoint.pth, or of the folder that holds it.
 
     The encoder is at the size of its training crops (larger images go through windows), its LayerNorms have the published 1e-5
     (timm's 1e-6 elsewhere), its pretrained_cfg the published mean and deviation of images in [0, 1]. Its dropout rates are 0.
@@ -109,5 +117,4 @@ def load_published_segmenter(path: str | Path) -> Segmenter:
     set_norm_eps(encoder, NORM_EPS)
     mean, std = STATISTICS[net["normalization"]]
     encoder.pretrained_cfg = {**encoder.pretrained_cfg, "mean": mean, "std": std}
-    load_state(model, state, path)
-    return model.eval()
+    return model, state, path

@@ -11,6 +11,8 @@ from vitlab.files import InputError, atomic_write
 from vitlab.models import attention_block, compress, shape_of
 from vitlab.models.compress import MergeReconstructTokens, TokenBlock
 from vitlab.models.create import architecture, load_state, read_file, rebuild, state_of
+from vitlab.models.published_segmenter import published_parts
+from vitlab.models.segmenter import Segmenter
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import MergeReconstruct
 
@@ -49,12 +51,31 @@ def load_published(path: str | Path, dense: nn.Module) -> tuple[nn.Module, Compr
     content = read_file(path)
     if not is_published(content):
         raise InputError(f"{path}: not a Prune and Merge checkpoint; it holds no blocks.i.attn.merge_matrix under \"model\"")
-    state, shape = state_of(content, path), shape_of(dense)
+    return _compressed(state_of(content, path), dense, path)
+
+
+def load_segmenter(path: str | Path) -> tuple[Segmenter, CompressionPlan]:
+    """(Segmenter, plan) of a published checkpoint.pth with variant.yml beside it: dense, or with merge and reconstruct matrices in the
+    blocks of its encoder, some or all. Raises InputError naming the file and key."""
+    model, state, path = published_parts(path)
+    if any(key.endswith(".attn.merge_matrix") for key in state):
+        return _compressed(state, model, path, "encoder.")
+    load_state(model, state, path)
+    return model.eval(), CompressionPlan.empty(shape_of(model))
+
+
+def _compressed(state: dict[str, Tensor], dense: nn.Module, path: Path | str, where: str = "") -> tuple[nn.Module, CompressionPlan]:
+    """(compressed model, plan) of a published state dict, whose blocks' names begin with `where`; of an encoder's blocks some may have
+    no matrices."""
+    state, shape = dict(state), shape_of(dense)
     blocks, renamed = [], {}
     for index in range(shape.depth):
-        prefix = f"blocks.{index}."
+        prefix = f"{where}blocks.{index}."
         matrices = {own: state.pop(f"{prefix}attn.{theirs}", None) for own, theirs in NAMES.items()}
         state.pop(f"{prefix}attn.bias", None)                                   # unused in the forward
+        if where and all(matrix is None for matrix in matrices.values()):
+            blocks.append(BlockPlan())
+            continue
         missing = [NAMES[k] for k, v in matrices.items() if v is None]
         if missing:
             raise InputError(f"{path}: {prefix}attn.{missing[0]} is missing")
@@ -67,10 +88,10 @@ def load_published(path: str | Path, dense: nn.Module) -> tuple[nn.Module, Compr
         renamed |= {f"{prefix}tokens.{k}": v.flatten() if k == "token_mask" else v for k, v in matrices.items()}
     plan = CompressionPlan(shape=shape, blocks=tuple(blocks), made_by={"method": "prune_and_merge", "read_from": Path(path).name})
     model = compress(dense, plan)
+    merging = {f"{where}blocks.{index}." for index, block in enumerate(blocks) if block.tokens is not None}
     for key, value in state.items():
-        block, dot, rest = key.partition(".")
-        number, _, name = rest.partition(".")
-        renamed[f"blocks.{number}.block.{name}" if block == "blocks" else key] = value
+        prefix = next((each for each in merging if key.startswith(each)), None)
+        renamed[key if prefix is None else f"{prefix}block.{key.removeprefix(prefix)}"] = value
     load_state(model, renamed, path)
     return model.eval(), plan
 

@@ -12,9 +12,11 @@ from PIL import Image
 from timm.data import resolve_model_data_config
 from timm.layers import DropPath
 from timm.utils import random_seed
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from vitlab.cost import gmacs, macs_of
+from vitlab.criteria.planning import prune_and_merge
 from vitlab.data.folder import is_image, read_image
 from vitlab.data.joint import evaluation_transform
 from vitlab.data.masks import open_scenes
@@ -24,13 +26,18 @@ from vitlab.models import shape_of
 from vitlab.models.segmenter import Segmenter, as_encoder
 from vitlab.models.windows import segment
 from vitlab.plan import CompressionPlan
-from vitlab.plots.class_colours import class_colours, overlaid
+from vitlab.plots.colours import class_colours, overlaid
+from vitlab.search import SearchSpace
+from vitlab.shape import ViTShape
+from vitlab.tokens import PRUNE_RATE
 from vitlab.training.evaluate import autocast
 from vitlab.training.loop import fit
 from vitlab.training.recipes import Engine, Recipe, recipe
 from vitlab.workbench.steps import TRAINING, Source, deployed, need_dense, open_model, pick_device, save_trained
 
 LOOKED_AT, LARGEST_SIDE = 16, 512               # images of train whose sizes say the encoder's, and its sides where they differ
+SPANS = 3                                       # of blocks that run on the same merged tokens
+MAX_RATIO, RATIOS = 0.5, 501                    # largest ratio of merging by content, and how many are tried
 
 
 def scene_size(data: SceneData) -> tuple[int, int]:
@@ -120,3 +127,27 @@ def _write_png(path: Path, image: Image.Image) -> None:
     content = io.BytesIO()
     image.save(content, "PNG")
     atomic_write(path, content.getvalue())
+
+
+def even_spans(depth: int, count: int = SPANS) -> list[tuple[int, int]]:
+    """(first, last) blocks of `count` spans of as equal a length as can be, after the first sixth of the blocks, which stay whole: what
+    is alike is not known there yet."""
+    edges = np.linspace(depth // 6, depth, min(count, depth - depth // 6) + 1).round().astype(int).tolist()
+    return [(first, after - 1) for first, after in zip(edges, edges[1:])]
+
+
+def plans_at(scores: Tensor, shape: ViTShape, keep_rate: float, *, prune_rate: float = PRUNE_RATE) -> dict[str, CompressionPlan]:
+    """A plan by each token rule that keeps the grid, at a keep rate of Prune and Merge: merged and reconstructed in each block, over
+    spans of blocks (`even_spans`), sharing updates (nothing pruned); and merged by content, by the one ratio whose cost is at most that
+    of sharing updates. scores (L, n): of tokens, raw."""
+    shared = prune_and_merge(scores, shape, keep_rate=keep_rate, prune_rate=0.0, share=True)
+    space = SearchSpace(shape=shape, units=(), tokens="match", max_ratio=MAX_RATIO,
+                        settings={} if shape.num_prefix_tokens else {"protect": 0.0})
+    ratios = np.linspace(0, MAX_RATIO, RATIOS)[:, None]
+    within = np.flatnonzero(macs_of(shape, space.counts(ratios))["total"] / 1e9 <= gmacs(shared))
+    ratio = float(ratios[within[0] if len(within) else -1, 0])
+    return {"Prune and Merge": prune_and_merge(scores, shape, keep_rate=keep_rate, prune_rate=prune_rate),
+            "Prune and Merge, spans": prune_and_merge(scores, shape, prune_rate=prune_rate,
+                                                      spans=[(*span, keep_rate) for span in even_spans(shape.depth)]),
+            "shared updates": shared,
+            "merging by content": space.plan([ratio], made_by={"method": "match", "ratio": ratio, "keep_rate": keep_rate})}

@@ -19,7 +19,7 @@ from vitlab.data.masks import open_scenes
 from vitlab.files import NOTEBOOKS, InputError, atomic_write, first_line, from_root
 from vitlab.models import compress, deploy, shape_of
 from vitlab.models.create import create_model, read_file
-from vitlab.models.published_segmenter import VARIANT, load_published_segmenter
+from vitlab.models.published_segmenter import VARIANT
 from vitlab.models.segmenter import Segmenter
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.results import ResultRow, append_row
@@ -31,7 +31,7 @@ from vitlab.training.checkpoint import Checkpoint
 from vitlab.training.gradual import partial_plan
 from vitlab.training.loop import fit
 from vitlab.training.pixels import Segmentation, evaluate_scenes
-from vitlab.training.published import is_published, load_published
+from vitlab.training.published import is_published, load_published, load_segmenter
 from vitlab.training.recipes import Engine, Recipe, recipe
 from vitlab.training.units import unit_scores
 
@@ -72,8 +72,8 @@ def open_model(source: Source, *, model: str | None = None, num_classes: int | N
         return checkpoint.load(path)
     if path.suffix in (".pth", ".pt", ".bin", ".safetensors"):
         if model is None and path.suffix == ".pth" and (path.parent / VARIANT).is_file():
-            built = load_published_segmenter(path)
-            return Checkpoint(model=built, plan=CompressionPlan.empty(shape_of(built)), info={"made_by": {"read_from": path.name}})
+            built, plan = load_segmenter(path)
+            return Checkpoint(model=built, plan=plan, info={"made_by": {"read_from": path.name}})
         if model is None:
             raise InputError(f"{path}: a weights file needs the timm name of its model (--model NAME, or `model` in a notebook)")
         if path.suffix != ".safetensors" and is_published(read_file(path)):

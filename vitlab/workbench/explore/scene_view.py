@@ -48,7 +48,7 @@ class Views:
 
     def __init__(self, model: Segmenter, scenes: Scenes, scores: Tensor | None, plan: CompressionPlan | None, **settings: Any) -> None:
         self.model, self.scenes = model, scenes
-        self.maps = Maps(model.encoder, lambda i: self.scene(i).x, scores, plan, dense=True, **settings)
+        self.maps = Maps(model, lambda i: self.scene(i).x, scores, plan, **settings)
         config = resolve_model_data_config(model.encoder)
         self.mean, self.std = config["mean"], config["std"]
         self.scene = functools.lru_cache(maxsize=16)(self._scene)
@@ -78,7 +78,7 @@ class Views:
         return shown
 
     def _compressed(self, i: int, *key: Any) -> np.ndarray:
-        return self._predicted(self.model.with_encoder(self.maps.compressed(*key)), i)
+        return self._predicted(self.maps.compressed(*key), i)
 
     def miou_pct(self, i: int, predicted: np.ndarray) -> float:
         """Of one scene alone."""

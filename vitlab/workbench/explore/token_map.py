@@ -82,15 +82,15 @@ def _matches(block: BlockPlan) -> bool:
 class Maps:
     """Plans by rule and rates, and the tokens of every block of a picture under them, each made once."""
 
-    def __init__(self, model: nn.Module, taken: Callable[[Any], Tensor], scores: Tensor | None, plan: CompressionPlan | None, *,
-                 dense: bool = False, **settings: Any) -> None:
-        """taken: the model's input (1, channels, H, W) of a picture, by its key. dense: the model's every patch is read out, so that
-        none may be selected."""
+    def __init__(self, model: nn.Module, taken: Callable[[Any], Tensor], scores: Tensor | None, plan: CompressionPlan | None,
+                 **settings: Any) -> None:
+        """taken: the model's input (1, channels, H, W) of a picture, by its key."""
         self.model, self.shape, self.taken, self.scores, self.given, self.settings = model, shape_of(model), taken, scores, plan, settings
-        self.whole, self.dense_gmacs = "Encoder" if dense else "Whole model", gmacs(CompressionPlan.empty(self.shape))
+        self.dense_gmacs = gmacs(CompressionPlan.empty(self.shape))
         if plan is not None:
             plan.check_fits(self.shape)
-        by_content = list(BY_CONTENT)[:2 if self.shape.num_prefix_tokens and not dense else 1]      # selection ranks by the class token
+        # Selection ranks by the class token, and leaves no grid for a decoder.
+        by_content = list(BY_CONTENT)[:2 if self.shape.num_prefix_tokens and not self.shape.decoder else 1]
         self.rules = [GIVEN] * (plan is not None) + list(BY_PLACE) * (scores is not None) + by_content
         self.plan = functools.lru_cache(maxsize=256)(self._plan)
         self.compressed = functools.lru_cache(maxsize=1)(lambda *key: compress(self.model, self.plan(*key)))
@@ -148,7 +148,7 @@ class Maps:
         fates = [f"{count} {'patch' if count == 1 else 'patches'} {fate}"
                  for count, fate in ((merged, "merged into others"), (aside, what)) if count]
         text = (f"Block {block}: {'; '.join([counts, *fates])}. "
-                f"{self.whole}: {total:.4g} of {self.dense_gmacs:.4g} GMACs, ratio {total / self.dense_gmacs:.3f}.")
+                f"Whole model: {total:.4g} of {self.dense_gmacs:.4g} GMACs, ratio {total / self.dense_gmacs:.3f}.")
         cutting = [str(index) for index, each in enumerate(plan.blocks) if isinstance(each.tokens, Select) or _matches(each)]
         if cutting and isinstance(plan.made_by.get("ratio"), float):
             text += f" Each of the blocks {', '.join(cutting)} cuts {plan.made_by['ratio']:.3f} of its tokens."

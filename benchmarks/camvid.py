@@ -1,0 +1,170 @@
+"""What compression costs a Segmenter on CamVid: every token rule at three keep rates, before and after fine-tuning, in one table.
+
+    vitlab segment --checkpoint deit_tiny_patch16_224.safetensors --model deit_tiny_patch16_224 --data CAMVID --recipe camvid --out DENSE
+    python benchmarks/camvid.py --dense DENSE --data CAMVID --run RUN [--parts closed tuned test speed] [--keeps 0.8 0.7 0.5] [--quick]
+
+Plans are made from train, looked at on val, and `test` is measured once, of every model that is reported. "keep" is Prune and Merge's
+keep rate; `plans_at` says what it is for each rule.
+Rows go to benchmarks/results/camvid.jsonl; a run that was stopped goes on, model by model.
+"""
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vitlab import cost
+from vitlab.data.masks import open_scenes
+from vitlab.files import append_line, atomic_write, read_lines, write_lines
+from vitlab.models import compress, deploy, shape_of
+from vitlab.plan import CompressionPlan
+from vitlab.plots import save_figure, trade_offs
+from vitlab.training.checkpoint import Checkpoint
+from vitlab.training.evaluate import uses_bf16
+from vitlab.training.pixels import evaluate_scenes
+from vitlab.training.recipes import recipe
+from vitlab.training.throughput import conditions, measure
+from vitlab.workbench import steps
+from vitlab.workbench.segmenting import plans_at
+
+RESULTS = Path(__file__).parent / "results" / "camvid.jsonl"
+DOCS = Path(__file__).parents[1] / "docs"
+KEEPS = (0.8, 0.7, 0.5)
+SCORED, BATCH = 128, 4
+FAMILIES = ("Prune and Merge", "Prune and Merge, spans", "shared updates", "merging by content")
+
+
+class Bench:
+    """Rows by (model, stage), each measured once and written at once. Stages: "closed" off the shelf, "tuned" after fine-tuning."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.data = args, open_scenes(args.data)
+        self.dense: Checkpoint = steps.open_model(args.dense)
+        self.model, self.shape = self.dense.model.eval(), shape_of(self.dense.model)
+        self.amp = uses_bf16(torch.device("cpu"), None)
+        self.path = args.run / "rows.jsonl"
+        self.rows = {(r["model"], r["stage"], r["split"]): r for r in (read_lines(self.path) if self.path.exists() else [])}
+        self._scores: Tensor | None = None
+
+    @property
+    def scores(self) -> Tensor:
+        """Gradient-weighted attention from the segmentation loss, on images of train."""
+        path = self.args.run / "scores.safetensors"
+        if self._scores is None:
+            if not path.exists():
+                steps.score(self.dense, self.args.data, path, images=SCORED, batch_size=BATCH, workers=1)
+            self._scores = steps.read_scores(path)[0]
+        return self._scores
+
+    def models(self) -> Iterator[tuple[str, str, CompressionPlan | None]]:
+        """(name, family, plan)."""
+        yield "dense", "dense", None
+        for keep in self.args.keeps:
+            for family, plan in plans_at(self.scores, self.shape, keep).items():
+                if family in self.args.families:
+                    yield f"{family}, keep {keep}", family, plan
+
+    def add(self, name: str, family: str, stage: str, split: str, model: nn.Module, plan: CompressionPlan | None) -> None:
+        if (name, stage, split) in self.rows:
+            return
+        batches = self.data.batches(split, model, batch_size=BATCH, whole=True, workers=1, limit=self.args.limit)
+        found = evaluate_scenes(deploy(model) if plan else model, batches, amp=self.amp, progress=False)
+        row = {"model": name, "family": family, "stage": stage, "split": split, "miou_pct": found.scores.miou_pct,
+               "pixel_accuracy_pct": found.scores.pixel_accuracy_pct, "iou_pct": list(found.scores.iou_pct), "images": found.images,
+               "gmacs": cost.gmacs(plan or CompressionPlan.empty(self.shape)), "plan": json.loads(plan.to_json()) if plan else None}
+        self.rows[name, stage, split] = row
+        append_line(self.path, row)
+        print(f"{name:34s} {stage:7s} {split:5s} {row['gmacs']:.3f} GMACs  mIoU {row['miou_pct']:.2f}", flush=True)
+
+    def closed(self, split: str) -> None:
+        for name, family, plan in self.models():
+            self.add(name, family, "closed", split, compress(self.model, plan) if plan else self.model, plan)
+
+    def tuned(self, split: str) -> None:
+        """Distilled from the dense model per pixel (recipe segmenter_pm), the same number of epochs for each rule."""
+        settings = recipe("segmenter_pm").replace(epochs=self.args.epochs, dtype="bfloat16" if self.amp else "float32")
+        for name, family, plan in self.models():
+            run = self.args.run / name.replace(" ", "-").replace(",", "")
+            if plan is not None and (name, "tuned", split) not in self.rows and (split == "val" or (run / "checkpoint").exists()):
+                if not (run / "checkpoint").exists():
+                    steps.finetune(self.dense, self.dense, self.args.data, run, plan=plan, settings=settings, workers=1,
+                                   limit=self.args.limit, progress=False)
+                self.add(name, family, "tuned", split, steps.open_model(run).model, plan)
+
+    def speed(self) -> None:
+        """Images/s of the deployed models, in turn in this process."""
+        models = {name: deploy(compress(self.model, plan)) if plan else self.model for name, _, plan in self.models()}
+        found = measure(models, batch_size=BATCH, repeats=self.args.repeats, device="cpu")
+        atomic_write(self.args.run / "speed.json", json.dumps({
+            "models": {name: {"throughput_img_s": s.throughput_img_s, "ratio": s.ratio, "ratio_range": [s.ratio_min, s.ratio_max]}
+                       for name, s in found.items()},
+            "conditions": conditions(torch.device("cpu"), "float32", BATCH, self.args.repeats)}))
+
+    def write(self) -> None:
+        """One row a model: off the shelf and tuned, on val and on test."""
+        path = self.args.run / "speed.json"
+        speed = json.loads(path.read_text()) if path.exists() else {"models": {}, "conditions": {}}
+        out = []
+        for name, family, plan in self.models():
+            mine = {(stage, split): row for (model, stage, split), row in self.rows.items() if model == name}
+            if not mine:
+                continue
+            timed, first = speed["models"].get(name, {}), next(iter(mine.values()))
+            out.append({"model": name, "family": family, "gmacs": first["gmacs"],
+                        **{f"{stage}_{split}_miou_pct": mine[stage, split]["miou_pct"] if (stage, split) in mine else None
+                           for stage in ("closed", "tuned") for split in ("val", "test")},
+                        "throughput_img_s": timed.get("throughput_img_s"), "ratio": timed.get("ratio"),
+                        "conditions": {"dtype": "bfloat16" if self.amp else "float32", "epochs": self.args.epochs,
+                                       "images": {split: row["images"] for (_, split), row in mine.items()},
+                                       "iou_pct": {f"{stage} {split}": row["iou_pct"] for (stage, split), row in mine.items()},
+                                       "classes": self.data.classes, "speed": speed["conditions"],
+                                       "ratio_range": timed.get("ratio_range"),
+                                       "tokens": None if plan is None else plan.tokens_per_block()}})
+        write_lines(RESULTS, out)
+        draw(out)
+
+
+def draw(rows: list[dict]) -> None:
+    """docs/camvid.png: mIoU on test against GMACs and images/s, before and after fine-tuning."""
+    keys = {"GMACs per image": "gmacs", "images per second (float32, batch 4)": "throughput_img_s"}
+    dense, panels = rows[0], {label: {} for label in keys}
+    for row in rows[1:]:
+        for label, key in keys.items():
+            for stage, words in (("closed", "off the shelf"), ("tuned", "fine-tuned")):
+                value = row[f"{stage}_test_miou_pct"]
+                if value is not None and row[key]:
+                    panels[label].setdefault(f"{row['family']}, {words}", []).append((row[key], value))
+    panels = {label: lines for label, lines in panels.items() if lines}
+    if panels:
+        save_figure(trade_offs(panels, "mIoU on CamVid's test images (%)",
+                               {label: (dense[keys[label]], dense["closed_test_miou_pct"]) for label in panels}), DOCS, "camvid")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for option in ("--dense", "--data"):
+        parser.add_argument(option, required=True)
+    parser.add_argument("--run", required=True, type=Path, help="folder for scores, fine-tuned models and rows")
+    parser.add_argument("--parts", nargs="+", default=["closed", "tuned", "test", "speed"], choices=("closed", "tuned", "test", "speed"))
+    parser.add_argument("--keeps", type=float, nargs="+", default=list(KEEPS))
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="8 images, one epoch, one keep rate: to see that it runs")
+    args = parser.parse_args()
+    args.limit = 8 if args.quick else None
+    if args.quick:
+        args.epochs, args.keeps, args.repeats = 1, args.keeps[:1], 1
+    args.run.mkdir(parents=True, exist_ok=True)
+    bench = Bench(args)
+    for part in args.parts:
+        if part in ("closed", "tuned"):
+            getattr(bench, part)("val")
+        elif part == "test":
+            bench.closed("test")
+            bench.tuned("test")
+        else:
+            bench.speed()
+    bench.write()
