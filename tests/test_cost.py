@@ -244,7 +244,7 @@ def test_matching_none_costs_what_the_dense_model_does(tiny_vit, family):
 
 # ---- Many at once
 
-COUNTS = ("heads", "neurons", "attended", "in_mlp", "carried", "merged", "ranking", "pooled", "compared")
+COUNTS = ("heads", "neurons", "attended", "in_mlp", "carried", "merges", "reconstructs", "ranking", "pooled", "compared")
 
 
 @pytest.mark.parametrize("form", cost.FORMS)
@@ -271,7 +271,7 @@ def test_costs_of_random_counts_at_once_equal_one_by_one_and_keep_their_leading_
     noise, size = np.random.default_rng(0), (7, 11, 5)
     counts = {"heads": noise.integers(1, 4, size), "neurons": noise.integers(1, 42, size), "attended": noise.integers(3, 18, size),
               "in_mlp": noise.integers(3, 18, size), "carried": noise.integers(0, 16, size),
-              "merged": noise.random(size) < 0.5, "ranking": noise.integers(0, 4, size),
+              "merges": noise.random(size) < 0.5, "reconstructs": noise.random(size) < 0.5, "ranking": noise.integers(0, 4, size),
               "pooled": noise.integers(0, 30, size), "compared": noise.integers(0, 90, size)}
     together = cost.macs_of(shape, cost.Counts(**counts), form)
     assert together["total"].shape == (7, 11) and together["total"].dtype == np.int64

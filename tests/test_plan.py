@@ -138,7 +138,7 @@ def test_tokens_after_a_selection_are_prefix_and_kept_and_one_mean():
     assert (second.attended, second.in_mlp, second.after) == (14, 12, 12)
     assert (third.attended, third.in_mlp, third.after) == (12, 4, 4)
     assert [flow.ranked_by for flow in (first, second, third)] == ["kept", "all", "kept"]
-    assert not any(flow.carried or flow.merged for flow in (first, second, third))
+    assert not any(flow.carried or flow.merges or flow.reconstructs for flow in (first, second, third))
     assert [flow.ranked_by for flow in SELECTING.flows()] == ["", "", "all"]
 
 
@@ -272,7 +272,7 @@ def test_tokens_are_fewer_by_those_merged_from_the_mlp_of_their_block_on():
     assert [(f.attended, f.in_mlp, f.after) for f in (first, second, third)] == [(17, 12, 12), (12, 12, 12), (12, 8, 8)]
     assert MATCHING.tokens_per_block() == [17, 12, 12]
     assert [(f.compared, f.pooled) for f in (first, second, third)] == [(8 * 7 + 17, 5 + 7), (0, 0), (5 * 5 + 12, 4 + 5)]
-    assert all(f.matched and not (f.merged or f.carried or f.ranked_by) for f in (first, second, third))
+    assert all(f.matched and not (f.merges or f.reconstructs or f.carried or f.ranked_by) for f in (first, second, third))
 
 
 @pytest.mark.parametrize("merged, block, limit, left", [((8, 0, 0), 0, 7, 15), ((7, 5, 0), 1, 4, 8), ((7, 4, 3), 2, 2, 4)])

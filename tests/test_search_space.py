@@ -60,7 +60,7 @@ def slow_counts(shape: ViTShape, tokens: str, policy: list[float], ranked_by: st
         neurons = max(int(shape.num_neurons * (1 - policy[block])), 1)
         heads = max(int(shape.num_heads * (1 - policy[depth + block])), 1)
         found = {"neurons": neurons, "heads": heads, "attended": entering, "in_mlp": entering, "carried": 0, "pooled": 0,
-                 "compared": 0, "merged": False, "ranking": 0}
+                 "compared": 0, "merges": False, "reconstructs": False, "ranking": 0}
         if tokens.startswith("select") and block in quarters:
             ratio = token_ratios[quarters.index(block) if tokens == "select_per_stage" else 0]
             kept = max(int(entering * (1 - ratio)), prefix + 1)             # B3: K = int(N_now (1 - rho)), prefix tokens among them
@@ -73,7 +73,7 @@ def slow_counts(shape: ViTShape, tokens: str, policy: list[float], ranked_by: st
             pruned = min(int(n * prune_rate), n - centers)
             found |= {"attended": prefix + centers, "in_mlp": prefix + centers}
             if tokens.startswith("merge"):
-                found |= {"carried": pruned, "merged": centers < n}
+                found |= {"carried": pruned, "merges": centers < n, "reconstructs": centers < n}
             elif centers < n:
                 found |= {"pooled": n - pruned}                             # each patch of a region is scaled once
         if tokens.startswith("match"):
@@ -339,7 +339,7 @@ def test_the_best_patches_are_centers_and_the_worst_are_pruned(tokens):
             wanted = slow_counts(shape, tokens, policy, prune_rate=0.3)[block]
             row = scores["tokens"][block].tolist()
             ranked = sorted(range(len(row)), key=lambda j: -row[j])
-            assert (rule is not None) == wanted["merged"]
+            assert (rule is not None) == wanted["merges"] == wanted["reconstructs"]
             if rule is not None:
                 assert rule.pruned == tuple(sorted(ranked[len(row) - wanted["carried"]:])) and rule.trains == "both"
                 centers = ranked[:wanted["attended"] - 3]                   # beside three prefix tokens

@@ -27,7 +27,8 @@ class Counts:
     attended: np.ndarray            # tokens in the attention
     in_mlp: np.ndarray              # tokens in the MLP
     carried: np.ndarray             # tokens that go around the block
-    merged: np.ndarray              # bool: matrices stand before and after the block
+    merges: np.ndarray              # bool: a merge matrix stands before the block
+    reconstructs: np.ndarray        # bool: a reconstruct matrix stands after it
     ranking: np.ndarray             # heads whose attention ranks tokens before the MLP; 0 where none are selected
     # Rows scaled for a mean of tokens, and for what a token keeps of its own; pairs of tokens whose keys are multiplied.
     pooled: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
@@ -48,7 +49,7 @@ def counts_of(plan: CompressionPlan) -> Counts:
                   queried=np.array([f.attended if f.queried is None else f.queried for f in flows]),
                   neurons=np.array([shape.num_neurons if b.neurons is None else len(b.neurons) for b in plan.blocks]),
                   **{name: np.array([getattr(f, name) for f in flows])
-                     for name in ("attended", "in_mlp", "carried", "pooled", "compared", "merged")})
+                     for name in ("attended", "in_mlp", "carried", "pooled", "compared", "merges", "reconstructs")})
 
 
 def previous(values: np.ndarray, first: int) -> np.ndarray:
@@ -76,7 +77,7 @@ def macs_of(shape: ViTShape, counts: Counts, form: str = "deployed") -> dict[str
     2 D r + C heads D (q/k norm: D r + C D r + C r); regions that share an update scale each of their n patches, n D; matching r
     of n tokens compares (n / 2)^2 keys and the class token's with all, w each, and scales r + n / 2 rows. form "training"
     adds C N D for each merge and each reconstruct; "deployed" adds the folded products instead: (C_l + p_l) (C_k + p_k) D between
-    two blocks, p tokens carried around them.
+    two blocks, p tokens carried around them. Inside a span no matrix stands between two blocks.
     """
     if form not in FORMS:
         raise InputError(f"form {form!r} is not known; known are {list(FORMS)}")
@@ -93,13 +94,13 @@ def macs_of(shape: ViTShape, counts: Counts, form: str = "deployed") -> dict[str
     if form != "published":
         parts["merge"] = c.pooled.sum(axis=-1) * dim + (c.compared * width).sum(axis=-1)
     if form == "training":
-        parts["reconstruct"] = (c.merged * c.attended).sum(axis=-1) * everything * dim
-        parts["merge"] = parts["merge"] + parts["reconstruct"]
+        parts["reconstruct"] = (c.reconstructs * c.attended).sum(axis=-1) * everything * dim
+        parts["merge"] = parts["merge"] + (c.merges * c.attended).sum(axis=-1) * everything * dim
     if form == "deployed":
         state = c.in_mlp + c.carried                                            # rows that leave each block
-        folds = (c.merged | previous(c.merged, False)) * (c.attended + c.carried) * previous(state, everything)
+        folds = (c.merges | previous(c.reconstructs, False)) * (c.attended + c.carried) * previous(state, everything)
         rows = shape.num_prefix_tokens if shape.pool == POOL_TOKEN else everything
-        parts["fold"] = (folds.sum(axis=-1) + c.merged[..., -1] * rows * state[..., -1]) * dim
+        parts["fold"] = (folds.sum(axis=-1) + c.reconstructs[..., -1] * rows * state[..., -1]) * dim
     parts["total"] = sum(parts.values())
     return parts
 

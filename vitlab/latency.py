@@ -66,21 +66,21 @@ class LatencyTable:
     def by_part(self, counts: Counts) -> dict[str, np.ndarray]:
         """latency_ms (...) of one batch by part, for counts (..., L), in the deployed form (as in cost.macs_of).
 
-        Between two blocks of which one merges stands a fold of (C_l + p_l) x (C_k + p_k), after a last block that merges one
-        to the prefix tokens (class-token pooling) or to all. Raises InputError for counts that the table does not hold.
+        Before a block that merges, and after one that reconstructs, stands a fold of (C_l + p_l) x (C_k + p_k), at the end of a
+        model one to the prefix tokens (class-token pooling) or to all. Raises InputError for counts that the table does not hold.
         """
         c = Counts(**dict(zip(vars(counts), np.broadcast_arrays(*vars(counts).values()))))
         require(c.heads.shape[-1] == self.shape.depth, f"counts of {c.heads.shape[-1]} blocks; the table is for {self.shape.depth}")
         everything, always = self.shape.num_tokens, np.ones(c.heads.shape, dtype=bool)
         rows, state = c.attended + c.carried, c.in_mlp + c.carried              # that enter and leave each block
         wanted = self.shape.num_prefix_tokens if self.shape.pool == POOL_TOKEN else everything
-        last, end = c.merged[..., -1], state[..., -1]
+        last, end = c.reconstructs[..., -1], state[..., -1]
         asked = c.queried == c.attended
         parts = {"attention": self._at("attention", asked, c.attended, c.heads),
                  "read_out": self._at("read_out", ~asked, c.attended, c.heads),
                  "select": self._at("select", c.ranking > 0, c.attended, c.ranking),
                  "mlp": self._at("mlp", always, c.in_mlp, c.neurons),
-                 "fold": self._at("fold", c.merged | previous(c.merged, False), rows, previous(state, everything)),
+                 "fold": self._at("fold", c.merges | previous(c.reconstructs, False), rows, previous(state, everything)),
                  "carry": self._at("carry", c.carried > 0, rows),
                  "pool": self._at("pool", (c.pooled > 0) & (c.compared == 0), c.attended),
                  "match": self._at("match", c.compared > 0, c.attended)}

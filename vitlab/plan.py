@@ -66,12 +66,30 @@ class CompressionPlan:
                  if f.name not in free and getattr(shape, f.name) != getattr(self.shape, f.name)]
         require(not wrong, "the plan is for another model; this one has " + ", ".join(wrong))
 
+    def rules(self) -> list[tuple[TokenRule | None, int]]:
+        """The token rule that each block runs by, and its place in the blocks of that rule: (None, 0) where all tokens stay,
+        (rule, 0), and (rule, 1), (rule, 2) ... in the blocks of a span after its first. InputError naming the block of a span that
+        runs past the last block or holds another rule."""
+        rules, last = [], len(self.blocks)
+        for index, block in enumerate(self.blocks):
+            rule, place = rules[-1] if rules else (None, 0)
+            inside, span = place + 1 < getattr(rule, "span", 1), getattr(block.tokens, "span", 1)
+            require(not inside or block.tokens is None, f"block {index}: it stays merged in the span that begins in block "
+                    f"{index - place - 1}, and can have no token rule of its own; null is needed")
+            require(index + span <= last, f"block {index}: tokens stay merged for {span} blocks from here, but {last - index} "
+                    f"{'is' if index + 1 == last else 'are'} left; a span of at most {last - index} is needed")
+            rules.append((rule, place + 1) if inside else (block.tokens, 0))
+        return rules
+
     def flows(self) -> list[Flow]:
         """Token counts of each block. InputError naming the block whose rule can't take what reaches it."""
         flows, before = [], whole(self.shape.num_tokens)
-        for index, block in enumerate(self.blocks):
+        for index, (rule, place) in enumerate(self.rules()):
             try:
-                flow = whole(before.after) if block.tokens is None else block.tokens.flow(self.shape, before.after)
+                if rule is None:
+                    flow = whole(before.after)
+                else:
+                    flow = rule.inside(self.shape, place) if place else rule.flow(self.shape, before.after)
                 self._check_follows(flow, before)
                 require(flow.queried is None or index + 1 == len(self.blocks),
                         "tokens are read out, but another block follows; only the last block can read out")
@@ -84,7 +102,7 @@ class CompressionPlan:
     def _check_follows(self, flow: Flow, before: Flow) -> None:
         """InputError where a block can't take what the one before it gives."""
         what = "selected" if flow.ranked_by else "matched"
-        require(not (before.merged and (flow.ranked_by or flow.compared)), f"tokens are {what} right after a block that merged: "
+        require(not (before.reconstructs and (flow.ranked_by or flow.compared)), f"tokens are {what} right after a block that merged: "
                 "those of a region rank alike there but for rounding; a block without a token rule must stand between")
         require(flow.matched or not before.matched or flow.queried is not None, "tokens were merged by content before: from there on "
                 'every block needs rule "match" (merged 0 where none are to go), the last one that or "read_out"')
@@ -98,7 +116,12 @@ class CompressionPlan:
     def to_json(self) -> str:
         """One line per block and field, so that a person and a diff can read it."""
         def tokens(rule: TokenRule | None) -> dict | None:
-            return None if rule is None else {"kind": rule.kind, **dataclasses.asdict(rule)}
+            if rule is None:
+                return None
+            fields = dataclasses.asdict(rule)
+            if fields.get("span") == 1:                                         # as files were before there were spans
+                del fields["span"]
+            return {"kind": rule.kind, **fields}
         blocks = [{"heads": b.heads, "neurons": b.neurons, "tokens": tokens(b.tokens)} for b in self.blocks]
         lines = [f'  "format": "{FORMAT}",', f'  "version": {VERSION},',
                  f'  "shape": {json.dumps(dataclasses.asdict(self.shape))},',

@@ -20,7 +20,8 @@ class Flow:
     after: int                      # that reach the next block
     queried: int | None = None      # of those in the attention, the ones that ask; None: all
     pooled: int = 0                 # rows that are scaled for a weighted mean, and for what tokens keep of their own stream
-    merged: bool = False            # whether matrices stand before and after the block
+    merges: bool = False            # whether a merge matrix stands before the block
+    reconstructs: bool = False      # whether a reconstruct matrix stands after it
     matched: bool = False           # whether tokens may stand for several patches from here on
     compared: int = 0               # pairs of tokens whose keys are multiplied, to find those that are alike
     ranked_by: str = ""             # heads whose attention ranks tokens before the MLP: "kept", "all", or "" for no ranking
@@ -61,15 +62,17 @@ class _Regions:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeReconstruct(_Regions):
-    """Token rule of Prune and Merge: merge before the block, reconstruct after it (methods A4 to A6).
+    """Token rule of Prune and Merge: merge before the block, reconstruct after it (methods A4 to A6), or, with a `span`, after the
+    last of so many blocks: those between run on the merged tokens, and have no token rule of their own in a plan.
 
     The numbers are the matrices' starting values; trained matrices are weights and live in the checkpoint.
     """
 
     regions: tuple[int, ...]            # per patch: which merged token it goes into, from 0; -1: none (pruned patches only)
     weights: tuple[float, ...]          # per patch: its entry in the merge matrix; 0 where pruned
-    pruned: tuple[int, ...] = ()        # patches that skip the block, ascending
+    pruned: tuple[int, ...] = ()        # patches that skip the block, or the whole span, ascending
     trains: str = "both"                # "both" matrices or "reconstruct" alone
+    span: int = 1                       # blocks that run on the merged tokens, this one the first
 
     kind = "merge_reconstruct"
 
@@ -84,14 +87,21 @@ class MergeReconstruct(_Regions):
             require(j in pruned or region >= 0, f"patch {j} is in no region and not pruned")
             require(j not in pruned or weight == 0, f"patch {j} is pruned; its weight must be 0, not {weight}")
         require(self.trains in ("both", "reconstruct"), f"trains is {self.trains!r}; 'both' or 'reconstruct' is needed")
+        require(is_int(self.span) and self.span >= 1, f"span is {self.span!r}; an integer of at least 1 is needed")
         for name in ("regions", "pruned"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
 
     def flow(self, shape: ViTShape, entering: int) -> Flow:
         """InputError where the rule is for another number of patches, or a block before has selected tokens."""
-        tokens = self._tokens(shape, entering, "are merged")
-        return Flow(attended=tokens, in_mlp=tokens, carried=len(self.pruned), after=entering, merged=True)
+        self._tokens(shape, entering, "are merged")
+        return self.inside(shape, 0)
+
+    def inside(self, shape: ViTShape, place: int) -> Flow:
+        """The flow of the span's block number `place`, from 0."""
+        tokens, last = shape.num_prefix_tokens + self.num_merged, place + 1 == self.span
+        return Flow(attended=tokens, in_mlp=tokens, carried=len(self.pruned), after=shape.num_tokens if last else tokens,
+                    merges=not place, reconstructs=last)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from vitlab.shape import ViTShape
 
 UNITS = ("neurons", "heads")
 MAX_RATIO = 0.5                                 # published
-TOKEN_COUNTS = ("attended", "in_mlp", "carried", "pooled", "compared", "merged", "queried")
+TOKEN_COUNTS = ("attended", "in_mlp", "carried", "pooled", "compared", "merges", "reconstructs", "queried")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ class SearchSpace:
             by_place = self.tokens.startswith(("merge", "share"))               # these give back all tokens
             token["attended"][:, -1] = self.shape.num_tokens if by_place else token["attended"][:, -1]
             token["queried"][:, -1] = token["in_mlp"][:, -1] = self.shape.num_prefix_tokens
-            for name in ("carried", "pooled", "compared", "merged"):
+            for name in ("carried", "pooled", "compared", "merges", "reconstructs"):
                 token[name][:, -1] = 0
             ranking[:, -1] = 0
         return Counts(**units, **token, ranking=ranking)

@@ -27,7 +27,7 @@ def _whole(shape: ViTShape, policies: int) -> dict[str, np.ndarray]:
     size = (policies, shape.depth)
     return {"attended": np.full(size, shape.num_tokens), "in_mlp": np.full(size, shape.num_tokens),
             **{name: np.zeros(size, dtype=np.int64) for name in ("carried", "pooled", "compared")},
-            "merged": np.zeros(size, dtype=bool), "ranks": np.zeros(size, dtype=bool)}
+            **{name: np.zeros(size, dtype=bool) for name in ("merges", "reconstructs", "ranks")}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +139,7 @@ class MergeTokens:
         counts = _whole(self.shape, len(ratios))
         counts |= {"attended": centers + self.shape.num_prefix_tokens, "in_mlp": centers + self.shape.num_prefix_tokens}
         cut, n = centers < self.shape.num_patches, self.shape.num_patches
-        return counts | ({"pooled": cut * (n - pruned)} if self.share else {"carried": pruned, "merged": cut})
+        return counts | ({"pooled": cut * (n - pruned)} if self.share else {"carried": pruned, "merges": cut, "reconstructs": cut})
 
     def rules(self, ratios: np.ndarray, scores: Tensor | None) -> list[TokenRule | None]:
         """Token rule of each block for one policy's ratios (T) by raw token scores (L, n). Raises InputError without them."""
