@@ -1,4 +1,5 @@
 """Shared fixtures: tiny timm models of every supported family, and random plans for them."""
+import dataclasses
 import os
 import random
 
@@ -106,6 +107,18 @@ def layout(request) -> str:
     return TOKEN_LAYOUTS[request.param]
 
 
+SPAN_LAYOUTS = {         # M begins a span that merges, 0 prunes all patches, and each dot is a block more
+    "whole_model": "M....", "side_by_side": "M.M..", "between_plain": "-M..-", "between_one_block_rules": "mM..m", "ends": "--M..",
+    "all_pruned": "M.0..", "then_one": "0..m-",
+}
+
+
+@pytest.fixture(params=list(SPAN_LAYOUTS))
+def span_layout(request) -> str:
+    """Which blocks stay merged together."""
+    return SPAN_LAYOUTS[request.param]
+
+
 SELECT_LAYOUTS = {      # s selects; what merges comes before it
     "alone": "--s--", "every_block": "sssss", "merge_then_select": "mm-s-", "side_by_side": "-m-ss", "carried_then_select": "m0-ss",
 }
@@ -128,8 +141,8 @@ def random_plan():
             kept = chance.randint(min(2 * others[0] // 3, others[0] - 2), others[0] - 2)
             others[0] = kept + 1            # and the mean of the rest
             return Select(kept=kept, ranked_by=chance.choice(["kept", "all"]))
-        make_rule = {"m": lambda: random_rule(shape.num_patches, chance), "-": lambda: None,
-                     "0": lambda: all_pruned(shape.num_patches), "s": random_selection}
+        make_rule = {"m": lambda: random_rule(shape.num_patches, chance), "M": lambda: random_rule(shape.num_patches, chance),
+                     "-": lambda: None, ".": lambda: None, "0": lambda: all_pruned(shape.num_patches), "s": random_selection}
 
         def kept(count: int) -> tuple[int, ...] | None:
             if not shrink or chance.random() < 0.3:
@@ -137,6 +150,10 @@ def random_plan():
             return tuple(sorted(chance.sample(range(count), chance.randint(1, count))))
         blocks = [BlockPlan(heads=kept(shape.num_heads), neurons=kept(shape.num_neurons), tokens=make_rule[letter]())
                   for letter in layout]
+        for index in range(len(blocks)):
+            more = len(layout[index + 1:]) - len(layout[index + 1:].lstrip("."))
+            if more and layout[index] != ".":
+                blocks[index] = dataclasses.replace(blocks[index], tokens=dataclasses.replace(blocks[index].tokens, span=1 + more))
         return CompressionPlan(shape=shape, blocks=tuple(blocks))
     return make
 

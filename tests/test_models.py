@@ -10,7 +10,7 @@ from comparing import disturb_matrices, logits, relative
 
 from vitlab.files import InputError
 from vitlab.models import attention_block, check_supported, compress, deploy, set_trainable, shape_of
-from vitlab.models.compress import MergeReconstructTokens
+from vitlab.models.merge import MergeReconstructTokens
 from vitlab.plan import BlockPlan, CompressionPlan
 
 # The bound that methods and reference set for two float32 orders of the same sums, 5 blocks deep.

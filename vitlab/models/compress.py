@@ -1,13 +1,14 @@
 """compress(model, plan): a timm model with its heads, neurons and tokens cut as the plan says (methods A6, B8)."""
 import copy
 import functools
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
-from vitlab import tokens
 from vitlab.files import InputError
-from vitlab.models.match import MatchBlock, forward_intermediates
+from vitlab.models.intermediates import forward_intermediates
+from vitlab.models.match import MatchBlock
+from vitlab.models.merge import MergeReconstructTokens, MergeTokens, ReconstructTokens, merging_agrees, merging_block
 from vitlab.models.read_out import ReadOutBlock
 from vitlab.models.select import SelectBlock
 from vitlab.models.share import SharedUpdateBlock
@@ -20,42 +21,7 @@ from vitlab.shape import ViTShape
 TRAINABLE = ("all", "matrices", "weights")
 
 
-class MergeReconstructTokens(nn.Module):
-    """merge_matrix (C, N) and reconstruct_matrix (N, C), trained; token_mask (N), 0 where a token skips the block."""
-
-    def __init__(self, rule: MergeReconstruct, num_prefix_tokens: int) -> None:
-        super().__init__()
-        merge = tokens.merge_matrix(rule, num_prefix_tokens, torch.float64)
-        self.merge_matrix = nn.Parameter(merge.float(), requires_grad=rule.trains == "both")
-        self.reconstruct_matrix = nn.Parameter(tokens.reconstruct_matrix(merge).float())
-        self.register_buffer("token_mask", tokens.token_mask(rule, num_prefix_tokens).float())
-        self.trains = rule.trains
-        self.has_pruned = bool(rule.pruned)
-
-    def forward(self, x: Tensor, block: nn.Module) -> Tensor:
-        """x (B, N, D) -> (B, N, D):  reconstruct @ block(merge @ x) + (1 - token_mask) * x   (A6)."""
-        y = torch.matmul(self.reconstruct_matrix, block(torch.matmul(self.merge_matrix, x)))
-        if self.has_pruned:
-            y = y + (1 - self.token_mask)[:, None] * x
-        return y
-
-
-class TokenBlock(nn.Module):
-    """timm's Block between a token rule's taking in and giving back; all N tokens enter and leave."""
-
-    def __init__(self, block: nn.Module, rule: MergeReconstruct, num_prefix_tokens: int) -> None:
-        super().__init__()
-        self.block = block
-        self.tokens = MergeReconstructTokens(rule, num_prefix_tokens)
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if attn_mask is not None or is_causal:
-            raise InputError("a block that merges tokens takes no attention mask")
-        return self.tokens(x, self.block)
-
-
-TOKEN_BLOCKS = {MergeReconstruct.kind: TokenBlock, SharedUpdate.kind: SharedUpdateBlock, Select.kind: SelectBlock,
-                Match.kind: MatchBlock, ReadOut.kind: ReadOutBlock}
+TOKEN_BLOCKS = {SharedUpdate.kind: SharedUpdateBlock, Select.kind: SelectBlock, Match.kind: MatchBlock, ReadOut.kind: ReadOutBlock}
 
 
 def _check_size(patch_embed: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -72,29 +38,28 @@ def refuse_intermediates(*args: object, **kwargs: object) -> None:
                      "take intermediates from the training form of a plan that merges")
 
 
-def _token_rule_agrees(block: nn.Module, rule: TokenRule | None, num_prefix_tokens: int) -> bool:
+def _token_rule_agrees(block: nn.Module, rule: TokenRule | None, place: int, num_prefix_tokens: int) -> bool:
     """Whether a block of a training form is wrapped as the rule says: its kind, and what does not train."""
     if rule is None:
         return attention_block(block) is block
+    if isinstance(rule, MergeReconstruct):
+        return merging_agrees(block, rule, num_prefix_tokens, place)
     if not isinstance(block, TOKEN_BLOCKS[rule.kind]):
         return False
     if isinstance(rule, Select):
         return (block.kept, block.ranked_by) == (rule.kept, rule.ranked_by)
-    if isinstance(rule, (SharedUpdate, Match, ReadOut)):
-        return block.rule == rule
-    mask = tokens.token_mask(rule, num_prefix_tokens)
-    return len(block.tokens.merge_matrix) == num_prefix_tokens + rule.num_merged and torch.equal(block.tokens.token_mask.cpu() > 0, mask)
+    return block.rule == rule
 
 
 def check_agrees(model: nn.Module, plan: CompressionPlan) -> None:
     """InputError naming the sizes, or the first block, in which a compressed model (training form) differs from the plan."""
     plan.check_fits(shape_before_cutting(model, plan.shape))
-    for index, (block, cut) in enumerate(zip(model.blocks, plan.blocks)):
+    for index, (block, cut, (rule, place)) in enumerate(zip(model.blocks, plan.blocks, plan.rules())):
         inner = attention_block(block)
         units = (inner.attn.num_heads, inner.mlp.fc2.in_features) == (
             plan.shape.num_heads if cut.heads is None else len(cut.heads),
             plan.shape.num_neurons if cut.neurons is None else len(cut.neurons))
-        if not units or not _token_rule_agrees(block, cut.tokens, plan.shape.num_prefix_tokens):
+        if not units or not _token_rule_agrees(block, rule, place, plan.shape.num_prefix_tokens):
             raise InputError(f"block {index} of the model is not what the plan says; the plan it was compressed by is needed")
 
 
@@ -106,22 +71,34 @@ def _relative(kept: tuple[int, ...] | None, before: tuple[int, ...], what: str) 
     return None if kept is None or kept == before else [before.index(unit) for unit in kept]
 
 
-def _cut(block: nn.Module, cut: BlockPlan, was: BlockPlan, shape: ViTShape) -> nn.Module:
-    """One block, in place; returned because a token rule wraps it."""
+def _wrapped(block: nn.Module, now: tuple[TokenRule | None, int], was: tuple[TokenRule | None, int], heads_gone: bool,
+             num_prefix_tokens: int) -> nn.Module:
+    """The block as its token rule and place there (CompressionPlan.rules) say; as it is where they stay the same."""
+    inner, rule = attention_block(block), now[0]
+    if rule is None:
+        return inner
+    if isinstance(block, SelectBlock) and (rule.kind, block.ranked_by) == (Select.kind, getattr(rule, "ranked_by", None)):
+        block.kept = rule.kept
+        return block
+    if now == was:
+        return block
+    if heads_gone and getattr(rule, "ranked_by", None) == "all":
+        raise InputError("all heads should rank tokens, but the model has lost some already")
+    if isinstance(rule, MergeReconstruct):
+        block = merging_block(inner, rule, num_prefix_tokens, now[1])
+    else:
+        block = TOKEN_BLOCKS[rule.kind](inner, rule, num_prefix_tokens)
+    return block.to(inner.norm1.weight.device, inner.norm1.weight.dtype).train(inner.training)
+
+
+def _cut(block: nn.Module, cut: BlockPlan, was: BlockPlan, rules: Sequence[tuple[TokenRule | None, int]], shape: ViTShape) -> nn.Module:
+    """One block, in place; returned because a token rule wraps it. rules: by which it shall run, and by which it did."""
     inner, every = attention_block(block), {"heads": tuple(range(shape.num_heads)), "neurons": tuple(range(shape.num_neurons))}
     there = {name: all_of if getattr(was, name) is None else getattr(was, name) for name, all_of in every.items()}
     for name, all_of in every.items():
         if getattr(cut, name) is None and there[name] != all_of:
             raise InputError(f"all {name} should stay, but the model has lost some already")
-    if cut.tokens is None:
-        block = inner
-    elif isinstance(block, SelectBlock) and (cut.tokens.kind, block.ranked_by) == (Select.kind, cut.tokens.ranked_by):
-        block.kept = cut.tokens.kept
-    elif cut.tokens != was.tokens:
-        if getattr(cut.tokens, "ranked_by", None) == "all" and there["heads"] != every["heads"]:
-            raise InputError("all heads should rank tokens, but the model has lost some already")
-        block = TOKEN_BLOCKS[cut.tokens.kind](inner, cut.tokens, shape.num_prefix_tokens)
-        block.to(inner.norm1.weight.device, inner.norm1.weight.dtype).train(inner.training)
+    block = _wrapped(block, *rules, there["heads"] != every["heads"], shape.num_prefix_tokens)
     heads, neurons = (_relative(getattr(cut, name), there[name], name) for name in ("heads", "neurons"))
     if heads is not None:
         keep_heads(inner.attn, heads)
@@ -140,7 +117,7 @@ def _guard(model: nn.Module, plan: CompressionPlan) -> None:
         model.patch_embed.register_forward_pre_hook(_check_size)
     if any(isinstance(cut.tokens, (Select, ReadOut)) for cut in plan.blocks):
         model.forward_intermediates = refuse_intermediates
-    elif any(isinstance(cut.tokens, Match) for cut in plan.blocks):
+    elif any(isinstance(cut.tokens, Match) or getattr(cut.tokens, "span", 1) > 1 for cut in plan.blocks):
         model.forward_intermediates = functools.partial(forward_intermediates, model)
 
 
@@ -170,9 +147,9 @@ def compress(model: nn.Module, plan: CompressionPlan, *, before: CompressionPlan
         return model.with_encoder(compress(model.encoder, plan, before=before))
     model = copy.deepcopy(model)
     _guard(model, plan)
-    for index, (block, cut, was) in enumerate(zip(model.blocks, plan.blocks, before.blocks)):
+    for index, (block, cut, was, *rules) in enumerate(zip(model.blocks, plan.blocks, before.blocks, plan.rules(), before.rules())):
         try:
-            model.blocks[index] = _cut(block, cut, was, plan.shape)
+            model.blocks[index] = _cut(block, cut, was, rules, plan.shape)
         except InputError as error:
             raise InputError(f"block {index}: {error}") from None
     if isinstance(model.blocks[-1], MatchBlock):
@@ -188,11 +165,13 @@ def set_trainable(model: nn.Module, what: str) -> None:
     """
     if what not in TRAINABLE:
         raise InputError(f"trainable {what!r} is not known; known are {list(TRAINABLE)}")
-    rules = [m for m in model.modules() if isinstance(m, MergeReconstructTokens)]
-    if what == "matrices" and not rules:
+    merging = [m for m in model.modules() if isinstance(m, MergeTokens)]
+    if what == "matrices" and not merging:
         raise InputError("the model has no merge and reconstruct matrices to train")
     for parameter in model.parameters():
         parameter.requires_grad_(what != "matrices")
-    for rule in rules:
-        rule.merge_matrix.requires_grad_(what != "weights" and rule.trains == "both")
-        rule.reconstruct_matrix.requires_grad_(what != "weights")
+    for module in merging:
+        module.merge_matrix.requires_grad_(what != "weights" and module.trains == "both")
+    for module in model.modules():
+        if isinstance(module, (MergeReconstructTokens, ReconstructTokens)):
+            module.reconstruct_matrix.requires_grad_(what != "weights")

@@ -1,7 +1,7 @@
 """deploy(model): the folded form of Prune and Merge, exact and faster (methods A7).
 
 Between two blocks the reconstruct of one and the merge of the next are multiplied once, beforehand; the map of all N
-tokens is built at most once, at the end, and not at all for a class-token classifier.
+tokens is built at most once, at the end, and not at all for a class-token classifier. Inside a span nothing stands between blocks.
 """
 import copy
 
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from vitlab import tokens
 from vitlab.files import InputError
-from vitlab.models.compress import TokenBlock, refuse_intermediates
+from vitlab.models.compress import refuse_intermediates
 from vitlab.models.match import MatchBlock
+from vitlab.models.merge import SpanBlock, SpanFirst, SpanLast, TokenBlock
 from vitlab.models.support import attention_block, check_supported, encoder_of
 from vitlab.shape import POOL_TOKEN
 
@@ -50,13 +51,16 @@ def _refuse_reset(*args: object, **kwargs: object) -> None:
     raise InputError("a deployed model is folded for its pooling; reset the classifier of the training form and deploy that")
 
 
-def _matrices(block: nn.Module, eye: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """(merge, reconstruct, carried indices, whether both are the identity) of one block, in float64."""
-    if isinstance(block, TokenBlock):
-        rule = block.tokens
-        return (rule.merge_matrix.detach().double(), rule.reconstruct_matrix.detach().double(),
-                (rule.token_mask == 0).nonzero().flatten(), False)
-    return eye, eye, torch.empty(0, dtype=torch.long, device=eye.device), True
+def _taken_in(block: nn.Module, eye: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """(merge, carried indices, whether all tokens are taken in as they are) of a block that is not inside a span, in float64."""
+    if isinstance(block, (TokenBlock, SpanFirst)):
+        return block.tokens.merge_matrix.detach().double(), (block.tokens.token_mask == 0).nonzero().flatten(), False
+    return eye, torch.empty(0, dtype=torch.long, device=eye.device), True
+
+
+def _given_back(block: nn.Module, eye: Tensor) -> Tensor:
+    """The reconstruct matrix after a block, in float64; the identity where there is none."""
+    return block.tokens.reconstruct_matrix.detach().double() if isinstance(block, (TokenBlock, SpanLast)) else eye
 
 
 def deploy(model: nn.Module) -> nn.Module:
@@ -76,7 +80,7 @@ def deploy(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model).eval()
     if isinstance(model.blocks[-1], MatchBlock) and model.global_pool == POOL_TOKEN:
         model.blocks[-1].gives, model.forward_intermediates = "tokens", refuse_intermediates
-    if not any(isinstance(b, TokenBlock) for b in model.blocks):
+    if not any(isinstance(b, (TokenBlock, SpanFirst)) for b in model.blocks):
         return model
     weight = attention_block(model.blocks[0]).norm1.weight
     eye = torch.eye(model.num_prefix_tokens + model.patch_embed.num_patches, dtype=torch.float64, device=weight.device)
@@ -84,11 +88,14 @@ def deploy(model: nn.Module) -> nn.Module:
     give, carried, plain = eye, none, True
     folded: list[nn.Module] = []
     for block in model.blocks:
-        merge, reconstruct, skipping, identity = _matrices(block, eye)
-        matrix = None if plain and identity else tokens.fold(give, carried, merge, skipping).to(weight.dtype)
-        inner = attention_block(block) if isinstance(block, TokenBlock) else block
+        matrix = None
+        if not isinstance(block, SpanBlock) or isinstance(block, SpanFirst):    # another goes on with what the one before left
+            merge, skipping, identity = _taken_in(block, eye)
+            if not (plain and identity):
+                matrix = tokens.fold(give, carried, merge, skipping).to(weight.dtype)
+        inner = attention_block(block) if isinstance(block, (TokenBlock, SpanBlock)) else block
         folded.append(FoldedBlock(inner, matrix, len(merge), len(skipping)))
-        give, carried, plain = reconstruct, skipping, identity
+        give, carried, plain = _given_back(block, eye), skipping, identity
     if not plain:
         wanted = eye[:model.num_prefix_tokens] if model.global_pool == POOL_TOKEN else eye
         folded.append(Fold(tokens.fold(give, carried, wanted, none).to(weight.dtype)))

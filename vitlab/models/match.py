@@ -1,6 +1,5 @@
 """Blocks whose tokens are merged by content, each image its own (vitlab.matching), with proportional attention."""
-import copy
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,26 +88,3 @@ class MatchBlock(nn.Module):
         merged, merged_sizes = matching.merge(x[:, prefix:], sizes[:, prefix:], order, into)
         return (torch.cat([x[:, :prefix], merged], dim=1), torch.cat([sizes[:, :prefix], merged_sizes], dim=1),
                 matching.new_places(order, into, count))
-
-
-class _Shown(nn.Module):
-    """Gives out a block's tokens as a whole grid, and hands on what really left it."""
-
-    def __init__(self, block: nn.Module, handed: dict[str, Any]) -> None:
-        super().__init__()
-        self.block, self.handed = block, handed
-
-    def forward(self, x: Tensor) -> Tensor:
-        given = self.block(self.handed.pop("state", x))
-        if not isinstance(given, Merged):
-            return given
-        self.handed["state"] = given
-        return matching.give_back(given.x, given.places, self.block.num_prefix_tokens)
-
-
-def forward_intermediates(model: nn.Module, *args: Any, **settings: Any) -> Any:
-    """timm's forward_intermediates, with every patch in its place after every block."""
-    view, handed = copy.copy(model), {}
-    view.grad_checkpointing = False                     # a block that is computed again would be handed the wrong state
-    view._modules = {**model._modules, "blocks": nn.Sequential(*(_Shown(block, handed) for block in model.blocks))}
-    return type(model).forward_intermediates(view, *args, **settings)

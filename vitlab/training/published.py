@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from vitlab.files import InputError, atomic_write
 from vitlab.models import attention_block, compress, shape_of
-from vitlab.models.compress import MergeReconstructTokens, TokenBlock
 from vitlab.models.create import architecture, load_state, read_file, rebuild, state_of
+from vitlab.models.merge import TokenBlock
 from vitlab.models.published_segmenter import published_parts
 from vitlab.models.segmenter import Segmenter
 from vitlab.plan import BlockPlan, CompressionPlan
@@ -97,8 +97,8 @@ def _compressed(state: dict[str, Tensor], dense: nn.Module, path: Path | str, wh
 
 
 def save_published(path: str | Path, model: nn.Module) -> None:
-    """Write a compressed model (training form, every block merged) in the published layout, atomically."""
-    if not all(isinstance(b, TokenBlock) and isinstance(b.tokens, MergeReconstructTokens) for b in model.blocks):
+    """Write a compressed model (training form, every block merged and reconstructed) in the published layout, atomically."""
+    if not all(isinstance(b, TokenBlock) for b in model.blocks):
         raise InputError("the published layout has merge and reconstruct matrices in every block; this model has not")
     dense = shape_of(rebuild(architecture(model)))
     for index, block in enumerate(attention_block(b) for b in model.blocks):
