@@ -5,6 +5,7 @@ import pytest
 import torch
 from training_fixtures import full_plan, images, logits, one_thread, tiny  # noqa: F401
 
+from vitlab.criteria.planning import prune_and_merge
 from vitlab.criteria.units import UnitScores
 from vitlab.files import InputError
 from vitlab.models import compress, shape_of
@@ -81,3 +82,17 @@ def test_a_fraction_out_of_range_is_refused(fraction):
     plan = full_plan(tiny())
     with pytest.raises(InputError, match=r"must lie in \(0, 1\]"):
         partial_plan(plan, fraction, scores_for(plan))
+
+
+def test_a_span_is_merged_as_a_whole_once_its_first_block_is_among_the_last():
+    dense = tiny(depth=5)
+    scores = torch.rand(5, 16, generator=torch.Generator().manual_seed(0)) + 0.01
+    plan = prune_and_merge(scores, shape_of(dense), spans=[(0, 1, 0.5), (2, 4, 0.5)])
+    for fraction, wanted in ((0.2, []), (0.4, []), (0.59, [2]), (0.6, [2]), (0.8, [2]), (0.9, [0, 2]), (1.0, [0, 2])):
+        rules = [b.tokens for b in partial_plan(plan, fraction, scores_for(plan)).blocks]
+        assert rules == [plan.blocks[i].tokens if i in wanted else None for i in range(5)], fraction
+    model, before = dense, None
+    for fraction in (0.3, 0.7, 1.0):
+        part = partial_plan(plan, fraction, scores_for(plan))
+        model, before = compress(model, part, before=before), part
+    assert torch.equal(logits(model), logits(compress(dense, plan)))

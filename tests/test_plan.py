@@ -306,3 +306,57 @@ def test_protection_needs_a_class_token():
     with pytest.raises(InputError, match="^block 1: .*no class token: protect 0 is needed"):
         CompressionPlan(shape=shape, blocks=(BlockPlan(), *(BlockPlan(tokens=Match(merged=3)),) * 2))
     CompressionPlan(shape=shape, blocks=(BlockPlan(), *(BlockPlan(tokens=Match(merged=3, protect=0)),) * 2))
+
+
+# ---- Spans: 15 patches, 2 prefix tokens, 5 regions and 2 patches pruned
+
+SPAN = dataclasses.replace(RULE, span=2)
+
+
+def test_a_plan_with_a_span_comes_back_from_json_and_file_equal(tmp_path):
+    plan = with_tokens(SPAN, None, RULE)
+    text = plan.to_json()
+    found = CompressionPlan.from_json(json.loads(text))
+    assert found == plan and found.to_json() == text and found.blocks[0].tokens == SPAN != RULE
+    plan.save(tmp_path / "plan.json")
+    assert CompressionPlan.load(tmp_path / "plan.json") == plan
+
+
+def test_a_file_says_a_span_only_where_there_is_one_and_none_is_one_block():
+    first, _, last = json.loads(with_tokens(SPAN, None, RULE).to_json())["blocks"]
+    assert first["tokens"]["span"] == 2 and "span" not in last["tokens"] and RULE.span == 1
+
+
+def test_tokens_stay_merged_in_the_blocks_of_a_span_and_all_come_back_after_its_last():
+    first, inside, last = with_tokens(dataclasses.replace(RULE, span=3), None, None).flows()
+    for flow in (first, inside, last):
+        assert (flow.attended, flow.in_mlp, flow.carried) == (7, 7, 2) and not (flow.ranked_by or flow.matched or flow.compared)
+    assert [flow.after for flow in (first, inside, last)] == [7, 7, 17]
+    assert [(flow.merges, flow.reconstructs) for flow in (first, inside, last)] == [(True, False), (False, False), (False, True)]
+    one, _, whole = with_tokens(SPAN, None, None).flows()
+    assert (one.after, whole.attended, whole.carried, whole.merges, whole.reconstructs) == (7, 17, 0, False, False)
+
+
+def test_rules_name_the_rule_that_each_block_runs_by_and_its_place_in_the_span():
+    assert with_tokens(None, SPAN, None).rules() == [(None, 0), (SPAN, 0), (SPAN, 1)]
+    assert with_tokens(SPAN, None, None).rules() == [(SPAN, 0), (SPAN, 1), (None, 0)]
+    assert with_tokens(SPAN, None, RULE).rules()[2] == (RULE, 0)
+
+
+@pytest.mark.parametrize("span", [0, -1, 1.0, "2", None, True])
+def test_a_span_that_is_no_number_of_blocks_is_refused(span):
+    with pytest.raises(InputError, match=f"span is {span!r}; an integer of at least 1 is needed"):
+        dataclasses.replace(RULE, span=span)
+
+
+@pytest.mark.parametrize("rules, message", [
+    ((None, dataclasses.replace(RULE, span=3), None), "block 1: tokens stay merged for 3 blocks from here, but 2 are left; a span of"),
+    ((None, None, SPAN), "block 2: tokens stay merged for 2 blocks from here, but 1 is left; a span of at most 1 is needed"),
+    ((SPAN, RULE, None), "block 1: it stays merged in the span that begins in block 0, and can have no token rule of its own; null"),
+    ((dataclasses.replace(RULE, span=3), None, Select(kept=3)), "block 2: it stays merged in the span that begins in block 0"),
+    ((SPAN, Match(merged=0), Match(merged=0)), "block 1: it stays merged in the span that begins in block 0"),
+    ((SPAN, None, Select(kept=3)), "block 2: tokens are selected right after a block that merged"),
+], ids=["too long by one", "at the end", "a rule inside", "a selection in its last block", "matching inside", "selected right after"])
+def test_a_span_that_does_not_fit_is_refused_by_block(rules, message):
+    with pytest.raises(InputError, match=message):
+        with_tokens(*rules)

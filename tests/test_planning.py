@@ -1,4 +1,5 @@
 """vitlab.criteria.planning: from scores and rates to a plan."""
+import dataclasses
 import math
 
 import pytest
@@ -106,3 +107,90 @@ def test_scores_that_can_not_be_ranked_are_refused_by_block(bad):
     scores[3, 7] = bad
     with pytest.raises(InputError, match="block 3"):
         prune_and_merge(scores, SHAPE)
+
+
+# ---- Spans: blocks that stay merged together
+
+def normalised(scores: torch.Tensor, decay: float) -> list[list[float]]:
+    """A2, one number after the other."""
+    rows = []
+    for block, row in enumerate(scores.double().tolist()):
+        norm = math.sqrt(sum(s * s for s in row))
+        rows.append([s / norm * (1 - decay * block) for s in row])
+    return rows
+
+
+@pytest.mark.parametrize("rule", ["center", "merge"])
+def test_a_span_merges_by_the_mean_of_its_blocks_normalised_scores_with_thresholds_of_its_own(rule):
+    spans = [(0, 1, 0.7), (3, 4, 0.4)]
+    for seed in range(5):
+        scores = random_scores(seed)
+        plan = prune_and_merge(scores, SHAPE, rule=rule, spans=spans, prune_rate=0.2)
+        assert [b.tokens is None for b in plan.blocks] == [False, True, True, False, True]
+        rows = normalised(scores, 0.025 if rule == "center" else 0.015)
+        for first, last, keep_rate in spans:
+            mean = [sum(rows[b][j] for b in range(first, last + 1)) / (last + 1 - first) for j in range(N)]
+            ranked, made = sorted(range(N), key=lambda j: mean[j]), plan.blocks[first].tokens       # noqa: B023
+            assert made.span == 2 and set(made.pruned) == set(ranked[:int(0.2 * N)])
+            best = set(ranked[-int(keep_rate * N):])
+            groups = [[j for j in range(N) if made.regions[j] == r] for r in range(made.num_merged)]
+            if rule == "center":
+                assert sorted(len(best & set(group)) for group in groups) == [1] * len(best)
+            else:
+                assert {group[0] for group in groups if best & set(group)} == best
+            for group in groups:
+                total = sum(mean[j] for j in group)                             # weights "score": shares that sum to 1
+                assert [made.weights[j] for j in group] == pytest.approx([mean[j] / total for j in group], rel=1e-5)    # float32 means
+
+
+@pytest.mark.parametrize("settings", [{}, {"boundary": "reference", "weights": "reference"}, {"weights": "uniform"}], ids=str)
+@pytest.mark.parametrize("prune_rate", [0.0, 0.1, 0.4])
+def test_a_span_of_one_block_equals_the_per_block_form(settings, prune_rate):
+    # Rule merge has a budget in each block; so has rule center where there is one block. The mean of one row is that row, bit by bit.
+    merge = {k: v for k, v in settings.items() if k != "boundary"}
+    each = prune_and_merge(random_scores(), SHAPE, rule="merge", keep_rate=0.6, prune_rate=prune_rate, **merge)
+    spans = prune_and_merge(random_scores(), SHAPE, rule="merge", spans=[(i, i, 0.6) for i in range(L)], prune_rate=prune_rate, **merge)
+    assert spans.blocks == each.blocks and each.blocks[0].tokens is not None
+    one = dataclasses.replace(SHAPE, depth=1)
+    for scores in random_scores():
+        each = prune_and_merge(scores[None], one, keep_rate=0.6, prune_rate=prune_rate, **settings)
+        assert prune_and_merge(scores[None], one, spans=[(0, 0, 0.6)], prune_rate=prune_rate, **settings).blocks == each.blocks
+
+
+def test_spans_that_keep_every_patch_give_the_plan_that_cuts_nothing():
+    plan = prune_and_merge(random_scores(), SHAPE, spans=[(0, 2, 1), (3, 4, 1.0)], prune_rate=0)
+    assert plan.blocks == CompressionPlan.empty(SHAPE).blocks
+    one = prune_and_merge(random_scores(), SHAPE, spans=[(0, 2, 1), (3, 4, 0.5)], prune_rate=0)
+    assert [b.tokens is None for b in one.blocks] == [True, True, True, False, True]
+
+
+def test_made_by_records_spans_in_the_place_of_the_keep_rate_and_survives_the_file(tmp_path):
+    plan = prune_and_merge(random_scores(), SHAPE, spans=[(0, 1, 0.7), (3, 4, 0.4)])
+    assert plan.made_by == {"method": "prune_and_merge", "rule": "center", "spans": [[0, 1, 0.7], [3, 4, 0.4]], "prune_rate": 0.1,
+                            "boundary": "grid", "weights": "score", "decay": 0.025}
+    plan.save(tmp_path / "plan.json")
+    assert CompressionPlan.load(tmp_path / "plan.json") == plan
+    assert prune_and_merge(random_scores(), SHAPE, **{k: v for k, v in plan.made_by.items() if k != "method"}) == plan
+
+
+@pytest.mark.parametrize("spans, message", [
+    ([], "no span is given"), ([(0, 1)], r"span \(0, 1\) is not \(first block, last block, keep rate\)"), ([3], "span 3 is not"),
+    ([(0.0, 1, 0.5)], "span .* is not"), ([(0, True, 0.5)], "span .* is not"), ([(0, 1, "0.5")], "span .* is not"),
+    ([(0, 1, None)], "span .* is not"), ([(-1, 1, 0.5)], "span -1-1: its blocks must lie from 0 to 4"),
+    ([(0, 5, 0.5)], "span 0-5: its blocks must lie from 0 to 4"), ([(2, 1, 0.5)], "span 2-1: .* the first not after the last"),
+    ([(0, 2, 0.5), (2, 3, 0.5)], "span 2-3 begins before the one that ends with block 2 is over"),
+    ([(3, 4, 0.5), (0, 1, 0.5)], "span 0-1 begins before the one that ends with block 4 is over; spans must ascend"),
+    ([(0, 1, 0.5), (3, 4, 1.1)], r"span 3-4: keep_rate is 1.1; with 35 patches it must lie in \[0.02857, 1\]"),
+    ([(0, 1, 0)], "span 0-1: keep_rate is 0"), ([(0, 1, math.nan)], "span 0-1: keep_rate is nan"),
+], ids=str)
+def test_spans_that_can_not_be_are_refused_by_name(spans, message):
+    with pytest.raises(InputError, match=message):
+        prune_and_merge(random_scores(), SHAPE, spans=spans)
+
+
+@pytest.mark.parametrize("other, message", [
+    ({"keep_rate": 0.6}, "keep_rate is 0.6, but each span has its own"), ({"share": True}, "share off"),
+    ({"prune_rate": 1.0}, "prune_rate is 1.0"), ({"boundary": "line"}, "boundary 'line'")])
+def test_what_does_not_go_with_spans_is_refused(other, message):
+    with pytest.raises(InputError, match=message):
+        prune_and_merge(random_scores(), SHAPE, spans=[(0, 1, 0.5)], **other)

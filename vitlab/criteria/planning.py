@@ -1,20 +1,55 @@
 """From scores and rates to a CompressionPlan."""
+import dataclasses
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from vitlab import tokens
 from vitlab.files import InputError
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.shape import ViTShape
+from vitlab.rules import MergeReconstruct
+from vitlab.shape import ViTShape, is_int, require
 
 
-def prune_and_merge(scores: Tensor, shape: ViTShape, *, rule: str = "center", keep_rate: float = tokens.KEEP_RATE,
+def _check_spans(spans: Sequence[Sequence[float]], depth: int) -> None:
+    """InputError naming the span that is no (first block, last block, keep rate), out of the model, or not after the one before."""
+    require(len(spans) > 0, "no span is given; (first block, last block, keep rate) of one at least is needed")
+    end = -1
+    for span in spans:
+        require(isinstance(span, (tuple, list)) and len(span) == 3 and is_int(span[0]) and is_int(span[1])
+                and isinstance(span[2], (int, float)) and not isinstance(span[2], bool),
+                f"span {span!r} is not (first block, last block, keep rate)")
+        first, last = span[:2]
+        require(0 <= first <= last < depth, f"span {first}-{last}: its blocks must lie from 0 to {depth - 1}, the first not after the last")
+        require(first > end, f"span {first}-{last} begins before the one that ends with block {end} is over; spans must ascend and "
+                             "have no block in common")
+        end = last
+
+
+def _span_rule(normal: Tensor, first: int, last: int, keep_rate: float, prune_rate: float, rule: str,
+               **how: str | int) -> MergeReconstruct | None:
+    """The token rule of the span of blocks first to last by the mean of their normalised scores, with thresholds of its own."""
+    scores = normal[first:last + 1].mean(dim=0)                                 # (n)
+    try:
+        unpruned, centers = tokens.choose(scores[None], rule=rule, keep_rate=keep_rate, prune_rate=prune_rate)      # (A3)
+    except InputError as error:
+        raise InputError(f"span {first}-{last}: {error}") from None
+    made = tokens.merge_rule(scores, unpruned[0], centers[0], rule=rule, **how)                                     # (A4)
+    return None if made is None else dataclasses.replace(made, span=last + 1 - first)
+
+
+def prune_and_merge(scores: Tensor, shape: ViTShape, *, rule: str = "center", keep_rate: float | None = None,
                     prune_rate: float = tokens.PRUNE_RATE, boundary: str = tokens.BOUNDARY,
-                    weights: str = tokens.WEIGHTS, decay: float | None = None, share: bool = False) -> CompressionPlan:
+                    weights: str = tokens.WEIGHTS, decay: float | None = None, share: bool = False,
+                    spans: Sequence[Sequence[float]] | None = None) -> CompressionPlan:
     """The Prune and Merge plan (methods A2 to A4) for raw token scores (L, n).
 
-    keep_rate in (0, 1]: fraction of patches that become centers; prune_rate in [0, 1): fraction that skip the block.
+    keep_rate in (0, 1]: fraction of patches that become centers, None: 0.6; prune_rate in [0, 1): fraction that skip the block.
     boundary="reference" with weights="reference" is the published form. decay None: the published one of the rule.
     share: the same regions share their block's update (methods C1) instead of being merged and reconstructed by matrices.
+    spans: (first block, last block, keep rate) each, ascending, both blocks included, instead of keep_rate: tokens are merged
+    before the first, stay merged, and are reconstructed after the last; pruned ones skip the whole span. Scores are the means of
+    the span's normalised ones, with thresholds of its own; in blocks outside spans all tokens stay.
     keep_rate=1 with prune_rate=0 gives the plan that cuts nothing. Raises InputError for values out of range.
     """
     if tuple(scores.shape) != (shape.depth, shape.num_patches):
@@ -23,11 +58,21 @@ def prune_and_merge(scores: Tensor, shape: ViTShape, *, rule: str = "center", ke
         raise InputError(f"rule {rule!r} is not known; known are {sorted(tokens.DECAY)}")
     decay = tokens.DECAY[rule] if decay is None else decay
     normal = tokens.normalise_scores(scores, decay)                             # (A2)
-    unpruned, centers = tokens.choose(normal, rule=rule, keep_rate=keep_rate, prune_rate=prune_rate)    # (A3)
-    rules = [tokens.merge_rule(*layer, columns=shape.grid_size[1], rule=rule, boundary=boundary, weights=weights)       # (A4)
-             for layer in zip(normal, unpruned, centers)]
+    how = {"columns": shape.grid_size[1], "boundary": boundary, "weights": weights}
+    if spans is None:
+        keep_rate = tokens.KEEP_RATE if keep_rate is None else keep_rate
+        unpruned, centers = tokens.choose(normal, rule=rule, keep_rate=keep_rate, prune_rate=prune_rate)            # (A3)
+        rules = [tokens.merge_rule(*layer, rule=rule, **how) for layer in zip(normal, unpruned, centers)]           # (A4)
+    else:
+        require(keep_rate is None, f"keep_rate is {keep_rate}, but each span has its own; one of the two is needed")
+        require(not share, "regions share the update of one block; spans, which stay merged, need share off")
+        _check_spans(spans, shape.depth)
+        rules = [None] * shape.depth
+        for first, last, rate in spans:
+            rules[first] = _span_rule(normal, first, last, rate, prune_rate, rule, **how)
     blocks = [BlockPlan(tokens=tokens.shared(merged) if share else merged) for merged in rules]
-    made_by = {"method": "prune_and_merge", "rule": rule, "keep_rate": keep_rate, "prune_rate": prune_rate,
+    made_by = {"method": "prune_and_merge", "rule": rule,
+               **({"keep_rate": keep_rate} if spans is None else {"spans": [list(span) for span in spans]}), "prune_rate": prune_rate,
                **({"boundary": boundary} if rule == "center" else {}), "weights": weights, "decay": decay,
                **({"share": True} if share else {})}
     return CompressionPlan(shape=shape, blocks=tuple(blocks), made_by=made_by)

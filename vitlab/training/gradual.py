@@ -37,8 +37,8 @@ def _rules(plan: CompressionPlan, fraction: float) -> list[TokenRule | None]:
 
 def partial_plan(plan: CompressionPlan, fraction: float, scores: UnitScores) -> CompressionPlan:
     """The plan that cuts `fraction` of what `plan` cuts: of its heads and neurons those with the lowest scores first; tokens
-    by smaller selections, and merging in the last blocks first. fraction 1 gives the plan itself; a larger one's cuts
-    include a smaller one's. Raises InputError for a fraction out of (0, 1]."""
+    by smaller selections, and merging in the last blocks first; a span is merged as a whole, once its first block is among them.
+    fraction 1 gives the plan itself; a larger one's cuts include a smaller one's. Raises InputError for a fraction out of (0, 1]."""
     if not 0 < fraction <= 1:
         raise InputError(f"fraction is {fraction}; it must lie in (0, 1]")
     if fraction == 1:
