@@ -283,6 +283,40 @@ def test_rows_of_the_dense_model_are_the_regions_means_where_an_update_is_shared
     assert dense_rows(merge, dense, 3) is None and dense_rows(merge, dense, 7) is None
 
 
+def spanned(model, regions: tuple[int, ...], **cuts) -> CompressionPlan:
+    """Tokens stay merged through the blocks 1 and 2 of three; heads and neurons by block."""
+    rule = MergeReconstruct(regions=regions, weights=tuple(1 / regions.count(r) if r >= 0 else 0.0 for r in regions),
+                            pruned=tuple(j for j, r in enumerate(regions) if r < 0), span=2)
+    return CompressionPlan(shape=shape_of(model), blocks=tuple(
+        BlockPlan(tokens=rule if i == 1 else None, **{name: by_block.get(i) for name, by_block in cuts.items()}) for i in range(3)))
+
+
+@pytest.mark.parametrize("block", [1, 2])
+def test_heads_and_neurons_cut_inside_a_span_are_compensated(block):
+    dense, x = tiny(depth=3), images(32, seed=9)
+    regions = (-1, -1) + tuple(j // 2 for j in range(14))
+    plan = spanned(dense, regions, heads={block: (0, 2)}, neurons={block: tuple(range(0, 96, 3))})
+    merged = logits(compress(dense, spanned(dense, regions)), x)
+    for options in ({"stream": 0}, {}):
+        refitted = compensate(dense, plan, batches(), progress=False, **options)
+        cut, found = (float((logits(model, x) - merged).norm()) for model in (compress(dense, plan), refitted))
+        assert found < 0.75 * cut, options
+        state = compress(dense, plan).state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in refitted.state_dict().items() if ".tokens." in name)
+    whole = compensate(dense, spanned(dense, regions), batches(), progress=False)
+    assert torch.equal(logits(whole, x), merged)
+
+
+def test_tokens_inside_a_span_are_not_taken_for_the_dense_models_though_they_are_as_many():
+    # Turned about by the merge matrix, and back after the span: the model is the dense one but for the cut, whose class token alone
+    # has a counterpart in the same row.
+    dense, x = tiny(depth=3), images(32, seed=9)
+    turned, straight = (spanned(dense, regions, heads={2: (0, 2)}) for regions in (tuple(range(15, -1, -1)), tuple(range(16))))
+    assert torch.allclose(logits(compress(dense, turned), x), logits(compress(dense, straight), x), atol=1e-5)      # sums in another order
+    one, other = (logits(compensate(dense, plan, batches(), progress=False), x) for plan in (turned, straight))
+    assert torch.allclose(one, other, atol=1e-4)                                # moments in float32, and a solve
+
+
 @pytest.mark.parametrize("make", [full_plan, one_cut])
 def test_the_stream_brings_the_output_nearer_to_the_dense_models(make):
     dense = tiny()

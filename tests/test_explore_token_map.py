@@ -220,6 +220,17 @@ def test_a_given_plan_is_shown_first_and_its_rates_can_not_be_moved(dense, pictu
     assert not explorer.keep_rate.disabled and not explorer.prune_rate.disabled
 
 
+def test_every_block_of_a_span_shows_the_tokens_that_stay_merged_and_the_picture_through_the_matrices(dense, pictures):
+    shape = shape_of(dense)
+    plan = prune_and_merge(scores_of(shape), shape, spans=[(1, 3, 0.5)], prune_rate=0.2)
+    explorer, shown = token_map(dense, pictures, scores_of(shape), plan), []
+    for block in range(5):
+        explorer.block.value = block
+        shown.append((tuple(explorer.left.groups), explorer.right.picture, len(explorer.figure().axes)))
+    assert shown[1] == shown[2] == shown[3] and shown[1][0] == plan.blocks[1].tokens.regions
+    assert shown[0] == shown[4] and shown[0][0] == tuple(range(15)) and shown[0][2] != shown[1][2]
+
+
 def test_what_does_not_fit_is_refused_before_a_widget_is_shown(tiny_vit, dense, pictures):
     shape = shape_of(dense)
     with pytest.raises(InputError, match="already compressed"):

@@ -95,6 +95,7 @@ HALF = tuple(j // 2 for j in range(16))
 PLANS = [CompressionPlan(shape=SHAPE, blocks=tuple(map(block, rules))) for block in (
     lambda rule: BlockPlan(heads=(0,), neurons=(1, 5), tokens=rule),) for rules in (
     (MergeReconstruct(regions=(-1, *HALF[:-1]), weights=(0.0, *[0.5] * 15), pruned=(0,)), None, Select(kept=9), None),
+    (MergeReconstruct(regions=(-1, *HALF[:-1]), weights=(0.0, *[0.5] * 15), pruned=(0,), span=3), None, None, None),
     (SharedUpdate(regions=HALF, weights=(0.5,) * 16), Match(merged=3), Match(merged=0), Match(merged=2)))]
 PLAN_DATA = [json.loads(plan.to_json()) for plan in PLANS]
 

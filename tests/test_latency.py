@@ -37,10 +37,11 @@ def made(shape: ViTShape = SHAPE, scale: float = 1.0, **conditions) -> LatencyTa
                         ms={part: TIMES[part](*np.meshgrid(*axis, indexing="ij")) * 1.0 for part, axis in axes.items()})
 
 
-def merging(shape: ViTShape, merged: int, pruned: int) -> MergeReconstruct:
+def merging(shape: ViTShape, merged: int, pruned: int, span: int = 1) -> MergeReconstruct:
     n = shape.num_patches
     regions = tuple(-1 if j < pruned else (j - pruned) % merged for j in range(n))
-    return MergeReconstruct(regions=regions, weights=tuple(0.0 if r < 0 else 0.5 for r in regions), pruned=tuple(range(pruned)))
+    return MergeReconstruct(regions=regions, weights=tuple(0.0 if r < 0 else 0.5 for r in regions), pruned=tuple(range(pruned)),
+                            span=span)
 
 
 def cut(plan_rules: list, seed: int, shape: ViTShape = SHAPE) -> CompressionPlan:
@@ -56,12 +57,15 @@ def by_hand(plan: CompressionPlan) -> float:
     """The deployed model walked through block by block, from the plan itself."""
     shape, total = plan.shape, TIMES["stem"](0)
     prefix, here, folding = shape.num_prefix_tokens, plan.shape.num_tokens, False       # rows on the way; a reconstruct is due
+    span, merged = 0, (0, 0)                                                            # blocks that are still to stay merged
     for block in plan.blocks:
         heads = shape.num_heads if block.heads is None else len(block.heads)
         neurons = shape.num_neurons if block.neurons is None else len(block.neurons)
         rule, inside, skipping = block.tokens, (shape.num_tokens if folding else here), 0
         if isinstance(rule, MergeReconstruct):
-            inside, skipping = prefix + len(set(rule.regions) - {-1}), len(rule.pruned)
+            merged, span = (prefix + len(set(rule.regions) - {-1}), len(rule.pruned)), rule.span
+        if span:
+            inside, skipping = merged
         if folding or isinstance(rule, MergeReconstruct):
             total += TIMES["fold"](inside + skipping, here)
         if skipping:
@@ -76,7 +80,7 @@ def by_hand(plan: CompressionPlan) -> float:
             total += TIMES["match"](inside)
             inside -= rule.merged
         total += TIMES["mlp"](inside, neurons)
-        here, folding = inside + skipping, isinstance(rule, MergeReconstruct)
+        here, folding, span = inside + skipping, span == 1, max(span - 1, 0)
     if folding:
         wanted = prefix if shape.pool == "token" else shape.num_tokens
         total += TIMES["fold"](wanted, here)
@@ -93,6 +97,8 @@ PLANS = {
     "plain between and at the end": lambda s: cut([None, merging(s, 11, 5), None, merging(s, 5, 0), None], 3, s),
     "merged at both ends": lambda s: cut([merging(s, 11, 5), None, None, None, merging(s, 17, 3)], 4, s),
     "merged at the end alone": lambda s: cut([None, None, None, None, merging(s, 17, 3)], 7, s),
+    "spans": lambda s: cut([merging(s, 11, 5, 2), None, merging(s, 7, 0), merging(s, 5, 9, 2), None], 13, s),
+    "a span within": lambda s: cut([None, merging(s, 11, 5, 3), None, None, None], 14, s),
     "selected": lambda s: cut([None, Select(kept=19), Select(kept=7, ranked_by="all"), None, Select(kept=2)], 5, s),
     "merged, then selected": lambda s: cut([merging(s, 11, 5), None, Select(kept=23), None, None], 6, s),
     "matched": lambda s: cut([None, Match(merged=13), Match(merged=0), Match(merged=7), Match(merged=2)], 8, s),

@@ -9,6 +9,7 @@ import timm
 import torch
 
 from vitlab.cost import Counts, counts_of, gmacs, mdc_macs
+from vitlab.criteria.planning import prune_and_merge
 from vitlab.files import InputError
 from vitlab.models import shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
@@ -327,6 +328,14 @@ def test_the_best_scoring_units_stay_and_of_equal_ones_the_first():
                 row = rows[block].tolist()
                 best = sorted(sorted(range(len(row)), key=lambda j: (-row[j], j))[:wanted[name]])
                 assert getattr(given, name) == (None if len(best) == len(row) else tuple(best))
+
+
+def test_a_plan_of_spans_is_in_no_search_space_and_the_block_is_named():
+    shape = SHAPES["five blocks"]
+    plan = prune_and_merge(scores_for(shape)["tokens"], shape, spans=[(1, 2, 0.7)], prune_rate=0.0)
+    for tokens in MODES:
+        with pytest.raises(InputError, match="not in this search space: block [0-4] has"):
+            SearchSpace(shape=shape, tokens=tokens).policy(plan)
 
 
 @pytest.mark.parametrize("tokens", ["merge", "merge_per_stage"])

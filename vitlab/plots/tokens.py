@@ -132,7 +132,7 @@ def merge_map(image: np.ndarray, plan: CompressionPlan, blocks: Sequence[int]) -
     figure, axes = new_axes(len(blocks), 3, 2.7, 2.75)
     shape = plan.shape
     for row, block in enumerate(blocks):
-        rule = plan.blocks[block].tokens
+        rule = plan.rules()[block][0]
         titles = ("regions (orange: pruned)", "region means", "reconstruct @ merge")
         for axis, title in zip(axes[row], titles):
             axis.set(xticks=[], yticks=[], title=title if row == 0 else "")

@@ -160,14 +160,14 @@ def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[
     merging = dataclasses.replace(plan, blocks=tuple(BlockPlan(tokens=block.tokens) for block in plan.blocks))
     model = compress(dense, merging).to(device).eval()
     dense = dense if moments else copy.deepcopy(dense).to(device).eval()
-    todo = _layers(plan, follow=not moments and stream > 0)
+    todo, rules = _layers(plan, follow=not moments and stream > 0), [rule for rule, _ in plan.rules()]
     for index, kind in tqdm(todo, desc="compensate", unit="layer", disable=not progress):
         block, cut = attention_block(model.blocks[index]), plan.blocks[index]
         linear, width = mixing_layer(block, kind)
         kept = getattr(cut, kind)
         if linear.bias is None:
             raise InputError(f"block {index}: its {'proj' if kind == 'heads' else 'fc2'} has no bias, which compensation needs")
-        known = moments[index, kind] if moments else gather_towards(dense, model, batches, (index, kind), cut.tokens, stream=stream,
+        known = moments[index, kind] if moments else gather_towards(dense, model, batches, (index, kind), rules[index], stream=stream,
                                                                     prefix_weight=prefix_weight, amp=amp)
         stay = torch.arange(linear.in_features // width) if kept is None else torch.tensor(kept)
         try:

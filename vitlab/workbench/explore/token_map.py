@@ -132,8 +132,8 @@ class Maps:
         plan, n = self.plan(*key), self.shape.num_patches
         by_image = self._by_image(picture, *key)
         latest, found = Tokens(np.arange(n), np.ones(n), np.zeros(n, dtype=bool)), []
-        for index, block in enumerate(plan.blocks):
-            rule, latest = block.tokens, by_image.get(index, latest)
+        for index, (rule, _) in enumerate(plan.rules()):
+            latest = by_image.get(index, latest)
             by_place = isinstance(rule, (MergeReconstruct, SharedUpdate))
             found.append(Tokens(np.array(rule.regions), np.array(rule.weights), np.isin(np.arange(n), rule.pruned)) if by_place else latest)
         return found
@@ -200,7 +200,7 @@ class TokenMap(Explorer):
     def _figure(self) -> Figure:
         """The state as `merge_map`, or as `matched_map` where no matrices stand around the block, with the line of costs."""
         plan, block, seen, picture = self._state()
-        if isinstance(plan.blocks[block].tokens, MergeReconstruct):
+        if isinstance(plan.rules()[block][0], MergeReconstruct):
             figure = merge_map(picture, plan, [block])
         else:
             figure = matched_map([picture], {block: torch.from_numpy(seen.regions)[None]}, plan.shape)
@@ -211,7 +211,7 @@ class TokenMap(Explorer):
 
 def _kept(picture: np.ndarray, plan: CompressionPlan, block: int, seen: Tokens) -> np.ndarray:
     """The picture through the block's matrices, or, where it has none, with every patch as the mean of its token."""
-    rule = plan.blocks[block].tokens
+    rule = plan.rules()[block][0]
     if isinstance(rule, MergeReconstruct):
         return through_matrices(picture, rule, plan.shape)[1]
     return through_means(picture, torch.from_numpy(seen.regions), torch.from_numpy(seen.weights), plan.shape)
