@@ -185,3 +185,36 @@ def test_merging_by_content_from_the_command_line_needs_no_images(study, tmp_pat
     assert code == 2 and "--keep-rate does not go with --match" in error
     code, _, error = run(capsys, *common, "--plan", "none.json", "--read-out")
     assert code == 2 and "--read-out goes with --match" in error
+
+
+def test_spans_from_the_command_line_stay_merged_and_are_recorded(study, tmp_path, capsys):
+    common = ["prune", "--checkpoint", f"{study}/dense", "--scores", f"{study}/s.safetensors", "--out", str(tmp_path / "run")]
+    code, out, _ = run(capsys, *common, "--spans", "0-1:0.7,2-2:0.5", "--prune-rate", "0.2")
+    plan = checkpoint.load(tmp_path / "run").plan
+    assert code == 0 and "GMACs deployed" in out and plan.made_by["spans"] == [[0, 1, 0.7], [2, 2, 0.5]]
+    assert [b.tokens and b.tokens.span for b in plan.blocks][:4] == [2, None, 1, None] and "keep_rate" not in plan.made_by
+    assert len(set(plan.tokens_per_block()[:2])) == 1 and plan.tokens_per_block()[3] == plan.shape.num_tokens
+
+
+@pytest.mark.parametrize("spans, named", [
+    ("", "'' is not FIRST-LAST:RATE, as in 3-5:0.7,6-11:0.5"), ("0-1", "'0-1' is not FIRST-LAST:RATE"), ("0:0.5", "'0:0.5' is not"),
+    ("0-1:0.5,", "'' is not"), ("0-1:0.5;2-3:0.5", "is not"), ("a-b:0.5", "is not"), ("-1-2:0.5", "expected one argument"),
+    ("0-1:1.5", "'1.5' is not a fraction from 0 to 1"), ("0-1:.", "'.' is not a fraction"), ("0-1:0", "span 0-1: keep_rate is 0"),
+    ("1-0:0.5", "span 1-0: its blocks must lie from 0 to"), ("0-99:0.5", "span 0-99: its blocks"),
+    ("0-1:0.5,1-2:0.5", "span 1-2 begins before")])
+def test_spans_that_can_not_be_are_refused_in_one_line(study, tmp_path, capsys, spans, named):
+    code, _, err = run(capsys, "prune", "--checkpoint", f"{study}/dense", "--scores", f"{study}/s.safetensors", "--out",
+                       str(tmp_path / "run"), "--spans", spans)
+    assert code == 2 and named in err and len(err.strip().splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("other, named", [
+    (["--keep-rate", "0.5"], "--spans does not go with --keep-rate: each span has its own"),
+    (["--share"], "--spans does not go with --share"),
+    (["--plan", "p.json"], "--spans does not go with --plan"), (["--match", "0.2"], "--spans does not go with --match"),
+    (["--unit-scores", "u"], "--spans merges by --scores")])
+def test_options_that_do_not_go_with_spans_are_refused(study, tmp_path, capsys, other, named):
+    scores = [] if other[0] in ("--plan", "--match", "--unit-scores") else ["--scores", f"{study}/s.safetensors"]
+    code, _, err = run(capsys, "prune", "--checkpoint", f"{study}/dense", *scores, *other, "--spans", "0-1:0.5", "--out",
+                       str(tmp_path / "run"))
+    assert code == 2 and named in err and len(err.strip().splitlines()) == 1

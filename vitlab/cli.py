@@ -129,7 +129,7 @@ def _print_cut(plan: Any, out: str) -> None:
 
 def _prune(args: argparse.Namespace) -> None:
     from vitlab.workbench import cutting, steps
-    merging = ("rule", "keep_rate", "prune_rate", "boundary", "weights", "share")
+    merging = ("rule", "keep_rate", "spans", "prune_rate", "boundary", "weights", "share")
     chosen = {k: getattr(args, k) for k in merging if getattr(args, k) is not None}
     ratios = {k: getattr(args, k) for k in ("policy", "head_ratio", "neuron_ratio", "rho") if getattr(args, k) is not None}
     given = next(iter({**chosen, **ratios}), "").replace("_", "-")
@@ -141,6 +141,8 @@ def _prune(args: argparse.Namespace) -> None:
         raise InputError(f"--{given} merges by --scores of tokens; --unit-scores takes --policy, or --head-ratio, --neuron-ratio and --rho")
     if args.rule == "merge" and args.boundary:
         raise InputError("--boundary is for rule center; rule merge has none")
+    if args.spans and (args.share or args.keep_rate is not None):
+        raise InputError(f"--spans does not go with {'--share' if args.share else '--keep-rate: each span has its own'}")
     if args.read_out and args.match is None:
         raise InputError("--read-out goes with --match")
     if args.match is not None:

@@ -1,5 +1,6 @@
 """What the command line takes: the subcommands, their flags, and the checks on each value."""
 import argparse
+import re
 import shlex
 from typing import NoReturn
 
@@ -31,6 +32,17 @@ rate = _number(float, 0, 1, "a fraction from 0 to 1")
 ratio = _number(float, 0, 0.999, "a fraction from 0 to 0.999")
 positive = _number(float, 1e-9, 1e9, "a positive number")
 crop = _number(float, 0.1, 1, "a fraction from 0.1 to 1")
+
+
+def spans(text: str) -> list[tuple[int, int, float]]:
+    """(first block, last block, keep rate) each of FIRST-LAST:RATE,..."""
+    found = []
+    for part in text.split(","):
+        match = re.fullmatch(r"([0-9]{1,6})-([0-9]{1,6}):([0-9.e-]+)", part.strip())
+        if match is None:
+            raise argparse.ArgumentTypeError(f"{part!r} is not FIRST-LAST:RATE, as in 3-5:0.7,6-11:0.5")
+        found.append((int(match[1]), int(match[2]), rate(match[3])))
+    return found
 
 
 def given(text: str) -> str:
@@ -161,7 +173,9 @@ def build_parser() -> Parser:
                    help="with --match: the last block computes what the classifier reads alone")
     p.add_argument("--rule", choices=("center", "merge"), help="default: center")
     p.add_argument("--keep-rate", type=rate, help="fraction of patches that become centers (default: 0.6)")
-    p.add_argument("--prune-rate", type=rate, help="fraction of patches that skip a block (default: 0.1)")
+    p.add_argument("--spans", type=spans, metavar="FIRST-LAST:RATE,...",
+                   help="instead of --keep-rate: blocks through which tokens stay merged, as in 3-5:0.7,6-11:0.5; all stay in the others")
+    p.add_argument("--prune-rate", type=rate, help="fraction of patches that skip a block, or a span (default: 0.1)")
     p.add_argument("--boundary", choices=("grid", "reference"),
                    help="regions of rule center: 2-D cells, or raster runs as published (default: grid)")
     p.add_argument("--weights", choices=("score", "uniform", "reference"),
