@@ -382,11 +382,11 @@ def test_colours_change_the_image_and_never_the_mask():
 # ---------------------------------------------------------------- batches
 
 class Model(nn.Module):
-    """What batches ask of a Segmenter: the encoder's size, mean and deviation, and the number of classes."""
+    """What batches ask of a Segmenter: its size, the encoder's mean and deviation, and the number of classes."""
 
     def __init__(self, num_classes: int = 11, img_size: tuple[int, int] = (32, 32)) -> None:
         super().__init__()
-        self.encoder, self.num_classes = tiny(img_size=img_size), num_classes
+        self.encoder, self.num_classes, self.img_size = tiny(img_size=img_size), num_classes, img_size
 
 
 def same(a: list, b: list) -> bool:
@@ -400,7 +400,7 @@ def batches(training: bool = True, **settings):
 
 def test_evaluation_batches_hold_every_image_once_in_order_with_int64_masks():
     data = open_scenes("digit_scenes")
-    found = list(data.batches("val", Model(), batch_size=30))
+    found = list(data.batches("val", Model(), batch_size=30, whole=True))
     assert [len(x) for x, _ in found] == [30, 30, 30, 10]
     masks = torch.cat([y for _, y in found])
     assert masks.shape == (100, 64, 96) and masks.dtype == torch.int64 and found[0][0].shape == (30, 3, 64, 96)
@@ -409,10 +409,31 @@ def test_evaluation_batches_hold_every_image_once_in_order_with_int64_masks():
     torch.testing.assert_close(found[0][0][0], (image - 0.5) / 0.5)     # the encoder's mean and deviation
 
 
-def test_training_batches_are_crops_of_the_encoders_size_or_of_the_one_given():
+def test_training_batches_are_crops_of_the_models_size_whatever_whole_says():
     assert {(x.shape, y.shape) for x, y in batches()} == {((4, 3, 32, 32), (4, 32, 32))}
-    x, y = next(iter(batches(crop=(24, 40), augment={"hflip": 0.0, "color_jitter": 0.0})))
-    assert x.shape == (4, 3, 24, 40) and y.shape == (4, 24, 40)
+    data, model = open_scenes("digit_scenes"), Model(img_size=(24, 40))
+    for whole in (False, True):
+        x, y = next(iter(data.batches("train", model, batch_size=4, limit=14, training=True, workers=0, whole=whole)))
+        assert x.shape == (4, 3, 24, 40) and y.shape == (4, 24, 40)
+
+
+def test_without_training_an_image_is_its_middle_at_the_models_size_and_what_is_missing_is_ignored():
+    data = open_scenes("digit_scenes")                                  # 64 x 96
+    masks = [data.split("val").scene(i)[1] for i in range(3)]
+
+    def first(img_size: tuple[int, int], **settings):
+        return next(iter(data.batches("val", Model(img_size=img_size), batch_size=3, workers=0, **settings)))
+    (x, y), (whole, _) = first((24, 40)), first((24, 40), whole=True)
+    assert all(np.array_equal(y[i].numpy(), masks[i][20:44, 28:68]) for i in range(3))
+    assert torch.equal(x, whole[:, :, 20:44, 28:68])
+    x, y = first((72, 88))
+    assert x.shape == (3, 3, 72, 88) and (y[:, 64:] == 255).all()
+    assert all(np.array_equal(y[i, :64].numpy(), masks[i][:, 4:92]) for i in range(3))
+
+
+def test_scenes_are_not_resized_so_a_crop_share_is_refused():
+    with pytest.raises(InputError, match="digit_scenes: crop_pct is 0.9, but scenes are taken as they are"):
+        batches(training=False, crop_pct=0.9)
 
 
 def test_training_goes_on_in_the_middle_of_an_epoch_bit_for_bit():
@@ -484,11 +505,11 @@ def test_images_that_differ_in_size_are_evaluated_one_by_one(tmp_path):
     write_mask(root / "val" / "masks" / "b.png", [1], (7, 9))
     data = open_scenes(root)
     with pytest.raises(InputError, match="images of 7 x 9 and 11 x 13 in one batch; .* batches of 1"):
-        list(data.batches("val", Model(2), batch_size=2, workers=0))
-    assert [tuple(y.shape) for _, y in data.batches("val", Model(2), batch_size=1, workers=0)] == [(1, 11, 13), (1, 7, 9)]
+        list(data.batches("val", Model(2), batch_size=2, workers=0, whole=True))
+    assert [tuple(y.shape) for _, y in data.batches("val", Model(2), batch_size=1, workers=0, whole=True)] == [(1, 11, 13), (1, 7, 9)]
     for training in (True, False):
-        found = data.batches("val", Model(2), batch_size=2, training=training, crop=(6, 12), workers=0)
-        assert [tuple(y.shape) for _, y in found] == [(2, 6, 12)]
+        found = data.batches("val", Model(2, (8, 16)), batch_size=2, training=training, workers=0)
+        assert [tuple(y.shape) for _, y in found] == [(2, 8, 16)]
 
 
 def test_a_slice_and_the_part_set_apart_are_scenes_of_the_split():
