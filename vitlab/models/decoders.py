@@ -57,7 +57,7 @@ class MaskTransformer(nn.Module):
         if embed_dim % head_dim or depth < 1:
             raise InputError(f"a mask transformer of {depth} blocks, {embed_dim} wide, with heads of {head_dim}: at least one block is "
                              "needed, and a width that the heads divide")
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()      # also where it is built without memory
         self.num_classes = num_classes
         self.proj_dec = nn.Linear(embed_dim, embed_dim)
         self.cls_emb = nn.Parameter(torch.empty(1, num_classes, embed_dim))
