@@ -21,11 +21,16 @@ from vitlab.models.support import attention_block, check_supported, is_merged
 from vitlab.shape import is_int
 
 LARGEST = 2**16                                 # of any size that a file may ask for
+DEEPEST = 64                                    # blocks of a decoder that it may ask for; published ones have 2
 SHOWN = ("blocks", "patch_embed", "cls_token", "num_prefix_tokens", "embed_dim", "in_chans", "pretrained_cfg")
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_rate(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < 1
 
 
 def as_encoder(model: nn.Module) -> nn.Module:
@@ -92,10 +97,11 @@ def segmenter_source(model: "Segmenter") -> dict[str, Any]:
 def rebuild_segmenter(encoder: dict[str, Any], source: Any, most: int | None = None) -> "Segmenter":
     """The dense Segmenter of an `encoder_source` and a `segmenter_source`, with random weights. Raises InputError naming what is wrong,
     and, before any memory is taken, where it would have more than `most` parameters."""
-    numbers = {"head_dim": is_int, "depth": is_int, "drop": _is_number, "drop_path": _is_number}
+    numbers = {"head_dim": lambda v: is_int(v) and 1 <= v <= LARGEST, "depth": lambda v: is_int(v) and 1 <= v <= DEEPEST,
+               "drop": _is_rate, "drop_path": _is_rate}
     known = {"num_classes": lambda v: is_int(v) and 2 <= v <= LARGEST, "decoder": lambda v: isinstance(v, str) and v in DECODERS,
              "norm_eps": lambda v: v is None or _is_number(v) and 0 < v < 1,
-             "args": lambda v: isinstance(v, dict) and all(k in numbers and numbers[k](n) and 0 <= n <= LARGEST for k, n in v.items())}
+             "args": lambda v: isinstance(v, dict) and all(k in numbers and numbers[k](n) for k, n in v.items())}
     for name, fits in known.items():
         if not isinstance(source, dict) or not fits(source.get(name)):
             given = reprlib.repr(source.get(name) if isinstance(source, dict) else source)
