@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from segmenting_fixtures import masks, match_plan, pictures, small, units_plan
 from training_fixtures import NAME, SIZE, compressed, full_plan, images, logits, one_thread, tiny  # noqa: F401
 
 import vitlab
@@ -19,6 +20,7 @@ from vitlab.data import open_data
 from vitlab.files import InputError
 from vitlab.models import compress, deploy, shape_of
 from vitlab.models.create import create_model
+from vitlab.models.segmenter import Segmenter, set_norm_eps
 from vitlab.plan import CompressionPlan
 from vitlab.rules import MergeReconstruct
 from vitlab.training import checkpoint
@@ -268,6 +270,110 @@ def test_a_save_over_an_old_checkpoint_leaves_only_the_new_one(tmp_path):
     checkpoint.save(folder, model, plan)
     assert {f.name for f in folder.iterdir()} == {WEIGHTS, PLAN, INFO} and [f.name for f in tmp_path.iterdir()] == ["c"]
     assert torch.equal(logits(checkpoint.load(folder).model), logits(model))
+
+
+# ---------------------------------------------------------------- Segmenters
+
+def make_segmenter(form: str, decoder: str = "mask_transformer", plan_of=full_plan) -> tuple[Segmenter, CompressionPlan]:
+    """As published ones are: 1e-5 in every norm, a mean and deviation of its own."""
+    dense = small(decoder, **({"depth": 1, "drop": 0.05, "head_dim": 12} if decoder == "mask_transformer" else {}))
+    set_norm_eps(dense.encoder, 1e-5)
+    dense.encoder.pretrained_cfg = {**dense.encoder.pretrained_cfg, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    if form == "dense":
+        return dense, CompressionPlan.empty(shape_of(dense))
+    plan = plan_of(dense)
+    model = compress(dense, plan)
+    return (deploy(model) if form == "deployed" else model), plan
+
+
+@pytest.mark.parametrize("form, decoder, plan_of", [
+    *((form, decoder, full_plan) for form in FORMS for decoder in ("linear", "mask_transformer")),
+    ("compressed", "mask_transformer", units_plan), ("deployed", "mask_transformer", match_plan)])
+def test_a_loaded_segmenter_gives_bit_equal_logits_the_same_plan_norms_and_statistics(tmp_path, form, decoder, plan_of):
+    model, plan = make_segmenter(form, decoder, plan_of)
+    found, x = checkpoint.load(checkpoint.save(tmp_path / "c", model, plan, classes=list("abcde"))), pictures(2, (21, 40))
+    assert torch.equal(logits(found.model, x), logits(model, x)) and found.model.num_classes == 5
+    assert found.plan == plan and found.info["classes"] == list("abcde")
+    assert {norm.eps for norm in found.model.encoder.modules() if isinstance(norm, torch.nn.LayerNorm)} == {1e-5}
+    assert tuple(found.model.pretrained_cfg["mean"]) == (0.1, 0.2, 0.3) and tuple(found.model.pretrained_cfg["std"]) == (0.4, 0.5, 0.6)
+    assert not any(m.training for m in found.model.modules()) and checkpoint.is_deployed(found.model) == checkpoint.is_deployed(model)
+    again = checkpoint.load(checkpoint.save(tmp_path / "again", found.model, found.plan, classes=list("abcde")))
+    assert torch.equal(logits(again.model, x), logits(model, x))
+    assert all((tmp_path / "c" / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in (WEIGHTS, PLAN, INFO))
+
+
+def test_a_loaded_segmenter_trains_as_the_saved_one_would(tmp_path):
+    model, plan = make_segmenter("dense")
+    found = checkpoint.load(checkpoint.save(tmp_path / "c", model, plan)).model
+    rates = {(b.attn.attn_drop.p, b.attn.proj_drop.p, b.mlp.drop1.p) for b in found.decoder.blocks}
+    assert rates == {(0.05, 0.05, 0.05)} and found.decoder_depth == 1 and found.decoder.blocks[0].attn.num_heads == 2
+    gradients = []
+    for each in (model, found):
+        torch.nn.functional.cross_entropy(each(pictures(2)), masks(2), ignore_index=255).backward()
+        gradients.append(each.encoder.blocks[0].mlp.fc1.weight.grad)
+    assert torch.equal(*gradients)
+
+
+def test_a_segmenter_at_another_size_is_rebuilt_at_that_size(tmp_path):
+    model = small().at_size((20, 60))
+    found = checkpoint.load(checkpoint.save(tmp_path / "c", model, CompressionPlan.empty(shape_of(model)))).model
+    assert found.img_size == (24, 64)
+    assert torch.equal(logits(found, pictures(2, (24, 64))), logits(model, pictures(2, (24, 64))))
+
+
+def put(way: str, value):
+    """A change of a checkpoint.json's "segmenter"."""
+    def change(info: dict) -> None:
+        *inner, last = ("segmenter", *way.split(".")) if way else ("segmenter",)
+        for key in inner:
+            info = info[key]
+        info[last] = value
+    return change
+
+
+@pytest.mark.parametrize("way, value, says", [
+    ("", 5, "num_classes is 5"), ("", [], r"num_classes is \[\]"), ("", "x" * 10 ** 5, "num_classes is 'xxx"), ("", {}, "num_classes is None"),
+    ("num_classes", 10 ** 9, "num_classes is 1000000000"), ("num_classes", 1, "num_classes is 1"), ("num_classes", True, "num_classes is True"),
+    ("num_classes", "5", "num_classes is '5'"), ("num_classes", 5.0, "num_classes is 5.0"), ("num_classes", None, "num_classes is None"),
+    ("decoder", "conv", "decoder is 'conv'"), ("decoder", ["linear"], r"decoder is \['linear'\]"), ("decoder", None, "decoder is None"),
+    ("norm_eps", 0, "norm_eps is 0"), ("norm_eps", -1e-6, "norm_eps is -1e-06"), ("norm_eps", float("nan"), "norm_eps is nan"),
+    ("norm_eps", "small", "norm_eps is 'small'"), ("norm_eps", 1, "norm_eps is 1"),
+    ("args", None, "args is None"), ("args", [], r"args is \[\]"), ("args", {"file": "../x"}, "args is .*file"),
+    ("args", {"depth": 10 ** 6}, "args is .*1000000"), ("args", {"depth": 65}, "args is .*65"), ("args", {"depth": 0}, "args is .*0"),
+    ("args", {"depth": 2.0}, "args is .*2.0"), ("args", {"depth": True}, "args is .*True"), ("args", {"head_dim": 0}, "args is .*0"),
+    ("args", {"head_dim": -8}, "args is .*-8"), ("args", {"head_dim": 7}, "24 wide, with heads of 7"),
+    ("args", {"drop": 1.5}, "args is .*1.5"), ("args", {"drop": float("nan")}, "args is .*nan"), ("args", {"drop_path": -0.1}, "args is .*-0.1"),
+    ("args", {"drop_path": "much"}, "args is .*much"),
+], ids=lambda v: str(v)[:24])
+def test_a_hostile_segmenter_in_a_checkpoint_is_refused_in_one_line_naming_the_file(tmp_path, way, value, says):
+    folder = checkpoint.save(tmp_path / "c", *make_segmenter("dense"))
+    edit_json(folder / INFO, put(way, value))
+    with pytest.raises(InputError, match=f"{folder / INFO}: .*{says}") as refused:
+        checkpoint.load(folder)
+    assert len(str(refused.value)) < 500 and "\n" not in str(refused.value)
+
+
+def test_a_segmenter_larger_than_its_weights_can_be_is_refused_before_memory_is_taken(tmp_path, monkeypatch):
+    folder = checkpoint.save(tmp_path / "c", *make_segmenter("dense"))
+    monkeypatch.setattr(checkpoint, "LARGEST_CUT", 1)                           # else a file of this size may be of 30 M parameters
+    monkeypatch.setattr(Segmenter, "eval", lambda self: pytest.fail("it was built"))
+    edit_json(folder / INFO, lambda info: info["segmenter"].update(num_classes=65_536))         # 24 wide: 1.6 M numbers and a norm of each
+    with pytest.raises(InputError, match=f"{folder / INFO}: a Segmenter of 1,7[0-9]{{2}},[0-9]{{3}} parameters; .* at most"):
+        checkpoint.load(folder)
+
+
+def test_a_linear_decoder_takes_no_blocks_and_other_weights_are_refused_naming_the_key(tmp_path):
+    folder = checkpoint.save(tmp_path / "c", *make_segmenter("dense", "linear"))
+    edit_json(folder / INFO, put("args", {"depth": 2}))
+    with pytest.raises(InputError, match=f"{folder / INFO}: decoder linear: .*depth"):
+        checkpoint.load(folder)
+    edit_json(folder / INFO, put("args", {}))
+    edit_json(folder / INFO, put("num_classes", 7))
+    with pytest.raises(InputError, match=rf"{folder / WEIGHTS}: .*wrong shapes: decoder.head.weight is \(5, 24\), the model's is \(7, 24\)"):
+        checkpoint.load(folder)
+    edit_json(folder / INFO, lambda info: info.pop("segmenter"))
+    with pytest.raises(InputError, match=f"{folder / WEIGHTS}: does not fit the model: missing keys"):
+        checkpoint.load(folder)
 
 
 # ---------------------------------------------------------------- create_model: published weights
