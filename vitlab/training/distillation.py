@@ -1,14 +1,15 @@
 """What a step minimises: timm's tasks, set to the published loss (methods A8), and hard distillation."""
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.task import ClassificationTask, LogitDistillationTask
 from torch import Tensor, nn
 
-from vitlab.data.layouts import IGNORE
 from vitlab.files import InputError
 from vitlab.models.segmenter import Segmenter
-from vitlab.training.pixels import divergence
+from vitlab.training.pixels import cross_entropy, divergence
 from vitlab.training.recipes import Recipe
 
 
@@ -54,7 +55,7 @@ def make_task(model: nn.Module, teacher: nn.Module | None, recipe: Recipe, devic
     criterion = (SoftTargetCrossEntropy() if mixed else LabelSmoothingCrossEntropy(recipe.smoothing) if recipe.smoothing
                  else nn.CrossEntropyLoss())
     if dense:
-        criterion = nn.CrossEntropyLoss(ignore_index=IGNORE, label_smoothing=recipe.smoothing)
+        criterion = partial(cross_entropy, smoothing=recipe.smoothing)  # a batch of which no pixel counts is no reason to skip the step
     if recipe.distill == "none":
         return ClassificationTask(model, criterion, device=device, verbose=False)
     if teacher is None:

@@ -27,10 +27,10 @@ def ignored(targets: Tensor) -> int:
     return IGNORE if targets.dim() > 1 else NONE
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Of images, or of all pixels that count; 0 where none does."""
-    loss = F.cross_entropy(logits, targets, reduction=reduction, ignore_index=ignored(targets))
-    return loss if reduction == "sum" or targets.dim() == 1 else loss.nan_to_num() if (targets == IGNORE).all() else loss
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean", smoothing: float = 0.0) -> Tensor:
+    """Of images, or of all pixels that count; 0 where none does. smoothing: of labels, [0, 1)."""
+    total = F.cross_entropy(logits, targets, reduction="sum", ignore_index=ignored(targets), label_smoothing=smoothing)
+    return total if reduction == "sum" else total / (targets != ignored(targets)).sum().clamp(min=1)
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
