@@ -40,7 +40,8 @@ def masks(count: int, size: tuple[int, int] = SIZE, seed: int = 0, classes: int 
     return torch.where(torch.rand(count, *size, generator=generator) < ignored, IGNORE, found)
 
 
-def batches(sizes: tuple[int, ...] = (3, 2), size: tuple[int, int] = SIZE, classes: int = CLASSES) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def batches(sizes: tuple[int, ...] = (3, 2), size: tuple[int, int] = SIZE,
+            classes: int = CLASSES) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of so many images each, with masks."""
     return [(pictures(count, size, i), masks(count, size, i, classes)) for i, count in enumerate(sizes)]
 
