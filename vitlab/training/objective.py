@@ -51,6 +51,8 @@ class PlanObjective:
         self.images = sum(len(targets) for _, targets in self.batches)
         if not self.images:
             raise InputError("there is no image to search on")
+        if not any((targets != ignored(targets)).any() for _, targets in self.batches):
+            raise InputError("no pixel of the images to search on counts: all that their masks hold is to be ignored")
         with torch.inference_mode():
             self.expected = [log_probabilities(self.dense, images, amp) for images, _ in self.batches]
 
