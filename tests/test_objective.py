@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+from segmenting_fixtures import CLASSES, batches, masks, match_plan, pictures, small, units_plan
+from training_fixtures import token_plan
 
 from vitlab.files import InputError
-from vitlab.models import compress, shape_of
+from vitlab.models import compress, deploy, shape_of
 from vitlab.plan import CompressionPlan
 from vitlab.training.objective import METRICS, PlanObjective
+from vitlab.training.pixels import evaluate_scenes
 
 COUNT = 11
 
@@ -137,3 +140,86 @@ def test_a_model_without_a_classifier_is_refused(tiny_vit, images):
     model = tiny_vit("deit", num_classes=0)
     with pytest.raises(InputError, match="classifier"):
         PlanObjective(model, [(images(model, 3), torch.tensor([0, 1, 2]))])
+
+
+# ---------------------------------------------------------------- a class for each pixel
+
+def slow_pixels(model, plan: CompressionPlan, found: list) -> dict[str, float]:
+    """The training form image by image in float64: KL of each patch, everything else of each pixel."""
+    dense, cut = copy.deepcopy(model).double(), compress(model, plan).double().eval()
+    counts, loss, distance, same, pixels, images = [[0] * CLASSES for _ in range(CLASSES)], 0.0, 0.0, 0, 0, 0
+    for x, y in ((x[i:i + 1].double(), y[i]) for x, y in found for i in range(len(x))):
+        with torch.no_grad():
+            patches = [m.patch_logits(x)[0].flatten(1).T.tolist() for m in (dense, cut)]
+            chosen = [m(x)[0].flatten(1).T.tolist() for m in (dense, cut)]
+        kl = 0.0
+        for p, q in zip(*(map(softmax, rows) for rows in patches)):
+            kl += sum(a * math.log(a / b) for a, b in zip(p, q))
+        distance, images = distance + kl / len(patches[0]), images + 1
+        for p, q, truth in zip(*chosen, y.flatten().tolist()):
+            first, own, pixels = p.index(max(p)), q.index(max(q)), pixels + 1
+            same += own == first
+            if truth != 255:
+                counts[truth][own] += 1
+                loss -= math.log(softmax(q)[truth])
+    unions = [sum(counts[c]) + sum(row[c] for row in counts) - counts[c][c] for c in range(CLASSES)]
+    iou = [100 * counts[c][c] / union for c, union in enumerate(unions) if union]
+    return {"miou_pct": sum(iou) / len(iou), "loss": loss / sum(map(sum, counts)), "distill_loss": distance / images,
+            "agree_pct": 100 * same / pixels}
+
+
+@pytest.mark.parametrize("decoder", ["linear", "mask_transformer"])
+@pytest.mark.parametrize("make", [token_plan, match_plan, units_plan])
+def test_measures_of_a_segmenter_are_those_of_every_patch_and_pixel_alone(make, decoder):
+    model, found = small(decoder), batches((3, 2))
+    plan = make(model)
+    wanted = slow_pixels(model, plan, found)
+    for metric, sign in (("miou_pct", 1), ("distill_loss", -1)):
+        given = PlanObjective(model, found, metric=metric)(plan)
+        assert set(given) == {"value", "miou_pct", "distill_loss", "loss", "agree_pct"} and all(type(v) is float for v in given.values())
+        # Of 4,800 pixels one or two may lie so near the border of two classes that float32 chooses the other: 0.1 of a per cent.
+        assert {k: given[k] for k in wanted} == pytest.approx(wanted, rel=1e-3, abs=1e-4)
+        assert given["value"] == sign * given[metric]
+    assert wanted["distill_loss"] > 0.01 and wanted["agree_pct"] < 99
+
+
+@pytest.mark.parametrize("decoder", ["linear", "mask_transformer"])
+def test_the_empty_plan_of_a_segmenter_has_no_distance_and_what_the_dense_model_is_worth(decoder):
+    model, found = small(decoder), batches((3, 2))
+    given = PlanObjective(model, found)(CompressionPlan.empty(shape_of(model)))
+    worth = evaluate_scenes(model, found, progress=False)
+    assert given["distill_loss"] == 0 and given["agree_pct"] == 100         # the very same logits
+    assert given["value"] == given["miou_pct"] == worth.scores.miou_pct     # counts of the same pixels
+    assert given["loss"] == pytest.approx(worth.loss, rel=1e-5)             # float32 logarithms
+
+
+def test_images_of_a_segmenter_weigh_alike_however_they_come_and_pixels_by_their_number():
+    model = small()
+    x, y = pictures(4), masks(4)
+    y[3] = 255                                                              # nothing of the last image counts, but for the distance
+    y[2, :, 5:] = 255
+    whole, apart = (PlanObjective(model, given)(units_plan(model)) for given in ([(x, y)], [(x[:3], y[:3]), (x[3:], y[3:])]))
+    assert whole == pytest.approx(apart, rel=1e-5)                          # float32 sums in another order
+    three = PlanObjective(model, [(x[:3], y[:3])])(units_plan(model))
+    assert three["miou_pct"] == whole["miou_pct"] and three["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    assert three["distill_loss"] != pytest.approx(whole["distill_loss"], rel=1e-3)
+
+
+def test_the_metric_of_another_task_is_refused(sample):
+    with pytest.raises(InputError, match="metric 'top1_pct' is of another task; for this model 'miou_pct' and 'distill_loss' are"):
+        PlanObjective(small(), batches(), metric="top1_pct")
+    with pytest.raises(InputError, match="metric 'miou_pct' is of another task; for this model 'top1_pct'"):
+        PlanObjective(*sample("deit"), metric="miou_pct")
+
+
+@pytest.mark.parametrize("metric", ["miou_pct", "distill_loss"])
+def test_images_of_which_no_pixel_counts_are_refused_to_search_on(metric):
+    with pytest.raises(InputError, match="no pixel"):
+        PlanObjective(small(), [(pictures(2), torch.full((2, 24, 40), 255))], metric=metric)
+
+
+def test_a_deployed_segmenter_measures_as_the_training_form_does():
+    model, found = small(), batches()
+    cut = compress(model, token_plan(model))
+    objective = PlanObjective(model, found, metric="distill_loss")
+    assert objective.measure(deploy(cut)) == pytest.approx(objective.measure(cut), rel=1e-3, abs=1e-4)      # as above

@@ -5,9 +5,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from segmenting_fixtures import CLASSES, small, units_plan
+from segmenting_fixtures import pictures as scenes
 from training_fixtures import full_plan, images, logits, one_thread, tiny, token_plan  # noqa: F401
 
 from vitlab.data import open_data
+from vitlab.data.masks import open_scenes
 from vitlab.files import InputError
 from vitlab.models import compress, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
@@ -123,6 +126,31 @@ def test_a_loss_that_is_not_finite_is_said_and_the_best_state_stays(parts):
     with pytest.raises(InputError, match=r"loss of self-distillation is nan at step \d+; a smaller lr than 1e\+30"):
         self_distil(model, teacher, parts, divergence, steps=10, **{**SHORT, "lr": 1e30})
     assert torch.equal(logits(model), before)
+
+
+# ---------------------------------------------------------------- a class for each pixel
+
+def test_divergence_of_segmenters_is_the_mean_over_images_of_the_mean_over_their_patches():
+    teacher = small()
+    model, x = compress(teacher, units_plan(teacher)), scenes(3)
+    found = Divergence(teacher, [(x[:2], None), (x[2:], None)])(model)
+    with torch.no_grad():
+        p, q = (m.patch_logits(x).double().softmax(dim=1) for m in (teacher, model))
+    wanted = sum(float(p[b, k, i, j] * (p[b, k, i, j] / q[b, k, i, j]).log())
+                 for b, k, i, j in itertools.product(range(3), range(CLASSES), range(3), range(5))) / (3 * 15)
+    assert found == pytest.approx(wanted, rel=1e-4) and wanted > 0.01           # float32 logarithms
+    assert Divergence(teacher, [(x, None)])(teacher) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("make", [full_plan, units_plan])
+def test_training_on_scenes_brings_a_cut_segmenter_nearer_to_the_dense_one(make):
+    teacher = small(num_classes=11, img_size=(32, 48))
+    model, data = compress(teacher, make(teacher)), open_scenes("digit_scenes").set_apart(24)
+    divergence = Divergence(teacher, data.batches("val", teacher, workers=0))
+    log = self_distil(model, teacher, data, divergence, steps=24, **{**SHORT, "lr": 3e-4})
+    assert divergence(model) == pytest.approx(min(record["kl"] for record in log), rel=1e-5)
+    assert divergence(model) < 0.8 * log[0]["kl"]
+    assert not model.training and not teacher.decoder.training
 
 
 # ---------------------------------------------------------------- the step
