@@ -27,10 +27,16 @@ def ignored(targets: Tensor) -> int:
     return IGNORE if targets.dim() > 1 else NONE
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean", smoothing: float = 0.0) -> Tensor:
-    """Of images, or of all pixels that count; 0 where none does. smoothing: of labels, [0, 1)."""
+def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Mean over images, or over all pixels that count; 0 where none does. smoothing: of labels, [0, 1)."""
     total = F.cross_entropy(logits, targets, reduction="sum", ignore_index=ignored(targets), label_smoothing=smoothing)
-    return total if reduction == "sum" else total / (targets != ignored(targets)).sum().clamp(min=1)
+    return total / (targets != ignored(targets)).sum().clamp(min=1)
+
+
+def each_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Each image's own (B); of pixels the mean over those of the image that count."""
+    each = F.cross_entropy(logits, targets, reduction="none", ignore_index=ignored(targets))            # (B) or (B, H, W)
+    return each.reshape(len(each), -1).sum(dim=1) / (targets != ignored(targets)).reshape(len(each), -1).sum(dim=1).clamp(min=1)
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from vitlab.files import InputError
 from vitlab.models import shape_of
 from vitlab.training.capture import Batches, averaged, frozen_eval, hooks, need_classifier
 from vitlab.training.compensate import KINDS, gather_moments, mixing_layer
-from vitlab.training.pixels import cross_entropy, logits_of
+from vitlab.training.pixels import each_cross_entropy, logits_of
 
 
 def _unit_hooks(model: nn.Module, see: Callable[[str, int, Tensor], None], kinds: tuple[str, ...] = KINDS) -> list:
@@ -77,7 +77,7 @@ def _over_images(model: nn.Module, batches: Batches, criterion: UnitCriterion, s
             return tuple(torch.stack([score(probabilities) for score in found[kind]]) for kind in found)
         logits = model(images)
         if needs_gradient:
-            (cross_entropy(logits, targets) * len(images)).backward()           # each image's own loss
+            each_cross_entropy(logits, targets).sum().backward()                # each image's own loss
         return tuple(torch.stack(found[kind]) for kind in found)
     with hooks(_unit_hooks(model, see)), torch.set_grad_enabled(needs_gradient):
         return averaged(model, batches, step, what=what, device=device, progress=progress, same_size=criterion.needs == "output")
