@@ -5,7 +5,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from segmenting_fixtures import CLASSES as PIXEL_CLASSES
+from segmenting_fixtures import masks, small
+from segmenting_fixtures import pictures as scenes
 from test_hsic import oracle_gaussian, oracle_hsic, oracle_linear
+from test_segmenter import segmenter  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitlab.criteria.planning import prune_and_merge
@@ -55,7 +59,7 @@ def scores_slowly(model, batches, absolute: str) -> list[list[float]]:
         maps: list[dict] = []
         for block in model.blocks:
             block.attn.forward = explicit_attention(block.attn, maps)
-        F.cross_entropy(model(images), targets).backward()
+        F.cross_entropy(model(images), targets, ignore_index=255).backward()       # of pixels that count; no image is of class 255
         for block in model.blocks:
             del block.attn.forward
         for layer in range(depth):
@@ -138,6 +142,68 @@ def test_scores_do_not_depend_on_the_state_the_model_comes_in(tiny_vit, images, 
     for index, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(index % 3 == 0)
     assert torch.equal(token_scores(model, batches, progress=False), expected)
+
+
+# ---- A class for each pixel
+
+def scenes_for(model, sizes=(3, 2)):
+    """Batches of unequal size with masks, a fifth of their pixels ignored."""
+    return [(scenes(count, model.img_size, i), masks(count, model.img_size, i)) for i, count in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("absolute", ["batch", "image"])
+@pytest.mark.parametrize("family, decoder", [("deit", "mask_transformer"), ("dinov2_reg", "linear"), ("mae", "mask_transformer")])
+def test_token_scores_of_a_segmenter_equal_the_sum_over_explicit_attention_maps(segmenter, family, decoder, absolute):  # noqa: F811
+    model = segmenter(family, decoder)
+    batches = scenes_for(model)
+    expected = torch.tensor(scores_slowly(model, batches, absolute))
+    scores = token_scores(model, batches, absolute=absolute, progress=False)
+    assert scores.shape == (len(model.blocks), shape_of(model).num_patches)
+    # As for classifiers, of the largest and of each block's largest.
+    assert float((scores - expected).abs().max() / expected.abs().max()) < 1e-4
+    assert float(((scores - expected).abs().amax(dim=1) / expected.abs().amax(dim=1)).max()) < 1e-3
+    assert bool((scores.amax(dim=1) > 0).all())                     # also in the last block, whose patches are all read
+
+
+def test_pixels_that_are_ignored_have_no_part_in_token_scores():
+    model = small()
+    batches = scenes_for(model)
+    other = [(x, torch.where(y == 255, y, (y + 1) % PIXEL_CLASSES)) for x, y in batches]
+    first, second = (token_scores(model, given, progress=False) for given in (batches, other))
+    assert float((first - second).abs().max()) > 0.01 * float(first.max())       # targets matter
+    nothing = [*batches, (scenes(2), torch.full((2, 24, 40), 255))]
+    assert torch.equal(token_scores(model, nothing, progress=False), first)
+
+
+def test_class_attention_and_hsic_of_a_segmenter_are_their_definitions():
+    model = small().double()
+    batches = [(x.double(), y) for x, y in scenes_for(model, (3, 3, 2))]
+    maps = explicit_maps(model, torch.cat([x for x, _ in batches]))
+    got = token_scores(model, batches, criterion="class_attention", progress=False)
+    assert float((got - maps.mean(dim=(1, 2))[:, 0, 1:]).abs().max()) < 1e-12      # float64
+    entering: list[torch.Tensor] = []
+    handles = [b.norm1.register_forward_pre_hook(lambda m, inputs: entering.append(inputs[0])) for b in model.blocks]
+    expected = 0
+    for x, _ in batches[:2]:
+        entering.clear()
+        with torch.no_grad():
+            linear = oracle_linear(model.patch_logits(x).softmax(dim=1).reshape(3, -1))     # all patches' probabilities of an image
+        rows = [[oracle_hsic(oracle_gaussian(e[:, j]), linear) for j in range(1, e.shape[1])] for e in entering]
+        expected = expected + torch.tensor(rows, dtype=torch.float64) / 2
+    for handle in handles:
+        handle.remove()
+    got = token_scores(model, batches, criterion="hsic", progress=False)
+    assert got.shape == (2, 15) and float((got - expected).abs().max()) < 1e-9 * max(1, float(expected.abs().max()))    # as above
+
+
+@pytest.mark.parametrize("criterion", list(TOKEN_CRITERIA))
+def test_scoring_leaves_a_segmenter_as_it_was(criterion):
+    model = small().train()
+    model.decoder.cls_emb.requires_grad_(False)
+    before = state_of(model)
+    first = token_scores(model, scenes_for(model), criterion=criterion, progress=False)
+    assert state_of(model) == before
+    assert torch.equal(first, token_scores(small(), scenes_for(model), criterion=criterion, progress=False))    # no dropout in it
 
 
 # ---- The other criteria, and attention maps for plots

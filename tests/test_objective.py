@@ -148,7 +148,7 @@ def slow_pixels(model, plan: CompressionPlan, found: list) -> dict[str, float]:
     """The training form image by image in float64: KL of each patch, everything else of each pixel."""
     dense, cut = copy.deepcopy(model).double(), compress(model, plan).double().eval()
     counts, loss, distance, same, pixels, images = [[0] * CLASSES for _ in range(CLASSES)], 0.0, 0.0, 0, 0, 0
-    for x, y in ((x[i:i + 1].double(), y[i]) for x, y in found for i in range(len(x))):
+    for x, y in [(images[i:i + 1].double(), targets[i]) for images, targets in found for i in range(len(images))]:
         with torch.no_grad():
             patches = [m.patch_logits(x)[0].flatten(1).T.tolist() for m in (dense, cut)]
             chosen = [m(x)[0].flatten(1).T.tolist() for m in (dense, cut)]

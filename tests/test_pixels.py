@@ -10,7 +10,7 @@ from test_segmenter import upsampled_slowly
 from training_fixtures import images, one_thread, tiny  # noqa: F401
 
 from vitlab.files import InputError
-from vitlab.training.pixels import at_targets, cross_entropy, divergence, evaluate_scenes, log_probabilities, measured
+from vitlab.training.pixels import at_targets, cross_entropy, divergence, each_cross_entropy, evaluate_scenes, log_probabilities, measured
 
 EXACT = 1e-12           # float64, sums in another order
 FLOAT32 = 1e-5          # of losses near 1
@@ -34,19 +34,19 @@ def pixels_of(logits: torch.Tensor) -> list[list[float]]:
 # ---------------------------------------------------------------- losses and distances
 
 @pytest.mark.parametrize("ignored", [0.0, 0.4])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_cross_entropy_is_that_of_the_pixels_that_count(reduction, ignored):
+def test_cross_entropy_is_the_mean_of_the_pixels_that_count_in_the_batch_or_in_each_image(ignored):
     logits, targets = numbers(2, 5, 3, 7), masks(2, (3, 7), ignored=ignored)
-    each = [-log_softmax(z)[t] for z, t in zip(pixels_of(logits), targets.flatten().tolist()) if t != 255]
-    assert (len(each) == 42) == (ignored == 0)
-    wanted = sum(each) / (len(each) if reduction == "mean" else 1)
-    assert float(cross_entropy(logits, targets, reduction)) == pytest.approx(wanted, rel=EXACT)
+    each = [[-log_softmax(z)[t] for z, t in zip(pixels_of(logits[b:b + 1]), targets[b].flatten().tolist()) if t != 255] for b in (0, 1)]
+    assert (len(each[0]) == len(each[1]) == 21) == (ignored == 0)
+    assert float(cross_entropy(logits, targets)) == pytest.approx(sum(map(sum, each)) / sum(map(len, each)), rel=EXACT)
+    assert each_cross_entropy(logits, targets).tolist() == pytest.approx([sum(image) / len(image) for image in each], rel=EXACT)
 
 
 def test_cross_entropy_of_images_counts_every_class_also_the_one_with_the_number_of_ignored_pixels():
     logits, targets = numbers(4, 300), torch.tensor([255, 7, 255, 299])
-    wanted = sum(-log_softmax(z)[t] for z, t in zip(logits.tolist(), targets.tolist())) / 4
-    assert float(cross_entropy(logits, targets)) == pytest.approx(wanted, rel=EXACT)
+    wanted = [-log_softmax(z)[t] for z, t in zip(logits.tolist(), targets.tolist())]
+    assert float(cross_entropy(logits, targets)) == pytest.approx(sum(wanted) / 4, rel=EXACT)
+    assert each_cross_entropy(logits, targets).tolist() == pytest.approx(wanted, rel=EXACT)
 
 
 def test_where_no_pixel_counts_the_loss_is_zero_and_so_is_every_gradient():
@@ -54,7 +54,10 @@ def test_where_no_pixel_counts_the_loss_is_zero_and_so_is_every_gradient():
     loss = cross_entropy(logits, torch.full((2, 3, 7), 255))
     loss.backward()
     assert float(loss.detach()) == 0 and torch.equal(logits.grad, torch.zeros_like(logits))
-    assert float(cross_entropy(logits.detach(), torch.full((2, 3, 7), 255), "sum")) == 0
+    logits.grad, targets = None, torch.stack([torch.full((3, 7), 255), torch.zeros(3, 7, dtype=torch.int64)])
+    each = each_cross_entropy(logits, targets)
+    each.sum().backward()
+    assert float(each[0].detach()) == 0 and not logits.grad[0].any() and logits.grad[1].isfinite().all() and logits.grad[1].any()
 
 
 def test_a_loss_that_is_not_finite_is_not_hidden_where_pixels_count():

@@ -2,10 +2,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_capture import NUM_CLASSES, batches_for, prepared, state_of
+from segmenting_fixtures import small
+from test_capture import NUM_CLASSES, batches_for, prepared, scenes_for, state_of
+from test_compensation import error as least_squares_error
 from test_hsic import min_max, oracle_gaussian, oracle_hsic, oracle_linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vitlab.criteria.compensation import Moments, reconstruction
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.criteria.units import UNIT_CRITERIA, UnitScores, head_scores, neuron_scores, neurons_by_hsic
 from vitlab.files import InputError
@@ -42,7 +45,8 @@ def activations(model, images) -> tuple[list, list, torch.Tensor]:
         handles += [block.attn.norm.register_forward_hook(lambda m, i, out: heads.append(out)),
                     block.mlp.act.register_forward_hook(lambda m, i, out: hidden.append(out))]
     with torch.no_grad():
-        probabilities = model(images).softmax(dim=1)
+        of_patches = hasattr(model, "decoder")                      # a Segmenter's output is every patch's
+        probabilities = (model.patch_logits(images) if of_patches else model(images)).softmax(dim=1).reshape(len(images), -1)
     for handle in handles:
         handle.remove()
     return heads, hidden, probabilities
@@ -89,7 +93,7 @@ def taylor_slowly(model, batches) -> UnitScores:
             wide = gates[0][index].repeat_interleave(size.head_dim)
             handles += [block.attn.norm.register_forward_hook(lambda m, i, out, gate=wide: out * gate),
                         block.mlp.act.register_forward_hook(lambda m, i, out, gate=gates[1][index]: out * gate)]
-        loss = F.cross_entropy(model(image[None]), target[None])
+        loss = F.cross_entropy(model(image[None]), target[None], ignore_index=255)      # pixels alone may be of that number
         for one, gradient in zip(total, torch.autograd.grad(loss, gates)):
             one += gradient.abs()
         for handle in handles:
@@ -100,7 +104,7 @@ def taylor_slowly(model, batches) -> UnitScores:
 
 def weight_slowly(model) -> UnitScores:
     """Square root of the sum of squares of all weights that read or write one unit, entry by entry of the state dict."""
-    size, weights = shape_of(model), model.state_dict()
+    size, weights = shape_of(model), {name.removeprefix("encoder."): value for name, value in model.state_dict().items()}
     heads, neurons = torch.zeros(size.depth, size.num_heads).double(), torch.zeros(size.depth, size.num_neurons).double()
     width = size.num_heads * size.head_dim
     for index in range(size.depth):
@@ -132,6 +136,52 @@ def test_activation_taylor_and_weight_scores_are_their_definitions_in_every_fami
     assert_same(score(model, batches, "activation"), activation_slowly(model, batches))
     assert_same(score(model, batches, "taylor"), taylor_slowly(model, batches))
     assert_same(score(model, batches, "weight"), weight_slowly(model))
+
+
+@pytest.mark.parametrize("decoder", ["linear", "mask_transformer"])
+def test_hsic_activation_and_weight_scores_of_a_segmenter_are_their_definitions(decoder):
+    model, batches = doubled(small(decoder), scenes_for(small(), (3,)))
+    assert_same(score(model, batches), hsic_slowly(model, batches[0][0]))
+    assert_same(score(model, batches, "activation"), activation_slowly(model, batches))
+    assert_same(score(model, batches, "weight"), weight_slowly(model))
+
+
+@pytest.mark.parametrize("decoder", ["linear", "mask_transformer"])
+def test_taylor_scores_of_a_segmenter_are_of_each_images_own_mean_over_its_pixels(decoder):
+    model, batches = doubled(small(decoder), scenes_for(small(), (1, 1, 1)))
+    assert_same(score(model, batches, "taylor"), taylor_slowly(model, batches))
+
+
+def test_taylor_scores_of_a_segmenter_do_not_depend_on_the_batches_though_images_have_other_numbers_of_pixels_that_count():
+    model, batches = doubled(small(), scenes_for(small(), (3, 2)))
+    batches[0][1][0, :, 8:] = 255                                               # a fifth of the first image is left
+    batches[1][1][1] = 255                                                      # and nothing of the last
+    assert_same(score(model, batches, "taylor"), taylor_slowly(model, batches))
+
+
+def test_reconstruction_scores_of_a_segmenter_follow_from_its_own_activations():
+    model, batches = small(), scenes_for(small(), (3, 2))
+    found = score(model, batches, "reconstruction")
+    heads, hidden, _ = activations(model, torch.cat([x for x, _ in batches]))
+    for index, block in enumerate(model.blocks):
+        rows, weight = heads[index].flatten(0, 1), block.attn.proj.weight.detach()
+        missed = [least_squares_error(rows, weight, [v for v in range(3) if v != u], 8) for u in range(3)]
+        assert missed[int(found.heads[index].argmin())] <= min(missed) * (1 + 1e-3)             # the first to go; float32 moments
+        rows, weight = hidden[index].flatten(0, 1), block.mlp.fc2.weight.detach()
+        moments = Moments(rows.shape[1])
+        moments.add(rows)
+        again = reconstruction(weight, moments, 1)
+        # Sums of batches in another order: a few of 96 neurons, nearly alike, change places.
+        assert float(torch.corrcoef(torch.stack([again, found.neurons[index]]))[0, 1]) > 0.99
+    assert found.made_by == {"criterion": "reconstruction", "images": "5"}
+
+
+@each_criterion
+def test_scoring_units_leaves_a_segmenter_as_it_was_and_has_no_dropout_in_it(criterion):
+    model, batches = small().train(), scenes_for(small())
+    before = state_of(model)
+    got, expected = score(model, batches, criterion), score(small(), batches, criterion)
+    assert state_of(model) == before and torch.equal(got.heads, expected.heads) and torch.equal(got.neurons, expected.neurons)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
