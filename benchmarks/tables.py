@@ -10,7 +10,8 @@ from vitlab.files import atomic_write, read_lines
 
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "prune_and_merge.md", HERE.parent / "docs" / "search.md",
-         HERE.parent / "docs" / "off_the_shelf.md", HERE.parent / "docs" / "results.md", HERE.parent / "docs" / "scale.md")
+         HERE.parent / "docs" / "off_the_shelf.md", HERE.parent / "docs" / "results.md", HERE.parent / "docs" / "scale.md",
+         HERE.parent / "docs" / "segmentation.md")
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -135,6 +136,20 @@ def per_block(rows: list[dict]) -> str:
                   [[r["model"], f"{r['gmacs']:.2f}", f"{r['top1_pct']:.2f}", f"{r['distill_loss']:.3f}"] for r in rows])
 
 
+def camvid(rows: list[dict]) -> str:
+    """mIoU on test, in brackets against the dense model; what was not measured is "-"."""
+    dense = rows[0]["closed_test_miou_pct"]
+
+    def text(r: dict, stage: str) -> str:
+        value = r[f"{stage}_test_miou_pct"]
+        return "-" if value is None else f"{value:.2f} ({value - dense:+.2f})" if r is not rows[0] else f"{value:.2f}"
+
+    def line(r: dict) -> list[str]:
+        timed = [f"{r['throughput_img_s']:.2f}", f"{r['ratio']:.2f}"] if r["ratio"] else ["-", "-"]
+        return [r["model"], f"{r['gmacs']:.2f}", text(r, "closed"), text(r, "tuned"), *timed]
+    return _table(["rule", "GMACs", "mIoU %, off the shelf", "fine-tuned", "images/s", "throughput ratio"], [line(r) for r in rows])
+
+
 def scale(rows: list[dict]) -> str:
     head = ["model", "GMACs", "memory of the model (GB)", "of an image (MB)", "images/s, one CPU core", "images/s, one A100 (estimated)",
             "30 epochs of ImageNet with a teacher (estimated)"]
@@ -154,7 +169,7 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
     "published_table": published_table, "published_form": published_table, "boundaries": boundaries, "cifar10": cifar10,
     "token_speed": token_speed, "mdc_table": mdc_table, "joint": joint, "latency": latency, "hsic_speed": hsic_speed,
     "search_quality": search_quality, "off_the_shelf": off_the_shelf,
-    "off_the_shelf_short": off_the_shelf_short, "per_block": per_block, "scale": scale, "loader": loader}
+    "off_the_shelf_short": off_the_shelf_short, "per_block": per_block, "camvid": camvid, "scale": scale, "loader": loader}
 
 
 def render(text: str) -> str:

@@ -106,9 +106,9 @@ def slow_miou(predicted: np.ndarray, truth: np.ndarray) -> float:
 
 
 def numbers(line: str) -> tuple[float, ...]:
-    """(GMACs, of the dense encoder, mIoU dense, compressed) that the line says."""
-    return tuple(map(float, re.search(r"Whole model: ([\d.e-]+) of ([\d.e-]+) GMACs.*mIoU of this image: dense ([\d.]+)%, compressed ([\d.]+)%",
-                                      line).groups()))
+    """(GMACs, of the dense model, mIoU dense, compressed) that the line says."""
+    cost, worth = r"Whole model: ([\d.e-]+) of ([\d.e-]+) GMACs", r"mIoU of this image: dense ([\d.]+)%, compressed ([\d.]+)%"
+    return tuple(map(float, re.search(f"{cost}.*{worth}", line).groups()))
 
 
 def small(model, rule: str, keep_rate: float, prune_rate: float = 0.0) -> tuple[CompressionPlan, Segmenter]:

@@ -16,7 +16,7 @@ from vitlab.launching import COMMAND, LOST, RESUMABLE, join, leave, lost, on_rec
 from vitlab.options import build_parser
 
 DEMO = ("00_check_setup", "01_baseline", "02_token_scores", "03_prune_and_merge", "04_finetune", "05_heads_and_neurons", "06_search",
-        "07_prune_what_was_found", "08_tonight", "90_results")
+        "07_prune_what_was_found", "08_tonight", "09_segmentation", "90_results")
 
 
 def _recipe(args: argparse.Namespace) -> Any:

@@ -30,6 +30,8 @@ from vitlab.plots.colours import class_colours, overlaid
 from vitlab.search import SearchSpace
 from vitlab.shape import ViTShape
 from vitlab.tokens import PRUNE_RATE
+from vitlab.training.capture import frozen_eval, token_places
+from vitlab.training.checkpoint import Checkpoint
 from vitlab.training.evaluate import autocast
 from vitlab.training.loop import fit
 from vitlab.training.recipes import Engine, Recipe, recipe
@@ -151,3 +153,27 @@ def plans_at(scores: Tensor, shape: ViTShape, keep_rate: float, *, prune_rate: f
                                                       spans=[(*span, keep_rate) for span in even_spans(shape.depth)]),
             "shared updates": shared,
             "merging by content": space.plan([ratio], made_by={"method": "match", "ratio": ratio, "keep_rate": keep_rate})}
+
+
+@torch.inference_mode()
+def shown(data: SceneData, models: dict[str, Checkpoint], *, count: int = 3, split: str | None = None,
+          **windows: Any) -> tuple[list[np.ndarray], list[np.ndarray], dict[str, list[np.ndarray]]]:
+    """(images (H, W, 3) in [0, 1], truths (H, W), {name: predictions (H, W)}) of the first `count` scenes of a split (None: the one to
+    choose on), for `plots.predictions`; each model in the form it is in."""
+    scenes = data.split(split or data.choose_on)
+    pairs = [scenes.scene(i) for i in range(min(count, len(scenes)))]
+    predicted = {}
+    for name, found in models.items():
+        data.check_fits(found.model.num_classes)
+        config = resolve_model_data_config(found.model.encoder)
+        transform = evaluation_transform(config["mean"], config["std"])
+        with frozen_eval(found.model):
+            predicted[name] = [segment(found.model, transform(*pair)[0][None], **windows)[0].argmax(dim=0).numpy() for pair in pairs]
+    return [np.asarray(image) / 255 for image, _ in pairs], [mask for _, mask in pairs], predicted
+
+
+def places(found: Checkpoint, data: SceneData, index: int = 0, split: str | None = None) -> dict[int, Tensor]:
+    """{block: (n)} which token each patch of a scene went into, of a model that merges by content; see `token_places`."""
+    config = resolve_model_data_config(found.model.encoder)
+    x, _ = evaluation_transform(config["mean"], config["std"], found.model.img_size)(*data.split(split or data.choose_on).scene(index))
+    return {block: each[0] for block, each in token_places(found.model, x[None]).items()}
