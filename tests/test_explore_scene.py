@@ -66,7 +66,7 @@ def view(model, data):
 
 
 def scores_of(model) -> torch.Tensor:
-    shape = shape_of(model.encoder)
+    shape = shape_of(model)
     return torch.rand(shape.depth, shape.num_patches, generator=torch.Generator().manual_seed(0)) + 0.1
 
 
@@ -112,7 +112,7 @@ def numbers(line: str) -> tuple[float, ...]:
 
 
 def small(model, rule: str, keep_rate: float, prune_rate: float = 0.0) -> tuple[CompressionPlan, Segmenter]:
-    shape = shape_of(model.encoder)
+    shape = shape_of(model)
     if rule == MATCH:                           # an equal ratio in the middle half of five blocks, which is the blocks 1 and 2
         left, blocks = 15, [BlockPlan()]
         for _ in range(2):
@@ -121,7 +121,7 @@ def small(model, rule: str, keep_rate: float, prune_rate: float = 0.0) -> tuple[
         plan = CompressionPlan(shape=shape, blocks=(*blocks, *[BlockPlan(tokens=Match(merged=0))] * 2))
     else:
         plan = prune_and_merge(scores_of(model), shape, keep_rate=keep_rate, prune_rate=prune_rate, **BY_PLACE[rule])
-    return plan, model.with_encoder(compress(model.encoder, plan))
+    return plan, compress(model, plan)
 
 
 def panel(mask: np.ndarray, image: np.ndarray, opacity: float) -> np.ndarray:
