@@ -195,7 +195,7 @@ def test_a_span_cut_further_keeps_its_trained_matrices(tiny_vit, images):
     assert relative(logits(deploy(further), x), logits(further, x)) < SAME
 
 
-@pytest.mark.parametrize("now", [{}, {1: 2}, {1: 4}, {2: 2}, {1: 1, 2: 1}, {0: 5}], ids=str)
+@pytest.mark.parametrize("now", [{}, {0: 3}, {2: 3}, {1: 2}, {1: 4}, {2: 2}, {1: 1, 2: 1}, {0: 5}], ids=str)
 def test_another_span_takes_the_place_of_the_one_before_in_every_block(tiny_vit, images, now):
     dense = tiny_vit("deit")
     shape, x = shape_of(dense), images(dense)
@@ -229,6 +229,9 @@ def test_saving_a_span_with_another_plan_is_refused_by_block(tiny_vit, tmp_path)
                          (other(b1=dataclasses.replace(rule, span=1)), 1), (other(b2=rule), 1), (other(b1=fewer), 1), (other(b1=moved), 1)):
         with pytest.raises(InputError, match=f"block {block} of the model is not what the plan says"):
             checkpoint.save(tmp_path / "c", model, wrong)
+    two = compress(dense, other(b0=dataclasses.replace(rule, span=2), b2=dataclasses.replace(rule, span=2)))
+    with pytest.raises(InputError, match="block 1 of the model is not what the plan says"):
+        checkpoint.save(tmp_path / "c", two, other(b0=dataclasses.replace(rule, span=4)))
     assert not list(tmp_path.iterdir())
 
 

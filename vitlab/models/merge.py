@@ -134,10 +134,7 @@ def merging_block(block: nn.Module, rule: MergeReconstruct, num_prefix_tokens: i
 
 def merging_agrees(block: nn.Module, rule: MergeReconstruct, num_prefix_tokens: int, place: int = 0) -> bool:
     """Whether a block is what `merging_block` makes: its kind, the number of merged tokens, and the mask, which does not train."""
-    kind, count = _kind(rule, place), num_prefix_tokens + rule.num_merged
-    if type(block) is not kind or kind is SpanBlock:
-        return type(block) is kind
-    if kind is SpanLast:
-        return block.tokens.reconstruct_matrix.shape[1] == count
-    mask = tokens.token_mask(rule, num_prefix_tokens)
+    if type(block) is not _kind(rule, place) or place:
+        return type(block) is _kind(rule, place)
+    count, mask = num_prefix_tokens + rule.num_merged, tokens.token_mask(rule, num_prefix_tokens)
     return len(block.tokens.merge_matrix) == count and torch.equal(block.tokens.token_mask.cpu() > 0, mask)
