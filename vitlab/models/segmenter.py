@@ -217,6 +217,6 @@ class Segmenter(nn.Module):
         return {f"{part}.{name}" for part, names in parts.items() for name in names}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Groups of parameters for timm's layer decay: the encoder's blocks, the decoder last."""
-        return {"stem": r"^encoder\.(cls_token|reg_token|pos_embed|patch_embed|norm_pre|dist_token)",
-                "blocks": [(r"^encoder\.blocks\.(\d+)", None), (r"^encoder\.(norm|fc_norm)|^decoder", (99999,))]}
+        """Groups of parameters for timm's layer decay: the encoder's blocks, the last norm with the last of them, then the decoder."""
+        return {"stem": r"^encoder\.(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre|dist_token)",
+                "blocks": [(r"^encoder\.blocks\.(\d+)", None), (r"^encoder\.(?:norm|fc_norm)\.", (99999,))]}
