@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import torch
+from segmenting_fixtures import pictures, small, units_plan
 from training_fixtures import full_plan, images, logits, one_thread, tiny  # noqa: F401
 
 from vitlab.criteria.compensation import Moments, columns, elimination_order, reconstruction, refit
@@ -11,6 +12,7 @@ from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import MergeReconstruct, Select, SharedUpdate
 from vitlab.tokens import shared
 from vitlab.training.compensate import SMALL_GAMMA, compensate, dense_rows, gather_moments, gather_towards, mixing_layer
+from vitlab.training.self_distillation import Divergence
 
 ROWS, UNITS, WIDTH, OUT = 211, 7, 3, 5
 FLOAT32 = 1e-4          # inputs are gathered in float32: products of 211 rows of correlated numbers agree to some 1e-6 of their size
@@ -328,3 +330,16 @@ def test_the_stream_brings_the_output_nearer_to_the_dense_models(make):
     own, both = (float((logits(compensate(dense, plan, batches(), stream=stream, progress=False), x) - logits(dense, x)).norm())
                  for stream in (0, 0.5))
     assert both < own
+
+
+@pytest.mark.parametrize("decoder", ["linear", "mask_transformer"])
+@pytest.mark.parametrize("stream", [0, 0.5])
+def test_a_cut_segmenter_that_is_refitted_is_nearer_to_the_dense_one_and_keeps_its_decoder(decoder, stream):
+    dense = small(decoder)
+    plan, some = units_plan(dense), [(pictures(8, seed=seed), None) for seed in (1, 2, 3)]
+    apart = Divergence(dense, [(pictures(8, seed=9), None)])                    # not among those that it is fitted on
+    found = compensate(dense, plan, some, stream=stream, progress=False)
+    assert apart(found) < 0.75 * apart(compress(dense, plan))
+    assert not any(name.startswith("decoder") for name in changed(found, compress(dense, plan)))
+    whole = CompressionPlan.empty(shape_of(dense))
+    assert torch.equal(logits(compensate(dense, whole, some, progress=False), pictures(2)), logits(dense, pictures(2)))

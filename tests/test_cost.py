@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from segmenting_fixtures import small
+from test_segmenter import segmenter  # noqa: F401
 from timm.layers import Attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -240,6 +242,65 @@ def test_matching_none_costs_what_the_dense_model_does(tiny_vit, family):
     shape = shape_of(tiny_vit(family))
     for form in cost.FORMS:
         assert cost.macs(matching(shape, [0] * 5), form) == cost.macs(CompressionPlan.empty(shape), form)
+
+
+# ---- Decoders
+
+@pytest.mark.parametrize("decoder", ["linear", "mask_transformer"])
+@pytest.mark.parametrize("layout", ["-----", "m--m0", "-mm--"])
+def test_macs_of_a_segmenter_equal_what_runs_in_both_forms(segmenter, family, decoder, layout, random_plan):  # noqa: F811
+    dense = segmenter(family, decoder)
+    plan = random_plan(shape_of(dense), layout, seed=3)
+    model = compress(dense, plan)
+    assert cost.macs(plan, "training")["total"] == counted_macs(model)
+    assert cost.macs(plan, "deployed")["total"] == counted_macs(deploy(model))
+
+
+def test_macs_of_a_segmenter_that_matches_equal_what_runs_but_for_the_scalings():
+    dense = small()
+    plan = CompressionPlan(shape=shape_of(dense), blocks=(BlockPlan(tokens=Match(merged=4)), BlockPlan(tokens=Match(merged=3))))
+    scaled = (4 + 7) + (3 + 5)                                                  # of 15 and of 11 patches: rows that go, and targets
+    assert cost.macs(plan)["total"] - scaled * 24 == counted_macs(deploy(compress(dense, plan)))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_macs_of_a_decoder_are_the_hand_computed_numbers(depth):
+    # D = 33, n = 15 patches, K = 7 classes: 22 rows in the blocks of a mask transformer.
+    linear = ViTShape(**{**vars(SMALL), "decoder": "linear"})
+    mask = ViTShape(**{**vars(SMALL), "decoder": "mask_transformer", "decoder_depth": depth})
+    block = 3 * 22 * 33 * 33 + 2 * 22 * 22 * 33 + 22 * 33 * 33 + 2 * 22 * 33 * 132     # qkv, attention, proj, mlp of 4 D neurons
+    by_hand = 15 * 33 * 33 + depth * block + 15 * 33 * 33 + 7 * 33 * 33 + 15 * 7 * 33  # in, blocks, both projections, products
+    for form in cost.FORMS:
+        for shape, wanted in ((linear, 15 * 33 * 7), (mask, by_hand)):
+            parts = cost.macs(CompressionPlan.empty(shape), form)
+            assert parts["decoder"] == wanted and parts["classifier"] == 0
+            without = cost.macs(CompressionPlan.empty(ViTShape(**{**vars(SMALL), "num_classes": 0})), form)
+            assert {k: v for k, v in parts.items() if k not in ("decoder", "total")} == {
+                k: v for k, v in without.items() if k not in ("decoder", "total")}
+            assert parts["total"] == without["total"] + wanted
+    assert cost.macs(CompressionPlan.empty(SMALL))["decoder"] == 0
+
+
+def test_many_plans_of_a_segmenter_at_once_cost_what_each_does():
+    shape, noise = shape_of(small()), np.random.default_rng(0)
+    plans = [CompressionPlan(shape=shape, blocks=tuple(BlockPlan(neurons=tuple(range(int(noise.integers(1, 97))))) for _ in range(2)))
+             for _ in range(7)]
+    together = cost.Counts(**{name: np.stack([getattr(cost.counts_of(plan), name) for plan in plans]) for name in COUNTS})
+    assert cost.macs_of(shape, together)["total"].tolist() == [cost.macs(plan)["total"] for plan in plans]
+
+
+def test_params_of_a_segmenter_follow_from_the_sizes():
+    # 24 wide, 5 classes, 15 patches of 8 x 8; blocks have 12 D^2 + 13 D parameters, norms and biases in it.
+    d, k, block = 24, 5, 12 * 24**2 + 13 * 24
+    norms = 5 * 2 * d + d + 16 * d                                              # of two blocks and the end; class token, positions
+    attention, mlp, patches = 2 * (4 * d * d + 4 * d), 2 * (8 * d * d + 5 * d), 3 * 64 * d + d
+    decoders = {"linear": d * k + k,
+                "mask_transformer": d * d + d + k * d + 2 * block + 2 * d + 2 * d * d + 2 * k}
+    for decoder, count in decoders.items():
+        assert cost.params(small(decoder)) == {
+            "attention": attention, "mlp": mlp, "patch_embed": patches, "norms and embeddings": norms, "decoder": count,
+            "total": attention + mlp + patches + norms + count}
+        assert cost.params(small(decoder))["total"] == sum(p.numel() for p in small(decoder).parameters())
 
 
 # ---- Many at once

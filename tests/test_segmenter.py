@@ -1,6 +1,7 @@
 """Segmenter against hand-computed cases and slow loops, on every family and plan; sliding windows cover every pixel."""
 import copy
 import dataclasses
+import json
 import math
 import random
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from comparing import disturb_matrices, relative
 from conftest import NUM_CLASSES, random_rule
 from timm.layers import resample_abs_pos_embed
+from timm.optim import create_optimizer_v2
 
 from vitlab import cost, tokens
 from vitlab.files import InputError
@@ -300,6 +302,142 @@ def test_content_merging_and_shared_updates_keep_the_grid(segmenter, family, kin
     assert found.shape == (2, 5, *model.img_size) and found.isfinite().all()
     assert relative(run(model.with_encoder(deploy(encoder)), x), found) < SAME
     assert relative(found, run(model, x)) > 100 * SAME
+
+
+@pytest.mark.parametrize("decoder", list(DECODERS))
+def test_a_segmenter_compressed_by_the_empty_plan_is_bit_equal_and_a_copy(segmenter, family, decoder):
+    model = segmenter(family, decoder)
+    plan, x = CompressionPlan.empty(shape_of(model)), numbers(2, 3, *model.img_size)
+    wanted, small = run(model, x), compress(model, plan)
+    assert isinstance(small, Segmenter) and torch.equal(run(small, x), wanted) and torch.equal(run(deploy(small), x), wanted)
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.zero_()
+    assert torch.equal(run(model, x), wanted)
+
+
+@pytest.mark.parametrize("blocks", ["m0-0m", "-mm--"])
+def test_a_segmenter_is_compressed_and_deployed_as_its_encoder_is(segmenter, family, blocks, random_plan):
+    model = segmenter(family).train()
+    plan = random_plan(shape_of(model), blocks, seed=3)
+    small = compress(model, plan)
+    assert small.training and small.decoder.training
+    disturb_matrices(small)
+    x, deployed = numbers(2, 3, *model.img_size), deploy(small)
+    assert not any(m.training for m in deployed.modules())
+    found = run(small.eval(), x)
+    assert relative(run(deployed, x), found) < SAME
+    assert torch.equal(found, run(model.eval().with_encoder(small.encoder), x))
+    assert relative(found, run(model, x)) > 100 * SAME                  # the plan does cut something
+    with pytest.raises(InputError, match="already deployed|has a Fold at block 5"):
+        deploy(deployed)
+
+
+@pytest.mark.parametrize("rule, word", [(Select(kept=6), "selected"), (ReadOut(), "read out")])
+def test_a_plan_that_keeps_no_grid_is_refused_for_a_segmenter_naming_the_block(segmenter, rule, word):
+    model = segmenter("deit")
+    shape = dataclasses.replace(shape_of(model), pool="token")          # such a plan is made for a classifier
+    plan = CompressionPlan(shape=shape, blocks=(BlockPlan(heads=(0, 2)), *(BlockPlan(),) * 3, BlockPlan(tokens=rule)))
+    with pytest.raises(InputError, match=f"block 4: tokens are {word}, but a class for each pixel needs the whole grid; merge them"):
+        compress(model, plan)
+
+
+def test_a_segmenter_is_cut_further_from_the_plan_before(segmenter, random_plan):
+    model = segmenter("deit")
+    shape = shape_of(model)
+    first = CompressionPlan(shape=shape, blocks=tuple(BlockPlan(neurons=tuple(range(100))) for _ in range(5)))
+    second = CompressionPlan(shape=shape, blocks=tuple(BlockPlan(heads=(1,), neurons=tuple(range(i, 100, 3))) for i in range(5)))
+    x = numbers(2, 3, *model.img_size)
+    assert torch.equal(run(compress(compress(model, first), second, before=first), x), run(compress(model, second), x))
+    with pytest.raises(InputError, match=r"this one has num_neurons 100 \(plan: 132\)"):
+        compress(compress(model, first), second)
+    with pytest.raises(InputError, match="block 0 of the model is not what the plan says"):
+        compress(compress(model, first), second, before=second)
+
+
+def test_the_shape_of_a_segmenter_names_its_decoder_and_a_plan_keeps_it_in_json(segmenter, random_plan):
+    for decoder, depth in (("linear", 0), ("mask_transformer", 2)):
+        model = segmenter("distilled", decoder)
+        shape = shape_of(model)
+        assert (shape.decoder, shape.decoder_depth, shape.num_classes, shape.pool) == (decoder, depth, 5, "")
+        encoder = shape_of(model.encoder)
+        assert dataclasses.replace(shape, decoder="", decoder_depth=0, num_classes=0) == encoder
+        plan = random_plan(shape, "m-mm-", seed=1)
+        again = CompressionPlan.from_json(json.loads(plan.to_json()))
+        assert again == plan and again.shape.decoder == decoder and again.shape.decoder_depth == depth
+        assert shape_of(compress(model, CompressionPlan.empty(shape))) == shape
+
+
+def test_a_plan_from_before_there_were_decoders_loads_fits_and_cuts_alike(segmenter, random_plan):
+    model = segmenter("deit")
+    plan = random_plan(shape_of(model), "m-mm-", seed=1)
+    data = json.loads(plan.to_json())
+    del data["shape"]["decoder"], data["shape"]["decoder_depth"]
+    old = CompressionPlan.from_json(data)
+    assert (old.shape.decoder, old.shape.decoder_depth) == ("", 0) and old.blocks == plan.blocks
+    x = numbers(1, 3, *model.img_size)
+    assert torch.equal(run(compress(model, old), x), run(compress(model, plan), x))
+
+
+@pytest.mark.parametrize("field, value, says", [("decoder", "conv", "shape.decoder is 'conv'; one of"), ("decoder", None, "shape.decoder"),
+                                                ("decoder", [], "shape.decoder"), ("decoder_depth", -1, "shape.decoder_depth is -1"),
+                                                ("decoder_depth", 1.5, "shape.decoder_depth is 1.5"),
+                                                ("decoder_depth", True, "shape.decoder_depth is True")])
+def test_a_plan_with_a_decoder_that_cant_be_is_refused_naming_the_field(segmenter, field, value, says):
+    data = json.loads(CompressionPlan.empty(shape_of(segmenter("deit"))).to_json())
+    data["shape"][field] = value
+    with pytest.raises(InputError, match=says):
+        CompressionPlan.from_json(data, "p.json")
+
+
+# ---------------------------------------------------------------- other sizes, layer decay
+
+def test_another_size_resamples_the_positions_by_timms_function_and_keeps_the_rest(segmenter, family):
+    model = segmenter(family)
+    (height, width), (p, q) = model.img_size, model.patch_embed.patch_size
+    other = model.at_size((height + p - 1, width - q))                  # rounded up to a multiple of the patch
+    assert other.img_size == (height + p, width - q) and model.img_size == (height, width)
+    prefix = 0 if model.encoder.no_embed_class else model.num_prefix_tokens
+    wanted = resample_abs_pos_embed(model.encoder.pos_embed.detach(), [height // p + 1, width // q - 1], [height // p, width // q],
+                                    num_prefix_tokens=prefix)
+    assert torch.equal(other.encoder.pos_embed, wanted)
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items() if name != "encoder.pos_embed")
+    assert run(other, numbers(1, 3, *other.img_size)).shape == (1, 5, *other.img_size)
+    same = model.at_size((height, width))
+    assert torch.equal(run(same, numbers(1, 3, height, width)), run(model, numbers(1, 3, height, width)))
+    assert shape_of(other).img_size == other.img_size
+
+
+def test_a_model_whose_tokens_are_merged_goes_to_no_other_size_and_one_whose_units_are_cut_does(segmenter, random_plan):
+    model = segmenter("deit")
+    shape = shape_of(model)
+    merged = compress(model, random_plan(shape, "-mm--", seed=3))
+    matched = compress(model, CompressionPlan(shape=shape, blocks=(BlockPlan(),) * 4 + (BlockPlan(tokens=Match(merged=2)),)))
+    for small in (merged, deploy(merged), matched):
+        with pytest.raises(InputError, match="tokens are cut for one size of images"):
+            small.at_size((64, 64))
+    cut = compress(model, CompressionPlan(shape=shape, blocks=tuple(BlockPlan(heads=(0, 2)) for _ in range(5))))
+    assert run(cut.at_size((64, 64)), numbers(1, 3, 64, 64)).shape == (1, 5, 64, 64)
+
+
+@pytest.mark.parametrize("form", ["dense", "merged"])
+def test_layer_decay_lets_rates_ascend_from_the_patches_through_the_blocks_to_the_decoder(segmenter, family, form, random_plan):
+    model = segmenter(family)
+    if form == "merged":
+        model = compress(model, random_plan(shape_of(model), "mm-m-", seed=1))
+    groups = create_optimizer_v2(model, opt="adamw", lr=1.0, weight_decay=0.1, layer_decay=0.5).param_groups
+    rate = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    names = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert {id(p) for p in names.values()} == set(rate)                 # every parameter is in one group
+    for name, parameter in names.items():
+        part = name.split(".")
+        # As timm's classifiers have it: the stem, five blocks, the last norm with the last of them, and what stands in the head's place.
+        layer = 6 if part[0] == "decoder" else 1 + int(part[2]) if part[1] == "blocks" else 5 if part[1] in ("norm", "fc_norm") else 0
+        assert rate[id(parameter)] == 0.5 ** (6 - layer), name
+        free = parameter.ndim <= 1 or name in model.no_weight_decay()
+        assert decay[id(parameter)] == (0 if free else 0.1), name
+    assert {"encoder.pos_embed", "decoder.cls_emb"} <= {n for n, p in names.items() if decay[id(p)] == 0}
 
 
 @pytest.mark.parametrize("rule", [Select(kept=6), ReadOut()], ids=["select", "read_out"])
