@@ -10,10 +10,11 @@ from vitlab.data.digits import CLASSES as DIGITS
 from vitlab.data.digits import DigitsReader
 from vitlab.data.scene_data import SceneData, Scenes
 
-NAME, SIZE = "digit_scenes", (64, 96)           # height and width in pixels
+NAME, SIZE = "digit_scenes", (48, 72)           # height and width in pixels
 COUNTS = {"train": 400, "val": 100, "test": 100}
 CLASSES = ("background", *DIGITS)
-SIDE = (20, 26)                                 # of a digit's square in pixels, least and most
+CELL, FILLED = 24, 0.9
+SIDE = (20, 24)                                 # of a digit's square in pixels, least and most
 TRIES = 40                                      # places that are tried for digits; one that overlaps another is left out
 STROKE = 0.3                                    # least share of full ink that is stroke
 GROUND, CONTRAST = (30, 120), (90, 130)         # background's mean colour, and by how much digits are brighter, in each channel, of 255
@@ -40,19 +41,16 @@ def stroke(digit: np.ndarray, side: int) -> np.ndarray:
 def make_scene(digits: np.ndarray, labels: np.ndarray, chance: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """(image (H, W, 3) uint8, mask (H, W) uint8) with some of the digits (n, 8, 8), at least one, none over another."""
     image, mask = background(chance), np.zeros(SIZE, dtype=np.uint8)
-    ground, taken = image.mean(axis=(0, 1)), np.zeros(SIZE, dtype=bool)
-    for _ in range(TRIES):
+    ground = image.mean(axis=(0, 1))
+    rows, columns = SIZE[0] // CELL, SIZE[1] // CELL
+    filled = chance.random(rows * columns) < FILLED
+    filled[chance.integers(len(filled))] = True
+    for cell in filled.nonzero()[0]:
         which, side = int(chance.integers(len(labels))), int(chance.integers(SIDE[0], SIDE[1] + 1))
-        top, left = int(chance.integers(SIZE[0] - side + 1)), int(chance.integers(SIZE[1] - side + 1))
-        brighter = chance.uniform(*CONTRAST, size=3)
-        grain = chance.normal(scale=6, size=(side, side, 3))
-        place = (slice(top, top + side), slice(left, left + side))
-        if taken[place].any():
-            continue
-        ink = stroke(digits[which], side)
-        taken[place] = True
+        top, left = (CELL * int(at) + int(chance.integers(CELL - side + 1)) for at in divmod(cell, columns))
+        place, ink = (slice(top, top + side), slice(left, left + side)), stroke(digits[which], side)
         mask[place][ink] = 1 + labels[which]
-        image[place][ink] = (ground + brighter + grain)[ink]
+        image[place][ink] = (ground + chance.uniform(*CONTRAST, size=3) + chance.normal(scale=6, size=(side, side, 3)))[ink]
     return np.clip(image.round(), 0, 255).astype(np.uint8), mask
 
 
