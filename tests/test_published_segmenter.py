@@ -9,7 +9,10 @@ import torch.nn.functional as F
 import yaml
 
 from vitlab.files import InputError
+from vitlab.models import deploy
 from vitlab.models.published_segmenter import load_published_segmenter
+from vitlab.training.checkpoint import load, save
+from vitlab.workbench.steps import open_model
 
 HEIGHT, WIDTH, PATCH, DIM, HEADS, DEPTH, CLASSES = 32, 48, 16, 128, 4, 3, 5
 DECODER_HEADS = 2                                                       # DIM // 64, whatever the encoder's
@@ -87,7 +90,11 @@ def slow_forward(state: dict, images: torch.Tensor, distilled: bool, linear: boo
     x = torch.cat([*(state[name].expand(len(images), -1, -1) for name in extra), patches.flatten(2).transpose(1, 2)], 1)
     x = x + state["encoder.pos_embed"]
     for i in range(DEPTH):
-        x = block(x, f"encoder.blocks.{i}", HEADS)
+        merge, recover, mask = (state.get(f"encoder.blocks.{i}.attn.{name}") for name in ("merge_matrix", "recover_matrix", "token_mask"))
+        if merge is None:
+            x = block(x, f"encoder.blocks.{i}", HEADS)
+        else:
+            x = recover @ block(merge @ x, f"encoder.blocks.{i}", HEADS) + (1 - mask)[:, None] * x
     x = norm(x, "encoder.norm")[:, len(extra):]
     if linear:
         masks = dense(x, "decoder.head")
@@ -130,6 +137,48 @@ def test_the_rates_of_the_decoder_are_the_files_and_a_plain_list_is_a_size(tmp_p
     del net["distilled"]                                                # vit_large_patch16_384 has none
     model = load_published_segmenter(write(tmp_path / "seg", content(), net))
     assert [b.mlp.drop1.p for b in model.decoder.blocks] == [0.25, 0.25] and model.decoder.blocks[1].drop_path1.drop_prob == 0.5
+
+
+def merging(blocks: tuple[int, ...], rows: int = 4) -> dict:
+    """A published state dict with trained matrices, (rows, 7) of 7 tokens, in some blocks of the encoder; patch 3 skips them."""
+    saved, generator = content(), torch.Generator().manual_seed(3)
+    for i in blocks:
+        mask = torch.ones(7)
+        mask[4] = 0
+        saved["model"] |= {f"encoder.blocks.{i}.attn.merge_matrix": torch.rand(rows, 7, generator=generator) * mask,
+                           f"encoder.blocks.{i}.attn.recover_matrix": torch.rand(7, rows, generator=generator) / rows * mask[:, None],
+                           f"encoder.blocks.{i}.attn.token_mask": mask, f"encoder.blocks.{i}.attn.bias": torch.zeros(rows)}
+    return saved
+
+
+@pytest.mark.parametrize("blocks", [(0, 1, 2), (0, 2)], ids=["all", "some"])
+def test_published_matrices_in_the_encoder_give_the_published_forward_and_a_plan(tmp_path, blocks):
+    saved = merging(blocks)
+    found = open_model(write(tmp_path / "seg", saved))
+    assert [block.tokens is not None for block in found.plan.blocks] == [i in blocks for i in range(DEPTH)]
+    assert all(found.plan.blocks[i].tokens.pruned == (3,) and found.plan.tokens_per_block()[i] == 4 for i in blocks)
+    images = torch.randn(2, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        given, fast = found.model(images), deploy(found.model)(images)
+    wanted = slow_forward(saved["model"], images.double(), False, False).float()
+    torch.testing.assert_close(given, wanted, rtol=0, atol=1e-4)                # float32, logits about 1
+    torch.testing.assert_close(fast, wanted, rtol=0, atol=1e-4)
+    save(tmp_path / "kept", found.model, found.plan)
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "kept").model(images), given)
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda s: s.pop("encoder.blocks.2.attn.recover_matrix"), "encoder.blocks.2.attn.recover_matrix is missing"),
+    (lambda s: s.update({"encoder.blocks.0.attn.merge_matrix": torch.ones(4, 6)}), "don't fit 7 tokens"),
+    (lambda s: s.pop("encoder.blocks.0.norm1.bias"), "missing keys encoder.blocks.0.block.norm1.bias"),
+], ids=["part", "size", "key"])
+def test_published_matrices_that_do_not_fit_are_refused_by_file_and_key(tmp_path, change, says):
+    saved = merging((0, 2))
+    change(saved["model"])
+    path = write(tmp_path / "seg", saved)
+    with pytest.raises(InputError, match=f"{path}.*{says}"):
+        open_model(path)
 
 
 # ---------------------------------------------------------------- faults
