@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from segmenting_fixtures import match_plan, small, units_plan
 from training_fixtures import full_plan, one_thread, tiny, token_plan  # noqa: F401
 
 from vitlab.cost import Counts, counts_of
@@ -378,3 +379,31 @@ def test_a_table_of_an_older_version_is_refused(tmp_path):
     (tmp_path / "t.json").write_text(json.dumps({**data, "version": 1}))
     with pytest.raises(InputError, match="t.json.*vitlab.latency of version 2 is needed"):
         LatencyTable.load(tmp_path / "t.json")
+
+
+@pytest.mark.parametrize("decoder", ["linear", "mask_transformer"])
+def test_a_segmenter_is_measured_with_its_decoder_on_the_whole_grid_and_its_plans_are_predicted(decoder, tmp_path):
+    model = small(decoder)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    table = latency_table(model, cache=tmp_path, **FAST)
+    assert [axis.tolist() for axis in table.axes["head"]] == [[16]]             # the decoder sees every token
+    for plan in (CompressionPlan.empty(table.shape), units_plan(model), match_plan(model), token_plan(model), full_plan(model)):
+        parts = table.by_part(counts_of(plan))
+        assert np.isfinite(table.predict(counts_of(plan))) and parts["head"] == table.scale * table.ms["head"][0] > 0
+        assert parts["stem"] > 0 and parts["attention"] > 0 and parts["mlp"] > 0
+    assert latency_table(model, cache=tmp_path, batch_size=2).ms["head"] == table.ms["head"]    # read, not measured
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    other = latency_table(small({"linear": "mask_transformer"}.get(decoder, "linear")), cache=tmp_path, **FAST)
+    assert other.shape != table.shape and len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_head_of_a_segmenters_table_is_its_last_norm_and_decoder(monkeypatch):
+    model = small()
+    pieces = {part: (piece, x) for part, _, piece, x in latency._pieces(model, grid_axes(shape_of(model)), 2)}
+    with torch.no_grad():
+        piece, x = pieces["head"]
+        assert x.shape == (2, 16, 24)
+        grid = model.decoder(model.encoder.norm(x)[:, 1:]).transpose(1, 2).reshape(2, 5, 3, 5)
+        assert torch.equal(piece(x), torch.nn.functional.interpolate(grid, scale_factor=8, mode="bilinear"))
+        piece, x = pieces["stem"]
+        assert x.shape == (2, 3, 24, 40) and piece(x).shape == (2, 16, 24)
