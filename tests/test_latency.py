@@ -359,6 +359,7 @@ def test_regions_that_share_an_update_take_the_time_of_their_means_and_no_fold()
     parts = made().by_part(counts_of(plan))
     assert parts["fold"] == parts["carry"] == 0
     assert float(parts["pool"]) == pytest.approx(sum(TIMES["pool"](n) for n in plan.tokens_per_block()), rel=1e-9)
+    assert float(parts["head"]) == pytest.approx(TIMES["head"](36), rel=1e-12)           # every token has its own stream to the end
 
 
 def test_matching_takes_its_own_time_and_none_of_regions_nor_of_selection():
@@ -387,7 +388,8 @@ def test_a_segmenter_is_measured_with_its_decoder_on_the_whole_grid_and_its_plan
     before = {name: value.clone() for name, value in model.state_dict().items()}
     table = latency_table(model, cache=tmp_path, **FAST)
     assert [axis.tolist() for axis in table.axes["head"]] == [[16]]             # the decoder sees every token
-    for plan in (CompressionPlan.empty(table.shape), units_plan(model), match_plan(model), token_plan(model), full_plan(model)):
+    for plan in (CompressionPlan.empty(table.shape), units_plan(model), match_plan(model), token_plan(model), full_plan(model),
+                 token_plan(model, share=True, prune_rate=0.0)):
         parts = table.by_part(counts_of(plan))
         assert np.isfinite(table.predict(counts_of(plan))) and parts["head"] == table.scale * table.ms["head"][0] > 0
         assert parts["stem"] > 0 and parts["attention"] > 0 and parts["mlp"] > 0

@@ -75,20 +75,21 @@ class LatencyTable:
         rows, state = c.attended + c.carried, c.in_mlp + c.carried              # that enter and leave each block
         wanted = self.shape.num_prefix_tokens if self.shape.pool == POOL_TOKEN else everything
         last, end = c.reconstructs[..., -1], state[..., -1]
-        asked = c.queried == c.attended
+        asked, shares = c.queried == c.attended, (c.pooled > 0) & (c.compared == 0)
         parts = {"attention": self._at("attention", asked, c.attended, c.heads),
                  "read_out": self._at("read_out", ~asked, c.attended, c.heads),
                  "select": self._at("select", c.ranking > 0, c.attended, c.ranking),
                  "mlp": self._at("mlp", always, c.in_mlp, c.neurons),
                  "fold": self._at("fold", c.merges | previous(c.reconstructs, False), rows, previous(state, everything)),
                  "carry": self._at("carry", c.carried > 0, rows),
-                 "pool": self._at("pool", (c.pooled > 0) & (c.compared == 0), c.attended),
+                 "pool": self._at("pool", shares, c.attended),
                  "match": self._at("match", c.compared > 0, c.attended)}
         parts = {part: ms.sum(axis=-1) for part, ms in parts.items()}           # (...)
         parts["fold"] = parts["fold"] + self._at("fold", last, wanted, end)
         parts["stem"] = self._at("stem", always[..., 0], everything)
         given_back = last | (c.compared > 0).any(axis=-1) & (wanted == everything)              # matched tokens for a mean, too
-        parts["head"] = self._at("head", always[..., 0], np.where(given_back, wanted, end))
+        left = np.where(shares[..., -1], everything, end)                       # a block that shares an update leaves every token
+        parts["head"] = self._at("head", always[..., 0], np.where(given_back, wanted, left))
         return {part: self.scale * parts[part] for part in AXES}
 
     def predict(self, counts: Counts) -> np.ndarray:
