@@ -153,10 +153,12 @@ class CompressionPlan:
 
     @classmethod
     def load(cls, path: str | Path, shape: ViTShape | None = None) -> "CompressionPlan":
-        """Read and check, also that it is for a model of `shape`; InputError names the file, the block and the field."""
+        """Read and check, also that it is for a model of `shape`, whose classifier or decoder and pooling it then has: its cost is that
+        model's. InputError names the file, the block and the field."""
         plan = cls.from_json(read_json(path), str(path))
         try:
             plan.check_fits(shape or plan.shape)
+            plan = dataclasses.replace(plan, shape=shape or plan.shape)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
         return plan
