@@ -91,18 +91,24 @@ def predict(source: Source, images: str | Path, out: str | Path, *, opacity: flo
     """Segment every image of a folder, each as a whole (windows: those of `segment`), by the model's deployed form. Writes
     out/NAME.png, the classes' colours over the image, and out/NAME_classes.png, a palette image of the class numbers; returns the
     overlays. An image that can't be read is named on stderr and left out. Raises InputError for another model, a folder without images
-    or of which none can be read, or two images of one name."""
-    found, folder, place = open_model(source), from_root(images), pick_device(device)
+    or of which none can be read, or an output that would take the place of an image or of another one's."""
+    found, folder, at = open_model(source), from_root(images), pick_device(device)
     if not isinstance(found.model, Segmenter):
         raise InputError(f"{source}: gives one class for an image; a Segmenter is needed (`vitlab segment` trains one)")
     if not folder.is_dir():
         raise InputError(f"{images}: no such folder of images")
     paths = sorted(path for path in folder.iterdir() if is_image(path) and not path.name.startswith("."))
-    twice = next((path for path in paths if sum(path.stem == other.stem for other in paths) > 1), None)
-    if not paths or twice is not None:
-        raise InputError(f"{images}: " + ("holds no images" if not paths else f"more than one image is named {twice.stem}; both would be "
-                                          f"written to {twice.stem}.png"))
-    model, colours, written = deployed(found).to(place), class_colours(found.model.num_classes), []
+    if not paths:
+        raise InputError(f"{images}: holds no images")
+    if Path(out).resolve() == folder.resolve():
+        raise InputError(f"{images}: the predictions would be written over the images; choose another folder")
+    taken: dict[str, str] = {}
+    for path in paths:
+        for place in (f"{path.stem}.png", f"{path.stem}_classes.png"):
+            if place in taken:
+                raise InputError(f"{images}: images named {taken[place]} and {path.stem}; both would be written to {place}")
+            taken[place] = path.stem
+    model, colours, written = deployed(found).to(at), class_colours(found.model.num_classes), []
     config = resolve_model_data_config(model.encoder)
     transform = evaluation_transform(config["mean"], config["std"])
     for path in tqdm(paths, desc="predict", unit="image", disable=not progress):
@@ -112,8 +118,8 @@ def predict(source: Source, images: str | Path, out: str | Path, *, opacity: flo
             print(f"{path}: can't be read as an image ({first_line(error)}), left out", file=sys.stderr)
             continue
         x, _ = transform(image, np.zeros((image.height, image.width), dtype=np.uint8))
-        with autocast(place, amp):
-            classes = segment(model, x[None].to(place), **windows)[0].argmax(dim=0).to(torch.uint8).cpu().numpy()
+        with autocast(at, amp):
+            classes = segment(model, x[None].to(at), **windows)[0].argmax(dim=0).to(torch.uint8).cpu().numpy()
         shown = overlaid(np.asarray(image) / 255, classes, colours, opacity)
         flat = Image.fromarray(classes)
         flat.putpalette((colours * 255).round().astype(np.uint8).tobytes())
