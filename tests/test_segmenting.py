@@ -1,0 +1,372 @@
+"""The steps of segmentation from an encoder to overlays, by functions and by commands, on a few of the embedded scenes."""
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from segmenting_fixtures import given, match_plan, opened, small, units_plan
+from test_cost import counted_macs
+from test_latency import made
+from training_fixtures import NAME, logits, one_thread, small_recipe, tiny, token_plan  # noqa: F401
+
+from vitlab import cli, cost
+from vitlab.data.masks import open_scenes
+from vitlab.files import InputError, read_lines
+from vitlab.models import compress, deploy, shape_of
+from vitlab.models.segmenter import Segmenter
+from vitlab.models.windows import segment
+from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.plots.colours import class_colours
+from vitlab.results import read_rows
+from vitlab.rules import Match
+from vitlab.search.strategies import Settings
+from vitlab.training import checkpoint, latency, states
+from vitlab.training.loop import LOG
+from vitlab.training.pixels import evaluate_scenes
+from vitlab.training.recipes import Engine
+from vitlab.workbench import calibrating, cutting, searching, segmenting, steps
+
+DATA, NAMES = "digit_scenes", ["background", *"0123456789"]
+HERE = {"device": "cpu", "progress": False, "workers": 0}
+RECIPE = small_recipe(epochs=3, batch_size=4, lr=3e-3, lr_batch=4, drop_path=0.1, augment={"scale": (0.8, 1.2)})
+SEARCH = Settings(population=2, evaluations=3, candidates=10, refinements=1)
+
+
+def encoder():
+    """A classifier whose blocks become the encoder: 24 wide, 2 blocks, patches of 8 x 8."""
+    return opened(tiny(num_classes=10))
+
+
+def train(out, **more):
+    return segmenting.train_segmenter(encoder(), DATA, out, **{"settings": RECIPE, "limit": 8, **HERE, **more})
+
+
+@pytest.fixture(scope="module")
+def way(tmp_path_factory):
+    """The folder of a study in which each step was done once."""
+    out = tmp_path_factory.mktemp("way")
+    train(out / "dense")
+    steps.score(out / "dense", DATA, out / "tokens.safetensors", images=6, batch_size=3, **HERE)
+    steps.prune(out / "dense", out / "tokens.safetensors", out / "pruned", keep_rate=0.5)
+    steps.finetune(out / "pruned", out / "dense", DATA, out / "tuned", limit=8,
+                   settings=RECIPE.replace(epochs=1, distill="soft", alpha=0.8, tau=4.0), **HERE)
+    cutting.score_units(out / "dense", DATA, out / "units.safetensors", images=6, batch_size=3, **HERE)
+    cutting.prune_units(out / "dense", out / "units.safetensors", out / "half", neuron_ratio=0.5)
+    return out
+
+
+# ---------------------------------------------------------------- training
+
+def test_training_makes_a_dense_segmenter_of_the_scenes_size_and_classes_and_logs_its_mean_iou(way):
+    found = checkpoint.load(way / "dense")
+    assert isinstance(found.model, Segmenter) and found.model.img_size == (64, 96) and found.model.num_classes == 11
+    assert found.info["classes"] == NAMES and found.plan == CompressionPlan.empty(shape_of(found.model))
+    assert found.info["made_by"]["step"] == "segment" and found.info["made_by"]["data"] == DATA
+    log = read_lines(way / "dense" / "training" / LOG)
+    assert [record["epoch"] for record in log] == [1, 2, 3] and log[2]["loss"] < 0.9 * log[0]["loss"]
+    slice_of_train = open_scenes(DATA).batches("train", found.model, limit=50, workers=0)
+    worth = evaluate_scenes(found.model, slice_of_train, progress=False).scores.miou_pct
+    assert log[2]["train_slice_miou_pct"] == pytest.approx(worth, rel=1e-3)         # bf16 or not, the middle of each image
+
+
+def test_a_training_that_was_cut_off_ends_with_the_same_weights(way, tmp_path):
+    shutil.copytree(way / "dense", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint")
+    newest = states.paths(tmp_path / "run" / "training")[-1]
+    assert len(states.paths(tmp_path / "run" / "training")) == 2
+    newest.unlink()
+    train(tmp_path / "run")                                             # dropout, drop path and augmentation are drawn as before
+    found, wanted = (checkpoint.load(folder).model.state_dict() for folder in (tmp_path / "run", way / "dense"))
+    assert all(torch.equal(value, found[name]) for name, value in wanted.items())
+    with pytest.raises(InputError, match="the state of another run .other recipe"):
+        train(tmp_path / "run", settings=RECIPE.replace(lr=1e-4))
+
+
+def test_a_step_in_turns_and_one_at_once_train_alike(tmp_path):
+    """Without dropout, and with masks of which every pixel counts."""
+    one = RECIPE.replace(epochs=1, drop_path=0.0, augment={"scale": (1.0, 1.0), "color_jitter": 0.0})
+    source = opened(Segmenter(small(num_classes=11, img_size=(64, 96)).encoder, 11, "linear"))
+    logs = []
+    for name, engine in (("once", Engine()), ("turns", Engine(accumulate=2, checkpointing=True))):
+        segmenting.train_segmenter(source, DATA, tmp_path / name, settings=one, limit=8, engine=engine, **HERE)
+        logs.append([record["loss"] for record in read_lines(tmp_path / name / "training" / LOG)])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-5)                  # float32 sums in another order
+
+
+def test_a_segmenter_goes_on_training_at_another_size_with_its_own_decoder(way, tmp_path):
+    segmenting.train_segmenter(way / "dense", DATA, tmp_path / "run", img_size=(33, 50), settings=RECIPE.replace(epochs=1), limit=8, **HERE)
+    found, before = checkpoint.load(tmp_path / "run").model, checkpoint.load(way / "dense").model
+    assert found.img_size == (40, 56) and found.decoder_name == "mask_transformer"
+    moved = (found.decoder.cls_emb - before.decoder.cls_emb).detach().abs().max()
+    assert 0 < float(moved) < 0.05                                      # 2 steps of AdamW at 3e-3 from where it was, not from the start
+
+
+def test_a_segmenter_is_made_of_the_encoders_own_blocks_at_the_size_of_the_first_scenes():
+    data, source = open_scenes(DATA), encoder()
+    for decoder, args in (("linear", {}), ("mask_transformer", {"depth": 1})):
+        model = segmenting.make_segmenter(source, data, decoder=decoder, **args)
+        assert (model.decoder_name, model.num_classes, model.img_size, model.decoder_depth) == (decoder, 11, (64, 96), len(args))
+        assert torch.equal(model.blocks[1].mlp.fc2.weight, source.model.blocks[1].mlp.fc2.weight)
+    assert segmenting.make_segmenter(source, data).decoder_name == "mask_transformer"
+    dropping = segmenting.make_segmenter(source, data, drop_path=0.3)
+    assert isinstance(dropping.blocks[0].drop_path1, torch.nn.Identity)
+    assert dropping.blocks[1].drop_path1.drop_prob == dropping.blocks[1].drop_path2.drop_prob == pytest.approx(0.3)
+    assert source.model.img_size if hasattr(source.model, "img_size") else tuple(source.model.patch_embed.img_size) == (32, 32)
+    assert segmenting.scene_size(given([(24, 40)] * 3)) == (24, 40)
+    assert segmenting.scene_size(given([(24, 40), (40, 24)])) == (512, 512)
+
+
+def test_what_no_segmenter_can_be_made_of_is_refused(way):
+    data = open_scenes(DATA)
+    with pytest.raises(InputError, match="the model has a decoder already .mask_transformer., which goes on training"):
+        segmenting.make_segmenter(way / "dense", data, decoder="linear")
+    with pytest.raises(InputError, match="already compressed"):
+        segmenting.make_segmenter(way / "pruned", data)
+    with pytest.raises(InputError, match="digit_scenes: 11 classes, but the model's decoder has 5"):
+        segmenting.make_segmenter(opened(small()), data)
+    with pytest.raises(InputError, match="decoder 'conv' is not known"):
+        segmenting.make_segmenter(encoder(), data, decoder="conv")
+    with pytest.raises(InputError, match="recipe test mixes images"):
+        segmenting.train_segmenter(encoder(), DATA, way / "none", settings=RECIPE.replace(mixup=0.8), limit=8, **HERE)
+
+
+# ---------------------------------------------------------------- from scores to a smaller model
+
+def test_scores_prune_and_distil_a_segmenter_as_a_classifier(way):
+    dense, pruned, tuned = (checkpoint.load(way / name) for name in ("dense", "pruned", "tuned"))
+    assert steps.read_scores(way / "tokens.safetensors")[0].shape == (2, 96)
+    assert [block.tokens.num_merged for block in pruned.plan.blocks] == [block.tokens.num_merged for block in tuned.plan.blocks]
+    assert pruned.plan.shape == shape_of(dense.model) and cost.gmacs(pruned.plan) < cost.gmacs(dense.plan)
+    x = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    assert not torch.equal(logits(tuned.model, x), logits(pruned.model, x))
+    assert tuned.info["made_by"]["recipe"]["distill"] == "soft" and tuned.info["classes"] == NAMES
+    half = checkpoint.load(way / "half")
+    assert [len(block.neurons) for block in half.plan.blocks] == [48, 48]
+
+
+def test_calibration_brings_a_cut_segmenter_nearer_to_the_dense_one_on_images_set_apart(way, tmp_path):
+    made = calibrating.calibrate(way / "dense", DATA, tmp_path / "out", way / "half" / "checkpoint" / "plan.json", images=24, **HERE)
+    said = made.info["made_by"]
+    assert 0 < said["kl_refitted"] < said["kl_cut"] and made.info["classes"] == NAMES and said["images"] == 24
+    assert isinstance(checkpoint.load(tmp_path / "out").model, Segmenter)
+
+
+def test_a_search_proposes_merging_by_content_and_its_plan_fits_the_budget(way, tmp_path):
+    study = searching.search(way / "dense", DATA, tmp_path / "study", macs_ratio=0.9, images=4, score_images=4, options=SEARCH,
+                             compensated=True, **HERE)
+    plan = CompressionPlan.load(tmp_path / "study" / "plan.json", shape_of(checkpoint.load(way / "dense").model))
+    assert len(study.evaluations) == 3 and study.info["about"]["metric"] == "miou_pct"
+    assert any(isinstance(block.tokens, Match) for block in plan.blocks) and plan.shape.decoder == "mask_transformer"
+    assert cost.gmacs(plan) <= 0.9 * cost.gmacs(CompressionPlan.empty(plan.shape))
+    for evaluation in study.evaluations:
+        assert evaluation.value == evaluation.measures["miou_pct"] and evaluation.measures["distill_loss"] >= 0
+    for wrong in ({"tokens": "select"}, {"tokens": "select_per_stage"}, {"read_out": True}):
+        with pytest.raises(InputError, match="a class for each pixel needs the whole grid; tokens that merge"):
+            searching.search(way / "dense", DATA, tmp_path / "other", macs_ratio=0.9, **wrong, **HERE)
+    with pytest.raises(InputError, match="metric 'top1_pct' is of another task"):
+        searching.search(way / "dense", DATA, tmp_path / "other", macs_ratio=0.9, metric="top1_pct", images=4, score_images=4, **HERE)
+
+
+def test_a_search_by_latency_keeps_to_the_table_of_the_segmenter(way, tmp_path, monkeypatch):
+    monkeypatch.setenv("VITLAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(latency, "measure_table", lambda model, *, batch_size, dtype, device, progress: made(
+        shape_of(model), **latency.conditions_of(model, batch_size, dtype, device)))            # times that are the same every time
+    study = searching.search(way / "dense", DATA, tmp_path / "study", macs_ratio=0.8, cost="latency_ms", images=4, score_images=4,
+                             options=SEARCH, metric="distill_loss", tokens="share", **HERE)
+    plan = CompressionPlan.load(tmp_path / "study" / "plan.json")
+    table = made(plan.shape)
+    dense = float(table.predict(cost.counts_of(CompressionPlan.empty(plan.shape))))
+    assert 0 < float(table.predict(cost.counts_of(plan))) <= 0.8 * dense * (1 + 1e-9)           # float64
+    assert study.budget.unit == "latency_ms" and len(study.evaluations) == 3
+
+
+def test_where_cutting_hurts_is_measured_in_each_block_and_tokens_merge_by_content(way, tmp_path):
+    rows = cutting.sensitivity(way / "dense", DATA, tmp_path, criteria=("weight",), images=4, score_images=4, **HERE)
+    assert {(row["dimension"], row["block"]) for row in rows} == {(d, b) for d in ("heads", "neurons", "tokens") for b in (0, 1)}
+    assert all(row["metric"] == "miou_pct" and row["gmacs_removed"] > 0 for row in rows)
+    for block in (0, 1):
+        plan = cutting._match_in(shape_of(checkpoint.load(way / "dense").model), block, 0.25)
+        assert [None if b.tokens is None else b.tokens.merged for b in plan.blocks] == ([24, 0] if block == 0 else [None, 24])
+
+
+# ---------------------------------------------------------------- evaluation
+
+@pytest.mark.parametrize("name", ["dense", "tuned", "half"])
+def test_a_row_says_what_the_deployed_form_is_worth_on_whole_images_and_what_it_costs(way, tmp_path, name):
+    row = steps.evaluate(way / name, DATA, out=tmp_path, limit=4, **HERE)
+    found = checkpoint.load(way / name)
+    model = deploy(found.model)
+    worth = evaluate_scenes(model, open_scenes(DATA).batches("test", model, limit=4, batch_size=1, whole=True, workers=0), progress=False)
+    assert row.miou_pct == worth.scores.miou_pct and row.loss == worth.loss and row.top1_pct is None
+    assert row.pixel_accuracy_pct == worth.scores.pixel_accuracy_pct and row.split == "test" and row.dataset == DATA
+    assert row.gmacs == counted_macs(model) / 1e9
+    parameters = dict(model.named_parameters())                         # and the folded matrices
+    assert row.params_m == sum(v.numel() for k, v in model.state_dict().items() if k.endswith("matrix") or k in parameters) / 1e6
+    assert cost.macs(found.plan)["decoder"] > 0.2 * row.gmacs * 1e9
+    iou = row.conditions["iou_pct"]
+    assert list(iou) == NAMES and all(value is None or 0 <= value <= 100 for value in iou.values())
+    assert row.miou_pct == pytest.approx(np.mean([value for value in iou.values() if value is not None]))
+    assert (row.conditions["images"], row.conditions["pixels"]) == (4, 4 * 64 * 96) and "windows" not in row.conditions
+    again, = read_rows(tmp_path / steps.RESULTS)
+    assert (again.miou_pct, again.conditions["iou_pct"]) == (row.miou_pct, iou)
+    assert "NaN" not in (tmp_path / steps.RESULTS).read_text()
+
+
+def test_windows_scales_and_flips_are_measured_and_said(way):
+    windows = {"stride": (32, 48), "scales": (1.0, 1.5), "flip": True}
+    plain, row = (steps.evaluate(way / "dense", DATA, limit=2, **more, **HERE) for more in ({}, windows))
+    model = checkpoint.load(way / "dense").model
+    batches = open_scenes(DATA).batches("test", model, limit=2, batch_size=1, whole=True, workers=0)
+    assert row.miou_pct == evaluate_scenes(model, batches, progress=False, **windows).scores.miou_pct
+    assert row.conditions["windows"] == windows and row.loss != plain.loss and row.gmacs == plain.gmacs
+    with pytest.raises(InputError, match="flip is of segmentation; the model gives one class for an image"):
+        steps.evaluate(encoder(), "digits", limit=2, flip=True, **HERE)
+    with pytest.raises(InputError, match="crop_pct is 0.9, but scenes"):
+        steps.evaluate(way / "dense", DATA, crop_pct=0.9, **HERE)
+
+
+def test_scenes_of_other_classes_than_the_segmenter_was_trained_on_are_refused(way, tmp_path):
+    found = checkpoint.load(way / "dense")
+    other = dataclasses.replace(found, info={**found.info, "classes": [*NAMES[:-1], "ten"]})
+    with pytest.raises(InputError, match="its classes are not the model's"):
+        steps.evaluate(other, DATA, **HERE)
+    with pytest.raises(InputError, match="a class map is of class folders; masks have none"):
+        steps.evaluate(found, DATA, class_map=tmp_path / "map.json", **HERE)
+
+
+def test_a_plan_made_for_a_classifier_costs_with_the_decoder_once_a_segmenter_is_cut_by_it(way, tmp_path):
+    dense = checkpoint.load(way / "dense").model
+    shape = dataclasses.replace(shape_of(dense), decoder="", decoder_depth=0, num_classes=10, pool="token")
+    plan = CompressionPlan(shape=shape, blocks=(BlockPlan(neurons=tuple(range(48))), token_plan(dense).blocks[1]))
+    plan.save(tmp_path / "plan.json")
+    steps.prune(way / "dense", None, tmp_path / "cut", plan=tmp_path / "plan.json")
+    row = steps.evaluate(tmp_path / "cut", DATA, limit=1, **HERE)
+    assert row.gmacs == counted_macs(deploy(compress(dense, plan))) / 1e9
+
+
+# ---------------------------------------------------------------- predictions
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of two images of different sizes, one of them grey, and a broken one."""
+    folder, chance = tmp_path / "photos", np.random.default_rng(0)
+    folder.mkdir()
+    Image.fromarray(chance.integers(0, 256, (50, 110, 3), dtype=np.uint8)).save(folder / "a.png")
+    Image.fromarray(chance.integers(0, 256, (64, 96), dtype=np.uint8)).save(folder / "b.jpg")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff no image")
+    (folder / ".hidden.png").write_bytes(b"")
+    (folder / "notes.txt").write_text("no image either")
+    return folder
+
+
+@pytest.mark.parametrize("name, windows", [("dense", {}), ("tuned", {"flip": True, "stride": (32, 48)})])
+def test_predictions_are_the_classes_of_the_deployed_model_and_their_colours_over_the_image(way, photos, tmp_path, capsys, name, windows):
+    written = segmenting.predict(way / name, photos, tmp_path / "out", opacity=0.25, device="cpu", progress=False, **windows)
+    assert written == [tmp_path / "out" / "a.png", tmp_path / "out" / "b.png"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.png", "a_classes.png", "b.png", "b_classes.png"}
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith(f"{photos / 'broken.jpg'}: can't be read as an image (") and said[0].endswith("left out")
+    model, colours = deploy(checkpoint.load(way / name).model), class_colours(11)
+    for source, overlay in zip((photos / "a.png", photos / "b.jpg"), written):
+        image = np.asarray(Image.open(source).convert("RGB")) / 255
+        flat = Image.open(overlay.with_name(f"{overlay.stem}_classes.png"))
+        classes, x = np.asarray(flat), torch.from_numpy((image - 0.5) / 0.5).permute(2, 0, 1)[None].float()
+        with torch.no_grad():
+            wanted = segment(model, x, window=(64, 96), **windows)[0].argmax(0).numpy()
+        assert flat.mode == "P" and classes.shape == image.shape[:2]
+        assert (classes != wanted).mean() < 1e-3                        # one float32 normalisation and another: near ties alone differ
+        palette = np.array(flat.getpalette()[:33]).reshape(11, 3)
+        assert np.array_equal(palette, (colours * 255).round())
+        shown = np.asarray(Image.open(overlay))
+        assert shown.shape == image.shape
+        assert np.abs(shown - 255 * (0.75 * image + 0.25 * colours[classes])).max() <= 0.5 + 1e-6       # rounded to whole levels
+
+
+def test_what_cant_be_predicted_is_refused_before_anything_is_written(way, photos, tmp_path):
+    def predict(source=way / "dense", images=photos, **more):
+        return segmenting.predict(source, images, tmp_path / "out", device="cpu", progress=False, **more)
+    with pytest.raises(InputError, match="gives one class for an image; a Segmenter is needed"):
+        predict(encoder())
+    with pytest.raises(InputError, match="nowhere: no such folder of images"):
+        predict(images=tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty: holds no images"):
+        predict(images=tmp_path / "empty")
+    with pytest.raises(InputError, match="opacity is 1.5"):
+        predict(opacity=1.5)
+    shutil.copy(photos / "a.png", photos / "b.png")
+    with pytest.raises(InputError, match="images named b and b; both would be written to b.png"):
+        predict()
+    for path in ("a.png", "b.png", "b.jpg"):
+        (photos / path).unlink()
+    with pytest.raises(InputError, match="photos: none of its 1 images can be read"):
+        predict()
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_is_never_overwritten_by_its_own_prediction_nor_by_anothers(way, photos, tmp_path):
+    before = (photos / "a.png").read_bytes()
+    for out in (photos, photos / ".." / "photos"):
+        with pytest.raises(InputError, match="photos: the predictions would be written over the images; choose another folder"):
+            segmenting.predict(way / "dense", photos, out, device="cpu", progress=False)
+    assert (photos / "a.png").read_bytes() == before and not list(photos.glob("*_classes.png"))
+    shutil.copy(photos / "b.jpg", photos / "a_classes.jpg")
+    with pytest.raises(InputError, match="images named a and a_classes; both would be written to a_classes.png"):
+        segmenting.predict(way / "dense", photos, tmp_path / "out", device="cpu", progress=False)
+
+
+# ---------------------------------------------------------------- by commands alone
+
+QUIET = ["--device", "cpu", "--workers", "0", "--quiet"]
+
+
+def test_a_segmenter_is_trained_gone_on_with_pruned_measured_and_asked_by_commands_alone(tmp_path, photos, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint.save("encoder", encoder().model, encoder().plan)
+
+    def run(*argv: str) -> str:
+        assert cli.main(list(argv)) == 0
+        return capsys.readouterr().out
+    short = ["--epochs", "1", "--limit", "8", "--batch-size", "4", *QUIET]
+    assert run("segment", "--checkpoint", "encoder", "--data", DATA, "--decoder", "linear", "--img-size", "30", "50", "--out", "dense",
+               *short) == "checkpoint: dense/checkpoint\n"
+    model = checkpoint.load("dense").model
+    assert (model.img_size, model.decoder_name) == ((32, 56), "linear")
+    weights = (tmp_path / "dense/checkpoint/weights.safetensors").read_bytes()
+    run("resume", "dense")
+    assert (tmp_path / "dense/checkpoint/weights.safetensors").read_bytes() == weights
+    assert json.loads((tmp_path / "dense/command.json").read_text())["arguments"][0] == "segment"
+    out = run("prune", "--checkpoint", "dense", "--match", "0.25", "--out", "small")
+    assert "GMACs deployed" in out
+    run("finetune", "--checkpoint", "small", "--teacher", "dense", "--data", DATA, "--recipe", "segmenter_pm", "--out", "tuned", *short)
+    out = run("evaluate", "--checkpoint", "tuned", "--data", DATA, "--limit", "2", "--out", "rows", *QUIET)
+    row, = read_rows("rows/results.jsonl")
+    assert "miou_pct" in out and "top1_pct" not in out and f"{row.miou_pct:.2f}" in out
+    iou = row.conditions["iou_pct"]
+    assert "IoU: " + ", ".join(f"{name} {'-' if iou[name] is None else format(iou[name], '.1f')}" for name in NAMES) in out
+    out = run("predict", "--checkpoint", "tuned", "--images", str(photos), "--stride", "16", "28", "--out", "seen", "--device", "cpu",
+              "--quiet")
+    assert out == "2 images: seen\n" and len(list((tmp_path / "seen").iterdir())) == 4
+    out = run("search", "--checkpoint", "dense", "--data", DATA, "--macs-ratio", "0.9", "--evaluations", "2", "--population", "2",
+              "--images", "4", "--criterion", "weight", "--out", "study", *QUIET)
+    assert "best of 2" in out
+
+
+def test_a_compressed_segmenter_is_saved_and_opened_by_its_run_folder(tmp_path):
+    dense = small(num_classes=11, img_size=(64, 96))
+    for make in (units_plan, match_plan, token_plan):
+        plan = make(dense)
+        made = steps.apply_plan(opened(dense, classes=NAMES), plan, tmp_path / make.__name__)
+        again = steps.open_model(tmp_path / make.__name__)
+        x = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(logits(again.model, x), logits(compress(dense, plan), x))
+        assert torch.equal(logits(made.model, x), logits(again.model, x))
+
+
+def test_a_timm_name_is_the_encoder_of_a_new_segmenter(tmp_path):
+    built = steps.open_model(NAME, pretrained=False, num_classes=10, depth=1, embed_dim=24, num_heads=3, patch_size=8)
+    model = segmenting.make_segmenter(built, given([(24, 40)]), decoder="linear")
+    assert (model.img_size, model.num_classes, len(model.blocks)) == ((24, 40), 5, 1)
