@@ -15,6 +15,7 @@ from vitlab.data.source import ImageData
 from vitlab.files import InputError
 
 MILD = {"scale": (0.75, 1.5), "color_jitter": 0.0}
+AUGMENT = ("scale", "hflip", "color_jitter")    # what can be done to an image and its mask together, of a recipe's `augment`
 REPORT_ON, CHOOSE_ON = ("test", "val", "validation"), ("val", "validation")
 
 
@@ -109,11 +110,14 @@ class SceneData(ImageData):
         training shuffles, augments (`training_transform`, with options `augment`), crops and leaves out the last partial step of
         `turns` batches, each image taken `repeats` times in a row. Without it images are normalised alone, in the split's own order:
         the middle of each, or, with `whole`, each at its own size, and a batch takes only images of one size. shared: each process
-        takes its share of the batches. Raises InputError for a crop_pct: scenes are not resized.
+        takes its share of the batches. Raises InputError for a crop_pct, as scenes are not resized, or an option of classifiers' alone.
         workers None: none for the embedded set, else one a core, up to 8, divided among the processes of this machine.
         """
         if crop_pct is not None:
             raise InputError(f"{self.name}: crop_pct is {crop_pct}, but scenes are taken as they are, not resized and cropped")
+        odd = sorted(set(augment or {}) - set(AUGMENT))
+        if odd:
+            raise InputError(f"{self.name}: augmentation {odd[0]!r} can't be done to an image and its mask; {', '.join(AUGMENT)} can")
         self.check_fits(model.num_classes)
         images, config = self.split(split, limit, seed), resolve_model_data_config(model.encoder)
         if training:
