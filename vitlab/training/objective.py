@@ -22,6 +22,15 @@ def own_metric(shape: ViTShape) -> str:
     return "miou_pct" if shape.decoder else "top1_pct"
 
 
+def check_metric(shape: ViTShape, metric: str) -> None:
+    """InputError for a metric that is not known, or another task's."""
+    own = own_metric(shape)
+    if metric not in METRICS:
+        raise InputError(f"metric {metric!r} is not known; known are {list(METRICS)}")
+    if metric not in (own, "distill_loss"):
+        raise InputError(f"metric {metric!r} is of another task; for this model {own!r} and 'distill_loss' are")
+
+
 class PlanObjective:
     """plan -> {"value", "top1_pct" or "miou_pct", "distill_loss", "loss", "agree_pct"}, always on the same images, kept in memory.
 
@@ -39,10 +48,7 @@ class PlanObjective:
         shape = shape_of(dense)
         own = own_metric(shape)
         metric = own if metric is None else metric
-        if metric not in METRICS:
-            raise InputError(f"metric {metric!r} is not known; known are {list(METRICS)}")
-        if metric not in (own, "distill_loss"):
-            raise InputError(f"metric {metric!r} is of another task; for this model {own!r} and 'distill_loss' are")
+        check_metric(shape, metric)
         if shape.num_classes == 0:
             raise InputError("a search measures a classifier; the model has num_classes=0")
         self.device, self.own, self.metric, self.amp, self.build = torch.device(device), own, metric, amp, build

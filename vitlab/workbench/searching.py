@@ -22,7 +22,7 @@ from vitlab.training.capture import token_scores
 from vitlab.training.compensate import compensate, gather_moments
 from vitlab.training.latency import latency_table
 from vitlab.training.loop import fingerprint
-from vitlab.training.objective import own_metric
+from vitlab.training.objective import check_metric, own_metric
 from vitlab.training.units import unit_scores
 from vitlab.workbench.cutting import UNIT_SCORES, amp_of, open_dense, read_units, slice_objective, write_units
 from vitlab.workbench.steps import Source, open_matching, pick_device, read_scores
@@ -73,6 +73,7 @@ def search(source: Source, data: str | Path, out: str | Path, *, limit: float | 
     opened, place = open_matching(data, found, class_map), pick_device(device)
     shape = shape_of(found.model)
     metric, tokens = metric or own_metric(shape), tokens or ("match" if shape.decoder else "select")
+    check_metric(shape, metric)                                                 # before there is a study of it
     if shape.decoder and (tokens.startswith("select") or read_out):
         raise InputError(f"{'read_out' if read_out else f'tokens {tokens!r}'}: a class for each pixel needs the whole grid; tokens that "
                          "merge (match, share or merge, also with _per_stage) keep it")
