@@ -72,7 +72,7 @@ def on_record(path: Path, given: Sequence[str]) -> Iterator[None]:
     except (InputError, OSError):
         if before is not None:
             atomic_write(path, before)
-        elif not [p for p in path.parent.iterdir() if p.name not in (COMMAND, LOCK)]:
+        elif not [p for p in path.parent.rglob("*") if p.is_file() and p.name not in (COMMAND, LOCK)]:
             shutil.rmtree(path.parent) if fresh else path.unlink()
         raise
 
