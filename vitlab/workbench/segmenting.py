@@ -1,7 +1,7 @@
 """Steps of segmentation that classification has not: a dense Segmenter from an encoder, and a folder of images made into overlays."""
 import dataclasses
 import io
-import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -90,11 +90,11 @@ def predict(source: Source, images: str | Path, out: str | Path, *, opacity: flo
             device: str | None = None, progress: bool = True, **windows: Any) -> list[Path]:
     """Segment every image of a folder, each as a whole (windows: those of `segment`), by the model's deployed form. Writes
     out/NAME.png, the classes' colours over the image, and out/NAME_classes.png, a palette image of the class numbers; returns the
-    overlays. An image that can't be read is named on stderr and left out. Raises InputError for another model, a folder without images
+    overlays. An image that can't be read is left out with a warning that names it. Raises InputError for another model, a folder without images
     or of which none can be read, or an output that would take the place of an image or of another one's."""
     found, folder, at = open_model(source), from_root(images), pick_device(device)
     if not isinstance(found.model, Segmenter):
-        raise InputError(f"{source}: gives one class for an image; a Segmenter is needed (`vitlab segment` trains one)")
+        raise InputError("the model gives one class for an image; a Segmenter is needed (`vitlab segment` trains one)")
     if not folder.is_dir():
         raise InputError(f"{images}: no such folder of images")
     paths = sorted(path for path in folder.iterdir() if is_image(path) and not path.name.startswith("."))
@@ -115,7 +115,7 @@ def predict(source: Source, images: str | Path, out: str | Path, *, opacity: flo
         try:
             image = read_image(path).convert("RGB")
         except Exception as error:              # a damaged file makes Pillow's decoders raise nearly anything
-            print(f"{path}: can't be read as an image ({first_line(error)}), left out", file=sys.stderr)
+            warnings.warn(f"{path}: can't be read as an image ({first_line(error)}), left out", stacklevel=2)
             continue
         x, _ = transform(image, np.zeros((image.height, image.width), dtype=np.uint8))
         with autocast(at, amp):
