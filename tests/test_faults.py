@@ -29,6 +29,7 @@ from vitlab import cli
 from vitlab.files import LOCK, read_lines, write_lines
 from vitlab.models import compress, shape_of
 from vitlab.models.create import create_model
+from vitlab.models.segmenter import Segmenter, as_encoder
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import MergeReconstruct, Select, SharedUpdate
 from vitlab.training import checkpoint
@@ -128,6 +129,14 @@ def picture(path: str) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
 
 
+def mask(path: str, ids: list[int], size: tuple[int, int] = (32, 32), mode: str = "L") -> Plant:
+    """A mask of these ids in turn."""
+    def plant() -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.resize(np.array(ids, dtype=np.uint8), size)).convert(mode).save(path)
+    return plant
+
+
 def notebook(path: str, *parameters: str, cell: str = "pass") -> None:
     cells = [new_code_cell(text, metadata={"tags": ["parameters"]}) for text in parameters]
     nbformat.write(new_notebook(cells=[*cells, new_code_cell(cell)]), path)
@@ -159,6 +168,17 @@ def make_world(root: Path) -> None:
             picture(f"images/{split}/{name}/0.png")
             picture(f"images/{split}/{name}/1.png")
     picture("pictures/0.png")
+    seg = Segmenter(as_encoder(create_model("vit_nano_patch4_32", **{**SIZE, "img_size": (64, 96), "patch_size": 16})), 11)
+    checkpoint.save("seg", seg, CompressionPlan.empty(shape_of(seg)), classes=["background", *classes])
+    seg = Segmenter(as_encoder(dense), 2, "linear")
+    checkpoint.save("two-seg", seg, CompressionPlan.empty(shape_of(seg)))
+    eleven = create_model("vit_nano_patch4_32", num_classes=11, **SIZE)
+    checkpoint.save("eleven", eleven, CompressionPlan.empty(shape_of(eleven)))
+    for split in ("train", "val"):
+        for i in range(2):
+            picture(f"scenes/{split}/images/{i}.png")
+            mask(f"scenes/{split}/masks/{i}.png", [0, 1, 255])()
+    Path("scenes/classes.txt").write_text("ground\nthing\n")
     notebook("write.ipynb", 'run: str = ""\nvalue: int = 1\nscale: float = 1.0\nname: str = ""\ndata: str = ""')
     notebook("read.ipynb", 'run: str = ""\nfactor: float = 2.0\nsource: str = ""')
     Path("batch.yaml").write_text(TWO)
@@ -183,6 +203,12 @@ SEARCH = ("search --checkpoint dense --data digits --macs-ratio 0.9 --units neur
 ASK = "search --checkpoint dense --data digits --images 16 --criterion weight --quiet --device cpu --out out"
 TRAIN = "pretrain --model vit_nano_patch4_32 --data digits --device cpu --quiet --out out"
 TUNE = "finetune --checkpoint pruned --data digits --recipe digits_pm --device cpu --quiet --out out"
+
+SEGMENT = "segment --checkpoint dense --data scenes --epochs 1 --batch-size 2 --workers 0 --device cpu --quiet --out out"
+PREDICT = "predict --checkpoint seg --images pictures --device cpu --quiet --out out"
+PIXELS = "evaluate --checkpoint seg --data digit_scenes --limit 2 --workers 0 --quiet --device cpu --out out"
+MASKS = "evaluate --checkpoint two-seg --data scenes --workers 0 --quiet --device cpu --out out"
+ASK_PIXELS = "search --checkpoint seg --data digit_scenes --macs-ratio 0.9 --images 4 --quiet --device cpu --out out"
 
 # ---- The tables. Each row: what is wrong, how it is made, what the line says
 
@@ -621,6 +647,74 @@ COMMANDS = [
 ]
 
 
+SEG = "seg/checkpoint.json"
+SEGMENTERS = [          # what is wrong, how it is made, the command, what the line says
+    ("`segmenter` is a number", edit(SEG, "segmenter", 5), PIXELS, f'{SEG}: "segmenter": num_classes is 5'),
+    ("A billion classes", edit(SEG, "segmenter.num_classes", 10 ** 9), PIXELS, f'{SEG}: "segmenter": num_classes is 1000000000'),
+    ("A decoder unheard of", edit(SEG, "segmenter.decoder", "conv"), PIXELS, f"{SEG}: \"segmenter\": decoder is 'conv'"),
+    ("A decoder of a million blocks", edit(SEG, "segmenter.args", {"depth": 10 ** 6}), PIXELS, f'{SEG}: "segmenter": args is '),
+    ("A decoder with heads of no width", edit(SEG, "segmenter.args", {"head_dim": 0}), PIXELS, f'{SEG}: "segmenter": args is '),
+    ("A decoder's argument that is none, such as a file to read", edit(SEG, "segmenter.args", {"file": "/x"}), PIXELS,
+     f'{SEG}: "segmenter": args is '),
+    ("An epsilon of zero in its norms", edit(SEG, "segmenter.norm_eps", 0), PIXELS, f'{SEG}: "segmenter": norm_eps is 0'),
+    ("A decoder other than that of the weights", edit(SEG, "segmenter.decoder", "linear"), PIXELS,
+     "seg/weights.safetensors: does not fit the model: missing keys decoder.head"),
+    ("A Segmenter that says it is none", edit(SEG, "segmenter", GONE), PIXELS, "seg/weights.safetensors: does not fit the model"),
+    ("A plan with a decoder unheard of", edit("seg/plan.json", "shape.decoder", "conv"), PIXELS, "shape.decoder is 'conv'; one of"),
+    ("A plan that selects tokens, which leaves no grid", edit("seg/plan.json", "blocks.3.tokens", {"kind": "select", "kept": 9}), PIXELS,
+     "seg/plan.json: block 3: tokens are selected, but a class for each pixel needs the whole grid"),
+    ("A folder of classes where masks are needed", None, PIXELS.replace("digit_scenes", "images"), "images: has none of the layouts"),
+    ("A data set unheard of", None, PIXELS.replace("digit_scenes", "nowhere"), "'nowhere': no such folder; give one of ['digit_scenes']"),
+    ("No list of classes", gone("scenes/classes.txt"), SEGMENT, "classes.txt"),
+    ("An image without its mask", gone("scenes/train/masks/1.png"), SEGMENT, "scenes/train/"),
+    ("No masks", gone("scenes/train/masks"), SEGMENT, "scenes/train/"),
+    ("An image of a split to report on that was cut short", cut("scenes/val/images/0.png", 0.3),
+     MASKS, "scenes/val/images/0.png: can't be read as an image"),
+    ("A mask that was cut short", cut("scenes/val/masks/0.png", 0.3),
+     MASKS, "scenes/val/masks/0.png: can't be read as a mask"),
+    ("A mask with a class that is in no list", mask("scenes/val/masks/0.png", [0, 7]),
+     MASKS, "masks/0.png: holds id 7, which is unknown; ids are"),
+    ("A mask of another size than its image", mask("scenes/val/masks/0.png", [0, 1], (16, 32)),
+     MASKS, "masks/0.png: is 16 x 32, its image "),
+    ("A mask in colours", mask("scenes/val/masks/0.png", [0, 1], mode="RGB"),
+     MASKS, "masks/0.png: has 3 channels (RGB)"),
+    ("Masks of which no pixel counts", lambda: [mask(f"scenes/val/masks/{i}.png", [255])() for i in (0, 1)],
+     MASKS, "no pixel of the split counts"),
+    ("Another number of classes than the decoder's", None, SEGMENT.replace("dense", "seg"), "scenes: 2 classes, but the model's decoder"),
+    ("A decoder for a model that has one", None, f"{SEGMENT.replace('dense', 'seg').replace('scenes', 'digit_scenes')} --decoder linear",
+     "the model has a decoder already (mask_transformer)"),
+    ("A decoder unheard of, as a flag", None, f"{SEGMENT} --decoder conv", "conv"),
+    ("One side of an image", None, f"{SEGMENT} --img-size 64", "--img-size"),
+    ("An encoder that is compressed already", None, SEGMENT.replace("dense", "pruned"), "the model is already compressed; the dense one"),
+    ("A recipe whose augmentation can't be done to masks", None, f"{SEGMENT} --recipe deit",
+     "augmentation 'auto_augment' can't be done to an image and its mask; scale, hflip, color_jitter can"),
+    ("A class map for masks", None, f"{SEGMENT} --class-map plan.json", "--class-map is of class folders; masks have none"),
+    ("The trained model would replace its encoder", None, SEGMENT.replace("--out out", "--out dense"), "--out dense would replace dense"),
+    ("A crop for scenes, which are not resized", None, f"{PIXELS} --crop-pct 0.9", "crop_pct is 0.9, but scenes are taken as they are"),
+    ("Windows of a model that gives one class", None, EVALUATE.format("dense") + " --flip", "flip is of segmentation; the model gives one"),
+    ("Windows that leave gaps", None, f"{PIXELS} --stride 65 96", "a stride of 65 x 96 for windows of 64 x 96"),
+    ("A scale of zero", None, f"{PIXELS} --scales 1 0", "'0' is not a positive number"),
+    ("Tokens that leave no grid, in a search", None, f"{ASK_PIXELS} --tokens select", "tokens 'select': a class for each pixel needs"),
+    ("Reading out, in a search", None, f"{ASK_PIXELS} --read-out", "read_out: a class for each pixel needs the whole grid"),
+    ("The metric of another task", None, f"{ASK_PIXELS} --criterion weight --metric top1_pct", "metric 'top1_pct' is of another task"),
+    ("A teacher that gives one class", None, "finetune --checkpoint seg --teacher eleven --data digit_scenes --recipe segmenter_pm "
+     "--device cpu --quiet --out out", "the teacher and the student are of different tasks"),
+    ("A model that gives one class for an image, to predict with", None, PREDICT.replace("seg", "dense"),
+     "the model gives one class for an image; a Segmenter is needed"),
+    ("A folder to predict that is not there", gone("pictures"), PREDICT, "pictures: no such folder of images"),
+    ("A folder to predict without images", lambda: (gone("pictures/0.png")(), put("pictures/a.txt", "x")()), PREDICT,
+     "pictures: holds no images"),
+    ("A folder of which no image can be read", put("pictures/0.png", b"no image"), PREDICT,
+     "pictures: none of its 1 images can be read"),
+    ("Two images whose predictions have one name", lambda: picture("pictures/0.jpg"), PREDICT, "both would be written to 0.png"),
+    ("Predictions over the images themselves", None, PREDICT.replace("--out out", "--out pictures"),
+     "pictures: the predictions would be written over the images"),
+    ("An opacity above 1", None, f"{PREDICT} --opacity 1.5", "'1.5' is not a fraction from 0 to 1"),
+    ("A window of no height", None, f"{PREDICT} --window 0 96", "'0' is not an integer of at least 1"),
+    ("A window of another size than the encoder's", None, f"{PREDICT} --window 32 32", "the encoder is for 64 x 96"),
+]
+
+
 def encoded(format: str) -> bytes:
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(file, format)
@@ -682,6 +776,7 @@ def faults() -> list[Fault]:
         *[Fault("Batch files", what, put("batch.yaml", grid), f"batch batch.yaml --out out --set {change}", (says,))
           for what, change, says in CHANGES],
         *same("Image folders", DATA, IMAGES),
+        *[Fault("Segmenters", what, plant, command, (says,)) for what, plant, command, says in SEGMENTERS],
         *same("Runs and reports", REPORT, "report report"),
         *[Fault("Commands", what, None, command, (says,)) for what, command, says in COMMANDS],
     ]
@@ -741,7 +836,7 @@ def test_a_fault_gets_one_line_that_names_it_and_nothing_is_changed(fault, copy,
     assert (code, out) == (2, ""), lines
     assert all(text in lines[-1] for text in fault.says), lines[-1]
     assert all(line.startswith("vitlab") and len(line) < 6000 and "Traceback" not in line for line in lines)
-    assert len(lines) == 1 or fault.area in ("Image folders", "Weights files"), lines               # these with warnings before
+    assert len(lines) == 1 or fault.area in ("Image folders", "Segmenters", "Weights files"), lines  # these with warnings before
     assert everything(copy) == before
 
 

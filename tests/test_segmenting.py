@@ -129,8 +129,10 @@ def test_what_no_segmenter_can_be_made_of_is_refused(way):
         segmenting.make_segmenter(opened(small()), data)
     with pytest.raises(InputError, match="decoder 'conv' is not known"):
         segmenting.make_segmenter(encoder(), data, decoder="conv")
-    with pytest.raises(InputError, match="recipe test mixes images"):
-        segmenting.train_segmenter(encoder(), DATA, way / "none", settings=RECIPE.replace(mixup=0.8), limit=8, **HERE)
+    for change, says in (({"mixup": 0.8}, "recipe test mixes images"),
+                         ({"augment": {"ratio": (0.9, 1.1)}}, "augmentation 'ratio' can't be done to an image and its mask; scale, hflip")):
+        with pytest.raises(InputError, match=says):
+            segmenting.train_segmenter(encoder(), DATA, way / "none", settings=RECIPE.replace(**change), limit=8, **HERE)
 
 
 # ---------------------------------------------------------------- from scores to a smaller model
@@ -168,6 +170,7 @@ def test_a_search_proposes_merging_by_content_and_its_plan_fits_the_budget(way, 
             searching.search(way / "dense", DATA, tmp_path / "other", macs_ratio=0.9, **wrong, **HERE)
     with pytest.raises(InputError, match="metric 'top1_pct' is of another task"):
         searching.search(way / "dense", DATA, tmp_path / "other", macs_ratio=0.9, metric="top1_pct", images=4, score_images=4, **HERE)
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_search_by_latency_keeps_to_the_table_of_the_segmenter(way, tmp_path, monkeypatch):
@@ -263,12 +266,13 @@ def photos(tmp_path):
 
 
 @pytest.mark.parametrize("name, windows", [("dense", {}), ("tuned", {"flip": True, "stride": (32, 48)})])
-def test_predictions_are_the_classes_of_the_deployed_model_and_their_colours_over_the_image(way, photos, tmp_path, capsys, name, windows):
-    written = segmenting.predict(way / name, photos, tmp_path / "out", opacity=0.25, device="cpu", progress=False, **windows)
+def test_predictions_are_the_classes_of_the_deployed_model_and_their_colours_over_the_image(way, photos, tmp_path, name, windows):
+    with pytest.warns(UserWarning) as said:
+        written = segmenting.predict(way / name, photos, tmp_path / "out", opacity=0.25, device="cpu", progress=False, **windows)
     assert written == [tmp_path / "out" / "a.png", tmp_path / "out" / "b.png"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.png", "a_classes.png", "b.png", "b_classes.png"}
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and said[0].startswith(f"{photos / 'broken.jpg'}: can't be read as an image (") and said[0].endswith("left out")
+    text, = (str(warning.message) for warning in said)
+    assert text.startswith(f"{photos / 'broken.jpg'}: can't be read as an image (") and text.endswith("), left out")
     model, colours = deploy(checkpoint.load(way / name).model), class_colours(11)
     for source, overlay in zip((photos / "a.png", photos / "b.jpg"), written):
         image = np.asarray(Image.open(source).convert("RGB")) / 255
@@ -302,7 +306,7 @@ def test_what_cant_be_predicted_is_refused_before_anything_is_written(way, photo
         predict()
     for path in ("a.png", "b.png", "b.jpg"):
         (photos / path).unlink()
-    with pytest.raises(InputError, match="photos: none of its 1 images can be read"):
+    with pytest.raises(InputError, match="photos: none of its 1 images can be read"), pytest.warns(UserWarning, match="broken.jpg"):
         predict()
     assert not (tmp_path / "out").exists()
 
