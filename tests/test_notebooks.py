@@ -16,8 +16,10 @@ from vitlab.workbench import notebooks
 
 PATHS = sorted(notebooks.NOTEBOOKS.glob("*.ipynb"))
 MAX_CELL, MAX_NOTEBOOK = 15, 90            # lines, from the notebook rules
+QUICK_MIOU, LOST_MIOU = 50, 8               # per cent: what the quick run learns of the scenes, and may lose by merging
 # Of each notebook with widgets: sliders whose picture has to change on a key, pressed so often.
 SLIDERS = {"03_prune_and_merge.ipynb": [("keep rate", "ArrowLeft", 10), ("block", "ArrowRight", 1)],
+           "09_segmentation.ipynb": [("keep rate, (0, 1]", "ArrowLeft", 10), ("image", "ArrowRight", 1)],
            "06_search.ipynb": [("evaluation", "ArrowLeft", 1), ("cut", "ArrowRight", 10)]}
 
 
@@ -94,12 +96,14 @@ def test_all_notebooks_run_and_leave_their_artefacts(demo):
                  "finetuned/checkpoint/checkpoint.json", "deployed/weights.safetensors", "unit_scores.safetensors",
                  "units/checkpoint/weights.safetensors", "sensitivity.jsonl", "search/gp/journal.jsonl", "search/random/plan.json",
                  "joint_finetuned/checkpoint/checkpoint.json", "tonight/offers.jsonl",
-                 "tonight/deployed/weights.safetensors", "report.html"):
+                 "tonight/deployed/weights.safetensors", "segmenter/dense/checkpoint/plan.json", "segmenter/scores.safetensors",
+                 "segmenter/tuned/checkpoint/weights.safetensors", "report.html"):
         assert (demo / name).stat().st_size > 0, name
     drawn = {p.stem for p in (demo / "figures").glob("*.png")}
     assert {"01_training", "02_scores", "03_kept_counts", "03_merge_map_china", "04_training", "05_unit_scores", "05_rollouts",
             "05_redundancy", "05_sensitivity", "06_incumbents", "06_gp_slices", "06_acquisition", "06_parallel", "06_plan",
-            "06_pareto_gmacs", "06_pareto_latency_ms", "07_training", "08_curves", "08_offers", "08_plan", "90_accuracy_cost"} <= drawn
+            "06_pareto_gmacs", "06_pareto_latency_ms", "07_training", "08_curves", "08_offers", "08_plan", "09_training", "09_cost_by_part",
+            "09_miou_against_cost", "09_predictions", "09_regions", "09_class_iou", "90_accuracy_cost"} <= drawn
     executed = [json.loads((demo / "notebooks" / f"{n}.ipynb").read_text()) for n in DEMO]
     assert all(c["execution_count"] for nb in executed for c in nb["cells"] if c["cell_type"] == "code" and c["source"])
 
@@ -114,6 +118,14 @@ def test_the_demo_table_has_every_figure_that_it_promises(demo):
     assert rows[0].ratio == 1 and rows[1].gmacs == rows[2].gmacs < rows[0].gmacs
     assert 0.98 * 0.6 * rows[0].gmacs <= rows[4].gmacs == rows[5].gmacs <= 0.6 * rows[0].gmacs       # the search's budget
     assert rows[3].params_m < rows[0].params_m and rows[5].params_m <= rows[0].params_m
+
+
+def test_the_quick_run_learns_the_embedded_scenes_and_keeps_them_while_tokens_are_merged(demo):
+    rows = {(r.model, r.split): r for r in read_rows(demo / "segmenter" / "results.jsonl")}
+    dense, tuned = (rows[name, "test"] for name in ("Segmenter, dense", "merging by content, fine-tuned"))
+    assert dense.miou_pct > QUICK_MIOU and tuned.miou_pct > dense.miou_pct - LOST_MIOU and tuned.gmacs < 0.9 * dense.gmacs
+    off = [row for (name, split), row in rows.items() if "off the shelf" in name and split == "val"]
+    assert len(off) == 4 and all(row.gmacs < dense.gmacs and row.conditions["iou_pct"] for row in off)
 
 
 def test_a_changed_parameter_changes_the_result(demo, tmp_path):

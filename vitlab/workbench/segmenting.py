@@ -90,8 +90,8 @@ def predict(source: Source, images: str | Path, out: str | Path, *, opacity: flo
             device: str | None = None, progress: bool = True, **windows: Any) -> list[Path]:
     """Segment every image of a folder, each as a whole (windows: those of `segment`), by the model's deployed form. Writes
     out/NAME.png, the classes' colours over the image, and out/NAME_classes.png, a palette image of the class numbers; returns the
-    overlays. An image that can't be read is left out with a warning that names it. Raises InputError for another model, a folder without images
-    or of which none can be read, or an output that would take the place of an image or of another one's."""
+    overlays. An image that can't be read is left out with a warning that names it. Raises InputError for another model, a folder
+    without images or of which none can be read, or an output that would take the place of an image or of another one's."""
     found, folder, at = open_model(source), from_root(images), pick_device(device)
     if not isinstance(found.model, Segmenter):
         raise InputError("the model gives one class for an image; a Segmenter is needed (`vitlab segment` trains one)")
