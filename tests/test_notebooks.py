@@ -19,7 +19,7 @@ MAX_CELL, MAX_NOTEBOOK = 15, 90            # lines, from the notebook rules
 QUICK_MIOU, LOST_MIOU = 50, 8               # per cent: what the quick run learns of the scenes, and may lose by merging
 # Of each notebook with widgets: sliders whose picture has to change on a key, pressed so often.
 SLIDERS = {"03_prune_and_merge.ipynb": [("keep rate", "ArrowLeft", 10), ("block", "ArrowRight", 1)],
-           "09_segmentation.ipynb": [("keep rate, (0, 1]", "ArrowLeft", 10), ("image", "ArrowRight", 1)],
+           "09_segmentation.ipynb": [("keep rate", "ArrowLeft", 10), ("image", "ArrowRight", 1)],
            "06_search.ipynb": [("evaluation", "ArrowLeft", 1), ("cut", "ArrowRight", 10)]}
 
 
