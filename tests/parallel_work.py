@@ -9,20 +9,26 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from segmenting_fixtures import small
 from training_fixtures import compressed, small_recipe, tiny
 
 from vitlab import parallel
 from vitlab.data import ImageData, open_data
+from vitlab.data.masks import open_scenes
 from vitlab.search import Study
 from vitlab.search.strategies import Settings
 from vitlab.training.capture import token_scores
 from vitlab.training.evaluate import evaluate
 from vitlab.training.loop import fit
+from vitlab.training.pixels import Segmentation, evaluate_scenes
 from vitlab.training.recipes import Engine
 from vitlab.training.units import head_redundancy, unit_scores
 
 LIVELY = {"epochs": 2, "batch_size": 16, "warmup_epochs": 1, "clip_grad": 1.0, "smoothing": 0.1, "layer_decay": 0.9, "ema_decay": 0.5,
           "repeats": 2, "augment": {"scale": (0.7, 1.0), "color_jitter": 0.3, "hflip": 0.5, "re_prob": 0.5}}
+
+# Every pixel of a scene counts, where the crop is no larger: each process's mean weighs alike.
+SCENES = {"epochs": 1, "batch_size": 4, "clip_grad": 1.0, "layer_decay": 0.9, "ema_decay": 0.5, "augment": {"scale": (1.0, 1.5)}}
 
 
 def trainings() -> dict[str, tuple]:
@@ -30,6 +36,7 @@ def trainings() -> dict[str, tuple]:
     small = compressed()[0]
     return {"dense": (tiny(), None, LIVELY, Engine()),
             "distilled": (small, tiny(), LIVELY | {"distill": "soft", "alpha": 0.5, "tau": 4.0}, Engine()),
+            "scenes": (small(num_classes=11, img_size=(64, 96), drop=0.0), None, SCENES, Engine()),
             "accumulated": (tiny(), None, LIVELY, Engine(accumulate=2)),
             "checkpointed": (tiny(), None, LIVELY, Engine(checkpointing=True, channels_last=True))}
 
@@ -38,8 +45,9 @@ def train(data: ImageData, folder: Path, only: str | None = None) -> dict[str, t
     found = {}
     for name, (model, teacher, settings, engine) in trainings().items():
         if only in (None, name):
-            log = fit(model, data, small_recipe(**settings), folder / name, teacher=teacher, engine=engine, seed=3, workers=0,
-                      progress=False)
+            source = open_scenes("digit_scenes") if settings is SCENES else data
+            log = fit(model, source, small_recipe(**settings), folder / name, teacher=teacher, engine=engine, seed=3, workers=0,
+                      limit=8 if settings is SCENES else None, progress=False)
             found[f"{name} losses"] = torch.tensor([r["loss"] for r in log], dtype=torch.float64)
             found |= {f"{name} {k}": v for k, v in model.state_dict().items()}
     return found
@@ -65,6 +73,24 @@ def measure(data: ImageData) -> dict[str, torch.Tensor]:
     return found
 
 
+def measure_scenes() -> dict[str, torch.Tensor]:
+    """Scores and exact counts of a Segmenter on 7 scenes: one process has 4 of them, the other 3."""
+    model, data, found = small(num_classes=11, img_size=(64, 96)), open_scenes("digit_scenes"), {}
+
+    def batches(**settings):
+        return data.batches("val", model, limit=7, workers=0, shared=True, **settings)
+
+    def numbers(measured: Segmentation) -> torch.Tensor:
+        scores = measured.scores
+        return torch.tensor([scores.miou_pct, *scores.iou_pct, scores.pixel_accuracy_pct, scores.pixels, measured.images, measured.loss],
+                            dtype=torch.float64).nan_to_num(-1)                 # of an absent class
+    found["scenes"] = numbers(evaluate_scenes(model, batches(batch_size=1, whole=True), flip=True, progress=False))
+    found["one scene"] = numbers(evaluate_scenes(model, batches(batch_size=7), progress=False))        # one batch: a process has none
+    found["tokens scenes"] = token_scores(model, batches(batch_size=1), progress=False)
+    found["heads scenes"] = unit_scores(model, batches(batch_size=1), criterion="taylor", progress=False).heads
+    return found
+
+
 def objective(policy: np.ndarray) -> dict[str, float]:
     value = -float(((policy - 0.2)**2).sum())
     return {"value": value, "top1_pct": 50 + value}
@@ -80,7 +106,7 @@ def search(folder: Path) -> None:
 
 
 def main(folder: Path, data: ImageData) -> None:
-    found = train(data, folder) | measure(data)
+    found = train(data, folder) | measure(data) | measure_scenes()
     search(folder)
     same = parallel.gather([float(v.double().sum()) for v in found.values()])
     assert same[0] == same[-1], "the processes ended with different weights or scores"

@@ -46,7 +46,7 @@ def both(tmp_path_factory):
     return one / "same", load_file(one / "same" / "found.safetensors"), two / "same", load_file(two / "same" / "found.safetensors")
 
 
-@pytest.mark.parametrize("name", ["dense", "distilled", "accumulated", "checkpointed"])
+@pytest.mark.parametrize("name", ["dense", "distilled", "accumulated", "checkpointed", "scenes"])
 def test_the_same_global_batch_gives_the_same_losses_and_weights(both, name):
     _, one, _, two = both
     assert (one[f"{name} losses"] - two[f"{name} losses"]).abs().max() < 1e-5
@@ -64,7 +64,7 @@ def test_a_step_in_turns_is_the_same_step(both):
 def test_scores_are_the_same_and_every_image_counts_once(both):
     _, one, _, two = both
     names = [k for k in one if k.split()[0] in ("tokens", "heads", "neurons", "redundancy")]
-    assert len(names) == 12
+    assert len(names) == 14
     for name in names:
         # Sums in another order: a few units in the last place of float32.
         atol = 1e-6 * float(one[name].abs().max())
@@ -75,6 +75,13 @@ def test_scores_are_the_same_and_every_image_counts_once(both):
     assert torch.equal(one["accuracy"][:3], two["accuracy"][:3]) and int(two["accuracy"][1]) == 21
     assert abs(float(one["accuracy"][3] - two["accuracy"][3])) < 1e-12
     assert int(two["one batch"]) == 21
+
+
+@pytest.mark.parametrize("name", ["scenes", "one scene"])
+def test_two_processes_count_every_pixel_of_every_scene_once(both, name):
+    _, one, _, two = both
+    assert torch.equal(one[name][:-1], two[name][:-1])                                      # counts are exact
+    assert one[name][-3:-1].tolist() == [7 * 64 * 96, 7] and abs(float(one[name][-1] - two[name][-1])) < 1e-9       # float64 sums
 
 
 @pytest.mark.parametrize("initial", ["varied", "sensitivity"])
