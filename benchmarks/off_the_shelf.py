@@ -204,13 +204,13 @@ class Bench:
             torch.device("cpu"), "float32", 32, self.args.repeats)}))
 
     def write(self) -> None:
-        """One row a name: the median over seeds, and each seed's value."""
+        """One row a name: the median over seeds, and each seed's value; what earlier runs measured of other names and seeds stays."""
         path = self.args.run / "speed.json"
         speed = json.loads(path.read_text()) if path.exists() else {"models": {}, "conditions": {}}
         grouped: dict[str, list[dict]] = {}
         for row in self.rows.values():
             grouped.setdefault(row["name"], []).append(row)
-        dense = grouped["dense"][0]
+        dense, earlier = grouped["dense"][0], {row["model"]: row for row in read_lines(RESULTS)}
         out = []
         for name, rows in grouped.items():
             timed = speed["models"].get(name.removesuffix(", calibrated"), {})
@@ -222,9 +222,30 @@ class Bench:
                      "conditions": {"draws": [r["top1_pct"] for r in rows], "seeds": [r["seed"] for r in rows], "images": rows[0]["images"],
                                     "dtype": "bfloat16" if self.amp else "float32", "speed": speed["conditions"],
                                     "of_mac_ratio": timed["ratio"] * gmacs / dense["gmacs"] if timed else None}}
-            out.append(found)
+            out.append(_with_earlier(found, earlier.pop(name, None), [r["distill_loss"] for r in rows], dense["top1_pct"]))
+        order = [row["model"] for row in read_lines(RESULTS)]
+        out = sorted([*out, *earlier.values()], key=lambda row: order.index(row["model"]) if row["model"] in order else len(order))
         write_lines(RESULTS, out)
         draw(out)
+
+
+def _with_earlier(row: dict, earlier: dict | None, distances: list[float], dense_pct: float) -> dict:
+    """A row with the draws that an earlier run measured with other seeds, and its speed where there is no newer one."""
+    row["conditions"]["distances"] = distances
+    if earlier is None:
+        return row
+    was, now = earlier["conditions"], row["conditions"]
+    kept = [i for i, seed in enumerate(was["seeds"]) if seed not in now["seeds"]]
+    old = was.get("distances", [earlier["distill_loss"]] if len(was["seeds"]) == 1 else [None] * len(was["seeds"]))    # of some not known
+    drawn = sorted([*((was["seeds"][i], was["draws"][i], old[i]) for i in kept), *zip(now["seeds"], now["draws"], distances)])
+    now |= dict(zip(("seeds", "draws", "distances"), map(list, zip(*drawn))))
+    row["top1_pct"] = statistics.median(now["draws"])
+    row["distill_loss"] = statistics.median(d for d in now["distances"] if d is not None)
+    row["against_dense"] = row["top1_pct"] - dense_pct
+    if row["ratio"] is None:
+        row |= {key: earlier[key] for key in ("throughput_img_s", "ratio")}
+        now |= {key: was[key] for key in ("speed", "of_mac_ratio")}
+    return row
 
 
 def draw(rows: list[dict]) -> None:

@@ -196,7 +196,9 @@ class Segmenter(nn.Module):
         return self.decoder(patches).transpose(1, 2).unflatten(2, grid)
 
     def upsample(self, logits: Tensor, size: Sequence[int]) -> Tensor:
-        """Logits of the patches (B, K, h, w) -> of the pixels of an image of that size (B, K, H, W)."""
+        """Logits of the patches (B, K, h, w) -> of the pixels of an image of that size (B, K, H, W), in float32 at least: losses are
+        taken of them, under autocast too."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         padded = tuple(side * p for side, p in zip(logits.shape[2:], self.encoder.patch_embed.patch_size))
         return F.interpolate(logits, size=padded, mode="bilinear")[:, :, :size[0], :size[1]]
 

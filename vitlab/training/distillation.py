@@ -28,15 +28,16 @@ class HardDistillationTask(LogitDistillationTask):
         return {"loss": loss, "output": logits, "task_loss": task, "kd_loss": distill}
 
 
-class PixelDistillationTask(LogitDistillationTask):
-    """timm's soft distillation with a class for each pixel: logits (B, K, H, W), the KL's mean over the pixels."""
+class SoftDistillationTask(LogitDistillationTask):
+    """timm's soft distillation, of images (B, K) or of pixels (B, K, H, W), of which the KL's mean is taken; in float32 also under
+    autocast, where log-probabilities at a high temperature differ by less than bf16 can say (a CPU's does not see to it)."""
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         logits = self.trainable_module(input)
         with torch.no_grad():
             expected = self.teacher(self.teacher.normalize_input(input, self.student_mean, self.student_std))
         task = self.criterion(logits, target)
-        given, expected = ((each / self.temperature).log_softmax(dim=1) for each in (logits, expected))
+        given, expected = ((each.float() / self.temperature).log_softmax(dim=1) for each in (logits, expected))
         distill = divergence(given, expected) / len(logits) * self.temperature**2
         loss = self.task_loss_weight * task + self.distill_loss_weight * distill
         return {"loss": loss, "output": logits, "task_loss": task, "kd_loss": distill}
@@ -65,7 +66,7 @@ def make_task(model: nn.Module, teacher: nn.Module | None, recipe: Recipe, devic
     if isinstance(teacher, Segmenter) is not dense:
         raise InputError("the teacher and the student are of different tasks: one gives a class for each pixel, the other for each image")
     soft = recipe.distill == "soft"
-    kind = HardDistillationTask if not soft else PixelDistillationTask if dense else LogitDistillationTask
+    kind = SoftDistillationTask if soft else HardDistillationTask
     return kind(model, teacher.to(device).requires_grad_(False), criterion, task_loss_weight=1 - recipe.alpha,
                 distill_loss_weight=recipe.alpha / model.num_classes if soft else recipe.alpha,
                 temperature=recipe.tau, device=device, verbose=False)
