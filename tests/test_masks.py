@@ -519,7 +519,7 @@ def test_a_slice_and_the_part_set_apart_are_scenes_of_the_split():
     whole = data.split("train", 60, seed=2)
     assert (len(train), len(val)) == (30, 30) and not train & val
     assert train | val == {whole.path(i) for i in range(60)} and isinstance(parts.split("val"), Scenes)
-    assert parts.split("val").scene(0)[1].shape == (64, 96)
+    assert parts.split("val").scene(0)[1].shape == (32, 32)
     assert data.files("val")[:2] == ["digit_scenes", "digit_scenes/val/0"]
 
 
