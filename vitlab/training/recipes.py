@@ -87,7 +87,7 @@ class Engine:
 _PAPER = "arXiv 2503.23455, experiments on ImageNet-1k"
 _PRETRAIN = "vitlab pretrain --model {} --data {} --recipe {} --out RUN/dense"
 _FINETUNE = "vitlab finetune --checkpoint RUN/pruned --teacher {} --data {} --recipe {} --out RUN/finetuned"
-_SCENE_AUGMENT = {"scale": (0.9, 1.1), "hflip": 0.0, "color_jitter": 0.0}
+_SCENE_AUGMENT = {"scale": (1.0, 1.0), "hflip": 0.0, "color_jitter": 0.0}
 _SEGMENT = "vitlab segment --checkpoint {} --data {} --recipe {} --out RUN/dense"
 _DIGIT_AUGMENT = {"scale": (0.85, 1.0), "ratio": (0.9, 1.1), "hflip": 0.0, "color_jitter": 0.0}
 
@@ -129,13 +129,13 @@ RECIPES = {recipe.name: recipe for recipe in (
            expected="mIoU 51.7 % of a large Segmenter at keep 0.7 on ADE20K's val, 51.8 % dense (the paper's numbers)",
            command=_FINETUNE.format("RUN/dense", "ADE20K", "segmenter_pm"),
            epochs=16, batch_size=8, lr=1e-4, lr_batch=8, distill="soft", alpha=1.0, tau=20.0, clip_grad=1.0),
-    Recipe(name="digit_scenes", source="vitlab, chosen on the scenes' val", expected="mIoU over 70 % on the scenes' val",
+    Recipe(name="digit_scenes", source="vitlab, chosen on the scenes' val", expected="mIoU over 65 % on the scenes' val, from the digits",
            command=_SEGMENT.format("RUN/dense", "digit_scenes", "digit_scenes"),
-           epochs=30, batch_size=8, lr=1.5e-3, lr_batch=8, weight_decay=0.05, warmup_epochs=1, clip_grad=1.0, dtype="float32",
+           epochs=4, batch_size=4, lr=1.5e-3, lr_batch=4, weight_decay=0.05, warmup_epochs=0.4, clip_grad=1.0, dtype="float32",
            augment=_SCENE_AUGMENT),
-    Recipe(name="digit_scenes_pm", source="vitlab: methods A8 per pixel, larger steps for 400 scenes",
-           expected="within 2 points of the dense Segmenter", command=_FINETUNE.format("RUN/dense", "digit_scenes", "digit_scenes_pm"),
-           epochs=8, batch_size=8, lr=5e-4, lr_batch=8, distill="soft", alpha=0.8, tau=4.0, clip_grad=1.0, dtype="float32",
+    Recipe(name="digit_scenes_pm", source="vitlab: methods A8 per pixel, larger steps for small scenes",
+           expected="within 5 points of the dense Segmenter", command=_FINETUNE.format("RUN/dense", "digit_scenes", "digit_scenes_pm"),
+           epochs=2, batch_size=4, lr=5e-4, lr_batch=4, distill="soft", alpha=0.8, tau=4.0, clip_grad=1.0, dtype="float32",
            augment=_SCENE_AUGMENT),
     Recipe(name="cifar10", source="vitlab", expected="benchmarks/results/cifar10.jsonl",
            command=_PRETRAIN.format("vit_micro_patch4_32", "CIFAR10", "cifar10"),

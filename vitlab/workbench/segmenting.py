@@ -26,7 +26,9 @@ from vitlab.models import shape_of
 from vitlab.models.segmenter import Segmenter, as_encoder
 from vitlab.models.windows import segment
 from vitlab.plan import CompressionPlan
+from vitlab.plots.base import to_image
 from vitlab.plots.colours import class_colours, overlaid
+from vitlab.rules import Match
 from vitlab.search import SearchSpace
 from vitlab.shape import ViTShape
 from vitlab.tokens import PRUNE_RATE
@@ -178,8 +180,11 @@ def shown(data: SceneData, models: dict[str, Checkpoint], *, count: int = 3, spl
     return [np.asarray(image) / 255 for image, _ in pairs], [mask for _, mask in pairs], predicted
 
 
-def places(found: Checkpoint, data: SceneData, index: int = 0, split: str | None = None) -> dict[int, Tensor]:
-    """{block: (n)} which token each patch of a scene went into, of a model that merges by content; see `token_places`."""
+def seen(found: Checkpoint, data: SceneData, index: int = 0, split: str | None = None) -> tuple[np.ndarray, dict[int, Tensor]]:
+    """(picture (h, w, 3) in [0, 1], {block: (n)}) for `plots.scene_regions`: a scene as the model takes it (the middle of a larger one),
+    and which token each patch went into in the blocks that merge by content, where there are any (`token_places`)."""
     config = resolve_model_data_config(found.model.encoder)
     x, _ = evaluation_transform(config["mean"], config["std"], found.model.img_size)(*data.split(split or data.choose_on).scene(index))
-    return {block: each[0] for block, each in token_places(found.model, x[None]).items()}
+    matched = any(isinstance(block.tokens, Match) for block in found.plan.blocks)
+    places = token_places(found.model, x[None]) if matched else {}
+    return to_image(x, config["mean"], config["std"]), {block: each[0] for block, each in places.items()}
