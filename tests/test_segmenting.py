@@ -102,6 +102,8 @@ def test_a_segmenter_goes_on_training_at_another_size_with_its_own_decoder(way, 
     assert found.img_size == (40, 56) and found.decoder_name == "mask_transformer"
     moved = (found.decoder.cls_emb - before.decoder.cls_emb).detach().abs().max()
     assert 0 < float(moved) < 0.05                                      # 2 steps of AdamW at 3e-3 from where it was, not from the start
+    row = steps.evaluate(tmp_path / "run", DATA, limit=2, **HERE)       # images that are larger than its windows, and all of each
+    assert (row.conditions["images"], row.conditions["pixels"]) == (2, 2 * 64 * 96)
 
 
 def test_a_segmenter_is_made_of_the_encoders_own_blocks_at_the_size_of_the_first_scenes():
