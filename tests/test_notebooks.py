@@ -16,7 +16,7 @@ from vitlab.workbench import notebooks
 
 PATHS = sorted(notebooks.NOTEBOOKS.glob("*.ipynb"))
 MAX_CELL, MAX_NOTEBOOK = 15, 90            # lines, from the notebook rules
-QUICK_MIOU, LOST_MIOU = 30, 8               # per cent: what the quick run learns of the scenes (all background is 8), and may lose by merging
+QUICK_MIOU, LOST_MIOU = 30, 8               # per cent: what the quick run learns of the scenes (all background is 8), and may lose
 # Of each notebook with widgets: sliders whose picture has to change on a key, pressed so often.
 SLIDERS = {"03_prune_and_merge.ipynb": [("keep rate", "ArrowLeft", 10), ("block", "ArrowRight", 1)],
            "09_segmentation.ipynb": [("keep rate", "ArrowLeft", 10), ("image", "ArrowRight", 1)],

@@ -141,8 +141,9 @@ def test_a_request_to_stop_writes_the_state_after_the_step_under_way(data, tmp_p
     engine = Engine(save_steps=1000, log_steps=1)                   # nothing else writes a state in the middle of an epoch
     with monkeypatch.context() as patch:
         stopping(patch, 9)
-        with pytest.raises(signals.Stopped):
+        with pytest.raises(signals.Stopped) as kept:
             train(tmp_path, data, engine, workers=workers)
+    assert kept.tb is not None and multiprocessing.active_children() == []      # loaders are gone while a traceback keeps the run
     path, state = next(states.newest(tmp_path))
     assert "state-000000009-" in path.name and (state["epoch"], state["done"]) == (1, 3)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL       # as it was before

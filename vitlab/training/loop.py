@@ -96,6 +96,7 @@ def fit(model: nn.Module, data: ImageData, recipe: Recipe, folder: str | Path, *
                     _epoch(training, folder, {"marks": marks, "about": about or {}, "recipe": dataclasses.asdict(recipe), "seed": seed},
                            progress)
         finally:
+            training.close()
             if engine.checkpointing:
                 model.set_grad_checkpointing(False)
         if recipe.ema_decay:

@@ -86,6 +86,10 @@ class Training:
         ema = self.task.get_trainable_module(ema=True)
         return self.model if ema is None else ema.module
 
+    def close(self) -> None:
+        """Let go of the loaders, so that their processes end: they ignore requests to stop, and a traceback may keep all else."""
+        self.batches = self.slice = None
+
     def state(self) -> dict[str, Any]:
         ema = {"ema": self.average.state_dict()} if self.recipe.ema_decay else {}
         return {"epoch": self.epoch, "done": self.done, "skipped": self.skipped, "losses": torch.tensor(self.losses, dtype=torch.float64),
