@@ -1,7 +1,7 @@
 """The embedded scenes: scikit-learn's digits scattered over textured backgrounds, with exact masks; need no download.
 
-Class 0 is the background, class d + 1 the strokes of digit d. A scene is a grid of cells, each with one digit or none, of any size
-and at any place in it; `train` has scenes of one cell, the encoder's own 32 x 32, so that weights from the digits fit as they are,
+Class 0 is the background, class d + 1 the strokes of digit d. A scene is a grid of cells, each with one digit or none, of side SIDE
+at any place in it; `train` has scenes of one cell, the encoder's own 32 x 32, so that weights from the digits fit as they are,
 and the others are segmented by windows of a cell. Everything in a scene follows from its split and number. Digits of a split are in
 no other: those of the digits' training part make `train`, the held-out ones `val` and `test`.
 """
@@ -13,14 +13,14 @@ from vitlab.data.digits import DigitsReader
 from vitlab.data.scene_data import SceneData, Scenes
 
 NAME = "digit_scenes"
-CELL = 32                                       # pixels: vit_nano's image; digits weights stretched to larger ones gain nothing
+CELL = 32                                       # pixels: vit_nano's image; digits weights stretched to a larger one gain little
 SIZES = {"train": (CELL, CELL), "val": (2 * CELL, 3 * CELL), "test": (2 * CELL, 3 * CELL)}      # height and width in pixels
 COUNTS = {"train": 2000, "val": 100, "test": 100}               # 2,000: a cell holds one digit, where a scene held several
 CLASSES = ("background", *DIGITS)
 SIDE = (26, 32)                                 # of a digit's square in pixels, least and most: a stroke spans a patch of 4
-FILLED = 0.9                                    # chance of a digit in a cell: empty cells teach nothing about digits
-STROKE = 0.4                                    # least share of full ink that is stroke: at 0.3 the holes of 6, 8 and 9 close
-FAINT = 0.4                                     # brightness of no ink, as a share of full ink's: grey levels tell 1 from 8
+FILLED = 0.9                                    # chance of a digit in a cell of `val` and `test`: several digits a scene, some cells empty
+STROKE = 0.4                                    # least share of full ink that is stroke: at 0.3 more holes of 6, 8 and 9 close
+FAINT = 0.4                                     # brightness of no ink, as a share of full ink's: scanned grey levels stay visible
 GRAIN = 6                                       # standard deviation of each pixel's noise, of 255
 GROUND, CONTRAST = (30, 120), (110, 140)        # background's mean colour, and by how much full ink is brighter, in each channel, of 255
 SEED = 0
