@@ -70,7 +70,7 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Di
     try:
         with frozen_eval(teacher), tqdm(desc="self-distil", unit="step", total=steps, disable=not progress) as bar:
             while share() < 1 and share() - found_at <= PATIENCE:
-                model.train()
+                model.eval()                    # as it is measured: a decoder's dropout keeps a short training from its target
                 losses = []
                 for images, _ in batches:
                     over = share()
