@@ -27,16 +27,16 @@ from vitlab.training.units import head_redundancy, unit_scores
 LIVELY = {"epochs": 2, "batch_size": 16, "warmup_epochs": 1, "clip_grad": 1.0, "smoothing": 0.1, "layer_decay": 0.9, "ema_decay": 0.5,
           "repeats": 2, "augment": {"scale": (0.7, 1.0), "color_jitter": 0.3, "hflip": 0.5, "re_prob": 0.5}}
 
-# Every pixel of a scene counts, where the crop is no larger: each process's mean weighs alike.
+# Every pixel of a crop counts, which is no larger than its scene: each process's mean weighs alike.
 SCENES = {"epochs": 1, "batch_size": 4, "clip_grad": 1.0, "layer_decay": 0.9, "ema_decay": 0.5, "augment": {"scale": (1.0, 1.5)}}
 
 
 def trainings() -> dict[str, tuple]:
     """(model, teacher, settings, engine) of each training, by name."""
-    small = compressed()[0]
+    pruned = compressed()[0]
     return {"dense": (tiny(), None, LIVELY, Engine()),
-            "distilled": (small, tiny(), LIVELY | {"distill": "soft", "alpha": 0.5, "tau": 4.0}, Engine()),
-            "scenes": (small(num_classes=11, img_size=(64, 96), drop=0.0), None, SCENES, Engine()),
+            "distilled": (pruned, tiny(), LIVELY | {"distill": "soft", "alpha": 0.5, "tau": 4.0}, Engine()),
+            "scenes": (small(num_classes=11, img_size=(32, 32), drop=0.0), None, SCENES, Engine()),
             "accumulated": (tiny(), None, LIVELY, Engine(accumulate=2)),
             "checkpointed": (tiny(), None, LIVELY, Engine(checkpointing=True, channels_last=True))}
 

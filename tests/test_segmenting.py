@@ -62,7 +62,7 @@ def way(tmp_path_factory):
 
 def test_training_makes_a_dense_segmenter_of_the_scenes_size_and_classes_and_logs_its_mean_iou(way):
     found = checkpoint.load(way / "dense")
-    assert isinstance(found.model, Segmenter) and found.model.img_size == (64, 96) and found.model.num_classes == 11
+    assert isinstance(found.model, Segmenter) and found.model.img_size == (32, 32) and found.model.num_classes == 11
     assert found.info["classes"] == NAMES and found.plan == CompressionPlan.empty(shape_of(found.model))
     assert found.info["made_by"]["step"] == "segment" and found.info["made_by"]["data"] == DATA
     log = read_lines(way / "dense" / "training" / LOG)
@@ -88,7 +88,7 @@ def test_a_training_that_was_cut_off_ends_with_the_same_weights(way, tmp_path):
 def test_a_step_in_turns_and_one_at_once_train_alike(tmp_path):
     """Without dropout, and with masks of which every pixel counts."""
     one = RECIPE.replace(epochs=1, drop_path=0.0, augment={"scale": (1.0, 1.0), "color_jitter": 0.0})
-    source = opened(Segmenter(small(num_classes=11, img_size=(64, 96)).encoder, 11, "linear"))
+    source = opened(Segmenter(small(num_classes=11, img_size=(32, 32)).encoder, 11, "linear"))
     logs = []
     for name, engine in (("once", Engine()), ("turns", Engine(accumulate=2, checkpointing=True))):
         segmenting.train_segmenter(source, DATA, tmp_path / name, settings=one, limit=8, engine=engine, **HERE)
@@ -110,7 +110,7 @@ def test_a_segmenter_is_made_of_the_encoders_own_blocks_at_the_size_of_the_first
     data, source = open_scenes(DATA), encoder()
     for decoder, args in (("linear", {}), ("mask_transformer", {"depth": 1})):
         model = segmenting.make_segmenter(source, data, decoder=decoder, **args)
-        assert (model.decoder_name, model.num_classes, model.img_size, model.decoder_depth) == (decoder, 11, (64, 96), len(args))
+        assert (model.decoder_name, model.num_classes, model.img_size, model.decoder_depth) == (decoder, 11, (32, 32), len(args))
         assert torch.equal(model.blocks[1].mlp.fc2.weight, source.model.blocks[1].mlp.fc2.weight)
     assert segmenting.make_segmenter(source, data).decoder_name == "mask_transformer"
     dropping = segmenting.make_segmenter(source, data, drop_path=0.3)
@@ -141,10 +141,10 @@ def test_what_no_segmenter_can_be_made_of_is_refused(way):
 
 def test_scores_prune_and_distil_a_segmenter_as_a_classifier(way):
     dense, pruned, tuned = (checkpoint.load(way / name) for name in ("dense", "pruned", "tuned"))
-    assert steps.read_scores(way / "tokens.safetensors")[0].shape == (2, 96)
+    assert steps.read_scores(way / "tokens.safetensors")[0].shape == (2, 16)
     assert [block.tokens.num_merged for block in pruned.plan.blocks] == [block.tokens.num_merged for block in tuned.plan.blocks]
     assert pruned.plan.shape == shape_of(dense.model) and cost.gmacs(pruned.plan) < cost.gmacs(dense.plan)
-    x = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert not torch.equal(logits(tuned.model, x), logits(pruned.model, x))
     assert tuned.info["made_by"]["recipe"]["distill"] == "soft" and tuned.info["classes"] == NAMES
     half = checkpoint.load(way / "half")
@@ -194,7 +194,7 @@ def test_where_cutting_hurts_is_measured_in_each_block_and_tokens_merge_by_conte
     assert all(row["metric"] == "miou_pct" and row["gmacs_removed"] > 0 for row in rows)
     for block in (0, 1):
         plan = cutting._match_in(shape_of(checkpoint.load(way / "dense").model), block, 0.25)
-        assert [None if b.tokens is None else b.tokens.merged for b in plan.blocks] == ([24, 0] if block == 0 else [None, 24])
+        assert [None if b.tokens is None else b.tokens.merged for b in plan.blocks] == ([4, 0] if block == 0 else [None, 4])
 
 
 # ---------------------------------------------------------------- evaluation
@@ -221,7 +221,7 @@ def test_a_row_says_what_the_deployed_form_is_worth_on_whole_images_and_what_it_
 
 
 def test_windows_scales_and_flips_are_measured_and_said(way):
-    windows = {"stride": (32, 48), "scales": (1.0, 1.5), "flip": True}
+    windows = {"stride": (16, 24), "scales": (1.0, 1.5), "flip": True}
     plain, row = (steps.evaluate(way / "dense", DATA, limit=2, **more, **HERE) for more in ({}, windows))
     model = checkpoint.load(way / "dense").model
     batches = open_scenes(DATA).batches("test", model, limit=2, batch_size=1, whole=True, workers=0)
@@ -267,7 +267,7 @@ def photos(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("name, windows", [("dense", {}), ("tuned", {"flip": True, "stride": (32, 48)})])
+@pytest.mark.parametrize("name, windows", [("dense", {}), ("tuned", {"flip": True, "stride": (16, 24)})])
 def test_predictions_are_the_classes_of_the_deployed_model_and_their_colours_over_the_image(way, photos, tmp_path, name, windows):
     with pytest.warns(UserWarning) as said:
         written = segmenting.predict(way / name, photos, tmp_path / "out", opacity=0.25, device="cpu", progress=False, **windows)
@@ -281,7 +281,7 @@ def test_predictions_are_the_classes_of_the_deployed_model_and_their_colours_ove
         flat = Image.open(overlay.with_name(f"{overlay.stem}_classes.png"))
         classes, x = np.asarray(flat), torch.from_numpy((image - 0.5) / 0.5).permute(2, 0, 1)[None].float()
         with torch.no_grad():
-            wanted = segment(model, x, window=(64, 96), **windows)[0].argmax(0).numpy()
+            wanted = segment(model, x, window=(32, 32), **windows)[0].argmax(0).numpy()
         assert flat.mode == "P" and classes.shape == image.shape[:2]
         assert (classes != wanted).mean() < 1e-3                        # one float32 normalisation and another: near ties alone differ
         palette = np.array(flat.getpalette()[:33]).reshape(11, 3)
