@@ -45,7 +45,7 @@ def accuracy_against_cost(rows: Sequence[ResultRow], value: str = "top1_pct") ->
     fields = [("gmacs", "GMACs per image, deployed")]
     if any(r.throughput_img_s for r in rows):
         fields.append(("throughput_img_s", "images per second"))
-    figure, axes = new_axes(1, len(fields), 5.2, 3.8)
+    figure, axes = new_axes(1, len(fields), 5.2 + 3.4 / len(fields), 3.8)                    # the legend takes the room beside them
     for axis, (field, label) in zip(axes[0], fields):
         points = [r for r in rows if getattr(r, field) is not None and getattr(r, value) is not None]
         for index, row in enumerate(points):
