@@ -127,19 +127,19 @@ class Bench:
 
 
 def draw(rows: list[dict]) -> None:
-    """docs/camvid.png: mIoU on test against GMACs and images/s, before and after fine-tuning."""
+    """docs/camvid.png: mIoU on val against GMACs and images/s, before and after fine-tuning."""
     keys = {"GMACs per image": "gmacs", "images per second (float32, batch 4)": "throughput_img_s"}
     dense, panels = rows[0], {label: {} for label in keys}
     for row in rows[1:]:
         for label, key in keys.items():
             for stage, words in (("closed", "off the shelf"), ("tuned", "fine-tuned")):
-                value = row[f"{stage}_test_miou_pct"]
+                value = row[f"{stage}_val_miou_pct"]
                 if value is not None and row[key]:
                     panels[label].setdefault(f"{row['family']}, {words}", []).append((row[key], value))
     panels = {label: lines for label, lines in panels.items() if lines}
     if panels:
-        save_figure(trade_offs(panels, "mIoU on CamVid's test images (%)",
-                               {label: (dense[keys[label]], dense["closed_test_miou_pct"]) for label in panels}), DOCS, "camvid")
+        save_figure(trade_offs(panels, "mIoU on CamVid's val images (%)",
+                               {label: (dense[keys[label]], dense["closed_val_miou_pct"]) for label in panels}), DOCS, "camvid")
 
 
 if __name__ == "__main__":

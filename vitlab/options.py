@@ -155,7 +155,7 @@ def build_parser() -> Parser:
     p.add_argument("--criterion", metavar="NAME", help="of tokens: gradient, class_attention or hsic (default: gradient); of units: "
                                                        "hsic, weight, activation, taylor, reconstruction or random (default: hsic)")
     p.add_argument("--images", type=count, default=512, help="size of the slice (default: 512)")
-    p.add_argument("--batch-size", type=count, default=64, help="default: 64")
+    p.add_argument("--batch-size", type=count, help="default: 64, of scenes 8")
     p.add_argument("--absolute", choices=("image", "batch"),
                    help="of criterion gradient: absolute value per image, or after the batch as published (default: image)")
     p.add_argument("--out", type=given, required=True, metavar="FILE", help="scores file, .safetensors")

@@ -14,6 +14,7 @@ from vitlab.data.order import drawing
 from vitlab.data.source import ImageData
 from vitlab.files import InputError
 
+AT_ONCE = 8                                     # images of a batch that is only measured
 MILD = {"scale": (0.75, 1.5), "color_jitter": 0.0}
 AUGMENT = ("scale", "hflip", "color_jitter")    # what can be done to an image and its mask together, of a recipe's `augment`
 REPORT_ON, CHOOSE_ON = ("test", "val", "validation"), ("val", "validation")
@@ -93,6 +94,10 @@ class SceneData(ImageData):
     def choose_on(self) -> str:
         """Name of the split to choose on. Raises InputError where there is none."""
         return self._first(CHOOSE_ON, "choose on")
+
+    def at_once(self, images: int) -> int:
+        """A few: logits of all their pixels are large."""
+        return min(images, AT_ONCE)
 
     def set_apart(self, limit: int, seed: int = 0) -> "SceneData":
         return SceneData(self.name, super().set_apart(limit, seed).splits, self.classes, self.embedded)

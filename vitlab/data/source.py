@@ -40,6 +40,10 @@ class ImageData:
         self.name, self.splits, self.classes, self.num_classes, self.mapped = name, splits, classes, num_classes, mapped
         self.labelled = labelled
 
+    def at_once(self, images: int) -> int:
+        """How many of so many images a batch that is only measured takes."""
+        return images
+
     def need_labels(self) -> "ImageData":
         """The data set itself. Raises InputError where its images have no labels."""
         if not self.labelled:

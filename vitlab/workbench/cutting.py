@@ -39,12 +39,13 @@ def open_dense(source: Source) -> Checkpoint:
     return need_dense(open_model(source))
 
 
-def score_units(source: Source, data: str | Path, out: str | Path, *, criterion: str = "hsic", images: int = 512, batch_size: int = 64,
-                seed: int = 0, device: str | None = None, class_map: str | Path | None = None, workers: int | None = None,
-                progress: bool = True) -> UnitScores:
+def score_units(source: Source, data: str | Path, out: str | Path, *, criterion: str = "hsic", images: int = 512,
+                batch_size: int | None = None, seed: int = 0, device: str | None = None, class_map: str | Path | None = None,
+                workers: int | None = None, progress: bool = True) -> UnitScores:
     """Scores of heads and neurons by a criterion on a slice of train, written to `out` (safetensors)."""
     found = open_dense(source)
     opened = open_matching(data, found, class_map, labels=criterion == "taylor")
+    batch_size = batch_size or opened.at_once(64)
     batches = opened.batches("train", found.model, batch_size=batch_size, limit=images, seed=seed, workers=workers, shared=True)
     scores = unit_scores(found.model, batches, criterion=criterion, seed=seed, device=pick_device(device), progress=progress)
     made_by = {**scores.made_by, "data": opened.name, "batch_size": str(batch_size), "seed": str(seed)}
@@ -109,7 +110,7 @@ def slice_objective(model: nn.Module, data: ImageData, images: int, seed: int, m
                     workers: int | None, **settings: Any) -> PlanObjective:
     """On a slice of train, chosen by seed + 1: other images than the scores are from, mostly. Never on the held-out split.
     settings go to PlanObjective."""
-    batches = data.batches("train", model, batch_size=128, limit=images, seed=seed + 1, workers=workers)
+    batches = data.batches("train", model, batch_size=data.at_once(128), limit=images, seed=seed + 1, workers=workers)
     return PlanObjective(model, batches, metric=metric, device=device, amp=amp_of(model), **settings)
 
 

@@ -144,12 +144,13 @@ def save_trained(out: str | Path, model: nn.Module, plan: CompressionPlan, data:
     parallel.wait()
 
 
-def score(source: Source, data: str | Path, out: str | Path, *, images: int = 512, batch_size: int = 64,
+def score(source: Source, data: str | Path, out: str | Path, *, images: int = 512, batch_size: int | None = None,
           criterion: str = "gradient", absolute: str = "image", seed: int = 0, device: str | None = None,
           class_map: str | Path | None = None, workers: int | None = None, progress: bool = True) -> Tensor:
-    """Token scores (L, n) by a criterion on a slice of train, written to `out` (safetensors)."""
+    """Token scores (L, n) by a criterion on a slice of train, written to `out` (safetensors). batch_size None: 64, of scenes 8."""
     found = open_model(source)
     opened = open_matching(data, found, class_map, labels=criterion == "gradient")
+    batch_size = batch_size or opened.at_once(64)
     batches = opened.batches("train", found.model, batch_size=batch_size, limit=images, seed=seed, workers=workers, shared=True)
     scores = token_scores(found.model, batches, criterion=criterion, absolute=absolute, device=pick_device(device), progress=progress)
     made_by = {"data": opened.name, "criterion": criterion, "images": str(images), "batch_size": str(batch_size),
