@@ -20,19 +20,20 @@ from vitlab.data.masks import open_scenes
 from vitlab.files import append_line, atomic_write, read_lines, write_lines
 from vitlab.models import compress, deploy, shape_of
 from vitlab.plan import CompressionPlan
-from vitlab.plots import save_figure, trade_offs
+from vitlab.plots import predictions, save_figure, scene_regions, trade_offs
 from vitlab.training.checkpoint import Checkpoint
 from vitlab.training.evaluate import uses_bf16
 from vitlab.training.pixels import evaluate_scenes
 from vitlab.training.recipes import recipe
 from vitlab.training.throughput import conditions, measure
 from vitlab.workbench import steps
-from vitlab.workbench.segmenting import plans_at
+from vitlab.workbench.segmenting import plans_at, seen, shown
 
 RESULTS = Path(__file__).parent / "results" / "camvid.jsonl"
 DOCS = Path(__file__).parents[1] / "docs"
 KEEPS = (0.8, 0.7, 0.5)
 SCORED, BATCH = 128, 4
+PARTS = ("closed", "tuned", "test", "speed", "figures")
 FAMILIES = ("Prune and Merge", "Prune and Merge, spans", "shared updates", "merging by content")
 
 
@@ -102,6 +103,17 @@ class Bench:
                        for name, s in found.items()},
             "conditions": conditions(torch.device("cpu"), "float32", BATCH, self.args.repeats)}))
 
+    def figures(self) -> None:
+        """docs/camvid_predictions.png and camvid_regions.png: two scenes of val under the rule by content, as they come off the shelf."""
+        keep, rule = 0.7, "merging by content"
+        plan = plans_at(self.scores, self.shape, keep)[rule]
+        small = Checkpoint(model=compress(self.model, plan), plan=plan, info={})
+        found = shown(self.data, {"dense": self.dense, f"{rule}, keep {keep}": small}, count=2)
+        note = f"CamVid, val; {rule} at the cost of keep rate {keep}, without fine-tuning"
+        save_figure(predictions(*found, self.data.classes), DOCS, "camvid_predictions", note)
+        picture, places = seen(small, self.data)
+        save_figure(scene_regions(picture, plan, (self.shape.depth // 2, self.shape.depth - 1), places), DOCS, "camvid_regions", note)
+
     def write(self) -> None:
         """One row a model: off the shelf and tuned, on val and on test."""
         path = self.args.run / "speed.json"
@@ -147,7 +159,7 @@ if __name__ == "__main__":
     for option in ("--dense", "--data"):
         parser.add_argument(option, required=True)
     parser.add_argument("--run", required=True, type=Path, help="folder for scores, fine-tuned models and rows")
-    parser.add_argument("--parts", nargs="+", default=["closed", "tuned", "test", "speed"], choices=("closed", "tuned", "test", "speed"))
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--keeps", type=float, nargs="+", default=list(KEEPS))
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
     parser.add_argument("--epochs", type=int, default=4)
@@ -166,5 +178,5 @@ if __name__ == "__main__":
             bench.closed("test")
             bench.tuned("test")
         else:
-            bench.speed()
+            getattr(bench, part)()
     bench.write()

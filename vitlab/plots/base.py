@@ -26,9 +26,22 @@ def save_figure(figure: Figure, folder: str | Path, name: str, caption: str = ""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if caption:
+        _hold_legends(figure)
         figure.text(0.5, -0.01, caption, ha="center", va="top", fontsize="small", color="0.3", wrap=True)
     for kind in formats or os.environ.get(FORMATS, "png").split(","):
         figure.savefig(folder / f"{name}.{kind}", bbox_inches="tight", facecolor="white", metadata=UNDATED.get(kind))
+
+
+def _hold_legends(figure: Figure) -> None:
+    """Fix where the figure's own legends stand: saved together with what lies below the figure, they would move over it."""
+    if figure.legends:
+        figure.canvas.draw()                    # lays it out
+        figure.set_layout_engine("none")
+    for legend in figure.legends:
+        place = legend.get_window_extent().transformed(figure.transFigure.inverted())
+        legend.borderaxespad = 0
+        legend.set_loc("lower left")
+        legend.set_bbox_to_anchor((place.x0, place.y0), transform=figure.transFigure)
 
 
 def to_image(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:

@@ -74,9 +74,7 @@ def _legend(figure: Figure, handles: Sequence[Patch], place: str, title: str = "
     """A legend of squares above ("upper") or below ("lower") all axes; gives its height in inches."""
     widths, room = [5 + len(handle.get_label()) for handle in handles], int(13 * figure.get_figwidth())        # in letters
     columns = len(handles) if sum(widths) <= room else max(1, room // max(widths))
-    # In the figure's own coordinates: else a caption below moves it, when a figure is saved with all that is drawn.
-    figure.legend(handles=handles, loc=f"outside {place} center", bbox_to_anchor=(0, 0, 1, 1), bbox_transform=figure.transFigure,
-                  ncols=columns, borderaxespad=0, frameon=False, fontsize=9, handlelength=1.2,
+    figure.legend(handles=handles, loc=f"outside {place} center", ncols=columns, frameon=False, fontsize=9, handlelength=1.2,
                   columnspacing=1.5, title=title or None, title_fontsize=9)
     return 0.25 + 0.2 * (-(-len(handles) // columns) + len(title.splitlines()))
 

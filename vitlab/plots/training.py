@@ -61,7 +61,7 @@ def accuracy_against_cost(rows: Sequence[ResultRow], value: str = "top1_pct") ->
 def trade_offs(panels: dict[str, dict[str, Sequence[tuple[float, float]]]], ylabel: str, dense: dict[str, tuple[float, float]]) -> Figure:
     """One panel for each cost, {its label: {line: points (cost, value)}}; the same line has the same look in all of them. dense:
     the dense model's point in each panel."""
-    figure, axes = new_axes(1, len(panels), 5.2, 4.0)
+    figure, axes = new_axes(1, len(panels), 5.2 + 3.4 / len(panels), 4.0)                    # the legend takes the room beside them
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     for axis, (label, lines) in zip(axes[0], panels.items()):
         for name, points in lines.items():
