@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_rgb
+from PIL import Image
 
 from vitlab.data import layouts
 from vitlab.files import InputError
@@ -19,6 +20,7 @@ from vitlab.plots import (
     outcomes,
     overlaid,
     predictions,
+    save_figure,
     scene_moment,
     scene_regions,
 )
@@ -378,3 +380,14 @@ def test_another_rate_is_set_against_costs_by_its_name():
     assert [(*line.get_xdata(), *line.get_ydata()) for line in axis.lines] == [(1, 90)] and axis.get_ylabel() == "top-5 (%)"
     with pytest.raises(InputError, match="'gmacs' is not known"):
         accuracy_against_cost(rows, "gmacs")
+
+
+def test_a_caption_goes_below_the_legends_and_moves_none(tmp_path):
+    images, given = [np.full((9, 14, 3), 0.5)], [np.arange(126).reshape(9, 14) % 5]
+    for name, caption in (("plain", ""), ("captioned", "seed 0, keep rate 0.7")):
+        figure = predictions(images, given, {"dense": given, "small": given}, list("abcde"))
+        save_figure(figure, tmp_path, name, caption)
+    plain, captioned = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")) < 250 for name in ("plain", "captioned"))
+    before, after = (np.split(rows, np.flatnonzero(np.diff(rows) > 3) + 1) for rows in (
+        each.any(axis=1).nonzero()[0] for each in (plain, captioned)))         # runs of rows with ink, from above; the caption's is last
+    assert len(after) == len(before) + 1 and after[-1][0] > after[-2][-1]
