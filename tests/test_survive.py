@@ -169,7 +169,7 @@ def test_the_command_line_ends_with_a_code_of_its_own_when_asked_to_stop_and_res
 
 
 @pytest.mark.parametrize("content, message", [
-    (None, "no such file; pretrain, finetune"), ("[]", "no record of a command"),
+    (None, "no such file; pretrain, segment, finetune"), ("[]", "no record of a command"),
     ('{"arguments": [1], "folder": "/"}', "no record of a command"),
     ('{"arguments": ["demo"], "folder": "/"}', "'demo' can't be gone on with"), ('{"arguments": [], "folder": "/"}', "'nothing' can't"),
     ('{"arguments": ["search", "--out", "x", "--checkpoint", "a", "--data", "b", "--gmacs", "1"], "folder": "/"}', "has been moved since")])
