@@ -159,6 +159,14 @@ def scale(rows: list[dict]) -> str:
                          for r in rows])
 
 
+def allocator(rows: list[dict]) -> str:
+    def text(values: list[float], digits: int) -> str:
+        return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+    head = ["model", "images/s, over processes", "fresh pages a forward"]
+    return _table(head, [[r["model"].replace("_patch16_224", ""), text(r["conditions"]["draws"], 1), text(r["conditions"]["pages"], 0)]
+                         for r in rows])
+
+
 def loader(rows: list[dict]) -> str:
     return _table(["model, one step of 32 images", "loader processes", "loader alone (images/s)", "steps alone", "both", "the limit"],
                   [[r["model"].replace("_patch16_224", ""), str(r["workers"]), f"{r['loader_img_s']:.0f}", f"{r['step_img_s']:.0f}",
@@ -169,7 +177,8 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
     "published_table": published_table, "published_form": published_table, "boundaries": boundaries, "cifar10": cifar10,
     "token_speed": token_speed, "mdc_table": mdc_table, "joint": joint, "latency": latency, "hsic_speed": hsic_speed,
     "search_quality": search_quality, "off_the_shelf": off_the_shelf,
-    "off_the_shelf_short": off_the_shelf_short, "per_block": per_block, "camvid": camvid, "scale": scale, "loader": loader}
+    "off_the_shelf_short": off_the_shelf_short, "per_block": per_block, "camvid": camvid,
+    "allocator": allocator, "scale": scale, "loader": loader}
 
 
 def render(text: str) -> str:

@@ -1,4 +1,8 @@
 """measure: every model in turn, ratios against the first. No time is asserted, only order."""
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from training_fixtures import one_thread, tiny  # noqa: F401
@@ -60,3 +64,22 @@ def test_conditions_say_what_a_speed_depends_on():
     found = conditions(torch.device("cpu"), "float32", 4, 3)
     assert found["dtype"] == "float32" and found["batch_size"] == 4 and found["repeats"] == 3
     assert found["threads"] == torch.get_num_threads() and found["device"].endswith("CPU")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc, whose allocator this is about")
+def test_memory_that_is_held_comes_back_without_fresh_pages():
+    """In a process of its own: blocks of 16 MB, freed and asked for again."""
+    code = """
+import resource, torch
+from vitlab.training.throughput import hold_memory
+def faults(count=20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(count):
+        torch.ones(4 * 2**20), torch.ones(4 * 2**20)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / count
+assert hold_memory()
+faults(2)
+print(faults())
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(found.stdout) < 100            # two blocks are 8,192 pages of 4 KiB; what is left is the interpreter's own

@@ -32,7 +32,7 @@ from vitlab.models.shrink import keep_heads, keep_neurons
 from vitlab.plan import CompressionPlan
 from vitlab.rules import Match, SharedUpdate
 from vitlab.shape import ViTShape, require
-from vitlab.training.throughput import DTYPES, _once, conditions, measure
+from vitlab.training.throughput import DTYPES, _once, conditions, hold_memory, measure
 
 
 def grid_axes(shape: ViTShape) -> dict[str, tuple[np.ndarray, ...]]:
@@ -137,6 +137,8 @@ def measure_table(model: nn.Module, *, batch_size: int = 32, dtype: str = "float
     """
     shape, found = shape_of(model), conditions_of(model, batch_size, dtype, device)
     require(repeats >= 1, f"repeats is {repeats}; at least 1 is needed")
+    if torch.device(device).type == "cpu":
+        hold_memory()
     model, axes = copy.deepcopy(model).to(device=device, dtype=DTYPES[dtype]).eval(), grid_axes(shape)
     pieces, whole = list(_pieces(model, axes, batch_size)), _whole_models(model, shape)
     pieces += [("whole", (i,), compressed, pieces[0][3]) for i, (_, compressed) in enumerate(whole)]

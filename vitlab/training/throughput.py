@@ -1,4 +1,5 @@
 """Throughput and latency, measured in turn in one run, so that a ratio holds where the machine's speed drifts."""
+import ctypes
 import platform
 import statistics
 import time
@@ -12,6 +13,7 @@ from tqdm.auto import tqdm
 
 from vitlab.files import InputError
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4           # of mallopt(3)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -27,11 +29,23 @@ class Speed:
     peak_memory_mb: float | None    # on a GPU, of one forward
 
 
+def hold_memory() -> bool:
+    """Keep freed memory in this process, where the C library is glibc; says whether it could.
+
+    Else large blocks go back to the system and come again as fresh pages, tens of thousands a forward; how many depends on what the
+    process allocated before, and with it a model's speed, by a third and more from process to process (docs/results.md).
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
 def conditions(device: torch.device, dtype: str, batch_size: int, repeats: int) -> dict[str, Any]:
     """What a speed depends on, to be stored beside it."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU"
     return {"device": name, "dtype": dtype, "batch_size": batch_size, "threads": torch.get_num_threads(),
-            "repeats": repeats, "torch": torch.__version__, "timing": "median, models in turn in one process"}
+            "repeats": repeats, "torch": torch.__version__, "timing": "median, models in turn in one process that keeps freed memory"}
 
 
 def _once(model: Callable, x: torch.Tensor, runs: int) -> float:
@@ -58,6 +72,8 @@ def measure(models: dict[str, nn.Module], *, batch_size: int = 32, repeats: int 
     if not models or batch_size < 1 or repeats < 1:
         raise InputError("measure needs a model, batch_size of at least 1 and repeats of at least 1")
     device, inputs, runs, peaks = torch.device(device), {}, {}, {}
+    if device.type == "cpu":
+        hold_memory()
     for name, model in models.items():
         model.to(device=device, dtype=DTYPES[dtype]).eval()
         h, w = model.patch_embed.img_size
