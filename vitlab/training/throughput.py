@@ -33,7 +33,7 @@ def hold_memory() -> bool:
     """Keep freed memory in this process, where the C library is glibc; says whether it could.
 
     Else large blocks go back to the system and come again as fresh pages, tens of thousands a forward; how many depends on what the
-    process allocated before, and with it a model's speed, by a third and more from process to process (docs/results.md).
+    process allocated before, and with it a model's speed, by a fifth and more from process to process (docs/results.md).
     """
     if platform.libc_ver()[0] != "glibc":
         return False
