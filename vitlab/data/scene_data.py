@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from vitlab.data.images import Batches, Images, load
-from vitlab.data.joint import evaluation_transform, training_transform
+from vitlab.data.joint import JointTransform, evaluation_transform, training_transform
 from vitlab.data.order import drawing
 from vitlab.data.source import ImageData
 from vitlab.files import InputError
@@ -70,6 +70,12 @@ class SceneBatches(Batches):
             yield batch[0], batch[1]
 
 
+def measuring_transform(model: nn.Module, whole: bool = False) -> JointTransform:
+    """Normalisation alone, with a Segmenter's mean and deviation: the middle at its encoder's size, or, with `whole`, each at its own."""
+    config = resolve_model_data_config(model.encoder)
+    return evaluation_transform(config["mean"], config["std"], None if whole else model.img_size)
+
+
 class SceneData(ImageData):
     """Named splits of images with masks: `train`, one to choose on (`val`) and one to report on (`test`, or else `val`)."""
 
@@ -124,11 +130,12 @@ class SceneData(ImageData):
         if odd:
             raise InputError(f"{self.name}: augmentation {odd[0]!r} can't be done to an image and its mask; {', '.join(AUGMENT)} can")
         self.check_fits(model.num_classes)
-        images, config = self.split(split, limit, seed), resolve_model_data_config(model.encoder)
+        images = self.split(split, limit, seed)
         if training:
+            config = resolve_model_data_config(model.encoder)
             images.transform = training_transform(model.img_size, config["mean"], config["std"], **(augment or {}))
         else:
-            images.transform = evaluation_transform(config["mean"], config["std"], None if whole else model.img_size)
+            images.transform = measuring_transform(model, whole)
         loader, order = load(images, batch_size, training=training, seed=seed, workers=workers, embedded=self.embedded, shared=shared,
                              turns=turns, repeats=repeats, collate=_collate)
         return SceneBatches(loader, images, order)

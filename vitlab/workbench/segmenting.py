@@ -2,7 +2,6 @@
 import dataclasses
 import io
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ from tqdm.auto import tqdm
 from vitlab.cost import gmacs, macs_of
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.data.folder import is_image, read_image
-from vitlab.data.joint import evaluation_transform
 from vitlab.data.masks import open_scenes
-from vitlab.data.scene_data import SceneData
+from vitlab.data.scene_data import SceneData, measuring_transform
 from vitlab.files import InputError, atomic_write, first_line, from_root
 from vitlab.models import shape_of
 from vitlab.models.segmenter import Segmenter, as_encoder
@@ -47,8 +45,8 @@ MAX_RATIO, RATIOS = 0.5, 501                    # largest ratio of merging by co
 def scene_size(data: SceneData) -> tuple[int, int]:
     """Height and width that the first images of train have; where they differ, LARGEST_SIDE for both."""
     train = data.split("train")
-    sizes = Counter(train.scene(i)[1].shape for i in range(min(LOOKED_AT, len(train))))
-    return tuple(map(int, next(iter(sizes)))) if len(sizes) == 1 else (LARGEST_SIDE, LARGEST_SIDE)
+    sizes = {train.scene(i)[1].shape for i in range(min(LOOKED_AT, len(train)))}
+    return sizes.pop() if len(sizes) == 1 else (LARGEST_SIDE, LARGEST_SIDE)
 
 
 def make_segmenter(source: Source, data: SceneData, *, img_size: tuple[int, int] | None = None, decoder: str | None = None,
@@ -83,7 +81,8 @@ def train_segmenter(source: Source, data: str | Path, out: str | Path, *,
     log = fit(model, opened, settings, Path(out) / TRAINING, seed=seed, device=device, limit=limit, engine=engine,
               changed_data=changed_data, workers=workers, progress=progress)
     save_trained(out, model, CompressionPlan.empty(shape_of(model)), opened,
-          made_by={"step": "segment", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed, "last_epoch": log[-1:]})
+                 made_by={"step": "segment", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed,
+                          "last_epoch": log[-1:]})
     return Path(out)
 
 
@@ -111,8 +110,7 @@ def predict(source: Source, images: str | Path, out: str | Path, *, opacity: flo
                 raise InputError(f"{images}: images named {taken[place]} and {path.stem}; both would be written to {place}")
             taken[place] = path.stem
     model, colours, written = deployed(found).to(at), class_colours(found.model.num_classes), []
-    config = resolve_model_data_config(model.encoder)
-    transform = evaluation_transform(config["mean"], config["std"])
+    transform = measuring_transform(model, whole=True)
     for path in tqdm(paths, desc="predict", unit="image", disable=not progress):
         try:
             image = read_image(path).convert("RGB")
@@ -173,8 +171,7 @@ def shown(data: SceneData, models: dict[str, Checkpoint], *, count: int = 3, spl
     predicted = {}
     for name, found in models.items():
         data.check_fits(found.model.num_classes)
-        config = resolve_model_data_config(found.model.encoder)
-        transform = evaluation_transform(config["mean"], config["std"])
+        transform = measuring_transform(found.model, whole=True)
         with frozen_eval(found.model):
             predicted[name] = [segment(found.model, transform(*pair)[0][None], **windows)[0].argmax(dim=0).numpy() for pair in pairs]
     return [np.asarray(image) / 255 for image, _ in pairs], [mask for _, mask in pairs], predicted
@@ -184,7 +181,7 @@ def seen(found: Checkpoint, data: SceneData, index: int = 0, split: str | None =
     """(picture (h, w, 3) in [0, 1], {block: (n)}) for `plots.scene_regions`: a scene as the model takes it (the middle of a larger one),
     and which token each patch went into in the blocks that merge by content, where there are any (`token_places`)."""
     config = resolve_model_data_config(found.model.encoder)
-    x, _ = evaluation_transform(config["mean"], config["std"], found.model.img_size)(*data.split(split or data.choose_on).scene(index))
+    x, _ = measuring_transform(found.model)(*data.split(split or data.choose_on).scene(index))
     matched = any(isinstance(block.tokens, Match) for block in found.plan.blocks)
     places = token_places(found.model, x[None]) if matched else {}
     return to_image(x, config["mean"], config["std"]), {block: each[0] for block, each in places.items()}

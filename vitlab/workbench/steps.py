@@ -133,7 +133,7 @@ def pretrain(model: str, data: str | Path, out: str | Path, *, settings: Recipe 
     log = fit(dense, opened, settings, Path(out) / TRAINING, seed=seed, device=device, limit=limit, engine=engine,
               changed_data=changed_data, workers=workers, progress=progress)
     save_trained(out, dense, CompressionPlan.empty(shape_of(dense)), opened,
-          made_by={"step": "pretrain", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed, "last_epoch": log[-1:]})
+                 made_by={"step": "pretrain", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed, "last_epoch": log[-1:]})
     return Path(out)
 
 
@@ -245,7 +245,7 @@ def finetune(source: Source, teacher: Source | None, data: str | Path, out: str 
                   device=pick_device(device), limit=limit, engine=engine, changed_data=changed_data, workers=workers,
                   about={"plan": json.loads((final if plan is None else part).to_json())}, progress=progress)
     save_trained(out, model, final, opened,
-          made_by={"step": "finetune", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed, "steps": steps,
+                 made_by={"step": "finetune", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed, "steps": steps,
                    "plan": final.made_by, "last_epoch": log[-1:]})
     return Path(out)
 

@@ -15,9 +15,8 @@ from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from vitlab import tokens
-from vitlab.data.joint import evaluation_transform
 from vitlab.data.layouts import IGNORE
-from vitlab.data.scene_data import SceneData, Scenes
+from vitlab.data.scene_data import SceneData, Scenes, measuring_transform
 from vitlab.models.segmenter import Segmenter, pad
 from vitlab.plan import CompressionPlan
 from vitlab.plots.base import to_image
@@ -56,7 +55,7 @@ class Views:
         self.compressed = functools.lru_cache(maxsize=64)(self._compressed)
 
     def _scene(self, i: int) -> Scene:
-        image, mask = evaluation_transform(self.mean, self.std)(*self.scenes.scene(i))
+        image, mask = measuring_transform(self.model, whole=True)(*self.scenes.scene(i))
         size = self.model.img_size
         starts = [max(0, (have - want) // 2) for have, want in zip(mask.shape, size)]
         middle = tuple(slice(start, start + want) for start, want in zip(starts, size))
