@@ -133,7 +133,8 @@ def pretrain(model: str, data: str | Path, out: str | Path, *, settings: Recipe 
     log = fit(dense, opened, settings, Path(out) / TRAINING, seed=seed, device=device, limit=limit, engine=engine,
               changed_data=changed_data, workers=workers, progress=progress)
     save_trained(out, dense, CompressionPlan.empty(shape_of(dense)), opened,
-                 made_by={"step": "pretrain", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed, "last_epoch": log[-1:]})
+                 made_by={"step": "pretrain", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed,
+                          "last_epoch": log[-1:]})
     return Path(out)
 
 
