@@ -9,9 +9,10 @@ import torch.nn.functional as F
 import yaml
 
 from vitlab.files import InputError
-from vitlab.models import deploy
-from vitlab.models.published_segmenter import load_published_segmenter
+from vitlab.models import deploy, shape_of
+from vitlab.plan import CompressionPlan
 from vitlab.training.checkpoint import load, save
+from vitlab.training.published import load_segmenter
 from vitlab.workbench.steps import open_model
 
 HEIGHT, WIDTH, PATCH, DIM, HEADS, DEPTH, CLASSES = 32, 48, 16, 128, 4, 3, 5
@@ -119,11 +120,12 @@ def test_a_published_checkpoint_gives_the_published_forward(tmp_path, distilled,
     net["decoder"] = {"name": "linear"} if linear else NET["decoder"]
     path = write(tmp_path / "seg", saved, net)
     assert "!!python/tuple" in (tmp_path / "seg" / "variant.yml").read_text()
-    model = load_published_segmenter(path)
+    model, plan = load_segmenter(path)
+    assert plan == CompressionPlan.empty(shape_of(model))
     images = torch.randn(2, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         found = model(images)
-        assert torch.equal(load_published_segmenter(path.parent)(images), found)        # the folder will do
+        assert torch.equal(load_segmenter(path.parent)[0](images), found)        # the folder will do
     wanted = slow_forward(saved["model"], images.double(), distilled, linear).float()
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)        # float32, logits about 1
     assert not model.training and model.img_size == (HEIGHT, WIDTH)
@@ -135,7 +137,7 @@ def test_the_rates_of_the_decoder_are_the_files_and_a_plain_list_is_a_size(tmp_p
     decoder = {"name": "mask_transformer", "n_layers": 2, "dropout": 0.25, "drop_path_rate": 0.5}
     net = {**NET, "image_size": [HEIGHT, WIDTH], "decoder": decoder}
     del net["distilled"]                                                # vit_large_patch16_384 has none
-    model = load_published_segmenter(write(tmp_path / "seg", content(), net))
+    model, _ = load_segmenter(write(tmp_path / "seg", content(), net))
     assert [b.mlp.drop1.p for b in model.decoder.blocks] == [0.25, 0.25] and model.decoder.blocks[1].drop_path1.drop_prob == 0.5
 
 
@@ -185,17 +187,18 @@ def test_published_matrices_that_do_not_fit_are_refused_by_file_and_key(tmp_path
 
 def refused(path: Path, says: str, where: str = "checkpoint.pth") -> None:
     with pytest.raises(InputError, match=f"{path.parent / where}.*{says}"):
-        load_published_segmenter(path)
+        load_segmenter(path)
 
 
 @pytest.mark.parametrize("change, says", [
     (lambda s: s.pop("encoder.blocks.1.mlp.fc1.weight"), "missing keys encoder.blocks.1.mlp.fc1.weight"),
     (lambda s: s.pop("decoder.cls_emb"), "missing keys decoder.cls_emb"),
-    (lambda s: s.update({"encoder.blocks.0.attn.merge_matrix": torch.ones(3, 7)}), "unknown keys encoder.blocks.0.attn.merge_matrix"),
+    (lambda s: s.update({"encoder.blocks.0.attn.merge_matrix": torch.ones(3, 7)}), "encoder.blocks.0.attn.recover_matrix is missing"),
+    (lambda s: s.update({"encoder.blocks.0.attn.scale": torch.ones(1)}), "unknown keys encoder.blocks.0.attn.scale"),
     (lambda s: s.update({"decoder.cls_emb": torch.ones(1, 6, DIM)}), r"decoder.cls_emb is \(1, 6, 128\), the model's is \(1, 5, 128\)"),
     (lambda s: s.update({"encoder.blocks.3.norm1.weight": torch.ones(DIM)}), "4 blocks in the encoder; .*variant.yml says 3"),
     (lambda s: s.update({"decoder.cls_emb": 3}), "'decoder.cls_emb' is not a tensor"),
-], ids=["encoder", "decoder", "unknown", "shape", "depth", "kind"])
+], ids=["encoder", "decoder", "matrix", "unknown", "shape", "depth", "kind"])
 def test_weights_that_do_not_fit_are_refused_by_file_and_key(tmp_path, change, says):
     saved = content()
     change(saved["model"])
@@ -272,4 +275,4 @@ def test_a_variant_of_aliases_upon_aliases_is_refused_at_once(tmp_path):
 
 
 def test_a_namespace_beside_the_weights_is_allowed(tmp_path):
-    load_published_segmenter(write(tmp_path / "seg", {**content(), "args": argparse.Namespace(lr=1e-3)}))
+    load_segmenter(write(tmp_path / "seg", {**content(), "args": argparse.Namespace(lr=1e-3)}))

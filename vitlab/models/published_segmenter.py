@@ -13,7 +13,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMA
 from torch import Tensor
 
 from vitlab.files import InputError
-from vitlab.models.create import load_state, read_file, rebuild, state_of
+from vitlab.models.create import read_file, rebuild, state_of
 from vitlab.models.decoders import NORM_EPS
 from vitlab.models.segmenter import Segmenter, as_encoder, set_norm_eps
 from vitlab.shape import is_int
@@ -74,13 +74,6 @@ def _check(net: dict[str, Any], path: Path) -> None:
     kinds = {"linear": {}, "mask_transformer": {"n_layers": _size, "dropout": _rate, "drop_path_rate": _rate}}
     _taken(net["decoder"], f"{where}.decoder", {"name": lambda v: v in list(kinds)})
     _taken(net["decoder"], f"{where}.decoder", kinds[net["decoder"]["name"]])
-
-
-def load_published_segmenter(path: str | Path) -> Segmenter:
-    """The dense Segmenter, in eval mode, of a published checkpoint.pth (or of the folder that holds it); see `published_parts`."""
-    model, state, path = published_parts(path)
-    load_state(model, state, path)
-    return model.eval()
 
 
 def published_parts(path: str | Path) -> tuple[Segmenter, dict[str, Tensor], Path]:
