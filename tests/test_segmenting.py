@@ -27,7 +27,7 @@ from vitlab.training import checkpoint, latency, states
 from vitlab.training.loop import LOG
 from vitlab.training.pixels import evaluate_scenes
 from vitlab.training.recipes import Engine
-from vitlab.workbench import calibrating, cutting, searching, segmenting, steps
+from vitlab.workbench import calibrating, cutting, searching, segmenting, steps, tonight
 
 DATA, NAMES = "digit_scenes", ["background", *"0123456789"]
 HERE = {"device": "cpu", "progress": False, "workers": 0}
@@ -195,6 +195,35 @@ def test_where_cutting_hurts_is_measured_in_each_block_and_tokens_merge_by_conte
     for block in (0, 1):
         plan = cutting._match_in(shape_of(checkpoint.load(way / "dense").model), block, 0.25)
         assert [None if b.tokens is None else b.tokens.merged for b in plan.blocks] == ([4, 0] if block == 0 else [None, 4])
+
+
+def test_photographs_without_masks_are_enough_for_a_smaller_segmenter_tonight(way, tmp_path):
+    photographs, train, chance = tmp_path / "photographs", open_scenes(DATA).split("train"), np.random.default_rng(0)
+    photographs.mkdir()
+    for i in range(12):
+        train.scene(i)[0].save(photographs / f"{i:02d}.png")
+    Image.fromarray(chance.integers(0, 256, (20, 70, 3), dtype=np.uint8)).save(photographs / "flat.png")       # of another size
+    made = tonight.tonight(way / "dense", photographs, tmp_path / "out", macs_ratio=0.9, rules=("merging by content", "neurons"),
+                           ratios=(0.95,), evaluations=3, minutes=0, images=5, calibration_images=10, seed=1, **HERE)
+    dense = checkpoint.load(way / "dense")
+    assert cost.gmacs(made.plan) <= 0.9 * cost.gmacs(dense.plan) and made.plan.shape.decoder == "mask_transformer"
+    rows = list(read_lines(tmp_path / "out" / tonight.OFFERS))
+    assert [row["rule"] for row in rows] == ["merging by content"] * 2 + ["neurons"] * 2
+    images = torch.cat([x for x, _ in open_scenes(photographs).batches("train", dense.model, limit=5, seed=2, workers=0)])
+    for row in rows[:2]:                        # measured on a slice other than that of the scores; nothing of them is refitted
+        small = deploy(compress(dense.model, CompressionPlan.from_json(row["plan"])))
+        same = logits(small, images).argmax(dim=1) == logits(dense.model, images).argmax(dim=1)
+        assert same.shape == (5, 32, 32) and row["agree_pct"] == pytest.approx(100 * float(same.double().mean()))
+    offers = [tonight.Offer(rule="neurons", plan=made.plan, gmacs=0.1, agree_pct=90.0, distill_loss=0.1)]
+    assert tonight.offers_figure(offers).axes[0].get_ylabel() == "pixels classified as by the dense model (%)"
+    for step in (lambda: steps.evaluate(way / "dense", photographs, **HERE),
+                 lambda: segmenting.train_segmenter(encoder(), photographs, tmp_path),
+                 lambda: steps.score(way / "dense", photographs, tmp_path / "tokens.safetensors", **HERE)):
+        with pytest.raises(InputError, match="photographs: images without masks, which this step needs; train/images/"):
+            step()
+    (photographs / "03.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match="03.png: can't be read as an image"):
+        tonight.tonight(way / "dense", photographs, tmp_path / "out", images=5, calibration_images=10, **HERE)
 
 
 # ---------------------------------------------------------------- evaluation

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vitlab.data.folder import read_image
+from vitlab.data.folder import is_image, read_image, unlabelled
 from vitlab.data.layouts import LAYOUTS, Pairs
 from vitlab.data.scene_data import SceneData, Scenes
 from vitlab.data.scenes import digit_scenes
@@ -74,6 +74,24 @@ class MaskReader:
         return str(self.pairs[i][0])
 
 
+class PictureReader:
+    """(RGB image, mask) pairs of files that have no masks: these are 0 throughout, and say nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.paths = sorted(path for path in folder.iterdir() if is_image(path) and not path.name.startswith("."))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, np.ndarray]:
+        """Raises InputError naming the file that can't be read."""
+        image = _opened(self.paths[i], "an image")
+        return image.convert("RGB"), np.zeros((image.height, image.width), dtype=np.uint8)
+
+    def filename(self, i: int) -> str:
+        return str(self.paths[i])
+
+
 SCENES: dict[str, Callable[[], SceneData]] = {"digit_scenes": digit_scenes}
 
 
@@ -82,7 +100,8 @@ def open_scenes(data: str | Path, layout: str | None = None) -> SceneData:
 
     ade20k: ADEChallengeData2016/ with images/ and annotations/, training/ and validation/ in each. cityscapes: leftImg8bit/ and
     gtFine/ with labelIds. pascal_context: VOC2010/ with ImageSets/SegmentationContext/ and PNGs in SegmentationClassContext/.
-    camvid, folder: train/, val/ and test/ with images/ and masks/ in each, and classes.txt.
+    camvid, folder: train/, val/ and test/ with images/ and masks/ in each, and classes.txt. A folder, or its train/, that holds images
+    alone has no masks, and no other split than train.
     Raises InputError naming the folder or file: missing, no layout that is known, an image without a mask, a split without images.
     """
     if str(data) in SCENES:
@@ -95,6 +114,9 @@ def open_scenes(data: str | Path, layout: str | None = None) -> SceneData:
     if not str(data) or not root.is_dir():
         raise InputError(f"{str(data)!r}: no such folder; give one of {sorted(SCENES)}, or a folder of images and masks")
     name = layout or next((name for name, each in LAYOUTS.items() if each.known_by(root)), None)
+    flat = unlabelled(root) if name is None else None
+    if flat is not None:
+        return SceneData(root.resolve().name, {"train": Scenes(PictureReader(flat))}, None, labelled=False)
     if name is None:
         raise InputError(f"{root}: has none of the layouts {sorted(LAYOUTS)}; the simplest is train/images/, train/masks/, the same of val "
                          "and test, and classes.txt with a name a line")

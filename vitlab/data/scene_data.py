@@ -77,13 +77,22 @@ def measuring_transform(model: nn.Module, whole: bool = False) -> JointTransform
 
 
 class SceneData(ImageData):
-    """Named splits of images with masks: `train`, one to choose on (`val`) and one to report on (`test`, or else `val`)."""
+    """Named splits of images with masks: `train`, one to choose on (`val`) and one to report on (`test`, or else `val`). Where it is not
+    `labelled`, masks are 0 and say nothing, and it has no classes."""
 
     logged, mild = 50, MILD
 
-    def __init__(self, name: str, splits: dict[str, Scenes], classes: list[str], embedded: bool = False) -> None:
-        super().__init__(name, splits, classes, len(classes))
+    def __init__(self, name: str, splits: dict[str, Scenes], classes: list[str] | None, embedded: bool = False,
+                 labelled: bool = True) -> None:
+        super().__init__(name, splits, classes, len(classes) if classes else None, labelled=labelled)
         self.embedded = embedded
+
+    def need_labels(self) -> "SceneData":
+        """The data set itself. Raises InputError where its images have no masks."""
+        if not self.labelled:
+            raise InputError(f"{self.name}: images without masks, which this step needs; train/images/ and train/masks/, the same of val "
+                             "and test, and classes.txt have them")
+        return self
 
     def _first(self, names: tuple[str, ...], what: str) -> str:
         found = next((name for name in names if name in self.splits), None)
@@ -106,11 +115,11 @@ class SceneData(ImageData):
         return min(images, AT_ONCE)
 
     def set_apart(self, limit: int, seed: int = 0) -> "SceneData":
-        return SceneData(self.name, super().set_apart(limit, seed).splits, self.classes, self.embedded)
+        return SceneData(self.name, super().set_apart(limit, seed).splits, self.classes, self.embedded, self.labelled)
 
     def check_fits(self, num_classes: int) -> None:
         """InputError where the decoder has another number of classes."""
-        if self.num_classes != num_classes:
+        if self.num_classes not in (None, num_classes):
             raise InputError(f"{self.name}: {self.num_classes} classes, but the model's decoder has {num_classes}")
 
     def batches(self, split: str, model: nn.Module, *, batch_size: int = 8, training: bool = False, limit: int | None = None,

@@ -74,7 +74,7 @@ def train_segmenter(source: Source, data: str | Path, out: str | Path, *,
                     engine: Engine | None = None, changed_data: bool = False, progress: bool = True) -> Path:
     """Train a dense Segmenter on images with masks (`make_segmenter`); returns the run folder (training/, checkpoint/). A killed run
     goes on (`fit`)."""
-    settings, opened = recipe(settings) if isinstance(settings, str) else settings, open_scenes(data)
+    settings, opened = recipe(settings) if isinstance(settings, str) else settings, open_scenes(data).need_labels()
     device = pick_device(device)
     random_seed(seed)
     model = make_segmenter(source, opened, img_size=img_size, decoder=decoder, drop_path=settings.drop_path)

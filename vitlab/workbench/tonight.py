@@ -53,7 +53,7 @@ class Offer:
     rule: str
     plan: CompressionPlan = field(repr=False)       # hundreds of lines
     gmacs: float
-    agree_pct: float                # images to which the dense model gives the same class, 0 to 100
+    agree_pct: float                # images, of a Segmenter pixels, to which the dense model gives the same class, 0 to 100
     distill_loss: float             # mean KL(dense || compressed), nats
 
 
@@ -231,8 +231,9 @@ def offers_figure(offers: Sequence[Offer]) -> Figure:
     lines: dict[str, list[tuple[float, float]]] = {}
     for offer in offers:
         lines.setdefault(offer.rule, []).append((offer.gmacs, offer.agree_pct))
-    dense = cost.gmacs(CompressionPlan.empty(offers[0].plan.shape))
-    return trade_offs({GMACS: lines}, "images classified as by the dense model (%)", {GMACS: (dense, 100.0)})
+    shape = offers[0].plan.shape
+    label = f"{'pixels' if shape.decoder else 'images'} classified as by the dense model (%)"
+    return trade_offs({GMACS: lines}, label, {GMACS: (cost.gmacs(CompressionPlan.empty(shape)), 100.0)})
 
 
 def ready(source: Source, data: str | Path, out: str | Path, plan: CompressionPlan, *, minutes: float = 10, **settings: Any) -> Checkpoint:
@@ -244,6 +245,6 @@ def ready(source: Source, data: str | Path, out: str | Path, plan: CompressionPl
 
 
 def own_labels(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """The batches with the classes that the model itself gives: labels for scores of images that have none."""
+    """The batches with the classes that the model itself gives, of a Segmenter a mask: labels for scores of images that have none."""
     with torch.no_grad():                       # not inference mode: a loss is computed with them
         return [(images, model(images.to(device)).argmax(dim=1).cpu()) for images, _ in batches]
