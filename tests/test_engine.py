@@ -137,6 +137,20 @@ def test_layer_decay_lowers_the_rate_towards_the_image(data, tmp_path, monkeypat
     assert by_layer == pytest.approx([0.125, 0.25, 0.5, 1.0])
 
 
+@pytest.mark.parametrize("layer_decay, block", [(None, 1.0), (0.5, 0.25)])
+def test_matrices_learn_at_a_rate_of_their_own(data, tmp_path, layer_decay, block):
+    """The first step of AdamW moves every weight that has a gradient by the learning rate."""
+    model = compress(tiny(), token_plan(tiny()))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    recipe = small_recipe(epochs=1, lr=1e-3, lr_batch=8, batch_size=8, weight_decay=0.0, matrices_lr=0.1, layer_decay=layer_decay)
+    fit(model, data, recipe, tmp_path, limit=8, **QUIET)
+    moved = {name: float((parameter.detach() - before[name]).abs().max()) for name, parameter in model.named_parameters()}
+    weight = next(name for name in moved if name.startswith("blocks.0") and name.endswith("mlp.fc1.weight"))
+    matrices = [name for name in moved if name.startswith("blocks.0") and name.endswith("_matrix")]
+    assert matrices and all(moved[name] == pytest.approx(1e-4 * block, rel=1e-2) for name in matrices)
+    assert moved[weight] == pytest.approx(1e-3 * block, rel=1e-2) and moved["head.weight"] == pytest.approx(1e-3, rel=1e-2)
+
+
 def test_mixed_images_have_the_mixed_targets_of_the_formula(data, tmp_path, monkeypatch):
     """mixup: x = lam x_i + (1 - lam) x_j, and the loss is the cross-entropy with lam y_i + (1 - lam) y_j, smoothed."""
     seen = []
@@ -212,7 +226,8 @@ def test_settings_out_of_their_range_are_refused(settings, message):
         Engine(**settings)
 
 
-@pytest.mark.parametrize("settings", [{"ema_decay": 1.0}, {"layer_decay": 0.0}, {"mixup": -0.1}, {"repeats": 0}, {"dtype": "int8"}])
+@pytest.mark.parametrize("settings", [{"ema_decay": 1.0}, {"layer_decay": 0.0}, {"mixup": -0.1}, {"repeats": 0}, {"dtype": "int8"},
+                                      {"matrices_lr": 0.0}])
 def test_recipe_settings_out_of_their_range_are_refused(settings):
     with pytest.raises(InputError, match=f"{next(iter(settings))} is"):
         dataclasses.replace(small_recipe(), **settings)

@@ -16,9 +16,10 @@ from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import PROTECT, Match, MergeReconstruct, Select
 from vitlab.search import SearchSpace
 from vitlab.shape import ViTShape
+from vitlab.tokens import PRUNE_RATE
 
 MODES = ("none", "select", "select_per_stage", "merge", "merge_per_stage", "share", "share_per_stage", "match", "match_per_stage",
-         "match_per_block")
+         "match_per_block", "merge_per_span")
 FIELDS = [field.name for field in dataclasses.fields(Counts)]
 
 
@@ -51,8 +52,12 @@ def scores_for(shape: ViTShape, seed: int = 0) -> dict[str, torch.Tensor]:
             for name, width in (("heads", shape.num_heads), ("neurons", shape.num_neurons), ("tokens", shape.num_patches))}
 
 
-def slow_counts(shape: ViTShape, tokens: str, policy: list[float], ranked_by: str = "kept", prune_rate: float = 0.1) -> list[dict]:
-    """What stays of each block, one number after the other; the policy is neurons, heads, tokens."""
+THIRDS = {5: [(0, 1), (2, 2), (3, 4)], 7: [(1, 2), (3, 4), (5, 6)], 12: [(2, 4), (5, 8), (9, 11)], 2: [(0, 0), (1, 1)], 1: [(0, 0)]}
+
+
+def slow_counts(shape: ViTShape, tokens: str, policy: list[float], ranked_by: str = "kept", prune_rate: float = 0.1,
+                spans: list[tuple[int, int]] | None = None) -> list[dict]:
+    """What stays of each block, one number after the other; the policy is neurons, heads, tokens. spans: THIRDS of the depth."""
     depth, n, prefix = shape.depth, shape.num_patches, shape.num_prefix_tokens
     token_ratios = policy[2 * depth:]
     entering, blocks = prefix + n, []
@@ -68,7 +73,13 @@ def slow_counts(shape: ViTShape, tokens: str, policy: list[float], ranked_by: st
             if kept + 1 < entering:                                         # the mean of a single token is that token: nothing is cut
                 entering = kept + 1                                         # and the mean of the rest
                 found |= {"in_mlp": entering, "ranking": heads if ranked_by == "kept" else shape.num_heads}
-        if tokens.startswith(("merge", "share")):
+        if tokens == "merge_per_span":
+            for ratio, (first, last) in zip(token_ratios, spans or THIRDS[depth], strict=True):
+                if first <= block <= last and int(n * (1 - ratio)) < n:
+                    centers = max(int(n * (1 - ratio)), 1)
+                    found |= {"attended": prefix + centers, "in_mlp": prefix + centers, "carried": min(int(n * prune_rate), n - centers),
+                              "merges": block == first, "reconstructs": block == last}
+        elif tokens.startswith(("merge", "share")):
             ratio = token_ratios[block * min(4, depth) // depth if tokens.endswith("per_stage") else block]
             centers = max(int(n * (1 - ratio)), 1)
             pruned = min(int(n * prune_rate), n - centers)
@@ -107,6 +118,7 @@ def test_int_of_count_times_one_minus_ratio_stays_in_every_block(shape, tokens):
 
 @pytest.mark.parametrize("tokens, settings", [(mode, {}) for mode in MODES] + [
     ("select", {"ranked_by": "all"}), ("select_per_stage", {"ranked_by": "all"}), ("merge", {"prune_rate": 0.37}),
+    ("merge_per_span", {"prune_rate": 0.0}),
     ("merge", {"prune_rate": 0.0}), ("merge_per_stage", {"boundary": "reference", "weights": "uniform"})])
 def test_counts_of_a_policy_are_the_counts_of_its_plan(shape, tokens, settings):
     space = SearchSpace(shape=shape, tokens=tokens, settings=settings)
@@ -124,12 +136,33 @@ def test_dimensions_are_neurons_then_heads_then_tokens_named_by_block():
     names = [f"{unit} {block}" for unit in ("neurons", "heads") for block in range(12)]
     for tokens, more in (("none", []), ("select", ["tokens"]), ("select_per_stage", ["tokens 3", "tokens 6", "tokens 9"]),
                          ("merge", [f"tokens {b}" for b in range(12)]), ("merge_per_stage", [f"tokens {b}" for b in (0, 3, 6, 9)]),
+                         ("merge_per_span", ["tokens 2", "tokens 5", "tokens 9"]),
                          ("match", ["tokens"]), ("match_per_stage", [f"tokens {b}" for b in (0, 3, 6, 9)]),
                          ("match_per_block", [f"tokens {b}" for b in range(12)])):
         space = SearchSpace(shape=twelve, tokens=tokens)
         assert space.names == names + more and space.groups == units + ["tokens"] * len(more) and space.size == 24 + len(more)
     assert SearchSpace(shape=twelve).size == 25                             # 2 L + 1 (B4)
     assert SearchSpace(shape=twelve, units=("heads", "neurons", "heads"), tokens="none").names == names
+
+
+@pytest.mark.parametrize("shape", ["five blocks", "twelve blocks"], indirect=True)
+def test_a_ratio_per_span_is_the_plan_of_prune_and_merge_with_these_keep_rates(shape):
+    """A span's best patches by the mean of its normalised scores; where a span is one block, those of that block."""
+    scores, n = scores_for(shape)["tokens"], shape.num_patches
+    space, ratios = SearchSpace(shape=shape, units=(), tokens="merge_per_span"), [0.31, 0.0, 0.47]
+    wanted = prune_and_merge(scores, shape, prune_rate=PRUNE_RATE,
+                             spans=[(*span, int(n * (1 - ratio)) / n) for span, ratio in zip(THIRDS[shape.depth], ratios) if ratio])
+    assert space.plan(ratios, tokens=scores).blocks == wanted.blocks
+    alone = {"spans": [[block, block] for block in range(shape.depth)]}
+    single = SearchSpace(shape=shape, units=(), tokens="merge_per_span", settings=alone)
+    policy = np.linspace(0, 0.5, shape.depth)
+    assert single.plan(policy, tokens=scores) == SearchSpace(shape=shape, units=(), tokens="merge").plan(policy, tokens=scores)
+    given = SearchSpace(shape=shape, tokens="merge_per_span", settings={"spans": [[1, 1], [2, 4]]})
+    assert given.names[2 * shape.depth:] == ["tokens 1", "tokens 2"]
+    policy = draw(given, 1, seed=3)[0]
+    same_counts(given.counts(policy), 0, slow_counts(shape, "merge_per_span", policy, spans=[(1, 1), (2, 4)]))
+    made = counts_of(given.plan(policy, **scores_for(shape)))
+    assert all(getattr(made, name).tolist() == getattr(given.counts(policy), name)[0].tolist() for name in FIELDS)
 
 
 @pytest.mark.parametrize("units", [("heads",), ("neurons",), ()])
@@ -401,6 +434,11 @@ def test_who_made_a_plan_is_kept():
 
 @pytest.mark.parametrize("make, message", [
     (lambda s: SearchSpace(shape=s, units=("heads", "layers")), "units 'layers' .*neurons"),
+    (lambda s: SearchSpace(shape=s, tokens="merge_per_span", read_out=True), "read_out: the last block stays merged in the span 3-4"),
+    (lambda s: SearchSpace(shape=s, tokens="merge_per_span", settings={"spans": [[0, 2], [2, 3]]}), "span 2-3 begins before the one"),
+    (lambda s: SearchSpace(shape=s, tokens="merge_per_span", settings={"spans": [[0, 9]]}), "span 0-9: its blocks must lie from 0 to 4"),
+    (lambda s: SearchSpace(shape=s, tokens="merge_per_span", settings={"spans": [3]}), "span 3 is not"),
+    (lambda s: SearchSpace(shape=s, tokens="merge", settings={"spans": [[0, 1]]}), "tokens 'merge' takes no 'spans'"),
     (lambda s: SearchSpace(shape=s, tokens="mergee"), "tokens 'mergee' .*merge_per_stage"),
     (lambda s: SearchSpace(shape=s, settings={"prune_rate": 0.1}), "'select' takes no 'prune_rate'; it takes .*'ranked_by'"),
     (lambda s: SearchSpace(shape=s, tokens="none", settings={"x": 1}), "'none' takes no 'x'"),

@@ -23,7 +23,7 @@ def _recipe(args: argparse.Namespace) -> Any:
     from vitlab.training.recipes import recipe
     return recipe(args.recipe).replace(epochs=args.epochs, batch_size=args.batch_size, lr=args.lr,
                                        distill=getattr(args, "distill", None), trainable=getattr(args, "trainable", None),
-                                       dtype=args.dtype)
+                                       matrices_lr=getattr(args, "matrices_lr", None), dtype=args.dtype)
 
 
 def _engine(args: argparse.Namespace) -> dict[str, Any]:

@@ -199,8 +199,8 @@ def build_parser() -> Parser:
     p.add_argument("--published-count", action="store_true", help="count multiply-adds, and rank tokens, as arXiv 2201.00043 does")
     p.add_argument("--units", default="neurons,heads", metavar="LIST", help="neurons,heads or one of them or none (default: both)")
     p.add_argument("--tokens", metavar="NAME",
-                   help="none, select, merge, share or match, the last four with _per_stage for ratios of their own (default: select, of "
-                        "a Segmenter match)")
+                   help="none, select, merge, share or match, the last four with _per_stage for ratios of their own, or "
+                        "merge_per_span (default: select, of a Segmenter match)")
     p.add_argument("--read-out", action="store_true",
                    help="the last block computes what a classifier on the class token reads, and no more: exact, fewer multiply-adds")
     p.add_argument("--max-ratio", type=_number(float, 1e-3, 0.999, "a fraction from 0.001 to 0.999"), default=0.5, metavar="R",
@@ -258,6 +258,9 @@ def build_parser() -> Parser:
     _recipe_options(p, "deit_tiny_pm")
     p.add_argument("--distill", choices=("none", "soft", "hard"), help="instead of the recipe's")
     p.add_argument("--trainable", choices=("all", "matrices", "weights"), help="what trains: all, the matrices alone, or all but them")
+    p.add_argument("--matrices-lr", type=_number(float, 1e-6, 1e3, "a number from 1e-6"), metavar="F",
+                   help="factor of the learning rate for merge and reconstruct matrices, instead of the recipe's; where an image has many "
+                        "patches, below 1")
     p.add_argument("--out", type=given, required=True, metavar="RUN", help="run folder; a killed run goes on there")
     _run_options(p)
 

@@ -4,15 +4,42 @@
 written as methods A2 to A5 and A7 number them. n patches in raster order on a grid, P prefix tokens before them,
 N = P + n tokens, C tokens after merging (prefix included).
 """
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from vitlab.files import InputError
 from vitlab.rules import MergeReconstruct, SharedUpdate
+from vitlab.shape import is_int, require
 
 DECAY = {"center": 0.025, "merge": 0.015}       # per block, of the normalised scores (A2)
 PRUNE_RATE, KEEP_RATE = 0.1, 0.6                # published settings
 BOUNDARY, WEIGHTS = "grid", "score"             # the better ones on measured accuracy: docs/prune_and_merge.md
+SPANS = 3                                       # of blocks that run on the same merged tokens
+
+
+def even_spans(depth: int, count: int = SPANS) -> list[tuple[int, int]]:
+    """(first, last) blocks of `count` spans of as equal a length as can be, after the first sixth of the blocks, which stay whole: what
+    is alike is not known there yet."""
+    edges = np.linspace(depth // 6, depth, min(count, depth - depth // 6) + 1).round().astype(int).tolist()
+    return [(first, after - 1) for first, after in zip(edges, edges[1:])]
+
+
+def check_spans(spans: Sequence[Sequence[float]], depth: int) -> None:
+    """InputError naming the span that is no (first block, last block, keep rate), out of the model, or not after the one before."""
+    require(len(spans) > 0, "no span is given; (first block, last block, keep rate) of one at least is needed")
+    end = -1
+    for span in spans:
+        require(isinstance(span, (tuple, list)) and len(span) == 3 and is_int(span[0]) and is_int(span[1])
+                and isinstance(span[2], (int, float)) and not isinstance(span[2], bool),
+                f"span {span!r} is not (first block, last block, keep rate)")
+        first, last = span[:2]
+        require(0 <= first <= last < depth, f"span {first}-{last}: its blocks must lie from 0 to {depth - 1}, the first not after the last")
+        require(first > end, f"span {first}-{last} begins before the one that ends with block {end} is over; spans must ascend and "
+                             "have no block in common")
+        end = last
 
 
 def normalise_scores(scores: Tensor, decay: float) -> Tensor:

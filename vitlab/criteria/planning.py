@@ -8,22 +8,7 @@ from vitlab import tokens
 from vitlab.files import InputError
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import MergeReconstruct
-from vitlab.shape import ViTShape, is_int, require
-
-
-def _check_spans(spans: Sequence[Sequence[float]], depth: int) -> None:
-    """InputError naming the span that is no (first block, last block, keep rate), out of the model, or not after the one before."""
-    require(len(spans) > 0, "no span is given; (first block, last block, keep rate) of one at least is needed")
-    end = -1
-    for span in spans:
-        require(isinstance(span, (tuple, list)) and len(span) == 3 and is_int(span[0]) and is_int(span[1])
-                and isinstance(span[2], (int, float)) and not isinstance(span[2], bool),
-                f"span {span!r} is not (first block, last block, keep rate)")
-        first, last = span[:2]
-        require(0 <= first <= last < depth, f"span {first}-{last}: its blocks must lie from 0 to {depth - 1}, the first not after the last")
-        require(first > end, f"span {first}-{last} begins before the one that ends with block {end} is over; spans must ascend and "
-                             "have no block in common")
-        end = last
+from vitlab.shape import ViTShape, require
 
 
 def _span_rule(normal: Tensor, first: int, last: int, keep_rate: float, prune_rate: float, rule: str,
@@ -66,7 +51,7 @@ def prune_and_merge(scores: Tensor, shape: ViTShape, *, rule: str = "center", ke
     else:
         require(keep_rate is None, f"keep_rate is {keep_rate}, but each span has its own; one of the two is needed")
         require(not share, "regions share the update of one block; spans, which stay merged, need share off")
-        _check_spans(spans, shape.depth)
+        tokens.check_spans(spans, shape.depth)
         rules = [None] * shape.depth
         for first, last, rate in spans:
             rules[first] = _span_rule(normal, first, last, rate, prune_rate, rule, **how)

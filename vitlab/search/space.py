@@ -16,7 +16,7 @@ from vitlab.files import InputError
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import ReadOut
 from vitlab.search.token_dimensions import token_dimensions
-from vitlab.shape import ViTShape
+from vitlab.shape import ViTShape, require
 
 UNITS = ("neurons", "heads")
 MAX_RATIO = 0.5                                 # published
@@ -44,6 +44,9 @@ class SearchSpace:
         object.__setattr__(self, "_tokens", token_dimensions(self.tokens, self.shape, self.settings))
         if self.read_out:
             ReadOut().flow(self.shape, self.shape.num_tokens)                   # refuses what no plan can have
+            first, last = getattr(self._tokens, "spans", ((0, 0),))[-1]
+            require(first == last or last + 1 < self.shape.depth, f"read_out: the last block stays merged in the span {first}-{last}; "
+                    "spans that end before it are needed")
         if not self.names:
             raise InputError("nothing is searched: neither heads nor neurons nor tokens")
 

@@ -2,6 +2,7 @@
 
 A ratio is the fraction cut, as for heads and neurons; 0 changes nothing. P policies, T ratios, L blocks, n patches.
 """
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -100,15 +101,17 @@ class SelectTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeTokens:
-    """Prune and Merge with a keep rate for each block or stage: the int(n * (1 - ratio)) best patches are centers, and up to
-    int(n * prune_rate) of the worst of the others skip the block (methods A3, rule `center`, a budget per block)."""
+    """Prune and Merge with a keep rate for each block, stage or span: the int(n * (1 - ratio)) best patches are centers, and up to
+    int(n * prune_rate) of the worst of the others skip the block (methods A3, rule `center`, a budget per block). In a span, which
+    is merged before its first block and reconstructed after its last, the best are those of the mean of its normalised scores."""
 
     shape: ViTShape
-    per_stage: bool = False
+    per: str = ""                   # "" (a block each), "stage" or "span"
     prune_rate: float = tokens.PRUNE_RATE
     boundary: str = tokens.BOUNDARY
     weights: str = tokens.WEIGHTS
     share: bool = False             # regions share the block's update (methods C1) instead of being merged by matrices
+    spans: tuple[tuple[int, int], ...] = ()         # (first block, last block) each; () with "span": `tokens.even_spans`
 
     def __post_init__(self) -> None:
         if not 0 <= self.prune_rate < 1:
@@ -116,11 +119,20 @@ class MergeTokens:
         for name, known in (("boundary", tokens.BOUNDARIES), ("weights", tokens.WEIGHTINGS)):
             if getattr(self, name) not in known:
                 raise InputError(f"{name} {getattr(self, name)!r} is not known; known are {sorted(known)}")
+        depth = self.shape.depth
+        if self.spans:
+            tokens.check_spans([(*span, 1.0) if isinstance(span, (tuple, list)) else span for span in self.spans], depth)
+        spans = self.spans or tokens.even_spans(depth) if self.per == "span" else [(block, block) for block in range(depth)]
+        object.__setattr__(self, "spans", tuple(map(tuple, spans)))
 
     def _dimension(self) -> np.ndarray:
-        """Which ratio each block takes (L)."""
-        depth = self.shape.depth
-        return np.arange(depth) * min(STAGES, depth) // depth if self.per_stage else np.arange(depth)
+        """Which ratio each block takes (L), -1 for none."""
+        depth, found = self.shape.depth, np.full(self.shape.depth, -1)
+        if self.per == "stage":
+            return np.arange(depth) * min(STAGES, depth) // depth
+        for index, (first, last) in enumerate(self.spans):
+            found[first:last + 1] = index
+        return found
 
     @property
     def names(self) -> list[str]:
@@ -129,8 +141,8 @@ class MergeTokens:
 
     def _centers_pruned(self, ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """How many patches are centers and how many are pruned, each (..., L)."""
-        n = self.shape.num_patches
-        centers = np.maximum((n * (1 - ratios[..., self._dimension()])).astype(np.int64), 1)
+        n, which = self.shape.num_patches, self._dimension()
+        centers = np.maximum((n * (1 - np.where(which < 0, 0.0, ratios[..., which]))).astype(np.int64), 1)
         return centers, np.minimum(int(n * self.prune_rate), n - centers)
 
     def counts(self, ratios: np.ndarray) -> dict[str, np.ndarray]:
@@ -139,23 +151,30 @@ class MergeTokens:
         counts = _whole(self.shape, len(ratios))
         counts |= {"attended": centers + self.shape.num_prefix_tokens, "in_mlp": centers + self.shape.num_prefix_tokens}
         cut, n = centers < self.shape.num_patches, self.shape.num_patches
-        return counts | ({"pooled": cut * (n - pruned)} if self.share else {"carried": pruned, "merges": cut, "reconstructs": cut})
+        if self.share:
+            return counts | {"pooled": cut * (n - pruned)}
+        begins, ends = (np.isin(np.arange(self.shape.depth), edges) for edges in zip(*self.spans))
+        return counts | {"carried": pruned, "merges": cut & begins, "reconstructs": cut & ends}
 
     def rules(self, ratios: np.ndarray, scores: Tensor | None) -> list[TokenRule | None]:
         """Token rule of each block for one policy's ratios (T) by raw token scores (L, n). Raises InputError without them."""
-        shape = self.shape
-        if scores is None or tuple(scores.shape) != (shape.depth, shape.num_patches):
-            raise InputError(f"merging needs token scores of {shape.depth} blocks of {shape.num_patches} patches, not "
+        shape, n = self.shape, self.shape.num_patches
+        if scores is None or tuple(scores.shape) != (shape.depth, n):
+            raise InputError(f"merging needs token scores of {shape.depth} blocks of {n} patches, not "
                              f"{None if scores is None else tuple(scores.shape)}")
-        rules, n = [], shape.num_patches
-        for row, centers, pruned in zip(scores, *(counts.tolist() for counts in self._centers_pruned(ratios))):
+        rules: list[TokenRule | None] = [None] * shape.depth
+        counts = [each.tolist() for each in self._centers_pruned(ratios)]
+        for first, last in self.spans:
+            row, (centers, pruned) = scores[first], (each[first] for each in counts)
+            if last > first:
+                row = tokens.normalise_scores(scores, tokens.DECAY["center"])[first:last + 1].mean(dim=0)
             order = row.argsort(descending=True, stable=True)
             is_center, unpruned = zeros(n, dtype=bool), zeros(n, dtype=bool)
             is_center[order[:centers]] = True
             unpruned[order[:n - pruned]] = True
-            rules.append(tokens.merge_rule(row, unpruned, is_center, columns=shape.grid_size[1], boundary=self.boundary,
-                                           weights=self.weights))
-        return [tokens.shared(rule) if self.share else rule for rule in rules]
+            rule = tokens.merge_rule(row, unpruned, is_center, columns=shape.grid_size[1], boundary=self.boundary, weights=self.weights)
+            rules[first] = tokens.shared(rule) if self.share else rule and dataclasses.replace(rule, span=last + 1 - first)
+        return rules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,13 +228,15 @@ class MatchTokens:
         return [Match(merged=count, protect=self.protect) if any(merged[:block + 1]) else None for block, count in enumerate(merged)]
 
 
-TOKEN_DIMENSIONS = {
+_EACH = {"spans": ()}                           # blocks that are merged each for itself
+_SHARED = {"share": True, "weights": "uniform", **_EACH}
+TOKEN_DIMENSIONS = {                            # the class, and what a name fixes of its settings
     "none": (NoTokens, {}), "match": (MatchTokens, {}), "match_per_stage": (MatchTokens, {"per": "stage"}),
     "match_per_block": (MatchTokens, {"per": "block"}),
     "select": (SelectTokens, {}), "select_per_stage": (SelectTokens, {"per_stage": True}),
-    "merge": (MergeTokens, {}), "merge_per_stage": (MergeTokens, {"per_stage": True}),
-    "share": (MergeTokens, {"share": True, "weights": "uniform"}),
-    "share_per_stage": (MergeTokens, {"share": True, "weights": "uniform", "per_stage": True})}
+    "merge": (MergeTokens, _EACH), "merge_per_stage": (MergeTokens, {"per": "stage", **_EACH}),
+    "merge_per_span": (MergeTokens, {"per": "span"}),
+    "share": (MergeTokens, _SHARED), "share_per_stage": (MergeTokens, {"per": "stage", **_SHARED})}
 
 
 def token_dimensions(name: str, shape: ViTShape, settings: dict[str, Any]) -> NoTokens | SelectTokens | MergeTokens | MatchTokens:

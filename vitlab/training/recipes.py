@@ -28,6 +28,7 @@ class Recipe:
     min_lr: float = 1e-6
     clip_grad: float | None = None
     layer_decay: float | None = None            # factor of the learning rate from each block to the one before it, (0, 1]
+    matrices_lr: float = 1.0                    # factor of the learning rate for merge and reconstruct matrices, > 0
     ema_decay: float | None = None              # weights become their moving average over the steps, (0, 1)
     smoothing: float = 0.0                      # label smoothing, [0, 1)
     mixup: float = 0.0                          # alpha of mixup; with cutmix, each batch has one of the two
@@ -47,6 +48,7 @@ class Recipe:
                   "lr_batch": self.lr_batch >= 1, "warmup_epochs": self.warmup_epochs >= 0, "min_lr": self.min_lr >= 0,
                   "clip_grad": self.clip_grad is None or self.clip_grad > 0, "drop_path": 0 <= self.drop_path < 1,
                   "layer_decay": self.layer_decay is None or 0 < self.layer_decay <= 1, "repeats": self.repeats >= 1,
+                  "matrices_lr": self.matrices_lr > 0,
                   "ema_decay": self.ema_decay is None or 0 < self.ema_decay < 1, "mixup": self.mixup >= 0, "cutmix": self.cutmix >= 0,
                   "dtype": self.dtype is None or self.dtype in DTYPES,
                   "trainable": self.trainable in TRAINABLE, "smoothing": 0 <= self.smoothing < 1, "distill": self.distill in DISTILL}

@@ -24,6 +24,17 @@ from vitlab.training.evaluate import uses_bf16
 from vitlab.training.recipes import Engine, Recipe
 
 
+def _scale_matrices(optimizer: torch.optim.Optimizer, model: nn.Module, factor: float) -> None:
+    """Merge and reconstruct matrices in groups of their own, at `factor` times the learning rate: a token is a sum over as many patches
+    as the image has, each of whose weights AdamW moves by the whole rate in a step."""
+    matrices = {id(parameter) for name, parameter in model.named_parameters() if name.endswith("_matrix")}
+    for group in list(optimizer.param_groups):
+        of_rule = [parameter for parameter in group["params"] if id(parameter) in matrices]
+        if of_rule:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in matrices]
+            optimizer.add_param_group({**group, "params": of_rule, "lr_scale": group.get("lr_scale", 1.0) * factor})
+
+
 class Training:
     """What is trained and by what, and how far it is: `step` steps are done, `epoch` of them complete."""
 
@@ -48,6 +59,8 @@ class Training:
             task.setup_ema(recipe.ema_decay)
         self.optimizer = create_optimizer_v2(model, opt=recipe.optimizer, lr=recipe.scaled_lr, weight_decay=recipe.weight_decay,
                                              layer_decay=recipe.layer_decay)
+        if recipe.matrices_lr != 1:
+            _scale_matrices(self.optimizer, model, recipe.matrices_lr)
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer, sched=recipe.schedule, num_epochs=recipe.epochs, warmup_epochs=recipe.warmup_epochs,
             min_lr=min(recipe.min_lr, recipe.scaled_lr), warmup_lr=recipe.scaled_lr / 100, step_on_epochs=False,

@@ -76,7 +76,7 @@ def search(source: Source, data: str | Path, out: str | Path, *, limit: float | 
     check_metric(shape, metric)                                                 # before there is a study of it
     if shape.decoder and (tokens.startswith("select") or read_out):
         raise InputError(f"{'read_out' if read_out else f'tokens {tokens!r}'}: a class for each pixel needs the whole grid; tokens that "
-                         "merge (match, share or merge, also with _per_stage) keep it")
+                         "merge (match, share or merge, also with _per_stage; merge_per_span) keep it")
     space = SearchSpace(shape=shape, units=tuple(units), tokens=tokens, settings=token_settings or {}, max_ratio=max_ratio,
                         read_out=read_out)
     if (limit is None) == (macs_ratio is None):

@@ -29,7 +29,7 @@ from vitlab.plots.colours import class_colours, overlaid
 from vitlab.rules import Match
 from vitlab.search import SearchSpace
 from vitlab.shape import ViTShape
-from vitlab.tokens import PRUNE_RATE
+from vitlab.tokens import PRUNE_RATE, even_spans
 from vitlab.training.capture import frozen_eval, token_places
 from vitlab.training.checkpoint import Checkpoint
 from vitlab.training.evaluate import autocast
@@ -38,7 +38,6 @@ from vitlab.training.recipes import Engine, Recipe, recipe
 from vitlab.workbench.steps import TRAINING, Source, deployed, need_dense, open_model, pick_device, save_trained
 
 LOOKED_AT, LARGEST_SIDE = 16, 512               # images of train whose sizes say the encoder's, and its sides where they differ
-SPANS = 3                                       # of blocks that run on the same merged tokens
 MAX_RATIO, RATIOS = 0.5, 501                    # largest ratio of merging by content, and how many are tried
 
 
@@ -135,13 +134,6 @@ def _write_png(path: Path, image: Image.Image) -> None:
     content = io.BytesIO()
     image.save(content, "PNG")
     atomic_write(path, content.getvalue())
-
-
-def even_spans(depth: int, count: int = SPANS) -> list[tuple[int, int]]:
-    """(first, last) blocks of `count` spans of as equal a length as can be, after the first sixth of the blocks, which stay whole: what
-    is alike is not known there yet."""
-    edges = np.linspace(depth // 6, depth, min(count, depth - depth // 6) + 1).round().astype(int).tolist()
-    return [(first, after - 1) for first, after in zip(edges, edges[1:])]
 
 
 def plans_at(scores: Tensor, shape: ViTShape, keep_rate: float, *, prune_rate: float = PRUNE_RATE) -> dict[str, CompressionPlan]:
