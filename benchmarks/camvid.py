@@ -84,8 +84,8 @@ class Bench:
             self.add(name, family, "closed", split, compress(self.model, plan) if plan else self.model, plan)
 
     def tuned(self, split: str) -> None:
-        """Distilled from the dense model per pixel (recipe segmenter_pm), the same number of epochs for each rule."""
-        settings = recipe("segmenter_pm").replace(epochs=self.args.epochs, dtype="bfloat16" if self.amp else "float32")
+        """Distilled from the dense model per pixel (recipe camvid_pm), the same number of epochs for each rule."""
+        settings = recipe("camvid_pm").replace(epochs=self.args.epochs, dtype="bfloat16" if self.amp else "float32")
         for name, family, plan in self.models():
             run = self.args.run / name.replace(" ", "-").replace(",", "")
             if plan is not None and (name, "tuned", split) not in self.rows and (split == "val" or (run / "checkpoint").exists()):
@@ -162,7 +162,7 @@ if __name__ == "__main__":
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--keeps", type=float, nargs="+", default=list(KEEPS))
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="8 images, one epoch, one keep rate: to see that it runs")
     args = parser.parse_args()
