@@ -239,6 +239,13 @@ def test_a_table_is_measured_once_for_its_conditions_and_again_for_others(measur
         assert len(measured) == 7 and len(list(tmp_path.iterdir())) == 7
 
 
+def test_segmenters_whose_decoders_have_other_heads_have_tables_of_their_own(measured, tmp_path):
+    wide, narrow = small(head_dim=24), small(head_dim=4)
+    assert shape_of(wide) == shape_of(narrow) and latency_table(wide, batch_size=3, cache=tmp_path).scale == 1.0
+    assert latency_table(narrow, batch_size=3, cache=tmp_path).scale == 2.0
+    assert latency_table(small(seed=1, head_dim=4), batch_size=3, cache=tmp_path).scale == 2.0
+
+
 def test_the_cache_folder_comes_from_the_environment_and_else_from_home(measured, tmp_path, monkeypatch):
     monkeypatch.setenv("VITLAB_CACHE", str(tmp_path / "named"))
     latency_table(tiny(), batch_size=3)

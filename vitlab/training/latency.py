@@ -26,6 +26,7 @@ from vitlab.latency import AXES, LatencyTable
 from vitlab.models import compress, deploy, encoder_of, shape_of
 from vitlab.models.match import MatchBlock
 from vitlab.models.read_out import read_out
+from vitlab.models.segmenter import Segmenter
 from vitlab.models.select import class_attention
 from vitlab.models.share import SharedUpdateBlock
 from vitlab.models.shrink import keep_heads, keep_neurons
@@ -116,13 +117,15 @@ def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]], batch: in
 
 
 def conditions_of(model: nn.Module, batch_size: int, dtype: str, device: str | torch.device) -> dict[str, Any]:
-    """What a table holds for, beside the ViTShape: machine, device, dtype, batch, threads, torch, and a block's modules."""
+    """What a table holds for, beside the ViTShape: machine, device, dtype, batch, threads, torch, a block's modules, and what
+    a decoder was given."""
     if dtype not in DTYPES or batch_size < 1:
         raise InputError(f"dtype {dtype!r}, batch_size {batch_size}; one of {sorted(DTYPES)} and at least 1 are needed")
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     here = conditions(torch.device(device), dtype, batch_size, 1)
-    return {"machine": platform.node(), "cpu": cpu, "block": str(model.blocks[0]),
+    decoder = {"decoder": model.decoder_args} if isinstance(model, Segmenter) else {}
+    return {"machine": platform.node(), "cpu": cpu, "block": str(model.blocks[0]), **decoder,
             **{k: v for k, v in here.items() if k not in ("repeats", "timing")}}
 
 
