@@ -216,7 +216,13 @@ def test_photographs_without_masks_are_enough_for_a_smaller_segmenter_tonight(wa
         assert same.shape == (5, 32, 32) and row["agree_pct"] == pytest.approx(100 * float(same.double().mean()))
     offers = [tonight.Offer(rule="neurons", plan=made.plan, gmacs=0.1, agree_pct=90.0, distill_loss=0.1)]
     assert tonight.offers_figure(offers).axes[0].get_ylabel() == "pixels classified as by the dense model (%)"
+    few = {"macs_ratio": 0.9, "metric": "distill_loss", "images": 4, "score_images": 4, "options": SEARCH, **HERE}
+    study = searching.search(way / "dense", photographs, tmp_path / "study", **few)
+    assert [e.value for e in study.evaluations] == [-e.measures["distill_loss"] for e in study.evaluations] and len(study.evaluations) == 3
     for step in (lambda: steps.evaluate(way / "dense", photographs, **HERE),
+                 lambda: searching.search(way / "dense", photographs, tmp_path / "other", tokens="share", **few),
+                 lambda: searching.search(way / "dense", photographs, tmp_path / "other", criterion="taylor", **few),
+                 lambda: searching.search(way / "dense", photographs, tmp_path / "other", **{**few, "metric": "miou_pct"}),
                  lambda: segmenting.train_segmenter(encoder(), photographs, tmp_path),
                  lambda: steps.score(way / "dense", photographs, tmp_path / "tokens.safetensors", **HERE)):
         with pytest.raises(InputError, match="photographs: images without masks, which this step needs; train/images/"):

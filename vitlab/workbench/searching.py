@@ -28,6 +28,7 @@ from vitlab.workbench.cutting import UNIT_SCORES, amp_of, open_dense, read_units
 from vitlab.workbench.steps import Source, open_matching, pick_device, read_scores
 
 TOKEN_SCORES, PLAN = "token_scores.safetensors", "plan.json"
+BY_SCORES = ("merge", "share")                  # tokens whose plans need scores, from the loss
 COSTS = ("gmacs", "published_gmacs", "latency_ms")
 
 
@@ -70,10 +71,11 @@ def search(source: Source, data: str | Path, out: str | Path, *, limit: float | 
     Segmenter needs it.
     """
     found, out = open_dense(source), Path(out)
-    opened, place = open_matching(data, found, class_map), pick_device(device)
-    shape = shape_of(found.model)
+    shape, place = shape_of(found.model), pick_device(device)
     metric, tokens = metric or own_metric(shape), tokens or ("match" if shape.decoder else "select")
     check_metric(shape, metric)                                                 # before there is a study of it
+    labels = metric != "distill_loss" or tokens.startswith(BY_SCORES) or bool(units) and criterion == "taylor"
+    opened = open_matching(data, found, class_map, labels=labels)
     if shape.decoder and (tokens.startswith("select") or read_out):
         raise InputError(f"{'read_out' if read_out else f'tokens {tokens!r}'}: a class for each pixel needs the whole grid; tokens that "
                          "merge (match, share or merge, also with _per_stage; merge_per_span) keep it")
@@ -133,7 +135,7 @@ def _scores_of(study: Study, model: nn.Module, data: ImageData, device: torch.de
         units = read_units(path)
         check(path)
         scores |= {"heads": units.heads, "neurons": units.neurons}
-    if study.space.tokens.startswith(("merge", "share")):
+    if study.space.tokens.startswith(BY_SCORES):
         path = study.folder / TOKEN_SCORES
         if not path.exists():
             atomic_write(path, save({"token_scores": token_scores(model, batches(), device=device, progress=progress).contiguous()}, mark))
