@@ -1,5 +1,4 @@
 """Steps of segmentation that classification has not: a dense Segmenter from an encoder, and a folder of images made into overlays."""
-import dataclasses
 import io
 import warnings
 from pathlib import Path
@@ -20,7 +19,6 @@ from vitlab.data.folder import is_image, read_image
 from vitlab.data.masks import open_scenes
 from vitlab.data.scene_data import SceneData, measuring_transform
 from vitlab.files import InputError, atomic_write, first_line, from_root
-from vitlab.models import shape_of
 from vitlab.models.segmenter import Segmenter, as_encoder
 from vitlab.models.windows import segment
 from vitlab.plan import CompressionPlan
@@ -33,9 +31,8 @@ from vitlab.tokens import PRUNE_RATE, even_spans
 from vitlab.training.capture import frozen_eval, token_places
 from vitlab.training.checkpoint import Checkpoint
 from vitlab.training.evaluate import autocast
-from vitlab.training.loop import fit
 from vitlab.training.recipes import Engine, Recipe, recipe
-from vitlab.workbench.steps import TRAINING, Source, deployed, need_dense, open_model, pick_device, save_trained
+from vitlab.workbench.steps import Source, deployed, need_dense, open_model, pick_device, train_dense
 
 LOOKED_AT, LARGEST_SIDE = 16, 512               # images of train whose sizes say the encoder's, and its sides where they differ
 MAX_RATIO, RATIOS = 0.5, 501                    # largest ratio of merging by content, and how many are tried
@@ -77,12 +74,8 @@ def train_segmenter(source: Source, data: str | Path, out: str | Path, *,
     device = pick_device(device)
     random_seed(seed)
     model = make_segmenter(source, opened, img_size=img_size, decoder=decoder, drop_path=settings.drop_path)
-    log = fit(model, opened, settings, Path(out) / TRAINING, seed=seed, device=device, limit=limit, engine=engine,
-              changed_data=changed_data, workers=workers, progress=progress)
-    save_trained(out, model, CompressionPlan.empty(shape_of(model)), opened,
-                 made_by={"step": "segment", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed,
-                          "last_epoch": log[-1:]})
-    return Path(out)
+    return train_dense("segment", model, opened, out, settings, seed=seed, device=device, limit=limit, engine=engine,
+                       changed_data=changed_data, workers=workers, progress=progress)
 
 
 @torch.inference_mode()

@@ -129,12 +129,15 @@ def pretrain(model: str, data: str | Path, out: str | Path, *, settings: Recipe 
         model_args = {"num_classes": opened.num_classes, **model_args}
     if settings.drop_path:
         model_args["drop_path_rate"] = settings.drop_path
-    dense = create_model(model, **model_args)
-    log = fit(dense, opened, settings, Path(out) / TRAINING, seed=seed, device=device, limit=limit, engine=engine,
-              changed_data=changed_data, workers=workers, progress=progress)
-    save_trained(out, dense, CompressionPlan.empty(shape_of(dense)), opened,
-                 made_by={"step": "pretrain", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed,
-                          "last_epoch": log[-1:]})
+    return train_dense("pretrain", create_model(model, **model_args), opened, out, settings, seed=seed, device=device, limit=limit,
+                       engine=engine, changed_data=changed_data, workers=workers, progress=progress)
+
+
+def train_dense(step: str, model: nn.Module, data: ImageData, out: str | Path, settings: Recipe, *, seed: int, **how: Any) -> Path:
+    """Train a model that nothing is cut of (how: of `fit`) and save it as what `step` made; returns the run folder."""
+    log = fit(model, data, settings, Path(out) / TRAINING, seed=seed, **how)
+    save_trained(out, model, CompressionPlan.empty(shape_of(model)), data,
+                 made_by={"step": step, "recipe": dataclasses.asdict(settings), "data": data.name, "seed": seed, "last_epoch": log[-1:]})
     return Path(out)
 
 
