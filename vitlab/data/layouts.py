@@ -124,7 +124,7 @@ def read_classes(root: Path) -> tuple[str, ...]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; the class names are needed there, one a line, that of id 0 first")
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: can't be read ({error})") from None
     twice = next((name for name in names if names.count(name) > 1), None)

@@ -159,7 +159,7 @@ def regions_of(plan: CompressionPlan, block: int, places: Mapping[int, Any] | No
     there, or one by content without places.
     """
     require(0 <= block < plan.shape.depth, f"block {block} is not there; the model has blocks 0 to {plan.shape.depth - 1}")
-    rule, n = plan.blocks[block].tokens, plan.shape.num_patches
+    rule, n = plan.rules()[block][0], plan.shape.num_patches               # inside a span, that of its first block
     if isinstance(rule, (MergeReconstruct, SharedUpdate)):
         return torch.tensor(rule.regions), np.isin(np.arange(n), rule.pruned)
     if places is not None and block in places:

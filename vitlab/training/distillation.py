@@ -65,6 +65,9 @@ def make_task(model: nn.Module, teacher: nn.Module | None, recipe: Recipe, devic
         raise InputError(f"the teacher has {teacher.num_classes} classes, the student {model.num_classes}")
     if isinstance(teacher, Segmenter) is not dense:
         raise InputError("the teacher and the student are of different tasks: one gives a class for each pixel, the other for each image")
+    if dense and teacher.img_size != model.img_size:
+        raise InputError("the teacher is for images of {} x {}, the student for {} x {}; they see the same".format(
+            *teacher.img_size, *model.img_size))
     soft = recipe.distill == "soft"
     kind = SoftDistillationTask if soft else HardDistillationTask
     return kind(model, teacher.to(device).requires_grad_(False), criterion, task_loss_weight=1 - recipe.alpha,

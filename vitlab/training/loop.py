@@ -41,6 +41,8 @@ def fingerprint(content: Any, models: list[nn.Module]) -> str:
 def _marks(data: ImageData, recipe: Recipe, models: list[nn.Module], about: dict[str, Any]) -> dict[str, str]:
     """What a state must have been made from to be gone on from, by name."""
     settings = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in ("source", "expected", "command")}
+    if recipe.matrices_lr == 1:                                                     # as states were before there was such a factor
+        del settings["matrices_lr"]
     return {"recipe": fingerprint(settings, []), "data set": fingerprint(data.files("train"), []), "weights": fingerprint([], models),
             **{name: str(value) for name, value in about.items()}}
 

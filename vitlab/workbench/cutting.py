@@ -102,7 +102,9 @@ def prune_match(source: Source, out: str | Path, *, ratio: float, read_out: bool
     """Compress a dense model by merging tokens by content, the same ratio in each block of the middle half; no images are needed.
     Writes and returns the checkpoint in `out`."""
     found = open_dense(source)
-    space = SearchSpace(shape=shape_of(found.model), units=(), tokens="match", read_out=read_out, max_ratio=max(0.5, ratio))
+    shape = shape_of(found.model)
+    space = SearchSpace(shape=shape, units=(), tokens="match", read_out=read_out, max_ratio=max(0.5, ratio),
+                        settings={} if shape.num_prefix_tokens else {"protect": 0.0})
     return apply_plan(found, space.plan([ratio], made_by={"method": "match", "ratio": ratio, "read_out": read_out}), out)
 
 

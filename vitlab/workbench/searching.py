@@ -79,7 +79,8 @@ def search(source: Source, data: str | Path, out: str | Path, *, limit: float | 
     if shape.decoder and (tokens.startswith("select") or read_out):
         raise InputError(f"{'read_out' if read_out else f'tokens {tokens!r}'}: a class for each pixel needs the whole grid; tokens that "
                          "merge (match, share or merge, also with _per_stage; merge_per_span) keep it")
-    space = SearchSpace(shape=shape, units=tuple(units), tokens=tokens, settings=token_settings or {}, max_ratio=max_ratio,
+    unprotected = {"protect": 0.0} if tokens.startswith("match") and not shape.num_prefix_tokens else {}
+    space = SearchSpace(shape=shape, units=tuple(units), tokens=tokens, settings=unprotected | (token_settings or {}), max_ratio=max_ratio,
                         read_out=read_out)
     if (limit is None) == (macs_ratio is None):
         raise InputError("either a limit or a ratio of the dense model's cost is needed, not both")

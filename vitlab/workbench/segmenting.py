@@ -50,6 +50,7 @@ def make_segmenter(source: Source, data: SceneData, *, img_size: tuple[int, int]
     """A dense Segmenter for a data set: `source` itself where it is one, else its blocks as encoder and a new decoder (a name of
     DECODERS, default mask_transformer; args are its own); at img_size (height, width), default `scene_size`. Raises InputError for a
     compressed model, another number of classes, or a decoder where there is one."""
+    data.need_labels()
     model = need_dense(open_model(source)).model
     if isinstance(model, Segmenter):
         data.check_fits(model.num_classes)
