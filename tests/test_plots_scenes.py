@@ -391,3 +391,12 @@ def test_a_caption_goes_below_the_legends_and_moves_none(tmp_path):
     before, after = (np.split(rows, np.flatnonzero(np.diff(rows) > 3) + 1) for rows in (
         each.any(axis=1).nonzero()[0] for each in (plain, captioned)))         # runs of rows with ink, from above; the caption's is last
     assert len(after) == len(before) + 1 and after[-1][0] > after[-2][-1]
+
+
+def test_blocks_inside_a_span_are_drawn_with_the_tokens_of_its_first():
+    shape, rest = PLAN.shape, PLAN.shape.num_patches - 1
+    rule = MergeReconstruct(regions=(-1, *[0] * rest), weights=(0.0, *[0.5] * rest), pruned=(0,), span=2)
+    plan = CompressionPlan(shape=shape, blocks=(BlockPlan(tokens=rule), *[BlockPlan()] * (shape.depth - 1)))
+    for block, tokens in ((0, 1), (1, 1), (2, shape.num_patches)):
+        title = scene_regions(picture(*shape.img_size), plan, [block]).axes[0].get_title()
+        assert title == f"block {block}: {shape.num_patches} patches in {tokens} tokens"
