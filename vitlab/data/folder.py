@@ -28,6 +28,11 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in get_img_extensions(as_set=True) and path.is_file()
 
 
+def images_in(folder: Path) -> list[Path]:
+    """The images that lie in a folder itself, by name."""
+    return sorted(path for path in folder.iterdir() if is_image(path) and not path.name.startswith("."))
+
+
 def unlabelled(root: Path) -> Path | None:
     """The folder whose images have no labels: root/train/ where it is the only split, or else root itself, where images lie in
     it directly and no class folders; None where there is none."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitlab.data.folder import is_image
+from vitlab.data.folder import images_in
 from vitlab.files import InputError
 
 IGNORE = 255                                    # the class of pixels that count for nothing
@@ -42,7 +42,7 @@ class Layout:
 
 def _listed(folder: Path) -> list[Path]:
     """Images in a folder, by name. Raises InputError where there is no such folder or no image."""
-    found = sorted(path for path in folder.iterdir() if is_image(path) and not path.name.startswith(".")) if folder.is_dir() else []
+    found = images_in(folder) if folder.is_dir() else []
     if not found:
         raise InputError(f"{folder}: " + ("holds no images" if folder.is_dir() else "no such folder"))
     return found

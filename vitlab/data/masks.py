@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vitlab.data.folder import is_image, read_image, unlabelled
+from vitlab.data.folder import images_in, read_image, unlabelled
 from vitlab.data.layouts import LAYOUTS, Pairs
 from vitlab.data.scene_data import SceneData, Scenes
 from vitlab.data.scenes import digit_scenes
@@ -78,7 +78,7 @@ class PictureReader:
     """(RGB image, mask) pairs of files that have no masks: these are 0 throughout, and say nothing."""
 
     def __init__(self, folder: Path) -> None:
-        self.paths = sorted(path for path in folder.iterdir() if is_image(path) and not path.name.startswith("."))
+        self.paths = images_in(folder)
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -239,6 +239,11 @@ TOKEN_DIMENSIONS = {                            # the class, and what a name fix
     "share": (MergeTokens, _SHARED), "share_per_stage": (MergeTokens, {"per": "stage", **_SHARED})}
 
 
+def unprotected(name: str, shape: ViTShape) -> dict[str, float]:
+    """The settings that merging by content needs where the model has no class token, whose attention protects tokens; else none."""
+    return {"protect": 0.0} if name.startswith("match") and not shape.num_prefix_tokens else {}
+
+
 def token_dimensions(name: str, shape: ViTShape, settings: dict[str, Any]) -> NoTokens | SelectTokens | MergeTokens | MatchTokens:
     """By name, with the class's own settings. Raises InputError for an unknown one."""
     if name not in TOKEN_DIMENSIONS:

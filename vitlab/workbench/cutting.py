@@ -20,6 +20,7 @@ from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import Match, Select
 from vitlab.search import SearchSpace
 from vitlab.search.published import published_policy
+from vitlab.search.token_dimensions import unprotected
 from vitlab.shape import ViTShape
 from vitlab.training.checkpoint import Checkpoint
 from vitlab.training.objective import PlanObjective, own_metric
@@ -104,7 +105,7 @@ def prune_match(source: Source, out: str | Path, *, ratio: float, read_out: bool
     found = open_dense(source)
     shape = shape_of(found.model)
     space = SearchSpace(shape=shape, units=(), tokens="match", read_out=read_out, max_ratio=max(0.5, ratio),
-                        settings={} if shape.num_prefix_tokens else {"protect": 0.0})
+                        settings=unprotected("match", shape))
     return apply_plan(found, space.plan([ratio], made_by={"method": "match", "ratio": ratio, "read_out": read_out}), out)
 
 
@@ -171,6 +172,6 @@ def _select_in(shape: ViTShape, block: int, ratio: float) -> CompressionPlan:
 def _match_in(shape: ViTShape, block: int, ratio: float) -> CompressionPlan:
     """The plan that merges tokens by content in one block, and gives them back at the end."""
     merged = min(int(shape.num_patches * ratio), shape.num_patches // 2)
-    protect = {} if shape.num_prefix_tokens else {"protect": 0.0}
-    rules = [None] * block + [Match(merged=merged if index == block else 0, **protect) for index in range(block, shape.depth)]
+    rules = [None] * block + [Match(merged=merged if index == block else 0, **unprotected("match", shape))
+                              for index in range(block, shape.depth)]
     return CompressionPlan(shape=shape, blocks=tuple(BlockPlan(tokens=rule) for rule in rules))

@@ -18,6 +18,7 @@ from vitlab.plan import CompressionPlan
 from vitlab.search import Budget, SearchSpace, Study
 from vitlab.search.space import MAX_RATIO
 from vitlab.search.strategies import Settings
+from vitlab.search.token_dimensions import unprotected
 from vitlab.training.capture import token_scores
 from vitlab.training.compensate import compensate, gather_moments
 from vitlab.training.latency import latency_table
@@ -79,9 +80,8 @@ def search(source: Source, data: str | Path, out: str | Path, *, limit: float | 
     if shape.decoder and (tokens.startswith("select") or read_out):
         raise InputError(f"{'read_out' if read_out else f'tokens {tokens!r}'}: a class for each pixel needs the whole grid; tokens that "
                          "merge (match, share or merge, also with _per_stage; merge_per_span) keep it")
-    unprotected = {"protect": 0.0} if tokens.startswith("match") and not shape.num_prefix_tokens else {}
-    space = SearchSpace(shape=shape, units=tuple(units), tokens=tokens, settings=unprotected | (token_settings or {}), max_ratio=max_ratio,
-                        read_out=read_out)
+    space = SearchSpace(shape=shape, units=tuple(units), tokens=tokens, settings=unprotected(tokens, shape) | (token_settings or {}),
+                        max_ratio=max_ratio, read_out=read_out)
     if (limit is None) == (macs_ratio is None):
         raise InputError("either a limit or a ratio of the dense model's cost is needed, not both")
     price = parallel.after_first(lambda: cost_function(space, cost, found.model, batch_size=batch_size, dtype=dtype, device=place,

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from vitlab.cost import gmacs, macs_of
 from vitlab.criteria.planning import prune_and_merge
-from vitlab.data.folder import is_image, read_image
+from vitlab.data.folder import images_in, read_image
 from vitlab.data.masks import open_scenes
 from vitlab.data.scene_data import SceneData, measuring_transform
 from vitlab.files import InputError, atomic_write, first_line, from_root
@@ -26,6 +26,7 @@ from vitlab.plots.base import to_image
 from vitlab.plots.colours import class_colours, overlaid
 from vitlab.rules import Match
 from vitlab.search import SearchSpace
+from vitlab.search.token_dimensions import unprotected
 from vitlab.shape import ViTShape
 from vitlab.tokens import PRUNE_RATE, even_spans
 from vitlab.training.capture import frozen_eval, token_places
@@ -71,7 +72,7 @@ def train_segmenter(source: Source, data: str | Path, out: str | Path, *,
                     engine: Engine | None = None, changed_data: bool = False, progress: bool = True) -> Path:
     """Train a dense Segmenter on images with masks (`make_segmenter`); returns the run folder (training/, checkpoint/). A killed run
     goes on (`fit`)."""
-    settings, opened = recipe(settings) if isinstance(settings, str) else settings, open_scenes(data).need_labels()
+    settings, opened = recipe(settings) if isinstance(settings, str) else settings, open_scenes(data)
     device = pick_device(device)
     random_seed(seed)
     model = make_segmenter(source, opened, img_size=img_size, decoder=decoder, drop_path=settings.drop_path)
@@ -91,7 +92,7 @@ def predict(source: Source, images: str | Path, out: str | Path, *, opacity: flo
         raise InputError("the model gives one class for an image; a Segmenter is needed (`vitlab segment` trains one)")
     if not folder.is_dir():
         raise InputError(f"{images}: no such folder of images")
-    paths = sorted(path for path in folder.iterdir() if is_image(path) and not path.name.startswith("."))
+    paths = images_in(folder)
     if not paths:
         raise InputError(f"{images}: holds no images")
     if Path(out).resolve() == folder.resolve():
@@ -136,7 +137,7 @@ def plans_at(scores: Tensor, shape: ViTShape, keep_rate: float, *, prune_rate: f
     of sharing updates. scores (L, n): of tokens, raw."""
     shared = prune_and_merge(scores, shape, keep_rate=keep_rate, prune_rate=0.0, share=True)
     space = SearchSpace(shape=shape, units=(), tokens="match", max_ratio=MAX_RATIO,
-                        settings={} if shape.num_prefix_tokens else {"protect": 0.0})
+                        settings=unprotected("match", shape))
     ratios = np.linspace(0, MAX_RATIO, RATIOS)[:, None]
     within = np.flatnonzero(macs_of(shape, space.counts(ratios))["total"] / 1e9 <= gmacs(shared))
     ratio = float(ratios[within[0] if len(within) else -1, 0])

@@ -23,6 +23,7 @@ from vitlab.plots import matched_map, merge_map
 from vitlab.plots.tokens import bordered, through_matrices, through_means, tinted
 from vitlab.rules import Match, MergeReconstruct, Select, SharedUpdate
 from vitlab.search import SearchSpace
+from vitlab.search.token_dimensions import unprotected
 from vitlab.shape import ViTShape
 from vitlab.training.capture import frozen_eval, hooks, token_places
 from vitlab.workbench.cutting import open_dense
@@ -104,8 +105,8 @@ class Maps:
             return self.given
         if rule in BY_PLACE:
             return prune_and_merge(self.scores, self.shape, keep_rate=keep_rate, prune_rate=prune_rate, **BY_PLACE[rule], **self.settings)
-        unprotected = {"protect": 0.0} if BY_CONTENT[rule] == "match" and not self.shape.num_prefix_tokens else {}
-        space = SearchSpace(shape=self.shape, units=(), tokens=BY_CONTENT[rule], max_ratio=0.99, settings=unprotected)
+        space = SearchSpace(shape=self.shape, units=(), tokens=BY_CONTENT[rule], max_ratio=0.99,
+                            settings=unprotected(BY_CONTENT[rule], self.shape))
         tried = space.counts(np.array([0.5]))
         ratio = 1 - keep_rate ** (1 / int((tried.compared + tried.ranking > 0).sum()))
         return space.plan([ratio], made_by={"method": BY_CONTENT[rule], "ratio": ratio})
