@@ -61,6 +61,11 @@ class SearchSpace:
         return [name.split(" ")[0] for name in self.names]
 
     @property
+    def by_place(self) -> bool:
+        """Whether tokens go together by their place, chosen by their scores."""
+        return self.tokens.startswith(("merge", "share"))
+
+    @property
     def size(self) -> int:
         return len(self.names)
 
@@ -103,8 +108,7 @@ class SearchSpace:
         ranking = token.pop("ranks") * (self.shape.num_heads if every else units["heads"])
         if self.read_out:
             token["queried"] = token["attended"].copy()
-            by_place = self.tokens.startswith(("merge", "share"))               # these give back all tokens
-            token["attended"][:, -1] = self.shape.num_tokens if by_place else token["attended"][:, -1]
+            token["attended"][:, -1] = self.shape.num_tokens if self.by_place else token["attended"][:, -1]     # all are given back
             token["queried"][:, -1] = token["in_mlp"][:, -1] = self.shape.num_prefix_tokens
             for name in ("carried", "pooled", "compared", "merges", "reconstructs"):
                 token[name][:, -1] = 0

@@ -29,7 +29,6 @@ from vitlab.workbench.cutting import UNIT_SCORES, amp_of, open_dense, read_units
 from vitlab.workbench.steps import Source, open_matching, pick_device, read_scores
 
 TOKEN_SCORES, PLAN = "token_scores.safetensors", "plan.json"
-BY_SCORES = ("merge", "share")                  # tokens whose plans need scores, from the loss
 COSTS = ("gmacs", "published_gmacs", "latency_ms")
 
 
@@ -75,13 +74,13 @@ def search(source: Source, data: str | Path, out: str | Path, *, limit: float | 
     shape, place = shape_of(found.model), pick_device(device)
     metric, tokens = metric or own_metric(shape), tokens or ("match" if shape.decoder else "select")
     check_metric(shape, metric)                                                 # before there is a study of it
-    labels = metric != "distill_loss" or tokens.startswith(BY_SCORES) or bool(units) and criterion == "taylor"
-    opened = open_matching(data, found, class_map, labels=labels)
     if shape.decoder and (tokens.startswith("select") or read_out):
         raise InputError(f"{'read_out' if read_out else f'tokens {tokens!r}'}: a class for each pixel needs the whole grid; tokens that "
                          "merge (match, share or merge, also with _per_stage; merge_per_span) keep it")
     space = SearchSpace(shape=shape, units=tuple(units), tokens=tokens, settings=unprotected(tokens, shape) | (token_settings or {}),
                         max_ratio=max_ratio, read_out=read_out)
+    labels = metric != "distill_loss" or space.by_place or bool(units) and criterion == "taylor"
+    opened = open_matching(data, found, class_map, labels=labels)
     if (limit is None) == (macs_ratio is None):
         raise InputError("either a limit or a ratio of the dense model's cost is needed, not both")
     price = parallel.after_first(lambda: cost_function(space, cost, found.model, batch_size=batch_size, dtype=dtype, device=place,
@@ -136,7 +135,7 @@ def _scores_of(study: Study, model: nn.Module, data: ImageData, device: torch.de
         units = read_units(path)
         check(path)
         scores |= {"heads": units.heads, "neurons": units.neurons}
-    if study.space.tokens.startswith(BY_SCORES):
+    if study.space.by_place:
         path = study.folder / TOKEN_SCORES
         if not path.exists():
             atomic_write(path, save({"token_scores": token_scores(model, batches(), device=device, progress=progress).contiguous()}, mark))
