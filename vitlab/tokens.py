@@ -27,14 +27,15 @@ def even_spans(depth: int, count: int = SPANS) -> list[tuple[int, int]]:
     return [(first, after - 1) for first, after in zip(edges, edges[1:])]
 
 
-def check_spans(spans: Sequence[Sequence[float]], depth: int) -> None:
-    """InputError naming the span that is no (first block, last block, keep rate), out of the model, or not after the one before."""
-    require(len(spans) > 0, "no span is given; (first block, last block, keep rate) of one at least is needed")
+def check_spans(spans: Sequence[Sequence[float]], depth: int, rated: bool = True) -> None:
+    """InputError naming the span that is no (first block, last block, keep rate), or without the rate where not `rated`, out of the
+    model, or not after the one before."""
+    form = "(first block, last block, keep rate)" if rated else "(first block, last block)"
+    require(len(spans) > 0, f"no span is given; {form} of one at least is needed")
     end = -1
     for span in spans:
-        require(isinstance(span, (tuple, list)) and len(span) == 3 and is_int(span[0]) and is_int(span[1])
-                and isinstance(span[2], (int, float)) and not isinstance(span[2], bool),
-                f"span {span!r} is not (first block, last block, keep rate)")
+        require(isinstance(span, (tuple, list)) and len(span) == 2 + rated and is_int(span[0]) and is_int(span[1])
+                and isinstance(span[-1], (int, float)) and not isinstance(span[-1], bool), f"span {span!r} is not {form}")
         first, last = span[:2]
         require(0 <= first <= last < depth, f"span {first}-{last}: its blocks must lie from 0 to {depth - 1}, the first not after the last")
         require(first > end, f"span {first}-{last} begins before the one that ends with block {end} is over; spans must ascend and "

@@ -121,7 +121,7 @@ class MergeTokens:
                 raise InputError(f"{name} {getattr(self, name)!r} is not known; known are {sorted(known)}")
         depth = self.shape.depth
         if self.spans:
-            tokens.check_spans([(*span, 1.0) if isinstance(span, (tuple, list)) else span for span in self.spans], depth)
+            tokens.check_spans(self.spans, depth, rated=False)
         spans = self.spans or tokens.even_spans(depth) if self.per == "span" else [(block, block) for block in range(depth)]
         object.__setattr__(self, "spans", tuple(map(tuple, spans)))
 
