@@ -118,6 +118,17 @@ def test_accuracy_against_cost_has_a_named_point_per_row():
     assert len(figure.axes[1].lines) == 1
 
 
+def test_a_row_looks_the_same_against_both_costs_and_every_row_is_in_the_legend():
+    speeds = {"a": None, "b": 10.0, "c": None}
+    rows = [ResultRow(model=name, top1_pct=60, gmacs=1.0, throughput_img_s=speed) for name, speed in speeds.items()]
+    figure = accuracy_against_cost(rows)
+    looks = [{line.get_label(): (line.get_marker(), line.get_color()) for line in axis.lines} for axis in figure.axes]
+    assert looks[1] == {"b": looks[0]["b"]} and len(set(looks[0].values())) == 3
+    legend = figure.axes[1].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b", "c"]
+    assert [(line.get_marker(), line.get_color()) for line in legend.get_lines()] == list(looks[0].values())
+
+
 def test_training_curves_show_the_log():
     log = [{"epoch": e, "loss": 1 / e, "train_slice_top1_pct": 10. * e, "lr": .1} for e in (1, 2)]
     figure = training_curves({"run": log})

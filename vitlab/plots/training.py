@@ -3,6 +3,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -38,23 +39,29 @@ def training_curves(logs: dict[str, Sequence[dict[str, Any]]]) -> Figure:
     return figure
 
 
+def _legend_beside(axes: Sequence[Axes]) -> None:
+    """One legend to the right of a row of panels, of what is drawn in any of them."""
+    drawn = {(line.get_label(), line.get_marker(), line.get_color()): line for axis in axes for line in axis.get_legend_handles_labels()[0]}
+    axes[-1].legend(handles=list(drawn.values()), frameon=False, bbox_to_anchor=(1.02, 1), loc="upper left")
+
+
 def accuracy_against_cost(rows: Sequence[ResultRow], value: str = "top1_pct") -> Figure:
     """Top-1, or another of VALUES, against GMACs, and against measured images per second where that was measured; each point is
-    named. Raises InputError for another value."""
+    named, and a row looks the same in both. Raises InputError for another value."""
     require(value in VALUES, f"value {value!r} is not known; known are {list(VALUES)}")
     fields = [("gmacs", "GMACs per image, deployed")]
     if any(r.throughput_img_s for r in rows):
         fields.append(("throughput_img_s", "images per second"))
     figure, axes = new_axes(1, len(fields), 5.2 + 3.4 / len(fields), 3.8)                    # the legend takes the room beside them
     for axis, (field, label) in zip(axes[0], fields):
-        points = [r for r in rows if getattr(r, field) is not None and getattr(r, value) is not None]
-        for index, row in enumerate(points):
-            axis.plot(getattr(row, field), getattr(row, value), marker="osD^v<>pX*"[index % 10], color=PALETTE[index % len(PALETTE)],
-                      markersize=9, linestyle="none", label=row.model)
+        for index, row in enumerate(rows):
+            if getattr(row, field) is not None and getattr(row, value) is not None:
+                axis.plot(getattr(row, field), getattr(row, value), marker="osD^v<>pX*"[index % 10], color=PALETTE[index % len(PALETTE)],
+                          markersize=9, linestyle="none", label=row.model)
         axis.set(xlabel=label, ylabel=VALUES[value])
         axis.margins(0.15)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, -1].legend(frameon=False, bbox_to_anchor=(1.02, 1), loc="upper left")
+    _legend_beside(axes[0])
     return figure
 
 
@@ -74,7 +81,7 @@ def trade_offs(panels: dict[str, dict[str, Sequence[tuple[float, float]]]], ylab
         axis.set(xlabel=label, ylabel=ylabel)
         axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, -1].legend(frameon=False, bbox_to_anchor=(1.02, 1), loc="upper left")
+    _legend_beside(axes[0])
     return figure
 
 
