@@ -24,7 +24,8 @@ from vitlab import cost, matching
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.files import append_line, atomic_write, read_lines, write_lines
 from vitlab.models import compress, deploy
-from vitlab.models.match import Merged, size_mask
+from vitlab.models.held import Merged
+from vitlab.models.match import size_mask
 from vitlab.plan import CompressionPlan
 from vitlab.plots import save_figure, trade_offs
 from vitlab.search import SearchSpace
@@ -54,7 +55,7 @@ class ToMeBlock(nn.Module):
         self.block, self.r = block, r
 
     def forward(self, given: Tensor | Merged) -> Merged:
-        x, sizes = (given, given.new_ones(given.shape[:2])) if isinstance(given, Tensor) else given[:2]
+        x, sizes = (given, given.new_ones(given.shape[:2])) if isinstance(given, Tensor) else (given.x, given.sizes)
         block, attn = self.block, self.block.attn
         query, key, value = attn.qkv(block.norm1(x)).unflatten(2, (3, -1, attn.head_dim)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=size_mask(sizes, query.dtype))
@@ -62,7 +63,7 @@ class ToMeBlock(nn.Module):
         order, into = matching.match(key.mean(dim=1)[:, 1:], min(self.r, (x.shape[1] - 1) // 2))
         merged, merged_sizes = matching.merge(x[:, 1:], sizes[:, 1:], order, into)
         x, sizes = torch.cat([x[:, :1], merged], dim=1), torch.cat([sizes[:, :1], merged_sizes], dim=1)
-        return Merged(x + block.mlp(block.norm2(x)), sizes, sizes)
+        return Merged(x + block.mlp(block.norm2(x)), sizes, sizes, 1)
 
 
 class Tokens(nn.Module):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from vitlab.models.merge import MergeTokens, ReconstructTokens
+from vitlab.models.merge import MergeReconstructTokens
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -52,6 +52,6 @@ def disturb_matrices(model, seed: int = 0) -> None:
     """Noise in every entry, as after training: entries that start at 0, prefix rows and pruned columns too."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
-        if isinstance(module, (MergeTokens, ReconstructTokens)):
+        if isinstance(module, MergeReconstructTokens):
             for matrix in module.parameters(recurse=False):
                 matrix.add_(0.05 * torch.randn(matrix.shape, generator=generator, dtype=matrix.dtype))

@@ -1,5 +1,6 @@
 """Blocks that merge tokens by content (arXiv 2210.09461) against slow loops, and their deployed, exported and trained forms."""
 import copy
+import dataclasses
 import math
 import pickle
 import random
@@ -9,13 +10,15 @@ import timm
 import torch
 from comparing import gradient_and_slope, logits, relative
 from conftest import random_rule
+from timm.layers import Attention
 from torch import nn
 
 from vitlab import matching as functions
 from vitlab.criteria.units import UnitScores
 from vitlab.files import InputError
 from vitlab.models import attention_block, compress, deploy, shape_of
-from vitlab.models.match import Merged, attend
+from vitlab.models.attention import KeyedAttention, attention_as
+from vitlab.models.held import Merged
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import Match, MergeReconstruct, Select, SharedUpdate
 from vitlab.training import checkpoint
@@ -87,7 +90,7 @@ def block_slowly(dense, x: torch.Tensor, sizes: list[int], cut: BlockPlan, prefi
     importance = (row[prefix:] * len(x) * rule.protect).tolist()                # in units of an even attention, 1 / N
     pairs = matched_slowly(torch.cat(keys, dim=1), importance, rule.merged)
     going = dict(pairs[:rule.merged])
-    tokens = [[s] for s, _ in pairs[rule.merged:]] if rule.merged else [[j] for j in range(n)]
+    tokens = [[s] for s in sorted(s for s, _ in pairs[rule.merged:])] if rule.merged else [[j] for j in range(n)]
     if rule.merged:
         tokens += [[t, *(s for s in going if going[s] == t)] for t in range(1, n, 2)]
     new_sizes = [sum(sizes[prefix + j] for j in inside) for inside in tokens]
@@ -126,8 +129,8 @@ def test_matching_blocks_follow_the_formula_written_as_loops_through_the_whole_m
     wanted, ends = model_slowly(dense, x, plan)
     given = dense.norm_pre(dense._pos_embed(dense.patch_embed(x)))
     for index, block in enumerate(model.blocks):
-        given = block._forward(given)
-        state = given if isinstance(given, Merged) else Merged(given, *(None, None))
+        given = block.merged(given)
+        state = given if isinstance(given, Merged) else Merged(given, None, None, 0)
         for b in range(len(x)):
             tokens, sizes, places = wanted[b][index]
             assert relative(state.x[b], tokens) < EXACT
@@ -172,7 +175,7 @@ def test_patches_that_are_alike_are_merged_without_a_trace(tiny_vit):
     assert relative(logits(model, x), logits(dense, x)) < EXACT
     changed = copy.deepcopy(model)
     for block in changed.blocks:
-        block.register_forward_pre_hook(lambda m, given: (given[0]._replace(sizes=torch.ones_like(given[0].sizes)),)
+        block.register_forward_pre_hook(lambda m, given: (dataclasses.replace(given[0], sizes=torch.ones_like(given[0].sizes)),)
                                         if isinstance(given[0], Merged) else None)
     assert relative(logits(changed, x), logits(dense, x)) > 100 * EXACT         # the sizes are what makes it so
 
@@ -183,7 +186,7 @@ def states(model, x) -> list:
     """What leaves every block before the grid is given back."""
     found, handles = [], []
     for block in model.blocks:
-        handles.append(block.register_forward_pre_hook(lambda m, given: found.append(m._forward(*given))))
+        handles.append(block.register_forward_pre_hook(lambda m, given: found.append(m.merged(*given))))
     logits(model, x)
     for handle in handles:
         handle.remove()
@@ -230,13 +233,12 @@ def test_fused_attention_off_gives_the_same(tiny_vit, family, images):
 @pytest.mark.parametrize("pool", ["token", "avg"])
 def test_deployed_form_equals_the_training_form(tiny_vit, family, images, pool):
     dense = double(tiny_vit(family, **({} if family == "distilled" else {"global_pool": pool})))
-    shape, pool = shape_of(dense), dense.global_pool
+    shape = shape_of(dense)
     model, x = compress(dense, matching(shape, heads={3: (0,)}, neurons={1: (5, 7)})), double(images(dense, 3))
     deployed = deploy(model)
     assert relative(logits(model, x), logits(dense, x)) > 100 * SAME            # the plan does cut something
     assert relative(logits(deployed, x), logits(model, x)) < EXACT and not deployed.training
-    left = shape.num_tokens - (sum(MERGED) if pool == "token" else 0)           # the classifier wants the class token alone
-    assert deployed.forward_features(x).shape[1] == left and model.forward_features(x).shape[1] == shape.num_tokens
+    assert deployed.forward_features(x).shape[1] == model.forward_features(x).shape[1] == shape.num_tokens
     assert relative(logits(deploy(deployed), x), logits(model, x)) < EXACT
 
 
@@ -274,7 +276,6 @@ def test_a_saved_model_comes_back_bit_equal(tiny_vit, images, tmp_path, form, fa
     found = checkpoint.load(checkpoint.save(tmp_path / "c", model, plan))
     x = images(dense)
     assert torch.equal(logits(found.model, x), logits(model, x)) and found.plan == plan
-    assert [block.gives for block in found.model.blocks] == [block.gives for block in model.blocks]
 
 
 def test_saving_with_another_plan_is_refused(tiny_vit, tmp_path):
@@ -313,7 +314,8 @@ def test_a_matching_model_is_cut_further_from_the_plan_before(tiny_vit, family, 
     assert [f.shape[-2:] for f in further.forward_intermediates(x, intermediates_only=True)] == [shape.grid_size] * 5
     back = compress(further, matching(shape, (), heads={1: (1,)}), before=then)                # no rule at all: plain blocks again
     assert torch.equal(logits(back, x), logits(compress(dense, matching(shape, (), heads={1: (1,)})), x))
-    assert "forward_intermediates" not in vars(back) and all(attention_block(b) is b for b in back.blocks)
+    assert type(back) is type(dense) and all(attention_block(b) is b and type(b.attn) is Attention for b in back.blocks)
+    assert not back.patch_embed._forward_pre_hooks
 
 
 def test_parts_of_a_matching_plan_match_in_the_last_blocks_alone(tiny_vit, images):
@@ -357,14 +359,10 @@ def test_some_intermediates_equal_those_of_all_and_nothing_is_left_behind(tiny_v
     assert torch.equal(logits(model, x), before)
 
 
-def test_intermediates_of_a_deployed_model_are_there_only_where_the_grid_is(tiny_vit, images):
+def test_intermediates_of_a_deployed_model_are_those_of_the_training_form(tiny_vit, images):
     for pool in ("token", "avg"):
         dense = tiny_vit("deit", global_pool=pool)
         model, x = compress(dense, matching(shape_of(dense))), images(dense)
-        if pool == "token":
-            with pytest.raises(InputError, match="no token grid"):
-                deploy(model).forward_intermediates(x)
-            continue
         for a, b in zip(*(m.forward_intermediates(x, intermediates_only=True) for m in (deploy(model), model))):
             assert torch.equal(a, b)
 
@@ -428,7 +426,7 @@ def test_both_residuals_of_a_matching_block_can_be_dropped(tiny_vit, images):
     x = torch.randn(2, 16, 33, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        given = block._forward(x)
+        given = block.merged(x)
     assert torch.equal(given.x[:, 0], x[:, 0])
     for b in range(2):
         for token in range(10):
@@ -441,11 +439,12 @@ def test_matching_builds_no_graph(tiny_vit, images, monkeypatch):
 
     def watched(keys, gone, importance):
         given = plain(keys, gone, importance)
-        found.append((torch.is_grad_enabled(), importance.requires_grad))
+        found.append((keys.requires_grad, importance.requires_grad))
         return given
     monkeypatch.setattr(functions, "match", watched)
     out = compress(dense, matching(shape_of(dense), (3,)))(images(dense))
-    row = attend(dense.blocks[0].attn, torch.randn(2, 16, 33, generator=torch.Generator().manual_seed(0)), None)[1]
+    attn = attention_as(KeyedAttention, dense.blocks[0].attn)
+    row = attn(torch.randn(2, 16, 33, generator=torch.Generator().manual_seed(0)))[1]
     assert found == [(False, False)] and out.requires_grad and not row.requires_grad
 
 

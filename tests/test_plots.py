@@ -7,7 +7,7 @@ import torch
 
 from vitlab.files import InputError
 from vitlab.models import compress, deploy, shape_of
-from vitlab.models.match import Merged
+from vitlab.models.held import Merged
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plots import accuracy_against_cost, kept_counts, matched_map, merge_map, save_figure, score_maps, to_image, training_curves
 from vitlab.plots.tokens import region_means, through_matrices

@@ -49,7 +49,7 @@ def test_multiply_adds_of_the_last_block_are_counted_by_hand(tiny_vit):
     shape = shape_of(tiny_vit("dinov2_reg"))
     parts, n, p, dim = cost.macs(plan_of(shape, last=ReadOut())), shape.num_tokens, shape.num_prefix_tokens, shape.embed_dim
     width, before = shape.num_heads * shape.head_dim, shape.depth - 1
-    assert parts["qkv"] == before * 3 * n * dim * width + (2 * n + p) * dim * width
+    assert parts["qkv"] == (before + 1) * 3 * n * dim * width
     assert parts["attention"] == before * 2 * n * n * width + 2 * p * n * width
     assert parts["proj"] == before * n * width * dim + p * width * dim
     assert parts["mlp"] == (before * n + p) * 2 * dim * shape.num_neurons

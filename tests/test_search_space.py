@@ -66,13 +66,13 @@ def slow_counts(shape: ViTShape, tokens: str, policy: list[float], ranked_by: st
         neurons = max(int(shape.num_neurons * (1 - policy[block])), 1)
         heads = max(int(shape.num_heads * (1 - policy[depth + block])), 1)
         found = {"neurons": neurons, "heads": heads, "attended": entering, "in_mlp": entering, "carried": 0, "pooled": 0,
-                 "compared": 0, "merges": False, "reconstructs": False, "ranking": 0}
+                 "compared": 0, "merges": False, "reconstructs": False, "ranking": 0, "ranks_anew": False}
         if tokens.startswith("select") and block in quarters:
             ratio = token_ratios[quarters.index(block) if tokens == "select_per_stage" else 0]
             kept = max(int(entering * (1 - ratio)), prefix + 1)             # B3: K = int(N_now (1 - rho)), prefix tokens among them
             if kept + 1 < entering:                                         # the mean of a single token is that token: nothing is cut
                 entering = kept + 1                                         # and the mean of the rest
-                found |= {"in_mlp": entering, "ranking": heads if ranked_by == "kept" else shape.num_heads}
+                found |= {"in_mlp": entering, "ranking": heads if ranked_by == "kept" else shape.num_heads, "ranks_anew": ranked_by == "all"}
         if tokens == "merge_per_span":
             for ratio, (first, last) in zip(token_ratios, spans or THIRDS[depth], strict=True):
                 if first <= block <= last and int(n * (1 - ratio)) < n:

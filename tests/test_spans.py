@@ -13,7 +13,7 @@ from test_cost import counted_macs
 from vitlab import cost
 from vitlab.files import InputError
 from vitlab.models import attention_block, compress, deploy, set_trainable, shape_of
-from vitlab.models.merge import SpanBlock, SpanFirst, SpanLast, TokenBlock
+from vitlab.models.merge import TokenBlock
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import MergeReconstruct
 from vitlab.shape import ViTShape
@@ -58,7 +58,7 @@ def starting_matrices(plan: CompressionPlan) -> dict[int, tuple[torch.Tensor, to
 def trained_matrices(model, plan: CompressionPlan) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """{first block: (merge, reconstruct)} by the names under which a checkpoint has them."""
     state = model.state_dict()
-    return {i: (state[f"blocks.{i}.tokens.merge_matrix"], state[f"blocks.{i + block.tokens.span - 1}.tokens.reconstruct_matrix"])
+    return {i: (state[f"blocks.{i}.tokens.merge_matrix"], state[f"blocks.{i}.tokens.reconstruct_matrix"])
             for i, block in enumerate(plan.blocks) if block.tokens is not None}
 
 
@@ -109,7 +109,7 @@ def test_a_span_follows_the_formula_with_trained_matrices(tiny_vit, family, span
     assert relative(logits(model, x), logits_slowly(dense, x, plan, trained_matrices(model, plan))) < EXACT
 
 
-def test_the_matrices_stand_on_the_first_and_the_last_block_of_a_span_and_one_block_has_todays_names(tiny_vit):
+def test_the_matrices_stand_on_the_first_block_of_a_span(tiny_vit):
     dense = tiny_vit("deit")
     plan = spanning(shape_of(dense), {0: 1, 1: 3})
     state = compress(dense, plan).state_dict()
@@ -117,7 +117,7 @@ def test_the_matrices_stand_on_the_first_and_the_last_block_of_a_span_and_one_bl
     n, (one, three) = plan.shape.num_tokens, (1 + plan.blocks[i].tokens.num_merged for i in (0, 1))
     assert own == {
         "blocks.0.tokens.merge_matrix": (one, n), "blocks.0.tokens.reconstruct_matrix": (n, one), "blocks.0.tokens.token_mask": (n,),
-        "blocks.1.tokens.merge_matrix": (three, n), "blocks.1.tokens.token_mask": (n,), "blocks.3.tokens.reconstruct_matrix": (n, three)}
+        "blocks.1.tokens.merge_matrix": (three, n), "blocks.1.tokens.token_mask": (n,), "blocks.1.tokens.reconstruct_matrix": (n, three)}
     renamed = set(dense.state_dict())
     for i in range(4):
         renamed = {name.replace(f"blocks.{i}.", f"blocks.{i}.block.") for name in renamed}
@@ -210,8 +210,9 @@ def test_another_span_takes_the_place_of_the_one_before_in_every_block(tiny_vit,
     assert torch.equal(logits(model, x), logits(at_once, x))
     kinds = [type(dense.blocks[0])] * 5
     for first, span in now.items():
-        kinds[first:first + span] = [TokenBlock] if span == 1 else [SpanFirst, *[SpanBlock] * (span - 2), SpanLast]
+        kinds[first:first + span] = [TokenBlock] * span
     assert [type(b) for b in model.blocks] == kinds
+    assert [b.place for b in model.blocks if type(b) is TokenBlock] == [place for span in now.values() for place in range(span)]
 
 
 def test_saving_a_span_with_another_plan_is_refused_by_block(tiny_vit, tmp_path):
@@ -225,12 +226,12 @@ def test_saving_a_span_with_another_plan_is_refused_by_block(tiny_vit, tmp_path)
         return CompressionPlan(shape=shape, blocks=tuple(BlockPlan(tokens=blocks.get(f"b{i}")) for i in range(5)))
     fewer = dataclasses.replace(rule, regions=tuple(min(r, 1) for r in rule.regions))
     moved = spanning(shape, {1: 3}, seed=1).blocks[1].tokens
-    for wrong, block in ((other(), 1), (other(b1=dataclasses.replace(rule, span=2)), 2), (other(b1=dataclasses.replace(rule, span=4)), 3),
+    for wrong, block in ((other(), 1), (other(b1=dataclasses.replace(rule, span=2)), 1), (other(b1=dataclasses.replace(rule, span=4)), 1),
                          (other(b1=dataclasses.replace(rule, span=1)), 1), (other(b2=rule), 1), (other(b1=fewer), 1), (other(b1=moved), 1)):
         with pytest.raises(InputError, match=f"block {block} of the model is not what the plan says"):
             checkpoint.save(tmp_path / "c", model, wrong)
     two = compress(dense, other(b0=dataclasses.replace(rule, span=2), b2=dataclasses.replace(rule, span=2)))
-    with pytest.raises(InputError, match="block 1 of the model is not what the plan says"):
+    with pytest.raises(InputError, match="block 0 of the model is not what the plan says"):
         checkpoint.save(tmp_path / "c", two, other(b0=dataclasses.replace(rule, span=4)))
     assert not list(tmp_path.iterdir())
 
@@ -292,7 +293,7 @@ def test_gradients_are_the_slope_of_the_output_and_reach_both_matrices(tiny_vit,
     assert not [n for n in still if not n.startswith("head_dist")]
     # The central difference errs by step^2 times a third derivative, and by about 1e-15 / step in rounding: below 1e-5.
     assert got == pytest.approx(slope, rel=1e-5)
-    for name, block in (("merge_matrix", 0), ("reconstruct_matrix", 1), ("merge_matrix", 2), ("reconstruct_matrix", 3)):
+    for name, block in (("merge_matrix", 0), ("reconstruct_matrix", 0), ("merge_matrix", 2), ("reconstruct_matrix", 2)):
         assert bool((getattr(model.blocks[block].tokens, name).grad != 0).any(dim=1).all()), (name, block)      # of every row
 
 
@@ -320,7 +321,7 @@ def test_what_trains_of_a_span(tiny_vit, what, merges, trains):
     set_trainable(model, what)
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     assert flags.pop("blocks.1.tokens.merge_matrix") == (merges and trains == "both")
-    assert flags.pop("blocks.3.tokens.reconstruct_matrix") == merges
+    assert flags.pop("blocks.1.tokens.reconstruct_matrix") == merges
     assert set(flags.values()) == {what != "matrices"}
 
 

@@ -33,7 +33,8 @@ class Counts:
     # Rows scaled for a mean of tokens, and for what a token keeps of its own; pairs of tokens whose keys are multiplied.
     pooled: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
     compared: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
-    queried: np.ndarray | None = None           # tokens that ask in the attention; None: all that are attended to
+    queried: np.ndarray | None = None           # tokens whose queries are asked in the attention; None: all that are attended to
+    ranks_anew: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=bool))     # bool: the ranking has weights of its own
 
     def __post_init__(self) -> None:
         if self.queried is None:
@@ -46,6 +47,7 @@ def counts_of(plan: CompressionPlan) -> Counts:
     heads = [shape.num_heads if b.heads is None else len(b.heads) for b in plan.blocks]
     rank = [{"": 0, "kept": kept, "all": shape.num_heads}[f.ranked_by] for f, kept in zip(flows, heads)]
     return Counts(heads=np.array(heads), ranking=np.array(rank),
+                  ranks_anew=np.array([f.ranked_by == "all" for f in flows]),
                   queried=np.array([f.attended if f.queried is None else f.queried for f in flows]),
                   neurons=np.array([shape.num_neurons if b.neurons is None else len(b.neurons) for b in plan.blocks]),
                   **{name: np.array([getattr(f, name) for f in flows])
@@ -73,19 +75,20 @@ def macs_of(shape: ViTShape, counts: Counts, form: str = "deployed") -> dict[str
     """MACs per image (...) by part (PARTS), and their sum under "total". Raises InputError for an unknown form.
 
     Per block with C tokens in the attention, Q of them asking (all, but for a block that reads out), C' in the MLP, attention
-    width w = heads * d, M neurons: qkv (2 C + Q) D w, attention 2 Q C w, proj Q w D, mlp 2 C' D M; a ranking by heads of width r
-    2 D r + C heads D (q/k norm: D r + C D r + C r); regions that share an update scale each of their n patches, n D; matching r
-    of n tokens compares (n / 2)^2 keys and the class token's with all, w each, and scales r + n / 2 rows. form "training"
-    adds C N D for each merge and each reconstruct; "deployed" adds the folded products instead: (C_l + p_l) (C_k + p_k) D between
-    two blocks, p tokens carried around them. Inside a span no matrix stands between two blocks.
+    width w = heads * d, M neurons: qkv 3 C D w, attention 2 Q C w, proj Q w D, mlp 2 C' D M; a ranking by heads of width r C r, or,
+    with weights of its own, 2 D r + C heads D (q/k norm: D r + C D r + C r); regions that share an update scale each of their n
+    patches, n D; matching r of n tokens compares (n / 2)^2 keys and the class token's with all, w each, and scales r + n / 2 rows.
+    form "training" adds C N D for each merge and each reconstruct; "deployed" adds the folded products instead:
+    (C_l + p_l) (C_k + p_k) D between two blocks, p tokens carried around them. Inside a span no matrix stands between two blocks.
     """
     if form not in FORMS:
         raise InputError(f"form {form!r} is not known; known are {list(FORMS)}")
     dim, everything, c = shape.embed_dim, shape.num_tokens, counts
     width = c.heads * shape.head_dim                                            # (..., L)
     wide = c.ranking * shape.head_dim
-    ranking = wide * (dim + c.attended * (dim + 1)) if shape.qk_norm else dim * (2 * wide + c.attended * c.ranking)
-    blocks = {"qkv": (2 * c.attended + c.queried) * dim * width, "attention": 2 * c.queried * c.attended * width,
+    anew = wide * (dim + c.attended * (dim + 1)) if shape.qk_norm else dim * (2 * wide + c.attended * c.ranking)
+    ranking = np.where(c.ranks_anew, anew, c.attended * wide)
+    blocks = {"qkv": 3 * c.attended * dim * width, "attention": 2 * c.queried * c.attended * width,
               "proj": c.queried * width * dim,
               "mlp": 2 * c.in_mlp * dim * c.neurons, "select": ranking}
     parts = {name: blocks[name].sum(axis=-1) if name in blocks else np.zeros(width.shape[:-1], dtype=np.int64) for name in PARTS}

@@ -87,9 +87,9 @@ class LatencyTable:
         parts = {part: ms.sum(axis=-1) for part, ms in parts.items()}           # (...)
         parts["fold"] = parts["fold"] + self._at("fold", last, wanted, end)
         parts["stem"] = self._at("stem", always[..., 0], everything)
-        given_back = last | (c.compared > 0).any(axis=-1) & (wanted == everything)              # matched tokens for a mean, too
-        left = np.where(shares[..., -1], everything, end)                       # a block that shares an update leaves every token
-        parts["head"] = self._at("head", always[..., 0], np.where(given_back, wanted, left))
+        matched = (c.compared > 0).any(axis=-1) & asked[..., -1]                # given back by the last block, unless it reads out
+        left = np.where(shares[..., -1] | matched, everything, end)             # and one that shares an update leaves every token
+        parts["head"] = self._at("head", always[..., 0], np.where(last, wanted, left))
         return {part: self.scale * parts[part] for part in AXES}
 
     def predict(self, counts: Counts) -> np.ndarray:

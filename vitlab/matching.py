@@ -5,21 +5,29 @@ matter are protected, and every patch keeps its place, so that the whole grid ca
 tokens among them), W width of what is compared, r tokens that go. Sources are the tokens 0, 2, 4, ..., targets the others.
 """
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
 
 
+@torch.fx.wrap
 def match(keys: Tensor, merged: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Which sources go, and into which targets.
 
     keys (B, n, W), compared by cosine; importance (B, n): a source goes the later the larger it is (cosine less importance
-    ranks them). Returns order (B, sources), the ones that go first, and into (B, r), the target of each that goes.
+    ranks them). Returns order (B, sources), first those that go, the most alike first, then those that stay, in order of place: what
+    stays alike is no matter of rounding then, nor are the halves of the next matching. And into (B, r), the target of each that goes.
     """
     alike = F.normalize(keys, dim=-1)
     best, partner = (alike[:, ::2] @ alike[:, 1::2].transpose(1, 2)).max(dim=-1)
     if importance is not None:
         best = best - importance[:, ::2]
-    order = best.argsort(dim=1, descending=True, stable=True)
+    # Ranks by comparing all pairs, equals in order of place: no runtime sorts them otherwise, and none lacks the operators.
+    first, place = best[:, :, None], torch.arange(best.shape[1], device=best.device)
+    rank = ((best[:, None] > first) | ((best[:, None] == first) & (place < place[:, None]))).sum(dim=2)         # (B, sources)
+    stays = rank >= merged
+    where = torch.where(stays, merged + stays.cumsum(dim=1) - 1, rank)
+    order = torch.zeros_like(where).scatter(1, where, place.expand_as(where))
     return order, partner.gather(1, order[:, :merged])
 
 
@@ -28,6 +36,7 @@ def _flat(index: Tensor, count: int) -> Tensor:
     return (index + count * torch.arange(index.shape[0], device=index.device)[:, None]).flatten()
 
 
+@torch.fx.wrap
 def merge(x: Tensor, sizes: Tensor, order: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
     """Each source that goes is averaged into its target, weighted by how many patches both stand for.
 
@@ -44,6 +53,7 @@ def merge(x: Tensor, sizes: Tensor, order: Tensor, into: Tensor) -> tuple[Tensor
     return torch.cat([sources[:, gone:], means], dim=1), torch.cat([weight[:, gone:], total.unflatten(0, (batch, targets))], dim=1)
 
 
+@torch.fx.wrap
 def new_places(order: Tensor, into: Tensor, count: int) -> Tensor:
     """Where each of `count` tokens is after `merge`: (B, n), from 0."""
     batch, sources = order.shape
@@ -55,6 +65,7 @@ def new_places(order: Tensor, into: Tensor, count: int) -> Tensor:
     return torch.cat([of_sources, of_targets], dim=1)[:, token // 2 + token % 2 * sources]
 
 
+@torch.fx.wrap
 def give_back(x: Tensor, places: Tensor, num_prefix_tokens: int) -> Tensor:
     """Every patch takes the value of the token it went into: x (B, P + K, D), places (B, n) -> (B, P + n, D)."""
     prefix, rest = x.split((num_prefix_tokens, x.shape[1] - num_prefix_tokens), dim=1)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.fx
 from torch import Tensor
 
 from vitlab.files import InputError
@@ -237,6 +238,7 @@ def fold(reconstruct: Tensor, carried: Tensor, merge: Tensor, carry_next: Tensor
     return torch.cat([merge, eye[carry_next]]) @ torch.cat([reconstruct, eye[:, carried]], dim=1)
 
 
+@torch.fx.wrap
 def select(x: Tensor, ranking: Tensor, kept: int, num_prefix_tokens: int) -> Tensor:
     """The `kept` best tokens of each image and the plain mean of the others (methods B3).
 

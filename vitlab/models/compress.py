@@ -1,19 +1,20 @@
 """compress(model, plan): a timm model with its heads, neurons and tokens cut as the plan says (methods A6, B8)."""
 import copy
-import functools
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from timm.layers import Attention
+from torch import nn
 
 from vitlab.files import InputError
-from vitlab.models.intermediates import forward_intermediates
+from vitlab.models.attention import attention_as
 from vitlab.models.match import MatchBlock
-from vitlab.models.merge import MergeReconstructTokens, MergeTokens, ReconstructTokens, merging_agrees, merging_block
+from vitlab.models.merge import MergeReconstructTokens, TokenBlock
 from vitlab.models.read_out import ReadOutBlock
 from vitlab.models.select import SelectBlock
 from vitlab.models.share import SharedUpdateBlock
 from vitlab.models.shrink import keep_heads, keep_neurons
 from vitlab.models.support import attention_block, encoder_of, shape_before_cutting, shape_of
+from vitlab.models.tokens_cut import as_tokens_cut, without_tokens_cut
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import Match, MergeReconstruct, ReadOut, Select, SharedUpdate, TokenRule
 from vitlab.shape import ViTShape
@@ -24,26 +25,12 @@ TRAINABLE = ("all", "matrices", "weights")
 TOKEN_BLOCKS = {SharedUpdate.kind: SharedUpdateBlock, Select.kind: SelectBlock, Match.kind: MatchBlock, ReadOut.kind: ReadOutBlock}
 
 
-def _check_size(patch_embed: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Regions are places on one grid, so an image of another size (or turned) is refused."""
-    size = tuple(inputs[0].shape[-2:])
-    if size != tuple(patch_embed.img_size):
-        raise InputError(f"an image of {size[0]} x {size[1]} came in; the plan is for {patch_embed.img_size[0]} x "
-                         f"{patch_embed.img_size[1]} (another size needs its own plan)")
-
-
-def refuse_intermediates(*args: object, **kwargs: object) -> None:
-    """Stands in for forward_intermediates where blocks no longer give back the whole grid."""
-    raise InputError("there is no token grid between the blocks of a deployed model, or after tokens were selected or read out; "
-                     "take intermediates from the training form of a plan that merges")
-
-
 def _token_rule_agrees(block: nn.Module, rule: TokenRule | None, place: int, num_prefix_tokens: int) -> bool:
     """Whether a block of a training form is wrapped as the rule says: its kind, and what does not train."""
     if rule is None:
         return attention_block(block) is block
     if isinstance(rule, MergeReconstruct):
-        return merging_agrees(block, rule, num_prefix_tokens, place)
+        return isinstance(block, TokenBlock) and block.agrees(rule, num_prefix_tokens, place)
     if not isinstance(block, TOKEN_BLOCKS[rule.kind]):
         return False
     if isinstance(rule, Select):
@@ -75,17 +62,18 @@ def _wrapped(block: nn.Module, now: tuple[TokenRule | None, int], was: tuple[Tok
              num_prefix_tokens: int) -> nn.Module:
     """The block as its token rule and place there (CompressionPlan.rules) say; as it is where they stay the same."""
     inner, rule = attention_block(block), now[0]
-    if rule is None:
-        return inner
-    if isinstance(block, SelectBlock) and (rule.kind, block.ranked_by) == (Select.kind, getattr(rule, "ranked_by", None)):
+    if isinstance(block, SelectBlock) and isinstance(rule, Select) and block.ranked_by == rule.ranked_by:
         block.kept = rule.kept
         return block
     if now == was:
         return block
+    inner.attn = attention_as(Attention, inner.attn)
+    if rule is None:
+        return inner
     if heads_gone and getattr(rule, "ranked_by", None) == "all":
         raise InputError("all heads should rank tokens, but the model has lost some already")
     if isinstance(rule, MergeReconstruct):
-        block = merging_block(inner, rule, num_prefix_tokens, now[1])
+        block = TokenBlock(inner, rule, num_prefix_tokens, now[1])
     else:
         block = TOKEN_BLOCKS[rule.kind](inner, rule, num_prefix_tokens)
     return block.to(inner.norm1.weight.device, inner.norm1.weight.dtype).train(inner.training)
@@ -107,20 +95,6 @@ def _cut(block: nn.Module, cut: BlockPlan, was: BlockPlan, rules: Sequence[tuple
     return block
 
 
-def _guard(model: nn.Module, plan: CompressionPlan) -> None:
-    """Refuse images of another size where tokens have places, and intermediates where there is no grid; nothing else."""
-    hooks = model.patch_embed._forward_pre_hooks
-    for key in [key for key, hook in hooks.items() if hook is _check_size]:
-        del hooks[key]
-    model.__dict__.pop("forward_intermediates", None)
-    if any(cut.tokens is not None for cut in plan.blocks):
-        model.patch_embed.register_forward_pre_hook(_check_size)
-    if any(isinstance(cut.tokens, (Select, ReadOut)) for cut in plan.blocks):
-        model.forward_intermediates = refuse_intermediates
-    elif any(isinstance(cut.tokens, Match) or getattr(cut.tokens, "span", 1) > 1 for cut in plan.blocks):
-        model.forward_intermediates = functools.partial(forward_intermediates, model)
-
-
 def _check_whole_grid(plan: CompressionPlan) -> None:
     """InputError naming the first block after which patches have no place any more: a decoder needs them all."""
     for index, block in enumerate(plan.blocks):
@@ -130,7 +104,7 @@ def _check_whole_grid(plan: CompressionPlan) -> None:
 
 
 def compress(model: nn.Module, plan: CompressionPlan, *, before: CompressionPlan | None = None) -> nn.Module:
-    """A copy of `model`, compressed; still the same class. The plan that cuts nothing gives bit-equal logits. Of a Segmenter the
+    """A copy of `model`, compressed; still an instance of its class. The plan that cuts nothing gives bit-equal logits. Of a Segmenter the
     encoder is compressed, the decoder stays.
 
     model: a dense timm VisionTransformer, or, to cut further, one that was compressed by the plan `before` (training form,
@@ -145,16 +119,15 @@ def compress(model: nn.Module, plan: CompressionPlan, *, before: CompressionPlan
     if encoder_of(model) is not model:
         _check_whole_grid(plan)
         return model.with_encoder(compress(model.encoder, plan, before=before))
-    model = copy.deepcopy(model)
-    _guard(model, plan)
+    model = without_tokens_cut(copy.deepcopy(model))
     for index, (block, cut, was, *rules) in enumerate(zip(model.blocks, plan.blocks, before.blocks, plan.rules(), before.rules())):
         try:
             model.blocks[index] = _cut(block, cut, was, rules, plan.shape)
         except InputError as error:
             raise InputError(f"block {index}: {error}") from None
     if isinstance(model.blocks[-1], MatchBlock):
-        model.blocks[-1].gives = "grid"
-    return model
+        model.blocks[-1].gives_back = True
+    return model if all(cut.tokens is None for cut in plan.blocks) else as_tokens_cut(model)
 
 
 def set_trainable(model: nn.Module, what: str) -> None:
@@ -165,13 +138,11 @@ def set_trainable(model: nn.Module, what: str) -> None:
     """
     if what not in TRAINABLE:
         raise InputError(f"trainable {what!r} is not known; known are {list(TRAINABLE)}")
-    merging = [m for m in model.modules() if isinstance(m, MergeTokens)]
+    merging = [m for m in model.modules() if isinstance(m, MergeReconstructTokens)]
     if what == "matrices" and not merging:
         raise InputError("the model has no merge and reconstruct matrices to train")
     for parameter in model.parameters():
         parameter.requires_grad_(what != "matrices")
     for module in merging:
         module.merge_matrix.requires_grad_(what != "weights" and module.trains == "both")
-    for module in model.modules():
-        if isinstance(module, (MergeReconstructTokens, ReconstructTokens)):
-            module.reconstruct_matrix.requires_grad_(what != "weights")
+        module.reconstruct_matrix.requires_grad_(what != "weights")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vitlab.files import InputError
 from vitlab.models.create import architecture, create_model, rebuild
 from vitlab.models.decoders import DECODERS
-from vitlab.models.deploy import Fold
+from vitlab.models.fold import Fold
 from vitlab.models.support import attention_block, check_supported, is_merged
 from vitlab.shape import is_int
 

@@ -5,14 +5,15 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from vitlab import tokens
-from vitlab.files import InputError
+from vitlab.models.attention import KeyedAttention, attention_as
+from vitlab.models.held import unmasked
 from vitlab.rules import Select
 
 
 def class_attention(attn: Attention, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The class token's row of the softmax attention, averaged over heads: x (B, N, D), normed -> (B, N).
 
-    weight (2 H d, D), bias (2 H d): the query and key rows of the heads that rank. Without q/k norm,
+    weight (2 H d, D), bias (2 H d): the query and key rows of the heads that rank, a copy of their own. Without q/k norm,
     q . (W_k x_j + b_k) = (W_k^T q) . x_j + a number that is the same for every j, which the softmax cancels: no key is
     computed, and the row costs B H D N multiply-adds.
     """
@@ -33,35 +34,34 @@ def class_attention(attn: Attention, x: Tensor, weight: Tensor, bias: Tensor | N
 class SelectBlock(nn.Module):
     """timm's Block whose tokens are selected after the attention's residual; static shapes, fused attention stays on.
 
-    With ranked_by "all", a copy of all heads' query and key weights stays for the ranking alone, and does not train.
+    With ranked_by "kept", the block's own attention ranks. With "all", a copy of all heads' query and key weights as they were when
+    the block was made stays for the ranking alone, and does not train.
     """
 
     def __init__(self, block: nn.Module, rule: Select, num_prefix_tokens: int) -> None:
         super().__init__()
+        attn, every = block.attn, rule.ranked_by == "all"
+        rows, bias = attn.qkv.weight[:2 * attn.attn_dim] if every else None, attn.qkv.bias if every else None
+        self.register_buffer("rank_weight", None if rows is None else rows.detach().clone())
+        self.register_buffer("rank_bias", None if bias is None else bias[:2 * attn.attn_dim].detach().clone())
+        if not every:
+            block.attn = attention_as(KeyedAttention, attn)
         self.block, self.kept, self.ranked_by, self.num_prefix_tokens = block, rule.kept, rule.ranked_by, num_prefix_tokens
-        weight, bias = self._of_kept_heads()
-        own = rule.ranked_by == "all"
-        self.register_buffer("rank_weight", weight.detach().clone() if own else None)
-        self.register_buffer("rank_bias", bias.detach().clone() if own and bias is not None else None)
 
-    def _of_kept_heads(self) -> tuple[Tensor, Tensor | None]:
-        """The query and key rows of the block's own qkv."""
+    def attend(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """(the attention's output (B, N, D), what ranks the tokens (B, N), higher stays) for x (B, N, D), normed."""
         attn = self.block.attn
-        bias = attn.qkv.bias
-        return attn.qkv.weight[:2 * attn.attn_dim], None if bias is None else bias[:2 * attn.attn_dim]
-
-    def ranking_rows(self) -> tuple[Tensor, Tensor | None]:
-        """The query and key rows (weight, bias) whose class attention ranks the tokens."""
-        return (self.rank_weight, self.rank_bias) if self.ranked_by == "all" else self._of_kept_heads()
+        if self.ranked_by == "kept":
+            return attn(normed)[:2]
+        with torch.no_grad():                                                   # a choice has no gradient
+            ranking = class_attention(attn, normed, self.rank_weight, self.rank_bias)
+        return attn(normed), ranking
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """(B, N, D) -> (B, P + kept + 1, D)."""
-        if attn_mask is not None or is_causal:
-            raise InputError("a block that selects tokens takes no attention mask")
+        x = unmasked(x, attn_mask, is_causal, "a block that selects tokens")
         block = self.block
-        normed = block.norm1(x)
-        with torch.no_grad():                                                   # a choice has no gradient
-            ranking = class_attention(block.attn, normed, *self.ranking_rows())
-        x = x + block.drop_path1(block.ls1(block.attn(normed)))
+        attended, ranking = self.attend(block.norm1(x))
+        x = x + block.drop_path1(block.ls1(attended))
         x = tokens.select(x, ranking, self.kept, self.num_prefix_tokens)
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))

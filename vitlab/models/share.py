@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor, nn
 
-from vitlab.files import InputError
+from vitlab.models.held import unmasked
 from vitlab.models.match import size_mask
 from vitlab.rules import SharedUpdate
 
@@ -16,21 +16,20 @@ class SharedUpdateBlock(nn.Module):
         regions = torch.tensor(rule.regions)
         inside = regions >= 0
         # A patch of no region takes the update of one region more, which is zero, and keeps all of its stream.
-        self.register_buffer("regions", torch.where(inside, regions, rule.num_merged), persistent=False)
+        self.register_buffer("regions", torch.where(inside, regions, rule.num_merged))
         shares = torch.tensor(rule.weights, dtype=torch.float64).masked_fill(~inside, 0)
         keeps = torch.ones(len(regions), dtype=torch.float64).masked_fill(inside, rule.own)
-        self.register_buffer("weights", shares[:, None], persistent=False)
-        self.register_buffer("own", None if rule.own == 1 else keeps[:, None], persistent=False)
-        sizes = torch.tensor((1,) * num_prefix_tokens + rule.sizes)
+        self.register_buffer("weights", shares[:, None])
+        self.register_buffer("own", None if rule.own == 1 else keeps[:, None])
+        sizes = torch.tensor((1,) * num_prefix_tokens + rule.sizes, dtype=torch.float64)
         proportional = rule.proportional and bool((sizes > 1).any())
-        self.register_buffer("mask", size_mask(sizes[None], torch.float64) if proportional else None, persistent=False)
+        self.register_buffer("mask", size_mask(sizes[None], torch.float64) if proportional else None)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        if attn_mask is not None or is_causal:
-            raise InputError("a block that merges tokens takes no attention mask")
-        prefix, patches = x.split((self.num_prefix_tokens, x.shape[1] - self.num_prefix_tokens), dim=1)
-        means = patches.new_zeros(len(x), self.num_merged + 1, x.shape[2]).index_add(1, self.regions, self.weights * patches)
+        x = unmasked(x, attn_mask, is_causal, "a block that merges tokens")
+        prefix, patches = x[:, :self.num_prefix_tokens], x[:, self.num_prefix_tokens:]
+        means = patches.new_zeros(x.shape[0], self.num_merged + 1, x.shape[2]).index_add(1, self.regions, self.weights * patches)
         regions = torch.cat([prefix, means[:, :-1]], dim=1)                     # (B, P + C, D)
         given = self.block(regions) if self.mask is None else self.block(regions, attn_mask=self.mask)
         given = torch.cat([given, torch.zeros_like(given[:, :1])], dim=1)

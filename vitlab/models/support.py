@@ -4,6 +4,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from vitlab.files import InputError
+from vitlab.models.attention import KeyedAttention, PrefixAttention
 from vitlab.shape import ViTShape
 
 
@@ -35,7 +36,7 @@ def refuse(model: nn.Module) -> str | None:
         block = attention_block(wrapped)
         if type(block) is not Block:
             return f"{name} has a {type(block).__name__} at block {index}; timm's plain Block is needed"
-        if type(block.attn) is not Attention:
+        if type(block.attn) not in (Attention, KeyedAttention, PrefixAttention):
             return f"{name} has {type(block.attn).__name__} at block {index}; timm's plain Attention is needed"
         if type(block.mlp) is not Mlp or not isinstance(block.mlp.norm, nn.Identity):
             return f"{name} has {type(block.mlp).__name__} at block {index}; timm's plain Mlp is needed"

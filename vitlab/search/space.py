@@ -113,7 +113,7 @@ class SearchSpace:
             for name in ("carried", "pooled", "compared", "merges", "reconstructs"):
                 token[name][:, -1] = 0
             ranking[:, -1] = 0
-        return Counts(**units, **token, ranking=ranking)
+        return Counts(**units, **token, ranking=ranking, ranks_anew=(ranking > 0) & every)
 
     def keys(self, policies: np.ndarray) -> list[tuple[int, ...]]:
         """A tuple of counts per policy; equal for policies that are the same."""

@@ -15,7 +15,8 @@ from vitlab import parallel
 from vitlab.criteria.hsic import dependence, gaussian_kernels
 from vitlab.files import InputError
 from vitlab.models import attention_block, check_supported, is_merged, shape_of
-from vitlab.models.match import MatchBlock, Merged
+from vitlab.models.held import Merged
+from vitlab.models.match import MatchBlock
 from vitlab.training.pixels import cross_entropy, logits_of
 
 ABSOLUTE = ("batch", "image")
@@ -252,7 +253,7 @@ def token_places(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
 
     def hook(index: int):
         def forward(block: MatchBlock, inputs: tuple, given: Merged | Tensor) -> None:
-            given = given if isinstance(given, Merged) else block._forward(*inputs)     # a last block has given the grid back
+            given = given if isinstance(given, Merged) else block.merged(*inputs)       # a last block has given the grid back
             if isinstance(given, Merged):
                 found[index] = given.places.cpu()
         return forward

@@ -15,7 +15,7 @@ from vitlab.files import InputError, atomic_folder, existing_folder, read_json
 from vitlab.models import compress, deploy, encoder_of
 from vitlab.models.compress import check_agrees
 from vitlab.models.create import architecture, load_state, read_state, rebuild
-from vitlab.models.deploy import FoldedBlock
+from vitlab.models.fold import FoldedBlock
 from vitlab.models.segmenter import Segmenter, encoder_source, rebuild_segmenter, segmenter_source
 from vitlab.plan import CompressionPlan
 from vitlab.shape import is_int
@@ -41,14 +41,9 @@ def versions() -> dict[str, str]:
             "python": platform.python_version()}
 
 
-def _is_folded(model: nn.Module) -> bool:
+def is_deployed(model: nn.Module) -> bool:
     """Whether its blocks are no longer those of the training form."""
     return any(isinstance(b, FoldedBlock) for b in model.blocks)
-
-
-def is_deployed(model: nn.Module) -> bool:
-    """Whether `deploy` made it another form: folded, or its merged tokens not given back at the end."""
-    return _is_folded(model) or getattr(model.blocks[-1], "gives", None) == "tokens"
 
 
 def save(folder: str | Path, model: nn.Module, plan: CompressionPlan, *, classes: list[str] | None = None,
@@ -59,7 +54,7 @@ def save(folder: str | Path, model: nn.Module, plan: CompressionPlan, *, classes
     Raises InputError where the model was not made by timm.create_model, or the plan is not the one it was compressed by.
     """
     folder = Path(folder)
-    if not _is_folded(model):
+    if not is_deployed(model):
         check_agrees(model, plan)
     of_pixels = isinstance(model, Segmenter)
     source = encoder_source(model.encoder) if of_pixels else architecture(model)

@@ -13,7 +13,7 @@ from vitlab import parallel, tokens
 from vitlab.criteria.compensation import RIDGE, Moments, refit
 from vitlab.files import InputError
 from vitlab.models import attention_block, compress
-from vitlab.models.match import Merged
+from vitlab.models.held import Merged
 from vitlab.models.shrink import keep_heads, keep_neurons
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import Match, Select, SharedUpdate, TokenRule

@@ -24,8 +24,8 @@ from vitlab.criteria.planning import prune_and_merge
 from vitlab.files import InputError
 from vitlab.latency import AXES, LatencyTable
 from vitlab.models import compress, deploy, encoder_of, shape_of
+from vitlab.models.attention import PrefixAttention, attention_as
 from vitlab.models.match import MatchBlock
-from vitlab.models.read_out import read_out
 from vitlab.models.segmenter import Segmenter
 from vitlab.models.select import class_attention
 from vitlab.models.share import SharedUpdateBlock
@@ -85,13 +85,14 @@ def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]], batch: in
         keep_heads(block.attn, range(count))
     for count, block in by_neurons.items():
         keep_neurons(block.mlp, range(count))
+    asking = {count: attention_as(PrefixAttention, block.attn, num_prefix_tokens=prefix) for count, block in by_heads.items()}
     folds = {(rows, n): torch.ones(int(rows), int(n)).to(like) for rows in axes["fold"][0] for n in axes["fold"][1]}
     pools = {n: SharedUpdateBlock(nn.Identity(), _even_regions(model.patch_embed.num_patches, int(n - prefix)), prefix).to(like)
              for n in axes["pool"][0]}
 
     def match(x: Tensor, n: int) -> Tensor:
         """Half of what can be merged is; keys are as wide as all heads."""
-        return MatchBlock(nn.Identity(), Match(merged=max(1, int(n - prefix) // 4)), prefix)._merge(x, None, x[:, :, 0], x)[0]
+        return MatchBlock(copy.copy(model.blocks[0]), Match(merged=max(1, int(n - prefix) // 4)), prefix).merge(x, None, x[:, :, 0], x)[0]
 
     def select(x: Tensor, n: int, heads: int) -> Tensor:
         attn = by_heads[heads].attn
@@ -106,7 +107,7 @@ def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]], batch: in
            "carry": lambda x, n: torch.cat(x.tensor_split(2, dim=1), dim=1),
            "pool": lambda x, n: pools[n](x),
            "match": match,
-           "read_out": lambda x, n, heads: read_out(by_heads[heads], x, None, prefix),
+           "read_out": lambda x, n, heads: x[:, :prefix] + (b := by_heads[heads]).drop_path1(b.ls1(asking[heads](b.norm1(x)))),
            "head": lambda x, n: model.forward_head(encoder.norm(x))}
     for part, grid in axes.items():
         for place in np.ndindex(*map(len, grid)):

@@ -17,7 +17,7 @@ from vitlab import tokens
 from vitlab.cost import gmacs
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.models import compress, shape_of
-from vitlab.models.select import SelectBlock, class_attention
+from vitlab.models.select import SelectBlock
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plots import matched_map, merge_map
 from vitlab.plots.tokens import bordered, through_matrices, through_means, tinted
@@ -66,7 +66,7 @@ def selected(model: nn.Module, x: Tensor, shape: ViTShape) -> dict[int, Tensor]:
     def hook(index: int):
         def before(block: SelectBlock, inputs: tuple[Tensor]) -> None:
             nonlocal shares
-            ranking = class_attention(block.block.attn, block.block.norm1(inputs[0]), *block.ranking_rows()).cpu()
+            ranking = block.attend(block.block.norm1(inputs[0]))[1].cpu()
             shares = tokens.select(shares, ranking, block.kept, prefix)         # what is done to tokens, done to one-hot rows
             found[index] = shares[0, prefix:, prefix:]
         return before

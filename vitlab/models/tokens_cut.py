@@ -1,0 +1,106 @@
+"""A timm model whose tokens are cut: still an instance of its class, and what timm's methods would get wrong of it is refused."""
+import functools
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+
+from vitlab.files import InputError
+from vitlab.models.fold import Fold, FoldedBlock
+from vitlab.models.read_out import ReadOutBlock
+from vitlab.models.select import SelectBlock
+from vitlab.shape import POOL_TOKEN
+
+
+class ImageSize:
+    """A forward pre-hook of a patch embedding: cut tokens are places on one grid, so an image of another size (or turned) is refused."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size = tuple(size)
+
+    def __call__(self, patch_embed: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if isinstance(inputs[0], torch.fx.Proxy):
+            return
+        height, width = inputs[0].shape[-2:]
+        if (height, width) != self.size:
+            raise InputError(f"an image of {height} x {width} came in; the plan is for {self.size[0]} x {self.size[1]} (another size "
+                             "needs its own plan)")
+
+
+class TokensCut:
+    """What goes before timm's class of a model whose tokens are cut. Its blocks say how; nothing is stored here."""
+
+    @property
+    def gives_prefix_alone(self) -> bool:
+        """Whether no patch is left at the end: tokens are read out, or a deployed model is folded for class-token pooling."""
+        last, prefix = self.blocks[-1], self.num_prefix_tokens
+        return isinstance(last, ReadOutBlock) or isinstance(last, Fold) and len(last.matrix) == prefix
+
+    @property
+    def keeps_grid(self) -> bool:
+        """Whether every patch has a place after every block."""
+        return not any(isinstance(block, (FoldedBlock, SelectBlock, ReadOutBlock)) for block in self.blocks)
+
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        pool_type = self.global_pool if pool_type is None else pool_type
+        if self.gives_prefix_alone and pool_type != POOL_TOKEN:
+            raise InputError(f"the model pools by {pool_type!r}, but only its prefix tokens are left at the end; {POOL_TOKEN!r} is "
+                             "needed, or the dense model compressed for this pooling")
+        return super().pool(x, pool_type)
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        raise InputError("tokens are cut for images of one size; set the dense model's size, and compress it by a plan for that")
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.keeps_grid:
+            raise InputError("there is no token grid between the blocks of a deployed model, or after tokens were selected or read out; "
+                             "take intermediates from the training form of a plan that merges")
+        return super().forward_intermediates(*args, **kwargs)
+
+    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
+        if any(isinstance(block, FoldedBlock) for block in self.blocks):
+            raise InputError("a deployed model is folded across its blocks, so none can be left out; prune the training form's")
+        return super().prune_intermediate_layers(*args, **kwargs)
+
+    def __prepare_scriptable__(self) -> None:
+        raise InputError("torch.jit.script can't take a model whose tokens are cut; torch.export and torch.jit.trace can")
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return _empty, (_kind_of(self),), self.__dict__                         # the classes are made here, where pickle can't find them
+
+
+@functools.cache
+def _with_tokens_cut(kind: type[nn.Module]) -> type[nn.Module]:
+    about = {"__doc__": f"{kind.__name__} whose tokens are cut.", "__module__": __name__}
+    return type(f"{kind.__name__}TokensCut", (TokensCut, kind), about)
+
+
+def _kind_of(model: nn.Module) -> type[nn.Module]:
+    """timm's class of a model whose tokens are cut."""
+    return type(model).__mro__[2]
+
+
+def _empty(kind: type[nn.Module]) -> nn.Module:
+    made = _with_tokens_cut(kind)
+    return made.__new__(made)
+
+
+def as_tokens_cut(model: nn.Module) -> nn.Module:
+    """The same model, its parts taken over, as one whose tokens are cut, for images of its size."""
+    found = _empty(type(model))
+    found.__dict__.update(model.__dict__)
+    found.patch_embed.register_forward_pre_hook(ImageSize(model.patch_embed.img_size))
+    return found
+
+
+def without_tokens_cut(model: nn.Module) -> nn.Module:
+    """The same model, its parts taken over, of timm's own class; as it is where no tokens are cut."""
+    if not isinstance(model, TokensCut):
+        return model
+    found = _kind_of(model).__new__(_kind_of(model))
+    found.__dict__.update(model.__dict__)
+    hooks = found.patch_embed._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, ImageSize)]:
+        del hooks[key]
+    return found
