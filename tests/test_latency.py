@@ -86,8 +86,8 @@ def by_hand(plan: CompressionPlan) -> float:
         wanted = prefix if shape.pool == "token" else shape.num_tokens
         total += TIMES["fold"](wanted, here)
         here = wanted
-    if isinstance(rule, Match) and shape.pool != "token":
-        here = shape.num_tokens                                                 # every patch is given back for the mean
+    if isinstance(rule, Match):
+        here = shape.num_tokens                                                 # every patch is given back
     return total + TIMES["head"](here)
 
 

@@ -72,7 +72,8 @@ def slow_counts(shape: ViTShape, tokens: str, policy: list[float], ranked_by: st
             kept = max(int(entering * (1 - ratio)), prefix + 1)             # B3: K = int(N_now (1 - rho)), prefix tokens among them
             if kept + 1 < entering:                                         # the mean of a single token is that token: nothing is cut
                 entering = kept + 1                                         # and the mean of the rest
-                found |= {"in_mlp": entering, "ranking": heads if ranked_by == "kept" else shape.num_heads, "ranks_anew": ranked_by == "all"}
+                anew = ranked_by == "all"
+                found |= {"in_mlp": entering, "ranking": shape.num_heads if anew else heads, "ranks_anew": anew}
         if tokens == "merge_per_span":
             for ratio, (first, last) in zip(token_ratios, spans or THIRDS[depth], strict=True):
                 if first <= block <= last and int(n * (1 - ratio)) < n:
