@@ -241,10 +241,10 @@ def select(x: Tensor, ranking: Tensor, kept: int, num_prefix_tokens: int) -> Ten
     """The `kept` best tokens of each image and the plain mean of the others (methods B3).
 
     x (B, N, D), ranking (B, N), higher stays; prefix tokens always stay, first and in order. Returns (B, P + kept + 1, D),
-    the mean last.
+    the mean last; it is summed in float32 at least.
     """
     prefix, others = x.split((num_prefix_tokens, x.shape[1] - num_prefix_tokens), dim=1)
-    best = ranking[:, num_prefix_tokens:].topk(kept, dim=1).indices             # (B, kept)
-    chosen = others.gather(1, best[:, :, None].expand(-1, -1, x.shape[2]))      # (B, kept, D)
-    rest = (others.sum(dim=1, keepdim=True) - chosen.sum(dim=1, keepdim=True)) / (others.shape[1] - kept)
-    return torch.cat([prefix, chosen, rest], dim=1)
+    order = ranking[:, num_prefix_tokens:].topk(others.shape[1], dim=1).indices            # (B, n)
+    ordered = others.gather(1, order[:, :, None].expand_as(others))             # (B, n, D)
+    rest = ordered[:, kept:].mean(dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.cat([prefix, ordered[:, :kept], rest.to(x.dtype)], dim=1)
