@@ -22,7 +22,8 @@ from vitlab.criteria.units import (
 )
 from vitlab.files import InputError
 from vitlab.models import shape_of
-from vitlab.training.capture import Batches, averaged, frozen_eval, hooks, need_classifier
+from vitlab.training.averaging import Batches, averaged, frozen_eval, hooks
+from vitlab.training.capture import need_classifier
 from vitlab.training.compensate import KINDS, gather_moments, mixing_layer
 from vitlab.training.pixels import each_cross_entropy, logits_of
 
