@@ -503,3 +503,22 @@ def test_fold_equals_reconstruct_put_back_and_merge_again(rule, boundary, weight
             matrix = tokens.fold(reconstruct, torch.tensor(carried, dtype=torch.long), merge,
                                  torch.tensor(carry_next, dtype=torch.long))
             torch.testing.assert_close(matrix @ torch.cat([b, skipped]), expected, **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_mean_of_the_rest_is_summed_in_float32_though_one_channel_is_large(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, ranking, kept = torch.randn(3, 197, 7, generator=generator), torch.rand(3, 197, generator=generator), 131
+    x[:, :, 2] = 600                                # 196 of them are 117,600: beyond float16's 65,504
+    x[:, :, 4] += 30                                # sums of some 4,000, which bfloat16 knows to within 16
+    x = x.to(dtype)
+    got = tokens.select(x, ranking, kept, 1)
+    assert got.dtype == dtype and got.shape == (3, 1 + kept + 1, 7)
+    for image in range(3):
+        order = sorted(range(1, 197), key=lambda j: -float(ranking[image, j]))
+        assert torch.equal(got[image, :-1], x[image, [0, *order[:kept]]])
+        rest = [x[image, j].double() for j in order[kept:]]
+        mean = sum(rest) / len(rest)
+        # The result's own rounding, half an epsilon, and that of sums of 65 numbers in float32 where they are not float64.
+        rounding = 0.5 * torch.finfo(dtype).eps + 65 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+        torch.testing.assert_close(got[image, -1].double(), mean, rtol=rounding, atol=rounding)

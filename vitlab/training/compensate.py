@@ -17,7 +17,7 @@ from vitlab.models.held import Merged
 from vitlab.models.shrink import keep_heads, keep_neurons
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import Match, Select, SharedUpdate, TokenRule
-from vitlab.training.capture import hooks
+from vitlab.training.averaging import hooks
 from vitlab.training.evaluate import autocast
 
 KINDS = ("heads", "neurons")

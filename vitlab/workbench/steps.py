@@ -27,7 +27,7 @@ from vitlab.results import ResultRow, append_row
 from vitlab.training import checkpoint
 from vitlab.training import evaluate as evaluation
 from vitlab.training import throughput as timing
-from vitlab.training.capture import token_scores
+from vitlab.training.capture import scored
 from vitlab.training.checkpoint import Checkpoint
 from vitlab.training.gradual import partial_plan
 from vitlab.training.loop import fit
@@ -156,8 +156,8 @@ def score(source: Source, data: str | Path, out: str | Path, *, images: int = 51
     opened = open_matching(data, found, class_map, labels=criterion == "gradient")
     batch_size = batch_size or opened.at_once(64)
     batches = opened.batches("train", found.model, batch_size=batch_size, limit=images, seed=seed, workers=workers, shared=True)
-    scores = token_scores(found.model, batches, criterion=criterion, absolute=absolute, device=pick_device(device), progress=progress)
-    made_by = {"data": opened.name, "criterion": criterion, "images": str(images), "batch_size": str(batch_size),
+    scores, used = scored(found.model, batches, criterion=criterion, absolute=absolute, device=pick_device(device), progress=progress)
+    made_by = {"data": opened.name, "criterion": criterion, "images": str(used), "batch_size": str(batch_size),
                "absolute": absolute, "seed": str(seed)}
     if parallel.is_first():
         atomic_write(out, save({"token_scores": scores.contiguous()}, metadata=made_by))

@@ -24,7 +24,7 @@ from vitlab.plots.colours import GREY, class_colours, overlaid
 from vitlab.plots.scenes import OPACITY, OUTCOMES, difference, in_grey, scene_moment
 from vitlab.plots.tokens import bordered, tinted
 from vitlab.shape import require
-from vitlab.training.capture import frozen_eval
+from vitlab.training.averaging import frozen_eval
 from vitlab.training.confusion import confusion_matrix, scores_of
 from vitlab.workbench.explore.base import Cells, Explorer, array_png
 from vitlab.workbench.explore.choosing import WIDE, WRAPPED

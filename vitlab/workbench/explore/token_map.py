@@ -25,7 +25,8 @@ from vitlab.rules import Match, MergeReconstruct, Select, SharedUpdate
 from vitlab.search import SearchSpace
 from vitlab.search.token_dimensions import unprotected
 from vitlab.shape import ViTShape
-from vitlab.training.capture import frozen_eval, hooks, token_places
+from vitlab.training.averaging import frozen_eval, hooks
+from vitlab.training.capture import token_places
 from vitlab.workbench.cutting import open_dense
 from vitlab.workbench.explore.base import Cells, Explorer, array_png
 from vitlab.workbench.explore.choosing import WIDE, WRAPPED, PictureChooser
