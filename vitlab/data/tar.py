@@ -13,7 +13,7 @@ class TarReader(ReaderImageInTar):
 
     def __init__(self, path: Path) -> None:
         try:
-            super().__init__(str(path), cache_tarfiles=False)
+            super().__init__(str(path), cache_tarfiles=False, cache_tarinfo=False)      # a list beside it may be of another tar
         except (tarfile.TarError, OSError, EOFError) as error:
             raise InputError(f"{path}: can't be read as a tar file ({error})") from None
         except ValueError:                      # timm has nothing to put together
