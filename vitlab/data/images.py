@@ -174,12 +174,16 @@ class Batches:
                 yield x, y
 
     def _is_broken(self, path: str) -> None:
-        """Take note of it. Raises InputError where there are too many."""
+        """Take note of it, and `check_broken`."""
         if path in self.broken:
             return
         self.broken.append(path)
         warnings.warn(f"{path}: can't be read as an image, left out", stacklevel=3)
-        most = max(MAX_BROKEN, int(len(self.images) * BROKEN_SHARE))
+        self.check_broken()
+
+    def check_broken(self) -> None:
+        """Raises InputError where more images are broken than may be; a stream names none."""
+        most = MAX_BROKEN if self.images is None else max(MAX_BROKEN, int(len(self.images) * BROKEN_SHARE))
         if len(self.broken) > most:
             raise InputError(f"{len(self.broken)} of {len(self.images)} images can't be read, {', '.join(self.broken[:3])} and others; "
                              f"more than {most} are too many to be left out: repair or remove them")
