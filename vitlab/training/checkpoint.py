@@ -51,14 +51,22 @@ def is_deployed(model: nn.Module) -> bool:
     return _is_folded(model) or getattr(model.blocks[-1], "gives", None) == "tokens"
 
 
+def not_finite(model: nn.Module) -> str | None:
+    """Name of the first weight that holds a NaN or an infinity; None where there is none."""
+    return next((name for name, tensor in model.state_dict().items() if tensor.is_floating_point() and not tensor.isfinite().all()), None)
+
+
 def save(folder: str | Path, model: nn.Module, plan: CompressionPlan, *, classes: list[str] | None = None,
          made_by: dict[str, Any] | None = None) -> Path:
     """Write folder/ in one step: weights (safetensors), plan.json, checkpoint.json (model name, versions, made_by).
 
     model: any form of compress(dense, plan), the deployed too. An older checkpoint there is replaced as a whole.
-    Raises InputError where the model was not made by timm.create_model, or the plan is not the one it was compressed by.
+    Raises InputError where the model was not made by timm.create_model, the plan is not the one it was compressed by, or a weight is not
+    finite.
     """
-    folder = Path(folder)
+    folder, wrong = Path(folder), not_finite(model)
+    if wrong is not None:
+        raise InputError(f"{folder}: not written, since {wrong} is not finite")
     if not _is_folded(model):
         check_agrees(model, plan)
     of_pixels = isinstance(model, Segmenter)

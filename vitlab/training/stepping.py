@@ -19,6 +19,7 @@ from vitlab.data.order import seed_of
 from vitlab.files import InputError, first_line
 from vitlab.models import set_trainable
 from vitlab.models.create import load_state
+from vitlab.training.checkpoint import not_finite
 from vitlab.training.distillation import make_task
 from vitlab.training.evaluate import uses_bf16
 from vitlab.training.recipes import Engine, Recipe
@@ -111,11 +112,10 @@ class Training:
 
     def check_weights(self) -> None:
         """Raises InputError where a weight is not finite: nothing is to be kept of them then, and no step brings them back."""
-        for weights in dict.fromkeys((self.model, self.average)):
-            for name, tensor in weights.state_dict().items():
-                if tensor.is_floating_point() and not tensor.isfinite().all():
-                    raise InputError(f"{name} is not finite after {self.step} steps, so no state of them is written; a smaller lr than "
-                                     f"{self.recipe.lr} or clip_grad may help, from the state before")
+        wrong = not_finite(self.model) or not_finite(self.average)
+        if wrong is not None:
+            raise InputError(f"{wrong} is not finite after {self.step} steps, so no state of them is written; a smaller lr than "
+                             f"{self.recipe.lr} or clip_grad may help, from the state before")
 
     def share_broken(self) -> list[str]:
         """The images that could not be read so far, of all processes together, which each then knows. Raises InputError for too many."""
