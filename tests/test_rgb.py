@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image, ImageCms
+from segmenting_fixtures import opened, small
 from test_masks import folder as mask_folder
 from training_fixtures import one_thread, tiny, write_folder  # noqa: F401
 
@@ -19,7 +20,9 @@ from vitlab.data.folder import read_image
 from vitlab.data.masks import open_scenes
 from vitlab.data.rgb import grey, rgb
 from vitlab.files import InputError
+from vitlab.workbench.explore.choosing import decode
 from vitlab.workbench.pictures import as_input, sample_pictures
+from vitlab.workbench.segmenting import predict
 
 HEIGHT, WIDTH = 11, 13
 
@@ -198,7 +201,11 @@ def write(path: Path, pixels: np.ndarray, orientation: int | None = None) -> Non
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_photograph_stands_upright_by_its_exif_orientation_and_is_not_turned_twice(format, orientation):
     options = {"exif": exif_of(orientation)} | ({"lossless": True} if format == "WEBP" else {})
-    once = rgb(saved(Image.fromarray(stored(photograph(), orientation)), format, **options))
+    given = saved(Image.fromarray(stored(photograph(), orientation)), format, **options)
+    given.load()
+    before = dict(given.info)
+    once = rgb(given)
+    assert given.info == before
     assert np.array_equal(np.asarray(once), photograph())
     assert np.array_equal(np.asarray(rgb(once)), photograph())
 
@@ -276,6 +283,24 @@ def test_nothing_else_in_the_package_makes_rgb_of_a_file():
     root = Path(vitlab.__file__).parent
     found = {str(path.relative_to(root)) for path in root.rglob("*.py") if re.search(r'convert\("RGB"\)|exif_transpose', path.read_text())}
     assert found == {"data/rgb.py", "data/digits.py"}       # the digits are arrays
+
+
+def test_predictions_and_explorers_see_the_pictures_that_a_folder_gives(tmp_path):
+    """A photograph on its side and one of 16 bits, beside the same as plain PNGs."""
+    shown = np.random.default_rng(2).integers(0, 255, (24, 40, 3), dtype=np.uint8)
+    level = np.linspace(0, 90, 24 * 40).reshape(24, 40).astype(np.uint8)
+    write(tmp_path / "photos" / "side.png", stored(shown, 8), 8)
+    write(tmp_path / "photos" / "wide.png", level.astype(np.uint16) * 257)
+    write(tmp_path / "plain" / "side.png", shown)
+    write(tmp_path / "plain" / "wide.png", level)
+    for name in ("photos", "plain"):
+        predict(opened(small()), tmp_path / name, tmp_path / f"{name} out", device="cpu", progress=False)
+    for name in ("side.png", "side_classes.png", "wide.png", "wide_classes.png"):
+        assert np.array_equal(*(np.asarray(Image.open(tmp_path / f"{folder} out" / name)) for folder in ("photos", "plain")))
+    assert Image.open(tmp_path / "photos out" / "side.png").size == (40, 24)
+    shape = vitlab.shape_of(tiny())
+    for name in ("side.png", "wide.png"):
+        assert np.array_equal(*(decode(name, (tmp_path / folder / name).read_bytes(), shape) for folder in ("photos", "plain")))
 
 
 def test_a_stream_gives_the_pictures_that_the_folder_gives(tmp_path):
