@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 2 parallel_work.py FOLDER
 """
+import itertools
 import sys
 import warnings
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from segmenting_fixtures import small
+from torch import nn
 from training_fixtures import compressed, small_recipe, tiny
 
 from vitlab import parallel
@@ -31,12 +33,24 @@ LIVELY = {"epochs": 2, "batch_size": 16, "warmup_epochs": 1, "clip_grad": 1.0, "
 SCENES = {"epochs": 1, "batch_size": 4, "clip_grad": 1.0, "layer_decay": 0.9, "ema_decay": 0.5, "augment": {"scale": (1.0, 1.5)}}
 
 
+def spoilt(model: nn.Module, step: int = 1) -> nn.Module:
+    """In that step of its training, from 0, the last process's gradient is 0 / 0 of a finite loss."""
+    count = itertools.count()
+
+    def hook(module, given, out):
+        spoil = module.training and next(count) == step and parallel.rank() + 1 == parallel.world()
+        return out + (out - out).abs().sqrt() if spoil else out
+    model.register_forward_hook(hook)
+    return model
+
+
 def trainings() -> dict[str, tuple]:
     """(model, teacher, settings, engine) of each training, by name."""
     pruned = compressed()[0]
     return {"dense": (tiny(), None, LIVELY, Engine()),
             "distilled": (pruned, tiny(), LIVELY | {"distill": "soft", "alpha": 0.5, "tau": 4.0}, Engine()),
             "scenes": (small(num_classes=11, img_size=(32, 32), drop=0.0), None, SCENES, Engine()),
+            "left out": (spoilt(tiny()), None, LIVELY | {"ema_decay": None}, Engine()),
             "accumulated": (tiny(), None, LIVELY, Engine(accumulate=2)),
             "checkpointed": (tiny(), None, LIVELY, Engine(checkpointing=True, channels_last=True))}
 

@@ -492,3 +492,15 @@ def test_saving_with_another_plan_than_the_models_is_refused(tmp_path):
 def test_a_saved_checkpoint_can_be_read_by_others(tmp_path):
     folder = checkpoint.save(tmp_path / "c", *make("compressed", seed=0))
     assert len({f.stat().st_mode & 0o777 for f in folder.iterdir()}) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_written_and_the_older_ones_stay(tmp_path, value):
+    model = tiny()
+    checkpoint.save(tmp_path / "kept", model, CompressionPlan.empty(shape_of(model)))
+    before = (tmp_path / "kept" / WEIGHTS).read_bytes()
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.weight[2, 3] = value
+    with pytest.raises(InputError, match=f"{tmp_path / 'kept'}: not written, since blocks.1.mlp.fc1.weight is not finite"):
+        checkpoint.save(tmp_path / "kept", model, CompressionPlan.empty(shape_of(model)))
+    assert (tmp_path / "kept" / WEIGHTS).read_bytes() == before

@@ -44,7 +44,8 @@ def test_the_papers_path_runs_from_commands_alone(study, capsys):
     row = json.loads((study / "results.jsonl").read_text())
     assert row["split"] == "test" and row["conditions"]["images"] == 360
     code, out, _ = run(capsys, "throughput", f"{study}/dense", f"{study}/tuned", "--repeats", "2", "--batch-size", "4", "--quiet")
-    assert code == 0 and "ratio" in out and "threads" in out and "float32" in out
+    assert code == 0 and "images/s (batch 4)" in out and "range" in out and "ratio: median over 2 rounds" in out
+    assert "threads" in out and "float32" in out
 
 
 def test_prune_with_a_plan_file_makes_the_same_model(study, capsys):

@@ -144,6 +144,13 @@ def test_what_is_no_data_set_is_refused_by_name(folder, tmp_path):
             open_data(tars)
 
 
+def test_hidden_files_in_a_tar_are_no_images(folder, tmp_path):
+    tars = write_tars(folder, tmp_path / "tars")
+    with tarfile.open(tars / "val.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo("./red/._0.png"))
+    assert evaluate(tiny(), open_data(tars).batches("held_out", tiny(), workers=0), progress=False).images == 21
+
+
 def test_a_broken_image_in_a_tar_is_left_out_and_named(folder, tmp_path):
     tars = write_tars(folder, tmp_path / "tars")
     with tarfile.open(tars / "val.tar", "a") as tar:

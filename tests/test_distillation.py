@@ -96,7 +96,7 @@ class _Fixed(torch.nn.Module):
 
     def __init__(self, model, x) -> None:
         super().__init__()
-        self.num_classes, self.pretrained_cfg = model.num_classes, model.pretrained_cfg
+        self.num_classes, self.in_chans, self.pretrained_cfg = model.num_classes, model.in_chans, model.pretrained_cfg
         self.answer = torch.nn.Parameter(model(x).detach())
 
     def forward(self, x):
@@ -225,3 +225,20 @@ def test_a_teacher_of_another_task_or_of_other_classes_is_refused(distill):
             make_task(student, teacher, small_recipe(distill=distill), CPU)
     with pytest.raises(InputError, match="the teacher has 3 classes, the student 5"):
         make_task(small(), small(num_classes=3), small_recipe(distill=distill), CPU)
+
+
+# ---------------------------------------------------------------- grey images
+
+@pytest.mark.parametrize("distill", ["soft", "hard"])
+def test_a_teacher_of_grey_images_sees_them_in_the_mean_of_its_means_and_deviations(distill):
+    student, teacher = (tiny(num_classes=CLASSES, seed=seed, in_chans=1) for seed in (1, 2))
+    teacher.pretrained_cfg = {**teacher.pretrained_cfg, "mean": (0.1, 0.2, 0.6), "std": (0.1, 0.2, 0.3)}
+    x, seen = images(BATCH)[:, :1], []
+    teacher.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    loss_of(student, teacher, x, distill=distill).backward()
+    torch.testing.assert_close(seen[0], (x * 0.5 + 0.5 - 0.3) / 0.2)
+
+
+def test_a_teacher_of_other_channels_is_refused(student):
+    with pytest.raises(InputError, match="teacher takes images of 1 channels, the student of 3"):
+        make_task(student, tiny(num_classes=CLASSES, in_chans=1), small_recipe(distill="soft"), CPU)

@@ -10,12 +10,12 @@ from training_fixtures import images, one_thread, small_recipe, tiny, token_plan
 
 from vitlab.data import Batches, open_data
 from vitlab.data.order import TrainingOrder
-from vitlab.files import InputError
+from vitlab.files import InputError, read_lines
 from vitlab.models import compress, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import Match, Select, SharedUpdate
 from vitlab.training import states, stepping
-from vitlab.training.loop import fit
+from vitlab.training.loop import LOG, fit
 from vitlab.training.recipes import RECIPES, Engine
 
 QUIET = {"workers": 0, "progress": False, "seed": 3}
@@ -102,7 +102,10 @@ def test_a_loss_scale_too_large_is_lowered_and_the_run_goes_on(data, tmp_path, m
     whole = torch.cuda.amp.GradScaler.__mro__[1]
     log = fit(tiny(), data, small_recipe(dtype="float16", epochs=12), tmp_path, **QUIET)
     scale = next(states.newest(tmp_path))[1]["scaler"]["scale"]
-    assert scale < 2.0**40 and log[-1]["loss"] < log[0]["loss"]
+    losses = [r["loss"] for r in log if r["loss"] is not None]                  # of the first epochs every step was left out
+    assert scale < 2.0**40 and len(losses) < 12 and losses[-1] < losses[0]
+    skipped = [r for r in read_lines(tmp_path / LOG) if "skipped" in r]
+    assert len(skipped) > Engine().max_skipped and all("gradient" in r["why"] for r in skipped)
 
 
 # ---------------------------------------------------------------- what a recipe asks for

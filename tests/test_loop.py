@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from vitlab.training import states
 from vitlab.training.evaluate import evaluate
 from vitlab.training.loop import LOG, fit
 from vitlab.training.recipes import Engine
+from vitlab.training.stepping import Training
 
 QUIET = {"progress": False, "workers": 0}
 # everything that draws random numbers or has a memory: warm-up, drop path, flips and colours, momentum
@@ -370,6 +372,54 @@ def test_steps_without_a_finite_loss_are_left_out_and_their_files_are_in_the_log
     assert all(torch.isfinite(v).all() for v in weights(model).values())
 
 
+def spoil_gradient(model, bad) -> None:
+    """The loss of training step i of the model, from 0, is what it was where bad(i), its gradient 0 / 0."""
+    count = itertools.count()
+
+    def spoilt(module, given, out):
+        return out + (out - out).abs().sqrt() if module.training and bad(next(count)) else out
+    model.register_forward_hook(spoilt)
+
+
+@pytest.mark.parametrize(("settings", "accumulate"), [({}, 1), ({"clip_grad": 1.0, "ema_decay": 0.5}, 2), ({"dtype": "float16"}, 1),
+                                                      ({"dtype": "float16", "clip_grad": 1.0}, 2)], ids=str)
+def test_a_step_whose_gradient_is_not_finite_though_its_loss_is_changes_no_weight_and_its_own_files_are_named(easy, tmp_path, settings,
+                                                                                                              accumulate):
+    bad = {2, 7}                                                                    # forwards: `accumulate` of them a step
+    model, kept = tiny(), {}
+    spoil_gradient(model, bad.__contains__)
+    plain = states.write
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(states, "write", lambda folder, step, state, keep: kept.update(
+            {step: {k: v.clone() for k, v in state["model"].items()}}) or plain(folder, step, state, keep))
+        log = fit(model, easy, small_recipe(epochs=3, **settings), tmp_path, engine=Engine(accumulate=accumulate, save_steps=1), **QUIET)
+    skipped = [r for r in read_lines(tmp_path / LOG) if "skipped" in r and "nan" in r["why"]]
+    at = [i // accumulate for i in sorted(bad)]                                     # steps, from 0
+    assert [r["step"] for r in skipped] == [i + 1 for i in at]
+    assert all(math.isfinite(float(r["skipped"])) and "gradient" in r["why"] for r in skipped)
+    order = data_order(easy, tmp_path / "other")
+    assert [r["files"] for r in skipped] == [order[i] for i in at]
+    assert all(equal(kept[i], kept[i + 1]) for i in at) and not equal(kept[4], kept[6])
+    assert all(torch.isfinite(v).all() for state in [*kept.values(), weights(model)] for v in state.values())
+    assert all(math.isfinite(r["loss"]) for r in log)
+
+
+def test_too_many_steps_in_a_row_without_a_finite_gradient_end_the_run_in_any_type(easy, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=4.0))
+    for dtype in ("float32", "float16"):                                            # whose loss scale is lowered to 1 before steps count
+        model = tiny()
+        spoil_gradient(model, lambda i: i >= 3)
+        with pytest.raises(InputError, match=r"its gradient's norm nan at epoch .*, and was not finite in 3 steps in a row.*smaller lr"):
+            fit(model, easy, small_recipe(epochs=4, dtype=dtype), tmp_path / dtype, engine=Engine(max_skipped=2), **QUIET)
+        assert all(torch.isfinite(v).all() for v in state_of(tmp_path / dtype)["model"].values())
+
+
+def test_an_epoch_of_which_every_step_was_left_out_has_no_loss(easy, tmp_path, monkeypatch):
+    poison(monkeypatch, lambda i: 3 <= i < 6)
+    log = fit(tiny(), easy, small_recipe(epochs=3), tmp_path, **{**QUIET, "progress": True})
+    assert log[1]["loss"] is None and math.isfinite(log[2]["loss"])
+
+
 def data_order(data, folder) -> list[list[str]]:
     """The files of each step that a run of this data reads, known by opening its batches as images."""
     batches = data.batches("train", tiny(), batch_size=16, training=True, seed=0, workers=0, shared=True, turns=1,
@@ -394,6 +444,22 @@ def test_too_many_steps_in_a_row_without_a_finite_loss_end_the_run_with_the_stat
 def test_a_learning_rate_that_bursts_the_weights_ends_the_run(easy, tmp_path):
     with pytest.raises(InputError, match=r"the loss is (nan|inf) at epoch .*smaller lr than 1e\+30"):
         fit(tiny(), easy, small_recipe(lr=1e30, epochs=5), tmp_path, **QUIET)
+
+
+@pytest.mark.parametrize("save_steps", [1, 1000])
+def test_no_state_holds_a_weight_that_is_not_finite(easy, tmp_path, monkeypatch, save_steps):
+    plain = Training.take_step
+
+    def bursting(self, batches):
+        loss = plain(self, batches)
+        if self.step == 6:                                                          # the last of the training
+            self.model.head.weight.data[1, 2] = float("inf")
+        return loss
+    monkeypatch.setattr(Training, "take_step", bursting)
+    with pytest.raises(InputError, match=r"head.weight is not finite after 6 steps, so no state of them is written; a smaller lr than 0"):
+        fit(tiny(), easy, small_recipe(), tmp_path, engine=Engine(save_steps=save_steps, keep=9), **QUIET)
+    assert all(torch.isfinite(v).all() for _, state in states.newest(tmp_path) for v in state["model"].values())
+    assert len(states.paths(tmp_path)) == (5 if save_steps == 1 else 1)
 
 
 def test_a_training_set_where_no_image_can_be_read_is_refused(tmp_path):

@@ -46,13 +46,21 @@ def both(tmp_path_factory):
     return one / "same", load_file(one / "same" / "found.safetensors"), two / "same", load_file(two / "same" / "found.safetensors")
 
 
-@pytest.mark.parametrize("name", ["dense", "distilled", "accumulated", "checkpointed", "scenes"])
+@pytest.mark.parametrize("name", ["dense", "distilled", "left out", "accumulated", "checkpointed", "scenes"])
 def test_the_same_global_batch_gives_the_same_losses_and_weights(both, name):
     _, one, _, two = both
     assert (one[f"{name} losses"] - two[f"{name} losses"]).abs().max() < 1e-5
     keys = [k for k in one if k.startswith(f"{name} ") and not k.endswith("losses")]
     # Adam divides by the root of small squares: rounding grows to a part of the step, which is 3e-3.
     assert len(keys) > 20 and max(float((one[k] - two[k]).abs().max()) for k in keys) < 1e-3
+
+
+def test_a_step_that_one_process_can_not_take_is_left_out_by_all_with_the_files_of_all(both):
+    one, _, two, _ = both
+    skipped = [[r for r in read_lines(folder / "left out" / LOG) if "skipped" in r] for folder in (one, two)]
+    assert [[r["step"] for r in records] for records in skipped] == [[2], [2]]
+    files = [sorted(Path(path).relative_to(folder) for path in records[0]["files"]) for folder, records in zip((one, two), skipped)]
+    assert files[0] == files[1] and len(files[0]) == 16
 
 
 def test_a_step_in_turns_is_the_same_step(both):

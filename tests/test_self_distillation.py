@@ -120,6 +120,17 @@ def test_steps_or_time_that_are_over_end_the_training(parts):
             self_distil(model, teacher, parts, divergence_of(teacher, parts), **both, **SHORT)
 
 
+def test_a_gradient_that_is_not_finite_of_a_loss_that_is_ends_it_before_the_weights(parts):
+    teacher, model, count = tiny(), tiny(seed=1), itertools.count()
+    apart = Divergence(teacher, parts.batches("held_out", teacher, workers=0))
+    kept = []
+    model.register_forward_hook(
+        lambda m, args, out: out + (out - out).abs().sqrt() if torch.is_grad_enabled() and next(count) == 2 else out)
+    with pytest.raises(InputError, match=r"gradient's norm of self-distillation is nan at step 3; a smaller lr"):
+        self_distil(model, teacher, parts, apart, steps=9, on_better=lambda m, kl: kept.append(m), **{**SHORT, "batch_size": 2})
+    assert all(torch.isfinite(v).all() for v in model.state_dict().values())
+
+
 def test_a_loss_that_is_not_finite_is_said_and_the_best_state_stays(parts):
     model, teacher = models()
     before, divergence = logits(model), divergence_of(teacher, parts)

@@ -308,6 +308,48 @@ def test_too_many_broken_images_are_an_error_that_names_some(tmp_path):
         fit(tiny(), open_data(root), small_recipe(batch_size=36, epochs=1), tmp_path / "many", workers=0, progress=False)
 
 
+@pytest.mark.parametrize("count", [16, 17])
+def test_broken_images_are_counted_over_the_whole_training_however_often_it_was_stopped(tmp_path, monkeypatch, count):
+    """One epoch of three steps, stopped after each; every step meets some of them."""
+    root, run = write_folder(tmp_path / "data", {"train": 12}), tmp_path / "run"
+    for path in sorted((root / "train").rglob("*.png"))[:count]:
+        path.write_bytes(b"nonsense")
+    settings = {"workers": 0, "progress": False, "engine": Engine(save_steps=1)}
+
+    def training():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return fit(tiny(), open_data(root), small_recipe(batch_size=12, epochs=1), run, **settings)
+    for step in (1, 2):
+        with monkeypatch.context() as patch:
+            stopping(patch, 1)
+            with pytest.raises(signals.Stopped):
+                training()
+        assert 0 < len(next(states.newest(run))[1]["broken"]) < count and states.paths(run)[0].name.startswith(f"state-{step:09d}")
+    if count == 16:
+        assert training()[-1]["broken"] == 16
+        return
+    with pytest.raises(InputError, match="17 of 36 images can't be read"):
+        training()
+
+
+def test_images_that_were_repaired_are_broken_no_more(tmp_path, monkeypatch):
+    root, run = write_folder(tmp_path / "data", {"train": 12}), tmp_path / "run"
+    bad = sorted((root / "train").rglob("*.png"))[:12]
+    whole = [path.read_bytes() for path in bad]
+    settings = {"workers": 0, "progress": False, "engine": Engine(save_steps=1)}
+    for path in bad:
+        path.write_bytes(b"nonsense")
+    with monkeypatch.context() as patch:
+        stopping(patch, 2)
+        with pytest.warns(UserWarning), pytest.raises(signals.Stopped):
+            fit(tiny(), open_data(root), small_recipe(batch_size=12, epochs=1), run, **settings)
+    for path, content in zip(bad, whole):
+        path.write_bytes(content)
+    log = fit(tiny(), open_data(root), small_recipe(batch_size=12, epochs=1), run, changed_data=True, **settings)
+    assert len(log) == 1 and "broken" not in log[0]
+
+
 def test_the_state_says_the_plan_and_the_recipe_it_was_made_with(data, tmp_path):
     model, plan = compressed()
     fit(model, data, small_recipe(epochs=1), tmp_path, about={"plan": json.loads(plan.to_json())}, workers=0, progress=False)

@@ -229,13 +229,12 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _throughput(args: argparse.Namespace) -> None:
-    from vitlab.results import format_table
+    from vitlab.results import format_speeds
     from vitlab.workbench import steps
     rows = steps.throughput({s: s for s in args.sources}, batch_size=args.batch_size, repeats=args.repeats, dtype=args.dtype,
                             device=args.device, progress=not args.quiet, out=args.out)
-    print(format_table(rows, ("model", "throughput_img_s", "ratio", "latency_ms")))
-    print(", ".join(f"{k} {v}" for k, v in rows[0].conditions["speed"].items() if k not in ("ratio_range", "peak_memory_mb"))
-          + "; latency at batch 1")
+    print(format_speeds(rows))
+    print(", ".join(f"{k} {v}" for k, v in rows[0].conditions["speed"].items() if k not in ("ratio_range", "peak_memory_mb", "timing")))
     peaks = {r.model: r.conditions["speed"]["peak_memory_mb"] for r in rows}
     print("peak memory: " + (", ".join(f"{n} {v:.0f} MiB" for n, v in peaks.items() if v) or "measured on a GPU only"))
 

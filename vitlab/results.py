@@ -123,6 +123,34 @@ def to_csv(labels: list[str], rows: list[ResultRow]) -> str:
     return text.getvalue()
 
 
+NOISY = "too noisy to tell"
+
+
+def noisy(ratio_min: float, ratio_max: float) -> bool:
+    """Whether a ratio of that range may as well be 1: the range holds 1, or one round made it. The baseline's own, 1 to 1, is none."""
+    return (ratio_min <= 1 <= ratio_max or ratio_min == ratio_max) and not ratio_min == ratio_max == 1
+
+
+def format_speeds(rows: list[ResultRow]) -> str:
+    """Plain-text table of measured speeds, the baseline first, each with the range of its ratio; what the numbers are below it."""
+    measured = rows[0].conditions["speed"]
+    cells = [["model", f"images/s (batch {measured['batch_size']})", "ratio", "range", "ms (batch 1)", ""]]
+    for row in rows:
+        low, high = row.conditions["speed"]["ratio_range"]
+        cells.append([row.model, format_cell(row.throughput_img_s, "throughput_img_s"), format_cell(row.ratio, "ratio"),
+                      f"{low:.2f} to {high:.2f}", format_cell(row.latency_ms, "latency_ms"), NOISY if noisy(low, high) else ""])
+    what = "where that median lies (95 %)" if measured["repeats"] > 5 else "the least and the largest of so few rounds"
+    return aligned(cells) + (f"\nratio: median over {measured['repeats']} rounds of the first model's time by this one's, in turn; range: "
+                             f"{what};\nimages/s: the first model's median, times the ratio; ms: the same at batch 1")
+
+
+def aligned(cells: list[list[str]]) -> str:
+    """Plain-text table of a heading and rows, the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(line, widths))).rstrip() for line in cells]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
          **{c: f"\\{c}" for c in "&%$#_{}"}}
 

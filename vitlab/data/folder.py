@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from timm.data.readers.img_extensions import get_img_extensions
+from timm.data.readers.img_extensions import add_img_extensions, get_img_extensions
 from timm.utils.misc import natural_key
 from torchvision.datasets.folder import make_dataset
 
@@ -13,6 +13,7 @@ from vitlab.files import InputError, read_json
 
 TRAIN_NAMES, HELD_OUT_NAMES = ("train",), ("val", "validation", "test")
 CLASS_MAP = "class_index.json"
+add_img_extensions((".avif", ".bmp", ".gif", ".jp2", ".pgm", ".ppm", ".tif", ".tiff", ".webp"))      # timm's readers pass over them else
 Image.init()
 FORMATS = tuple(name for name in Image.ID if name != "EPS")     # PostScript is code, and Pillow would start a program that runs it
 
@@ -114,10 +115,11 @@ class FolderReader:
 
     def __init__(self, split: Path, numbers: dict[str, int] | None) -> None:
         if numbers is None:
-            found = [(str(path), 0) for path in split.iterdir() if is_image(path) and not path.name.startswith(".")]
+            found = [(str(path), 0) for path in split.iterdir() if is_image(path)]
         else:
             found = make_dataset(str(split), numbers, extensions=tuple(get_img_extensions()), allow_empty=True)
-        self.samples = sorted(found, key=lambda sample: natural_key(sample[0]))
+        self.samples = sorted((sample for sample in found if not os.path.basename(sample[0]).startswith(".")),
+                              key=lambda sample: natural_key(sample[0]))
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from vitlab import parallel
 from vitlab.data.folder import read_image
 from vitlab.data.order import PlainOrder, TrainingOrder, drawing, ignore_requests, seed_of
+from vitlab.data.rgb import rgb
 from vitlab.files import InputError
 
 MAX_WORKERS = 8
@@ -27,7 +29,7 @@ class Images(Dataset):
     def __init__(self, reader: Any, indices: list[int] | None = None) -> None:
         self.reader = reader
         self.indices = list(range(len(reader))) if indices is None else indices
-        self.transform = None                                   # set by whoever makes batches of it
+        self.transform, self.channels = None, 3                 # set by whoever makes batches of it
 
     def take(self, limit: int | None, seed: int) -> "Images":
         """A slice of `limit` images, chosen and ordered by seed (classes mix in each batch); all, in order, where None."""
@@ -44,10 +46,10 @@ class Images(Dataset):
         return self.reader.filename(self.indices[i])
 
     def image(self, i: int) -> tuple[Image.Image, int]:
-        """(RGB image, class), untransformed. Raises whatever Pillow does where it can't be read."""
+        """(RGB image (`rgb`), class), untransformed. Raises whatever Pillow does where it can't be read."""
         image, target = self.reader[self.indices[i]][:2]
         image = image if isinstance(image, Image.Image) else read_image(image)
-        return image.convert("RGB"), int(target)
+        return rgb(image), int(target)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -60,7 +62,21 @@ class Images(Dataset):
         except Exception:                       # a damaged file makes Pillow's decoders raise nearly anything
             image, target = Image.new("RGB", (64, 64)), -1 - i
         with drawing(seed):
-            return self.transform(image), target
+            return self.transform(image if self.channels == 3 else image.convert("L")), target
+
+
+def image_config(model: nn.Module) -> dict[str, Any]:
+    """timm's data configuration of a model, its images (channels, height, width) as it is and not as it was made. A model of one channel
+    takes grey images, and the mean of its channels' means and deviations where there are several. Raises InputError for other
+    numbers of channels than 3 and 1."""
+    config = resolve_model_data_config(model)
+    size = getattr(getattr(model, "patch_embed", None), "img_size", config["input_size"][1:])
+    channels = getattr(model, "in_chans", config["input_size"][0])
+    if channels not in (1, 3):
+        raise InputError(f"the model takes images of {channels} channels; 3 (colour) or 1 (grey) are what images have")
+    if channels == 1:
+        config |= {name: (sum(config[name]) / len(config[name]),) for name in ("mean", "std")}
+    return config | {"input_size": (channels, *size)}
 
 
 def load(images: Images, batch_size: int, *, training: bool, seed: int, workers: int | None, embedded: bool, shared: bool, turns: int,
@@ -158,12 +174,16 @@ class Batches:
                 yield x, y
 
     def _is_broken(self, path: str) -> None:
-        """Take note of it. Raises InputError where there are too many."""
+        """Take note of it, and `check_broken`."""
         if path in self.broken:
             return
         self.broken.append(path)
         warnings.warn(f"{path}: can't be read as an image, left out", stacklevel=3)
-        most = max(MAX_BROKEN, int(len(self.images) * BROKEN_SHARE))
+        self.check_broken()
+
+    def check_broken(self) -> None:
+        """Raises InputError where more images are broken than may be; a stream names none."""
+        most = MAX_BROKEN if self.images is None else max(MAX_BROKEN, int(len(self.images) * BROKEN_SHARE))
         if len(self.broken) > most:
             raise InputError(f"{len(self.broken)} of {len(self.images)} images can't be read, {', '.join(self.broken[:3])} and others; "
                              f"more than {most} are too many to be left out: repair or remove them")

@@ -2,12 +2,14 @@
 read."""
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
 from vitlab.data.folder import images_in, read_image, unlabelled
 from vitlab.data.layouts import LAYOUTS, Pairs
+from vitlab.data.rgb import rgb, turn_of
 from vitlab.data.scene_data import SceneData, Scenes
 from vitlab.data.scenes import digit_scenes
 from vitlab.files import InputError, first_line, from_root
@@ -15,23 +17,26 @@ from vitlab.files import InputError, first_line, from_root
 MODES = ("L", "P", "1", "I", "I;16", "I;16B")   # Pillow's, of one number a pixel; of a palette, its index
 UNKNOWN = 254                                   # stands for an id that the layout does not have; no data set has so many classes
 LARGEST_ID = 255
+T = TypeVar("T")
 
 
-def _opened(path: Path, what: str) -> Image.Image:
+def _read(path: Path, what: str, take: Callable[[Image.Image], T]) -> T:
+    """take(the loaded image). Raises InputError naming the file where it can't be read as what it should be."""
     try:
         image = read_image(path)
         image.load()
-        return image
+        return take(image)
     except Exception as error:                  # a damaged file makes Pillow's decoders raise nearly anything
         raise InputError(f"{path}: can't be read as {what} ({first_line(error)})") from None
 
 
 def read_mask(path: Path, table: np.ndarray) -> np.ndarray:
-    """(H, W) uint8 class numbers of a mask file. table (256): id -> class number, IGNORE, or UNKNOWN.
+    """(H, W) uint8 class numbers of a mask file, turned by its own EXIF orientation where it has one. table (256): id -> class number,
+    IGNORE, or UNKNOWN.
 
     Raises InputError naming the file where it can't be read, has more than one number a pixel, or an id that is UNKNOWN.
     """
-    image = _opened(path, "a mask")
+    image = _read(path, "a mask", _turned)
     if image.mode not in MODES:
         raise InputError(f"{path}: has {len(image.getbands())} channels ({image.mode}); a mask has one number a pixel, the class's id")
     ids = np.asarray(image)
@@ -51,8 +56,17 @@ def _ranges(ids: np.ndarray) -> str:
     return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
+def _turned(image: Image.Image) -> Image.Image:
+    turn = turn_of(image)
+    return image if turn is None else image.transpose(turn)
+
+
 class MaskReader:
-    """(RGB image, mask) pairs of files. ids: id in a mask -> class number or IGNORE."""
+    """(RGB image, mask) pairs of files, both the right way up. ids: id in a mask -> class number or IGNORE.
+
+    A mask is of the photograph as it is shown, turned by its EXIF orientation; where its size is that of the photograph as it is stored
+    and not of the one shown, it was drawn on that, and is turned along.
+    """
 
     def __init__(self, pairs: Pairs, ids: dict[int, int]) -> None:
         self.pairs = pairs
@@ -65,10 +79,13 @@ class MaskReader:
     def __getitem__(self, i: int) -> tuple[Image.Image, np.ndarray]:
         """Raises InputError naming the file that can't be read, or a mask of another size than its image."""
         image_path, mask_path = self.pairs[i]
-        image, mask = _opened(image_path, "an image"), read_mask(mask_path, self.table)
+        image, stored, turn = _read(image_path, "an image", lambda image: (rgb(image), image.size[::-1], turn_of(image)))
+        mask = read_mask(mask_path, self.table)
+        if turn is not None and mask.shape == stored != image.size[::-1]:
+            mask = np.array(Image.fromarray(mask).transpose(turn))
         if mask.shape != (image.height, image.width):
             raise InputError(f"{mask_path}: is {mask.shape[0]} x {mask.shape[1]}, its image {image_path} is {image.height} x {image.width}")
-        return image.convert("RGB"), mask
+        return image, mask
 
     def filename(self, i: int) -> str:
         return str(self.pairs[i][0])
@@ -85,8 +102,8 @@ class PictureReader:
 
     def __getitem__(self, i: int) -> tuple[Image.Image, np.ndarray]:
         """Raises InputError naming the file that can't be read."""
-        image = _opened(self.paths[i], "an image")
-        return image.convert("RGB"), np.zeros((image.height, image.width), dtype=np.uint8)
+        image = _read(self.paths[i], "an image", rgb)
+        return image, np.zeros((image.height, image.width), dtype=np.uint8)
 
     def filename(self, i: int) -> str:
         return str(self.paths[i])

@@ -4,11 +4,10 @@ from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
-from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from vitlab.data.images import Batches, Images, load
+from vitlab.data.images import Batches, Images, image_config, load
 from vitlab.data.joint import JointTransform, evaluation_transform, training_transform
 from vitlab.data.order import drawing
 from vitlab.data.source import ImageData
@@ -70,9 +69,17 @@ class SceneBatches(Batches):
             yield batch[0], batch[1]
 
 
+def _config(model: nn.Module) -> dict[str, Any]:
+    """`image_config` of a Segmenter's encoder. Raises InputError where it does not take colours."""
+    config = image_config(model.encoder)
+    if config["input_size"][0] != 3:
+        raise InputError(f"the Segmenter takes images of {config['input_size'][0]} channel; scenes have 3")
+    return config
+
+
 def measuring_transform(model: nn.Module, whole: bool = False) -> JointTransform:
     """Normalisation alone, with a Segmenter's mean and deviation: the middle at its encoder's size, or, with `whole`, each at its own."""
-    config = resolve_model_data_config(model.encoder)
+    config = _config(model)
     return evaluation_transform(config["mean"], config["std"], None if whole else model.img_size)
 
 
@@ -141,7 +148,7 @@ class SceneData(ImageData):
         self.check_fits(model.num_classes)
         images = self.split(split, limit, seed)
         if training:
-            config = resolve_model_data_config(model.encoder)
+            config = _config(model)
             images.transform = training_transform(model.img_size, config["mean"], config["std"], **(augment or {}))
         else:
             images.transform = measuring_transform(model, whole)

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import create_dataset, create_loader, create_transform, resolve_model_data_config
+from timm.data import create_dataset, create_loader, create_transform
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
+from torchvision.transforms import Compose
 
 from vitlab import parallel
 from vitlab.data.digits import CLASSES, DigitsReader
-from vitlab.data.folder import CLASS_MAP, HELD_OUT_NAMES, FolderReader, class_numbers, find_splits, unlabelled
-from vitlab.data.images import Batches, Images, Stream, default_workers, load
+from vitlab.data.folder import CLASS_MAP, HELD_OUT_NAMES, FolderReader, class_numbers, find_splits, read_image, unlabelled
+from vitlab.data.images import Batches, Images, Stream, default_workers, image_config, load
+from vitlab.data.rgb import grey, rgb
 from vitlab.data.tar import TarReader, find_tars
 from vitlab.files import InputError, from_root
 
@@ -109,9 +111,7 @@ class ImageData:
         """
         self.check_fits(model.num_classes)
         images = self.split(split, limit, seed)
-        config = resolve_model_data_config(model)
-        size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-        config["input_size"] = config["input_size"] if size is None else (model.in_chans, *size)     # as the model is, not was
+        config = image_config(model)
         if crop_pct is not None:
             config["crop_pct"] = crop_pct
         settings = {"is_training": training, **{k: config.get(k) for k in ("interpolation", "mean", "std", "crop_pct", "crop_mode")},
@@ -123,11 +123,14 @@ class ImageData:
 
             def reopen(seed: int) -> DataLoader:
                 # batch_size: each of the loader's processes fills whole batches
-                return create_loader(images.open(batch_size=batch_size, seed=seed), input_size=config["input_size"], batch_size=batch_size,
+                opened = images.open(batch_size=batch_size, seed=seed)
+                made = create_loader(opened, input_size=config["input_size"], batch_size=batch_size,
                                      num_workers=default_workers() if workers is None else workers, use_prefetcher=False,
                                      persistent_workers=False, pin_memory=torch.cuda.is_available(), device=torch.device("cpu"), **settings)
+                opened.transform = Compose([rgb if config["input_size"][0] == 3 else grey, opened.transform])
+                return made
             return Batches(reopen(seed), None, limit=limit, reopen=reopen, seed=seed)
-        images.transform = create_transform(config["input_size"], **settings)
+        images.transform, images.channels = create_transform(config["input_size"], **settings), config["input_size"][0]
         loader, order = load(images, batch_size, training=training, seed=seed, workers=workers, embedded=self.name == "digits",
                              shared=shared, turns=turns, repeats=repeats)
         return Batches(loader, images, order)
@@ -207,6 +210,7 @@ def _open_tars(folder: Path, tars: dict[str, Path]) -> ImageData:
 def _open_timm(data: str) -> ImageData:
     name, _, root = data.partition("@")
     splits, errors, root = {}, [], root or None
+    plain = {} if name.startswith("tfds/") else {"input_img_mode": ""}          # pictures as they are, where they are no arrays yet
     if name.startswith("wds/"):
         root = name.removeprefix("wds/")
         if not (Path(root) / "_info.json").is_file() and not (Path(root) / "info.json").is_file():
@@ -218,8 +222,10 @@ def _open_timm(data: str) -> ImageData:
             errors.append(f"{split}: {error}")
             continue
         if isinstance(opened, IterableDataset):
-            splits[split] = Stream(partial(create_dataset, name, root=root, split=split, is_training=split == "train"))
+            splits[split] = Stream(partial(create_dataset, name, root=root, split=split, is_training=split == "train", **plain))
         else:
+            if hasattr(opened, "loader"):                       # of torchvision's folders, which would convert
+                opened.loader = read_image
             splits[split] = Images(opened.reader if hasattr(opened, "reader") else _PairReader(opened, name))
     if not splits:
         raise InputError(f"{name}: timm could not open it ({'; '.join(errors)})")

@@ -1,4 +1,5 @@
 """Splits that are tar files of class folders, as timm reads them."""
+import os
 import tarfile
 from pathlib import Path
 
@@ -13,11 +14,13 @@ class TarReader(ReaderImageInTar):
 
     def __init__(self, path: Path) -> None:
         try:
-            super().__init__(str(path), cache_tarfiles=False)
+            super().__init__(str(path), cache_tarfiles=False, cache_tarinfo=False)      # a list beside it may be of another tar
         except (tarfile.TarError, OSError, EOFError) as error:
             raise InputError(f"{path}: can't be read as a tar file ({error})") from None
         except ValueError:                      # timm has nothing to put together
             raise InputError(f"{path}: holds no images; they must lie in CLASS/ in it") from None
+        shown = [not os.path.basename(sample[0].name).startswith(".") for sample in self.samples]        # another system's notes
+        self.samples, self.targets = self.samples[shown], self.targets[shown]
         if "" in self.class_name_to_idx:
             raise InputError(f"{path}: holds images outside of class folders; they must lie in CLASS/ in it")
 

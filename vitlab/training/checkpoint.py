@@ -35,6 +35,11 @@ class Checkpoint:
     info: dict[str, Any]
 
 
+def not_finite(model: nn.Module) -> str | None:
+    """Name of the first weight that holds a NaN or an infinity; None where there is none."""
+    return next((name for name, tensor in model.state_dict().items() if tensor.is_floating_point() and not tensor.isfinite().all()), None)
+
+
 def versions() -> dict[str, str]:
     """What a result depends on besides data and seed."""
     return {"vitlab": vitlab.__version__, "torch": torch.__version__, "timm": timm.__version__,
@@ -51,7 +56,8 @@ def save(folder: str | Path, model: nn.Module, plan: CompressionPlan, *, classes
     """Write folder/ in one step: weights (safetensors), plan.json, checkpoint.json (model name, versions, made_by).
 
     model: any form of compress(dense, plan), the deployed too. An older checkpoint there is replaced as a whole.
-    Raises InputError where the model was not made by timm.create_model, or the plan is not the one it was compressed by.
+    Raises InputError where the model was not made by timm.create_model, the plan is not the one it was compressed by, or a weight is not
+    finite.
     """
     folder = Path(folder)
     if not is_deployed(model):
@@ -62,6 +68,9 @@ def save(folder: str | Path, model: nn.Module, plan: CompressionPlan, *, classes
     info = {"format": FORMAT, "version": VERSION, "model": source, **decoder, "deployed": is_deployed(model),
             "config": {k: model.pretrained_cfg.get(k) for k in ("mean", "std", "interpolation", "crop_pct")},
             "classes": classes, "made_by": made_by or {}, "versions": versions()}
+    wrong = not_finite(model)
+    if wrong is not None:
+        raise InputError(f"{folder}: not written, since {wrong} is not finite")
     with atomic_folder(folder) as temporary:
         (temporary / WEIGHTS).write_bytes(to_bytes({k: v.contiguous() for k, v in model.state_dict().items()}))
         plan.save(temporary / PLAN)

@@ -46,8 +46,8 @@ class SoftDistillationTask(LogitDistillationTask):
 def make_task(model: nn.Module, teacher: nn.Module | None, recipe: Recipe, device: torch.device) -> nn.Module:
     """The training task of a recipe. Soft (A8): (1 - alpha) * CE + alpha * tau^2 * KL(teacher || student at tau) / (B * classes);
     timm's task divides by B, so its weight is alpha / classes. Of a Segmenter the loss is the mean over pixels, those to be ignored
-    left out of the cross-entropy. Raises InputError where the teacher is missing, or differs in classes or task, or a recipe mixes
-    images that have masks.
+    left out of the cross-entropy. Raises InputError where the teacher is missing, or differs in classes, task or channels, or a recipe
+    mixes images that have masks.
     """
     dense = isinstance(model, Segmenter)
     if dense and (recipe.mixup or recipe.cutmix):
@@ -68,8 +68,15 @@ def make_task(model: nn.Module, teacher: nn.Module | None, recipe: Recipe, devic
     if dense and teacher.img_size != model.img_size:
         raise InputError("the teacher is for images of {} x {}, the student for {} x {}; they see the same".format(
             *teacher.img_size, *model.img_size))
+    if teacher.in_chans != model.in_chans:
+        raise InputError(f"the teacher takes images of {teacher.in_chans} channels, the student of {model.in_chans}; they see the same")
     soft = recipe.distill == "soft"
     kind = SoftDistillationTask if soft else HardDistillationTask
-    return kind(model, teacher.to(device).requires_grad_(False), criterion, task_loss_weight=1 - recipe.alpha,
+    task = kind(model, teacher.to(device).requires_grad_(False), criterion, task_loss_weight=1 - recipe.alpha,
                 distill_loss_weight=recipe.alpha / model.num_classes if soft else recipe.alpha,
                 temperature=recipe.tau, device=device, verbose=False)
+    if model.in_chans == 1:                     # grey images, as `image_config` normalises them
+        for owner, names in ((task, ("student_mean", "student_std")), (task.teacher, ("mean_kd", "std_kd"))):
+            for name in names:
+                setattr(owner, name, getattr(owner, name).mean(dim=1, keepdim=True))
+    return task

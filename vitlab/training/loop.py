@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -59,6 +58,8 @@ def _resume(training: Training, folder: Path, marks: dict[str, str], changed_dat
                              + ("--changed-data goes on with the images as they are now, or choose another folder" if only else
                                 "choose another folder or remove it"))
         training.load(state, path)
+        if known["data set"] != marks["data set"]:                                  # what was broken may have been repaired
+            training.batches.broken = []
         break
     if parallel.is_first():
         log = folder / LOG
@@ -78,10 +79,12 @@ def fit(model: nn.Module, data: ImageData, recipe: Recipe, folder: str | Path, *
     to folder/log.jsonl; a run that was killed, called again with the same arguments, goes on from the newest whole state and ends
     with the same weights, on a CPU bit for bit. Under torchrun every process calls it, and the batches of a step are divided
     among them. limit: train on a slice of that many images. about: JSON-able, stored with each state. changed_data: go on though
-    the data set is another than it was. A step whose loss is not finite is left out, and its files are in the log.
+    the data set is another than it was. A step whose loss or gradient is not finite is left out, and its files are in the log; of
+    weights that are not, no state is written.
 
     Raises InputError for a folder that holds another run's state or that another process works in, a missing teacher, or more
-    than engine.max_skipped steps in a row without a finite loss; signals.Stopped, with the state written, when asked to stop.
+    than engine.max_skipped such steps in a row, or weights that are not finite; signals.Stopped, with the state written, when asked
+    to stop.
     """
     folder, device, engine = Path(folder), torch.device(device or next(model.parameters()).device), engine or Engine()
     with locked(folder) if parallel.is_first() else contextlib.nullcontext():
@@ -114,6 +117,8 @@ def _epoch(training: Training, folder: Path, fixed: dict[str, Any], progress: bo
     began = time.perf_counter() - training.seconds
 
     def save() -> None:
+        training.check_weights()
+        training.share_broken()
         training.seconds = time.perf_counter() - began
         if parallel.is_first():
             states.write(folder, training.step, {**training.state(), **fixed}, engine.keep)
@@ -129,12 +134,12 @@ def _epoch(training: Training, folder: Path, fixed: dict[str, Any], progress: bo
                                            unit="step", disable=not progress, leave=False) as bar:
         while training.done < training.steps:
             loss = training.take_step(batches)
-            if not math.isfinite(loss):
-                _not_finite(training, loss, log)
+            if training.fault is not None:
+                _left_out(training, loss, log)
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             over = training.done == training.steps
-            if not over and training.done % engine.log_steps == 0 and math.isfinite(loss):
+            if not over and training.done % engine.log_steps == 0 and training.fault is None:
                 log({"at_epoch": round(training.step / training.steps, 4), "loss": loss, "lr": training.optimizer.param_groups[0]["lr"]})
             if not over and (training.asked or training.done % engine.save_steps == 0):
                 save()
@@ -143,13 +148,14 @@ def _epoch(training: Training, folder: Path, fixed: dict[str, Any], progress: bo
     name, value = measured(training.average, training.slice, device=training.device, amp=training.dtype != "float32", progress=False)
     losses = training.losses
     training.epoch, training.done, training.losses = number, 0, []
-    record = {"epoch": number, "loss": sum(losses) / max(1, len(losses)), "lr": training.optimizer.param_groups[0]["lr"],
+    record = {"epoch": number, "loss": sum(losses) / len(losses) if losses else None, "lr": training.optimizer.param_groups[0]["lr"],
               f"train_slice_{name}": value}
-    broken = len({path for paths in parallel.gather(training.batches.broken) for path in paths})
+    broken = len(training.share_broken())
     record |= {"broken": broken} if broken else {}                                  # images left out so far
     log(record)
     if progress:
-        tqdm.write(f"epoch {number:3d}/{recipe.epochs}  loss {record['loss']:.4f}  {name.removesuffix('_pct')} on a train slice "
+        shown = "-" if record["loss"] is None else f"{record['loss']:.4f}"
+        tqdm.write(f"epoch {number:3d}/{recipe.epochs}  loss {shown}  {name.removesuffix('_pct')} on a train slice "
                    f"{value:.2f} %  {time.perf_counter() - began:.0f} s")
     began = time.perf_counter()
     save()
@@ -157,13 +163,13 @@ def _epoch(training: Training, folder: Path, fixed: dict[str, Any], progress: bo
         raise signals.Stopped
 
 
-def _not_finite(training: Training, loss: float, log: Any) -> None:
+def _left_out(training: Training, loss: float, log: Any) -> None:
     """Note a skipped step with the files of its batches. Raises InputError where there were too many in a row."""
     turns, at = training.engine.accumulate, training.done - 1
     files = [name for turn in range(turns) for name in training.batches.names(training.epoch, at * turns + turn)]
     files = [name for names in parallel.gather(files) for name in names]
-    log({"skipped": str(loss), "files": files})
+    log({"skipped": str(loss), "why": training.fault, "files": files})
     if training.skipped > training.engine.max_skipped:
-        raise InputError(f"the loss is {loss} at epoch {training.epoch + 1}, step {training.done}, and was not finite in "
+        raise InputError(f"{training.fault} at epoch {training.epoch + 1}, step {training.done}, and was not finite in "
                          f"{training.skipped} steps in a row; their files are in {LOG}. A smaller lr than {training.recipe.lr} or "
                          "clip_grad may help")

@@ -16,6 +16,7 @@ from vitlab.files import InputError
 from vitlab.models import set_trainable
 from vitlab.training.capture import Batches, frozen_eval
 from vitlab.training.pixels import divergence, log_probabilities
+from vitlab.training.stepping import gradient_norm
 
 LR, BATCH_SIZE = 2e-5, 32
 WARMUP, PATIENCE = 0.05, 1 / 3              # shares of the run: until lr is reached, and without a better state until it stops
@@ -53,7 +54,7 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Di
     first WARMUP of the run and falls to 0 as a cosine. After every epoch `apart`, whose images should not be among
     those trained on, is measured; the best state is what remains, the one given included, and on_better(model, kl) is called
     with each. It stops early after PATIENCE of the run without a better one. Returns a record an epoch (epoch, steps, loss, kl,
-    seconds); the first is of the model as given. Raises InputError where the loss is not finite, the best state kept.
+    seconds); the first is of the model as given. Raises InputError where the loss or its gradient is not finite, the best state kept.
     """
     if (minutes is None) == (steps is None):
         raise InputError("either minutes or steps are needed, not both")
@@ -82,11 +83,12 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Di
                         expected = log_probabilities(teacher, images, amp)
                     loss = divergence(log_probabilities(model, images, amp), expected) / len(images)
                     losses.append(float(loss.detach()))
-                    if not math.isfinite(losses[-1]):
-                        raise InputError(f"the loss of self-distillation is {losses[-1]} at step {done + 1}; a smaller lr than {lr} "
-                                         "may help. The best state so far is kept")
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
+                    for what, value in (("loss", losses[-1]), ("gradient's norm", float(gradient_norm(model)))):
+                        if not math.isfinite(value):
+                            raise InputError(f"the {what} of self-distillation is {value} at step {done + 1}; a smaller lr than {lr} "
+                                             "may help. The best state so far is kept")
                     optimizer.step()
                     done += 1
                     bar.update()

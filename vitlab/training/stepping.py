@@ -10,7 +10,7 @@ import torch
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import dispatch_clip_grad, random_seed
+from timm.utils import random_seed
 from torch import Tensor, nn
 
 from vitlab import parallel
@@ -19,6 +19,7 @@ from vitlab.data.order import seed_of
 from vitlab.files import InputError, first_line
 from vitlab.models import set_trainable
 from vitlab.models.create import load_state
+from vitlab.training.checkpoint import not_finite
 from vitlab.training.distillation import make_task
 from vitlab.training.evaluate import uses_bf16
 from vitlab.training.recipes import Engine, Recipe
@@ -33,6 +34,11 @@ def _scale_matrices(optimizer: torch.optim.Optimizer, model: nn.Module, factor: 
         if of_rule:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in matrices]
             optimizer.add_param_group({**group, "params": of_rule, "lr_scale": group.get("lr_scale", 1.0) * factor})
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """The 2-norm () over all gradients of a model; not finite where one of them is not."""
+    return nn.utils.get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
 
 
 class Training:
@@ -78,6 +84,7 @@ class Training:
             task.prepare_distributed(device_ids=[device] if device.type == "cuda" else None)
         self.task = task
         self.epoch, self.done, self.skipped, self.asked = 0, 0, 0, False            # done: steps of the epoch under way
+        self.fault: str | None = None                                               # why the last step was left out
         self.losses: list[float] = []                                               # of these steps, those skipped left out
         self.seconds = 0.0                                                          # that they took
 
@@ -103,11 +110,25 @@ class Training:
         """Let go of the loaders, so that their processes end: they ignore requests to stop, and a traceback may keep all else."""
         self.batches = self.slice = None
 
+    def check_weights(self) -> None:
+        """Raises InputError where a weight is not finite: nothing is to be kept of them then, and no step brings them back."""
+        wrong = not_finite(self.model) or not_finite(self.average)
+        if wrong is not None:
+            raise InputError(f"{wrong} is not finite after {self.step} steps, so no state of them is written; a smaller lr than "
+                             f"{self.recipe.lr} or clip_grad may help, from the state before")
+
+    def share_broken(self) -> list[str]:
+        """The images that could not be read so far, of all processes together, which each then knows. Raises InputError for too many."""
+        self.batches.broken = list(dict.fromkeys(path for paths in parallel.gather(self.batches.broken) for path in paths))
+        self.batches.check_broken()
+        return self.batches.broken
+
     def state(self) -> dict[str, Any]:
         ema = {"ema": self.average.state_dict()} if self.recipe.ema_decay else {}
         return {"epoch": self.epoch, "done": self.done, "skipped": self.skipped, "losses": torch.tensor(self.losses, dtype=torch.float64),
                 "seconds": self.seconds, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict(), **ema}
+                "scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict(),
+                "broken": self.batches.broken, **ema}
 
     def load(self, state: dict[str, Any], path: Path) -> None:
         """Raises InputError naming the file where it is no state of this training."""
@@ -120,6 +141,7 @@ class Training:
             self.scaler.load_state_dict(state["scaler"])
             self.epoch, self.done, self.skipped = int(state["epoch"]), int(state["done"]), int(state["skipped"])
             self.losses, self.seconds = state["losses"].tolist(), float(state["seconds"])
+            self.batches.broken = [str(path) for path in state.get("broken", [])]       # the first states had none
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if isinstance(error, InputError):
                 raise
@@ -144,20 +166,23 @@ class Training:
             raise InputError(f"the data ended after {self.done} of the {self.steps} steps of epoch {self.epoch + 1}; its number of images "
                              "is not what it says") from None
 
-    def _agree(self, value: float) -> float:
-        """The sum of `value` over all processes; to be asked to stop is passed on along with it."""
-        found, asked = parallel.total(torch.tensor([value, float(self.asked)], dtype=torch.float64)).tolist()
+    def _agree(self, *values: float) -> list[float]:
+        """The mean of each value over all processes; to be asked to stop is passed on along with them."""
+        *found, asked = parallel.total(torch.tensor([*values, float(self.asked)], dtype=torch.float64)).tolist()
         self.asked = asked > 0
-        return found
+        return [value / parallel.world() for value in found]
 
     def must_stop(self) -> bool:
         """Whether one of the processes was asked to stop; all are told the same."""
-        self._agree(0.0)
+        self._agree()
         return self.asked
 
     def take_step(self, batches: Any) -> float:
-        """One step on the next `accumulate` batches; returns its loss, the mean over all processes. One that is not finite changes
-        nothing but the count of those skipped in a row."""
+        """One step on the next `accumulate` batches; returns its loss, the mean over all processes.
+
+        Where the loss or the norm of the gradient is not finite, `fault` says so, and nothing changes but the count of those skipped in a
+        row, of which a gradient that a lower loss scale may save (float16) is none, and that scale.
+        """
         self.scheduler.step_update(self.step)
         turns, found = self.engine.accumulate, 0.0
         self.optimizer.zero_grad(set_to_none=True)
@@ -168,17 +193,21 @@ class Training:
                 loss = self._forward(images, targets) / turns
                 self.scaler.scale(loss).backward()
             found += float(loss.detach())
-        loss = self._agree(found / parallel.world())
-        if math.isfinite(loss):
+        self.scaler.unscale_(self.optimizer)
+        own = gradient_norm(self.model)
+        loss, norm = self._agree(found, float(own))
+        self.fault = (f"the loss is {loss}" if not math.isfinite(loss) else
+                      f"the loss is {loss:.3f}, but its gradient's norm {norm}" if not math.isfinite(norm) else None)
+        if self.fault is None:
             if self.recipe.clip_grad:
-                self.scaler.unscale_(self.optimizer)
-                dispatch_clip_grad(self.model.parameters(), self.recipe.clip_grad)
+                nn.utils.clip_grads_with_norm_(self.model.parameters(), self.recipe.clip_grad, own)
             self.scaler.step(self.optimizer)
-            self.scaler.update()
             self.task.update_ema(self.step + 1)
             self.losses.append(loss)
             self.skipped = 0
-        else:
+        scale = self.scaler.get_scale()
+        self.scaler.update()
+        if self.fault is not None and not (math.isfinite(loss) and scale > 1 and self.scaler.get_scale() < scale):
             self.skipped += 1
         self.done += 1
         return loss

@@ -1,9 +1,10 @@
 """Throughput and latency, measured in turn in one run, so that a ratio holds where the machine's speed drifts."""
 import ctypes
+import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,19 +15,28 @@ from tqdm.auto import tqdm
 from vitlab.files import InputError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4           # of mallopt(3)
+CONFIDENCE = 0.95                               # of the range of a ratio
+TIMING = ("models in turn in one process that keeps freed memory; ratio: median over the rounds of the first model's time by this one's; "
+          "throughput: the first model's median, times the ratio")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Medians over the repeats of one model; ratio is against the first model, repeat by repeat."""
+    """How fast a model is beside the first one, whose time is taken in the same rounds.
+
+        ratio = median over the rounds of (first model's seconds / this one's)          1 for the first
+        throughput = (images of a batch / median of the first model's seconds) * ratio
+
+    so that the quotient of two throughputs is that of their ratios, and neither goes with a machine whose speed drifts between rounds.
+    """
 
     throughput_img_s: float
-    latency_ms: float               # one forward of the batch
-    ratio: float                    # median of (first model's time / this one's), 1 for the first
-    ratio_min: float
+    latency_ms: float               # one forward of the batch: batch / throughput
+    ratio: float
+    ratio_min: float                # range in which the median lies (`median_range`); vitlab.results.noisy says whether 1 is in it
     ratio_max: float
-    peak_memory_mb: float | None    # on a GPU, of one forward
+    peak_memory_mb: float | None    # on a GPU: its weights, the images, and what one forward holds at most
 
 
 def hold_memory() -> bool:
@@ -45,7 +55,29 @@ def conditions(device: torch.device, dtype: str, batch_size: int, repeats: int) 
     """What a speed depends on, to be stored beside it."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU"
     return {"device": name, "dtype": dtype, "batch_size": batch_size, "threads": torch.get_num_threads(),
-            "repeats": repeats, "torch": torch.__version__, "timing": "median, models in turn in one process that keeps freed memory"}
+            "repeats": repeats, "torch": torch.__version__, "timing": TIMING}
+
+
+def median_range(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """(low, high): the narrowest pair of order statistics x_(k), x_(n+1-k) between which the median of what the n values are drawn from
+    lies with that confidence, whatever its distribution: 1 - 2 * P(Binomial(n, 1/2) < k). Of fewer than 6 values, at 0.95, no pair is
+    as sure as that, and the least and the largest are given."""
+    ordered, n = sorted(values), len(values)
+    outside, k = 2 * 0.5**n, 1                                  # chance that the median lies beyond x_(k) or x_(n+1-k)
+    while k < (n + 1) // 2 and outside + 2 * math.comb(n, k) * 0.5**n <= 1 - confidence:
+        outside += 2 * math.comb(n, k) * 0.5**n
+        k += 1
+    return ordered[k - 1], ordered[n - k]
+
+
+def _peak_memory_mb(model: nn.Module, x: torch.Tensor) -> float:
+    """MiB on a GPU of the weights, the images and what one forward holds at most; other models that lie there, and the workspaces of
+    libraries, which a first forward must have made, are left out."""
+    before = torch.cuda.memory_allocated(x.device)
+    torch.cuda.reset_peak_memory_stats(x.device)
+    model(x)
+    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in (*model.parameters(), *model.buffers(), x)}
+    return (torch.cuda.max_memory_allocated(x.device) - before + sum(held.values())) / 2**20
 
 
 def _once(model: Callable, x: torch.Tensor, runs: int) -> float:
@@ -62,7 +94,8 @@ def _once(model: Callable, x: torch.Tensor, runs: int) -> float:
 @torch.inference_mode()
 def measure(models: dict[str, nn.Module], *, batch_size: int = 32, repeats: int = 10, warmup: int = 2, dtype: str = "float32",
             device: str | torch.device = "cpu", min_seconds: float = 0.2, progress: bool = True) -> dict[str, Speed]:
-    """Speed of each model on random images, the first the baseline: warm-up, then `repeats` rounds through all models in turn.
+    """Speed of each model on random images, the first the baseline: warm-up, then `repeats` rounds through all models in turn (`Speed`
+    says what is made of them).
 
     Each timing repeats the forward until it lasts min_seconds. Models are moved to device and dtype and stay there.
     Raises InputError for an unknown dtype, no model, or a size below 1.
@@ -79,21 +112,22 @@ def measure(models: dict[str, nn.Module], *, batch_size: int = 32, repeats: int 
         h, w = model.patch_embed.img_size
         inputs[name] = torch.randn(batch_size, model.in_chans, h, w, generator=torch.Generator().manual_seed(0)
                                    ).to(device, DTYPES[dtype])
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
         for _ in range(max(1, warmup)):
             seconds = _once(model, inputs[name], 1)
-        peaks[name] = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+        peaks[name] = _peak_memory_mb(model, inputs[name]) if device.type == "cuda" else None
         runs[name] = max(1, round(min_seconds / seconds))
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in tqdm(range(repeats), desc=f"timing, batch {batch_size}", unit="round", disable=not progress):
         for name, model in models.items():
             times[name].append(_once(model, inputs[name], runs[name]))
     first = times[next(iter(models))]
-    speeds = {}
-    for name, seconds in times.items():
-        ratios = [a / b for a, b in zip(first, seconds)]
-        middle = statistics.median(seconds)
-        speeds[name] = Speed(throughput_img_s=batch_size / middle, latency_ms=1000 * middle, ratio=statistics.median(ratios),
-                             ratio_min=min(ratios), ratio_max=max(ratios), peak_memory_mb=peaks[name])
-    return speeds
+    return {name: _speed(first, seconds, batch_size, peaks[name]) for name, seconds in times.items()}
+
+
+def _speed(first: Sequence[float], seconds: Sequence[float], batch_size: int, peak_memory_mb: float | None) -> Speed:
+    """Of a model's seconds a forward, round by round, beside the first model's."""
+    ratios = [a / b for a, b in zip(first, seconds)]
+    ratio, (low, high) = statistics.median(ratios), median_range(ratios)
+    throughput = batch_size / statistics.median(first) * ratio
+    return Speed(throughput_img_s=throughput, latency_ms=1000 * batch_size / throughput, ratio=ratio, ratio_min=low, ratio_max=high,
+                 peak_memory_mb=peak_memory_mb)

@@ -3,10 +3,10 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from vitlab.data import ImageData
+from vitlab.data.images import image_config
 from vitlab.shape import ViTShape
 
 SHOWN = 224                                     # pixels a picture has at least, so that small inputs can be looked at
@@ -29,9 +29,10 @@ def sample_pictures(data: ImageData, shape: ViTShape, seed: int = 0) -> dict[str
 
 def as_input(picture: np.ndarray, model: nn.Module) -> Tensor:
     """A picture (h, w, 3) in [0, 1] as the model's input (1, channels, H, W): resized to its size, normalised as its images."""
-    config = resolve_model_data_config(model)
-    height, width = model.patch_embed.img_size
+    config = image_config(model)
+    channels, height, width = config["input_size"]
     image = Image.fromarray((picture * 255).round().astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
-    x = torch.from_numpy(np.asarray(image) / 255).permute(2, 0, 1)              # (3, H, W)
+    pixels = np.asarray(image if channels == 3 else image.convert("L"))
+    x = torch.from_numpy(pixels / 255).reshape(height, width, channels).permute(2, 0, 1)
     mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
     return ((x - mean) / std)[None].float()

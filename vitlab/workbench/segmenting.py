@@ -17,6 +17,7 @@ from vitlab.cost import gmacs, macs_of
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.data.folder import images_in, read_image
 from vitlab.data.masks import open_scenes
+from vitlab.data.rgb import rgb
 from vitlab.data.scene_data import SceneData, measuring_transform
 from vitlab.files import InputError, atomic_write, first_line, from_root
 from vitlab.models.segmenter import Segmenter, as_encoder
@@ -107,7 +108,7 @@ def predict(source: Source, images: str | Path, out: str | Path, *, opacity: flo
     transform = measuring_transform(model, whole=True)
     for path in tqdm(paths, desc="predict", unit="image", disable=not progress):
         try:
-            image = read_image(path).convert("RGB")
+            image = rgb(read_image(path))
         except Exception as error:              # a damaged file makes Pillow's decoders raise nearly anything
             warnings.warn(f"{path}: can't be read as an image ({first_line(error)}), left out", stacklevel=2)
             continue

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from timm.utils.misc import natural_key
 
 from vitlab.data.folder import is_image
+from vitlab.data.rgb import rgb
 from vitlab.files import InputError
 from vitlab.shape import ViTShape, require
 from vitlab.workbench.pictures import SHOWN
@@ -31,7 +32,7 @@ def fitted(image: Image.Image, shape: ViTShape) -> np.ndarray:
     """The middle of an image as (h, w, 3) in [0, 1], of a size that the patch grid divides."""
     scale = max(1, SHOWN // shape.img_size[0])
     height, width = (g * p * scale for g, p in zip(shape.grid_size, shape.patch_size))
-    return np.asarray(ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC)) / 255
+    return np.asarray(ImageOps.fit(rgb(image), (width, height), Image.Resampling.BICUBIC)) / 255
 
 
 def decode(name: str, content: bytes, shape: ViTShape) -> np.ndarray:
@@ -43,7 +44,7 @@ def decode(name: str, content: bytes, shape: ViTShape) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                return fitted(ImageOps.exif_transpose(image), shape)
+                return fitted(image, shape)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise InputError(f"{name}: more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels, which are not unpacked") from None
     except Exception:                           # a damaged file makes Pillow's decoders raise nearly anything
