@@ -7,7 +7,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [                                              # lowest first
     {"files", "signals"},
-    {"parallel"},
+    {"parallel", "uncertainty"},
     {"launching"},
     {"shape"},
     {"rules"},

@@ -1,0 +1,56 @@
+"""How sure a number is that was measured on a few images: one standard error beside it, or an interval.
+
+The images are taken as a random draw of those that the number stands for. A share of images: Agresti and Coull (The American
+Statistician 52, 1998), whose interval is Wilson's in a simpler form. Other numbers: the bootstrap over images (Efron, Annals of
+Statistics 7, 1979).
+"""
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from vitlab.files import InputError
+
+ADDED = 2                       # hits and misses each that Agresti and Coull add, for an interval of 95 %
+
+
+def standard_error(values: Sequence[float] | np.ndarray) -> float | None:
+    """Of the mean of `values`, one an image, in their unit: sqrt(sum_i (x_i - mean)^2 / (n - 1) / n). None of one image, of which
+    nothing can be said. Raises InputError without any."""
+    values = np.asarray(values, dtype=np.float64).ravel()
+    if not len(values):
+        raise InputError("the error of a mean over 0 images; 1 at least is needed")
+    return None if len(values) == 1 else float(values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def share_error(count: float, n: float) -> float:
+    """Standard error, in percentage points, of `count` images out of n: 100 sqrt(p (1 - p) / (n + 4)), p = (count + 2) / (n + 4);
+    more than 0 where all or none count. Raises InputError for n below 1, or a count outside [0, n]."""
+    if n < 1 or not 0 <= count <= n:
+        raise InputError(f"a share of {count:g} out of {n:g} images; 0 to n out of n >= 1 are needed")
+    p = (count + ADDED) / (n + 2 * ADDED)
+    return float(100 * np.sqrt(p * (1 - p) / (n + 2 * ADDED)))
+
+
+def interval(values: Sequence[float] | np.ndarray, statistic: Callable[[np.ndarray], float] = np.mean, level: float = 0.95,
+             draws: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """(low, high) between which `level` of the statistics lie of `draws` samples of n images, with repeats, out of the n of `values`
+    (n, ...), one an image. Raises InputError without any image, or for a level outside (0, 1)."""
+    values = np.asarray(values)
+    if not len(values):
+        raise InputError("an interval over 0 images; 1 at least is needed")
+    if not 0 < level < 1:
+        raise InputError(f"level {level}; more than 0 and less than 1 is needed")
+    rng = np.random.default_rng(seed)
+    drawn = [float(statistic(values[rng.integers(len(values), size=len(values))])) for _ in range(draws)]
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def overlap(a: tuple[float, float], b: tuple[float, float]) -> bool:
+    """Whether two intervals (low, high) have a point in common: then they are not ranked."""
+    return max(a[0], b[0]) <= min(a[1], b[1])
+
+
+def plus_minus(value: float, error: float | None, digits: int) -> str:
+    """"79.5 ± 1.6" with so many digits; "79.5" where no error is known."""
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
