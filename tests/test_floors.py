@@ -6,7 +6,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [                                              # lowest first
-    {"files", "signals"},
+    {"files", "signals", "caveats"},
     {"parallel", "uncertainty"},
     {"launching"},
     {"shape"},
