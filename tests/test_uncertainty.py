@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from vitlab.files import InputError
-from vitlab.uncertainty import interval, overlap, plus_minus, share_error, standard_error
+from vitlab.uncertainty import (
+    error_name,
+    interval,
+    jackknife_error,
+    overlap,
+    plus_minus,
+    ratio_error,
+    share_error,
+    standard_error,
+    with_error,
+)
 
 
 def test_the_error_of_a_mean_is_its_formula():
@@ -50,3 +60,28 @@ def test_intervals_that_share_a_point_overlap():
 def test_a_value_is_written_with_its_error_where_one_is_known():
     assert plus_minus(79.54, 1.583, 1) == "79.5 ± 1.6"
     assert plus_minus(79.54, None, 2) == "79.54"
+
+
+def test_a_ratio_of_equal_images_has_the_error_of_their_mean_and_empty_ones_say_nothing():
+    rng = np.random.default_rng(7)
+    tops = rng.normal(3, 1, size=31)
+    assert ratio_error(tops, np.full(31, 5.0)) == pytest.approx(standard_error(tops / 5), rel=1e-12)
+    bottoms = rng.integers(1, 9, size=31).astype(float)
+    ratio = tops.sum() / bottoms.sum()
+    wanted = math.sqrt(31 / 30 * sum((t - ratio * b) ** 2 for t, b in zip(tops, bottoms))) / bottoms.sum()
+    assert ratio_error(tops, bottoms) == pytest.approx(wanted, rel=1e-12)
+    assert ratio_error([*tops, 0.0], [*bottoms, 0.0]) == pytest.approx(wanted, rel=1e-12)
+    assert ratio_error([1.0], [2.0]) is None
+    with pytest.raises(InputError):
+        ratio_error([0.0], [0.0])
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error():
+    values = np.random.default_rng(2).normal(size=29)
+    assert jackknife_error([np.delete(values, i).mean() for i in range(29)]) == pytest.approx(standard_error(values), rel=1e-12)
+    assert jackknife_error([1.0]) is None and jackknife_error([1.0, math.nan]) is None
+
+
+def test_an_error_stands_beside_its_measure_under_one_name():
+    assert with_error("top1_pct", 79.0, 1.5) == {"top1_pct": 79.0, "top1_se": 1.5} and with_error("loss", 0.1, None) == {"loss": 0.1}
+    assert [error_name(name) for name in ("miou_pct", "distill_loss")] == ["miou_se", "distill_loss_se"]

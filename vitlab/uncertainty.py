@@ -22,6 +22,27 @@ def standard_error(values: Sequence[float] | np.ndarray) -> float | None:
     return None if len(values) == 1 else float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
+def ratio_error(tops: Sequence[float] | np.ndarray, bottoms: Sequence[float] | np.ndarray) -> float | None:
+    """Of r = sum_i t_i / sum_i b_i, where image i gives t_i out of b_i (pixels that are right, of those that count):
+    sqrt(n / (n - 1) sum_i (t_i - r b_i)^2) / sum_i b_i, by linearisation; of equal b_i that is `standard_error`. Images whose b_i is
+    0 say nothing and are left out. None of one image. Raises InputError without any."""
+    tops, bottoms = (np.asarray(values, dtype=np.float64).ravel() for values in (tops, bottoms))
+    tops, bottoms = tops[bottoms > 0], bottoms[bottoms > 0]
+    n = len(bottoms)
+    if not n:
+        raise InputError("the error of a ratio over 0 images; 1 at least is needed")
+    rest = tops - tops.sum() / bottoms.sum() * bottoms
+    return None if n == 1 else float(np.sqrt(n / (n - 1) * (rest**2).sum()) / bottoms.sum())
+
+
+def jackknife_error(without: Sequence[float] | np.ndarray) -> float | None:
+    """Of a statistic, from its value without each of G groups of images: sqrt((G - 1) / G sum_g (s_g - mean)^2). What is NaN is left
+    out; None of fewer than two groups."""
+    values = np.asarray(without, dtype=np.float64)
+    values = values[np.isfinite(values)]
+    return None if len(values) < 2 else float(np.sqrt((len(values) - 1) * values.var()))
+
+
 def share_error(count: float, n: float) -> float:
     """Standard error, in percentage points, of `count` images out of n: 100 sqrt(p (1 - p) / (n + 4)), p = (count + 2) / (n + 4);
     more than 0 where all or none count. Raises InputError for n below 1, or a count outside [0, n]."""
@@ -54,3 +75,13 @@ def overlap(a: tuple[float, float], b: tuple[float, float]) -> bool:
 def plus_minus(value: float, error: float | None, digits: int) -> str:
     """"79.5 ± 1.6" with so many digits; "79.5" where no error is known."""
     return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def with_error(name: str, value: float, error: float | None) -> dict[str, float]:
+    """{name: value, name_se: error} of one measure, `name` with its "_pct" left out in the second; without it where none is known."""
+    return {name: value} | ({} if error is None else {error_name(name): error})
+
+
+def error_name(name: str) -> str:
+    """What the standard error of a measure is called: top1_pct and top1_se, loss and loss_se."""
+    return f"{name.removesuffix('_pct')}_se"
