@@ -8,6 +8,11 @@ from matplotlib.axes import Axes
 NOISY = "hollow: too noisy to tell from 1"
 
 
+def noisy(low: float, high: float) -> bool:
+    """Whether a ratio's range holds 1, so that nothing is said of faster or slower; a baseline's is 1 alone, and is not noisy."""
+    return low <= 1 <= high and low < high
+
+
 class Point(NamedTuple):
     """A measured model: what it costs and what it is worth."""
 
@@ -18,8 +23,8 @@ class Point(NamedTuple):
 
     @property
     def noisy(self) -> bool:
-        """Whether the range holds 1, so that nothing is said of faster or slower; a baseline's is 1 alone, and is not noisy."""
-        return self.span is not None and self.span[0] <= 1 <= self.span[1] and self.span[0] < self.span[1]
+        """Whether it has a range, and that is `noisy`."""
+        return self.span is not None and noisy(*self.span)
 
 
 def error_bars(axis: Axes, xs: Any, ys: Any, errors: Sequence[float | None] | None, **look: Any) -> None:

@@ -14,6 +14,7 @@ from vitlab.plots.points import Point, draw_points, legend_beside
 from vitlab.plots.units import MARKERS, legend_above, plan_bars
 from vitlab.results import ResultRow
 from vitlab.shape import require
+from vitlab.uncertainty import error_name
 
 VALUES = {"top1_pct": "top-1 (%)", "top5_pct": "top-5 (%)", "miou_pct": "mIoU (%)"}       # of a result row, that costs are set against
 GROWS = "attention"                             # the part that grows with the square of the tokens, drawn at the bottom
@@ -30,9 +31,9 @@ def training_curves(logs: dict[str, Sequence[dict[str, Any]]]) -> Figure:
         for (name, log), line in zip(logs.items(), ("-", "--", "-.", ":") * len(logs)):
             epochs, steps = ([r for r in log if key in r and field in r] for key in ("epoch", "at_epoch"))
             drawn, = axis.plot([r["epoch"] for r in epochs], [r[field] for r in epochs], linestyle=line, marker=".", label=name)
-            known = [r for r in epochs if r.get(field.replace("_pct", "_se")) is not None] if field == measure[0] else []
+            known = [r for r in epochs if r.get(error_name(field)) is not None] if field == measure[0] else []
             if known:
-                low, high = ([r[field] + side * r[field.replace("_pct", "_se")] for r in known] for side in (-1, 1))
+                low, high = ([r[field] + side * r[error_name(field)] for r in known] for side in (-1, 1))
                 axis.fill_between([r["epoch"] for r in known], low, high, color=drawn.get_color(), alpha=0.2, linewidth=0)
             if steps:
                 axis.plot([r["at_epoch"] for r in steps], [r[field] for r in steps], color=drawn.get_color(), alpha=0.35, linewidth=1)
@@ -59,7 +60,7 @@ def accuracy_against_cost(rows: Sequence[ResultRow], value: str = "top1_pct") ->
         for index, row in enumerate(rows):
             if getattr(row, field) is not None and getattr(row, value) is not None:
                 span = row.conditions.get("speed", {}).get("ratio_range") if field == "ratio" else None
-                drawn.append(Point(getattr(row, field), getattr(row, value), getattr(row, value.replace("_pct", "_se"), None), span))
+                drawn.append(Point(getattr(row, field), getattr(row, value), getattr(row, error_name(value), None), span))
                 draw_points(axis, drawn[-1:], row.model, marker=MARKERS[index % len(MARKERS)], color=PALETTE[index % len(PALETTE)],
                             markersize=9, linestyle="none")
         axis.set(xlabel=label, ylabel=VALUES[value])
