@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from vitlab.files import InputError, append_line, read_lines, write_lines
+from vitlab.uncertainty import error_name, plus_minus
 
+ERRORS = {name: error_name(name) for name in ("top1_pct", "miou_pct", "loss")}      # what each one's standard error is called
 COLUMNS = ("model", "top1_pct", "gmacs", "params_m", "throughput_img_s", "ratio")
 
 
@@ -30,6 +32,9 @@ class ResultRow:
     throughput_img_s: float | None = None
     latency_ms: float | None = None         # one forward, batch 1 unless the conditions name another
     ratio: float | None = None              # throughput over the baseline's, measured in turn
+    top1_se: float | None = None            # standard errors over images: of top1_pct and miou_pct in points, of loss in nats
+    miou_se: float | None = None
+    loss_se: float | None = None
     conditions: dict[str, Any] = field(default_factory=dict)   # device, dtype, batch, threads, seed, versions
 
     def __post_init__(self) -> None:
@@ -42,6 +47,10 @@ class ResultRow:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 100:
                 raise InputError(f"{name} is {value}; a percentage from 0 to 100 is needed")
+        for name in ERRORS.values():
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise InputError(f"{name} is {value}; a standard error of at least 0 is needed")
 
 
 def append_row(path: str | Path, row: ResultRow) -> None:
@@ -69,12 +78,14 @@ def read_rows(path: str | Path) -> list[ResultRow]:
             raise InputError(f"{path}: {error}") from None
         row = merged.setdefault((record["model"], record.get("dataset", ""), record.get("split", "")), {})
         conditions = {**row.get("conditions", {}), **record.get("conditions", {})}
+        for name in ERRORS.keys() & record.keys():
+            row.pop(ERRORS[name], None)                         # that of an earlier measurement
         row.update(record, conditions=conditions)
     return [ResultRow(**row) for row in merged.values()]
 
 
 DIGITS = {"top1_pct": 2, "top5_pct": 2, "miou_pct": 2, "pixel_accuracy_pct": 2, "gmacs": 4, "params_m": 3, "throughput_img_s": 1,
-          "ratio": 2, "latency_ms": 2, "loss": 4}
+          "ratio": 2, "latency_ms": 2, "loss": 4, "agree_pct": 2, "distill_loss": 4}
 
 
 def format_cell(value: Any, column: str) -> str:
@@ -84,9 +95,21 @@ def format_cell(value: Any, column: str) -> str:
     return f"{value:.{DIGITS[column]}f}" if column in DIGITS else str(value)
 
 
+def shown(row: ResultRow, column: str) -> str:
+    """A row's value as tables show it, with its standard error where one is known: "79.54 ± 1.58"."""
+    value, error = getattr(row, column), getattr(row, ERRORS[column]) if column in ERRORS else None
+    return format_cell(value, column) if value is None or error is None else plus_minus(value, error, DIGITS[column])
+
+
+def in_words(measures: dict[str, Any]) -> str:
+    """Measures that are in DIGITS, by name, each with its standard error where one stands beside it."""
+    return ", ".join(f"{name} {plus_minus(value, measures.get(error_name(name)), DIGITS[name])}"
+                     for name, value in measures.items() if name in DIGITS)
+
+
 def format_table(rows: list[ResultRow], columns: tuple[str, ...] = COLUMNS) -> str:
     """Plain-text table, numbers right-aligned; '-' where nothing was measured."""
-    cells = [list(columns)] + [[format_cell(getattr(r, c), c) for c in columns] for r in rows]
+    cells = [list(columns)] + [[shown(r, c) for c in columns] for r in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines = ["  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(line, widths)))
              for line in cells]
@@ -124,6 +147,7 @@ def to_csv(labels: list[str], rows: list[ResultRow]) -> str:
 
 
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+         "±": r"$\pm$",
          **{c: f"\\{c}" for c in "&%$#_{}"}}
 
 
@@ -131,7 +155,7 @@ def to_latex(labels: list[str], rows: list[ResultRow], caption: str, columns: tu
     """A LaTeX table of the rows, each behind its label, for the package booktabs; everything in it is escaped."""
     def escaped(text: str) -> str:
         return "".join(LATEX.get(letter, letter) for letter in " ".join(text.split()))
-    lines = [["entry", *columns], *([label, *(format_cell(getattr(r, c), c) for c in columns)] for label, r in zip(labels, rows))]
+    lines = [["entry", *columns], *([label, *(shown(r, c) for c in columns)] for label, r in zip(labels, rows))]
     head, *body = [" & ".join(map(escaped, line)) + r" \\" for line in lines]
     shape = "l" + "".join("r" if c in DIGITS else "l" for c in columns)
     return "\n".join([r"% needs \usepackage{booktabs}", r"\begin{table}", rf"\caption{{{escaped(caption)}}}",
