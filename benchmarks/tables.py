@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vitlab.caveats import caveat
 from vitlab.files import atomic_write, read_lines
-from vitlab.plots.points import noisy
+from vitlab.results import with_range
 from vitlab.uncertainty import error_name, plus_minus, share_error
 
 HERE = Path(__file__).parent
@@ -20,7 +20,6 @@ PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "prune_and_merge.md",
 PAIRED = "against the dense model: the standard error of the images' own differences"
 RATIO = ("Throughput ratio: the dense model's time over this one's, both in turn in one process, the median over rounds, and in brackets "
          "the range over them")
-TOO_NOISY = "too noisy to tell"
 
 
 def _table(head: list[str], rows: list[list[str]], notes: list[str] | None = None) -> str:
@@ -72,10 +71,7 @@ def _range(r: dict) -> list[float] | None:
 
 def _ratio(r: dict) -> str:
     """ "1.60 (1.52 to 1.66)", marked where the range holds 1; "-" where no speed was measured."""
-    span = _range(r)
-    if not r["ratio"] or span is None:
-        return f"{r['ratio']:.2f}" if r["ratio"] else "-"
-    return f"{r['ratio']:.2f} ({span[0]:.2f} to {span[1]:.2f})" + (f", {TOO_NOISY}" if noisy(*span) else "")
+    return with_range(r["ratio"], _range(r)) if r["ratio"] else "-"
 
 
 def _speed(rows: list[dict]) -> tuple[str, list[str]]:

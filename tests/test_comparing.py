@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 
 from vitlab.files import InputError
-from vitlab.workbench.comparing import clear_lowest, lines, over_seeds, summary, table, told_apart, verdict
+from vitlab.results import ResultRow
+from vitlab.workbench.comparing import clear_lowest, difference, lines, over_seeds, summary, table, told_apart, verdict
 
 
 def rows(values: dict[str, list[list[float]]], error: float | None = .05, dimension: str = "neurons") -> list[dict]:
@@ -72,3 +73,10 @@ def test_lines_for_the_figure_are_the_means_and_errors_over_blocks():
 def test_a_dimension_that_was_not_cut_is_named():
     with pytest.raises(InputError, match="no heads were cut"):
         summary(rows(RULED), "heads")
+
+
+def test_a_difference_of_rows_says_how_sure_it_is_and_where_nothing_can_be_told():
+    dense, small = ResultRow(model="a", top1_pct=80.0, top1_se=3.0), ResultRow(model="b", top1_pct=70.0, top1_se=4.0)
+    assert difference(small, dense) == "-10.00 ± 5.00" and difference(small, ResultRow(model="c", top1_pct=60.0)) == "+10.00"
+    near = ResultRow(model="d", top1_pct=71.0, top1_se=4.0)
+    assert difference(near, dense) == "-9.00 ± 5.00, can't be told from 0"              # 1.96 * 5 is 9.8

@@ -4,14 +4,19 @@ import dataclasses
 import io
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vitlab.caveats import caveat_of
 from vitlab.files import InputError, append_line, read_lines, write_lines
 from vitlab.uncertainty import error_name, plus_minus
 
 ERRORS = {name: error_name(name) for name in ("top1_pct", "miou_pct", "loss")}      # what each one's standard error is called
+PLUS_MINUS = "±: one standard error over images"
+RATIO = "ratio: the baseline's time over the model's, in turn in one process, the median over rounds; in brackets the range over them"
+TOO_NOISY = "too noisy to tell"
 COLUMNS = ("model", "top1_pct", "gmacs", "params_m", "throughput_img_s", "ratio")
 
 
@@ -95,9 +100,29 @@ def format_cell(value: Any, column: str) -> str:
     return f"{value:.{DIGITS[column]}f}" if column in DIGITS else str(value)
 
 
+def noisy(low: float, high: float) -> bool:
+    """Whether a ratio's range holds 1, so that nothing is said of faster or slower; a baseline's is 1 alone, and is not noisy."""
+    return low <= 1 <= high and low < high
+
+
+def with_range(ratio: float, span: Sequence[float] | None) -> str:
+    """A throughput ratio with its range over the rounds of timing, marked where that holds 1: "1.60 (1.52 to 1.66)". A baseline, and a
+    ratio whose range is not known, stand alone."""
+    if span is None or span[0] == span[1]:
+        return f"{ratio:.2f}"
+    return f"{ratio:.2f} ({span[0]:.2f} to {span[1]:.2f})" + (f", {TOO_NOISY}" if noisy(*span) else "")
+
+
+def speed_of(row: ResultRow) -> dict[str, Any]:
+    """What a row's speed was measured under; {} where none was."""
+    return row.conditions.get("speed", {})
+
+
 def shown(row: ResultRow, column: str) -> str:
-    """A row's value as tables show it, with its standard error where one is known: "79.54 ± 1.58"."""
+    """A row's value as tables show it, with its standard error, or a ratio's range, where one is known: "79.54 ± 1.58"."""
     value, error = getattr(row, column), getattr(row, ERRORS[column]) if column in ERRORS else None
+    if column == "ratio" and value is not None:
+        return with_range(value, speed_of(row).get("ratio_range"))
     return format_cell(value, column) if value is None or error is None else plus_minus(value, error, DIGITS[column])
 
 
@@ -115,6 +140,22 @@ def format_table(rows: list[ResultRow], columns: tuple[str, ...] = COLUMNS) -> s
              for line in cells]
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join(lines)
+
+
+def titles(rows: list[ResultRow], columns: tuple[str, ...]) -> list[str]:
+    """Names of the columns; those of speed say of which batch: "ratio (batch 32)"."""
+    sizes = list(dict.fromkeys(speed_of(row)["batch_size"] for row in rows if "batch_size" in speed_of(row)))
+    batches = {"throughput_img_s": sizes, "ratio": sizes, "latency_ms": [1] if sizes else []}
+    return [f"{name} (batch {', '.join(map(str, batches[name]))})" if batches.get(name) else name for name in columns]
+
+
+def notes(rows: list[ResultRow], columns: tuple[str, ...] = COLUMNS) -> str:
+    """What is said once below a table of rows: what ± stands for, what the ratio is, and the caveat of quick runs and toy data."""
+    known = any(getattr(row, ERRORS[name]) is not None for row in rows for name in columns if name in ERRORS)
+    timed = "ratio" in columns and any(row.ratio is not None for row in rows)
+    where = titles(rows, ("ratio",))[0].partition(" ")[2]
+    lines = [PLUS_MINUS if known else "", f"{RATIO}{' ' + where if where else ''}" if timed else "", caveat_of(rows)]
+    return "\n".join(line for line in lines if line)
 
 
 def conditions_of(row: ResultRow) -> dict[str, Any]:
@@ -155,7 +196,7 @@ def to_latex(labels: list[str], rows: list[ResultRow], caption: str, columns: tu
     """A LaTeX table of the rows, each behind its label, for the package booktabs; everything in it is escaped."""
     def escaped(text: str) -> str:
         return "".join(LATEX.get(letter, letter) for letter in " ".join(text.split()))
-    lines = [["entry", *columns], *([label, *(shown(r, c) for c in columns)] for label, r in zip(labels, rows))]
+    lines = [["entry", *titles(rows, columns)], *([label, *(shown(r, c) for c in columns)] for label, r in zip(labels, rows))]
     head, *body = [" & ".join(map(escaped, line)) + r" \\" for line in lines]
     shape = "l" + "".join("r" if c in DIGITS else "l" for c in columns)
     return "\n".join([r"% needs \usepackage{booktabs}", r"\begin{table}", rf"\caption{{{escaped(caption)}}}",

@@ -5,12 +5,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 
+from vitlab.results import noisy
+
 NOISY = "hollow: too noisy to tell from 1"
-
-
-def noisy(low: float, high: float) -> bool:
-    """Whether a ratio's range holds 1, so that nothing is said of faster or slower; a baseline's is 1 alone, and is not noisy."""
-    return low <= 1 <= high and low < high
 
 
 class Point(NamedTuple):

@@ -10,9 +10,11 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 from vitlab.files import InputError
-from vitlab.uncertainty import interval, overlap, plus_minus, standard_error
+from vitlab.results import ResultRow
+from vitlab.uncertainty import error_name, interval, overlap, plus_minus, standard_error
 
 Z = 1.96                                        # standard errors from a mean to the ends of its interval of 95 %
+UNTOLD = ", can't be told from 0"
 RANDOM = "random"                               # the criterion that knows nothing
 
 
@@ -23,6 +25,14 @@ def clear_lowest(values: Sequence[float], errors: Sequence[float | None]) -> int
     ends = [(value - Z * error, value + Z * error) for value, error in zip(values, errors)]
     lowest = int(np.argmin(values))
     return None if any(overlap(ends[lowest], other) for i, other in enumerate(ends) if i != lowest) else lowest
+
+
+def difference(row: ResultRow, base: ResultRow, name: str = "top1_pct") -> str:
+    """A row's value less another's, in points: "+1.20 ± 0.55, can't be told from 0". The error is that of two draws of images, sqrt(e^2 +
+    e'^2), as rows don't keep their images: of the same images the difference is surer."""
+    value, errors = getattr(row, name) - getattr(base, name), [getattr(each, error_name(name)) for each in (row, base)]
+    error = None if None in errors else float(np.hypot(*errors))
+    return f"{value:+.2f}" + ("" if error is None else f" ± {error:.2f}{UNTOLD if abs(value) <= Z * error else ''}")
 
 
 def over_seeds(rows: Sequence[dict[str, Any]], dimension: str) -> dict[str, dict[int, tuple[float, float | None]]]:

@@ -53,10 +53,10 @@ def write_offers(out: str | Path, offers: Sequence[Offer]) -> None:
 
 
 def offers_figure(offers: Sequence[Offer]) -> Figure:
-    """Agreement with the dense model against GMACs, a line per rule."""
-    lines: dict[str, list[tuple[float, float]]] = {}
+    """Agreement with the dense model against GMACs, a line per rule, with bars of one standard error."""
+    lines: dict[str, list[tuple[float, float, float | None]]] = {}
     for offer in offers:
-        lines.setdefault(offer.rule, []).append((offer.gmacs, offer.agree_pct))
+        lines.setdefault(offer.rule, []).append((offer.gmacs, offer.agree_pct, offer.agree_se))
     shape = offers[0].plan.shape
     label = f"{'pixels' if shape.decoder else 'images'} classified as by the dense model (%)"
     return trade_offs({GMACS: lines}, label, {GMACS: (cost.gmacs(CompressionPlan.empty(shape)), 100.0)})

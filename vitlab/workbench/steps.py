@@ -274,10 +274,11 @@ def deployed(found: Checkpoint) -> nn.Module:
 def evaluate(source: Source, data: str | Path, *, name: str | None = None, split: str = "held_out",
              out: str | Path | None = None, batch_size: int | None = None, device: str | None = None, amp: bool | None = False,
              class_map: str | Path | None = None, crop_pct: float | None = None, limit: int | None = None, seed: int = 0,
-             workers: int | None = None, progress: bool = True, **windows: Any) -> ResultRow:
+             workers: int | None = None, quick: bool = False, progress: bool = True, **windows: Any) -> ResultRow:
     """Accuracy and cost of a model's deployed form; a row, appended to out/results.jsonl where `out` is given. batch_size None: 64,
-    or of a Segmenter 1, so that images may differ in size. windows: window, stride, scales and flip of `segment`, of a Segmenter alone;
-    gmacs is of one window. Outputs are taken for one softmax over the classes. Raises InputError for a model without classes.
+    or of a Segmenter 1, so that images may differ in size. quick: the row says that it is of a quick run (`vitlab.caveats`). windows:
+    window, stride, scales and flip of `segment`, of a Segmenter alone; gmacs is of one window. Outputs are taken for one softmax over
+    the classes. Raises InputError for a model without classes.
     """
     found = open_model(source)
     need_classifier(found.model, "top-1, mIoU and loss")
@@ -301,7 +302,7 @@ def evaluate(source: Source, data: str | Path, *, name: str | None = None, split
         model=name or str(source), dataset=opened.name, split=opened.held_out if split == "held_out" else split,
         **measures, gmacs=cost.gmacs(found.plan), params_m=cost.params(model)["total"] / 1e6,
         conditions={"device": str(device), "dtype": "bfloat16" if amp else "float32", "limit": limit, "seed": seed, **more,
-                    "form": "deployed", "plan": found.plan.made_by, "versions": checkpoint.versions()})
+                    "quick": quick, "form": "deployed", "plan": found.plan.made_by, "versions": checkpoint.versions()})
     if out is not None and parallel.is_first():
         append_row(Path(out) / RESULTS, row)
     return row
@@ -319,17 +320,18 @@ def _scene_measures(found: Segmentation, classes: list[str], windows: dict[str, 
 
 def throughput(sources: dict[str, Source], *, batch_size: int = 32, repeats: int = 10, dtype: str = "float32",
                device: str | None = None, progress: bool = True, out: str | Path | None = None,
-               like: ResultRow | None = None) -> list[ResultRow]:
+               like: ResultRow | None = None, quick: bool = False) -> list[ResultRow]:
     """Speed of deployed models at `batch_size`, and their latency at batch 1; the first is the baseline, all in turn in this process.
     A timm name stands for the architecture alone, with random weights.
 
-    Rows are appended to out/results.jsonl where `out` is given; `like` is a row that says of which dataset and split.
+    Rows are appended to out/results.jsonl where `out` is given; `like` is a row that says of which dataset and split; quick: that they
+    are of a quick run (`vitlab.caveats`).
     """
     device = pick_device(device)
     models = {n: deployed(open_model(s, pretrained=False)) for n, s in sources.items()}
     options = {"repeats": repeats, "dtype": dtype, "device": device, "progress": progress}
     speeds, single = timing.measure(models, batch_size=batch_size, **options), timing.measure(models, batch_size=1, **options)
-    conditions = timing.conditions(device, dtype, batch_size, repeats)
+    conditions = timing.conditions(device, dtype, batch_size, repeats) | ({"quick": True} if quick else {})
     rows = [ResultRow(model=name, dataset=like.dataset if like else "", split=like.split if like else "",
                       throughput_img_s=speed.throughput_img_s, ratio=speed.ratio, latency_ms=single[name].latency_ms,
                       conditions={"speed": conditions | {"ratio_range": [speed.ratio_min, speed.ratio_max],
