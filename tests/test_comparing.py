@@ -23,7 +23,7 @@ def test_a_mean_that_one_block_rules_is_not_what_is_said():
     assert list(found["median"]) == [2, 1, 3] and list(found["lowest in blocks"]) == ["1 of 5", "4 of 5", "0 of 5"]
     said = verdict(rows(RULED), "neurons")
     assert said.startswith("neurons, 5 blocks, 1 seed: b has the lowest median, but can't be told apart from a, random")
-    assert "not better than random cuts: a, b" in said and "one seed" in said
+    assert "not shown to be better than random cuts: a, b" in said and "one seed" in said
 
 
 def test_criteria_are_told_apart_by_the_differences_of_blocks_and_not_by_their_levels():

@@ -272,12 +272,12 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from vitlab.results import format_table, read_rows
+    from vitlab.results import format_table, notes, read_rows
     from vitlab.workbench import notebooks, steps
     parameters = {n: {"run": args.out} | ({"quick": True} if args.quick else {}) for n in DEMO}
     notebooks.run_all(list(DEMO), args.out, parameters)
-    print(format_table(read_rows(f"{args.out}/{steps.RESULTS}")))
-    print(f"report: {args.out}/report.html")
+    rows = read_rows(f"{args.out}/{steps.RESULTS}")
+    print(format_table(rows), notes(rows), f"report: {args.out}/report.html", sep="\n")
 
 
 COMMANDS = {"pretrain": _pretrain, "segment": _segment, "score": _score, "prune": _prune, "search": _search, "tonight": _tonight,

@@ -120,5 +120,5 @@ def verdict(rows: Sequence[dict[str, Any]], dimension: str) -> str:
              f"{best} costs least, told apart from all others" if len(found) > 1 else f"{best} alone was measured")
     if RANDOM in found and best != RANDOM:
         lost = [name for name in found if name != RANDOM and told_apart(found, name, RANDOM) >= 0]
-        said += f"; not better than random cuts: {', '.join(lost) or 'none'}"
+        said += f"; not shown to be better than random cuts: {', '.join(lost) or 'none'}"
     return said + ("; one seed, so another may say otherwise" if seeds == 1 else "")
