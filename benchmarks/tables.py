@@ -14,7 +14,7 @@ from vitlab.uncertainty import error_name, plus_minus, share_error
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "prune_and_merge.md", HERE.parent / "docs" / "search.md",
          HERE.parent / "docs" / "off_the_shelf.md", HERE.parent / "docs" / "results.md", HERE.parent / "docs" / "scale.md",
-         HERE.parent / "docs" / "segmentation.md")
+         HERE.parent / "docs" / "segmentation.md", HERE.parent / "docs" / "log.md")
 
 
 PAIRED = "against the dense model: the standard error of the images' own differences"
