@@ -54,6 +54,7 @@ def incumbents(curves: dict[str, Sequence[Sequence[float]]], *, label: str,
         axis.plot(steps, line, drawstyle="steps-post", color=colour, marker=MARKERS[index % len(MARKERS)], markersize=5,
                   markevery=changes, label=name)
         low, high, given = best.min(axis=0), best.max(axis=0), (errors or {}).get(name)
+        given = None if given is None or all(error is None for error in given) else given
         if len(seeds) == 1 and given is not None:
             # A best value's error is that of the evaluation which gave it: the first with this value.
             where = [next((t for t, value in enumerate(seeds[0]) if value == found), None) for found in line]
@@ -187,18 +188,21 @@ def parallel_coordinates(names: Sequence[str], policies: Any, values: Any, label
 
 
 def moment(values: Any, *, total: int, label: str, dimension: str, grid: Any = (), lines: dict[str, tuple[Any, Any, Any, float]],
-           expected: tuple[float, float] | None = None, then: float | None = None) -> Figure:
+           expected: tuple[float, float] | None = None, then: float | None = None,
+           errors: Sequence[float | None] | None = None) -> Figure:
     """A search at one moment: what it has measured, and what its GP believes along one dimension of the policy.
 
-    values (K,): measured so far, label names them; total: evaluations on the axis. expected: the GP's (mean, deviation) of the
-    next policy; then: what was measured of it. grid (G,): fractions cut of `dimension`; lines {what the other dimensions are
-    held at: (means (G,), deviations (G,), log EI (G,), the fraction at which that policy stands)}. Bands are +/- 2 deviations.
+    values (K,): measured so far, label names them; errors: their standard errors, where they are known; total: evaluations on the
+    axis. expected: the GP's (mean, deviation) of the next policy; then: what was measured of it. grid (G,): fractions cut of
+    `dimension`; lines {what the other dimensions are held at: (means (G,), deviations (G,), log EI (G,), the fraction at which that
+    policy stands)}. Bands are +/- 2 deviations.
     """
     style()
     figure, axes = plt.subplot_mosaic([["values", "values"], ["belief", "acquisition"]], figsize=(9.4, 5.8), layout="constrained")
     values, grid = as_array(values), as_array(grid)
     axis, steps = axes["values"], np.arange(len(values))
     axis.plot(steps, values, marker="o", markersize=4, linestyle="none", color=PALETTE[0], label="measured")
+    error_bars(axis, steps, values, errors, ecolor=PALETTE[0])
     axis.plot(steps, np.fmax.accumulate(values), drawstyle="steps-post", color="0.4", label="best so far")
     if expected is not None:
         axis.errorbar(len(values), expected[0], 2 * expected[1], marker="s", markersize=5, linestyle="none", color=PALETTE[1],
