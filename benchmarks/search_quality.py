@@ -4,10 +4,10 @@
     pip install optuna botorch -c constraints.txt
     python benchmarks/search_quality.py --dense DENSE --data CIFAR10 --run RUN
 
-Every (strategy, budget, seed) is EVALUATIONS policies of heads, neurons and token selection, measured by top-1 on one slice of
-train; the best policy of each is then measured on HELD other images of train, so that over-fitting of the slice shows. Each is a
-journal in a folder of its own below --run, and all share the measured policies in RUN/measured.jsonl: nothing is measured
-twice, and a run that was killed goes on.
+Every (strategy, budget, seed) is EVALUATIONS policies of heads, neurons and token selection, those that a start measures alone
+included, measured by top-1 on one slice of train; the best policy of each is then measured on HELD other images of train, so that
+over-fitting of the slice shows. Each is a journal in a folder of its own below --run, and all share the measured policies in
+RUN/measured.jsonl: nothing is measured twice, and a run that was killed goes on.
 
 The peers propose in the same box, [0, max_ratio] in every dimension, and do not know the budget: their proposals are brought to
 it by Budget.project, and the policy it gives is what is measured and counted (one that falls short of the budget's
@@ -45,6 +45,7 @@ from vitlab.models import shape_of
 from vitlab.plots import incumbents, save_figure
 from vitlab.results import ResultRow, write_rows
 from vitlab.search import Budget, SearchSpace, Study
+from vitlab.search.allocation import levels
 from vitlab.search.strategies import Settings
 from vitlab.training.objective import PlanObjective
 from vitlab.training.units import unit_scores
@@ -107,9 +108,11 @@ TPE, LOG_EI = Peer(propose=optuna_tpe, package="optuna", initial="10 random poin
     propose=botorch_log_ei, package="botorch", initial=f"{SOBOL} Sobol points")
 PEERS = {"optuna": replace(TPE, told="proposed"), "optuna, projected": TPE, "optuna, even heads": replace(TPE, even_heads=True),
          "botorch": LOG_EI, "botorch, even heads": replace(LOG_EI, even_heads=True)}
-OURS = {"gp": "10 policies, varied: uniform ones first", "random": "random",
+OURS = {"gp": "10 policies, varied: uniform ones first",
+        "gp, sensitivity": "each dimension cut alone, then 5 policies that follow from it and 5 varied", "random": "random",
         "uniform": "one ratio for all groups, each group alone, then random"}
-LABELS = {"gp": "vitlab, gp", "random": "random", "uniform": "uniform per group", "optuna": "Optuna TPE",
+LABELS = {"gp": "vitlab, gp", "gp, sensitivity": "vitlab, gp, from sensitivity", "random": "random", "uniform": "uniform per group",
+          "optuna": "Optuna TPE",
           "optuna, projected": "Optuna TPE, told the projection", "optuna, even heads": "Optuna TPE, even heads",
           "botorch": "BoTorch log EI", "botorch, even heads": "BoTorch log EI, even heads"}
 
@@ -155,10 +158,16 @@ def peer(name: str, folder: Path, space: SearchSpace, budget: Budget, seed: int,
 
 
 def ours(name: str, folder: Path, space: SearchSpace, budget: Budget, seed: int, total: int, measure: Measure) -> list[dict]:
-    """The same of a vitlab.search.Study; fewer lines where it finds no other policy."""
-    study = Study(folder, space, budget, strategy=name, seed=seed, options=Settings(evaluations=total))
+    """The same of a vitlab.search.Study; fewer lines where it finds no other policy. What a start measures beside policies of the budget
+    counts as evaluations: lines of their own, without a value, and as many fewer of the search."""
+    strategy, _, initial = name.partition(", ")
+    options = Settings(evaluations=total, initial=initial or Settings.initial)
+    if initial:
+        options = replace(options, evaluations=max(1, total - 1 - sum(map(len, levels(space)))))
+    study = Study(folder, space, budget, strategy=strategy, seed=seed, options=options)
     study.run(measure, progress=False)
-    return [{"policy": list(e.policy), "meets": True, "cost": e.cost, "value": e.value} for e in study.evaluations[:total]]
+    started = [{"policy": None, "meets": True, "cost": None, "value": float("nan")}] * (study.spent - len(study.evaluations))
+    return [*started, *({"policy": list(e.policy), "meets": True, "cost": e.cost, "value": e.value} for e in study.evaluations)][:total]
 
 
 def draw(args: argparse.Namespace, model: torch.nn.Module) -> list[list[tuple[Tensor, Tensor]]]:
@@ -191,12 +200,13 @@ def check_same(path: Path, about: dict) -> None:
 
 def row(name: str, fraction: float, seed: int, lines: list[dict], held: Measure, about: dict) -> ResultRow:
     values = np.array([line["value"] for line in lines])
-    best = lines[int(values.argmax())]
+    best = lines[int(np.nanargmax(values))]
     initial, told = (OURS[name], "policy") if name in OURS else (PEERS[name].initial + ", projected", PEERS[name].told)
     return ResultRow(model=f"{name}, {fraction:.0%} of the MACs, seed {seed}", dataset="cifar10", split=f"{HELD} other images of train",
                      top1_pct=held(np.array(best["policy"]))["top1_pct"], gmacs=best["cost"],
                      conditions={"strategy": name, "fraction": fraction, "seed": seed, "evaluations": len(lines),
-                                 "best_so_far": np.maximum.accumulate(values).tolist(), "initial": initial, "learns_from": told,
+                                 "best_so_far": [v if np.isfinite(v) else None for v in np.fmax.accumulate(values).tolist()],
+                                 "initial": initial, "learns_from": told,
                                  "below_tolerance": sum(not line["meets"] for line in lines), "policy": best["policy"], **about})
 
 
@@ -215,8 +225,8 @@ def figures(rows: list[ResultRow], about: dict) -> None:
 
 def summary(rows: list[ResultRow]) -> str:
     """Median (least to largest of the seeds) of the best so far at three counts and of the best policy on other images."""
-    def text(values: list[float]) -> str:
-        return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+    def text(values: list[float | None]) -> str:
+        return "-" if None in values else f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
     lines = []
     for fraction, name in dict.fromkeys((r.conditions["fraction"], r.conditions["strategy"]) for r in rows):
         mine = [r for r in rows if (r.conditions["fraction"], r.conditions["strategy"]) == (fraction, name)]
@@ -266,7 +276,7 @@ def main(args: argparse.Namespace) -> None:
                 folder = args.run / f"{name.replace(', ', '-')}-{100 * fraction:.0f}-{seed}"
                 lines = (ours if name in OURS else peer)(name, folder, space, budget, seed, args.evaluations, measures[0])
                 rows.append(row(name, fraction, seed, lines, measures[1], about))
-                print(rows[-1].model, [round(v, 1) for v in rows[-1].conditions["best_so_far"][9::10]], rows[-1].top1_pct, flush=True)
+                print(rows[-1].model, [v and round(v, 1) for v in rows[-1].conditions["best_so_far"][9::10]], rows[-1].top1_pct, flush=True)
     rows.sort(key=lambda r: (FRACTIONS.index(r.conditions["fraction"]), args.strategies.index(r.conditions["strategy"])))
     print(summary(rows))
     if not args.dry:

@@ -167,8 +167,8 @@ def hsic_speed(rows: list[dict]) -> str:
 
 def search_quality(rows: list[dict]) -> str:
     """One line per budget and strategy: best so far, and the best policy's top-1 on other images, median (range) of the seeds."""
-    def text(values: list[float]) -> str:
-        return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+    def text(values: list[float | None]) -> str:
+        return "-" if None in values else f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
     body = []
     for fraction, name in dict.fromkeys((r["conditions"]["fraction"], r["conditions"]["strategy"]) for r in rows):
         mine = [r for r in rows if (r["conditions"]["fraction"], r["conditions"]["strategy"]) == (fraction, name)]

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.files import InputError
 from vitlab.models import compress, shape_of
-from vitlab.training.capture import TOKEN_CRITERIA, attention_maps, token_scores
+from vitlab.training.capture import TOKEN_CRITERIA, attention_maps, scored, token_scores
 
 NUM_CLASSES = 7
 
@@ -52,30 +52,31 @@ def explicit_attention(attn, maps: list):
 
 
 def scores_slowly(model, batches, absolute: str) -> list[list[float]]:
-    """A1 in loops: | sum over b, h, i of G * A | / (B H N), summed over batches; the absolute value per image if asked."""
+    """A1 in loops. "image": the mean over images, each by itself, of | sum over h, i of G * A | / (H N). "batch": of each batch's mean
+    loss | sum over b, h, i of G * A | / (B H N), summed over batches, each weighing its images over those of the mean batch."""
     depth, prefix = len(model.blocks), model.num_prefix_tokens
-    total = None
-    for images, targets in batches:
+    images = sum(len(x) for x, _ in batches)
+    if absolute == "image":
+        batches = [(x[b:b + 1], y[b:b + 1]) for x, y in batches for b in range(len(x))]
+    mean_batch, total = images / len(batches), None
+    for x, targets in batches:
         maps: list[dict] = []
         for block in model.blocks:
             block.attn.forward = explicit_attention(block.attn, maps)
-        F.cross_entropy(model(images), targets, ignore_index=255).backward()       # of pixels that count; no image is of class 255
+        F.cross_entropy(model(x), targets, ignore_index=255).backward()            # of pixels that count; no image is of class 255
         for block in model.blocks:
             del block.attn.forward
         for layer in range(depth):
-            count, heads = len(images), model.blocks[layer].attn.num_heads
-            n = maps[layer][0, 0].shape[0]
-            per_image = [[0.0] * n for _ in range(count)]
-            for (b, _), attention in maps[layer].items():
+            heads, n = model.blocks[layer].attn.num_heads, maps[layer][0, 0].shape[0]
+            column = [0.0] * n
+            for attention in maps[layer].values():
                 for a_row, g_row in zip(attention.tolist(), attention.grad.tolist()):
                     for j in range(n):
-                        per_image[b][j] += g_row[j] * a_row[j]
-            if total is None:
-                total = [[0.0] * (n - prefix) for _ in range(depth)]
+                        column[j] += g_row[j] * a_row[j]
+            total = [[0.0] * (n - prefix) for _ in range(depth)] if total is None else total
             for j in range(prefix, n):
-                column = [per_image[b][j] for b in range(count)]
-                value = abs(sum(column)) if absolute == "batch" else sum(abs(c) for c in column)
-                total[layer][j - prefix] += value / (count * heads * n)
+                share = 1 / images if absolute == "image" else len(x) / mean_batch / mean_batch
+                total[layer][j - prefix] += share * abs(column[j]) / (heads * n)
     model.zero_grad()
     return total
 
@@ -103,11 +104,33 @@ def test_absolute_per_image_differs_from_per_batch_and_is_never_smaller(tiny_vit
     assert bool((each >= whole * (1 - 1e-5)).all()) and float((each / whole).max()) > 1.1
 
 
-def test_scores_add_up_over_batches(tiny_vit, images):
+@pytest.mark.parametrize("absolute", ["batch", "image"])
+def test_each_batch_counts_by_its_images(tiny_vit, images, absolute):
     model = tiny_vit("deit")
     batches = batches_for(model, images)
-    parts = [token_scores(model, [batch], progress=False) for batch in batches]
-    torch.testing.assert_close(token_scores(model, batches, progress=False), parts[0] + parts[1], rtol=1e-6, atol=0)
+    # A batch alone gives | . | / 3 or / 2 of the mean loss; together they weigh 3 / 2.5 and 2 / 2.5, over a mean batch of 2.5.
+    shares = (3 / 5, 2 / 5) if absolute == "image" else ((3 / 2.5)**2, (2 / 2.5)**2)
+    parts = [share * token_scores(model, [batch], absolute=absolute, progress=False) for batch, share in zip(batches, shares)]
+    torch.testing.assert_close(token_scores(model, batches, absolute=absolute, progress=False), parts[0] + parts[1], rtol=1e-6, atol=0)
+
+
+def test_equal_batches_give_the_published_sum_over_batches(tiny_vit, images):
+    model = tiny_vit("deit")
+    batches = batches_for(model, images, (3, 3))
+    parts = [token_scores(model, [batch], absolute="batch", progress=False) for batch in batches]
+    torch.testing.assert_close(token_scores(model, batches, absolute="batch", progress=False), parts[0] + parts[1], rtol=1e-6, atol=0)
+
+
+def test_scores_per_image_do_not_depend_on_how_129_images_come_in_batches(tiny_vit, images):
+    model = tiny_vit("deit").double()
+    x, y = batches_for(model, images, (129,))[0]
+    uneven, even, backwards = ([(part.double(), targets) for part, targets in zip(x.split(sizes), y.split(sizes))]
+                               for sizes in ([64, 64, 1], [43, 43, 43], [1, 64, 64]))
+    wanted = token_scores(model, even, progress=False)
+    for given in (uneven, backwards):
+        assert float((token_scores(model, given, progress=False) / wanted - 1).abs().max()) < 1e-9     # float64: sums in another order
+    alone = token_scores(model, uneven[2:], progress=False)                     # no image makes up the most of the score
+    assert float(((129 * wanted - alone) > 0).double().mean()) == 1 and float((alone / (129 * wanted)).mean()) < 0.05
 
 
 def test_scores_per_image_do_not_depend_on_the_order_of_images(tiny_vit, images):
@@ -171,8 +194,19 @@ def test_pixels_that_are_ignored_have_no_part_in_token_scores():
     other = [(x, torch.where(y == 255, y, (y + 1) % PIXEL_CLASSES)) for x, y in batches]
     first, second = (token_scores(model, given, progress=False) for given in (batches, other))
     assert float((first - second).abs().max()) > 0.01 * float(first.max())       # targets matter
-    nothing = [*batches, (scenes(2), torch.full((2, 24, 40), 255))]
-    assert torch.equal(token_scores(model, nothing, progress=False), first)
+    nothing = [*batches, (scenes(2), torch.full((2, 24, 40), 255))]             # seven images, two of which add nothing to the mean
+    torch.testing.assert_close(token_scores(model, nothing, progress=False) * 7 / 5, first, rtol=1e-6, atol=0)
+
+
+def test_token_scores_of_a_segmenter_do_not_depend_on_the_batches_though_images_have_other_numbers_of_pixels_that_count():
+    model = small().double()
+    batches = [(x.double(), y) for x, y in scenes_for(model)]
+    batches[0][1][0, :, 8:] = 255                                               # a fifth of the first image is left
+    whole = [tuple(torch.cat(parts) for parts in zip(*batches))]
+    alone = [(x[b:b + 1], y[b:b + 1]) for x, y in batches for b in range(len(x))]
+    wanted = token_scores(model, whole, progress=False)
+    for given in (batches, alone):
+        assert float((token_scores(model, given, progress=False) / wanted - 1).abs().max()) < 1e-9     # float64
 
 
 def test_class_attention_and_hsic_of_a_segmenter_are_their_definitions():
@@ -184,12 +218,12 @@ def test_class_attention_and_hsic_of_a_segmenter_are_their_definitions():
     entering: list[torch.Tensor] = []
     handles = [b.norm1.register_forward_pre_hook(lambda m, inputs: entering.append(inputs[0])) for b in model.blocks]
     expected = 0
-    for x, _ in batches[:2]:
+    for x, _ in batches:
         entering.clear()
         with torch.no_grad():
-            linear = oracle_linear(model.patch_logits(x).softmax(dim=1).reshape(3, -1))     # all patches' probabilities of an image
+            linear = oracle_linear(model.patch_logits(x).softmax(dim=1).reshape(len(x), -1))        # all patches' probabilities of an image
         rows = [[oracle_hsic(oracle_gaussian(e[:, j]), linear) for j in range(1, e.shape[1])] for e in entering]
-        expected = expected + torch.tensor(rows, dtype=torch.float64) / 2
+        expected = expected + len(x) / 8 * ((8 / 3) / len(x))**2 * torch.tensor(rows, dtype=torch.float64)       # 8 images, 3 batches
     for handle in handles:
         handle.remove()
     got = token_scores(model, batches, criterion="hsic", progress=False)
@@ -229,22 +263,35 @@ def test_class_attention_is_the_mean_over_images_and_heads_of_the_class_tokens_r
     assert got.shape == expected.shape and float((got - expected).abs().max()) < 1e-12      # float64
 
 
-def test_hsic_of_a_patch_is_that_of_what_enters_the_block_there_averaged_over_full_batches(tiny_vit, family, images):
+def test_hsic_of_a_patch_is_that_of_what_enters_the_block_there_averaged_over_all_images(tiny_vit, family, images):
     model = tiny_vit(family).double()
     batches = [(x.double(), y) for x, y in batches_for(model, images, (3, 3, 2))]
     entering: list[torch.Tensor] = []
     handles = [b.norm1.register_forward_pre_hook(lambda m, inputs: entering.append(inputs[0])) for b in model.blocks]
     expected = 0
-    for x, _ in batches[:2]:
+    for x, _ in batches:
         entering.clear()
         with torch.no_grad():
             linear = oracle_linear(model(x).softmax(dim=1))
         rows = [[oracle_hsic(oracle_gaussian(e[:, j]), linear) for j in range(model.num_prefix_tokens, e.shape[1])] for e in entering]
-        expected = expected + torch.tensor(rows, dtype=torch.float64) / 2
+        expected = expected + len(x) / 8 * ((8 / 3) / len(x))**2 * torch.tensor(rows, dtype=torch.float64)       # 8 images, 3 batches
     for handle in handles:
         handle.remove()
     got = token_scores(model, iter(batches), criterion="hsic", progress=False)
     assert got.shape == expected.shape and float((got - expected).abs().max()) < 1e-9       # float64, sums in another order
+
+
+def test_an_image_that_is_missing_from_the_first_batch_leaves_all_others_in_hsic(tiny_vit, images):
+    model = tiny_vit("deit").double()
+    batches = [(x.double(), y) for x, y in batches_for(model, images, (7, 7, 7, 7))]
+    one_missing = [(batches[0][0][1:], batches[0][1][1:]), *batches[1:]]
+    settings = {"criterion": "hsic", "absolute": "image", "device": None, "progress": False}
+    whole, (found, used) = token_scores(model, batches, criterion="hsic", progress=False), scored(model, one_missing, **settings)
+    assert used == 27 and scored(model, [*batches, (batches[0][0][:1], batches[0][1][:1])], **settings)[1] == 28     # one alone: none
+    parts = [token_scores(model, [batch], criterion="hsic", progress=False) for batch in one_missing]
+    wanted = sum(len(x) / 27 * (27 / 4 / len(x))**2 * part for part, (x, _) in zip(parts, one_missing))
+    assert float((found - wanted).abs().max()) < 1e-12 * float(wanted.max())
+    assert float(F.cosine_similarity(found, whole, dim=1).min()) > 0.99             # the first batch alone: 0.9 or less
 
 
 @pytest.mark.parametrize("criterion", list(TOKEN_CRITERIA))

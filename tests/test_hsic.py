@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vitlab.criteria.hsic import gaussian_kernels, redundancy, relevance
-from vitlab.criteria.units import head_scores, neuron_scores
+from vitlab.criteria.units import activation_magnitude, head_scores, neuron_scores, taylor
 from vitlab.files import InputError
 
 IMAGES, FEATURES, UNITS, CLASSES = 7, 5, 11, 3
@@ -107,3 +107,16 @@ def test_a_single_head_has_no_redundancy():
 def test_neurons_that_are_all_alike_score_alike():
     hidden = random(IMAGES, FEATURES, 1).expand(-1, -1, UNITS)
     assert torch.equal(neuron_scores(hidden, random(IMAGES, CLASSES).softmax(dim=1)), torch.zeros(UNITS, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_of_half_precision_activations_are_summed_in_float32(dtype):
+    generator = torch.Generator().manual_seed(0)
+    hidden = (30 * torch.randn(5, 101, 7, generator=generator)).to(dtype)           # 505 of size 30, and squares of 900: beyond 65,504
+    outputs = (3 * torch.randn(5, 101, 3, 2, generator=generator)).to(dtype)
+    probabilities = torch.randn(5, 11, generator=generator).softmax(dim=1)
+    for got, wanted in ((neuron_scores(hidden, probabilities), neuron_scores(hidden.float(), probabilities)),
+                        (head_scores(outputs, probabilities), head_scores(outputs.float(), probabilities)),
+                        (activation_magnitude(outputs), activation_magnitude(outputs.float())),
+                        (taylor(outputs, outputs), taylor(outputs.float(), outputs.float()))):
+        assert got.dtype == torch.float32 and torch.equal(got, wanted)

@@ -71,7 +71,7 @@ def test_scores_are_the_same_and_every_image_counts_once(both):
         torch.testing.assert_close(two[name], one[name], rtol=2e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
     for name in ("activation", "taylor", "reconstruction"):
         assert int(one[f"images {name}"]) == int(two[f"images {name}"]) == 21
-    assert int(one["images hsic"]) == int(two["images hsic"]) == 20             # the last batch is smaller, and left out
+    assert int(one["images hsic"]) == int(two["images hsic"]) == 20             # the last batch is one image, which has no other
     assert torch.equal(one["accuracy"][:3], two["accuracy"][:3]) and int(two["accuracy"][1]) == 21
     assert abs(float(one["accuracy"][3] - two["accuracy"][3])) < 1e-12
     assert int(two["one batch"]) == 21

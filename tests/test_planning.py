@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from vitlab import tokens
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.files import InputError
 from vitlab.plan import CompressionPlan
@@ -14,8 +15,8 @@ SHAPE = ViTShape(img_size=(80, 112), patch_size=(16, 16), embed_dim=33, depth=5,
 N, L = 35, 5        # 80 / 16 * 112 / 16 patches
 
 
-def random_scores(seed: int = 0) -> torch.Tensor:
-    return torch.rand(L, N, generator=torch.Generator().manual_seed(seed)) + 0.01
+def random_scores(seed: int = 0, depth: int = L) -> torch.Tensor:
+    return torch.rand(depth, N, generator=torch.Generator().manual_seed(seed)) + 0.01
 
 
 def centers_of(plan: CompressionPlan) -> list[int]:
@@ -60,12 +61,31 @@ def test_rule_merge_has_the_same_number_of_centers_and_pruned_patches_in_every_b
             assert not any(best & set(row) for row in rows if len(row) > 1)
 
 
-@pytest.mark.parametrize("rule, default", [("center", 0.025), ("merge", 0.015)])        # methods A2
-def test_decay_is_the_published_one_of_the_rule_unless_given(rule, default):
-    plan = prune_and_merge(random_scores(), SHAPE, rule=rule)
-    assert plan == prune_and_merge(random_scores(), SHAPE, rule=rule, decay=default)
-    assert plan.made_by["decay"] == default
+@pytest.mark.parametrize("rule, published", [("center", 0.025), ("merge", 0.015)])      # methods A2
+def test_decay_is_the_published_one_of_twelve_blocks_and_as_much_in_all_of_other_depths_unless_given(rule, published):
+    for depth, default in ((12, published), (L, 11 / 4 * published), (24, 11 / 23 * published), (1, 0.0)):
+        shape, scores = dataclasses.replace(SHAPE, depth=depth), random_scores(depth=depth)
+        plan = prune_and_merge(scores, shape, rule=rule)
+        assert plan == prune_and_merge(scores, shape, rule=rule, decay=plan.made_by["decay"])
+        assert plan.made_by["decay"] == pytest.approx(default, rel=1e-15, abs=0)
+        assert 1 - plan.made_by["decay"] * (depth - 1) == pytest.approx(1 - 11 * published if depth > 1 else 1)
     assert prune_and_merge(random_scores(), SHAPE, rule="center", decay=0.0).made_by["decay"] == 0.0
+
+
+def test_the_published_decay_is_the_literal_one_of_twelve_blocks():
+    assert tokens.decay_of("center", 12) == 0.025 and tokens.decay_of("merge", 12) == 0.015
+
+
+@pytest.mark.parametrize("depth", [1, 2, 12, 32, 40, 48])
+def test_counts_of_equal_blocks_do_not_collapse_with_depth(depth):
+    shape, counts = dataclasses.replace(SHAPE, depth=depth, img_size=(224, 224)), []
+    scores = torch.rand(depth, shape.num_patches, generator=torch.Generator().manual_seed(depth))
+    for block in prune_and_merge(scores, shape, keep_rate=0.6).blocks:
+        counts.append((block.tokens.num_merged, len(block.tokens.pruned)))
+    kept, pruned = zip(*counts)
+    assert abs(sum(kept) / depth - 0.6 * 196) < 3 and abs(sum(pruned) / depth - 0.1 * 196) < 2     # the budget is one for all blocks
+    # Uniform scores: 60 % of them lie above 0.4 of the largest in the first block where none decays, and the last counts 0.725 of it.
+    assert kept[-1] > 0.4 * 196 and pruned[-1] < 0.2 * 196 and kept[0] < 0.75 * 196
 
 
 def test_made_by_records_every_choice_and_survives_the_file(tmp_path):
@@ -127,7 +147,7 @@ def test_a_span_merges_by_the_mean_of_its_blocks_normalised_scores_with_threshol
         scores = random_scores(seed)
         plan = prune_and_merge(scores, SHAPE, rule=rule, spans=spans, prune_rate=0.2)
         assert [b.tokens is None for b in plan.blocks] == [False, True, True, False, True]
-        rows = normalised(scores, 0.025 if rule == "center" else 0.015)
+        rows = normalised(scores, (0.025 if rule == "center" else 0.015) * 11 / (L - 1))
         for first, last, keep_rate in spans:
             mean = [sum(rows[b][j] for b in range(first, last + 1)) / (last + 1 - first) for j in range(N)]
             ranked, made = sorted(range(N), key=lambda j: mean[j]), plan.blocks[first].tokens       # noqa: B023
@@ -167,7 +187,7 @@ def test_spans_that_keep_every_patch_give_the_plan_that_cuts_nothing():
 def test_made_by_records_spans_in_the_place_of_the_keep_rate_and_survives_the_file(tmp_path):
     plan = prune_and_merge(random_scores(), SHAPE, spans=[(0, 1, 0.7), (3, 4, 0.4)])
     assert plan.made_by == {"method": "prune_and_merge", "rule": "center", "spans": [[0, 1, 0.7], [3, 4, 0.4]], "prune_rate": 0.1,
-                            "boundary": "grid", "weights": "score", "decay": 0.025}
+                            "boundary": "grid", "weights": "score", "decay": 0.025 * 11 / 4}
     plan.save(tmp_path / "plan.json")
     assert CompressionPlan.load(tmp_path / "plan.json") == plan
     assert prune_and_merge(random_scores(), SHAPE, **{k: v for k, v in plan.made_by.items() if k != "method"}) == plan

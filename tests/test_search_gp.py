@@ -242,11 +242,30 @@ def test_a_proposal_is_expected_to_improve_more_than_others_do():
     surrogate = Surrogate(SPACE.features(policies), value(policies))
 
     def log_ei(asked: np.ndarray) -> np.ndarray:
-        return log_expected_improvement(*surrogate.predict(SPACE.features(asked)), value(policies).max())
+        return log_expected_improvement(*surrogate.predict(SPACE.features(asked)), surrogate.predict(SPACE.features(policies))[0].max())
     others = random_policies(problem, 400, np.random.default_rng(9))
     assert (log_ei(others) < log_ei(found.policy)).mean() > 0.98
     mean, deviation = surrogate.predict(SPACE.features(found.policy))
     assert found.expected == pytest.approx({"log_ei": log_ei(found.policy)[0], "mean": mean[0], "deviation": deviation[0]}, rel=1e-9)
+
+
+def test_a_lucky_measurement_is_not_what_improvement_is_measured_by_unless_there_is_no_noise():
+    problem = toy_problem()
+    policies, _ = measured(problem, QUICK, 30, 2)
+    rng = np.random.default_rng(0)
+    noisy = value(policies) + rng.normal(0, 0.05, 30)
+    lucky = int(value(policies).argsort()[15])                          # no good policy, measured far above all others
+    noisy[lucky] = noisy.max() + 0.15
+    found, = propose("gp", problem, policies, noisy, QUICK, 1, 2)
+    surrogate = Surrogate(SPACE.features(policies), noisy)
+    mean, deviation = surrogate.predict(SPACE.features(found.policy))
+    level = surrogate.predict(SPACE.features(policies))[0].max()
+    assert level < noisy.max() - 0.1
+    assert found.expected["log_ei"] == pytest.approx(log_expected_improvement(mean[0], deviation[0], level), rel=1e-9)
+    exact = dataclasses.replace(QUICK, noise=1e-5)
+    found, = propose("gp", problem, policies, noisy, exact, 1, 2)
+    mean, deviation = Surrogate(SPACE.features(policies), noisy, noise=1e-5).predict(SPACE.features(found.policy))
+    assert found.expected["log_ei"] == pytest.approx(log_expected_improvement(mean[0], deviation[0], noisy.max()), rel=1e-9)
 
 
 def test_refinements_raise_the_expected_improvement():

@@ -350,6 +350,7 @@ def test_a_start_from_sensitivity_measures_each_dimension_alone_and_begins_with_
     calls, found = [], sensitive(tmp_path)
     found.run(lambda policy: calls.append(policy) or objective(policy), progress=False)
     assert len(calls) == ALONE + 9 and (tmp_path / SENSITIVITY).read_bytes().count(b"\n") == ALONE
+    assert found.spent == sensitive(tmp_path).spent == len(calls)
     assert not calls[0].any() and all((policy > 0).sum() == 1 for policy in calls[1:ALONE])
     assert [e.by for e in found.evaluations] == ["sensitivity"] * 2 + ["population"] * 3 + ["gp"] * 4      # half of 5, the rest as ever
     first = start_policies(Problem(SPACE, budget()), read_lines(tmp_path / SENSITIVITY), 1, 0)[0]
@@ -358,6 +359,7 @@ def test_a_start_from_sensitivity_measures_each_dimension_alone_and_begins_with_
     varied = study(tmp_path / "varied")
     varied.run(objective, progress=False)
     assert [e.policy for e in found.evaluations[2:5]] == [e.policy for e in varied.evaluations[:3]]
+    assert varied.spent == len(varied.evaluations) == 9 and sensitive(tmp_path / "new").spent == 0
 
 
 @pytest.mark.parametrize("batch", [1, 3])

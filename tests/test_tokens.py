@@ -503,3 +503,20 @@ def test_fold_equals_reconstruct_put_back_and_merge_again(rule, boundary, weight
             matrix = tokens.fold(reconstruct, torch.tensor(carried, dtype=torch.long), merge,
                                  torch.tensor(carry_next, dtype=torch.long))
             torch.testing.assert_close(matrix @ torch.cat([b, skipped]), expected, **EXACT)
+
+
+@pytest.mark.parametrize("dtype, worst", [(torch.float16, 1e-3), (torch.bfloat16, 4e-3), (torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_the_mean_of_the_rest_is_summed_in_float32_though_one_channel_is_large(dtype, worst):
+    generator = torch.Generator().manual_seed(0)
+    x, ranking, kept = torch.randn(3, 197, 7, generator=generator), torch.rand(3, 197, generator=generator), 131
+    x[:, :, 2] = 600                                # 196 of them are 117,600: beyond float16's 65,504
+    x = x.to(dtype)
+    got = tokens.select(x, ranking, kept, 1)
+    assert got.dtype == dtype and got.shape == (3, 1 + kept + 1, 7)
+    for image in range(3):
+        order = sorted(range(1, 197), key=lambda j: -float(ranking[image, j]))
+        assert torch.equal(got[image, :-1], x[image, [0, *order[:kept]]])
+        rest = [x[image, j].double() for j in order[kept:]]
+        mean = sum(rest) / len(rest)
+        # Half an ulp of the result: 2^-12 in float16 and 2^-9 in bfloat16 of a mean of up to 0.5; 600 itself is a number of both.
+        assert float((got[image, -1].double() - mean).abs().max()) < worst

@@ -14,6 +14,7 @@ from vitlab.criteria.units import UNIT_CRITERIA, UnitScores, head_scores, neuron
 from vitlab.files import InputError
 from vitlab.models import compress, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.training.capture import token_scores
 from vitlab.training.units import head_redundancy, unit_scores
 
 SAME = 1e-9             # float64: only the order of the sums differs, over 5 blocks
@@ -197,15 +198,17 @@ def test_one_batch_gives_the_scores_of_the_tensors_whatever_the_chunk(tiny_vit, 
 
 # ---- Several batches
 
-def test_hsic_is_averaged_over_the_batches_as_large_as_the_first(tiny_vit, images):
-    model, batches = doubled(tiny_vit("deit"), batches_for(tiny_vit("deit"), images, (5, 5, 2)))
-    alone = [score(model, [batch]) for batch in batches[:2]]
-    got = score(model, iter(batches))
-    assert_same(got, UnitScores(heads=(alone[0].heads + alone[1].heads) / 2, neurons=(alone[0].neurons + alone[1].neurons) / 2,
-                                made_by={}))
+@pytest.mark.parametrize("sizes", [(5, 5, 2), (4, 5, 5), (5, 1, 5)])
+def test_hsic_is_averaged_over_all_images_though_a_batch_is_smaller(tiny_vit, images, sizes):
+    model, batches = doubled(tiny_vit("deit"), batches_for(tiny_vit("deit"), images, sizes))
+    got, batches = score(model, iter(batches)), [batch for batch in batches if len(batch[0]) > 1]     # one image has no other
+    parts, counts = [score(model, [batch]) for batch in batches], [len(x) for x, _ in batches]
+    total, mean = sum(counts), sum(counts) / len(counts)
+    assert_same(got, UnitScores(heads=sum(b / total * (mean / b)**2 * part.heads for b, part in zip(counts, parts)),
+                                neurons=sum(b / total * part.neurons for b, part in zip(counts, parts)), made_by={}))
     assert got.made_by == {"criterion": "hsic", "relevance_weight": "0.1", "magnitude_weight": "0.9", "redundancy_weight": "0.1",
-                           "images": "10"}
-    assert float((alone[0].neurons - alone[1].neurons).abs().max()) > 0.01      # the batches differ, so the mean says something
+                           "images": str(total)}
+    assert float((parts[0].neurons - parts[1].neurons).abs().max()) > 0.01      # the batches differ, so the mean says something
 
 
 @pytest.mark.parametrize("criterion", ["activation", "taylor"])
@@ -215,13 +218,14 @@ def test_other_scores_do_not_depend_on_how_images_are_split_into_batches(tiny_vi
     assert_same(score(model, batches, criterion), score(model, whole, criterion))
 
 
-def test_head_redundancy_is_hsic_between_heads_averaged_over_full_batches(tiny_vit, images):
+def test_head_redundancy_is_hsic_between_heads_averaged_over_all_images(tiny_vit, images):
     model, batches = doubled(tiny_vit("deit"), batches_for(tiny_vit("deit"), images, (3, 3, 2)))
     size, expected = shape_of(model), 0
-    for x, _ in batches[:2]:
+    for x, _ in batches:
         kernels = [[oracle_gaussian(head_mean(outputs, h, size.head_dim)) for h in range(size.num_heads)]
                    for outputs in activations(model, x)[0]]
-        expected = expected + torch.tensor([[[oracle_hsic(a, b) for b in row] for a in row] for row in kernels]).double() / 2
+        found = torch.tensor([[[oracle_hsic(a, b) for b in row] for a in row] for row in kernels]).double()
+        expected = expected + len(x) / 8 * ((8 / 3) / len(x))**2 * found        # 8 images, 3 batches
     got = head_redundancy(model, batches, progress=False)
     assert float((got - expected).abs().max()) < 1e-6           # the oracle's list became float32 on the way
     assert torch.allclose(got, got.mT, atol=SAME)
@@ -326,6 +330,8 @@ def test_a_batch_of_one_image_has_no_dependence_and_is_refused(tiny_vit, images)
     model = tiny_vit("deit")
     with pytest.raises(InputError, match="batch of 1"):
         score(model, batches_for(model, images, (1, 1)))
+    with pytest.raises(InputError, match="batch of 1"):
+        token_scores(model, batches_for(model, images, (1, 1)), criterion="hsic", progress=False)
     with pytest.raises(InputError, match="batch of 1"):
         head_redundancy(model, batches_for(model, images, (1,)), progress=False)
 

@@ -14,7 +14,7 @@ from vitlab.files import InputError
 from vitlab.rules import MergeReconstruct, SharedUpdate
 from vitlab.shape import is_int, require
 
-DECAY = {"center": 0.025, "merge": 0.015}       # per block, of the normalised scores (A2)
+DECAY, DECAY_DEPTH = {"center": 0.025, "merge": 0.015}, 12      # per block, of the normalised scores (A2); in as many blocks
 PRUNE_RATE, KEEP_RATE = 0.1, 0.6                # published settings
 BOUNDARY, WEIGHTS = "grid", "score"             # the better ones on measured accuracy: docs/prune_and_merge.md
 SPANS = 3                                       # of blocks that run on the same merged tokens
@@ -43,6 +43,13 @@ def check_spans(spans: Sequence[Sequence[float]], depth: int, rated: bool = True
         end = last
 
 
+def decay_of(rule: str, depth: int) -> float:
+    """The published decay per block of a rule; where there are other than 12 blocks, the one with which the last block's factor is
+    theirs, 1 - 11 * 0.025 = 0.725 (center): decay * 11 / (depth - 1). One block has none. Raises InputError for an unknown rule."""
+    require(rule in DECAY, f"rule {rule!r} is not known; known are {sorted(DECAY)}")
+    return DECAY[rule] * ((DECAY_DEPTH - 1) / (depth - 1)) if depth > 1 else 0.0
+
+
 def normalise_scores(scores: Tensor, decay: float) -> Tensor:
     """s_l <- s_l / ||s_l||_2 * (1 - decay * l)   (A2). scores (L, n), not negative; returns (L, n).
 
@@ -52,8 +59,8 @@ def normalise_scores(scores: Tensor, decay: float) -> Tensor:
         if not torch.isfinite(row).all() or (row < 0).any() or not row.any():
             raise InputError(f"token scores of block {block} must be finite, not negative and not all zero")
     layers = torch.arange(len(scores), dtype=scores.dtype, device=scores.device)[:, None]
-    if not (decay >= 0 and decay * (len(scores) - 1) < 1):
-        raise InputError(f"decay is {decay}; with {len(scores)} blocks it must lie in [0, {1 / max(1, len(scores) - 1):.4g})")
+    require(decay >= 0 and decay * (len(scores) - 1) < 1,
+            f"decay is {decay}; with {len(scores)} blocks it must lie in [0, {1 / max(1, len(scores) - 1):.4g})")
     return scores / scores.norm(dim=1, keepdim=True) * (1 - decay * layers)
 
 
@@ -67,13 +74,10 @@ def choose(scores: Tensor, *, rule: str = "center", keep_rate: float = KEEP_RATE
     patches but no center gets its best-scoring one, since every unpruned patch needs a row to go into.
     """
     depth, n = scores.shape
-    if rule not in DECAY:
-        raise InputError(f"rule {rule!r} is not known; known are {sorted(DECAY)}")
-    if not 0 <= prune_rate < 1:
-        raise InputError(f"prune_rate is {prune_rate}; it must lie in [0, 1)")
+    require(rule in DECAY, f"rule {rule!r} is not known; known are {sorted(DECAY)}")
+    require(0 <= prune_rate < 1, f"prune_rate is {prune_rate}; it must lie in [0, 1)")
     n_prune, n_keep = int(n * prune_rate), int(n * keep_rate) if 0 < keep_rate <= 1 else 0
-    if n_keep < 1:
-        raise InputError(f"keep_rate is {keep_rate}; with {n} patches it must lie in [{1 / n:.4g}, 1]")
+    require(n_keep >= 1, f"keep_rate is {keep_rate}; with {n} patches it must lie in [{1 / n:.4g}, 1]")
     if rule == "center":
         ordered = scores.flatten().sort().values
         prune_threshold, keep_threshold = ordered[n_prune * depth], ordered[-n_keep * depth]
@@ -83,8 +87,7 @@ def choose(scores: Tensor, *, rule: str = "center", keep_rate: float = KEEP_RATE
     unpruned = scores >= prune_threshold
     centers = unpruned & (scores >= keep_threshold)
     lonely = unpruned.any(dim=1) & ~centers.any(dim=1)
-    best = (scores * unpruned).argmax(dim=1)
-    centers[lonely, best[lonely]] = True
+    centers[lonely, (scores * unpruned).argmax(dim=1)[lonely]] = True           # the best-scoring one
     return unpruned, centers
 
 
@@ -145,10 +148,8 @@ def merge_rule(scores: Tensor, unpruned: Tensor, centers: Tensor, *, columns: in
     1 / size, the only one with which a constant region stays constant through reconstruct @ merge, too.
     """
     n = len(scores)
-    if rule == "center" and boundary not in BOUNDARIES:
-        raise InputError(f"boundary {boundary!r} is not known; known are {sorted(BOUNDARIES)}")
-    if weights not in WEIGHTINGS:
-        raise InputError(f"weights {weights!r} is not known; known are {sorted(WEIGHTINGS)}")
+    require(rule != "center" or boundary in BOUNDARIES, f"boundary {boundary!r} is not known; known are {sorted(BOUNDARIES)}")
+    require(weights in WEIGHTINGS, f"weights {weights!r} is not known; known are {sorted(WEIGHTINGS)}")
     if bool(centers.all()):
         return None
     index = centers.nonzero().flatten().tolist()
@@ -182,9 +183,8 @@ def merge_rule(scores: Tensor, unpruned: Tensor, centers: Tensor, *, columns: in
     entry = torch.where(unpruned, entry, 0)
     if not (literal and rule == "merge"):
         regions = torch.where(unpruned, regions, -1)
-    trains = "both" if rule == "center" else "reconstruct"
     return MergeReconstruct(regions=tuple(regions.tolist()), weights=tuple(entry.tolist()),
-                            pruned=tuple((~unpruned).nonzero().flatten().tolist()), trains=trains)
+                            pruned=tuple((~unpruned).nonzero().flatten().tolist()), trains="both" if rule == "center" else "reconstruct")
 
 
 def shared(rule: MergeReconstruct | None, own: float = 1.0, proportional: bool = True) -> SharedUpdate | None:
@@ -241,10 +241,10 @@ def select(x: Tensor, ranking: Tensor, kept: int, num_prefix_tokens: int) -> Ten
     """The `kept` best tokens of each image and the plain mean of the others (methods B3).
 
     x (B, N, D), ranking (B, N), higher stays; prefix tokens always stay, first and in order. Returns (B, P + kept + 1, D),
-    the mean last.
+    the mean last; it is summed in float32 at least.
     """
     prefix, others = x.split((num_prefix_tokens, x.shape[1] - num_prefix_tokens), dim=1)
-    best = ranking[:, num_prefix_tokens:].topk(kept, dim=1).indices             # (B, kept)
-    chosen = others.gather(1, best[:, :, None].expand(-1, -1, x.shape[2]))      # (B, kept, D)
-    rest = (others.sum(dim=1, keepdim=True) - chosen.sum(dim=1, keepdim=True)) / (others.shape[1] - kept)
-    return torch.cat([prefix, chosen, rest], dim=1)
+    order = ranking[:, num_prefix_tokens:].topk(others.shape[1], dim=1).indices            # (B, n)
+    ordered = others.gather(1, order[:, :, None].expand_as(others))             # (B, n, D)
+    rest = ordered[:, kept:].mean(dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.cat([prefix, ordered[:, :kept], rest.to(x.dtype)], dim=1)

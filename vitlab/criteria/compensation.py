@@ -10,7 +10,8 @@ from torch import Tensor
 from vitlab.files import InputError
 
 RIDGE = 1e-3                                # times the mean variance of the inputs
-STEPS = 256                                 # of an elimination; more units go several at once
+STEPS = 256                                 # of an elimination, about; more units go several at once
+CANDIDATES = 4                              # for each place of a step
 
 
 class Moments:
@@ -76,32 +77,64 @@ def refit(weight: Tensor, moments: Moments, kept: Tensor, width: int = 1, ridge:
     return (w[:, inputs] + change).to(weight.dtype), (shift - change @ mean[inputs]).to(weight.dtype)
 
 
+def _losses(w: Tensor, inverse: Tensor, there: Tensor, width: int) -> Tensor:
+    """error_u = tr(W_u (H_uu)^-1 W_u^T) of the units still there, infinite for others: w (D, U d), inverse H (U d, U d) -> (U)."""
+    count = len(there)
+    own = inverse.unflatten(1, (count, width)).unflatten(0, (count, width))     # (U, d, U, d)
+    own = own.diagonal(dim1=0, dim2=2).permute(2, 0, 1)                         # H_uu (U, d, d)
+    own = torch.where(there[:, None, None], own, torch.eye(width, dtype=own.dtype, device=own.device))
+    units = w.unflatten(1, (count, width)).permute(1, 2, 0)                     # W_u^T (U, d, D)
+    return (units * torch.linalg.solve(own, units)).sum(dim=(1, 2)).masked_fill(~there, torch.inf)
+
+
+def _without(w: Tensor, inverse: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """The refitted weights and H where the inputs `at` have left; 0 in their rows and columns."""
+    step = torch.linalg.solve(inverse[at][:, at], inverse[at])                  # (k, K)
+    w, inverse = w - w[:, at] @ step, inverse - inverse[:, at] @ step
+    w[:, at], inverse[at], inverse[:, at] = 0, 0, 0
+    return w, inverse
+
+
+def _leaving(w: Tensor, inverse: Tensor, losses: Tensor, width: int, at_once: int) -> list[int]:
+    """The units of one step, up to at_once, in their order: always the one that loses least without those before it, of the
+    CANDIDATES * at_once that lose least alone. The step ends before one that loses more than units that are no candidates do."""
+    ranked = losses.argsort()[:int(losses.isfinite().sum())]
+    near, at_once = ranked[:CANDIDATES * at_once], min(at_once, len(ranked))
+    beyond = losses[ranked[len(near)]] if len(near) < len(ranked) else torch.inf
+    at = columns(near, width)
+    w, inverse, losses, left = w[:, at], inverse[at][:, at], losses[near], []
+    there = torch.ones(len(near), dtype=torch.bool, device=near.device)
+    while True:
+        left.append(int(losses.argmin()))
+        if len(left) == at_once:
+            break
+        there[left[-1]] = False
+        w, inverse = _without(w, inverse, columns(near.new_tensor(left[-1:]), width))
+        losses = _losses(w, inverse, there, width)
+        if losses.min() > beyond:
+            break
+    return near[left].tolist()
+
+
 def elimination_order(weight: Tensor, moments: Moments, width: int = 1, ridge: float = RIDGE, at_once: int | None = None) -> Tensor:
     """Units (U) in the order in which they go, greedily: always the one whose loss is least after the best refit of the rest,
 
         error_u = tr(W_u (H_uu)^-1 W_u^T),   H = C^-1 of the inputs still there, W refitted
 
     the mean squared error that it adds to the layer's output. A unit that others can stand in for goes early, however large
-    it is. at_once: units that go in one step; None takes as many as make STEPS steps.
+    it is. at_once: units that may go in one step, in which those that lose much are not looked at again, so that what each loses
+    without those before it costs little; None takes as many as make STEPS steps.
     """
     count, device = weight.shape[1] // width, weight.device
     at_once = at_once or -(-count // STEPS)
     inverse = torch.linalg.inv(moments.covariance(ridge))                       # (K, K)
     w, there, order = weight.double().clone(), torch.ones(count, dtype=torch.bool, device=device), []
-    eye = torch.eye(width, dtype=torch.float64, device=device)
-    while there.any():
-        own = inverse.unflatten(1, (count, width)).unflatten(0, (count, width))             # (U, d, U, d)
-        own = own.diagonal(dim1=0, dim2=2).permute(2, 0, 1)                     # H_uu (U, d, d)
-        units = w.unflatten(1, (count, width)).permute(1, 2, 0)                 # W_u^T (U, d, D)
-        loss = (units * torch.linalg.solve(torch.where(there[:, None, None], own, eye), units)).sum(dim=(1, 2))
-        leaving = loss.masked_fill(~there, torch.inf).argsort()[:min(at_once, int(there.sum()))]
-        at = columns(leaving, width)
-        step = torch.linalg.solve(inverse[at][:, at], inverse[at])              # (k d, K)
-        w, inverse = w - w[:, at] @ step, inverse - inverse[:, at] @ step
-        w[:, at], inverse[at], inverse[:, at] = 0, 0, 0
+    while len(order) < count:
+        leaving = _leaving(w, inverse, _losses(w, inverse, there, width), width, at_once)
+        w, inverse = _without(w, inverse, columns(torch.tensor(leaving, device=device), width))
         there[leaving] = False
-        order.append(leaving)
-    return torch.cat(order)
+        order += leaving
+    return torch.tensor(order, device=device)
 
 
 def reconstruction(weight: Tensor, moments: Moments, width: int = 1) -> Tensor:

@@ -12,6 +12,11 @@ CHUNK = 48                                  # units at a time: temporaries of CH
 WIDEST, NARROWER = 16.0, 4                  # sigma of the widest of five Gaussians; each other one is half as wide
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """x, in float32 where it is half precision: that is for a model, not for sums over its tokens and images."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def units_first(x: Tensor) -> Tensor:
     """Activations (B, N, U), or a slice of them along U -> (U, B, N), contiguous.
 
@@ -22,12 +27,13 @@ def units_first(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gaussian_kernels(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """Mean of five Gaussian kernels, sigma in {1, 2, 4, 8, 16}: x (U, B, N) -> (U, B, B), values in (0, 1]   (B1).
+    """Mean of five Gaussian kernels, sigma in {1, 2, 4, 8, 16}: x (U, B, N) -> (U, B, B), values in (0, 1], float32 at least   (B1).
 
         K[b, c] = mean over sigma of exp(-||x_b - x_c||^2 / (2 sigma^2))
 
     out: where to write the kernels, or None for a new tensor.
     """
+    x = at_least_float32(x)
     gram = x @ x.mT                                                             # (U, B, B)
     half = gram.diagonal(dim1=1, dim2=2) / (2 * WIDEST**2)                      # (U, B); a power of 2: K[b, b] is exactly 1
     power = gram.mul_(1 / WIDEST**2).sub_(half[:, :, None]).sub_(half[:, None, :])      # -||x_b - x_c||^2 / (2 * 16^2)

@@ -30,7 +30,8 @@ def prune_and_merge(scores: Tensor, shape: ViTShape, *, rule: str = "center", ke
     """The Prune and Merge plan (methods A2 to A4) for raw token scores (L, n).
 
     keep_rate in (0, 1]: fraction of patches that become centers, None: 0.6; prune_rate in [0, 1): fraction that skip the block.
-    boundary="reference" with weights="reference" is the published form. decay None: the published one of the rule.
+    boundary="reference" with weights="reference" is the published form. decay: the number per block; None: the published one of the
+    rule, for other depths than 12 the one that gives the last block the same factor (`tokens.decay_of`, methods D7).
     share: the same regions share their block's update (methods C1) instead of being merged and reconstructed by matrices.
     spans: (first block, last block, keep rate) each, ascending, both blocks included, instead of keep_rate: tokens are merged
     before the first, stay merged, and are reconstructed after the last; pruned ones skip the whole span. Scores are the means of
@@ -39,9 +40,7 @@ def prune_and_merge(scores: Tensor, shape: ViTShape, *, rule: str = "center", ke
     """
     if tuple(scores.shape) != (shape.depth, shape.num_patches):
         raise InputError(f"token scores are {tuple(scores.shape)}; the model has {shape.depth} blocks of {shape.num_patches} patches")
-    if rule not in tokens.DECAY:
-        raise InputError(f"rule {rule!r} is not known; known are {sorted(tokens.DECAY)}")
-    decay = tokens.DECAY[rule] if decay is None else decay
+    decay = tokens.decay_of(rule, shape.depth) if decay is None else decay
     normal = tokens.normalise_scores(scores, decay)                             # (A2)
     how = {"columns": shape.grid_size[1], "boundary": boundary, "weights": weights}
     if spans is None:

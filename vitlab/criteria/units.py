@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vitlab.criteria.compensation import reconstruction
-from vitlab.criteria.hsic import CHUNK, dependence, gaussian_kernels, shared_dependence, units_first
+from vitlab.criteria.hsic import CHUNK, at_least_float32, dependence, gaussian_kernels, shared_dependence, units_first
 from vitlab.files import InputError
 
 RELEVANCE_WEIGHT, MAGNITUDE_WEIGHT, REDUNDANCY_WEIGHT = 0.1, 0.9, 0.1       # published
@@ -50,9 +50,10 @@ def neurons_by_hsic(hidden: Tensor, *, relevance_weight: float = RELEVANCE_WEIGH
     It holds the kernels (M, B, B) and the magnitudes (M), not the activations; what is made on the way is bounded by chunk.
     """
     images, _, count, _ = hidden.shape
-    kernels, magnitude = hidden.new_empty(count, images, images), hidden.new_empty(count)
+    kernels = at_least_float32(hidden.new_empty(0)).new_empty(count, images, images)
+    magnitude = kernels.new_empty(count)
     for part, kernel, total in zip(hidden[..., 0].split(chunk, dim=2), kernels.split(chunk), magnitude.split(chunk)):
-        units = units_first(part)                                               # (chunk, B, N)
+        units = at_least_float32(units_first(part))                                               # (chunk, B, N)
         gaussian_kernels(units, out=kernel)
         total.copy_(units.abs().sum(dim=(1, 2)))
 
@@ -77,7 +78,7 @@ def heads_by_hsic(outputs: Tensor, *, redundancy_weight: float = REDUNDANCY_WEIG
 
 def head_kernels(outputs: Tensor) -> Tensor:
     """Gaussian kernels (H, B, B) of F_h (B x N), the output of head h averaged over its width: outputs (B, N, H, d)."""
-    return gaussian_kernels(units_first(outputs.mean(dim=3)))
+    return gaussian_kernels(units_first(at_least_float32(outputs).mean(dim=3)))
 
 
 def neuron_scores(hidden: Tensor, probabilities: Tensor, *, relevance_weight: float = RELEVANCE_WEIGHT,
@@ -100,12 +101,12 @@ def head_scores(outputs: Tensor, probabilities: Tensor, *, redundancy_weight: fl
 
 def weight_magnitude(weights: Tensor) -> Tensor:
     """Euclidean norm of the weights that leave with a unit (biases aside): (U, all of one unit) -> (U)."""
-    return weights.norm(dim=1)
+    return at_least_float32(weights).norm(dim=1)
 
 
 def activation_magnitude(x: Tensor) -> Tensor:
     """Mean of |x| over images, tokens and width: (B, N, U, d) -> (U)."""
-    return x.abs().mean(dim=(0, 1, 3))
+    return at_least_float32(x).abs().mean(dim=(0, 1, 3))
 
 
 def taylor(x: Tensor, gradient: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ def taylor(x: Tensor, gradient: Tensor) -> Tensor:
 
     The loss is each image's own cross-entropy: to first order, how much it changes where the unit gives 0.
     """
-    return (x * gradient).sum(dim=(1, 3)).abs().mean(dim=0)
+    return (at_least_float32(x) * at_least_float32(gradient)).sum(dim=(1, 3)).abs().mean(dim=0)
 
 
 def random_scores(count: int, generator: torch.Generator) -> Tensor:

@@ -86,13 +86,19 @@ def predictor(problem: Problem, policies: np.ndarray, values: np.ndarray, option
     return predict
 
 
+def incumbent(predict: Callable, policies: np.ndarray, values: np.ndarray, options: Settings) -> float:
+    """What Expected Improvement improves on: the largest value measured, or, where noise is fitted, the largest that `predict`
+    believes of the measured policies (P, D), as the largest value (P) would be that of the luckiest measurement."""
+    return float((predict(policies)[0] if options.noise is None else values).max())
+
+
 def _gaussian_process(problem: Problem, policies: np.ndarray, values: np.ndarray, options: Settings, count: int,
                       rng: np.random.Generator, trend: Trend | None = None) -> list[Proposal]:
     """The feasible policies with the largest log EI; each proposal of a batch is believed to come out at its mean."""
     space, proposals = problem.space, []
     for _ in range(count):
         predict = predictor(problem, policies, values, options, trend)
-        best = float(values.max())
+        best = incumbent(predict, policies, values, options)
 
         def acquisition(p: np.ndarray, predict: Callable = predict, best: float = best) -> np.ndarray:
             return log_expected_improvement(*predict(p), best)

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from vitlab import parallel
-from vitlab.files import InputError, append_line, atomic_write, locked, read_json
+from vitlab.files import InputError, append_line, atomic_write, locked, read_json, read_lines
 from vitlab.search.budget import Budget
 from vitlab.search.sampling import Problem
 from vitlab.search.sensitivity import SENSITIVITY, measure_alone, start_policies, trend_of
@@ -142,6 +142,12 @@ class Study:
         if not self.evaluations:
             raise InputError(f"{self.folder}: nothing was measured yet")
         return max(self.evaluations, key=lambda e: e.value)
+
+    @property
+    def spent(self) -> int:
+        """How many times the objective was measured: for the journal, and for the start, which `settings.evaluations` does not count."""
+        alone = read_lines(self.folder / SENSITIVITY) if self.options.initial == "sensitivity" else []
+        return len(self.evaluations) + len(alone)
 
     def run(self, objective: Callable[[np.ndarray], dict[str, float]], *, progress: bool = True) -> Evaluation:
         """Measure until there are settings.evaluations of them; returns the best. With initial "sensitivity" each dimension is

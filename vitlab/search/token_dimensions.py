@@ -167,7 +167,7 @@ class MergeTokens:
         for first, last in self.spans:
             row, (centers, pruned) = scores[first], (each[first] for each in counts)
             if last > first:
-                row = tokens.normalise_scores(scores, tokens.DECAY["center"])[first:last + 1].mean(dim=0)
+                row = tokens.normalise_scores(scores, tokens.decay_of("center", shape.depth))[first:last + 1].mean(dim=0)
             order = row.argsort(descending=True, stable=True)
             is_center, unpruned = zeros(n, dtype=bool), zeros(n, dtype=bool)
             is_center[order[:centers]] = True

@@ -6,20 +6,22 @@ HSIC as in *Multi-Dimensional Vision Transformer Compression* (arXiv 2201.00043)
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vitlab import parallel
-from vitlab.criteria.hsic import dependence, gaussian_kernels
+from vitlab.criteria.hsic import at_least_float32, dependence, gaussian_kernels
 from vitlab.files import InputError
 from vitlab.models import attention_block, check_supported, is_merged, shape_of
 from vitlab.models.match import MatchBlock, Merged
-from vitlab.training.pixels import cross_entropy, logits_of
+from vitlab.training.pixels import cross_entropy, each_cross_entropy, logits_of
 
 ABSOLUTE = ("batch", "image")
 Batches = Iterable[tuple[Tensor, Tensor]]       # images (B, channels, height, width) and class numbers (B), or masks (B, height, width)
+Scored = tuple[Tensor, int]                     # token scores (L, n), how many images had a part in them
 
 
 @contextlib.contextmanager
@@ -47,34 +49,46 @@ def hooks(handles: list) -> Iterator[None]:
             handle.remove()
 
 
+class Averages(NamedTuple):
+    """Means over images, (L, ...) each, and what they were taken over."""
+
+    values: tuple[Tensor, ...]      # on the CPU
+    images: int                     # that had a part in them
+    batches: int                    # that these images came in
+
+    @property
+    def batch(self) -> float:
+        """Images in a batch, on average."""
+        return self.images / self.batches
+
+
 def averaged(model: nn.Module, batches: Batches, step: Callable[[Tensor, Tensor], tuple[Tensor, ...]], *, what: str,
-             device: str | torch.device | None, progress: bool, same_size: bool = False) -> tuple[tuple[Tensor, ...], int]:
-    """(mean over images of what step(images, targets) gives for each batch, number of images), on the CPU.
+             device: str | torch.device | None, progress: bool, at_least: int = 1) -> Averages:
+    """What step(images, targets) gives for each batch, averaged: each batch weighs as many images as it has, in float32 at least.
 
     model: in eval mode and frozen meanwhile. Under torchrun each process gives its share of the batches, and all get the mean over
-    all of them. same_size: only batches as large as the first are read, and it needs two
-    images: HSIC grows with the square of the batch and says little of a few images, so that a last, smaller batch would
-    spoil the mean. Raises InputError where there is no image.
+    all of them. at_least: images of a batch; smaller ones have no part. Raises InputError, on all processes, where there is no image,
+    or no batch is large enough.
     """
     device = torch.device(device) if device is not None else next(model.parameters()).device
     model.to(device)
     mean: tuple[Tensor, ...] = ()
-    seen = 0
+    seen = count = 0
     with frozen_eval(model):
-        first, rest = first_of(tqdm(batches, desc=what, unit="batch", disable=not progress), what)
-        if same_size and first < 2:
-            raise InputError(f"{what}: dependence compares images; a batch of {first} has none to compare, 2 at least are needed")
-        for images, targets in rest:
-            if same_size and len(images) != first:
+        for images, targets in checked(tqdm(batches, desc=what, unit="batch", disable=not progress), what):
+            if len(images) < at_least:
                 continue
-            seen += len(images)
-            given = step(images.to(device), targets.to(device))
+            seen, count = seen + len(images), count + 1
+            given = tuple(at_least_float32(g) for g in step(images.to(device), targets.to(device)))
             mean = tuple(m + (g - m) * (len(images) / seen) for m, g in zip(mean, given)) if mean else given
-    return _over_processes(tuple(m.detach().cpu() for m in mean), seen)
+    images, count = parallel.total(torch.tensor([seen, count])).tolist()
+    if not images:
+        raise InputError(f"{what}: a batch of {at_least - 1} has no images to compare; {at_least} at least are needed in one")
+    return Averages(_over_processes(tuple(m.detach().cpu() for m in mean), seen, images), images, count)
 
 
-def first_of(batches: Batches, what: str) -> tuple[int, Batches]:
-    """(images in the first batch of all processes, the batches of this one). Raises InputError, on all of them, where one has none."""
+def checked(batches: Batches, what: str) -> Batches:
+    """The batches of this process. Raises InputError, on all of them, where one has none."""
     rest = iter(batches)
     first = next(rest, None)
     sizes = parallel.gather(0 if first is None else len(first[0]))
@@ -83,17 +97,16 @@ def first_of(batches: Batches, what: str) -> tuple[int, Batches]:
     if not all(sizes):
         raise InputError(f"{what}: {sum(map(bool, sizes))} batches for {len(sizes)} processes; smaller batches, more images or fewer "
                          "processes are needed")
-    return sizes[0], itertools.chain([first], rest)
+    return itertools.chain([first], rest)
 
 
-def _over_processes(mean: tuple[Tensor, ...], seen: int) -> tuple[tuple[Tensor, ...], int]:
-    """The mean over the images of all processes, and how many these are."""
+def _over_processes(mean: tuple[Tensor, ...], seen: int, images: int) -> tuple[Tensor, ...]:
+    """The mean over the images of all processes, of which this one has `seen`."""
     if parallel.world() == 1:
-        return mean, seen
-    shapes = next(filter(None, parallel.gather([tuple(m.shape) for m in mean])))    # a process may have had no batch of the right size
-    images = int(parallel.total(torch.tensor(seen)))
-    sums = [m.double() * seen for m in mean] or [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
-    return tuple((parallel.total(s) / images).float() for s in sums), images
+        return mean
+    made = next(filter(None, parallel.gather([(m.shape, m.dtype) for m in mean])))      # a process may have had no batch large enough
+    sums = [m.double() * seen for m in mean] or [torch.zeros(shape, dtype=torch.float64) for shape, _ in made]
+    return tuple((parallel.total(s) / images).to(dtype) for s, (_, dtype) in zip(sums, made))
 
 
 def need_classifier(model: nn.Module, what: str) -> None:
@@ -103,7 +116,8 @@ def need_classifier(model: nn.Module, what: str) -> None:
 
 
 class ValueGradient:
-    """Hooks on each block's qkv. In the backward pass, <V[j], dLoss/dV[j]> is summed over heads, width and batch.
+    """Hooks on each block's qkv. In the backward pass, <V[b,j], dLoss/dV[b,j]> is summed over heads and width, and `found` gets for
+    each block, (N): its absolute value summed over the batch (absolute "image"), or that of its sum ("batch").
 
     That equals the sum over queries i of dLoss/dA[i, j] * A[i, j] with A the softmax attention (O = A V is linear in
     A), so nothing of size N x N is kept and fused attention stays on. It holds where attention dropout is 0.
@@ -112,7 +126,7 @@ class ValueGradient:
     def __init__(self, model: nn.Module, absolute: str) -> None:
         self.absolute = absolute
         self.attentions = [attention_block(b).attn for b in model.blocks]
-        self.sums: list[Tensor | None] = [None] * len(self.attentions)
+        self.found: list[Tensor | None] = [None] * len(self.attentions)
         self.handles = [a.qkv.register_forward_hook(self._hook(i)) for i, a in enumerate(self.attentions)]
 
     def _hook(self, index: int):
@@ -123,28 +137,28 @@ class ValueGradient:
             value = qkv.detach()[..., 2 * width:]                               # (B, N, H d)
 
             def backward(grad: Tensor) -> None:
-                product = (value.float() * grad[..., 2 * width:].float()).sum(dim=2)           # (B, N)
-                self.sums[index] = product.sum(dim=0).abs() if self.absolute == "batch" else product.abs().sum(dim=0)
+                product = (at_least_float32(value) * at_least_float32(grad[..., 2 * width:])).sum(dim=2)        # (B, N)
+                self.found[index] = product.abs().sum(dim=0) if self.absolute == "image" else product.sum(dim=0).abs()
             qkv.register_hook(backward)
             return qkv
         return forward
 
 
-def _by_gradient(model: nn.Module, batches: Batches, absolute: str, device: str | torch.device | None, progress: bool) -> Tensor:
+def _by_gradient(model: nn.Module, batches: Batches, absolute: str, device: str | torch.device | None, progress: bool) -> Scored:
     """Gradient-weighted attention   (A1)."""
     need_classifier(model, "token scores")
-    device = torch.device(device) if device is not None else next(model.parameters()).device
-    model.to(device)
-    total: Tensor | None = None
-    capture = ValueGradient(model, absolute)
-    with hooks(capture.handles), frozen_eval(model), torch.enable_grad():
-        for images, targets in first_of(tqdm(batches, desc="token scores", unit="batch", disable=not progress), "token scores")[1]:
-            images, targets = images.to(device), targets.to(device)
-            cross_entropy(model(images), targets).backward()
-            scale = [len(images) * a.num_heads * len(s) for a, s in zip(capture.attentions, capture.sums)]
-            step = torch.stack([s / k for s, k in zip(capture.sums, scale)])      # (L, N)
-            total = step if total is None else total + step
-    return parallel.total(total[:, model.num_prefix_tokens:].cpu())
+    capture, each = ValueGradient(model, absolute), absolute == "image"
+
+    def step(images: Tensor, targets: Tensor) -> tuple[Tensor]:
+        logits = model(images)
+        # No image's gradient depends on another's, so that of the summed losses holds each image's own.
+        (each_cross_entropy(logits, targets).sum() if each else cross_entropy(logits, targets)).backward()
+        scores = torch.stack([found / (a.num_heads * len(found)) for found, a in zip(capture.found, capture.attentions)])      # (L, N)
+        return (scores / len(images) if each else scores,)
+    with hooks(capture.handles), torch.enable_grad():
+        found = averaged(model, batches, step, what="token scores", device=device, progress=progress)
+    scores = found.values[0][:, model.num_prefix_tokens:]
+    return (scores if each else scores * found.batches / found.batch), found.images
 
 
 def _attention(attn: nn.Module, qkv: Tensor, queries: int | None = None) -> Tensor:
@@ -164,22 +178,22 @@ def _attention_hooks(model: nn.Module, found: list, reduce: Callable[[Tensor], T
 
 
 def _by_class_attention(model: nn.Module, batches: Batches, absolute: str, device: str | torch.device | None,
-                        progress: bool) -> Tensor:
+                        progress: bool) -> Scored:
     """The class token's attention, averaged over heads and images."""
     if model.cls_token is None:
         raise InputError("the criterion class_attention needs a class token; the model has none")
-    found = [None] * len(model.blocks)
+    rows = [None] * len(model.blocks)
 
     def step(images: Tensor, targets: Tensor) -> tuple[Tensor]:
         model(images)
-        return (torch.stack(found),)                                            # (L, N)
+        return (torch.stack(rows),)                                             # (L, N)
     # The class token is the first of the prefix tokens in every supported family.
-    with hooks(_attention_hooks(model, found, lambda a: a.mean(dim=(0, 1, 2)), queries=1)), torch.no_grad():
-        (scores,), _ = averaged(model, batches, step, what="token scores", device=device, progress=progress)
-    return scores[:, model.num_prefix_tokens:]
+    with hooks(_attention_hooks(model, rows, lambda a: at_least_float32(a).mean(dim=(0, 1, 2)), queries=1)), torch.no_grad():
+        found = averaged(model, batches, step, what="token scores", device=device, progress=progress)
+    return found.values[0][:, model.num_prefix_tokens:], found.images
 
 
-def _by_hsic(model: nn.Module, batches: Batches, absolute: str, device: str | torch.device | None, progress: bool) -> Tensor:
+def _by_hsic(model: nn.Module, batches: Batches, absolute: str, device: str | torch.device | None, progress: bool) -> Scored:
     """Dependence of the softmax output on what enters the block at each patch   (B1)."""
     need_classifier(model, "token scores by hsic")
     prefix, kernels = model.num_prefix_tokens, [None] * len(model.blocks)
@@ -190,11 +204,11 @@ def _by_hsic(model: nn.Module, batches: Batches, absolute: str, device: str | to
         return before
 
     def step(images: Tensor, targets: Tensor) -> tuple[Tensor]:
-        probabilities = logits_of(model, images).softmax(dim=1).flatten(1)
-        return (torch.stack([dependence(k, probabilities) for k in kernels]),)           # (L, n)
+        probabilities = at_least_float32(logits_of(model, images)).softmax(dim=1).flatten(1)
+        return (torch.stack([dependence(k, probabilities) for k in kernels]) / len(images)**2,)         # (L, n)
     with hooks([b.register_forward_pre_hook(hook(i)) for i, b in enumerate(model.blocks)]), torch.no_grad():
-        (scores,), _ = averaged(model, batches, step, what="token scores by hsic", device=device, progress=progress, same_size=True)
-    return scores
+        found = averaged(model, batches, step, what="token scores by hsic", device=device, progress=progress, at_least=2)
+    return found.values[0] * found.batch**2, found.images
 
 
 TOKEN_CRITERIA = {"gradient": _by_gradient, "class_attention": _by_class_attention, "hsic": _by_hsic}
@@ -202,24 +216,36 @@ TOKEN_CRITERIA = {"gradient": _by_gradient, "class_attention": _by_class_attenti
 
 def token_scores(model: nn.Module, batches: Batches, *, criterion: str = "gradient", absolute: str = "image",
                  device: str | torch.device | None = None, progress: bool = True) -> Tensor:
-    """Scores s (L, n) of every patch in every block, higher is kept. model: dense, taken in eval mode.
+    """Scores s (L, n) of every patch in every block, higher is kept. model: dense, taken in eval mode. Each image counts alike,
+    however the images come in batches. B: images in a batch (the mean where they differ), H heads, N tokens.
 
-    criterion "gradient": gradient-weighted attention (A1), summed over batches,
+    criterion "gradient": gradient-weighted attention (A1). absolute "image": with Loss_b each image's own loss (of pixels the mean
+    over those of the image that count),
+
+        s_l[j] = mean over images b of | sum over h, i of dLoss_b/dA[b,h,i,j] * A[b,h,i,j] | / (H * N)
+
+    which no batch has a part in. absolute "batch": the published form, of each batch's mean loss,
 
         s_l[j] += | sum over b, h, i of dLoss/dA[b,h,i,j] * A[b,h,i,j] | / (B * H * N)
 
-    with the loss the mean cross-entropy of the batch. absolute: "image" takes the absolute value for each image before
-    summing over b; "batch" takes it after, as published, which makes the scores depend on the batch size and the order of
-    the images (measured on DeiT-tiny: docs/prune_and_merge.md). The other criteria have no use for it.
+    summed over batches, one of b images weighing b / B (1 where all are as large). Images of a batch cancel in it, so it depends on
+    the batch size and on which images share a batch, and those of a smaller last batch, of which fewer cancel, still count for more
+    than others (measured on DeiT-tiny: docs/prune_and_merge.md). The other criteria have no use for absolute.
 
     criterion "class_attention": s_l[j] = mean over images and heads of A[b,h,0,j], the class token's attention, 0 to 1.
 
-    criterion "hsic": s_l[j] = HSIC(X_j, softmax output), X_j (B x D) what enters block l at patch j (B1), averaged over
-    the batches that are as large as the first.
+    criterion "hsic": s_l[j] = HSIC(X_j, softmax output), X_j (B x D) what enters block l at patch j (B1), of each batch. HSIC grows
+    with the square of the batch, so batches of b images weigh b (B / b)^2; one of a single image has nothing to say.
 
-    Raises InputError for an unknown criterion, where the family can't be handled, there is no batch, no classifier (or
-    for class_attention no class token), or the model's tokens are merged already.
+    Raises InputError for an unknown criterion, where the family can't be handled, there is no batch (for hsic of two images), no
+    classifier (or for class_attention no class token), or the model's tokens are merged already.
     """
+    return scored(model, batches, criterion=criterion, absolute=absolute, device=device, progress=progress)[0]
+
+
+def scored(model: nn.Module, batches: Batches, *, criterion: str, absolute: str, device: str | torch.device | None,
+           progress: bool) -> Scored:
+    """(`token_scores`, how many images had a part in them)."""
     check_supported(model)
     if criterion not in TOKEN_CRITERIA:
         raise InputError(f"criterion {criterion!r} is not known; known are {sorted(TOKEN_CRITERIA)}")

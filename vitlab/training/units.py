@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vitlab import parallel
-from vitlab.criteria.hsic import CHUNK, shared_dependence
+from vitlab.criteria.hsic import CHUNK, at_least_float32, shared_dependence
 from vitlab.criteria.units import (
     MAGNITUDE_WEIGHT,
     REDUNDANCY_WEIGHT,
@@ -58,10 +58,14 @@ def _unit_weights(block: nn.Module) -> dict[str, Tensor]:
 
 
 def _over_images(model: nn.Module, batches: Batches, criterion: UnitCriterion, settings: dict[str, dict], what: str,
-                 device: str | torch.device | None, progress: bool) -> tuple[tuple[Tensor, ...], int]:
-    """((head scores (L, H), neuron scores (L, M)), number of images) of a criterion that reads activations."""
+                 device: str | torch.device | None, progress: bool) -> tuple[Tensor, Tensor, int]:
+    """(head scores (L, H), neuron scores (L, M), images that had a part in them) of a criterion that reads activations.
+
+    HSIC of b images grows with b^2: head scores are averaged over b^2, and B^2 put back, B the mean batch. Neuron scores are scaled
+    to [0, 1] in each batch.
+    """
     found: dict[str, list] = {kind: [None] * len(model.blocks) for kind in KINDS}
-    needs_gradient = criterion.needs == "gradients"
+    needs_gradient, dependent = criterion.needs == "gradients", criterion.needs == "output"
 
     def see(kind: str, index: int, units: Tensor) -> None:
         function = getattr(criterion, kind)
@@ -72,15 +76,18 @@ def _over_images(model: nn.Module, batches: Batches, criterion: UnitCriterion, s
             found[kind][index] = function(units, **settings[kind])
 
     def step(images: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        if criterion.needs == "output":
-            probabilities = logits_of(model, images).softmax(dim=1).flatten(1)
-            return tuple(torch.stack([score(probabilities) for score in found[kind]]) for kind in found)
+        if dependent:
+            probabilities = at_least_float32(logits_of(model, images)).softmax(dim=1).flatten(1)
+            heads, neurons = (torch.stack([score(probabilities) for score in found[kind]]) for kind in KINDS)
+            return heads / len(images)**2, neurons
         logits = model(images)
         if needs_gradient:
             each_cross_entropy(logits, targets).sum().backward()                # each image's own loss
-        return tuple(torch.stack(found[kind]) for kind in found)
+        return tuple(torch.stack(found[kind]) for kind in KINDS)
     with hooks(_unit_hooks(model, see)), torch.set_grad_enabled(needs_gradient):
-        return averaged(model, batches, step, what=what, device=device, progress=progress, same_size=criterion.needs == "output")
+        mean = averaged(model, batches, step, what=what, device=device, progress=progress, at_least=2 if dependent else 1)
+    heads, neurons = mean.values
+    return heads * mean.batch**2 if dependent else heads, neurons, mean.images
 
 
 def _by_moments(model: nn.Module, batches: Batches, criterion: UnitCriterion, device: str | torch.device | None, progress: bool,
@@ -112,14 +119,14 @@ def unit_scores(model: nn.Module, batches: Batches, *, criterion: str = "hsic", 
     """Scores of every head (L, H) and neuron (L, M) of a dense model, higher is kept. model: taken in eval mode.
 
     criterion, a name of vitlab.criteria.units.UNIT_CRITERIA:
-    "hsic": the published scores of each batch (B2), with the three weights, averaged over the batches that are as large as
-    the first (HSIC grows with the square of the batch). Of the activations only the kernels (B x B a unit) and magnitudes
-    are kept until the softmax output is known: L (M + H) B^2 numbers; temporaries are those of `chunk` neurons.
+    "hsic": the published scores of each batch (B2), with the three weights, averaged over images: a batch of b weighs b, its HSIC
+    (B / b)^2, B the mean batch, and one of a single image has nothing to say. Of the activations only the kernels (B x B a unit)
+    and magnitudes are kept until the softmax output is known: L (M + H) B^2 numbers; temporaries are those of `chunk` neurons.
     "reconstruction": the place in a greedy elimination, by second moments of what proj and fc2 take in, over all images.
     "activation", "taylor": means over all images. "weight", "random" (uniform, from seed): the batches are not read.
 
-    Raises InputError for an unknown criterion, a compressed model, a family that can't be handled, no image (for hsic a
-    single one in a batch), no classifier where the output is needed, or a chunk below 1.
+    Raises InputError for an unknown criterion, a compressed model, a family that can't be handled, no image (for hsic
+    no two in a batch), no classifier where the output is needed, or a chunk below 1.
     """
     chosen, shape = unit_criterion(criterion), shape_of(model)
     if chunk < 1:
@@ -144,7 +151,7 @@ def unit_scores(model: nn.Module, batches: Batches, *, criterion: str = "hsic", 
                     "redundancy_weight": str(redundancy_weight)}
         settings = {"heads": {"redundancy_weight": redundancy_weight},
                     "neurons": {"relevance_weight": relevance_weight, "magnitude_weight": magnitude_weight, "chunk": chunk}}
-    (heads, neurons), images = _over_images(model, batches, chosen, settings, what, device, progress)
+    heads, neurons, images = _over_images(model, batches, chosen, settings, what, device, progress)
     return UnitScores(heads=heads, neurons=neurons, made_by=made_by | {"images": str(images)})
 
 
@@ -152,7 +159,7 @@ def head_redundancy(model: nn.Module, batches: Batches, *, device: str | torch.d
                     progress: bool = True) -> Tensor:
     """HSIC (L, H, H) between the heads of each block, Gaussian kernels on both sides, symmetric and not negative (B1).
 
-    Of F_h (B x N), the head's output averaged over its width; averaged over the batches that are as large as the first.
+    Of F_h (B x N), the head's output averaged over its width; averaged over images as `unit_scores` does.
     Raises InputError for a compressed model, a family that can't be handled, or batches without two images.
     """
     shape = shape_of(model)
@@ -163,7 +170,7 @@ def head_redundancy(model: nn.Module, batches: Batches, *, device: str | torch.d
 
     def step(images: Tensor, targets: Tensor) -> tuple[Tensor]:
         model(images)
-        return (torch.stack(found),)                                            # (L, H, H)
+        return (torch.stack(found) / len(images)**2,)                           # (L, H, H)
     with hooks(_unit_hooks(model, see, kinds=("heads",))), torch.no_grad():
-        (shared,), _ = averaged(model, batches, step, what="head redundancy", device=device, progress=progress, same_size=True)
-    return shared
+        mean = averaged(model, batches, step, what="head redundancy", device=device, progress=progress, at_least=2)
+    return mean.values[0] * mean.batch**2

@@ -13,7 +13,7 @@ from vitlab.plots.search import moment
 from vitlab.search import SearchSpace, Study
 from vitlab.search.acquisition import log_expected_improvement
 from vitlab.search.explain import Predict, believed
-from vitlab.search.strategies import Settings
+from vitlab.search.strategies import Settings, incumbent
 from vitlab.search.study import INFO, Evaluation, read_journal
 from vitlab.shape import ViTShape
 from vitlab.uncertainty import error_name
@@ -104,12 +104,13 @@ def study_explorer(study: Study | str | Path) -> Explorer:
                 beliefs[len(done)] = found.belief(done)
             predict = beliefs[len(done)]
             best = max(done, key=lambda e: e.value)
+            level = incumbent(predict, np.array([e.policy for e in done]), np.array([e.value for e in done]), found.options)
             held = {"others as in the best": best, **({"others as in the next": following} if following else {})}
             for name, evaluation in held.items():
                 moved = np.tile(np.array(evaluation.policy), (POINTS, 1))       # (G, D)
                 moved[:, index] = grid
                 mean, deviation = predict(moved)
-                lines[name] = (mean, deviation, log_expected_improvement(mean, deviation, best.value), evaluation.policy[index])
+                lines[name] = (mean, deviation, log_expected_improvement(mean, deviation, level), evaluation.policy[index])
             if following:
                 expected = tuple(float(v[0]) for v in predict(np.array(following.policy)[None]))
         return moment([e.value for e in done], total=found.options.evaluations, label=found.label, dimension=dimension.value, grid=grid,
