@@ -48,14 +48,13 @@ def test_scores_and_refits_go_on_into_each_others_share_only_where_theirs_is_sho
     assert made.said == ("score takes 512 images, 162 of them from the share of calibrate",)
     both = part(1000, 0, {"score": 512, "calibrate": 1000})
     assert len(set(both.indices["score"]) & set(both.indices["calibrate"])) == 512 and len(both.indices["calibrate"]) == 700
-    assert both.said[1:] == ("calibrate takes 700 images, 350 of them from the share of score",
-                             "calibrate has 700 images, 1000 were asked for")
+    assert both.said[1:] == ("calibrate takes 700 images of the 1000 asked for, 350 of them from the share of score",)
 
 
 def test_what_is_chosen_or_reported_on_takes_from_nobody_and_says_that_it_has_fewer():
     made = part(100, 0, {"choose": 256, "report": 15})
     assert [len(own) for own in made.indices.values()] == [15, 15]
-    assert made.said == ("choose has 15 images, 256 were asked for",)
+    assert made.said == ("choose takes 15 images of the 256 asked for",)
 
 
 def test_too_few_images_are_shared_and_it_is_said():

@@ -185,8 +185,8 @@ def test_calibration_takes_images_without_labels_and_says_what_it_gained(picture
     made_by = made.info["made_by"]
     assert (made_by["images"], made_by["minutes"], made_by["kept"]) == (28, 0.03, "distilled")
     assert made_by["roles"] == {"calibrate": 28, "choose": 6, "report": 6, "shared": [
-        "calibrate takes 28 images, 14 of them from the share of score", "calibrate has 28 images, 40 were asked for",
-        "choose has 6 images, 50 were asked for", "report has 6 images, 256 were asked for"]}
+        "calibrate takes 28 images of the 40 asked for, 14 of them from the share of score",
+        "choose takes 6 images of the 50 asked for", "report takes 6 images of the 256 asked for"]}
     if cuts == "tokens":                                                        # nothing is refitted
         assert made_by["kl_refitted"] == made_by["kl_cut"]
     reporting = open_data(pictures).parts(0, report=256)

@@ -50,11 +50,10 @@ def part(total: int, seed: int, limits: dict[str, int | None]) -> Parts:
             places = pool if role == FITTED[0] else pool[::-1]
         indices[role] = [order[place] for place in places[:wanted]]
         taken, over = len(indices[role]), len(indices[role]) - len(own)
-        if over > 0:
-            other = FITTED[1 - FITTED.index(role)]
-            said.append(f"{role} takes {taken} images, {over} of them from the share of {other}")
-        if taken < wanted:
-            said.append(f"{role} has {taken} images, {wanted} were asked for")
+        short = f" of the {wanted} asked for" if taken < wanted else ""
+        other = f", {over} of them from the share of {FITTED[1 - FITTED.index(role)]}" if over > 0 else ""
+        if short or other:
+            said.append(f"{role} takes {taken} images{short}{other}")
     if total < LEAST and limits:
         said.append(f"{', '.join(limits)} {'share' if len(limits) > 1 else 'takes'} the same images, which are too few to be divided")
     return Parts(indices=indices, said=tuple(said))

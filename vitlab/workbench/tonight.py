@@ -62,7 +62,8 @@ class Survey:
         self.seed = seed
         opened = open_matching(data, self.found, class_map, labels=False)
         self.parts = opened.parts(seed, score=score_images, choose=images, report=images)
-        self.inputs = fingerprint([opened.files("train"), self.parts.roles, seed], [self.found.model])
+        counts = {role: count for role, count in self.parts.roles.items() if role != "shared"}
+        self.inputs = fingerprint([opened.files("train"), counts, seed], [self.found.model])
         model = self.found.model.to(self.place).eval()
         self.shape = shape_of(model)
         self.read_out = self.shape.pool == POOL_TOKEN and self.shape.num_prefix_tokens > 0
