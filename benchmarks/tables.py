@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vitlab.caveats import caveat
 from vitlab.files import atomic_write, read_lines
-from vitlab.results import with_range
+from vitlab.results import ratio_words, with_range
 from vitlab.uncertainty import error_name, plus_minus, share_error
 
 HERE = Path(__file__).parent
@@ -18,8 +18,6 @@ PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "prune_and_merge.md",
 
 
 PAIRED = "against the dense model: the standard error of the images' own differences"
-RATIO = ("Throughput ratio: the dense model's time over this one's, both in turn in one process, the median over rounds, and in brackets "
-         "the range over them")
 
 
 def _table(head: list[str], rows: list[list[str]], notes: list[str] | None = None) -> str:
@@ -80,9 +78,8 @@ def _speed(rows: list[dict]) -> tuple[str, list[str]]:
     given = [r["conditions"].get("speed", {}) or r["conditions"] for r in timed]
     sizes = dict.fromkeys(f"batch {each['batch_size']}" for each in given if "batch_size" in each)
     name = "throughput ratio" + (f" ({', '.join(sizes)})" if sizes else "")
-    without = [r for r in timed if _range(r) is None and r["ratio"] != 1]
-    note = RATIO if len(without) < len(timed) - 1 else RATIO.partition(", and in brackets")[0]
-    return name, [note] if timed else []
+    spans = [each | {"ratio_range": _range(r)} for each, r in zip(given, timed)]
+    return name, [f"Throughput {ratio_words(spans)}"] if timed else []
 
 
 def boundaries(rows: list[dict]) -> str:

@@ -15,8 +15,8 @@ from vitlab.uncertainty import error_name, plus_minus
 
 ERRORS = {name: error_name(name) for name in ("top1_pct", "miou_pct", "loss")}      # what each one's standard error is called
 PLUS_MINUS = "±: one standard error over images"
-RATIO = "ratio: the baseline's time over the model's, in turn in one process, the median over rounds; in brackets the range over them"
-TOO_NOISY = "too noisy to tell"
+RATIO = "ratio: the baseline's time divided by the model's, in turn in one process, the median over rounds"
+SURE = 5                                        # rounds from which more have a range of 95 % (`vitlab.training.throughput.median_range`)
 COLUMNS = ("model", "top1_pct", "gmacs", "params_m", "throughput_img_s", "ratio")
 
 
@@ -100,17 +100,21 @@ def format_cell(value: Any, column: str) -> str:
     return f"{value:.{DIGITS[column]}f}" if column in DIGITS else str(value)
 
 
-def noisy(low: float, high: float) -> bool:
-    """Whether a ratio's range holds 1, so that nothing is said of faster or slower; a baseline's is 1 alone, and is not noisy."""
-    return low <= 1 <= high and low < high
-
-
 def with_range(ratio: float, span: Sequence[float] | None) -> str:
     """A throughput ratio with its range over the rounds of timing, marked where that holds 1: "1.60 (1.52 to 1.66)". A baseline, and a
     ratio whose range is not known, stand alone."""
     if span is None or span[0] == span[1]:
         return f"{ratio:.2f}"
-    return f"{ratio:.2f} ({span[0]:.2f} to {span[1]:.2f})" + (f", {TOO_NOISY}" if noisy(*span) else "")
+    return f"{ratio:.2f} ({span[0]:.2f} to {span[1]:.2f})" + (f", {NOISY}" if noisy(*span) else "")
+
+
+def ratio_words(speeds: Sequence[dict[str, Any]]) -> str:
+    """What the ratio is, and the range in brackets behind it, of speeds measured under these conditions; rows from before that range was
+    one of the median have the least and the largest round."""
+    ranged = [given for given in speeds if given.get("ratio_range") and given["ratio_range"][0] < given["ratio_range"][1]]
+    sure = [given.get("repeats", 0) > SURE and "ratio:" in given.get("timing", "") for given in ranged]
+    words = (["where that median lies (95 %)"] if any(sure) else []) + (["the least and the largest round"] if not all(sure) else [])
+    return RATIO + (f"; in brackets {', or '.join(words)}" if words else "")
 
 
 def speed_of(row: ResultRow) -> dict[str, Any]:
@@ -150,11 +154,11 @@ def titles(rows: list[ResultRow], columns: tuple[str, ...]) -> list[str]:
 
 
 def notes(rows: list[ResultRow], columns: tuple[str, ...] = COLUMNS) -> str:
-    """What is said once below a table of rows: what ± stands for, what the ratio is, and the caveat of quick runs and toy data."""
+    """What is said once below a table of rows: what ± stands for, what the ratio is (`titles` says of which batch), and the caveat of
+    quick runs and toy data."""
     known = any(getattr(row, ERRORS[name]) is not None for row in rows for name in columns if name in ERRORS)
     timed = "ratio" in columns and any(row.ratio is not None for row in rows)
-    where = titles(rows, ("ratio",))[0].partition(" ")[2]
-    lines = [PLUS_MINUS if known else "", f"{RATIO}{' ' + where if where else ''}" if timed else "", caveat_of(rows)]
+    lines = [PLUS_MINUS if known else "", ratio_words([speed_of(row) for row in rows]) if timed else "", caveat_of(rows)]
     return "\n".join(line for line in lines if line)
 
 
@@ -185,6 +189,34 @@ def to_csv(labels: list[str], rows: list[ResultRow]) -> str:
     for label, row, given in zip(labels, rows, conditions):
         writer.writerow(map(plain, [label, *(getattr(row, name) for name in names), *(given.get(key) for key in keys)]))
     return text.getvalue()
+
+
+NOISY = "too noisy to tell"
+
+
+def noisy(ratio_min: float, ratio_max: float) -> bool:
+    """Whether a ratio of that range may as well be 1: the range holds 1, or one round made it. The baseline's own, 1 to 1, is none."""
+    return (ratio_min <= 1 <= ratio_max or ratio_min == ratio_max) and not ratio_min == ratio_max == 1
+
+
+def format_speeds(rows: list[ResultRow]) -> str:
+    """Plain-text table of measured speeds, the baseline first, each with the range of its ratio; what the numbers are below it."""
+    measured = rows[0].conditions["speed"]
+    cells = [["model", f"images/s (batch {measured['batch_size']})", "ratio", "range", "ms (batch 1)", ""]]
+    for row in rows:
+        low, high = row.conditions["speed"]["ratio_range"]
+        cells.append([row.model, format_cell(row.throughput_img_s, "throughput_img_s"), format_cell(row.ratio, "ratio"),
+                      f"{low:.2f} to {high:.2f}", format_cell(row.latency_ms, "latency_ms"), NOISY if noisy(low, high) else ""])
+    what = "where that median lies (95 %)" if measured["repeats"] > 5 else "the least and the largest of so few rounds"
+    return aligned(cells) + (f"\nratio: median over {measured['repeats']} rounds of the first model's time by this one's, in turn; range: "
+                             f"{what};\nimages/s: the first model's median, times the ratio; ms: the same at batch 1")
+
+
+def aligned(cells: list[list[str]]) -> str:
+    """Plain-text table of a heading and rows, the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(line, widths))).rstrip() for line in cells]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",

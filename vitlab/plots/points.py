@@ -16,7 +16,7 @@ class Point(NamedTuple):
     cost: float
     value: float
     error: float | None = None                      # one standard error of the value, in its unit
-    span: tuple[float, float] | None = None         # of a cost that is a ratio: its range over the rounds of timing
+    span: tuple[float, float] | None = None         # of a cost that is a ratio: its range
 
     @property
     def noisy(self) -> bool:
@@ -53,7 +53,7 @@ def legend_beside(axes: Sequence[Axes], points: Iterable[Sequence[Any]] = ()) ->
     drawn = {(line.get_label(), line.get_marker(), line.get_color()): line for axis in axes for line in axis.get_legend_handles_labels()[0]}
     made = [Point(*point) for point in points]
     notes = (["bars: one standard error"] if any(p.error is not None for p in made) else []) + (
-        ["across: range over rounds"] if any(p.span is not None and p.span[0] < p.span[1] for p in made) else []) + (
+        ["across: range of the ratio"] if any(p.span is not None and p.span[0] < p.span[1] for p in made) else []) + (
         [NOISY] if any(p.noisy for p in made) else [])
     axes[-1].legend(handles=list(drawn.values()), frameon=False, bbox_to_anchor=(1.02, 1), loc="upper left", alignment="left",
                     title="\n".join(notes) or None, title_fontsize="small")
