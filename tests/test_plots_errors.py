@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from vitlab.caveats import caveat, caveat_of, with_caveat
+from vitlab.plan import CompressionPlan
 from vitlab.plots import (
     accuracy_against_cost,
     acquisition,
@@ -19,6 +20,8 @@ from vitlab.plots import (
 )
 from vitlab.plots.points import NOISY
 from vitlab.results import ResultRow
+from vitlab.shape import ViTShape
+from vitlab.workbench.offers import Offer, offers_figure
 
 matplotlib.use("agg")
 
@@ -124,3 +127,11 @@ def test_one_quick_row_is_enough_for_a_table():
     assert caveat_of(rows[:1]) == "" and caveat_of(rows) == "quick: says nothing about quality"
     assert caveat_of([ResultRow(model="a", dataset="photos", conditions={"speed": {"quick": True}})]) == caveat_of(rows)
     assert caveat_of([ResultRow(model="a", dataset="digits")]) == caveat("digits") and caveat_of([]) == ""
+
+
+def test_offers_have_bars_and_none_leads_above_all_images():
+    shape = ViTShape(img_size=(20, 30), patch_size=(10, 10), embed_dim=8, depth=2, num_heads=2, head_dim=4, num_neurons=16)
+    offers = [Offer(rule="a", plan=CompressionPlan.empty(shape), gmacs=g, agree_pct=a, distill_loss=.1, chosen_by=.1, agree_se=2.0)
+              for g, a in ((1e-6, 100.0), (5e-7, 90.0))]
+    axis = offers_figure(offers).axes[0]
+    assert [ys for _, ys in segments(axis)] == [(88, 92), (98, 102)] and 100 < axis.get_ylim()[1] < 101

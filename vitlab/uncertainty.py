@@ -74,7 +74,7 @@ def overlap(a: tuple[float, float], b: tuple[float, float]) -> bool:
 
 def plus_minus(value: float, error: float | None, digits: int) -> str:
     """"79.5 ± 1.6" with so many digits; "79.5" where no error is known."""
-    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+    return f"{round(value, digits) + 0.0:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")       # never -0.0
 
 
 def with_error(name: str, value: float, error: float | None) -> dict[str, float]:

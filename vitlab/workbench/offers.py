@@ -59,4 +59,8 @@ def offers_figure(offers: Sequence[Offer]) -> Figure:
         lines.setdefault(offer.rule, []).append((offer.gmacs, offer.agree_pct, offer.agree_se))
     shape = offers[0].plan.shape
     label = f"{'pixels' if shape.decoder else 'images'} classified as by the dense model (%)"
-    return trade_offs({GMACS: lines}, label, {GMACS: (cost.gmacs(CompressionPlan.empty(shape)), 100.0)})
+    figure = trade_offs({GMACS: lines}, label, {GMACS: (cost.gmacs(CompressionPlan.empty(shape)), 100.0)})
+    axis, = figure.axes
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, min(high, 100 + 0.04 * (100 - low)))                     # no bar leads above all images
+    return figure
