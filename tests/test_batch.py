@@ -393,16 +393,16 @@ def test_a_report_shows_errors_ranges_and_what_is_quick_and_says_once_what_they_
     page = report.results_table(tmp_path).data
     assert ">70.00 ± 1.50</td>" in page and ">66.00</td>" in page and ">1.00</td>" in page
     assert ">1.69 (0.84 to 2.54), too noisy to tell</td>" in page
-    assert ">ratio (batch 32)</th>" in page and ">latency_ms (batch 1)</th>" in page and "miou_pct" not in page and "top5_pct" not in page
+    assert ">ratio (batch 32)</th>" in page and "latency_ms" not in page and "miou_pct" not in page and "top5_pct" not in page
     assert page.count("one standard error") == page.count("median over rounds") == page.count("quick: says nothing about quality") == 1
     assert ">quick, speed.ratio_range" in page and page.count("quick") == 2 and "<b>" not in page
     report.write_tables(tmp_path)
     tex = (tmp_path / "results.tex").read_text()
-    assert r"small & 66.00 & - & 1.69 (0.84 to 2.54), too noisy to tell \\" in tex and r"70.00 $\pm$ 1.50" in tex
+    assert r"small & 66.00 & 1.69 (0.84 to 2.54), too noisy to tell \\" in tex and r"70.00 $\pm$ 1.50" in tex
     caption = next(line for line in tex.splitlines() if line.startswith(r"\caption"))
     assert "quick: says nothing about quality" in caption and r"$\pm$: one standard error" in caption and "median over rounds" in caption
     read = list(csv.DictReader((tmp_path / "results.csv").open()))
-    assert [(r["quick"], r["top1_se"]) for r in read] == [("False", "1.5"), ("True", "")]
+    assert [(r["quick"], r["top1_se"]) for r in read] == [("False", "1.5"), ("True", "")] and read[0]["latency_ms"] == "3.0"
 
 
 def test_a_page_shows_a_widget_as_its_picture(tmp_path):

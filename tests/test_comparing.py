@@ -77,6 +77,8 @@ def test_a_dimension_that_was_not_cut_is_named():
 
 def test_a_difference_of_rows_says_how_sure_it_is_and_where_nothing_can_be_told():
     dense, small = ResultRow(model="a", top1_pct=80.0, top1_se=3.0), ResultRow(model="b", top1_pct=70.0, top1_se=4.0)
-    assert difference(small, dense) == "-10.00 ± 5.00" and difference(small, ResultRow(model="c", top1_pct=60.0)) == "+10.00"
+    assert difference(small, dense) == "-10.00 ± 5.00 points of top-1"
+    assert difference(small, ResultRow(model="c", top1_pct=60.0)) == "+10.00 points of top-1"
     near = ResultRow(model="d", top1_pct=71.0, top1_se=4.0)
-    assert difference(near, dense) == "-9.00 ± 5.00, can't be told from 0"              # 1.96 * 5 is 9.8
+    assert difference(near, dense) == "-9.00 ± 5.00 points of top-1 (can't be told from 0)"             # 1.96 * 5 is 9.8
+    assert difference(ResultRow(model="e", miou_pct=3.0), ResultRow(model="f", miou_pct=1.0), "miou_pct") == "+2.00 points of mIoU"

@@ -17,7 +17,7 @@ ERRORS = {name: error_name(name) for name in ("top1_pct", "miou_pct", "loss")}  
 PLUS_MINUS = "±: one standard error over images"
 RATIO = "ratio: the baseline's time divided by the model's, in turn in one process, the median over rounds"
 SURE = 5                                        # rounds from which more have a range of 95 % (`vitlab.training.throughput.median_range`)
-COLUMNS = ("model", "top1_pct", "gmacs", "params_m", "throughput_img_s", "ratio")
+COLUMNS = ("model", "top1_pct", "gmacs", "params_m", "ratio")       # no absolute speed: those of rows timed in several runs don't compare
 
 
 @dataclass(frozen=True, kw_only=True)

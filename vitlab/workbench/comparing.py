@@ -14,7 +14,8 @@ from vitlab.results import ResultRow
 from vitlab.uncertainty import error_name, interval, overlap, plus_minus, standard_error
 
 Z = 1.96                                        # standard errors from a mean to the ends of its interval of 95 %
-UNTOLD = ", can't be told from 0"
+UNTOLD = " (can't be told from 0)"
+POINTS = {"top1_pct": "top-1", "miou_pct": "mIoU"}
 RANDOM = "random"                               # the criterion that knows nothing
 
 
@@ -28,11 +29,12 @@ def clear_lowest(values: Sequence[float], errors: Sequence[float | None]) -> int
 
 
 def difference(row: ResultRow, base: ResultRow, name: str = "top1_pct") -> str:
-    """A row's value less another's, in points: "+1.20 ± 0.55, can't be told from 0". The error is that of two draws of images, sqrt(e^2 +
-    e'^2), as rows don't keep their images: of the same images the difference is surer."""
+    """A row's value less another's: "+1.20 ± 0.70 points of top-1 (can't be told from 0)". The error is that of two draws of images,
+    sqrt(e^2 + e'^2), as rows don't keep their images: of the same images the difference is surer."""
     value, errors = getattr(row, name) - getattr(base, name), [getattr(each, error_name(name)) for each in (row, base)]
     error = None if None in errors else float(np.hypot(*errors))
-    return f"{value:+.2f}" + ("" if error is None else f" ± {error:.2f}{UNTOLD if abs(value) <= Z * error else ''}")
+    text = f"{value:+.2f}{'' if error is None else f' ± {error:.2f}'} points of {POINTS[name]}"
+    return text + (UNTOLD if error is not None and abs(value) <= Z * error else "")
 
 
 def over_seeds(rows: Sequence[dict[str, Any]], dimension: str) -> dict[str, dict[int, tuple[float, float | None]]]:

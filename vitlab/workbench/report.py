@@ -16,7 +16,7 @@ from vitlab.workbench import notebooks
 from vitlab.workbench.batch_entry import ENTRY, RESULTS, SUMMARY
 
 PAGE, NOTEBOOK, CSV, LATEX = "report.html", "report.ipynb", "results.csv", "results.tex"
-QUICK = "quick"
+QUICK, ABSOLUTE = "quick", ("throughput_img_s", "latency_ms")
 COLUMNS = ("model", "dataset", "split", "top1_pct", "top5_pct", "miou_pct", "loss", "gmacs", "params_m", "throughput_img_s", "latency_ms",
            "ratio")
 
@@ -114,8 +114,10 @@ def results_table(run: str | Path) -> HTML:
 
 
 def measured(rows: list[ResultRow], columns: tuple[str, ...]) -> tuple[str, ...]:
-    """The columns in which a row has something."""
-    return tuple(c for c in columns if any(getattr(row, c) not in (None, "") for row in rows))
+    """The columns in which a row has something. Entries were timed in runs of their own, where the machine may have been slower: beside
+    a ratio stands no absolute speed, which is in the CSV."""
+    found = tuple(c for c in columns if any(getattr(row, c) not in (None, "") for row in rows))
+    return tuple(c for c in found if "ratio" not in found or c not in ABSOLUTE)
 
 
 def show_figures(run: str | Path) -> None:
