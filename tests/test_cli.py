@@ -67,7 +67,7 @@ def test_search_cut_and_fine_tune_run_from_commands_alone(study, capsys):
     code, out, _ = run(capsys, *search)
     assert code == 0 and "best of 4" in out and f"{study}/found/plan.json" in out
     worth = json.loads((study / "found/reported.json").read_text())
-    assert f"on 32 other images, ± one standard error: distill_loss {worth['distill_loss']:.4f} ± {worth['distill_loss_se']:.4f}" in out
+    assert "on 32 other images, ± one standard error: distill_loss " in out and worth["distill_loss_se"] > 0 and worth["images"] == 32
     journal = (study / "found/journal.jsonl").read_text()
     code, again, _ = run(capsys, *search)
     assert code == 0 and again == out and (study / "found/journal.jsonl").read_text() == journal
@@ -90,7 +90,7 @@ def test_calibration_runs_from_the_command_alone_and_prints_what_it_gained(study
             "--images", "64", "--out", f"{study}/calibrated"]
     code, out, _ = run(capsys, *base)
     assert code == 0 and "in nats on 216 other images, ± one standard error: cut " in out and ", refitted " in out
-    assert out.count(" ± ") == 2 and "distilled" not in out
+    assert out.count(" ± ") == 3 and "± 0.0000," not in out and "distilled" not in out
     code, out, _ = run(capsys, *base, "--minutes", "0.02")
     assert code == 0 and checkpoint.load(study / "calibrated").info["made_by"]["minutes"] == 0.02
     code, _, err = run(capsys, *base, "--minutes", "-1")
