@@ -212,7 +212,7 @@ def build_parser() -> Parser:
                    help="policies before the Gaussian process proposes (default: the settings')")
     p.add_argument("--start", "--initial", dest="initial", choices=("varied", "random", "sensitivity"),
                    help="how the population is drawn; sensitivity: each dimension is measured alone first (default: the settings')")
-    p.add_argument("--metric", choices=("top1_pct", "miou_pct", "distill_loss"),
+    p.add_argument("--metric", choices=("top1_pct", "miou_pct", "distill_loss"), default="distill_loss",
                    help="top-1, of a Segmenter mIoU, or the distance to the dense model's output (default: distill_loss)")
     p.add_argument("--criterion", default="hsic", metavar="NAME", help="that ranks heads and neurons (default: hsic)")
     p.add_argument("--compensate", action="store_true", help="refit what is left of each cut layer before a policy is measured")

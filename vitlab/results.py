@@ -11,7 +11,7 @@ from typing import Any
 
 from vitlab.caveats import caveat_of
 from vitlab.files import InputError, append_line, read_lines, write_lines
-from vitlab.uncertainty import error_name, plus_minus
+from vitlab.uncertainty import digits_of, error_name, plus_minus
 
 ERRORS = {name: error_name(name) for name in ("top1_pct", "miou_pct", "loss")}      # what each one's standard error is called
 PLUS_MINUS = "±: one standard error over images"
@@ -132,8 +132,10 @@ def shown(row: ResultRow, column: str) -> str:
 
 def in_words(measures: dict[str, Any]) -> str:
     """Measures that are in DIGITS, by name, each with its standard error where one stands beside it."""
-    return ", ".join(f"{name} {plus_minus(value, measures.get(error_name(name)), DIGITS[name])}"
-                     for name, value in measures.items() if name in DIGITS)
+    def one(name: str, value: float) -> str:
+        error = measures.get(error_name(name))
+        return f"{name} {plus_minus(value, error, digits_of(error, DIGITS[name]))}"
+    return ", ".join(one(name, value) for name, value in measures.items() if name in DIGITS)
 
 
 def format_table(rows: list[ResultRow], columns: tuple[str, ...] = COLUMNS) -> str:

@@ -77,6 +77,11 @@ def plus_minus(value: float, error: float | None, digits: int) -> str:
     return f"{round(value, digits) + 0.0:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")       # never -0.0
 
 
+def digits_of(error: float | None, least: int) -> int:
+    """Digits after the point that show two figures of an error, at least so many: of 0.00042 that is 5."""
+    return least if not error else max(least, 1 - int(np.floor(np.log10(error))))
+
+
 def with_error(name: str, value: float, error: float | None) -> dict[str, float]:
     """{name: value, name_se: error} of one measure, `name` with its "_pct" left out in the second; without it where none is known."""
     return {name: value} | ({} if error is None else {error_name(name): error})

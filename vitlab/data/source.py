@@ -99,7 +99,8 @@ class ImageData:
         if said:
             found.roles["shared"] = list(said)
             size = "" if stream else f" has {len(train)} images"
-            warnings.warn(f"{self.name}: train{size}; {'; '.join(said)}", stacklevel=2)
+            if parallel.is_first():
+                warnings.warn(f"{self.name}: train{size}; {'; '.join(said)}", stacklevel=2)
         return found
 
     def files(self, split: str) -> list[str]:

@@ -12,7 +12,7 @@ from vitlab.training.capture import need_classifier
 from vitlab.training.checkpoint import Checkpoint
 from vitlab.training.compensate import compensate
 from vitlab.training.self_distillation import Divergence, self_distil
-from vitlab.uncertainty import plus_minus
+from vitlab.uncertainty import digits_of, plus_minus
 from vitlab.workbench.cutting import amp_of, measured_batches, open_dense
 from vitlab.workbench.steps import Source, open_matching, pick_device
 
@@ -59,7 +59,9 @@ def calibrate(source: Source, data: str | Path, out: str | Path, plan: str | Pat
 
 def distances(made_by: dict[str, Any]) -> str:
     """What `calibrate` says of its model in one line: each distance with its standard error."""
-    values = [f"{name} {plus_minus(made_by[f'kl_{name}'], made_by.get(f'kl_{name}_se'), 4)}"
-              for name in ("cut", "refitted", "distilled") if f"kl_{name}" in made_by]
+    def one(name: str) -> str:
+        error = made_by.get(f"kl_{name}_se")
+        return f"{name} {plus_minus(made_by[f'kl_{name}'], error, digits_of(error, 4))}"
+    values = [one(name) for name in ("cut", "refitted", "distilled") if f"kl_{name}" in made_by]
     return (f"KL(dense || compressed) in nats on {made_by['roles']['report']} other images, ± one standard error: {', '.join(values)}; "
             f"kept: {made_by['kept']}")

@@ -43,18 +43,23 @@ def open_dense(source: Source) -> Checkpoint:
     return need_dense(open_model(source))
 
 
+def needs_images(criterion: str) -> bool:
+    """Whether scores by a criterion of units are of images. Raises InputError for one that is not known."""
+    return unit_criterion(criterion).needs not in ("weights", "nothing")
+
+
 def score_units(source: Source, data: str | Path, out: str | Path, *, criterion: str = "hsic", images: int = 512,
                 batch_size: int | None = None, seed: int = 0, device: str | None = None, class_map: str | Path | None = None,
                 workers: int | None = None, progress: bool = True) -> UnitScores:
     """Scores of heads and neurons by a criterion on the images of train that are for scores (`ImageData.parts`), at most `images`,
     written to `out` (safetensors)."""
-    found, needs = open_dense(source), unit_criterion(criterion).needs
-    if needs in ("output", "gradients"):
+    found = open_dense(source)
+    if unit_criterion(criterion).needs in ("output", "gradients"):
         need_classifier(found.model, f"scores by {criterion}")
     opened = open_matching(data, found, class_map, labels=criterion == "taylor")
     batch_size = batch_size or opened.at_once(64)
     batches, words = (), {}
-    if needs not in ("weights", "nothing"):
+    if needs_images(criterion):
         parts = opened.parts(seed, score=images)
         batches = parts.batches("score", found.model, batch_size=batch_size, seed=seed, workers=workers, shared=True)
         words = in_words(parts)

@@ -28,7 +28,7 @@ from vitlab.training.latency import latency_table
 from vitlab.training.loop import fingerprint
 from vitlab.training.objective import check_metric
 from vitlab.training.units import unit_scores
-from vitlab.workbench.cutting import UNIT_SCORES, amp_of, measured_batches, objective_on, open_dense, read_units, write_units
+from vitlab.workbench.cutting import UNIT_SCORES, amp_of, measured_batches, needs_images, objective_on, open_dense, read_units, write_units
 from vitlab.workbench.steps import Source, open_matching, pick_device, read_scores
 
 TOKEN_SCORES, PLAN, REPORTED = "token_scores.safetensors", "plan.json", "reported.json"
@@ -92,7 +92,8 @@ def search(source: Source, data: str | Path, out: str | Path, *, limit: float | 
     if limit is None:
         limit = macs_ratio * float(price(np.zeros((1, space.size)))[0])
     budget = Budget(limit=limit, cost=price, max_ratio=space.max_ratio, size=space.size, groups=tuple(space.groups), unit=cost)
-    parts = opened.parts(seed, score=score_images, choose=images, report=images)
+    reads = space.by_place or compensated and space.units or space.units and needs_images(criterion)
+    parts = opened.parts(seed, **({"score": score_images} if reads else {}), choose=images, report=images)
     about = {"data": opened.name, "metric": metric, "images": images, "criterion": criterion, "score_images": score_images,
              "roles": parts.roles, "compensated": compensated, "inputs": fingerprint([opened.files("train"), device], [found.model])}
     study = parallel.after_first(lambda: Study(out, space, budget, strategy=strategy, options=options, seed=seed, about=about))
@@ -162,10 +163,10 @@ def _scores_of(study: Study, model: nn.Module, parts: ImageData, device: torch.d
     """The scores that a plan of this study needs, from its folder where they were made before, for this study."""
     about, scores = study.info["about"], {}
     mark = {"made_for": " ".join(str(about[k]) for k in ("inputs", "criterion", "score_images")) + f" seed {study.seed}"}
-    mark["made_for"] += f" images {parts.roles['score']}"
+    mark["made_for"] += f" images {parts.roles.get('score', 0)}"
 
     def batches():
-        return parts.batches("score", model, workers=workers)
+        return parts.batches("score", model, workers=workers) if "score" in parts.roles else ()
 
     def check(path: Path) -> None:
         with safe_open(path, "pt") as file:
