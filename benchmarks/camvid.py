@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlab import cost
+from vitlab.caveats import caveat
 from vitlab.data.masks import open_scenes
 from vitlab.files import append_line, atomic_write, read_lines, write_lines
 from vitlab.models import compress, deploy, shape_of
@@ -72,7 +73,8 @@ class Bench:
             return
         batches = self.data.batches(split, model, batch_size=BATCH, whole=True, workers=1, limit=self.args.limit)
         found = evaluate_scenes(deploy(model) if plan else model, batches, amp=self.amp, progress=False)
-        row = {"model": name, "family": family, "stage": stage, "split": split, "miou_pct": found.scores.miou_pct,
+        row = {"model": name, "family": family, "stage": stage, "split": split,
+               "miou_pct": found.scores.miou_pct, "miou_se": found.scores.miou_se,
                "pixel_accuracy_pct": found.scores.pixel_accuracy_pct, "iou_pct": list(found.scores.iou_pct), "images": found.images,
                "gmacs": cost.gmacs(plan or CompressionPlan.empty(self.shape)), "plan": json.loads(plan.to_json()) if plan else None}
         self.rows[name, stage, split] = row
@@ -108,11 +110,12 @@ class Bench:
         keep, rule = 0.7, "merging by content"
         plan = plans_at(self.scores, self.shape, keep)[rule]
         small = Checkpoint(model=compress(self.model, plan), plan=plan, info={})
+        folder = self.args.run if self.args.quick else DOCS
         found = shown(self.data, {"dense": self.dense, f"{rule}, keep {keep}": small}, count=2)
         note = f"CamVid, val; {rule} at the cost of keep rate {keep}, without fine-tuning"
-        save_figure(predictions(*found, self.data.classes), DOCS, "camvid_predictions", note)
+        save_figure(predictions(*found, self.data.classes), folder, "camvid_predictions", note)
         picture, places = seen(small, self.data)
-        save_figure(scene_regions(picture, plan, (self.shape.depth // 2, self.shape.depth - 1), places), DOCS, "camvid_regions", note)
+        save_figure(scene_regions(picture, plan, (self.shape.depth // 2, self.shape.depth - 1), places), folder, "camvid_regions", note)
 
     def write(self) -> None:
         """One row a model: off the shelf and tuned, on val and on test."""
@@ -125,33 +128,41 @@ class Bench:
                 continue
             timed, first = speed["models"].get(name, {}), next(iter(mine.values()))
             out.append({"model": name, "family": family, "gmacs": first["gmacs"],
-                        **{f"{stage}_{split}_miou_pct": mine[stage, split]["miou_pct"] if (stage, split) in mine else None
-                           for stage in ("closed", "tuned") for split in ("val", "test")},
+                        **{f"{stage}_{split}_{key}": mine.get((stage, split), {}).get(key)
+                           for stage in ("closed", "tuned") for split in ("val", "test") for key in ("miou_pct", "miou_se")},
                         "throughput_img_s": timed.get("throughput_img_s"), "ratio": timed.get("ratio"),
                         "conditions": {"dtype": "bfloat16" if self.amp else "float32", "epochs": self.args.epochs,
                                        "images": {split: row["images"] for (_, split), row in mine.items()},
                                        "iou_pct": {f"{stage} {split}": row["iou_pct"] for (stage, split), row in mine.items()},
-                                       "classes": self.data.classes, "speed": speed["conditions"],
-                                       "ratio_range": timed.get("ratio_range"),
+                                       "classes": self.data.classes,
+                                       "speed": speed["conditions"] | ({"ratio_range": timed["ratio_range"]} if timed else {}),
+                                       **({"quick": True} if self.args.quick else {}),
                                        "tokens": None if plan is None else plan.tokens_per_block()}})
-        write_lines(RESULTS, out)
-        draw(out)
+        write_lines(self.args.run / RESULTS.name if self.args.quick else RESULTS, out)
+        draw(out, self.args.run if self.args.quick else DOCS)
 
 
-def draw(rows: list[dict]) -> None:
-    """docs/camvid.png: mIoU on val against GMACs and images/s, before and after fine-tuning."""
-    keys = {"GMACs per image": "gmacs", "images per second (float32, batch 4)": "throughput_img_s"}
+def draw(rows: list[dict], folder: Path = DOCS) -> None:
+    """camvid.png: mIoU on val against GMACs and the throughput ratio, before and after fine-tuning."""
+    keys = {"GMACs per image": "gmacs", f"throughput over the dense model's, same run\n(float32, batch {BATCH})": "ratio"}
     dense, panels = rows[0], {label: {} for label in keys}
+
+    def point(row: dict, key: str, stage: str = "closed") -> tuple:
+        return row[key], row[f"{stage}_val_miou_pct"], row.get(f"{stage}_val_miou_se"), span_of(row) if key == "ratio" else None
     for row in rows[1:]:
         for label, key in keys.items():
             for stage, words in (("closed", "off the shelf"), ("tuned", "fine-tuned")):
-                value = row[f"{stage}_val_miou_pct"]
-                if value is not None and row[key]:
-                    panels[label].setdefault(f"{row['family']}, {words}", []).append((row[key], value))
+                if row[f"{stage}_val_miou_pct"] is not None and row[key]:
+                    panels[label].setdefault(f"{row['family']}, {words}", []).append(point(row, key, stage))
     panels = {label: lines for label, lines in panels.items() if lines}
     if panels:
-        save_figure(trade_offs(panels, "mIoU on CamVid's val images (%)",
-                               {label: (dense[keys[label]], dense["closed_val_miou_pct"]) for label in panels}), DOCS, "camvid")
+        save_figure(trade_offs(panels, "mIoU on CamVid's val images (%)", {label: point(dense, keys[label]) for label in panels}), folder,
+                    "camvid", caveat(quick=any(row["conditions"].get("quick") for row in rows)))
+
+
+def span_of(row: dict) -> list[float] | None:
+    """The range of the throughput ratio over the rounds of timing; rows of before have it beside the speed's conditions."""
+    return row["conditions"]["speed"].get("ratio_range") or row["conditions"].get("ratio_range")
 
 
 if __name__ == "__main__":
@@ -164,7 +175,7 @@ if __name__ == "__main__":
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="8 images, one epoch, one keep rate: to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="8 images, one epoch, one keep rate, rows in RUN: to see that it runs")
     args = parser.parse_args()
     args.limit = 8 if args.quick else None
     if args.quick:

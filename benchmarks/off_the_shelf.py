@@ -2,109 +2,108 @@
 and after minutes of calibration.
 
     python benchmarks/off_the_shelf.py --weights deit_tiny_patch16_224.safetensors --cal IMAGENET_CAL --val IMAGENET_VAL \\
-        --run RUN [--seeds 0 1 2] [--parts closed calibrated speed] [--quick]
+        --run RUN [--model NAME] [--seeds 0 1 2] [--parts static closed calibrated speed] [--dtype float32] [--quick]
 
-Calibration images are drawn from CAL's train split by seed; top-1 is on VAL's held-out split, which nothing else sees. Rows go to
-benchmarks/results/off_the_shelf.jsonl, one a plan with the values of each seed; a run that was stopped goes on. --quick: one seed
-and one budget. ToMe is written from its paper (arXiv 2210.09461), with fused attention, so that it is no slower than it need be.
+Calibration images are drawn from CAL's train split by seed; top-1 is on VAL's held-out split, which nothing else sees. Every image is
+kept apart (right or not, KL to the dense output), so that each row has standard errors over images, and its difference to the dense
+model is paired. Part "static" is all that needs no search: dense, ToMe, one ratio, Prune and Merge, shared updates; "closed" adds the
+searches. Rows go to benchmarks/results/off_the_shelf.jsonl (of another model than DeiT-tiny: off_the_shelf_NAME.jsonl), one a plan
+with the values of each seed; a run that was stopped goes on. --quick: one seed, one budget and 20 images, to see that it runs: its rows
+stay in RUN.
 """
 import argparse
-import dataclasses
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from tome import tome, tome_gmacs
 from torch import Tensor, nn
 
-from vitlab import cost, matching
+from vitlab import cost
+from vitlab.caveats import caveat
 from vitlab.criteria.planning import prune_and_merge
-from vitlab.files import append_line, atomic_write, read_lines, write_lines
+from vitlab.files import InputError, append_line, atomic_write, read_lines, write_lines
 from vitlab.models import compress, deploy
-from vitlab.models.held import Merged
-from vitlab.models.match import size_mask
 from vitlab.plan import CompressionPlan
 from vitlab.plots import save_figure, trade_offs
 from vitlab.search import SearchSpace
 from vitlab.training.capture import token_scores
 from vitlab.training.compensate import compensate
-from vitlab.training.evaluate import evaluate, uses_bf16
-from vitlab.training.self_distillation import Divergence
+from vitlab.training.evaluate import uses_bf16
+from vitlab.training.pixels import each_divergence, log_probabilities
 from vitlab.training.throughput import conditions, measure
+from vitlab.uncertainty import share_error, standard_error
 from vitlab.workbench import steps
 from vitlab.workbench.calibrating import calibrate
 from vitlab.workbench.tonight import Survey, own_labels
 
 NAME, CROP = "deit_tiny_patch16_224", 224 / 227         # the validation images are centre crops of 227 already
-RESULTS = Path(__file__).parent / "results" / "off_the_shelf.jsonl"
+RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
+PARTS = ("static", "closed", "calibrated", "speed")
 GMACS, NEURONS = (0.75, 0.60, 0.45), (1.09, 0.98)
 TOME = (4, 8, 11, 13, 16)
-IMAGES, REFIT, EVALUATIONS, MINUTES = 160, 1000, 20, 3
+IMAGES, REFIT, EVALUATIONS, MINUTES, QUICK_IMAGES = 160, 1000, 20, 3, 20
 
 
-class ToMeBlock(nn.Module):
-    """timm's Block with bipartite soft matching between attention and MLP: keys are averaged over heads, r tokens go in each
-    block, attention is proportional (arXiv 2210.09461, sections 3 and 4)."""
-
-    def __init__(self, block: nn.Module, r: int) -> None:
-        super().__init__()
-        self.block, self.r = block, r
-
-    def forward(self, given: Tensor | Merged) -> Merged:
-        x, sizes = (given, given.new_ones(given.shape[:2])) if isinstance(given, Tensor) else (given.x, given.sizes)
-        block, attn = self.block, self.block.attn
-        query, key, value = attn.qkv(block.norm1(x)).unflatten(2, (3, -1, attn.head_dim)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=size_mask(sizes, query.dtype))
-        x = x + attn.proj(mixed.transpose(1, 2).flatten(2))
-        order, into = matching.match(key.mean(dim=1)[:, 1:], min(self.r, (x.shape[1] - 1) // 2))
-        merged, merged_sizes = matching.merge(x[:, 1:], sizes[:, 1:], order, into)
-        x, sizes = torch.cat([x[:, :1], merged], dim=1), torch.cat([sizes[:, :1], merged_sizes], dim=1)
-        return Merged(x + block.mlp(block.norm2(x)), sizes, sizes, 1)
+def table_name(model: str) -> str:
+    """Of the results and figures of a model: "off_the_shelf", or with another model's name up to its patch size."""
+    return "off_the_shelf" if model == NAME else f"off_the_shelf_{model.split('_patch')[0]}"
 
 
-class Tokens(nn.Module):
-    def forward(self, given: Merged) -> Tensor:
-        return given.x
+def measures(right: Sequence[int], dense: Sequence[int], distances: Sequence[float]) -> dict[str, float]:
+    """Top-1 in per cent, its difference to the dense model's on the same images, the mean distance, and the standard error of each
+    over images: of the difference that of the images' own differences, which is less than that of either top-1."""
+    paired = 100 * (np.array(right) - np.array(dense))
+    return {"top1_pct": 100 * sum(right) / len(right), "top1_se": share_error(sum(right), len(right)), "images": len(right),
+            "against_dense": float(paired.mean()), "against_dense_se": standard_error(paired),
+            "distill_loss": sum(distances) / len(distances), "distill_loss_se": standard_error(distances)}
 
 
-def tome(dense: nn.Module, r: int) -> nn.Module:
-    model = compress(dense, CompressionPlan.empty(steps.shape_of(dense))).eval()
-    model.blocks = nn.Sequential(*(ToMeBlock(block, r) for block in model.blocks), Tokens())
-    return model
-
-
-def tome_gmacs(dense: nn.Module, r: int) -> float:
-    """Everything that is multiplied, the matching too."""
-    shape = steps.shape_of(dense)
-    left, attended, after, compared, pooled = shape.num_patches, [], [], 0, 0
-    for _ in range(shape.depth):
-        gone = min(r, left // 2)
-        attended.append(left + 1)
-        compared += (left - left // 2) * (left // 2) * shape.head_dim
-        pooled += (left // 2 + gone) * shape.embed_dim
-        left -= gone
-        after.append(left + 1)
-    counts = dataclasses.replace(cost.counts_of(CompressionPlan.empty(shape)), attended=np.array(attended), in_mlp=np.array(after),
-                                 queried=np.array(attended))
-    return (int(cost.macs_of(shape, counts)["total"]) + compared + pooled) / 1e9
+def middle(values: Sequence[float | None], errors: Sequence[float | None]) -> tuple[float, float | None]:
+    """(median of the values that are known, error of the one that is it; of an even number the larger error of the two in the middle)."""
+    known = sorted((v, e) for v, e in zip(values, (float("nan") if e is None else e for e in errors)) if v is not None)
+    two = known[(len(known) - 1) // 2:len(known) // 2 + 1]
+    error = max((e for _, e in two), default=float("nan")) if not any(np.isnan(e) for _, e in two) else None
+    return statistics.median(v for v, _ in known), error
 
 
 class Bench:
     """Rows by (name, seed), each measured once and written at once."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.dense = args, steps.open_model(args.weights, model=NAME)
+        self.args, self.dense = args, steps.open_model(args.weights, model=args.model)
         self.model = self.dense.model.eval()
-        self.shape, self.amp = steps.shape_of(self.model), uses_bf16(torch.device("cpu"), None)
+        wanted = {"auto": None, "bfloat16": True, "float32": False}[args.dtype]
+        self.shape, self.amp = steps.shape_of(self.model), uses_bf16(torch.device("cpu"), wanted)
+        self.dtype = "bfloat16" if self.amp else "float32"
         self.path = args.run / "rows.jsonl"
         self.rows = {(r["name"], r["seed"]): r for r in (read_lines(self.path) if self.path.exists() else [])}
-        self.val = list(steps.open_matching(args.val, self.dense).batches("held_out", self.model, crop_pct=CROP, workers=1))
+        self.val = list(steps.open_matching(args.val, self.dense).batches("held_out", self.model, crop_pct=CROP, workers=1,
+                                                                          limit=QUICK_IMAGES if args.quick else None))
+        self.expected = [self.classes(self.model, images) for images, _ in self.val]
+        here = args.model, self.dtype, sum(len(targets) for _, targets in self.val)
+        for row in self.rows.values():
+            if (was := (row["model"], row["dtype"], row["images"])) != here:
+                raise InputError(f"{self.path}: holds rows of {was} (model, dtype, images), not of {here}; choose another --run")
         self.surveys: dict[int, Survey] = {}
-        self.distance = Divergence(self.model, self.val, self.amp)
+
+    @torch.inference_mode()
+    def classes(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Log-probabilities (B, K)."""
+        return log_probabilities(model, images, self.amp)
+
+    def each(self, model: nn.Module) -> tuple[list[int], list[float]]:
+        """(right or not, KL(dense || model) in nats) of each image of VAL."""
+        right, distances = [], []
+        for (images, targets), expected in zip(self.val, self.expected):
+            given = self.classes(model, images)
+            right += (given.argmax(dim=1) == targets).int().tolist()
+            distances += each_divergence(given, expected).tolist()
+        return right, distances
 
     def survey(self, seed: int) -> Survey:
         if seed not in self.surveys:
@@ -116,13 +115,14 @@ class Bench:
         if (name, seed) in self.rows:
             return
         model, gmacs, plan = make()
-        found = evaluate(model, self.val, amp=self.amp, progress=False)
-        row = {"name": name, "family": family, "seed": seed, "gmacs": gmacs, "top1_pct": found.top1_pct, "images": found.images,
-               "distill_loss": self.distance(model),
+        right, distances = self.each(model.eval())
+        dense = self.rows["dense", 0]["right"] if self.rows else right
+        row = {"name": name, "family": family, "seed": seed, "model": self.args.model, "dtype": self.dtype, "gmacs": gmacs,
+               **measures(right, dense, distances), "right": right, "distances": [round(value, 7) for value in distances],
                "plan": None if plan is None else json.loads(plan.to_json())}
         self.rows[name, seed] = row
         append_line(self.path, row)
-        print(f"{name:60s} seed {seed}  {gmacs:.3f} GMACs  top-1 {found.top1_pct:.2f}", flush=True)
+        print(f"{name:60s} seed {seed}  {gmacs:.3f} GMACs  top-1 {row['top1_pct']:.2f} ± {row['top1_se']:.2f}", flush=True)
 
     def plain(self, plan: CompressionPlan) -> tuple[nn.Module, float, CompressionPlan]:
         return deploy(compress(self.model, plan)), cost.gmacs(plan), plan
@@ -147,7 +147,8 @@ class Bench:
                     self.add(f"{family}, one ratio, {gmacs}", family, 0, lambda plan=plan: self.plain(plan))
 
     def static(self, seed: int) -> None:
-        batches = steps.open_matching(self.args.cal, self.dense).batches("train", self.model, limit=512, seed=seed, workers=1)
+        batches = steps.open_matching(self.args.cal, self.dense).batches("train", self.model, workers=1, seed=seed,
+                                                                               limit=QUICK_IMAGES if self.args.quick else 512)
         scores = token_scores(self.model, own_labels(self.model, list(batches), torch.device("cpu")), progress=False)
         for keep in (0.7, 0.6, 0.5, 0.4):
             for name, settings in (("Prune and Merge", {"boundary": "reference", "weights": "reference", "prune_rate": 0.1}),
@@ -171,7 +172,8 @@ class Bench:
 
     def closed(self, seed: int) -> None:
         budgets = GMACS[:1] if self.args.quick else GMACS
-        self.static(seed)
+        if "static" not in self.args.parts:
+            self.static(seed)
         if seed not in self.args.search_seeds:
             return
         self.units(seed)
@@ -205,70 +207,91 @@ class Bench:
             torch.device("cpu"), "float32", 32, self.args.repeats)}))
 
     def write(self) -> None:
-        """One row a name: the median over seeds, and each seed's value; what earlier runs measured of other names and seeds stays."""
-        path = self.args.run / "speed.json"
+        """One row a name: the median over seeds, and each seed's values; what earlier runs measured in this dtype of other names and
+        seeds stays."""
+        path, name = self.args.run / "speed.json", table_name(self.args.model)
+        results = (self.args.run if self.args.quick else RESULTS) / f"{name}.jsonl"
         speed = json.loads(path.read_text()) if path.exists() else {"models": {}, "conditions": {}}
         grouped: dict[str, list[dict]] = {}
         for row in self.rows.values():
             grouped.setdefault(row["name"], []).append(row)
-        dense, earlier = grouped["dense"][0], {row["model"]: row for row in read_lines(RESULTS)}
+        before = read_lines(results) if results.exists() else []
+        earlier = {row["model"]: row for row in before if row["conditions"]["dtype"] == self.dtype}
         out = []
-        for name, rows in grouped.items():
-            timed = speed["models"].get(name.removesuffix(", calibrated"), {})
+        for plan, rows in grouped.items():
+            timed = speed["models"].get(plan.removesuffix(", calibrated"), {})
             gmacs = statistics.median(r["gmacs"] for r in rows)
-            found = {"model": name, "family": rows[0]["family"], "top1_pct": statistics.median(r["top1_pct"] for r in rows), "gmacs": gmacs,
-                     "distill_loss": statistics.median(r["distill_loss"] for r in rows),
-                     "against_dense": statistics.median(r["top1_pct"] for r in rows) - dense["top1_pct"],
-                     "throughput_img_s": timed.get("throughput_img_s"), "ratio": timed.get("ratio"),
-                     "conditions": {"draws": [r["top1_pct"] for r in rows], "seeds": [r["seed"] for r in rows], "images": rows[0]["images"],
-                                    "dtype": "bfloat16" if self.amp else "float32", "speed": speed["conditions"],
-                                    "of_mac_ratio": timed["ratio"] * gmacs / dense["gmacs"] if timed else None}}
-            out.append(_with_earlier(found, earlier.pop(name, None), [r["distill_loss"] for r in rows], dense["top1_pct"]))
-        order = [row["model"] for row in read_lines(RESULTS)]
+            found = {"model": plan, "family": rows[0]["family"], "gmacs": gmacs, "throughput_img_s": timed.get("throughput_img_s"),
+                     "ratio": timed.get("ratio"),
+                     "conditions": {"seeds": [r["seed"] for r in rows], **{key: [r[field] for r in rows] for key, field in DRAWN.items()},
+                                    "images": rows[0]["images"], "dtype": self.dtype, "of": self.args.model,
+                                    **({"quick": True} if self.args.quick else {}),
+                                    "speed": speed["conditions"] | ({"ratio_range": timed["ratio_range"]} if timed else {}),
+                                    "of_mac_ratio": timed["ratio"] * gmacs / grouped["dense"][0]["gmacs"] if timed else None}}
+            out.append(with_earlier(found, earlier.pop(plan, None)))
+        order = [row["model"] for row in before]
         out = sorted([*out, *earlier.values()], key=lambda row: order.index(row["model"]) if row["model"] in order else len(order))
-        write_lines(RESULTS, out)
-        draw(out)
+        write_lines(results, out)
+        draw(out, self.args.run if self.args.quick else DOCS, name)
 
 
-def _with_earlier(row: dict, earlier: dict | None, distances: list[float], dense_pct: float) -> dict:
-    """A row with the draws that an earlier run measured with other seeds, and its speed where there is no newer one."""
-    row["conditions"]["distances"] = distances
-    if earlier is None:
-        return row
-    was, now = earlier["conditions"], row["conditions"]
-    kept = [i for i, seed in enumerate(was["seeds"]) if seed not in now["seeds"]]
-    old = was.get("distances", [earlier["distill_loss"]] if len(was["seeds"]) == 1 else [None] * len(was["seeds"]))    # of some not known
-    drawn = sorted([*((was["seeds"][i], was["draws"][i], old[i]) for i in kept), *zip(now["seeds"], now["draws"], distances)])
-    now |= dict(zip(("seeds", "draws", "distances"), map(list, zip(*drawn))))
-    row["top1_pct"] = statistics.median(now["draws"])
-    row["distill_loss"] = statistics.median(d for d in now["distances"] if d is not None)
-    row["against_dense"] = row["top1_pct"] - dense_pct
-    if row["ratio"] is None:
-        row |= {key: earlier[key] for key in ("throughput_img_s", "ratio")}
-        now |= {key: was[key] for key in ("speed", "of_mac_ratio")}
+# what the conditions hold of each seed: {name there: name of the measure}
+DRAWN = {"draws": "top1_pct", "draws_se": "top1_se", "against": "against_dense", "against_se": "against_dense_se",
+         "distances": "distill_loss", "distances_se": "distill_loss_se"}
+
+
+def with_earlier(row: dict, earlier: dict | None) -> dict:
+    """A row with the draws that an earlier run measured with other seeds, its speed where there is no newer one, and the medians of
+    all draws with their errors."""
+    now = row["conditions"]
+    if earlier is not None:
+        was = earlier["conditions"]
+        count = len(was["seeds"])
+        kept = [i for i, seed in enumerate(was["seeds"]) if seed not in now["seeds"]]
+        dense = earlier["top1_pct"] - earlier["against_dense"]
+        known = {"against": [top1 - dense for top1 in was["draws"]],
+                 **({"distances": [earlier["distill_loss"]]} if count == 1 else {})}
+        old = {key: was.get(key, known.get(key, [None] * count)) for key in DRAWN}             # rows of before say less
+        seeds = [*(was["seeds"][i] for i in kept), *now["seeds"]]
+        order = sorted(range(len(seeds)), key=seeds.__getitem__)
+        for key in DRAWN:
+            values = [*(old[key][i] for i in kept), *now[key]]
+            now[key] = [values[i] for i in order]
+        now["seeds"] = sorted(seeds)
+        if row["ratio"] is None:
+            row |= {key: earlier[key] for key in ("throughput_img_s", "ratio")}
+            now |= {key: was[key] for key in ("speed", "of_mac_ratio")}
+    for value, error in zip(*[iter(DRAWN)] * 2):
+        row[DRAWN[value]], row[DRAWN[error]] = middle(now[value], now[error])
     return row
 
 
-def draw(rows: list[dict]) -> None:
-    """docs/off_the_shelf.png: top-1 against GMACs and against images/s; docs/off_the_shelf_distance.png: the distance to dense."""
-    _draw(rows, "top1_pct", "top-1 on 650 validation images (%)", (55, 82), "linear", "off_the_shelf")
-    _draw(rows, "distill_loss", "distance to the dense model (nats)", (1.3, 8e-4), "log", "off_the_shelf_distance")
+def draw(rows: list[dict], folder: Path = DOCS, name: str = "off_the_shelf") -> None:
+    """NAME.png: top-1 against GMACs and against the throughput ratio; NAME_distance.png: the distance to dense."""
+    images = rows[0]["conditions"]["images"]
+    _draw(rows, "top1_pct", f"top-1 on {images} validation images (%)", (55, 85), "linear", folder, name)
+    _draw(rows, "distill_loss", "distance to the dense model (nats)", (1.3, 8e-4), "log", folder, f"{name}_distance")
 
 
-def _draw(rows: list[dict], value: str, ylabel: str, limits: tuple[float, float], scale: str, name: str) -> None:
-    panels: dict[str, dict[str, list[tuple[float, float]]]] = {"GMACs per image": {}, "images per second (float32, batch 32)": {}}
+def _draw(rows: list[dict], value: str, ylabel: str, limits: tuple[float, float], scale: str, folder: Path, name: str) -> None:
+    batch = next((r["conditions"]["speed"]["batch_size"] for r in rows if r["ratio"]), None)
+    keys = {"GMACs per image": "gmacs", f"throughput over the dense model's, same run\n(float32, batch {batch})": "ratio"}
     dense = next(r for r in rows if r["model"] == "dense")
-    for row in rows:
-        for label, key in zip(panels, ("gmacs", "throughput_img_s")):
+
+    def point(row: dict, key: str) -> tuple:
+        span = row["conditions"]["speed"].get("ratio_range") if key == "ratio" else None
+        return row[key], row[value], row.get(f"{value.removesuffix('_pct')}_se"), span
+    panels: dict[str, dict[str, list[tuple]]] = {label: {} for label in keys}
+    for label, key in keys.items():
+        for row in rows:
             if row[key] and row is not dense:
-                panels[label].setdefault(row["family"], []).append((row[key], row[value]))
+                panels[label].setdefault(row["family"], []).append(point(row, key))
     panels = {label: lines for label, lines in panels.items() if lines}
-    keys = dict(zip(panels, ("gmacs", "throughput_img_s")))
-    figure = trade_offs(panels, ylabel, {label: (dense[keys[label]], dense[value]) for label in panels})
+    figure = trade_offs(panels, ylabel, {label: point(dense, keys[label]) for label in panels})
     for axis in figure.get_axes():
         axis.set_yscale(scale)
         axis.set_ylim(*limits)
-    save_figure(figure, DOCS, name)
+    save_figure(figure, folder, name, caveat(quick=any(r["conditions"].get("quick") for r in rows)))
 
 
 if __name__ == "__main__":
@@ -276,9 +299,11 @@ if __name__ == "__main__":
     for option in ("--weights", "--cal", "--val"):
         parser.add_argument(option, required=True)
     parser.add_argument("--run", required=True, type=Path, help="folder for curves, searches and rows")
+    parser.add_argument("--model", default=NAME, help="timm name of the weights' model")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--search-seeds", type=int, nargs="+", help="seeds with searches of their own (default: all)")
-    parser.add_argument("--parts", nargs="+", default=["closed", "calibrated", "speed"], choices=("closed", "calibrated", "speed"))
+    parser.add_argument("--parts", nargs="+", default=list(PARTS[1:]), choices=PARTS)
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where the CPU has it")
     parser.add_argument("--minutes", type=float, default=MINUTES)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--quick", action="store_true")
@@ -289,7 +314,7 @@ if __name__ == "__main__":
     bench = Bench(args)
     bench.uncalibrated()
     for seed in args.seeds:
-        for part in ("closed", "calibrated"):
+        for part in PARTS[:-1]:
             if part in args.parts:
                 getattr(bench, part)(seed)
     if "speed" in args.parts:

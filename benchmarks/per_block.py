@@ -26,7 +26,8 @@ from vitlab.models import compress, deploy
 from vitlab.models.match import size_mask
 from vitlab.plan import CompressionPlan
 from vitlab.search import SearchSpace
-from vitlab.training.evaluate import evaluate, log_probabilities, uses_bf16
+from vitlab.training.evaluate import evaluate, uses_bf16
+from vitlab.training.pixels import log_probabilities
 from vitlab.training.self_distillation import Divergence
 from vitlab.workbench import steps
 
@@ -105,7 +106,8 @@ if __name__ == "__main__":
 
     def add(name: str, model: nn.Module, cost_gmacs: float) -> None:
         measured = evaluate(model, val, amp=amp, progress=False)
-        rows.append({"model": name, "top1_pct": measured.top1_pct, "gmacs": cost_gmacs, "distill_loss": distance(model),
+        rows.append({"model": name, "top1_pct": measured.top1_pct, "top1_se": measured.top1_se, "gmacs": cost_gmacs,
+                     **distance.measured(model, "distill_loss"),
                      "conditions": {"images": measured.images, "dtype": "bfloat16" if amp else "float32", "minutes": args.minutes}})
         print(f"{name:60s} {cost_gmacs:.3f} GMACs  top-1 {measured.top1_pct:.2f}  {rows[-1]['distill_loss']:.3f} nats", flush=True)
         write_lines(RESULTS, rows)

@@ -6,17 +6,80 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+from vitlab.caveats import caveat
 from vitlab.files import atomic_write, read_lines
+from vitlab.results import ratio_words, with_range
+from vitlab.uncertainty import error_name, plus_minus, share_error
 
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "prune_and_merge.md", HERE.parent / "docs" / "search.md",
          HERE.parent / "docs" / "off_the_shelf.md", HERE.parent / "docs" / "results.md", HERE.parent / "docs" / "scale.md",
-         HERE.parent / "docs" / "segmentation.md")
+         HERE.parent / "docs" / "segmentation.md", HERE.parent / "docs" / "log.md")
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+PAIRED = "against the dense model: the standard error of the images' own differences"
+
+
+def _table(head: list[str], rows: list[list[str]], notes: list[str] | None = None) -> str:
+    """notes: said once, below the table."""
+    lines = ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)]
+    said = [note for note in notes or [] if note]
+    return "\n".join([*lines, *(["", f"*{'. '.join(said)}.*"] if said else [])])
+
+
+def _error(r: dict, name: str) -> float | None:
+    """One standard error of a measure; a top-1 that has none stored follows from its number of images."""
+    found, images = r.get(error_name(name)), r["conditions"].get("images")
+    if found is None and name == "top1_pct" and images:
+        return share_error(round(r[name] * images / 100), images)
+    return found
+
+
+def _value(r: dict, name: str, digits: int) -> str:
+    return plus_minus(r[name], _error(r, name), digits)
+
+
+def _against(r: dict, value: float, name: str = "against_dense") -> str:
+    """A difference, with its sign and, where each image was kept, its own error."""
+    error = r.get(error_name(name))
+    return f"{value:+.2f}" + ("" if error is None else f" ± {error:.2f}")
+
+
+def _sampled(values: list[float], images: int) -> str:
+    """How sure each of these top-1 is, where ± beside each would be too much."""
+    errors = [share_error(round(value * images / 100), images) for value in values]
+    return f"One standard error over the {images:,} images is {min(errors):.1f} to {max(errors):.1f} points, within a draw or seed"
+
+
+def _notes(rows: list[dict], *names: str, paired: bool = False) -> list[str]:
+    """What ± stands for, if any row has one."""
+    known = any(r.get(name) is not None and _error(r, name) is not None for r in rows for name in names)
+    return [f"±: one standard error over images{'; ' + PAIRED if paired else ''}" if known else "", _caveat(rows)]
+
+
+def _caveat(rows: list[dict]) -> str:
+    return caveat(quick=any(r["conditions"].get("quick") for r in rows))
+
+
+def _range(r: dict) -> list[float] | None:
+    """Of the throughput ratio over the rounds of timing; None where it was not kept."""
+    given = r["conditions"].get("speed", {}).get("ratio_range") or r["conditions"].get("ratio_range")
+    return given if given and given[0] < given[1] else None
+
+
+def _ratio(r: dict) -> str:
+    """ "1.60 (1.52 to 1.66)", marked where the range holds 1; "-" where no speed was measured."""
+    return with_range(r["ratio"], _range(r)) if r["ratio"] else "-"
+
+
+def _speed(rows: list[dict]) -> tuple[str, list[str]]:
+    """(the ratio's column, notes): batch and dtype in the name, the definition once below."""
+    timed = [r for r in rows if r["ratio"]]
+    given = [r["conditions"].get("speed", {}) or r["conditions"] for r in timed]
+    sizes = dict.fromkeys(f"batch {each['batch_size']}" for each in given if "batch_size" in each)
+    name = "throughput ratio" + (f" ({', '.join(sizes)})" if sizes else "")
+    spans = [each | {"ratio_range": _range(r)} for each, r in zip(given, timed)]
+    return name, [f"Throughput {ratio_words(spans)}"] if timed else []
 
 
 def boundaries(rows: list[dict]) -> str:
@@ -27,7 +90,9 @@ def boundaries(rows: list[dict]) -> str:
 
     def text(r: dict) -> str:
         return f"{r['top1_pct']:.1f} ({min(r['conditions']['draws']):.1f} to {max(r['conditions']['draws']):.1f})"
-    return _table(["scores and plan", *keeps], [[n, *[text(cell[f"{n}, {k}"]) for k in keeps]] for n in names])
+    images = int(rows[0]["split"].split()[-1])
+    return _table(["scores and plan", *keeps], [[n, *[text(cell[f"{n}, {k}"]) for k in keeps]] for n in names],
+                  [_sampled([r["top1_pct"] for r in rows], images)])
 
 
 def published_table(rows: list[dict]) -> str:
@@ -46,12 +111,13 @@ def published_table(rows: list[dict]) -> str:
     body = [["dense", *[f"{dense['top1_pct']:.1f}"] * len(keeps)]]
     body += [["absolute per " + n.replace("batch ", "batch of ").replace("image 64", "image"), *[text(cell[n, k]) for k in keeps]]
              for n in names]
-    return _table(["scores and plan", *costs], body)
+    return _table(["scores and plan", *costs], body, [_sampled([r["top1_pct"] for r in rows], dense["conditions"]["images"])])
 
 
 def cifar10(rows: list[dict]) -> str:
-    return _table(["model", "top-1 %", "GMACs", "throughput ratio"],
-                  [[r["model"], f"{r['top1_pct']:.2f}", f"{r['gmacs']:.4f}", f"{r['ratio']:.2f}"] for r in rows])
+    name, notes = _speed(rows)
+    lines = [[r["model"], _value(r, "top1_pct", 2), f"{r['gmacs']:.4f}", _ratio(r)] for r in rows]
+    return _table(["model", "top-1 %", "GMACs", name], lines, [*_notes(rows, "top1_pct"), *notes])
 
 
 def token_speed(rows: list[dict]) -> str:
@@ -59,9 +125,9 @@ def token_speed(rows: list[dict]) -> str:
     def line(r: dict) -> list[str]:
         c = r["conditions"]
         return [r["model"].replace("_patch16_224", ""), f"{c['dtype']}, batch {c['batch_size']}, {c['threads']} threads, {c['device']}",
-                f"{r['gmacs']:.3f}", f"{r['throughput_img_s']:.1f}", f"{r['ratio']:.2f}", f"{c['of_mac_ratio']:.2f}"]
-    head = ["model", "conditions", "GMACs", "images/s", "ratio", "of the MAC ratio"]
-    return _table(head, [line(r) for r in rows if "training" not in r["model"]])
+                f"{r['gmacs']:.3f}", f"{r['throughput_img_s']:.1f}", _ratio(r), f"{c['of_mac_ratio']:.2f}"]
+    head = ["model", "conditions", "GMACs", "images/s", "throughput ratio", "of the MAC ratio"]
+    return _table(head, [line(r) for r in rows if "training" not in r["model"]], _speed(rows)[1])
 
 
 def mdc_table(rows: list[dict]) -> str:
@@ -70,15 +136,16 @@ def mdc_table(rows: list[dict]) -> str:
     def published(r: dict) -> str:
         return f"{r['conditions']['published_gmacs']:.2f}" if "published_gmacs" in r["conditions"] else "-"
     return _table(["cut", "GMACs", "published GMACs", "parameters (M)", "top-1 %", "against dense"],
-                  [[r["model"], f"{r['gmacs']:.2f}", published(r), f"{r['params_m']:.2f}", f"{r['top1_pct']:.2f}",
-                    f"{r['top1_pct'] - dense:+.2f}"] for r in rows])
+                  [[r["model"], f"{r['gmacs']:.2f}", published(r), f"{r['params_m']:.2f}", _value(r, "top1_pct", 2),
+                    f"{r['top1_pct'] - dense:+.2f}"] for r in rows], _notes(rows, "top1_pct"))
 
 
 def joint(rows: list[dict]) -> str:
     dense = rows[0]["top1_pct"]
-    return _table(["model", "top-1 %", "against dense", "GMACs", "parameters (M)", "throughput ratio"],
-                  [[r["model"], f"{r['top1_pct']:.2f}", f"{r['top1_pct'] - dense:+.2f}", f"{r['gmacs']:.4f}", f"{r['params_m']:.3f}",
-                    f"{r['ratio']:.2f}" if r["ratio"] else "-"] for r in rows])
+    name, notes = _speed(rows)
+    return _table(["model", "top-1 %", "against dense", "GMACs", "parameters (M)", name],
+                  [[r["model"], _value(r, "top1_pct", 2), f"{r['top1_pct'] - dense:+.2f}", f"{r['gmacs']:.4f}", f"{r['params_m']:.3f}",
+                    _ratio(r)] for r in rows], [*_notes(rows, "top1_pct"), *notes])
 
 
 def latency(rows: list[dict]) -> str:
@@ -105,21 +172,25 @@ def search_quality(rows: list[dict]) -> str:
         best = [r["conditions"]["best_so_far"] for r in mine]
         body.append([f"{fraction:.0%}", "ours" if name == "gp" else name, *[text([b[n - 1] for b in best]) for n in (20, 40, 60)],
                      text([r["top1_pct"] for r in mine])])
-    return _table(["MACs", "search", "after 20", "after 40", "after 60", "on other images"], body)
+    held = rows[0]["conditions"]["held_images"]
+    return _table(["MACs", "search", "after 20", "after 40", "after 60", f"on {held:,} other images"], body,
+                  [_sampled([r["top1_pct"] for r in rows], held) + "; these are the same for every search"])
 
 
 def off_the_shelf(rows: list[dict]) -> str:
     """Median (range) over the draws of the calibration images; what needs none has one value."""
     def top1(r: dict) -> str:
         draws = r["conditions"]["draws"]
-        return f"{r['top1_pct']:.2f}" + (f" ({min(draws):.2f} to {max(draws):.2f})" if len(draws) > 1 else "")
+        return _value(r, "top1_pct", 2) + (f" ({min(draws):.2f} to {max(draws):.2f})" if len(draws) > 1 else "")
 
     def line(r: dict) -> list[str]:
-        timed = r["ratio"] is not None
-        return [r["model"], f"{r['gmacs']:.2f}", top1(r), f"{r['against_dense']:+.2f}", f"{r['distill_loss']:.3f}",
-                f"{r['ratio']:.2f}" if timed else "-", f"{r['conditions']['of_mac_ratio']:.2f}" if timed else "-"]
-    head = ["rule", "GMACs", "top-1 %", "against dense", "distance to dense (nats)", "throughput ratio", "of the MAC ratio"]
-    return _table(head, [line(r) for r in rows])
+        return [r["model"], f"{r['gmacs']:.2f}", top1(r), _against(r, r["against_dense"]), _value(r, "distill_loss", 3), _ratio(r),
+                f"{r['conditions']['of_mac_ratio']:.2f}" if r["ratio"] else "-"]
+    name, notes = _speed(rows)
+    head = ["rule", "GMACs", "top-1 %", "against dense", "distance to dense (nats)", name, "of the MAC ratio"]
+    paired = any(r.get("against_dense_se") is not None for r in rows)
+    measured = ", ".join(dict.fromkeys(r["conditions"]["dtype"] for r in rows))
+    return _table(head, [line(r) for r in rows], [f"Top-1 and distance in {measured}", *_notes(rows, "top1_pct", paired=paired), *notes])
 
 
 def off_the_shelf_short(rows: list[dict]) -> str:
@@ -133,21 +204,24 @@ def off_the_shelf_short(rows: list[dict]) -> str:
 
 def per_block(rows: list[dict]) -> str:
     return _table(["merging by content", "GMACs", "top-1 %", "distance to dense (nats)"],
-                  [[r["model"], f"{r['gmacs']:.2f}", f"{r['top1_pct']:.2f}", f"{r['distill_loss']:.3f}"] for r in rows])
+                  [[r["model"], f"{r['gmacs']:.2f}", _value(r, "top1_pct", 2), _value(r, "distill_loss", 3)] for r in rows],
+                  _notes(rows, "top1_pct"))
 
 
 def camvid(rows: list[dict]) -> str:
     """mIoU on val and test, in brackets against the dense model; what was not measured is "-"."""
     def text(r: dict, stage: str, split: str) -> str:
-        value, dense = r[f"{stage}_{split}_miou_pct"], rows[0][f"closed_{split}_miou_pct"]
-        return "-" if value is None else f"{value:.2f} ({value - dense:+.2f})" if r is not rows[0] else f"{value:.2f}"
+        name = f"{stage}_{split}_miou_pct"
+        value, dense = r[name], rows[0][f"closed_{split}_miou_pct"]
+        return "-" if value is None else _value(r, name, 2) + (f" ({value - dense:+.2f})" if r is not rows[0] else "")
 
     def line(r: dict) -> list[str]:
-        timed = [f"{r['throughput_img_s']:.2f}", f"{r['ratio']:.2f}"] if r["ratio"] else ["-", "-"]
         found = [text(r, stage, split) for split in ("val", "test") for stage in ("closed", "tuned")]
-        return [r["model"], f"{r['gmacs']:.2f}", *found, *timed]
-    return _table(["rule", "GMACs", "mIoU % on val, off the shelf", "fine-tuned", "on test, off the shelf", "fine-tuned", "images/s",
-                   "throughput ratio"], [line(r) for r in rows])
+        return [r["model"], f"{r['gmacs']:.2f}", *found, _ratio(r)]
+    name, notes = _speed(rows)
+    measures = [f"{stage}_{split}_miou_pct" for stage in ("closed", "tuned") for split in ("val", "test")]
+    return _table(["rule", "GMACs", "mIoU % on val, off the shelf", "fine-tuned", "on test, off the shelf", "fine-tuned", name],
+                  [line(r) for r in rows], [*_notes(rows, *measures), *notes])
 
 
 def scale(rows: list[dict]) -> str:
@@ -177,7 +251,7 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
     "published_table": published_table, "published_form": published_table, "boundaries": boundaries, "cifar10": cifar10,
     "token_speed": token_speed, "mdc_table": mdc_table, "joint": joint, "latency": latency, "hsic_speed": hsic_speed,
     "search_quality": search_quality, "off_the_shelf": off_the_shelf,
-    "off_the_shelf_short": off_the_shelf_short, "per_block": per_block, "camvid": camvid,
+    "off_the_shelf_short": off_the_shelf_short, "off_the_shelf_vit_tiny": off_the_shelf, "per_block": per_block, "camvid": camvid,
     "allocator": allocator, "scale": scale, "loader": loader}
 
 

@@ -123,12 +123,20 @@ PROBLEM = Problem(SPACE, linear(np.full(3, 0.3), 0.8, 3))
 def test_every_dimension_is_measured_alone_at_its_levels(tmp_path):
     rows = measure_alone(PROBLEM, objective, tmp_path / SENSITIVITY, progress=False)
     assert rows == read_lines(tmp_path / SENSITIVITY) and len(rows) == 1 + 3 * 4
-    assert rows[0] == {"dimension": "", "ratio": 0.0, "value": 7.0, "loss": 0.0, "saved": 0.0}
+    assert rows[0] == {"dimension": "", "ratio": 0.0, "value": 7.0, "loss": 0.0, "saved": 0.0, "measures": {"other": 3.0}}
     for row, (d, level) in zip(rows[1:], itertools.product(range(3), range(4))):
         assert row["dimension"] == SPACE.names[d] and row["ratio"] == levels(SPACE)[d][level]
         assert row["loss"] == pytest.approx([1, 4, 2][d] * row["ratio"]) and row["saved"] == pytest.approx(0.3 * row["ratio"])
     better = measure_alone(PROBLEM, lambda p: {"value": float(p.sum())}, tmp_path / "better", progress=False)
     assert {row["loss"] for row in better} == {0.0}                             # a gain is noise, or free
+
+
+def test_whatever_else_a_cut_alone_gave_stands_in_its_row_and_is_read_back(tmp_path):
+    def given(policy):
+        return {**objective(policy), "distill_loss": 0.25, "distill_loss_se": 0.0625}
+    rows = measure_alone(PROBLEM, given, tmp_path / SENSITIVITY, progress=False)
+    assert all(row["measures"]["distill_loss_se"] == 0.0625 and "value" not in row["measures"] for row in rows)
+    assert measure_alone(PROBLEM, objective, tmp_path / SENSITIVITY, progress=False) == rows                   # nothing is measured again
 
 
 @pytest.mark.parametrize("stop", [0, 1, 6, 12])

@@ -19,7 +19,7 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 from vitlab import cli
 from vitlab.files import InputError, atomic_write, read_json, read_lines
 from vitlab.plots.base import new_axes, save_figure
-from vitlab.results import ResultRow, to_csv, to_latex
+from vitlab.results import ResultRow, append_row, to_csv, to_latex
 from vitlab.training.recipes import RECIPES
 from vitlab.workbench import batch, batch_entry, batch_file, notebooks, report
 
@@ -381,6 +381,28 @@ def test_conditions_that_all_rows_share_are_said_once():
     rows = [ResultRow(model="a", conditions={"seed": 0, "n": 1}), ResultRow(model="b", conditions={"seed": 0, "n": 2, "keep": 0.5})]
     assert report.conditions(rows) == ("seed 0, keep 0.5", ["n 1", "n 2"])
     assert report.conditions([]) == ("", [])
+
+
+def test_a_report_shows_errors_ranges_and_what_is_quick_and_says_once_what_they_are(tmp_path):
+    speed = {"batch_size": 32, "dtype": "float32", "ratio_range": [0.84, 2.54]}
+    rows = [ResultRow(model="dense", dataset="photos", split="val", top1_pct=70.0, top1_se=1.5, ratio=1.0, latency_ms=3.0,
+                      conditions={"quick": False, "speed": speed | {"ratio_range": [1.0, 1.0]}}),
+            ResultRow(model="small", dataset="photos", split="val", top1_pct=66.0, ratio=1.69, conditions={"quick": True, "speed": speed})]
+    for row in rows:
+        append_row(tmp_path / "results.jsonl", row)
+    page = report.results_table(tmp_path).data
+    assert ">70.00 ± 1.50</td>" in page and ">66.00</td>" in page and ">1.00</td>" in page
+    assert ">1.69 (0.84 to 2.54), too noisy to tell</td>" in page
+    assert ">ratio (batch 32)</th>" in page and "latency_ms" not in page and "miou_pct" not in page and "top5_pct" not in page
+    assert page.count("one standard error") == page.count("median over rounds") == page.count("quick: says nothing about quality") == 1
+    assert ">quick, speed.ratio_range" in page and page.count("quick") == 2 and "<b>" not in page
+    report.write_tables(tmp_path)
+    tex = (tmp_path / "results.tex").read_text()
+    assert r"small & 66.00 & 1.69 (0.84 to 2.54), too noisy to tell \\" in tex and r"70.00 $\pm$ 1.50" in tex
+    caption = next(line for line in tex.splitlines() if line.startswith(r"\caption"))
+    assert "quick: says nothing about quality" in caption and r"$\pm$: one standard error" in caption and "median over rounds" in caption
+    read = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert [(r["quick"], r["top1_se"]) for r in read] == [("False", "1.5"), ("True", "")] and read[0]["latency_ms"] == "3.0"
 
 
 def test_a_page_shows_a_widget_as_its_picture(tmp_path):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from vitlab import cli
+from vitlab import cli, signals
 from vitlab.plan import CompressionPlan
 from vitlab.rules import ReadOut
 from vitlab.training import checkpoint
@@ -40,9 +40,10 @@ def test_the_papers_path_runs_from_commands_alone(study, capsys):
                      "--recipe", "digits_pm", "--out", f"{study}/tuned", *QUICK)
     assert code == 0
     code, out, _ = run(capsys, "evaluate", "--checkpoint", f"{study}/tuned", "--data", "digits", "--out", str(study), "--quiet")
-    assert code == 0 and "top1_pct" in out
+    assert code == 0 and "top1_pct" in out and "± one standard error over 360 images" in out
     row = json.loads((study / "results.jsonl").read_text())
     assert row["split"] == "test" and row["conditions"]["images"] == 360
+    assert row["top1_se"] > 0 and row["loss_se"] > 0 and f"{row['top1_pct']:.2f} ± {row['top1_se']:.2f}" in out
     code, out, _ = run(capsys, "throughput", f"{study}/dense", f"{study}/tuned", "--repeats", "2", "--batch-size", "4", "--quiet")
     assert code == 0 and "images/s (batch 4)" in out and "range" in out and "ratio: median over 2 rounds" in out
     assert "threads" in out and "float32" in out
@@ -66,6 +67,8 @@ def test_search_cut_and_fine_tune_run_from_commands_alone(study, capsys):
               f"{study}/found", "--quiet"]
     code, out, _ = run(capsys, *search)
     assert code == 0 and "best of 4" in out and f"{study}/found/plan.json" in out
+    worth = json.loads((study / "found/reported.json").read_text())
+    assert "on 32 other images, ± one standard error: distill_loss " in out and worth["distill_loss_se"] > 0 and worth["images"] == 32
     journal = (study / "found/journal.jsonl").read_text()
     code, again, _ = run(capsys, *search)
     assert code == 0 and again == out and (study / "found/journal.jsonl").read_text() == journal
@@ -87,7 +90,8 @@ def test_calibration_runs_from_the_command_alone_and_prints_what_it_gained(study
     base = ["calibrate", "--checkpoint", f"{study}/dense", "--plan", f"{study}/half/checkpoint/plan.json", "--data", "digits",
             "--images", "64", "--out", f"{study}/calibrated"]
     code, out, _ = run(capsys, *base)
-    assert code == 0 and "on images set apart: cut " in out and ", refitted " in out and "distilled" not in out
+    assert code == 0 and "in nats on 216 other images, ± one standard error: cut " in out and ", refitted " in out
+    assert out.count(" ± ") == 3 and "± 0.0000," not in out and "distilled" not in out
     code, out, _ = run(capsys, *base, "--minutes", "0.02")
     assert code == 0 and checkpoint.load(study / "calibrated").info["made_by"]["minutes"] == 0.02
     code, _, err = run(capsys, *base, "--minutes", "-1")
@@ -219,3 +223,23 @@ def test_options_that_do_not_go_with_spans_are_refused(study, tmp_path, capsys, 
     code, _, err = run(capsys, "prune", "--checkpoint", f"{study}/dense", *scores, *other, "--spans", "0-1:0.5", "--out",
                        str(tmp_path / "run"))
     assert code == 2 and named in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("stop, code, word", [(KeyboardInterrupt, 130, "interrupted"), (signals.Stopped, 75, "stopped on request")])
+@pytest.mark.parametrize("command, says", [
+    ("evaluate --checkpoint dense --data digits", "nothing of it is kept, and the same command begins anew"),
+    ("score --checkpoint dense --data digits --out s.safetensors", "nothing of it is kept, and the same command begins anew"),
+    ("calibrate --checkpoint dense --data digits --plan p --out c", "the best model so far, where there is one, is in the run folder"),
+    ("search --checkpoint dense --data digits --gmacs 1 --out s", "each policy that was measured, are kept, and the same command goes on"),
+    ("tonight --checkpoint dense --data digits --out t", "scores, curves, offers and policies finished so far are kept"),
+    ("finetune --checkpoint dense --data digits --out f", "the states written so far are kept, and the same command goes on"),
+])
+def test_who_stops_a_command_is_told_what_of_it_is_kept(capsys, monkeypatch, tmp_path, stop, code, word, command, says):
+    def stopped(args):
+        raise stop
+    monkeypatch.chdir(tmp_path)
+    name, *_ = words = command.split()
+    monkeypatch.setitem(cli.COMMANDS, name, stopped)
+    got, out, err = run(capsys, *words)
+    assert (got, out) == (code, "") and err.startswith(f"vitlab {name}: {word}; ") and says in err
+    assert len(err.splitlines()) == 1

@@ -128,20 +128,6 @@ def test_a_step_that_needs_labels_refuses_a_folder_without_by_name_and_takes_one
         open_data(tmp_path / "plain", class_map=tmp_path / "map.json")
 
 
-@pytest.mark.parametrize(("given", "apart"), [(1000, 100), (200, 50), (60, 30), (3, 1), (2, 1)])
-def test_a_tenth_of_the_slice_is_set_apart_and_of_few_images_fifty_but_never_more_than_half(given, apart):
-    parts = open_data("digits").set_apart(given, seed=1)
-    train, val = ({parts.split(name).path(i) for i in range(len(parts.split(name)))} for name in ("train", "held_out"))
-    whole = open_data("digits").split("train", given, seed=1)
-    assert (len(train), len(val)) == (given - apart, apart)
-    assert not train & val and train | val == {whole.path(i) for i in range(given)}
-
-
-def test_one_image_can_not_be_parted():
-    with pytest.raises(InputError, match="digits: 1 images; 2 at least"):
-        open_data("digits").set_apart(1)
-
-
 def test_a_class_folder_without_images_is_refused_by_name(tmp_path):
     write_folder(tmp_path, {"train": 1, "val": 1})
     (tmp_path / "val" / "bee" / "0.png").rename(tmp_path / "val" / "bee" / "0.text")

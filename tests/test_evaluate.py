@@ -36,27 +36,30 @@ def make(classes: int, sizes=(7, 7, 3)) -> ListBatches:
                        for n in sizes)
 
 
-def oracle(model: Stub, batches: ListBatches) -> tuple[float, float, float]:
-    """(top-1 %, top-5 %, mean cross-entropy), image by image in Python's own floats."""
+def oracle(model: Stub, batches: ListBatches) -> tuple[float, float, float, float, float]:
+    """(top-1 %, top-5 %, mean cross-entropy, standard errors of the first and the last), image by image in Python's own floats."""
     top1 = top5 = count = 0
-    loss = 0.0
+    losses = []
     for images, targets in batches:
         for image, target in zip(images.tolist(), targets.tolist()):
             pixels = [v for channel in image for row in channel for v in row]
             logits = [sum(w * v for w, v in zip(row, pixels)) for row in model.weight.tolist()]
             above = sum(z > logits[target] for z in logits)
             top1, top5, count = top1 + (above == 0), top5 + (above < 5), count + 1
-            loss += math.log(sum(math.exp(z) for z in logits)) - logits[target]
-    return 100 * top1 / count, 100 * top5 / count, loss / count
+            losses.append(math.log(sum(math.exp(z) for z in logits)) - logits[target])
+    loss, p = sum(losses) / count, (top1 + 2) / (count + 4)
+    return (100 * top1 / count, 100 * top5 / count, loss, 100 * math.sqrt(p * (1 - p) / (count + 4)),
+            math.sqrt(sum((v - loss) ** 2 for v in losses) / (count - 1) / count))
 
 
 @pytest.mark.parametrize("classes", [5, 11])
 def test_top1_top5_and_loss_are_the_loops_with_an_uneven_last_batch(classes):
     model, batches = Stub(classes), make(classes)
     result = evaluate(model, batches, progress=False)
-    top1, top5, loss = oracle(model, batches)
+    top1, top5, loss, top1_se, loss_se = oracle(model, batches)
     assert result.top1_pct == pytest.approx(top1, abs=1e-9) and result.top5_pct == pytest.approx(top5, abs=1e-9)
     assert result.loss == pytest.approx(loss, rel=1e-5)         # float32 logits of 12 terms
+    assert result.top1_se == pytest.approx(top1_se) and result.loss_se == pytest.approx(loss_se, rel=1e-5)
     assert result.images == 17 and result.broken == 0
     assert 0 < top1 < 100                                       # the set tells right from wrong
 
@@ -111,3 +114,9 @@ def test_a_split_where_no_image_can_be_read_is_refused_and_the_mode_is_given_bac
     with pytest.warns(UserWarning), pytest.raises(InputError, match="no image of the split could be read"):
         evaluate(model, open_data(tmp_path).batches("val", model, workers=0), progress=False)
     assert model.training
+
+
+@pytest.mark.parametrize("targets", [torch.rand(3, 5), torch.ones(3, 5, dtype=torch.long), torch.rand(3)])
+def test_targets_of_several_labels_an_image_are_refused(targets):
+    with pytest.raises(InputError, match="targets are .*one class number an image.*several labels an image are not"):
+        evaluate(Stub(5), ListBatches([(torch.rand(3, 3, 2, 2), targets)]), progress=False)

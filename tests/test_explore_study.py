@@ -3,6 +3,7 @@ import asyncio
 import base64
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -11,12 +12,13 @@ import pytest
 
 from vitlab.cost import macs_of
 from vitlab.files import InputError
+from vitlab.plots import moment
 from vitlab.search import Budget, SearchSpace, Study
 from vitlab.search.strategies import Settings
-from vitlab.search.study import JOURNAL, read_journal
+from vitlab.search.study import JOURNAL, Evaluation, read_journal
 from vitlab.shape import ViTShape
 from vitlab.workbench.explore import study as module
-from vitlab.workbench.explore.study import study_explorer, told, watch
+from vitlab.workbench.explore.study import Watched, measured, study_explorer, told, watch
 
 matplotlib.use("agg")
 SHAPE = ViTShape(img_size=(80, 112), patch_size=(16, 16), embed_dim=28, depth=2, num_heads=7, head_dim=4, num_neurons=53, num_classes=3)
@@ -213,3 +215,15 @@ def test_where_there_are_no_widgets_the_explorer_is_a_picture_of_its_moment(tmp_
     assert base64.b64decode(bundle["image/png"]).startswith(b"\x89PNG") and "application/vnd.jupyter.widget-view+json" in bundle
     parts(explorer)[0].value = 4
     assert explorer._repr_mimebundle_()["image/png"] != bundle["image/png"]
+
+
+def test_what_was_measured_has_its_standard_error_where_the_journal_knows_it():
+    known = Evaluation(index=0, by="gp", policy=(0.0,), cost=1.0, value=-.25, measures={"distill_loss": .25, "distill_loss_se": .03125})
+    found = SimpleNamespace(metric="distill_loss")
+    found.error = lambda *args: Watched.error(found, *args)
+    assert measured(found, known) == "-0.25 ± 0.031" and measured(found, known, "distill_loss") == "0.25 ± 0.031"
+    found.metric = "top1_pct"
+    assert measured(found, known) == "-0.25"
+    figure = moment([1, 3], total=4, label="v", dimension="neurons 0", lines={}, errors=[.5, None])
+    bars = [part for each in figure.axes[0].collections for part in each.get_segments() if len(part)]
+    assert [part[:, 1].tolist() for part in bars] == [[.5, 1.5]]

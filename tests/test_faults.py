@@ -159,6 +159,8 @@ def make_world(root: Path) -> None:
     checkpoint.save("two", create_model("vit_nano_patch4_32", num_classes=2, **SIZE), CompressionPlan.empty(
         dataclasses.replace(shape, num_classes=2)), classes=["ant", "bee"])
     checkpoint.save("dense", dense, CompressionPlan.empty(shape), classes=classes)
+    features = create_model("vit_nano_patch4_32", num_classes=0, **SIZE)
+    checkpoint.save("features", features, CompressionPlan.empty(shape_of(features)))
     checkpoint.save("pruned", compress(dense, plan), plan, classes=classes)
     torch.save(create_model("vit_nano_patch4_32").state_dict(), "dense.pth")
     save_file({"token_scores": torch.rand(5, PATCHES) + 0.1}, "scores.safetensors")
@@ -201,6 +203,7 @@ WEIGHTS = "prune --checkpoint dense.pth --model vit_nano_patch4_32 --match 0.25 
 SEARCH = ("search --checkpoint dense --data digits --macs-ratio 0.9 --units neurons --tokens none --population 2 --images 16 "
           "--criterion weight --quiet --device cpu --out study")
 ASK = "search --checkpoint dense --data digits --images 16 --criterion weight --quiet --device cpu --out out"
+FEATURES = "need a classifier or decoder; the model has num_classes=0"
 TRAIN = "pretrain --model vit_nano_patch4_32 --data digits --device cpu --quiet --out out"
 TUNE = "finetune --checkpoint pruned --data digits --recipe digits_pm --device cpu --quiet --out out"
 
@@ -604,6 +607,18 @@ COMMANDS = [
     ("A policy for another model", CUT.replace("--neuron-ratio 0.25", "--policy deit_small_60"),
      "deit_small_60 is for 12 blocks; the model has 5"),
     ("A policy and ratios", f"{CUT} --policy deit_small_60", "give the policy or ratios, not both"),
+    ("A model without a classifier, to evaluate", EVALUATE.format("features"), f"top-1, mIoU and loss {FEATURES}"),
+    ("A model without a classifier, to score by its loss", "score --checkpoint features --data digits --images 8 --out s.safetensors",
+     f"token scores by gradient {FEATURES}"),
+    ("A model without a classifier, to score by its output", "score --checkpoint features --data digits --images 8 --of units --out "
+     "s.safetensors", f"scores by hsic {FEATURES}"),
+    ("A model without a classifier, to search", f"{ASK.replace('dense', 'features')} --macs-ratio 0.6", f"searched models {FEATURES}"),
+    ("A model without a classifier, tonight", "tonight --checkpoint features --data digits --images 8 --device cpu --quiet --out out",
+     f"offers {FEATURES}"),
+    ("A model without a classifier, to calibrate", "calibrate --checkpoint features --data digits --images 8 --plan plan.json --device cpu "
+     "--quiet --out out", f"calibrated models {FEATURES}"),
+    ("A model without a classifier, to fine-tune", TUNE.replace("pruned", "features"), f"fine-tuned models and teachers {FEATURES}"),
+    ("A teacher without a classifier", f"{TUNE} --teacher features", f"fine-tuned models and teachers {FEATURES}"),
     ("A model that is compressed already", MATCH.replace("dense", "pruned"), "the model is already compressed; the dense one is needed"),
     ("A model unheard of", MATCH.replace("dense", "resnet5"), "'resnet5': no such file or folder, and no timm model; near are"),
     ("A model that can't be handled", TRAIN.replace("vit_nano_patch4_32", "swin_tiny_patch4_window7_224"), "SwinTransformer"),
@@ -623,12 +638,13 @@ COMMANDS = [
     ("A crop larger than the image", EVALUATE.format("dense") + " --crop-pct 1.5", "'1.5' is not a fraction from 0.1 to 1"),
     ("Loader processes below zero", f"{TRAIN} --workers -1", "'-1' is not an integer from 0 to 256"),
     ("A batch larger than the memory", "throughput dense --batch-size 1000000000 --device cpu --quiet", "out of memory"),
-    ("A criterion of tokens unheard of", "score --checkpoint dense --data digits --criterion x --out s.safetensors --quiet", "'x'"),
+    ("A criterion of tokens unheard of", "score --checkpoint dense --data digits --images 8 --criterion x --out s.safetensors", "'x'"),
     ("A criterion of units unheard of", "score --checkpoint dense --data digits --of units --criterion x --out s.safetensors", "'x'"),
     ("One image where two are needed", "score --checkpoint dense --data digits --of units --images 1 --out s.safetensors --quiet", "image"),
     ("A flag of tokens for units", "score --checkpoint dense --data digits --of units --absolute batch --out s.safetensors",
      "--absolute is for tokens"),
-    ("Scores of a compressed model", "score --checkpoint pruned --data digits --out s.safetensors", "token scores are of the dense model"),
+    ("Scores of a compressed model", "score --checkpoint pruned --data digits --images 8 --out s.safetensors",
+     "token scores are of the dense model"),
     ("No budget", ASK, "--gmacs"),
     ("A budget below zero", f"{ASK} --gmacs -1", "'-1' is not a positive number"),
     ("Two budgets", f"{ASK} --gmacs 1 --latency-ms 3", "--latency-ms"),

@@ -12,7 +12,7 @@ from training_fixtures import one_thread, tiny  # noqa: F401
 from vitlab.data.joint import evaluation_transform, training_transform
 from vitlab.data.layouts import CAMVID, CITYSCAPES, LAYOUTS, PASCAL_CONTEXT
 from vitlab.data.masks import open_scenes
-from vitlab.data.scene_data import Scenes
+from vitlab.data.scene_data import SceneData, Scenes
 from vitlab.files import InputError
 
 HEIGHT, WIDTH = 11, 13                                                  # no multiples of any patch
@@ -512,15 +512,13 @@ def test_images_that_differ_in_size_are_evaluated_one_by_one(tmp_path):
         assert [tuple(y.shape) for _, y in found] == [(2, 8, 16)]
 
 
-def test_a_slice_and_the_part_set_apart_are_scenes_of_the_split():
+def test_the_parts_of_train_are_scenes_without_one_in_common():
     data = open_scenes("digit_scenes")
-    parts = data.set_apart(60, seed=2)
-    train, val = ({parts.split(name).path(i) for i in range(len(parts.split(name)))} for name in ("train", "val"))
-    whole = data.split("train", 60, seed=2)
-    assert (len(train), len(val)) == (30, 30) and not train & val
-    assert train | val == {whole.path(i) for i in range(60)} and isinstance(parts.split("val"), Scenes)
-    assert parts.split("val").scene(0)[1].shape == (32, 32)
-    assert data.files("val")[:2] == ["digit_scenes", "digit_scenes/val/0"]
+    parts = data.parts(2, score=60, choose=30)
+    score, choose = ({parts.split(name).path(i) for i in range(len(parts.split(name)))} for name in ("score", "choose"))
+    assert (len(score), len(choose)) == (60, 30) and not score & choose and isinstance(parts, SceneData)
+    assert parts.split("choose").scene(0)[1].shape == (32, 32) and isinstance(parts.split("choose"), Scenes)
+    assert data.files("val")[:2] == ["digit_scenes", "digit_scenes/val/0"] and "train" in data.splits
 
 
 def test_a_model_of_another_number_of_classes_and_a_missing_split_are_refused(tmp_path):

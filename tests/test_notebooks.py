@@ -8,6 +8,7 @@ from pathlib import Path
 import lab
 import nbformat
 import pytest
+from PIL import Image
 
 from vitlab.cli import DEMO
 from vitlab.files import InputError
@@ -94,7 +95,8 @@ def demo(tmp_path_factory):
 def test_all_notebooks_run_and_leave_their_artefacts(demo):
     for name in ("dense/checkpoint/plan.json", "scores.safetensors", "pruned/checkpoint/weights.safetensors",
                  "finetuned/checkpoint/checkpoint.json", "deployed/weights.safetensors", "unit_scores.safetensors",
-                 "units/checkpoint/weights.safetensors", "sensitivity.jsonl", "search/gp/journal.jsonl", "search/random/plan.json",
+                 "units/checkpoint/weights.safetensors", "sensitivity/seed-0/sensitivity.jsonl", "search/gp/journal.jsonl",
+                 "search/random/plan.json",
                  "joint_finetuned/checkpoint/checkpoint.json", "tonight/offers.jsonl",
                  "tonight/deployed/weights.safetensors", "segmenter/dense/checkpoint/plan.json", "segmenter/scores.safetensors",
                  "segmenter/tuned/checkpoint/weights.safetensors", "report.html"):
@@ -118,6 +120,26 @@ def test_the_demo_table_has_every_figure_that_it_promises(demo):
     assert rows[0].ratio == 1 and rows[1].gmacs == rows[2].gmacs < rows[0].gmacs
     assert 0.98 * 0.6 * rows[0].gmacs <= rows[4].gmacs == rows[5].gmacs <= 0.6 * rows[0].gmacs       # the search's budget
     assert rows[3].params_m < rows[0].params_m and rows[5].params_m <= rows[0].params_m
+
+
+def test_every_figure_and_row_of_a_quick_run_says_so(demo):
+    said = {path.stem: Image.open(path).text.get("Description", "") for path in (demo / "figures").glob("*.png")}
+    assert said and not [name for name, text in said.items() if "quick, toy data: says nothing about quality" not in text]
+    rows = read_rows(demo / "results.jsonl") + read_rows(demo / "segmenter" / "results.jsonl")
+    assert rows and all(row.conditions["quick"] for row in rows)
+    for name in DEMO[1:]:
+        cells = json.loads((demo / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+        printed = "".join(text for c in cells for o in c.get("outputs", []) for text in o.get("text", []))
+        assert "±" not in printed or "quick, toy data" in printed, name
+
+
+def test_what_the_demo_says_of_models_has_its_error_beside_it(demo):
+    for row in read_rows(demo / "results.jsonl"):
+        assert row.top1_se > 0 and row.loss_se > 0
+    for name in ("06_search", "08_tonight", "90_results"):
+        cells = json.loads((demo / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+        printed = "".join(text for c in cells for o in c.get("outputs", []) for text in o.get("text", []))
+        assert re.search(r"\d ± \d", printed), name
 
 
 def test_the_quick_run_learns_the_embedded_scenes_and_keeps_them_while_tokens_are_merged(demo):

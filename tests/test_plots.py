@@ -112,7 +112,7 @@ def test_score_maps_scale_each_block_to_its_largest():
 
 
 def test_accuracy_against_cost_has_a_named_point_per_row():
-    rows = [ResultRow(model="a", top1_pct=70, gmacs=1.0, throughput_img_s=10.0), ResultRow(model="b", top1_pct=60, gmacs=.5)]
+    rows = [ResultRow(model="a", top1_pct=70, gmacs=1.0, throughput_img_s=10.0, ratio=1.0), ResultRow(model="b", top1_pct=60, gmacs=.5)]
     figure = accuracy_against_cost(rows)
     assert [(line.get_label(), *line.get_xdata(), *line.get_ydata()) for line in figure.axes[0].lines] == [("a", 1, 70), ("b", .5, 60)]
     assert len(figure.axes[1].lines) == 1
@@ -120,7 +120,7 @@ def test_accuracy_against_cost_has_a_named_point_per_row():
 
 def test_a_row_looks_the_same_against_both_costs_and_every_row_is_in_the_legend():
     speeds = {"a": None, "b": 10.0, "c": None}
-    rows = [ResultRow(model=name, top1_pct=60, gmacs=1.0, throughput_img_s=speed) for name, speed in speeds.items()]
+    rows = [ResultRow(model=name, top1_pct=60, gmacs=1.0, ratio=speed) for name, speed in speeds.items()]
     figure = accuracy_against_cost(rows)
     looks = [{line.get_label(): (line.get_marker(), line.get_color()) for line in axis.lines} for axis in figure.axes]
     assert looks[1] == {"b": looks[0]["b"]} and len(set(looks[0].values())) == 3

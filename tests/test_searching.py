@@ -100,6 +100,13 @@ def test_a_search_leaves_a_plan_that_meets_the_budget_and_goes_on_where_it_was_k
     limit = 0.7 * gmacs(CompressionPlan.empty(plan.shape))
     assert 0.98 * limit <= gmacs(plan) <= limit
     assert gmacs(plan) == pytest.approx(study.best.cost, rel=1e-12)
+    parts = steps.open_data(data).parts(0, report=24)                           # on these the best of many was not chosen
+    worth = PlanObjective(found.model, parts.batches("report", found.model, workers=0))(plan)
+    said = searching.reported(tmp_path / "a")
+    assert said == plan.made_by["reported"] == {"evaluation": study.best.index, "images": 7} | {k: pytest.approx(v, rel=1e-5) for k, v in
+                                                                                              worth.items() if k != "value"}
+    assert said["distill_loss"] != study.best.measures["distill_loss"] and said["distill_loss_se"] > 0
+    assert plan.made_by["roles"]["choose"] == 7 and study.info["about"]["metric"] == "distill_loss"
     killed = searching.search(found, data, tmp_path / "b", **options | {"options": dataclasses.replace(SHORT, evaluations=2)})
     assert len(killed.evaluations) == 2
     again = searching.search(found, data, tmp_path / "b", **options)
@@ -128,7 +135,7 @@ def test_a_search_from_sensitivity_begins_in_the_budget_and_goes_on_where_it_was
     with pytest.raises(KeyboardInterrupt):
         searching.search(found, data, tmp_path / "b", **options)
     again = searching.search(found, data, tmp_path / "b", **options)
-    assert len(calls) == len(rows) + len(study.evaluations) + 1                 # the killed one alone is begun twice
+    assert len(calls) == len(rows) + len(study.evaluations) + 2                 # the killed one alone is begun twice; and the report
     assert [(e.policy, e.value, e.by) for e in again.evaluations] == [(e.policy, e.value, e.by) for e in study.evaluations]
     assert read_lines(tmp_path / "b" / SENSITIVITY) == rows
 
@@ -143,14 +150,14 @@ def test_a_search_never_reads_the_held_out_split(tmp_path, data, monkeypatch):
     monkeypatch.setattr(cutting.ImageData, "batches", watched)
     searching.search(dense_checkpoint(), data, tmp_path / "s", macs_ratio=0.7, tokens="merge", options=SHORT, images=24,
                      score_images=32, **FEW)
-    assert set(read) == {"train"}
+    assert set(read) == {"score", "choose", "report"}                           # parts of train
 
 
 def test_another_model_data_or_budget_in_the_same_folder_is_refused(tmp_path, data):
     options = {"options": SHORT, "images": 24, "score_images": 32, **FEW}
     searching.search(dense_checkpoint(), data, tmp_path / "s", macs_ratio=0.7, **options)
     for change, named in (({"found": dense_checkpoint(seed=1)}, "about"), ({"macs_ratio": 0.8}, "budget"), ({"seed": 2}, "seed"),
-                          ({"tokens": "none"}, "space"), ({"metric": "distill_loss"}, "about"), ({"strategy": "random"}, "strategy")):
+                          ({"tokens": "none"}, "space"), ({"metric": "top1_pct"}, "about"), ({"strategy": "random"}, "strategy")):
         found = change.pop("found", dense_checkpoint())
         with pytest.raises(InputError, match=rf"another study \(.*{named}[. ].*, now "):
             searching.search(found, data, tmp_path / "s", **{"macs_ratio": 0.7, **options, **change})
@@ -198,6 +205,7 @@ def test_sensitivity_cuts_one_dimension_of_one_block_at_a_time(tmp_path, data):
     removed = {r["dimension"]: r["gmacs_removed"] for r in rows if r["block"] == 0}
     assert removed["neurons"] == pytest.approx(48 * 2 * shape.num_tokens * shape.embed_dim / 1e9, rel=1e-9)
     assert all(r["drop_per_gmac"] == r["drop"] / r["gmacs_removed"] for r in rows)
+    assert all(r["drop_se"] >= 0 for r in rows)
     drops = {(r["criterion"], r["dimension"], r["block"]): r["drop"] for r in rows}
     # Tokens that leave after the last block's attention can no longer reach the class token; float32 rounding is left.
     assert abs(drops.pop(("class attention", "tokens", 1))) < 1e-6

@@ -1,4 +1,5 @@
 """Self-distillation: what it minimises, what it keeps, when it stops; and the step that calls it."""
+import copy
 import itertools
 
 import numpy as np
@@ -9,7 +10,7 @@ from segmenting_fixtures import CLASSES, small, units_plan
 from segmenting_fixtures import pictures as scenes
 from training_fixtures import full_plan, images, logits, one_thread, tiny, token_plan  # noqa: F401
 
-from vitlab.data import open_data
+from vitlab.data import ImageData, open_data
 from vitlab.data.masks import open_scenes
 from vitlab.files import InputError
 from vitlab.models import compress, shape_of
@@ -34,7 +35,14 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture
 def parts(pictures):
-    return open_data(pictures).set_apart(40)
+    return halves(open_data(pictures), 40)
+
+
+def halves(data, count: int):
+    """`count` images of train in two: train and val."""
+    found, images = copy.copy(data), data.split("train", count)
+    found.splits = {name: type(images)(images.reader, images.indices[at::2]) for at, name in enumerate(("train", "val"))}
+    return found
 
 
 def outspoken():
@@ -156,7 +164,7 @@ def test_divergence_of_segmenters_is_the_mean_over_images_of_the_mean_over_their
 @pytest.mark.parametrize("make", [full_plan, units_plan])
 def test_training_on_scenes_brings_a_cut_segmenter_nearer_to_the_dense_one(make):
     teacher = small(num_classes=11, img_size=(32, 32))
-    model, data = compress(teacher, make(teacher)), open_scenes("digit_scenes").set_apart(24)
+    model, data = compress(teacher, make(teacher)), halves(open_scenes("digit_scenes"), 24)
     divergence = Divergence(teacher, data.batches("val", teacher, workers=0))
     log = self_distil(model, teacher, data, divergence, steps=24, **{**SHORT, "lr": 3e-4})
     assert divergence(model) == pytest.approx(min(record["kl"] for record in log), rel=1e-5)
@@ -166,7 +174,7 @@ def test_training_on_scenes_brings_a_cut_segmenter_nearer_to_the_dense_one(make)
 
 def test_the_loss_is_of_the_model_without_dropout():
     teacher = small(num_classes=11, img_size=(32, 32))
-    data = open_scenes("digit_scenes").set_apart(24)
+    data = halves(open_scenes("digit_scenes"), 24)
     log = self_distil(compress(teacher, CompressionPlan.empty(shape_of(teacher))), teacher, data,
                       Divergence(teacher, data.batches("val", teacher, workers=0)), steps=1, **SHORT)
     assert log[1]["loss"] == pytest.approx(0, abs=1e-6)                         # the very same model; with dropout 0.1 it is 0.4
@@ -186,11 +194,44 @@ def test_calibration_takes_images_without_labels_and_says_what_it_gained(picture
         shape=shape_of(found.model), blocks=(BlockPlan(neurons=tuple(range(60))),) * 2)
     made = calibrating.calibrate(found, pictures, tmp_path / "out", plan, images=40, minutes=0.03, workers=0, progress=False)
     made_by = made.info["made_by"]
-    assert (made_by["images"], made_by["minutes"]) == (40, 0.03)
-    assert made_by["kl_distilled"] < made_by["kl_refitted"]
-    assert made_by["kl_refitted"] == made_by["kl_cut"] if cuts == "tokens" else made_by["kl_refitted"] < made_by["kl_cut"]
-    parts = open_data(pictures).set_apart(40)
-    assert divergence_of(outspoken(), parts)(made.model) == pytest.approx(made_by["kl_distilled"], rel=1e-4)
+    assert (made_by["images"], made_by["minutes"], made_by["kept"]) == (28, 0.03, "distilled")
+    assert made_by["roles"] == {"calibrate": 28, "choose": 6, "report": 6, "shared": [
+        "calibrate takes 28 images of the 40 asked for, 14 of them from the share of score",
+        "choose takes 6 images of the 50 asked for", "report takes 6 images of the 256 asked for"]}
+    if cuts == "tokens":                                                        # nothing is refitted
+        assert made_by["kl_refitted"] == made_by["kl_cut"]
+    reporting = open_data(pictures).parts(0, report=256)
+    apart = Divergence(outspoken(), reporting.batches("report", outspoken(), workers=0))
+    for name, model in (("distilled", made.model), ("cut", compress(found.model, plan))):
+        each = apart.each(model)
+        assert made_by[f"kl_{name}"] == pytest.approx(sum(each) / 6, rel=1e-4)
+        spread = sum((value - sum(each) / 6) ** 2 for value in each) / 5
+        assert made_by[f"kl_{name}_se"] == pytest.approx((spread / 6) ** 0.5, rel=1e-3)
+
+
+def test_what_calibration_is_fitted_on_chosen_by_and_reported_on_has_no_image_in_common(pictures, tmp_path, monkeypatch):
+    found, seen, whole = dense_checkpoint(), {}, ImageData.batches
+
+    def watched(self, split, model, **settings):
+        made = whole(self, split, model, **settings)
+        seen.setdefault(split, set()).update(made.images.path(i) for i in range(len(made.images)))
+        return made
+    monkeypatch.setattr(ImageData, "batches", watched)
+    few = {"workers": 0, "progress": False}
+    calibrating.calibrate(found, pictures, tmp_path / "out", token_plan(found.model), images=14, minutes=0.001, **few)
+    cutting.score_units(found, pictures, tmp_path / "u.safetensors", images=14, **few)
+    assert set(seen) == {"calibrate", "choose", "report", "score"} and sum(map(len, seen.values())) == 40 == len(set.union(*seen.values()))
+
+
+@pytest.mark.parametrize("better", ["cut", "refitted"])
+def test_whether_the_closed_form_stays_is_chosen_and_not_taken_for_granted(pictures, tmp_path, monkeypatch, better):
+    found = dense_checkpoint()
+    plan = CompressionPlan(shape=shape_of(found.model), blocks=(BlockPlan(neurons=tuple(range(60))),) * 2)
+    values = iter([2.0, 1.0] if better == "cut" else [1.0, 2.0])                # of the refitted one, then of the cut one
+    monkeypatch.setattr(Divergence, "__call__", lambda self, model: next(values))
+    made = calibrating.calibrate(found, pictures, tmp_path / "out", plan, images=14, workers=0, progress=False)
+    assert made.info["made_by"]["kept"] == better
+    assert torch.equal(logits(made.model), logits(compress(found.model, plan))) == (better == "cut")
 
 
 def test_calibration_without_minutes_of_a_plan_that_cuts_no_unit_is_compress(pictures, tmp_path):

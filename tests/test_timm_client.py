@@ -57,7 +57,8 @@ def rules(patches: int) -> dict[str, dict]:
     half = tuple(j // 2 for j in range(patches))
     weights = tuple(1 / half.count(r) for r in half)
     place = functools.partial(MergeReconstruct, regions=half, weights=weights)
-    return {"place": {1: place(), 3: place()}, "span": {1: place(span=2)}, "share": {0: SharedUpdate(regions=half, weights=weights, own=0.5)},
+    return {"place": {1: place(), 3: place()}, "span": {1: place(span=2)},
+            "share": {0: SharedUpdate(regions=half, weights=weights, own=0.5)},
             "match": {1: Match(merged=3), 2: Match(merged=0), 3: Match(merged=1)},
             "match, read out": {1: Match(merged=3), 2: Match(merged=1), 3: ReadOut()}, "read out": {3: ReadOut()},
             "select": {1: Select(kept=4)}, "select by all": {1: Select(kept=4, ranked_by="all")}, "units": {}}

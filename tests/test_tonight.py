@@ -13,6 +13,7 @@ from vitlab.plan import CompressionPlan
 from vitlab.rules import Match, ReadOut
 from vitlab.training import checkpoint
 from vitlab.training.compensate import compensate
+from vitlab.training.objective import PlanObjective
 from vitlab.workbench import steps, tonight
 
 FEW = {"device": "cpu", "progress": False, "workers": 0}
@@ -48,10 +49,57 @@ def test_offers_meet_their_budget_and_say_what_they_are_worth(survey, dense):
         assert offer.gmacs == gmacs(offer.plan) <= 0.8 * whole and isinstance(offer.plan.blocks[-1].tokens, ReadOut)
     joint = next(offer for offer in offers[::-1] if offer.rule == "merging by content")
     assert any(isinstance(block.tokens, Match) for block in joint.plan.blocks[:-1])
-    small, expected = deploy(compress(dense.model, joint.plan)), []
-    for images, _ in survey.objective.batches:
-        expected.append(logits(dense.model, images).argmax(dim=1) == logits(small, images).argmax(dim=1))
-    assert joint.agree_pct == pytest.approx(100 * float(torch.cat(expected).float().mean()))
+    small = deploy(compress(dense.model, joint.plan))
+
+    def measured(batches) -> tuple[int, list[float]]:
+        """(images with the dense model's class, each one's distance to its output)."""
+        p, q = (torch.cat([logits(model, images) for images, _ in batches]).double() for model in (dense.model, small))
+        each = (p.softmax(dim=1) * (p.log_softmax(dim=1) - q.log_softmax(dim=1))).sum(dim=1)
+        return int((p.argmax(dim=1) == q.argmax(dim=1)).sum()), each.tolist()
+    same, each = measured(survey.reporting.batches)
+    assert len(each) == 7 and joint.agree_pct == pytest.approx(100 * same / 7)
+    rounded = {"rel": 1e-3, "abs": 1e-7}                                        # of a distance of 1e-5, from float32 logarithms
+    assert joint.distill_loss == pytest.approx(sum(each) / 7, **rounded)
+    share = (same + 2) / 11
+    assert joint.agree_se == pytest.approx(100 * (share * (1 - share) / 11) ** 0.5)
+    assert joint.distill_loss_se == pytest.approx((sum((v - sum(each) / 7) ** 2 for v in each) / 6 / 7) ** 0.5, **rounded)
+    chosen = sum(measured(survey.objective.batches)[1]) / 7
+    assert joint.chosen_by == pytest.approx(chosen, **rounded) and abs(chosen - joint.distill_loss) > 3e-7
+
+
+def test_what_an_offer_is_worth_is_said_of_images_that_served_nothing_before(survey):
+    found = [{survey.parts.split(role).path(i) for i in range(count)} for role, count in survey.parts.roles.items() if role != "shared"]
+    assert list(map(len, found)) == [24, 7, 7] and len(set.union(*found)) == 38
+    assert sum(len(x) for x, _ in survey.reporting.batches) == sum(len(x) for x, _ in survey.objective.batches) == 7
+
+
+def test_scores_moments_and_offers_are_kept_as_they_are_made(survey, dense, photographs, tmp_path, monkeypatch):
+    plan = survey.plan("all together", 0.6 * gmacs(CompressionPlan.empty(survey.shape)))
+    offer = survey.offer("all together", plan)
+    files = {path.name.rsplit("-", 1)[0] for path in survey.folder.iterdir() if path.is_file()}
+    assert files == {"unit-scores", "token-scores", "moments", "measured"}
+
+    def never(*args, **settings):
+        raise AssertionError("it was made before")
+    with monkeypatch.context() as patched:
+        for name in ("unit_scores", "token_scores", "dense_moments", "own_labels"):
+            patched.setattr(tonight, name, never)
+        again = tonight.Survey(dense, photographs, tmp_path / "survey", images=16, score_images=24, **FEW)
+    assert again.objective(plan) == survey.objective(plan)                     # moments and scores came back to the bit
+    monkeypatch.setattr(PlanObjective, "__call__", never)
+    assert again.offer("all together", plan) == offer
+    with pytest.raises(AssertionError, match="made before"):
+        again.offer("all together", CompressionPlan.empty(survey.shape))
+
+
+def test_a_killed_tonight_keeps_what_it_had(dense, photographs, tmp_path, monkeypatch):
+    def killed(*args, **settings):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(tonight, "token_scores", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tonight.tonight(dense, photographs, tmp_path / "out", images=16, **FEW)
+    (kept,) = (tmp_path / "out" / tonight.SURVEY).iterdir()
+    assert kept.name.startswith("unit-scores")
 
 
 def test_a_cut_is_measured_once_for_all_rules_and_not_again_after_a_kill(survey, dense, photographs, tmp_path, monkeypatch):
@@ -66,7 +114,7 @@ def test_a_cut_is_measured_once_for_all_rules_and_not_again_after_a_kill(survey,
     again = tonight.Survey(dense, photographs, tmp_path / "survey", images=16, score_images=24, **FEW)
     before = len(cuts)
     assert again.curves("all together") == rows and len(cuts) == before
-    other = tonight.Survey(dense, photographs, tmp_path / "survey", images=12, score_images=24, **FEW)
+    other = tonight.Survey(dense, photographs, tmp_path / "survey", images=5, score_images=24, **FEW)
     other.curves("neurons")
     assert len(cuts) > before                                   # other images, other curves
 
@@ -92,7 +140,7 @@ def test_the_search_starts_from_the_offer_and_is_no_worse_once_refitted(survey, 
 
 def test_the_best_offer_is_the_nearest_within_the_budget(survey):
     plan = CompressionPlan.empty(survey.shape)
-    offers = [tonight.Offer(rule=rule, plan=plan, gmacs=cost, agree_pct=0.0, distill_loss=loss)
+    offers = [tonight.Offer(rule=rule, plan=plan, gmacs=cost, agree_pct=0.0, distill_loss=1 - loss, chosen_by=loss)
               for rule, cost, loss in (("neurons", 0.5, 0.3), ("shared updates", 0.6, 0.1), ("all together", 0.7, 0.01))]
     assert tonight.best_offer(offers, 0.6).rule == "shared updates"
     with pytest.raises(InputError, match="no plan was found that costs 0.1 GMACs or less; 0.5 is the least"):
@@ -105,8 +153,11 @@ def test_from_images_alone_to_a_deployed_model(dense, photographs, tmp_path):
     assert gmacs(found.plan) <= 0.6 * gmacs(CompressionPlan.empty(found.plan.shape))
     read = checkpoint.load(tmp_path / "out" / tonight.DEPLOYED)
     x = torch.randn(2, 3, *found.plan.shape.img_size, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(logits(read.model, x), logits(found.model, x)) and np.isfinite(found.info["made_by"]["kl_refitted"])
+    assert torch.equal(logits(read.model, x), logits(found.model, x)) and np.isfinite(found.info["made_by"]["kl_refitted_se"])
+    worth, roles = found.plan.made_by["reported"], found.info["made_by"]["roles"]
+    assert {"agree_pct", "agree_se", "distill_loss", "distill_loss_se", "chosen_by"} == set(worth) and roles["report"] == 7
     rows = list(read_lines(tmp_path / "out" / tonight.OFFERS))
+    assert all(row["agree_se"] > 0 and row["distill_loss_se"] > 0 for row in rows)
     assert [row["rule"] for row in rows] == ["merging by content"] * 2 and (tmp_path / "out/offers.png").stat().st_size > 0
     assert CompressionPlan.from_json(rows[0]["plan"]).shape == found.plan.shape
 

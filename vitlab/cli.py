@@ -12,7 +12,7 @@ from typing import Any
 
 from vitlab import signals
 from vitlab.files import InputError
-from vitlab.launching import COMMAND, LOST, RESUMABLE, join, leave, lost, on_record, one_line, recorded
+from vitlab.launching import COMMAND, LOST, RESUMABLE, join, kept_of, leave, lost, on_record, one_line, recorded
 from vitlab.options import build_parser
 
 DEMO = ("00_check_setup", "01_baseline", "02_token_scores", "03_prune_and_merge", "04_finetune", "05_heads_and_neurons", "06_search",
@@ -171,6 +171,7 @@ def _finetune(args: argparse.Namespace) -> None:
 
 def _search(args: argparse.Namespace) -> None:
     from vitlab import parallel
+    from vitlab.results import in_words
     from vitlab.search.strategies import settings
     from vitlab.workbench import searching
     options = settings(args.settings)
@@ -193,16 +194,21 @@ def _search(args: argparse.Namespace) -> None:
         images=args.images,
         batch_size=args.batch_size or 32, dtype=args.dtype or "float32",
         token_settings={"ranked_by": "all"} if args.published_count else None, **_data(args))
-    best = study.best
-    print(f"best of {len(study.evaluations)}: number {best.index}, {best.cost:.6g} {cost} of {study.budget.limit:.6g}, "
-          + ", ".join(f"{k} {v:.4g}" for k, v in best.measures.items()) + f" on a slice of train\nplan: {args.out}/{searching.PLAN}")
+    best, worth = study.best, searching.reported(args.out) or {}
+    print(f"best of {len(study.evaluations)}: number {best.index}, {best.cost:.6g} {cost} of {study.budget.limit:.6g}\n"
+          f"on images it was chosen on: {in_words(best.measures)}\n"
+          f"on {worth.get('images')} other images, ± one standard error: {in_words(worth)}\nplan: {args.out}/{searching.PLAN}")
 
 
 def _tonight(args: argparse.Namespace) -> None:
-    from vitlab.workbench import tonight
+    from vitlab.results import in_words
+    from vitlab.workbench import calibrating, tonight
     found = tonight.tonight(_source(args), args.data, args.out, gmacs=args.gmacs, macs_ratio=args.macs_ratio,
                             evaluations=args.evaluations, minutes=args.minutes, images=args.images, **_data(args))
     if not args.quiet:
+        made_by = found.info["made_by"]
+        print(f"before calibration, on {made_by['roles']['report']} images it was not chosen on: {in_words(made_by['plan']['reported'])}")
+        print(calibrating.distances(made_by))
         _print_cut(found.plan, f"{args.out}/{tonight.DEPLOYED}")
 
 
@@ -210,9 +216,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     from vitlab.workbench import calibrating
     found = calibrating.calibrate(_source(args), args.data, args.out, args.plan, images=args.images, minutes=args.minutes, **_data(args))
     if not args.quiet:
-        made_by = found.info["made_by"]
-        print("KL(dense || compressed) on images set apart: " + ", ".join(f"{name} {made_by[f'kl_{name}']:.4f}" for name in
-                                                                         ("cut", "refitted", "distilled") if f"kl_{name}" in made_by))
+        print(calibrating.distances(found.info["made_by"]))
         _print_cut(found.plan, f"{args.out}/checkpoint")
 
 
@@ -223,6 +227,7 @@ def _evaluate(args: argparse.Namespace) -> None:
                          batch_size=args.batch_size, crop_pct=args.crop_pct, limit=args.limit, **_windows(args), **_data(args))
     measured = ("top1_pct", "top5_pct") if row.miou_pct is None else ("miou_pct", "pixel_accuracy_pct")
     print(format_table([row], ("model", "dataset", "split", *measured, "loss", "gmacs", "params_m")))
+    print(f"± one standard error over {row.conditions['images']} images")
     if row.miou_pct is not None:
         iou = row.conditions["iou_pct"].items()
         print("IoU: " + ", ".join(f"{name} {'-' if value is None else f'{value:.1f}'}" for name, value in iou))
@@ -266,12 +271,12 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from vitlab.results import format_table, read_rows
+    from vitlab.results import format_table, notes, read_rows
     from vitlab.workbench import notebooks, steps
     parameters = {n: {"run": args.out} | ({"quick": True} if args.quick else {}) for n in DEMO}
     notebooks.run_all(list(DEMO), args.out, parameters)
-    print(format_table(read_rows(f"{args.out}/{steps.RESULTS}")))
-    print(f"report: {args.out}/report.html")
+    rows = read_rows(f"{args.out}/{steps.RESULTS}")
+    print(format_table(rows), notes(rows), f"report: {args.out}/report.html", sep="\n")
 
 
 COMMANDS = {"pretrain": _pretrain, "segment": _segment, "score": _score, "prune": _prune, "search": _search, "tonight": _tonight,
@@ -333,10 +338,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         time.sleep(LOST)                        # torchrun reports the first that ends
         return 1
     except signals.Stopped:
-        say("stopped on request; what was finished is kept, and the same command goes on")
+        say(f"stopped on request; {kept_of(args.command)}")
         return signals.EXIT_CODE
     except KeyboardInterrupt:
-        say("interrupted; what was finished is kept")
+        say(f"interrupted; {kept_of(args.command)}")
         return 130
     finally:
         warnings.formatwarning = before

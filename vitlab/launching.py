@@ -12,6 +12,17 @@ from vitlab.files import LOCK, InputError, atomic_write, read_json
 
 TOGETHER = ("pretrain", "segment", "finetune", "score", "evaluate", "search")              # take several processes
 RESUMABLE, COMMAND = ("pretrain", "segment", "finetune", "search", "tonight"), "command.json"
+GOES_ON = "the states written so far are kept, and the same command goes on from the last"
+KEPT = {                                        # what is on the disk of a command that was stopped
+    "pretrain": GOES_ON, "segment": GOES_ON, "finetune": GOES_ON,
+    "search": "the scores, and each policy that was measured, are kept, and the same command goes on",
+    "tonight": "the scores, curves, offers and policies finished so far are kept, and the same command goes on; a calibration begins anew",
+    "calibrate": "the best model so far, where there is one, is in the run folder; the same command begins anew",
+    "predict": "the overlays written so far are kept; the same command begins anew",
+    "batch": "the entries that were finished are kept, and the same command goes on",
+    "demo": "the same command begins anew; its trainings and searches go on",
+}
+NOTHING_KEPT = "nothing of it is kept, and the same command begins anew"
 LOST = 15.0                                     # seconds that a process waits to be ended after another one was
 
 
@@ -75,6 +86,11 @@ def on_record(path: Path, given: Sequence[str]) -> Iterator[None]:
         elif not [p for p in path.parent.rglob("*") if p.is_file() and p.name not in (COMMAND, LOCK)]:
             shutil.rmtree(path.parent) if fresh else path.unlink()
         raise
+
+
+def kept_of(command: str) -> str:
+    """What a command that was stopped leaves, and what the same command does with it."""
+    return KEPT.get(command, NOTHING_KEPT)
 
 
 def one_line(text: str) -> str:

@@ -148,13 +148,13 @@ def build_parser() -> Parser:
     p.add_argument("--out", type=given, required=True, metavar="RUN", help="run folder; a killed run goes on there")
     _run_options(p)
 
-    p = add("score", "Score tokens, or heads and neurons, on a slice of train.")
+    p = add("score", "Score tokens, or heads and neurons, on images of train.")
     _model_options(p)
     _data_options(p)
     p.add_argument("--of", choices=("tokens", "units"), default="tokens", help="units are heads and neurons (default: tokens)")
     p.add_argument("--criterion", metavar="NAME", help="of tokens: gradient, class_attention or hsic (default: gradient); of units: "
                                                        "hsic, weight, activation, taylor, reconstruction or random (default: hsic)")
-    p.add_argument("--images", type=count, default=512, help="size of the slice (default: 512)")
+    p.add_argument("--images", type=count, default=512, help="of train, at most (default: 512)")
     p.add_argument("--batch-size", type=count, help="default: 64, of scenes 8")
     p.add_argument("--absolute", choices=("image", "batch"),
                    help="of criterion gradient: absolute value per image, or after the batch as published (default: image)")
@@ -212,11 +212,12 @@ def build_parser() -> Parser:
                    help="policies before the Gaussian process proposes (default: the settings')")
     p.add_argument("--start", "--initial", dest="initial", choices=("varied", "random", "sensitivity"),
                    help="how the population is drawn; sensitivity: each dimension is measured alone first (default: the settings')")
-    p.add_argument("--metric", choices=("top1_pct", "miou_pct", "distill_loss"),
-                   help="what is optimised (default: top1_pct, of a Segmenter miou_pct)")
+    p.add_argument("--metric", choices=("top1_pct", "miou_pct", "distill_loss"), default="distill_loss",
+                   help="top-1, of a Segmenter mIoU, or the distance to the dense model's output (default: distill_loss)")
     p.add_argument("--criterion", default="hsic", metavar="NAME", help="that ranks heads and neurons (default: hsic)")
     p.add_argument("--compensate", action="store_true", help="refit what is left of each cut layer before a policy is measured")
-    p.add_argument("--images", type=count, default=1000, help="slice of train that policies are measured on (default: 1000)")
+    p.add_argument("--images", type=count, default=1000,
+                   help="of train, that policies are measured on, and as many others that the best is reported on, at most (default: 1000)")
     p.add_argument("--parallel", type=count, metavar="K", help="policies proposed at a time (default: as many as there are processes)")
     p.add_argument("--batch-size", type=count, metavar="N", help="of the latency (default: 32)")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the latency (default: float32)")
@@ -233,7 +234,8 @@ def build_parser() -> Parser:
                    help="plans measured in the search of the best rule; 0: none (default: 40)")
     p.add_argument("--minutes", type=_number(float, 0, 1e6, "a number of minutes from 0"), default=10, metavar="M",
                    help="self-distillation, at most so long (default: 10)")
-    p.add_argument("--images", type=count, default=256, help="of train, that plans are measured on (default: 256)")
+    p.add_argument("--images", type=count, default=256,
+                   help="of train, that plans are compared on, and as many others that they are reported on, at most (default: 256)")
     p.add_argument("--out", type=given, required=True, metavar="RUN", help="run folder; the model is in deployed/")
     _run_options(p)
 
@@ -241,7 +243,8 @@ def build_parser() -> Parser:
     _model_options(p)
     p.add_argument("--plan", type=given, required=True, metavar="FILE", help="a plan.json by which a dense SOURCE is compressed")
     _data_options(p)
-    p.add_argument("--images", type=count, default=1000, help="slice of train for it, a tenth set apart (default: 1000)")
+    p.add_argument("--images", type=count, default=1000,
+                   help="of train, that it is fitted on, at most; others to choose and to report on (default: 1000)")
     p.add_argument("--minutes", type=_number(float, 0, 1e6, "a number of minutes from 0"), default=0, metavar="M",
                    help="self-distillation afterwards, at most so long (default: 0, none)")
     p.add_argument("--out", type=given, required=True, metavar="RUN", help="run folder for the checkpoint")

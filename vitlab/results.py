@@ -4,13 +4,20 @@ import dataclasses
 import io
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vitlab.caveats import caveat_of
 from vitlab.files import InputError, append_line, read_lines, write_lines
+from vitlab.uncertainty import digits_of, error_name, plus_minus
 
-COLUMNS = ("model", "top1_pct", "gmacs", "params_m", "throughput_img_s", "ratio")
+ERRORS = {name: error_name(name) for name in ("top1_pct", "miou_pct", "loss")}      # what each one's standard error is called
+PLUS_MINUS = "±: one standard error over images"
+RATIO = "ratio: the baseline's time divided by the model's, in turn in one process, the median over rounds"
+SURE = 5                                        # rounds from which more have a range of 95 % (`vitlab.training.throughput.median_range`)
+COLUMNS = ("model", "top1_pct", "gmacs", "params_m", "ratio")       # no absolute speed: those of rows timed in several runs don't compare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +37,9 @@ class ResultRow:
     throughput_img_s: float | None = None
     latency_ms: float | None = None         # one forward, batch 1 unless the conditions name another
     ratio: float | None = None              # throughput over the baseline's, measured in turn
+    top1_se: float | None = None            # standard errors over images: of top1_pct and miou_pct in points, of loss in nats
+    miou_se: float | None = None
+    loss_se: float | None = None
     conditions: dict[str, Any] = field(default_factory=dict)   # device, dtype, batch, threads, seed, versions
 
     def __post_init__(self) -> None:
@@ -42,6 +52,10 @@ class ResultRow:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 100:
                 raise InputError(f"{name} is {value}; a percentage from 0 to 100 is needed")
+        for name in ERRORS.values():
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise InputError(f"{name} is {value}; a standard error of at least 0 is needed")
 
 
 def append_row(path: str | Path, row: ResultRow) -> None:
@@ -69,12 +83,14 @@ def read_rows(path: str | Path) -> list[ResultRow]:
             raise InputError(f"{path}: {error}") from None
         row = merged.setdefault((record["model"], record.get("dataset", ""), record.get("split", "")), {})
         conditions = {**row.get("conditions", {}), **record.get("conditions", {})}
+        for name in ERRORS.keys() & record.keys():
+            row.pop(ERRORS[name], None)                         # that of an earlier measurement
         row.update(record, conditions=conditions)
     return [ResultRow(**row) for row in merged.values()]
 
 
 DIGITS = {"top1_pct": 2, "top5_pct": 2, "miou_pct": 2, "pixel_accuracy_pct": 2, "gmacs": 4, "params_m": 3, "throughput_img_s": 1,
-          "ratio": 2, "latency_ms": 2, "loss": 4}
+          "ratio": 2, "latency_ms": 2, "loss": 4, "agree_pct": 2, "distill_loss": 4}
 
 
 def format_cell(value: Any, column: str) -> str:
@@ -84,14 +100,68 @@ def format_cell(value: Any, column: str) -> str:
     return f"{value:.{DIGITS[column]}f}" if column in DIGITS else str(value)
 
 
+def with_range(ratio: float, span: Sequence[float] | None) -> str:
+    """A throughput ratio with its range over the rounds of timing, marked where that holds 1: "1.60 (1.52 to 1.66)". A baseline, and a
+    ratio whose range is not known, stand alone."""
+    if span is None or span[0] == span[1]:
+        return f"{ratio:.2f}"
+    return f"{ratio:.2f} ({span[0]:.2f} to {span[1]:.2f})" + (f", {NOISY}" if noisy(*span) else "")
+
+
+def ratio_words(speeds: Sequence[dict[str, Any]]) -> str:
+    """What the ratio is, and the range in brackets behind it, of speeds measured under these conditions; rows from before that range was
+    one of the median have the least and the largest round."""
+    ranged = [given for given in speeds if given.get("ratio_range") and given["ratio_range"][0] < given["ratio_range"][1]]
+    sure = [given.get("repeats", 0) > SURE and "ratio:" in given.get("timing", "") for given in ranged]
+    words = (["where that median lies (95 %)"] if any(sure) else []) + (["the least and the largest round"] if not all(sure) else [])
+    return RATIO + (f"; in brackets {', or '.join(words)}" if words else "")
+
+
+def speed_of(row: ResultRow) -> dict[str, Any]:
+    """What a row's speed was measured under; {} where none was."""
+    return row.conditions.get("speed", {})
+
+
+def shown(row: ResultRow, column: str) -> str:
+    """A row's value as tables show it, with its standard error, or a ratio's range, where one is known: "79.54 ± 1.58"."""
+    value, error = getattr(row, column), getattr(row, ERRORS[column]) if column in ERRORS else None
+    if column == "ratio" and value is not None:
+        return with_range(value, speed_of(row).get("ratio_range"))
+    return format_cell(value, column) if value is None or error is None else plus_minus(value, error, DIGITS[column])
+
+
+def in_words(measures: dict[str, Any]) -> str:
+    """Measures that are in DIGITS, by name, each with its standard error where one stands beside it."""
+    def one(name: str, value: float) -> str:
+        error = measures.get(error_name(name))
+        return f"{name} {plus_minus(value, error, digits_of(error, DIGITS[name]))}"
+    return ", ".join(one(name, value) for name, value in measures.items() if name in DIGITS)
+
+
 def format_table(rows: list[ResultRow], columns: tuple[str, ...] = COLUMNS) -> str:
-    """Plain-text table, numbers right-aligned; '-' where nothing was measured."""
-    cells = [list(columns)] + [[format_cell(getattr(r, c), c) for c in columns] for r in rows]
+    """Plain-text table, numbers right-aligned; '-' where nothing was measured. Columns of speed say of which batch (`titles`)."""
+    cells = [titles(rows, columns)] + [[shown(r, c) for c in columns] for r in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines = ["  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(line, widths)))
              for line in cells]
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join(lines)
+
+
+def titles(rows: list[ResultRow], columns: tuple[str, ...]) -> list[str]:
+    """Names of the columns; those of speed say of which batch: "ratio (batch 32)"."""
+    sizes = list(dict.fromkeys(speed_of(row)["batch_size"] for row in rows if "batch_size" in speed_of(row)))
+    batches = {"throughput_img_s": sizes, "ratio": sizes, "latency_ms": [1] if sizes else []}
+    return [f"{name} (batch {', '.join(map(str, batches[name]))})" if batches.get(name) else name for name in columns]
+
+
+def notes(rows: list[ResultRow], columns: tuple[str, ...] = COLUMNS) -> str:
+    """What is said once below a table of rows: what ± stands for, what the ratio is (`titles` says of which batch), and the caveat of
+    quick runs and toy data."""
+    known = any(getattr(row, ERRORS[name]) is not None for row in rows for name in columns if name in ERRORS)
+    timed = "ratio" in columns and any(row.ratio is not None for row in rows)
+    lines = [PLUS_MINUS if known else "", ratio_words([speed_of(row) for row in rows]) if timed else "", caveat_of(rows)]
+    return "\n".join(line for line in lines if line)
 
 
 def conditions_of(row: ResultRow) -> dict[str, Any]:
@@ -152,6 +222,7 @@ def aligned(cells: list[list[str]]) -> str:
 
 
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+         "±": r"$\pm$",
          **{c: f"\\{c}" for c in "&%$#_{}"}}
 
 
@@ -159,7 +230,7 @@ def to_latex(labels: list[str], rows: list[ResultRow], caption: str, columns: tu
     """A LaTeX table of the rows, each behind its label, for the package booktabs; everything in it is escaped."""
     def escaped(text: str) -> str:
         return "".join(LATEX.get(letter, letter) for letter in " ".join(text.split()))
-    lines = [["entry", *columns], *([label, *(format_cell(getattr(r, c), c) for c in columns)] for label, r in zip(labels, rows))]
+    lines = [["entry", *titles(rows, columns)], *([label, *(shown(r, c) for c in columns)] for label, r in zip(labels, rows))]
     head, *body = [" & ".join(map(escaped, line)) + r" \\" for line in lines]
     shape = "l" + "".join("r" if c in DIGITS else "l" for c in columns)
     return "\n".join([r"% needs \usepackage{booktabs}", r"\begin{table}", rf"\caption{{{escaped(caption)}}}",

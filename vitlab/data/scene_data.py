@@ -121,9 +121,6 @@ class SceneData(ImageData):
         """A few: logits of all their pixels are large."""
         return min(images, AT_ONCE)
 
-    def set_apart(self, limit: int, seed: int = 0) -> "SceneData":
-        return SceneData(self.name, super().set_apart(limit, seed).splits, self.classes, self.embedded, self.labelled)
-
     def check_fits(self, num_classes: int) -> None:
         """InputError where the decoder has another number of classes."""
         if self.num_classes not in (None, num_classes):

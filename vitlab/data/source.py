@@ -1,5 +1,7 @@
 """open_data: one way to digits, a folder of images, or whatever timm.data.create_dataset opens; and its batches."""
+import copy
 import os
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,7 @@ from vitlab import parallel
 from vitlab.data.digits import CLASSES, DigitsReader
 from vitlab.data.folder import CLASS_MAP, HELD_OUT_NAMES, FolderReader, class_numbers, find_splits, read_image, unlabelled
 from vitlab.data.images import Batches, Images, Stream, default_workers, image_config, load
+from vitlab.data.parts import SHARES, part
 from vitlab.data.rgb import grey, rgb
 from vitlab.data.tar import TarReader, find_tars
 from vitlab.files import InputError, from_root
@@ -41,6 +44,8 @@ class ImageData:
                  mapped: bool = False, labelled: bool = True) -> None:
         self.name, self.splits, self.classes, self.num_classes, self.mapped = name, splits, classes, num_classes, mapped
         self.labelled = labelled
+        self.roles: dict[str, Any] = {}                     # of `parts`: images of each role, and in words what is shared or lacks
+        self.limits: dict[str, int | None] = {}             # of a stream's parts
 
     def at_once(self, images: int) -> int:
         """How many of so many images a batch that is only measured takes."""
@@ -74,18 +79,31 @@ class ImageData:
         images = self.splits[name]
         return images.take(limit, seed) if isinstance(images, Images) else images
 
-    def set_apart(self, limit: int, seed: int = 0) -> "ImageData":
-        """A slice of train in two: `val`, a tenth of it (of few images 50, but never more than half), to measure on, and the rest
-        as `train`. Raises InputError for a stream or a single image."""
-        images = self.split("train", limit, seed)
-        if not isinstance(images, Images):
-            raise InputError(f"{self.name}: a stream, from which no images can be set apart; a folder of images is needed")
-        if len(images) < 2:
-            raise InputError(f"{self.name}: {len(images)} images; 2 at least are needed, one of them to measure on")
-        apart = min(max(len(images) // 10, 50), len(images) // 2)
-        splits = {name: type(images)(images.reader, part)
-                  for name, part in (("train", images.indices[apart:]), ("val", images.indices[:apart]))}
-        return ImageData(self.name, splits, self.classes, self.num_classes, self.mapped, self.labelled)
+    def parts(self, seed: int = 0, **limits: int | None) -> "ImageData":
+        """`train` divided by purpose: a data set whose splits are the given roles of `parts.SHARES` ("score", "calibrate", "choose",
+        "report"), for each at most so many images (None: its share; no role: all, each its share), of which no two have one in
+        common (`part`). Where that can't be, one warning says so, and so does `roles`. Of a stream, its first images serve every
+        role. Raises InputError for a limit below 1."""
+        limits, train = limits or dict.fromkeys(SHARES), self.split("train")
+        for role, limit in limits.items():
+            if role not in SHARES:
+                raise InputError(f"role {role!r} is not known; known are {list(SHARES)}")
+            if limit is not None and limit < 1:
+                raise InputError(f"{role}: limit is {limit}; at least 1 image is needed")
+        found, stream = copy.copy(self), not isinstance(train, Images)
+        if stream:
+            found.splits, said = dict.fromkeys(limits, train), ("of a stream, the first images serve every role",)
+            found.roles, found.limits = dict(limits), limits
+        else:
+            made = part(len(train), seed, limits)
+            found.splits = {role: type(train)(train.reader, [train.indices[i] for i in own]) for role, own in made.indices.items()}
+            found.roles, said = {role: len(own) for role, own in made.indices.items()}, made.said
+        if said:
+            found.roles["shared"] = list(said)
+            size = "" if stream else f" has {len(train)} images"
+            if parallel.is_first():
+                warnings.warn(f"{self.name}: train{size}; {'; '.join(said)}", stacklevel=2)
+        return found
 
     def files(self, split: str) -> list[str]:
         """Name of the data set, and path and size of each image of a split, by which it is known again; the name alone of a stream."""
@@ -110,14 +128,14 @@ class ImageData:
         for small embedded data, else one a core, up to 8, divided among the processes of this machine.
         """
         self.check_fits(model.num_classes)
-        images = self.split(split, limit, seed)
+        images, limit = self.split(split, limit, seed), self.limits.get(split) if limit is None else limit
         config = image_config(model)
         if crop_pct is not None:
             config["crop_pct"] = crop_pct
         settings = {"is_training": training, **{k: config.get(k) for k in ("interpolation", "mean", "std", "crop_pct", "crop_mode")},
                     **(augment or {})}
         if not isinstance(images, Images):
-            if parallel.joined() and not (shared and split == "train"):
+            if parallel.joined() and not (shared and split in ("train", *SHARES)):
                 raise InputError(f"{self.name}: a stream, whose images can't be divided exactly among processes; for this, start one "
                                  "process, or give a folder or tar files")
 

@@ -2,11 +2,13 @@
 from vitlab.plots.base import save_figure, to_image
 from vitlab.plots.class_iou import class_iou_bars
 from vitlab.plots.colours import class_colours, coloured, overlaid
+from vitlab.plots.cuts import sensitivity, sensitivity_curves
+from vitlab.plots.fronts import front, pareto
 from vitlab.plots.scenes import difference, outcomes, predictions, scene_moment, scene_regions
-from vitlab.plots.search import acquisition, front, gp_slices, incumbents, moment, parallel_coordinates, pareto, sensitivity_curves
+from vitlab.plots.search import acquisition, gp_slices, incumbents, moment, parallel_coordinates
 from vitlab.plots.tokens import kept_counts, matched_map, merge_map, score_maps
 from vitlab.plots.training import accuracy_against_cost, compare_plans, cost_by_part, trade_offs, training_curves
-from vitlab.plots.units import head_rollouts, plan_bars, redundancy_matrices, rollout, sensitivity, unit_scores
+from vitlab.plots.units import head_rollouts, plan_bars, redundancy_matrices, rollout, unit_scores
 
 __all__ = ["accuracy_against_cost", "acquisition", "class_colours", "class_iou_bars", "coloured", "compare_plans", "cost_by_part",
            "difference", "front", "gp_slices", "head_rollouts", "incumbents", "kept_counts", "matched_map", "merge_map", "moment",

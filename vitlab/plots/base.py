@@ -11,6 +11,7 @@ from torch import Tensor
 PALETTE = sns.color_palette("colorblind")
 FORMATS = "VITLAB_FIGURES"                  # environment: formats that figures are saved in, such as "png,svg,pdf"; batches set it
 UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}        # the same figure gives the same file
+DESCRIBED = ("png", "svg")                  # formats whose metadata have a description
 
 
 def style() -> None:
@@ -21,15 +22,16 @@ def style() -> None:
 
 
 def save_figure(figure: Figure, folder: str | Path, name: str, caption: str = "", formats: tuple[str, ...] | None = None) -> None:
-    """Write folder/NAME.FORMAT with the caption (the conditions) below the axes. formats None: those that VITLAB_FIGURES names,
-    PNG alone where it is not set."""
+    """Write folder/NAME.FORMAT with the caption (the conditions) below the axes, and in the PNG's or SVG's own description. formats
+    None: those that VITLAB_FIGURES names, PNG alone where it is not set."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if caption:
         _hold_legends(figure)
         figure.text(0.5, -0.01, caption, ha="center", va="top", fontsize="small", color="0.3", wrap=True)
     for kind in formats or os.environ.get(FORMATS, "png").split(","):
-        figure.savefig(folder / f"{name}.{kind}", bbox_inches="tight", facecolor="white", metadata=UNDATED.get(kind))
+        about = UNDATED.get(kind, {}) | ({"Description": caption} if caption and kind in DESCRIBED else {})
+        figure.savefig(folder / f"{name}.{kind}", bbox_inches="tight", facecolor="white", metadata=about or None)
 
 
 def _hold_legends(figure: Figure) -> None:

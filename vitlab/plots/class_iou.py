@@ -10,12 +10,15 @@ from matplotlib.figure import Figure
 from vitlab.plots.base import PALETTE, new_axes
 from vitlab.plots.units import as_array, legend_above
 from vitlab.shape import require
+from vitlab.uncertainty import plus_minus
 
 PER_ROW = 45                                    # classes in one row of bars, so that their names can be read
 
 
-def class_iou_bars(ious: Mapping[str, Any], classes: Sequence[str], *, by: str | None = None) -> Figure:
-    """IoU of each class in per cent: a group of bars per class, a bar per model; the legend has their means (mIoU).
+def class_iou_bars(ious: Mapping[str, Any], classes: Sequence[str], *, by: str | None = None,
+                   errors: Mapping[str, float | None] | None = None) -> Figure:
+    """IoU of each class in per cent: a group of bars per class, a bar per model; the legend has their means (mIoU), with the standard
+    errors {model: points} that are known.
 
     ious {model: (K) in per cent, NaN for a class in neither the truth nor the prediction}. by: the model by whose IoU classes are
     sorted, the highest first; None: in the order of their numbers. A class that is NaN for all models is left out; below it is named,
@@ -43,7 +46,7 @@ def class_iou_bars(ious: Mapping[str, Any], classes: Sequence[str], *, by: str |
         for index, (name, each) in enumerate(values.items()):
             places = np.arange(len(chosen)) + (index - (len(values) - 1) / 2) * width
             axis.bar(places, each[chosen], width, color=PALETTE[index % len(PALETTE)], linewidth=0,
-                     label=f"{name}: mIoU {np.nanmean(each):.1f}%")
+                     label=f"{name}: mIoU {plus_minus(np.nanmean(each), (errors or {}).get(name), 1)}%")
         axis.set_xticks(range(len(chosen)), [classes[i] for i in chosen], rotation=90 if turned else 35, fontsize=9,
                         ha="center" if turned else "right", rotation_mode=None if turned else "anchor")
         axis.set(ylabel="IoU (%)", ylim=(0, 100), xlim=(-0.6, some - 0.4))

@@ -1,6 +1,6 @@
 """Figures of a search over policies: how fast it finds, what its surrogate (a Gaussian process, GP) believes, what it found."""
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from textwrap import fill
 from typing import Any
@@ -8,23 +8,21 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
-from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from vitlab.plots.base import PALETTE, new_axes, style
+from vitlab.plots.points import error_bars
 from vitlab.plots.units import MARKERS, as_array, legend_above
 from vitlab.shape import require
 
 DEPTH = 15                      # natural logarithms below the highest that an axis of log EI reaches; the measured are far below
-SPREAD = 5                      # times that one group's largest loss may be another's before their common axis turns logarithmic
 
 
-def _group(name: str) -> str:
+def group_of(name: str) -> str:
     """The letters a dimension's name begins with: "neurons" of "neurons 3", "neurons_3" or "neurons[3]"."""
     return re.match(r"[^\W\d_]*", name).group()
 
@@ -39,24 +37,33 @@ def best_so_far(seeds: Sequence[Sequence[float]]) -> np.ndarray:
     return np.fmax.accumulate(np.stack(padded), axis=1)
 
 
-def incumbents(curves: dict[str, Sequence[Sequence[float]]], *, label: str) -> Figure:
+def incumbents(curves: dict[str, Sequence[Sequence[float]]], *, label: str,
+               errors: Mapping[str, Sequence[float | None]] | None = None) -> Figure:
     """The best value so far (higher is better) against evaluations, a line per strategy, with a dot where it changes.
 
     curves {strategy: a list of values per seed, one value per evaluation}; label names the value. The line is the median over
-    seeds, the band their least to largest; one seed is a line alone.
+    seeds, the band their least to largest. One seed is a line alone, or where `errors` {strategy: one per evaluation} are known a line
+    in a band of one standard error of the best.
     """
     figure, axes = new_axes(1, 1, 9.0, 4.4)
-    axis = axes[0, 0]
+    axis, banded = axes[0, 0], False
     for index, (name, seeds) in enumerate(curves.items()):
         best, colour = best_so_far(seeds), PALETTE[index % len(PALETTE)]        # (S, T)
         line, steps = np.median(best, axis=0), np.arange(1, best.shape[1] + 1)
         changes = [t for t in range(len(line)) if np.isfinite(line[t]) and (t == 0 or line[t] != line[t - 1])]
         axis.plot(steps, line, drawstyle="steps-post", color=colour, marker=MARKERS[index % len(MARKERS)], markersize=5,
                   markevery=changes, label=name)
-        if len(seeds) > 1:
-            axis.fill_between(steps, best.min(axis=0), best.max(axis=0), step="post", color=colour, alpha=0.2, linewidth=0)
+        low, high, given = best.min(axis=0), best.max(axis=0), (errors or {}).get(name)
+        given = None if given is None or all(error is None for error in given) else given
+        if len(seeds) == 1 and given is not None:
+            # A best value's error is that of the evaluation which gave it: the first with this value.
+            where = [next((t for t, value in enumerate(seeds[0]) if value == found), None) for found in line]
+            bars = np.array([np.nan if t is None or given[t] is None else given[t] for t in where], dtype=np.float64)
+            low, high, banded = line - bars, line + bars, banded or bool(np.isfinite(bars).any())
+        if len(seeds) > 1 or given is not None:
+            axis.fill_between(steps, low, high, step="post", color=colour, alpha=0.2, linewidth=0)
     most = max(map(len, curves.values()))
-    over = "" if most == 1 else f" (median and range of {most} seeds)"
+    over = f" (median and range of {most} seeds)" if most > 1 else " (band: one standard error)" if banded else ""
     axis.set(xlabel="evaluations", ylabel=fill(f"best so far: {label}{over}", 36))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_above(figure, *axis.get_legend_handles_labels())
@@ -77,13 +84,13 @@ def gp_slices(names: Sequence[str], grids: Any, means: Any, deviations: Any, inc
     columns = min(len(names), 4 if len(names) <= 12 else 6 if len(names) <= 36 else 7)
     rows = -(-len(names) // columns)
     figure, axes = new_axes(rows, columns, 9.4 / max(columns, 3), 1.25 if columns > 4 else 1.7 if rows > 1 else 2.6)
-    groups = list(dict.fromkeys(map(_group, names)))
+    groups = list(dict.fromkeys(map(group_of, names)))
     colours = {group: PALETTE[index % len(PALETTE)] for index, group in enumerate(groups)}
     low, high = min((means - 2 * deviations).min(), value), max((means + 2 * deviations).max(), value)
     margin = 0.06 * (high - low) or 1.0
     same = bool((grids[:, [0, -1]] == grids[0, [0, -1]]).all())                 # one range: its ticks stand below each column only
     for index, (axis, name) in enumerate(zip(axes.flat, names)):
-        colour = colours[_group(name)]
+        colour = colours[group_of(name)]
         axis.fill_between(grids[index], means[index] - 2 * deviations[index], means[index] + 2 * deviations[index],
                           color=colour, alpha=0.25, linewidth=0)
         axis.plot(grids[index], means[index], color=colour, linewidth=1.5)
@@ -108,14 +115,17 @@ def gp_slices(names: Sequence[str], grids: Any, means: Any, deviations: Any, inc
 
 
 def acquisition(steps: Any, log_ei: Any, values: Any = None, incumbents: Any = None, *, means: Any = None, deviations: Any = None,
-                label: str = "value") -> Figure:
+                errors: Sequence[float | None] | None = None, label: str = "value") -> Figure:
     """The log expected improvement (EI) of each proposed policy at its step; below it, if given, what was then measured.
 
-    All are (T,). values: measured, as dots; incumbents: the best before or at the step, as a stepped line; means and deviations:
-    what the GP predicted of the policy, as marks with bars of +/- one deviation. label names the measured value.
+    All are (T,). values: measured, as dots, with bars of their standard errors where `errors` are known; incumbents: the best before
+    or at the step, as a stepped line; means and deviations: what the GP predicted of the policy, as marks with bars of +/- one
+    deviation. label names the measured value.
     """
     require(deviations is None or means is not None, "deviations are given without means")
-    measured = [(values, "measured"), (means, "predicted" if deviations is None else "predicted +/- deviation"), (incumbents, "incumbent")]
+    known = errors is not None and any(error is not None for error in errors)
+    measured = [(values, "measured +/- standard error" if known else "measured"),
+                (means, "predicted" if deviations is None else "predicted +/- deviation"), (incumbents, "incumbent")]
     below = any(given is not None for given, _ in measured)
     figure, axes = new_axes(1 + below, 1, 9.0, 2.7)
     steps, axis = as_array(steps), axes[0, 0]
@@ -131,6 +141,7 @@ def acquisition(steps: Any, log_ei: Any, values: Any = None, incumbents: Any = N
                           markersize=4, linestyle="none", elinewidth=1.2, label=measured[1][1])
         if values is not None:
             axis.plot(steps, as_array(values), marker="o", markersize=5, color=PALETTE[0], linestyle="none", label=measured[0][1])
+            error_bars(axis, steps, as_array(values), errors, ecolor=PALETTE[0])
         axis.set_ylabel(label)
         legend_above(figure, *axis.get_legend_handles_labels())
     axis.set_xlabel("step of the search")
@@ -158,7 +169,7 @@ def parallel_coordinates(names: Sequence[str], policies: Any, values: Any, label
     axis.plot(places, policies[order[-1]], marker="o", markersize=4, linestyle="none", color="white", markeredgecolor="black", zorder=3)
     axis.autoscale_view()
     start, previous_end, raised = 0, -np.inf, False
-    for group, members in groupby(names, key=_group):
+    for group, members in groupby(names, key=group_of):
         size = len(list(members))
         if start:
             axis.axvline(start - 0.5, color="0.4", linewidth=1)
@@ -167,7 +178,7 @@ def parallel_coordinates(names: Sequence[str], policies: Any, values: Any, label
         raised = middle - half < previous_end and not raised
         axis.text(middle, 1.08 if raised else 1.02, group, transform=axis.get_xaxis_transform(), ha="center", va="bottom", fontsize=10)
         previous_end, start = middle + half, start + size
-    ticks = [name[len(_group(name)):].strip(" _.[]") for name in names]
+    ticks = [name[len(group_of(name)):].strip(" _.[]") for name in names]
     long = max(map(len, ticks)) * len(names) > 100
     axis.set_xticks(places, ticks, fontsize=8, rotation=90 if long else 0)
     axis.set(xlabel="dimension of the policy", ylabel="policy's value", xlim=(-0.5, len(names) - 0.5))
@@ -176,92 +187,22 @@ def parallel_coordinates(names: Sequence[str], policies: Any, values: Any, label
     return figure
 
 
-def front(costs: Any, values: Any) -> list[int]:
-    """Indices of the points that no other dominates, by rising cost: lower cost and higher value are better.
-
-    costs, values (P,). A point is dominated where another is no worse in both and better in one, so equal points stand or fall
-    together. A point that is not finite is left out.
-    """
-    costs, values = as_array(costs), as_array(values)
-    kept: list[int] = []
-    for i in np.lexsort((-values, costs)):                                      # by cost, then by value, the highest first
-        if not (np.isfinite(costs[i]) and np.isfinite(values[i])):
-            continue
-        if not kept or values[i] > values[kept[-1]] or (values[i] == values[kept[-1]] and costs[i] == costs[kept[-1]]):
-            kept.append(int(i))
-    return kept
-
-
-def pareto(points: dict[str, Sequence[tuple[float, float]]], *, cost_label: str, value_label: str) -> Figure:
-    """Points (cost, value) with a colour and marker per strategy, and the staircase of those that no other dominates."""
-    figure, axes = new_axes(1, 1, 9.0, 4.2)
-    axis = axes[0, 0]
-    cloud = as_array([point for some in points.values() for point in some]).reshape(-1, 2)        # (P, 2)
-    steps = cloud[front(cloud[:, 0], cloud[:, 1])]
-    for index, (name, some) in enumerate(points.items()):
-        place = as_array(some).reshape(-1, 2)
-        axis.plot(place[:, 0], place[:, 1], marker=MARKERS[index % len(MARKERS)], color=PALETTE[index % len(PALETTE)], markersize=6,
-                  alpha=0.75, linestyle="none", label=name)
-    if len(steps):
-        steps = np.vstack([steps, [np.nanmax(cloud[np.isfinite(cloud).all(axis=1), 0]), steps[-1, 1]]])
-        axis.plot(steps[:, 0], steps[:, 1], drawstyle="steps-post", color="0.3", linewidth=1.5, zorder=1.5, label="not dominated")
-    axis.set(xlabel=cost_label, ylabel=value_label)
-    axis.margins(0.06)
-    legend_above(figure, *axis.get_legend_handles_labels())
-    sns.despine(fig=figure)
-    return figure
-
-
-def sensitivity_curves(rows: Sequence[dict[str, Any]], *, loss_label: str, saved_label: str) -> Figure:
-    """What a dimension loses when it is cut alone against what that saves: an axis per group of dimensions, a line per block.
-
-    rows: of each cut its dimension ("neurons 3"), loss and saved, in the units that the labels name; (0, 0) is drawn for every
-    line. Later blocks are darker; a dimension of no block is black. All axes share y, which is logarithmic above the gentlest
-    group's largest loss where the groups lie far apart.
-    """
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        if row["dimension"]:                                                    # not the dense model's own
-            lines.setdefault(row["dimension"], [(0.0, 0.0)]).append((row["saved"], row["loss"]))
-    require(len(lines) > 0, "no dimension was cut")
-    groups = list(dict.fromkeys(map(_group, lines)))
-    blocks = {name: int(found.group()) for name in lines if (found := re.search(r"\d+", name))}
-    colours = ScalarMappable(Normalize(0, max(1, *blocks.values()) if blocks else 1), "viridis_r")
-    figure, axes = new_axes(1, len(groups), 9.4 / max(len(groups), 2), 3.6)
-    for name, points in lines.items():
-        colour = colours.to_rgba(blocks[name]) if name in blocks else "black"
-        axes[0, groups.index(_group(name))].plot(*zip(*sorted(points)), marker="o", markersize=3.5, linewidth=1.5, color=colour, label=name)
-    worst = {group: max(loss for name, points in lines.items() if _group(name) == group for _, loss in points) for group in groups}
-    highest, least = max(worst.values()) or 1.0, min(worst.values())
-    wide = 0 < least < highest / SPREAD                         # the gentlest group would be a flat line
-    for axis, group in zip(axes[0], groups):
-        if wide:
-            axis.set_yscale("symlog", linthresh=least)
-            axis.yaxis.set_major_formatter("{x:g}")
-        axis.set(title=group, ylim=(-0.04 * (least if wide else highest), (1.3 if wide else 1.05) * highest))
-        axis.tick_params(labelleft=group == groups[0])
-        axis.xaxis.set_major_locator(MaxNLocator(nbins=4))
-    axes[0, 0].set_ylabel(fill(f"{loss_label}, logarithmic above {least:.2g}" if wide else loss_label, 36))
-    figure.supxlabel(saved_label, fontsize="medium")
-    if blocks:
-        figure.colorbar(colours, ax=axes[0, -1], label="block", pad=0.02, ticks=MaxNLocator(integer=True))
-    sns.despine(fig=figure)
-    return figure
-
-
 def moment(values: Any, *, total: int, label: str, dimension: str, grid: Any = (), lines: dict[str, tuple[Any, Any, Any, float]],
-           expected: tuple[float, float] | None = None, then: float | None = None) -> Figure:
+           expected: tuple[float, float] | None = None, then: float | None = None,
+           errors: Sequence[float | None] | None = None) -> Figure:
     """A search at one moment: what it has measured, and what its GP believes along one dimension of the policy.
 
-    values (K,): measured so far, label names them; total: evaluations on the axis. expected: the GP's (mean, deviation) of the
-    next policy; then: what was measured of it. grid (G,): fractions cut of `dimension`; lines {what the other dimensions are
-    held at: (means (G,), deviations (G,), log EI (G,), the fraction at which that policy stands)}. Bands are +/- 2 deviations.
+    values (K,): measured so far, label names them; errors: their standard errors, where they are known; total: evaluations on the
+    axis. expected: the GP's (mean, deviation) of the next policy; then: what was measured of it. grid (G,): fractions cut of
+    `dimension`; lines {what the other dimensions are held at: (means (G,), deviations (G,), log EI (G,), the fraction at which that
+    policy stands)}. Bands are +/- 2 deviations.
     """
     style()
     figure, axes = plt.subplot_mosaic([["values", "values"], ["belief", "acquisition"]], figsize=(9.4, 5.8), layout="constrained")
     values, grid = as_array(values), as_array(grid)
     axis, steps = axes["values"], np.arange(len(values))
     axis.plot(steps, values, marker="o", markersize=4, linestyle="none", color=PALETTE[0], label="measured")
+    error_bars(axis, steps, values, errors, ecolor=PALETTE[0])
     axis.plot(steps, np.fmax.accumulate(values), drawstyle="steps-post", color="0.4", label="best so far")
     if expected is not None:
         axis.errorbar(len(values), expected[0], 2 * expected[1], marker="s", markersize=5, linestyle="none", color=PALETTE[1],

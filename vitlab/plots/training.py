@@ -3,7 +3,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -11,9 +10,11 @@ from vitlab import cost
 from vitlab.plan import CompressionPlan
 from vitlab.plots.base import PALETTE, new_axes
 from vitlab.plots.colours import class_colours
-from vitlab.plots.units import legend_above, plan_bars
+from vitlab.plots.points import Point, draw_points, legend_beside
+from vitlab.plots.units import MARKERS, legend_above, plan_bars
 from vitlab.results import ResultRow
 from vitlab.shape import require
+from vitlab.uncertainty import error_name
 
 VALUES = {"top1_pct": "top-1 (%)", "top5_pct": "top-5 (%)", "miou_pct": "mIoU (%)"}       # of a result row, that costs are set against
 GROWS = "attention"                             # the part that grows with the square of the tokens, drawn at the bottom
@@ -21,7 +22,7 @@ GROWS = "attention"                             # the part that grows with the s
 
 def training_curves(logs: dict[str, Sequence[dict[str, Any]]]) -> Figure:
     """Loss, top-1 on the train slice, and learning rate against epochs, one line per run; in between, where they were logged, the
-    loss and the rate of single steps, pale."""
+    loss and the rate of single steps, pale. A band is one standard error of what was measured on the slice, where the log has it."""
     figure, axes = new_axes(1, 3, 3.6, 3.0)
     scenes = any("train_slice_miou_pct" in record for log in logs.values() for record in log)
     measure = ("train_slice_miou_pct", "mIoU on a train slice (%)") if scenes else ("train_slice_top1_pct", "top-1 on a train slice (%)")
@@ -30,6 +31,10 @@ def training_curves(logs: dict[str, Sequence[dict[str, Any]]]) -> Figure:
         for (name, log), line in zip(logs.items(), ("-", "--", "-.", ":") * len(logs)):
             epochs, steps = ([r for r in log if key in r and field in r] for key in ("epoch", "at_epoch"))
             drawn, = axis.plot([r["epoch"] for r in epochs], [r[field] for r in epochs], linestyle=line, marker=".", label=name)
+            known = [r for r in epochs if r.get(error_name(field)) is not None] if field == measure[0] else []
+            if known:
+                low, high = ([r[field] + side * r[error_name(field)] for r in known] for side in (-1, 1))
+                axis.fill_between([r["epoch"] for r in known], low, high, color=drawn.get_color(), alpha=0.2, linewidth=0)
             if steps:
                 axis.plot([r["at_epoch"] for r in steps], [r[field] for r in steps], color=drawn.get_color(), alpha=0.35, linewidth=1)
         axis.set(xlabel="epoch", ylabel=label)
@@ -39,49 +44,49 @@ def training_curves(logs: dict[str, Sequence[dict[str, Any]]]) -> Figure:
     return figure
 
 
-def _legend_beside(axes: Sequence[Axes]) -> None:
-    """One legend to the right of a row of panels, of what is drawn in any of them."""
-    drawn = {(line.get_label(), line.get_marker(), line.get_color()): line for axis in axes for line in axis.get_legend_handles_labels()[0]}
-    axes[-1].legend(handles=list(drawn.values()), frameon=False, bbox_to_anchor=(1.02, 1), loc="upper left")
-
-
 def accuracy_against_cost(rows: Sequence[ResultRow], value: str = "top1_pct") -> Figure:
-    """Top-1, or another of VALUES, against GMACs, and against measured images per second where that was measured; each point is
-    named, and a row looks the same in both. Raises InputError for another value."""
+    """Top-1, or another of VALUES, against GMACs, and against the throughput over the baseline's in the same run where that was
+    measured; each point is named, and a row looks the same in both. Bars, where they are known: one standard error, and the range of
+    the ratio over its rounds. Absolute speeds of two runs don't compare, and are not drawn. Raises InputError for another value."""
     require(value in VALUES, f"value {value!r} is not known; known are {list(VALUES)}")
     fields = [("gmacs", "GMACs per image, deployed")]
-    if any(r.throughput_img_s for r in rows):
-        fields.append(("throughput_img_s", "images per second"))
+    timed = [r.conditions.get("speed", {}) for r in rows if r.ratio is not None]
+    if timed:
+        sizes = list(dict.fromkeys(str(given["batch_size"]) for given in timed if "batch_size" in given))
+        fields.append(("ratio", "throughput over the baseline's, same run" + (f"\n(batch {', '.join(sizes)})" if sizes else "")))
     figure, axes = new_axes(1, len(fields), 5.2 + 3.4 / len(fields), 3.8)                    # the legend takes the room beside them
+    drawn = []
     for axis, (field, label) in zip(axes[0], fields):
         for index, row in enumerate(rows):
             if getattr(row, field) is not None and getattr(row, value) is not None:
-                axis.plot(getattr(row, field), getattr(row, value), marker="osD^v<>pX*"[index % 10], color=PALETTE[index % len(PALETTE)],
-                          markersize=9, linestyle="none", label=row.model)
+                span = row.conditions.get("speed", {}).get("ratio_range") if field == "ratio" else None
+                drawn.append(Point(getattr(row, field), getattr(row, value), getattr(row, error_name(value), None), span))
+                draw_points(axis, drawn[-1:], row.model, marker=MARKERS[index % len(MARKERS)], color=PALETTE[index % len(PALETTE)],
+                            markersize=9, linestyle="none")
         axis.set(xlabel=label, ylabel=VALUES[value])
         axis.margins(0.15)
         axis.spines[["top", "right"]].set_visible(False)
-    _legend_beside(axes[0])
+    legend_beside(axes[0], drawn)
     return figure
 
 
-def trade_offs(panels: dict[str, dict[str, Sequence[tuple[float, float]]]], ylabel: str, dense: dict[str, tuple[float, float]]) -> Figure:
-    """One panel for each cost, {its label: {line: points (cost, value)}}; the same line has the same look in all of them. dense:
-    the dense model's point in each panel."""
+def trade_offs(panels: dict[str, dict[str, Sequence[Sequence[Any]]]], ylabel: str, dense: dict[str, Sequence[Any]]) -> Figure:
+    """One panel for each cost, {its label: {line: points}}; the same line has the same look in all of them. A point is what `Point`
+    takes: (cost, value), and where they are known the value's standard error and the range of a cost that is a ratio. dense: the
+    dense model's point in each panel."""
     figure, axes = new_axes(1, len(panels), 5.2 + 3.4 / len(panels), 4.0)                    # the legend takes the room beside them
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     for axis, (label, lines) in zip(axes[0], panels.items()):
         for name, points in lines.items():
             index = names.index(name)
-            xs, ys = zip(*sorted(points))
-            axis.plot(xs, ys, marker="osD^v<>pX*"[index % 10], color=PALETTE[index % len(PALETTE)], label=name,
-                      linestyle=("-", "--", "-.", ":")[index // len(PALETTE) % 4])
-        axis.plot(*dense[label], marker="*", markersize=13, color="black", linestyle="none", label="dense")
+            draw_points(axis, points, name, marker=MARKERS[index % len(MARKERS)], color=PALETTE[index % len(PALETTE)],
+                        linestyle=("-", "--", "-.", ":")[index // len(PALETTE) % 4])
+        draw_points(axis, [dense[label]], "dense", marker="*", markersize=13, color="black", linestyle="none")
         axis.axhline(dense[label][1], color="0.7", linewidth=0.8, zorder=0)
         axis.set(xlabel=label, ylabel=ylabel)
         axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.spines[["top", "right"]].set_visible(False)
-    _legend_beside(axes[0])
+    legend_beside(axes[0], [point for lines in panels.values() for points in lines.values() for point in points])
     return figure
 
 

@@ -96,29 +96,6 @@ def unit_scores(heads: Any, neurons: Any, plan: CompressionPlan | None = None) -
     return figure
 
 
-def sensitivity(drops: dict[str, dict[str, Sequence[float]]], *, label: str) -> Figure:
-    """What cutting in one block costs: an axis per dimension, a line per criterion over the blocks.
-
-    drops: {"neurons": {"hsic": [drop of block 0, 1, ..], ..}, "heads": ..}; label names their unit, such as points of top-1
-    lost per GMAC removed. A criterion has one colour and marker on all axes.
-    """
-    figure, (axes,) = new_axes(1, len(drops), 9.4 / max(len(drops), 2), 3.6)
-    criteria = list(dict.fromkeys(name for lines in drops.values() for name in lines))
-    handles = {}
-    for axis, (dimension, lines) in zip(axes, drops.items()):
-        axis.axhline(0, color="0.8", linewidth=1, zorder=0)
-        for name, values in lines.items():
-            index = criteria.index(name)
-            handles[name], = axis.plot(range(len(values)), as_array(values), marker=MARKERS[index % len(MARKERS)], markersize=5,
-                                       color=PALETTE[index % len(PALETTE)], label=name)
-        axis.set(xlabel="block", title=dimension, xlim=(-0.5, max(map(len, lines.values()), default=1) - 0.5))
-        axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-    figure.supylabel(fill(label, 40), fontsize=11)
-    legend_above(figure, [handles[name] for name in criteria], criteria)
-    sns.despine(fig=figure)
-    return figure
-
-
 def redundancy_matrices(matrices: Any, blocks: Sequence[int]) -> Figure:
     """One heat map per chosen block of the HSIC between its heads, from matrices (L, H, H); the diagonal is grey.
 

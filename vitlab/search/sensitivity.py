@@ -35,8 +35,8 @@ def measure_alone(problem: Problem, objective: Callable[[np.ndarray], dict[str, 
     are not measured again.
 
     Row: dimension (its name; "" where nothing is cut, the first row), ratio, value, loss = max(0, value of nothing cut -
-    value), saved (cost less than nothing cut's). A line that a kill cut short is measured again. Raises InputError for a file
-    of other cuts, or a value that is not finite.
+    value), saved (cost less than nothing cut's), and `measures`, whatever else the objective gave, if anything. A line that a kill cut
+    short is measured again. Raises InputError for a file of other cuts, or a value that is not finite.
     """
     space, budget = problem
     at = [(d, ratio) for d, ratios in enumerate(levels(space)) for ratio in ratios]
@@ -51,16 +51,17 @@ def measure_alone(problem: Problem, objective: Callable[[np.ndarray], dict[str, 
     groups = [group for group in (first, *(rest[i:i + together] for i in range(0, len(rest), together))) if group]
     for group in tqdm(groups, desc=f"sensitivity {label}".strip(), unit="cut",
                       disable=not progress or not groups):
-        mine, found = parallel.rank(), float("nan")
+        mine, found = parallel.rank(), {}
         if mine < len(group):
             with parallel.alone():
-                found = float(objective(policies[group[mine]]).get("value", np.nan))
-        for row, value in zip(group, parallel.gather(found)):
-            key = wanted[row]
+                found = dict(objective(policies[group[mine]]))
+        for row, given in zip(group, parallel.gather(found)):
+            key, value = wanted[row], float(given.pop("value", np.nan))
             if not np.isfinite(value):
                 raise InputError(f"the objective gave {value} for {key[0] or 'nothing cut'}; a finite value is needed")
             loss = max(0.0, known[wanted[0]]["value"] - value) if row else 0.0
-            known[key] = {"dimension": key[0], "ratio": key[1], "value": value, "loss": loss, "saved": float(costs[0] - costs[row])}
+            known[key] = {"dimension": key[0], "ratio": key[1], "value": value, "loss": loss, "saved": float(costs[0] - costs[row]),
+                          **({"measures": given} if given else {})}
             if parallel.is_first():
                 append_line(path, known[key])
     return [known[key] for key in wanted]

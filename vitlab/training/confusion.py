@@ -3,6 +3,7 @@
 Definitions of Long, Shelhamer and Darrell (CVPR 2015, arXiv 1411.4038, section 5). n_ij: pixels of class i that were given class
 j, t_i = sum_j n_ij, K classes.
 """
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 from vitlab import parallel
 from vitlab.data.layouts import IGNORE  # truth of pixels that count for nothing, whatever was predicted there
 from vitlab.files import InputError
+from vitlab.uncertainty import jackknife_error
+
+GROUPS = 20                                     # an error from so many groups is itself known to about a sixth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +26,7 @@ class SegmentationScores:
     pixel_accuracy_pct: float       # sum_i n_ii / sum_i t_i
     mean_accuracy_pct: float        # mean of n_ii / t_i over the classes in the truth
     pixels: int                     # counted, ignored ones left out
+    miou_se: float | None = None    # standard error of miou_pct over images, in points; None where it is not known
 
 
 def confusion_matrix(predicted: Tensor, truth: Tensor, num_classes: int, ignore: int = IGNORE) -> Tensor:
@@ -48,16 +53,33 @@ def scores_of(matrix: Tensor) -> SegmentationScores:
                               pixel_accuracy_pct=float(100 * hits.sum() / truth.sum()), mean_accuracy_pct=float(accuracy.nanmean()))
 
 
+def scores_of_groups(matrices: Tensor) -> SegmentationScores:
+    """What the sum of confusion matrices (G, K, K) says, each of a group of images: miou_se is by the jackknife over groups."""
+    matrices = matrices[matrices.sum(dim=(1, 2)) > 0]
+    whole = matrices.sum(dim=0)
+    return dataclasses.replace(scores_of(whole), miou_se=jackknife_error([scores_of(whole - one).miou_pct for one in matrices]))
+
+
 class Confusion:
-    """A confusion matrix that grows batch by batch; exact, as counts are integers."""
+    """Confusion matrices that grow batch by batch, one of each of GROUPS groups of images, in turn; exact, as counts are integers.
+
+    Memory is that of GROUPS matrices, however many images there are."""
 
     def __init__(self, num_classes: int, ignore: int = IGNORE) -> None:
-        self.matrix, self.ignore = torch.zeros(num_classes, num_classes, dtype=torch.int64), ignore
+        self.matrices, self.ignore, self.images = torch.zeros(GROUPS, num_classes, num_classes, dtype=torch.int64), ignore, 0
+
+    @property
+    def matrix(self) -> Tensor:
+        """Of all images of this process (K, K)."""
+        return self.matrices.sum(dim=0)
 
     def add(self, predicted: Tensor, truth: Tensor) -> None:
         """Predicted and true classes (B, H, W) of a batch, on one device; see `confusion_matrix`."""
-        self.matrix += confusion_matrix(predicted, truth, len(self.matrix), self.ignore).cpu()
+        for own, wanted in zip(predicted, truth, strict=True):
+            group = (parallel.rank() + parallel.world() * self.images) % GROUPS
+            self.matrices[group] += confusion_matrix(own, wanted, self.matrices.shape[1], self.ignore).cpu()
+            self.images += 1
 
     def scores(self) -> SegmentationScores:
         """Of all that was added, in every process under torchrun: each gets the same."""
-        return scores_of(parallel.total(self.matrix))
+        return scores_of_groups(parallel.total(self.matrices))

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from vitlab import parallel
 from vitlab.files import InputError
+from vitlab.uncertainty import share_error, standard_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,8 @@ class Accuracy:
     loss: float
     images: int
     broken: int
+    top1_se: float | None = None        # standard errors over images: of top1_pct in points, of loss in nats
+    loss_se: float | None = None
 
 
 def uses_bf16(device: torch.device, amp: bool | None) -> bool:
@@ -39,31 +42,42 @@ def cpu_has_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def check_targets(targets: torch.Tensor) -> None:
+    """InputError where targets are not one class number an image (B) or a pixel (B, H, W). Outputs are measured as one softmax: of
+    a model that gives several labels an image (trained by binary cross-entropy on targets (B, K)), its top-1, cross-entropy and
+    distance to the dense model would mean nothing."""
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool or targets.dim() not in (1, 3):
+        raise InputError(f"targets are {targets.dtype} {tuple(targets.shape)}; one class number an image (B), or a pixel (B, H, W), is "
+                         "needed: outputs are measured as one softmax, and several labels an image are not")
+
+
 @torch.inference_mode()
 def evaluate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], *, device: str | torch.device | None = None,
              amp: bool | None = False, progress: bool = True) -> Accuracy:
-    """Exact counts over all readable images, in eval mode, float32 unless amp. Raises InputError where there is none.
+    """Exact counts over all readable images, in eval mode, float32 unless amp. Raises InputError where there is none, or for
+    targets that are not class numbers.
 
     Under torchrun each process gives its share of the batches, and all get the counts of all of them.
     """
     device = torch.device(device) if device is not None else next(model.parameters()).device
     training = model.training
     model.to(device).eval()
-    count, top1, top5, loss, classes = 0, 0, 0, 0.0, 0
+    top1, top5, losses, classes = 0, 0, [], 0
     for images, targets in tqdm(batches, desc="evaluate", unit="batch", disable=not progress):
+        check_targets(targets)
         images, targets = images.to(device), targets.to(device)
         with autocast(device, amp):
             logits = model(images)
         logits, classes = logits.float(), logits.shape[1]
         ranked = logits.topk(min(5, classes), dim=1).indices == targets[:, None]
         top1, top5 = top1 + int(ranked[:, 0].sum()), top5 + int(ranked.sum())
-        loss += float(F.cross_entropy(logits, targets, reduction="sum"))
-        count += len(images)
+        losses += F.cross_entropy(logits, targets, reduction="none").tolist()
     model.train(training)
-    counts = torch.tensor([count, top1, top5, loss, len(getattr(batches, "broken", ()))], dtype=torch.float64)
-    count, top1, top5, loss, broken = parallel.total(counts).tolist()
-    if not count:
+    counts = torch.tensor([top1, top5, len(getattr(batches, "broken", ()))], dtype=torch.int64)
+    top1, top5, broken = parallel.total(counts).tolist()
+    losses = [value for each in parallel.gather(losses) for value in each]
+    if not losses:
         raise InputError("no image of the split could be read")
-    classes = max(parallel.gather(classes))
-    return Accuracy(top1_pct=100 * top1 / count, top5_pct=100 * top5 / count if classes >= 5 else None,
-                    loss=loss / count, images=int(count), broken=int(broken))
+    count, classes = len(losses), max(parallel.gather(classes))
+    return Accuracy(top1_pct=100 * top1 / count, top5_pct=100 * top5 / count if classes >= 5 else None, loss=sum(losses) / count,
+                    images=count, broken=broken, top1_se=share_error(top1, count), loss_se=standard_error(losses))

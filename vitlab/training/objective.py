@@ -11,8 +11,10 @@ from vitlab.files import InputError
 from vitlab.models import compress, deploy, shape_of
 from vitlab.plan import CompressionPlan
 from vitlab.shape import ViTShape
-from vitlab.training.confusion import Confusion, scores_of
-from vitlab.training.pixels import at_targets, divergence, ignored, log_probabilities
+from vitlab.training.confusion import Confusion, scores_of_groups
+from vitlab.training.evaluate import check_targets
+from vitlab.training.pixels import at_targets, each_divergence, ignored, log_probabilities
+from vitlab.uncertainty import ratio_error, share_error, standard_error, with_error
 
 METRICS = ("top1_pct", "miou_pct", "distill_loss")
 
@@ -32,35 +34,47 @@ def check_metric(shape: ViTShape, metric: str) -> None:
 
 
 class PlanObjective:
-    """plan -> {"value", "top1_pct" or "miou_pct", "distill_loss", "loss", "agree_pct"}, always on the same images, kept in memory.
+    """plan -> {"value", "top1_pct" or "miou_pct", "distill_loss", "loss", "agree_pct"}, always on the same images, kept in memory, and
+    the standard error of each over images as "top1_se", "miou_se", "distill_loss_se", "loss_se", "agree_se", where one is known.
 
-    value, larger is better: top1_pct, or of a Segmenter miou_pct, in [0, 100], or minus distill_loss, the mean of KL(dense || cut) in
-    nats (of a Segmenter over its patches), which needs no labels and changes with every policy where top-1 moves in steps of one
-    image. agree_pct: of the images (pixels), those to which the dense model gives the same class. The cut model is built and deployed:
-    that takes about as long as a forward of one batch, and its own forward is faster than a masked one's.
+    value, larger is better: minus distill_loss, the mean of KL(dense || cut) in nats (of a Segmenter over its patches), which needs
+    no labels and changes with every policy where top-1 moves in steps of one image and is saturated on images that the model was
+    trained on; or top1_pct, or of a Segmenter miou_pct, in [0, 100]. agree_pct: of the images (pixels), those to which the dense model
+    gives the same class. All of it takes the outputs for one softmax over the classes. The cut model is built and deployed: that takes
+    about as long as a forward of one batch, and its own forward is faster than a masked one's.
     """
 
-    def __init__(self, dense: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, metric: str | None = None,
+    def __init__(self, dense: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, metric: str = "distill_loss",
                  device: str | torch.device = "cpu", amp: bool | None = False,
                  build: Callable[[nn.Module, CompressionPlan], nn.Module] = compress) -> None:
-        """metric None: top1_pct or miou_pct, as the model is. build: makes the cut model of the dense one and a plan. Raises InputError
-        for an unknown metric or another task's, a compressed model, one without a classifier, or no image."""
+        """build: makes the cut model of the dense one and a plan. Raises InputError for an unknown metric or another task's, a
+        compressed model, one without a classifier, targets that are no class numbers, or no image."""
         shape = shape_of(dense)
-        own = own_metric(shape)
-        metric = own if metric is None else metric
         check_metric(shape, metric)
         if shape.num_classes == 0:
             raise InputError("a search measures a classifier; the model has num_classes=0")
-        self.device, self.own, self.metric, self.amp, self.build = torch.device(device), own, metric, amp, build
+        self.device, self.own, self.metric, self.amp, self.build = torch.device(device), own_metric(shape), metric, amp, build
         self.dense = copy.deepcopy(dense).to(self.device).eval()
+        self._read(batches)
+
+    def on(self, batches: Iterable[tuple[Tensor, Tensor]]) -> "PlanObjective":
+        """The same on other images."""
+        other = copy.copy(self)
+        other._read(batches)
+        return other
+
+    def _read(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Keep the images, and what the dense model says of them."""
         self.batches = [(images.to(self.device), targets.to(self.device)) for images, targets in batches]
         self.images = sum(len(targets) for _, targets in self.batches)
         if not self.images:
             raise InputError("there is no image to search on")
+        for _, targets in self.batches:
+            check_targets(targets)
         if not any((targets != ignored(targets)).any() for _, targets in self.batches):
             raise InputError("no pixel of the images to search on counts: all that their masks hold is to be ignored")
         with torch.inference_mode():
-            self.expected = [log_probabilities(self.dense, images, amp) for images, _ in self.batches]
+            self.expected = [log_probabilities(self.dense, images, self.amp) for images, _ in self.batches]
 
     def __call__(self, plan: CompressionPlan) -> dict[str, float]:
         measures = self.measure(deploy(self.build(self.dense, plan)))
@@ -69,21 +83,34 @@ class PlanObjective:
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """The same of a model that is built already."""
-        agree, loss, distance, counted = 0, 0.0, 0.0, 0
+        found: dict[str, list[float]] = {"distance": [], "same": [], "right": [], "loss": [], "counted": [], "of": []}      # an image each
         confusion = None
         for (images, targets), expected in zip(self.batches, self.expected):
             with torch.inference_mode():
                 given = log_probabilities(model, images, self.amp)
-                distance += float(divergence(given, expected))
+                found["distance"] += each_divergence(given, expected).tolist()
                 given, expected = at_targets(model, given, targets), at_targets(model, expected, targets)
-            chosen = given.argmax(dim=1)
-            confusion = confusion or Confusion(given.shape[1], ignored(targets))
-            confusion.add(chosen, targets)
-            agree += int((chosen == expected.argmax(dim=1)).sum())
-            loss += float(F.nll_loss(given, targets, reduction="sum", ignore_index=ignored(targets)))
-            counted += targets.numel()
-        scores = scores_of(confusion.matrix)
-        value = scores.pixel_accuracy_pct if self.own == "top1_pct" else scores.miou_pct
-        measures = {self.own: value, "distill_loss": distance / self.images, "loss": loss / scores.pixels,
-                    "agree_pct": 100 * agree / counted}
-        return {"value": -measures["distill_loss"] if self.metric == "distill_loss" else value, **measures}
+            chosen, size = given.argmax(dim=1), len(targets)
+            if self.own == "miou_pct":
+                confusion = confusion or Confusion(given.shape[1], ignored(targets))
+                confusion.add(chosen, targets)
+            loss = F.nll_loss(given, targets, reduction="none", ignore_index=ignored(targets)).double()
+            for name, values in (("same", chosen == expected.argmax(dim=1)), ("right", chosen == targets), ("loss", loss),
+                                 ("counted", targets != ignored(targets)), ("of", torch.ones_like(targets))):
+                found[name] += values.reshape(size, -1).sum(dim=1).tolist()
+        measures = self._with_errors(found)
+        if confusion is not None:
+            scores = scores_of_groups(confusion.matrices)
+            measures |= with_error("miou_pct", scores.miou_pct, scores.miou_se)
+        return {"value": -measures["distill_loss"] if self.metric == "distill_loss" else measures[self.own], **measures}
+
+    def _with_errors(self, found: dict[str, list[float]]) -> dict[str, float]:
+        """The measures of all images from what each of them gave, but for mIoU."""
+        count, total = len(found["of"]), {name: sum(values) for name, values in found.items()}
+        measures = with_error("distill_loss", total["distance"] / count, standard_error(found["distance"]))
+        measures |= with_error("loss", total["loss"] / total["counted"], ratio_error(found["loss"], found["counted"]))
+        if self.own == "top1_pct":
+            measures |= with_error("top1_pct", 100 * total["right"] / count, share_error(total["right"], count))
+            return measures | with_error("agree_pct", 100 * total["same"] / count, share_error(total["same"], count))
+        error = ratio_error(found["same"], found["of"])
+        return measures | with_error("agree_pct", 100 * total["same"] / total["of"], None if error is None else 100 * error)

@@ -17,7 +17,8 @@ from vitlab.files import InputError
 from vitlab.models.segmenter import Segmenter
 from vitlab.models.windows import segment
 from vitlab.training.confusion import Confusion, SegmentationScores
-from vitlab.training.evaluate import Accuracy, autocast, evaluate
+from vitlab.training.evaluate import Accuracy, autocast, check_targets, evaluate
+from vitlab.uncertainty import ratio_error
 
 NONE = -100                                     # torch's own number of a target that counts for nothing: no image has it
 
@@ -58,10 +59,15 @@ def at_targets(model: nn.Module, given: Tensor, targets: Tensor) -> Tensor:
     return given if targets.dim() == 1 else model.upsample(given, targets.shape[1:]).log_softmax(dim=1)
 
 
-def divergence(given: Tensor, expected: Tensor) -> Tensor:
-    """KL(expected || given) of log-probabilities in nats, summed over images; of patches their mean."""
+def each_divergence(given: Tensor, expected: Tensor) -> Tensor:
+    """KL(expected || given) of log-probabilities in nats, of each image (B); of patches their mean."""
     each = F.kl_div(given, expected, reduction="none", log_target=True).sum(dim=1)          # (B) or (B, h, w)
-    return each.flatten(1).mean(dim=1).sum() if each.dim() > 1 else each.sum()
+    return each.flatten(1).mean(dim=1) if each.dim() > 1 else each
+
+
+def divergence(given: Tensor, expected: Tensor) -> Tensor:
+    """`each_divergence`, summed over images."""
+    return each_divergence(given, expected).sum()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +77,7 @@ class Segmentation:
     scores: SegmentationScores
     loss: float
     images: int
+    loss_se: float | None = None    # standard error of loss over images, nats
 
 
 @torch.inference_mode()
@@ -84,20 +91,21 @@ def evaluate_scenes(model: Segmenter, batches: Iterable[tuple[Tensor, Tensor]], 
     device = torch.device(device) if device is not None else next(model.parameters()).device
     training = model.training
     model.to(device).eval()
-    confusion, loss, count, images = Confusion(model.num_classes), 0.0, 0, 0
+    confusion, losses, counts = Confusion(model.num_classes), [], []                # of each image: summed over its pixels, and how many
     for x, masks in tqdm(batches, desc="evaluate", unit="batch", disable=not progress):
+        check_targets(masks)
         masks = masks.to(device)
         with autocast(device, amp):
             probabilities = segment(model, x.to(device), window=window, stride=stride, scales=scales, flip=flip, batch_size=max(8, len(x)))
         log = probabilities.float().clamp(min=torch.finfo(torch.float32).tiny).log()
-        loss += float(F.nll_loss(log, masks, reduction="sum", ignore_index=IGNORE))
+        losses += F.nll_loss(log, masks, reduction="none", ignore_index=IGNORE).flatten(1).double().sum(dim=1).tolist()
         confusion.add(log.argmax(dim=1), masks)
-        count, images = count + int((masks != IGNORE).sum()), images + len(x)
+        counts += (masks != IGNORE).flatten(1).sum(dim=1).tolist()
     model.train(training)
-    loss, count, images = parallel.total(torch.tensor([loss, count, images], dtype=torch.float64)).tolist()
-    if not count:
+    losses, counts = ([value for each in parallel.gather(values) for value in each] for values in (losses, counts))
+    if not sum(counts):
         raise InputError("no pixel of the split counts: there are no images, or all that their masks hold is to be ignored")
-    return Segmentation(scores=confusion.scores(), loss=loss / count, images=int(images))
+    return Segmentation(scores=confusion.scores(), loss=sum(losses) / sum(counts), images=len(counts), loss_se=ratio_error(losses, counts))
 
 
 def measured(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], **settings: object) -> tuple[str, float]:

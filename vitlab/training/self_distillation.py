@@ -15,8 +15,9 @@ from vitlab.data import ImageData
 from vitlab.files import InputError
 from vitlab.models import set_trainable
 from vitlab.training.capture import Batches, frozen_eval
-from vitlab.training.pixels import divergence, log_probabilities
+from vitlab.training.pixels import divergence, each_divergence, log_probabilities
 from vitlab.training.stepping import gradient_norm
+from vitlab.uncertainty import standard_error, with_error
 
 LR, BATCH_SIZE = 2e-5, 32
 WARMUP, PATIENCE = 0.05, 1 / 3              # shares of the run: until lr is reached, and without a better state until it stops
@@ -35,18 +36,27 @@ class Divergence:
             self.expected = [log_probabilities(teacher, images, amp) for images in self.images]
 
     @torch.inference_mode()
-    def __call__(self, model: nn.Module) -> float:
+    def each(self, model: nn.Module) -> list[float]:
+        """Of each image."""
         with frozen_eval(model):
-            total = sum(float(divergence(log_probabilities(model, images, self.amp), expected))
-                        for images, expected in zip(self.images, self.expected))
-        return total / sum(map(len, self.images))
+            return [value for images, expected in zip(self.images, self.expected)
+                    for value in each_divergence(log_probabilities(model, images, self.amp), expected).tolist()]
+
+    def __call__(self, model: nn.Module) -> float:
+        found = self.each(model)
+        return sum(found) / len(found)
+
+    def measured(self, model: nn.Module, name: str) -> dict[str, float]:
+        """{name: the mean, name_se: its standard error over images}; of one image without the error."""
+        found = self.each(model)
+        return with_error(name, sum(found) / len(found), standard_error(found))
 
 
 def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Divergence, *, minutes: float | None = None,
                 steps: int | None = None, lr: float = LR, batch_size: int = BATCH_SIZE, seed: int = 0, amp: bool | None = False,
-                workers: int | None = None, progress: bool = True,
+                workers: int | None = None, progress: bool = True, split: str = "train",
                 on_better: Callable[[nn.Module, float], None] | None = None) -> list[dict[str, Any]]:
-    """Train all of `model` in place on data's `train` split to give the teacher's class probabilities; labels are not read.
+    """Train all of `model` in place on a split of data to give the teacher's class probabilities; labels are not read.
 
         loss = mean KL(teacher(x) || model(x)),  x an augmented image, the same for both
 
@@ -59,7 +69,7 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Di
     if (minutes is None) == (steps is None):
         raise InputError("either minutes or steps are needed, not both")
     random_seed(seed)
-    batches = data.batches("train", model, batch_size=batch_size, training=True, seed=seed, workers=workers, augment=data.mild)
+    batches = data.batches(split, model, batch_size=batch_size, training=True, seed=seed, workers=workers, augment=data.mild)
     set_trainable(model, "all")
     optimizer = create_optimizer_v2(model, opt="adamw", lr=lr, weight_decay=0.0)
     log = [{"epoch": 0, "steps": 0, "loss": None, "kl": apart(model), "seconds": 0.0}]

@@ -1,5 +1,6 @@
 """The step that refits a compressed model on a few images without labels: in closed form, then by a short self-distillation."""
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -11,37 +12,56 @@ from vitlab.training.capture import need_classifier
 from vitlab.training.checkpoint import Checkpoint
 from vitlab.training.compensate import compensate
 from vitlab.training.self_distillation import Divergence, self_distil
-from vitlab.workbench.cutting import amp_of, open_dense
+from vitlab.uncertainty import digits_of, plus_minus
+from vitlab.workbench.cutting import amp_of, measured_batches, open_dense
 from vitlab.workbench.steps import Source, open_matching, pick_device
+
+CHOSEN_ON = 50                                  # images at least, on which a state is chosen
 
 
 def calibrate(source: Source, data: str | Path, out: str | Path, plan: str | Path | CompressionPlan, *, images: int = 1000,
-              ridge: float = RIDGE, minutes: float = 0, seed: int = 0, device: str | None = None,
+              report_images: int = 256, ridge: float = RIDGE, minutes: float = 0, seed: int = 0, device: str | None = None,
               class_map: str | Path | None = None, workers: int | None = None, progress: bool = True) -> Checkpoint:
     """Compress a dense model by a plan, and bring its output near the dense one's on `images` of train, without labels: what is
     left of heads and neurons is refitted in closed form (`compensate`), then everything is trained for at most so many minutes
     (`self_distil`). Writes and returns the checkpoint in `out`; it is there after the closed form, and replaced by better ones.
+    Another call begins anew.
 
-    A tenth of the images is set apart (`ImageData.set_apart`): made_by says the mean KL(dense || compressed) in nats on it as
-    kl_cut, kl_refitted and, with minutes, kl_distilled. Raises InputError for a model without a classifier, which has no such
-    distance.
+    Of train there are three parts without an image in common (`ImageData.parts`): one that is fitted and trained on; one, a tenth as
+    large and of CHOSEN_ON images at least, on which it is chosen whether the closed form stays and which state of the training; and
+    one of report_images: made_by says the mean KL(dense || compressed) in nats on it as kl_cut, kl_refitted and, where a state of
+    the training was chosen, kl_distilled, each with its standard error (kl_cut_se), `kept` being the one that the checkpoint is.
+    Raises InputError for a model without a classifier, which has no such distance.
     """
     found, place = open_dense(source), pick_device(device)
+    need_classifier(found.model, "calibrated models")
     dense, amp = found.model.to(place), amp_of(found.model)
-    need_classifier(dense, "calibrated models")
-    opened = open_matching(data, found, class_map, labels=False).set_apart(images, seed)
+    opened = open_matching(data, found, class_map, labels=False)
+    parts = opened.parts(seed, calibrate=images, choose=max(CHOSEN_ON, images // 10), report=report_images)
     plan = plan if isinstance(plan, CompressionPlan) else CompressionPlan.load(plan, shape_of(dense))
-    divergence = Divergence(dense, opened.batches("val", dense, workers=workers), amp)
-    batches = list(opened.batches("train", dense, workers=workers))
-    small = compensate(dense, plan, batches, ridge=ridge, amp=amp, progress=progress)
-    made_by = {"step": "calibrate", "data": opened.name, "images": sum(map(len, opened.splits.values())), "ridge": ridge,
-               "minutes": minutes, "seed": seed, "plan": plan.made_by, "kl_cut": divergence(compress(dense, plan)),
-               "kl_refitted": divergence(small)}
+    choosing, reporting = (Divergence(dense, measured_batches(dense, parts, role, workers), amp) for role in ("choose", "report"))
+    cut = compress(dense, plan)
+    refitted = compensate(dense, plan, list(parts.batches("calibrate", dense, workers=workers)), ridge=ridge, amp=amp, progress=progress)
+    small, kept = (refitted, "refitted") if choosing(refitted) <= choosing(cut) else (cut, "cut")
+    made_by = {"step": "calibrate", "data": opened.name, "images": parts.roles["calibrate"], "roles": parts.roles, "ridge": ridge,
+               "minutes": minutes, "seed": seed, "plan": plan.made_by, "kept": kept,
+               **reporting.measured(cut, "kl_cut"), **reporting.measured(refitted, "kl_refitted")}
 
-    def keep(model: nn.Module, **more: float) -> None:
+    def keep(model: nn.Module, more: dict[str, Any]) -> None:
         checkpoint.save(Path(out) / checkpoint.FOLDER, model, plan, classes=found.info.get("classes"), made_by=made_by | more)
-    keep(small)
+    keep(small, {})
     if minutes:
-        self_distil(small, dense, opened, divergence, minutes=minutes, seed=seed, amp=amp, workers=workers, progress=progress,
-                    on_better=lambda model, kl: keep(model, kl_distilled=kl))
+        self_distil(small, dense, parts, choosing, minutes=minutes, seed=seed, amp=amp, workers=workers, progress=progress,
+                    split="calibrate",
+                    on_better=lambda model, _: keep(model, {"kept": "distilled", **reporting.measured(model, "kl_distilled")}))
     return checkpoint.load(out)
+
+
+def distances(made_by: dict[str, Any]) -> str:
+    """What `calibrate` says of its model in one line: each distance with its standard error."""
+    def one(name: str) -> str:
+        error = made_by.get(f"kl_{name}_se")
+        return f"{name} {plus_minus(made_by[f'kl_{name}'], error, digits_of(error, 4))}"
+    values = [one(name) for name in ("cut", "refitted", "distilled") if f"kl_{name}" in made_by]
+    return (f"KL(dense || compressed) in nats on {made_by['roles']['report']} other images, ± one standard error: {', '.join(values)}; "
+            f"kept: {made_by['kept']}")

@@ -1,17 +1,18 @@
 """Steps on heads and neurons: score, cut by ratios, find out where cutting hurts."""
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vitlab import parallel
 from vitlab.cost import macs
-from vitlab.criteria.units import UNIT_CRITERIA, UnitScores
+from vitlab.criteria.units import UNIT_CRITERIA, UnitScores, unit_criterion
 from vitlab.data import ImageData
 from vitlab.files import InputError, append_line, atomic_write
 from vitlab.models import shape_of
@@ -22,10 +23,12 @@ from vitlab.search import SearchSpace
 from vitlab.search.published import published_policy
 from vitlab.search.token_dimensions import unprotected
 from vitlab.shape import ViTShape
+from vitlab.training.capture import need_classifier
 from vitlab.training.checkpoint import Checkpoint
-from vitlab.training.objective import PlanObjective, own_metric
+from vitlab.training.objective import PlanObjective
 from vitlab.training.units import unit_scores
-from vitlab.workbench.steps import Source, apply_plan, need_dense, open_matching, open_model, pick_device
+from vitlab.uncertainty import error_name
+from vitlab.workbench.steps import Source, apply_plan, in_words, need_dense, open_matching, open_model, pick_device
 
 UNIT_SCORES, SENSITIVITY = "unit_scores.safetensors", "sensitivity.jsonl"
 WIDE = 192                                  # models at least this wide gain by bf16 where the hardware has it; narrower ones lose
@@ -40,16 +43,28 @@ def open_dense(source: Source) -> Checkpoint:
     return need_dense(open_model(source))
 
 
+def needs_images(criterion: str) -> bool:
+    """Whether scores by a criterion of units are of images. Raises InputError for one that is not known."""
+    return unit_criterion(criterion).needs not in ("weights", "nothing")
+
+
 def score_units(source: Source, data: str | Path, out: str | Path, *, criterion: str = "hsic", images: int = 512,
                 batch_size: int | None = None, seed: int = 0, device: str | None = None, class_map: str | Path | None = None,
                 workers: int | None = None, progress: bool = True) -> UnitScores:
-    """Scores of heads and neurons by a criterion on a slice of train, written to `out` (safetensors)."""
+    """Scores of heads and neurons by a criterion on the images of train that are for scores (`ImageData.parts`), at most `images`,
+    written to `out` (safetensors)."""
     found = open_dense(source)
+    if unit_criterion(criterion).needs in ("output", "gradients"):
+        need_classifier(found.model, f"scores by {criterion}")
     opened = open_matching(data, found, class_map, labels=criterion == "taylor")
     batch_size = batch_size or opened.at_once(64)
-    batches = opened.batches("train", found.model, batch_size=batch_size, limit=images, seed=seed, workers=workers, shared=True)
+    batches, words = (), {}
+    if needs_images(criterion):
+        parts = opened.parts(seed, score=images)
+        batches = parts.batches("score", found.model, batch_size=batch_size, seed=seed, workers=workers, shared=True)
+        words = in_words(parts)
     scores = unit_scores(found.model, batches, criterion=criterion, seed=seed, device=pick_device(device), progress=progress)
-    made_by = {**scores.made_by, "data": opened.name, "batch_size": str(batch_size), "seed": str(seed)}
+    made_by = {**words, **scores.made_by, "data": opened.name, "batch_size": str(batch_size), "seed": str(seed)}
     if parallel.is_first():
         write_units(out, scores, made_by)
     return dataclasses.replace(scores, made_by=made_by)
@@ -109,32 +124,38 @@ def prune_match(source: Source, out: str | Path, *, ratio: float, read_out: bool
     return apply_plan(found, space.plan([ratio], made_by={"method": "match", "ratio": ratio, "read_out": read_out}), out)
 
 
-def slice_objective(model: nn.Module, data: ImageData, images: int, seed: int, metric: str, device: torch.device,
-                    workers: int | None, **settings: Any) -> PlanObjective:
-    """On a slice of train, chosen by seed + 1: other images than the scores are from, mostly. Never on the held-out split.
-    settings go to PlanObjective."""
-    batches = data.batches("train", model, batch_size=data.at_once(128), limit=images, seed=seed + 1, workers=workers)
-    return PlanObjective(model, batches, metric=metric, device=device, amp=amp_of(model), **settings)
+def objective_on(model: nn.Module, parts: ImageData, role: str, metric: str, device: torch.device, workers: int | None,
+                 **settings: Any) -> PlanObjective:
+    """On the images of a role of train: "choose" to compare plans, "report" to say what the chosen one is worth. Never on the held-out
+    split. settings go to PlanObjective."""
+    return PlanObjective(model, measured_batches(model, parts, role, workers), metric=metric, device=device, amp=amp_of(model), **settings)
+
+
+def measured_batches(model: nn.Module, parts: ImageData, role: str, workers: int | None) -> Iterable[tuple[Tensor, Tensor]]:
+    return parts.batches(role, model, batch_size=parts.at_once(128), workers=workers)
 
 
 def sensitivity(source: Source, data: str | Path, out: str | Path, *, criteria: tuple[str, ...] = tuple(UNIT_CRITERIA),
-                ratio: float = 0.25, images: int = 1000, score_images: int = 512, metric: str | None = None, seed: int = 0,
+                ratio: float = 0.25, images: int = 1000, score_images: int = 512, metric: str = "distill_loss", seed: int = 0,
                 device: str | None = None, class_map: str | Path | None = None, workers: int | None = None,
                 progress: bool = True) -> list[dict[str, Any]]:
-    """Cut one dimension of one block by `ratio`, by each criterion, and measure on a slice of train.
+    """Cut one dimension of one block by `ratio`, by each criterion, and measure on the images of train to choose on, at most `images`,
+    others than the score_images at most that the scores are of (`ImageData.parts`).
 
-    Returns, and writes to out/sensitivity.jsonl as they are measured, a row per cut: criterion, dimension ("heads", "neurons" or "tokens"),
-    block, drop (dense value less the cut one's, of `metric`), gmacs_removed and drop_per_gmac. Tokens are selected in that
-    block alone (criterion "class attention"), or merged there by content where the grid is needed.
+    Returns a row per cut: criterion, dimension ("heads", "neurons" or "tokens"), block, drop (dense value less the cut one's, of
+    `metric`), drop_se (of the cut one's value), gmacs_removed and drop_per_gmac. Rows go to out/sensitivity.jsonl as they are
+    measured; another call begins anew. Tokens are selected in that block alone (criterion "class attention"), or merged there by
+    content where the grid is needed.
     """
     found = open_dense(source)
     shape = shape_of(found.model)
-    metric = metric or own_metric(shape)
+    need_classifier(found.model, "losses by cuts")
     opened, device = open_matching(data, found, class_map, labels=metric != "distill_loss" or "taylor" in criteria), pick_device(device)
-    objective = slice_objective(found.model, opened, images, seed, metric, device, workers)
+    parts = opened.parts(seed, score=score_images, choose=images)
+    objective = objective_on(found.model, parts, "choose", metric, device, workers)
     empty = CompressionPlan.empty(shape)
     dense, whole, rows = objective(empty)["value"], macs(empty)["total"], []
-    batches = list(opened.batches("train", found.model, limit=score_images, seed=seed, workers=workers))
+    batches = list(parts.batches("score", found.model, workers=workers))
     path = Path(out) / SENSITIVITY
     path.unlink(missing_ok=True)
     bar = tqdm(total=shape.depth * (2 * len(criteria) + 1), desc="sensitivity", unit="cut", disable=not progress)
@@ -142,9 +163,11 @@ def sensitivity(source: Source, data: str | Path, out: str | Path, *, criteria: 
     def measure(criterion: str, dimension: str, block: int, plan: CompressionPlan) -> None:
         removed = (whole - macs(plan)["total"]) / 1e9
         if removed > 0:
-            drop = dense - objective(plan)["value"]
+            measures = objective(plan)
+            drop = dense - measures["value"]
             rows.append({"criterion": criterion, "dimension": dimension, "block": block, "ratio": ratio, "drop": drop,
-                         "gmacs_removed": removed, "drop_per_gmac": drop / removed, "metric": metric})
+                         "drop_se": measures.get(error_name(metric)), "gmacs_removed": removed, "drop_per_gmac": drop / removed,
+                         "metric": metric})
             append_line(path, rows[-1])
         bar.update()
     for criterion in criteria:

@@ -1,20 +1,24 @@
 """The report of a batch's run, or of one study: tables with conditions, figures, what failed; as page, notebook, CSV and LaTeX."""
 import os
 import tempfile
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from IPython.display import HTML, Image, display
 
+from vitlab.caveats import is_quick
 from vitlab.files import InputError, atomic_write, read_json, read_lines
-from vitlab.results import DIGITS, ResultRow, conditions_of, format_cell, read_rows, to_csv, to_latex
+from vitlab.results import DIGITS, ResultRow, conditions_of, notes, read_rows, shown, titles, to_csv, to_latex
 from vitlab.shape import is_int
 from vitlab.workbench import notebooks
 from vitlab.workbench.batch_entry import ENTRY, RESULTS, SUMMARY
 
 PAGE, NOTEBOOK, CSV, LATEX = "report.html", "report.ipynb", "results.csv", "results.tex"
-COLUMNS = ("model", "dataset", "split", "top1_pct", "top5_pct", "loss", "gmacs", "params_m", "throughput_img_s", "latency_ms", "ratio")
+QUICK, ABSOLUTE = "quick", ("throughput_img_s", "latency_ms")
+COLUMNS = ("model", "dataset", "split", "top1_pct", "top5_pct", "miou_pct", "loss", "gmacs", "params_m", "throughput_img_s", "latency_ms",
+           "ratio")
 
 
 def report(run: str | Path) -> Path:
@@ -73,8 +77,8 @@ def _key(record: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def conditions(rows: list[ResultRow]) -> tuple[str, list[str]]:
-    """(what is the same in all rows that say it, what differs in each row), as text."""
-    flat = [conditions_of(row) for row in rows]
+    """(what is the same in all rows that say it, what differs in each row), as text; a quick row begins with QUICK."""
+    flat = [{key: value for key, value in conditions_of(row).items() if key not in ("quick", "speed.quick")} for row in rows]
     values: dict[str, list[Any]] = {}
     for given in flat:
         for key, value in given.items():
@@ -83,7 +87,8 @@ def conditions(rows: list[ResultRow]) -> tuple[str, list[str]]:
 
     def text(given: dict[str, Any]) -> str:
         return ", ".join(f"{key} {value}" for key, value in given.items())
-    return text(shared), [text({k: v for k, v in given.items() if k not in shared}) for given in flat]
+    own = [text({k: v for k, v in given.items() if k not in shared}) for given in flat]
+    return text(shared), [f"{QUICK}, {more}".removesuffix(", ") if is_quick(row) else more for row, more in zip(rows, own)]
 
 
 def summary_table(run: str | Path) -> HTML:
@@ -97,11 +102,22 @@ def summary_table(run: str | Path) -> HTML:
 
 
 def results_table(run: str | Path) -> HTML:
-    """Every row; conditions that differ between rows stand in the row, the others below the table."""
+    """Every row, with standard errors and the range of a ratio; a quick row says so. Conditions that differ between rows stand in the
+    row, the others below the table, with what ±, ratio and quick stand for."""
     labels, rows = rows_of(run)
+    columns = measured(rows, COLUMNS)
     shared, own = conditions(rows)
-    lines = [[label, *(format_cell(getattr(row, c), c) for c in COLUMNS), more] for label, row, more in zip(labels, rows, own)]
-    return HTML(_table(["entry", *COLUMNS, "conditions"], lines).data + f"<p>The same in all rows that have it: {escape(shared)}</p>")
+    lines = [[label, *(shown(row, c) for c in columns), more] for label, row, more in zip(labels, rows, own)]
+    table = _table(["entry", *titles(rows, columns), "conditions"], lines, ("entry", *columns, "conditions")).data
+    below = [*notes(rows, columns).splitlines(), f"The same in all rows that have it: {shared}"]
+    return HTML(table + "".join(f"<p>{escape(text)}</p>" for text in below))
+
+
+def measured(rows: list[ResultRow], columns: tuple[str, ...]) -> tuple[str, ...]:
+    """The columns in which a row has something. Entries were timed in runs of their own, where the machine may have been slower: beside
+    a ratio stands no absolute speed, which is in the CSV."""
+    found = tuple(c for c in columns if any(getattr(row, c) not in (None, "") for row in rows))
+    return tuple(c for c in found if "ratio" not in found or c not in ABSOLUTE)
 
 
 def show_figures(run: str | Path) -> None:
@@ -116,13 +132,13 @@ def show_figures(run: str | Path) -> None:
 
 
 def write_tables(run: str | Path) -> list[Path]:
-    """results.csv with everything, and results.tex with the columns that were measured."""
+    """results.csv with everything, and results.tex with the columns that were measured, and in its caption what they stand for."""
     labels, rows = rows_of(run)
-    columns = ("model", "top1_pct", "gmacs", "params_m", "throughput_img_s", "latency_ms", "ratio")
-    measured = tuple(c for c in columns if any(getattr(row, c) is not None for row in rows))
+    columns = measured(rows, ("model", "top1_pct", "miou_pct", "gmacs", "params_m", "throughput_img_s", "latency_ms", "ratio"))
     sets = ", ".join(dict.fromkeys(f"{row.dataset} {row.split}" for row in rows if row.dataset))
     atomic_write(Path(run) / CSV, to_csv(labels, rows))
-    atomic_write(Path(run) / LATEX, to_latex(labels, rows, f"{sets}. {conditions(rows)[0]}", measured))
+    said = [sets, conditions(rows)[0], *notes(rows, columns).splitlines()]
+    atomic_write(Path(run) / LATEX, to_latex(labels, rows, ". ".join(text for text in said if text), columns))
     return [Path(run) / CSV, Path(run) / LATEX]
 
 
@@ -133,15 +149,17 @@ def _link(run: str | Path, path: Path, text: str) -> str:
     return f'<a href="{escape(path.relative_to(run).as_posix())}">{escape(text)}</a>'
 
 
-def _table(head: list[str], lines: list[list[Any]]) -> HTML:
-    """Cells are escaped texts; a list is of links, which are HTML already."""
+def _table(head: list[str], lines: list[list[Any]], columns: Sequence[str] | None = None) -> HTML:
+    """Cells are escaped texts; a list is of links, which are HTML already. columns: what the titles in `head` are of, where they differ."""
+    columns = columns or head
+
     def side(column: str) -> str:
         return f'style="text-align: {"right" if column in DIGITS else "left"}"'
 
-    def title(column: str) -> str:
-        return f"<th {side(column)}>{escape(column)}</th>"
+    def title(text: str, column: str) -> str:
+        return f"<th {side(column)}>{escape(text)}</th>"
 
     def cell(value: Any, column: str) -> str:
         return f"<td {side(column)}>{' '.join(value) if isinstance(value, list) else escape(value)}</td>"
-    rows = "".join("<tr>" + "".join(map(cell, line, head)) + "</tr>" for line in lines)
-    return HTML(f"<table><tr>{''.join(map(title, head))}</tr>{rows}</table>")
+    rows = "".join("<tr>" + "".join(map(cell, line, columns)) + "</tr>" for line in lines)
+    return HTML(f"<table><tr>{''.join(map(title, head, columns))}</tr>{rows}</table>")

@@ -1,4 +1,6 @@
 """The search under a budget, from a model and images to a study and its plan."""
+import dataclasses
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,24 +13,25 @@ from torch import Tensor, nn
 
 from vitlab import parallel
 from vitlab.cost import macs_of, mdc_macs
+from vitlab.criteria.compensation import Moments
 from vitlab.data import ImageData
-from vitlab.files import InputError, atomic_write
+from vitlab.files import InputError, atomic_write, read_json
 from vitlab.models import shape_of
 from vitlab.plan import CompressionPlan
 from vitlab.search import Budget, SearchSpace, Study
 from vitlab.search.space import MAX_RATIO
 from vitlab.search.strategies import Settings
 from vitlab.search.token_dimensions import unprotected
-from vitlab.training.capture import token_scores
+from vitlab.training.capture import need_classifier, token_scores
 from vitlab.training.compensate import compensate, gather_moments
 from vitlab.training.latency import latency_table
 from vitlab.training.loop import fingerprint
-from vitlab.training.objective import check_metric, own_metric
+from vitlab.training.objective import check_metric
 from vitlab.training.units import unit_scores
-from vitlab.workbench.cutting import UNIT_SCORES, amp_of, open_dense, read_units, slice_objective, write_units
+from vitlab.workbench.cutting import UNIT_SCORES, amp_of, measured_batches, needs_images, objective_on, open_dense, read_units, write_units
 from vitlab.workbench.steps import Source, open_matching, pick_device, read_scores
 
-TOKEN_SCORES, PLAN = "token_scores.safetensors", "plan.json"
+TOKEN_SCORES, PLAN, REPORTED = "token_scores.safetensors", "plan.json", "reported.json"
 COSTS = ("gmacs", "published_gmacs", "latency_ms")
 
 
@@ -56,23 +59,24 @@ def search(source: Source, data: str | Path, out: str | Path, *, limit: float | 
            cost: str = "gmacs", units: tuple[str, ...] = ("neurons", "heads"), tokens: str | None = None,
            token_settings: dict[str, Any] | None = None, max_ratio: float = MAX_RATIO,
            read_out: bool = False, strategy: str = "gp",
-           options: Settings | None = None, metric: str | None = None, criterion: str = "hsic", compensated: bool = False,
+           options: Settings | None = None, metric: str = "distill_loss", criterion: str = "hsic", compensated: bool = False,
            images: int = 1000,
            score_images: int = 512, batch_size: int = 32, dtype: str = "float32", seed: int = 0, device: str | None = None,
            class_map: str | Path | None = None, workers: int | None = None, progress: bool = True) -> Study:
     """Search a plan under a budget: `limit` in the unit `cost`, or macs_ratio of the dense model's; out/ becomes the study.
 
     Units are ranked by `criterion`, patches, where tokens merge, by gradient-weighted attention, both on score_images of
-    train; at most max_ratio of anything is cut. Policies are measured on `images` others of train, and the best one's plan goes
-    to out/plan.json. With `compensated`, what is left of each cut layer is refitted before measuring (`calibrate` does it for the
-    plan found). A killed search goes on when called again; with options of initial "sensitivity" each dimension is
-    measured alone first, by the same objective. batch_size and dtype are those of a latency. tokens None: "select", of a Segmenter
-    "match"; metric None: top1_pct or miou_pct. Raises InputError for a budget that can't be met, or tokens that keep no grid where a
-    Segmenter needs it.
+    train; at most max_ratio of anything is cut. Policies are measured on `images` of train to choose on, and the best one once more
+    on as many to report on, of which none is among those that it was made from or chosen on (`ImageData.parts`): that is what it is
+    worth (`reported`), and stands in its plan, out/plan.json, as made_by "reported". With `compensated`, what is left of each cut layer
+    is refitted before measuring (`calibrate` does it for the plan found). A killed search goes on when called again; with options of
+    initial "sensitivity" each dimension is measured alone first, by the same objective. batch_size and dtype are those of a latency.
+    metric: the distance to the dense model's output, or top1_pct or miou_pct. tokens None: "select", of a Segmenter "match". Raises
+    InputError for a model without classes, a budget that can't be met, or tokens that keep no grid where a Segmenter needs it.
     """
     found, out = open_dense(source), Path(out)
-    shape, place = shape_of(found.model), pick_device(device)
-    metric, tokens = metric or own_metric(shape), tokens or ("match" if shape.decoder else "select")
+    shape, place, tokens = shape_of(found.model), pick_device(device), tokens or ("match" if shape_of(found.model).decoder else "select")
+    need_classifier(found.model, "searched models")
     check_metric(shape, metric)                                                 # before there is a study of it
     if shape.decoder and (tokens.startswith("select") or read_out):
         raise InputError(f"{'read_out' if read_out else f'tokens {tokens!r}'}: a class for each pixel needs the whole grid; tokens that "
@@ -88,40 +92,81 @@ def search(source: Source, data: str | Path, out: str | Path, *, limit: float | 
     if limit is None:
         limit = macs_ratio * float(price(np.zeros((1, space.size)))[0])
     budget = Budget(limit=limit, cost=price, max_ratio=space.max_ratio, size=space.size, groups=tuple(space.groups), unit=cost)
+    reads = space.by_place or compensated and space.units or space.units and needs_images(criterion)
+    parts = opened.parts(seed, **({"score": score_images} if reads else {}), choose=images, report=images)
     about = {"data": opened.name, "metric": metric, "images": images, "criterion": criterion, "score_images": score_images,
-             "compensated": compensated, "inputs": fingerprint([opened.files("train"), device], [found.model])}
+             "roles": parts.roles, "compensated": compensated, "inputs": fingerprint([opened.files("train"), device], [found.model])}
     study = parallel.after_first(lambda: Study(out, space, budget, strategy=strategy, options=options, seed=seed, about=about))
-    scores = parallel.after_first(lambda: _scores_of(study, found.model, opened, place, workers, progress))
+    scores = parallel.after_first(lambda: _scores_of(study, found.model, parts, place, workers, progress))
     build = {}
     if compensated and space.units:
-        scored = opened.batches("train", found.model, limit=score_images, seed=seed, workers=workers)
+        scored = parts.batches("score", found.model, workers=workers)
         with parallel.alone():
-            build = {"build": refitting(found.model, scored, space.units, place)}
-    objective = slice_objective(found.model, opened, images, seed, metric, place, workers, **build)
+            build = {"build": by_moments(dense_moments(found.model, scored, space.units, place))}
+    objective = objective_on(found.model, parts, "choose", metric, place, workers, **build)
     best = study.run(lambda policy: objective(space.plan(policy, **scores)), progress=progress)
     made_by = {"method": "search", "strategy": strategy, "cost": cost, "limit": limit, "evaluation": best.index, "value": best.value,
                "seed": seed, "units": list(units), "tokens": tokens}
     if parallel.is_first():
-        space.plan(best.policy, **scores, made_by=made_by).save(out / PLAN)
+        plan = space.plan(best.policy, **scores, made_by=made_by | {"roles": parts.roles})
+        plan.save(out / PLAN)                                                   # it is there whatever becomes of the measuring
+        with parallel.alone():
+            if (reported(out) or {}).get("evaluation") != best.index:
+                measures = objective.on(measured_batches(found.model, parts, "report", workers))(plan)
+                measures.pop("value")
+                atomic_write(out / REPORTED, json.dumps({"evaluation": best.index, "images": parts.roles["report"], **measures}) + "\n")
+        dataclasses.replace(plan, made_by=plan.made_by | {"reported": reported(out)}).save(out / PLAN)
+    parallel.wait()
     return study
 
 
-def refitting(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], units: tuple[str, ...], device: torch.device,
-              ) -> Callable[[nn.Module, CompressionPlan], nn.Module]:
-    """compress with closed-form compensation, from moments of the dense model that are gathered once."""
+def reported(study: str | Path) -> dict[str, Any] | None:
+    """What a study's best plan is worth on images that it was not chosen on: evaluation (its number), images, and the measures of
+    `PlanObjective` with their errors. None where the search has not ended. Raises InputError for a file of something else."""
+    path = Path(study) / REPORTED
+    found = read_json(path) if path.is_file() else None
+    if found is not None and not isinstance(found, dict):
+        raise InputError(f"{path}: holds no measures of a plan; remove it and they are measured anew")
+    return found
+
+
+def dense_moments(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], units: Iterable[str],
+                  device: torch.device) -> dict[tuple[int, str], Moments]:
+    """Moments of every layer that mixes such units, of the dense model."""
     layers = [(index, kind) for index in range(len(model.blocks)) for kind in units]
-    moments = gather_moments(model.to(device).eval(), batches, layers, device=device, amp=amp_of(model))
+    return gather_moments(model.to(device).eval(), batches, layers, device=device, amp=amp_of(model))
+
+
+def by_moments(moments: dict[tuple[int, str], Moments]) -> Callable[[nn.Module, CompressionPlan], nn.Module]:
+    """compress with closed-form compensation, from moments of the dense model."""
     return lambda dense, plan: compensate(dense, plan, (), moments=moments, progress=False)
 
 
-def _scores_of(study: Study, model: nn.Module, data: ImageData, device: torch.device, workers: int | None,
+def moments_to(moments: dict[tuple[int, str], Moments]) -> dict[str, Tensor]:
+    """As tensors, for a file that `moments_from` reads."""
+    return {f"{index}.{kind}.{name}": torch.as_tensor(getattr(found, name), dtype=torch.float64)
+            for (index, kind), found in moments.items() for name in ("rows", "sum", "products")}
+
+
+def moments_from(tensors: dict[str, Tensor]) -> dict[tuple[int, str], Moments]:
+    """What `moments_to` made tensors of."""
+    found: dict[tuple[int, str], Moments] = {}
+    for key, value in tensors.items():
+        index, kind, name = key.split(".")
+        own = found.setdefault((int(index), kind), Moments(0, value.device))
+        setattr(own, name, float(value) if name == "rows" else value)
+    return found
+
+
+def _scores_of(study: Study, model: nn.Module, parts: ImageData, device: torch.device, workers: int | None,
                progress: bool) -> dict[str, Tensor]:
     """The scores that a plan of this study needs, from its folder where they were made before, for this study."""
     about, scores = study.info["about"], {}
     mark = {"made_for": " ".join(str(about[k]) for k in ("inputs", "criterion", "score_images")) + f" seed {study.seed}"}
+    mark["made_for"] += f" images {parts.roles.get('score', 0)}"
 
     def batches():
-        return data.batches("train", model, limit=about["score_images"], seed=study.seed, workers=workers)
+        return parts.batches("score", model, workers=workers) if "score" in parts.roles else ()
 
     def check(path: Path) -> None:
         with safe_open(path, "pt") as file:

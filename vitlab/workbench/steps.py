@@ -27,7 +27,7 @@ from vitlab.results import ResultRow, append_row
 from vitlab.training import checkpoint
 from vitlab.training import evaluate as evaluation
 from vitlab.training import throughput as timing
-from vitlab.training.capture import scored
+from vitlab.training.capture import need_classifier, scored
 from vitlab.training.checkpoint import Checkpoint
 from vitlab.training.gradual import partial_plan
 from vitlab.training.loop import fit
@@ -135,6 +135,7 @@ def pretrain(model: str, data: str | Path, out: str | Path, *, settings: Recipe 
 
 def train_dense(step: str, model: nn.Module, data: ImageData, out: str | Path, settings: Recipe, *, seed: int, **how: Any) -> Path:
     """Train a model that nothing is cut of (how: of `fit`) and save it as what `step` made; returns the run folder."""
+    need_classifier(model, "trained models")
     log = fit(model, data, settings, Path(out) / TRAINING, seed=seed, **how)
     save_trained(out, model, CompressionPlan.empty(shape_of(model)), data,
                  made_by={"step": step, "recipe": dataclasses.asdict(settings), "data": data.name, "seed": seed, "last_epoch": log[-1:]})
@@ -151,17 +152,26 @@ def save_trained(out: str | Path, model: nn.Module, plan: CompressionPlan, data:
 def score(source: Source, data: str | Path, out: str | Path, *, images: int = 512, batch_size: int | None = None,
           criterion: str = "gradient", absolute: str = "image", seed: int = 0, device: str | None = None,
           class_map: str | Path | None = None, workers: int | None = None, progress: bool = True) -> Tensor:
-    """Token scores (L, n) by a criterion on a slice of train, written to `out` (safetensors). batch_size None: 64, of scenes 8."""
+    """Token scores (L, n) by a criterion on the images of train that are for scores (`ImageData.parts`), at most `images`, written to
+    `out` (safetensors). batch_size None: 64, of scenes 8."""
     found = open_model(source)
+    if criterion in ("gradient", "hsic"):
+        need_classifier(found.model, f"token scores by {criterion}")
     opened = open_matching(data, found, class_map, labels=criterion == "gradient")
     batch_size = batch_size or opened.at_once(64)
-    batches = opened.batches("train", found.model, batch_size=batch_size, limit=images, seed=seed, workers=workers, shared=True)
+    parts = opened.parts(seed, score=images)
+    batches = parts.batches("score", found.model, batch_size=batch_size, seed=seed, workers=workers, shared=True)
     scores, used = scored(found.model, batches, criterion=criterion, absolute=absolute, device=pick_device(device), progress=progress)
-    made_by = {"data": opened.name, "criterion": criterion, "images": str(used), "batch_size": str(batch_size),
-               "absolute": absolute, "seed": str(seed)}
+    made_by = {"data": opened.name, "criterion": criterion, "batch_size": str(batch_size), "absolute": absolute, "seed": str(seed),
+               **in_words(parts), "images": str(used)}
     if parallel.is_first():
         atomic_write(out, save({"token_scores": scores.contiguous()}, metadata=made_by))
     return scores
+
+
+def in_words(parts: ImageData) -> dict[str, str]:
+    """The images of scores, and what they share, as the metadata of their file."""
+    return {"images": str(parts.roles["score"])} | ({"shared": "; ".join(parts.roles["shared"])} if "shared" in parts.roles else {})
 
 
 def read_scores(path: str | Path) -> tuple[Tensor, dict[str, str]]:
@@ -219,7 +229,7 @@ def finetune(source: Source, teacher: Source | None, data: str | Path, out: str 
              device: str | None = None, limit: int | None = None, class_map: str | Path | None = None, workers: int | None = None,
              engine: Engine | None = None, changed_data: bool = False, progress: bool = True) -> Path:
     """Fine-tune a compressed model, or a dense one compressed by `plan` first, distilling from the dense one; returns the run
-    folder. A killed run goes on (`fit`).
+    folder. A killed run goes on (`fit`). Raises InputError for a model or a teacher without classes.
 
     steps: prune and fine-tune in so many turns, each cutting an equal part of the plan (`partial_plan`, by weight magnitude)
     and training for its share of the recipe's epochs, at least one. It needs `plan`.
@@ -231,6 +241,8 @@ def finetune(source: Source, teacher: Source | None, data: str | Path, out: str 
         raise InputError("a deployed model no longer trains; fine-tune the training form and deploy it afterwards")
     if steps > 1 and plan is None:
         raise InputError("pruning in several steps needs the dense model and a plan")
+    for each in (found, *([] if dense is None else [dense])):
+        need_classifier(each.model, "fine-tuned models and teachers")
     opened = open_matching(data, found, class_map)
     final, model, log = found.plan, found.model, []
     if plan is not None:
@@ -262,12 +274,14 @@ def deployed(found: Checkpoint) -> nn.Module:
 def evaluate(source: Source, data: str | Path, *, name: str | None = None, split: str = "held_out",
              out: str | Path | None = None, batch_size: int | None = None, device: str | None = None, amp: bool | None = False,
              class_map: str | Path | None = None, crop_pct: float | None = None, limit: int | None = None, seed: int = 0,
-             workers: int | None = None, progress: bool = True, **windows: Any) -> ResultRow:
+             workers: int | None = None, quick: bool = False, progress: bool = True, **windows: Any) -> ResultRow:
     """Accuracy and cost of a model's deployed form; a row, appended to out/results.jsonl where `out` is given. batch_size None: 64,
-    or of a Segmenter 1, so that images may differ in size. windows: window, stride, scales and flip of `segment`, of a Segmenter alone;
-    gmacs is of one window.
+    or of a Segmenter 1, so that images may differ in size. quick: the row says that it is of a quick run (`vitlab.caveats`). windows:
+    window, stride, scales and flip of `segment`, of a Segmenter alone; gmacs is of one window. Outputs are taken for one softmax over
+    the classes. Raises InputError for a model without classes.
     """
     found = open_model(source)
+    need_classifier(found.model, "top-1, mIoU and loss")
     opened, model, device = open_matching(data, found, class_map), deployed(found), pick_device(device)
     amp, dense = evaluation.uses_bf16(device, amp), isinstance(model, Segmenter)
     if not dense and windows:
@@ -279,7 +293,8 @@ def evaluate(source: Source, data: str | Path, *, name: str | None = None, split
         measures, more = _scene_measures(found_scenes, opened.classes, windows)
     else:
         accuracy = evaluation.evaluate(model, batches, device=device, amp=amp, progress=progress)
-        measures = {"top1_pct": accuracy.top1_pct, "top5_pct": accuracy.top5_pct, "loss": accuracy.loss}
+        measures = {"top1_pct": accuracy.top1_pct, "top5_pct": accuracy.top5_pct, "loss": accuracy.loss, "top1_se": accuracy.top1_se,
+                    "loss_se": accuracy.loss_se}
         more = {"crop_pct": crop_pct, "images": accuracy.images, "broken": accuracy.broken}
         if accuracy.broken and parallel.is_first():
             print(f"{accuracy.broken} broken images left out", file=sys.stderr)
@@ -287,7 +302,7 @@ def evaluate(source: Source, data: str | Path, *, name: str | None = None, split
         model=name or str(source), dataset=opened.name, split=opened.held_out if split == "held_out" else split,
         **measures, gmacs=cost.gmacs(found.plan), params_m=cost.params(model)["total"] / 1e6,
         conditions={"device": str(device), "dtype": "bfloat16" if amp else "float32", "limit": limit, "seed": seed, **more,
-                    "form": "deployed", "plan": found.plan.made_by, "versions": checkpoint.versions()})
+                    "quick": quick, "form": "deployed", "plan": found.plan.made_by, "versions": checkpoint.versions()})
     if out is not None and parallel.is_first():
         append_row(Path(out) / RESULTS, row)
     return row
@@ -297,24 +312,26 @@ def _scene_measures(found: Segmentation, classes: list[str], windows: dict[str, 
     """(what a row says, its conditions) of a Segmenter that was measured."""
     scores = found.scores
     iou = {name: None if math.isnan(value) else value for name, value in zip(classes, scores.iou_pct)}
-    return ({"miou_pct": scores.miou_pct, "pixel_accuracy_pct": scores.pixel_accuracy_pct, "loss": found.loss},
+    return ({"miou_pct": scores.miou_pct, "miou_se": scores.miou_se, "pixel_accuracy_pct": scores.pixel_accuracy_pct,
+             "loss": found.loss, "loss_se": found.loss_se},
             {"images": found.images, "pixels": scores.pixels, "mean_accuracy_pct": scores.mean_accuracy_pct, "iou_pct": iou,
              **({"windows": windows} if windows else {})})
 
 
 def throughput(sources: dict[str, Source], *, batch_size: int = 32, repeats: int = 10, dtype: str = "float32",
                device: str | None = None, progress: bool = True, out: str | Path | None = None,
-               like: ResultRow | None = None) -> list[ResultRow]:
+               like: ResultRow | None = None, quick: bool = False) -> list[ResultRow]:
     """Speed of deployed models at `batch_size`, and their latency at batch 1; the first is the baseline, all in turn in this process.
     A timm name stands for the architecture alone, with random weights.
 
-    Rows are appended to out/results.jsonl where `out` is given; `like` is a row that says of which dataset and split.
+    Rows are appended to out/results.jsonl where `out` is given; `like` is a row that says of which dataset and split; quick: that they
+    are of a quick run (`vitlab.caveats`).
     """
     device = pick_device(device)
     models = {n: deployed(open_model(s, pretrained=False)) for n, s in sources.items()}
     options = {"repeats": repeats, "dtype": dtype, "device": device, "progress": progress}
     speeds, single = timing.measure(models, batch_size=batch_size, **options), timing.measure(models, batch_size=1, **options)
-    conditions = timing.conditions(device, dtype, batch_size, repeats)
+    conditions = timing.conditions(device, dtype, batch_size, repeats) | ({"quick": True} if quick else {})
     rows = [ResultRow(model=name, dataset=like.dataset if like else "", split=like.split if like else "",
                       throughput_img_s=speed.throughput_img_s, ratio=speed.ratio, latency_ms=single[name].latency_ms,
                       conditions={"speed": conditions | {"ratio_range": [speed.ratio_min, speed.ratio_max],

@@ -2,22 +2,23 @@
 
 Each dimension of a rule is cut alone and measured once; from these curves `allocate` makes the plan of any budget.
 """
-import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from vitlab import cost
-from vitlab.files import InputError, append_line, read_lines, write_lines
+from vitlab.criteria.units import UnitScores
+from vitlab.files import InputError, append_line, atomic_write, read_lines, write_lines
 from vitlab.models import deploy, shape_of
+from vitlab.models.create import read_file
 from vitlab.plan import CompressionPlan
-from vitlab.plots import save_figure, trade_offs
 from vitlab.search import Budget, SearchSpace, Study
 from vitlab.search.allocation import allocate
 from vitlab.search.sampling import Problem
@@ -27,14 +28,15 @@ from vitlab.search.study import Evaluation
 from vitlab.search.token_dimensions import unprotected
 from vitlab.shape import POOL_TOKEN
 from vitlab.training import checkpoint
-from vitlab.training.capture import token_scores
+from vitlab.training.capture import need_classifier, token_scores
 from vitlab.training.checkpoint import Checkpoint
-from vitlab.training.compensate import compensate
+from vitlab.training.compensate import KINDS, compensate
 from vitlab.training.loop import fingerprint
 from vitlab.training.units import unit_scores
 from vitlab.workbench.calibrating import calibrate
-from vitlab.workbench.cutting import amp_of, open_dense, slice_objective
-from vitlab.workbench.searching import cost_function, refitting
+from vitlab.workbench.cutting import amp_of, measured_batches, objective_on, open_dense
+from vitlab.workbench.offers import OFFERS, Offer, best_offer, offers_figure, worth_of, write_offers  # noqa: F401 - its own face
+from vitlab.workbench.searching import by_moments, cost_function, dense_moments, moments_from, moments_to
 from vitlab.workbench.steps import Source, open_matching, pick_device
 
 # name: (units, tokens) of its search space
@@ -43,19 +45,7 @@ RULES = {"merging by content": ((), "match_per_stage"), "shared updates": ((), "
 RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 MAX_RATIO, TOLERANCE = 0.75, 0.05
 FINALISTS, FINALISTS_MEASURED = 3, "finalists.jsonl"
-SURVEY, OFFERS, DEPLOYED = "survey", "offers.jsonl", "deployed"
-GMACS = "GMACs per image"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Offer:
-    """A plan and what it is worth, measured on images of train that it was not made from, mostly."""
-
-    rule: str
-    plan: CompressionPlan = field(repr=False)       # hundreds of lines
-    gmacs: float
-    agree_pct: float                # images, of a Segmenter pixels, to which the dense model gives the same class, 0 to 100
-    distill_loss: float             # mean KL(dense || compressed), nats
+SURVEY, DEPLOYED = "survey", "deployed"
 
 
 class Survey:
@@ -64,21 +54,36 @@ class Survey:
     def __init__(self, source: Source, data: str | Path, folder: str | Path, *, images: int = 256, score_images: int = 512,
                  seed: int = 0, device: str | None = None, class_map: str | Path | None = None, workers: int | None = None,
                  progress: bool = True) -> None:
-        """images: of train, to measure on; score_images: others, to score and refit on. Raises InputError for a compressed model."""
+        """images: of train, to compare plans on, and as many others to report on; score_images: others, to score and refit on
+        (`ImageData.parts`). Scores and moments are written into `folder` as they are made, and read where they were made before of
+        the same model and images. Raises InputError for a compressed model, or one without a classifier."""
         self.found, self.folder, self.place, self.progress = open_dense(source), Path(folder), pick_device(device), progress
+        need_classifier(self.found.model, "offers")
         self.seed = seed
         opened = open_matching(data, self.found, class_map, labels=False)
-        self.inputs = fingerprint([opened.files("train"), images, score_images, seed], [self.found.model])
+        self.parts = opened.parts(seed, score=score_images, choose=images, report=images)
+        counts = {role: count for role, count in self.parts.roles.items() if role != "shared"}
+        self.inputs = fingerprint([opened.files("train"), counts, seed], [self.found.model])
         model = self.found.model.to(self.place).eval()
         self.shape = shape_of(model)
         self.read_out = self.shape.pool == POOL_TOKEN and self.shape.num_prefix_tokens > 0
-        self.batches = batches = list(opened.batches("train", model, limit=score_images, seed=seed, workers=workers))
-        units = unit_scores(model, batches, criterion="reconstruction", seed=seed, device=self.place, progress=progress)
-        tokens = token_scores(model, own_labels(model, batches, self.place), device=self.place, progress=progress)
-        self.scores = {"heads": units.heads, "neurons": units.neurons, "tokens": tokens}
-        self.objective = slice_objective(model, opened, images, seed, "distill_loss", self.place, workers,
-                                         build=refitting(model, batches, ("heads", "neurons"), self.place))
+        self.batches = batches = list(self.parts.batches("score", model, workers=workers))
+        self.scores = self._kept("unit-scores", lambda: _of_units(unit_scores(
+            model, batches, criterion="reconstruction", seed=seed, device=self.place, progress=progress)))
+        self.scores |= self._kept("token-scores", lambda: {"tokens": token_scores(
+            model, own_labels(model, batches, self.place), device=self.place, progress=progress)})
+        moments = moments_from(self._kept("moments", lambda: moments_to(dense_moments(model, batches, KINDS, self.place))))
+        self.objective = objective_on(model, self.parts, "choose", "distill_loss", self.place, workers, build=by_moments(moments))
+        self.reporting = self.objective.on(measured_batches(model, self.parts, "report", workers))
         self._curves: dict[str, list[dict[str, Any]]] = {}
+        self._measured = self.folder / f"measured-{self.inputs}.jsonl"
+
+    def _kept(self, what: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `make` gives, from its file where this model and these images gave it before."""
+        path = self.folder / f"{what}-{self.inputs}.safetensors"
+        if not path.exists():
+            atomic_write(path, save({name: value.contiguous().cpu() for name, value in make().items()}))
+        return {name: value.to(self.place) if what == "moments" else value for name, value in read_file(path).items()}
 
     def _problem(self, rule: str, limit: float | None = None) -> Problem:
         """The space of a rule, under a budget in GMACs; None: any."""
@@ -153,9 +158,15 @@ class Survey:
                 yield self.offer(rule, plan)
 
     def offer(self, rule: str, plan: CompressionPlan) -> Offer:
-        """What a plan is worth."""
-        found = self.objective(plan)
-        return Offer(rule=rule, plan=plan, gmacs=cost.gmacs(plan), agree_pct=found["agree_pct"], distill_loss=found["distill_loss"])
+        """What a plan is worth. It is measured once, and written to the survey's folder."""
+        key = hashlib.sha256(dataclasses.replace(plan, made_by={}).to_json().encode()).hexdigest()
+        rows = [row for row in read_lines(self._measured) if row["plan"] == key]
+        if not rows:
+            names = ("agree_pct", "agree_se", "distill_loss", "distill_loss_se")
+            found = self.reporting(plan)
+            rows = [{"plan": key, "chosen_by": self.objective(plan)["distill_loss"], **{name: found.get(name) for name in names}}]
+            append_line(self._measured, rows[0])
+        return Offer(rule=rule, plan=plan, gmacs=cost.gmacs(plan), **{name: v for name, v in rows[0].items() if name != "plan"})
 
     def search(self, rule: str, gmacs: float, evaluations: int) -> CompressionPlan:
         """The plan of a rule that a search finds which starts from `plan`'s; it goes on when it was killed. Raises InputError."""
@@ -168,7 +179,8 @@ class Survey:
             write_lines(study.folder / SENSITIVITY, self.curves(rule))
         best = study.run(lambda policy: self._measure(problem, policy), progress=self.progress)
         best = self._best_refitted(study) if space.units else best
-        return space.plan(best.policy, **self.scores, made_by={"method": "search", "rule": rule, "gmacs": gmacs, "evaluation": best.index})
+        plan = space.plan(best.policy, **self.scores, made_by={"method": "search", "rule": rule, "gmacs": gmacs, "evaluation": best.index})
+        return dataclasses.replace(plan, made_by=plan.made_by | {"reported": worth_of(self.offer(rule, plan))})
 
     def _best_refitted(self, study: Study) -> Evaluation:
         """Of the first policy, which the curves gave, and the best FINALISTS: the nearest to the dense model once it is refitted as
@@ -203,36 +215,11 @@ def tonight(source: Source, data: str | Path, out: str | Path, *, gmacs: float |
     offers = list(survey.offers(rules, sorted({*ratios, limit / dense})))
     write_offers(out, offers)
     best = best_offer(offers, limit)
-    plan = survey.search(best.rule, limit, evaluations) if evaluations else best.plan
-    return ready(found, data, out, plan, minutes=minutes, images=calibration_images, **common)
-
-
-def best_offer(offers: Sequence[Offer], gmacs: float) -> Offer:
-    """The one nearest to the dense model among those that cost no more. Raises InputError where there is none."""
-    within = [offer for offer in offers if offer.gmacs <= gmacs]
-    if not within:
-        least = f"; {min(offer.gmacs for offer in offers):.4g} is the least" if offers else ""
-        raise InputError(f"no plan was found that costs {gmacs:.4g} GMACs or less{least}")
-    return min(within, key=lambda offer: offer.distill_loss)
-
-
-def write_offers(out: str | Path, offers: Sequence[Offer]) -> None:
-    """out/offers.jsonl, a row each, and out/offers.png."""
-    rows = [{"rule": o.rule, "gmacs": o.gmacs, "agree_pct": o.agree_pct, "distill_loss": o.distill_loss,
-             "plan": json.loads(o.plan.to_json())} for o in offers]
-    write_lines(Path(out) / OFFERS, rows)
-    if offers:
-        save_figure(offers_figure(offers), out, "offers")
-
-
-def offers_figure(offers: Sequence[Offer]) -> Figure:
-    """Agreement with the dense model against GMACs, a line per rule."""
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for offer in offers:
-        lines.setdefault(offer.rule, []).append((offer.gmacs, offer.agree_pct))
-    shape = offers[0].plan.shape
-    label = f"{'pixels' if shape.decoder else 'images'} classified as by the dense model (%)"
-    return trade_offs({GMACS: lines}, label, {GMACS: (cost.gmacs(CompressionPlan.empty(shape)), 100.0)})
+    if evaluations:
+        plan = survey.search(best.rule, limit, evaluations)
+    else:
+        plan = dataclasses.replace(best.plan, made_by=best.plan.made_by | {"reported": worth_of(best)})
+    return ready(found, data, out, plan, minutes=minutes, images=calibration_images, report_images=images, **common)
 
 
 def ready(source: Source, data: str | Path, out: str | Path, plan: CompressionPlan, *, minutes: float = 10, **settings: Any) -> Checkpoint:
@@ -241,6 +228,10 @@ def ready(source: Source, data: str | Path, out: str | Path, plan: CompressionPl
     checkpoint.save(Path(out) / DEPLOYED, deploy(found.model), found.plan, classes=found.info.get("classes"),
                     made_by=found.info["made_by"] | {"step": "tonight"})
     return checkpoint.load(Path(out) / DEPLOYED)
+
+
+def _of_units(scores: UnitScores) -> dict[str, Tensor]:
+    return {"heads": scores.heads, "neurons": scores.neurons}
 
 
 def own_labels(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> list[tuple[Tensor, Tensor]]:

@@ -14,7 +14,7 @@ from vitlab.plots.training import compare_plans
 from vitlab.search import SearchSpace, Study
 from vitlab.search.explain import Predict
 from vitlab.workbench.explore.base import Explorer, show
-from vitlab.workbench.explore.study import Watched, watch
+from vitlab.workbench.explore.study import Watched, measured, watch
 from vitlab.workbench.searching import cost_function
 
 DENSE, DRAGGED = "dense", "dragged"
@@ -102,8 +102,7 @@ class Drag:
         price, limit = float(asked.cost(self.policy[None])[0]), asked.study.limit
         found = [(f"cost ({asked.study.unit}), at most {limit:.4g}", f"{best.cost:.4g}", f"{price:.4g}, {price / limit:.1%} of the budget")]
         for name, (mean, deviation) in asked(self.policy).items():
-            measured = best.value if name == "value" else best.measures[name]
-            found.append((asked.labels[name], f"{measured:.4g}", f"{mean:.4g} \u00b1 {deviation:.2g}"))
+            found.append((asked.labels[name], measured(asked.study, best, name), f"{mean:.4g} \u00b1 {deviation:.2g}"))
         return found
 
     def told(self) -> str:

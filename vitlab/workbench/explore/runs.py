@@ -81,8 +81,12 @@ def run_figure(run: str | Path | None) -> Figure:
             return training_curves(logs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                                     # a line that is being written
-            values = [e.value for e in read_journal(run)]
-        return incumbents({watch(run).strategy: [values]}, label=watch(run).label) if values else _words("nothing is logged yet")
+            seen = read_journal(run)
+        if not seen:
+            return _words("nothing is logged yet")
+        found = watch(run)
+        return incumbents({found.strategy: [[e.value for e in seen]]}, label=found.label,
+                          errors={found.strategy: [found.error(e) for e in seen]})
     except InputError as error:
         return _words(str(error))
 

@@ -16,6 +16,7 @@ from vitlab.search.explain import Predict, believed
 from vitlab.search.strategies import Settings, incumbent
 from vitlab.search.study import INFO, Evaluation, read_journal
 from vitlab.shape import ViTShape
+from vitlab.uncertainty import error_name
 from vitlab.workbench.explore.base import Explorer, repeat, show
 
 METRICS = {"distill_loss": "minus the distance to the dense model (nats)", "top1_pct": "top-1 on a slice of train (%)",
@@ -35,6 +36,11 @@ class Watched:
     limit: float                                # of the budget, in its unit
     unit: str
     label: str                                  # names the value that is maximised
+    metric: str = ""                            # what it is by the objective's own name
+
+    def error(self, evaluation: Evaluation, measure: str = "value") -> float | None:
+        """Standard error of what was measured; None where it is not known."""
+        return evaluation.measures.get(error_name(self.metric if measure == "value" else measure))
 
     def evaluations(self) -> list[Evaluation]:
         """All that is measured by now; a line that is being written is left for the next time. Raises InputError for a damaged one."""
@@ -64,7 +70,7 @@ def watch(study: Study | str | Path) -> Watched:
         space = info["space"] | {"shape": ViTShape(**info["space"]["shape"]), "units": tuple(info["space"]["units"])}
         return Watched(folder=path.parent, space=SearchSpace(**space), options=Settings(**info["settings"]), strategy=info["strategy"],
                        limit=float(info["budget"]["limit"]), unit=info["budget"]["unit"],
-                       label=METRICS.get(info["about"].get("metric"), "value"))
+                       label=METRICS.get(info["about"].get("metric"), "value"), metric=str(info["about"].get("metric", "")))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{path}: no study ({error})") from None
 
@@ -108,7 +114,7 @@ def study_explorer(study: Study | str | Path) -> Explorer:
             if following:
                 expected = tuple(float(v[0]) for v in predict(np.array(following.policy)[None]))
         return moment([e.value for e in done], total=found.options.evaluations, label=found.label, dimension=dimension.value, grid=grid,
-                      lines=lines, expected=expected, then=following.value if following else None)
+                      lines=lines, expected=expected, then=following.value if following else None, errors=[found.error(e) for e in done])
 
     def draw(*_: object) -> None:
         text.value = told(found, seen, place.value)
@@ -141,17 +147,23 @@ def study_explorer(study: Study | str | Path) -> Explorer:
     return explorer
 
 
+def measured(found: Watched, evaluation: Evaluation, measure: str = "value") -> str:
+    """What was measured, with its standard error where one is known."""
+    value, error = evaluation.value if measure == "value" else evaluation.measures[measure], found.error(evaluation, measure)
+    return f"{value:.4g}" + ("" if error is None else f" \u00b1 {error:.2g}")
+
+
 def told(found: Watched, seen: list[Evaluation], count: int) -> str:
     """What the picture shows of the first `count` evaluations, as HTML."""
     if not seen[:count]:
         return f"nothing was measured yet; {len(seen)} evaluations are in the journal"
     best = max(seen[:count], key=lambda e: e.value)
     lines = [f"<b>{len(seen[:count])} of {found.options.evaluations}</b> evaluations by {html.escape(found.strategy)}; best so far "
-             f"<b>{best.value:.4g}</b> (number {best.index}, {best.cost:.4g} of {found.limit:.4g} {html.escape(found.unit)})"]
+             f"<b>{measured(found, best)}</b> (number {best.index}, {best.cost:.4g} of {found.limit:.4g} {html.escape(found.unit)})"]
     if count < len(seen):
         following = seen[count]
         hoped = following.expected
         lines.append(f"next: number {following.index} by {html.escape(following.by)}, "
                      + (f"expected {hoped['mean']:.4g} &plusmn; {hoped['deviation']:.2g}, log EI {hoped['log_ei']:.2f}, " if hoped else "")
-                     + f"then measured {following.value:.4g}")
+                     + f"then measured {measured(found, following)}")
     return f'<div style="line-height: 1.5">{"<br>".join(lines)}</div>'

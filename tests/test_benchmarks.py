@@ -1,0 +1,93 @@
+"""The benchmarks: each can be imported, what they say of images and draws is right, and tables and figures say how sure they are."""
+import importlib
+import math
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def beside(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
+def test_every_benchmark_can_be_imported(name):
+    importlib.import_module(name)
+    sys.modules.pop(name)
+
+
+def test_measures_of_images_have_errors_and_the_difference_to_dense_is_paired():
+    found = importlib.import_module("off_the_shelf").measures
+    rng = np.random.default_rng(0)
+    dense = rng.integers(0, 2, 101).tolist()
+    right = [1 - each if i < 7 else each for i, each in enumerate(dense)]               # seven images change
+    distances = rng.random(101).tolist()
+    measured = found(right, dense, distances)
+    differences = [100 * (a - b) for a, b in zip(right, dense)]
+    mean = sum(differences) / 101
+    slow = math.sqrt(sum((each - mean) ** 2 for each in differences) / 100 / 101)
+    assert measured["top1_pct"] == pytest.approx(100 * sum(right) / 101) and measured["images"] == 101
+    assert measured["against_dense"] == pytest.approx(mean) and measured["against_dense_se"] == pytest.approx(slow)
+    assert measured["distill_loss_se"] == pytest.approx(statistics.stdev(distances) / math.sqrt(101))
+    assert measured["against_dense_se"] < 0.6 * measured["top1_se"]                     # the other 94 say nothing of the difference
+
+
+def test_a_median_has_the_error_of_the_draw_that_it_is():
+    middle = importlib.import_module("off_the_shelf").middle
+    assert middle([3, 1, 2], [.3, .1, .2]) == (2, .2)
+    assert middle([3, 1, 2, None], [.3, .1, .2, None]) == (2, .2)
+    assert middle([1, 2], [.1, .4]) == (1.5, .4)
+    assert middle([1, 2, 3], [None, None, .3]) == (2, None)
+
+
+def test_draws_of_an_earlier_run_stay_where_this_one_has_other_seeds():
+    with_earlier = importlib.import_module("off_the_shelf").with_earlier
+
+    def row(seeds, draws, errors, **more):
+        return {"ratio": None, "throughput_img_s": None,
+                "conditions": {"seeds": seeds, "draws": draws, "draws_se": errors, "against": [d - 80 for d in draws],
+                               "against_se": errors, "distances": [.1] * len(draws), "distances_se": [.01] * len(draws), **more}}
+    old = {"top1_pct": 70, "against_dense": -10, "distill_loss": .2, "ratio": 1.5, "throughput_img_s": 9.0,
+           "conditions": {"seeds": [0, 3], "draws": [60, 80], "speed": {"batch_size": 32}, "of_mac_ratio": .9}}
+    made = with_earlier(row([1, 0], [71.0, 72.0], [1.0, 2.0]), old)
+    assert made["conditions"]["seeds"] == [0, 1, 3] and made["conditions"]["draws"] == [72, 71, 80]
+    assert made["conditions"]["draws_se"] == [2, 1, None] and made["conditions"]["against"] == [-8, -9, 0]
+    assert (made["top1_pct"], made["top1_se"], made["against_dense"], made["distill_loss"]) == (72, 2, -8, .1)
+    assert made["ratio"] == 1.5 and made["conditions"]["of_mac_ratio"] == .9
+
+
+def test_tables_show_errors_ranges_and_the_batch_and_define_the_ratio_once():
+    tables = importlib.import_module("tables")
+
+    def row(name, top1, ratio, span, **more):
+        return {"model": name, "family": name, "gmacs": 1.0, "top1_pct": top1, "against_dense": top1 - 80, "distill_loss": .1,
+                "ratio": ratio, "conditions": {"draws": [top1], "dtype": "float32", "images": 101, "of_mac_ratio": 1.0,
+                               "speed": {"batch_size": 32, "ratio_range": span}}} | more
+    errors = {"top1_se": 1.5, "against_dense_se": .5, "distill_loss_se": .01}
+    text = tables.off_the_shelf([row("dense", 80.0, 1.0, [1.0, 1.0]), row("a", 79.0, 1.69, [.84, 2.54], **errors),
+                                 row("b", 78.0, 1.5, [1.44, 1.567], **errors)])
+    head, _, dense, first, second, empty, notes = text.splitlines()
+    assert "throughput ratio (batch 32)" in head and "| 1.00 |" in dense and "(1.00" not in dense
+    assert "| 79.00 ± 1.50 | -1.00 ± 0.50 | 0.100 ± 0.010 | 1.69 (0.84 to 2.54), too noisy to tell |" in first
+    assert "| 1.50 (1.44 to 1.57) |" in second and "noisy" not in second
+    assert not empty and notes.count("one standard error over images") == 1 and notes.count("median over rounds") == 1
+
+
+def test_a_quick_row_is_said_below_its_table():
+    tables = importlib.import_module("tables")
+    row = {"model": "a", "gmacs": 1.0, "top1_pct": 50.0, "distill_loss": .1, "conditions": {"images": 20, "quick": True}}
+    assert "quick: says nothing about quality" in tables.per_block([row]) and "50.00 ± 10" in tables.per_block([row])
+
+
+def test_no_table_of_a_page_has_a_speed_without_its_batch():
+    tables = importlib.import_module("tables")
+    heads = [line for page in tables.PAGES for line in page.read_text(encoding="utf-8").splitlines()
+             if re.match(r"\|.*throughput ratio", line)]
+    assert heads and all("batch" in head or "conditions" in head for head in heads)
