@@ -1,6 +1,5 @@
 """What a search measures: top-1 or mIoU, or the distance to the dense model's output, of really cut models on a fixed slice of train."""
 import copy
-import gc
 from collections.abc import Callable, Iterable
 
 import torch
@@ -77,9 +76,7 @@ class PlanObjective:
             self.expected = [log_probabilities(self.dense, images, self.amp) for images, _ in self.batches]
 
     def __call__(self, plan: CompressionPlan) -> dict[str, float]:
-        measures = self.measure(deploy(self.build(self.dense, plan)))
-        gc.collect()                                                            # a compressed model may refer to itself, and is large
-        return measures
+        return self.measure(deploy(self.build(self.dense, plan)))
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """The same of a model that is built already."""
