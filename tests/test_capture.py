@@ -478,3 +478,10 @@ def test_a_model_whose_tokens_are_merged_is_refused(tiny_vit, images):
     model = compress(dense, prune_and_merge(scores, shape, rule="merge", keep_rate=0.5, prune_rate=0.1))
     with pytest.raises(InputError):
         token_scores(model, batches_for(model, images), progress=False)
+
+
+@pytest.mark.parametrize("targets", [torch.rand(2, 7), torch.ones(2, 7, dtype=torch.bool)], ids=["soft", "several"])
+def test_targets_of_several_labels_an_image_are_refused(tiny_vit, images, targets):
+    model = tiny_vit("deit")
+    with pytest.raises(InputError, match="one class number an image"):
+        token_scores(model, [(images(model), targets)], progress=False)

@@ -12,6 +12,7 @@ from vitlab import cost, tokens
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.files import InputError
 from vitlab.models import attention_block, compress, deploy, shape_of
+from vitlab.models.share import SharedUpdateBlock
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import Select, SharedUpdate
 
@@ -187,3 +188,14 @@ def test_sharing_after_a_selection_is_refused_by_block(tiny_vit):
     shape = shape_of(tiny_vit("deit"))
     with pytest.raises(InputError, match="^block 2: tokens share an update by their place"):
         plan_with(shape, {1: Select(kept=3), 2: random_share(shape.num_patches, 0)})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_mean_of_a_large_region_is_summed_in_float32(dtype):
+    n = 509
+    rule = SharedUpdate(regions=(0,) * n, weights=(1 / n,) * n, own=0.0)
+    x = (100 + torch.randn(1, n, 5, generator=torch.Generator().manual_seed(0))).to(dtype)
+    block = SharedUpdateBlock(torch.nn.Identity(), rule, 0).to(dtype)
+    wanted = x.double().mean(dim=1)
+    # One rounding of the mean itself; the weights, which are of the dtype too, are all 1 / 509 but for the same factor of half a place.
+    assert float((block(x)[0, 0].double() - wanted).abs().max()) < 2 * 128 * torch.finfo(dtype).eps

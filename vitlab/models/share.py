@@ -29,7 +29,9 @@ class SharedUpdateBlock(nn.Module):
         """(B, N, D) -> (B, N, D)."""
         x = unmasked(x, attn_mask, is_causal, "a block that merges tokens")
         prefix, patches = x[:, :self.num_prefix_tokens], x[:, self.num_prefix_tokens:]
-        means = patches.new_zeros(x.shape[0], self.num_merged + 1, x.shape[2]).index_add(1, self.regions, self.weights * patches)
+        exact = torch.promote_types(x.dtype, torch.float32)                     # a region may be many patches
+        means = patches.new_zeros(x.shape[0], self.num_merged + 1, x.shape[2], dtype=exact)
+        means = means.index_add(1, self.regions, self.weights.to(exact) * patches).to(x.dtype)
         regions = torch.cat([prefix, means[:, :-1]], dim=1)                     # (B, P + C, D)
         given = self.block(regions) if self.mask is None else self.block(regions, attn_mask=self.mask)
         given = torch.cat([given, torch.zeros_like(given[:, :1])], dim=1)

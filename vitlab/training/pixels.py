@@ -35,7 +35,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Te
 
 
 def each_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Each image's own (B); of pixels the mean over those of the image that count."""
+    """Each image's own (B); of pixels the mean over those of the image that count. Raises InputError as `check_targets` does."""
+    check_targets(targets)
     each = F.cross_entropy(logits, targets, reduction="none", ignore_index=ignored(targets))            # (B) or (B, H, W)
     return each.reshape(len(each), -1).sum(dim=1) / (targets != ignored(targets)).reshape(len(each), -1).sum(dim=1).clamp(min=1)
 
