@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from comparing import disturb_matrices, gradient_and_slope, logits, relative
 from conftest import random_rule
+from safetensors.torch import load_file, save_file
 from test_cost import counted_macs
 
 from vitlab import cost
@@ -15,7 +16,7 @@ from vitlab.files import InputError
 from vitlab.models import attention_block, compress, deploy, set_trainable, shape_of
 from vitlab.models.merge import TokenBlock
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import MergeReconstruct
+from vitlab.rules import MergeReconstruct, SharedUpdate
 from vitlab.shape import ViTShape
 from vitlab.training import checkpoint
 from vitlab.training.published import save_published
@@ -350,3 +351,22 @@ def test_an_attention_mask_is_refused_in_every_block_of_a_span(tiny_vit, images,
     model.blocks[block].register_forward_pre_hook(lambda m, args, kwargs: (args, {"is_causal": True}), with_kwargs=True)
     with pytest.raises(InputError, match="takes no attention mask"):
         logits(model, images(dense))
+
+
+def test_a_file_with_the_names_of_before_loads(tiny_vit, images, tmp_path):
+    dense = tiny_vit("deit")
+    shape, n = shape_of(dense), shape_of(dense).num_patches
+    half = tuple(j // 2 for j in range(n))
+    weights = tuple(1 / half.count(r) for r in half)
+    blocks = (BlockPlan(tokens=SharedUpdate(regions=half, weights=weights, own=0.5, proportional=True)),
+              BlockPlan(tokens=MergeReconstruct(regions=half, weights=weights, span=3)), *[BlockPlan()] * 3)
+    plan = CompressionPlan(shape=shape, blocks=blocks)
+    model = compress(dense, plan)
+    disturb_matrices(model)
+    folder = checkpoint.save(tmp_path / "c", model, plan)
+    state = load_file(folder / checkpoint.WEIGHTS)
+    state["blocks.3.tokens.reconstruct_matrix"] = state.pop("blocks.1.tokens.reconstruct_matrix")
+    for name in ("regions", "weights", "own", "mask"):
+        del state[f"blocks.0.{name}"]
+    save_file(state, folder / checkpoint.WEIGHTS)
+    assert torch.equal(logits(checkpoint.load(folder).model, images(dense)), logits(model, images(dense)))

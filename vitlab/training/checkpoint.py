@@ -8,7 +8,7 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import save as to_bytes
-from torch import nn
+from torch import Tensor, nn
 
 import vitlab
 from vitlab.files import InputError, atomic_folder, existing_folder, read_json
@@ -102,6 +102,16 @@ def _dense(info: dict[str, Any], plan: CompressionPlan, weights: Path) -> nn.Mod
     return rebuild(source, most) if of_pixels is None else rebuild_segmenter(source, of_pixels, most)
 
 
+def _by_todays_names(state: dict[str, Tensor], model: nn.Module, plan: CompressionPlan) -> dict[str, Tensor]:
+    """The state with its tensors where they stand today: a span's reconstruct matrix once stood in its last block, and what the plan
+    says of shared updates in no file."""
+    blocks = ("" if encoder_of(model) is model else "encoder.") + "blocks"
+    moved = {f"{blocks}.{i}.tokens.reconstruct_matrix": f"{blocks}.{i - place}.tokens.reconstruct_matrix"
+             for i, (_, place) in enumerate(plan.rules()) if place}
+    planned = {name: value for name, value in model.state_dict().items() if name.rpartition(".")[2] in ("regions", "weights", "own", "mask")}
+    return planned | {moved.get(name, name): value for name, value in state.items()}
+
+
 def find(path: str | Path) -> Path:
     """The checkpoint folder at `path`: itself, or checkpoint/ inside a run folder. InputError where there is none."""
     for folder in (existing_folder(path), existing_folder(Path(path) / FOLDER)):
@@ -133,6 +143,6 @@ def load(path: str | Path) -> Checkpoint:
         raise InputError(f"{folder / PLAN}: {error}") from None
     if info.get("deployed"):
         model = deploy(model)
-    load_state(model, read_state(folder / WEIGHTS), folder / WEIGHTS)
+    load_state(model, _by_todays_names(read_state(folder / WEIGHTS), model, plan), folder / WEIGHTS)
     encoder_of(model).pretrained_cfg = {**model.pretrained_cfg, **{k: v for k, v in config.items() if v is not None}}
     return Checkpoint(model=model.eval(), plan=plan, info=info)
