@@ -108,7 +108,7 @@ def _by_todays_names(state: dict[str, Tensor], model: nn.Module, plan: Compressi
     blocks = ("" if encoder_of(model) is model else "encoder.") + "blocks"
     moved = {f"{blocks}.{i}.tokens.reconstruct_matrix": f"{blocks}.{i - place}.tokens.reconstruct_matrix"
              for i, (_, place) in enumerate(plan.rules()) if place}
-    planned = {name: value for name, value in model.state_dict().items() if name.rpartition(".")[2] in ("regions", "weights", "own", "mask")}
+    planned = {name: value for name, value in model.state_dict().items() if name.endswith((".regions", ".weights", ".own", ".mask"))}
     return planned | {moved.get(name, name): value for name, value in state.items()}
 
 
