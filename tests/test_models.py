@@ -249,12 +249,16 @@ def test_classifier_of_a_compressed_model_can_be_reset_and_the_result_deployed(t
     assert relative(logits(deploy(model), x), logits(model, x)) < SAME      # both read the class count anew
 
 
-@pytest.mark.parametrize("pool", [None, "avg"])
-def test_a_deployed_model_refuses_another_classifier_or_pooling(tiny_vit, random_plan, pool):
+def test_a_deployed_model_takes_another_classifier_but_no_other_pooling(tiny_vit, images, random_plan):
     dense = tiny_vit("deit")
-    deployed = deploy(compress(dense, random_plan(shape_of(dense), "m-mmm", seed=1)))
-    with pytest.raises(InputError, match="reset the classifier of the training form"):
-        deployed.reset_classifier(11, pool)         # average of patches, none of which are left
+    model = compress(dense, random_plan(shape_of(dense), "m-mmm", seed=1))
+    deployed, x = deploy(model), images(dense)
+    deployed.reset_classifier(11)
+    model.head = deployed.head
+    assert relative(logits(deployed, x), logits(model, x)) < SAME
+    deployed.reset_classifier(11, "avg")            # average of patches, none of which are left
+    with pytest.raises(InputError, match="pools by 'avg', but only its prefix tokens are left"):
+        deployed(x)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(tiny_vit, family, images, random_plan):
