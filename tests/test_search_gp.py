@@ -332,8 +332,8 @@ def test_the_population_is_the_same_however_long_the_search_and_whatever_was_mea
 
 def test_gp_and_random_start_alike_and_a_varied_population_does_not():
     problem, nothing = macs_problem(), (np.empty((0, 5)), np.empty(0))
-    gp, random = (proposed(propose(strategy, problem, *nothing, QUICK, 8, 5)) for strategy in ("gp", "random"))
-    varied = proposed(propose("gp", problem, *nothing, dataclasses.replace(QUICK, initial="varied"), 8, 5))
+    gp, random = (proposed(propose(strategy, problem, *nothing, QUICK, 8, 11)) for strategy in ("gp", "random"))
+    varied = proposed(propose("gp", problem, *nothing, dataclasses.replace(QUICK, initial="varied"), 8, 11))
     assert (gp == random).all() and not set(SPACE.keys(varied)) & set(SPACE.keys(gp))
 
 
