@@ -27,6 +27,7 @@ from vitlab import CompressionPlan, InputError, compress, deploy, shape_of
 from vitlab.models.read_out import ReadOutBlock
 from vitlab.plan import BlockPlan
 from vitlab.rules import Match, MergeReconstruct, ReadOut, Select, SharedUpdate
+from vitlab.training.units import unit_scores
 
 SAME = 1e-5                                     # float32, other order of additions, five blocks
 DEPTH, CLASSES = 4, 7
@@ -489,3 +490,53 @@ def test_dynamic_quantisation_is_near(rule, form):
     assert sum(type(m) is nn.Linear for m in quantised.modules()) == 0
     off = ((logits(quantised, x) - logits(model, x)).norm(dim=1) / logits(model, x).norm(dim=1)).median()
     assert 0 < float(off) < 0.2                 # int8, random weights; by the median as in half precision
+
+
+# ---- Hooks that change what a block gives, or want its gradient
+
+HOLDING = ("span", "match", "match, read out")
+
+
+@each_rule
+def test_hooks_that_move_or_copy_a_blocks_output_change_nothing(rule):
+    model = copy.deepcopy(made("registers", rule, "compressed"))
+    x, before = pictures(model), logits(model, pictures(model))
+    acts = (torch.Tensor.clone, lambda o: o.to("cpu"), lambda o: o.detach())
+    for act in (lambda o: o.clone(), *acts[1:]):
+        handles = [block.register_forward_hook(lambda m, i, o, act=act: act(o)) for block in model.blocks]
+        assert torch.equal(logits(model, x), before)
+        for handle in handles:
+            handle.remove()
+
+
+@each_rule
+def test_a_hook_that_makes_another_tensor_of_merged_tokens_is_refused_by_the_next_block(rule):
+    model = copy.deepcopy(made("registers", rule, "compressed"))
+    x, before = pictures(model), logits(model, pictures(model))
+    model.blocks[1].register_forward_hook(lambda m, i, o: o * 1.0)
+    if rule in HOLDING:
+        refused(lambda: model(x), "merged tokens should come in", "hook")
+    else:
+        assert torch.equal(logits(model, x), before)
+
+
+@each_rule
+def test_a_backward_hook_on_a_block_is_called_or_refused(rule):
+    model, seen = copy.deepcopy(made("registers", rule, "compressed")), []
+    model.blocks[1].register_full_backward_hook(lambda m, given, got: seen.append(got[0].shape))
+    if rule in HOLDING:
+        refused(lambda: model(pictures(model)), "backward hook")
+        return
+    model(pictures(model)).sum().backward()
+    assert len(seen) == 1
+
+
+def test_weights_that_are_not_all_a_layer_does_are_not_read():
+    peft = pytest.importorskip("peft", reason="peft, of the extra dev, is not installed")
+    model = copy.deepcopy(dense("vit"))
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["qkv", "proj", "fc1", "fc2"]), model)
+    shape, x = shape_of(model), pictures(model)
+    by_all = CompressionPlan(shape=shape, blocks=(BlockPlan(tokens=Select(kept=4, ranked_by="all")),) + (BlockPlan(),) * 3)
+    refused(lambda: compress(model, by_all), "block 0", "merge adapters")
+    for criterion in ("weight", "reconstruction"):
+        refused(lambda by=criterion: unit_scores(model, [(x, torch.zeros(2))], criterion=by, progress=False), "merge adapters")

@@ -127,6 +127,11 @@ def compress(model: nn.Module, plan: CompressionPlan, *, before: CompressionPlan
             raise InputError(f"block {index}: {error}") from None
     if isinstance(model.blocks[-1], MatchBlock):
         model.blocks[-1].gives_back = True
+    merged = False
+    for block in model.blocks:
+        if isinstance(block, (MatchBlock, ReadOutBlock)):
+            block.takes_held = merged
+        merged = merged or isinstance(block, MatchBlock) and block.rule.merged > 0
     return model if all(cut.tokens is None for cut in plan.blocks) else as_tokens_cut(model)
 
 

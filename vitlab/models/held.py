@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree
 
 from vitlab import matching
@@ -39,6 +39,22 @@ class Held:
         if name.startswith("__"):                                               # what Python itself looks for: copies, pickles
             raise AttributeError(name)
         return getattr(self.whole(), name)
+
+    def _each(self, act: Callable[[Tensor], Tensor]) -> "Held":
+        return dataclasses.replace(self, **{name: act(v) for name, v in vars(self).items() if isinstance(v, Tensor)})
+
+    def to(self, *args: Any, **kwargs: Any) -> "Held":
+        """All that is held, moved as Tensor.to moves; numbers of patches and places stay what they are."""
+        return self._each(lambda v: v.to(*args, **kwargs) if v.dtype == self.x.dtype else v.to(v.to(*args, **kwargs).device))
+
+    def clone(self) -> "Held":
+        return self._each(Tensor.clone)
+
+    def detach(self) -> "Held":
+        return self._each(Tensor.detach)
+
+    def contiguous(self) -> "Held":
+        return self._each(Tensor.contiguous)
 
     def __getitem__(self, key: Any) -> Tensor:
         return self.whole()[key]
@@ -90,13 +106,6 @@ for _kind in (Merged, Spanned):     # so that what looks for tensors in a block'
                                  lambda values, context, kind=_kind: kind(*values))
 
 
-def handed_on(held: Held, gives_back: bool) -> Tensor | Held:
-    """What leaves a block: all tokens, or what is held. torch.fx calls a block's output what was computed in it last, so that while it
-    traces, all tokens are computed in either case (and dropped from the graph where nobody asks for them)."""
-    whole = held.whole() if gives_back or isinstance(held.x, torch.fx.Proxy) else None
-    return whole if gives_back else held
-
-
 @torch.fx.wrap
 def _no_mask(x: Tensor, attn_mask: Tensor | None, is_causal: bool, what: str) -> Tensor:
     if attn_mask is not None or is_causal:
@@ -104,11 +113,38 @@ def _no_mask(x: Tensor, attn_mask: Tensor | None, is_causal: bool, what: str) ->
     return x
 
 
-def unmasked(x: Tensor | Held, attn_mask: Tensor | None, is_causal: bool, what: str) -> Tensor | Held:
+def unmasked(x: Tensor, attn_mask: Tensor | None, is_causal: bool, what: str) -> Tensor:
     """x itself. Raises InputError where there is an attention mask; what torch.fx traces does so when it runs."""
-    if isinstance(x, Held):
-        return dataclasses.replace(x, x=_no_mask(x.x, attn_mask, is_causal, what))
     return _no_mask(x, attn_mask, is_causal, what)
+
+
+class HoldingBlock(nn.Module):
+    """What blocks share that take or give held tokens; `takes_held` says whether the block before gives them."""
+
+    takes_held = False
+
+    def received(self, x: Tensor | Held, attn_mask: Tensor | None, is_causal: bool, what: str) -> Tensor | Held:
+        """What comes in. Raises InputError where there is an attention mask, or where held tokens are due and something on the way (a
+        hook) has made all tokens of them: which of them are one, and for how many patches, can't be known any more."""
+        if not isinstance(x, Held):
+            if self.takes_held:
+                raise InputError("merged tokens should come in, but all tokens did: a hook on the block before has changed what it gives; "
+                                 "hook a part inside the block instead")
+            return unmasked(x, attn_mask, is_causal, what)
+        return dataclasses.replace(x, x=unmasked(x.x, attn_mask, is_causal, what))
+
+    def handed_on(self, held: Held, gives_back: bool) -> Tensor | Held:
+        """What leaves the block: all tokens, or what is held. torch.fx calls a block's output what was computed in it last, so that while
+        it traces, all tokens are computed in either case (and dropped from the graph where nobody asks for them). Raises InputError where
+        something would lose the gradient of what is held: a re-entrant checkpoint, a backward hook."""
+        if gives_back:
+            return held.whole()
+        if isinstance(held.x, torch.fx.Proxy):
+            held.whole()
+        elif self._backward_hooks or self._backward_pre_hooks:
+            raise InputError("a backward hook on a block that hands on merged tokens would never be called; hook a part inside the block "
+                             "instead")
+        return held
 
 
 def check_reentrant(x: Tensor | Held) -> None:

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from vitlab import matching
 from vitlab.models.attention import KeyedAttention, attention_as
-from vitlab.models.held import Merged, check_reentrant, handed_on, unmasked
+from vitlab.models.held import HoldingBlock, Merged, check_reentrant
 from vitlab.rules import Match
 
 
@@ -13,7 +13,7 @@ def size_mask(sizes: Tensor, dtype: torch.dtype) -> Tensor:
     return sizes.to(torch.promote_types(dtype, torch.float32)).log()[:, None, None].to(dtype)     # bfloat16 can't tell 256 from 257
 
 
-class MatchBlock(nn.Module):
+class MatchBlock(HoldingBlock):
     """timm's Block that merges alike tokens after the attention's residual, and takes into account what tokens stand for.
 
     Takes and gives (B, N, D) while nothing was merged, `Merged` from then on; the last block of a model (gives_back) gives all N tokens.
@@ -27,8 +27,8 @@ class MatchBlock(nn.Module):
         self.block, self.rule, self.num_prefix_tokens, self.gives_back = block, rule, num_prefix_tokens, gives_back
 
     def forward(self, x: Tensor | Merged, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor | Merged:
-        given = self.merged(unmasked(x, attn_mask, is_causal, "a block that merges tokens"))
-        return handed_on(given, self.gives_back) if isinstance(given, Merged) else given
+        given = self.merged(self.received(x, attn_mask, is_causal, "a block that merges tokens"))
+        return self.handed_on(given, self.gives_back) if isinstance(given, Merged) else given
 
     def merged(self, given: Tensor | Merged) -> Tensor | Merged:
         """What leaves the block before tokens are given back."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlab import tokens
-from vitlab.models.held import Spanned, check_reentrant, handed_on, unmasked
+from vitlab.models.held import HoldingBlock, Spanned, check_reentrant
 from vitlab.rules import MergeReconstruct
 
 
@@ -29,7 +29,7 @@ class MergeReconstructTokens(nn.Module):
         return Spanned(torch.matmul(self.merge_matrix, x), aside, self.reconstruct_matrix)
 
 
-class TokenBlock(nn.Module):
+class TokenBlock(HoldingBlock):
     """timm's Block number `place`, from 0, of those that run by the rule. The first merges, the last reconstructs; between them goes
     `Spanned`. Together the blocks i to j of a span give
 
@@ -38,7 +38,7 @@ class TokenBlock(nn.Module):
 
     def __init__(self, block: nn.Module, rule: MergeReconstruct, num_prefix_tokens: int, place: int = 0) -> None:
         super().__init__()
-        self.block, self.place, self.span = block, place, rule.span
+        self.block, self.place, self.span, self.takes_held = block, place, rule.span, place > 0
         self.tokens = None if place else MergeReconstructTokens(rule, num_prefix_tokens)
 
     @property
@@ -47,11 +47,11 @@ class TokenBlock(nn.Module):
         return self.place + 1 == self.span
 
     def forward(self, x: Tensor | Spanned, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor | Spanned:
-        x = unmasked(x, attn_mask, is_causal, "a block that merges tokens")
+        x = self.received(x, attn_mask, is_causal, "a block that merges tokens")
         if self.span > 1:
             check_reentrant(x)
         given = x if self.tokens is None else self.tokens(x)
-        return handed_on(Spanned(self.block(given.x), given.aside, given.reconstruct), self.reconstructs)
+        return self.handed_on(Spanned(self.block(given.x), given.aside, given.reconstruct), self.reconstructs)
 
     def agrees(self, rule: MergeReconstruct, num_prefix_tokens: int, place: int) -> bool:
         """Whether it is what the rule makes: its place, the number of merged tokens, and the mask, which does not train."""

@@ -2,12 +2,12 @@
 from torch import Tensor, nn
 
 from vitlab.models.attention import PrefixAttention, attention_as
-from vitlab.models.held import Merged, unmasked
+from vitlab.models.held import HoldingBlock, Merged
 from vitlab.models.match import size_mask
 from vitlab.rules import ReadOut
 
 
-class ReadOutBlock(nn.Module):
+class ReadOutBlock(HoldingBlock):
     """timm's Block, last of its model: (B, N, D), or what matching blocks have merged, -> (B, P, D). All N tokens are attended to; the P
     prefix tokens ask."""
 
@@ -17,7 +17,7 @@ class ReadOutBlock(nn.Module):
         self.block, self.rule, self.num_prefix_tokens = block, rule, num_prefix_tokens
 
     def forward(self, x: Tensor | Merged, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        x = unmasked(x, attn_mask, is_causal, "a block that reads out")
+        x = self.received(x, attn_mask, is_causal, "a block that reads out")
         x, mask = (x.x, size_mask(x.sizes, x.x.dtype)) if isinstance(x, Merged) else (x, None)
         block = self.block
         x = x[:, :self.num_prefix_tokens] + block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=mask)))

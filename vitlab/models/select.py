@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from vitlab import tokens
 from vitlab.models.attention import KeyedAttention, attention_as
 from vitlab.models.held import unmasked
+from vitlab.models.support import plain_linear
 from vitlab.rules import Select
 
 
@@ -41,7 +42,8 @@ class SelectBlock(nn.Module):
     def __init__(self, block: nn.Module, rule: Select, num_prefix_tokens: int) -> None:
         super().__init__()
         attn, every = block.attn, rule.ranked_by == "all"
-        rows, bias = attn.qkv.weight[:2 * attn.attn_dim] if every else None, attn.qkv.bias if every else None
+        qkv = plain_linear(attn.qkv) if every else None
+        rows, bias = (qkv.weight[:2 * attn.attn_dim], qkv.bias) if every else (None, None)
         self.register_buffer("rank_weight", None if rows is None else rows.detach().clone())
         self.register_buffer("rank_bias", None if bias is None else bias[:2 * attn.attn_dim].detach().clone())
         if not every:

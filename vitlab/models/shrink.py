@@ -6,14 +6,13 @@ from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 
 from vitlab.files import InputError
+from vitlab.models.support import plain_linear
 
 
 @torch.no_grad()
 def _keep(linear: nn.Linear, *, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
-    """Keep some output rows or input columns of a Linear. Raises InputError for whatever else stands there."""
-    if type(linear) is not nn.Linear:
-        raise InputError(f"a {type(linear).__module__}.{type(linear).__name__} stands for a Linear there, and can't be cut; merge adapters "
-                         "into the weights, or compress before they are added")
+    """Keep some output rows or input columns of a Linear."""
+    plain_linear(linear)
     if rows is not None:
         linear.weight = nn.Parameter(linear.weight[rows].clone(), requires_grad=linear.weight.requires_grad)
         if linear.bias is not None:

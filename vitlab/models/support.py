@@ -20,6 +20,15 @@ def attention_block(block: nn.Module) -> nn.Module:
     return block
 
 
+def plain_linear(linear: nn.Module) -> nn.Linear:
+    """The layer itself, whose weights are to be read. Raises InputError for whatever else stands for a Linear: its weights are not all
+    that it does."""
+    if type(linear) is not nn.Linear:
+        raise InputError(f"a {type(linear).__module__}.{type(linear).__name__} stands for a Linear there, whose weights are needed; merge "
+                         "adapters into the weights, or compress before they are added")
+    return linear
+
+
 def is_merged(model: nn.Module) -> bool:
     """Whether tokens are merged or selected in any block (training or deployed form)."""
     return any(attention_block(b) is not b for b in model.blocks)

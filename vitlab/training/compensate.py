@@ -15,6 +15,7 @@ from vitlab.files import InputError
 from vitlab.models import attention_block, compress
 from vitlab.models.held import Merged
 from vitlab.models.shrink import keep_heads, keep_neurons
+from vitlab.models.support import plain_linear
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import Match, Select, SharedUpdate, TokenRule
 from vitlab.training.averaging import hooks
@@ -171,7 +172,7 @@ def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[
                                                                     prefix_weight=prefix_weight, amp=amp)
         stay = torch.arange(linear.in_features // width) if kept is None else torch.tensor(kept)
         try:
-            weight, gained = refit(linear.weight.detach(), known, stay.to(device), width, ridge)
+            weight, gained = refit(plain_linear(linear).weight.detach(), known, stay.to(device), width, ridge)
         except InputError as error:
             raise InputError(f"block {index}: {error}") from None
         if kind == "heads" and kept is not None:

@@ -27,7 +27,6 @@ from vitlab.models import compress, deploy, encoder_of, shape_of
 from vitlab.models.attention import PrefixAttention, attention_as
 from vitlab.models.match import MatchBlock
 from vitlab.models.segmenter import Segmenter
-from vitlab.models.select import class_attention
 from vitlab.models.share import SharedUpdateBlock
 from vitlab.models.shrink import keep_heads, keep_neurons
 from vitlab.plan import CompressionPlan
@@ -90,14 +89,17 @@ def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]], batch: in
     pools = {n: SharedUpdateBlock(nn.Identity(), _even_regions(model.patch_embed.num_patches, int(n - prefix)), prefix).to(like)
              for n in axes["pool"][0]}
 
+    plain = copy.deepcopy(model.blocks[0])
+
     def match(x: Tensor, n: int) -> Tensor:
         """Half of what can be merged is; keys are as wide as all heads."""
-        return MatchBlock(copy.copy(model.blocks[0]), Match(merged=max(1, int(n - prefix) // 4)), prefix).merge(x, None, x[:, :, 0], x)[0]
+        return MatchBlock(plain, Match(merged=max(1, int(n - prefix) // 4)), prefix).merge(x, None, x[:, :, 0], x)[0]
 
     def select(x: Tensor, n: int, heads: int) -> Tensor:
-        attn = by_heads[heads].attn
-        rows = (None if v is None else v[:2 * attn.attn_dim] for v in (attn.qkv.weight, attn.qkv.bias))
-        return tokens.select(x, class_attention(attn, x, *rows), int(n - prefix) // 2, prefix)
+        """The class token's row over the keys of so many heads, and the choice."""
+        width = min(int(heads) * by_heads[heads].attn.head_dim, dim)
+        row = x[:, :1, :width] @ x[:, :, :width].transpose(1, 2)
+        return tokens.select(x, row.softmax(dim=2)[:, 0], int(n - prefix) // 2, prefix)
     encoder = encoder_of(model)
     run = {"stem": lambda x, n: encoder.norm_pre(encoder._pos_embed(encoder.patch_embed(x))),
            "attention": lambda x, n, heads: x + (b := by_heads[heads]).drop_path1(b.ls1(b.attn(b.norm1(x)))),

@@ -22,6 +22,7 @@ from vitlab.criteria.units import (
 )
 from vitlab.files import InputError
 from vitlab.models import shape_of
+from vitlab.models.support import plain_linear
 from vitlab.training.averaging import Batches, averaged, frozen_eval, hooks
 from vitlab.training.capture import need_classifier
 from vitlab.training.compensate import KINDS, gather_moments, mixing_layer
@@ -52,6 +53,8 @@ def _unit_hooks(model: nn.Module, see: Callable[[str, int, Tensor], None], kinds
 def _unit_weights(block: nn.Module) -> dict[str, Tensor]:
     """All weights (U, K) that leave with each unit: rows of qkv and columns of proj, rows of fc1 and columns of fc2."""
     heads, d = block.attn.num_heads, block.attn.head_dim
+    for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+        plain_linear(linear)
     qkv = block.attn.qkv.weight.detach().unflatten(0, (3, heads, d)).transpose(0, 1).flatten(1)      # (3 H d, D) -> (H, 3 d D)
     proj = block.attn.proj.weight.detach().unflatten(1, (heads, d)).transpose(0, 1).flatten(1)       # (D, H d) -> (H, D d)
     return {"heads": torch.cat([qkv, proj], dim=1),
@@ -110,7 +113,7 @@ def _by_moments(model: nn.Module, batches: Batches, criterion: UnitCriterion, de
     found = {kind: [] for kind in KINDS}
     for index, kind in layers:
         linear, width = mixing_layer(model.blocks[index], kind)
-        found[kind].append(getattr(criterion, kind)(linear.weight.detach(), moments[index, kind], width).cpu())
+        found[kind].append(getattr(criterion, kind)(plain_linear(linear).weight.detach(), moments[index, kind], width).cpu())
     return UnitScores(heads=torch.stack(found["heads"]), neurons=torch.stack(found["neurons"]), made_by=made_by | {"images": str(images)})
 
 
