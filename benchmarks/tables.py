@@ -194,12 +194,18 @@ def off_the_shelf(rows: list[dict]) -> str:
 
 
 def off_the_shelf_short(rows: list[dict]) -> str:
-    """Without the points that only the figure needs."""
-    shown = ("dense", "ToMe, r 13", "ToMe, r 16", "merging by content, one ratio, 0.75", "merging by content, searched, 0.75",
-             "merging by content, searched, 0.6", "Prune and Merge, keep 0.6", "shared updates, searched, 0.75",
-             "shared updates, searched, 0.75, calibrated", "neurons, searched, 1.09", "neurons, searched, 0.98",
-             "all together, searched, 0.75", "all together, searched, 0.6", "all together, searched, 0.45")
-    return off_the_shelf(sorted((r for r in rows if r["model"] in shown), key=lambda r: shown.index(r["model"])))
+    """Both models side by side, without the points that only the figure needs."""
+    shown = ("dense", "ToMe, r 8", "ToMe, r 13", "ToMe, r 16", "merging by content, one ratio, 0.75", "merging by content, one ratio, 0.6",
+             "selection by class attention, one ratio, 0.75", "shared updates, keep 0.6", "Prune and Merge, keep 0.6")
+    both = [{r["model"]: r for r in found} for found in (rows, read_lines(HERE / "results" / "off_the_shelf_vit_tiny.jsonl"))]
+    name, notes = _speed(rows)
+
+    def line(rule: str) -> list[str]:
+        each = [[_against(r[rule], r[rule]["against_dense"]), _value(r[rule], "distill_loss", 3)] for r in both]
+        return [rule, f"{both[0][rule]['gmacs']:.2f}", *each[0], *each[1], _ratio(both[0][rule])]
+    head = ["rule", "GMACs", *(f"{model}, {what}" for model in ("DeiT-tiny", "AugReg") for what in ("top-1 against dense", "distance (nats)")), name]
+    top1 = " and ".join(_value(r["dense"], "top1_pct", 2) for r in both)
+    return _table(head, [line(rule) for rule in shown], [f"Dense top-1: {top1}", *_notes(rows, "distill_loss", paired=True), *notes])
 
 
 def per_block(rows: list[dict]) -> str:
@@ -251,7 +257,8 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
     "published_table": published_table, "published_form": published_table, "boundaries": boundaries, "cifar10": cifar10,
     "token_speed": token_speed, "mdc_table": mdc_table, "joint": joint, "latency": latency, "hsic_speed": hsic_speed,
     "search_quality": search_quality, "off_the_shelf": off_the_shelf,
-    "off_the_shelf_short": off_the_shelf_short, "off_the_shelf_vit_tiny": off_the_shelf, "per_block": per_block, "camvid": camvid,
+    "off_the_shelf_short": off_the_shelf_short, "off_the_shelf_vit_tiny": off_the_shelf, "off_the_shelf_searched": off_the_shelf,
+    "per_block": per_block, "camvid": camvid,
     "allocator": allocator, "scale": scale, "loader": loader}
 
 
