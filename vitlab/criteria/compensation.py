@@ -128,7 +128,7 @@ def elimination_order(weight: Tensor, moments: Moments, width: int = 1, ridge: f
     """
     count, device = weight.shape[1] // width, weight.device
     at_once = at_once or -(-count // STEPS)
-    for name, value in (("weights of the layer", weight), ("moments of its inputs", moments.products), ("means of its inputs", moments.sum)):
+    for name, value in (("weights of the layer", weight), ("moments of its inputs", moments.products), ("sums of its inputs", moments.sum)):
         if not value.isfinite().all():
             raise InputError(f"the {name} hold values that are not finite; finite ones are needed to order its units")
     inverse = torch.linalg.inv(moments.covariance(ridge))                       # (K, K)

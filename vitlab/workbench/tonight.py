@@ -58,7 +58,8 @@ class Survey:
                  progress: bool = True) -> None:
         """images: of train, to compare plans on, and as many others to report on; score_images: others, to score and refit on
         (`ImageData.parts`). Scores and moments are made when first needed, so that `check` comes before them, written into `folder`, and
-        read where they were made before of the same model and images. Raises InputError for a compressed model, or one without a classifier."""
+        read where they were made before of the same model and images. Raises InputError for a compressed model, or one without a
+        classifier."""
         self.found, self.folder, self.place, self.progress = open_dense(source), Path(folder), pick_device(device), progress
         need_classifier(self.found.model, "offers")
         self.seed = seed
