@@ -8,6 +8,7 @@ import pytest
 from vitlab import cli, signals
 from vitlab.plan import CompressionPlan
 from vitlab.rules import ReadOut
+from vitlab.tokens import decay_of
 from vitlab.training import checkpoint
 
 QUICK = ["--limit", "64", "--epochs", "1", "--batch-size", "32", "--quiet", "--device", "cpu"]
@@ -47,6 +48,17 @@ def test_the_papers_path_runs_from_commands_alone(study, capsys):
     code, out, _ = run(capsys, "throughput", f"{study}/dense", f"{study}/tuned", "--repeats", "2", "--batch-size", "4", "--quiet")
     assert code == 0 and "images/s (batch 4)" in out and "range" in out and "ratio: median over 2 rounds" in out
     assert "threads" in out and "float32" in out
+
+
+def test_prune_takes_the_decay_of_scores_per_block(study, capsys):
+    common = ["prune", "--checkpoint", f"{study}/dense", "--scores", f"{study}/s.safetensors"]
+    for name, options in (("a", ["--decay", "0"]), ("b", ["--decay", "0.05"]), ("c", [])):
+        assert run(capsys, *common, *options, "--out", f"{study}/{name}")[0] == 0
+    made = [CompressionPlan.load(f"{study}/{name}/checkpoint/plan.json") for name in "abc"]
+    assert [plan.made_by["decay"] for plan in made[:2]] == [0.0, 0.05]
+    assert made[2].made_by["decay"] == decay_of("center", made[2].shape.depth)
+    code, _, err = run(capsys, "prune", "--checkpoint", f"{study}/dense", "--match", "0.2", "--decay", "0.1", "--out", f"{study}/d")
+    assert code == 2 and "--decay does not go with --match" in err
 
 
 def test_prune_with_a_plan_file_makes_the_same_model(study, capsys):

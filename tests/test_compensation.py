@@ -124,6 +124,14 @@ def test_each_eliminated_unit_is_the_one_that_least_squares_misses_least(width):
         there.remove(unit)
 
 
+@pytest.mark.parametrize("what", ["weights of the layer", "moments of its inputs"])
+def test_what_is_not_finite_is_refused_in_one_line(what):
+    weight, x = torch.randn(3, 5), torch.randn(11, 5)
+    (weight if what.startswith("weights") else x)[1, 2] = torch.nan
+    with pytest.raises(InputError, match=f"the {what} hold values that are not finite"):
+        elimination_order(weight, gathered(x))
+
+
 def test_a_unit_that_repeats_another_goes_early_however_large_it_is():
     x, weight = layer(1)
     x[:, 3] = x[:, 5]

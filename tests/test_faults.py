@@ -599,6 +599,7 @@ COMMANDS = [
     ("A rate beside a plan", f"{PRUNE} --keep-rate 0.5", "--keep-rate does not go with --plan: the plan says it all"),
     ("A rate beside merging by content", f"{MATCH} --keep-rate 0.5", "--keep-rate does not go with --match"),
     ("Reading out beside a plan", f"{PRUNE} --read-out", "--read-out goes with --match"),
+    ("A decay beside a plan", f"{PRUNE} --decay 0.1", "--decay does not go with --plan: the plan says it all"),
     ("A boundary for a rule that has none", f"{MERGE} --rule merge --boundary grid", "--boundary is for rule center"),
     ("Ratios of units for scores of tokens", f"{MERGE} --head-ratio 0.5", "--head-ratio cuts by --unit-scores"),
     ("Rates of tokens for scores of units", f"{CUT} --keep-rate 0.5", "--keep-rate merges by --scores of tokens"),

@@ -9,6 +9,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from training_fixtures import compressed, one_thread, small_recipe, tiny, write_
 import vitlab
 from vitlab.data import Batches, open_data
 from vitlab.files import InputError, read_lines
-from vitlab.training import states
+from vitlab.training import loop, states
 from vitlab.training.evaluate import evaluate
 from vitlab.training.loop import LOG, fit
 from vitlab.training.recipes import Engine
@@ -468,3 +469,13 @@ def test_a_training_set_where_no_image_can_be_read_is_refused(tmp_path):
         file.write_bytes(b"")
     with pytest.warns(UserWarning), pytest.raises(InputError, match="no image"):
         fit(tiny(), open_data(root), small_recipe(), tmp_path / "run", **QUIET)
+
+
+def test_a_state_without_the_mark_of_its_data_set_goes_on_where_that_may_differ(tmp_path, monkeypatch):
+    loaded = []
+    training = SimpleNamespace(load=lambda state, path: loaded.append(path), batches=SimpleNamespace(broken=["a.png"]), step=1)
+    monkeypatch.setattr(loop.states, "newest", lambda folder: [(tmp_path / "state.pt", {"marks": {"recipe": "r"}})])
+    loop._resume(training, tmp_path, {"recipe": "r", "data set": "d"}, changed_data=True)
+    assert loaded == [tmp_path / "state.pt"] and training.batches.broken == []
+    with pytest.raises(InputError, match="other data set.*--changed-data"):
+        loop._resume(training, tmp_path, {"recipe": "r", "data set": "d"}, changed_data=False)

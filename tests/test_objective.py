@@ -29,6 +29,22 @@ def sample(tiny_vit, images):
     return make
 
 
+@pytest.mark.parametrize("segmenter", [False, True])
+def test_of_images_without_labels_nothing_is_said_that_needs_them(sample, segmenter):
+    if segmenter:
+        model = small()
+        given, plan = [(pictures(3), torch.zeros_like(masks(3)))], units_plan(model)
+    else:
+        model, given = sample("deit")
+        plan = CompressionPlan.empty(shape_of(model))
+    found = PlanObjective(model, given, labelled=False)(plan)
+    assert found.keys() == {"value", "distill_loss", "distill_loss_se", "agree_pct", "agree_se"}
+    whole = PlanObjective(model, given)(plan)
+    assert found == {name: whole[name] for name in found}
+    with pytest.raises(InputError, match="'(top1|miou)_pct' needs labels"):
+        PlanObjective(model, given, metric="miou_pct" if segmenter else "top1_pct", labelled=False)
+
+
 def softmax(logits: list[float]) -> list[float]:
     total = sum(math.exp(v - max(logits)) for v in logits)
     return [math.exp(v - max(logits)) / total for v in logits]

@@ -9,7 +9,7 @@ from training_fixtures import tiny, write_grey
 
 from vitlab.data import ImageData, open_data
 from vitlab.data.images import Stream
-from vitlab.data.parts import LEAST, SHARES, part, share_of
+from vitlab.data.parts import LEAST, SHARES, part, reported_on, share_of
 from vitlab.files import InputError
 
 ALL = dict.fromkeys(SHARES)
@@ -106,8 +106,19 @@ def test_the_first_images_of_a_stream_serve_every_role_and_it_is_said():
     with pytest.warns(UserWarning, match="shards: train; of a stream, the first images serve every role"):
         parts = data.parts(score=20, choose=10)
     assert parts.roles["score"] == 20 and parts.roles["choose"] == 10 and parts.roles["shared"]
+    assert reported_on(data.parts(report=10).roles) == "on up to 10 images, which it was chosen on too"
     counts = [sum(len(x) for x, _ in parts.batches(role, tiny(), batch_size=10, workers=0)) for role in ("score", "choose")]
     assert counts == [20, 10]
+
+
+def test_what_is_reported_on_is_said_to_be_other_images_only_where_it_is(tmp_path):
+    for number in range(LEAST):
+        write_grey(tmp_path / f"{number}.png", number)
+    assert reported_on(open_data(tmp_path).parts(choose=1, report=1).roles) == "on 1 other images"
+    (tmp_path / "0.png").unlink()
+    with pytest.warns(UserWarning, match="too few"):
+        roles = open_data(tmp_path).parts(choose=9, report=9).roles
+    assert reported_on(roles) == f"on {LEAST - 1} images, which it was chosen on too"
 
 
 def test_a_share_is_a_run_of_places():

@@ -97,6 +97,7 @@ def test_columns_of_speed_say_the_batch_and_a_ratio_its_range_and_what_it_is_sta
     head, _, dense, first, second = format_table(rows, ("model", "top1_pct", "throughput_img_s", "ratio")).splitlines()
     assert "throughput_img_s (batch 32)" in head and "ratio (batch 32)" in head and head.split()[:2] == ["model", "top1_pct"]
     assert dense.endswith("1.00") and first.endswith("1.69 (0.84 to 2.54), too noisy to tell") and second.endswith("1.50 (1.44 to 1.57)")
+    assert shown(row("a", 1.3, [1.3, 1.3]), "ratio") == "1.30, too noisy to tell"      # one round
     said = notes(rows, ("model", "top1_pct", "ratio"))
     assert said.count("one standard error") == said.count("median over rounds") == 1 and "95 %" in said and "largest" not in said
     few = notes([row("dense", 1.0, [1.0, 1.0]), row("a", 1.5, [1.4, 1.6], repeats=2)], ("ratio",))

@@ -85,6 +85,7 @@ def test_scores_moments_and_offers_are_kept_as_they_are_made(survey, dense, phot
         for name in ("unit_scores", "token_scores", "dense_moments", "own_labels"):
             patched.setattr(tonight, name, never)
         again = tonight.Survey(dense, photographs, tmp_path / "survey", images=16, score_images=24, **FEW)
+        assert again.scores.keys() == survey.scores.keys() and again.reporting.images == 7
     assert again.objective(plan) == survey.objective(plan)                     # moments and scores came back to the bit
     monkeypatch.setattr(PlanObjective, "__call__", never)
     assert again.offer("all together", plan) == offer
@@ -98,8 +99,14 @@ def test_a_killed_tonight_keeps_what_it_had(dense, photographs, tmp_path, monkey
     monkeypatch.setattr(tonight, "token_scores", killed)
     with pytest.raises(KeyboardInterrupt):
         tonight.tonight(dense, photographs, tmp_path / "out", images=16, **FEW)
-    (kept,) = (tmp_path / "out" / tonight.SURVEY).iterdir()
+    (kept,) = (path for path in (tmp_path / "out" / tonight.SURVEY).iterdir() if path.is_file())
     assert kept.name.startswith("unit-scores")
+
+
+def test_a_budget_that_no_rule_meets_is_refused_before_anything_is_scored(dense, photographs, tmp_path):
+    with pytest.raises(InputError, match="a budget of 1e-05 GMACs can't be met"):
+        tonight.tonight(dense, photographs, tmp_path / "out", gmacs=1e-5, images=16, **FEW)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_cut_is_measured_once_for_all_rules_and_not_again_after_a_kill(survey, dense, photographs, tmp_path, monkeypatch):
@@ -120,7 +127,9 @@ def test_a_cut_is_measured_once_for_all_rules_and_not_again_after_a_kill(survey,
 
 
 def test_the_search_starts_from_the_offer_and_is_no_worse_once_refitted(survey, dense, monkeypatch):
-    limit, calls = 0.6 * gmacs(CompressionPlan.empty(survey.shape)), []
+    whole, calls = gmacs(CompressionPlan.empty(survey.shape)), []
+    limit = 0.6 * whole
+    assert "agree_pct" in survey.search("all together", whole, 6).made_by["reported"]          # nothing is cut, and it is reported
     plan = survey.search("all together", limit, 6)
     assert gmacs(plan) <= limit
 

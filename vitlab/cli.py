@@ -129,7 +129,7 @@ def _print_cut(plan: Any, out: str) -> None:
 
 def _prune(args: argparse.Namespace) -> None:
     from vitlab.workbench import cutting, steps
-    merging = ("rule", "keep_rate", "spans", "prune_rate", "boundary", "weights", "share")
+    merging = ("rule", "keep_rate", "spans", "prune_rate", "decay", "boundary", "weights", "share")
     chosen = {k: getattr(args, k) for k in merging if getattr(args, k) is not None}
     ratios = {k: getattr(args, k) for k in ("policy", "head_ratio", "neuron_ratio", "rho") if getattr(args, k) is not None}
     given = next(iter({**chosen, **ratios}), "").replace("_", "-")
@@ -171,6 +171,7 @@ def _finetune(args: argparse.Namespace) -> None:
 
 def _search(args: argparse.Namespace) -> None:
     from vitlab import parallel
+    from vitlab.data.parts import reported_on
     from vitlab.results import in_words
     from vitlab.search.strategies import settings
     from vitlab.workbench import searching
@@ -197,17 +198,18 @@ def _search(args: argparse.Namespace) -> None:
     best, worth = study.best, searching.reported(args.out) or {}
     print(f"best of {len(study.evaluations)}: number {best.index}, {best.cost:.6g} {cost} of {study.budget.limit:.6g}\n"
           f"on images it was chosen on: {in_words(best.measures)}\n"
-          f"on {worth.get('images')} other images, ± one standard error: {in_words(worth)}\nplan: {args.out}/{searching.PLAN}")
+          f"{reported_on(study.info['about']['roles'])}, ± one standard error: {in_words(worth)}\nplan: {args.out}/{searching.PLAN}")
 
 
 def _tonight(args: argparse.Namespace) -> None:
+    from vitlab.data.parts import reported_on
     from vitlab.results import in_words
     from vitlab.workbench import calibrating, tonight
     found = tonight.tonight(_source(args), args.data, args.out, gmacs=args.gmacs, macs_ratio=args.macs_ratio,
                             evaluations=args.evaluations, minutes=args.minutes, images=args.images, **_data(args))
     if not args.quiet:
         made_by = found.info["made_by"]
-        print(f"before calibration, on {made_by['roles']['report']} images it was not chosen on: {in_words(made_by['plan']['reported'])}")
+        print(f"before calibration, {reported_on(made_by['roles'])}: {in_words(made_by['plan']['reported'])}")
         print(calibrating.distances(made_by))
         _print_cut(found.plan, f"{args.out}/{tonight.DEPLOYED}")
 

@@ -176,6 +176,9 @@ def build_parser() -> Parser:
     p.add_argument("--spans", type=spans, metavar="FIRST-LAST:RATE,...",
                    help="instead of --keep-rate: blocks through which tokens stay merged, as in 3-5:0.7,6-11:0.5; all stay in the others")
     p.add_argument("--prune-rate", type=rate, help="fraction of patches that skip a block, or a span (default: 0.1)")
+    p.add_argument("--decay", type=_number(float, 0, 1, "a number from 0 to 1"), metavar="D",
+                   help="that each block's scores lose of their factor to the one before, below 1 / (blocks - 1) (default: the published "
+                        "one of the rule, spread over the depth)")
     p.add_argument("--boundary", choices=("grid", "reference"),
                    help="regions of rule center: 2-D cells, or raster runs as published (default: grid)")
     p.add_argument("--weights", choices=("score", "uniform", "reference"),

@@ -101,11 +101,11 @@ def format_cell(value: Any, column: str) -> str:
 
 
 def with_range(ratio: float, span: Sequence[float] | None) -> str:
-    """A throughput ratio with its range over the rounds of timing, marked where that holds 1: "1.60 (1.52 to 1.66)". A baseline, and a
-    ratio whose range is not known, stand alone."""
-    if span is None or span[0] == span[1]:
+    """A throughput ratio with its range over the rounds of timing, marked where that holds 1: "1.60 (1.52 to 1.66)". A ratio of one round
+    has no range but the mark; a baseline, and a ratio whose range is not known, stand alone."""
+    if span is None:
         return f"{ratio:.2f}"
-    return f"{ratio:.2f} ({span[0]:.2f} to {span[1]:.2f})" + (f", {NOISY}" if noisy(*span) else "")
+    return f"{ratio:.2f}" + (f" ({span[0]:.2f} to {span[1]:.2f})" if span[0] < span[1] else "") + (f", {NOISY}" if noisy(*span) else "")
 
 
 def ratio_words(speeds: Sequence[dict[str, Any]]) -> str:

@@ -123,10 +123,14 @@ def elimination_order(weight: Tensor, moments: Moments, width: int = 1, ridge: f
 
     the mean squared error that it adds to the layer's output. A unit that others can stand in for goes early, however large
     it is. at_once: units that may go in one step, in which those that lose much are not looked at again, so that what each loses
-    without those before it costs little; None takes as many as make STEPS steps.
+    without those before it costs little; None takes as many as make STEPS steps. Raises InputError for weights or moments that are
+    not finite, or where nothing was gathered.
     """
     count, device = weight.shape[1] // width, weight.device
     at_once = at_once or -(-count // STEPS)
+    for name, value in (("weights of the layer", weight), ("moments of its inputs", moments.products), ("sums of its inputs", moments.sum)):
+        if not value.isfinite().all():
+            raise InputError(f"the {name} hold values that are not finite; finite ones are needed to order its units")
     inverse = torch.linalg.inv(moments.covariance(ridge))                       # (K, K)
     w, there, order = weight.double().clone(), torch.ones(count, dtype=torch.bool, device=device), []
     while len(order) < count:

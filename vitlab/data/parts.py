@@ -5,12 +5,14 @@ The shares are of all of train, not of what a command asks for: commands given o
 calibrate) agree without knowing each other's numbers of images.
 """
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 # Scores and refits take some hundred images each; a choice, or a number to report, needs fewer, and the same of both.
 SHARES = {"score": 0.35, "calibrate": 0.35, "choose": 0.15, "report": 0.15}
 FITTED = ("score", "calibrate")                 # what only fits: where its share is short, it goes on into the other's
+STREAM, FEW = "of a stream, the first images serve every role", "which are too few to be divided"
 LEAST = 8                                       # of fewer images there is not one for each role, and all serve all
 
 
@@ -55,5 +57,13 @@ def part(total: int, seed: int, limits: dict[str, int | None]) -> Parts:
         if short or other:
             said.append(f"{role} takes {taken} images{short}{other}")
     if total < LEAST and limits:
-        said.append(f"{', '.join(limits)} {'share' if len(limits) > 1 else 'takes'} the same images, which are too few to be divided")
+        said.append(f"{', '.join(limits)} {'share' if len(limits) > 1 else 'takes'} the same images, {FEW}")
     return Parts(indices=indices, said=tuple(said))
+
+
+def reported_on(roles: dict[str, Any]) -> str:
+    """The images of role "report" in words, from `ImageData.roles`: "on 32 other images", and where they serve every role, that
+    they do; of a stream the number is the most that were read."""
+    said = " ".join(roles.get("shared", ()))
+    count = f"{'up to ' if STREAM in said else ''}{roles['report']}"
+    return f"on {count} images, which it was chosen on too" if STREAM in said or FEW in said else f"on {count} other images"

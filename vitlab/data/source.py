@@ -17,7 +17,7 @@ from vitlab import parallel
 from vitlab.data.digits import CLASSES, DigitsReader
 from vitlab.data.folder import CLASS_MAP, HELD_OUT_NAMES, FolderReader, class_numbers, find_splits, read_image, unlabelled
 from vitlab.data.images import Batches, Images, Stream, default_workers, image_config, load
-from vitlab.data.parts import SHARES, part
+from vitlab.data.parts import SHARES, STREAM, part
 from vitlab.data.rgb import grey, rgb
 from vitlab.data.tar import TarReader, find_tars
 from vitlab.files import InputError, from_root
@@ -92,7 +92,7 @@ class ImageData:
                 raise InputError(f"{role}: limit is {limit}; at least 1 image is needed")
         found, stream = copy.copy(self), not isinstance(train, Images)
         if stream:
-            found.splits, said = dict.fromkeys(limits, train), ("of a stream, the first images serve every role",)
+            found.splits, said = dict.fromkeys(limits, train), (STREAM,)
             found.roles, found.limits = dict(limits), limits
         else:
             made = part(len(train), seed, limits)

@@ -58,7 +58,7 @@ def _resume(training: Training, folder: Path, marks: dict[str, str], changed_dat
                              + ("--changed-data goes on with the images as they are now, or choose another folder" if only else
                                 "choose another folder or remove it"))
         training.load(state, path)
-        if known["data set"] != marks["data set"]:                                  # what was broken may have been repaired
+        if known.get("data set") != marks["data set"]:                                  # what was broken may have been repaired
             training.batches.broken = []
         break
     if parallel.is_first():

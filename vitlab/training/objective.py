@@ -44,14 +44,18 @@ class PlanObjective:
     """
 
     def __init__(self, dense: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, metric: str = "distill_loss",
-                 device: str | torch.device = "cpu", amp: bool | None = False,
+                 device: str | torch.device = "cpu", amp: bool | None = False, labelled: bool = True,
                  build: Callable[[nn.Module, CompressionPlan], nn.Module] = compress) -> None:
-        """build: makes the cut model of the dense one and a plan. Raises InputError for an unknown metric or another task's, a
-        compressed model, one without a classifier, targets that are no class numbers, or no image."""
+        """build: makes the cut model of the dense one and a plan. labelled: whether targets say anything; where not, nothing that is
+        measured by them is among the measures. Raises InputError for an unknown metric, one by labels where there are none, or another
+        task's, a compressed model, one without a classifier, targets that are no class numbers, or no image."""
         shape = shape_of(dense)
         check_metric(shape, metric)
         if shape.num_classes == 0:
             raise InputError("a search measures a classifier; the model has num_classes=0")
+        if not labelled and metric != "distill_loss":
+            raise InputError(f"metric {metric!r} needs labels, which these images have not; 'distill_loss' needs none")
+        self.labelled = labelled
         self.device, self.own, self.metric, self.amp, self.build = torch.device(device), own_metric(shape), metric, amp, build
         self.dense = copy.deepcopy(dense).to(self.device).eval()
         self._read(batches)
@@ -88,7 +92,7 @@ class PlanObjective:
                 found["distance"] += each_divergence(given, expected).tolist()
                 given, expected = at_targets(model, given, targets), at_targets(model, expected, targets)
             chosen, size = given.argmax(dim=1), len(targets)
-            if self.own == "miou_pct":
+            if self.labelled and self.own == "miou_pct":
                 confusion = confusion or Confusion(given.shape[1], ignored(targets))
                 confusion.add(chosen, targets)
             loss = F.nll_loss(given, targets, reduction="none", ignore_index=ignored(targets)).double()
@@ -105,9 +109,11 @@ class PlanObjective:
         """The measures of all images from what each of them gave, but for mIoU."""
         count, total = len(found["of"]), {name: sum(values) for name, values in found.items()}
         measures = with_error("distill_loss", total["distance"] / count, standard_error(found["distance"]))
-        measures |= with_error("loss", total["loss"] / total["counted"], ratio_error(found["loss"], found["counted"]))
+        if self.labelled:
+            measures |= with_error("loss", total["loss"] / total["counted"], ratio_error(found["loss"], found["counted"]))
         if self.own == "top1_pct":
-            measures |= with_error("top1_pct", 100 * total["right"] / count, share_error(total["right"], count))
+            if self.labelled:
+                measures |= with_error("top1_pct", 100 * total["right"] / count, share_error(total["right"], count))
             return measures | with_error("agree_pct", 100 * total["same"] / count, share_error(total["same"], count))
         error = ratio_error(found["same"], found["of"])
         return measures | with_error("agree_pct", 100 * total["same"] / total["of"], None if error is None else 100 * error)

@@ -2,6 +2,7 @@
 import copy
 import math
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from vitlab.training.stepping import gradient_norm
 from vitlab.uncertainty import standard_error, with_error
 
 LR, BATCH_SIZE = 2e-5, 32
+SKIPPED = 3                                 # steps in a row, not finite, that end the run
 WARMUP, PATIENCE = 0.05, 1 / 3              # shares of the run: until lr is reached, and without a better state until it stops
 
 
@@ -63,8 +65,9 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Di
     for at most `minutes`, or `steps`, with which the result does not depend on the clock, at a rate that rises to lr over the
     first WARMUP of the run and falls to 0 as a cosine. After every epoch `apart`, whose images should not be among
     those trained on, is measured; the best state is what remains, the one given included, and on_better(model, kl) is called
-    with each. It stops early after PATIENCE of the run without a better one. Returns a record an epoch (epoch, steps, loss, kl,
-    seconds); the first is of the model as given. Raises InputError where the loss or its gradient is not finite, the best state kept.
+    with each. It stops early after PATIENCE of the run without a better one. A step whose loss or gradient is not finite is left out,
+    and a warning names its files where they are known. Returns a record an epoch (epoch, steps, loss, kl, seconds); the first is of
+    the model as given. Raises InputError where SKIPPED steps in a row are not finite, the best state kept.
     """
     if (minutes is None) == (steps is None):
         raise InputError("either minutes or steps are needed, not both")
@@ -73,7 +76,7 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Di
     set_trainable(model, "all")
     optimizer = create_optimizer_v2(model, opt="adamw", lr=lr, weight_decay=0.0)
     log = [{"epoch": 0, "steps": 0, "loss": None, "kl": apart(model), "seconds": 0.0}]
-    best, found_at, done, began = copy.deepcopy(model.state_dict()), 0.0, 0, time.monotonic()
+    best, found_at, done, skipped, began = copy.deepcopy(model.state_dict()), 0.0, 0, 0, time.monotonic()
 
     def share() -> float:
         """Of the run that is over."""
@@ -83,7 +86,7 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Di
             while share() < 1 and share() - found_at <= PATIENCE:
                 model.eval()                    # as it is measured: a decoder's dropout keeps a short training from its target
                 losses = []
-                for images, _ in batches:
+                for number, (images, _) in enumerate(batches):
                     over = share()
                     if over >= 1:
                         break
@@ -92,14 +95,17 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Di
                     with torch.no_grad():
                         expected = log_probabilities(teacher, images, amp)
                     loss = divergence(log_probabilities(model, images, amp), expected) / len(images)
-                    losses.append(float(loss.detach()))
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
-                    for what, value in (("loss", losses[-1]), ("gradient's norm", float(gradient_norm(model)))):
-                        if not math.isfinite(value):
-                            raise InputError(f"the {what} of self-distillation is {value} at step {done + 1}; a smaller lr than {lr} "
-                                             "may help. The best state so far is kept")
-                    optimizer.step()
+                    found = {"loss": float(loss.detach()), "gradient's norm": float(gradient_norm(model))}
+                    fault = next((f"the {what} of self-distillation is {v} at step {done + 1}" for what, v in found.items()
+                                  if not math.isfinite(v)), None)
+                    skipped = 0 if fault is None else skipped + 1
+                    if fault is None:
+                        losses.append(found["loss"])
+                        optimizer.step()
+                    else:
+                        _left_out(fault, batches.names(len(log) - 1, number), skipped, lr)
                     done += 1
                     bar.update()
                 least = min(record["kl"] for record in log)
@@ -114,3 +120,12 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Di
         model.load_state_dict(best)
         model.eval()
     return log
+
+
+def _left_out(fault: str, files: list[str], skipped: int, lr: float) -> None:
+    """Warn of a step that is left out. Raises InputError where it is the last of SKIPPED in a row."""
+    of = f" of {', '.join(files)}" if files else ""
+    if skipped >= SKIPPED:
+        raise InputError(f"{fault}{of}, and was not finite in {skipped} steps in a row; a smaller lr than {lr} may help. The best state "
+                         "so far is kept")
+    warnings.warn(f"{fault}{of}; the step is left out", stacklevel=3)

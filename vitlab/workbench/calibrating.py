@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from vitlab.criteria.compensation import RIDGE
+from vitlab.data.parts import reported_on
 from vitlab.models import compress, shape_of
 from vitlab.plan import CompressionPlan
 from vitlab.training import checkpoint
@@ -63,5 +64,5 @@ def distances(made_by: dict[str, Any]) -> str:
         error = made_by.get(f"kl_{name}_se")
         return f"{name} {plus_minus(made_by[f'kl_{name}'], error, digits_of(error, 4))}"
     values = [one(name) for name in ("cut", "refitted", "distilled") if f"kl_{name}" in made_by]
-    return (f"KL(dense || compressed) in nats on {made_by['roles']['report']} other images, ± one standard error: {', '.join(values)}; "
+    return (f"KL(dense || compressed) in nats {reported_on(made_by['roles'])}, ± one standard error: {', '.join(values)}; "
             f"kept: {made_by['kept']}")

@@ -128,7 +128,8 @@ def objective_on(model: nn.Module, parts: ImageData, role: str, metric: str, dev
                  **settings: Any) -> PlanObjective:
     """On the images of a role of train: "choose" to compare plans, "report" to say what the chosen one is worth. Never on the held-out
     split. settings go to PlanObjective."""
-    return PlanObjective(model, measured_batches(model, parts, role, workers), metric=metric, device=device, amp=amp_of(model), **settings)
+    return PlanObjective(model, measured_batches(model, parts, role, workers), metric=metric, device=device, amp=amp_of(model),
+                         labelled=parts.labelled, **settings)
 
 
 def measured_batches(model: nn.Module, parts: ImageData, role: str, workers: int | None) -> Iterable[tuple[Tensor, Tensor]]:

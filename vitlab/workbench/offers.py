@@ -17,7 +17,8 @@ OFFERS, GMACS = "offers.jsonl", "GMACs per image"
 
 @dataclass(frozen=True, kw_only=True)
 class Offer:
-    """A plan and what it is worth, measured on images of train that it was neither made from nor chosen on."""
+    """A plan and what it is worth, measured on images of train that it was neither made from nor chosen on, where
+    they are enough to be divided (`vitlab.data.parts`)."""
 
     rule: str
     plan: CompressionPlan = field(repr=False)       # hundreds of lines

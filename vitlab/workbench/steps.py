@@ -192,11 +192,12 @@ def read_scores(path: str | Path) -> tuple[Tensor, dict[str, str]]:
 
 def prune(source: Source, scores: str | Path | None, out: str | Path, *, plan: str | Path | None = None,
           rule: str = "center", keep_rate: float | None = None, prune_rate: float = tokens.PRUNE_RATE,
-          boundary: str = tokens.BOUNDARY, weights: str = tokens.WEIGHTS, share: bool = False,
+          boundary: str = tokens.BOUNDARY, weights: str = tokens.WEIGHTS, decay: float | None = None, share: bool = False,
           spans: Sequence[Sequence[float]] | None = None) -> Checkpoint:
-    """Compress a dense model by its token scores, or by a plan file; writes and returns the checkpoint in `out`. share: regions
-    share their block's update (methods C1), without matrices. spans: (first block, last block, keep rate) each, instead of
-    keep_rate, of blocks through which tokens stay merged (`prune_and_merge`)."""
+    """Compress a dense model by its token scores, or by a plan file; writes and returns the checkpoint in `out`. decay: of scores
+    per block, None: the published one, spread over the depth. share: regions share their block's update (methods C1), without
+    matrices. spans: (first block, last block, keep rate) each, instead of keep_rate, of blocks through which tokens stay merged
+    (`prune_and_merge`)."""
     found = open_model(source)
     if (plan is None) == (scores is None):
         raise InputError("either token scores or a plan file is needed, not both")
@@ -206,7 +207,7 @@ def prune(source: Source, scores: str | Path | None, out: str | Path, *, plan: s
         values, source_of_scores = read_scores(scores)
         made_by = {"scores": source_of_scores}
         made = prune_and_merge(values, shape_of(found.model), rule=rule, keep_rate=keep_rate, prune_rate=prune_rate,
-                               boundary=boundary, weights=weights, share=share, spans=spans)
+                               boundary=boundary, weights=weights, decay=decay, share=share, spans=spans)
     return apply_plan(found, made, out, made_by)
 
 

@@ -5,6 +5,7 @@ Each dimension of a rule is cut alone and measured once; from these curves `allo
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from vitlab.training.capture import need_classifier, token_scores
 from vitlab.training.checkpoint import Checkpoint
 from vitlab.training.compensate import KINDS, compensate
 from vitlab.training.loop import fingerprint
+from vitlab.training.objective import PlanObjective
 from vitlab.training.units import unit_scores
 from vitlab.workbench.calibrating import calibrate
 from vitlab.workbench.cutting import amp_of, measured_batches, objective_on, open_dense
@@ -55,8 +57,9 @@ class Survey:
                  seed: int = 0, device: str | None = None, class_map: str | Path | None = None, workers: int | None = None,
                  progress: bool = True) -> None:
         """images: of train, to compare plans on, and as many others to report on; score_images: others, to score and refit on
-        (`ImageData.parts`). Scores and moments are written into `folder` as they are made, and read where they were made before of
-        the same model and images. Raises InputError for a compressed model, or one without a classifier."""
+        (`ImageData.parts`). Scores and moments are made when first needed, so that `check` comes before them, written into `folder`, and
+        read where they were made before of the same model and images. Raises InputError for a compressed model, or one without a
+        classifier."""
         self.found, self.folder, self.place, self.progress = open_dense(source), Path(folder), pick_device(device), progress
         need_classifier(self.found.model, "offers")
         self.seed = seed
@@ -64,19 +67,35 @@ class Survey:
         self.parts = opened.parts(seed, score=score_images, choose=images, report=images)
         counts = {role: count for role, count in self.parts.roles.items() if role != "shared"}
         self.inputs = fingerprint([opened.files("train"), counts, seed], [self.found.model])
-        model = self.found.model.to(self.place).eval()
-        self.shape = shape_of(model)
+        self.model, self.workers = self.found.model.to(self.place).eval(), workers
+        self.shape = shape_of(self.model)
         self.read_out = self.shape.pool == POOL_TOKEN and self.shape.num_prefix_tokens > 0
-        self.batches = batches = list(self.parts.batches("score", model, workers=workers))
-        self.scores = self._kept("unit-scores", lambda: _of_units(unit_scores(
-            model, batches, criterion="reconstruction", seed=seed, device=self.place, progress=progress)))
-        self.scores |= self._kept("token-scores", lambda: {"tokens": token_scores(
-            model, own_labels(model, batches, self.place), device=self.place, progress=progress)})
-        moments = moments_from(self._kept("moments", lambda: moments_to(dense_moments(model, batches, KINDS, self.place))))
-        self.objective = objective_on(model, self.parts, "choose", "distill_loss", self.place, workers, build=by_moments(moments))
-        self.reporting = self.objective.on(measured_batches(model, self.parts, "report", workers))
         self._curves: dict[str, list[dict[str, Any]]] = {}
         self._measured = self.folder / f"measured-{self.inputs}.jsonl"
+
+    @cached_property
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
+        """Of the images to score and refit on."""
+        return list(self.parts.batches("score", self.model, workers=self.workers))
+
+    @cached_property
+    def scores(self) -> dict[str, Tensor]:
+        """Of heads, neurons and tokens."""
+        found = self._kept("unit-scores", lambda: _of_units(unit_scores(
+            self.model, self.batches, criterion="reconstruction", seed=self.seed, device=self.place, progress=self.progress)))
+        return found | self._kept("token-scores", lambda: {"tokens": token_scores(
+            self.model, own_labels(self.model, self.batches, self.place), device=self.place, progress=self.progress)})
+
+    @cached_property
+    def objective(self) -> PlanObjective:
+        """On the images to choose on, of models refitted by the dense one's moments."""
+        moments = moments_from(self._kept("moments", lambda: moments_to(dense_moments(self.model, self.batches, KINDS, self.place))))
+        return objective_on(self.model, self.parts, "choose", "distill_loss", self.place, self.workers, build=by_moments(moments))
+
+    @cached_property
+    def reporting(self) -> PlanObjective:
+        """The same on the images to report on."""
+        return self.objective.on(measured_batches(self.model, self.parts, "report", self.workers))
 
     def _kept(self, what: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What `make` gives, from its file where this model and these images gave it before."""
@@ -113,7 +132,8 @@ class Survey:
         return f"{rule.replace(' ', '-')}-{self.inputs}"
 
     def _measure(self, problem: Problem, policy: np.ndarray) -> dict[str, float]:
-        return self.objective(problem.space.plan(policy, **self.scores))
+        plan = problem.space.plan(policy, **self.scores)                        # scores come first, and are kept
+        return self.objective(plan)
 
     def curves(self, rule: str) -> list[dict[str, Any]]:
         """What each dimension of the rule loses when it is cut alone, measured once, for whichever rule."""
@@ -171,7 +191,7 @@ class Survey:
     def search(self, rule: str, gmacs: float, evaluations: int) -> CompressionPlan:
         """The plan of a rule that a search finds which starts from `plan`'s; it goes on when it was killed. Raises InputError."""
         if gmacs >= self._uncut(rule):
-            return self.plan(rule, gmacs)
+            return self._reported(rule, self.plan(rule, gmacs))
         space, budget = problem = self._problem(rule, gmacs)
         study = Study(self.folder / f"{self._name(rule)}-{gmacs:.6g}", space, budget, seed=self.seed, about={"inputs": self.inputs},
                       options=Settings(initial="sensitivity", evaluations=evaluations, population=min(10, max(2, evaluations // 2))))
@@ -179,7 +199,10 @@ class Survey:
             write_lines(study.folder / SENSITIVITY, self.curves(rule))
         best = study.run(lambda policy: self._measure(problem, policy), progress=self.progress)
         best = self._best_refitted(study) if space.units else best
-        plan = space.plan(best.policy, **self.scores, made_by={"method": "search", "rule": rule, "gmacs": gmacs, "evaluation": best.index})
+        return self._reported(rule, space.plan(best.policy, **self.scores, made_by={"method": "search", "rule": rule, "gmacs": gmacs,
+                                                                                    "evaluation": best.index}))
+
+    def _reported(self, rule: str, plan: CompressionPlan) -> CompressionPlan:
         return dataclasses.replace(plan, made_by=plan.made_by | {"reported": worth_of(self.offer(rule, plan))})
 
     def _best_refitted(self, study: Study) -> Evaluation:
