@@ -203,7 +203,8 @@ def off_the_shelf_short(rows: list[dict]) -> str:
     def line(rule: str) -> list[str]:
         each = [[_against(r[rule], r[rule]["against_dense"]), _value(r[rule], "distill_loss", 3)] for r in both]
         return [rule, f"{both[0][rule]['gmacs']:.2f}", *each[0], *each[1], _ratio(both[0][rule])]
-    head = ["rule", "GMACs", *(f"{model}, {what}" for model in ("DeiT-tiny", "AugReg") for what in ("top-1 against dense", "distance (nats)")), name]
+    measured = [f"{model}, {what}" for model in ("DeiT-tiny", "AugReg") for what in ("top-1 against dense", "distance (nats)")]
+    head = ["rule", "GMACs", *measured, name]
     top1 = " and ".join(_value(r["dense"], "top1_pct", 2) for r in both)
     return _table(head, [line(rule) for rule in shown], [f"Dense top-1: {top1}", *_notes(rows, "distill_loss", paired=True), *notes])
 
