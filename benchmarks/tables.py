@@ -183,11 +183,13 @@ def off_the_shelf(rows: list[dict]) -> str:
         draws = r["conditions"]["draws"]
         return _value(r, "top1_pct", 2) + (f" ({min(draws):.2f} to {max(draws):.2f})" if len(draws) > 1 else "")
 
-    def line(r: dict) -> list[str]:
-        return [r["model"], f"{r['gmacs']:.2f}", top1(r), _against(r, r["against_dense"]), _value(r, "distill_loss", 3), _ratio(r),
-                f"{r['conditions']['of_mac_ratio']:.2f}" if r["ratio"] else "-"]
     name, notes = _speed(rows)
-    head = ["rule", "GMACs", "top-1 %", "against dense", "distance to dense (nats)", name, "of the MAC ratio"]
+    timed = any(r["ratio"] for r in rows)                                       # where none was, there are no columns of speed
+
+    def line(r: dict) -> list[str]:
+        speed = [_ratio(r), f"{r['conditions']['of_mac_ratio']:.2f}" if r["ratio"] else "-"]
+        return [r["model"], f"{r['gmacs']:.2f}", top1(r), _against(r, r["against_dense"]), _value(r, "distill_loss", 3), *speed[:2 * timed]]
+    head = ["rule", "GMACs", "top-1 %", "against dense", "distance to dense (nats)", *[name, "of the MAC ratio"][:2 * timed]]
     paired = any(r.get("against_dense_se") is not None for r in rows)
     measured = ", ".join(dict.fromkeys(r["conditions"]["dtype"] for r in rows))
     return _table(head, [line(r) for r in rows], [f"Top-1 and distance in {measured}", *_notes(rows, "top1_pct", paired=paired), *notes])
