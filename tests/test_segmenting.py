@@ -233,7 +233,7 @@ def test_photographs_without_masks_are_enough_for_a_smaller_segmenter_tonight(wa
             step()
     (photographs / "03.png").write_bytes(b"no image")
     with pytest.raises(InputError, match="03.png: can't be read as an image"):
-        tonight.tonight(way / "dense", photographs, tmp_path / "out", images=5, calibration_images=10, **HERE)
+        tonight.tonight(way / "dense", photographs, tmp_path / "out", macs_ratio=0.9, images=5, calibration_images=10, **HERE)
 
 
 # ---------------------------------------------------------------- evaluation
