@@ -140,12 +140,7 @@ def in_words(measures: dict[str, Any]) -> str:
 
 def format_table(rows: list[ResultRow], columns: tuple[str, ...] = COLUMNS) -> str:
     """Plain-text table, numbers right-aligned; '-' where nothing was measured. Columns of speed say of which batch (`titles`)."""
-    cells = [titles(rows, columns)] + [[shown(r, c) for c in columns] for r in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = ["  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(line, widths)))
-             for line in cells]
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(lines)
+    return aligned([titles(rows, columns), *([shown(r, c) for c in columns] for r in rows)])
 
 
 def titles(rows: list[ResultRow], columns: tuple[str, ...]) -> list[str]:

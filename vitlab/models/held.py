@@ -114,7 +114,8 @@ def _no_mask(x: Tensor, attn_mask: Tensor | None, is_causal: bool, what: str) ->
 
 
 def unmasked(x: Tensor, attn_mask: Tensor | None, is_causal: bool, what: str) -> Tensor:
-    """x itself. Raises InputError where there is an attention mask; what torch.fx traces does so when it runs."""
+    """x itself. Raises InputError where there is an attention mask; what torch.fx traces does so when it runs. (torch.fx keeps a wrapped
+    function as one call only by its name in the module that wraps it, so that others call this.)"""
     return _no_mask(x, attn_mask, is_causal, what)
 
 
@@ -135,8 +136,8 @@ class HoldingBlock(nn.Module):
 
     def handed_on(self, held: Held, gives_back: bool) -> Tensor | Held:
         """What leaves the block: all tokens, or what is held. torch.fx calls a block's output what was computed in it last, so that while
-        it traces, all tokens are computed in either case (and dropped from the graph where nobody asks for them). Raises InputError where
-        something would lose the gradient of what is held: a re-entrant checkpoint, a backward hook."""
+        it traces, all tokens are computed in either case (and dropped from the graph where nobody asks for them). Raises InputError where a
+        backward hook would never be called."""
         if gives_back:
             return held.whole()
         if isinstance(held.x, torch.fx.Proxy):

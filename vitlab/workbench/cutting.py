@@ -28,7 +28,7 @@ from vitlab.training.checkpoint import Checkpoint
 from vitlab.training.objective import PlanObjective
 from vitlab.training.units import unit_scores
 from vitlab.uncertainty import error_name
-from vitlab.workbench.steps import Source, apply_plan, in_words, need_dense, open_matching, open_model, pick_device
+from vitlab.workbench.steps import Source, apply_plan, need_dense, open_matching, open_model, pick_device, what_is_shared
 
 UNIT_SCORES, SENSITIVITY = "unit_scores.safetensors", "sensitivity.jsonl"
 WIDE = 192                                  # models at least this wide gain by bf16 where the hardware has it; narrower ones lose
@@ -62,7 +62,7 @@ def score_units(source: Source, data: str | Path, out: str | Path, *, criterion:
     if needs_images(criterion):
         parts = opened.parts(seed, score=images)
         batches = parts.batches("score", found.model, batch_size=batch_size, seed=seed, workers=workers, shared=True)
-        words = in_words(parts)
+        words = what_is_shared(parts)
     scores = unit_scores(found.model, batches, criterion=criterion, seed=seed, device=pick_device(device), progress=progress)
     made_by = {**words, **scores.made_by, "data": opened.name, "batch_size": str(batch_size), "seed": str(seed)}
     if parallel.is_first():

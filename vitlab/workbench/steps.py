@@ -163,15 +163,15 @@ def score(source: Source, data: str | Path, out: str | Path, *, images: int = 51
     batches = parts.batches("score", found.model, batch_size=batch_size, seed=seed, workers=workers, shared=True)
     scores, used = scored(found.model, batches, criterion=criterion, absolute=absolute, device=pick_device(device), progress=progress)
     made_by = {"data": opened.name, "criterion": criterion, "batch_size": str(batch_size), "absolute": absolute, "seed": str(seed),
-               **in_words(parts), "images": str(used)}
+               "images": str(used), **what_is_shared(parts)}
     if parallel.is_first():
         atomic_write(out, save({"token_scores": scores.contiguous()}, metadata=made_by))
     return scores
 
 
-def in_words(parts: ImageData) -> dict[str, str]:
-    """The images of scores, and what they share, as the metadata of their file."""
-    return {"images": str(parts.roles["score"])} | ({"shared": "; ".join(parts.roles["shared"])} if "shared" in parts.roles else {})
+def what_is_shared(parts: ImageData) -> dict[str, str]:
+    """What the images of scores share with other roles, as metadata of the scores' file; empty where nothing."""
+    return {"shared": "; ".join(parts.roles["shared"])} if "shared" in parts.roles else {}
 
 
 def read_scores(path: str | Path) -> tuple[Tensor, dict[str, str]]:
