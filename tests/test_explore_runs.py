@@ -43,7 +43,7 @@ def panel_parts(panel) -> dict:
             "begin": begin}
 
 
-async def until_shown(condition: Callable[[], bool], seconds: float = 120) -> None:
+async def until_shown(condition: Callable[[], bool], seconds: float = 300) -> None:
     """As `until`, while the panel's own watching goes on."""
     for _ in range(int(seconds / 0.05)):
         if condition():

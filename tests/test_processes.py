@@ -24,7 +24,7 @@ from vitlab.workbench.processes import INFO, OUTPUT, resume, start, state, stop
 ENDLESS = ["--epochs", "100000", "--limit", "8", "--batch-size", "8"]      # a training that only a test ends
 
 
-def until(condition: Callable[[], bool], seconds: float = 120) -> None:
+def until(condition: Callable[[], bool], seconds: float = 300) -> None:
     """Wait for something that other processes bring about."""
     end = time.monotonic() + seconds
     while not condition():
@@ -91,6 +91,27 @@ def test_stop_ends_the_command_and_resume_goes_on_where_it_was(run, training):
     assert epochs(run)[:len(reached)] == reached
     assert epochs(run)[len(reached)] == reached[-1] + 1
     stop(run)
+
+
+def test_a_stop_that_sees_the_end_late_does_not_stop_what_was_started_there_meanwhile(run, monkeypatch):
+    wait = "import sys, time\nif 'vitlab' in sys.orig_argv:\n    time.sleep(600)\n"
+    run.mkdir()
+    (run / "sitecustomize.py").write_text(wait)
+    monkeypatch.setenv("PYTHONPATH", str(run))
+    start(["recipes"], run)
+    until(lambda: len(processes._group(read_json(run / INFO))) == 2)
+    first, looked = read_json(run / INFO)["pid"], processes._group
+
+    def late(record: dict) -> list[int]:
+        living = looked(record)
+        if not living and record["pid"] == first and read_json(run / INFO)["pid"] == first:
+            start(["recipes"], run)
+        return living
+    monkeypatch.setattr(processes, "_group", late)
+    stop(run)
+    assert read_json(run / INFO)["pid"] != first and "stopped" not in read_json(run / INFO)
+    monkeypatch.setattr(processes, "_group", looked)
+    assert state(run).name == "running" and stop(run).name == "stopped"
 
 
 def test_a_second_start_is_refused_while_one_is_running_and_leaves_it_alone(run, training):

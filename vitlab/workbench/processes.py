@@ -153,8 +153,8 @@ def stop(run: str | Path, *, grace: float = GRACE) -> State:
         request = signal.SIGKILL if time.monotonic() > end else None
         time.sleep(0.05)
     after = _record(run)
-    if not after.get("stopped"):        # the runner was killed, or had not begun, and could not write it down
-        _write(run, after | {"stopped": True})
+    if after["pid"] == record["pid"] and not after.get("stopped"):              # unless the next one was started there meanwhile
+        _write(run, after | {"stopped": True})                                  # the runner was killed, or had not begun
     return state(run)
 
 
