@@ -10,8 +10,7 @@ from torch import Tensor
 from vitlab.files import InputError
 
 RIDGE = 1e-3                                # times the mean variance of the inputs
-STEPS = 256                                 # of an elimination, about; more units go several at once
-CANDIDATES = 4                              # for each place of a step
+STEP = 64                                   # inputs that leave an elimination before its matrices take it over; says nothing of the order
 
 
 class Moments:
@@ -77,68 +76,64 @@ def refit(weight: Tensor, moments: Moments, kept: Tensor, width: int = 1, ridge:
     return (w[:, inputs] + change).to(weight.dtype), (shift - change @ mean[inputs]).to(weight.dtype)
 
 
-def _losses(w: Tensor, inverse: Tensor, there: Tensor, width: int) -> Tensor:
-    """error_u = tr(W_u (H_uu)^-1 W_u^T) of the units still there, infinite for others: w (D, U d), inverse H (U d, U d) -> (U)."""
-    count = len(there)
-    own = inverse.unflatten(1, (count, width)).unflatten(0, (count, width))     # (U, d, U, d)
-    own = own.diagonal(dim1=0, dim2=2).permute(2, 0, 1)                         # H_uu (U, d, d)
-    own = torch.where(there[:, None, None], own, torch.eye(width, dtype=own.dtype, device=own.device))
-    units = w.unflatten(1, (count, width)).permute(1, 2, 0)                     # W_u^T (U, d, D)
-    return (units * torch.linalg.solve(own, units)).sum(dim=(1, 2)).masked_fill(~there, torch.inf)
+def _diagonal(matrix: Tensor, width: int) -> Tensor:
+    """The blocks of units on the diagonal: (U d, U d) -> (U, d, d)."""
+    blocks = matrix.unflatten(1, (-1, width)).unflatten(0, (-1, width))         # (U, d, U, d)
+    return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
 
 
-def _without(w: Tensor, inverse: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-    """The refitted weights and H where the inputs `at` have left; 0 in their rows and columns."""
-    step = torch.linalg.solve(inverse[at][:, at], inverse[at])                  # (k, K)
-    w, inverse = w - w[:, at] @ step, inverse - inverse[:, at] @ step
-    w[:, at], inverse[at], inverse[:, at] = 0, 0, 0
-    return w, inverse
+def _go(inverse: Tensor, gram: Tensor, width: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(the `count` units that go next, H and G of those that stay), from H (U d, U d) and G = W^T W, W refitted. With h and g the
+    rows of the unit u that goes, L L^T = H_uu and q = L^-1 h, those of the others become
+
+        H - q^T q,   G - r^T q - q^T r,   r = L^-1 (g - G_uu L^-T q / 2)
+
+    which the units of a step gather as rows of Q and R, and the matrices take over at its end in three products."""
+    q, r = (inverse.new_zeros(count * width, len(inverse)) for _ in range(2))
+    own, weight, order = _diagonal(inverse, width), _diagonal(gram, width), []              # (U, d, d) each
+    inputs = torch.arange(len(inverse), device=inverse.device).unflatten(0, (-1, width))    # (U, d)
+    there = torch.ones(len(own), dtype=torch.bool, device=own.device)
+    for row in range(0, count * width, width):
+        lost = (weight / own).flatten() if width == 1 else torch.linalg.solve(own, weight).diagonal(dim1=1, dim2=2).sum(dim=1)
+        unit = lost.masked_fill(~there, torch.inf).argmin()[None]                           # (1), and never read on its way
+        at = inputs.index_select(0, unit)[0]
+        q_at, r_at = (gone[:row].index_select(1, at).T for gone in (q, r))
+        h = inverse.index_select(0, at) - q_at @ q[:row]                                    # (d, U d)
+        g = gram.index_select(0, at) - q_at @ r[:row] - r_at @ q[:row]
+        root = torch.linalg.cholesky(h.index_select(1, at))
+        h, g = (torch.linalg.solve_triangular(root, x, upper=False) for x in (h, g))
+        g = g - torch.linalg.solve_triangular(root, g.index_select(1, at).T, upper=False).T @ h / 2
+        q[row:row + width], r[row:row + width] = h, g
+        h, g = (x.unflatten(1, (-1, width)).transpose(0, 1) for x in (h, g))                # (U, d, d): h_u, not its transpose
+        own = own - (h * h if width == 1 else h.mT @ h)
+        weight = weight - (2 * g * h if width == 1 else g.mT @ h + h.mT @ g)
+        there = there.index_fill(0, unit, False)
+        own = torch.where(there[:, None, None], own, torch.eye(width, dtype=own.dtype, device=own.device))
+        order.append(unit)
+    stay = inputs[there].flatten()
+    q, r = q[:, stay], r[:, stay]
+    return torch.cat(order), inverse[stay][:, stay] - q.T @ q, gram[stay][:, stay] - r.T @ q - q.T @ r
 
 
-def _leaving(w: Tensor, inverse: Tensor, losses: Tensor, width: int, at_once: int) -> list[int]:
-    """The units of one step, up to at_once, in their order: always the one that loses least without those before it, of the
-    CANDIDATES * at_once that lose least alone. The step ends before one that loses more than units that are no candidates do."""
-    ranked = losses.argsort()[:int(losses.isfinite().sum())]
-    near, at_once = ranked[:CANDIDATES * at_once], min(at_once, len(ranked))
-    beyond = losses[ranked[len(near)]] if len(near) < len(ranked) else torch.inf
-    at = columns(near, width)
-    w, inverse, losses, left = w[:, at], inverse[at][:, at], losses[near], []
-    there = torch.ones(len(near), dtype=torch.bool, device=near.device)
-    while True:
-        left.append(int(losses.argmin()))
-        if len(left) == at_once:
-            break
-        there[left[-1]] = False
-        w, inverse = _without(w, inverse, columns(near.new_tensor(left[-1:]), width))
-        losses = _losses(w, inverse, there, width)
-        if losses.min() > beyond:
-            break
-    return near[left].tolist()
-
-
-def elimination_order(weight: Tensor, moments: Moments, width: int = 1, ridge: float = RIDGE, at_once: int | None = None) -> Tensor:
+def elimination_order(weight: Tensor, moments: Moments, width: int = 1, ridge: float = RIDGE) -> Tensor:
     """Units (U) in the order in which they go, greedily: always the one whose loss is least after the best refit of the rest,
 
         error_u = tr(W_u (H_uu)^-1 W_u^T),   H = C^-1 of the inputs still there, W refitted
 
     the mean squared error that it adds to the layer's output. A unit that others can stand in for goes early, however large
-    it is. at_once: units that may go in one step, in which those that lose much are not looked at again, so that what each loses
-    without those before it costs little; None takes as many as make STEPS steps. Raises InputError for weights or moments that are
-    not finite, or where nothing was gathered.
+    it is. Time grows with K^3. Raises InputError for weights or moments that are not finite, or where nothing was gathered.
     """
-    count, device = weight.shape[1] // width, weight.device
-    at_once = at_once or -(-count // STEPS)
     for name, value in (("weights of the layer", weight), ("moments of its inputs", moments.products), ("sums of its inputs", moments.sum)):
         if not value.isfinite().all():
             raise InputError(f"the {name} hold values that are not finite; finite ones are needed to order its units")
-    inverse = torch.linalg.inv(moments.covariance(ridge))                       # (K, K)
-    w, there, order = weight.double().clone(), torch.ones(count, dtype=torch.bool, device=device), []
-    while len(order) < count:
-        leaving = _leaving(w, inverse, _losses(w, inverse, there, width), width, at_once)
-        w, inverse = _without(w, inverse, columns(torch.tensor(leaving, device=device), width))
-        there[leaving] = False
-        order += leaving
-    return torch.tensor(order, device=device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments.covariance(ridge)))
+    w = weight.to(inverse)
+    gram, left, order = w.T @ w, torch.arange(weight.shape[1] // width, device=weight.device), []
+    while len(left):
+        gone, inverse, gram = _go(inverse, gram, width, min(len(left), max(1, STEP // width)))
+        order.append(left[gone])
+        left = left[~torch.isin(left, order[-1])]
+    return torch.cat(order)
 
 
 def reconstruction(weight: Tensor, moments: Moments, width: int = 1) -> Tensor:
