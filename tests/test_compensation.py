@@ -1,17 +1,19 @@
 """Compensation of cuts against numpy's least squares, and the greedy elimination against brute force."""
+import functools
+
 import numpy as np
 import pytest
 import torch
 from segmenting_fixtures import pictures, small, units_plan
 from training_fixtures import full_plan, images, logits, one_thread, tiny  # noqa: F401
 
-from vitlab.criteria.compensation import Moments, columns, elimination_order, reconstruction, refit
+from vitlab.criteria.compensation import RIDGE, Moments, choose_ridge, columns, elimination_order, reconstruction, refit
 from vitlab.files import InputError
 from vitlab.models import attention_block, compress, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import MergeReconstruct, Select, SharedUpdate
 from vitlab.tokens import shared
-from vitlab.training.compensate import SMALL_GAMMA, compensate, dense_rows, gather_moments, gather_towards, mixing_layer
+from vitlab.training.compensate import SMALL_GAMMA, Walk, compensate, dense_rows, gather_moments, mixing_layer
 from vitlab.training.self_distillation import Divergence
 
 ROWS, UNITS, WIDTH, OUT = 211, 7, 3, 5
@@ -110,6 +112,37 @@ def test_ridge_pulls_the_refit_towards_the_weights_as_they_were():
     kept = torch.tensor([0, 2, 3, 6])
     far, near = (refit(weight, gathered(x), kept, WIDTH, ridge=r)[0] - weight[:, columns(kept, WIDTH)] for r in (1e-6, 10.0))
     assert near.norm() < 0.5 * far.norm()
+
+
+@pytest.mark.parametrize("rows", [40, 2000])
+def test_the_ridge_is_the_one_that_misses_least_on_rows_left_out(rows):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 31, generator=generator) @ torch.randn(31, 31, generator=generator)
+    weight, lacks = torch.randn(OUT, 31, generator=generator), 3 * torch.randn(rows, OUT, generator=generator)
+    kept, ridges = torch.arange(0, 31, 2), (1e-4, 1e-2, 1.0, np.inf)
+    folds, missed = [], dict.fromkeys(ridges, 0.0)
+    for part in range(4):
+        held, others = slice(part, None, 4), torch.arange(rows) % 4 != part
+        folds.append(Moments(31, outputs=OUT))
+        folds[-1].add(x[held], lacks[held])
+        rest = Moments(31, outputs=OUT)
+        rest.add(x[others], lacks[others])
+        for ridge in ridges:
+            new, gained = refit(weight.double(), rest, kept, ridge=ridge)
+            wrong = x[held][:, kept].double() @ new.T + gained - x[held].double() @ weight.double().T - lacks[held]
+            missed[ridge] += float(wrong.square().sum())
+    assert choose_ridge(weight, folds, kept, ridges=ridges) == min(ridges, key=missed.get)
+    assert (choose_ridge(weight, folds, kept) > 0.02) == (rows == 40)           # noise is not fitted
+    assert choose_ridge(weight, folds[:1], kept) == np.inf                      # nothing to tell by
+
+
+def test_a_walk_through_the_model_runs_each_block_a_few_times():
+    dense, runs = tiny(depth=5), []
+    plan = CompressionPlan(shape=shape_of(dense), blocks=tuple(BlockPlan(neurons=tuple(range(0, 96, 3))) for _ in range(5)))
+    for block in dense.blocks:                                                  # its copies count with it
+        block.register_forward_pre_hook(lambda module, given: runs.append(len(given[0])))
+    compensate(dense, plan, batches(), progress=False)
+    assert len(runs) <= 4 * 5 * len(batches())                                  # dense once, the model for each of two layers and to go on
 
 
 @pytest.mark.parametrize("width", [1, WIDTH])
@@ -230,7 +263,7 @@ def changed(model, other) -> set[str]:
 def test_without_the_stream_each_layer_is_fitted_to_its_own_output_alone():
     dense = tiny()
     plan = select_plan(dense)
-    found = compensate(dense, plan, batches(), stream=0, prefix_weight=1, progress=False)
+    found = compensate(dense, plan, batches(), ridge=RIDGE, stream=0, prefix_weight=1, progress=False)
     model, given = compress(dense, CompressionPlan(shape=plan.shape, blocks=tuple(BlockPlan(tokens=b.tokens) for b in plan.blocks))), {}
     for index, cut in enumerate(plan.blocks):
         for kind in ("heads", "neurons"):
@@ -262,7 +295,7 @@ def test_with_moments_of_the_dense_model_no_batch_is_read_and_only_cut_layers_ar
     dense = tiny()
     plan, moments = one_cut(dense), gather_moments(dense.eval(), batches(), [(0, "neurons")])
     found = compensate(dense, plan, None, moments=moments, progress=False)
-    own = compensate(dense, plan, batches(), stream=0, prefix_weight=1, progress=False)         # nothing is cut before block 0
+    own = compensate(dense, plan, batches(), ridge=RIDGE, stream=0, prefix_weight=1, progress=False)    # nothing is cut before block 0
     assert changed(found, compress(dense, plan)) == {f"blocks.0.mlp.fc2.{name}" for name in ("weight", "bias")}
     assert torch.allclose(found.blocks[0].mlp.fc2.weight, own.blocks[0].mlp.fc2.weight, atol=1e-6)
 
@@ -289,7 +322,9 @@ def test_with_the_stream_as_target_the_layer_brings_its_block_to_the_dense_model
     fc2 = block.mlp.fc2
     own = a @ fc2.weight.detach().double().numpy().T + fc2.bias.detach().double().numpy()
     wanted = np.linalg.lstsq(root * design, root * (0.3 * own + 0.7 * (d - x) / scale), rcond=None)[0]
-    moments = gather_towards(dense, model, batches(), (1, "neurons"), None, stream=0.7, prefix_weight=5.0)
+    walk = Walk(dense, model, batches())
+    walk.step()
+    moments = functools.reduce(Moments.plus, walk.moments("neurons", None, stream=0.7, prefix_weight=5.0))
     weight, gained = refit(fc2.weight.detach(), moments, torch.arange(96), ridge=1e-9)
     found = design @ np.column_stack([weight.double().numpy(), (fc2.bias + gained).detach().double().numpy()]).T
     assert np.allclose(found, design @ wanted, atol=5e-3 * np.abs(own).max())                   # 96 inputs, nearly dependent

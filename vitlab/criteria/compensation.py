@@ -4,12 +4,19 @@ Second-order pruning of whole units: *Optimal Brain Surgeon* (Hassibi and Stork,
 arXiv 2302.04089, section 3); here with a bias, so that means are taken over exactly. All from second moments of the layer's
 inputs: K inputs (units times their width d), D outputs, U units, n rows (tokens of all images).
 """
+import copy
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from vitlab.files import InputError
 
 RIDGE = 1e-3                                # times the mean variance of the inputs
+RIDGES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1, math.inf)        # of these a refit's is chosen
 STEP = 64                                   # inputs that leave an elimination before its matrices take it over; says nothing of the order
 
 
@@ -36,6 +43,13 @@ class Moments:
                 self.lack_products += (lacks.T @ weighted).double()
                 self.lack += (lacks if weights is None else lacks * weights.flatten()[:, None]).sum(dim=0, dtype=torch.float64)
 
+    def plus(self, other: "Moments") -> "Moments":
+        """Of the rows of both."""
+        found = copy.copy(self)
+        for name, value in vars(self).items():
+            setattr(found, name, value + getattr(other, name))
+        return found
+
     @property
     def mean(self) -> Tensor:
         return self.sum / self.rows
@@ -55,25 +69,67 @@ def columns(units: Tensor, width: int) -> Tensor:
     return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Normal:
+    """The normal equations of what the kept inputs S are to take over from the others R: sizes K', D."""
+
+    covariance: Tensor              # C_SS (K', K')
+    wanted: Tensor                  # W_R C_RS + C_eS (D, K')
+    mean: Tensor                    # mu_S (K')
+    shift: Tensor                   # W_R mu_R + mu_e (D)
+    variance: float                 # mean of the diagonal of C, of all inputs
+
+    @classmethod
+    def of(cls, weight: Tensor, moments: Moments, inputs: Tensor) -> "Normal":
+        rest = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+        rest[inputs] = False
+        covariance, mean, w = moments.covariance(ridge=0), moments.mean, weight.double()
+        wanted, shift = w[:, rest] @ covariance[rest][:, inputs], w[:, rest] @ mean[rest]
+        if len(moments.lack):
+            lack = moments.lack / moments.rows
+            wanted, shift = wanted + moments.lack_products[:, inputs] / moments.rows - torch.outer(lack, mean[inputs]), shift + lack
+        return cls(covariance=covariance[inputs][:, inputs], wanted=wanted, mean=mean[inputs], shift=shift,
+                   variance=float(covariance.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)))
+
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """(W' - W_S (D, K'), b' - b (D))."""
+        change = torch.zeros_like(self.wanted)
+        if ridge < math.inf:
+            raised = self.covariance + ridge * self.variance * torch.eye(len(self.mean), dtype=self.mean.dtype, device=self.mean.device)
+            change = torch.linalg.solve(raised, self.wanted.T).T
+        return change, self.shift - change @ self.mean
+
+    def error(self, change: Tensor, gained: Tensor) -> float:
+        """Mean squared error of a change on the rows of these equations, but for a constant."""
+        spread = ((change @ self.covariance) * change).sum() - 2 * (change * self.wanted).sum()
+        return float(spread + (gained + change @ self.mean - self.shift).square().sum())
+
+
 def refit(weight: Tensor, moments: Moments, kept: Tensor, width: int = 1, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
     """(weight of the kept inputs (D, K'), what the bias gains (D)) that give back the layer's output, and what it lacked, best:
 
         min  sum_r w_r |W' a_S + b' - (W a + b + e)|^2 + ridge * mean variance * sum_r w_r * |W' - W_S|^2
-        W' = W_S + (W_R C_RS + C_eS) C_SS^-1,   b' - b = W_R mu_R + mu_e - (W' - W_S) mu_S
+        W' = W_S + (W_R C_RS + C_eS) (C_SS + ridge * mean variance)^-1,   b' - b = W_R mu_R + mu_e - (W' - W_S) mu_S
 
-    S the kept inputs, R the others, C the covariance, its diagonal raised. kept: units, ascending. With nothing cut and nothing
-    lacking: W itself, and 0.
+    S the kept inputs, R the others, C the covariance. kept: units, ascending. ridge inf: the means alone are made good. With nothing
+    cut and nothing lacking: W itself, and 0. Raises InputError where nothing was gathered.
     """
     inputs = columns(kept, width)
-    rest = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-    rest[inputs] = False
-    covariance, mean, w = moments.covariance(ridge), moments.mean, weight.double()
-    wanted, shift = w[:, rest] @ covariance[rest][:, inputs], w[:, rest] @ mean[rest]           # (D, K'), (D)
-    if len(moments.lack):
-        lack = moments.lack / moments.rows
-        wanted, shift = wanted + moments.lack_products[:, inputs] / moments.rows - torch.outer(lack, mean[inputs]), shift + lack
-    change = torch.linalg.solve(covariance[inputs][:, inputs], wanted.T).T
-    return (w[:, inputs] + change).to(weight.dtype), (shift - change @ mean[inputs]).to(weight.dtype)
+    change, gained = Normal.of(weight, moments, inputs).solve(ridge)
+    return (weight[:, inputs].double() + change).to(weight.dtype), gained.to(weight.dtype)
+
+
+def choose_ridge(weight: Tensor, folds: Sequence[Moments], kept: Tensor, width: int = 1, ridges: Sequence[float] = RIDGES) -> float:
+    """The ridge of a `refit` that misses least on images that it was not fitted to: for each fold of the images, fitted to the others
+    and measured on it. The largest of `ridges` where there are not two folds with images to tell by."""
+    folds, inputs = [fold for fold in folds if fold.rows], columns(kept, width)
+    if len(folds) < 2:
+        return max(ridges)
+    own = [Normal.of(weight, fold, inputs) for fold in folds]
+    others = [Normal.of(weight, functools.reduce(Moments.plus, (other for other in folds if other is not fold)), inputs) for fold in folds]
+    missed = {ridge: sum(fold.rows * held_out.error(*fitted.solve(ridge)) for fold, held_out, fitted in zip(folds, own, others))
+              for ridge in ridges}
+    return min(ridges, key=missed.__getitem__)
 
 
 def _diagonal(matrix: Tensor, width: int) -> Tensor:

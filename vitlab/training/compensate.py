@@ -1,8 +1,8 @@
 """Cut heads and neurons, and refit what is left so that every block's output stays: closed form, no labels, no training."""
-import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vitlab import parallel, tokens
-from vitlab.criteria.compensation import RIDGE, Moments, refit
+from vitlab.criteria.compensation import RIDGE, Moments, choose_ridge, refit
 from vitlab.files import InputError
 from vitlab.models import attention_block, compress
-from vitlab.models.held import Merged
+from vitlab.models.held import Held, Merged
 from vitlab.models.shrink import keep_heads, keep_neurons
-from vitlab.models.support import plain_linear
+from vitlab.models.support import encoder_of, plain_linear
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import Match, Select, SharedUpdate, TokenRule
 from vitlab.training.averaging import hooks
@@ -23,6 +23,7 @@ from vitlab.training.evaluate import autocast
 
 KINDS = ("heads", "neurons")
 STREAM, PREFIX_WEIGHT = 0.5, 1.0           # of `compensate`; on DeiT-tiny with 39 % of the neurons cut: docs/off_the_shelf.md
+FOLDS = 4                                   # of the images, by which the strength of a refit is chosen
 SMALL_GAMMA = 1e-3                          # of the largest: channels whose LayerScale is less keep their own target
 
 
@@ -31,31 +32,18 @@ def mixing_layer(block: nn.Module, kind: str) -> tuple[nn.Linear, int]:
     return (block.attn.proj, block.attn.head_dim) if kind == "heads" else (block.mlp.fc2, 1)
 
 
-class _Reached(Exception):
-    """The layer whose inputs are wanted has seen them; what follows need not be computed."""
-
-
 @torch.inference_mode()
 def gather_moments(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], layers: Sequence[tuple[int, str]], *,
                    device: str | torch.device | None = None, amp: bool | None = False) -> dict[tuple[int, str], Moments]:
-    """Moments of the inputs of some layers, (block, "heads" or "neurons") each, over all tokens of all images, in one pass that
-    ends where the last of them is reached. Under torchrun each process gives its share of the batches."""
+    """Moments of the inputs of some layers, (block, "heads" or "neurons") each, over all tokens of all images, in one
+    pass. Under torchrun each process gives its share of the batches."""
     device = torch.device(device) if device is not None else next(model.parameters()).device
-    found, handles, last = {}, [], max(layers)
-
-    def hook(layer: tuple[int, str]):
-        def before(module: nn.Module, inputs: tuple[Tensor]) -> None:
-            found[layer].add(inputs[0])
-            if layer == last:
-                raise _Reached
-        return before
-    for layer in layers:
-        linear = mixing_layer(attention_block(model.blocks[layer[0]]), layer[1])[0]
-        found[layer] = Moments(linear.in_features, device)
-        handles.append(linear.register_forward_pre_hook(hook(layer)))
-    with hooks(handles):
+    linears = {layer: mixing_layer(attention_block(model.blocks[layer[0]]), layer[1])[0] for layer in layers}
+    found = {layer: Moments(linear.in_features, device) for layer, linear in linears.items()}
+    with hooks([linear.register_forward_pre_hook(lambda _, given, own=found[layer]: own.add(given[0]))
+                for layer, linear in linears.items()]):
         for images, _ in batches:
-            with contextlib.suppress(_Reached), autocast(device, amp):
+            with autocast(device, amp):
                 model(images.to(device))
     for moments in found.values():
         moments.rows = float(parallel.total(torch.tensor(float(moments.rows), dtype=torch.float64)))
@@ -90,49 +78,66 @@ def _lacks(scale: nn.Module, rule: TokenRule | None, stream: Tensor, given: Tens
     return F.pad(lacks, (0, 0, 0, given.shape[1] - lacks.shape[1]))
 
 
-@torch.inference_mode()
-def gather_towards(dense: nn.Module, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], layer: tuple[int, str],
-                   rule: TokenRule | None, *, stream: float, prefix_weight: float, amp: bool | None = False) -> Moments:
-    """Moments of one layer's inputs in `model`, with `stream` times what its output lacks of the dense model's stream; prefix
-    tokens count prefix_weight times. Both models run as far as that layer."""
-    wrapped, original, device = model.blocks[layer[0]], dense.blocks[layer[0]], next(model.parameters()).device
-    block = attention_block(wrapped)
-    linear, heads, seen = mixing_layer(block, layer[1])[0], layer[1] == "heads", {}
-    found = Moments(linear.in_features, device, linear.out_features)
+def embedded(model: nn.Module, images: Tensor) -> Tensor:
+    """What goes into the first block (B, N, D), by timm's own parts."""
+    model = encoder_of(model)
+    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
 
-    def dense_stream(module: nn.Module, inputs: tuple[Tensor], output: Tensor | None = None) -> None:
-        seen["dense"] = inputs[0] if output is None else output
-        raise _Reached
 
-    def own_stream(module: nn.Module, inputs: tuple[Tensor]) -> None:
-        seen["own"] = inputs[0]
+class Walk:
+    """What all images are as they enter a block of the dense model and of a smaller one, block after block: each block runs on what
+    the one before gave, so that a walk through all of them costs a few passes, however many layers are looked at. Memory: four times
+    all tokens of all images."""
 
-    def entering(module: nn.Module, inputs: tuple[Tensor | Merged]) -> None:
-        seen["merged"] = inputs[0] if isinstance(inputs[0], Merged) else None
-
-    def leaving(module: nn.Module, inputs: tuple[Tensor | Merged], output: Tensor | Merged) -> None:
-        seen["merged"] = output if isinstance(output, Merged) else None
-        raise _Reached
-
-    def reached(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        seen["inputs"], seen["output"] = inputs[0], output
-        if heads:
-            raise _Reached
-    handles = [original.norm2.register_forward_pre_hook(dense_stream) if heads else original.register_forward_hook(dense_stream),
-               (block.norm1 if heads else block.norm2).register_forward_pre_hook(own_stream), linear.register_forward_hook(reached),
-               wrapped.register_forward_pre_hook(entering) if heads else wrapped.register_forward_hook(leaving)]
-    with hooks(handles):
+    @torch.inference_mode()
+    def __init__(self, dense: nn.Module, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], amp: bool | None = False) -> None:
+        self.dense, self.model, self.amp, self.at = encoder_of(dense), encoder_of(model), amp, 0
+        self.device = next(model.parameters()).device
+        self.streams, self.after = [], []
         for images, _ in batches:
-            for net in (dense, model) if stream else (model,):
-                with contextlib.suppress(_Reached), autocast(device, amp):
-                    net(images.to(device))
-            output = seen["output"]
-            lacks = None if not stream else stream * _lacks(block.ls1 if heads else block.ls2, rule, seen["own"], output, seen["dense"],
-                                                            model.num_prefix_tokens, seen["merged"])
-            weights = output.new_ones(output.shape[:2], dtype=torch.float32)
-            weights[:, :model.num_prefix_tokens] = prefix_weight
-            found.add(seen["inputs"], lacks, weights)
-    return found
+            with autocast(self.device, amp):
+                self.streams.append(embedded(self.model, images.to(self.device)))
+                self.after.append(embedded(self.dense, images.to(self.device)))
+        self._look()
+
+    def _run(self, block: nn.Module, streams: Iterable[Tensor | Held]) -> Iterator[Tensor | Held]:
+        for x in streams:
+            with autocast(self.device, self.amp):
+                yield block(x)
+
+    def _look(self) -> None:
+        """The dense model's stream after this block's attention, and after the block."""
+        original, self.half = self.dense.blocks[self.at], []
+        with hooks([original.norm2.register_forward_pre_hook(lambda _, given: self.half.append(given[0]))]):
+            self.after = list(self._run(original, self.after))
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """On to the next block, by this one as it is now."""
+        self.streams = list(self._run(self.model.blocks[self.at], self.streams))
+        self.at += 1
+        self._look()
+
+    @torch.inference_mode()
+    def moments(self, kind: str, rule: TokenRule | None, *, stream: float, prefix_weight: float) -> list[Moments]:
+        """Of the inputs of this block's layer that mixes heads or neurons, with `stream` times what its output lacks of the dense model's
+        stream, and prefix tokens counted prefix_weight times: of FOLDS folds of the images."""
+        wrapped, heads, prefix = self.model.blocks[self.at], kind == "heads", self.model.num_prefix_tokens
+        block, seen, images = attention_block(wrapped), {}, 0
+        linear, norm, scale = mixing_layer(block, kind)[0], *((block.norm1, block.ls1) if heads else (block.norm2, block.ls2))
+        folds = [Moments(linear.in_features, self.device, linear.out_features) for _ in range(FOLDS)]
+        with hooks([norm.register_forward_pre_hook(lambda _, given: seen.update(own=given[0])),
+                    linear.register_forward_hook(lambda _, given, output: seen.update(inputs=given[0], output=output))]):
+            for entering, leaving, dense in zip(self.streams, self._run(wrapped, self.streams), self.half if heads else self.after):
+                held, inputs, output = entering if heads else leaving, seen["inputs"], seen["output"]
+                lacks = stream * _lacks(scale, rule, seen["own"], output, dense, prefix, held if isinstance(held, Merged) else None)
+                weights = output.new_ones(output.shape[:2], dtype=torch.float32)
+                weights[:, :prefix] = prefix_weight
+                for number, fold in enumerate(folds):                           # image i is in fold i mod FOLDS
+                    mine = slice((number - images) % FOLDS, None, FOLDS)
+                    fold.add(inputs[mine], lacks[mine], weights[mine])
+                images += len(inputs)
+        return folds
 
 
 def _layers(plan: CompressionPlan, follow: bool) -> list[tuple[int, str]]:
@@ -141,7 +146,7 @@ def _layers(plan: CompressionPlan, follow: bool) -> list[tuple[int, str]]:
     return sorted({*cut, *((index, "heads") for index in range(len(plan.blocks)) if follow and cut and (index, "heads") > cut[0])})
 
 
-def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[Tensor, Tensor]], *, ridge: float = RIDGE,
+def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[Tensor, Tensor]], *, ridge: float | None = None,
                stream: float = STREAM, prefix_weight: float = PREFIX_WEIGHT, moments: dict[tuple[int, str], Moments] | None = None,
                device: str | torch.device | None = None, amp: bool | None = False, progress: bool = True) -> nn.Module:
     """compress(dense, plan) with proj and fc2 refitted in every block that loses heads or neurons (criteria.compensation.refit).
@@ -151,28 +156,32 @@ def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[
     times what would bring its block's stream to the dense model's on the same image and token, so that errors are made good
     instead of piling up; where a token rule leaves no such token (`dense_rows`), the layer's own output alone. With stream > 0
     every proj after the first cut is refitted too, for that reason. Rows of prefix tokens weigh prefix_weight, others 1. ridge
-    draws the weights to what they were. stream = 0 with prefix_weight = 1 is plain reconstruction of each layer's own output.
+    draws the weights to what they were; None chooses it for each layer by what misses least on images left out (`choose_ridge`), so
+    that few images change little. stream = 0 with prefix_weight = 1 is plain reconstruction of each layer's own output.
 
-    batches are gone through once per refitted layer, as far as that layer; memory is that of the moments. With `moments` of the
-    dense model (`gather_moments`) batches are not read, and stream and prefix_weight say nothing: quicker, and a little worse. A
-    plan that cuts no head and no neuron gives compress(dense, plan). Raises InputError as compress does, or without images.
+    batches are gone through once (`Walk`). With `moments` of the dense model (`gather_moments`) they are not read, stream and
+    prefix_weight say nothing, and ridge None is RIDGE: quicker, and a little worse. A plan that cuts no head and no neuron gives
+    compress(dense, plan). Raises InputError as compress does, or without images.
     """
     device = torch.device(device) if device is not None else next(dense.parameters()).device
     merging = dataclasses.replace(plan, blocks=tuple(BlockPlan(tokens=block.tokens) for block in plan.blocks))
     model = compress(dense, merging).to(device).eval()
-    dense = dense if moments else copy.deepcopy(dense).to(device).eval()
     todo, rules = _layers(plan, follow=not moments and stream > 0), [rule for rule, _ in plan.rules()]
+    walk = Walk(copy.deepcopy(dense).to(device).eval(), model, batches, amp) if todo and not moments else None
     for index, kind in tqdm(todo, desc="compensate", unit="layer", disable=not progress):
         block, cut = attention_block(model.blocks[index]), plan.blocks[index]
         linear, width = mixing_layer(block, kind)
         kept = getattr(cut, kind)
         if linear.bias is None:
             raise InputError(f"block {index}: its {'proj' if kind == 'heads' else 'fc2'} has no bias, which compensation needs")
-        known = moments[index, kind] if moments else gather_towards(dense, model, batches, (index, kind), rules[index], stream=stream,
-                                                                    prefix_weight=prefix_weight, amp=amp)
-        stay = torch.arange(linear.in_features // width) if kept is None else torch.tensor(kept)
+        while walk and walk.at < index:
+            walk.step()
+        folds = [moments[index, kind]] if moments else walk.moments(kind, rules[index], stream=stream, prefix_weight=prefix_weight)
+        stay = (torch.arange(linear.in_features // width) if kept is None else torch.tensor(kept)).to(device)
+        dense_weight = plain_linear(linear).weight.detach()
+        strength = ridge if ridge is not None else RIDGE if moments else choose_ridge(dense_weight, folds, stay, width)
         try:
-            weight, gained = refit(plain_linear(linear).weight.detach(), known, stay.to(device), width, ridge)
+            weight, gained = refit(dense_weight, functools.reduce(Moments.plus, folds), stay, width, strength)
         except InputError as error:
             raise InputError(f"block {index}: {error}") from None
         if kind == "heads" and kept is not None:
