@@ -7,7 +7,7 @@ import numpy as np
 from vitlab.files import InputError
 
 TOLERANCE = 0.02                                # published
-BISECTIONS = 40
+BISECTIONS = 30                                 # of a path of length 3: to 3e-9 of a ratio
 FINENESS = {"heads": 0, "tokens": 1, "neurons": 2}      # by how little one unit costs
 
 
@@ -90,6 +90,8 @@ class Budget:
         for group in sorted(set(self.groups), key=lambda name: -FINENESS.get(name, 0)):
             for start, move in ((projected, self._give_back), (more, self._take)):
                 short = ~self.meets(projected)
+                if not short.any():
+                    return projected, ~short
                 moved = move(start[short], np.array(self.groups) == group)
                 projected[short] = np.where(self.meets(moved)[:, None] | (start is projected), moved, projected[short])
         return projected, self.meets(projected)

@@ -42,6 +42,8 @@ class SearchSpace:
             raise InputError(f"max_ratio is {self.max_ratio}; it must lie in (0, 1)")
         object.__setattr__(self, "units", tuple(u for u in UNITS if u in self.units))
         object.__setattr__(self, "_tokens", token_dimensions(self.tokens, self.shape, self.settings))
+        units = [f"{unit} {block}" for unit in self.units for block in range(self.shape.depth)]
+        object.__setattr__(self, "_names", tuple(units + self._tokens.names))
         if self.read_out:
             ReadOut().flow(self.shape, self.shape.num_tokens)                   # refuses what no plan can have
             first, last = getattr(self._tokens, "spans", ((0, 0),))[-1]
@@ -53,7 +55,7 @@ class SearchSpace:
     @property
     def names(self) -> list[str]:
         """One name per dimension: its group and the block, as in "heads 3"."""
-        return [f"{unit} {block}" for unit in self.units for block in range(self.shape.depth)] + self._tokens.names
+        return list(self._names)
 
     @property
     def groups(self) -> list[str]:
@@ -67,7 +69,7 @@ class SearchSpace:
 
     @property
     def size(self) -> int:
-        return len(self.names)
+        return len(self._names)
 
     def check(self, policies: np.ndarray) -> np.ndarray:
         """Policies as a float array (P, D). Raises InputError naming the dimension that is out of the box."""

@@ -3,7 +3,6 @@
 A ratio is the fraction cut, as for heads and neurons; 0 changes nothing. P policies, T ratios, L blocks, n patches.
 """
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,28 +202,27 @@ class MatchTokens:
         dimension = self._dimension()
         return [f"tokens {np.argmax(dimension == d)}" if self.per else "tokens" for d in range(dimension.max() + 1)]
 
-    def _steps(self, ratios: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(block, tokens entering, tokens merged), prefix tokens not counted, each (P)."""
-        left = np.full(len(ratios), self.shape.num_patches)
+    def _left(self, ratios: np.ndarray) -> np.ndarray:
+        """Tokens (P, L + 1) that enter each block and leave the last, prefix tokens not counted."""
+        left = np.empty((self.shape.depth + 1, len(ratios)), dtype=np.int64)
+        left[0] = self.shape.num_patches
         for block, d in enumerate(self._dimension()):
-            ratio = ratios[:, d] if d >= 0 else np.zeros(len(ratios))
-            merged = np.minimum(left - (left * (1 - ratio)).astype(np.int64), left // 2)
-            yield block, left, merged
-            left = left - merged
+            now = left[block]
+            left[block + 1] = np.maximum((now * (1 - ratios[:, d])).astype(np.int64), now - now // 2) if d >= 0 else now
+        return left.T
 
     def counts(self, ratios: np.ndarray) -> dict[str, np.ndarray]:
         """Ratios (P, T) -> counts by name, each (P, L)."""
-        counts, prefix = _whole(self.shape, len(ratios)), self.shape.num_prefix_tokens
-        for block, left, merged in self._steps(ratios):
-            targets = left // 2
-            counts["attended"][:, block], counts["in_mlp"][:, block] = left + prefix, left - merged + prefix
-            counts["compared"][:, block] = (merged > 0) * ((left - targets) * targets + left + prefix)
-            counts["pooled"][:, block] = (merged > 0) * (merged + targets)
-        return counts
+        left, prefix = self._left(ratios), self.shape.num_prefix_tokens
+        enter, merged = left[:, :-1], left[:, :-1] - left[:, 1:]
+        targets, merges = enter // 2, merged > 0
+        return _whole(self.shape, len(ratios)) | {
+            "attended": enter + prefix, "in_mlp": left[:, 1:] + prefix,
+            "compared": merges * ((enter - targets) * targets + enter + prefix), "pooled": merges * (merged + targets)}
 
     def rules(self, ratios: np.ndarray, scores: Tensor | None) -> list[TokenRule | None]:
         """Token rule of each block for one policy's ratios (T); scores are not needed, each image merges its own tokens."""
-        merged = [int(count[0]) for _, _, count in self._steps(ratios[None])]
+        merged = (-np.diff(self._left(ratios[None])[0])).tolist()
         return [Match(merged=count, protect=self.protect) if any(merged[:block + 1]) else None for block, count in enumerate(merged)]
 
 

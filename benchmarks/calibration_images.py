@@ -1,0 +1,81 @@
+"""How many images does a refit take? The distance to the dense model on images apart, against the number of images refitted on.
+
+    python benchmarks/calibration_images.py --weights FILE --model NAME --cal IMAGENET_CAL --val IMAGENET_VAL --run RUN [--quick]
+
+One plan a budget, the same share of heads, neurons and tokens cut in every block (units by elimination on 512 images), as no search is
+what is measured here. Each is refitted with a fixed ridge and with one chosen for each layer, on the first n images of a draw, and
+measured on VAL, which nothing else sees. Rows go to benchmarks/results/calibration_images.jsonl as they are made; a run that was
+stopped goes on.
+"""
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from off_the_shelf import CROP
+
+from vitlab import cost
+from vitlab.criteria.compensation import RIDGE
+from vitlab.files import append_line, read_lines
+from vitlab.models import compress, deploy
+from vitlab.search import Budget, SearchSpace
+from vitlab.search.sampling import Problem, uniform_policies
+from vitlab.training.compensate import compensate
+from vitlab.training.pixels import each_divergence, log_probabilities
+from vitlab.training.units import unit_scores
+from vitlab.uncertainty import standard_error
+from vitlab.workbench import steps
+from vitlab.workbench.searching import cost_function
+
+GMACS, IMAGES, SCORED = (0.75, 0.60, 0.45), (0, 50, 100, 200, 500, 900), 512
+RIDGES = {"fixed": RIDGE, "chosen": None}
+RESULTS = Path(__file__).parent / "results" / "calibration_images.jsonl"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("weights", "model", "cal", "val"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--images", type=int, default=325, help="of VAL (default: 325)")
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    gmacs, counts, scored, images = ((0.75,), (0, 8), 16, 8) if args.quick else (GMACS, IMAGES, SCORED, args.images)
+    path = args.run / "rows.jsonl" if args.quick else RESULTS
+    args.run.mkdir(parents=True, exist_ok=True)
+    dense = steps.open_model(args.weights, model=args.model)
+    model = dense.model.eval()
+    known = {(r["model"], r["gmacs_limit"], r["ridge"], r["refitted_on"], r["seed"]) for r in read_lines(path)}
+    data = steps.open_matching(args.cal, dense, labels=False)
+    drawn = list(data.batches("train", model, limit=scored + max(counts), seed=args.seed, workers=1, batch_size=50))
+    all_images = torch.cat([x for x, _ in drawn])
+    fit = [(x, None) for x in all_images[scored:].split(50)]
+    units = unit_scores(model, [(x, None) for x in all_images[:scored].split(50)], criterion="reconstruction", progress=False)
+    val = [x for x, _ in steps.open_matching(args.val, dense).batches("held_out", model, crop_pct=CROP, workers=1, limit=images)]
+    expected = [log_probabilities(model, x, False) for x in val]
+    space = SearchSpace(shape=steps.shape_of(model), units=("heads", "neurons"), tokens="match_per_stage", max_ratio=0.75, read_out=True)
+    for limit in gmacs:
+        budget = Budget(limit=limit, cost=cost_function(space, "gmacs", model), max_ratio=space.max_ratio, size=space.size,
+                        groups=tuple(space.groups))
+        policy = uniform_policies(Problem(space, budget), 1, np.random.default_rng(0))[0]
+        plan = space.plan(policy, heads=units.heads, neurons=units.neurons)
+        for count in counts:
+            for name, ridge in RIDGES.items():
+                name = name if count else "none"
+                if (args.model, limit, name, count, args.seed) in known:
+                    continue
+                batches = [(x[:max(0, count - 50 * i)], None) for i, (x, _) in enumerate(fit) if 50 * i < count]
+                small = deploy(compensate(model, plan, batches, ridge=ridge, progress=False) if count else compress(model, plan))
+                with torch.inference_mode():
+                    distances = torch.cat([each_divergence(log_probabilities(small, x, False), e) for x, e in zip(val, expected)]).tolist()
+                row = {"model": args.model, "gmacs_limit": limit, "gmacs": cost.gmacs(plan), "ridge": name, "refitted_on": count,
+                       "seed": args.seed, "distill_loss": float(np.mean(distances)), "distill_loss_se": standard_error(distances),
+                       "images": len(distances)}
+                known.add((args.model, limit, name, count, args.seed))
+                append_line(path, row)
+                print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
