@@ -79,14 +79,19 @@ def _built(name: str, args: dict[str, Any], pretrained: bool = False) -> nn.Modu
     return model.eval()
 
 
+def _sizes(name: str, args: dict[str, Any]) -> nn.Module:
+    """Names and sizes of a model's tensors alone, without memory."""
+    with torch.device("meta"):
+        return _built(name, {**args, "weight_init": "skip"})
+
+
 def from_weights(name: str, state: dict[str, Tensor], path: str | Path, args: dict[str, Any],
                  saved: dict[str, Any] | None = None) -> tuple[nn.Module, list[str]]:
     """(the model in eval mode, what is to be said of it) of a state dict, by `sized`. Raises InputError naming the file, and before
     memory is taken, where the weights don't fit."""
     args, state, notes = sized(name, state, path, args, saved)
     try:
-        with torch.device("meta"):
-            check_fits(_built(name, args), state, path)
+        check_fits(_sizes(name, args), state, path)
     except InputError as error:
         raise InputError(f"{error} (the model is {name})") from None
     model = _built(name, args)
@@ -105,8 +110,7 @@ def sized(name: str, state: dict[str, Tensor], path: str | Path, args: dict[str,
     saved = check_args(saved or {})
     if is_int(saved.get("depth")) and saved["depth"] > len(state):
         raise InputError(f"{path}: {len(state)} tensors are no model of {saved['depth']} blocks")
-    with torch.device("meta"):                  # sizes alone, without memory
-        model = _built(name, {**saved, **args})
+    model = _sizes(name, {**saved, **args})
     model.pos_embed = None                      # then timm's conversion leaves the file's as it is
     state, others = unwrapped(state, model.state_dict(), path)
     patch = model.patch_embed.patch_size
@@ -198,8 +202,7 @@ def rebuild(source: dict[str, Any], most: int | None = None) -> nn.Module:
         raise InputError('"model" must hold "name" and "args"')
     check_args(source["args"])
     if most is not None:
-        with torch.device("meta"):              # sizes alone, without memory
-            count = sum(p.numel() for p in create_model(source["name"], **source["args"]).parameters())
+        count = sum(p.numel() for p in _sizes(source["name"], source["args"]).parameters())
         if count > most:
             raise InputError(f"a model of {count:,} parameters; the weights beside it are those of {most:,} at most")
     return create_model(source["name"], **source["args"])

@@ -25,18 +25,20 @@ def _numbers(value: Any) -> bool:
 
 SETTINGS = {            # how images are prepared for a model, under the names of timm's pretrained_cfg: (what fits, in words)
     "mean": (_numbers, "1 or 3 numbers"), "std": (lambda v: _numbers(v) and min(v) > 0, "1 or 3 numbers above 0"),
-    "interpolation": (lambda v: v in INTERPOLATIONS, ", ".join(INTERPOLATIONS)),
     "crop_pct": (lambda v: isinstance(v, (int, float)) and 0 < v <= 1, "a fraction up to 1"),
-    "crop_mode": (lambda v: v in CROPS, ", ".join(CROPS))}
+    "crop_mode": (lambda v: v in CROPS, " or ".join(CROPS)),
+    "interpolation": (lambda v: v in INTERPOLATIONS, " or ".join(INTERPOLATIONS))}
 
 
-def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
+def check_settings(settings: Any) -> dict[str, Any]:
     """Those that are given (not None). InputError for one that is unknown or of the wrong kind."""
+    if not isinstance(settings, dict):
+        raise InputError(f"a mapping is needed, not {str(settings)[:80]}")
     for name, value in settings.items():
         if name not in SETTINGS:
             raise InputError(f"image setting {name!r} is not known; known are {', '.join(SETTINGS)}")
         if value is not None and not SETTINGS[name][0](value):
-            raise InputError(f"{name} is {str(value)[:80]}; {SETTINGS[name][1]} are needed")
+            raise InputError(f"{name} is {str(value)[:80]}; needed: {SETTINGS[name][1]}")
     return {name: value for name, value in settings.items() if value is not None}
 
 

@@ -85,7 +85,7 @@ def save(folder: str | Path, model: nn.Module, plan: CompressionPlan, *, classes
 def _check_config(config: Any, classes: Any) -> None:
     """InputError where the image settings or class names of a checkpoint.json are of the wrong kind."""
     try:
-        check_settings(config if isinstance(config, dict) else {str(config)[:80]: None})
+        check_settings(config)
     except InputError as error:
         raise InputError(f'"config" must hold {", ".join(SETTINGS)} of images: {error}') from None
     if classes is not None and not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):

@@ -6,8 +6,9 @@ from typing import Any
 from vitlab.files import InputError, from_root
 from vitlab.models import encoder_of, shape_of
 from vitlab.models.create import create_model, from_weights, sized
-from vitlab.models.hub import CONFIG, HubConfig, config_beside, download, set_settings, weights_in
+from vitlab.models.hub import CONFIG, HubConfig, check_settings, config_beside, download, set_settings, weights_in
 from vitlab.models.published_segmenter import VARIANT
+from vitlab.models.segmenter import Segmenter
 from vitlab.models.weights import SUFFIXES, is_weights, read_file, state_of
 from vitlab.plan import CompressionPlan
 from vitlab.training import checkpoint
@@ -30,6 +31,10 @@ def open_model(source: Source, *, model: str | None = None, num_classes: int | N
     """
     given = {**{k: v for k, v in {"num_classes": num_classes, "img_size": img_size}.items() if v is not None}, **args}
     found = source if isinstance(source, Checkpoint) else _opened(str(source), model, given, pretrained)
+    settings = check_settings(settings or {})
+    odd = next((name for name in settings if name not in ("mean", "std") and isinstance(found.model, Segmenter)), None)
+    if odd is not None:
+        raise InputError(f"{odd} is {settings[odd]}, but scenes are taken as they are, not resized and cropped")
     if settings:
         set_settings(encoder_of(found.model), settings)
     return found

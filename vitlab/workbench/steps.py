@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vitlab import cost, parallel, tokens
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.data import ImageData, open_data
+from vitlab.data.images import image_config, in_words
 from vitlab.data.masks import open_scenes
 from vitlab.files import NOTEBOOKS, InputError, atomic_write, first_line
 from vitlab.models import compress, deploy, shape_of
@@ -257,13 +258,15 @@ def evaluate(source: Source, data: str | Path, *, name: str | None = None, split
         accuracy = evaluation.evaluate(model, batches, device=device, amp=amp, progress=progress)
         measures = {"top1_pct": accuracy.top1_pct, "top5_pct": accuracy.top5_pct, "loss": accuracy.loss, "top1_se": accuracy.top1_se,
                     "loss_se": accuracy.loss_se}
-        more = {"crop_pct": crop_pct, "images": accuracy.images, "broken": accuracy.broken}
+        more = {"images": accuracy.images, "broken": accuracy.broken}
         if accuracy.broken and parallel.is_first():
             print(f"{accuracy.broken} broken images left out", file=sys.stderr)
+    config = image_config(found.model.encoder if dense else model) | ({} if crop_pct is None else {"crop_pct": crop_pct})
     row = ResultRow(
         model=name or str(source), dataset=opened.name, split=opened.held_out if split == "held_out" else split,
         **measures, gmacs=cost.gmacs(found.plan), params_m=cost.params(model)["total"] / 1e6,
         conditions={"device": str(device), "dtype": "bfloat16" if amp else "float32", "limit": limit, "seed": seed, **more,
+                    "prepared": in_words(config, resized=not dense),
                     "quick": quick, "form": "deployed", "plan": found.plan.made_by, "versions": checkpoint.versions()})
     if out is not None and parallel.is_first():
         append_row(Path(out) / RESULTS, row)
