@@ -150,6 +150,20 @@ def test_position_embeddings_of_no_square_need_their_size(tmp_path):
     assert torch.equal(logits(found.model, x), logits(dense, x))
 
 
+def test_a_part_that_is_missing_is_named_before_the_size_that_follows_from_it(tmp_path):
+    path, _ = weights_of(tmp_path)
+    with pytest.raises(InputError, match="missing keys dist_token.*wrong shapes: pos_embed"):
+        steps.open_model(path, model="deit_tiny_distilled_patch16_224", img_size=32, patch_size=8, **CUT)
+
+
+def test_a_size_is_taken_or_refused_but_never_ignored(tmp_path):
+    path, dense = weights_of(tmp_path)
+    checkpoint.save(tmp_path / "c", dense, CompressionPlan.empty(shape_of(dense)))
+    for source in (tmp_path / "c", checkpoint.load(tmp_path / "c")):
+        with pytest.raises(InputError, match="holds a model of its own sizes; img_size is for weights of others"):
+            steps.open_model(source, img_size=64)
+
+
 def test_weights_without_a_classifier_are_no_classifier(tmp_path):
     path, _ = weights_of(tmp_path, num_classes=0)
     with pytest.raises(InputError, match="holds no classifier, so num_classes can't be 5; without it the model gives features"):
@@ -258,7 +272,7 @@ def test_a_hub_that_does_not_answer_is_one_line_at_once(source, tmp_path, monkey
     assert source in str(refused.value) and "\n" not in str(refused.value) and not constants.HF_HUB_OFFLINE
 
 
-@pytest.mark.parametrize("settings, says", [({"mean": [0.5, 0.5]}, "mean is"), ({"crop_mode": "all"}, "crop_mode is all; needed: center or squash"),
+@pytest.mark.parametrize("settings, says", [({"mean": [0.5, 0.5]}, "mean is"), ({"crop_mode": "all"}, "crop_mode is all; needed: center"),
                                             ({"gamma": 2}, "image setting 'gamma' is not known; known are mean, std")])
 def test_settings_that_can_not_be_are_refused(settings, says):
     with pytest.raises(InputError, match=says):

@@ -157,6 +157,8 @@ def _placed(state: dict[str, Tensor], model: nn.Module, kernel: tuple[int, int],
     if patches == grid[0] * grid[1]:
         return state, None, []
     side = math.isqrt(max(patches, 0))
+    if set(model.state_dict()) - set(state):    # another model's: what it lacks says more than its number of patches
+        return state, None, []
     if not side or side ** 2 != patches:
         raise InputError(f"{path}: does not fit the model: its position embeddings are of {patches} patches, which make no square; give "
                          "the img_size, height and width, that they are of")

@@ -30,7 +30,7 @@ def open_model(source: Source, *, model: str | None = None, num_classes: int | N
     anything else.
     """
     given = {**{k: v for k, v in {"num_classes": num_classes, "img_size": img_size}.items() if v is not None}, **args}
-    found = source if isinstance(source, Checkpoint) else _opened(str(source), model, given, pretrained)
+    found = _opened(source, model, given, pretrained)
     settings = check_settings(settings or {})
     odd = next((name for name in settings if name not in ("mean", "std") and isinstance(found.model, Segmenter)), None)
     if odd is not None:
@@ -40,7 +40,10 @@ def open_model(source: Source, *, model: str | None = None, num_classes: int | N
     return found
 
 
-def _opened(source: str, model: str | None, args: dict[str, Any], pretrained: bool) -> Checkpoint:
+def _opened(source: Source, model: str | None, args: dict[str, Any], pretrained: bool) -> Checkpoint:
+    if isinstance(source, Checkpoint):
+        return _as_it_is(source, "the checkpoint", args)
+    source = str(source)
     if not source:
         raise InputError("no model is named; a run folder, a weights file or a timm name is needed")
     if source.startswith(HUB):
@@ -49,11 +52,12 @@ def _opened(source: str, model: str | None, args: dict[str, Any], pretrained: bo
     if source.startswith(LOCAL) or is_others(path):
         return _of_weights(weights_in(path), None, args)
     if path.is_dir():
-        if args:
-            raise InputError(f"{path} is a folder and says itself which model it holds; {next(iter(args))} is for others")
-        return checkpoint.load(path)
+        return _as_it_is(checkpoint.load(path), path, args)
+    if is_weights(path) and model is None and (path.parent / VARIANT).is_file():
+        built, plan = load_segmenter(path)
+        return _as_it_is(Checkpoint(model=built, plan=plan, info={"made_by": {"read_from": path.name}}), path, args)
     if is_weights(path):
-        return _of_segmenter(path) if model is None and (path.parent / VARIANT).is_file() else _of_weights(path, model, args)
+        return _of_weights(path, model, args)
     if path.is_file():
         raise InputError(f"{path}: not a weights file; one that ends in {', '.join(SUFFIXES)} is, or a run folder")
     if len(path.parts) > 2 or path.is_absolute():                                   # timm's names have one part, or two
@@ -62,10 +66,11 @@ def _opened(source: str, model: str | None, args: dict[str, Any], pretrained: bo
     return Checkpoint(model=built, plan=CompressionPlan.empty(shape_of(built)), info={"made_by": {"timm": source}})
 
 
-def _of_segmenter(path: Path) -> Checkpoint:
-    """The published Segmenter of a checkpoint.pth."""
-    built, plan = load_segmenter(path)
-    return Checkpoint(model=built, plan=plan, info={"made_by": {"read_from": path.name}})
+def _as_it_is(found: Checkpoint, where: str | Path, args: dict[str, Any]) -> Checkpoint:
+    """The checkpoint itself. InputError where it should be built otherwise."""
+    if args:
+        raise InputError(f"{where} holds a model of its own sizes; {next(iter(args))} is for weights of others")
+    return found
 
 
 def _of_weights(path: Path, model: str | None, args: dict[str, Any]) -> Checkpoint:
