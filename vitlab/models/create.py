@@ -69,9 +69,9 @@ def _built(name: str, args: dict[str, Any], pretrained: bool = False) -> nn.Modu
             check_supported(timm.create_model(name, pretrained=False, **args))
         with downloading() if pretrained else contextlib.nullcontext():
             model = timm.create_model(name, pretrained=pretrained, **args)
-    except InputError:
+    except (InputError, MemoryError):
         raise
-    except (TypeError, AssertionError, ArithmeticError, RuntimeError, ValueError, OSError) as error:     # OSError: a download
+    except Exception as error:                  # whatever arguments of other kinds, or a download, make timm raise
         raise InputError(f"{name}: timm could not build it ({first_line(error)})") from error
     check_supported(model)
     if not model.patch_embed.num_patches:
