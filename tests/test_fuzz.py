@@ -18,7 +18,8 @@ from vitlab.data.folder import read_class_map, read_image
 from vitlab.data.source import Images
 from vitlab.files import InputError, append_line, read_lines
 from vitlab.models import compress, shape_of
-from vitlab.models.create import create_model, read_state
+from vitlab.models.create import create_model
+from vitlab.models.weights import read_state
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.results import ResultRow, append_row, read_rows
 from vitlab.rules import Match, MergeReconstruct, Select, SharedUpdate

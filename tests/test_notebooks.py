@@ -69,7 +69,7 @@ def test_parameters_are_annotated_literals_with_a_default(path):
     for node in ast.parse(cell.source).body:
         assert isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
         value = ast.literal_eval(node.value)
-        assert isinstance(value, {"str": str, "int": int, "float": float, "bool": bool}[node.annotation.id])
+        assert isinstance(value, {"str": str, "int": int, "float": float, "bool": bool, "dict": dict}[node.annotation.id])
 
 
 def test_a_parameter_that_a_notebook_does_not_declare_is_refused_before_it_runs(tmp_path):

@@ -23,7 +23,8 @@ from vitlab import cli
 from vitlab.data import open_data
 from vitlab.files import InputError
 from vitlab.models import shape_of
-from vitlab.models.create import create_model, read_file
+from vitlab.models.create import create_model
+from vitlab.models.weights import read_file
 from vitlab.plan import CompressionPlan
 from vitlab.results import ResultRow, append_row, to_csv, to_latex
 from vitlab.search.study import read_journal

@@ -36,9 +36,11 @@ def _engine(args: argparse.Namespace) -> dict[str, Any]:
 
 def _source(args: argparse.Namespace) -> Any:
     from vitlab.workbench import steps
-    if Path(args.source).is_dir() and (args.model or args.num_classes):
-        raise InputError(f"{args.source} is a folder and says itself which model it holds; --model and --num-classes are for others")
-    return steps.open_model(args.source, model=args.model, num_classes=args.num_classes)
+    if Path(args.source).is_dir() and args.model:
+        raise InputError(f"{args.source} is a folder and says itself which model it holds; --model is for weights files")
+    size = None if args.command == "segment" else args.img_size         # there, the size that the encoder is taken to
+    settings = {name: getattr(args, name) for name in ("mean", "std", "crop_pct", "crop_mode", "interpolation")}
+    return steps.open_model(args.source, model=args.model, num_classes=args.num_classes, img_size=size, settings=settings)
 
 
 def _check_out(out: str, wants_file: bool) -> None:
@@ -163,7 +165,8 @@ def _finetune(args: argparse.Namespace) -> None:
     from vitlab.workbench import steps
     if args.teacher is not None and Path(args.teacher).is_dir() and args.teacher_model:
         raise InputError(f"{args.teacher} is a folder and says itself which model it holds; --teacher-model is for weights files")
-    teacher = None if args.teacher is None else steps.open_model(args.teacher, model=args.teacher_model, num_classes=args.num_classes)
+    alike = {} if args.teacher is None or Path(args.teacher).is_dir() else {"num_classes": args.num_classes, "img_size": args.img_size}
+    teacher = None if args.teacher is None else steps.open_model(args.teacher, model=args.teacher_model, **alike)
     run = steps.finetune(_source(args), teacher, args.data, args.out, plan=args.plan, steps=args.steps, settings=_recipe(args),
                          limit=args.limit, **_engine(args), **_data(args))
     print(f"checkpoint: {run}/checkpoint")
@@ -226,10 +229,10 @@ def _evaluate(args: argparse.Namespace) -> None:
     from vitlab.results import format_table
     from vitlab.workbench import steps
     row = steps.evaluate(_source(args), args.data, name=args.name or args.source, split=args.split, out=args.out, amp=args.bf16,
-                         batch_size=args.batch_size, crop_pct=args.crop_pct, limit=args.limit, **_windows(args), **_data(args))
+                         batch_size=args.batch_size, limit=args.limit, **_windows(args), **_data(args))
     measured = ("top1_pct", "top5_pct") if row.miou_pct is None else ("miou_pct", "pixel_accuracy_pct")
     print(format_table([row], ("model", "dataset", "split", *measured, "loss", "gmacs", "params_m")))
-    print(f"± one standard error over {row.conditions['images']} images")
+    print(f"± one standard error over {row.conditions['images']} images, {row.conditions['prepared']}")
     if row.miou_pct is not None:
         iou = row.conditions["iou_pct"].items()
         print("IoU: " + ", ".join(f"{name} {'-' if value is None else f'{value:.1f}'}" for name, value in iou))

@@ -70,11 +70,21 @@ def words(text: str) -> list[str]:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
-def _model_options(parser: argparse.ArgumentParser, name: str = "--checkpoint") -> None:
-    parser.add_argument(name, required=True, type=given, metavar="SOURCE", dest="source",
-                        help="checkpoint or run folder, a .pth or .safetensors file (with --model), or a timm name")
+def _model_options(parser: argparse.ArgumentParser, *, sized: bool = True) -> None:
+    parser.add_argument("--checkpoint", required=True, type=given, metavar="SOURCE", dest="source",
+                        help="checkpoint or run folder, a weights file such as .pth or .safetensors (with --model), a folder of such with "
+                             "its config.json, hf-hub:OWNER/NAME, or a timm name")
     parser.add_argument("--model", metavar="NAME", help="timm name of the model that a weights file is for")
-    parser.add_argument("--num-classes", type=count, metavar="N", help="classes of the classifier (default: the model's own)")
+    parser.add_argument("--num-classes", type=count, metavar="N", help="classes of the classifier (default: the weights' own)")
+    if sized:
+        parser.add_argument("--img-size", type=count, metavar="PIXELS",
+                            help="side of the images; position embeddings of another are resampled (default: the weights' own)")
+    group = parser.add_argument_group("images", "How they are prepared (default: as config.json beside the weights says, or else timm).")
+    group.add_argument("--mean", type=float, nargs="+", metavar="M", help="of the channels, in pixels from 0 to 1")
+    group.add_argument("--std", type=float, nargs="+", metavar="S", help="deviation of the channels")
+    group.add_argument("--crop-pct", type=crop, help="crop size over resize size")
+    group.add_argument("--crop-mode", metavar="NAME", help="center, squash or border")
+    group.add_argument("--interpolation", metavar="NAME", help="bicubic, bilinear, ...")
 
 
 def _data_options(parser: argparse.ArgumentParser) -> None:
@@ -138,7 +148,7 @@ def build_parser() -> Parser:
     _run_options(p)
 
     p = add("segment", "Train a dense Segmenter: a model's blocks as encoder, and a decoder that gives every pixel a class.")
-    _model_options(p)
+    _model_options(p, sized=False)
     _data_options(p)
     p.add_argument("--decoder", choices=("mask_transformer", "linear"),
                    help="default: mask_transformer; where SOURCE is a Segmenter, its own goes on")
@@ -278,7 +288,6 @@ def build_parser() -> Parser:
     _data_options(p)
     p.add_argument("--split", default="held_out", help="default: the held-out one")
     p.add_argument("--batch-size", type=count, help="default: 64, of a Segmenter 1, for images that differ in size")
-    p.add_argument("--crop-pct", type=crop, help="crop size over resize size (default: the model's)")
     p.add_argument("--limit", type=count, metavar="IMAGES", help="a slice of this many images")
     p.add_argument("--name", help="name in the result row (default: SOURCE)")
     p.add_argument("--bf16", action="store_true", help="bf16 autocast instead of float32")

@@ -79,6 +79,14 @@ def image_config(model: nn.Module) -> dict[str, Any]:
     return config | {"input_size": (channels, *size)}
 
 
+def in_words(config: dict[str, Any], *, resized: bool = True) -> str:
+    """How images are prepared by an `image_config`, in one line; `resized`: to one size, unlike scenes."""
+    height, width = config["input_size"][1:]
+    statistics = ", ".join(f"{name} {' '.join(f'{value:.4g}' for value in config[name])}" for name in ("mean", "std"))
+    return f"{height} x {width}, {config['interpolation']}, {config['crop_mode']} crop {config['crop_pct']:.4g}, {statistics}" \
+        if resized else statistics
+
+
 def load(images: Images, batch_size: int, *, training: bool, seed: int, workers: int | None, embedded: bool, shared: bool, turns: int,
          repeats: int, collate: Callable[[list], Any] | None = None) -> tuple[DataLoader, PlainOrder | TrainingOrder]:
     """(loader, its order) of images that have their transform; the settings are those of `ImageData.batches`. embedded: small, and

@@ -1,20 +1,26 @@
-"""Models by timm's names, and two small ones of vitlab's own for 32 x 32 images; weights are read without pickle."""
-import argparse
+"""Models by timm's names, and two small ones of vitlab's own for 32 x 32 images; of weights files, at the sizes that these are of."""
+import contextlib
 import difflib
 import inspect
-import pickle
+import math
+import warnings
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_model_args, register_model
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vitlab.files import InputError, first_line
-from vitlab.models.support import check_supported
+from vitlab.models.hub import downloading
+from vitlab.models.support import attention_block, check_supported, classes_of
+from vitlab.models.weights import ANCHOR, by_timms_names, check_fits, read_state, unwrapped
+from vitlab.shape import is_int
+
+KERNELS = (ANCHOR, "visual.conv1.weight", "preprocessor.patchifier.proj.weight")       # of patches, by the names that timm knows
 
 _SMALL_CFG = {"input_size": (3, 32, 32), "num_classes": 10, "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0,
               "interpolation": "bicubic", "fixed_input_size": True, "first_conv": "patch_embed.proj", "classifier": "head"}
@@ -41,10 +47,19 @@ def vit_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransf
 def create_model(name: str, *, weights: str | Path | None = None, pretrained: bool = False, **args: Any) -> nn.Module:
     """A supported timm vision transformer in eval mode.
 
-    weights: a .safetensors file, or a .pth or .pt with the state dict itself or under "model" (published DeiT, MAE,
-    timm). pretrained downloads timm's own. args: timm's (num_classes, img_size, ...). Raises InputError for an unknown
-    name (with the nearest ones), a family that can't be handled, or weights that don't fit.
+    weights: a file that `read_state` reads; sizes that args don't give are those of its tensors (`from_weights`). pretrained downloads
+    timm's own. args: timm's (num_classes, img_size, ...). Raises InputError for an unknown name (with the nearest ones), a family that
+    can't be handled, or weights that don't fit.
     """
+    if weights is None:
+        return _built(name, args, pretrained)
+    model, notes = from_weights(name, read_state(weights), weights, args)
+    for note in notes:
+        warnings.warn(f"{weights}: {note}", stacklevel=2)
+    return model
+
+
+def _built(name: str, args: dict[str, Any], pretrained: bool = False) -> nn.Module:
     base = name.split(".")[0]
     if not timm.is_model(base):
         near = difflib.get_close_matches(base, timm.list_models(), n=3, cutoff=0.4)
@@ -52,25 +67,110 @@ def create_model(name: str, *, weights: str | Path | None = None, pretrained: bo
     try:
         if pretrained:                                          # refuse a family before its weights are downloaded
             check_supported(timm.create_model(name, pretrained=False, **args))
-        model = timm.create_model(name, pretrained=pretrained, **args)
-    except InputError:
+        with downloading() if pretrained else contextlib.nullcontext():
+            model = timm.create_model(name, pretrained=pretrained, **args)
+    except (InputError, MemoryError):
         raise
-    except (TypeError, AssertionError, ArithmeticError, RuntimeError, ValueError, OSError) as error:     # OSError: a download
+    except Exception as error:                  # whatever arguments of other kinds, or a download, make timm raise
         raise InputError(f"{name}: timm could not build it ({first_line(error)})") from error
     check_supported(model)
     if not model.patch_embed.num_patches:
         raise InputError(f"{name}: an image of {model.patch_embed.img_size} holds no patch of {model.patch_embed.patch_size}")
-    if weights is not None:
-        state = read_state(weights)
-        try:
-            state = checkpoint_filter_fn(state, model, adapt_layer_scale=True)
-        except Exception as error:              # whatever tensors of other sizes make timm's conversion raise
-            raise InputError(f"{weights}: does not fit the model; it can't be converted ({first_line(error)})") from None
-        try:
-            load_state(model, state, weights)
-        except InputError as error:
-            raise InputError(f"{error} (the model is {name})") from None
     return model.eval()
+
+
+def _sizes(name: str, args: dict[str, Any]) -> nn.Module:
+    """Names and sizes of a model's tensors alone, without memory."""
+    with torch.device("meta"):
+        return _built(name, {**args, "weight_init": "skip"})
+
+
+def from_weights(name: str, state: dict[str, Tensor], path: str | Path, args: dict[str, Any],
+                 saved: dict[str, Any] | None = None) -> tuple[nn.Module, list[str]]:
+    """(the model in eval mode, what is to be said of it) of a state dict, by `sized`. Raises InputError naming the file, and before
+    memory is taken, where the weights don't fit."""
+    args, state, notes = sized(name, state, path, args, saved)
+    try:
+        check_fits(_sizes(name, args), state, path)
+    except InputError as error:
+        raise InputError(f"{error} (the model is {name})") from None
+    model = _built(name, args)
+    model.load_state_dict(state)
+    return model, notes
+
+
+def sized(name: str, state: dict[str, Tensor], path: str | Path, args: dict[str, Any],
+          saved: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
+    """(arguments of timm's to build the model by, the state under timm's names, what is to be said of it) for a state dict.
+
+    args: what is asked for. saved: what the file's config.json says. The rest, the number of classes and the size of the images above
+    all, is what the tensors are of; embeddings are resampled only for an img_size or patch_size in args. Raises InputError naming the
+    file where that can't be.
+    """
+    saved = check_args(saved or {})
+    if is_int(saved.get("depth")) and saved["depth"] > len(state):
+        raise InputError(f"{path}: {len(state)} tensors are no model of {saved['depth']} blocks")
+    model = _sizes(name, {**saved, **args})
+    model.pos_embed = None                      # then timm's conversion leaves the file's as it is
+    state, others = unwrapped(state, model.state_dict(), path)
+    patch = model.patch_embed.patch_size
+    kernel = next((tuple(v.shape[-2:]) for k, v in state.items() if k in KERNELS and v.dim() == 4), patch)
+    if kernel != patch and "patch_size" not in args:
+        raise InputError(f"{path}: does not fit the model: its patches are of {_by(kernel)} pixels, those of {name} of {_by(patch)}; name "
+                         f"the model of such patches, or give a patch_size, {kernel[0]} to keep them")
+    state, extra = by_timms_names(state, model, path)
+    left = list(dict.fromkeys(part.split(".")[0] for part in others + extra))
+    notes = [f"left out, since the model has no such part: {', '.join(left)}"] if left else []
+    notes += [f"patch embedding resampled from {_by(kernel)} to {_by(patch)} pixels"] if kernel != patch else []
+    own = _own_sizes(state, model, args, path)
+    state, size, more = _placed(state, model, kernel, "img_size" in args, path)
+    return {**saved, **own, **({} if size is None else {"img_size": size}), **args}, state, notes + more
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
+def _own_sizes(state: dict[str, Tensor], model: nn.Module, args: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """Arguments of timm's that a state dict says by its tensors."""
+    own: dict[str, Any] = {}
+    if "head.weight" in state and state["head.weight"].dim() == 2:
+        own["num_classes"] = len(state["head.weight"])
+    elif not any(name.startswith("head") for name in state):
+        if args.get("num_classes"):
+            raise InputError(f"{path}: holds no classifier, so num_classes can't be {args['num_classes']}; without it the model gives "
+                             "features")
+        own["num_classes"] = 0
+    if ANCHOR in state and state[ANCHOR].dim() == 4:
+        own["in_chans"] = state[ANCHOR].shape[1]
+    if "fc_norm.weight" in state and "norm.weight" not in state and isinstance(model.fc_norm, nn.Identity):
+        own["global_pool"] = "avg"              # a fine-tuned MAE's
+    return own
+
+
+def _placed(state: dict[str, Tensor], model: nn.Module, kernel: tuple[int, int], asked: bool,
+            path: str | Path) -> tuple[dict[str, Tensor], tuple[int, int] | None, list[str]]:
+    """(the state with position embeddings of the images' size, that size where it is the weights' own and not the model's, what is to be
+    said of it). kernel: the file's patches. asked: the model's size was asked for."""
+    embedded, prefix, grid = state.get("pos_embed"), 0 if model.no_embed_class else model.num_prefix_tokens, model.patch_embed.grid_size
+    patches = embedded.shape[1] - prefix if embedded is not None and embedded.dim() == 3 else grid[0] * grid[1]
+    if patches == grid[0] * grid[1]:
+        return state, None, []
+    side = math.isqrt(max(patches, 0))
+    if set(model.state_dict()) - set(state):    # another model's: what it lacks says more than its number of patches
+        return state, None, []
+    if not side or side ** 2 != patches:
+        raise InputError(f"{path}: does not fit the model: its position embeddings are of {patches} patches, which make no square; give "
+                         "the img_size, height and width, that they are of")
+    size, notes = None, []
+    if not asked:
+        size = side * kernel[0], side * kernel[1]
+        grid = tuple(s // p for s, p in zip(size, model.patch_embed.patch_size))
+        notes.append(f"for images of {_by(size)} pixels, as the weights are")
+    if grid != (side, side):
+        notes.append(f"position embeddings resampled from {_by((side, side))} to {_by(grid)} patches")
+        state = {**state, "pos_embed": resample_abs_pos_embed(embedded, new_size=grid, old_size=(side, side), num_prefix_tokens=prefix)}
+    return state, size, notes
 
 
 def architecture(model: nn.Module) -> dict[str, Any]:
@@ -78,89 +178,33 @@ def architecture(model: nn.Module) -> dict[str, Any]:
     name = getattr(model, "pretrained_cfg", {}).get("architecture")
     if not name:
         raise InputError("the model was not made by timm.create_model, so its name is not known; make it there")
-    args = {k: list(v) if isinstance(v, tuple) else v for k, v in get_model_args(model).items()}
+    # What timm does not keep an account of: blocks and classifiers that were changed by hand, and where the last norm stands.
+    now = {"num_classes": classes_of(model), "depth": sum(hasattr(attention_block(b), "attn") for b in model.blocks),
+           "fc_norm": not isinstance(model.fc_norm, nn.Identity)}
+    args = {k: list(v) if isinstance(v, tuple) else v for k, v in {**get_model_args(model), **now}.items()}
+    odd = next((k for k, v in args.items() if not isinstance(v, (str, int, float, list, dict, type(None)))), None)
+    if odd is not None:
+        raise InputError(f"the model was made with {odd}={args[odd]!r}, which no file can hold")
     return {"name": name, "args": args}
 
 
-def rebuild(source: dict[str, Any], most: int | None = None) -> nn.Module:
-    """The model of an `architecture`, with random weights. Only arguments of timm's VisionTransformer are taken, so a file
-    can't make it read other files or download. Raises InputError naming what is wrong, and, before any memory is taken, where it
-    would have more than `most` parameters."""
-    if not isinstance(source, dict) or not isinstance(source.get("name"), str) or not isinstance(source.get("args"), dict):
-        raise InputError('"model" must hold "name" and "args"')
-    odd = sorted(set(source["args"]) - set(inspect.signature(VisionTransformer.__init__).parameters))
+def check_args(args: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a model that a file names. InputError for one that is not timm's VisionTransformer's, so that a file can't make it
+    read other files or download."""
+    odd = sorted(set(args) - set(inspect.signature(VisionTransformer.__init__).parameters))
     if odd:
         raise InputError(f"model argument {odd[0]!r} is not one of a vision transformer's")
+    return args
+
+
+def rebuild(source: dict[str, Any], most: int | None = None) -> nn.Module:
+    """The model of an `architecture`, with random weights. Raises InputError naming what is wrong, and, before any memory is
+    taken, where it would have more than `most` parameters."""
+    if not isinstance(source, dict) or not isinstance(source.get("name"), str) or not isinstance(source.get("args"), dict):
+        raise InputError('"model" must hold "name" and "args"')
+    check_args(source["args"])
     if most is not None:
-        with torch.device("meta"):              # sizes alone, without memory
-            count = sum(p.numel() for p in create_model(source["name"], **source["args"]).parameters())
+        count = sum(p.numel() for p in _sizes(source["name"], source["args"]).parameters())
         if count > most:
             raise InputError(f"a model of {count:,} parameters; the weights beside it are those of {most:,} at most")
     return create_model(source["name"], **source["args"])
-
-
-def read_state(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a .safetensors, .pth, .pt or .bin file, without running any code of the file's.
-
-    A dict under "model", "state_dict", "state_dict_ema" or "model_ema" is taken from inside a training checkpoint.
-    Raises InputError naming the file where it is missing, damaged, or holds anything but tensors there.
-    """
-    return state_of(read_file(path), path)
-
-
-def read_file(path: str | Path) -> dict[str, Any]:
-    """All that a checkpoint file holds; an argparse.Namespace in it is allowed (published checkpoints carry one)."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(f"{path}: holds more than weights, or is damaged; nothing of it was run or loaded "
-                         f"({first_line(error)})") from None
-    except Exception as error:                  # a damaged file makes the readers raise nearly anything
-        raise InputError(f"{path}: can't be read, it may be cut short ({first_line(error)})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}, not a state dict")
-    return content
-
-
-def state_of(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
-    """The state dict in what `read_file` gave; see `read_state`."""
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    wrong = [k for k, v in content.items() if not isinstance(v, Tensor) or not isinstance(k, str)]
-    if wrong or not content:
-        raise InputError(f"{path}: " + (f"{wrong[0]!r} is not a tensor, or not its name" if wrong else "holds no weights"))
-    check_plain(content, path)
-    return {k.removeprefix("module."): v for k, v in content.items()}
-
-
-def check_plain(state: dict[str, Tensor], path: str | Path) -> None:
-    """InputError naming the first tensor that a parameter can't be filled from."""
-    for name, tensor in state.items():
-        if tensor.is_complex() or tensor.is_quantized or tensor.layout != torch.strided or tensor.is_meta:
-            kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}".replace("torch.", "")
-            raise InputError(f"{path}: {name!r} is {kind}; real numbers in a plain tensor are needed")
-
-
-def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """Load all or nothing; InputError names the file and the first keys that are missing, unknown or of another shape."""
-    own = model.state_dict()
-    missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    shapes = [f"{k} is {tuple(state[k].shape)}, the model's is {tuple(own[k].shape)}"
-              for k in own if k in state and own[k].shape != state[k].shape]
-
-    def some(words: list[str]) -> str:
-        return ", ".join(words[:3]) + (f" and {len(words) - 3} more" if len(words) > 3 else "")
-
-    problems = [f"{what} {some(words)}" for what, words in
-                (("missing keys", missing), ("unknown keys", unknown), ("wrong shapes:", shapes)) if words]
-    if problems:
-        raise InputError(f"{path}: does not fit the model: " + "; ".join(problems))
-    model.load_state_dict(state)

@@ -13,9 +13,10 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMA
 from torch import Tensor
 
 from vitlab.files import InputError
-from vitlab.models.create import read_file, rebuild, state_of
+from vitlab.models.create import rebuild
 from vitlab.models.decoders import NORM_EPS
 from vitlab.models.segmenter import Segmenter, as_encoder, set_norm_eps
+from vitlab.models.weights import read_file, state_of
 from vitlab.shape import is_int
 
 VARIANT = "variant.yml"
@@ -85,7 +86,7 @@ def published_parts(path: str | Path) -> tuple[Segmenter, dict[str, Tensor], Pat
     """
     path = Path(path)
     path = path / "checkpoint.pth" if path.is_dir() else path
-    state = state_of(read_file(path), path)
+    state = {name.removeprefix("module."): tensor for name, tensor in state_of(read_file(path), path).items()}
     state = {name: tensor for name, tensor in state.items() if not name.startswith(UNUSED)}
     where = path.parent / VARIANT
     net = read_variant(where)["net_kwargs"]

@@ -67,6 +67,13 @@ def check_supported(model: nn.Module) -> None:
         raise InputError(f"this model can't be handled: {reason}")
 
 
+def classes_of(model: nn.Module) -> int:
+    """Classes of a timm model: as many as its classifier gives out, which may have been replaced without its num_classes."""
+    if isinstance(model.head, nn.Identity):
+        return 0
+    return model.head.out_features if isinstance(model.head, nn.Linear) else model.num_classes
+
+
 def _shape(model: nn.Module, num_heads: int, num_neurons: int) -> ViTShape:
     """Sizes of a model whose dense form has so many heads and neurons in each block; of a Segmenter with its decoder's."""
     whole, model = model, encoder_of(model)
@@ -76,7 +83,7 @@ def _shape(model: nn.Module, num_heads: int, num_neurons: int) -> ViTShape:
         img_size=tuple(embed.img_size), patch_size=tuple(embed.patch_size), in_chans=model.in_chans,
         embed_dim=model.embed_dim, depth=len(model.blocks),
         num_heads=num_heads, head_dim=first.attn.head_dim, num_neurons=num_neurons,
-        num_prefix_tokens=model.num_prefix_tokens, num_classes=whole.num_classes,
+        num_prefix_tokens=model.num_prefix_tokens, num_classes=classes_of(model) if whole is model else whole.num_classes,
         num_classifiers=len(classifiers) if isinstance(classifiers, tuple) else 1,
         pool=model.global_pool, qk_norm=not isinstance(first.attn.q_norm, nn.Identity))
 

@@ -8,22 +8,25 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import save as to_bytes
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 import vitlab
 from vitlab.files import InputError, atomic_folder, existing_folder, read_json
 from vitlab.models import compress, deploy, encoder_of
 from vitlab.models.compress import check_agrees
-from vitlab.models.create import architecture, load_state, read_state, rebuild
+from vitlab.models.create import architecture, rebuild
 from vitlab.models.fold import FoldedBlock
+from vitlab.models.hub import SETTINGS, check_settings, set_settings, settings_of
 from vitlab.models.segmenter import Segmenter, encoder_source, rebuild_segmenter, segmenter_source
+from vitlab.models.weights import check_fits, load_state, read_state
 from vitlab.plan import CompressionPlan
 from vitlab.shape import is_int
 
 WEIGHTS, PLAN, INFO, FOLDER = "weights.safetensors", "plan.json", "checkpoint.json", "checkpoint"
 FORMAT, VERSION = "vitlab.checkpoint", 1
 LARGEST_CUT = 1000                              # no plan makes a model smaller than by this
-INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box", "random")
+UNSEEN = (nn.Dropout, DropPath, nn.Identity)    # of no weight in eval mode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +59,8 @@ def save(folder: str | Path, model: nn.Module, plan: CompressionPlan, *, classes
     """Write folder/ in one step: weights (safetensors), plan.json, checkpoint.json (model name, versions, made_by).
 
     model: any form of compress(dense, plan), the deployed too. An older checkpoint there is replaced as a whole.
-    Raises InputError where the model was not made by timm.create_model, the plan is not the one it was compressed by, or a weight is not
-    finite.
+    Raises InputError where the model was not made by timm.create_model or was changed to one that it does not make, the plan is not the
+    one it was compressed by, or a weight is not finite.
     """
     folder = Path(folder)
     if not is_deployed(model):
@@ -66,11 +69,12 @@ def save(folder: str | Path, model: nn.Module, plan: CompressionPlan, *, classes
     source = encoder_source(model.encoder) if of_pixels else architecture(model)
     decoder = {"segmenter": segmenter_source(model)} if of_pixels else {}
     info = {"format": FORMAT, "version": VERSION, "model": source, **decoder, "deployed": is_deployed(model),
-            "config": {k: model.pretrained_cfg.get(k) for k in ("mean", "std", "interpolation", "crop_pct")},
+            "config": settings_of(encoder_of(model)),
             "classes": classes, "made_by": made_by or {}, "versions": versions()}
     wrong = not_finite(model)
     if wrong is not None:
         raise InputError(f"{folder}: not written, since {wrong} is not finite")
+    _check_rebuilt(info, plan, model, folder)
     with atomic_folder(folder) as temporary:
         (temporary / WEIGHTS).write_bytes(to_bytes({k: v.contiguous() for k, v in model.state_dict().items()}))
         plan.save(temporary / PLAN)
@@ -80,26 +84,50 @@ def save(folder: str | Path, model: nn.Module, plan: CompressionPlan, *, classes
 
 def _check_config(config: Any, classes: Any) -> None:
     """InputError where the image settings or class names of a checkpoint.json are of the wrong kind."""
-    def numbers(value: Any) -> bool:
-        return isinstance(value, list) and len(value) in (1, 3) and all(isinstance(v, (int, float)) and abs(v) < 1e6 for v in value)
-    kinds = {"mean": numbers, "std": lambda value: numbers(value) and min(value) > 0,
-             "crop_pct": lambda v: isinstance(v, (int, float)) and 0 < v <= 1,
-             "interpolation": lambda v: v in INTERPOLATIONS}
-    if not isinstance(config, dict) or not all(k in kinds and (v is None or kinds[k](v)) for k, v in config.items()):
-        raise InputError(f'"config" must hold mean, std, crop_pct and interpolation of images, not {str(config)[:120]}')
+    try:
+        check_settings(config)
+    except InputError as error:
+        raise InputError(f'"config" must hold {", ".join(SETTINGS)} of images: {error}') from None
     if classes is not None and not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
         raise InputError('"classes" must be a list of names or null')
 
 
-def _dense(info: dict[str, Any], plan: CompressionPlan, weights: Path) -> nn.Module:
-    """The dense model that a checkpoint.json names, with random weights. Raises InputError, and before much memory or time is
-    taken where a damaged file asks for a model that its plan and weights can't be of."""
+def _check_rebuilt(info: dict[str, Any], plan: CompressionPlan, model: nn.Module, folder: Path) -> None:
+    """InputError where what a checkpoint says of a model does not build it: some layer was replaced by another."""
+    # A deployed form is computed from numbers, which the meta device has not.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu" if info["deployed"] else "meta"):
+        dense = _dense(info)
+    made = _in_form(dense, plan, info["deployed"])
+    layers, now = ({name: repr(each) for name, each in m.named_modules() if not len(list(each.children())) and not isinstance(each, UNSEEN)}
+                   for m in (made, model))
+    odd = next((f"{name} is {now.get(name)} in place of {layers.get(name)}" for name in {**layers, **now}
+                if layers.get(name) != now.get(name)), None)
+    try:
+        check_fits(made, model.state_dict(), folder)
+    except InputError as error:
+        odd = odd or str(error)
+    if odd is not None:
+        raise InputError(f"{folder}: not written, since {info['model']['name']} can't be built with what the model was changed to ({odd})")
+
+
+def _dense(info: dict[str, Any], most: int | None = None) -> nn.Module:
+    """The dense model that a checkpoint.json names, of at most so many parameters, with random weights."""
     source, of_pixels = info.get("model"), info.get("segmenter")
+    return rebuild(source, most) if of_pixels is None else rebuild_segmenter(source, of_pixels, most)
+
+
+def _in_form(dense: nn.Module, plan: CompressionPlan, deployed: bool) -> nn.Module:
+    return deploy(compress(dense, plan)) if deployed else compress(dense, plan)
+
+
+def _check_size(info: dict[str, Any], plan: CompressionPlan, weights: Path) -> int:
+    """The most parameters that a model cut to these weights can have had. Raises InputError, before much memory or time is taken, where
+    a damaged file asks for a model that its plan can't be of."""
+    source = info.get("model")
     depth = source["args"].get("depth") if isinstance(source, dict) and isinstance(source.get("args"), dict) else None
     if is_int(depth) and depth > plan.shape.depth:
         raise InputError(f"a model of {depth} blocks, but the plan has {plan.shape.depth}")
-    most = LARGEST_CUT * (weights.stat().st_size if weights.is_file() else 0) // 4 + 10 ** 6
-    return rebuild(source, most) if of_pixels is None else rebuild_segmenter(source, of_pixels, most)
+    return LARGEST_CUT * (weights.stat().st_size if weights.is_file() else 0) // 4 + 10 ** 6
 
 
 def _by_todays_names(state: dict[str, Tensor], model: nn.Module, plan: CompressionPlan) -> dict[str, Tensor]:
@@ -134,15 +162,13 @@ def load(path: str | Path) -> Checkpoint:
         _check_config(config, info.get("classes"))
         if not isinstance(info.get("deployed", False), bool):
             raise InputError('"deployed" must be true or false')
-        dense = _dense(info, plan, folder / WEIGHTS)
+        dense = _dense(info, _check_size(info, plan, folder / WEIGHTS))
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     try:
-        model = compress(dense, plan)
+        model = _in_form(dense, plan, info.get("deployed", False))
     except InputError as error:
         raise InputError(f"{folder / PLAN}: {error}") from None
-    if info.get("deployed"):
-        model = deploy(model)
     load_state(model, _by_todays_names(read_state(folder / WEIGHTS), model, plan), folder / WEIGHTS)
-    encoder_of(model).pretrained_cfg = {**model.pretrained_cfg, **{k: v for k, v in config.items() if v is not None}}
+    set_settings(encoder_of(model), config)
     return Checkpoint(model=model.eval(), plan=plan, info=info)

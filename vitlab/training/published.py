@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from vitlab.files import InputError, atomic_write
 from vitlab.models import attention_block, compress, shape_of
-from vitlab.models.create import architecture, load_state, read_file, rebuild, state_of
+from vitlab.models.create import architecture, rebuild
 from vitlab.models.merge import TokenBlock
 from vitlab.models.published_segmenter import published_parts
 from vitlab.models.segmenter import Segmenter
+from vitlab.models.weights import load_state, read_file, state_of, unwrapped
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import MergeReconstruct
 
@@ -51,7 +52,7 @@ def load_published(path: str | Path, dense: nn.Module) -> tuple[nn.Module, Compr
     content = read_file(path)
     if not is_published(content):
         raise InputError(f"{path}: not a Prune and Merge checkpoint; it holds no blocks.i.attn.merge_matrix under \"model\"")
-    return _compressed(state_of(content, path), dense, path)
+    return _compressed(unwrapped(state_of(content, path), dense.state_dict(), path)[0], dense, path)
 
 
 def load_segmenter(path: str | Path) -> tuple[Segmenter, CompressionPlan]:

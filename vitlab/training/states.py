@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vitlab.files import InputError, atomic_write
-from vitlab.models.create import read_file
+from vitlab.models.weights import read_file
 
 PATTERN = "state-*.pt"                          # state-STEP-DIGEST.pt
 

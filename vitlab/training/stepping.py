@@ -18,7 +18,7 @@ from vitlab.data import ImageData
 from vitlab.data.order import seed_of
 from vitlab.files import InputError, first_line
 from vitlab.models import set_trainable
-from vitlab.models.create import load_state
+from vitlab.models.weights import load_state
 from vitlab.training.checkpoint import not_finite
 from vitlab.training.distillation import make_task
 from vitlab.training.evaluate import uses_bf16

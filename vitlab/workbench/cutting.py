@@ -16,7 +16,7 @@ from vitlab.criteria.units import UNIT_CRITERIA, UnitScores, unit_criterion
 from vitlab.data import ImageData
 from vitlab.files import InputError, append_line, atomic_write
 from vitlab.models import shape_of
-from vitlab.models.create import read_file
+from vitlab.models.weights import read_file
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import Match, Select
 from vitlab.search import SearchSpace

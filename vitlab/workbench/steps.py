@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from vitlab import cost, parallel, tokens
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.data import ImageData, open_data
+from vitlab.data.images import image_config, in_words
 from vitlab.data.masks import open_scenes
-from vitlab.files import NOTEBOOKS, InputError, atomic_write, first_line, from_root
+from vitlab.files import NOTEBOOKS, InputError, atomic_write, first_line
 from vitlab.models import compress, deploy, shape_of
-from vitlab.models.create import create_model, read_file
-from vitlab.models.published_segmenter import VARIANT
+from vitlab.models.create import create_model
 from vitlab.models.segmenter import Segmenter
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.results import ResultRow, append_row
@@ -31,13 +31,12 @@ from vitlab.training.capture import need_classifier, scored
 from vitlab.training.checkpoint import Checkpoint
 from vitlab.training.gradual import partial_plan
 from vitlab.training.loop import fit
+from vitlab.training.opening import Source, open_model
 from vitlab.training.pixels import Segmentation, evaluate_scenes
-from vitlab.training.published import is_published, load_published, load_segmenter
 from vitlab.training.recipes import Engine, Recipe, recipe
 from vitlab.training.units import unit_scores
 
 RESULTS, TRAINING = "results.jsonl", "training"
-Source = str | Path | Checkpoint            # where a model comes from, or one that is open already
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -52,43 +51,6 @@ def pick_device(name: str | None) -> torch.device:
     if device.type not in ("cpu", "cuda", "mps", "xpu"):
         raise InputError(f"device {name!r} can't compute; cpu or cuda can")
     return device
-
-
-def open_model(source: Source, *, model: str | None = None, num_classes: int | None = None, pretrained: bool = True,
-               **args: Any) -> Checkpoint:
-    """A model from a checkpoint or run folder; a weights file together with the timm name `model`; or a timm name. One that is
-    open already comes back as it is.
-
-    A published Prune and Merge .pth is recognised, and a published Segmenter's with its variant.yml beside it. Raises InputError for
-    anything else.
-    """
-    if isinstance(source, Checkpoint):
-        return source
-    if not str(source):
-        raise InputError("no model is named; a run folder, a weights file or a timm name is needed")
-    path = from_root(source)
-    if num_classes is not None:
-        args["num_classes"] = num_classes
-    if path.is_dir():
-        return checkpoint.load(path)
-    if path.suffix in (".pth", ".pt", ".bin", ".safetensors"):
-        if model is None and path.suffix == ".pth" and (path.parent / VARIANT).is_file():
-            built, plan = load_segmenter(path)
-            return Checkpoint(model=built, plan=plan, info={"made_by": {"read_from": path.name}})
-        if model is None:
-            raise InputError(f"{path}: a weights file needs the timm name of its model (--model NAME, or `model` in a notebook)")
-        if path.suffix != ".safetensors" and is_published(read_file(path)):
-            built, plan = load_published(path, create_model(model, **args))
-        else:
-            built = create_model(model, weights=path, **args)
-            plan = CompressionPlan.empty(shape_of(built))
-        return Checkpoint(model=built, plan=plan, info={"made_by": {"read_from": path.name}})
-    if path.is_file():
-        raise InputError(f"{path}: not a weights file; one that ends in .safetensors, .pth, .pt or .bin is, or a run folder")
-    if len(path.parts) > 2 or path.is_absolute():                                   # timm's names have one part, or two
-        raise InputError(f"{path}: no such run folder or weights file; 01_baseline and `vitlab pretrain` write the dense one of a study")
-    built = create_model(str(source), pretrained=pretrained, **args)
-    return Checkpoint(model=built, plan=CompressionPlan.empty(shape_of(built)), info={"made_by": {"timm": str(source)}})
 
 
 def open_matching(data: str | Path, found: Checkpoint, class_map: str | Path | None = None, *, labels: bool = True) -> ImageData:
@@ -296,13 +258,15 @@ def evaluate(source: Source, data: str | Path, *, name: str | None = None, split
         accuracy = evaluation.evaluate(model, batches, device=device, amp=amp, progress=progress)
         measures = {"top1_pct": accuracy.top1_pct, "top5_pct": accuracy.top5_pct, "loss": accuracy.loss, "top1_se": accuracy.top1_se,
                     "loss_se": accuracy.loss_se}
-        more = {"crop_pct": crop_pct, "images": accuracy.images, "broken": accuracy.broken}
+        more = {"images": accuracy.images, "broken": accuracy.broken}
         if accuracy.broken and parallel.is_first():
             print(f"{accuracy.broken} broken images left out", file=sys.stderr)
+    config = image_config(found.model.encoder if dense else model) | ({} if crop_pct is None else {"crop_pct": crop_pct})
     row = ResultRow(
         model=name or str(source), dataset=opened.name, split=opened.held_out if split == "held_out" else split,
         **measures, gmacs=cost.gmacs(found.plan), params_m=cost.params(model)["total"] / 1e6,
         conditions={"device": str(device), "dtype": "bfloat16" if amp else "float32", "limit": limit, "seed": seed, **more,
+                    "prepared": in_words(config, resized=not dense),
                     "quick": quick, "form": "deployed", "plan": found.plan.made_by, "versions": checkpoint.versions()})
     if out is not None and parallel.is_first():
         append_row(Path(out) / RESULTS, row)

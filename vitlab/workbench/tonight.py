@@ -18,7 +18,7 @@ from vitlab import cost
 from vitlab.criteria.units import UnitScores
 from vitlab.files import InputError, append_line, atomic_write, read_lines, write_lines
 from vitlab.models import deploy, shape_of
-from vitlab.models.create import read_file
+from vitlab.models.weights import read_file
 from vitlab.plan import CompressionPlan
 from vitlab.search import Budget, SearchSpace, Study
 from vitlab.search.allocation import allocate

@@ -1,0 +1,152 @@
+"""Weights files as others write them: read without running any code of theirs, and given timm's names."""
+import argparse
+import pathlib
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from vitlab.files import InputError, first_line
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".pth.tar", ".ckpt")
+INSIDE = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model")     # where a training checkpoint has the weights; averages first
+ANCHOR = "patch_embed.proj.weight"              # every vision transformer has it; what stands before it stands before all its names
+CONVERTED = "visual.trunk."                     # OpenCLIP's prefix, which timm's own conversion needs
+PRETRAINING = ("mask_token", "decoder", "dino_head.", "ibot_head.", "projector.", "predictor.")     # what only pre-training has a use for
+_NUMPY = np._core.multiarray
+# Besides tensors and Python's plain data, checkpoints hold settings, paths and numpy's numbers. Building these runs nothing of a file's;
+# an array of objects is not among them.
+HARMLESS = [argparse.Namespace, np.dtype, np.ndarray, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdFD"},
+            *((getattr(_NUMPY, name), f"numpy.{core}.multiarray.{name}")
+              for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+            *((getattr(pathlib, f"Pure{name}"), f"{module}.{name}") for module in ("pathlib", "pathlib._local")
+              for name in ("PosixPath", "WindowsPath"))]
+
+
+def is_weights(path: Path) -> bool:
+    """Whether a file's name ends as a weights file's does."""
+    return path.name.endswith(SUFFIXES)
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a weights file; raises what `read_file` and `state_of` raise."""
+    return state_of(read_file(path), path)
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """All that a weights file or training checkpoint holds: tensors, plain data, and what is HARMLESS. Raises InputError naming the
+    file where it is missing, damaged, one of several shards, or would build anything else."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    if re.search(r"-\d{5}-of-\d{5}\.", path.name):
+        raise InputError(f"{path}: one of several files that only together hold a model; save it in one file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals(HARMLESS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{path}: holds more than weights, or is damaged; nothing of it was run or loaded "
+                         f"({_named(path, error)})") from None
+    except Exception as error:                  # a damaged file makes the readers raise nearly anything
+        raise InputError(f"{path}: can't be read, it may be cut short ({first_line(error)})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, not a state dict")
+    return content
+
+
+def _named(path: Path, error: Exception) -> str:
+    """What a file holds besides weights, by name."""
+    try:
+        with torch.serialization.safe_globals(HARMLESS):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:                           # a file in torch's format of old, or damaged
+        names = []
+    return f"{', '.join(sorted(names)[:3])}; save model.state_dict() alone"[:300] if names else first_line(error)
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(t, Tensor) and isinstance(k, str) for k, t in value.items())
+
+
+def state_of(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
+    """The state dict in what `read_file` gave: it itself, one INSIDE, or the only other one. Raises InputError naming the file where
+    there are several, or anything but tensors."""
+    inside = next((content[key] for key in INSIDE if isinstance(content.get(key), dict)), None)
+    if inside is None:
+        others = {key: value for key, value in content.items() if _is_state(value)}
+        if len(others) > 1:
+            raise InputError(f"{path}: {', '.join(map(repr, others))} each hold weights; save those that are meant in a file of their own")
+        inside = next(iter(others.values()), content)
+    wrong = [k for k, v in inside.items() if not isinstance(v, Tensor) or not isinstance(k, str)]
+    if wrong or not inside:
+        raise InputError(f"{path}: " + (f"{wrong[0]!r} is not a tensor, or not its name" if wrong else "holds no weights"))
+    check_plain(inside, path)
+    return inside
+
+
+def check_plain(state: dict[str, Tensor], path: str | Path) -> None:
+    """InputError naming the first tensor that a parameter can't be filled from."""
+    for name, tensor in state.items():
+        if tensor.is_complex() or tensor.is_quantized or tensor.layout != torch.strided or tensor.is_meta:
+            kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}".replace("torch.", "")
+            raise InputError(f"{path}: {name!r} is {kind}; real numbers in a plain tensor are needed")
+
+
+def unwrapped(state: dict[str, Tensor], own: dict[str, Tensor], path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
+    """(the tensors of the model alone, without what stands before their names; the names of the others) of a file by whatever wraps
+    models: DDP, torch.compile, Lightning, a student beside its teacher. own: the state of such a model; where the file holds several,
+    the one that has most of its names and shapes is meant. Raises InputError where two have as many."""
+    prefixes = sorted({name.removesuffix(ANCHOR).removesuffix(CONVERTED) for name in state if name.endswith(ANCHOR)}) or [""]
+    fits = {p: sum(p + name in state and state[p + name].shape == value.shape for name, value in own.items()) for p in prefixes}
+    best, *more = (p for p in prefixes if fits[p] == max(fits.values()))
+    if more:
+        raise InputError(f"{path}: the weights below {best!r} and {more[0]!r} fit alike; save those that are meant in a file of "
+                         "their own")
+    others = tuple(p for p in prefixes if p != best and p.startswith(best))
+    inner = {name: value for name, value in state.items() if name.startswith(best) and not (others and name.startswith(others))}
+    return {name.removeprefix(best): value for name, value in inner.items()}, [name for name in state if name not in inner]
+
+
+def by_timms_names(state: dict[str, Tensor], model: VisionTransformer, path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
+    """(the state under the names of timm's VisionTransformer, the names of what is left out: parts that only pre-training has) of any
+    layout that timm converts; no position embedding is resampled. model: one of that architecture without pos_embed, on the meta device."""
+    left = [name for name in state if name == "mask_token" or "pre_logits" in name]         # what timm's conversion drops
+    # A DINOv2 training has its blocks in chunks: blocks.CHUNK.BLOCK.
+    state = {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name): value for name, value in state.items()}
+    try:
+        state = checkpoint_filter_fn(state, model, adapt_layer_scale=True)
+    except Exception as error:                  # whatever tensors of other sizes make timm's conversion raise
+        raise InputError(f"{path}: does not fit the model; it can't be converted ({first_line(error)})") from None
+    own = model.state_dict()
+    extra = [name for name in state if name.startswith(PRETRAINING) and name not in own]
+    return {name: value for name, value in state.items() if name not in extra}, left + extra
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """Load all or nothing; InputError names the file and the first keys that are missing, unknown or of another shape."""
+    check_fits(model, state, path)
+    model.load_state_dict(state)
+
+
+def check_fits(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """InputError naming the file and the first keys that are missing, unknown or of another shape."""
+    own = model.state_dict()
+    missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    shapes = [f"{k} is {tuple(state[k].shape)}, the model's is {tuple(own[k].shape)}"
+              for k in own if k in state and own[k].shape != state[k].shape]
+
+    def some(words: list[str]) -> str:
+        return ", ".join(words[:3]) + (f" and {len(words) - 3} more" if len(words) > 3 else "")
+
+    problems = [f"{what} {some(words)}" for what, words in
+                (("missing keys", missing), ("unknown keys", unknown), ("wrong shapes:", shapes)) if words]
+    if problems:
+        raise InputError(f"{path}: does not fit the model: " + "; ".join(problems))

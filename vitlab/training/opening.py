@@ -1,0 +1,101 @@
+"""A model from wherever it is: a checkpoint or run folder, weights of others in a file or a folder, the Hugging Face hub, timm's names."""
+import warnings
+from pathlib import Path
+from typing import Any
+
+from vitlab.files import InputError, from_root
+from vitlab.models import encoder_of, shape_of
+from vitlab.models.create import create_model, from_weights, sized
+from vitlab.models.hub import CONFIG, HubConfig, check_settings, config_beside, download, set_settings, weights_in
+from vitlab.models.published_segmenter import VARIANT
+from vitlab.models.segmenter import Segmenter
+from vitlab.models.weights import SUFFIXES, is_weights, read_file, state_of
+from vitlab.plan import CompressionPlan
+from vitlab.training import checkpoint
+from vitlab.training.checkpoint import Checkpoint
+from vitlab.training.published import is_published, load_published, load_segmenter
+
+Source = str | Path | Checkpoint            # where a model comes from, or one that is open already
+HUB, LOCAL = "hf-hub:", "local-dir:"        # what stands before timm's own sources
+
+
+def open_model(source: Source, *, model: str | None = None, num_classes: int | None = None, img_size: int | tuple[int, int] | None = None,
+               settings: dict[str, Any] | None = None, pretrained: bool = True, **args: Any) -> Checkpoint:
+    """A model from a checkpoint or run folder; a weights file together with the timm name `model`; a folder with config.json and weights
+    as timm writes them, also as local-dir:FOLDER; hf-hub:OWNER/NAME; or a timm name. One that is open already comes back as it is.
+
+    num_classes, img_size and args (timm's) are of a model that is built here; where they are not given, they are the weights' own.
+    settings: mean, std, crop_pct, crop_mode, interpolation of images, in place of those that config.json or else timm has (`SETTINGS`).
+    A published Prune and Merge .pth is recognised, and a published Segmenter's with its variant.yml beside it. Raises InputError for
+    anything else.
+    """
+    given = {**{k: v for k, v in {"num_classes": num_classes, "img_size": img_size}.items() if v is not None}, **args}
+    found = _opened(source, model, given, pretrained)
+    settings = check_settings(settings or {})
+    odd = next((name for name in settings if name not in ("mean", "std") and isinstance(found.model, Segmenter)), None)
+    if odd is not None:
+        raise InputError(f"{odd} is {settings[odd]}, but scenes are taken as they are, not resized and cropped")
+    if settings:
+        set_settings(encoder_of(found.model), settings)
+    return found
+
+
+def _opened(source: Source, model: str | None, args: dict[str, Any], pretrained: bool) -> Checkpoint:
+    if isinstance(source, Checkpoint):
+        return _as_it_is(source, "the checkpoint", args)
+    source = str(source)
+    if not source:
+        raise InputError("no model is named; a run folder, a weights file or a timm name is needed")
+    if source.startswith(HUB):
+        return _of_weights(weights_in(download(source.removeprefix(HUB))), None, args)
+    path = from_root(source.removeprefix(LOCAL))
+    if source.startswith(LOCAL) or is_others(path):
+        return _of_weights(weights_in(path), None, args)
+    if path.is_dir():
+        return _as_it_is(checkpoint.load(path), path, args)
+    if is_weights(path) and model is None and (path.parent / VARIANT).is_file():
+        built, plan = load_segmenter(path)
+        return _as_it_is(Checkpoint(model=built, plan=plan, info={"made_by": {"read_from": path.name}}), path, args)
+    if is_weights(path):
+        return _of_weights(path, model, args)
+    if path.is_file():
+        raise InputError(f"{path}: not a weights file; one that ends in {', '.join(SUFFIXES)} is, or a run folder")
+    if len(path.parts) > 2 or path.is_absolute():                                   # timm's names have one part, or two
+        raise InputError(f"{path}: no such run folder or weights file; 01_baseline and `vitlab pretrain` write the dense one of a study")
+    built = create_model(source, pretrained=pretrained, **args)
+    return Checkpoint(model=built, plan=CompressionPlan.empty(shape_of(built)), info={"made_by": {"timm": source}})
+
+
+def _as_it_is(found: Checkpoint, where: str | Path, args: dict[str, Any]) -> Checkpoint:
+    """The checkpoint itself. InputError where it should be built otherwise."""
+    if args:
+        raise InputError(f"{where} holds a model of its own sizes; {next(iter(args))} is for weights of others")
+    return found
+
+
+def _of_weights(path: Path, model: str | None, args: dict[str, Any]) -> Checkpoint:
+    """The model of a weights file, by what a config.json beside it says, and what it leaves open."""
+    config = config_beside(path)
+    if model is None and config is None:
+        raise InputError(f"{path}: a weights file needs the timm name of its model (--model NAME, or `model` in a notebook)")
+    config = config or HubConfig(name=model)
+    name, saved = model or config.name, config.args if model in (None, config.name) else {}
+    content = read_file(path)
+    state = state_of(content, path)
+    if is_published(content):
+        args, _, notes = sized(name, state, path, args, saved)
+        built, plan = load_published(path, create_model(name, **args))
+    else:
+        built, notes = from_weights(name, state, path, args, saved)
+        plan = CompressionPlan.empty(shape_of(built))
+    set_settings(built, config.settings)
+    for note in notes:
+        warnings.warn(f"{path}: {note}", stacklevel=2)
+    classes = config.classes if config.classes is not None and len(config.classes) == built.num_classes else None
+    made_by = {"read_from": path.name, **({"notes": notes} if notes else {})}
+    return Checkpoint(model=built, plan=plan, info={"classes": classes, "made_by": made_by})
+
+
+def is_others(path: Path) -> bool:
+    """Whether a folder holds a model as timm writes it, and no checkpoint."""
+    return (path / CONFIG).is_file() and not any((path / place / checkpoint.INFO).is_file() for place in ("", checkpoint.FOLDER))
