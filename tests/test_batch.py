@@ -223,7 +223,7 @@ def story(tmp_path_factory):
         look(name, done.returncode, done.stdout + done.stderr)
     process, family = start(folder, 2)                          # the first turn in that file is of `first`, handed on
     process.send_signal(signal.SIGTERM)
-    code = process.wait(timeout=120)
+    code = process.wait(timeout=600)
     look("ended", code)
     seen["ended"]["left"] = [pid for pid in family if not gone(pid)]
     process, _ = start(folder, 3)

@@ -134,7 +134,7 @@ def test_the_folder_alone_moved_elsewhere_is_enough_for_a_fresh_process(tmp_path
     (tmp_path / "empty").mkdir()
     done = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path / "x.pt"), str(tmp_path / "out.pt"), *wanted],
                           cwd=tmp_path / "empty", env={**os.environ, "PYTHONPATH": str(Path(vitlab.__file__).parents[1])},
-                          capture_output=True, text=True, timeout=120)
+                          capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "out.pt", weights_only=True)
     assert all(torch.equal(found[folder], wanted[folder]) for folder in wanted)

@@ -185,7 +185,7 @@ def test_a_request_to_stop_is_agreed_on_and_the_run_goes_on_from_there(place):
             time.sleep(0.05)
         second, = (p for p in psutil.Process(run.pid).children(recursive=True) if p.environ().get("RANK") == "1")
         second.send_signal(signal.SIGTERM)                          # the first hears of it from the second
-        said = run.communicate(timeout=100)[1]
+        said = run.communicate(timeout=600)[1]
     finally:
         run.kill()
     assert said.count("vitlab finetune: stopped on request") == 2 and "another process" not in said

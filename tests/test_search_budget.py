@@ -126,7 +126,7 @@ def test_ratios_keep_their_proportions_until_one_reaches_its_most():
     projected, meets = toy(linear, 17 - 1.5, 4).project(policy)             # ratios must weigh 1.5: 0.5 + 0.6 + 0.35 = 1.45
     assert meets.all()
     for row, weigh in zip(policy, (1.45, 5.6, 0.145)):
-        assert np.allclose(projected[policy.tolist().index(row.tolist())], row * 1.5 / weigh, atol=1e-7)    # to 3 / 2^30 of its way, which grows tenfold
+        assert np.allclose(projected[policy.tolist().index(row.tolist())], row * 1.5 / weigh, atol=1e-7)    # 3 / 2^30, grown tenfold
     # 4 to carry: the second is at 0.5 (1.5 of it), so the first and last, twice as large and as large, share the other 2.5.
     projected, _ = toy(linear, 17 - 4.0, 4).project(policy[:1])
     assert np.allclose(projected, [[0.1 * 2.5 / 0.85, 0.5, 0, 0.05 * 2.5 / 0.85]], atol=1e-7)
