@@ -7,12 +7,13 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from vitlab.data.folder import images_in, read_image, unlabelled
-from vitlab.data.layouts import LAYOUTS, Pairs
+from vitlab.data.folder import read_image, reason
+from vitlab.data.layouts import LAYOUTS, SPLITS, Pairs
+from vitlab.data.listing import entries, images_below
 from vitlab.data.rgb import rgb, turn_of
 from vitlab.data.scene_data import SceneData, Scenes
 from vitlab.data.scenes import digit_scenes
-from vitlab.files import InputError, first_line, from_root
+from vitlab.files import InputError, from_root
 
 MODES = ("L", "P", "1", "I", "I;16", "I;16B")   # Pillow's, of one number a pixel; of a palette, its index
 UNKNOWN = 254                                   # stands for an id that the layout does not have; no data set has so many classes
@@ -27,7 +28,7 @@ def _read(path: Path, what: str, take: Callable[[Image.Image], T]) -> T:
         image.load()
         return take(image)
     except Exception as error:                  # a damaged file makes Pillow's decoders raise nearly anything
-        raise InputError(f"{path}: can't be read as {what} ({first_line(error)})") from None
+        raise InputError(f"{path}: can't be read as {what} ({reason(path, error)})") from None
 
 
 def read_mask(path: Path, table: np.ndarray) -> np.ndarray:
@@ -94,8 +95,8 @@ class MaskReader:
 class PictureReader:
     """(RGB image, mask) pairs of files that have no masks: these are 0 throughout, and say nothing."""
 
-    def __init__(self, folder: Path) -> None:
-        self.paths = images_in(folder)
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -109,6 +110,26 @@ class PictureReader:
         return str(self.paths[i])
 
 
+def _layout_of(root: Path) -> str | None:
+    return next((name for name, each in LAYOUTS.items() if each.known_by(root)), None)
+
+
+def _pictures(root: Path) -> list[Path]:
+    """The images below a folder of images alone, or below its train/ where that is the only split. Raises InputError where it is none,
+    naming the folder to give where that is one above or below."""
+    splits = [name for name in SPLITS if (root / name).is_dir()]
+    below = root / "train" if splits == ["train"] else root
+    inside = next((name for name in entries(root)[1] if _layout_of(root / name)), None)
+    right = root / inside if inside is not None else root.parent if _layout_of(root.parent) else None
+    if right is not None:
+        raise InputError(f"{root}: one folder too {'high' if inside else 'low'}; {right} holds images and masks: give that folder")
+    found = [] if splits and below == root else [below / name for name in images_below(below)]
+    if not found:
+        raise InputError(f"{root}: has none of the layouts {sorted(LAYOUTS)}; the simplest is train/images/, train/masks/, the same of val "
+                         "and test, and classes.txt with a name a line")
+    return found
+
+
 SCENES: dict[str, Callable[[], SceneData]] = {"digit_scenes": digit_scenes}
 
 
@@ -118,7 +139,7 @@ def open_scenes(data: str | Path, layout: str | None = None) -> SceneData:
     ade20k: ADEChallengeData2016/ with images/ and annotations/, training/ and validation/ in each. cityscapes: leftImg8bit/ and
     gtFine/ with labelIds. pascal_context: VOC2010/ with ImageSets/SegmentationContext/ and PNGs in SegmentationClassContext/.
     camvid, folder: train/, val/ and test/ with images/ and masks/ in each, and classes.txt. A folder, or its train/, that holds images
-    alone has no masks, and no other split than train.
+    alone, however deep, has no masks, and no other split than train.
     Raises InputError naming the folder or file: missing, no layout that is known, an image without a mask, a split without images.
     """
     if str(data) in SCENES:
@@ -130,13 +151,9 @@ def open_scenes(data: str | Path, layout: str | None = None) -> SceneData:
         raise InputError(f"layout {layout!r} is not known; known are {sorted(LAYOUTS)}")
     if not str(data) or not root.is_dir():
         raise InputError(f"{str(data)!r}: no such folder; give one of {sorted(SCENES)}, or a folder of images and masks")
-    name = layout or next((name for name, each in LAYOUTS.items() if each.known_by(root)), None)
-    flat = unlabelled(root) if name is None else None
-    if flat is not None:
-        return SceneData(root.resolve().name, {"train": Scenes(PictureReader(flat))}, None, labelled=False)
+    name = layout or _layout_of(root)
     if name is None:
-        raise InputError(f"{root}: has none of the layouts {sorted(LAYOUTS)}; the simplest is train/images/, train/masks/, the same of val "
-                         "and test, and classes.txt with a name a line")
+        return SceneData(root.resolve().name, {"train": Scenes(PictureReader(_pictures(root)))}, None, labelled=False)
     chosen = LAYOUTS[name]
     pairs, classes = chosen.pairs(root), chosen.classes(root)
     if not pairs:

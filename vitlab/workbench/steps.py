@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,8 @@ def open_model(source: Source, *, model: str | None = None, num_classes: int | N
 
 
 def open_matching(data: str | Path, found: Checkpoint, class_map: str | Path | None = None, *, labels: bool = True) -> ImageData:
-    """The data set, images with masks for a Segmenter, refused where its classes are not the ones the checkpoint was trained on, or
-    where it has no `labels` and they are needed."""
+    """The data set, images with masks for a Segmenter, its classes numbered as those the checkpoint was trained on. Where they are
+    others, or it has no labels, it is refused; or, where `labels` are not needed, taken without."""
     if isinstance(found.model, Segmenter):
         if class_map is not None:
             raise InputError("a class map is of class folders; masks have none")
@@ -102,13 +103,16 @@ def open_matching(data: str | Path, found: Checkpoint, class_map: str | Path | N
         opened = open_data(data, class_map=class_map)
     if labels:
         opened.need_labels()
-    known = found.info.get("classes")
-    if known and opened.classes and not opened.mapped and list(known) != list(opened.classes):
-        odd = sorted(set(known) ^ set(opened.classes))
-        raise InputError(f"{data}: its classes are not the model's"
-                         + (f" ({odd[0]!r} is in one of them only)" if odd else " (their order differs)"))
-    opened.check_fits(found.model.num_classes)
-    return opened
+    try:
+        fitting = opened.numbered_as(found.info.get("classes"))
+        fitting.check_fits(found.model.num_classes)
+    except InputError as error:
+        if labels or isinstance(found.model, Segmenter):
+            raise
+        if parallel.is_first():
+            warnings.warn(f"{error}; its images are taken without labels, which this step does not need", stacklevel=2)
+        return opened.without_labels(str(error))
+    return fitting
 
 
 def study_folder(path: str | Path) -> Path:
