@@ -142,9 +142,9 @@ class ImageData:
 
     def files(self, split: str) -> list[str]:
         """Name of the data set, and path and size of each image of a split, by which it is known again; the name alone of a stream.
-        Classes too, where their numbers are not the order of their names' letters."""
+        Classes of images too, where their numbers are not the order of their names' letters."""
         images, classes = self.split(split), self.classes or []
-        named = [self.name, *(classes if self.mapped or classes != sorted(classes) else [])]
+        named = [self.name, *(classes if type(images) is Images and classes != sorted(classes) else [])]
         return [*named, *map(_known_by, map(images.path, range(len(images))))] if isinstance(images, Images) else named
 
     def check_fits(self, num_classes: int) -> None:

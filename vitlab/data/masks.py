@@ -1,5 +1,6 @@
 """open_scenes: one way to the embedded scenes, or a folder of images and masks in a published layout; masks are checked as they are
 read."""
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -8,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from vitlab.data.folder import read_image, reason
-from vitlab.data.layouts import LAYOUTS, SPLITS, Pairs
+from vitlab.data.layouts import IGNORE, LAYOUTS, SPLITS, Pairs
 from vitlab.data.listing import entries, images_below
 from vitlab.data.rgb import rgb, turn_of
 from vitlab.data.scene_data import SceneData, Scenes
@@ -18,6 +19,7 @@ from vitlab.files import InputError, from_root
 MODES = ("L", "P", "1", "I", "I;16", "I;16B")   # Pillow's, of one number a pixel; of a palette, its index
 UNKNOWN = 254                                   # stands for an id that the layout does not have; no data set has so many classes
 LARGEST_ID = 255
+LOOKED_AT = 200                                 # masks by which it is told what 255 means
 T = TypeVar("T")
 
 
@@ -130,6 +132,23 @@ def _pictures(root: Path) -> list[Path]:
     return found
 
 
+def _is_binary(masks: list[Path]) -> bool:
+    """Whether masks hold 0 and 255 alone, as black and white drawings do, both somewhere: told by LOOKED_AT of them, even over all; one
+    that holds anything else says no at once."""
+    seen = np.zeros(LARGEST_ID + 1, dtype=bool)
+    for place in np.linspace(0, len(masks) - 1, min(LOOKED_AT, len(masks))).round().astype(int):
+        try:
+            ids = np.asarray(read_image(masks[place]))
+        except Exception:                       # whatever Pillow's decoders raise; it is named when it is read in earnest
+            continue
+        if ids.dtype != np.uint8 or ids.ndim != 2:
+            return False
+        seen |= np.bincount(ids.ravel(), minlength=LARGEST_ID + 1) > 0
+        if seen[1:IGNORE].any():
+            return False
+    return bool(seen[0] and seen[IGNORE])
+
+
 SCENES: dict[str, Callable[[], SceneData]] = {"digit_scenes": digit_scenes}
 
 
@@ -138,7 +157,8 @@ def open_scenes(data: str | Path, layout: str | None = None) -> SceneData:
 
     ade20k: ADEChallengeData2016/ with images/ and annotations/, training/ and validation/ in each. cityscapes: leftImg8bit/ and
     gtFine/ with labelIds. pascal_context: VOC2010/ with ImageSets/SegmentationContext/ and PNGs in SegmentationClassContext/.
-    camvid, folder: train/, val/ and test/ with images/ and masks/ in each, and classes.txt. A folder, or its train/, that holds images
+    camvid, folder: train/, val/ and test/ with images/ and masks/ in each, and classes.txt; 255 is ignored, unless there are two classes
+    and masks hold 0 and 255 alone: then it is the second. A folder, or its train/, that holds images
     alone, however deep, has no masks, and no other split than train.
     Raises InputError naming the folder or file: missing, no layout that is known, an image without a mask, a split without images.
     """
@@ -159,5 +179,9 @@ def open_scenes(data: str | Path, layout: str | None = None) -> SceneData:
     if not pairs:
         raise InputError(f"{root}: holds no split of layout {name!r}")
     ids = chosen.ids(len(classes))
+    if name == "folder" and len(classes) == 2 and _is_binary([mask for found in pairs.values() for _, mask in found]):
+        warnings.warn(f"{root}: its masks hold 0 and {IGNORE} alone, so {IGNORE} is taken for {classes[1]!r} and no pixel is ignored; in a "
+                      f"data set with ids 0 and 1, {IGNORE} is ignored", stacklevel=2)
+        ids = {0: 0, IGNORE: 1}
     splits = {split: Scenes(MaskReader(found, ids)) for split, found in pairs.items()}
     return SceneData(root.resolve().name, splits, list(classes))

@@ -30,6 +30,7 @@ from vitlab.training import evaluate as evaluation
 from vitlab.training import throughput as timing
 from vitlab.training.capture import need_classifier, scored
 from vitlab.training.checkpoint import Checkpoint
+from vitlab.training.confusion import check_appear
 from vitlab.training.gradual import partial_plan
 from vitlab.training.loop import fit
 from vitlab.training.pixels import Segmentation, evaluate_scenes
@@ -295,6 +296,7 @@ def evaluate(source: Source, data: str | Path, *, name: str | None = None, split
                              workers=workers, shared=True, **({"whole": True} if dense else {}))
     if dense:
         found_scenes = evaluate_scenes(model, batches, device=device, amp=amp, progress=progress, **windows)
+        check_appear(found_scenes.scores, opened.classes)
         measures, more = _scene_measures(found_scenes, opened.classes, windows)
     else:
         accuracy = evaluation.evaluate(model, batches, device=device, amp=amp, progress=progress)
