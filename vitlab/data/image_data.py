@@ -14,7 +14,7 @@ from torchvision.transforms import Compose
 from vitlab import parallel
 from vitlab.data.folder import HELD_OUT_NAMES
 from vitlab.data.images import Batches, Images, image_config
-from vitlab.data.loading import default_workers, load
+from vitlab.data.loading import default_workers, ending_with_this_process, load
 from vitlab.data.parts import SHARES, STREAM, part
 from vitlab.data.rgb import grey, rgb
 from vitlab.files import InputError
@@ -178,6 +178,7 @@ class ImageData:
 
             def reopen(seed: int) -> DataLoader:
                 # batch_size: each of the loader's processes fills whole batches
+                ending_with_this_process()
                 opened = images.open(batch_size=batch_size, seed=seed)
                 made = create_loader(opened, input_size=config["input_size"], batch_size=batch_size,
                                      num_workers=default_workers() if workers is None else workers, use_prefetcher=False,

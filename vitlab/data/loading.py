@@ -1,10 +1,11 @@
 """Loader processes: how many, what order they read in, how they end, and what went wrong in one as one line."""
-import atexit
+import functools
 import multiprocessing
 import os
 import re
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sized
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
@@ -31,8 +32,29 @@ def load(images: Sized, batch_size: int, *, training: bool, seed: int, workers: 
         order = TrainingOrder(images, batch_size, seed=seed, turns=turns, repeats=repeats, rank=rank, world=world)
     else:
         order = PlainOrder(images, batch_size, rank, world)
+    if workers:
+        ending_with_this_process()
     return DataLoader(images, batch_sampler=order, num_workers=workers, persistent_workers=training and workers > 0, collate_fn=collate,
                       pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_requests), order
+
+
+@functools.cache
+def _registered(process: int) -> Finalize:
+    return Finalize(None, _end_processes, exitpriority=0)       # before multiprocessing ends what is left
+
+
+def ending_with_this_process() -> None:
+    """See to it that loader processes which are left when this process ends are ended."""
+    _registered(os.getpid())
+
+
+def _end_processes() -> None:
+    """Of a program that ends by an error multiprocessing asks the loader processes to stop, which they ignore, and waits for them."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # torch would report each
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def available_cores() -> int:
@@ -67,14 +89,3 @@ def received(batches: Iterable[Any]) -> Iterator[Any]:
         if said is None:
             raise
         raise InputError(said) from error
-
-
-@atexit.register
-def _end_processes() -> None:
-    """multiprocessing would ask the loader processes of a program that ends by an error to stop, which they ignore, and wait for them
-    without end."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # torch would report each
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
