@@ -1,5 +1,6 @@
 """open_scenes: one way to the embedded scenes, or a folder of images and masks in a published layout; masks are checked as they are
 read."""
+import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from PIL import Image
 from vitlab.data.folder import read_image, reason
 from vitlab.data.layouts import IGNORE, LAYOUTS, SPLITS, Pairs
 from vitlab.data.listing import entries, images_below
-from vitlab.data.rgb import rgb, turn_of
+from vitlab.data.rgb import SIDEWAYS, rgb, turn_of
 from vitlab.data.scene_data import SceneData, Scenes
 from vitlab.data.scenes import digit_scenes
 from vitlab.files import InputError, from_root
@@ -68,7 +69,8 @@ class MaskReader:
     """(RGB image, mask) pairs of files, both the right way up. ids: id in a mask -> class number or IGNORE.
 
     A mask is of the photograph as it is shown, turned by its EXIF orientation; where its size is that of the photograph as it is stored
-    and not of the one shown, it was drawn on that, and is turned along.
+    and not of the one shown, it was drawn on that, and is turned along. Where both sizes are one (a square, or upside down) it is as
+    the others of the split are.
     """
 
     def __init__(self, pairs: Pairs, ids: dict[int, int]) -> None:
@@ -84,14 +86,33 @@ class MaskReader:
         image_path, mask_path = self.pairs[i]
         image, stored, turn = _read(image_path, "an image", lambda image: (rgb(image), image.size[::-1], turn_of(image)))
         mask = read_mask(mask_path, self.table)
-        if turn is not None and mask.shape == stored != image.size[::-1]:
+        along = turn is not None and mask.shape == stored
+        if along and (stored != image.size[::-1] or self._drawn_as_stored and _header(mask_path)[1] is None):
             mask = np.array(Image.fromarray(mask).transpose(turn))
         if mask.shape != (image.height, image.width):
             raise InputError(f"{mask_path}: is {mask.shape[0]} x {mask.shape[1]}, its image {image_path} is {image.height} x {image.width}")
         return image, mask
 
+    @functools.cached_property
+    def _drawn_as_stored(self) -> bool:
+        """Whether masks are of the photographs as they are stored: as the first is whose size tells; no, where none does."""
+        for image_path, mask_path in self.pairs:
+            try:
+                (size, turn), (drawn, own) = _header(image_path), _header(mask_path)
+            except Exception:                   # damaged: named when it is read in earnest
+                continue
+            if turn in SIDEWAYS and size[0] != size[1] and own is None:
+                return drawn == size
+        return False
+
     def filename(self, i: int) -> str:
         return str(self.pairs[i][0])
+
+
+def _header(path: Path) -> tuple[tuple[int, int], Image.Transpose | None]:
+    """(size as it is stored, its turn) of an image file."""
+    with read_image(path) as image:
+        return image.size, turn_of(image)
 
 
 class PictureReader:

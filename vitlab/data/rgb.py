@@ -12,6 +12,8 @@ BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339            # tags of
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
+SIDEWAYS = tuple(TURNS[orientation] for orientation in (5, 6, 7, 8))            # by which height and width change places
+
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:
     """What brings a loaded image the right way up, by its EXIF orientation; None where it is so, or the tag can't be read."""
