@@ -1,6 +1,7 @@
 """The confusion matrix and what it says, against slow loops over pixels and by hand."""
 import dataclasses
 import math
+import warnings
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from vitlab import parallel
 from vitlab.data.layouts import IGNORE as IGNORED_BY_DATA
 from vitlab.files import InputError
-from vitlab.training.confusion import GROUPS, IGNORE, Confusion, confusion_matrix, scores_of
+from vitlab.training.confusion import GROUPS, IGNORE, Confusion, check_appear, confusion_matrix, scores_of
 
 
 def slow_scores(predicted: list[int], truth: list[int], classes: int) -> tuple[float, list[float], float, float]:
@@ -129,3 +130,16 @@ def test_the_error_of_miou_is_about_what_other_images_would_change_and_takes_no_
     values, errors = torch.tensor([f.miou_pct for f in found]), torch.tensor([f.miou_se for f in found])
     assert float(errors.mean()) == pytest.approx(float(values.std()), rel=0.25)     # 60 draws: a deviation is known to a tenth
     assert measured(1).miou_se is None
+
+
+def test_a_class_without_a_pixel_is_said_to_have_none_and_one_class_alone_is_no_measure():
+    matrix = torch.tensor([[5, 0, 1], [0, 3, 0], [0, 0, 0]])
+    scores = scores_of(matrix)
+    assert scores.absent == (2,)
+    with pytest.warns(UserWarning, match=r"1 of 3 classes have no pixel in these masks \(sky\); mIoU is over"):
+        check_appear(scores, ["sand", "sea", "sky"])
+    with pytest.raises(InputError, match="every pixel that counts is of class 'sand', so that mIoU would say nothing"):
+        check_appear(scores_of(torch.tensor([[9, 0], [0, 0]])), ["sand", "sea"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_appear(scores_of(torch.tensor([[9, 0], [1, 2]])), ["sand", "sea"])

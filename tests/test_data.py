@@ -112,11 +112,31 @@ def test_a_folder_of_images_alone_is_train_without_labels(tmp_path, inside):
     assert [Path(path).name for path in batches.broken] == ["broken.png"]
 
 
-def test_an_image_beside_class_folders_does_not_make_them_a_folder_without_labels(tmp_path):
-    write_folder(tmp_path, {"photos": 1})
-    write_grey(tmp_path / "photos" / "stray.png", 9)
-    with pytest.raises(InputError, match="photos: holds none of train/"):
-        open_data(tmp_path / "photos")
+def test_a_tree_of_photographs_is_train_without_labels_and_where_labels_are_needed_its_splits_are_said_to_lack(tmp_path):
+    for number, path in enumerate(("2/10.png", "2/9.png", "10/a/1.png", "stray.png", ".ipynb_checkpoints/0.png", "__MACOSX/2/9.png")):
+        write_grey(tmp_path / "photos" / path, number)
+    data = open_data(tmp_path / "photos")
+    assert (list(data.splits), data.classes, data.labelled) == (["train"], None, False)
+    assert grey_levels(data.batches("train", tiny(), workers=0)) == [3, 1, 0, 2]
+    with pytest.raises(InputError, match="photos: images without labels, .*; it holds none of train/, val/, .*one folder per class"):
+        data.need_labels()
+
+
+def test_images_beside_class_folders_are_left_out_and_said_to_be(tmp_path):
+    write_folder(tmp_path, {"train": 1})
+    write_grey(tmp_path / "train" / "stray.png", 9)
+    with pytest.warns(UserWarning, match=f"{tmp_path / 'train'}: 1 images lie outside of its class folders, stray.png among them"):
+        assert len(open_data(tmp_path).split("train")) == 3
+
+
+def test_a_folder_too_high_or_too_low_is_refused_with_the_one_to_give(tmp_path):
+    write_folder(tmp_path / "sets" / "mine", {"train": 1, "val": 1})
+    write_grey(tmp_path / "sets" / "other" / "0.png", 0)
+    sets, mine = tmp_path / "sets", tmp_path / "sets" / "mine"
+    with pytest.raises(InputError, match=f"{sets}: one folder too high; mine/ in it holds train/ and val/: give {mine}"):
+        open_data(sets)
+    with pytest.raises(InputError, match=f"{mine} holds train/ and val/: give that folder"):
+        open_data(mine / "val").need_labels()
 
 
 def test_a_step_that_needs_labels_refuses_a_folder_without_by_name_and_takes_one_with(tmp_path):

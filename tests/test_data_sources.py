@@ -124,7 +124,7 @@ def test_what_is_no_data_set_is_refused_by_name(folder, tmp_path):
     (tmp_path / "shards").mkdir()
     with pytest.raises(InputError, match=f"{tmp_path}/shards: no folder of WebDataset shards"):
         open_data(f"wds/{tmp_path}/shards")
-    with pytest.raises(InputError, match="hfds/.*timm could not open it"):
+    with pytest.raises(InputError, match="hfds/.*can't be opened by Hugging Face's datasets"):
         open_data(f"hfds/{tmp_path}/nothing")
     with tarfile.open(tars / "val.tar", "w") as tar:
         tar.add(folder / "val" / "red", arcname="red")

@@ -523,6 +523,10 @@ DATA = [
     ("A file where the folder should be", lambda: (gone("images")(), put("images", "x")()), "images: no such folder"),
     ("No splits in it", lambda: [gone(f"images/{split}")() for split in ("train", "val")],
      "images: holds none of train/, val/, validation/, test/"),
+    ("Class folders that are in no split", lambda: (gone("images/val")(), os.rename("images", "up"), os.rename("up/train", "images")),
+     "images: images without labels, which this step needs; it holds none of train/, val/"),
+    ("One folder too high", lambda: (os.rename("images", "up"), os.mkdir("images"), os.rename("up", "images/up")),
+     "images: one folder too high; up/ in it holds train/ and val/: give images/up"),
     ("No split to report on", gone("images/val"), "images: no held-out split to report on"),
     ("A split without class folders", lambda: [gone(f"images/val/{name}")() for name in ("ant", "bee")],
      "images/val: holds no class folders; images must lie in val/CLASS/"),
@@ -536,6 +540,8 @@ DATA = [
     ("A folder that links to itself", lambda: os.symlink("..", "images/val/ant/again"), "images/val/ant/again: "),
     ("Images without labels", lambda: (gone("images")(), shutil.copytree("pictures", "images")), "images: images without labels"),
     ("No image of a split can be read", lambda: [cut(str(p), 0.3)() for p in Path("images/val").rglob("*.png")], "no image"),
+    ("Another order of a class map than the model's", put("images/class_index.json", '{"ant": 1, "bee": 0}'),
+     "its classes are not the model's: their order differs, number 0 is 'bee' here and 'ant' there"),
     ("class_index.json was cut short", put("images/class_index.json", '{"ant": 0, "bee'), "class_index.json: not valid JSON"),
     ("class_index.json is a list", put("images/class_index.json", '["ant", "bee"]'), "class_index.json: must be an object of class"),
     ("A class number that is a text", put("images/class_index.json", '{"ant": "0", "bee": 1}'), "class_index.json: must be an object"),
@@ -708,6 +714,8 @@ SEGMENTERS = [          # what is wrong, how it is made, the command, what the l
      MASKS, "masks/0.png: has 3 channels (RGB)"),
     ("Masks of which no pixel counts", lambda: [mask(f"scenes/val/masks/{i}.png", [255])() for i in (0, 1)],
      MASKS, "no pixel of the split counts"),
+    ("Masks of one class alone", lambda: [mask(f"scenes/val/masks/{i}.png", [1, 255])() for i in (0, 1)],
+     MASKS, "every pixel that counts is of class 'thing', so that mIoU would say nothing"),
     ("Another number of classes than the decoder's", None, SEGMENT.replace("dense", "seg"), "scenes: 2 classes, but the model's decoder"),
     ("A decoder for a model that has one", None, f"{SEGMENT.replace('dense', 'seg').replace('scenes', 'digit_scenes')} --decoder linear",
      "the model has a decoder already (mask_transformer)"),
@@ -778,6 +786,9 @@ BROKEN = [          # what is wrong, name, content or what makes it
     ("A PNG whose pixels are no data", "pixels.png", png((b"IDAT", b"\xff" * 40), size=(9, 9))),
     ("A PNG of no height", "flat.png", png(PIXEL, size=(9, 0))),
     ("A decompression bomb: 60,000 x 60,000 pixels claimed", "bomb.png", png(PIXEL, size=(60000, 60000))),
+    ("A strip of 30,000 pixels by 1, of which a resize would make gigabytes", "strip.png",
+     lambda path: Image.new("1", (30_000, 1)).save(path)),
+    ("HEIC, which Pillow has no decoder of", "IMG_0001.HEIC", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)),
     ("A decompression bomb in a text: 200 MB from 200 KB", "words.png",
      lambda path: path.write_bytes(png((b"zTXt", b"a\0\0" + zlib.compress(bytes(200_000_000), 1)), PIXEL))),
     ("A link to nothing", "gone.png", lambda path: path.symlink_to("nowhere.png")),
@@ -887,7 +898,7 @@ def test_every_kind_of_broken_image_is_left_out_by_name_and_the_others_are_count
         code, out, lines = run(IMAGES, capsys)
         names = [name for _, name, _ in BROKEN[start:start + 11]]
         assert code == 0 and "top1_pct" in out and all("Traceback" not in line for line in lines)
-        assert [sum(f"ant/{name}: can't be read as an image, left out" in line for line in lines) for name in names] == [1] * len(names)
+        assert [sum(f"ant/{name}: can't be read as an image (" in line for line in lines) for name in names] == [1] * len(names)
         conditions = read_lines("out/results.jsonl")[-1]["conditions"]
         assert (conditions["images"], conditions["broken"]) == (4, len(names))
         assert {path.name for path in inside.iterdir()} == before

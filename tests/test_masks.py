@@ -92,6 +92,27 @@ def case(request) -> str:
     return request.param
 
 
+# ---------------------------------------------------------------- black and white masks
+
+def test_255_is_the_second_of_two_classes_where_no_mask_holds_a_1_and_ignored_where_one_does(tmp_path):
+    """Told for the data set: the masks of each kind look alike."""
+    folder(tmp_path, [0, 255, 255])
+    with pytest.warns(UserWarning, match="its masks hold 0 and 255 alone, so 255 is taken for 'sea'") as said:
+        data = open_scenes(tmp_path)
+    assert len(said) == 1
+    assert data.split("val").scene(0)[1].flatten()[:3].tolist() == [0, 1, 1]
+    write_mask(tmp_path / "test" / "masks" / "a.png", [0, 1])
+    assert open_scenes(tmp_path).split("val").scene(0)[1].flatten()[:3].tolist() == [0, 255, 255]
+    write_mask(tmp_path / "test" / "masks" / "a.png", [0, 255])
+    (tmp_path / "classes.txt").write_text("sand\nsea\nsky\n")
+    assert open_scenes(tmp_path).split("val").scene(0)[1].flatten()[:3].tolist() == [0, 255, 255]
+
+
+def test_masks_of_one_class_alone_are_not_black_and_white(tmp_path):
+    assert open_scenes(folder(tmp_path, [0])).split("val").scene(0)[1].max() == 0
+    assert open_scenes(folder(tmp_path, [255])).split("val").scene(0)[1].min() == 255
+
+
 # ---------------------------------------------------------------- layouts
 
 def test_every_layout_has_a_case():

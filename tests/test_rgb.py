@@ -257,6 +257,32 @@ def test_the_mask_of_a_square_photograph_is_as_it_is_shown_unless_it_has_a_tag(t
     assert np.array_equal(np.asarray(image), shown) and np.array_equal(found, truth)
 
 
+@pytest.mark.parametrize("drawn", ["as shown", "as stored"])
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_the_mask_of_a_photograph_of_one_size_either_way_is_as_those_whose_size_tells(tmp_path, orientation, drawn):
+    mask_folder(tmp_path, [0])
+    for old in (tmp_path / "train" / "images").iterdir():
+        old.unlink()
+    for name, shown, turned in (("a", photograph()[:, :HEIGHT], orientation), ("b", photograph(), 8)):
+        truth = (shown[..., 0] > 127).astype(np.uint8)
+        write(tmp_path / "train" / "images" / f"{name}.png", stored(shown, turned), turned)
+        write(tmp_path / "train" / "masks" / f"{name}.png", truth if drawn == "as shown" else stored(truth, turned))
+    for i, shown in enumerate((photograph()[:, :HEIGHT], photograph())):
+        image, found = open_scenes(tmp_path).split("train").scene(i)
+        assert np.array_equal(np.asarray(image), shown) and np.array_equal(found, shown[..., 0] > 127)
+
+
+def test_a_hugging_face_data_set_and_a_tar_give_their_photographs_upright(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="Hugging Face's datasets is not installed (pip install vitlab[streams])")
+    write(tmp_path / "train" / "a" / "photo.png", stored(photograph(), 6), 6)
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        tar.add(tmp_path / "train", arcname=".")
+    rows = {"image": [{"bytes": (tmp_path / "train" / "a" / "photo.png").read_bytes(), "path": None}]}
+    datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image()})).save_to_disk(tmp_path / "hf")
+    for place in (tmp_path / "train.tar", f"hfds/{tmp_path}/hf"):
+        assert np.array_equal(np.asarray(open_data(place).split("train").image(0)[0]), photograph())
+
+
 def test_a_mask_of_neither_size_is_refused_by_name(tmp_path):
     mask_folder(tmp_path, [0])
     (tmp_path / "train" / "images" / "a.jpg").unlink()

@@ -304,6 +304,12 @@ def execute(args: argparse.Namespace, given: Sequence[str] = ()) -> int:
     return code
 
 
+def _loader_fault(error: BaseException) -> str | None:
+    """What happened to a loader process, which torch may say at any time."""
+    from vitlab.data.loading import fault
+    return fault(error)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 when done, 1 where an entry of a batch failed, 2 for wrong input (one line on stderr), 75 when asked to stop
     (SIGTERM), 130 when interrupted."""
@@ -334,6 +340,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or any(words in str(error) for words in ("out of memory", "can't allocate memory")):
             say(f"out of memory; a smaller batch or model needs less ({str(error) or 'no memory'})"[:300])
+            leave(error)
+            return 2
+        if (died := _loader_fault(error)) is not None:
+            say(died)
             leave(error)
             return 2
         if not lost(error):

@@ -94,7 +94,7 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
                              "'digit_scenes' (embedded), or the folder of ADE20K, Cityscapes, PASCAL Context, CamVid, or of images and "
                              "masks")
     parser.add_argument("--class-map", type=given, metavar="FILE",
-                        help="JSON of class folder: class number (default: DATA/class_index.json)")
+                        help="JSON of class folder: class number, or a text of one name a line (default: DATA/class_index.json)")
     parser.add_argument("--workers", type=_number(int, 0, 256, "an integer from 0 to 256"), metavar="N",
                         help="loader processes (default: one a core, at most 8)")
 

@@ -1,5 +1,6 @@
 """Data sets: the embedded digits, folders of images, and what timm opens."""
+from vitlab.data.image_data import ImageData
 from vitlab.data.images import Batches, Images
-from vitlab.data.source import DATA_SETS, ImageData, open_data
+from vitlab.data.source import DATA_SETS, open_data
 
 __all__ = ["DATA_SETS", "Batches", "ImageData", "Images", "open_data"]

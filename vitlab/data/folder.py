@@ -1,21 +1,23 @@
 """An image folder, checked before anything runs: train/ and val/, validation/ or test/, one folder per class in each; or images
-alone, without labels."""
+alone, without labels, however deep they lie."""
 import os
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-from timm.data.readers.img_extensions import add_img_extensions, get_img_extensions
-from timm.utils.misc import natural_key
-from torchvision.datasets.folder import make_dataset
+import numpy as np
+from PIL import Image, UnidentifiedImageError
 
-from vitlab.files import InputError, read_json
+from vitlab.data.listing import ENDINGS, entries, images_below, natural
+from vitlab.files import InputError, first_line, read_json
 
 TRAIN_NAMES, HELD_OUT_NAMES = ("train",), ("val", "validation", "test")
+SPLITS = TRAIN_NAMES + HELD_OUT_NAMES
 CLASS_MAP = "class_index.json"
-add_img_extensions((".avif", ".bmp", ".gif", ".jp2", ".pgm", ".ppm", ".tif", ".tiff", ".webp"))      # timm's readers pass over them else
 Image.init()
 FORMATS = tuple(name for name in Image.ID if name != "EPS")     # PostScript is code, and Pillow would start a program that runs it
+Groups = dict[str, list[str]]                   # class folder ("": outside of all) -> its images, as paths from the split's folder
 
 
 def read_image(source: Any) -> Image.Image:
@@ -25,58 +27,62 @@ def read_image(source: Any) -> Image.Image:
     return Image.open(source, formats=FORMATS)
 
 
-def is_image(path: Path) -> bool:
-    return path.suffix.lower() in get_img_extensions(as_set=True) and path.is_file()
-
-
-def images_in(folder: Path) -> list[Path]:
-    """The images that lie in a folder itself, by name."""
-    return sorted(path for path in folder.iterdir() if is_image(path) and not path.name.startswith("."))
-
-
-def unlabelled(root: Path) -> Path | None:
-    """The folder whose images have no labels: root/train/ where it is the only split, or else root itself, where images lie in
-    it directly and no class folders; None where there is none."""
-    splits = tuple(name for name in TRAIN_NAMES + HELD_OUT_NAMES if (root / name).is_dir())
-    folder = {(): root, TRAIN_NAMES: root / TRAIN_NAMES[0]}.get(splits)
-    found = [] if folder is None or not folder.is_dir() else [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-    return folder if any(map(is_image, found)) and not any(map(Path.is_dir, found)) else None
+def reason(path: str | Path, error: Exception) -> str:
+    """Why a file can't be read as an image, in a few words, without its own name."""
+    ending = os.path.splitext(path)[1].lower()
+    if isinstance(error, UnidentifiedImageError):
+        known = ending not in ENDINGS or ending in Image.registered_extensions()
+        return "it is none that Pillow knows" if known else f"no decoder of {ending} is installed; as JPEG it could be read"
+    return first_line(error).removeprefix(f"{path}: ")
 
 
 def find_splits(root: Path) -> dict[str, Path]:
-    """{"train": folder, held-out name: folder}, those that exist. Raises InputError where there is none."""
+    """{"train": folder, held-out name: folder}, those that exist; {} where root holds images alone.
+
+    Raises InputError where there is no such folder, and where the splits are one folder further down.
+    """
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; give 'digits', or a folder that holds train/ and val/, validation/ or test/")
-    splits = {name: root / name for name in TRAIN_NAMES + HELD_OUT_NAMES if (root / name).is_dir()}
-    if not splits:
-        raise InputError(f"{root}: holds none of train/, val/, validation/, test/; put one folder per class in each, or give a "
-                         "folder of images alone where labels are not needed")
+    splits = {name: root / name for name in SPLITS if (root / name).is_dir()}
+    for name in [] if splits else entries(root)[1]:
+        inside = [split for split in SPLITS if (root / name / split).is_dir()]
+        if "train" in inside[:len(inside) - 1] or inside and len(entries(root)[1]) == 1:
+            raise InputError(f"{root}: one folder too high; {name}/ in it holds {' and '.join(f'{split}/' for split in inside)}: "
+                             f"give {root / name}")
     return splits
 
 
-def class_folders(split: Path) -> list[str]:
-    """Names of the class folders, sorted. Raises InputError naming a folder without images, or a split without folders."""
-    names = sorted(d.name for d in split.iterdir() if d.is_dir() and not d.name.startswith("."))
-    if not names:
+def groups_of(split: Path) -> Groups:
+    """The images of a split by class folder, folders and images in natural order: one walk."""
+    images, folders = entries(split)
+    loose = {"": sorted(images, key=natural)} if images else {}
+    return loose | {name: list(images_below(split, name)) for name in sorted(folders, key=natural)}
+
+
+def check_classes(split: Path, groups: Groups) -> None:
+    """Raises InputError naming a class folder without images, or a split without class folders; warns of images outside of them."""
+    if not any(groups):
         raise InputError(f"{split}: holds no class folders; images must lie in {split.name}/CLASS/")
-    for name in names:
-        if not any(map(is_image, (split / name).rglob("*"))):
-            raise InputError(f"{split / name}: a class folder without images ({', '.join(sorted(get_img_extensions(as_set=True)))})")
-        _check_links(split / name)
-    return names
-
-
-def _check_links(folder: Path) -> None:
-    """InputError naming a link that leads back to a folder it lies in, below which images would be found again and again."""
-    for place, folders, _ in os.walk(folder, followlinks=True):
-        for link in (Path(place, name) for name in folders if os.path.islink(os.path.join(place, name))):
-            if Path(place).resolve().is_relative_to(link.resolve()):
-                raise InputError(f"{link}: links back to {link.resolve()}, in which it lies; remove the link")
+    empty = next((name for name, images in groups.items() if name and not images), None)
+    if empty is not None:
+        raise InputError(f"{split / empty}: a class folder without images ({', '.join(ENDINGS)})")
+    if "" in groups:
+        loose = groups[""]
+        warnings.warn(f"{split}: {len(loose)} images lie outside of its class folders, {loose[0]} among them; left out", stacklevel=2)
 
 
 def read_class_map(path: Path) -> dict[str, int]:
-    """{class folder name: the model's class number} from a class_index.json; checked."""
-    data = read_json(path)
+    """{class folder name: the model's class number} from a file; checked.
+
+    JSON: {"NAME": number}, or the other way about {"number": "NAME"} or {"number": ["NAME", words ...]}, as ImageNet's
+    imagenet_class_index.json. Text: a name a line, that of class 0 first, as timm's.
+    """
+    if path.suffix == ".txt":
+        data = _lines(path)
+    elif path.suffix in (".pkl", ".pickle"):
+        raise InputError(f"{path}: a pickle, which can run code and is not read; give JSON or a text of one name a line")
+    else:
+        data = _by_name(read_json(path))
     if not isinstance(data, dict) or not data or not all(
             isinstance(k, str) and isinstance(v, int) and not isinstance(v, bool) and v >= 0 for k, v in data.items()):
         raise InputError(f"{path}: must be an object of class folder names and class numbers from 0")
@@ -85,47 +91,66 @@ def read_class_map(path: Path) -> dict[str, int]:
     return data
 
 
-def class_numbers(root: Path, splits: dict[str, Path], class_map: str | Path | None) -> dict[str, int]:
-    """Class name to number, for all splits alike: from the class map (given, or root/class_index.json), else by order.
+def _lines(path: Path) -> dict[str, int]:
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: can't be read ({error})") from None
+    twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+    if twice is not None or "" in names:
+        raise InputError(f"{path}: " + (f"names {twice!r} twice" if twice else "an empty line names no class"))
+    return {name: number for number, name in enumerate(names)}
+
+
+def _by_name(data: Any) -> Any:
+    """{name: number} of an object that is the other way about; anything else as it is."""
+    names = [value[0] if isinstance(value, list) and value else value for value in data.values()] if isinstance(data, dict) else []
+    if not names or len(set(map(str, names))) < len(names) or not all(isinstance(name, str) for name in names):
+        return data
+    return {name: int(key) for key, name in zip(data, names)} if all(key.isdecimal() for key in data) else data
+
+
+def class_numbers(root: Path, folders: dict[str, Iterable[str]], class_map: str | Path | None) -> tuple[dict[str, int], bool]:
+    """(class name to number, for all splits alike, whether a class map says so): from the map (given, or root/class_index.json), else
+    in natural order, as timm numbers them. folders: names of each split's class folders, by how a message names the split.
 
     Raises InputError where the splits hold different classes, or a folder is not in the class map.
     """
-    folders = {name: class_folders(path) for name, path in splits.items()}
     path = Path(class_map) if class_map else root / CLASS_MAP
     if class_map or path.exists():
         numbers = read_class_map(path)
-        for name, classes in folders.items():
-            unknown = sorted(set(classes) - set(numbers))
+        for split, classes in folders.items():
+            unknown = sorted(set(classes) - set(numbers), key=natural)
             if unknown:
-                raise InputError(f"{splits[name] / unknown[0]}: not in the class map {path}"
+                raise InputError(f"{root / split / unknown[0]}: not in the class map {path}"
                                  + (f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""))
-        return numbers
-    first, *others = folders.items()
-    for name, classes in others:
-        odd = sorted(set(classes) ^ set(first[1]))
+        return numbers, True
+    first, *others = folders
+    for other in others:
+        odd = sorted(set(folders[other]) ^ set(folders[first]))
         if odd:
-            raise InputError(f"{root}: {first[0]}/ and {name}/ hold different classes ({odd[0]!r} is in one of them only); "
+            raise InputError(f"{root}: {first} and {other} hold different classes ({odd[0]!r} is in one of them only); "
                              f"a {CLASS_MAP} would say which number each has")
-    return {name: number for number, name in enumerate(first[1])}
+    return {name: number for number, name in enumerate(sorted(folders[first], key=natural))}, False
 
 
 class FolderReader:
-    """Indexable (path, class) pairs of one split; every image below a class folder, however deep, is of that class. Without
-    class numbers, of the images in the folder itself, all of class 0."""
+    """Indexable (path, class) pairs of one split; every image below a class folder, however deep, is of that class. Without class
+    numbers, of all images, of class 0. Names are kept in one array, which loader processes share."""
 
-    def __init__(self, split: Path, numbers: dict[str, int] | None) -> None:
-        if numbers is None:
-            found = [(str(path), 0) for path in split.iterdir() if is_image(path)]
-        else:
-            found = make_dataset(str(split), numbers, extensions=tuple(get_img_extensions()), allow_empty=True)
-        self.samples = sorted((sample for sample in found if not os.path.basename(sample[0]).startswith(".")),
-                              key=lambda sample: natural_key(sample[0]))
+    def __init__(self, split: Path, groups: Groups, numbers: dict[str, int] | None) -> None:
+        chosen = groups if numbers is None else {name: images for name, images in groups.items() if name in numbers}
+        self.folder = str(split)
+        self.names = np.array([os.fsencode(image) for images in chosen.values() for image in images])
+        self.targets = np.repeat([0 if numbers is None else numbers[name] for name in chosen], [len(images) for images in chosen.values()])
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.names)
 
     def __getitem__(self, i: int) -> tuple[str, int]:
-        return self.samples[i]
+        return self.filename(i), int(self.targets[i])
 
     def filename(self, i: int) -> str:
-        return self.samples[i][0]
+        return os.path.join(self.folder, os.fsdecode(self.names[i]))

@@ -1,8 +1,7 @@
 """The images of a split, one by one and in batches; broken ones are left out and named."""
 import itertools
-import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +9,14 @@ import torch
 from PIL import Image
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 
-from vitlab import parallel
-from vitlab.data.folder import read_image
-from vitlab.data.order import PlainOrder, TrainingOrder, drawing, ignore_requests, seed_of
+from vitlab.data.folder import read_image, reason
+from vitlab.data.loading import received
+from vitlab.data.order import PlainOrder, TrainingOrder, drawing, seed_of
 from vitlab.data.rgb import rgb
 from vitlab.files import InputError
 
-MAX_WORKERS = 8
 MAX_BROKEN, BROKEN_SHARE = 16, 0.01             # so many images, or that share of a split, may be broken: the larger of the two
 
 
@@ -26,9 +24,9 @@ class Images(Dataset):
     """A split, or a slice of one. An image that can't be read becomes a black one with target -1 - index: a flag that
     Batches takes out and reports, instead of a crash in a worker or another image in its place."""
 
-    def __init__(self, reader: Any, indices: list[int] | None = None) -> None:
+    def __init__(self, reader: Any, indices: Sequence[int] | None = None) -> None:
         self.reader = reader
-        self.indices = list(range(len(reader))) if indices is None else indices
+        self.indices = range(len(reader)) if indices is None else indices
         self.transform, self.channels = None, 3                 # set by whoever makes batches of it
 
     def take(self, limit: int | None, seed: int) -> "Images":
@@ -49,7 +47,17 @@ class Images(Dataset):
         """(RGB image (`rgb`), class), untransformed. Raises whatever Pillow does where it can't be read."""
         image, target = self.reader[self.indices[i]][:2]
         image = image if isinstance(image, Image.Image) else read_image(image)
+        if target is None or int(target) < 0:
+            raise ValueError(f"its class is {target}, which is none")
         return rgb(image), int(target)
+
+    def fault(self, i: int) -> str:
+        """Why an image can't be read, in a few words."""
+        try:
+            self.image(i)
+        except Exception as error:              # whatever `image` raises
+            return reason(self.path(i), error)
+        return "it could not be at first"
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -85,32 +93,6 @@ def in_words(config: dict[str, Any], *, resized: bool = True) -> str:
     statistics = ", ".join(f"{name} {' '.join(f'{value:.4g}' for value in config[name])}" for name in ("mean", "std"))
     return f"{height} x {width}, {config['interpolation']}, {config['crop_mode']} crop {config['crop_pct']:.4g}, {statistics}" \
         if resized else statistics
-
-
-def load(images: Images, batch_size: int, *, training: bool, seed: int, workers: int | None, embedded: bool, shared: bool, turns: int,
-         repeats: int, collate: Callable[[list], Any] | None = None) -> tuple[DataLoader, PlainOrder | TrainingOrder]:
-    """(loader, its order) of images that have their transform; the settings are those of `ImageData.batches`. embedded: small, and
-    read by this process where workers is None."""
-    if workers is None:
-        workers = 0 if embedded else default_workers()
-    rank, world = (parallel.rank(), parallel.world()) if shared else (0, 1)
-    if training:
-        batch_size = min(batch_size, max(1, len(images) // (world * turns)))
-        order = TrainingOrder(images, batch_size, seed=seed, turns=turns, repeats=repeats, rank=rank, world=world)
-    else:
-        order = PlainOrder(images, batch_size, rank, world)
-    return DataLoader(images, batch_sampler=order, num_workers=workers, persistent_workers=training and workers > 0, collate_fn=collate,
-                      pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_requests), order
-
-
-def available_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def default_workers() -> int:
-    """Loader processes: one a core, divided among the processes of this machine."""
-    return min(MAX_WORKERS, max(1, available_cores() // parallel.local_world()))
 
 
 @dataclass(frozen=True)
@@ -159,9 +141,9 @@ class Batches:
         if self.images is None:
             yield from self._stream()
             return
-        for x, y in self.loader:
+        for x, y in received(self.loader):
             for flag in y[y < 0].tolist():
-                self._is_broken(self.images.path(-1 - flag))
+                self._is_broken(-1 - flag)
             if (y >= 0).any():
                 yield x[y >= 0], y[y >= 0]
             elif self.training:
@@ -171,7 +153,7 @@ class Batches:
         seen, epoch, skipped = 0, self.epoch, self.skip
         self.epoch, self.skip = epoch + 1, 0
         with drawing(seed_of(self.seed, epoch)):                                    # where loader processes begin to draw
-            batches = iter(self.reopen(seed_of(self.seed, epoch)))
+            batches = received(self.reopen(seed_of(self.seed, epoch)))
         for number in itertools.count():
             with drawing(seed_of(self.seed, epoch, number)):
                 x, y = next(batches, (None, None))
@@ -181,12 +163,13 @@ class Batches:
             if number >= skipped:
                 yield x, y
 
-    def _is_broken(self, path: str) -> None:
-        """Take note of it, and `check_broken`."""
+    def _is_broken(self, i: int) -> None:
+        """Take note of an image, and `check_broken`."""
+        path = self.images.path(i)
         if path in self.broken:
             return
         self.broken.append(path)
-        warnings.warn(f"{path}: can't be read as an image, left out", stacklevel=3)
+        warnings.warn(f"{path}: can't be read as an image ({self.images.fault(i)}), left out", stacklevel=3)
         self.check_broken()
 
     def check_broken(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitlab.data.folder import images_in
+from vitlab.data.listing import images_in
 from vitlab.files import InputError
 
 IGNORE = 255                                    # the class of pixels that count for nothing

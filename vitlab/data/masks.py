@@ -1,5 +1,7 @@
 """open_scenes: one way to the embedded scenes, or a folder of images and masks in a published layout; masks are checked as they are
 read."""
+import functools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -7,16 +9,18 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from vitlab.data.folder import images_in, read_image, unlabelled
-from vitlab.data.layouts import LAYOUTS, Pairs
-from vitlab.data.rgb import rgb, turn_of
+from vitlab.data.folder import read_image, reason
+from vitlab.data.layouts import IGNORE, LAYOUTS, SPLITS, Pairs
+from vitlab.data.listing import entries, images_below
+from vitlab.data.rgb import SIDEWAYS, rgb, turn_of
 from vitlab.data.scene_data import SceneData, Scenes
 from vitlab.data.scenes import digit_scenes
-from vitlab.files import InputError, first_line, from_root
+from vitlab.files import InputError, from_root
 
 MODES = ("L", "P", "1", "I", "I;16", "I;16B")   # Pillow's, of one number a pixel; of a palette, its index
 UNKNOWN = 254                                   # stands for an id that the layout does not have; no data set has so many classes
 LARGEST_ID = 255
+LOOKED_AT = 200                                 # masks by which it is told what 255 means
 T = TypeVar("T")
 
 
@@ -27,7 +31,7 @@ def _read(path: Path, what: str, take: Callable[[Image.Image], T]) -> T:
         image.load()
         return take(image)
     except Exception as error:                  # a damaged file makes Pillow's decoders raise nearly anything
-        raise InputError(f"{path}: can't be read as {what} ({first_line(error)})") from None
+        raise InputError(f"{path}: can't be read as {what} ({reason(path, error)})") from None
 
 
 def read_mask(path: Path, table: np.ndarray) -> np.ndarray:
@@ -65,7 +69,8 @@ class MaskReader:
     """(RGB image, mask) pairs of files, both the right way up. ids: id in a mask -> class number or IGNORE.
 
     A mask is of the photograph as it is shown, turned by its EXIF orientation; where its size is that of the photograph as it is stored
-    and not of the one shown, it was drawn on that, and is turned along.
+    and not of the one shown, it was drawn on that, and is turned along. Where both sizes are one (a square, or upside down) it is as
+    the others of the split are.
     """
 
     def __init__(self, pairs: Pairs, ids: dict[int, int]) -> None:
@@ -81,21 +86,40 @@ class MaskReader:
         image_path, mask_path = self.pairs[i]
         image, stored, turn = _read(image_path, "an image", lambda image: (rgb(image), image.size[::-1], turn_of(image)))
         mask = read_mask(mask_path, self.table)
-        if turn is not None and mask.shape == stored != image.size[::-1]:
+        along = turn is not None and mask.shape == stored
+        if along and (stored != image.size[::-1] or self._drawn_as_stored and _header(mask_path)[1] is None):
             mask = np.array(Image.fromarray(mask).transpose(turn))
         if mask.shape != (image.height, image.width):
             raise InputError(f"{mask_path}: is {mask.shape[0]} x {mask.shape[1]}, its image {image_path} is {image.height} x {image.width}")
         return image, mask
 
+    @functools.cached_property
+    def _drawn_as_stored(self) -> bool:
+        """Whether masks are of the photographs as they are stored: as the first is whose size tells; no, where none does."""
+        for image_path, mask_path in self.pairs:
+            try:
+                (size, turn), (drawn, own) = _header(image_path), _header(mask_path)
+            except Exception:                   # damaged: named when it is read in earnest
+                continue
+            if turn in SIDEWAYS and size[0] != size[1] and own is None:
+                return drawn == size
+        return False
+
     def filename(self, i: int) -> str:
         return str(self.pairs[i][0])
+
+
+def _header(path: Path) -> tuple[tuple[int, int], Image.Transpose | None]:
+    """(size as it is stored, its turn) of an image file."""
+    with read_image(path) as image:
+        return image.size, turn_of(image)
 
 
 class PictureReader:
     """(RGB image, mask) pairs of files that have no masks: these are 0 throughout, and say nothing."""
 
-    def __init__(self, folder: Path) -> None:
-        self.paths = images_in(folder)
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -109,6 +133,43 @@ class PictureReader:
         return str(self.paths[i])
 
 
+def _layout_of(root: Path) -> str | None:
+    return next((name for name, each in LAYOUTS.items() if each.known_by(root)), None)
+
+
+def _pictures(root: Path) -> list[Path]:
+    """The images below a folder of images alone, or below its train/ where that is the only split. Raises InputError where it is none,
+    naming the folder to give where that is one above or below."""
+    splits = [name for name in SPLITS if (root / name).is_dir()]
+    below = root / "train" if splits == ["train"] else root
+    inside = next((name for name in entries(root)[1] if _layout_of(root / name)), None)
+    right = root / inside if inside is not None else root.parent if _layout_of(root.parent) else None
+    if right is not None:
+        raise InputError(f"{root}: one folder too {'high' if inside else 'low'}; {right} holds images and masks: give that folder")
+    found = [] if splits and below == root else [below / name for name in images_below(below)]
+    if not found:
+        raise InputError(f"{root}: has none of the layouts {sorted(LAYOUTS)}; the simplest is train/images/, train/masks/, the same of val "
+                         "and test, and classes.txt with a name a line")
+    return found
+
+
+def _is_binary(masks: list[Path]) -> bool:
+    """Whether masks hold 0 and 255 alone, as black and white drawings do, both somewhere: told by LOOKED_AT of them, even over all; one
+    that holds anything else says no at once."""
+    seen = np.zeros(LARGEST_ID + 1, dtype=bool)
+    for place in np.linspace(0, len(masks) - 1, min(LOOKED_AT, len(masks))).round().astype(int):
+        try:
+            ids = np.asarray(read_image(masks[place]))
+        except Exception:                       # whatever Pillow's decoders raise; it is named when it is read in earnest
+            continue
+        if ids.dtype != np.uint8 or ids.ndim != 2:
+            return False
+        seen |= np.bincount(ids.ravel(), minlength=LARGEST_ID + 1) > 0
+        if seen[1:IGNORE].any():
+            return False
+    return bool(seen[0] and seen[IGNORE])
+
+
 SCENES: dict[str, Callable[[], SceneData]] = {"digit_scenes": digit_scenes}
 
 
@@ -117,8 +178,9 @@ def open_scenes(data: str | Path, layout: str | None = None) -> SceneData:
 
     ade20k: ADEChallengeData2016/ with images/ and annotations/, training/ and validation/ in each. cityscapes: leftImg8bit/ and
     gtFine/ with labelIds. pascal_context: VOC2010/ with ImageSets/SegmentationContext/ and PNGs in SegmentationClassContext/.
-    camvid, folder: train/, val/ and test/ with images/ and masks/ in each, and classes.txt. A folder, or its train/, that holds images
-    alone has no masks, and no other split than train.
+    camvid, folder: train/, val/ and test/ with images/ and masks/ in each, and classes.txt; 255 is ignored, unless there are two classes
+    and masks hold 0 and 255 alone: then it is the second. A folder, or its train/, that holds images
+    alone, however deep, has no masks, and no other split than train.
     Raises InputError naming the folder or file: missing, no layout that is known, an image without a mask, a split without images.
     """
     if str(data) in SCENES:
@@ -130,17 +192,17 @@ def open_scenes(data: str | Path, layout: str | None = None) -> SceneData:
         raise InputError(f"layout {layout!r} is not known; known are {sorted(LAYOUTS)}")
     if not str(data) or not root.is_dir():
         raise InputError(f"{str(data)!r}: no such folder; give one of {sorted(SCENES)}, or a folder of images and masks")
-    name = layout or next((name for name, each in LAYOUTS.items() if each.known_by(root)), None)
-    flat = unlabelled(root) if name is None else None
-    if flat is not None:
-        return SceneData(root.resolve().name, {"train": Scenes(PictureReader(flat))}, None, labelled=False)
+    name = layout or _layout_of(root)
     if name is None:
-        raise InputError(f"{root}: has none of the layouts {sorted(LAYOUTS)}; the simplest is train/images/, train/masks/, the same of val "
-                         "and test, and classes.txt with a name a line")
+        return SceneData(root.resolve().name, {"train": Scenes(PictureReader(_pictures(root)))}, None, labelled=False)
     chosen = LAYOUTS[name]
     pairs, classes = chosen.pairs(root), chosen.classes(root)
     if not pairs:
         raise InputError(f"{root}: holds no split of layout {name!r}")
     ids = chosen.ids(len(classes))
+    if name == "folder" and len(classes) == 2 and _is_binary([mask for found in pairs.values() for _, mask in found]):
+        warnings.warn(f"{root}: its masks hold 0 and {IGNORE} alone, so {IGNORE} is taken for {classes[1]!r} and no pixel is ignored; in a "
+                      f"data set with ids 0 and 1, {IGNORE} is ignored", stacklevel=2)
+        ids = {0: 0, IGNORE: 1}
     splits = {split: Scenes(MaskReader(found, ids)) for split, found in pairs.items()}
     return SceneData(root.resolve().name, splits, list(classes))

@@ -44,14 +44,14 @@ class PlainOrder(Sampler):
     """All images once, in their order; whole batches go round the processes."""
 
     def __init__(self, images: Sized, batch_size: int, rank: int = 0, world: int = 1) -> None:
-        starts = range(0, len(images), batch_size)[rank::world]
-        self.batches = [list(range(first, min(first + batch_size, len(images)))) for first in starts]
+        self.places, self.batch_size = range(len(images)), batch_size
+        self.starts = self.places[::batch_size][rank::world]
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.starts)
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
+        return (list(self.places[first:first + self.batch_size]) for first in self.starts)
 
 
 class TrainingOrder(Sampler):

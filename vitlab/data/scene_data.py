@@ -7,10 +7,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from vitlab.data.images import Batches, Images, image_config, load
+from vitlab.data.image_data import ImageData
+from vitlab.data.images import Batches, Images, image_config
 from vitlab.data.joint import JointTransform, evaluation_transform, training_transform
+from vitlab.data.loading import load, received
 from vitlab.data.order import drawing
-from vitlab.data.source import ImageData
 from vitlab.files import InputError
 
 AT_ONCE = 8                                     # images of a batch that is only measured
@@ -63,7 +64,7 @@ class SceneBatches(Batches):
     """Iterate (images (B, 3, H, W), masks (B, H, W) int64). Raises InputError naming the first file that is wrong: none is left out."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in self.loader:
+        for batch in received(self.loader):
             if isinstance(batch, InputError):
                 raise batch
             yield batch[0], batch[1]

@@ -4,6 +4,8 @@ Definitions of Long, Shelhamer and Darrell (CVPR 2015, arXiv 1411.4038, section 
 j, t_i = sum_j n_ij, K classes.
 """
 import dataclasses
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +28,7 @@ class SegmentationScores:
     pixel_accuracy_pct: float       # sum_i n_ii / sum_i t_i
     mean_accuracy_pct: float        # mean of n_ii / t_i over the classes in the truth
     pixels: int                     # counted, ignored ones left out
+    absent: tuple[int, ...] = ()    # classes without a pixel in the truth
     miou_se: float | None = None    # standard error of miou_pct over images, in points; None where it is not known
 
 
@@ -50,6 +53,7 @@ def scores_of(matrix: Tensor) -> SegmentationScores:
     hits, truth, predicted = matrix.diagonal(), matrix.sum(dim=1), matrix.sum(dim=0)
     iou, accuracy = 100 * hits / (truth + predicted - hits), 100 * hits / truth         # 0 / 0 is NaN
     return SegmentationScores(miou_pct=float(iou.nanmean()), iou_pct=tuple(iou.tolist()), pixels=int(truth.sum()),
+                              absent=tuple(torch.nonzero(truth == 0).flatten().tolist()),
                               pixel_accuracy_pct=float(100 * hits.sum() / truth.sum()), mean_accuracy_pct=float(accuracy.nanmean()))
 
 
@@ -58,6 +62,18 @@ def scores_of_groups(matrices: Tensor) -> SegmentationScores:
     matrices = matrices[matrices.sum(dim=(1, 2)) > 0]
     whole = matrices.sum(dim=0)
     return dataclasses.replace(scores_of(whole), miou_se=jackknife_error([scores_of(whole - one).miou_pct for one in matrices]))
+
+
+def check_appear(scores: SegmentationScores, classes: Sequence[str]) -> None:
+    """Warns of classes without a pixel in the truth. Raises InputError where there is but one with any: whatever says that class
+    everywhere would be perfect."""
+    absent, found = [classes[i] for i in scores.absent], [name for i, name in enumerate(classes) if i not in scores.absent]
+    if len(found) < 2 <= len(classes):
+        raise InputError(f"every pixel that counts is of class {found[0] if found else None!r}, so that mIoU would say nothing; check what "
+                         f"the masks hold: the numbers 0 to {len(classes) - 1} are classes, and {IGNORE} is ignored")
+    if absent and parallel.is_first():
+        warnings.warn(f"{len(absent)} of {len(classes)} classes have no pixel in these masks ({', '.join(absent[:5])}"
+                      f"{' and others' if len(absent) > 5 else ''}); mIoU is over the classes that were found or predicted", stacklevel=2)
 
 
 class Confusion:

@@ -15,11 +15,12 @@ from tqdm.auto import tqdm
 
 from vitlab.cost import gmacs, macs_of
 from vitlab.criteria.planning import prune_and_merge
-from vitlab.data.folder import images_in, read_image
+from vitlab.data.folder import read_image, reason
+from vitlab.data.listing import images_in
 from vitlab.data.masks import open_scenes
 from vitlab.data.rgb import rgb
 from vitlab.data.scene_data import SceneData, measuring_transform
-from vitlab.files import InputError, atomic_write, first_line, from_root
+from vitlab.files import InputError, atomic_write, from_root
 from vitlab.models.segmenter import Segmenter, as_encoder
 from vitlab.models.windows import segment
 from vitlab.plan import CompressionPlan
@@ -110,7 +111,7 @@ def predict(source: Source, images: str | Path, out: str | Path, *, opacity: flo
         try:
             image = rgb(read_image(path))
         except Exception as error:              # a damaged file makes Pillow's decoders raise nearly anything
-            warnings.warn(f"{path}: can't be read as an image ({first_line(error)}), left out", stacklevel=2)
+            warnings.warn(f"{path}: can't be read as an image ({reason(path, error)}), left out", stacklevel=2)
             continue
         x, _ = transform(image, np.zeros((image.height, image.width), dtype=np.uint8))
         with autocast(at, amp):

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from vitlab.training import evaluate as evaluation
 from vitlab.training import throughput as timing
 from vitlab.training.capture import need_classifier, scored
 from vitlab.training.checkpoint import Checkpoint
+from vitlab.training.confusion import check_appear
 from vitlab.training.gradual import partial_plan
 from vitlab.training.loop import fit
 from vitlab.training.opening import Source, open_model
@@ -54,8 +56,8 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def open_matching(data: str | Path, found: Checkpoint, class_map: str | Path | None = None, *, labels: bool = True) -> ImageData:
-    """The data set, images with masks for a Segmenter, refused where its classes are not the ones the checkpoint was trained on, or
-    where it has no `labels` and they are needed."""
+    """The data set, images with masks for a Segmenter, its classes numbered as those the checkpoint was trained on. Where they are
+    others, or it has no labels, it is refused; or, where `labels` are not needed, taken without."""
     if isinstance(found.model, Segmenter):
         if class_map is not None:
             raise InputError("a class map is of class folders; masks have none")
@@ -64,13 +66,16 @@ def open_matching(data: str | Path, found: Checkpoint, class_map: str | Path | N
         opened = open_data(data, class_map=class_map)
     if labels:
         opened.need_labels()
-    known = found.info.get("classes")
-    if known and opened.classes and not opened.mapped and list(known) != list(opened.classes):
-        odd = sorted(set(known) ^ set(opened.classes))
-        raise InputError(f"{data}: its classes are not the model's"
-                         + (f" ({odd[0]!r} is in one of them only)" if odd else " (their order differs)"))
-    opened.check_fits(found.model.num_classes)
-    return opened
+    try:
+        fitting = opened.numbered_as(found.info.get("classes"))
+        fitting.check_fits(found.model.num_classes)
+    except InputError as error:
+        if labels or isinstance(found.model, Segmenter):
+            raise
+        if parallel.is_first():
+            warnings.warn(f"{error}; its images are taken without labels, which this step does not need", stacklevel=2)
+        return opened.without_labels(str(error))
+    return fitting
 
 
 def study_folder(path: str | Path) -> Path:
@@ -253,6 +258,7 @@ def evaluate(source: Source, data: str | Path, *, name: str | None = None, split
                              workers=workers, shared=True, **({"whole": True} if dense else {}))
     if dense:
         found_scenes = evaluate_scenes(model, batches, device=device, amp=amp, progress=progress, **windows)
+        check_appear(found_scenes.scores, opened.classes)
         measures, more = _scene_measures(found_scenes, opened.classes, windows)
     else:
         accuracy = evaluation.evaluate(model, batches, device=device, amp=amp, progress=progress)

@@ -12,9 +12,8 @@ import ipywidgets
 import numpy as np
 import traitlets
 from PIL import Image, ImageOps
-from timm.utils.misc import natural_key
 
-from vitlab.data.folder import is_image
+from vitlab.data.listing import images_below, is_image
 from vitlab.data.rgb import rgb
 from vitlab.files import InputError
 from vitlab.shape import ViTShape, require
@@ -23,7 +22,6 @@ from vitlab.workbench.pictures import SHOWN
 MAX_BYTES = 10_000_000                          # of an image file; Jupyter's server takes no larger message
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")        # none that Pillow needs another program for
 MAX_LISTED = 1000                               # images of a folder
-WITHIN = ("*", "*/*", "*/*/*")                  # where they are looked for: the folder of a data set holds SPLIT/CLASS/IMAGE
 WIDE = {"style": {"description_width": "125px"}, "layout": {"width": "400px"}}         # of a control, two in a row
 WRAPPED = {"flex_flow": "row wrap"}             # of a row, whose second half goes below the first in a narrow window
 
@@ -103,8 +101,8 @@ class PictureChooser(ipywidgets.VBox):
     def _list(self, folder: Path) -> None:
         """Offer the images of a folder and of the folders in it, or the one image that it is."""
         folder = folder.absolute()                              # a message says where a relative path was looked for
-        inside = itertools.chain([folder], *(folder.glob(pattern) for pattern in WITHIN))
-        found = sorted(map(str, itertools.islice(filter(is_image, inside), MAX_LISTED)), key=natural_key)
+        inside = (str(folder / name) for name in images_below(folder)) if folder.is_dir() else [str(folder)] * is_image(folder.name)
+        found = list(itertools.islice(inside, MAX_LISTED))
         if not found:
             raise InputError(f"{folder}: no such folder, or no image in it or in its folders")
         self.known = {path: Path(path) for path in found} | self.known

@@ -1,0 +1,69 @@
+"""What an image file is, and one walk over a folder of them: the same for class folders, scenes, tar files and pictures to look at."""
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from timm.data.readers.img_extensions import set_img_extensions
+
+from vitlab.files import InputError
+
+# HEIC has no decoder in Pillow's own builds: such a file is an image that can't be read, and is named instead of passed over
+ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".heic", ".heif", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".j2k",
+           ".pbm", ".pgm", ".ppm", ".pnm")
+set_img_extensions(ENDINGS)                     # timm's readers pass over all but three else
+NOTES = frozenset(("__macosx", "@eadir", "$recycle.bin", "lost+found", "thumbs.db", "desktop.ini"))        # what systems leave in folders
+DIGITS = re.compile(r"(\d+)")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is a system's or a program's note, and no part of the data."""
+    return name.startswith(".") or name.lower() in NOTES
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of that name is an image."""
+    return os.path.splitext(name)[1].lower() in ENDINGS and not is_hidden(name)
+
+
+def natural(name: str) -> tuple[list[int | str], str]:
+    """A key that sorts 2 before 10, as timm does; names that differ in nothing else by their letters."""
+    return [int(part) if place % 2 else part for place, part in enumerate(DIGITS.split(name.lower()))], name
+
+
+def entries(folder: str | Path) -> tuple[list[str], list[str]]:
+    """(names of the images, names of the folders) in a folder; hidden ones are left out."""
+    images, folders = [], []
+    with os.scandir(folder) as found:
+        for entry in found:
+            if is_hidden(entry.name):
+                continue
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                folders.append(entry.name)
+            elif is_image(entry.name):
+                images.append(entry.name)
+    return images, folders
+
+
+def images_below(folder: str | Path, inside: str = "") -> Iterator[str]:
+    """The images below folder/inside, however deep, as paths from `folder`, in natural order of each part of the path.
+
+    Raises InputError naming a link that leads back to a folder it lies in, below which images would be found again and again.
+    """
+    place = os.path.join(folder, inside)
+    images, folders = entries(place)
+    below = set(folders)
+    for name in sorted(images + folders, key=natural):
+        path = os.path.join(inside, name)
+        if name not in below:
+            yield path
+            continue
+        link = os.path.join(folder, path)
+        if os.path.islink(link) and Path(place).resolve().is_relative_to(Path(link).resolve()):
+            raise InputError(f"{link}: links back to {Path(link).resolve()}, in which it lies; remove the link")
+        yield from images_below(folder, path)
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The images that lie in a folder itself, by name."""
+    return sorted(folder / name for name in entries(folder)[0])

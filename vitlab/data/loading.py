@@ -1,0 +1,91 @@
+"""Loader processes: how many, what order they read in, how they end, and what went wrong in one as one line."""
+import functools
+import multiprocessing
+import os
+import re
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sized
+from multiprocessing.util import Finalize
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from vitlab import parallel
+from vitlab.data.order import PlainOrder, TrainingOrder, ignore_requests
+from vitlab.files import InputError
+
+MAX_WORKERS = 8
+RAISED = re.compile(r"Caught (\w+) in DataLoader worker process")                # torch's words
+KILLED = re.compile(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (.*)")
+
+
+def load(images: Sized, batch_size: int, *, training: bool, seed: int, workers: int | None, embedded: bool, shared: bool, turns: int,
+         repeats: int, collate: Callable[[list], Any] | None = None) -> tuple[DataLoader, PlainOrder | TrainingOrder]:
+    """(loader, its order) of images that have their transform; the settings are those of `ImageData.batches`. embedded: small, and
+    read by this process where workers is None."""
+    if workers is None:
+        workers = 0 if embedded else default_workers()
+    rank, world = (parallel.rank(), parallel.world()) if shared else (0, 1)
+    if training:
+        batch_size = min(batch_size, max(1, len(images) // (world * turns)))
+        order = TrainingOrder(images, batch_size, seed=seed, turns=turns, repeats=repeats, rank=rank, world=world)
+    else:
+        order = PlainOrder(images, batch_size, rank, world)
+    if workers:
+        ending_with_this_process()
+    return DataLoader(images, batch_sampler=order, num_workers=workers, persistent_workers=training and workers > 0, collate_fn=collate,
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_requests), order
+
+
+@functools.cache
+def _registered(process: int) -> Finalize:
+    return Finalize(None, _end_processes, exitpriority=0)       # before multiprocessing ends what is left
+
+
+def ending_with_this_process() -> None:
+    """See to it that loader processes which are left when this process ends are ended."""
+    _registered(os.getpid())
+
+
+def _end_processes() -> None:
+    """Of a program that ends by an error multiprocessing asks the loader processes to stop, which they ignore, and waits for them."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # torch would report each
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
+def available_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_workers() -> int:
+    """Loader processes: one a core, divided among the processes of this machine."""
+    return min(MAX_WORKERS, max(1, available_cores() // parallel.local_world()))
+
+
+def fault(error: BaseException) -> str | None:
+    """What went wrong in a loader process, in one line; None where the error is another."""
+    text = str(error)
+    killed, raised = KILLED.match(text), RAISED.match(text)
+    if killed:
+        how = killed[1].split(". ")[0].rstrip(".")
+        return f"a loader process {how}, most likely because the memory was used up; fewer --workers, or a smaller batch, need less"
+    if raised:
+        own = [line for line in text.splitlines() if re.match(rf"(\w+\.)*{raised[1]}\b", line)]
+        return f"an error in a loader process: {own[-1] if own else raised[1]}"
+    return None
+
+
+def received(batches: Iterable[Any]) -> Iterator[Any]:
+    """What a loader gives. Raises InputError in place of an error in one of its processes, or of its death."""
+    try:
+        yield from batches
+    except Exception as error:
+        said = fault(error)
+        if said is None:
+            raise
+        raise InputError(said) from error
