@@ -203,7 +203,7 @@ def build_parser() -> Parser:
     p.add_argument("--units", default="neurons,heads", metavar="LIST", help="neurons,heads or one of them or none (default: both)")
     p.add_argument("--tokens", metavar="NAME",
                    help="none, select, merge, share or match, the last four with _per_stage for ratios of their own, or "
-                        "merge_per_span (default: select, of a Segmenter match)")
+                        "merge_per_span (default: select; match without a class token or of a Segmenter)")
     p.add_argument("--read-out", action="store_true",
                    help="the last block computes what a classifier on the class token reads, and no more: exact, fewer multiply-adds")
     p.add_argument("--max-ratio", type=_number(float, 1e-3, 0.999, "a fraction from 0.001 to 0.999"), default=0.5, metavar="R",
