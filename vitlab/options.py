@@ -308,7 +308,8 @@ def build_parser() -> Parser:
     add("recipes", "List the named recipes with source, expected number and command.")
 
     p = add("batch", "Run a batch file of notebooks with parameters; what is up to date is not repeated, a failed or killed one goes on.")
-    p.add_argument("file", type=given, metavar="FILE", help="YAML; docs/batch.md has the format, batches/ the files that come with vitlab")
+    p.add_argument("file", type=given, metavar="FILE",
+                   help="YAML (docs/batch.md has the format), or the name of one that comes with vitlab, such as digits")
     p.add_argument("--out", type=given, metavar="RUN", help="run folder (default: runs/NAME, of FILE's name)")
     p.add_argument("--set", dest="changes", action="append", default=[], type=setting, metavar="KEY=VALUE",
                    help="a parameter for all notebooks that declare it; with dots, a place in the file, such as "
@@ -321,6 +322,9 @@ def build_parser() -> Parser:
 
     p = add("report", "One page of a batch's run, or a study's: tables with conditions, figures, failures; the table as CSV and LaTeX.")
     p.add_argument("run", type=given, metavar="RUN", help="run folder of a batch, or a study with results.jsonl")
+
+    p = add("notebooks", "Copy the notebooks that come with vitlab into a folder of yours.")
+    p.add_argument("folder", type=given, metavar="FOLDER", help="files that were changed there are never replaced")
 
     p = add("demo", "Run the notebooks on the embedded digits: baseline, scores, prune and merge, search, fine-tune, table.")
     p.add_argument("--out", type=given, default="runs/demo", metavar="RUN", help="default: runs/demo")
