@@ -42,8 +42,7 @@ def write_notebook(path: Path, parameters: str, *cells: str) -> None:
     imports = ("import json\nimport os\nimport time\nfrom pathlib import Path\n\nfrom vitlab.files import atomic_write\n"
                "from vitlab.results import ResultRow, append_row")
     tagged = new_code_cell(parameters, metadata={"tags": ["parameters"]})
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(new_notebook(cells=[new_code_cell(imports), tagged, *map(new_code_cell, cells)], metadata=kernel), path)
+    nbformat.write(new_notebook(cells=[new_code_cell(imports), tagged, *map(new_code_cell, cells)]), path)      # and names no language
 
 
 def write_batch(folder: Path, text: str, name: str = "batch.yaml") -> Path:
@@ -188,9 +187,15 @@ def call(folder: Path) -> list[str]:
     return [sys.executable, "-m", "vitlab.cli", "batch", str(folder / "batch.yaml"), "--out", str(folder / "out")]
 
 
+def homeless() -> dict[str, str]:
+    """An environment with a home that takes no files, also not of root."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(("XDG", "MPL"))} | {"HOME": os.devnull}
+
+
 def start(folder: Path, turn: int) -> tuple[subprocess.Popen, list[int]]:
     """A call that has come to the waiting cell of `slow`, which begins it for the so-manyeth time; (process, ids of all below it)."""
-    process = subprocess.Popen(call(folder), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(call(folder), cwd=folder, env=homeless(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               start_new_session=True)
     turns, deadline = folder / "out/entries/slow/turns.txt", time.monotonic() + 180
     while not (turns.exists() and len(turns.read_text().split()) == turn):
         assert process.poll() is None and time.monotonic() < deadline
@@ -208,8 +213,10 @@ def gone(pid: int) -> bool:
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
-    """What was seen of one batch: told to end, killed, finished with a failing entry, mended, called again, changed."""
-    folder, seen = tmp_path_factory.mktemp("story"), {}
+    """What was seen of one batch, in a folder of an odd name, with a home that takes no files: told to end, killed, finished with a
+    failing entry, mended, called again, changed."""
+    folder, seen = tmp_path_factory.mktemp("story") / "of {input} \u00e4 'b'", {}
+    folder.mkdir()
     out = folder / "out"
     write_batch(folder, STORY.replace("VALUE", "3"))
 
@@ -219,7 +226,7 @@ def story(tmp_path_factory):
                       "rows": rows}
 
     def run_on(name: str) -> None:
-        done = subprocess.run(call(folder), cwd=folder, capture_output=True, text=True)
+        done = subprocess.run(call(folder), cwd=folder, env=homeless(), capture_output=True, text=True)
         look(name, done.returncode, done.stdout + done.stderr)
     process, family = start(folder, 2)                          # the first turn in that file is of `first`, handed on
     process.send_signal(signal.SIGTERM)

@@ -15,6 +15,7 @@ from vitlab.models import compress, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import Match, Select, SharedUpdate
 from vitlab.training import states, stepping
+from vitlab.training.evaluate import evaluate
 from vitlab.training.loop import LOG, fit
 from vitlab.training.recipes import RECIPES, Engine
 
@@ -111,7 +112,7 @@ def test_a_loss_scale_too_large_is_lowered_and_the_run_goes_on(data, tmp_path, m
 # ---------------------------------------------------------------- what a recipe asks for
 
 def test_the_moving_average_is_that_of_the_steps_and_is_what_comes_out(data, tmp_path, monkeypatch):
-    decay, seen = 0.7, []
+    decay, seen = 0.2, []                                                       # reached after the third step
     plain = stepping.Training.take_step
 
     def watched(self, batches):
@@ -122,11 +123,33 @@ def test_the_moving_average_is_that_of_the_steps_and_is_what_comes_out(data, tmp
     model = tiny()
     fit(model, data, small_recipe(ema_decay=decay), tmp_path, **QUIET)
     wanted = seen[0]                                                            # the average begins with the first step's weights
-    for weights in seen[1:]:
-        wanted = {k: decay * v + (1 - decay) * weights[k] for k, v in wanted.items()}
+    for before, weights in enumerate(seen[1:], 1):
+        kept = min(decay, before / (before + 10))                               # it looks back over a tenth of the steps at first
+        wanted = {k: kept * v + (1 - kept) * weights[k] for k, v in wanted.items()}
     for key, value in model.state_dict().items():
         torch.testing.assert_close(value, wanted[key], rtol=1e-5, atol=1e-6)
     assert not torch.equal(seen[-1]["head.weight"], model.head.weight)
+
+
+def test_the_average_of_a_short_run_is_as_good_as_its_weights(data, tmp_path):
+    """Of 24 steps, far less than the 10,000 that the decay looks back over."""
+    model, found = tiny(), {}
+    fit(model, data, small_recipe(epochs=8, ema_decay=0.9999), tmp_path, **QUIET)
+    state = next(states.newest(tmp_path))[1]
+    for kept in ("model", "ema"):
+        model.load_state_dict(state[kept])
+        found[kept] = evaluate(model, data.batches("held_out", model, workers=0), progress=False).loss
+    assert found["ema"] < 1.1 * found["model"] < 0.2                            # nats; log(3) = 1.1 is chance
+
+
+def test_a_state_whose_average_was_taken_in_another_way_is_refused(data, tmp_path, monkeypatch):
+    fit(tiny(), data, small_recipe(epochs=1, ema_decay=0.9), tmp_path, **QUIET)
+    path, state = next(states.newest(tmp_path))
+    del state["marks"]["moving average"]                                        # as states were before it had a warm-up
+    path.unlink()
+    states.write(tmp_path, 3, state, 1)
+    with pytest.raises(InputError, match=r"the state of another run \(other moving average\)"):
+        fit(tiny(), data, small_recipe(epochs=1, ema_decay=0.9), tmp_path, **QUIET)
 
 
 def test_layer_decay_lowers_the_rate_towards_the_image(data, tmp_path, monkeypatch):

@@ -412,9 +412,9 @@ def test_protection_reaches_every_rule_from_the_first_block_that_merges_on():
         assert rules[:3] == [None] * 3 and rules[3:] == [Match(merged=count, protect=protect) for count in merged]
 
 
-def test_a_space_of_matching_for_a_model_without_a_class_token_needs_protect_0():
+def test_a_space_of_matching_for_a_model_without_a_class_token_protects_nothing():
     shape = dataclasses.replace(SHAPES["five blocks"], num_prefix_tokens=0, pool="avg")
-    space = SearchSpace(shape=shape, tokens="match", settings={"protect": 0.0})
+    space = SearchSpace(shape=shape, tokens="match")
     policy = [0.4] * space.size
     same_counts(space.counts(policy), 0, slow_counts(shape, "match", policy))
     assert space.plan(policy, **scores_for(shape)).blocks[1].tokens == Match(merged=58, protect=0.0)       # 143 - int(85.8)
@@ -492,7 +492,7 @@ def test_scores_are_not_needed_for_what_is_not_searched():
 @pytest.mark.parametrize("tokens, prefix, settings", [
     ("select", 1, {"ranked_by": "some"}), ("merge", 1, {"boundary": "circle"}), ("merge", 1, {"weights": "none"}),
     ("select", 1, {"shape": None}),
-    ("select_per_stage", 1, {"per_stage": False}), ("select", 0, {}), ("match", 0, {}), ("match", 1, {"protect": -1}),
+    ("select_per_stage", 1, {"per_stage": False}), ("select", 0, {}), ("match", 0, {"protect": 0.1}), ("match", 1, {"protect": -1}),
     ("match_per_stage", 1, {"protect": "much"}), ("match", 1, {"per": "block"}), ("match_per_block", 1, {"per": ""}),
     ("match", 1, {"merged": 3})])
 def test_settings_that_no_plan_can_have_are_refused_with_the_space(tokens, prefix, settings):

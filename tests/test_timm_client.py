@@ -114,6 +114,13 @@ def test_the_deployed_form_gives_the_same_and_both_stay_instances_of_their_class
         assert small.forward_head(small.forward_features(x), pre_logits=True).shape == (3, 24)
 
 
+@each_rule
+@forms
+def test_no_image_gives_no_logits(rule, form):
+    model = made("vit", rule, form)
+    assert logits(model, pictures(model, 0)).shape == (0, CLASSES)
+
+
 @cells
 def test_every_parameter_has_a_finite_gradient(family, rule):
     model = copy.deepcopy(made(family, rule, "compressed")).train()

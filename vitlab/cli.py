@@ -269,6 +269,12 @@ def _batch(args: argparse.Namespace) -> int:
     return 1 if summary["counts"]["failed"] else 0
 
 
+def _notebooks(args: argparse.Namespace) -> None:
+    from vitlab.workbench import notebooks
+    copies = notebooks.copy_all(args.folder)
+    print(f"{len(copies)} notebooks: {copies[0]} to {copies[-1].name}")
+
+
 def _report(args: argparse.Namespace) -> None:
     from vitlab.workbench import report
     page = report.report(args.run)
@@ -287,7 +293,7 @@ def _demo(args: argparse.Namespace) -> None:
 COMMANDS = {"pretrain": _pretrain, "segment": _segment, "score": _score, "prune": _prune, "search": _search, "tonight": _tonight,
             "calibrate": _calibrate, "predict": _predict,
             "finetune": _finetune, "evaluate": _evaluate, "throughput": _throughput, "recipes": _recipes, "batch": _batch,
-            "report": _report, "demo": _demo}
+            "report": _report, "demo": _demo, "notebooks": _notebooks}
 
 
 def execute(args: argparse.Namespace, given: Sequence[str] = ()) -> int:

@@ -10,7 +10,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 LOCK, WAIT = ".lock", 8.0                       # seconds that a folder may still be held
-NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+
+
+def _shipped(name: str) -> Path:
+    """A folder that comes with vitlab: inside the package where that was installed, beside it in a checkout."""
+    inside = Path(__file__).resolve().parent / name
+    return inside if inside.is_dir() else inside.parents[1] / name
+
+
+NOTEBOOKS, BATCHES = _shipped("notebooks"), _shipped("batches")
 
 
 def from_root(path: str | Path) -> Path:

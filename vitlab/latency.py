@@ -3,7 +3,6 @@
 A model's latency is the sum of its parts', each interpolated in what was measured of it, as in the latency tables of
 ProxylessNAS (Cai et al., 2018, arXiv 1812.00332), for the form that vitlab deploys.
 """
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +98,7 @@ class LatencyTable:
     def save(self, path: str | Path) -> None:
         """Write as JSON, atomically."""
         parts = {p: {"axes": [a.tolist() for a in self.axes[p]], "ms": ms.tolist()} for p, ms in self.ms.items()}
-        atomic_write(path, json.dumps({"format": FORMAT, "version": VERSION, "shape": dataclasses.asdict(self.shape),
+        atomic_write(path, json.dumps({"format": FORMAT, "version": VERSION, "shape": self.shape.stored(),
                                        "conditions": self.conditions, "scale": self.scale, "parts": parts}, indent=1) + "\n")
 
     @classmethod

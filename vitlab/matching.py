@@ -44,7 +44,7 @@ def merge(x: Tensor, sizes: Tensor, order: Tensor, into: Tensor) -> tuple[Tensor
     """
     batch, count, dim = x.shape
     gone, targets = into.shape[1], count // 2
-    sources = x.reshape(-1, dim).index_select(0, _flat(2 * order, count)).unflatten(0, (batch, -1))     # (B, sources, D)
+    sources = x.reshape(-1, dim).index_select(0, _flat(2 * order, count)).unflatten(0, (-1, order.shape[1]))  # (B, sources, D)
     weight, where = sizes[:, ::2].gather(1, order), _flat(into, targets)
     total = sizes[:, 1::2].reshape(-1).index_add(0, where, weight[:, :gone].reshape(-1))
     summed = (x[:, 1::2] * sizes[:, 1::2, None]).flatten(0, 1).index_add(
@@ -69,5 +69,5 @@ def new_places(order: Tensor, into: Tensor, count: int) -> Tensor:
 def give_back(x: Tensor, places: Tensor, num_prefix_tokens: int) -> Tensor:
     """Every patch takes the value of the token it went into: x (B, P + K, D), places (B, n) -> (B, P + n, D)."""
     prefix, rest = x.split((num_prefix_tokens, x.shape[1] - num_prefix_tokens), dim=1)
-    given = rest.reshape(-1, x.shape[2]).index_select(0, _flat(places, rest.shape[1])).unflatten(0, (x.shape[0], -1))
+    given = rest.reshape(-1, x.shape[2]).index_select(0, _flat(places, rest.shape[1])).unflatten(0, (-1, places.shape[1]))
     return torch.cat([prefix, given], dim=1)

@@ -213,7 +213,7 @@ def build_parser() -> Parser:
     p.add_argument("--units", default="neurons,heads", metavar="LIST", help="neurons,heads or one of them or none (default: both)")
     p.add_argument("--tokens", metavar="NAME",
                    help="none, select, merge, share or match, the last four with _per_stage for ratios of their own, or "
-                        "merge_per_span (default: select, of a Segmenter match)")
+                        "merge_per_span (default: select; match without a class token or of a Segmenter)")
     p.add_argument("--read-out", action="store_true",
                    help="the last block computes what a classifier on the class token reads, and no more: exact, fewer multiply-adds")
     p.add_argument("--max-ratio", type=_number(float, 1e-3, 0.999, "a fraction from 0.001 to 0.999"), default=0.5, metavar="R",
@@ -317,7 +317,8 @@ def build_parser() -> Parser:
     add("recipes", "List the named recipes with source, expected number and command.")
 
     p = add("batch", "Run a batch file of notebooks with parameters; what is up to date is not repeated, a failed or killed one goes on.")
-    p.add_argument("file", type=given, metavar="FILE", help="YAML; docs/batch.md has the format, batches/ the files that come with vitlab")
+    p.add_argument("file", type=given, metavar="FILE",
+                   help="YAML (docs/batch.md has the format), or the name of one that comes with vitlab, such as digits")
     p.add_argument("--out", type=given, metavar="RUN", help="run folder (default: runs/NAME, of FILE's name)")
     p.add_argument("--set", dest="changes", action="append", default=[], type=setting, metavar="KEY=VALUE",
                    help="a parameter for all notebooks that declare it; with dots, a place in the file, such as "
@@ -330,6 +331,9 @@ def build_parser() -> Parser:
 
     p = add("report", "One page of a batch's run, or a study's: tables with conditions, figures, failures; the table as CSV and LaTeX.")
     p.add_argument("run", type=given, metavar="RUN", help="run folder of a batch, or a study with results.jsonl")
+
+    p = add("notebooks", "Copy the notebooks that come with vitlab into a folder of yours.")
+    p.add_argument("folder", type=given, metavar="FOLDER", help="files that were changed there are never replaced")
 
     p = add("demo", "Run the notebooks on the embedded digits: baseline, scores, prune and merge, search, fine-tune, table.")
     p.add_argument("--out", type=given, default="runs/demo", metavar="RUN", help="default: runs/demo")

@@ -60,11 +60,13 @@ class CompressionPlan:
 
     def check_fits(self, shape: ViTShape) -> None:
         """InputError naming every size in which the model and the plan differ (classifier, decoder and pooling may)."""
-        free = ("num_classes", "num_classifiers", "pool", "in_chans", "qk_norm", "decoder", "decoder_depth")
+        free = ("num_classes", "num_classifiers", "pool", "in_chans", "qk_norm", "decoder", "decoder_depth", "class_token")
         wrong = [f"{f.name} {getattr(shape, f.name)} (plan: {getattr(self.shape, f.name)})"
                  for f in dataclasses.fields(shape)
                  if f.name not in free and getattr(shape, f.name) != getattr(self.shape, f.name)]
         require(not wrong, "the plan is for another model; this one has " + ", ".join(wrong))
+        if self.shape.class_token and not shape.class_token:                    # refuses what ranks by one
+            dataclasses.replace(self, shape=dataclasses.replace(self.shape, class_token=False))
 
     def rules(self) -> list[tuple[TokenRule | None, int]]:
         """The token rule that each block runs by, and its place in the blocks of that rule: (None, 0) where all tokens stay,
@@ -124,7 +126,7 @@ class CompressionPlan:
             return {"kind": rule.kind, **fields}
         blocks = [{"heads": b.heads, "neurons": b.neurons, "tokens": tokens(b.tokens)} for b in self.blocks]
         lines = [f'  "format": "{FORMAT}",', f'  "version": {VERSION},',
-                 f'  "shape": {json.dumps(dataclasses.asdict(self.shape))},',
+                 f'  "shape": {json.dumps(self.shape.stored())},',
                  f'  "made_by": {json.dumps(self.made_by)},', '  "blocks": [']
         for index, block in enumerate(blocks):
             end = "," if index + 1 < len(blocks) else ""

@@ -8,6 +8,7 @@ from vitlab.shape import POOL_TOKEN, ViTShape, is_int, require
 
 LARGEST = 3e38                              # of a float32
 PROTECT = 0.1                               # measured: docs/off_the_shelf.md
+BY_CLASS_TOKEN = "by the class token's attention; the model has no class token"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +170,7 @@ class Select:
 
     def flow(self, shape: ViTShape, entering: int) -> Flow:
         """InputError where not even two tokens would go (the mean of one is that one), or there is no class token."""
-        require(shape.num_prefix_tokens > 0, "tokens are selected by the class token's attention; the model has no class token")
+        require(shape.class_token, f"tokens are selected {BY_CLASS_TOKEN}: a rule that merges, such as match, is needed")
         others = entering - shape.num_prefix_tokens
         require(self.kept <= others - 2, f"{self.kept} tokens are kept; at most {others - 2} of the {others} that come in beside the "
                                          "prefix tokens is needed: two at least must go, as one takes their place")
@@ -197,8 +198,7 @@ class Match:
         """InputError where more than half of the tokens would go: every other one is there to be merged into."""
         count = entering - shape.num_prefix_tokens
         require(self.merged <= count // 2, f"{self.merged} tokens are merged; at most half of the {count} beside the prefix tokens can be")
-        require(not self.protect or shape.num_prefix_tokens > 0,
-                "tokens are protected by the class token's attention; the model has no class token: protect 0 is needed")
+        require(not self.protect or shape.class_token, f"tokens are protected {BY_CLASS_TOKEN}: protect 0 is needed")
         after, sources, targets = entering - self.merged, count - count // 2, count // 2
         work = {"compared": sources * targets + entering, "pooled": self.merged + targets} if self.merged else {}
         return Flow(attended=entering, in_mlp=after, carried=0, after=after, matched=True, **work)

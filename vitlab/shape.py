@@ -39,6 +39,7 @@ class ViTShape:
     qk_norm: bool = False               # whether attention normalises queries and keys
     decoder: str = ""                   # of DECODERS, gives every patch the logits of num_classes; "": a classifier, or nothing
     decoder_depth: int = 0              # blocks of a mask transformer
+    class_token: bool | None = None     # whether the first prefix token is one, and no register; None: wherever there are prefix tokens
 
     def __post_init__(self) -> None:
         for name in ("img_size", "patch_size"):
@@ -54,7 +55,14 @@ class ViTShape:
         require(isinstance(self.qk_norm, bool), f"shape.qk_norm is {self.qk_norm!r}; true or false is needed")
         require(isinstance(self.pool, str), f"shape.pool is {self.pool!r}; a string is needed")
         require(self.decoder in DECODERS, f"shape.decoder is {self.decoder!r}; one of {list(DECODERS)} is needed")
+        require(self.class_token in (None, True, False), f"shape.class_token is {self.class_token!r}; true or false is needed")
+        object.__setattr__(self, "class_token", self.num_prefix_tokens > 0 and self.class_token is not False)
         require(self.num_patches > 0, f"shape: an image of {self.img_size} holds no patch of {self.patch_size}")
+
+    def stored(self) -> dict[str, Any]:
+        """As JSON holds it; a class token is not spoken of where the number of prefix tokens says it."""
+        fields = dataclasses.asdict(self)
+        return {k: v for k, v in fields.items() if k != "class_token" or v != (self.num_prefix_tokens > 0)}
 
     @property
     def grid_size(self) -> tuple[int, int]:

@@ -83,7 +83,8 @@ def _shape(model: nn.Module, num_heads: int, num_neurons: int) -> ViTShape:
         img_size=tuple(embed.img_size), patch_size=tuple(embed.patch_size), in_chans=model.in_chans,
         embed_dim=model.embed_dim, depth=len(model.blocks),
         num_heads=num_heads, head_dim=first.attn.head_dim, num_neurons=num_neurons,
-        num_prefix_tokens=model.num_prefix_tokens, num_classes=classes_of(model) if whole is model else whole.num_classes,
+        num_prefix_tokens=model.num_prefix_tokens, class_token=model.cls_token is not None,
+        num_classes=classes_of(model) if whole is model else whole.num_classes,
         num_classifiers=len(classifiers) if isinstance(classifiers, tuple) else 1,
         pool=model.global_pool, qk_norm=not isinstance(first.attn.q_norm, nn.Identity))
 

@@ -90,7 +90,8 @@ class Study:
             raise InputError(f'initial "sensitivity" is a start of strategy "gp", not {strategy!r}')
         info = {"format": FORMAT, "version": VERSION, "strategy": strategy, "seed": seed,
                 "budget": {"limit": budget.limit, "unit": budget.unit, "tolerance": budget.tolerance},
-                "space": dataclasses.asdict(space), "settings": dataclasses.asdict(self.options), "about": about or {}}
+                "space": dataclasses.asdict(space) | {"shape": space.shape.stored()}, "settings": dataclasses.asdict(self.options),
+                "about": about or {}}
         self.info = json.loads(json.dumps(info, default=str))
         self._check_same()
         self.evaluations = read_journal(self.folder, repair=True)

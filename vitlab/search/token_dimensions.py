@@ -11,7 +11,7 @@ from torch import Tensor, zeros
 
 from vitlab import tokens
 from vitlab.files import InputError
-from vitlab.rules import PROTECT, Match, Select, TokenRule
+from vitlab.rules import BY_CLASS_TOKEN, PROTECT, Match, Select, TokenRule
 from vitlab.shape import ViTShape
 
 STAGES = 4                                      # blocks are grouped into as many stages where a ratio is per stage
@@ -59,8 +59,8 @@ class SelectTokens:
 
     def __post_init__(self) -> None:
         Select(kept=1, ranked_by=self.ranked_by)                                # refuses what no plan can have
-        if not self.shape.num_prefix_tokens:
-            raise InputError("tokens are selected by the class token's attention; the model has no class token")
+        if not self.shape.class_token:
+            raise InputError(f"tokens are selected {BY_CLASS_TOKEN}: match, share, merge or none is needed")
 
     @property
     def names(self) -> list[str]:
@@ -183,9 +183,11 @@ class MatchTokens:
 
     shape: ViTShape
     per: str = ""                   # "", "stage" or "block"
-    protect: float = PROTECT
+    protect: float | None = None    # of the rule `Match`; None: PROTECT where a class token can say what to protect, else 0
 
     def __post_init__(self) -> None:
+        if self.protect is None:
+            object.__setattr__(self, "protect", PROTECT if self.shape.class_token else 0.0)
         Match(merged=0, protect=self.protect).flow(self.shape, self.shape.num_tokens)          # refuses what no plan can have
 
     def _dimension(self) -> np.ndarray:
@@ -237,9 +239,10 @@ TOKEN_DIMENSIONS = {                            # the class, and what a name fix
     "share": (MergeTokens, _SHARED), "share_per_stage": (MergeTokens, {"per": "stage", **_SHARED})}
 
 
-def unprotected(name: str, shape: ViTShape) -> dict[str, float]:
-    """The settings that merging by content needs where the model has no class token, whose attention protects tokens; else none."""
-    return {"protect": 0.0} if name.startswith("match") and not shape.num_prefix_tokens else {}
+def default_tokens(shape: ViTShape) -> str:
+    """The token dimensions of a search that names none: selection where a class token ranks tokens and no decoder needs them all, else
+    merging by content, which every model can have."""
+    return "select" if shape.class_token and not shape.decoder else "match"
 
 
 def token_dimensions(name: str, shape: ViTShape, settings: dict[str, Any]) -> NoTokens | SelectTokens | MergeTokens | MatchTokens:

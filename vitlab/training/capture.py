@@ -92,7 +92,7 @@ def _by_class_attention(model: nn.Module, batches: Batches, absolute: str, devic
                         progress: bool) -> Scored:
     """The class token's attention, averaged over heads and images."""
     if model.cls_token is None:
-        raise InputError("the criterion class_attention needs a class token; the model has none")
+        raise InputError("the criterion class_attention needs a class token; the model has none: gradient and hsic need none")
     rows = [None] * len(model.blocks)
 
     def step(images: Tensor, targets: Tensor) -> tuple[Tensor]:

@@ -45,7 +45,7 @@ def grid_axes(shape: ViTShape) -> dict[str, tuple[np.ndarray, ...]]:
     whole = np.array([everything])
     axes = {"stem": (whole,), "attention": (count, heads), "mlp": (count, spread(1, shape.num_neurons, 5)),
             "fold": (rows, rows), "carry": (rows,), "pool": (rows,), "head": (whole if shape.decoder else count,)}
-    if shape.num_prefix_tokens and shape.num_patches > 1:                       # one stays, one is left for the mean
+    if shape.class_token and shape.num_patches > 1:                             # one stays, one is left for the mean
         axes["select"] = (spread(shape.num_prefix_tokens + 2, everything, 4), heads)
     if shape.num_prefix_tokens:
         axes["read_out"] = axes["attention"]
@@ -175,7 +175,7 @@ def latency_table(model: nn.Module, *, batch_size: int = 32, dtype: str = "float
     anew with a warning that names it.
     """
     shape, found = shape_of(model), conditions_of(model, batch_size, dtype, device)
-    key = hashlib.sha256(json.dumps([dataclasses.asdict(shape), found], sort_keys=True).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([shape.stored(), found], sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(cache or os.environ.get("VITLAB_CACHE") or Path.home() / ".cache" / "vitlab")
     path = folder / f"latency-{key}.json"
     if path.exists():

@@ -22,7 +22,7 @@ from vitlab.models import set_trainable
 from vitlab.training import states
 from vitlab.training.pixels import measured
 from vitlab.training.recipes import Engine, Recipe
-from vitlab.training.stepping import Training
+from vitlab.training.stepping import AVERAGE, Training
 
 LOG = "log.jsonl"
 
@@ -43,6 +43,7 @@ def _marks(data: ImageData, recipe: Recipe, models: list[nn.Module], about: dict
     if recipe.matrices_lr == 1:                                                     # as states were before there was such a factor
         del settings["matrices_lr"]
     return {"recipe": fingerprint(settings, []), "data set": fingerprint(data.files("train"), []), "weights": fingerprint([], models),
+            **({"moving average": fingerprint(AVERAGE, [])} if recipe.ema_decay else {}),
             **{name: str(value) for name, value in about.items()}}
 
 

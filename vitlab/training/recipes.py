@@ -29,7 +29,7 @@ class Recipe:
     clip_grad: float | None = None
     layer_decay: float | None = None            # factor of the learning rate from each block to the one before it, (0, 1]
     matrices_lr: float = 1.0                    # factor of the learning rate for merge and reconstruct matrices, > 0
-    ema_decay: float | None = None              # weights become their moving average over the steps, (0, 1)
+    ema_decay: float | None = None              # weights become their moving average over the steps, (0, 1), at most (stepping.AVERAGE)
     smoothing: float = 0.0                      # label smoothing, [0, 1)
     mixup: float = 0.0                          # alpha of mixup; with cutmix, each batch has one of the two
     cutmix: float = 0.0                         # alpha of cutmix

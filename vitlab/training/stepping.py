@@ -24,6 +24,10 @@ from vitlab.training.distillation import make_task
 from vitlab.training.evaluate import uses_bf16
 from vitlab.training.recipes import Engine, Recipe
 
+# The moving average looks back over a tenth of the steps so far until decay's own window is shorter, as TensorFlow's with num_updates:
+# with the whole decay from the first step on, a run of less than 1 / (1 - decay) steps would end with nearly its first weights.
+AVERAGE = {"use_warmup": True, "warmup_gamma": 10.0, "warmup_power": 1.0}       # decay of step t = min(decay, (t - 1) / (t + 9))
+
 
 def _scale_matrices(optimizer: torch.optim.Optimizer, model: nn.Module, factor: float) -> None:
     """Merge and reconstruct matrices in groups of their own, at `factor` times the learning rate: a token is a sum over as many patches
@@ -62,7 +66,7 @@ class Training:
         if engine.channels_last:
             model.to(memory_format=torch.channels_last)
         if recipe.ema_decay:
-            task.setup_ema(recipe.ema_decay)
+            task.setup_ema(recipe.ema_decay, **AVERAGE)
         self.optimizer = create_optimizer_v2(model, opt=recipe.optimizer, lr=recipe.scaled_lr, weight_decay=recipe.weight_decay,
                                              layer_decay=recipe.layer_decay)
         if recipe.matrices_lr != 1:

@@ -84,6 +84,17 @@ def snakefile(entries: list[Entry]) -> str:
     return "\n".join(rules)
 
 
+def _environment(out: Path) -> dict[str, str]:
+    """Ours; where a cache can't be written (a home that is read-only, or none), with a place in the run folder for what Snakemake and the
+    kernels keep."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    there = next(place for place in (cache, *cache.parents) if place.exists())
+    if there.is_dir() and os.access(there, os.W_OK):
+        return dict(os.environ)
+    own = str(out.resolve() / ".cache")
+    return {"MPLCONFIGDIR": own, "IPYTHONDIR": own, **os.environ, "XDG_CACHE_HOME": own}
+
+
 def _follow(command: list[str], out: Path, names: list[str], call: str, lock: int) -> int:
     """Run Snakemake, its words in snakemake.log, and say on stderr what becomes of each entry. Where this process is interrupted or
     told to end, so are all that it started. Returns Snakemake's code."""
@@ -102,7 +113,7 @@ def _follow(command: list[str], out: Path, names: list[str], call: str, lock: in
 
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     with open(out / "snakemake.log", "ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, pass_fds=(lock,))
+        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, pass_fds=(lock,), env=_environment(out))
     try:
         while process.poll() is None:
             tell()

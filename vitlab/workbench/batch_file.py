@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from vitlab.files import InputError
+from vitlab.files import BATCHES, InputError
 from vitlab.workbench import notebooks
 
 MAX_BYTES, MAX_ENTRIES = 200_000, 5000
@@ -155,6 +155,12 @@ class _File:
         return axes
 
 
+def find(path: str | Path) -> Path:
+    """A batch file, or by its bare name one of those that come with vitlab."""
+    known = BATCHES / f"{path}.yaml"
+    return known if len(Path(path).parts) == 1 and not Path(path).exists() and known.is_file() else Path(path)
+
+
 def _ordered(file: _File, after: dict[str, tuple[str, ...]]) -> list[str]:
     """Entries, each behind those it comes after."""
     order: list[str] = []
@@ -181,7 +187,7 @@ def read(path: str | Path, changes: dict[str, str] | None = None) -> list[Entry]
     changes: parameters (as text) that stand above the file's, for all notebooks that declare them; with a dotted key, one place
     of the file. Raises InputError naming the file, the entry and the key for whatever is wrong; nothing was started then.
     """
-    file = _File(Path(path), changes or {})
+    file = _File(find(path), changes or {})
     bodies = {file.name(name, "entries"): file.mapping(body, f"entries.{name}", KEYS) for name, body in file.entries.items()}
     after = {n: file.names(b.get("after"), f"entries.{n}.after") for n, b in bodies.items()}
     after_all = {n: file.names(b.get("after_all"), f"entries.{n}.after_all") for n, b in bodies.items()}

@@ -21,7 +21,7 @@ from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import Match, Select
 from vitlab.search import SearchSpace
 from vitlab.search.published import published_policy
-from vitlab.search.token_dimensions import unprotected
+from vitlab.search.token_dimensions import default_tokens, token_dimensions
 from vitlab.shape import ViTShape
 from vitlab.training.capture import need_classifier
 from vitlab.training.checkpoint import Checkpoint
@@ -106,8 +106,9 @@ def prune_units(source: Source, scores: str | Path | UnitScores, out: str | Path
         if len(vector) != 2 * shape.depth + 1:
             raise InputError(f"policy {policy} is for {(len(vector) - 1) // 2} blocks; the model has {shape.depth}")
     else:
-        vector, settings = np.array([neuron_ratio] * shape.depth + [head_ratio] * shape.depth + [rho]), {}
-    space = SearchSpace(shape=shape, tokens="select", settings=settings, max_ratio=max(0.5, *vector.tolist(), 1e-3))
+        vector, settings = np.array([neuron_ratio] * shape.depth + [head_ratio] * shape.depth + [rho] * (rho > 0)), {}
+    space = SearchSpace(shape=shape, tokens="select" if policy or rho else "none", settings=settings,
+                        max_ratio=max(0.5, *vector.tolist(), 1e-3))
     made_by = {"method": "policy", "policy": policy} if policy else {"method": "ratios", "head_ratio": head_ratio,
                                                                        "neuron_ratio": neuron_ratio, "rho": rho}
     plan = space.plan(vector, heads=scores.heads, neurons=scores.neurons, made_by=made_by | {"scores": scores.made_by})
@@ -119,8 +120,7 @@ def prune_match(source: Source, out: str | Path, *, ratio: float, read_out: bool
     Writes and returns the checkpoint in `out`."""
     found = open_dense(source)
     shape = shape_of(found.model)
-    space = SearchSpace(shape=shape, units=(), tokens="match", read_out=read_out, max_ratio=max(0.5, ratio),
-                        settings=unprotected("match", shape))
+    space = SearchSpace(shape=shape, units=(), tokens="match", read_out=read_out, max_ratio=max(0.5, ratio))
     return apply_plan(found, space.plan([ratio], made_by={"method": "match", "ratio": ratio, "read_out": read_out}), out)
 
 
@@ -145,8 +145,8 @@ def sensitivity(source: Source, data: str | Path, out: str | Path, *, criteria: 
 
     Returns a row per cut: criterion, dimension ("heads", "neurons" or "tokens"), block, drop (dense value less the cut one's, of
     `metric`), drop_se (of the cut one's value), gmacs_removed and drop_per_gmac. Rows go to out/sensitivity.jsonl as they are
-    measured; another call begins anew. Tokens are selected in that block alone (criterion "class attention"), or merged there by
-    content where the grid is needed.
+    measured; another call begins anew. Tokens are selected in that block alone (criterion "class attention"), or, where the grid is
+    needed or there is no class token, merged there by content (criterion "alike keys").
     """
     found = open_dense(source)
     shape = shape_of(found.model)
@@ -180,8 +180,9 @@ def sensitivity(source: Source, data: str | Path, out: str | Path, *, criteria: 
             cut = max(ratio, 0.5 / shape.num_heads) if unit == "heads" else ratio
             for block, policy in enumerate(np.eye(shape.depth) * cut):
                 measure(criterion, unit, block, space.plan(policy, heads=scores.heads, neurons=scores.neurons))
+    by, cut_tokens = ("class attention", _select_in) if default_tokens(shape) == "select" else ("alike keys", _match_in)
     for block in range(shape.depth):
-        measure("class attention", "tokens", block, (_match_in if shape.decoder else _select_in)(shape, block, ratio))
+        measure(by, "tokens", block, cut_tokens(shape, block, ratio))
     bar.close()
     return rows
 
@@ -196,6 +197,6 @@ def _select_in(shape: ViTShape, block: int, ratio: float) -> CompressionPlan:
 def _match_in(shape: ViTShape, block: int, ratio: float) -> CompressionPlan:
     """The plan that merges tokens by content in one block, and gives them back at the end."""
     merged = min(int(shape.num_patches * ratio), shape.num_patches // 2)
-    rules = [None] * block + [Match(merged=merged if index == block else 0, **unprotected("match", shape))
-                              for index in range(block, shape.depth)]
+    protect = token_dimensions("match", shape, {}).protect
+    rules = [None] * block + [Match(merged=merged if index == block else 0, protect=protect) for index in range(block, shape.depth)]
     return CompressionPlan(shape=shape, blocks=tuple(BlockPlan(tokens=rule) for rule in rules))

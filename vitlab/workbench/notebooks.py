@@ -50,9 +50,10 @@ def run(path: str | Path, out: str | Path, parameters: dict[str, Any] | None = N
     path, parameters = Path(path), parameters or {}
     check_parameters(path, parameters)
     target = Path(out) / path.name
+    names = (str(place).replace("{", "{{").replace("}", "}}") for place in (path, target))             # papermill formats them
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        papermill.execute_notebook(str(path), str(target), parameters=parameters, kernel_name="python3", progress_bar=progress,
+        papermill.execute_notebook(*names, parameters=parameters, kernel_name="python3", language="python", progress_bar=progress,
                                    stdout_file=sys.stderr if progress else None, config=ENCRYPTED)
     except PapermillExecutionError as error:
         raise InputError(f"{path.name}: cell {error.cell_index} failed: {error.ename}: {error.evalue} (see {target})") from None
@@ -69,6 +70,18 @@ def report(executed: str | Path, target: str | Path) -> Path:
     html = re.sub(r"<script\b.*?</script>", "", html, flags=re.DOTALL)        # the exporter's own; in what data says they are escaped
     atomic_write(target, html.replace("<head>", f"<head>{POLICY}", 1))
     return Path(target)
+
+
+def copy_all(folder: str | Path) -> list[Path]:
+    """Copies of the notebooks that come with vitlab, in a folder of one's own; returns them. Raises InputError, with nothing copied,
+    where one is there already that differs."""
+    copies = {Path(folder) / path.name: path.read_bytes() for path in sorted(NOTEBOOKS.glob("*.ipynb"))}
+    changed = [str(path) for path, content in copies.items() if path.exists() and path.read_bytes() != content]
+    if changed:
+        raise InputError(f"{', '.join(changed)}: there already, and not as it comes with vitlab; move it away, or choose another folder")
+    for path, content in copies.items():
+        atomic_write(path, content)
+    return list(copies)
 
 
 def run_all(names: list[str], out: str | Path, parameters: dict[str, dict[str, Any]], *, progress: bool = True) -> list[Path]:

@@ -21,7 +21,7 @@ from vitlab.plan import CompressionPlan
 from vitlab.search import Budget, SearchSpace, Study
 from vitlab.search.space import MAX_RATIO
 from vitlab.search.strategies import Settings
-from vitlab.search.token_dimensions import unprotected
+from vitlab.search.token_dimensions import default_tokens
 from vitlab.training.capture import need_classifier, token_scores
 from vitlab.training.compensate import compensate, gather_moments
 from vitlab.training.latency import latency_table
@@ -71,18 +71,20 @@ def search(source: Source, data: str | Path, out: str | Path, *, limit: float | 
     worth (`reported`), and stands in its plan, out/plan.json, as made_by "reported". With `compensated`, what is left of each cut layer
     is refitted before measuring (`calibrate` does it for the plan found). A killed search goes on when called again; with options of
     initial "sensitivity" each dimension is measured alone first, by the same objective. batch_size and dtype are those of a latency.
-    metric: the distance to the dense model's output, or top1_pct or miou_pct. tokens None: "select", of a Segmenter "match". Raises
-    InputError for a model without classes, a budget that can't be met, or tokens that keep no grid where a Segmenter needs it.
+    metric: the distance to the dense model's output, or top1_pct or miou_pct. tokens None or "": what the model can have
+    (`default_tokens`). Raises InputError for a model without classes, a budget that can't be met, or tokens that keep no grid where a
+    Segmenter needs it.
     """
     found, out = open_dense(source), Path(out)
-    shape, place, tokens = shape_of(found.model), pick_device(device), tokens or ("match" if shape_of(found.model).decoder else "select")
+    shape, place = shape_of(found.model), pick_device(device)
+    tokens = tokens or default_tokens(shape)
     need_classifier(found.model, "searched models")
     check_metric(shape, metric)                                                 # before there is a study of it
     if shape.decoder and (tokens.startswith("select") or read_out):
         raise InputError(f"{'read_out' if read_out else f'tokens {tokens!r}'}: a class for each pixel needs the whole grid; tokens that "
                          "merge (match, share or merge, also with _per_stage; merge_per_span) keep it")
-    space = SearchSpace(shape=shape, units=tuple(units), tokens=tokens, settings=unprotected(tokens, shape) | (token_settings or {}),
-                        max_ratio=max_ratio, read_out=read_out)
+    space = SearchSpace(shape=shape, units=tuple(units), tokens=tokens, settings=token_settings or {}, max_ratio=max_ratio,
+                        read_out=read_out)
     labels = metric != "distill_loss" or space.by_place or bool(units) and criterion == "taylor"
     opened = open_matching(data, found, class_map, labels=labels)
     if (limit is None) == (macs_ratio is None):

@@ -28,7 +28,6 @@ from vitlab.plots.base import to_image
 from vitlab.plots.colours import class_colours, overlaid
 from vitlab.rules import Match
 from vitlab.search import SearchSpace
-from vitlab.search.token_dimensions import unprotected
 from vitlab.shape import ViTShape
 from vitlab.tokens import PRUNE_RATE, even_spans
 from vitlab.training.capture import frozen_eval, token_places
@@ -138,8 +137,7 @@ def plans_at(scores: Tensor, shape: ViTShape, keep_rate: float, *, prune_rate: f
     spans of blocks (`even_spans`), sharing updates (nothing pruned); and merged by content, by the one ratio whose cost is at most that
     of sharing updates. scores (L, n): of tokens, raw."""
     shared = prune_and_merge(scores, shape, keep_rate=keep_rate, prune_rate=0.0, share=True)
-    space = SearchSpace(shape=shape, units=(), tokens="match", max_ratio=MAX_RATIO,
-                        settings=unprotected("match", shape))
+    space = SearchSpace(shape=shape, units=(), tokens="match", max_ratio=MAX_RATIO)
     ratios = np.linspace(0, MAX_RATIO, RATIOS)[:, None]
     within = np.flatnonzero(macs_of(shape, space.counts(ratios))["total"] / 1e9 <= gmacs(shared))
     ratio = float(ratios[within[0] if len(within) else -1, 0])

@@ -26,7 +26,6 @@ from vitlab.search.sampling import Problem
 from vitlab.search.sensitivity import SENSITIVITY, curves_of, measure_alone
 from vitlab.search.strategies import Settings
 from vitlab.search.study import Evaluation
-from vitlab.search.token_dimensions import unprotected
 from vitlab.shape import POOL_TOKEN
 from vitlab.training import checkpoint
 from vitlab.training.capture import need_classifier, token_scores
@@ -109,7 +108,7 @@ class Survey:
         if rule not in RULES:
             raise InputError(f"rule {rule!r} is not known; known are {list(RULES)}")
         units, tokens = RULES[rule]
-        settings = {"prune_rate": 0.0} if tokens == "share" else unprotected(tokens, self.shape)
+        settings = {"prune_rate": 0.0} if tokens == "share" else {}
         space = SearchSpace(shape=self.shape, units=units, tokens=tokens, max_ratio=MAX_RATIO, read_out=self.read_out, settings=settings)
         price = cost_function(space, "gmacs", self.found.model)
         most = float(price(np.zeros((1, space.size)))[0])

@@ -23,7 +23,7 @@ from vitlab.plots import matched_map, merge_map
 from vitlab.plots.tokens import bordered, through_matrices, through_means, tinted
 from vitlab.rules import Match, MergeReconstruct, Select, SharedUpdate
 from vitlab.search import SearchSpace
-from vitlab.search.token_dimensions import unprotected
+from vitlab.search.token_dimensions import default_tokens
 from vitlab.shape import ViTShape
 from vitlab.training.averaging import frozen_eval, hooks
 from vitlab.training.capture import token_places
@@ -91,8 +91,7 @@ class Maps:
         self.dense_gmacs = gmacs(CompressionPlan.empty(self.shape))
         if plan is not None:
             plan.check_fits(self.shape)
-        # Selection ranks by the class token, and leaves no grid for a decoder.
-        by_content = list(BY_CONTENT)[:2 if self.shape.num_prefix_tokens and not self.shape.decoder else 1]
+        by_content = list(BY_CONTENT)[:2 if default_tokens(self.shape) == "select" else 1]
         self.rules = [GIVEN] * (plan is not None) + list(BY_PLACE) * (scores is not None) + by_content
         self.plan = functools.lru_cache(maxsize=256)(self._plan)
         self.compressed = functools.lru_cache(maxsize=1)(lambda *key: compress(self.model, self.plan(*key)))
@@ -106,8 +105,7 @@ class Maps:
             return self.given
         if rule in BY_PLACE:
             return prune_and_merge(self.scores, self.shape, keep_rate=keep_rate, prune_rate=prune_rate, **BY_PLACE[rule], **self.settings)
-        space = SearchSpace(shape=self.shape, units=(), tokens=BY_CONTENT[rule], max_ratio=0.99,
-                            settings=unprotected(BY_CONTENT[rule], self.shape))
+        space = SearchSpace(shape=self.shape, units=(), tokens=BY_CONTENT[rule], max_ratio=0.99)
         tried = space.counts(np.array([0.5]))
         ratio = 1 - keep_rate ** (1 / int((tried.compared + tried.ranking > 0).sum()))
         return space.plan([ratio], made_by={"method": BY_CONTENT[rule], "ratio": ratio})
