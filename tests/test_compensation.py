@@ -243,6 +243,13 @@ def test_the_first_refit_layer_is_least_squares_on_its_own_inputs():
     assert np.allclose(own.bias.detach().numpy(), solution[-1], atol=1e-3 * np.abs(solution).max())
 
 
+def test_a_model_with_a_hook_on_the_whole_of_it_is_refused():
+    dense = tiny()
+    dense.register_forward_pre_hook(lambda module, given: (given[0] / 2,))
+    with pytest.raises(InputError, match="a hook on the whole of it.*remove the hook"):
+        compensate(dense, full_plan(dense), batches(), progress=False)
+
+
 def test_compensation_without_images_is_refused():
     dense = tiny()
     with pytest.raises(InputError, match="block 0: no inputs were gathered"):

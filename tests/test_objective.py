@@ -9,7 +9,8 @@ from training_fixtures import token_plan
 
 from vitlab.files import InputError
 from vitlab.models import compress, deploy, shape_of
-from vitlab.plan import CompressionPlan
+from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.rules import Match, MergeReconstruct, ReadOut
 from vitlab.training.objective import METRICS, PlanObjective
 from vitlab.training.pixels import evaluate_scenes
 
@@ -139,6 +140,42 @@ def test_targets_of_several_labels_an_image_are_refused(sample, targets):
     model, batches = sample("deit")
     with pytest.raises(InputError, match="targets are .*one class number an image.*several labels an image are not"):
         PlanObjective(model, [(batches[0][0], targets)])
+
+
+@pytest.mark.parametrize("rule", ["neurons", "merge_reconstruct", "match", "read_out"])
+def test_from_the_first_block_that_is_cut_on_it_is_the_same_as_from_the_images(sample, family, rule):
+    if rule == "read_out" and family == "mae":
+        rule = "neurons"                                    # it pools its patches, and nothing can be read out
+    model, batches = sample(family)
+    shape, objective = shape_of(model), PlanObjective(model, batches)
+    cuts = {"neurons": BlockPlan(neurons=(0, 2, 3)), "match": BlockPlan(tokens=Match(merged=3, protect=0.0)),
+            "read_out": BlockPlan(tokens=ReadOut()), "merge_reconstruct": BlockPlan(tokens=MergeReconstruct(
+                regions=tuple(j // 2 for j in range(shape.num_patches)), weights=(0.5,) * shape.num_patches))}
+    after = BlockPlan(tokens=Match(merged=0, protect=0.0)) if rule == "match" else BlockPlan()
+    for first in (4,) if rule == "read_out" else (1, 3, 4, 2, 0, 3):                # onwards, back, and from the images again
+        plan = CompressionPlan(shape=shape, blocks=(*[BlockPlan()] * first, cuts[rule], *[after] * (4 - first)))
+        assert objective(plan) == objective.measure(deploy(compress(model, plan)))
+
+
+def test_a_hook_on_the_whole_model_is_heard_whichever_block_is_cut(sample):
+    model, batches = sample("deit")
+    plan = CompressionPlan(shape=shape_of(model), blocks=(*[BlockPlan()] * 3, BlockPlan(neurons=(0, 2)), BlockPlan()))
+    plain = PlanObjective(model, batches)(plan)
+    model.register_forward_pre_hook(lambda module, given: (given[0].flip(3),))
+    turned = PlanObjective(model, batches)(plan)
+    assert turned["distill_loss"] == PlanObjective(model, batches).measure(deploy(compress(model, plan)))["distill_loss"]
+    assert turned["distill_loss"] != plain["distill_loss"]
+
+
+def test_cuts_that_are_measured_block_after_block_run_what_comes_before_once(sample):
+    model, batches = sample("deit")
+    objective, runs = PlanObjective(model, batches), []
+    for index, block in enumerate(objective.dense.blocks):
+        block.register_forward_pre_hook(lambda module, given, index=index, own=block: runs.append(index) if module is own else None)
+    for index in (1, 1, 3, 3, 4):
+        blocks = (BlockPlan(neurons=(0, 2)) if i == index else BlockPlan() for i in range(5))
+        objective(CompressionPlan(shape=shape_of(model), blocks=tuple(blocks)))
+    assert sorted(runs) == [index for index in range(4) for _ in batches]
 
 
 def test_the_dense_model_and_the_order_of_plans_leave_no_trace(sample, random_plan):

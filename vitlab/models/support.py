@@ -1,7 +1,7 @@
 """Which timm models vitlab takes, and the one place where their sizes and blocks are read."""
 from timm.layers import Attention, Mlp, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from vitlab.files import InputError
 from vitlab.models.attention import KeyedAttention, PrefixAttention
@@ -11,6 +11,24 @@ from vitlab.shape import ViTShape
 def encoder_of(model: nn.Module) -> nn.Module:
     """The vision transformer whose blocks are cut: of a Segmenter its encoder, else the model itself."""
     return getattr(model, "encoder", model)
+
+
+def embedded(model: nn.Module, images: Tensor) -> Tensor:
+    """What goes into the first block (B, N, D), by timm's own parts."""
+    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+
+
+def finished(model: nn.Module, x: Tensor, block: int) -> Tensor:
+    """The logits of what goes into a block."""
+    for each in model.blocks[block:]:
+        x = each(x)
+    return model.forward_head(model.norm(x))
+
+
+def runs_in_parts(model: nn.Module) -> bool:
+    """Whether `embedded` and `finished` together are what the model does: timm's own forward, and no hook on the whole."""
+    own = all(getattr(type(model), name) is getattr(VisionTransformer, name) for name in ("forward", "forward_features", "__call__"))
+    return own and "forward" not in vars(model) and not model._forward_hooks and not model._forward_pre_hooks
 
 
 def attention_block(block: nn.Module) -> nn.Module:

@@ -47,7 +47,9 @@ def measure_alone(problem: Problem, objective: Callable[[np.ndarray], dict[str, 
     known = _known(path, wanted)
     todo = [row for row, key in enumerate(wanted) if key not in known]
     together = parallel.world()
-    first, rest = [row for row in todo if row == 0], [row for row in todo if row]      # losses are differences to nothing cut
+    first = [row for row in todo if row == 0]                                   # losses are differences to nothing cut
+    # Block after block: what comes before a cut is the same for all cuts of a block, and an objective may keep it.
+    rest = sorted((row for row in todo if row), key=lambda row: int(wanted[row][0].split(" ")[-1]) if " " in wanted[row][0] else 0)
     groups = [group for group in (first, *(rest[i:i + together] for i in range(0, len(rest), together))) if group]
     for group in tqdm(groups, desc=f"sensitivity {label}".strip(), unit="cut",
                       disable=not progress or not groups):

@@ -15,7 +15,7 @@ from vitlab.files import InputError
 from vitlab.models import attention_block, compress
 from vitlab.models.held import Held, Merged
 from vitlab.models.shrink import keep_heads, keep_neurons
-from vitlab.models.support import encoder_of, plain_linear
+from vitlab.models.support import embedded, encoder_of, plain_linear, runs_in_parts
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import Match, Select, SharedUpdate, TokenRule
 from vitlab.training.averaging import hooks
@@ -78,12 +78,6 @@ def _lacks(scale: nn.Module, rule: TokenRule | None, stream: Tensor, given: Tens
     return F.pad(lacks, (0, 0, 0, given.shape[1] - lacks.shape[1]))
 
 
-def embedded(model: nn.Module, images: Tensor) -> Tensor:
-    """What goes into the first block (B, N, D), by timm's own parts."""
-    model = encoder_of(model)
-    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
-
-
 class Walk:
     """What all images are as they enter a block of the dense model and of a smaller one, block after block: each block runs on what
     the one before gave, so that a walk through all of them costs a few passes, however many layers are looked at. Memory: four times
@@ -93,6 +87,9 @@ class Walk:
     def __init__(self, dense: nn.Module, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], amp: bool | None = False) -> None:
         self.dense, self.model, self.amp, self.at = encoder_of(dense), encoder_of(model), amp, 0
         self.device = next(model.parameters()).device
+        if not runs_in_parts(self.dense):
+            raise InputError(f"{type(self.dense).__name__} has a forward of its own, or a hook on the whole of it; a refit walks through "
+                             "timm's own forward block by block: remove the hook, or make what it does a part of the patch embedding")
         self.streams, self.after = [], []
         for images, _ in batches:
             with autocast(self.device, amp):

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from vitlab.files import InputError
 from vitlab.models import compress, deploy, shape_of
-from vitlab.plan import CompressionPlan
+from vitlab.models.support import embedded, runs_in_parts
+from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.shape import ViTShape
 from vitlab.training.confusion import Confusion, scores_of_groups
-from vitlab.training.evaluate import check_targets
+from vitlab.training.evaluate import autocast, check_targets
 from vitlab.training.pixels import at_targets, each_divergence, ignored, log_probabilities
 from vitlab.uncertainty import ratio_error, share_error, standard_error, with_error
 
@@ -46,9 +47,10 @@ class PlanObjective:
     def __init__(self, dense: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, metric: str = "distill_loss",
                  device: str | torch.device = "cpu", amp: bool | None = False, labelled: bool = True,
                  build: Callable[[nn.Module, CompressionPlan], nn.Module] = compress) -> None:
-        """build: makes the cut model of the dense one and a plan. labelled: whether targets say anything; where not, nothing that is
-        measured by them is among the measures. Raises InputError for an unknown metric, one by labels where there are none, or another
-        task's, a compressed model, one without a classifier, targets that are no class numbers, or no image."""
+        """build: makes the cut model of the dense one and a plan, with the blocks before the first that is cut as they are. labelled:
+        whether targets say anything; where not, nothing that is measured by them is among the measures. Raises InputError for an unknown
+        metric, one by labels where there are none, or another task's, a compressed model, one without a classifier, targets that are no
+        class numbers, or no image."""
         shape = shape_of(dense)
         check_metric(shape, metric)
         if shape.num_classes == 0:
@@ -78,17 +80,31 @@ class PlanObjective:
             raise InputError("no pixel of the images to search on counts: all that their masks hold is to be ignored")
         with torch.inference_mode():
             self.expected = [log_probabilities(self.dense, images, self.amp) for images, _ in self.batches]
+        self._entering: tuple[int, list[Tensor]] | None = None
+
+    def _begun(self, block: int) -> list[Tensor]:
+        """The images as they enter a block of the dense model. They are kept there, and go on from there to later blocks: cuts that are
+        measured block after block are computed from where they are."""
+        at, streams = self._entering or (0, [])
+        with torch.inference_mode(), autocast(self.device, self.amp):
+            if self._entering is None or block < at:
+                at, streams = 0, [embedded(self.dense, images) for images, _ in self.batches]
+            for each in self.dense.blocks[at:block]:
+                streams = [each(x) for x in streams]
+        self._entering = block, streams
+        return streams
 
     def __call__(self, plan: CompressionPlan) -> dict[str, float]:
-        return self.measure(deploy(self.build(self.dense, plan)))
+        first = next((index for index, block in enumerate(plan.blocks) if block != BlockPlan()), 0)
+        return self.measure(deploy(self.build(self.dense, plan)), first if runs_in_parts(self.dense) else 0)
 
-    def measure(self, model: nn.Module) -> dict[str, float]:
-        """The same of a model that is built already."""
+    def measure(self, model: nn.Module, first: int = 0) -> dict[str, float]:
+        """The same of a model that is built already, whose blocks before `first` are those of the dense model."""
         found: dict[str, list[float]] = {"distance": [], "same": [], "right": [], "loss": [], "counted": [], "of": []}      # an image each
-        confusion = None
-        for (images, targets), expected in zip(self.batches, self.expected):
+        confusion, begun = None, self._begun(first) if first else [images for images, _ in self.batches]
+        for (_, targets), expected, entering in zip(self.batches, self.expected, begun):
             with torch.inference_mode():
-                given = log_probabilities(model, images, self.amp)
+                given = log_probabilities(model, entering, self.amp, first)
                 found["distance"] += each_divergence(given, expected).tolist()
                 given, expected = at_targets(model, given, targets), at_targets(model, expected, targets)
             chosen, size = given.argmax(dim=1), len(targets)

@@ -15,6 +15,7 @@ from vitlab import parallel
 from vitlab.data.layouts import IGNORE
 from vitlab.files import InputError
 from vitlab.models.segmenter import Segmenter
+from vitlab.models.support import finished
 from vitlab.models.windows import segment
 from vitlab.training.confusion import Confusion, SegmentationScores
 from vitlab.training.evaluate import Accuracy, autocast, check_targets, evaluate
@@ -46,11 +47,11 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     return (model.patch_logits if isinstance(model, Segmenter) else model)(images)
 
 
-def log_probabilities(model: nn.Module, images: Tensor, amp: bool | None = False) -> Tensor:
-    """Of `logits_of`, float32."""
+def log_probabilities(model: nn.Module, images: Tensor, amp: bool | None = False, block: int = 0) -> Tensor:
+    """Of `logits_of`, float32. block above 0: of a classifier, from what enters that block in place of the images."""
     device = next(model.parameters()).device
     with autocast(device, amp):
-        logits = logits_of(model, images.to(device))
+        logits = finished(model, images.to(device), block) if block else logits_of(model, images.to(device))
     return logits.float().log_softmax(dim=1)
 
 
