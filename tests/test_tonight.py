@@ -82,7 +82,7 @@ def test_scores_moments_and_offers_are_kept_as_they_are_made(survey, dense, phot
     def never(*args, **settings):
         raise AssertionError("it was made before")
     with monkeypatch.context() as patched:
-        for name in ("unit_scores", "token_scores", "dense_moments", "own_labels"):
+        for name in ("scores_by_moments", "token_scores", "dense_moments", "own_labels"):
             patched.setattr(tonight, name, never)
         again = tonight.Survey(dense, photographs, tmp_path / "survey", images=16, score_images=24, **FEW)
         assert again.scores.keys() == survey.scores.keys() and again.reporting.images == 7
@@ -99,8 +99,8 @@ def test_a_killed_tonight_keeps_what_it_had(dense, photographs, tmp_path, monkey
     monkeypatch.setattr(tonight, "token_scores", killed)
     with pytest.raises(KeyboardInterrupt):
         tonight.tonight(dense, photographs, tmp_path / "out", images=16, **FEW)
-    (kept,) = (path for path in (tmp_path / "out" / tonight.SURVEY).iterdir() if path.is_file())
-    assert kept.name.startswith("unit-scores")
+    kept = sorted(path.name.rsplit("-", 1)[0] for path in (tmp_path / "out" / tonight.SURVEY).iterdir() if path.is_file())
+    assert kept == ["moments", "unit-scores"]
 
 
 def test_a_budget_that_no_rule_meets_is_refused_before_anything_is_scored(dense, photographs, tmp_path):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vitlab import parallel
+from vitlab.criteria.compensation import Moments
 from vitlab.criteria.hsic import CHUNK, at_least_float32, shared_dependence
 from vitlab.criteria.units import (
     MAGNITUDE_WEIGHT,
@@ -110,11 +111,16 @@ def _by_moments(model: nn.Module, batches: Batches, criterion: UnitCriterion, de
     images = int(parallel.total(torch.tensor(images)))
     if not images:
         raise InputError(f"unit scores by {made_by['criterion']}: there is no image to score on")
-    found = {kind: [] for kind in KINDS}
-    for index, kind in layers:
+    return UnitScores(**by_moments(model, moments, criterion), made_by=made_by | {"images": str(images)})
+
+
+def by_moments(model: nn.Module, moments: dict[tuple[int, str], Moments], criterion: UnitCriterion) -> dict[str, Tensor]:
+    """{"heads": (L, H), "neurons": (L, M)} scores by a criterion that needs moments, of every layer that mixes units."""
+    found: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+    for index, kind in sorted(moments):
         linear, width = mixing_layer(model.blocks[index], kind)
         found[kind].append(getattr(criterion, kind)(plain_linear(linear).weight.detach(), moments[index, kind], width).cpu())
-    return UnitScores(heads=torch.stack(found["heads"]), neurons=torch.stack(found["neurons"]), made_by=made_by | {"images": str(images)})
+    return {kind: torch.stack(scores) for kind, scores in found.items()}
 
 
 def unit_scores(model: nn.Module, batches: Batches, *, criterion: str = "hsic", relevance_weight: float = RELEVANCE_WEIGHT,

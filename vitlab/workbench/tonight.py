@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from vitlab import cost
-from vitlab.criteria.units import UnitScores
+from vitlab.criteria.compensation import Moments
+from vitlab.criteria.units import unit_criterion
 from vitlab.files import InputError, append_line, atomic_write, read_lines, write_lines
 from vitlab.models import deploy, shape_of
 from vitlab.models.weights import read_file
@@ -33,7 +35,7 @@ from vitlab.training.checkpoint import Checkpoint
 from vitlab.training.compensate import KINDS, compensate
 from vitlab.training.loop import fingerprint
 from vitlab.training.objective import PlanObjective
-from vitlab.training.units import unit_scores
+from vitlab.training.units import by_moments as scores_by_moments
 from vitlab.workbench.calibrating import calibrate
 from vitlab.workbench.cutting import amp_of, measured_batches, objective_on, open_dense
 from vitlab.workbench.offers import OFFERS, Offer, best_offer, offers_figure, worth_of, write_offers  # noqa: F401 - its own face
@@ -77,19 +79,27 @@ class Survey:
         """Of the images to score and refit on."""
         return list(self.parts.batches("score", self.model, workers=self.workers))
 
+    def _shown(self, what: str) -> Iterable[tuple[Tensor, Tensor]]:
+        """These batches, with a bar that says what they are gone through for."""
+        return tqdm(self.batches, desc=what, unit="batch", disable=not self.progress)
+
     @cached_property
     def scores(self) -> dict[str, Tensor]:
         """Of heads, neurons and tokens."""
-        found = self._kept("unit-scores", lambda: _of_units(unit_scores(
-            self.model, self.batches, criterion="reconstruction", seed=self.seed, device=self.place, progress=self.progress)))
+        found = self._kept("unit-scores", lambda: scores_by_moments(self.model, self.moments, unit_criterion("reconstruction")))
         return found | self._kept("token-scores", lambda: {"tokens": token_scores(
-            self.model, own_labels(self.model, self.batches, self.place), device=self.place, progress=self.progress)})
+            self.model, own_labels(self.model, self._shown("the model's own classes"), self.place), device=self.place, progress=self.progress)})
+
+    @cached_property
+    def moments(self) -> dict[tuple[int, str], Moments]:
+        """Of every layer that mixes heads or neurons: units are ranked by them, and what is measured is refitted."""
+        return moments_from(self._kept("moments", lambda: moments_to(dense_moments(
+            self.model, self._shown("what heads and neurons give"), KINDS, self.place))))
 
     @cached_property
     def objective(self) -> PlanObjective:
         """On the images to choose on, of models refitted by the dense one's moments."""
-        moments = moments_from(self._kept("moments", lambda: moments_to(dense_moments(self.model, self.batches, KINDS, self.place))))
-        return objective_on(self.model, self.parts, "choose", "distill_loss", self.place, self.workers, build=by_moments(moments))
+        return objective_on(self.model, self.parts, "choose", "distill_loss", self.place, self.workers, build=by_moments(self.moments))
 
     @cached_property
     def reporting(self) -> PlanObjective:
@@ -250,10 +260,6 @@ def ready(source: Source, data: str | Path, out: str | Path, plan: CompressionPl
     checkpoint.save(Path(out) / DEPLOYED, deploy(found.model), found.plan, classes=found.info.get("classes"),
                     made_by=found.info["made_by"] | {"step": "tonight"})
     return checkpoint.load(Path(out) / DEPLOYED)
-
-
-def _of_units(scores: UnitScores) -> dict[str, Tensor]:
-    return {"heads": scores.heads, "neurons": scores.neurons}
 
 
 def own_labels(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> list[tuple[Tensor, Tensor]]:
