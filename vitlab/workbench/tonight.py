@@ -87,8 +87,9 @@ class Survey:
     def scores(self) -> dict[str, Tensor]:
         """Of heads, neurons and tokens."""
         found = self._kept("unit-scores", lambda: scores_by_moments(self.model, self.moments, unit_criterion("reconstruction")))
-        return found | self._kept("token-scores", lambda: {"tokens": token_scores(
-            self.model, own_labels(self.model, self._shown("the model's own classes"), self.place), device=self.place, progress=self.progress)})
+        own = lambda: own_labels(self.model, self._shown("the model's own classes"), self.place)                # noqa: E731
+        return found | self._kept("token-scores", lambda: {"tokens": token_scores(self.model, own(), device=self.place,
+                                                                                  progress=self.progress)})
 
     @cached_property
     def moments(self) -> dict[tuple[int, str], Moments]:
