@@ -87,9 +87,11 @@ class Survey:
     def scores(self) -> dict[str, Tensor]:
         """Of heads, neurons and tokens."""
         found = self._kept("unit-scores", lambda: scores_by_moments(self.model, self.moments, unit_criterion("reconstruction")))
-        own = lambda: own_labels(self.model, self._shown("the model's own classes"), self.place)                # noqa: E731
-        return found | self._kept("token-scores", lambda: {"tokens": token_scores(self.model, own(), device=self.place,
-                                                                                  progress=self.progress)})
+        return found | self._kept("token-scores", self._of_tokens)
+
+    def _of_tokens(self) -> dict[str, Tensor]:
+        labelled = own_labels(self.model, self._shown("the model's own classes"), self.place)
+        return {"tokens": token_scores(self.model, labelled, device=self.place, progress=self.progress)}
 
     @cached_property
     def moments(self) -> dict[tuple[int, str], Moments]:
