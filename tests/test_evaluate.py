@@ -85,6 +85,23 @@ def test_the_model_runs_in_eval_mode_and_gets_its_own_mode_back(training):
     assert model.modes == {False} and model.training is training
 
 
+def test_the_distance_is_the_mean_divergence_from_the_dense_models_output():
+    model, dense, batches = Stub(5), Stub(5), make(5)
+    with torch.no_grad():
+        dense.weight.mul_(0.5)
+    result, each = evaluate(model, batches, dense=dense.train(), progress=False), []
+    for images, _ in batches:
+        for image in images.flatten(1).double():
+            p, q = ((net.weight.double() @ image).exp() for net in (dense, model))
+            p, q = (p / p.sum()).tolist(), (q / q.sum()).tolist()
+            each.append(sum(a * math.log(a / b) for a, b in zip(p, q)))
+    mean = sum(each) / len(each)
+    assert result.distill_loss == pytest.approx(mean, rel=1e-4) and mean > 0.1                  # float32 logarithms
+    assert result.distill_loss_se == pytest.approx(math.sqrt(sum((v - mean) ** 2 for v in each) / (len(each) - 1) / len(each)), rel=1e-4)
+    assert evaluate(model, batches, dense=model, progress=False).distill_loss == 0
+    assert evaluate(model, batches, progress=False).distill_loss is None
+
+
 def test_evaluate_leaves_no_gradient_and_does_not_change_the_weights():
     model = tiny()
     before = {k: v.clone() for k, v in model.state_dict().items()}

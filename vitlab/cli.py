@@ -228,10 +228,11 @@ def _calibrate(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from vitlab.results import format_table
     from vitlab.workbench import steps
-    row = steps.evaluate(_source(args), args.data, name=args.name or args.source, split=args.split, out=args.out, amp=args.bf16,
-                         batch_size=args.batch_size, limit=args.limit, **_windows(args), **_data(args))
+    row = steps.evaluate(_source(args), args.data, dense=args.dense, name=args.name or args.source, split=args.split, out=args.out,
+                         amp=args.bf16, batch_size=args.batch_size, limit=args.limit, **_windows(args), **_data(args))
     measured = ("top1_pct", "top5_pct") if row.miou_pct is None else ("miou_pct", "pixel_accuracy_pct")
-    print(format_table([row], ("model", "dataset", "split", *measured, "loss", "gmacs", "params_m")))
+    measured += ("loss",) if row.distill_loss is None else ("distill_loss", "loss")
+    print(format_table([row], ("model", "dataset", "split", *measured, "gmacs", "params_m")))
     print(f"± one standard error over {row.conditions['images']} images, {row.conditions['prepared']}")
     if row.miou_pct is not None:
         iou = row.conditions["iou_pct"].items()

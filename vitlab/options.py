@@ -286,6 +286,7 @@ def build_parser() -> Parser:
     p = add("evaluate", "Top-1, top-5 and loss on the held-out split, of a Segmenter mIoU, with GMACs and parameters.")
     _model_options(p)
     _data_options(p)
+    p.add_argument("--dense", type=given, metavar="SOURCE", help="the model it was made from: the distance to its output, too")
     p.add_argument("--split", default="held_out", help="default: the held-out one")
     p.add_argument("--batch-size", type=count, help="default: 64, of a Segmenter 1, for images that differ in size")
     p.add_argument("--limit", type=count, metavar="IMAGES", help="a slice of this many images")

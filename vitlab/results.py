@@ -13,7 +13,7 @@ from vitlab.caveats import caveat_of
 from vitlab.files import InputError, append_line, read_lines, write_lines
 from vitlab.uncertainty import digits_of, error_name, plus_minus
 
-ERRORS = {name: error_name(name) for name in ("top1_pct", "miou_pct", "loss")}      # what each one's standard error is called
+ERRORS = {name: error_name(name) for name in ("top1_pct", "miou_pct", "loss", "distill_loss")}  # what each one's standard error is called
 PLUS_MINUS = "±: one standard error over images"
 RATIO = "ratio: the baseline's time divided by the model's, in turn in one process, the median over rounds"
 SURE = 5                                        # rounds from which more have a range of 95 % (`vitlab.training.throughput.median_range`)
@@ -40,6 +40,8 @@ class ResultRow:
     top1_se: float | None = None            # standard errors over images: of top1_pct and miou_pct in points, of loss in nats
     miou_se: float | None = None
     loss_se: float | None = None
+    distill_loss: float | None = None       # distance to the dense model's output: mean KL(dense || model), nats
+    distill_loss_se: float | None = None
     conditions: dict[str, Any] = field(default_factory=dict)   # device, dtype, batch, threads, seed, versions
 
     def __post_init__(self) -> None:

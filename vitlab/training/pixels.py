@@ -18,7 +18,7 @@ from vitlab.models.segmenter import Segmenter
 from vitlab.models.support import finished
 from vitlab.models.windows import segment
 from vitlab.training.confusion import Confusion, SegmentationScores
-from vitlab.training.evaluate import Accuracy, autocast, check_targets, evaluate
+from vitlab.training.evaluate import Accuracy, autocast, check_targets, each_divergence, evaluate
 from vitlab.uncertainty import ratio_error
 
 NONE = -100                                     # torch's own number of a target that counts for nothing: no image has it
@@ -59,12 +59,6 @@ def at_targets(model: nn.Module, given: Tensor, targets: Tensor) -> Tensor:
     """`log_probabilities` where the targets are: of patches, those of the pixels (the logits of pixels lie between those of patches,
     and a number that is the same for all classes changes no softmax)."""
     return given if targets.dim() == 1 else model.upsample(given, targets.shape[1:]).log_softmax(dim=1)
-
-
-def each_divergence(given: Tensor, expected: Tensor) -> Tensor:
-    """KL(expected || given) of log-probabilities in nats, of each image (B); of patches their mean."""
-    each = F.kl_div(given, expected, reduction="none", log_target=True).sum(dim=1)          # (B) or (B, h, w)
-    return each.flatten(1).mean(dim=1) if each.dim() > 1 else each
 
 
 def divergence(given: Tensor, expected: Tensor) -> Tensor:

@@ -239,11 +239,12 @@ def deployed(found: Checkpoint) -> nn.Module:
     return found.model if checkpoint.is_deployed(found.model) else deploy(found.model)
 
 
-def evaluate(source: Source, data: str | Path, *, name: str | None = None, split: str = "held_out",
+def evaluate(source: Source, data: str | Path, *, dense: Source | None = None, name: str | None = None, split: str = "held_out",
              out: str | Path | None = None, batch_size: int | None = None, device: str | None = None, amp: bool | None = False,
              class_map: str | Path | None = None, crop_pct: float | None = None, limit: int | None = None, seed: int = 0,
              workers: int | None = None, quick: bool = False, progress: bool = True, **windows: Any) -> ResultRow:
-    """Accuracy and cost of a model's deployed form; a row, appended to out/results.jsonl where `out` is given. batch_size None: 64,
+    """Accuracy and cost of a model's deployed form; a row, appended to out/results.jsonl where `out` is given. dense: the model that it
+    was made from, of the same classes, to whose output the distance is measured on the same images. batch_size None: 64,
     or of a Segmenter 1, so that images may differ in size. quick: the row says that it is of a quick run (`vitlab.caveats`). windows:
     window, stride, scales and flip of `segment`, of a Segmenter alone; gmacs is of one window. Outputs are taken for one softmax over
     the classes. Raises InputError for a model without classes.
@@ -251,28 +252,34 @@ def evaluate(source: Source, data: str | Path, *, name: str | None = None, split
     found = open_model(source)
     need_classifier(found.model, "top-1, mIoU and loss")
     opened, model, device = open_matching(data, found, class_map), deployed(found), pick_device(device)
-    amp, dense = evaluation.uses_bf16(device, amp), isinstance(model, Segmenter)
-    if not dense and windows:
+    amp, of_pixels, original = evaluation.uses_bf16(device, amp), isinstance(model, Segmenter), None
+    if dense is not None:
+        original = open_model(dense).model
+        if of_pixels or isinstance(original, Segmenter):
+            raise InputError("the distance to a dense model is measured of classifiers, and one of these is a Segmenter")
+        if original.num_classes != model.num_classes:
+            raise InputError(f"the dense model has {original.num_classes} classes, this one {model.num_classes}; the one it was made from "
+                             "is needed")
+    if not of_pixels and windows:
         raise InputError(f"{next(iter(windows))} is of segmentation; the model gives one class for an image")
-    batches = opened.batches(split, model, batch_size=batch_size or (1 if dense else 64), limit=limit, seed=seed, crop_pct=crop_pct,
-                             workers=workers, shared=True, **({"whole": True} if dense else {}))
-    if dense:
+    batches = opened.batches(split, model, batch_size=batch_size or (1 if of_pixels else 64), limit=limit, seed=seed, crop_pct=crop_pct,
+                             workers=workers, shared=True, **({"whole": True} if of_pixels else {}))
+    if of_pixels:
         found_scenes = evaluate_scenes(model, batches, device=device, amp=amp, progress=progress, **windows)
         check_appear(found_scenes.scores, opened.classes)
         measures, more = _scene_measures(found_scenes, opened.classes, windows)
     else:
-        accuracy = evaluation.evaluate(model, batches, device=device, amp=amp, progress=progress)
-        measures = {"top1_pct": accuracy.top1_pct, "top5_pct": accuracy.top5_pct, "loss": accuracy.loss, "top1_se": accuracy.top1_se,
-                    "loss_se": accuracy.loss_se}
+        accuracy = evaluation.evaluate(model, batches, device=device, amp=amp, dense=original, progress=progress)
+        measures = {f.name: getattr(accuracy, f.name) for f in dataclasses.fields(accuracy) if f.name not in ("images", "broken")}
         more = {"images": accuracy.images, "broken": accuracy.broken}
         if accuracy.broken and parallel.is_first():
             print(f"{accuracy.broken} broken images left out", file=sys.stderr)
-    config = image_config(found.model.encoder if dense else model) | ({} if crop_pct is None else {"crop_pct": crop_pct})
+    config = image_config(found.model.encoder if of_pixels else model) | ({} if crop_pct is None else {"crop_pct": crop_pct})
     row = ResultRow(
         model=name or str(source), dataset=opened.name, split=opened.held_out if split == "held_out" else split,
         **measures, gmacs=cost.gmacs(found.plan), params_m=cost.params(model)["total"] / 1e6,
         conditions={"device": str(device), "dtype": "bfloat16" if amp else "float32", "limit": limit, "seed": seed, **more,
-                    "prepared": in_words(config, resized=not dense),
+                    "prepared": in_words(config, resized=not of_pixels),
                     "quick": quick, "form": "deployed", "plan": found.plan.made_by, "versions": checkpoint.versions()})
     if out is not None and parallel.is_first():
         append_row(Path(out) / RESULTS, row)
