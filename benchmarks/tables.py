@@ -211,6 +211,25 @@ def off_the_shelf_short(rows: list[dict]) -> str:
     return _table(head, [line(rule) for rule in shown], [f"Dense top-1: {top1}", *_notes(rows, "distill_loss", paired=True), *notes])
 
 
+def calibration_images(rows: list[dict]) -> str:
+    """The distance to the dense model's output for each budget and number of images, one ridge for all beside one chosen for each layer."""
+    short = {"deit_tiny_patch16_224": "DeiT-tiny", "vit_tiny_patch16_224.augreg_in21k_ft_in1k": "AugReg"}
+    groups = [(m, g) for m in short for g in dict.fromkeys(r["gmacs_limit"] for r in rows if r["model"] == m)]
+    found = {(r["model"], r["gmacs_limit"], r["ridge"], r["refitted_on"]): r for r in rows}
+    counts = sorted({r["refitted_on"] for r in rows} - {0})
+
+    def cell(model: str, gmacs: float, count: int) -> str:
+        both = [found.get((model, gmacs, ridge, count)) for ridge in ("fixed", "chosen")]
+        return " / ".join("-" if r is None else plus_minus(r["distill_loss"], r["distill_loss_se"], 3) for r in both)
+
+    def line(model: str, gmacs: float) -> list[str]:
+        none = found.get((model, gmacs, "none", 0))
+        return [f"{short[model]}, {gmacs:.2f}", "-" if none is None else plus_minus(none["distill_loss"], none["distill_loss_se"], 3),
+                *(cell(model, gmacs, count) for count in counts)]
+    return _table(["model, GMACs", "not refitted", *(f"{count} images" for count in counts)], [line(*group) for group in groups],
+                  ["One ridge for all layers / chosen for each", f"±: one standard error over {rows[0]['images']} images"])
+
+
 def per_block(rows: list[dict]) -> str:
     return _table(["merging by content", "GMACs", "top-1 %", "distance to dense (nats)"],
                   [[r["model"], f"{r['gmacs']:.2f}", _value(r, "top1_pct", 2), _value(r, "distill_loss", 3)] for r in rows],
@@ -261,7 +280,7 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
     "token_speed": token_speed, "mdc_table": mdc_table, "joint": joint, "latency": latency, "hsic_speed": hsic_speed,
     "search_quality": search_quality, "off_the_shelf": off_the_shelf,
     "off_the_shelf_short": off_the_shelf_short, "off_the_shelf_vit_tiny": off_the_shelf, "off_the_shelf_searched": off_the_shelf,
-    "per_block": per_block, "camvid": camvid,
+    "calibration_images": calibration_images, "per_block": per_block, "camvid": camvid,
     "allocator": allocator, "scale": scale, "loader": loader}
 
 

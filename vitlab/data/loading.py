@@ -81,11 +81,13 @@ def fault(error: BaseException) -> str | None:
 
 
 def received(batches: Iterable[Any]) -> Iterator[Any]:
-    """What a loader gives. Raises InputError in place of an error in one of its processes, or of its death."""
+    """What a loader gives. Raises InputError in place of an error in one of its processes, or of its death; the others end."""
+    found = iter(batches)
     try:
-        yield from batches
+        yield from found
     except Exception as error:
         said = fault(error)
         if said is None:
             raise
-        raise InputError(said) from error
+        getattr(found, "_shutdown_workers", lambda: None)()     # a traceback may keep the loader, and it its processes
+        raise InputError(said) from None
