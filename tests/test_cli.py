@@ -46,8 +46,6 @@ def test_the_papers_path_runs_from_commands_alone(study, capsys):
     row = json.loads((study / "results.jsonl").read_text())
     assert row["split"] == "test" and row["conditions"]["images"] == 360
     assert row["distill_loss"] > 0 and f"{row['distill_loss']:.4f} ± " in out
-    code, _, err = run(capsys, "evaluate", "--checkpoint", f"{study}/tuned", "--data", "digits", "--dense", "vit_micro_patch4_32", "--quiet")
-    assert code != 0 and err.count("\n") == 1
     assert row["top1_se"] > 0 and row["loss_se"] > 0 and f"{row['top1_pct']:.2f} ± {row['top1_se']:.2f}" in out
     code, out, _ = run(capsys, "throughput", f"{study}/dense", f"{study}/tuned", "--repeats", "2", "--batch-size", "4", "--quiet")
     assert code == 0 and "images/s (batch 4)" in out and "range" in out and "ratio: median over 2 rounds" in out

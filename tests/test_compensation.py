@@ -13,6 +13,7 @@ from vitlab.models import attention_block, compress, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import MergeReconstruct, Select, SharedUpdate
 from vitlab.tokens import shared
+from vitlab.training import compensate as module
 from vitlab.training.compensate import SMALL_GAMMA, Walk, compensate, dense_rows, gather_moments, mixing_layer
 from vitlab.training.self_distillation import Divergence
 
@@ -248,6 +249,23 @@ def test_a_model_with_a_hook_on_the_whole_of_it_is_refused():
     dense.register_forward_pre_hook(lambda module, given: (given[0] / 2,))
     with pytest.raises(InputError, match="a hook on the whole of it.*remove the hook"):
         compensate(dense, full_plan(dense), batches(), progress=False)
+
+
+def test_images_that_give_no_finite_number_are_refused_by_block():
+    dense, wrong = tiny(), [(torch.full_like(x, torch.nan), y) for x, y in batches()]
+    for ridge in (None, 1e-3):
+        with pytest.raises(InputError, match="block 0: what goes into a layer that is refitted is not finite"):
+            compensate(dense, full_plan(dense), wrong, ridge=ridge, progress=False)
+
+
+def test_targets_of_regions_are_in_float32_where_the_model_runs_in_bf16(monkeypatch):
+    dense, seen = tiny(), []
+    rule = SharedUpdate(regions=tuple(j // 2 for j in range(16)), weights=(0.5,) * 16)
+    plan = CompressionPlan(shape=shape_of(dense), blocks=(BlockPlan(tokens=rule, neurons=tuple(range(0, 96, 3))), BlockPlan()))
+    plain = module.dense_rows
+    monkeypatch.setattr(module, "dense_rows", lambda *given: seen.append(torch.is_autocast_enabled("cpu")) or plain(*given))
+    compensate(dense, plan, batches(), amp=True, progress=False)
+    assert seen and not any(seen)
 
 
 def test_compensation_without_images_is_refused():

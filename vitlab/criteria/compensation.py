@@ -81,8 +81,11 @@ class Normal:
 
     @classmethod
     def of(cls, weight: Tensor, moments: Moments, inputs: Tensor) -> "Normal":
+        """Raises InputError where nothing was gathered, or what was is not finite."""
         rest = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
         rest[inputs] = False
+        if not (moments.products.isfinite().all() and moments.lack_products.isfinite().all()):
+            raise InputError("what goes into a layer that is refitted is not finite; images and weights that give numbers are needed")
         covariance, mean, w = moments.covariance(ridge=0), moments.mean, weight.double()
         wanted, shift = w[:, rest] @ covariance[rest][:, inputs], w[:, rest] @ mean[rest]
         if len(moments.lack):

@@ -100,7 +100,8 @@ class Walk:
     def _run(self, block: nn.Module, streams: Iterable[Tensor | Held]) -> Iterator[Tensor | Held]:
         for x in streams:
             with autocast(self.device, self.amp):
-                yield block(x)
+                y = block(x)
+            yield y                             # out here: what is made of it is in float32
 
     def _look(self) -> None:
         """The dense model's stream after this block's attention, and after the block."""
@@ -176,8 +177,8 @@ def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[
         folds = [moments[index, kind]] if moments else walk.moments(kind, rules[index], stream=stream, prefix_weight=prefix_weight)
         stay = (torch.arange(linear.in_features // width) if kept is None else torch.tensor(kept)).to(device)
         dense_weight = plain_linear(linear).weight.detach()
-        strength = ridge if ridge is not None else RIDGE if moments else choose_ridge(dense_weight, folds, stay, width)
         try:
+            strength = ridge if ridge is not None else RIDGE if moments else choose_ridge(dense_weight, folds, stay, width)
             weight, gained = refit(dense_weight, functools.reduce(Moments.plus, folds), stay, width, strength)
         except InputError as error:
             raise InputError(f"block {index}: {error}") from None

@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import nn
 
-from vitlab.criteria.compensation import RIDGE
 from vitlab.data.parts import reported_on
 from vitlab.models import compress, shape_of
 from vitlab.plan import CompressionPlan
@@ -21,12 +20,12 @@ CHOSEN_ON = 50                                  # images at least, on which a st
 
 
 def calibrate(source: Source, data: str | Path, out: str | Path, plan: str | Path | CompressionPlan, *, images: int = 1000,
-              report_images: int = 256, ridge: float = RIDGE, minutes: float = 0, seed: int = 0, device: str | None = None,
+              report_images: int = 256, ridge: float | None = None, minutes: float = 0, seed: int = 0, device: str | None = None,
               class_map: str | Path | None = None, workers: int | None = None, progress: bool = True) -> Checkpoint:
     """Compress a dense model by a plan, and bring its output near the dense one's on `images` of train, without labels: what is
     left of heads and neurons is refitted in closed form (`compensate`), then everything is trained for at most so many minutes
     (`self_distil`). Writes and returns the checkpoint in `out`; it is there after the closed form, and replaced by better ones.
-    Another call begins anew.
+    Another call begins anew. ridge None: chosen for each layer by images left out.
 
     Of train there are three parts without an image in common (`ImageData.parts`): one that is fitted and trained on; one, a tenth as
     large and of CHOSEN_ON images at least, on which it is chosen whether the closed form stays and which state of the training; and
@@ -44,9 +43,9 @@ def calibrate(source: Source, data: str | Path, out: str | Path, plan: str | Pat
     cut = compress(dense, plan)
     refitted = compensate(dense, plan, list(parts.batches("calibrate", dense, workers=workers)), ridge=ridge, amp=amp, progress=progress)
     small, kept = (refitted, "refitted") if choosing(refitted) <= choosing(cut) else (cut, "cut")
-    made_by = {"step": "calibrate", "data": opened.name, "images": parts.roles["calibrate"], "roles": parts.roles, "ridge": ridge,
-               "minutes": minutes, "seed": seed, "plan": plan.made_by, "kept": kept,
-               **reporting.measured(cut, "kl_cut"), **reporting.measured(refitted, "kl_refitted")}
+    made_by = {"step": "calibrate", "data": opened.name, "images": parts.roles["calibrate"], "roles": parts.roles,
+               "ridge": "chosen for each layer" if ridge is None else ridge, "minutes": minutes, "seed": seed, "plan": plan.made_by,
+               "kept": kept, **reporting.measured(cut, "kl_cut"), **reporting.measured(refitted, "kl_refitted")}
 
     def keep(model: nn.Module, more: dict[str, Any]) -> None:
         checkpoint.save(Path(out) / checkpoint.FOLDER, model, plan, classes=found.info.get("classes"), made_by=made_by | more)
