@@ -53,7 +53,8 @@ def main() -> None:
     fit = [(x, None) for x in all_images[scored:].split(50)]
     units = unit_scores(model, [(x, None) for x in all_images[:scored].split(50)], criterion="reconstruction", progress=False)
     val = [x for x, _ in steps.open_matching(args.val, dense).batches("held_out", model, crop_pct=CROP, workers=1, limit=images)]
-    expected = [log_probabilities(model, x, False) for x in val]
+    with torch.inference_mode():
+        expected = [log_probabilities(model, x, False) for x in val]
     space = SearchSpace(shape=steps.shape_of(model), units=("heads", "neurons"), tokens="match_per_stage", max_ratio=0.75, read_out=True)
     for limit in gmacs:
         budget = Budget(limit=limit, cost=cost_function(space, "gmacs", model), max_ratio=space.max_ratio, size=space.size,
