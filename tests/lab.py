@@ -76,8 +76,8 @@ class Lab:
         self.errors.clear()
         self.name = name
         self.page.goto(f"{self.url}/lab/tree/{name}?reset&token={self.token}", wait_until="domcontentloaded")
-        self.page.locator(".jp-Notebook").first.wait_for(timeout=60_000)
-        self.page.get_by_text(IDLE).wait_for(timeout=120_000)
+        self.page.locator(".jp-Notebook").first.wait_for(timeout=180_000)
+        self.page.get_by_text(IDLE).wait_for(timeout=300_000)
 
     def run_all(self) -> list[Any]:
         """Run all cells; the code cells as they are saved afterwards."""

@@ -196,7 +196,7 @@ def start(folder: Path, turn: int) -> tuple[subprocess.Popen, list[int]]:
     """A call that has come to the waiting cell of `slow`, which begins it for the so-manyeth time; (process, ids of all below it)."""
     process = subprocess.Popen(call(folder), cwd=folder, env=homeless(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                start_new_session=True)
-    turns, deadline = folder / "out/entries/slow/turns.txt", time.monotonic() + 180
+    turns, deadline = folder / "out/entries/slow/turns.txt", time.monotonic() + 400
     while not (turns.exists() and len(turns.read_text().split()) == turn):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)

@@ -250,7 +250,7 @@ def test_a_killed_process_called_again_ends_with_the_weights_and_log_of_an_undis
         [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(root), str(run), str(torch.get_num_threads())],
         env={**os.environ, "PYTHONPATH": str(Path(vitlab.__file__).parents[1])}, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         while not states.paths(run):
             assert child.poll() is None, child.stderr.read()
             assert time.monotonic() < deadline, "the child wrote no state in 120 s"

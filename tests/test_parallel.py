@@ -179,7 +179,7 @@ sys.exit(main(sys.argv[1:]))
 def test_a_request_to_stop_is_agreed_on_and_the_run_goes_on_from_there(place):
     run = subprocess.Popen([*TORCHRUN, *FINETUNE, "--epochs", "100000"], cwd=place, env=ENV, stderr=subprocess.PIPE, text=True)
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 400
         while not states.paths(place / "run" / "training"):
             assert run.poll() is None and time.monotonic() < end, run.stderr.read()
             time.sleep(0.05)
