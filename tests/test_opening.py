@@ -1,6 +1,9 @@
 """Models of others: files as their tools write them open with the same logits, at the sizes and with the image settings they are of."""
 import argparse
+import collections
+import datetime
 import json
+import pickle
 from pathlib import Path
 
 import huggingface_hub
@@ -57,6 +60,16 @@ WRITERS = {             # a file's name, and its content for a model's state dic
     "the tutorial's": ("w.pt", lambda s: {"epoch": 5, "model_state_dict": s, "optimizer_state_dict": {"state": {}, "param_groups": []},
                                           "loss": np.float64(0.25), "history": np.arange(3), "best": np.bool_(True)}),
     "a list of the wrong name": ("w.bin", lambda s: {"net": s, "acc": 94.3}),
+    "texts, times and counts": ("w.pth", lambda s: {
+        "net": s, "names": np.array(["a", "b"]), "best": np.str_("x"), "seen": np.array([b"a"]), "day": np.datetime64("2026-01-02"),
+        "took": np.timedelta64(3, "s"), "at": datetime.datetime(2026, 1, 2, tzinfo=datetime.timezone.utc),
+        "since": datetime.date(2026, 1, 1), "left": datetime.timedelta(1),
+        "losses": collections.defaultdict(list, {"train": [0.5]}), "seconds": collections.defaultdict(float),
+        "counts": collections.defaultdict(int, a=1), "runs": collections.defaultdict(dict)}),
+    "an average beside": ("w.pth", lambda s: {"model_state_dict": {name: value + 1 for name, value in s.items()}, "ema_state_dict": s}),
+    "Lightning, with an average": ("w.ckpt", lambda s: lightning(
+        {name: value + 1 for name, value in s.items()}, "model.") | {"state_dict": under("model.", {
+            name: value + 1 for name, value in s.items()}) | under("ema.module.", s)}),
     "safetensors": ("w.safetensors", lambda s: under("model.", s)),
     "DINOv2's training": ("teacher_checkpoint.pth", lambda s: {"teacher": under("backbone.", {
         name.replace("blocks.1.", "blocks.1.1.").replace("blocks.0.", "blocks.0.0."): value for name, value in s.items()}, **{
@@ -77,6 +90,27 @@ def test_a_file_opens_with_its_own_logits_however_it_was_written(writer, tmp_pat
     found = steps.open_model(tmp_path / name, model=NAME, **SIZE)
     assert torch.equal(logits(found.model), logits(dense)) and found.model.num_classes == 3
     assert shape_of(found.model) == found.plan.shape == shape_of(dense)
+
+
+def script(path: Path) -> None:
+    torch.jit.script(nn.Linear(2, 2)).save(path)
+
+
+@pytest.mark.filterwarnings("ignore:.*TorchScript", "ignore:.*torch.jit", "ignore:Detected pickle protocol")
+@pytest.mark.parametrize("name, write, says", [
+    ("w.pth", lambda f: torch.save({"a": np.array([(1, 2)], dtype="i4,i4")}, f), "was run or loaded (numpy.dtypes.VoidDType; save mo"),
+    ("w.pth", lambda f: f.write_bytes(pickle.dumps(nn.ReLU(), protocol=2)), "loaded (torch.nn.modules.activation.ReLU; save mo"),
+    ("w.pth", lambda f: f.write_bytes(pickle.dumps({"a": 1}, protocol=4)), "holds more than weights, or is damaged"),
+    ("w.pth", script, "nothing of it was run or loaded (TorchScript; save model.state_dict() alone)"),
+    ("w.pth", lambda f: f.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "a Git LFS pointer in place of"),
+    ("w.safetensors", lambda f: f.write_text("version https://git-lfs.github.com/spec/v1\n"), "fetch them with `git lfs pull`"),
+])
+def test_a_refused_file_is_named_in_one_line_without_torchs_advice_to_run_it(name, write, says, tmp_path):
+    write(tmp_path / name)
+    with pytest.raises(InputError) as refused:
+        steps.open_model(tmp_path / name, model=NAME)
+    said = str(refused.value)
+    assert says in said and str(tmp_path / name) in said and "weights_only" not in said and "PyTorch" not in said and "\n" not in said
 
 
 @pytest.mark.parametrize("content, says", [
@@ -115,7 +149,8 @@ def weights_of(tmp_path, **args) -> tuple[Path, nn.Module]:
 
 
 @pytest.mark.filterwarnings("ignore:.*for images of")
-@pytest.mark.parametrize("args", [{"img_size": 64}, {"num_classes": 7}, {"in_chans": 1}, {"global_pool": "avg"}, {"num_classes": 0}])
+@pytest.mark.parametrize("args", [{"img_size": 64}, {"num_classes": 7}, {"in_chans": 1}, {"global_pool": "avg"}, {"num_classes": 0},
+                                  {"img_size": 64, "num_classes": 0}, {"img_size": 64, "global_pool": "avg"}])
 def test_sizes_that_are_not_given_are_those_of_the_weights(args, tmp_path):
     path, dense = weights_of(tmp_path, **args)
     found = steps.open_model(path, model=NAME, **SIZE)
@@ -150,10 +185,31 @@ def test_position_embeddings_of_no_square_need_their_size(tmp_path):
     assert torch.equal(logits(found.model, x), logits(dense, x))
 
 
-def test_a_part_that_is_missing_is_named_before_the_size_that_follows_from_it(tmp_path):
-    path, _ = weights_of(tmp_path)
-    with pytest.raises(InputError, match="missing keys dist_token.*wrong shapes: pos_embed"):
-        steps.open_model(path, model="deit_tiny_distilled_patch16_224", img_size=32, patch_size=8, **CUT)
+BESIDE = {              # arguments of the weights, those of the model, what alone is wrong
+    "distilled": ({}, {"model": "deit_tiny_distilled_patch16_224", "img_size": 32}, "missing keys dist_token, head_dist.bias, head_dist"),
+    "fewer blocks": ({"depth": 1}, {}, "missing keys blocks.1.attn.proj.bias, blocks.1.attn.proj.weight"),
+    "more blocks": ({"depth": 3}, {}, "unknown keys blocks.2.attn.proj.bias, blocks.2.attn.proj.weight"),
+    "no class token": ({"class_token": False, "global_pool": "avg"}, {"global_pool": "avg"}, "missing keys cls_token"),
+    "a class token": ({"global_pool": "avg"}, {"class_token": False, "global_pool": "avg"}, "unknown keys cls_token"),
+    "registers": ({"reg_tokens": 4}, {"reg_tokens": 2}, "wrong shapes: reg_token is (1, 4, 24), the model's is (1, 2, 24)"),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_what_makes_weights_another_models_is_named_and_not_the_patches_that_follow_from_it(case, tmp_path):
+    of_weights, of_model, says = BESIDE[case]
+    path, _ = weights_of(tmp_path, **{"img_size": 64, **of_weights})
+    with pytest.raises(InputError) as refused:
+        steps.open_model(path, **{"model": NAME, **SIZE, **of_model})
+    assert says in str(refused.value) and "pos_embed" not in str(refused.value) and "square" not in str(refused.value)
+
+
+def test_a_classifier_of_another_kind_is_named_and_not_the_patches(tmp_path):
+    path, dense = weights_of(tmp_path, img_size=64)
+    dense.head = nn.Sequential(nn.Dropout(0.1), dense.head)
+    torch.save(dense.state_dict(), path)
+    with pytest.raises(InputError, match=r"missing keys head.bias, head.weight; unknown keys head.1.bias, head.1.weight \(the model is"):
+        steps.open_model(path, model=NAME, **SIZE)
 
 
 def test_a_size_is_taken_or_refused_but_never_ignored(tmp_path):
@@ -229,7 +285,7 @@ def edited(folder: Path, **change) -> None:
 
 @pytest.mark.parametrize("change, says", [
     (lambda f: edited(f, mean=[1, 2]), "config.json: mean is [1, 2]; needed: 1 or 3 numbers"),
-    (lambda f: edited(f, std=[0, 1, 1]), "config.json: std is [0, 1, 1]; needed: 1 or 3 numbers above 0"),
+    (lambda f: edited(f, std=[0, 1, 1]), "config.json: std is [0, 1, 1]; needed: 1 or 3 numbers above 0, to 3, of pixels from 0 to 1"),
     (lambda f: edited(f, crop_mode="all"), "config.json: crop_mode is all; needed: center or squash or border"),
     (lambda f: edited(f, model_args={"pretrained_cfg": {"file": "/x"}}), "'pretrained_cfg' is not one of a vision transformer's"),
     (lambda f: edited(f, model_args={"depth": 10 ** 9}), "tensors are no model of 1000000000 blocks"),
@@ -272,8 +328,11 @@ def test_a_hub_that_does_not_answer_is_one_line_at_once(source, tmp_path, monkey
     assert source in str(refused.value) and "\n" not in str(refused.value) and not constants.HF_HUB_OFFLINE
 
 
-@pytest.mark.parametrize("settings, says", [({"mean": [0.5, 0.5]}, "mean is"), ({"crop_mode": "all"}, "crop_mode is all; needed: center"),
-                                            ({"gamma": 2}, "image setting 'gamma' is not known; known are mean, std")])
+@pytest.mark.parametrize("settings, says", [
+    ({"mean": [0.5, 0.5]}, "mean is"), ({"crop_mode": "all"}, "crop_mode is all; needed: center"),
+    ({"mean": [127, 127, 127]}, "mean is .127, 127, 127.; needed: 1 or 3 numbers from -3 to 3, of pixels from 0 to 1"),
+    ({"std": [50, 50, 50]}, "std is .50, 50, 50.; needed: 1 or 3 numbers above 0, to 3, of pixels from 0 to 1"),
+    ({"gamma": 2}, "image setting 'gamma' is not known; known are mean, std")])
 def test_settings_that_can_not_be_are_refused(settings, says):
     with pytest.raises(InputError, match=says):
         steps.open_model(NAME, pretrained=False, settings=settings)

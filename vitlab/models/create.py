@@ -20,6 +20,7 @@ from vitlab.models.support import attention_block, check_supported, classes_of
 from vitlab.models.weights import ANCHOR, by_timms_names, check_fits, read_state, unwrapped
 from vitlab.shape import is_int
 
+PREFIXES = ("cls_token", "dist_token", "reg_token")                                      # before the patches
 KERNELS = (ANCHOR, "visual.conv1.weight", "preprocessor.patchifier.proj.weight")       # of patches, by the names that timm knows
 
 _SMALL_CFG = {"input_size": (3, 32, 32), "num_classes": 10, "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0,
@@ -122,9 +123,9 @@ def sized(name: str, state: dict[str, Tensor], path: str | Path, args: dict[str,
     left = list(dict.fromkeys(part.split(".")[0] for part in others + extra))
     notes = [f"left out, since the model has no such part: {', '.join(left)}"] if left else []
     notes += [f"patch embedding resampled from {_by(kernel)} to {_by(patch)} pixels"] if kernel != patch else []
-    own = _own_sizes(state, model, args, path)
-    state, size, more = _placed(state, model, kernel, "img_size" in args, path)
-    return {**saved, **own, **({} if size is None else {"img_size": size}), **args}, state, notes + more
+    asked, args = "img_size" in args, {**saved, **_own_sizes(state, model, args, path), **args}
+    state, size, more = _placed(state, _sizes(name, args), kernel, asked, path)
+    return {**args, **({} if size is None else {"img_size": size})}, state, notes + more
 
 
 def _by(size: tuple[int, int]) -> str:
@@ -157,8 +158,9 @@ def _placed(state: dict[str, Tensor], model: nn.Module, kernel: tuple[int, int],
     if patches == grid[0] * grid[1]:
         return state, None, []
     side = math.isqrt(max(patches, 0))
-    if set(model.state_dict()) - set(state):    # another model's: what it lacks says more than its number of patches
-        return state, None, []
+    own = model.state_dict()
+    if set(own) - set(state) or any(name in state and (name not in own or state[name].shape != own[name].shape) for name in PREFIXES):
+        return {**state, "pos_embed": own["pos_embed"]}, None, []   # another model's: what differs says more than its number of patches
     if not side or side ** 2 != patches:
         raise InputError(f"{path}: does not fit the model: its position embeddings are of {patches} patches, which make no square; give "
                          "the img_size, height and width, that they are of")

@@ -15,16 +15,18 @@ from vitlab.files import InputError, first_line, read_json
 
 CONFIG, WAIT = "config.json", 5.0               # seconds in which the hub must answer
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")      # as timm looks for them
+MOST = 3                                        # a mean or deviation of pixels from 0 to 1 is less
 CROPS, INTERPOLATIONS = ("center", "squash", "border"), ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box", "random")
 
 
 def _numbers(value: Any) -> bool:
     return (isinstance(value, (list, tuple)) and len(value) in (1, 3)
-            and all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and abs(v) < 1e6 for v in value))
+            and all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in value))
 
 
 SETTINGS = {            # how images are prepared for a model, under the names of timm's pretrained_cfg: (what fits, in words)
-    "mean": (_numbers, "1 or 3 numbers"), "std": (lambda v: _numbers(v) and min(v) > 0, "1 or 3 numbers above 0"),
+    "mean": (lambda v: _numbers(v) and max(map(abs, v)) <= MOST, f"1 or 3 numbers from -{MOST} to {MOST}, of pixels from 0 to 1"),
+    "std": (lambda v: _numbers(v) and min(v) > 0 and max(v) <= MOST, f"1 or 3 numbers above 0, to {MOST}, of pixels from 0 to 1"),
     "crop_pct": (lambda v: isinstance(v, (int, float)) and 0 < v <= 1, "a fraction up to 1"),
     "crop_mode": (lambda v: v in CROPS, " or ".join(CROPS)),
     "interpolation": (lambda v: v in INTERPOLATIONS, " or ".join(INTERPOLATIONS))}

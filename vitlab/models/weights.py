@@ -1,5 +1,6 @@
 """Weights files as others write them: read without running any code of theirs, and given timm's names."""
 import argparse
+import datetime
 import pathlib
 import pickle
 import re
@@ -15,14 +16,18 @@ from torch import Tensor, nn
 from vitlab.files import InputError, first_line
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".pth.tar", ".ckpt")
-INSIDE = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model")     # where a training checkpoint has the weights; averages first
+# Where a training checkpoint has the weights; averages first.
+INSIDE = ("state_dict_ema", "ema_state_dict", "model_ema", "teacher", "state_dict", "model")
 ANCHOR = "patch_embed.proj.weight"              # every vision transformer has it; what stands before it stands before all its names
 CONVERTED = "visual.trunk."                     # OpenCLIP's prefix, which timm's own conversion needs
 PRETRAINING = ("mask_token", "decoder", "dino_head.", "ibot_head.", "projector.", "predictor.")     # what only pre-training has a use for
 _NUMPY = np._core.multiarray
-# Besides tensors and Python's plain data, checkpoints hold settings, paths and numpy's numbers. Building these runs nothing of a file's;
-# an array of objects is not among them.
-HARMLESS = [argparse.Namespace, np.dtype, np.ndarray, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdFD"},
+POINTER = b"version https://git-lfs.github.com/spec"
+# Besides tensors and Python's plain data, checkpoints hold settings, paths, times, and numpy's numbers and texts. Building these runs
+# nothing of a file's; an array of objects is not among them. A defaultdict becomes a dict: torch fills no other kind.
+HARMLESS = [argparse.Namespace, datetime.date, datetime.datetime, datetime.timedelta, datetime.timezone, dict, float, int, list,
+            (lambda *_: {}, "collections.defaultdict"),
+            np.dtype, np.ndarray, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdFDUSMm"},
             *((getattr(_NUMPY, name), f"numpy.{core}.multiarray.{name}")
               for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
             *((getattr(pathlib, f"Pure{name}"), f"{module}.{name}") for module in ("pathlib", "pathlib._local")
@@ -52,24 +57,35 @@ def read_file(path: str | Path) -> dict[str, Any]:
             return load_file(path)
         with torch.serialization.safe_globals(HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(f"{path}: holds more than weights, or is damaged; nothing of it was run or loaded "
-                         f"({_named(path, error)})") from None
     except Exception as error:                  # a damaged file makes the readers raise nearly anything
-        raise InputError(f"{path}: can't be read, it may be cut short ({first_line(error)})") from None
+        raise InputError(f"{path}: {_fault(path, error)}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a state dict")
     return content
 
 
-def _named(path: Path, error: Exception) -> str:
-    """What a file holds besides weights, by name."""
+def _fault(path: Path, error: Exception) -> str:
+    """Why a file was refused, in words other than torch's, which advise to run what it holds."""
+    if not isinstance(error, OSError):
+        with path.open("rb") as file:
+            if file.read(len(POINTER)) == POINTER:
+                return "a Git LFS pointer in place of the weights; fetch them with `git lfs pull`"
+    if not isinstance(error, pickle.UnpicklingError) and "weights_only" not in str(error):
+        return f"can't be read, it may be cut short ({first_line(error)})"
+    named = _named(path, str(error))
+    return f"holds more than weights, or is damaged; nothing of it was run or loaded ({named}save model.state_dict() alone)"
+
+
+def _named(path: Path, said: str) -> str:
+    """What a file holds besides weights, by name, where that is known; said: torch's message."""
     try:
         with torch.serialization.safe_globals(HARMLESS):
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:                           # a file in torch's format of old, or damaged
         names = []
-    return f"{', '.join(sorted(names)[:3])}; save model.state_dict() alone"[:300] if names else first_line(error)
+    names = names or re.findall(r"(?:GLOBAL |<class ')([\w.]+)|(TorchScript)", said)
+    names = ["".join(name) for name in names]
+    return ", ".join(sorted(names)[:3])[:250] + "; " if names else ""
 
 
 def _is_state(value: Any) -> bool:
@@ -103,10 +119,12 @@ def check_plain(state: dict[str, Tensor], path: str | Path) -> None:
 def unwrapped(state: dict[str, Tensor], own: dict[str, Tensor], path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
     """(the tensors of the model alone, without what stands before their names; the names of the others) of a file by whatever wraps
     models: DDP, torch.compile, Lightning, a student beside its teacher. own: the state of such a model; where the file holds several,
-    the one that has most of its names and shapes is meant. Raises InputError where two have as many."""
+    the one that has most of its names and shapes is meant, of two the average (ema). Raises InputError where others have as many."""
     prefixes = sorted({name.removesuffix(ANCHOR).removesuffix(CONVERTED) for name in state if name.endswith(ANCHOR)}) or [""]
     fits = {p: sum(p + name in state and state[p + name].shape == value.shape for name, value in own.items()) for p in prefixes}
     best, *more = (p for p in prefixes if fits[p] == max(fits.values()))
+    averages = [p for p in (best, *more) if re.search(r"(^|[._])ema[._]", p)]
+    best, *more = averages if len(averages) == 1 else (best, *more)
     if more:
         raise InputError(f"{path}: the weights below {best!r} and {more[0]!r} fit alike; save those that are meant in a file of "
                          "their own")
