@@ -1,5 +1,6 @@
 """What is an image, in which order classes are numbered, and what other people's folders, tars and data sets hold."""
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -315,11 +316,31 @@ def test_shards_without_image_or_label_are_refused_by_their_first_sample(easy, t
         open_data(f"wds/{rewritten(write_shards(easy, tmp_path / 'shards'), change)}")
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_of_a_stream_that_lacks_its_label_ends_in_one_line_with_the_streams_name(easy, tmp_path, workers):
+    pytest.importorskip("webdataset", reason="webdataset is not installed (pip install vitlab[streams])")
+    samples = itertools.count(1)
+
+    def change(ending: str, content: bytes) -> tuple[str, bytes]:
+        return (ending, content) if ending == "png" else ("json", json.dumps({"cls" if next(samples) % 3 else "x": 1}).encode())
+    data = open_data(f"wds/{rewritten(write_shards(easy, tmp_path / 'shards', 1), change)}")
+    with pytest.raises(InputError, match=r"^wds/.*shards: .*'cls'") as said:
+        list(data.batches("held_out", tiny(), workers=workers))
+    assert "\n" not in str(said.value)
+
+
 # ---------------------------------------------------------------- loader processes
+
+def local_fault() -> None:
+    class Local(Exception):
+        """Of no module, so that it can't be pickled."""
+    raise Local("a fault")
+
 
 @pytest.mark.parametrize(("wrong", "says"), [
     (lambda: {}["a fault"], "vitlab evaluate: an error in a loader process: KeyError: 'a fault'"),
     (lambda: int("one line\nand another"), "vitlab evaluate: an error in a loader process: ValueError: invalid literal"),
+    (local_fault, r"vitlab evaluate: an error in a loader process: test_listing.local_fault.<locals>.Local: a fault"),
     (lambda: os.kill(os.getpid(), signal.SIGKILL), "vitlab evaluate: a loader process .*, most likely because the memory was used up")])
 def test_an_error_in_a_loader_process_ends_the_command_with_one_line(tmp_path, monkeypatch, capsys, wrong, says):
     model, here, plain = tiny(), os.getpid(), Images.__getitem__
