@@ -175,6 +175,8 @@ def test_a_strip_that_would_be_resized_to_gigabytes_is_left_out_by_name_and_size
 MAPS = {"m.json": '{"ant": 5, "bee": 0, "cat": 9}',
         "imagenet_class_index.json": '{"5": ["ant", "an ant"], "0": ["bee", "a bee"], "9": ["cat", "a cat"]}',
         "id2label.json": '{"5": "ant", "0": "bee", "9": "cat"}',
+        "names.json": '["bee", "x", "y", "z", "w", "ant", "u", "v", "t", "cat"]',
+        "synset_words.txt": "bee A bee, Bee\nx x\ny y\nz z\nw w\nant Ant, emmet\nu u\nv v\nt t\ncat cat\n",
         "timm.txt": "bee\nx\ny\nz\nw\nant\nu\nv\nt\ncat\n"}
 
 
@@ -182,7 +184,7 @@ MAPS = {"m.json": '{"ant": 5, "bee": 0, "cat": 9}',
 def test_class_maps_are_read_as_they_are_published(tmp_path, name):
     (tmp_path / name).write_text(MAPS[name])
     found = read_class_map(tmp_path / name)
-    assert {key: found[key] for key in ("ant", "bee", "cat")} == {"ant": 5, "bee": 0, "cat": 9}
+    assert {key.split()[0]: found[key] for key in found if key.split()[0] in ("ant", "bee", "cat")} == {"ant": 5, "bee": 0, "cat": 9}
     write_folder(tmp_path / "f", {"train": 1, "val": 1})
     tars = write_tars(tmp_path / "f", tmp_path / "tars")
     for place in (tmp_path / "f", tars):
@@ -200,6 +202,13 @@ def test_a_class_map_that_is_none_is_named(tmp_path, name, text, says):
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=says):
         read_class_map(tmp_path / name)
+
+
+def test_a_class_map_of_none_of_the_classes_is_to_blame(tmp_path):
+    write_folder(tmp_path / "f", {"train": 1, "val": 1})
+    (tmp_path / "m.txt").write_text("tench, Tinca tinca\ngoldfish\n")
+    with pytest.raises(InputError, match="m.txt: a class map of none of the classes of .*train; it names 'tench, .*they are 'ant' and 2"):
+        open_data(tmp_path / "f", class_map=tmp_path / "m.txt")
 
 
 # ---------------------------------------------------------------- Hugging Face's data sets and shards
