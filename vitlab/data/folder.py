@@ -106,7 +106,7 @@ def _lines(path: Path) -> dict[str, int]:
 
 def _by_name(data: Any) -> Any:
     """{name: number} of an object that is the other way about, or of a list of different names; anything else as it is."""
-    if isinstance(data, list):
+    if isinstance(data, list) and all(isinstance(name, str) for name in data):
         data = {str(number): name for number, name in enumerate(data)}
     names = [value[0] if isinstance(value, list) and value else value for value in data.values()] if isinstance(data, dict) else []
     if not names or len(set(map(str, names))) < len(names) or not all(isinstance(name, str) for name in names):
