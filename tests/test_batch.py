@@ -72,6 +72,23 @@ TWO = "entries:\n  w: {notebook: write.ipynb}\n  r: {notebook: read.ipynb, after
 
 # What a file means
 
+def test_a_parameter_that_is_a_mapping_or_a_list_is_given_as_one(tmp_path):
+    write_notebook(tmp_path / "settings.ipynb", 'run: str = ""\nsettings: dict = {}\nsizes: list = [1]')
+    given = "{settings: {mean: [0.4, 0.4, 0.4], crop_mode: center}, sizes: [3, 5]}"
+    (entry,) = batch_file.read(write_batch(tmp_path, f"entries:\n  s: {{notebook: settings.ipynb, parameters: {given}}}\n"))
+    assert entry.parameters == {"settings": {"mean": [0.4, 0.4, 0.4], "crop_mode": "center"}, "sizes": [3, 5]}
+    with pytest.raises(InputError, match="settings is .3.; a dict such as {} is needed"):
+        batch_file.read(tmp_path / "batch.yaml", {"settings": "[3]"})
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc, in which no folder can be made and root is told that one can")
+def test_where_no_cache_can_be_made_it_is_in_the_run_folder_also_for_root(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    for home, elsewhere in (("/proc/nohome", True), (str(tmp_path), False)):
+        monkeypatch.setenv("HOME", home)
+        assert (batch._environment(tmp_path / "out").get("XDG_CACHE_HOME") == str(tmp_path / "out" / ".cache")) == elsewhere
+
+
 def test_a_grid_multiplies_its_entry_and_all_after_it_and_after_all_gathers(tmp_path):
     path = write_batch(tmp_path, """
 defaults: {scale: 2.0, factor: 5.0}

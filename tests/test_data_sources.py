@@ -144,6 +144,14 @@ def test_what_is_no_data_set_is_refused_by_name(folder, tmp_path):
             open_data(tars)
 
 
+@pytest.mark.parametrize(("kind", "tool"), [("gz", "gunzip"), ("bz2", "bunzip2"), ("xz", "unxz")])
+def test_a_compressed_tar_is_called_compressed(folder, tmp_path, kind, tool):
+    with tarfile.open(tmp_path / "train.tar", f"w:{kind}") as tar:
+        tar.add(folder / "val", arcname=".")
+    with pytest.raises(InputError, match=f"train.tar: compressed .{kind}., .*: {tool} < train.tar > plain.tar"):
+        open_data(tmp_path)
+
+
 def test_hidden_files_in_a_tar_are_no_images(folder, tmp_path):
     tars = write_tars(folder, tmp_path / "tars")
     with tarfile.open(tars / "val.tar", "a") as tar:

@@ -1,5 +1,6 @@
 """What is an image, in which order classes are numbered, and what other people's folders, tars and data sets hold."""
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -174,6 +175,8 @@ def test_a_strip_that_would_be_resized_to_gigabytes_is_left_out_by_name_and_size
 MAPS = {"m.json": '{"ant": 5, "bee": 0, "cat": 9}',
         "imagenet_class_index.json": '{"5": ["ant", "an ant"], "0": ["bee", "a bee"], "9": ["cat", "a cat"]}',
         "id2label.json": '{"5": "ant", "0": "bee", "9": "cat"}',
+        "names.json": '["bee", "x", "y", "z", "w", "ant", "u", "v", "t", "cat"]',
+        "synset_words.txt": "bee A bee, Bee\nx x\ny y\nz z\nw w\nant Ant, emmet\nu u\nv v\nt t\ncat cat\n",
         "timm.txt": "bee\nx\ny\nz\nw\nant\nu\nv\nt\ncat\n"}
 
 
@@ -181,7 +184,7 @@ MAPS = {"m.json": '{"ant": 5, "bee": 0, "cat": 9}',
 def test_class_maps_are_read_as_they_are_published(tmp_path, name):
     (tmp_path / name).write_text(MAPS[name])
     found = read_class_map(tmp_path / name)
-    assert {key: found[key] for key in ("ant", "bee", "cat")} == {"ant": 5, "bee": 0, "cat": 9}
+    assert {key.split()[0]: found[key] for key in found if key.split()[0] in ("ant", "bee", "cat")} == {"ant": 5, "bee": 0, "cat": 9}
     write_folder(tmp_path / "f", {"train": 1, "val": 1})
     tars = write_tars(tmp_path / "f", tmp_path / "tars")
     for place in (tmp_path / "f", tars):
@@ -199,6 +202,13 @@ def test_a_class_map_that_is_none_is_named(tmp_path, name, text, says):
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=says):
         read_class_map(tmp_path / name)
+
+
+def test_a_class_map_of_none_of_the_classes_is_to_blame(tmp_path):
+    write_folder(tmp_path / "f", {"train": 1, "val": 1})
+    (tmp_path / "m.txt").write_text("tench, Tinca tinca\ngoldfish\n")
+    with pytest.raises(InputError, match="m.txt: a class map of none of the classes of .*train; it names 'tench, .*they are 'ant' and 2"):
+        open_data(tmp_path / "f", class_map=tmp_path / "m.txt")
 
 
 # ---------------------------------------------------------------- Hugging Face's data sets and shards
@@ -315,11 +325,31 @@ def test_shards_without_image_or_label_are_refused_by_their_first_sample(easy, t
         open_data(f"wds/{rewritten(write_shards(easy, tmp_path / 'shards'), change)}")
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_of_a_stream_that_lacks_its_label_ends_in_one_line_with_the_streams_name(easy, tmp_path, workers):
+    pytest.importorskip("webdataset", reason="webdataset is not installed (pip install vitlab[streams])")
+    samples = itertools.count(1)
+
+    def change(ending: str, content: bytes) -> tuple[str, bytes]:
+        return (ending, content) if ending == "png" else ("json", json.dumps({"cls" if next(samples) % 3 else "x": 1}).encode())
+    data = open_data(f"wds/{rewritten(write_shards(easy, tmp_path / 'shards', 1), change)}")
+    with pytest.raises(InputError, match=r"^wds/.*shards: .*'cls'") as said:
+        list(data.batches("held_out", tiny(), workers=workers))
+    assert "\n" not in str(said.value)
+
+
 # ---------------------------------------------------------------- loader processes
+
+def local_fault() -> None:
+    class Local(Exception):
+        """Of no module, so that it can't be pickled."""
+    raise Local("a fault")
+
 
 @pytest.mark.parametrize(("wrong", "says"), [
     (lambda: {}["a fault"], "vitlab evaluate: an error in a loader process: KeyError: 'a fault'"),
     (lambda: int("one line\nand another"), "vitlab evaluate: an error in a loader process: ValueError: invalid literal"),
+    (local_fault, r"vitlab evaluate: an error in a loader process: test_listing.local_fault.<locals>.Local: a fault"),
     (lambda: os.kill(os.getpid(), signal.SIGKILL), "vitlab evaluate: a loader process .*, most likely because the memory was used up")])
 def test_an_error_in_a_loader_process_ends_the_command_with_one_line(tmp_path, monkeypatch, capsys, wrong, says):
     model, here, plain = tiny(), os.getpid(), Images.__getitem__

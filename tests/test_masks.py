@@ -108,6 +108,16 @@ def test_255_is_the_second_of_two_classes_where_no_mask_holds_a_1_and_ignored_wh
     assert open_scenes(tmp_path).split("val").scene(0)[1].flatten()[:3].tolist() == [0, 255, 255]
 
 
+def test_black_and_white_masks_of_16_bits_are_as_those_of_8(tmp_path):
+    folder(tmp_path, [0, 255, 255])
+    for file in tmp_path.glob("*/masks/*.png"):
+        Image.fromarray(np.asarray(Image.open(file)).astype(np.uint16)).save(file)
+        assert Image.open(file).mode.startswith("I")
+    with pytest.warns(UserWarning, match="its masks hold 0 and 255 alone, so 255 is taken for 'sea'"):
+        data = open_scenes(tmp_path)
+    assert data.split("val").scene(0)[1].flatten()[:3].tolist() == [0, 1, 1]
+
+
 def test_masks_of_one_class_alone_are_not_black_and_white(tmp_path):
     assert open_scenes(folder(tmp_path, [0])).split("val").scene(0)[1].max() == 0
     assert open_scenes(folder(tmp_path, [255])).split("val").scene(0)[1].min() == 255

@@ -75,7 +75,7 @@ def read_class_map(path: Path) -> dict[str, int]:
     """{class folder name: the model's class number} from a file; checked.
 
     JSON: {"NAME": number}, or the other way about {"number": "NAME"} or {"number": ["NAME", words ...]}, as ImageNet's
-    imagenet_class_index.json. Text: a name a line, that of class 0 first, as timm's.
+    imagenet_class_index.json; or a list of names. Text: a name a line, that of class 0 first, as timm's.
     """
     if path.suffix == ".txt":
         data = _lines(path)
@@ -105,11 +105,20 @@ def _lines(path: Path) -> dict[str, int]:
 
 
 def _by_name(data: Any) -> Any:
-    """{name: number} of an object that is the other way about; anything else as it is."""
+    """{name: number} of an object that is the other way about, or of a list of different names; anything else as it is."""
+    if isinstance(data, list) and all(isinstance(name, str) for name in data):
+        data = {str(number): name for number, name in enumerate(data)}
     names = [value[0] if isinstance(value, list) and value else value for value in data.values()] if isinstance(data, dict) else []
     if not names or len(set(map(str, names))) < len(names) or not all(isinstance(name, str) for name in names):
         return data
     return {name: int(key) for key, name in zip(data, names)} if all(key.isdecimal() for key in data) else data
+
+
+def _of_first_words(numbers: dict[str, int], names: set[str]) -> dict[str, int]:
+    """A class map whose names are lines "NAME words ...", as those of ImageNet's synset_words.txt: by their first words, where these
+    and no line are among names; else as it is."""
+    words = {name.split()[0]: number for name, number in numbers.items() if name.strip()}
+    return words if len(words) == len(numbers) and names & words.keys() and not names & numbers.keys() else numbers
 
 
 def class_numbers(root: Path, folders: dict[str, Iterable[str]], class_map: str | Path | None) -> tuple[dict[str, int], bool]:
@@ -120,9 +129,12 @@ def class_numbers(root: Path, folders: dict[str, Iterable[str]], class_map: str 
     """
     path = Path(class_map) if class_map else root / CLASS_MAP
     if class_map or path.exists():
-        numbers = read_class_map(path)
+        numbers = _of_first_words(read_class_map(path), set().union(*folders.values()))
         for split, classes in folders.items():
             unknown = sorted(set(classes) - set(numbers), key=natural)
+            if unknown and len(unknown) == len(set(classes)):
+                raise InputError(f"{path}: a class map of none of the classes of {root / split}; it names {next(iter(numbers))!r}, "
+                                 f"they are {unknown[0]!r}" + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""))
             if unknown:
                 raise InputError(f"{root / split / unknown[0]}: not in the class map {path}"
                                  + (f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""))

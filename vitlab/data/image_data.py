@@ -185,7 +185,7 @@ class ImageData:
                                      persistent_workers=False, pin_memory=torch.cuda.is_available(), device=torch.device("cpu"), **settings)
                 opened.transform = Compose([rgb if config["input_size"][0] == 3 else grey, opened.transform])
                 return made
-            return Batches(reopen(seed), None, limit=limit, reopen=reopen, seed=seed)
+            return Batches(reopen(seed), None, limit=limit, reopen=reopen, seed=seed, name=self.name)
         images.transform, images.channels = create_transform(config["input_size"], **settings), config["input_size"][0]
         loader, order = load(images, batch_size, training=training, seed=seed, workers=workers, embedded=self.name == "digits",
                              shared=shared, turns=turns, repeats=repeats)

@@ -106,14 +106,15 @@ class Stream:
 class Batches:
     """Iterate (images, targets) of a loader without the broken images; their paths gather in `broken`.
 
-    order: which images each batch has. Of a stream, reopen(seed) gives the loader of an epoch, and the first `limit` images serve.
+    order: which images each batch has. Of a stream, reopen(seed) gives the loader of an epoch, the first `limit` images serve, and
+    errors name it by `name`.
     Raises InputError once more images are broken than a data set should have, and where training finds a batch with none that
     can be read.
     """
 
     def __init__(self, loader: Any, images: Images | None, order: PlainOrder | TrainingOrder | None = None,
-                 limit: int | None = None, reopen: Callable[[int], Any] | None = None, seed: int = 0) -> None:
-        self.loader, self.images, self.order, self.broken = loader, images, order, []
+                 limit: int | None = None, reopen: Callable[[int], Any] | None = None, seed: int = 0, name: str | None = None) -> None:
+        self.loader, self.images, self.order, self.name, self.broken = loader, images, order, name, []
         self.limit, self.reopen, self.seed, self.epoch, self.skip = limit, reopen, seed, 0, 0
 
     def __len__(self) -> int:
@@ -153,7 +154,7 @@ class Batches:
         seen, epoch, skipped = 0, self.epoch, self.skip
         self.epoch, self.skip = epoch + 1, 0
         with drawing(seed_of(self.seed, epoch)):                                    # where loader processes begin to draw
-            batches = received(self.reopen(seed_of(self.seed, epoch)))
+            batches = received(self.reopen(seed_of(self.seed, epoch)), self.name)
         for number in itertools.count():
             with drawing(seed_of(self.seed, epoch, number)):
                 x, y = next(batches, (None, None))

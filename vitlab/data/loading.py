@@ -2,18 +2,21 @@
 import functools
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sized
+from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
 from vitlab import parallel
 from vitlab.data.order import PlainOrder, TrainingOrder, ignore_requests
-from vitlab.files import InputError
+from vitlab.files import InputError, first_line
 
 MAX_WORKERS = 8
 RAISED = re.compile(r"Caught (\w+) in DataLoader worker process")                # torch's words
@@ -67,6 +70,26 @@ def default_workers() -> int:
     return min(MAX_WORKERS, max(1, available_cores() // parallel.local_world()))
 
 
+def _wrapped(name: str, fields: dict[str, Any]) -> ExceptionWrapper:
+    found = ExceptionWrapper.__new__(ExceptionWrapper)
+    vars(found).update({"exc_type": type(name, (RuntimeError,), {}), **fields})
+    return found
+
+
+def _reduced(wrapper: ExceptionWrapper) -> tuple:
+    """How torch's note of an error leaves a loader process: without the error's class where that can't be pickled, for which the
+    parent would wait without end; a RuntimeError of its name stands for it."""
+    fields = dict(vars(wrapper))
+    try:
+        pickle.dumps(wrapper.exc_type)
+    except Exception:                           # pickle raises several kinds
+        del fields["exc_type"]
+    return _wrapped, (wrapper.exc_type.__name__, fields)
+
+
+ForkingPickler.register(ExceptionWrapper, _reduced)
+
+
 def fault(error: BaseException) -> str | None:
     """What went wrong in a loader process, in one line; None where the error is another."""
     text = str(error)
@@ -75,19 +98,22 @@ def fault(error: BaseException) -> str | None:
         how = killed[1].split(". ")[0].rstrip(".")
         return f"a loader process {how}, most likely because the memory was used up; fewer --workers, or a smaller batch, need less"
     if raised:
-        own = [line for line in text.splitlines() if re.match(rf"(\w+\.)*{raised[1]}\b", line)]
+        own = [line for line in text.splitlines() if re.match(rf"([\w<>]+\.)*{raised[1]}\b", line)]
         return f"an error in a loader process: {own[-1] if own else raised[1]}"
     return None
 
 
-def received(batches: Iterable[Any]) -> Iterator[Any]:
-    """What a loader gives. Raises InputError in place of an error in one of its processes, or of its death; the others end."""
-    found = iter(batches)
+def received(batches: Iterable[Any], stream: str | None = None) -> Iterator[Any]:
+    """What a loader gives. Raises InputError in place of an error in one of its processes, or of its death; the others end. stream:
+    name of the data set where its libraries alone read it; InputError in place of whatever they raise, too."""
+    found = None
     try:
+        found = iter(batches)
         yield from found
     except Exception as error:
         said = fault(error)
-        if said is None:
+        if said is None and (stream is None or isinstance(error, InputError)):
             raise
         getattr(found, "_shutdown_workers", lambda: None)()     # a traceback may keep the loader, and it its processes
-        raise InputError(said) from None
+        said = said or f"can't be read ({type(error).__name__}: {first_line(error)})"
+        raise InputError(said if stream is None else f"{stream}: {said}") from None

@@ -162,9 +162,9 @@ def _is_binary(masks: list[Path]) -> bool:
             ids = np.asarray(read_image(masks[place]))
         except Exception:                       # whatever Pillow's decoders raise; it is named when it is read in earnest
             continue
-        if ids.dtype != np.uint8 or ids.ndim != 2:
+        if ids.dtype.kind not in "bui" or ids.ndim != 2 or ids.min() < 0 or ids.max() > LARGEST_ID:
             return False
-        seen |= np.bincount(ids.ravel(), minlength=LARGEST_ID + 1) > 0
+        seen |= np.bincount(ids.astype(np.uint8).ravel(), minlength=LARGEST_ID + 1) > 0
         if seen[1:IGNORE].any():
             return False
     return bool(seen[0] and seen[IGNORE])

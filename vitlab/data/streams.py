@@ -50,7 +50,7 @@ def _shard_options(root: str, split: str) -> dict[str, Any]:
         raise KeyError(f"{path.name} names no such split")
     shard = Path(root) / info[split]["filenames"][0]
     first, parts = None, {}
-    with tarfile.open(shard, mode="r|") as tar:
+    with tarfile.open(shard, mode="r|*") as tar:
         for member in tar:
             stem, _, ending = os.path.basename(member.name).partition(".")
             key = os.path.join(os.path.dirname(member.name), stem)

@@ -1,4 +1,5 @@
 """Splits that are tar files of class folders, or of tar files of one class each, as timm's ReaderImageInTar reads them."""
+import contextlib
 import tarfile
 from pathlib import Path
 from typing import IO, Any
@@ -7,6 +8,7 @@ from vitlab.data.folder import SPLITS
 from vitlab.data.listing import is_hidden, is_image, natural
 from vitlab.files import InputError
 
+UNPACKED_BY = {"gz": "gunzip", "bz2": "bunzip2", "xz": "unxz"}
 Member = tuple[tarfile.TarInfo | None, tarfile.TarInfo]         # the tar in the tar that an image lies in, and the image
 
 
@@ -33,6 +35,10 @@ def read_tar(path: Path) -> dict[str, list[tuple[str, Member]]]:
         with tarfile.open(path, mode="r|") as tar:              # in one pass
             found = _members(tar)
     except (tarfile.TarError, OSError, EOFError) as error:
+        for kind, tool in UNPACKED_BY.items():
+            with contextlib.suppress(tarfile.TarError, OSError, EOFError), tarfile.open(path, mode=f"r:{kind}"):
+                raise InputError(f"{path}: compressed ({kind}), so that its images can't be read one by one; give a plain tar file: "
+                                 f"{tool} < {path.name} > plain.tar") from None
         raise InputError(f"{path}: can't be read as a tar file ({error})") from None
     if not found:
         raise InputError(f"{path}: holds no images; they must lie in CLASS/ in it")

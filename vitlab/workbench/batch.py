@@ -12,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,10 @@ def _environment(out: Path) -> dict[str, str]:
     """Ours; where a cache can't be written (a home that is read-only, or none), with a place in the run folder for what Snakemake and the
     kernels keep."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    there = next(place for place in (cache, *cache.parents) if place.exists())
-    if there.is_dir() and os.access(there, os.W_OK):
-        return dict(os.environ)
+    with contextlib.suppress(OSError):
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):         # tried, not asked: root is always told yes
+            return dict(os.environ)
     own = str(out.resolve() / ".cache")
     return {"MPLCONFIGDIR": own, "IPYTHONDIR": own, **os.environ, "XDG_CACHE_HOME": own}
 

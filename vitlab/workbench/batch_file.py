@@ -41,6 +41,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _is_plain(value: Any, seen: set[int]) -> bool:
+    """Whether a value is a text, number or truth value, or lists and mappings of these, none in there twice (small files of those grow
+    without bound). seen: lists and mappings met so far."""
+    if not isinstance(value, (list, dict)):
+        return isinstance(value, (str, int, float, bool))
+    if id(value) in seen:
+        return False
+    seen.add(id(value))
+    return all(isinstance(key, str) for key in value if isinstance(value, dict)) and all(
+        _is_plain(each, seen) for each in (value.values() if isinstance(value, dict) else value))
+
+
 class _File:
     """A batch file while it is checked; every error names the file and the place in it."""
 
@@ -50,9 +62,9 @@ class _File:
         given = {key: self._value(text, f"--set {key}") for key, text in changes.items()}
         for key in [key for key in given if "." in key]:
             self._replace(key, given.pop(key))
-        self.changes = self.scalars(given, "--set")
+        self.changes = self.parameters(given, "--set")
         content = self.mapping(self.content, "the file", ("defaults", "entries"))
-        self.defaults = self.scalars(content.get("defaults"), "defaults")
+        self.defaults = self.parameters(content.get("defaults"), "defaults")
         self.entries = self.mapping(content.get("entries"), "entries")
         if not self.entries:
             self.fail("entries: none; one at least is needed")
@@ -100,11 +112,12 @@ class _File:
                 self.fail(f"{where}: unknown key {key[:80]!r}; known are {', '.join(known)}")
         return value
 
-    def scalars(self, value: Any, where: str) -> dict[str, Any]:
-        """Parameters: plain values, and no `run`. None stands for one that is still to be given."""
+    def parameters(self, value: Any, where: str) -> dict[str, Any]:
+        """Parameters: plain values, lists and mappings of them, and no `run`. None stands for one that is still to be given."""
         for key, given in self.mapping(value, where).items():
-            if given is not None and not isinstance(given, (str, int, float, bool)):
-                self.fail(f"{where}.{key}: a {type(given).__name__}; a text, number or truth value is needed")
+            if given is not None and not _is_plain(given, set()):
+                self.fail(f"{where}.{key}: a {type(given).__name__}; a text, number or truth value is needed, or a list or mapping of "
+                          "these, each written out")
             if key == "run":
                 self.fail(f"{where}.run: can't be set; it is the folder of each entry")
         return value or {}
@@ -146,9 +159,9 @@ class _File:
         for axis, values in self.mapping(value, where).items():
             place = f"{where}.{self.name(axis, where)}"
             if isinstance(values, dict):
-                axes[axis] = {self.name(label, place): self.scalars(given, f"{place}.{label}") for label, given in values.items()}
+                axes[axis] = {self.name(label, place): self.parameters(given, f"{place}.{label}") for label, given in values.items()}
             elif isinstance(values, list):
-                sets = [self.scalars({axis: value}, where) for value in values]
+                sets = [self.parameters({axis: value}, where) for value in values]
                 axes[axis] = {self.name(str(s[axis]).lower() if isinstance(s[axis], bool) else str(s[axis]), place): s for s in sets}
             if not axes.get(axis) or len(axes[axis]) != len(values):
                 self.fail(f"{place}: a list of different values is needed, or a mapping of names to parameters")
@@ -242,7 +255,7 @@ def _declared(file: _File, notebook: Path, where: str) -> dict[str, Any]:
 
 def _parameters(file: _File, where: str, body: dict[str, Any], declared: dict[str, Any], grid: dict[str, Any]) -> dict[str, Any]:
     """Defaults, then the grid's, then the entry's own, then the changes; what several share goes to notebooks that declare it."""
-    own = file.scalars(body.get("parameters"), f"{where}.parameters")
+    own = file.parameters(body.get("parameters"), f"{where}.parameters")
     for key in [key for key in file.changes if key in grid]:
         file.fail(f"--set {key}: {where} takes it from a grid")
     for key in [key for key in own if key in grid and key in (body.get("grid") or {})]:
