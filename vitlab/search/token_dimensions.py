@@ -204,7 +204,7 @@ class MatchTokens:
         dimension = self._dimension()
         return [f"tokens {np.argmax(dimension == d)}" if self.per else "tokens" for d in range(dimension.max() + 1)]
 
-    def _left(self, ratios: np.ndarray) -> np.ndarray:
+    def left(self, ratios: np.ndarray) -> np.ndarray:
         """Tokens (P, L + 1) that enter each block and leave the last, prefix tokens not counted."""
         left = np.empty((self.shape.depth + 1, len(ratios)), dtype=np.int64)
         left[0] = self.shape.num_patches
@@ -215,7 +215,7 @@ class MatchTokens:
 
     def counts(self, ratios: np.ndarray) -> dict[str, np.ndarray]:
         """Ratios (P, T) -> counts by name, each (P, L)."""
-        left, prefix = self._left(ratios), self.shape.num_prefix_tokens
+        left, prefix = self.left(ratios), self.shape.num_prefix_tokens
         enter, merged = left[:, :-1], left[:, :-1] - left[:, 1:]
         targets, merges = enter // 2, merged > 0
         return _whole(self.shape, len(ratios)) | {
@@ -224,7 +224,7 @@ class MatchTokens:
 
     def rules(self, ratios: np.ndarray, scores: Tensor | None) -> list[TokenRule | None]:
         """Token rule of each block for one policy's ratios (T); scores are not needed, each image merges its own tokens."""
-        merged = (-np.diff(self._left(ratios[None])[0])).tolist()
+        merged = (-np.diff(self.left(ratios[None])[0])).tolist()
         return [Match(merged=count, protect=self.protect) if any(merged[:block + 1]) else None for block, count in enumerate(merged)]
 
 
