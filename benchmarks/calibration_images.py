@@ -16,7 +16,7 @@ from off_the_shelf import CROP
 
 from vitlab import cost
 from vitlab.criteria.compensation import RIDGE
-from vitlab.files import append_line, read_lines
+from vitlab.files import InputError, append_line, read_lines
 from vitlab.models import compress, deploy
 from vitlab.search import Budget, SearchSpace
 from vitlab.search.sampling import Problem, uniform_policies
@@ -27,7 +27,7 @@ from vitlab.uncertainty import standard_error
 from vitlab.workbench import steps
 from vitlab.workbench.searching import cost_function
 
-GMACS, IMAGES, SCORED = (0.75, 0.60, 0.45), (0, 50, 100, 200, 500, 900), 512
+GMACS, IMAGES, SCORED = (0.75, 0.60, 0.45), (0, 50, 100, 200, 480), 512
 RIDGES = {"fixed": RIDGE, "chosen": None}
 RESULTS = Path(__file__).parent / "results" / "calibration_images.jsonl"
 
@@ -50,6 +50,8 @@ def main() -> None:
     data = steps.open_matching(args.cal, dense, labels=False)
     drawn = list(data.batches("train", model, limit=scored + max(counts), seed=args.seed, workers=1, batch_size=50))
     all_images = torch.cat([x for x, _ in drawn])
+    if len(all_images) < scored + max(counts):
+        raise InputError(f"{args.cal}: {len(all_images)} images; {scored} to rank units and {max(counts)} to refit on are needed")
     fit = [(x, None) for x in all_images[scored:].split(50)]
     units = unit_scores(model, [(x, None) for x in all_images[:scored].split(50)], criterion="reconstruction", progress=False)
     val = [x for x, _ in steps.open_matching(args.val, dense).batches("held_out", model, crop_pct=CROP, workers=1, limit=images)]
