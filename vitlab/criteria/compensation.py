@@ -17,7 +17,7 @@ from vitlab.files import InputError
 
 RIDGE = 1e-3                                # times the mean variance of the inputs
 RIDGES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1, math.inf)        # of these a refit's is chosen
-STEP = 64                                   # inputs that leave an elimination before its matrices take it over; says nothing of the order
+STEP = 256                                  # inputs that leave an elimination before its matrices take it over; says nothing of the order
 
 
 class Moments:
