@@ -98,7 +98,8 @@ class Normal:
         """(W' - W_S (D, K'), b' - b (D))."""
         change = torch.zeros_like(self.wanted)
         if ridge < math.inf:
-            raised = self.covariance + ridge * self.variance * torch.eye(len(self.mean), dtype=self.mean.dtype, device=self.mean.device)
+            raised = self.covariance.clone()
+            raised.diagonal().add_(ridge * self.variance)
             change = torch.linalg.solve(raised, self.wanted.T).T
         return change, self.shift - change @ self.mean
 
