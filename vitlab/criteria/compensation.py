@@ -100,7 +100,7 @@ class Normal:
         if ridge < math.inf:
             raised = self.covariance.clone()
             raised.diagonal().add_(ridge * self.variance)
-            change = torch.linalg.solve(raised, self.wanted.T).T
+            change = torch.cholesky_solve(self.wanted.T, torch.linalg.cholesky(raised)).T
         return change, self.shift - change @ self.mean
 
     def error(self, change: Tensor, gained: Tensor) -> float:
