@@ -7,6 +7,7 @@ device. Rows are appended as they are measured, the most important first; what f
 into the time is named at the end. --quick: a tiny model, one repeat, to see that it runs (on a CPU, too); written only with --out.
 """
 import argparse
+import contextlib
 import copy
 import dataclasses
 import importlib
@@ -179,17 +180,9 @@ def in_turn(calls: dict[str, Callable[[], object]], device: torch.device, repeat
     return found
 
 
-def kernels_of(call: Callable[[], object], device: torch.device) -> list[str] | None:
-    """Names of the kernels that a call runs on the GPU, the longest running first; None where that can't be seen."""
-    if device.type != "cuda":
-        return None
-    try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            call()
-            torch.cuda.synchronize(device)
-        return [event.key[:80] for event in sorted(profile.key_averages(), key=lambda e: -e.device_time_total)][:3]
-    except Exception:                                   # a profiler that may not read the device
-        return None
+def backend_of(*given: Tensor, scale: float | None = None) -> str:
+    """Which kernels scaled_dot_product_attention takes for query, key, value and mask."""
+    return torch.nn.attention.SDPBackend(torch._fused_sdp_choice(*given, scale=scale)).name
 
 
 class OutOfTime(Exception):
@@ -202,6 +195,7 @@ class Bench:
     def __init__(self, device: str, minutes: float, out: Path | None, quick: bool = False) -> None:
         self.device, self.out, self.quick = torch.device(device), out, quick
         self.deadline = time.monotonic() + 60 * minutes
+        torch.manual_seed(0)
         self.repeats, self.min_seconds = (1, 0.0) if quick else (7, 0.1)
         self.batch = 2 if quick else 256
         self.rows: list[ResultRow] = []
@@ -272,7 +266,8 @@ class Bench:
             "published_ratio": PUBLISHED.get(name) if rule == MERGED else None, **{k: v for k, v in about.items() if k != "gmacs"}},
             gmacs=about["gmacs"], throughput_img_s=speed.throughput_img_s, latency_ms=speed.latency_ms, ratio=speed.ratio)
 
-    def timed(self, title: str, batch: int, kind: str, calls: dict[str, Callable[[], object]], about: dict[str, dict]) -> None:
+    def timed(self, title: str, batch: int, kind: str, calls: dict[str, Callable[[], object]],
+              about: dict[str, dict] | None = None) -> None:
         """A row for each call, the first the baseline; batch: images of a call."""
         works = {}
         for name, call in calls.items():
@@ -283,12 +278,14 @@ class Bench:
                 raise
             except Exception as error:
                 self.failed(f"{title}: {name}", batch, kind, error)
+        if next(iter(calls)) not in works:
+            raise RuntimeError(f"{title}: {next(iter(calls))} could not be run, so there is nothing to compare with")
         seconds = in_turn(works, self.device, self.repeats, self.min_seconds)
         first = seconds[next(iter(seconds))]
         for name, each in seconds.items():
             ratios, middle = [a / b for a, b in zip(first, each)], statistics.median(each)
             self.add(f"{title}: {name}", batch, kind, {"of": title, "what": name, "ratio_range": list(median_range(ratios)),
-                                                       **about.get(name, {})},
+                                                       **(about or {}).get(name, {})},
                      latency_ms=1000 * middle, throughput_img_s=batch / middle, ratio=statistics.median(ratios))
 
     @torch.inference_mode()
@@ -297,8 +294,8 @@ class Bench:
         batch, heads, width = self.batch, 12, 64
         query, key, value = torch.randn(3, batch, heads, tokens, width, device=self.device).to(torch.bfloat16)
         logs = torch.randint(1, 9, (batch, tokens), device=self.device).float().log()
-        mask = logs.to(torch.bfloat16)[:, None, None]
         coarse = logs.to(torch.bfloat16)
+        mask = coarse[:, None, None]
         both = torch.stack([coarse, (logs - coarse.float()).to(torch.bfloat16)], dim=-1)        # (B, N, 2): 16 bits together
 
         def widened(total: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -310,33 +307,44 @@ class Bench:
 
         def by_columns(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, scale=width ** -0.5)[..., :width]
-        masked = {"mask (B, 1, 1, N)": lambda: F.scaled_dot_product_attention(query, key, value, attn_mask=mask)}
+
+        def attention(mask: Tensor | None, *backend: torch.nn.attention.SDPBackend) -> Tensor:
+            with torch.nn.attention.sdpa_kernel(list(backend)) if backend else contextlib.nullcontext():
+                return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+        def sized(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return score + logs[b, j]
+        calls = {"no mask": lambda: attention(None), "mask (B, 1, 1, N)": lambda: attention(mask)}
+        about = {"no mask": {"backend": backend_of(query, key, value)},
+                 "mask (B, 1, 1, N)": {"backend": backend_of(query, key, value, mask.expand(batch, heads, tokens, tokens))}}
         for total in (72, 80):
-            made = widened(total)
-            masked[f"columns, width {total}"] = lambda total=total: by_columns(*widened(total))
-            masked[f"columns, width {total}, made before"] = lambda made=made: by_columns(*made)
+            made, name = widened(total), f"columns, width {total}"
+            calls |= {name: lambda total=total: by_columns(*widened(total)), f"{name}, made before": lambda made=made: by_columns(*made)}
+            about[name] = about[f"{name}, made before"] = {"backend": backend_of(*made, scale=width ** -0.5)}
+        if self.device.type == "cuda":
+            kinds = torch.nn.attention.SDPBackend
+            for kind, given in ((kinds.FLASH_ATTENTION, (None,)), (kinds.EFFICIENT_ATTENTION, (None,)),
+                                (kinds.CUDNN_ATTENTION, (None, mask))):
+                for each in given:
+                    calls[f"{'no mask' if each is None else 'mask'}, {kind.name}"] = lambda each=each, kind=kind: attention(each, kind)
         if flex:
             attend = torch.compile(torch.nn.attention.flex_attention.flex_attention, dynamic=False)
-            masked = {"flex_attention": lambda: attend(query, key, value, score_mod=lambda score, b, h, i, j: score + logs[b, j])}
-        few = slice(0, min(batch, 4))
-        exact = F.scaled_dot_product_attention(query[few].float(), key[few].float(), value[few].float(), attn_mask=logs[few, None, None])
-        title, about = f"attention over {tokens} tokens, 12 heads", {}
-        for name, call in list(masked.items()):
+            calls = {"no mask": calls["no mask"], "flex_attention": lambda: attend(query, key, value, score_mod=sized)}
+        few, title = slice(0, min(batch, 4)), f"attention over {tokens} tokens, 12 heads"
+        q, k, v = (t[few].float() for t in (query, key, value))
+        for name, call in list(calls.items()):
             try:
+                exact = F.scaled_dot_product_attention(q, k, v, attn_mask=None if "no mask" in name else logs[few, None, None])
                 away = float((call()[few].float() - exact).norm() / exact.norm())
                 if not away < AGREES:
                     raise ArithmeticError(f"differs by {away:.3g} from attention in float32")
-                about[name] = {"difference": away, "kernels": kernels_of(call, self.device)}
+                about[name] = about.get(name, {}) | {"difference": away}
             except OutOfTime:
                 raise
             except Exception as error:
                 self.failed(f"{title}: {name}", batch, "kernel", error)
-                del masked[name]
-
-        def plain() -> Tensor:
-            return F.scaled_dot_product_attention(query, key, value)
-        about["no mask"] = {"kernels": kernels_of(plain, self.device)}
-        self.timed(title, batch, "kernel", {"no mask": plain, **masked}, about)
+                del calls[name]
+        self.timed(title, batch, "kernel", calls, about)
 
     @torch.inference_mode()
     def fold(self) -> None:
@@ -345,9 +353,8 @@ class Bench:
         matrix = torch.randn(tokens, tokens, device=self.device).to(torch.bfloat16)
         x = torch.randn(self.batch, tokens, dim, device=self.device).to(torch.bfloat16)
         aligned = F.pad(matrix, (0, -tokens % 8))[:, :tokens]
-        calls = {"matrix as it lies": lambda: torch.matmul(matrix, x), "rows at multiples of 16 bytes": lambda: torch.matmul(aligned, x)}
-        self.timed(f"fold of {tokens} tokens, {dim} wide", self.batch, "kernel", calls,
-                   {name: {"kernels": kernels_of(call, self.device)} for name, call in calls.items()})
+        self.timed(f"fold of {tokens} tokens, {dim} wide", self.batch, "kernel", {
+            "matrix as it lies": lambda: torch.matmul(matrix, x), "rows at multiples of 16 bytes": lambda: torch.matmul(aligned, x)})
 
     def scoring(self, name: str) -> None:
         """Token scores through V and its gradient."""

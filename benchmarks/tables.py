@@ -293,20 +293,19 @@ def gpu(rows: list[dict]) -> str:
         dense = f"{found['dense']['throughput_img_s']:,.0f}" if "dense" in found else "-"
         return [f"{group[0]}, batch {group[1]}, {group[2]}", dense, *(cell(found.get(rule)) for rule in rules),
                 f"{published[0]:.2f}" if published else "-"]
+    devices = " and ".join(dict.fromkeys(r["conditions"]["device"] for r in rows))
     wide = [max(r["ratio"] / _range(r)[0], _range(r)[1] / r["ratio"]) - 1 for r in rows if _range(r)]
-    notes = [f"Throughput {ratio_words([])}; in brackets of the MAC ratio. Weights in bfloat16, on {_devices(rows)}",
+    notes = [f"Throughput {ratio_words([])}; in brackets of the MAC ratio. Weights in bfloat16, on {devices}",
              f"The range of a ratio is within {100 * max(wide):.0f} %, half of them within {100 * statistics.median(wide):.1f} %"
              if wide else "", _caveat(rows)]
     first = _table(["throughput ratio, by model, batch and mode", "dense images/s", *rules, "published for keep 0.6"],
                    [line(*group) for group in groups.items()], notes)
     more = [[r["conditions"]["of"], r["conditions"]["what"], r["conditions"]["dtype"], f"{r['latency_ms']:.2f}",
              f"{r['throughput_img_s']:,.0f}", _ratio(r)] for r in others]
-    head = ["what", "by", "numbers", "ms", "images/s", f"throughput ratio (batch {others[0]['conditions']['batch_size']})"] if others else []
-    return "\n\n".join([first, _table(head, more)] if more else [first])
-
-
-def _devices(rows: list[dict]) -> str:
-    return " and ".join(dict.fromkeys(r["conditions"]["device"] for r in rows))
+    if not more:
+        return first
+    batch = others[0]["conditions"]["batch_size"]
+    return f"{first}\n\n" + _table(["what", "by", "numbers", "ms", "images/s", f"throughput ratio (batch {batch})"], more)
 
 
 TABLES: dict[str, Callable[[list[dict]], str]] = {
