@@ -135,23 +135,20 @@ class Graphed(nn.Module):
         return self.out
 
 
-def graph_breaks() -> list[str]:
-    """Why torch.compile has broken graphs so far."""
-    return [first_line(Exception(reason))[:120] for reason in torch._dynamo.utils.counters["graph_break"]]
-
-
 @torch.inference_mode()
 def prepared(model: nn.Module, mode: str, x: Tensor) -> tuple[nn.Module, dict]:
-    """(what runs the model in this mode, run once; seconds that took, breaks of the graph, and the relative difference to eager)."""
+    """(what runs the model in this mode; seconds until it did, what torch.compile left out, and the relative difference to eager)."""
     expected, began = model(x).float(), time.perf_counter()
     if mode == "eager":
         return model, {}
-    torch._dynamo.utils.counters.clear()
+    counts = torch._dynamo.utils.counters
+    counts.clear()
     made = Graphed(model, x) if mode == "CUDA graph" else torch.compile(model, dynamic=False, mode=MODES[mode])
     for _ in range(4):                                  # reduce-overhead: warm-up, recording, replays
         given = made(x)
     away = float((given.float() - expected).norm() / expected.norm())
-    return made, {"prepared_s": time.perf_counter() - began, "graph_breaks": graph_breaks(), "difference": away}
+    return made, {"prepared_s": time.perf_counter() - began, "difference": away, "cudagraph_skips": counts["inductor"]["cudagraph_skips"],
+                  "graph_breaks": [str(reason).splitlines()[0][:120] for reason in counts["graph_break"]]}
 
 
 def in_turn(calls: dict[str, Callable[[], object]], device: torch.device, repeats: int, min_seconds: float) -> dict[str, list[float]]:
@@ -272,11 +269,16 @@ class Bench:
     def timed(self, title: str, batch: int, kind: str, calls: dict[str, Callable[[], object]],
               about: dict[str, dict] | None = None) -> None:
         """A row for each call, the first the baseline; batch: images of a call."""
-        works = {}
+        works, memory = {}, {}
         for name, call in calls.items():
             try:
                 call()
                 works[name] = call
+                if self.device.type == "cuda":          # what a second call holds at most, beyond what lay there before
+                    before = torch.cuda.memory_allocated()
+                    torch.cuda.reset_peak_memory_stats()
+                    call()
+                    memory[name] = {"call_memory_mb": (torch.cuda.max_memory_allocated() - before) / 2**20}
             except OutOfTime:
                 raise
             except Exception as error:
@@ -288,7 +290,7 @@ class Bench:
         for name, each in seconds.items():
             ratios, middle = [a / b for a, b in zip(first, each)], statistics.median(each)
             self.add(f"{title}: {name}", batch, kind, {"of": title, "what": name, "ratio_range": list(median_range(ratios)),
-                                                       **(about or {}).get(name, {})},
+                                                       **memory.get(name, {}), **(about or {}).get(name, {})},
                      latency_ms=1000 * middle, throughput_img_s=batch / middle, ratio=statistics.median(ratios))
 
     @torch.inference_mode()
@@ -395,12 +397,6 @@ class Bench:
                 loss.backward()
                 optimizer.step()
             calls[rule], about[rule] = step, {"cast": "autocast"}
-            if self.device.type == "cuda":
-                step()                                  # states of AdamW are there afterwards
-                before = torch.cuda.memory_allocated()
-                torch.cuda.reset_peak_memory_stats()
-                step()
-                about[rule]["step_memory_mb"] = (torch.cuda.max_memory_allocated() - before) / 2**20
         self.timed(f"training step, {name}", self.batch, "step", calls, about)
 
     def processes(self) -> None:
