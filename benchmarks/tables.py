@@ -275,13 +275,46 @@ def loader(rows: list[dict]) -> str:
                     f"{r['both_img_s']:.0f}", r["limit"]] for r in rows])
 
 
+def gpu(rows: list[dict]) -> str:
+    """One line per architecture, batch and mode, one column per rule; below, what else was timed. Of what was measured twice the last."""
+    rows = list({r["model"]: r for r in rows if r["ratio"]}.values())
+    models, others = ([r for r in rows if (r["conditions"]["kind"] == "model") is given] for given in (True, False))
+    groups: dict[tuple, dict[str, dict]] = {}
+    for r in models:
+        c = r["conditions"]
+        groups.setdefault((c["of"].replace("_patch16", ""), c["batch_size"], c["mode"]), {})[c["rule"]] = r
+    rules = [rule for rule in dict.fromkeys(r["conditions"]["rule"] for r in models) if rule != "dense"]
+
+    def cell(r: dict | None) -> str:
+        return "-" if r is None else f"{r['ratio']:.2f} ({r['conditions']['of_mac_ratio']:.2f})"
+
+    def line(group: tuple, found: dict[str, dict]) -> list[str]:
+        published = [r["conditions"]["published_ratio"] for r in found.values() if r["conditions"].get("published_ratio")]
+        dense = f"{found['dense']['throughput_img_s']:,.0f}" if "dense" in found else "-"
+        return [f"{group[0]}, batch {group[1]}, {group[2]}", dense, *(cell(found.get(rule)) for rule in rules),
+                f"{published[0]:.2f}" if published else "-"]
+    devices = " and ".join(dict.fromkeys(r["conditions"]["device"] for r in rows))
+    wide = [max(r["ratio"] / _range(r)[0], _range(r)[1] / r["ratio"]) - 1 for r in rows if _range(r)]
+    notes = [f"Throughput {ratio_words([])}; in brackets of the MAC ratio. Weights in bfloat16, on {devices}",
+             f"The range of a ratio is within {100 * max(wide):.0f} %, half of them within {100 * statistics.median(wide):.1f} %"
+             if wide else "", _caveat(rows)]
+    first = _table(["throughput ratio, by model, batch and mode", "dense images/s", *rules, "published for keep 0.6"],
+                   [line(*group) for group in groups.items()], notes)
+    more = [[r["conditions"]["of"], r["conditions"]["what"], r["conditions"]["dtype"], f"{r['latency_ms']:.2f}",
+             f"{r['throughput_img_s']:,.0f}", _ratio(r)] for r in others]
+    if not more:
+        return first
+    batch = others[0]["conditions"]["batch_size"]
+    return f"{first}\n\n" + _table(["what", "by", "numbers", "ms", "images/s", f"throughput ratio (batch {batch})"], more)
+
+
 TABLES: dict[str, Callable[[list[dict]], str]] = {
     "published_table": published_table, "published_form": published_table, "boundaries": boundaries, "cifar10": cifar10,
     "token_speed": token_speed, "mdc_table": mdc_table, "joint": joint, "latency": latency, "hsic_speed": hsic_speed,
     "search_quality": search_quality, "off_the_shelf": off_the_shelf,
     "off_the_shelf_short": off_the_shelf_short, "off_the_shelf_vit_tiny": off_the_shelf, "off_the_shelf_searched": off_the_shelf,
     "calibration_images": calibration_images, "per_block": per_block, "camvid": camvid,
-    "allocator": allocator, "scale": scale, "loader": loader}
+    "allocator": allocator, "scale": scale, "loader": loader, "gpu": gpu}
 
 
 def render(text: str) -> str:

@@ -91,3 +91,42 @@ def test_no_table_of_a_page_has_a_speed_without_its_batch():
     heads = [line for page in tables.PAGES for line in page.read_text(encoding="utf-8").splitlines()
              if re.match(r"\|.*throughput ratio", line)]
     assert heads and all("batch" in head or "conditions" in head for head in heads)
+
+
+def test_the_benchmark_of_a_gpu_runs_on_a_cpu_and_its_rows_stand_beside_the_mac_ratio(tmp_path):
+    gpu, tables = importlib.import_module("gpu"), importlib.import_module("tables")
+    bench = gpu.main(["--quick", "--device", "cpu", "--out", str(tmp_path / "rows.jsonl")])
+    rows = tables.read_lines(tmp_path / "rows.jsonl")
+    assert len(rows) == len(bench.rows) and not bench.left_out
+    assert not [(r["model"], r["conditions"]["error"]) for r in rows if "error" in r["conditions"]]
+    models = {r["conditions"]["rule"]: r for r in rows if r["conditions"]["kind"] == "model"}
+    assert list(models)[0] == "dense" and set(gpu.MAIN) < set(models) and len(models) == 12
+    dense = models["dense"]["gmacs"]
+    for rule, row in models.items():
+        found = row["conditions"]
+        assert found["mac_ratio"] == pytest.approx(dense / row["gmacs"]) and row["throughput_img_s"] > 0
+        assert found["of_mac_ratio"] == pytest.approx(row["ratio"] / found["mac_ratio"])
+        near = re.search(r", (0\.6)(, neurons|$)|ToMe", rule)                 # of 6 blocks of 4 heads, a step is at most a tenth
+        assert not near or row["gmacs"] / dense == pytest.approx(0.6, abs=0.1)
+    names = {r["model"].split(":")[0] for r in rows} - {r["model"].split(":")[0] for r in models.values()}
+    assert names == {"attention over 13 tokens, 12 heads", "fold of 137 tokens, 384 wide", f"training step, {gpu.TINY}",
+                     f"token scores, {gpu.TINY}", "one process by gloo", "ONNX Runtime on the GPU"}
+    assert next(r for r in rows if r["model"] == "one process by gloo")["conditions"]["sum"] == 1024
+    text = tables.gpu(rows)
+    assert "ToMe" in text and "| mask (B, 1, 1, N) |" in text and "quick" in text
+
+
+def test_the_benchmark_of_a_gpu_goes_on_after_what_fails_and_names_what_does_not_fit(monkeypatch):
+    gpu = importlib.import_module("gpu")
+    bench = gpu.Bench("cpu", 8, None, quick=True)
+
+    def broken():
+        raise RuntimeError("CUDA error: invalid argument")
+    made = gpu.candidates
+    monkeypatch.setattr(gpu, "candidates", lambda *given: {**{k: v for k, v in made(*given).items() if k == "dense"}, "ToMe": broken})
+    bench.models(gpu.TINY, 2, "eager")
+    failed, dense = bench.rows
+    assert failed.conditions["error"] == "RuntimeError: CUDA error: invalid argument" and dense.ratio == 1
+    late = gpu.Bench("cpu", 0, None, quick=True)
+    late.run()
+    assert not late.rows and late.left_out[0] == f"{gpu.TINY}, batch 2, eager" and "fold" in late.left_out
