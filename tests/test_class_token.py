@@ -92,7 +92,7 @@ def test_scores_cuts_and_a_search_that_name_no_rule_run(found, data, tmp_path):
 @pytest.mark.parametrize("found", ["registers alone"], indirect=True)
 def test_tonight_gives_a_model_that_no_register_ranks_for(found, data, tmp_path):
     dense = gmacs(CompressionPlan.empty(shape_of(found.model)))
-    made = tonight.tonight(found, data, tmp_path / "t", macs_ratio=0.7, rules=("merging by content",), ratios=(), evaluations=0, minutes=0,
-                           images=16, calibration_images=16, **FEW)
+    made = tonight.tonight(found, data, tmp_path / "t", macs_ratio=0.7, rules=("merging by content",), ratios=(), evaluations=0,
+                           images=16, score_images=16, **FEW)
     assert gmacs(made.plan) <= 0.7 * dense
     assert {block.tokens.protect for block in made.plan.blocks if isinstance(block.tokens, Match)} == {0.0}

@@ -1,4 +1,5 @@
 """The survey of a model without labels, the offers that follow, and the model made ready."""
+import dataclasses
 import shutil
 
 import numpy as np
@@ -14,7 +15,7 @@ from vitlab.rules import Match, ReadOut
 from vitlab.training import checkpoint
 from vitlab.training.compensate import compensate
 from vitlab.training.objective import PlanObjective
-from vitlab.workbench import steps, tonight
+from vitlab.workbench import calibrating, gathered, steps, tonight
 
 FEW = {"device": "cpu", "progress": False, "workers": 0}
 
@@ -77,13 +78,13 @@ def test_scores_moments_and_offers_are_kept_as_they_are_made(survey, dense, phot
     plan = survey.plan("all together", 0.6 * gmacs(CompressionPlan.empty(survey.shape)))
     offer = survey.offer("all together", plan)
     files = {path.name.rsplit("-", 1)[0] for path in survey.folder.iterdir() if path.is_file()}
-    assert files == {"unit-scores", "token-scores", "moments", "measured"}
+    assert files == {"unit-scores", "token-scores", "moments", "costs", "measured"}
 
     def never(*args, **settings):
         raise AssertionError("it was made before")
     with monkeypatch.context() as patched:
-        for name in ("scores_by_moments", "token_scores", "dense_moments", "own_labels"):
-            patched.setattr(tonight, name, never)
+        for name in ("scores_by_moments", "token_scores", "dense_moments", "own_labels", "fisher"):
+            patched.setattr(gathered, name, never)
         again = tonight.Survey(dense, photographs, tmp_path / "survey", images=16, score_images=24, **FEW)
         assert again.scores.keys() == survey.scores.keys() and again.reporting.images == 7
     assert again.objective(plan) == survey.objective(plan)                     # moments and scores came back to the bit
@@ -96,11 +97,11 @@ def test_scores_moments_and_offers_are_kept_as_they_are_made(survey, dense, phot
 def test_a_killed_tonight_keeps_what_it_had(dense, photographs, tmp_path, monkeypatch):
     def killed(*args, **settings):
         raise KeyboardInterrupt
-    monkeypatch.setattr(tonight, "token_scores", killed)
+    monkeypatch.setattr(gathered, "token_scores", killed)
     with pytest.raises(KeyboardInterrupt):
         tonight.tonight(dense, photographs, tmp_path / "out", images=16, **FEW)
     kept = sorted(path.name.rsplit("-", 1)[0] for path in (tmp_path / "out" / tonight.SURVEY).iterdir() if path.is_file())
-    assert kept == ["moments", "unit-scores"]
+    assert kept == ["costs", "moments", "unit-scores"]
 
 
 def test_a_budget_that_no_rule_meets_is_refused_before_anything_is_scored(dense, photographs, tmp_path):
@@ -126,25 +127,46 @@ def test_a_cut_is_measured_once_for_all_rules_and_not_again_after_a_kill(survey,
     assert len(cuts) > before                                   # other images, other curves
 
 
-def test_the_search_starts_from_the_offer_and_is_no_worse_once_refitted(survey, dense, monkeypatch):
-    whole, calls = gmacs(CompressionPlan.empty(survey.shape)), []
+def test_the_search_starts_from_the_offer_and_the_plan_of_tokens_alone(survey):
+    whole = gmacs(CompressionPlan.empty(survey.shape))
     limit = 0.6 * whole
-    assert "agree_pct" in survey.search("all together", whole, 6).made_by["reported"]          # nothing is cut, and it is reported
-    plan = survey.search("all together", limit, 6)
-    assert gmacs(plan) <= limit
+    uncut, = survey.search("all together", whole, 6)                            # nothing has to be cut
+    assert survey.offer("", uncut).agree_pct == 100
+    plans = survey.search("all together", limit, 6)
+    lines = list(read_lines(next(survey.folder.glob("*/journal.jsonl"))))
+    assert all(gmacs(plan) <= limit for plan in plans) and [line["by"] for line in lines[:2]] == ["sensitivity"] * 2
+    assert [plan.made_by["evaluation"] for plan in plans] == [line["index"] for line in sorted(lines, key=lambda line: -line["value"])]
+    by_number = {plan.made_by["evaluation"]: plan for plan in plans}
+    first, alone = (dataclasses.replace(plan, made_by={}) for plan in (survey.plan("all together", limit), survey._even(limit)))
+    assert dataclasses.replace(by_number[0], made_by={}) == first and dataclasses.replace(by_number[1], made_by={}) == alone
 
-    def refitted(plan):
-        small = compensate(dense.model, plan, survey.batches, progress=False)
-        return survey.objective.measure(deploy(small))["distill_loss"]
-    assert refitted(plan) <= refitted(survey.plan("all together", limit)) + 1e-9
-    study = next(survey.folder.glob("*/journal.jsonl"))
-    lines, finalists = list(read_lines(study)), list(read_lines(study.parent / tonight.FINALISTS_MEASURED))
-    assert lines[0]["by"] == "sensitivity" and plan.made_by["evaluation"] in [row["evaluation"] for row in finalists]
-    ranked = sorted(lines, key=lambda line: -line["value"])[:tonight.FINALISTS]
-    assert {row["evaluation"] for row in finalists} == {0} | {line["index"] for line in ranked}
-    assert min(finalists, key=lambda row: row["distill_loss"])["distill_loss"] == pytest.approx(refitted(plan))
-    monkeypatch.setattr(tonight, "compensate", lambda *args, **settings: calls.append(args))
-    assert survey.search("all together", limit, 6) == plan and not calls          # finalists are measured once
+
+def test_a_time_that_is_over_ends_a_search_with_what_it_has(survey):
+    limit = 0.6 * gmacs(CompressionPlan.empty(survey.shape))
+    assert len(survey.search("all together", limit, 6, until=0.0)) == 1
+    assert len(survey.search("all together", limit, 6)) == 6                    # and it goes on from there
+
+
+def worth(survey, plan, form) -> np.ndarray:
+    """Each image's distance, of the plan's model refitted by the book."""
+    model = calibrating.in_form(form, survey.found.model, plan, survey.batches, costs=survey.costs, progress=False)
+    return np.array(survey.choosing.each(deploy(model)))
+
+
+def test_a_plan_is_left_for_a_gain_beyond_its_error_alone(survey, monkeypatch):
+    limit, calls = 0.6 * gmacs(CompressionPlan.empty(survey.shape)), []
+    plans = [survey.plan("merging by content", limit), survey.plan("neurons", limit), survey.plan("all together", limit)]
+    forms = [min(calibrating.forms_of(plan), key=lambda form: worth(survey, plan, form).mean()) for plan in plans]
+    each, wanted = [worth(survey, plan, form) for plan, form in zip(plans, forms)], 0
+    for number in range(1, 3):
+        gain = each[wanted] - each[number]
+        wanted = number if gain.mean() > gain.std(ddof=1) / len(gain) ** 0.5 else wanted
+    assert survey.best(plans) == (plans[wanted], forms[wanted])
+    monkeypatch.setattr("vitlab.workbench.calibrating.compensate", lambda *args, **settings: calls.append(args))
+    assert survey.best(plans) == (plans[wanted], forms[wanted]) and not calls   # they are measured once
+    noisy = [np.array([1.0, 1.2, 1.1, 0.9]) - gain for gain in (0, np.array([0.5, -0.4, 0.4, -0.4]), 0.001)]
+    monkeypatch.setattr(survey, "_apart", lambda plan, form: noisy[plans.index(plan)])
+    assert survey.best(plans)[0] == plans[2]                                    # little, but of every image; the second's is luck
 
 
 def test_the_best_offer_is_the_nearest_within_the_budget(survey):
@@ -158,7 +180,7 @@ def test_the_best_offer_is_the_nearest_within_the_budget(survey):
 
 def test_from_images_alone_to_a_deployed_model(dense, photographs, tmp_path):
     found = tonight.tonight(dense, photographs, tmp_path / "out", macs_ratio=0.6, rules=("merging by content",), ratios=(0.8,),
-                            evaluations=3, minutes=0, images=16, calibration_images=40, **FEW)
+                            evaluations=3, images=16, score_images=24, **FEW)
     assert gmacs(found.plan) <= 0.6 * gmacs(CompressionPlan.empty(found.plan.shape))
     read = checkpoint.load(tmp_path / "out" / tonight.DEPLOYED)
     x = torch.randn(2, 3, *found.plan.shape.img_size, generator=torch.Generator().manual_seed(0))

@@ -27,14 +27,14 @@ class Moments:
     def __init__(self, size: int, device: torch.device | str = "cpu", outputs: int = 0) -> None:
         def zeros(*sizes: int) -> Tensor:
             return torch.zeros(sizes, dtype=torch.float64, device=device)
-        self.rows, self.sum, self.products = 0, zeros(size), zeros(size, size)
+        self.rows, self.sum, self.products = zeros(), zeros(size), zeros(size, size)
         self.lack, self.lack_products = zeros(outputs), zeros(outputs, size)
 
     def add(self, x: Tensor, lacks: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Inputs (..., K), what the outputs lack (..., D), and weights of the rows (...); None: nothing, and 1 each."""
         x = x.detach().flatten(0, -2).float()
         weighted = x if weights is None else x * weights.flatten()[:, None]
-        self.rows += len(x) if weights is None else float(weights.sum())
+        self.rows += len(x) if weights is None else weights.sum()
         self.sum += weighted.sum(dim=0, dtype=torch.float64)
         with torch.autocast(x.device.type, enabled=False):                      # bf16 is for the model, not for its moments
             self.products += (weighted.T @ x).double()
@@ -77,7 +77,7 @@ class Normal:
     wanted: Tensor                  # W_R C_RS + C_eS (D, K')
     mean: Tensor                    # mu_S (K')
     shift: Tensor                   # W_R mu_R + mu_e (D)
-    variance: float                 # mean of the diagonal of C, of all inputs
+    variance: Tensor                # mean of the diagonal of C, of all inputs ()
 
     @classmethod
     def of(cls, weight: Tensor, moments: Moments, inputs: Tensor) -> "Normal":
@@ -92,7 +92,7 @@ class Normal:
             lack = moments.lack / moments.rows
             wanted, shift = wanted + moments.lack_products[:, inputs] / moments.rows - torch.outer(lack, mean[inputs]), shift + lack
         return cls(covariance=covariance[inputs][:, inputs], wanted=wanted, mean=mean[inputs], shift=shift,
-                   variance=float(covariance.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)))
+                   variance=covariance.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny))
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
         """(W' - W_S (D, K'), b' - b (D))."""
@@ -103,10 +103,10 @@ class Normal:
             change = torch.cholesky_solve(self.wanted.T, torch.linalg.cholesky(raised)).T
         return change, self.shift - change @ self.mean
 
-    def error(self, change: Tensor, gained: Tensor) -> float:
+    def error(self, change: Tensor, gained: Tensor) -> Tensor:
         """Mean squared error of a change on the rows of these equations, but for a constant."""
         spread = ((change @ self.covariance) * change).sum() - 2 * (change * self.wanted).sum()
-        return float(spread + (gained + change @ self.mean - self.shift).square().sum())
+        return spread + (gained + change @ self.mean - self.shift).square().sum()
 
 
 def refit(weight: Tensor, moments: Moments, kept: Tensor, width: int = 1, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
@@ -124,16 +124,21 @@ def refit(weight: Tensor, moments: Moments, kept: Tensor, width: int = 1, ridge:
 
 
 def choose_ridge(weight: Tensor, folds: Sequence[Moments], kept: Tensor, width: int = 1, ridges: Sequence[float] = RIDGES) -> float:
-    """The ridge of a `refit` that misses least on images that it was not fitted to: for each fold of the images, fitted to the others
-    and measured on it. The largest of `ridges` where there are not two folds with images to tell by."""
-    folds, inputs = [fold for fold in folds if fold.rows], columns(kept, width)
+    """The ridge of a `refit` by what it misses on images that it was not fitted to: for each fold of the images, fitted to the others
+    and measured on it; the largest that misses no more than the best one by a standard error of that difference over folds (Breiman et
+    al., *Classification and Regression Trees*, 1984, section 3.4.3), as layers that follow are fitted to what images see that this one
+    was fitted to. The largest of `ridges` where there are not two folds with images to tell by."""
+    folds, inputs, ridges = [fold for fold in folds if fold.rows], columns(kept, width), sorted(ridges, reverse=True)
     if len(folds) < 2:
-        return max(ridges)
-    own = [Normal.of(weight, fold, inputs) for fold in folds]
-    others = [Normal.of(weight, functools.reduce(Moments.plus, (other for other in folds if other is not fold)), inputs) for fold in folds]
-    missed = {ridge: sum(fold.rows * held_out.error(*fitted.solve(ridge)) for fold, held_out, fitted in zip(folds, own, others))
-              for ridge in ridges}
-    return min(ridges, key=missed.__getitem__)
+        return ridges[0]
+    missed = []
+    for fold in folds:
+        others = functools.reduce(Moments.plus, (other for other in folds if other is not fold))
+        own, fitted = (Normal.of(weight, moments, inputs) for moments in (fold, others))
+        missed.append(torch.stack([own.error(*fitted.solve(ridge)) for ridge in ridges]))
+    errors = torch.stack(missed).cpu()                                          # (folds, ridges)
+    rest = errors - errors[:, errors.mean(dim=0).argmin()][:, None]
+    return ridges[int((rest.mean(dim=0) <= rest.std(dim=0) / len(folds) ** 0.5).int().argmax())]
 
 
 def _diagonal(matrix: Tensor, width: int) -> Tensor:

@@ -132,6 +132,7 @@ class UnitCriterion:
     "activations"   activations (B, N, U, d), for neurons d = 1 -> scores (U)
     "gradients"     activations and gradients of the summed loss, each (B, N, U, d) -> scores (U)
     "moments"       weight (D, U d) of the linear that mixes the units, Moments of its inputs, d -> scores (U)
+    "fisher"        the same, the weight turned so that the square of an output's error is what it costs
     "output"        activations (B, N, U, d), settings by name -> a function of the softmax output that gives scores (U)
     """
 
@@ -146,6 +147,7 @@ UNIT_CRITERIA = {
     "activation": UnitCriterion(needs="activations", heads=activation_magnitude, neurons=activation_magnitude),
     "taylor": UnitCriterion(needs="gradients", heads=taylor, neurons=taylor),
     "reconstruction": UnitCriterion(needs="moments", heads=reconstruction, neurons=reconstruction),
+    "fisher": UnitCriterion(needs="fisher", heads=reconstruction, neurons=reconstruction),
     "random": UnitCriterion(needs="nothing", heads=random_scores, neurons=random_scores),
 }
 

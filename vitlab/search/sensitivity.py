@@ -13,7 +13,7 @@ from vitlab.search.allocation import allocate, levels, summed_losses
 from vitlab.search.sampling import Problem, neighbours
 
 SENSITIVITY = "sensitivity.jsonl"
-DEARER = (3, 9)                                 # weights of one group's losses, in policies to begin with
+DEARER, NEVER = 3, 1e6                          # weights of losses, in policies to begin with: of one group, of all but one
 
 
 def _known(path: Path, wanted: list[tuple[str, float]]) -> dict[tuple[str, float], dict[str, Any]]:
@@ -81,15 +81,23 @@ def trend_of(problem: Problem, rows: list[dict[str, Any]]) -> Callable[[np.ndarr
 
 
 def start_policies(problem: Problem, rows: list[dict[str, Any]], count: int, seed: int) -> np.ndarray:
-    """Up to `count` policies (K, D) to begin with: the one that `allocate` makes of the rows; those it makes where one group's
-    losses weigh DEARER times as much, as groups cut together lose otherwise than alone; and others near these."""
+    """Up to `count` policies (K, D) to begin with: the one that `allocate` makes of the rows; those that cut one group alone, where that
+    is enough, as a search should find nothing that is worse; those where one group's losses weigh DEARER times as much, as groups cut
+    together lose otherwise than alone; and others near these."""
     curves, groups = curves_of(problem, rows), problem.space.groups
-    weights = [dict.fromkeys(groups, 1)] + [{group: dearer} for dearer in DEARER for group in dict.fromkeys(groups)]
-    made = []
-    for weight in weights[:count if len(set(groups)) > 1 else 1]:
-        with contextlib.suppress(InputError) if made else contextlib.nullcontext():     # the first says why there is none
-            made.append(allocate(*problem, [[(ratio, loss * weight.get(group, 1)) for ratio, loss in curve]
-                                            for curve, group in zip(curves, groups)]))
-    first = np.unique(made, axis=0)[np.argsort(np.unique(made, axis=0, return_index=True)[1])]
+    names = list(dict.fromkeys(groups))
+
+    def allocated(weights: dict[str, float]) -> np.ndarray:
+        return allocate(*problem, [[(ratio, loss * weights.get(group, 1)) for ratio, loss in curve]
+                                   for curve, group in zip(curves, groups)])
+    made = [allocated({})]                                                      # says why there is none
+    for name in names if len(names) > 1 else ():
+        with contextlib.suppress(InputError):
+            alone = allocated({other: NEVER for other in names if other != name})
+            made += [] if alone[[group != name for group in groups]].any() else [alone]
+    for name in names if len(names) > 1 else ():
+        with contextlib.suppress(InputError):
+            made.append(allocated({name: DEARER}))
+    first = np.array(made)[np.sort(np.unique(made, axis=0, return_index=True)[1])][:count]
     missing = count - len(first)
     return np.concatenate([first, neighbours(problem, first, missing, np.random.default_rng([2, seed]))]) if missing else first

@@ -150,28 +150,32 @@ class Study:
         alone = read_lines(self.folder / SENSITIVITY) if self.options.initial == "sensitivity" else []
         return len(self.evaluations) + len(alone)
 
-    def run(self, objective: Callable[[np.ndarray], dict[str, float]], *, progress: bool = True) -> Evaluation:
-        """Measure until there are settings.evaluations of them; returns the best. With initial "sensitivity" each dimension is
-        measured alone before the first (`measure_alone`), and the population begins with what follows from it. Under torchrun the
-        settings.batch proposals of a turn are measured side by side, and the journal is that of one process.
+    def run(self, objective: Callable[[np.ndarray], dict[str, float]], *, starts: np.ndarray | None = None,
+            until: float = np.inf, progress: bool = True) -> Evaluation:
+        """Measure until there are settings.evaluations of them, or time.monotonic() is `until`, but one at least; returns the best. With
+        initial "sensitivity" each dimension is measured alone before the first (`measure_alone`), and the population begins with what
+        follows from it, and with `starts` (K, D). Under torchrun the settings.batch proposals of a turn are measured side by side, and
+        the journal is that of one process.
 
         Raises InputError where another process searches in this folder."""
         with locked(self.folder) if parallel.is_first() else contextlib.nullcontext():
             if len(read_journal(self.folder)) != len(self.evaluations):
                 raise InputError(f"{self.folder / JOURNAL}: another process has searched here meanwhile; open the study again")
             parallel.wait()
-            return self._run(objective, progress)
+            return self._run(objective, starts, until, progress)
 
-    def _run(self, objective: Callable[[np.ndarray], dict[str, float]], progress: bool) -> Evaluation:
+    def _run(self, objective: Callable[[np.ndarray], dict[str, float]], start: np.ndarray | None, until: float,
+             progress: bool) -> Evaluation:
         problem, total, batch = Problem(self.space, self.budget), self.options.evaluations, self.options.batch
-        start, trend = None, None
+        trend = None
         if self.options.initial == "sensitivity" and len(self.evaluations) < total:
             rows = measure_alone(problem, objective, self.folder / SENSITIVITY, progress=progress)
-            start, trend = start_policies(problem, rows, self.options.population // 2, self.seed), trend_of(problem, rows)
+            trend, made = trend_of(problem, rows), start_policies(problem, rows, self.options.population // 2, self.seed)
+            start = made if start is None else np.concatenate([made[:1], start, made[1:]])
         known = dict(zip(self._keys(), self.evaluations))
         with tqdm(total=total, initial=len(self.evaluations), desc=f"search ({self.strategy})", unit="policy",
                   disable=not progress) as bar:
-            while len(self.evaluations) < total:
+            while len(self.evaluations) < total and (time.monotonic() < until or not self.evaluations):
                 done = len(self.evaluations)
                 first = done - done % batch                     # the batch that a kill may have left half done
                 seen = self.evaluations[:first]

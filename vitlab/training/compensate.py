@@ -2,14 +2,14 @@
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vitlab import parallel, tokens
+from vitlab import tokens
 from vitlab.criteria.compensation import RIDGE, Moments, choose_ridge, refit
 from vitlab.files import InputError
 from vitlab.models import attention_block, compress
@@ -17,38 +17,13 @@ from vitlab.models.held import Held, Merged
 from vitlab.models.shrink import keep_heads, keep_neurons
 from vitlab.models.support import embedded, encoder_of, plain_linear, runs_in_parts
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import Match, Select, SharedUpdate, TokenRule
+from vitlab.rules import Match, ReadOut, Select, SharedUpdate, TokenRule
 from vitlab.training.averaging import hooks
 from vitlab.training.evaluate import autocast
+from vitlab.training.moments import Fisher, Layer, layers_of, mixing_layer, prefix_weights, row_weights
 
-KINDS = ("heads", "neurons")
-STREAM, PREFIX_WEIGHT = 0.5, 1.0           # of `compensate`; on DeiT-tiny with 39 % of the neurons cut: docs/off_the_shelf.md
 FOLDS = 4                                   # of the images, by which the strength of a refit is chosen
 SMALL_GAMMA = 1e-3                          # of the largest: channels whose LayerScale is less keep their own target
-
-
-def mixing_layer(block: nn.Module, kind: str) -> tuple[nn.Linear, int]:
-    """(the linear that mixes the heads or neurons of timm's Block, how many inputs a unit has)."""
-    return (block.attn.proj, block.attn.head_dim) if kind == "heads" else (block.mlp.fc2, 1)
-
-
-@torch.inference_mode()
-def gather_moments(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], layers: Sequence[tuple[int, str]], *,
-                   device: str | torch.device | None = None, amp: bool | None = False) -> dict[tuple[int, str], Moments]:
-    """Moments of the inputs of some layers, (block, "heads" or "neurons") each, over all tokens of all images, in one
-    pass. Under torchrun each process gives its share of the batches."""
-    device = torch.device(device) if device is not None else next(model.parameters()).device
-    linears = {layer: mixing_layer(attention_block(model.blocks[layer[0]]), layer[1])[0] for layer in layers}
-    found = {layer: Moments(linear.in_features, device) for layer, linear in linears.items()}
-    with hooks([linear.register_forward_pre_hook(lambda _, given, own=found[layer]: own.add(given[0]))
-                for layer, linear in linears.items()]):
-        for images, _ in batches:
-            with autocast(device, amp):
-                model(images.to(device))
-    for moments in found.values():
-        moments.rows = float(parallel.total(torch.tensor(float(moments.rows), dtype=torch.float64)))
-        moments.sum, moments.products = parallel.total(moments.sum), parallel.total(moments.products)
-    return found
 
 
 def dense_rows(rule: TokenRule | None, dense: Tensor, rows: int, merged: Merged | None = None) -> Tensor | None:
@@ -117,9 +92,9 @@ class Walk:
         self._look()
 
     @torch.inference_mode()
-    def moments(self, kind: str, rule: TokenRule | None, *, stream: float, prefix_weight: float) -> list[Moments]:
-        """Of the inputs of this block's layer that mixes heads or neurons, with `stream` times what its output lacks of the dense model's
-        stream, and prefix tokens counted prefix_weight times: of FOLDS folds of the images."""
+    def moments(self, kind: str, rule: TokenRule | None, weight: float = 1.0) -> list[Moments]:
+        """Of the inputs of this block's layer that mixes heads or neurons, with what its output lacks of the dense model's stream, prefix
+        tokens counted `weight` times: of FOLDS folds of the images."""
         wrapped, heads, prefix = self.model.blocks[self.at], kind == "heads", self.model.num_prefix_tokens
         block, seen, images = attention_block(wrapped), {}, 0
         linear, norm, scale = mixing_layer(block, kind)[0], *((block.norm1, block.ls1) if heads else (block.norm2, block.ls2))
@@ -128,43 +103,46 @@ class Walk:
                     linear.register_forward_hook(lambda _, given, output: seen.update(inputs=given[0], output=output))]):
             for entering, leaving, dense in zip(self.streams, self._run(wrapped, self.streams), self.half if heads else self.after):
                 held, inputs, output = entering if heads else leaving, seen["inputs"], seen["output"]
-                lacks = stream * _lacks(scale, rule, seen["own"], output, dense, prefix, held if isinstance(held, Merged) else None)
-                weights = output.new_ones(output.shape[:2], dtype=torch.float32)
-                weights[:, :prefix] = prefix_weight
+                lacks = _lacks(scale, rule, seen["own"], output, dense, prefix, held if isinstance(held, Merged) else None)
+                weights = row_weights(output, prefix, weight)
                 for number, fold in enumerate(folds):                           # image i is in fold i mod FOLDS
                     mine = slice((number - images) % FOLDS, None, FOLDS)
-                    fold.add(inputs[mine], lacks[mine], weights[mine])
+                    fold.add(inputs[mine], lacks[mine], None if weights is None else weights[mine])
                 images += len(inputs)
         return folds
 
 
-def _layers(plan: CompressionPlan, follow: bool) -> list[tuple[int, str]]:
-    """(block, "heads" or "neurons") of the layers that lose units, and, with follow, of every proj after the first of them."""
-    cut = [(index, kind) for index, block in enumerate(plan.blocks) for kind in KINDS if getattr(block, kind) is not None]
-    return sorted({*cut, *((index, "heads") for index in range(len(plan.blocks)) if follow and cut and (index, "heads") > cut[0])})
+def _layers(plan: CompressionPlan, every: bool, follow: bool) -> list[Layer]:
+    """The layers that are refitted: those that lose units, with follow every proj after the first of them; with `every`, all from the
+    first block on in which anything is cut."""
+    cut = [layer for layer in layers_of(plan) if getattr(plan.blocks[layer[0]], layer[1]) is not None]
+    first = next((index for index, block in enumerate(plan.blocks) if dataclasses.replace(block, tokens=None) != BlockPlan()
+                  or not isinstance(block.tokens, (ReadOut, type(None)))), len(plan.blocks))
+    return [layer for layer in layers_of(plan)
+            if layer in cut or (layer[0] >= first if every else follow and layer[1] == "heads" and layer > (cut or [layer])[0])]
 
 
 def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[Tensor, Tensor]], *, ridge: float | None = None,
-               stream: float = STREAM, prefix_weight: float = PREFIX_WEIGHT, moments: dict[tuple[int, str], Moments] | None = None,
+               costs: Mapping[Layer, Fisher] | None = None, every: bool = False, moments: Mapping[Layer, Moments] | None = None,
                device: str | torch.device | None = None, amp: bool | None = False, progress: bool = True) -> nn.Module:
     """compress(dense, plan) with proj and fc2 refitted in every block that loses heads or neurons (criteria.compensation.refit).
 
     Block after block, attention before MLP: a layer's inputs are those of the model with everything before it already cut and
-    refitted, tokens included. Its target is (1 - stream) times what it gave on these inputs before its own cut, plus stream
-    times what would bring its block's stream to the dense model's on the same image and token, so that errors are made good
-    instead of piling up; where a token rule leaves no such token (`dense_rows`), the layer's own output alone. With stream > 0
-    every proj after the first cut is refitted too, for that reason. Rows of prefix tokens weigh prefix_weight, others 1. ridge
-    draws the weights to what they were; None chooses it for each layer by what misses least on images left out (`choose_ridge`), so
-    that few images change little. stream = 0 with prefix_weight = 1 is plain reconstruction of each layer's own output.
+    refitted, tokens included. Its target is what would bring its block's stream to the dense model's on the same image and token, so
+    that errors are made good instead of piling up; where a token rule leaves no such token (`dense_rows`), its own output before its
+    cut. Every proj after the first cut is refitted too, for that reason; with `every`, all these layers from the first block on in which
+    anything is cut, also where only tokens are. costs (`fisher`) says how often prefix tokens count where others count once; None: as
+    often. ridge draws the weights to what they were; None chooses it for each layer by what misses least on images left out
+    (`choose_ridge`), so that few images change little.
 
-    batches are gone through once (`Walk`). With `moments` of the dense model (`gather_moments`) they are not read, stream and
-    prefix_weight say nothing, and ridge None is RIDGE: quicker, and a little worse. A plan that cuts no head and no neuron gives
-    compress(dense, plan). Raises InputError as compress does, or without images.
+    batches are gone through once (`Walk`). With `moments` of the dense model (`gather_moments`) they are not read, what loses units
+    alone is refitted, to its own output, costs says nothing, and ridge None is RIDGE: quicker, and a little worse. A plan in which
+    nothing is to be refitted gives compress(dense, plan). Raises InputError as compress does, or without images.
     """
     device = torch.device(device) if device is not None else next(dense.parameters()).device
     merging = dataclasses.replace(plan, blocks=tuple(BlockPlan(tokens=block.tokens) for block in plan.blocks))
     model = compress(dense, merging).to(device).eval()
-    todo, rules = _layers(plan, follow=not moments and stream > 0), [rule for rule, _ in plan.rules()]
+    todo, rules = _layers(plan, every, follow=not moments), [rule for rule, _ in plan.rules()]
     walk = Walk(copy.deepcopy(dense).to(device).eval(), model, batches, amp) if todo and not moments else None
     for index, kind in tqdm(todo, desc="compensate", unit="layer", disable=not progress):
         block, cut = attention_block(model.blocks[index]), plan.blocks[index]
@@ -174,7 +152,7 @@ def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[
             raise InputError(f"block {index}: its {'proj' if kind == 'heads' else 'fc2'} has no bias, which compensation needs")
         while walk and walk.at < index:
             walk.step()
-        folds = [moments[index, kind]] if moments else walk.moments(kind, rules[index], stream=stream, prefix_weight=prefix_weight)
+        folds = [moments[index, kind]] if moments else walk.moments(kind, rules[index], prefix_weights(costs, (index, kind)))
         stay = (torch.arange(linear.in_features // width) if kept is None else torch.tensor(kept)).to(device)
         dense_weight = plain_linear(linear).weight.detach()
         try:

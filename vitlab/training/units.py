@@ -3,7 +3,7 @@
 *Multi-Dimensional Vision Transformer Compression via Dependency Guided Gaussian Process Search* (Hou and Kung, CVPRW 2022,
 arXiv 2201.00043), methods B1 and B2.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from vitlab.models import shape_of
 from vitlab.models.support import plain_linear
 from vitlab.training.averaging import Batches, averaged, frozen_eval, hooks
 from vitlab.training.capture import need_classifier
-from vitlab.training.compensate import KINDS, gather_moments, mixing_layer
+from vitlab.training.moments import KINDS, Fisher, Layer, fisher, gather_moments, layers_of, mixing_layer
 from vitlab.training.pixels import each_cross_entropy, logits_of
 
 
@@ -95,8 +95,8 @@ def _over_images(model: nn.Module, batches: Batches, criterion: UnitCriterion, s
     return heads * mean.batch**2 if dependent else heads, neurons, mean.images
 
 
-def _by_moments(model: nn.Module, batches: Batches, criterion: UnitCriterion, device: str | torch.device | None, progress: bool,
-                made_by: dict[str, str]) -> UnitScores:
+def _by_moments(model: nn.Module, batches: Batches, criterion: UnitCriterion, seed: int, device: str | torch.device | None,
+                progress: bool, made_by: dict[str, str]) -> UnitScores:
     """Scores from second moments of what each linear that mixes units takes in, over all tokens of all images."""
     device, images = torch.device(device or next(model.parameters()).device), 0
 
@@ -105,21 +105,27 @@ def _by_moments(model: nn.Module, batches: Batches, criterion: UnitCriterion, de
         for x, y in tqdm(batches, desc=f"unit scores by {made_by['criterion']}", unit="batch", disable=not progress):
             images += len(x)
             yield x, y
-    layers = [(index, kind) for index in range(len(model.blocks)) for kind in KINDS]
-    with frozen_eval(model.to(device)):
-        moments = gather_moments(model, counted(), layers, device=device)
+    model, costs = model.to(device), None
+    if criterion.needs == "fisher":
+        costs = fisher(model, batches, seed=seed, device=device, progress=progress)
+    with frozen_eval(model):
+        moments = gather_moments(model, counted(), layers_of(model), costs=costs, device=device)
     images = int(parallel.total(torch.tensor(images)))
     if not images:
         raise InputError(f"unit scores by {made_by['criterion']}: there is no image to score on")
-    return UnitScores(**by_moments(model, moments, criterion), made_by=made_by | {"images": str(images)})
+    return UnitScores(**by_moments(model, moments, criterion, costs), made_by=made_by | {"images": str(images)})
 
 
-def by_moments(model: nn.Module, moments: dict[tuple[int, str], Moments], criterion: UnitCriterion) -> dict[str, Tensor]:
-    """{"heads": (L, H), "neurons": (L, M)} scores by a criterion that needs moments, of every layer that mixes units."""
+def by_moments(model: nn.Module, moments: Mapping[Layer, Moments], criterion: UnitCriterion,
+               costs: Mapping[Layer, Fisher] | None = None) -> dict[str, Tensor]:
+    """{"heads": (L, H), "neurons": (L, M)} scores by a criterion that needs moments, of every layer that mixes units; errors of its output
+    count by what they cost (`fisher`), or all alike."""
     found: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     for index, kind in sorted(moments):
         linear, width = mixing_layer(model.blocks[index], kind)
-        found[kind].append(getattr(criterion, kind)(plain_linear(linear).weight.detach(), moments[index, kind], width).cpu())
+        weight = plain_linear(linear).weight.detach()
+        weight = costs[index, kind].root() @ weight.double() if costs else weight
+        found[kind].append(getattr(criterion, kind)(weight, moments[index, kind], width).cpu())
     return {kind: torch.stack(scores) for kind, scores in found.items()}
 
 
@@ -133,6 +139,7 @@ def unit_scores(model: nn.Module, batches: Batches, *, criterion: str = "hsic", 
     (B / b)^2, B the mean batch, and one of a single image has nothing to say. Of the activations only the kernels (B x B a unit)
     and magnitudes are kept until the softmax output is known: L (M + H) B^2 numbers; temporaries are those of `chunk` neurons.
     "reconstruction": the place in a greedy elimination, by second moments of what proj and fc2 take in, over all images.
+    "fisher": the same, errors of a layer's output counted by what they cost at the model's own (`training.moments.fisher`).
     "activation", "taylor": means over all images. "weight", "random" (uniform, from seed): the batches are not read.
 
     Raises InputError for an unknown criterion, a compressed model, a family that can't be handled, no image (for hsic
@@ -151,10 +158,10 @@ def unit_scores(model: nn.Module, batches: Batches, *, criterion: str = "hsic", 
         weights = [_unit_weights(block) for block in model.blocks]
         return UnitScores(heads=torch.stack([chosen.heads(w["heads"]) for w in weights]).cpu(),
                           neurons=torch.stack([chosen.neurons(w["neurons"]) for w in weights]).cpu(), made_by=made_by)
-    if chosen.needs == "moments":
-        return _by_moments(model, batches, chosen, device, progress, made_by)
-    if chosen.needs != "activations":
+    if chosen.needs not in ("activations", "moments"):
         need_classifier(model, what)
+    if chosen.needs in ("moments", "fisher"):
+        return _by_moments(model, batches, chosen, seed, device, progress, made_by)
     settings: dict[str, dict] = {"heads": {}, "neurons": {}}
     if chosen.needs == "output":
         made_by |= {"relevance_weight": str(relevance_weight), "magnitude_weight": str(magnitude_weight),

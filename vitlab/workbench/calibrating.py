@@ -8,30 +8,44 @@ from vitlab.data.parts import reported_on
 from vitlab.models import compress, shape_of
 from vitlab.plan import CompressionPlan
 from vitlab.training import checkpoint
+from vitlab.training.averaging import Batches
 from vitlab.training.capture import need_classifier
 from vitlab.training.checkpoint import Checkpoint
 from vitlab.training.compensate import compensate
+from vitlab.training.moments import fisher
 from vitlab.training.self_distillation import Divergence, self_distil
 from vitlab.uncertainty import digits_of, plus_minus
 from vitlab.workbench.cutting import amp_of, measured_batches, open_dense
 from vitlab.workbench.steps import Source, open_matching, pick_device
 
-CHOSEN_ON = 50                                  # images at least, on which a state is chosen
+CHOSEN_ON = 50                                  # images at least, on which a form or a state is chosen
+CUT, REFITTED, THROUGHOUT = "cut", "refitted", "refitted throughout"            # the forms that a plan's model can have
+
+
+def forms_of(plan: CompressionPlan) -> tuple[str, ...]:
+    """As it is cut; what loses heads or neurons refitted, where anything does; all from the first cut or merging on."""
+    units = any(block.heads is not None or block.neurons is not None for block in plan.blocks)
+    return (CUT, REFITTED, THROUGHOUT) if units else (CUT, THROUGHOUT)
+
+
+def in_form(form: str, dense: nn.Module, plan: CompressionPlan, batches: Batches, **settings: Any) -> nn.Module:
+    """The plan's model in a form. settings: of `compensate`."""
+    return compress(dense, plan).eval() if form == CUT else compensate(dense, plan, batches, every=form == THROUGHOUT, **settings)
 
 
 def calibrate(source: Source, data: str | Path, out: str | Path, plan: str | Path | CompressionPlan, *, images: int = 1000,
               report_images: int = 256, ridge: float | None = None, minutes: float = 0, seed: int = 0, device: str | None = None,
               class_map: str | Path | None = None, workers: int | None = None, progress: bool = True) -> Checkpoint:
     """Compress a dense model by a plan, and bring its output near the dense one's on `images` of train, without labels: what is
-    left of heads and neurons is refitted in closed form (`compensate`), then everything is trained for at most so many minutes
-    (`self_distil`). Writes and returns the checkpoint in `out`; it is there after the closed form, and replaced by better ones.
-    Another call begins anew. ridge None: chosen for each layer by images left out.
+    left of heads and neurons, or all from the first cut on, is refitted in closed form (`compensate`), then everything is trained for at
+    most so many minutes (`self_distil`). Writes and returns the checkpoint in `out`; it is there after the closed form, and replaced by
+    better ones. Another call begins anew. ridge None: chosen for each layer by images left out.
 
     Of train there are three parts without an image in common (`ImageData.parts`): one that is fitted and trained on; one, a tenth as
-    large and of CHOSEN_ON images at least, on which it is chosen whether the closed form stays and which state of the training; and
-    one of report_images: made_by says the mean KL(dense || compressed) in nats on it as kl_cut, kl_refitted and, where a state of
-    the training was chosen, kl_distilled, each with its standard error (kl_cut_se), `kept` being the one that the checkpoint is.
-    Raises InputError for a model without a classifier, which has no such distance.
+    large and of CHOSEN_ON images at least, on which the nearest of `forms_of` the plan is chosen, and the state of the training; and
+    one of report_images: made_by says the mean KL(dense || compressed) in nats on it as kl_cut, kl_refitted (of the nearer of the
+    refitted forms) and, where a state of the training was chosen, kl_distilled, each with its standard error (kl_cut_se), `kept` being
+    the form that the checkpoint has. Raises InputError for a model without a classifier, which has no such distance.
     """
     found, place = open_dense(source), pick_device(device)
     need_classifier(found.model, "calibrated models")
@@ -40,18 +54,20 @@ def calibrate(source: Source, data: str | Path, out: str | Path, plan: str | Pat
     parts = opened.parts(seed, calibrate=images, choose=max(CHOSEN_ON, images // 10), report=report_images)
     plan = plan if isinstance(plan, CompressionPlan) else CompressionPlan.load(plan, shape_of(dense))
     choosing, reporting = (Divergence(dense, measured_batches(dense, parts, role, workers), amp) for role in ("choose", "report"))
-    cut = compress(dense, plan)
-    refitted = compensate(dense, plan, list(parts.batches("calibrate", dense, workers=workers)), ridge=ridge, amp=amp, progress=progress)
-    small, kept = (refitted, "refitted") if choosing(refitted) <= choosing(cut) else (cut, "cut")
+    batches = list(parts.batches("calibrate", dense, workers=workers))
+    costs = fisher(dense, batches, seed=seed, amp=amp, progress=progress)
+    models = {form: in_form(form, dense, plan, batches, ridge=ridge, costs=costs, amp=amp, progress=progress) for form in forms_of(plan)}
+    apart = {form: choosing(model) for form, model in models.items()}
+    best, refitted = (min(forms, key=apart.__getitem__) for forms in (apart, forms_of(plan)[1:]))
     made_by = {"step": "calibrate", "data": opened.name, "images": parts.roles["calibrate"], "roles": parts.roles,
                "ridge": "chosen for each layer" if ridge is None else ridge, "minutes": minutes, "seed": seed, "plan": plan.made_by,
-               "kept": kept, **reporting.measured(cut, "kl_cut"), **reporting.measured(refitted, "kl_refitted")}
+               "kept": best, **reporting.measured(models[CUT], "kl_cut"), **reporting.measured(models[refitted], "kl_refitted")}
 
     def keep(model: nn.Module, more: dict[str, Any]) -> None:
         checkpoint.save(Path(out) / checkpoint.FOLDER, model, plan, classes=found.info.get("classes"), made_by=made_by | more)
-    keep(small, {})
+    keep(models[best], {})
     if minutes:
-        self_distil(small, dense, parts, choosing, minutes=minutes, seed=seed, amp=amp, workers=workers, progress=progress,
+        self_distil(models[best], dense, parts, choosing, minutes=minutes, seed=seed, amp=amp, workers=workers, progress=progress,
                     split="calibrate",
                     on_better=lambda model, _: keep(model, {"kept": "distilled", **reporting.measured(model, "kl_distilled")}))
     return checkpoint.load(out)

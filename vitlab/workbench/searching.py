@@ -1,7 +1,7 @@
 """The search under a budget, from a model and images to a study and its plan."""
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from vitlab.search.space import MAX_RATIO
 from vitlab.search.strategies import Settings
 from vitlab.search.token_dimensions import default_tokens
 from vitlab.training.capture import need_classifier, token_scores
-from vitlab.training.compensate import compensate, gather_moments
+from vitlab.training.compensate import compensate
 from vitlab.training.latency import latency_table
 from vitlab.training.loop import fingerprint
+from vitlab.training.moments import Fisher, Layer, fisher, gather_moments, layers_of
 from vitlab.training.objective import check_metric
 from vitlab.training.units import unit_scores
 from vitlab.workbench.cutting import UNIT_SCORES, amp_of, measured_batches, needs_images, objective_on, open_dense, read_units, write_units
@@ -104,7 +105,8 @@ def search(source: Source, data: str | Path, out: str | Path, *, limit: float | 
     if compensated and space.units:
         scored = parts.batches("score", found.model, workers=workers)
         with parallel.alone():
-            build = {"build": by_moments(dense_moments(found.model, scored, space.units, place))}
+            costs = fisher(found.model.to(place), scored, seed=seed, amp=amp_of(found.model), progress=progress)
+            build = {"build": by_moments(dense_moments(found.model, scored, space.units, place, costs))}
     objective = objective_on(found.model, parts, "choose", metric, place, workers, **build)
     best = study.run(lambda policy: objective(space.plan(policy, **scores)), progress=progress)
     made_by = {"method": "search", "strategy": strategy, "cost": cost, "limit": limit, "evaluation": best.index, "value": best.value,
@@ -132,31 +134,30 @@ def reported(study: str | Path) -> dict[str, Any] | None:
     return found
 
 
-def dense_moments(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], units: Iterable[str],
-                  device: torch.device) -> dict[tuple[int, str], Moments]:
+def dense_moments(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], units: Iterable[str], device: torch.device,
+                  costs: Mapping[Layer, Fisher] | None = None) -> dict[Layer, Moments]:
     """Moments of every layer that mixes such units, of the dense model."""
-    layers = [(index, kind) for index in range(len(model.blocks)) for kind in units]
-    return gather_moments(model.to(device).eval(), batches, layers, device=device, amp=amp_of(model))
+    return gather_moments(model.to(device).eval(), batches, layers_of(model, units), costs=costs, device=device, amp=amp_of(model))
 
 
-def by_moments(moments: dict[tuple[int, str], Moments]) -> Callable[[nn.Module, CompressionPlan], nn.Module]:
+def by_moments(moments: dict[Layer, Moments]) -> Callable[[nn.Module, CompressionPlan], nn.Module]:
     """compress with closed-form compensation, from moments of the dense model."""
     return lambda dense, plan: compensate(dense, plan, (), moments=moments, progress=False)
 
 
-def moments_to(moments: dict[tuple[int, str], Moments]) -> dict[str, Tensor]:
+def moments_to(moments: dict[Layer, Moments]) -> dict[str, Tensor]:
     """As tensors, for a file that `moments_from` reads."""
     return {f"{index}.{kind}.{name}": torch.as_tensor(getattr(found, name), dtype=torch.float64)
             for (index, kind), found in moments.items() for name in ("rows", "sum", "products")}
 
 
-def moments_from(tensors: dict[str, Tensor]) -> dict[tuple[int, str], Moments]:
+def moments_from(tensors: dict[str, Tensor]) -> dict[Layer, Moments]:
     """What `moments_to` made tensors of."""
-    found: dict[tuple[int, str], Moments] = {}
+    found: dict[Layer, Moments] = {}
     for key, value in tensors.items():
         index, kind, name = key.split(".")
         own = found.setdefault((int(index), kind), Moments(0, value.device))
-        setattr(own, name, float(value) if name == "rows" else value)
+        setattr(own, name, value)
     return found
 
 

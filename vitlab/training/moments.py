@@ -1,0 +1,132 @@
+"""What goes into the layers that mix heads or neurons, and what an error in their outputs costs: both without labels.
+
+To second order KL(p(y | x) || p'(y | x)) = e^T F e / 2 for an error e of a layer's output, with the Fisher information F = E[g g^T], g
+the gradient of log p(y | x) by that output and y drawn from the model's own p (Martens and Grosse, ICML 2015, arXiv 1503.05671, section
+2; there of weights). D outputs of a layer, P prefix tokens.
+"""
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from vitlab import parallel
+from vitlab.criteria.compensation import Moments
+from vitlab.models import attention_block
+from vitlab.models.support import encoder_of
+from vitlab.plan import CompressionPlan
+from vitlab.training.averaging import frozen_eval, hooks
+from vitlab.training.evaluate import autocast
+from vitlab.training.pixels import logits_of
+
+KINDS = ("heads", "neurons")
+Layer = tuple[int, str]                         # (block, one of KINDS): its proj or fc2
+IMAGES, AT_ONCE = 256, 16                       # that gradients are averaged over, and that go through the model together
+HEAVIEST = 50.0                                 # prefix tokens cost up to 1e4 times more, but are few; 50 to 1,000 are alike (docs/log.md)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fisher:
+    """Of one layer."""
+
+    metric: Tensor                              # F (D, D), over all tokens, up to a factor
+    prefix_weight: float                        # mean |g|^2 of a prefix token over that of another, in [1, HEAVIEST]
+
+    def root(self) -> Tensor:
+        """R (D, D) with R^T R = F: |R e|^2 is what an error e costs."""
+        values, vectors = torch.linalg.eigh(self.metric.double())
+        return values.clamp(min=0).sqrt()[:, None] * vectors.T
+
+
+def mixing_layer(block: nn.Module, kind: str) -> tuple[nn.Linear, int]:
+    """(the linear that mixes the heads or neurons of timm's Block, how many inputs a unit has)."""
+    return (block.attn.proj, block.attn.head_dim) if kind == "heads" else (block.mlp.fc2, 1)
+
+
+def layers_of(model: nn.Module | CompressionPlan, kinds: Iterable[str] = KINDS) -> list[Layer]:
+    """Every layer that mixes units of some kinds, block after block."""
+    return [(index, kind) for index in range(len(model.blocks)) for kind in kinds]
+
+
+def fisher(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, images: int = IMAGES, seed: int = 0,
+           device: str | torch.device | None = None, amp: bool | None = False, progress: bool = True) -> dict[Layer, Fisher]:
+    """Of every layer of a model with classes, averaged over the first `images`; nothing where there is no image. Memory: what autograd
+    keeps of AT_ONCE images. Under torchrun each process gives its share."""
+    device = torch.device(device) if device is not None else next(model.parameters()).device
+    prefix, draws = encoder_of(model).num_prefix_tokens, torch.Generator(device=device).manual_seed(seed)
+    linears = {(index, kind): mixing_layer(attention_block(model.blocks[index]), kind)[0] for index, kind in layers_of(model)}
+    metrics = {layer: torch.zeros(linear.out_features, linear.out_features, device=device) for layer, linear in linears.items()}
+    squares = {layer: torch.zeros(2, device=device) for layer in linears}                       # of prefix tokens, of others
+
+    def hook(layer: Layer):
+        def forward(_: nn.Module, given: tuple, output: Tensor) -> Tensor:
+            if not output.requires_grad:                    # the first of all layers: the graph begins here, not at the image
+                output = output.detach().requires_grad_()
+
+            def backward(gradient: Tensor) -> None:
+                rows = gradient.detach().float()                                # (B, N, D)
+                metrics[layer] += rows.flatten(0, 1).T @ rows.flatten(0, 1)
+                each = rows.square().sum(dim=2)
+                parts = [part.mean(dim=1).sum() if part.shape[1] else part.sum() for part in (each[:, :prefix], each[:, prefix:])]
+                squares[layer] += torch.stack(parts)
+            output.register_hook(backward)
+            return output
+        return forward
+    seen, wanted = 0, -(-images // parallel.world())
+    with frozen_eval(model), hooks([linear.register_forward_hook(hook(layer)) for layer, linear in linears.items()]), torch.enable_grad(), \
+            tqdm(total=wanted, desc="what errors cost", unit="image", disable=not progress) as bar:
+        for x in (part for batch, _ in batches for part in batch.split(AT_ONCE)):
+            if seen >= wanted:
+                break
+            with autocast(device, amp):
+                logits = logits_of(model, x.to(device))
+            given = logits.float().log_softmax(dim=1).movedim(1, -1).flatten(0, -2)             # a row an image, or a patch
+            drawn = torch.multinomial(given.detach().exp(), 1, generator=draws)
+            given.gather(1, drawn).sum().backward()
+            seen += len(x)
+            bar.update(len(x))
+    found = {}
+    for layer in linears if int(parallel.total(torch.tensor(seen))) else ():
+        heavy, light = parallel.total(squares[layer]).tolist()
+        weight = min(max(heavy / light, 1.0), HEAVIEST) if light else HEAVIEST if heavy else 1.0
+        found[layer] = Fisher(metric=parallel.total(metrics[layer]), prefix_weight=weight)
+    return found
+
+
+def prefix_weights(found: Mapping[Layer, Fisher] | None, layer: Layer) -> float:
+    """How often a prefix token of a layer counts where another counts once."""
+    return found[layer].prefix_weight if found else 1.0
+
+
+def row_weights(rows: Tensor, prefix: int, weight: float) -> Tensor | None:
+    """Of tokens (B, N, ...): (B, N), `weight` of prefix tokens and 1 of others; None where all weigh the same."""
+    if weight == 1 or not prefix:
+        return None
+    weights = rows.new_ones(rows.shape[:2], dtype=torch.float32)
+    weights[:, :prefix] = weight
+    return weights
+
+
+@torch.inference_mode()
+def gather_moments(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], layers: Sequence[Layer], *,
+                   costs: Mapping[Layer, Fisher] | None = None, device: str | torch.device | None = None,
+                   amp: bool | None = False) -> dict[Layer, Moments]:
+    """Moments of the inputs of some layers over all tokens of all images, in one pass; prefix tokens count as `costs` says. Under
+    torchrun each process gives its share of the batches."""
+    device = torch.device(device) if device is not None else next(model.parameters()).device
+    prefix = encoder_of(model).num_prefix_tokens
+    linears = {layer: mixing_layer(attention_block(model.blocks[layer[0]]), layer[1])[0] for layer in layers}
+    found = {layer: Moments(linear.in_features, device) for layer, linear in linears.items()}
+
+    def hook(layer: Layer):
+        def before(_: nn.Module, given: tuple) -> None:
+            found[layer].add(given[0], weights=row_weights(given[0], prefix, prefix_weights(costs, layer)))
+        return before
+    with hooks([linear.register_forward_pre_hook(hook(layer)) for layer, linear in linears.items()]):
+        for images, _ in batches:
+            with autocast(device, amp):
+                model(images.to(device))
+    for moments in found.values():
+        moments.rows, moments.sum, moments.products = map(parallel.total, (moments.rows, moments.sum, moments.products))
+    return found

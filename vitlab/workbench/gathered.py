@@ -1,0 +1,142 @@
+"""What a model gives on a data set's images, gathered once and kept: what plans without labels are made from and measured by."""
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from vitlab import cost
+from vitlab.criteria.compensation import Moments
+from vitlab.criteria.units import unit_criterion
+from vitlab.files import atomic_write
+from vitlab.models import shape_of
+from vitlab.models.weights import read_file
+from vitlab.plan import CompressionPlan
+from vitlab.shape import POOL_TOKEN, ViTShape
+from vitlab.training.capture import need_classifier, token_scores
+from vitlab.training.loop import fingerprint
+from vitlab.training.moments import IMAGES as FISHER_IMAGES
+from vitlab.training.moments import KINDS, Fisher, Layer, fisher
+from vitlab.training.objective import PlanObjective
+from vitlab.training.self_distillation import Divergence
+from vitlab.training.units import by_moments as scores_by_moments
+from vitlab.workbench.cutting import amp_of, measured_batches, objective_on, open_dense
+from vitlab.workbench.pace import Pace
+from vitlab.workbench.searching import by_moments, dense_moments, moments_from, moments_to
+from vitlab.workbench.steps import Source, open_matching, pick_device
+
+TOKEN_IMAGES = 128                              # that scores of tokens are of
+FISHER_COST, TOKEN_COST = 3, 4                  # forwards that an image takes, about
+
+
+def moments_cost(shape: ViTShape) -> float:
+    """Forwards that the moments of an image take: one, and products of what goes into each layer with itself."""
+    products = shape.depth * shape.num_tokens * (shape.num_neurons ** 2 + (shape.num_heads * shape.head_dim) ** 2)
+    return 1 + products / (1e9 * cost.gmacs(CompressionPlan.empty(shape)))
+
+
+def first_images(batches: Sequence[tuple[Tensor, Tensor]], count: int) -> list[tuple[Tensor, Tensor]]:
+    """Of batches, the first so many images."""
+    found = []
+    for images, targets in batches:
+        if count > 0:
+            found.append((images[:count], targets[:count]))
+        count -= len(images)
+    return found
+
+
+class Gathered:
+    """Of a dense model with classes and the images of train: made when first needed, written into `folder`, and read from there where it
+    was made before of the same model and images."""
+
+    def __init__(self, source: Source, data: str | Path, folder: str | Path, *, images: int = 128, report_images: int | None = None,
+                 score_images: int = 1000, seed: int = 0, device: str | None = None, class_map: str | Path | None = None,
+                 workers: int | None = None, progress: bool = True) -> None:
+        """images: of train, to compare plans on; report_images: others to report on (None: as many); score_images: others, to score and
+        refit on (`ImageData.parts`). Scores and moments are made when first needed, so that `check` comes before them, written into
+        `folder`, and read where they were made before of the same model and images. Raises InputError for a compressed model, or one
+        without a classifier."""
+        self.found, self.folder, self.place, self.progress = open_dense(source), Path(folder), pick_device(device), progress
+        need_classifier(self.found.model, "offers")
+        self.seed: int = seed
+        self.pace: Pace | None = None           # the bar of a whole that this is a part of
+        self.opened = open_matching(data, self.found, class_map, labels=False)
+        self.parts = self.opened.parts(seed, score=score_images, choose=images, report=report_images or images)
+        counts = {role: count for role, count in self.parts.roles.items() if role != "shared"}
+        self.inputs = fingerprint([self.opened.files("train"), counts, seed], [self.found.model])
+        self.model, self.workers, self.amp = self.found.model.to(self.place).eval(), workers, amp_of(self.found.model)
+        self.shape = shape_of(self.model)
+        self.read_out = self.shape.pool == POOL_TOKEN and self.shape.num_prefix_tokens > 0
+
+    @cached_property
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
+        """Of the images to score and refit on."""
+        return list(self.parts.batches("score", self.model, workers=self.workers))
+
+    def shown(self, what: str, each: float, images: int | None = None) -> Iterable[tuple[Tensor, Tensor]]:
+        """These batches, of the first so many images, with a bar that says what they are gone through for, or on the bar of the whole;
+        `each` is what one of them costs, in forwards."""
+        batches = self.batches if images is None else first_images(self.batches, images)
+        return self.pace.over(batches, each) if self.pace else tqdm(batches, desc=what, unit="batch", disable=not self.progress)
+
+    @cached_property
+    def scores(self) -> dict[str, Tensor]:
+        """Of heads, neurons and tokens."""
+        found = self._kept("unit-scores", lambda: scores_by_moments(self.model, self.moments, unit_criterion("fisher"), self.costs))
+        return found | self._kept("token-scores", self._of_tokens)
+
+    def _of_tokens(self) -> dict[str, Tensor]:
+        labelled = own_labels(self.model, self.shown("the model's own classes", TOKEN_COST, TOKEN_IMAGES), self.place)
+        return {"tokens": token_scores(self.model, labelled, device=self.place, progress=self.progress and not self.pace)}
+
+    @cached_property
+    def costs(self) -> dict[Layer, Fisher]:
+        """What errors of every layer that mixes heads or neurons cost."""
+        def made() -> dict[str, Tensor]:
+            batches = self.shown("what errors cost", FISHER_COST, FISHER_IMAGES)
+            found = fisher(self.model, batches, seed=self.seed, amp=self.amp, progress=False)
+            return {f"{index}.{kind}.{name}": torch.as_tensor(value) for (index, kind), own in found.items()
+                    for name, value in vars(own).items()}
+        found: dict[Layer, dict[str, Any]] = {}
+        for key, value in self._kept("costs", made).items():
+            index, kind, name = key.split(".")
+            found.setdefault((int(index), kind), {})[name] = value if value.dim() else float(value)
+        return {layer: Fisher(**own) for layer, own in found.items()}
+
+    @cached_property
+    def moments(self) -> dict[Layer, Moments]:
+        """Of every layer that mixes heads or neurons: units are ranked by them, and what is measured is refitted."""
+        return moments_from(self._kept("moments", lambda: moments_to(dense_moments(
+            self.model, self.shown("what heads and neurons give", moments_cost(self.shape)), KINDS, self.place, self.costs))))
+
+    @cached_property
+    def objective(self) -> PlanObjective:
+        """On the images to choose on, of models refitted by the dense one's moments."""
+        return objective_on(self.model, self.parts, "choose", "distill_loss", self.place, self.workers, build=by_moments(self.moments))
+
+    @cached_property
+    def reporting(self) -> PlanObjective:
+        """The same on the images to report on."""
+        return self.objective.on(measured_batches(self.model, self.parts, "report", self.workers))
+
+    @cached_property
+    def choosing(self) -> Divergence:
+        """Image by image, on the images to choose on."""
+        return Divergence(self.model, self.objective.batches, self.amp)
+
+    def _kept(self, what: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `make` gives, from its file where this model and these images gave it before."""
+        path = self.folder / f"{what}-{self.inputs}.safetensors"
+        if not path.exists():
+            atomic_write(path, save({name: value.contiguous().cpu() for name, value in make().items()}))
+        return {name: value.to(self.place) if what in ("moments", "costs") else value for name, value in read_file(path).items()}
+
+
+def own_labels(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """The batches with the classes that the model itself gives, of a Segmenter a mask: labels for scores of images that have none."""
+    with torch.no_grad():                       # not inference mode: a loss is computed with them
+        return [(images, model(images.to(device)).argmax(dim=1).cpu()) for images, _ in batches]

@@ -1,0 +1,76 @@
+"""How far a long work is: numbered stages on one bar, counted in what takes about as long everywhere."""
+import contextlib
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from vitlab.training.pixels import log_probabilities
+
+
+def images_per_second(model: nn.Module, images: Tensor, amp: bool | None = False) -> float:
+    """Forwards of one image through the model in a second, of these images, once the machine is warm."""
+    with torch.inference_mode():
+        for _ in range(2):
+            began = time.perf_counter()
+            log_probabilities(model, images, amp)[0, 0].item()                  # there when the device has got to it
+    return len(images) / (time.perf_counter() - began)
+
+
+class Pace:
+    """A bar over all stages, in forwards of one image through the dense model: what is left of them says how long the whole will take."""
+
+    def __init__(self, what: str, stages: dict[str, float], rate: float, progress: bool = True) -> None:
+        """stages: how many forwards each is worth, about; rate: forwards a second."""
+        self.what, self.stages, self.rate, self.began = what, stages, rate, time.monotonic()
+        self.at, self.done, self.named = 0, 0.0, None
+        self.bar = tqdm(total=round(self.total), desc=what, unit="forward", disable=not progress, smoothing=0.05,
+                        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left")
+        self.bar.write(f"{what}: {len(stages)} stages, about {self.seconds / 60:.1f} minutes at {rate:.0f} images a second "
+                       f"({', '.join(f'{name} {100 * each / self.total:.0f} %' for name, each in stages.items())})") if progress else None
+
+    @property
+    def total(self) -> float:
+        return sum(self.stages.values())
+
+    @property
+    def seconds(self) -> float:
+        """That the whole takes, as far as is known."""
+        return self.total / self.rate
+
+    def seconds_of(self, *stages: str) -> float:
+        """That some stages take, by what the ones before took."""
+        passed = time.monotonic() - self.began
+        rate = self.done / passed if self.done > self.total / 10 else self.rate
+        return sum(self.stages.get(name, 0) for name in stages) / rate
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Inside, this stage is under way; what it was thought to be worth is done after it."""
+        self.at, self.named = self.at + 1, 0.0
+        self.bar.set_description(f"{self.what} {self.at}/{len(self.stages)}, {name}")
+        yield
+        self.add(max(0.0, self.stages.get(name, 0) - self.named))
+        self.named = None
+
+    def add(self, forwards: float) -> None:
+        """So many forwards are done."""
+        if self.named is not None:
+            self.named += forwards
+        self.done += forwards
+        self.bar.update(round(self.done) - self.bar.n)
+
+    def over(self, batches: Sequence[tuple[Tensor, Any]], each: float) -> Iterable[tuple[Tensor, Any]]:
+        """The batches, each image of which is worth so many forwards."""
+        for batch in batches:
+            yield batch
+            self.add(each * len(batch[0]))
+
+    def __enter__(self) -> "Pace":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()

@@ -1,0 +1,239 @@
+"""A survey of one model on one data set, without labels: curves of every rule, the plans and offers that follow, and models of them.
+
+Each dimension of a rule is cut alone and measured once; from these curves `allocate` makes the plan of any budget, and a search starts.
+"""
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from vitlab import cost
+from vitlab.files import InputError, append_line, read_lines, write_lines
+from vitlab.models import compress, deploy
+from vitlab.plan import CompressionPlan
+from vitlab.search import Budget, SearchSpace, Study
+from vitlab.search.allocation import allocate, levels
+from vitlab.search.sampling import Problem
+from vitlab.search.sensitivity import SENSITIVITY, curves_of, measure_alone
+from vitlab.search.strategies import Settings
+from vitlab.training import checkpoint
+from vitlab.training.checkpoint import Checkpoint
+from vitlab.training.objective import PlanObjective
+from vitlab.training.self_distillation import Divergence, self_distil
+from vitlab.uncertainty import standard_error
+from vitlab.workbench.calibrating import CUT, forms_of, in_form
+from vitlab.workbench.gathered import Gathered
+from vitlab.workbench.offers import Offer, worth_of
+from vitlab.workbench.searching import cost_function
+
+# name: (units, tokens) of its search space
+RULES = {"merging by content": ((), "match_per_stage"), "shared updates": ((), "share_per_stage"), "neurons": (("neurons",), "none"),
+         "heads and neurons": (("heads", "neurons"), "none"), "all together": (("heads", "neurons"), "match_per_stage")}
+SINGLE = ("merging by content", "shared updates", "neurons")                   # rules that cut one thing alone
+RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+MAX_RATIO, TOLERANCE = 0.75, 0.05
+TRIED_ON, REFIT_COST = 256, 7                   # images that a plan is refitted on to be compared; forwards that each takes, about
+DEPLOYED = "deployed"
+
+
+class Survey(Gathered):
+    """The curves of a model's rules on a data set, and the offers that follow from them; all of it is kept in `folder`."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        """As of `Gathered`."""
+        super().__init__(*args, **settings)
+        self._curves: dict[str, list[dict[str, Any]]] = {}
+        self._measured = self.folder / f"measured-{self.inputs}.jsonl"
+
+    def _problem(self, rule: str, limit: float | None = None) -> Problem:
+        """The space of a rule, under a budget in GMACs; None: any."""
+        if rule not in RULES:
+            raise InputError(f"rule {rule!r} is not known; known are {list(RULES)}")
+        units, tokens = RULES[rule]
+        settings = {"prune_rate": 0.0} if tokens == "share" else {}
+        space = SearchSpace(shape=self.shape, units=units, tokens=tokens, max_ratio=MAX_RATIO, read_out=self.read_out, settings=settings)
+        price = cost_function(space, "gmacs", self.found.model)
+        most = float(price(np.zeros((1, space.size)))[0])
+        return Problem(space, Budget(limit=most * 0.99 if limit is None else limit, cost=price, max_ratio=space.max_ratio,
+                                     size=space.size, groups=tuple(space.groups), tolerance=TOLERANCE))
+
+    def _uncut(self, rule: str) -> float:
+        """GMACs where nothing is cut."""
+        space, budget = self._problem(rule)
+        return float(budget.cost(np.zeros((1, space.size)))[0])
+
+    def check(self, gmacs: float, rules: Iterable[str] = tuple(RULES)) -> None:
+        """InputError, before anything is measured, where no rule costs as little as `gmacs`."""
+        least = min(float(budget.cost(np.full((1, space.size), MAX_RATIO))[0]) for space, budget in map(self._problem, rules))
+        if gmacs < least:
+            raise InputError(f"a budget of {gmacs:.4g} GMACs can't be met: with as much cut as may be, {least:.4g} are left")
+
+    def _name(self, rule: str) -> str:
+        """Of a rule's folder: other images or another model have another."""
+        return f"{rule.replace(' ', '-')}-{self.inputs}"
+
+    def _measure(self, problem: Problem, policy: np.ndarray) -> dict[str, float]:
+        plan = problem.space.plan(policy, **self.scores)                        # scores come first, and are kept
+        return self._worth(self.objective, plan)
+
+    def _worth(self, objective: PlanObjective, plan: CompressionPlan) -> dict[str, float]:
+        found = objective(plan)
+        if self.pace:
+            self.pace.add(objective.images * cost.gmacs(plan) / cost.gmacs(CompressionPlan.empty(self.shape)))
+        return found
+
+    def cuts(self, rules: Iterable[str]) -> int:
+        """How many cuts the curves of some rules are measured at."""
+        wanted = set()
+        for rule in rules:
+            space, tokens = self._problem(rule).space, RULES[rule][1]
+            wanted |= {(tokens if name.startswith("tokens") else "", name, ratio)
+                       for name, ratios in zip(space.names, levels(space)) for ratio in ratios}
+        return len(wanted) + 1
+
+    def curves(self, rule: str) -> list[dict[str, Any]]:
+        """What each dimension of the rule loses when it is cut alone, measured once, for whichever rule."""
+        if rule not in self._curves:
+            problem, path = self._problem(rule), self.folder / self._name(rule) / SENSITIVITY
+            if not path.exists():
+                write_lines(path, self._known(rule))
+            self._curves[rule] = measure_alone(problem, lambda policy: self._measure(problem, policy), path, label=rule,
+                                               progress=self.progress and not self.pace)
+        return self._curves[rule]
+
+    def _known(self, rule: str) -> list[dict[str, Any]]:
+        """Rows of this rule's dimensions that were measured for another rule."""
+        units, tokens = RULES[rule]
+        found = {}
+        for other, rows in self._curves.items():
+            kinds = {"", *units} & {"", *RULES[other][0]} | ({"tokens"} if RULES[other][1] == tokens else set())
+            found |= {(row["dimension"], row["ratio"]): row for row in rows if row["dimension"].split(" ")[0] in kinds}
+        return list(found.values())
+
+    def plan(self, rule: str, gmacs: float) -> CompressionPlan:
+        """The plan of a rule that costs at most `gmacs`, of tokens alone the nearer of what the curves say and one ratio in the middle
+        blocks; nothing is cut where reading out is enough. Raises InputError where there is none."""
+        if gmacs >= self._uncut(rule):
+            space = self._problem(rule).space
+            return space.plan(np.zeros(space.size), **self.scores)
+        problem = self._problem(rule, gmacs)
+        plan = problem.space.plan(allocate(*problem, curves_of(problem, self.curves(rule))), **self.scores)
+        even = self._even(gmacs) if rule == "merging by content" else None
+        plan = plan if even is None else min((plan, even), key=lambda each: self._chosen_by(each))
+        return dataclasses.replace(plan, made_by={"method": "allocation", "rule": rule, "gmacs": gmacs})
+
+    def _even(self, gmacs: float) -> CompressionPlan | None:
+        """Merging by content with one ratio in the middle half of the blocks; None where that is not enough."""
+        space = SearchSpace(shape=self.shape, units=(), tokens="match", max_ratio=MAX_RATIO, read_out=self.read_out)
+        ratios = np.linspace(0, MAX_RATIO, 400)[:, None]
+        within = np.flatnonzero(cost_function(space, "gmacs", self.found.model)(ratios) <= gmacs)
+        return space.plan(ratios[within[0]]) if len(within) else None
+
+    def offers(self, rules: Iterable[str] = tuple(RULES), ratios: Iterable[float] = RATIOS) -> Iterator[Offer]:
+        """An offer for each rule and each ratio of the dense model's GMACs, as they are measured; budgets that a rule can't meet
+        are left out."""
+        dense = cost.gmacs(CompressionPlan.empty(self.shape))
+        for rule in rules:
+            self.curves(rule)
+            for ratio in ratios:
+                try:
+                    plan = self.plan(rule, ratio * dense)
+                except InputError:
+                    continue
+                yield self.offer(rule, plan)
+
+    def _chosen_by(self, plan: CompressionPlan) -> float:
+        """Distance to the dense model on the images to choose on, measured once."""
+        return self._row(plan, "chosen_by", lambda: {"chosen_by": self._worth(self.objective, plan)["distill_loss"]})["chosen_by"]
+
+    def _row(self, plan: CompressionPlan, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `measure` gives for a plan, among it `name`; kept in the survey's folder, and not measured again."""
+        key = hashlib.sha256(dataclasses.replace(plan, made_by={}).to_json().encode()).hexdigest()
+        rows = [row for row in read_lines(self._measured) if row["plan"] == key and name in row]
+        if not rows:
+            rows = [{"plan": key, **measure()}]
+            append_line(self._measured, rows[0])
+        return rows[0]
+
+    def offer(self, rule: str, plan: CompressionPlan) -> Offer:
+        """What a plan is worth. It is measured once, and written to the survey's folder."""
+        names = ("agree_pct", "agree_se", "distill_loss", "distill_loss_se")
+
+        def measured() -> dict[str, Any]:
+            found = self._worth(self.reporting, plan)
+            return {name: found.get(name) for name in names}
+        row = self._row(plan, "agree_pct", measured)
+        return Offer(rule=rule, plan=plan, gmacs=cost.gmacs(plan), chosen_by=self._chosen_by(plan), **{name: row[name] for name in names})
+
+    def search(self, rule: str, gmacs: float, evaluations: int, until: float = np.inf) -> list[CompressionPlan]:
+        """The plans of a rule that a search finds, the nearest first, which starts from `plan`'s and the one of merging alone; it goes on
+        when it was killed. until: time.monotonic() at which it ends, whatever it has. Raises InputError."""
+        if gmacs >= self._uncut(rule):
+            return [self.plan(rule, gmacs)]
+        space, budget = problem = self._problem(rule, gmacs)
+        study = Study(self.folder / f"{self._name(rule)}-{gmacs:.6g}", space, budget, seed=self.seed, about={"inputs": self.inputs},
+                      options=Settings(initial="sensitivity", evaluations=evaluations, population=min(10, max(2, evaluations // 2))))
+        if not (study.folder / SENSITIVITY).exists():
+            write_lines(study.folder / SENSITIVITY, self.curves(rule))
+        even, starts = self._even(gmacs) if space.tokens == "match_per_stage" else None, None
+        with contextlib.suppress(InputError):                                   # stages may divide the blocks otherwise
+            starts = None if even is None else problem.budget.project(space.policy(even)[None])[0]
+        study.run(lambda policy: self._measure(problem, policy), starts=starts, until=until, progress=self.progress and not self.pace)
+        ranked = sorted(study.evaluations, key=lambda e: -e.value)
+        return [space.plan(e.policy, **self.scores, made_by={"method": "search", "rule": rule, "gmacs": gmacs, "evaluation": e.index})
+                for e in ranked]
+
+    def _in_form(self, form: str, plan: CompressionPlan, images: int | None = None) -> nn.Module:
+        """The plan's model, refitted on so many images (None: all that there are)."""
+        if form == CUT:
+            return in_form(form, self.found.model, plan, ())
+        return in_form(form, self.found.model, plan, self.shown(f"images for a model {form}", REFIT_COST, images), costs=self.costs,
+                       device=self.place, amp=self.amp, progress=self.progress and not self.pace)
+
+    def _apart(self, plan: CompressionPlan, form: str) -> np.ndarray:
+        """Distance of each image to choose on, of a plan's model in a form, refitted on TRIED_ON images; measured once."""
+        def measured() -> dict[str, Any]:
+            model = self._in_form(form, plan, TRIED_ON)
+            return {f"each, {form}": self.choosing.each(deploy(model))}
+        name = f"each, {form}"
+        return np.array(self._row(plan, name, measured)[name])
+
+    def best(self, plans: Iterable[CompressionPlan]) -> tuple[CompressionPlan, str]:
+        """(the plan to go on with, its form): the nearest form of the first, and of another where it is nearer by more than the standard
+        error of that difference over images."""
+        chosen, least = None, None
+        for plan in plans:
+            form, each = min(((form, self._apart(plan, form)) for form in forms_of(plan)), key=lambda pair: pair[1].mean())
+            if least is None or (least - each).mean() > (standard_error(least - each) or 0):
+                chosen, least = (plan, form), each
+        return chosen
+
+    def ready(self, out: str | Path, plan: CompressionPlan, form: str | None = None, *, minutes: float = 0) -> Checkpoint:
+        """Refit a plan's model on all images to refit on, in the form given or else the `best` one, train it on for so many minutes
+        (`self_distil`), and write it to out/checkpoint and its deployed form to out/deployed; returns that. made_by says its distance as
+        that of `calibrate`."""
+        form, dense = form or self.best([plan])[1], self.found.model
+        plan = dataclasses.replace(plan, made_by=plan.made_by | {"reported": worth_of(self.offer("", plan))})
+        reporting = Divergence(dense, self.reporting.batches, self.amp)
+        model = self._in_form(form, plan)
+        made_by = {"step": "calibrate", "data": self.opened.name, "images": self.parts.roles["score"], "roles": self.parts.roles,
+                   "ridge": "chosen for each layer", "minutes": minutes, "seed": self.seed, "plan": plan.made_by, "kept": form,
+                   **reporting.measured(compress(dense, plan).eval(), "kl_cut"),
+                   **(reporting.measured(model, "kl_refitted") if form != CUT else {})}
+
+        def keep(model: nn.Module, more: dict[str, Any]) -> None:
+            checkpoint.save(Path(out) / checkpoint.FOLDER, model, plan, classes=self.found.info.get("classes"), made_by=made_by | more)
+        keep(model, {})
+        if minutes:
+            self_distil(model, dense, self.parts, self.choosing, minutes=minutes, seed=self.seed, amp=self.amp, workers=self.workers,
+                        progress=self.progress, split="score",
+                        on_better=lambda better, _: keep(better, {"kept": "distilled", **reporting.measured(better, "kl_distilled")}))
+        found = checkpoint.load(out)
+        checkpoint.save(Path(out) / DEPLOYED, deploy(found.model), found.plan, classes=found.info.get("classes"),
+                        made_by=found.info["made_by"] | {"step": "tonight"})
+        return checkpoint.load(Path(out) / DEPLOYED)
