@@ -149,7 +149,8 @@ class Harm:
 @pytest.mark.parametrize("damage", [
     lambda content: b"", lambda content: b"PK\x03\x04 is no zip", lambda content: content[:len(content) // 2],
     lambda content: bytes(byte ^ 255 if 200 < place < 260 else byte for place, byte in enumerate(content)),
-    lambda content: saved(images=np.array([1])), lambda content: changed(content, about="another folder", images=np.array([b"9/a.png"] * 10)),
+    lambda content: saved(images=np.array([1])),
+    lambda content: changed(content, about="another folder", images=np.array([b"9/a.png"] * 10)),
     lambda content: changed(content, counts=np.array([[1, 1]])), lambda content: changed(content, images=np.array([b"9/a.png"])),
     lambda content: changed(content, images=np.array([Harm()] * 10, dtype=object))],
     ids=["empty", "no zip", "cut short", "flipped bits", "other content", "another folder", "other counts", "fewer images",
