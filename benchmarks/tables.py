@@ -308,13 +308,20 @@ def gpu(rows: list[dict]) -> str:
     return f"{first}\n\n" + _table(["what", "by", "numbers", "ms", "images/s", f"throughput ratio (batch {batch})"], more)
 
 
+def opening(rows: list[dict]) -> str:
+    return _table(["images", "opening the folder, first", "again", "one class changed", "names and sizes, by which a run knows it",
+                   "the order of an epoch", "first batch in the middle of one"],
+                  [[f"{r['images']:,}", *(f"{r[f'{name}_s']:.2g} s" for name in ("first", "again", "changed", "known", "order", "resumed"))]
+                   for r in rows])
+
+
 TABLES: dict[str, Callable[[list[dict]], str]] = {
     "published_table": published_table, "published_form": published_table, "boundaries": boundaries, "cifar10": cifar10,
     "token_speed": token_speed, "mdc_table": mdc_table, "joint": joint, "latency": latency, "hsic_speed": hsic_speed,
     "search_quality": search_quality, "off_the_shelf": off_the_shelf,
     "off_the_shelf_short": off_the_shelf_short, "off_the_shelf_vit_tiny": off_the_shelf, "off_the_shelf_searched": off_the_shelf,
     "calibration_images": calibration_images, "per_block": per_block, "camvid": camvid,
-    "allocator": allocator, "scale": scale, "loader": loader, "gpu": gpu}
+    "allocator": allocator, "scale": scale, "loader": loader, "opening": opening, "gpu": gpu}
 
 
 def render(text: str) -> str:

@@ -2,6 +2,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,8 @@ from timm.optim import create_optimizer_v2
 from training_fixtures import images, one_thread, small_recipe, tiny, token_plan, write_easy_folder  # noqa: F401
 
 from vitlab.data import Batches, open_data
-from vitlab.data.order import TrainingOrder
+from vitlab.data import order as order_of_images
+from vitlab.data.order import TrainingOrder, drawing, seed_of
 from vitlab.files import InputError, read_lines
 from vitlab.models import compress, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
@@ -228,6 +230,29 @@ def test_epochs_are_shuffled_anew_and_known_by_seed_and_epoch():
     assert [i for i, _ in epochs[0]] != [i for i, _ in epochs[1]] and [seed for _, seed in epochs[0]] != [seed for _, seed in epochs[1]]
     other = TrainingOrder(range(40), 8, seed=2)
     assert [i for batch in other for i, _ in batch] != [i for i, _ in epochs[0]]
+
+
+@pytest.mark.parametrize("count, repeats, rank, world", [(40, 1, 0, 1), (41, 3, 1, 2), (37, 2, 2, 3)])
+def test_the_images_of_an_epoch_and_their_random_numbers_are_what_they_were(count, repeats, rank, world):
+    """Of runs that go on: one permutation, each image `repeats` times, dealt out to the processes; a seed of run, epoch and place each."""
+    order = TrainingOrder(range(count), 4, seed=11, repeats=repeats, rank=rank, world=world)
+    order.epoch, order.start = 5, 1
+    seed = int(np.random.SeedSequence((11, 5)).generate_state(1)[0]) >> 1
+    dealt = [i for i in torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist() for _ in range(repeats)][rank::world]
+    wanted = [(dealt[place], (11, 5, place * world + rank)) for place in range(4, 4 * len(order))]
+    assert [key for batch in order for key in batch] == wanted
+    with drawing(wanted[0][1]):
+        drawn = torch.rand(3)
+    torch.manual_seed(int(np.random.SeedSequence(wanted[0][1]).generate_state(1)[0]) >> 1)
+    assert torch.equal(drawn, torch.rand(3))
+
+
+def test_an_epoch_makes_no_seed_before_its_image_is_read(data, monkeypatch):
+    made = []
+    monkeypatch.setattr(order_of_images, "seed_of", lambda *numbers: (made.append(numbers), seed_of(*numbers))[1])
+    assert len([key for batch in TrainingOrder(range(4000), 8, seed=1) for key in batch]) == 4000 and made == [(1, 0)]
+    next(iter(data.batches("train", tiny(), batch_size=6, training=True, seed=1, workers=0)))
+    assert len(made) == 2 + 6
 
 
 def test_the_published_pretraining_recipe_is_the_papers():

@@ -492,7 +492,7 @@ def test_a_seed_of_its_own_makes_each_sample_and_leaves_the_random_numbers_of_ot
     images.transform = training_transform((32, 32), MEAN, STD)
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    one, other, again = images[3, 77], images[3, 78], images[3, 77]
+    one, other, again = images[3, (77,)], images[3, (78,)], images[3, (77,)]
     assert torch.equal(torch.get_rng_state(), before)
     assert same([one], [again]) and not torch.equal(one[0], other[0])
 

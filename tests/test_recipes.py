@@ -74,5 +74,5 @@ def test_the_augmentation_of_a_recipe_can_be_drawn_again_and_again(name):
     transform = create_transform(32, is_training=True, **RECIPES[name].augment)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
     for seed in range(3000 if "auto_augment" in RECIPES[name].augment else 100):
-        with drawing(seed):
+        with drawing((seed,)):
             assert torch.isfinite(transform(image)).all(), f"seed {seed}"

@@ -28,6 +28,11 @@ def from_root(path: str | Path) -> Path:
     return NOTEBOOKS.parent / path if not path.is_absolute() and not path.exists() and Path.cwd() == NOTEBOOKS else path
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $VITLAB_CACHE, or ~/.cache/vitlab. Raises RuntimeError where there is no home."""
+    return Path(os.environ.get("VITLAB_CACHE") or Path.home() / ".cache" / "vitlab")
+
+
 class InputError(ValueError):
     """Something the user gave is wrong; the message names what, where, and what would be right. A notebook shows it alone."""
 

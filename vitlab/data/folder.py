@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from vitlab.data.listing import ENDINGS, entries, images_below, natural
+from vitlab.data.groups import Groups
+from vitlab.data.listing import ENDINGS, entries, natural
 from vitlab.files import InputError, first_line, read_json
 
 TRAIN_NAMES, HELD_OUT_NAMES = ("train",), ("val", "validation", "test")
@@ -17,7 +18,6 @@ SPLITS = TRAIN_NAMES + HELD_OUT_NAMES
 CLASS_MAP = "class_index.json"
 Image.init()
 FORMATS = tuple(name for name in Image.ID if name != "EPS")     # PostScript is code, and Pillow would start a program that runs it
-Groups = dict[str, list[str]]                   # class folder ("": outside of all) -> its images, as paths from the split's folder
 
 
 def read_image(source: Any) -> Image.Image:
@@ -52,23 +52,17 @@ def find_splits(root: Path) -> dict[str, Path]:
     return splits
 
 
-def groups_of(split: Path) -> Groups:
-    """The images of a split by class folder, folders and images in natural order: one walk."""
-    images, folders = entries(split)
-    loose = {"": sorted(images, key=natural)} if images else {}
-    return loose | {name: list(images_below(split, name)) for name in sorted(folders, key=natural)}
-
-
 def check_classes(split: Path, groups: Groups) -> None:
     """Raises InputError naming a class folder without images, or a split without class folders; warns of images outside of them."""
     if not any(groups):
         raise InputError(f"{split}: holds no class folders; images must lie in {split.name}/CLASS/")
-    empty = next((name for name, images in groups.items() if name and not images), None)
+    empty = next((name for name, images in groups.items() if name and not len(images)), None)
     if empty is not None:
         raise InputError(f"{split / empty}: a class folder without images ({', '.join(ENDINGS)})")
     if "" in groups:
         loose = groups[""]
-        warnings.warn(f"{split}: {len(loose)} images lie outside of its class folders, {loose[0]} among them; left out", stacklevel=2)
+        warnings.warn(f"{split}: {len(loose)} images lie outside of its class folders, {os.fsdecode(loose[0])} among them; left out",
+                      stacklevel=2)
 
 
 def read_class_map(path: Path) -> dict[str, int]:
@@ -154,8 +148,8 @@ class FolderReader:
 
     def __init__(self, split: Path, groups: Groups, numbers: dict[str, int] | None) -> None:
         chosen = groups if numbers is None else {name: images for name, images in groups.items() if name in numbers}
-        self.folder = str(split)
-        self.names = np.array([os.fsencode(image) for images in chosen.values() for image in images])
+        self.folder = os.path.join(split, "")
+        self.names = np.concatenate(list(chosen.values()))
         self.targets = np.repeat([0 if numbers is None else numbers[name] for name in chosen], [len(images) for images in chosen.values()])
 
     def __len__(self) -> int:
@@ -165,4 +159,4 @@ class FolderReader:
         return self.filename(i), int(self.targets[i])
 
     def filename(self, i: int) -> str:
-        return os.path.join(self.folder, os.fsdecode(self.names[i]))
+        return self.folder + os.fsdecode(self.names[i])

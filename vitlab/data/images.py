@@ -62,14 +62,14 @@ class Images(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
-        """key: a number, or with the seed of its random numbers."""
-        i, seed = key if isinstance(key, tuple) else (key, None)
+    def __getitem__(self, key: int | tuple[int, tuple[int, ...]]) -> tuple[Tensor, int]:
+        """key: a number, or with the numbers that `drawing` takes."""
+        i, numbers = key if isinstance(key, tuple) else (key, None)
         try:
             image, target = self.image(i)
         except Exception:                       # a damaged file makes Pillow's decoders raise nearly anything
             image, target = Image.new("RGB", (64, 64)), -1 - i
-        with drawing(seed):
+        with drawing(numbers):
             return self.transform(image if self.channels == 3 else image.convert("L")), target
 
 
@@ -153,10 +153,10 @@ class Batches:
     def _stream(self) -> Iterator[tuple[Tensor, Tensor]]:
         seen, epoch, skipped = 0, self.epoch, self.skip
         self.epoch, self.skip = epoch + 1, 0
-        with drawing(seed_of(self.seed, epoch)):                                    # where loader processes begin to draw
+        with drawing((self.seed, epoch)):                                    # where loader processes begin to draw
             batches = received(self.reopen(seed_of(self.seed, epoch)), self.name)
         for number in itertools.count():
-            with drawing(seed_of(self.seed, epoch, number)):
+            with drawing((self.seed, epoch, number)):
                 x, y = next(batches, (None, None))
             if x is None or (self.limit is not None and seen >= self.limit):
                 return

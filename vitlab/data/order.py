@@ -18,13 +18,14 @@ def seed_of(*numbers: int) -> int:
 
 
 @contextlib.contextmanager
-def drawing(seed: int | None) -> Iterator[None]:
-    """Inside, torch, numpy and random draw from this seed; afterwards they go on as if nothing had been drawn. None: they just go on."""
-    if seed is None:
+def drawing(numbers: tuple[int, ...] | None) -> Iterator[None]:
+    """Inside, torch, numpy and random draw from the seed of these numbers (`seed_of`); afterwards they go on as if nothing had been
+    drawn. None: they just go on."""
+    if numbers is None:
         yield
         return
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    random_seed(seed)
+    random_seed(seed_of(*numbers))
     try:
         yield
     finally:
@@ -55,7 +56,8 @@ class PlainOrder(Sampler):
 
 
 class TrainingOrder(Sampler):
-    """Shuffled batches of one process in an epoch, the last partial step left out. (image, seed of its random numbers) each.
+    """Shuffled batches of one process in an epoch, the last partial step left out. (image, (seed, epoch, place in the epoch)) each: the
+    three give its random numbers, where it is read (`drawing`).
 
     A step is `turns` batches of each process. `repeats`: each image drawn is taken so many times in a row (Hoffer et al., arXiv
     1901.09335), the epoch staying as long as it was. epoch and start (batches left out at the front) are set before each epoch;
@@ -72,15 +74,16 @@ class TrainingOrder(Sampler):
     def __len__(self) -> int:
         return self.count
 
-    def places(self, epoch: int) -> list[int]:
+    def places(self, epoch: int) -> np.ndarray:
         """The images of this process in that epoch, in their order."""
         self.sampler.set_epoch(seed_of(self.seed, epoch))
-        return list(self.sampler)
+        return np.fromiter(self.sampler, np.int64, len(self.sampler))
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, tuple[int, ...]]]]:
         epoch, start, size = self.epoch, self.start, self.batch_size
         self.epoch, self.start = epoch + 1, 0
         images = self.places(epoch)
         for batch in range(start, self.count):
-            yield [(images[place], seed_of(self.seed, epoch, place * self.world + self.rank))
-                   for place in range(batch * size, (batch + 1) * size)]
+            first = batch * size
+            yield [(image, (self.seed, epoch, place * self.world + self.rank))
+                   for place, image in enumerate(images[first:first + size].tolist(), first)]

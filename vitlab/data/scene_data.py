@@ -31,20 +31,20 @@ class SceneReader(Protocol):
 
 
 class Scenes(Images):
-    """A split, or a slice of one; a key may carry the seed of its random numbers, as that of Images."""
+    """A split, or a slice of one; a key may carry what its random numbers follow from, as that of Images."""
 
     def scene(self, i: int) -> tuple[Image.Image, np.ndarray]:
         """(RGB image, mask (H, W) uint8), untransformed. Raises InputError naming a file that is wrong."""
         return self.reader[self.indices[i]]
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor] | InputError:
+    def __getitem__(self, key: int | tuple[int, tuple[int, ...]]) -> tuple[Tensor, Tensor] | InputError:
         """(image, mask), transformed. What is wrong is given, not raised: it has to leave a loader's process as it is."""
-        i, seed = key if isinstance(key, tuple) else (key, None)
+        i, numbers = key if isinstance(key, tuple) else (key, None)
         try:
             image, mask = self.scene(i)
         except InputError as error:
             return error
-        with drawing(seed):
+        with drawing(numbers):
             return self.transform(image, mask)
 
 

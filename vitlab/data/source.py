@@ -3,7 +3,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vitlab.data.digits import CLASSES, DigitsReader
-from vitlab.data.folder import SPLITS, FolderReader, check_classes, class_numbers, find_splits, groups_of
+from vitlab.data.folder import SPLITS, FolderReader, check_classes, class_numbers, find_splits
+from vitlab.data.groups import Groups, groups_of
 from vitlab.data.image_data import ImageData
 from vitlab.data.images import Images
 from vitlab.data.streams import TIMM_PREFIXES, open_timm
@@ -65,9 +66,9 @@ def _labelled(folder: Path, readers: dict, numbers: dict[str, int], mapped: bool
     return ImageData(folder.resolve().name, splits, sorted(numbers, key=numbers.get), max(numbers.values()) + 1, mapped)
 
 
-def _unlabelled(folder: Path, split: Path, groups: dict[str, list[str]], class_map: str | Path | None) -> ImageData:
+def _unlabelled(folder: Path, split: Path, groups: Groups, class_map: str | Path | None) -> ImageData:
     """Images without labels. Raises InputError where there is none, or for a class map."""
-    if not any(groups.values()):
+    if not any(map(len, groups.values())):
         raise InputError(f"{folder}: holds none of {', '.join(f'{name}/' for name in SPLITS)}; put one folder per class in each, or give a "
                          "folder of images alone where labels are not needed")
     if class_map is not None:

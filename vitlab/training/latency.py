@@ -3,7 +3,6 @@ import copy
 import dataclasses
 import hashlib
 import json
-import os
 import platform
 import random
 import statistics
@@ -21,7 +20,7 @@ from tqdm.auto import tqdm
 from vitlab import tokens
 from vitlab.cost import counts_of
 from vitlab.criteria.planning import prune_and_merge
-from vitlab.files import InputError
+from vitlab.files import InputError, cache_folder
 from vitlab.latency import AXES, LatencyTable
 from vitlab.models import compress, deploy, encoder_of, shape_of
 from vitlab.models.attention import PrefixAttention, attention_as
@@ -176,7 +175,7 @@ def latency_table(model: nn.Module, *, batch_size: int = 32, dtype: str = "float
     """
     shape, found = shape_of(model), conditions_of(model, batch_size, dtype, device)
     key = hashlib.sha256(json.dumps([shape.stored(), found], sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(cache or os.environ.get("VITLAB_CACHE") or Path.home() / ".cache" / "vitlab")
+    folder = Path(cache or cache_folder())
     path = folder / f"latency-{key}.json"
     if path.exists():
         try:
