@@ -67,7 +67,7 @@ class Gathered:
         self.opened = open_matching(data, self.found, class_map, labels=False)
         self.parts = self.opened.parts(seed, score=score_images, choose=images, report=report_images or images)
         counts = {role: count for role, count in self.parts.roles.items() if role != "shared"}
-        self.inputs = fingerprint([self.opened.files("train"), counts, seed], [self.found.model])
+        self.inputs = fingerprint([[self.parts.files(role) for role in counts], counts, seed], [self.found.model])
         self.model, self.workers, self.amp = self.found.model.to(self.place).eval(), workers, amp_of(self.found.model)
         self.shape = shape_of(self.model)
         self.read_out = self.shape.pool == POOL_TOKEN and self.shape.num_prefix_tokens > 0
