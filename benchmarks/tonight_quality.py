@@ -96,8 +96,8 @@ def main() -> None:
         limits = [limit for limit in args.gmacs if (count, seed, limit, "tonight") not in done]
         if not limits:
             continue
-        few = {"images": 8, "score_images": 16} if args.quick else {}
-        survey = Survey(found, drawn(Path(args.cal), count, seed, args.run), args.run / f"survey-{count}-{seed}", report_images=8, seed=seed,
+        few, data = {"images": 8, "score_images": 16} if args.quick else {}, drawn(Path(args.cal), count, seed, args.run)
+        survey = Survey(found, data, args.run / f"survey-{count}-{seed}", report_images=8, seed=seed,
                         device=args.device, workers=0, progress=False, **few)
         for limit in limits:
             began = time.perf_counter()

@@ -70,7 +70,7 @@ def calibrate(source: Source, data: str | Path, out: str | Path, plan: str | Pat
     costs = fisher(dense, batches, seed=seed, amp=amp, progress=progress)
     models = {form: in_form(form, dense, plan, batches, ridge=ridge, costs=costs, amp=amp, progress=progress) for form in forms_of(plan)}
     apart = {form: choosing.each(model) for form, model in models.items()}
-    best, refitted = nearest(apart), nearest({form: apart[form] for form in forms_of(plan)[1:]})
+    best, refitted = (min(forms, key=lambda form: sum(apart[form])) for forms in (forms_of(plan), forms_of(plan)[1:]))
     made_by = {"step": "calibrate", "data": opened.name, "images": parts.roles["calibrate"], "roles": parts.roles,
                "ridge": "chosen for each layer" if ridge is None else ridge, "minutes": minutes, "seed": seed, "plan": plan.made_by,
                "kept": best, **reporting.measured(models[CUT], "kl_cut"), **reporting.measured(models[refitted], "kl_refitted")}

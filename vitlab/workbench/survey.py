@@ -203,10 +203,11 @@ class Survey(Gathered):
         return np.array(self._row(plan, name, measured)[name])
 
     def best(self, plans: Iterable[CompressionPlan]) -> tuple[CompressionPlan, str]:
-        """(the plan to go on with, its form): the `nearest` form of each, and of these the nearest, the first of which has to be beaten."""
+        """(the plan to go on with, its form): of each plan the form with the least mean distance, and of these the `nearest`, so that the
+        first is what has to be beaten."""
         plans = list(plans)
         each = [{form: self._apart(plan, form) for form in forms_of(plan)} for plan in plans]
-        forms = [nearest(of_plan) for of_plan in each]
+        forms = [min(of_plan, key=lambda form, of_plan=of_plan: of_plan[form].mean()) for of_plan in each]
         chosen = nearest({number: of_plan[form] for number, (of_plan, form) in enumerate(zip(each, forms))})
         return plans[chosen], forms[chosen]
 
