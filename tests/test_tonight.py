@@ -13,7 +13,6 @@ from vitlab.models import compress, deploy, shape_of
 from vitlab.plan import CompressionPlan
 from vitlab.rules import Match, ReadOut
 from vitlab.training import checkpoint
-from vitlab.training.compensate import compensate
 from vitlab.training.objective import PlanObjective
 from vitlab.workbench import calibrating, gathered, steps, tonight
 
