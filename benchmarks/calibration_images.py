@@ -70,8 +70,8 @@ def main() -> None:
                 if (args.model, limit, name, count, args.seed) in known:
                     continue
                 batches = [(x[:max(0, count - 50 * i)], None) for i, (x, _) in enumerate(fit) if 50 * i < count]
-                costs = fisher(model, batches, seed=args.seed, progress=False)
-                small = deploy(compensate(model, plan, batches, ridge=ridge, costs=costs, progress=False) if count else compress(model, plan))
+                settings = {"ridge": ridge, "costs": fisher(model, batches, seed=args.seed, progress=False), "progress": False}
+                small = deploy(compensate(model, plan, batches, **settings) if count else compress(model, plan))
                 with torch.inference_mode():
                     distances = torch.cat([each_divergence(log_probabilities(small, x, False), e) for x, e in zip(val, expected)]).tolist()
                 row = {"model": args.model, "gmacs_limit": limit, "gmacs": cost.gmacs(plan), "ridge": name, "refitted_on": count,

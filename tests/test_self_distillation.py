@@ -189,7 +189,7 @@ def dense_checkpoint() -> Checkpoint:
 
 @pytest.mark.parametrize("cuts", ["tokens", "neurons"])
 def test_calibration_takes_images_without_labels_and_says_what_it_gained(pictures, tmp_path, monkeypatch, cuts):
-    monkeypatch.setattr(calibrating, "compensate", lambda dense, plan, *args, **settings: compress(dense, plan).eval())    # left to training
+    monkeypatch.setattr(calibrating, "compensate", lambda dense, plan, *args, **settings: compress(dense, plan).eval())
     found = dense_checkpoint()
     plan = token_plan(found.model) if cuts == "tokens" else CompressionPlan(
         shape=shape_of(found.model), blocks=(BlockPlan(neurons=tuple(range(60))),) * 2)

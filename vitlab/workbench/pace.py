@@ -1,5 +1,6 @@
 """How far a long work is: numbered stages on one bar, counted in what takes about as long everywhere."""
 import contextlib
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -29,8 +30,10 @@ class Pace:
         self.at, self.done, self.named = 0, 0.0, None
         self.bar = tqdm(total=round(self.total), desc=what, unit="forward", disable=not progress, smoothing=0.05,
                         bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left")
-        self.bar.write(f"{what}: {len(stages)} stages, about {self.seconds / 60:.1f} minutes at {rate:.0f} images a second "
-                       f"({', '.join(f'{name} {100 * each / self.total:.0f} %' for name, each in stages.items())})") if progress else None
+        if progress:
+            shares = ", ".join(f"{name} {100 * each / self.total:.0f} %" for name, each in stages.items())
+            self.bar.write(f"{what}: {len(stages)} stages, about {self.seconds / 60:.1f} minutes at {rate:.0f} images a second ({shares})",
+                           file=sys.stderr)
 
     @property
     def total(self) -> float:

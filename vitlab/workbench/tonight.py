@@ -7,6 +7,7 @@ from pathlib import Path
 from vitlab import cost
 from vitlab.plan import CompressionPlan
 from vitlab.training.checkpoint import Checkpoint
+from vitlab.workbench.calibrating import warn_of_few
 from vitlab.workbench.cutting import open_dense
 from vitlab.workbench.gathered import FISHER_COST, FISHER_IMAGES, TOKEN_COST, TOKEN_IMAGES, moments_cost
 from vitlab.workbench.offers import OFFERS, Offer, best_offer, offers_figure, worth_of, write_offers  # noqa: F401 - its own face
@@ -57,6 +58,7 @@ def tonight(source: Source, data: str | Path, out: str | Path, *, gmacs: float |
     dense = cost.gmacs(CompressionPlan.empty(survey.shape))
     limit = macs_ratio * dense if gmacs is None else gmacs
     survey.check(limit, rules)
+    warn_of_few(survey.parts.roles["score"])
     ratios = sorted({*ratios, limit / dense})
 
     def planned(survey: Survey, evaluations: int) -> dict[str, float]:
