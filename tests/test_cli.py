@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from vitlab import cli, signals
+from vitlab.cost import gmacs
 from vitlab.plan import CompressionPlan
 from vitlab.rules import ReadOut
 from vitlab.tokens import decay_of
@@ -204,6 +205,30 @@ def test_merging_by_content_from_the_command_line_needs_no_images(study, tmp_pat
     assert code == 2 and "--keep-rate does not go with --match" in error
     code, _, error = run(capsys, *common, "--plan", "none.json", "--read-out")
     assert code == 2 and "--read-out goes with --match" in error
+
+
+@pytest.mark.parametrize("way", [["--match"], ["--scores", "s.safetensors"]])
+def test_prune_takes_a_budget_instead_of_a_ratio_or_keep_rate(study, tmp_path, capsys, monkeypatch, way):
+    monkeypatch.chdir(study)
+    common = ["prune", "--checkpoint", "dense", *way, "--out", str(tmp_path / "run")]
+    code, out, _ = run(capsys, *common, "--macs-ratio", "0.8")
+    plan = checkpoint.load(tmp_path / "run").plan
+    dense = gmacs(CompressionPlan.empty(plan.shape))
+    assert code == 0 and 0.75 * dense < gmacs(plan) <= 0.8 * dense and f"{gmacs(plan):.4f} GMACs deployed" in out
+    assert run(capsys, *common, "--gmacs", f"{0.8 * dense}")[0] == 0 and checkpoint.load(tmp_path / "run").plan.blocks == plan.blocks
+    code, _, error = run(capsys, *common, "--macs-ratio", "0.01")
+    assert code == 2 and "can't be met" in error and "to below 1" in error and len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("given, named", [
+    (["--match"], "one of the three is needed"), (["--match", "0.2", "--gmacs", "1"], "one of the three is needed"),
+    (["--match", "--gmacs", "1", "--macs-ratio", "0.5"], "not allowed with"), (["--match", "x"], "'x' is not a fraction"),
+    (["--plan", "p.json", "--macs-ratio", "0.6"], "--macs-ratio does not go with --plan"),
+    (["--scores", "s.safetensors", "--keep-rate", "0.5", "--gmacs", "1"], "a keep rate is given; one of the two is needed")])
+def test_no_amount_or_two_are_refused_in_one_line(study, tmp_path, capsys, monkeypatch, given, named):
+    monkeypatch.chdir(study)
+    code, _, error = run(capsys, "prune", "--checkpoint", "dense", *given, "--out", str(tmp_path / "run"))
+    assert code == 2 and named in error and len(error.strip().splitlines()) == 1 and not (tmp_path / "run").exists()
 
 
 def test_spans_from_the_command_line_stay_merged_and_are_recorded(study, tmp_path, capsys):

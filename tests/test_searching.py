@@ -1,6 +1,7 @@
 """The steps on heads, neurons and policies: what is written, read back, refused, and never looked at."""
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +10,12 @@ from safetensors.torch import load_file, save_file
 from training_fixtures import logits, one_thread, small_recipe, tiny, write_easy_folder  # noqa: F401
 
 from vitlab.cost import counts_of, gmacs, macs
+from vitlab.criteria.planning import prune_and_merge
 from vitlab.files import InputError, read_lines
 from vitlab.models import shape_of
 from vitlab.plan import CompressionPlan
+from vitlab.rules import ReadOut
+from vitlab.search import SearchSpace
 from vitlab.search.allocation import levels
 from vitlab.search.published import POLICIES
 from vitlab.search.sensitivity import SENSITIVITY
@@ -91,6 +95,69 @@ def test_a_published_policy_gives_its_counts_and_only_for_its_depth(tmp_path):
         cutting.prune_units(found, scores, tmp_path / "o2", policy="nope")
     with pytest.raises(InputError, match="not both"):
         cutting.prune_units(found, scores, tmp_path / "o2", policy="deit_small_60", rho=0.1)
+
+
+def budgeted(way: str, found: steps.Checkpoint, folder: Path, **amount: float) -> CompressionPlan:
+    """The plan of a way to prune that takes a budget, by random scores."""
+    shape, draw = shape_of(found.model), torch.Generator().manual_seed(0)
+    if way.startswith("match"):
+        return cutting.prune_match(found, folder, read_out=way == "match and read out", **amount).plan
+    if way == "units":
+        scores = cutting.UnitScores(heads=torch.rand(shape.depth, shape.num_heads, generator=draw),
+                                    neurons=torch.rand(shape.depth, shape.num_neurons, generator=draw), made_by={})
+        return cutting.prune_units(found, scores, folder, **amount).plan
+    save_file({"token_scores": torch.rand(shape.depth, shape.num_patches, generator=draw) + 0.1}, folder.parent / "s.safetensors")
+    return steps.prune(found, folder.parent / "s.safetensors", folder, prune_rate=0.0, share=way == "share", **amount).plan
+
+
+WAYS = ("match", "match and read out", "units", "merge", "share")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_amount_may_be_a_budget_of_which_as_much_is_used_as_counts_allow(tmp_path, way):
+    found = dense_checkpoint(depth=4, img_size=48)
+    dense = gmacs(found.plan)
+    plan = budgeted(way, found, tmp_path / "a", macs_ratio=0.8)
+    assert budgeted(way, found, tmp_path / "b", gmacs=0.8 * dense).blocks == plan.blocks
+    shape = shape_of(found.model)
+    if way.startswith("match"):                 # all that ratios give
+        space = SearchSpace(shape=shape, units=(), tokens="match", read_out=way == "match and read out")
+        every = [gmacs(space.plan([ratio])) for ratio in np.linspace(0, 0.5, 501)]
+    elif way == "units":
+        counts, one = [len(block.neurons) for block in plan.blocks], 2 * shape.embed_dim * shape.num_tokens / 1e9       # GMACs of a neuron
+        assert 0 <= 0.8 * dense - gmacs(plan) < one and max(counts) - min(counts) <= 1
+        return
+    else:
+        scores, _ = steps.read_scores(tmp_path / "s.safetensors")
+        every = [gmacs(prune_and_merge(scores, shape, keep_rate=(centers + 0.5) / shape.num_patches, prune_rate=0.0, share=way == "share"))
+                 for centers in range(1, shape.num_patches)]
+    assert gmacs(plan) == max(price for price in every if price <= 0.8 * dense)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_budget_out_of_range_is_one_line_that_says_the_range(tmp_path, way):
+    found = dense_checkpoint(depth=4)
+    for amount, named in (({"macs_ratio": 0.01}, "can't be met.*ratios.* from 0.[0-9]* to below 1"),
+                          ({"gmacs": 1e3}, "a budget of 1000 gmacs can't be met")):
+        with pytest.raises(InputError, match=named) as error:
+            budgeted(way, found, tmp_path / "out", **amount)
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_where_reading_out_is_enough_for_a_budget_nothing_is_merged(tmp_path):
+    plan = budgeted("match and read out", dense_checkpoint(depth=4), tmp_path / "out", macs_ratio=0.99)
+    assert [block.tokens for block in plan.blocks] == [None, None, None, ReadOut()]
+
+
+@pytest.mark.parametrize("way, amount, named", [
+    ("match", {"ratio": 0.2, "gmacs": 1.0}, "one of the three is needed"), ("match", {}, "one of the three is needed"),
+    ("merge", {"keep_rate": 0.5, "macs_ratio": 0.6}, "a keep rate is given; one of the two"),
+    ("merge", {"spans": [(0, 1, 0.5)], "macs_ratio": 0.6}, "a rate for each span is given; one of the two"),
+    ("units", {"head_ratio": 0.5, "macs_ratio": 0.6}, "one of the two is needed"),
+    ("units", {"gmacs": 1.0, "macs_ratio": 0.6}, "either in GMACs or a ratio")])
+def test_two_amounts_are_refused(tmp_path, way, amount, named):
+    with pytest.raises(InputError, match=named):
+        budgeted(way, dense_checkpoint(depth=4), tmp_path / "out", **amount)
 
 
 def test_a_search_leaves_a_plan_that_meets_the_budget_and_goes_on_where_it_was_killed(tmp_path, data):

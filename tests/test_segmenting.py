@@ -387,9 +387,10 @@ def test_a_segmenter_is_trained_gone_on_with_pruned_measured_and_asked_by_comman
     out = run("prune", "--checkpoint", "dense", "--match", "0.25", "--out", "small")
     assert "GMACs deployed" in out
     run("finetune", "--checkpoint", "small", "--teacher", "dense", "--data", DATA, "--recipe", "segmenter_pm", "--out", "tuned", *short)
-    out = run("evaluate", "--checkpoint", "tuned", "--data", DATA, "--limit", "2", "--out", "rows", *QUIET)
+    out = run("evaluate", "--checkpoint", "tuned", "--data", DATA, "--limit", "2", "--out", "rows", "--mean", "0.4", *QUIET)
     row, = read_rows("rows/results.jsonl")
     assert "miou_pct" in out and "top1_pct" not in out and f"{row.miou_pct:.2f}" in out
+    assert row.conditions["prepared"] == "mean 0.4 0.4 0.4, std 0.5 0.5 0.5" and f"images, {row.conditions['prepared']}\n" in out
     iou = row.conditions["iou_pct"]
     assert "IoU: " + ", ".join(f"{name} {'-' if iou[name] is None else format(iou[name], '.1f')}" for name in NAMES) in out
     out = run("predict", "--checkpoint", "tuned", "--images", str(photos), "--stride", "16", "28", "--out", "seen", "--device", "cpu",

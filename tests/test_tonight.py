@@ -155,11 +155,15 @@ def worth(survey, plan, form) -> np.ndarray:
 def test_a_plan_is_left_for_a_gain_beyond_its_error_alone(survey, monkeypatch):
     limit, calls = 0.6 * gmacs(CompressionPlan.empty(survey.shape)), []
     plans = [survey.plan("merging by content", limit), survey.plan("neurons", limit), survey.plan("all together", limit)]
+    def left(each: list[np.ndarray]) -> int:
+        """Which one is kept, from the first on."""
+        kept = 0
+        for number in range(1, len(each)):
+            gain = each[kept] - each[number]
+            kept = number if gain.mean() > gain.std(ddof=1) / len(gain) ** 0.5 else kept
+        return kept
     forms = [min(calibrating.forms_of(plan), key=lambda form: worth(survey, plan, form).mean()) for plan in plans]
-    each, wanted = [worth(survey, plan, form) for plan, form in zip(plans, forms)], 0
-    for number in range(1, 3):
-        gain = each[wanted] - each[number]
-        wanted = number if gain.mean() > gain.std(ddof=1) / len(gain) ** 0.5 else wanted
+    wanted = left([worth(survey, plan, form) for plan, form in zip(plans, forms)])
     assert survey.best(plans) == (plans[wanted], forms[wanted])
     monkeypatch.setattr("vitlab.workbench.calibrating.compensate", lambda *args, **settings: calls.append(args))
     assert survey.best(plans) == (plans[wanted], forms[wanted]) and not calls   # they are measured once

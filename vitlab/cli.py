@@ -134,9 +134,10 @@ def _prune(args: argparse.Namespace) -> None:
     merging = ("rule", "keep_rate", "spans", "prune_rate", "decay", "boundary", "weights", "share")
     chosen = {k: getattr(args, k) for k in merging if getattr(args, k) is not None}
     ratios = {k: getattr(args, k) for k in ("policy", "head_ratio", "neuron_ratio", "rho") if getattr(args, k) is not None}
+    budget = {k: getattr(args, k) for k in ("gmacs", "macs_ratio") if getattr(args, k) is not None}
     given = next(iter({**chosen, **ratios}), "").replace("_", "-")
-    if args.plan and given:
-        raise InputError(f"--{given} does not go with --plan: the plan says it all")
+    if args.plan and (given or budget):
+        raise InputError(f"--{given or next(iter(budget)).replace('_', '-')} does not go with --plan: the plan says it all")
     if args.scores and ratios:
         raise InputError(f"--{next(iter(ratios)).replace('_', '-')} cuts by --unit-scores; --scores is of tokens, for merging")
     if args.unit_scores and chosen:
@@ -150,13 +151,14 @@ def _prune(args: argparse.Namespace) -> None:
     if args.match is not None:
         if chosen or ratios:
             raise InputError(f"--{given} does not go with --match, which has one number")
-        found = cutting.prune_match(_source(args), args.out, ratio=args.match, read_out=bool(args.read_out))
+        found = cutting.prune_match(_source(args), args.out, ratio=None if args.match is True else args.match, **budget,
+                                    read_out=bool(args.read_out))
     elif args.unit_scores:
-        if not ratios:
-            raise InputError("--unit-scores needs --policy NAME, or --head-ratio, --neuron-ratio or --rho")
-        found = cutting.prune_units(_source(args), args.unit_scores, args.out, **ratios)
+        if not ratios and not budget:
+            raise InputError("--unit-scores needs --policy NAME, or --head-ratio, --neuron-ratio or --rho, or --gmacs or --macs-ratio")
+        found = cutting.prune_units(_source(args), args.unit_scores, args.out, **ratios, **budget)
     else:
-        found = steps.prune(_source(args), args.scores, args.out, plan=args.plan, **chosen)
+        found = steps.prune(_source(args), args.scores, args.out, plan=args.plan, **chosen, **budget)
     if not args.quiet:
         _print_cut(found.plan, f"{args.out}/checkpoint")
 

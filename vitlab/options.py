@@ -184,8 +184,12 @@ def build_parser() -> Parser:
     group.add_argument("--scores", type=given, metavar="FILE", help="of tokens, from `vitlab score`: Prune and Merge")
     group.add_argument("--unit-scores", type=given, metavar="FILE", help="of heads and neurons, from `vitlab score --of units`")
     group.add_argument("--plan", type=given, metavar="FILE", help="a plan.json to apply as it is")
-    group.add_argument("--match", type=ratio, metavar="R",
-                       help="merge by content this fraction of the tokens in each block of the middle half; needs no scores")
+    group.add_argument("--match", type=ratio, metavar="R", nargs="?", const=True,
+                       help="merge by content this fraction of the tokens in each block of the middle half, or without R as many as the "
+                            "budget asks for; needs no scores")
+    group = p.add_mutually_exclusive_group()
+    group.add_argument("--gmacs", type=positive, help="budget, instead of a ratio or keep rate: 10^9 multiply-adds per image")
+    group.add_argument("--macs-ratio", type=ratio, help="budget: fraction of the dense model's multiply-adds")
     p.add_argument("--read-out", action="store_true", default=None,
                    help="with --match: the last block computes what the classifier reads alone")
     p.add_argument("--rule", choices=("center", "merge"), help="default: center")

@@ -234,7 +234,7 @@ def fold(reconstruct: Tensor, carried: Tensor, merge: Tensor, carry_next: Tensor
 
     reconstruct (N, C), carried and carry_next index tensors, merge (C', N); returns (C' + p', C + p).
     """
-    eye = torch.eye(len(reconstruct), dtype=reconstruct.dtype)
+    eye = torch.eye(len(reconstruct), dtype=reconstruct.dtype, device=reconstruct.device)
     return torch.cat([merge, eye[carry_next]]) @ torch.cat([reconstruct, eye[:, carried]], dim=1)
 
 

@@ -19,7 +19,8 @@ from vitlab.shape import POOL_TOKEN
 def _taken_in(block: nn.Module, eye: Tensor) -> tuple[Tensor, Tensor, bool]:
     """(merge, carried indices, whether all tokens are taken in as they are) of a block that is not inside a span, in float64."""
     if isinstance(block, TokenBlock):
-        return block.tokens.merge_matrix.detach().double(), (block.tokens.token_mask == 0).nonzero().flatten(), False
+        skipping = torch.tensor(block.tokens.skipping, dtype=torch.long, device=eye.device)
+        return block.tokens.merge_matrix.detach().double(), skipping, False
     return eye, torch.empty(0, dtype=torch.long, device=eye.device), True
 
 

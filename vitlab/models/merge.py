@@ -21,11 +21,11 @@ class MergeReconstructTokens(nn.Module):
         self.reconstruct_matrix = nn.Parameter(tokens.reconstruct_matrix(merge).float().contiguous())
         self.register_buffer("token_mask", tokens.token_mask(rule, num_prefix_tokens).float())
         self.trains = rule.trains
-        self.has_pruned = bool(rule.pruned)
+        self.skipping = tuple(num_prefix_tokens + patch for patch in rule.pruned)
 
     def forward(self, x: Tensor) -> Spanned:
         """x (B, N, D) -> merge @ x, and beside it (1 - token_mask) * x."""
-        aside = (1 - self.token_mask)[:, None] * x if self.has_pruned else None
+        aside = (1 - self.token_mask)[:, None] * x if self.skipping else None
         return Spanned(torch.matmul(self.merge_matrix, x), aside, self.reconstruct_matrix)
 
 

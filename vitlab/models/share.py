@@ -22,7 +22,7 @@ class SharedUpdateBlock(nn.Module):
         self.register_buffer("weights", shares[:, None])
         self.register_buffer("own", None if rule.own == 1 else keeps[:, None])
         sizes = torch.tensor((1,) * num_prefix_tokens + rule.sizes, dtype=torch.float64)
-        proportional = rule.proportional and bool((sizes > 1).any())
+        proportional = rule.proportional and max(rule.sizes, default=1) > 1
         self.register_buffer("mask", size_mask(sizes[None], torch.float64) if proportional else None)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

@@ -1,6 +1,6 @@
 """How much to cut in each dimension of a policy, from what each costs when it is cut alone: the greedy solution of the
 separable resource allocation problem (Fox 1966; convex curves make it optimal, up to its last step). D dimensions."""
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
@@ -26,18 +26,22 @@ def levels(space: SearchSpace, count: int = LEVELS) -> list[list[float]]:
             for steps in _steps(space)]
 
 
-def _loss(curve: Sequence[tuple[float, float]], ratios: np.ndarray) -> np.ndarray:
-    """Measured losses between their ratios (Fritsch and Carlson's monotone cubics); never falling, so that noise makes no cut a
-    gain; NaN beyond the last."""
+def _loss(curve: Sequence[tuple[float, float]]) -> Callable[[np.ndarray], np.ndarray]:
+    """Ratios -> losses between those measured (Fritsch and Carlson's monotone cubics); never falling, so that noise makes no cut a gain;
+    NaN beyond the last."""
     known = np.array([(0.0, 0.0), *sorted(curve)])
-    return PchipInterpolator(known[:, 0], np.maximum.accumulate(known[:, 1]), extrapolate=False)(ratios)
+    return PchipInterpolator(known[:, 0], np.maximum.accumulate(known[:, 1]), extrapolate=False)
 
 
-def summed_losses(curves: Sequence[Sequence[tuple[float, float]]], groups: Sequence[str], policies: np.ndarray) -> np.ndarray:
+def summed_losses(curves: Sequence[Sequence[tuple[float, float]]], groups: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
     """What the dimensions of each group, in order of first appearance, lose together by their curves: policies (P, D) -> (P, G);
     beyond a curve's end, what it loses there."""
-    lost = np.stack([_loss(curve, np.minimum(ratios, max(curve)[0])) for curve, ratios in zip(curves, policies.T)], axis=1)
-    return np.stack([lost[:, np.array(groups) == group].sum(axis=1) for group in dict.fromkeys(groups)], axis=1)
+    losses, ends = [_loss(curve) for curve in curves], [max(curve)[0] for curve in curves]
+    members = np.array([[group == name for name in dict.fromkeys(groups)] for group in groups], dtype=float)        # (D, G)
+
+    def summed(policies: np.ndarray) -> np.ndarray:
+        return np.stack([loss(np.minimum(ratios, end)) for loss, end, ratios in zip(losses, ends, policies.T)], axis=1) @ members
+    return summed
 
 
 def allocate(space: SearchSpace, budget: Budget, curves: Sequence[Sequence[tuple[float, float]]]) -> np.ndarray:
@@ -52,7 +56,7 @@ def allocate(space: SearchSpace, budget: Budget, curves: Sequence[Sequence[tuple
         raise InputError(f"there are {len(curves)} curves; this space has {space.size} dimensions")
     steps = _steps(space)
     where, ratios = np.repeat(np.arange(space.size), list(map(len, steps))), np.concatenate(steps)      # (S) each
-    losses = np.concatenate([_loss(*both) for both in zip(curves, steps)])
+    losses = np.concatenate([_loss(curve)(ratios) for curve, ratios in zip(curves, steps)])
     policy, lost = np.zeros(space.size), np.zeros(space.size)
     cost = float(budget.cost(policy[None])[0])
     while cost > budget.limit:

@@ -76,8 +76,8 @@ def curves_of(problem: Problem, rows: list[dict[str, Any]]) -> list[list[tuple[f
 
 def trend_of(problem: Problem, rows: list[dict[str, Any]]) -> Callable[[np.ndarray], np.ndarray]:
     """Policies (P, D) -> (P, G), minus what each group of dimensions loses by the rows: the `trend` of a search that measured them."""
-    curves = curves_of(problem, rows)
-    return lambda policies: -summed_losses(curves, problem.space.groups, policies)
+    losses = summed_losses(curves_of(problem, rows), problem.space.groups)
+    return lambda policies: -losses(policies)
 
 
 def start_policies(problem: Problem, rows: list[dict[str, Any]], count: int, seed: int) -> np.ndarray:

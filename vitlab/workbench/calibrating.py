@@ -1,8 +1,10 @@
 """The step that refits a compressed model on a few images without labels: in closed form, then by a short self-distillation."""
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from vitlab.data.parts import reported_on
@@ -15,7 +17,7 @@ from vitlab.training.checkpoint import Checkpoint
 from vitlab.training.compensate import compensate
 from vitlab.training.moments import fisher
 from vitlab.training.self_distillation import Divergence, self_distil
-from vitlab.uncertainty import digits_of, plus_minus
+from vitlab.uncertainty import digits_of, plus_minus, standard_error
 from vitlab.workbench.cutting import amp_of, measured_batches, open_dense
 from vitlab.workbench.steps import Source, open_matching, pick_device
 
@@ -40,6 +42,16 @@ def forms_of(plan: CompressionPlan) -> tuple[str, ...]:
 def in_form(form: str, dense: nn.Module, plan: CompressionPlan, batches: Batches, **settings: Any) -> nn.Module:
     """The plan's model in a form. settings: of `compensate`."""
     return compress(dense, plan).eval() if form == CUT else compensate(dense, plan, batches, every=form == THROUGHOUT, **settings)
+
+
+def nearest(each: dict[Any, Sequence[float]]) -> Any:
+    """Of models by name, with each image's distance to the dense model: the first, unless a later one is nearer by more than the standard
+    error of that difference over images; so that little is left for the little that luck may be."""
+    chosen, *others = each
+    for name in others:
+        gain = np.subtract(each[chosen], each[name])
+        chosen = name if gain.mean() > (standard_error(gain) or 0) else chosen
+    return chosen
 
 
 def calibrate(source: Source, data: str | Path, out: str | Path, plan: str | Path | CompressionPlan, *, images: int = 1000,
@@ -67,8 +79,8 @@ def calibrate(source: Source, data: str | Path, out: str | Path, plan: str | Pat
     batches = list(parts.batches("calibrate", dense, workers=workers))
     costs = fisher(dense, batches, seed=seed, amp=amp, progress=progress)
     models = {form: in_form(form, dense, plan, batches, ridge=ridge, costs=costs, amp=amp, progress=progress) for form in forms_of(plan)}
-    apart = {form: choosing(model) for form, model in models.items()}
-    best, refitted = (min(forms, key=apart.__getitem__) for forms in (apart, forms_of(plan)[1:]))
+    apart = {form: choosing.each(model) for form, model in models.items()}
+    best, refitted = (min(forms, key=lambda form: sum(apart[form])) for forms in (forms_of(plan), forms_of(plan)[1:]))
     made_by = {"step": "calibrate", "data": opened.name, "images": parts.roles["calibrate"], "roles": parts.roles,
                "ridge": "chosen for each layer" if ridge is None else ridge, "minutes": minutes, "seed": seed, "plan": plan.made_by,
                "kept": best, **reporting.measured(models[CUT], "kl_cut"), **reporting.measured(models[refitted], "kl_refitted")}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vitlab import parallel
-from vitlab.cost import macs
+from vitlab.cost import macs, macs_of
 from vitlab.criteria.units import UNIT_CRITERIA, UnitScores, unit_criterion
 from vitlab.data import ImageData
 from vitlab.files import InputError, append_line, atomic_write
@@ -19,7 +19,7 @@ from vitlab.models import shape_of
 from vitlab.models.weights import read_file
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import Match, Select
-from vitlab.search import SearchSpace
+from vitlab.search import Budget, SearchSpace
 from vitlab.search.published import published_policy
 from vitlab.search.token_dimensions import default_tokens, token_dimensions
 from vitlab.shape import ViTShape
@@ -28,9 +28,10 @@ from vitlab.training.checkpoint import Checkpoint
 from vitlab.training.objective import PlanObjective
 from vitlab.training.units import unit_scores
 from vitlab.uncertainty import error_name
-from vitlab.workbench.steps import Source, apply_plan, need_dense, open_matching, open_model, pick_device, what_is_shared
+from vitlab.workbench.steps import Source, apply_plan, limit_of, need_dense, open_matching, open_model, pick_device, what_is_shared
 
 UNIT_SCORES, SENSITIVITY = "unit_scores.safetensors", "sensitivity.jsonl"
+CLOSE = 1e-3                                # of a budget: nearer to it no more is given back
 WIDE = 192                                  # models at least this wide gain by bf16 where the hardware has it; narrower ones lose
 
 
@@ -93,12 +94,21 @@ def read_units(path: str | Path) -> UnitScores:
 
 
 def prune_units(source: Source, scores: str | Path | UnitScores, out: str | Path, *, policy: str | None = None,
-                head_ratio: float = 0.0, neuron_ratio: float = 0.0, rho: float = 0.0) -> Checkpoint:
+                head_ratio: float = 0.0, neuron_ratio: float = 0.0, rho: float = 0.0, gmacs: float | None = None,
+                macs_ratio: float | None = None) -> Checkpoint:
     """Compress a dense model by unit scores: the same ratios in every block and rho in the selecting blocks, or a published
-    policy by name (tokens then ranked by all heads, as it was). Writes and returns the checkpoint in `out`."""
+    policy by name (tokens then ranked by all heads, as it was), or, by a budget (`limit_of`), heads and neurons alike, as nearly as
+    whole heads allow. Writes and returns the checkpoint in `out`."""
     found = open_dense(source)
     scores = scores if isinstance(scores, UnitScores) else read_units(scores)
     shape = shape_of(found.model)
+    if gmacs is not None or macs_ratio is not None:
+        if policy is not None or head_ratio or neuron_ratio or rho:
+            raise InputError("a budget says how much is cut, and so does a policy or a ratio; one of the two is needed")
+        limit, space = limit_of(shape, gmacs, macs_ratio), SearchSpace(shape=shape, tokens="none", max_ratio=0.999)
+        plan = space.plan(_within(space, limit), heads=scores.heads, neurons=scores.neurons,
+                          made_by={"method": "budget", "gmacs": limit, "scores": scores.made_by})
+        return apply_plan(found, plan, out)
     if policy is not None:
         if head_ratio or neuron_ratio or rho:
             raise InputError("a policy says all ratios; give the policy or ratios, not both")
@@ -115,13 +125,32 @@ def prune_units(source: Source, scores: str | Path | UnitScores, out: str | Path
     return apply_plan(found, plan, out)
 
 
-def prune_match(source: Source, out: str | Path, *, ratio: float, read_out: bool = False) -> Checkpoint:
-    """Compress a dense model by merging tokens by content, the same ratio in each block of the middle half; no images are needed.
-    Writes and returns the checkpoint in `out`."""
+def _within(space: SearchSpace, limit: float) -> np.ndarray:
+    """The policy, its ratios alike as far as counts allow, that costs most of those within `limit` GMACs; nothing is cut where reading
+    out is enough. Raises InputError naming the range where there is none."""
+    def price(policies: np.ndarray) -> np.ndarray:
+        return macs_of(space.shape, space.counts(policies))["total"] / 1e9
+    nothing = np.zeros((1, space.size))
+    if float(price(nothing)[0]) <= limit < macs(CompressionPlan.empty(space.shape))["total"] / 1e9:
+        return nothing[0]
+    budget = Budget(limit=limit, cost=price, tolerance=CLOSE, max_ratio=space.max_ratio, size=space.size, groups=tuple(space.groups))
+    return budget.project(np.full((1, space.size), space.max_ratio / 2))[0][0]
+
+
+def prune_match(source: Source, out: str | Path, *, ratio: float | None = None, gmacs: float | None = None,
+                macs_ratio: float | None = None, read_out: bool = False) -> Checkpoint:
+    """Compress a dense model by merging tokens by content, the same ratio in each block of the middle half, or the least that meets a
+    budget (`limit_of`); no images are needed. Writes and returns the checkpoint in `out`."""
+    if sum(amount is not None for amount in (ratio, gmacs, macs_ratio)) != 1:
+        raise InputError("how much is merged is a ratio of the tokens, or a budget in GMACs or as a ratio of the dense model's; one of the "
+                         "three is needed")
     found = open_dense(source)
-    shape = shape_of(found.model)
-    space = SearchSpace(shape=shape, units=(), tokens="match", read_out=read_out, max_ratio=max(0.5, ratio))
-    return apply_plan(found, space.plan([ratio], made_by={"method": "match", "ratio": ratio, "read_out": read_out}), out)
+    shape, made_by = shape_of(found.model), {"method": "match"}
+    space = SearchSpace(shape=shape, units=(), tokens="match", read_out=read_out, max_ratio=max(0.5, ratio or 0))
+    if ratio is None:
+        limit = limit_of(shape, gmacs, macs_ratio)
+        ratio, made_by = float(_within(space, limit)[0]), made_by | {"gmacs": limit}
+    return apply_plan(found, space.plan([ratio], made_by=made_by | {"ratio": ratio, "read_out": read_out}), out)
 
 
 def objective_on(model: nn.Module, parts: ImageData, role: str, metric: str, device: torch.device, workers: int | None,

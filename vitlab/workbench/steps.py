@@ -1,10 +1,12 @@
 """The steps of a study, each from files to files: notebooks and the command line call these same functions."""
 import dataclasses
+import functools
 import json
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from vitlab.models.create import create_model
 from vitlab.models.segmenter import Segmenter
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.results import ResultRow, append_row
+from vitlab.shape import ViTShape
 from vitlab.training import checkpoint
 from vitlab.training import evaluate as evaluation
 from vitlab.training import throughput as timing
@@ -160,22 +163,49 @@ def read_scores(path: str | Path) -> tuple[Tensor, dict[str, str]]:
 def prune(source: Source, scores: str | Path | None, out: str | Path, *, plan: str | Path | None = None,
           rule: str = "center", keep_rate: float | None = None, prune_rate: float = tokens.PRUNE_RATE,
           boundary: str = tokens.BOUNDARY, weights: str = tokens.WEIGHTS, decay: float | None = None, share: bool = False,
-          spans: Sequence[Sequence[float]] | None = None) -> Checkpoint:
+          spans: Sequence[Sequence[float]] | None = None, gmacs: float | None = None, macs_ratio: float | None = None) -> Checkpoint:
     """Compress a dense model by its token scores, or by a plan file; writes and returns the checkpoint in `out`. decay: of scores
     per block, None: the published one, spread over the depth. share: regions share their block's update (methods C1), without
     matrices. spans: (first block, last block, keep rate) each, instead of keep_rate, of blocks through which tokens stay merged
-    (`prune_and_merge`)."""
+    (`prune_and_merge`). gmacs, macs_ratio: a budget (`limit_of`) instead of keep_rate, which is the largest that meets it then."""
     found = open_model(source)
     if (plan is None) == (scores is None):
         raise InputError("either token scores or a plan file is needed, not both")
+    budget = gmacs is not None or macs_ratio is not None
+    if budget and (plan is not None or keep_rate is not None or spans is not None):
+        given = "a plan" if plan is not None else "a rate for each span" if spans is not None else "a keep rate"
+        raise InputError(f"a budget finds the keep rate, but {given} is given; one of the two is needed")
     if plan is not None:
         made, made_by = CompressionPlan.load(plan, shape_of(need_dense(found).model)), {"from_plan": Path(plan).name}
     else:
         values, source_of_scores = read_scores(scores)
-        made_by = {"scores": source_of_scores}
-        made = prune_and_merge(values, shape_of(found.model), rule=rule, keep_rate=keep_rate, prune_rate=prune_rate,
-                               boundary=boundary, weights=weights, decay=decay, share=share, spans=spans)
+        made_by, shape = {"scores": source_of_scores}, shape_of(found.model)
+        made_of = functools.partial(prune_and_merge, values, shape, rule=rule, prune_rate=prune_rate, boundary=boundary, weights=weights,
+                                    decay=decay, share=share, spans=spans)
+        if budget:
+            limit = limit_of(shape, gmacs, macs_ratio)
+            made_by |= {"gmacs": limit}
+            keep_rate = _largest_keep_rate(lambda rate: cost.gmacs(made_of(keep_rate=rate)), shape, limit)
+        made = made_of(keep_rate=keep_rate)
     return apply_plan(found, made, out, made_by)
+
+
+def limit_of(shape: ViTShape, gmacs: float | None, macs_ratio: float | None) -> float:
+    """A budget in GMACs: `gmacs`, or macs_ratio of the dense model's. Raises InputError where not one of the two is given."""
+    if (gmacs is None) == (macs_ratio is None):
+        raise InputError("a budget is either in GMACs or a ratio of the dense model's; one of the two is needed")
+    return macs_ratio * cost.gmacs(CompressionPlan.empty(shape)) if gmacs is None else gmacs
+
+
+def _largest_keep_rate(price: Callable[[float], float], shape: ViTShape, limit: float) -> float:
+    """The keep rate with the most centers whose price in GMACs, which grows with them, is at most `limit`."""
+    dense, n = cost.gmacs(CompressionPlan.empty(shape)), shape.num_patches
+    rates = [min((centers + 0.5) / n, 1.0) for centers in range(1, n + 1)]     # in the middle of those with as many
+    fit = bisect_right(rates, limit, key=price) if limit < dense else 0
+    if not fit:
+        raise InputError(f"a budget of {limit:.6g} gmacs can't be met: keep rates reach from {price(rates[0]):.6g} (one patch is a center) "
+                         f"to below {dense:.6g} (the dense model's): ratios from {price(rates[0]) / dense:.3g} to below 1")
+    return rates[fit - 1]
 
 
 def need_dense(found: Checkpoint) -> Checkpoint:

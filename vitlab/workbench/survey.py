@@ -25,8 +25,7 @@ from vitlab.training import checkpoint
 from vitlab.training.checkpoint import Checkpoint
 from vitlab.training.objective import PlanObjective
 from vitlab.training.self_distillation import Divergence, self_distil
-from vitlab.uncertainty import standard_error
-from vitlab.workbench.calibrating import CUT, forms_of, in_form
+from vitlab.workbench.calibrating import CUT, forms_of, in_form, nearest
 from vitlab.workbench.gathered import Gathered
 from vitlab.workbench.offers import Offer, worth_of
 from vitlab.workbench.searching import cost_function
@@ -188,7 +187,7 @@ class Survey(Gathered):
         return [space.plan(e.policy, **self.scores, made_by={"method": "search", "rule": rule, "gmacs": gmacs, "evaluation": e.index})
                 for e in ranked]
 
-    def _in_form(self, form: str, plan: CompressionPlan, images: int | None = None) -> nn.Module:
+    def in_form(self, form: str, plan: CompressionPlan, images: int | None = None) -> nn.Module:
         """The plan's model, refitted on so many images (None: all that there are)."""
         if form == CUT:
             return in_form(form, self.found.model, plan, ())
@@ -198,20 +197,19 @@ class Survey(Gathered):
     def _apart(self, plan: CompressionPlan, form: str) -> np.ndarray:
         """Distance of each image to choose on, of a plan's model in a form, refitted on TRIED_ON images; measured once."""
         def measured() -> dict[str, Any]:
-            model = self._in_form(form, plan, TRIED_ON)
+            model = self.in_form(form, plan, TRIED_ON)
             return {f"each, {form}": self.choosing.each(deploy(model))}
         name = f"each, {form}"
         return np.array(self._row(plan, name, measured)[name])
 
     def best(self, plans: Iterable[CompressionPlan]) -> tuple[CompressionPlan, str]:
-        """(the plan to go on with, its form): the nearest form of the first, and of another where it is nearer by more than the standard
-        error of that difference over images."""
-        chosen, least = None, None
-        for plan in plans:
-            form, each = min(((form, self._apart(plan, form)) for form in forms_of(plan)), key=lambda pair: pair[1].mean())
-            if least is None or (least - each).mean() > (standard_error(least - each) or 0):
-                chosen, least = (plan, form), each
-        return chosen
+        """(the plan to go on with, its form): of each plan the form with the least mean distance, and of these the `nearest`, so that the
+        first is what has to be beaten."""
+        plans = list(plans)
+        each = [{form: self._apart(plan, form) for form in forms_of(plan)} for plan in plans]
+        forms = [min(of_plan, key=lambda form, of_plan=of_plan: of_plan[form].mean()) for of_plan in each]
+        chosen = nearest({number: of_plan[form] for number, (of_plan, form) in enumerate(zip(each, forms))})
+        return plans[chosen], forms[chosen]
 
     def ready(self, out: str | Path, plan: CompressionPlan, form: str | None = None, *, minutes: float = 0) -> Checkpoint:
         """Refit a plan's model on all images to refit on, in the form given or else the `best` one, train it on for so many minutes
@@ -220,7 +218,7 @@ class Survey(Gathered):
         form, dense = form or self.best([plan])[1], self.found.model
         plan = dataclasses.replace(plan, made_by=plan.made_by | {"reported": worth_of(self.offer("", plan))})
         reporting = Divergence(dense, self.reporting.batches, self.amp)
-        model = self._in_form(form, plan)
+        model = self.in_form(form, plan)
         made_by = {"step": "calibrate", "data": self.opened.name, "images": self.parts.roles["score"], "roles": self.parts.roles,
                    "ridge": "chosen for each layer", "minutes": minutes, "seed": self.seed, "plan": plan.made_by, "kept": form,
                    **reporting.measured(compress(dense, plan).eval(), "kl_cut"),
