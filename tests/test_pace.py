@@ -61,6 +61,17 @@ def test_a_stage_is_worth_what_was_thought_where_less_was_done_and_not_less_than
         assert found.done == 457
 
 
+def test_a_stage_inside_another_is_counted_by_itself():
+    with Pace("tonight", STAGES, 50.0, progress=False) as found:
+        with found.stage("scores"):
+            found.add(10)
+            with found.stage("refit"):
+                found.add(1)
+            assert found.done == 610 and found.at == 2
+            found.add(20)
+        assert found.done == 700 and found.named is None
+
+
 def test_batches_are_counted_by_their_images_once_they_are_gone_through():
     batches, seen = [(torch.zeros(count, 3), None) for count in (5, 2)], []
     with Pace("tonight", STAGES, 50.0, progress=False) as found, found.stage("refit"):

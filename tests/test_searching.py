@@ -236,7 +236,8 @@ def test_a_search_ends_before_the_policy_and_the_report_that_its_minutes_leave_n
     monkeypatch.setattr(searching, "images_per_second", lambda *args: 7.0)      # 7 images at 0.7 of the cost: 0.7 s a policy
     monkeypatch.setattr(searching.Study, "run", lambda self, *args, until, **settings: ends.append(until) or plain(self, *args, **settings))
     began = searching.time.monotonic()
-    searching.search(dense_checkpoint(), data, tmp_path / "s", macs_ratio=0.7, options=SHORT, images=24, criterion="weight", minutes=5, **FEW)
+    searching.search(dense_checkpoint(), data, tmp_path / "s", macs_ratio=0.7, options=SHORT, images=24, criterion="weight", minutes=5,
+                     **FEW)
     assert 300 - 1.4 <= ends[0] - began < 301                                   # two of 0.7 s less, from when the command began
 
 
