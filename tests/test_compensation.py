@@ -16,7 +16,7 @@ from vitlab.rules import Match, MergeReconstruct, ReadOut, Select, SharedUpdate
 from vitlab.tokens import shared
 from vitlab.training import compensate as module
 from vitlab.training.compensate import SMALL_GAMMA, Walk, compensate, dense_rows
-from vitlab.training.moments import Fisher, gather_moments, layers_of, mixing_layer
+from vitlab.training.moments import Fisher, each_moments, mixing_layer
 from vitlab.training.self_distillation import Divergence
 
 ROWS, UNITS, WIDTH, OUT = 211, 7, 3, 5
@@ -140,6 +140,24 @@ def test_the_ridge_is_the_largest_within_one_standard_error_of_what_misses_least
     assert (max(near) > ridges[int(missed.mean(axis=0).argmin())]) == (rows == 80)              # by this rule
     assert (choose_ridge(weight, folds, kept) > 0.02) == (rows < 2000)          # noise is not fitted
     assert choose_ridge(weight, folds[:1], kept) == np.inf                      # nothing to tell by
+
+
+@pytest.mark.parametrize("constant", [10.0, 1000.0])
+def test_few_rows_of_nearly_constant_inputs_are_refitted_and_ordered_though_their_covariance_is_rounding(constant):
+    """Means that are far more than deviations: what float32 rounds their products to is more than the ridge raises."""
+    generator = torch.Generator().manual_seed(0)
+    x, kept = constant + 1e-2 * torch.randn(40, 31, generator=generator), torch.arange(0, 31, 2)
+    weight, folds = torch.randn(OUT, 31, generator=generator), [gathered(part) for part in x.chunk(4)]
+    whole = functools.reduce(Moments.plus, folds)
+    assert torch.linalg.eigvalsh(whole.covariance(1e-4))[0] < 0
+    ridge = choose_ridge(weight, folds, kept)
+    for strength in (ridge, 1e-4, np.inf):
+        new, gained = refit(weight, whole, kept, ridge=strength)
+        assert torch.isfinite(new).all() and torch.isfinite(gained).all()
+    missed = [float((x[:, kept] @ new.T + gained - x @ weight.T).square().sum())
+              for new, gained in (refit(weight, whole, kept, ridge=strength) for strength in (ridge, np.inf))]
+    assert missed[0] <= 1.1 * missed[1]                                         # no worse than means alone, which few rows can tell
+    assert sorted(elimination_order(weight, whole).tolist()) == list(range(31))
 
 
 def test_a_walk_through_the_model_runs_each_block_a_few_times():
@@ -393,7 +411,7 @@ def test_a_model_of_merged_tokens_alone_is_nearer_to_the_dense_one_when_all_that
 
 def test_with_moments_of_the_dense_model_no_batch_is_read_and_only_cut_layers_are_refitted():
     dense = tiny()
-    plan, moments = one_cut(dense), gather_moments(dense.eval(), batches(), [(0, "neurons")])
+    plan, moments = one_cut(dense), dict(each_moments(dense.eval(), batches(), ["neurons"]))
     found = compensate(dense, plan, None, moments=moments, progress=False)
     own = compensate(dense, plan, batches(), ridge=RIDGE, progress=False)       # nothing is cut before block 0, nor is there to make good
     assert changed(found, compress(dense, plan)) == {f"blocks.0.mlp.fc2.{name}" for name in ("weight", "bias")}
@@ -493,7 +511,7 @@ def test_the_stream_as_target_brings_the_output_nearer_to_the_dense_models_than_
         plan = CompressionPlan(shape=plan.shape, blocks=tuple(BlockPlan(heads=b.heads, neurons=b.neurons, tokens=shared(b.tokens))
                                                               for b in plan.blocks))
     x = images(32, seed=9)
-    moments = gather_moments(dense.eval(), batches(), layers_of(dense))
+    moments = dict(each_moments(dense.eval(), batches()))
     own, both = (float((logits(compensate(dense, plan, batches(), moments=given, every=True, progress=False), x) - logits(dense, x)).norm())
                  for given in (moments, None))
     assert both < own

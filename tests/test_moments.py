@@ -6,7 +6,7 @@ from training_fixtures import images, one_thread, tiny  # noqa: F401
 
 from vitlab.criteria.compensation import elimination_order
 from vitlab.models import attention_block, shape_of
-from vitlab.training.moments import AT_ONCE, HEAVIEST, Fisher, fisher, gather_moments, layers_of, mixing_layer
+from vitlab.training.moments import AT_ONCE, HEAVIEST, Fisher, each_moments, fisher, layers_of, mixing_layer
 from vitlab.training.units import unit_scores
 
 CLASSES = 3
@@ -113,10 +113,11 @@ def test_gradients_are_of_the_first_images_a_few_at_a_time_and_the_draws_follow_
 
 
 def test_moments_are_of_all_tokens_prefix_tokens_as_often_as_they_cost(model):
-    batches, layers = given_of(model), layers_of(model)[1:3]
+    batches, layers = given_of(model), layers_of(model)
     costs = {layer: Fisher(metric=torch.eye(24), prefix_weight=3.0 + number) for number, layer in enumerate(layers)}
     seen: dict = {layer: [] for layer in layers}
-    plain, weighed = (gather_moments(model, batches, layers, costs=given) for given in (None, costs))
+    plain, weighed = (dict(each_moments(model, batches, costs=given)) for given in (None, costs))
+    assert list(plain) == layers and list(dict(each_moments(model, batches, ["heads"]))) == layers[::2]
     for layer in layers:
         linear = mixing_layer(attention_block(model.blocks[layer[0]]), layer[1])[0]
         linear.register_forward_pre_hook(lambda m, given, layer=layer: seen[layer].append(given[0].detach().double()))
@@ -139,7 +140,7 @@ def test_units_are_eliminated_by_what_their_absence_costs(name):
     batches = given_of(model, (8, 8, 5))
     found, plain = (unit_scores(model, batches, criterion=criterion, progress=False) for criterion in ("fisher", "reconstruction"))
     costs = fisher(model, batches, progress=False)
-    moments = gather_moments(model, batches, layers_of(model), costs=costs)
+    moments = dict(each_moments(model, batches, costs=costs))
     for index, kind in layers_of(model):
         linear, width = mixing_layer(model.blocks[index], kind)
         turned = costs[index, kind].root() @ linear.weight.detach().double()                    # R W: |R W a|^2 is what W a costs

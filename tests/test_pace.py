@@ -24,7 +24,7 @@ def test_stages_are_numbered_and_what_they_take_is_said_before_the_first(capsys)
         assert found.total == 1000 and found.seconds == 20
         for number, name in enumerate(STAGES, 1):
             with found.stage(name):
-                assert found.bar.desc == f"tonight {number}/3, {name}: "
+                assert found.bar.desc == f"tonight {number}/3, {name}"
     assert found.done == found.bar.n == 1000 and "100%" in capsys.readouterr().err
 
 

@@ -80,12 +80,12 @@ def test_scores_moments_and_offers_are_kept_as_they_are_made(survey, dense, phot
     plan = survey.plan("all together", 0.6 * gmacs(CompressionPlan.empty(survey.shape)))
     offer = survey.offer("all together", plan)
     files = {path.name.rsplit("-", 1)[0] for path in survey.folder.iterdir() if path.is_file()}
-    assert files == {"unit-scores", "token-scores", "moments", "costs", "measured"}
+    assert files == {"unit-scores", "token-scores", "costs", "measured"} and len(list(survey.folder.glob("moments-*/*"))) == 4
 
     def never(*args, **settings):
         raise AssertionError("it was made before")
     with monkeypatch.context() as patched:
-        for name in ("scores_by_moments", "token_scores", "dense_moments", "own_labels", "fisher"):
+        for name in ("scores_by_moments", "token_scores", "each_moments", "own_labels", "fisher"):
             patched.setattr(gathered, name, never)
         again = tonight.Survey(dense, photographs, tmp_path / "survey", images=16, score_images=24, **FEW)
         assert again.scores.keys() == survey.scores.keys() and again.reporting.images == 7
@@ -103,7 +103,7 @@ def test_a_killed_tonight_keeps_what_it_had(dense, photographs, tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         tonight.tonight(dense, photographs, tmp_path / "out", images=16, **FEW)
     kept = sorted(path.name.rsplit("-", 1)[0] for path in (tmp_path / "out" / tonight.SURVEY).iterdir() if path.is_file())
-    assert kept == ["costs", "moments", "unit-scores"]
+    assert kept == ["costs", "unit-scores"]
 
 
 def test_a_budget_that_no_rule_meets_is_refused_before_anything_is_scored(dense, photographs, tmp_path):

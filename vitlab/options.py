@@ -262,8 +262,8 @@ def build_parser() -> Parser:
     p.add_argument("--rules", type=_list(given), metavar="LIST",
                    help="merging by content, shared updates, neurons, heads and neurons, all together, with commas between (default: all)")
     p.add_argument("--ratios", type=_list(_number(float, 1e-3, 1, "a fraction from 0.001 to 1")), metavar="LIST",
-                   help="fractions of the dense model's multiply-adds that each rule is offered at, the budget too (default: "
-                        "0.9,0.8,0.7,0.6,0.5,0.4)")
+                   help="fractions of the dense model's multiply-adds that each rule is offered at, beside the budget (default: "
+                        "0.9,0.75,0.6,0.45)")
     p.add_argument("--evaluations", type=_number(int, 0, 10**6, "an integer from 0"), default=40, metavar="N",
                    help="plans measured in the search at the budget; 0: none (default: 40)")
     p.add_argument("--finalists", type=count, default=2, metavar="N",

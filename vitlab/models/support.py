@@ -31,6 +31,13 @@ def runs_in_parts(model: nn.Module) -> bool:
     return own and "forward" not in vars(model) and not model._forward_hooks and not model._forward_pre_hooks
 
 
+def check_runs_in_parts(model: nn.Module) -> None:
+    """InputError where it does not."""
+    if not runs_in_parts(model):
+        raise InputError(f"{type(model).__name__} has a forward of its own, or a hook on the whole of it; it is gone through by timm's own "
+                         "forward, block by block: remove the hook, or make what it does a part of the patch embedding")
+
+
 def attention_block(block: nn.Module) -> nn.Module:
     """timm's own Block, whether plain or inside wrappers of vitlab."""
     while hasattr(block, "block"):

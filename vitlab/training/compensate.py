@@ -15,7 +15,7 @@ from vitlab.files import InputError
 from vitlab.models import attention_block, compress
 from vitlab.models.held import Held, Merged
 from vitlab.models.shrink import keep_heads, keep_neurons
-from vitlab.models.support import embedded, encoder_of, plain_linear, runs_in_parts
+from vitlab.models.support import check_runs_in_parts, embedded, encoder_of, plain_linear
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import Match, ReadOut, Select, SharedUpdate, TokenRule
 from vitlab.training.averaging import hooks
@@ -62,9 +62,7 @@ class Walk:
     def __init__(self, dense: nn.Module, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], amp: bool | None = False) -> None:
         self.dense, self.model, self.amp, self.at = encoder_of(dense), encoder_of(model), amp, 0
         self.device = next(model.parameters()).device
-        if not runs_in_parts(self.dense):
-            raise InputError(f"{type(self.dense).__name__} has a forward of its own, or a hook on the whole of it; a refit walks through "
-                             "timm's own forward block by block: remove the hook, or make what it does a part of the patch embedding")
+        check_runs_in_parts(self.dense)
         self.streams, self.after = [], []
         for images, _ in batches:
             with autocast(self.device, amp):
@@ -135,7 +133,7 @@ def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[
     often. ridge draws the weights to what they were; None chooses it for each layer by what misses least on images left out
     (`choose_ridge`), so that few images change little.
 
-    batches are gone through once (`Walk`). With `moments` of the dense model (`gather_moments`) they are not read, what loses units
+    batches are gone through once (`Walk`). With `moments` of the dense model (`each_moments`) they are not read, what loses units
     alone is refitted, to its own output, costs says nothing, and ridge None is RIDGE: quicker, and a little worse. A plan in which
     nothing is to be refitted gives compress(dense, plan). Raises InputError as compress does, or without images.
     """

@@ -4,7 +4,7 @@ To second order KL(p(y | x) || p'(y | x)) = e^T F e / 2 for an error e of a laye
 the gradient of log p(y | x) by that output and y drawn from the model's own p (Martens and Grosse, ICML 2015, arXiv 1503.05671, section
 2; there of weights). D outputs of a layer, P prefix tokens.
 """
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from vitlab import parallel
 from vitlab.criteria.compensation import Moments
 from vitlab.models import attention_block
-from vitlab.models.support import encoder_of
+from vitlab.models.support import check_runs_in_parts, embedded, encoder_of
 from vitlab.plan import CompressionPlan
 from vitlab.training.averaging import frozen_eval, hooks
 from vitlab.training.evaluate import autocast
@@ -109,24 +109,30 @@ def row_weights(rows: Tensor, prefix: int, weight: float) -> Tensor | None:
 
 
 @torch.inference_mode()
-def gather_moments(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], layers: Sequence[Layer], *,
-                   costs: Mapping[Layer, Fisher] | None = None, device: str | torch.device | None = None,
-                   amp: bool | None = False) -> dict[Layer, Moments]:
-    """Moments of the inputs of some layers over all tokens of all images, in one pass; prefix tokens count as `costs` says. Under
-    torchrun each process gives its share of the batches."""
-    device = torch.device(device) if device is not None else next(model.parameters()).device
-    prefix = encoder_of(model).num_prefix_tokens
-    linears = {layer: mixing_layer(attention_block(model.blocks[layer[0]]), layer[1])[0] for layer in layers}
-    found = {layer: Moments(linear.in_features, device) for layer, linear in linears.items()}
-
-    def hook(layer: Layer):
-        def before(_: nn.Module, given: tuple) -> None:
-            found[layer].add(given[0], weights=row_weights(given[0], prefix, prefix_weights(costs, layer)))
-        return before
-    with hooks([linear.register_forward_pre_hook(hook(layer)) for layer, linear in linears.items()]):
-        for images, _ in batches:
-            with autocast(device, amp):
-                model(images.to(device))
-    for moments in found.values():
-        moments.rows, moments.sum, moments.products = map(parallel.total, (moments.rows, moments.sum, moments.products))
-    return found
+def each_moments(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], kinds: Iterable[str] = KINDS, *,
+                 costs: Mapping[Layer, Fisher] | None = None, device: str | torch.device | None = None,
+                 amp: bool | None = False) -> Iterator[tuple[Layer, Moments]]:
+    """Moments of the inputs of every layer that mixes units of some kinds, over all tokens of all images, block after block; prefix tokens
+    count as `costs` says. Memory: all tokens of all images, and the moments of one block. Under torchrun each process gives its share of
+    the batches. Raises InputError for a model with a forward of its own."""
+    device, model = torch.device(device) if device is not None else next(model.parameters()).device, encoder_of(model)
+    check_runs_in_parts(model)
+    streams = []
+    for images, _ in batches:
+        with autocast(device, amp):
+            streams.append(embedded(model, images.to(device)))
+    for index, block in enumerate(model.blocks):
+        found, handles = {}, []
+        for kind in kinds:
+            linear = mixing_layer(attention_block(block), kind)[0]
+            found[index, kind] = own = Moments(linear.in_features, device)
+            weight = prefix_weights(costs, (index, kind))
+            handles.append(linear.register_forward_pre_hook(lambda _, given, own=own, weight=weight: own.add(
+                given[0], weights=row_weights(given[0], model.num_prefix_tokens, weight))))
+        with hooks(handles):
+            for place, x in enumerate(streams):
+                with autocast(device, amp):
+                    streams[place] = block(x)
+        for layer, moments in found.items():
+            moments.rows, moments.sum, moments.products = map(parallel.total, (moments.rows, moments.sum, moments.products))
+            yield layer, moments

@@ -26,7 +26,7 @@ from vitlab.models import shape_of
 from vitlab.models.support import plain_linear
 from vitlab.training.averaging import Batches, averaged, frozen_eval, hooks
 from vitlab.training.capture import need_classifier
-from vitlab.training.moments import KINDS, Fisher, Layer, fisher, gather_moments, layers_of, mixing_layer
+from vitlab.training.moments import KINDS, Fisher, Layer, each_moments, fisher, mixing_layer
 from vitlab.training.pixels import each_cross_entropy, logits_of
 
 
@@ -109,7 +109,7 @@ def _by_moments(model: nn.Module, batches: Batches, criterion: UnitCriterion, se
     if criterion.needs == "fisher":
         costs = fisher(model, batches, seed=seed, device=device, progress=progress)
     with frozen_eval(model):
-        moments = gather_moments(model, counted(), layers_of(model), costs=costs, device=device)
+        moments = dict(each_moments(model, counted(), costs=costs, device=device))
     images = int(parallel.total(torch.tensor(images)))
     if not images:
         raise InputError(f"unit scores by {made_by['criterion']}: there is no image to score on")

@@ -1,5 +1,5 @@
 """What a model gives on a data set's images, gathered once and kept: what plans without labels are made from and measured by."""
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ from vitlab.shape import POOL_TOKEN, ViTShape
 from vitlab.training.capture import need_classifier, token_scores
 from vitlab.training.loop import fingerprint
 from vitlab.training.moments import IMAGES as FISHER_IMAGES
-from vitlab.training.moments import KINDS, Fisher, Layer, fisher
+from vitlab.training.moments import Fisher, Layer, each_moments, fisher, layers_of
 from vitlab.training.objective import PlanObjective
 from vitlab.training.self_distillation import Divergence
 from vitlab.training.units import by_moments as scores_by_moments
 from vitlab.workbench.cutting import amp_of, measured_batches, objective_on, open_dense
 from vitlab.workbench.pace import Pace
-from vitlab.workbench.searching import by_moments, dense_moments, moments_from, moments_to
+from vitlab.workbench.searching import by_moments
 from vitlab.workbench.steps import Source, open_matching, pick_device
 
 TOKEN_IMAGES = 128                              # that scores of tokens are of
@@ -47,6 +47,32 @@ def first_images(batches: Sequence[tuple[Tensor, Tensor]], count: int) -> list[t
             found.append((images[:count], targets[:count]))
         count -= len(images)
     return found
+
+
+class LayerFiles(Mapping[Layer, Moments]):
+    """Moments in a file a layer, in float32, read when they are asked for: those of a ViT-L are 3.5 GB in memory."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.folder, self.device = folder, device
+
+    def keep(self, layer: Layer, moments: Moments) -> None:
+        index, kind = layer
+        tensors = {name: getattr(moments, name).float().cpu().contiguous() for name in ("rows", "sum", "products")}
+        atomic_write(self.folder / f"{index}.{kind}.safetensors", save(tensors))
+
+    def __getitem__(self, layer: Layer) -> Moments:
+        index, kind = layer
+        found = Moments(0, self.device)
+        for name, value in read_file(self.folder / f"{index}.{kind}.safetensors").items():
+            setattr(found, name, value.to(self.device, torch.float64))
+        return found
+
+    def __iter__(self) -> Iterator[Layer]:
+        names = (path.name.split(".") for path in self.folder.glob("*.safetensors"))
+        return iter(sorted((int(index), kind) for index, kind, _ in names))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
 
 
 class Gathered:
@@ -108,10 +134,14 @@ class Gathered:
         return {layer: Fisher(**own) for layer, own in found.items()}
 
     @cached_property
-    def moments(self) -> dict[Layer, Moments]:
+    def moments(self) -> Mapping[Layer, Moments]:
         """Of every layer that mixes heads or neurons: units are ranked by them, and what is measured is refitted."""
-        return moments_from(self._kept("moments", lambda: moments_to(dense_moments(
-            self.model, self.shown("what heads and neurons give", moments_cost(self.shape)), KINDS, self.place, self.costs))))
+        kept = LayerFiles(self.folder / f"moments-{self.inputs}", self.place)
+        if len(kept) < len(layers_of(self.model)):
+            for layer, moments in each_moments(self.model, self.shown("what heads and neurons give", moments_cost(self.shape)),
+                                               costs=self.costs, amp=self.amp):
+                kept.keep(layer, moments)
+        return kept
 
     @cached_property
     def objective(self) -> PlanObjective:
@@ -133,7 +163,7 @@ class Gathered:
         path = self.folder / f"{what}-{self.inputs}.safetensors"
         if not path.exists():
             atomic_write(path, save({name: value.contiguous().cpu() for name, value in make().items()}))
-        return {name: value.to(self.place) if what in ("moments", "costs") else value for name, value in read_file(path).items()}
+        return {name: value.to(self.place) if what == "costs" else value for name, value in read_file(path).items()}
 
 
 def own_labels(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> list[tuple[Tensor, Tensor]]:

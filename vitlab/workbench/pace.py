@@ -52,9 +52,9 @@ class Pace:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Inside, this stage is under way; what it was thought to be worth is done after it. Another that begins inside is its own."""
+        """Inside, this stage is under way; what it was thought to be worth is done after it. One that begins inside is its own."""
         outer, self.at, self.named = self.named, self.at + 1, 0.0
-        self.bar.set_description(f"{self.what} {self.at}/{len(self.stages)}, {name}")
+        self.bar.set_description_str(f"{self.what} {self.at}/{len(self.stages)}, {name}")
         yield
         self.add(max(0.0, self.stages.get(name, 0) - self.named))
         self.named = outer

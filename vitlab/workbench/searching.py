@@ -4,7 +4,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from vitlab.training.capture import need_classifier, token_scores
 from vitlab.training.compensate import compensate
 from vitlab.training.latency import latency_table
 from vitlab.training.loop import fingerprint
-from vitlab.training.moments import Fisher, Layer, fisher, gather_moments, layers_of
+from vitlab.training.moments import Layer, each_moments, fisher
 from vitlab.training.objective import check_metric
 from vitlab.training.units import unit_scores
 from vitlab.workbench.cutting import UNIT_SCORES, amp_of, measured_batches, needs_images, objective_on, open_dense, read_units, write_units
@@ -112,7 +112,7 @@ def search(source: Source, data: str | Path, out: str | Path, *, limit: float | 
         scored = parts.batches("score", found.model, workers=workers)
         with parallel.alone():
             costs = fisher(found.model.to(place), scored, seed=seed, amp=amp_of(found.model), progress=progress)
-            build = {"build": by_moments(dense_moments(found.model, scored, space.units, place, costs))}
+            build = {"build": by_moments(dict(each_moments(found.model, scored, space.units, costs=costs, amp=amp_of(found.model))))}
     objective = objective_on(found.model, parts, "choose", metric, place, workers, **build)
     until = np.inf
     if progress or minutes is not None:
@@ -164,31 +164,9 @@ def reported(study: str | Path) -> dict[str, Any] | None:
     return found
 
 
-def dense_moments(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], units: Iterable[str], device: torch.device,
-                  costs: Mapping[Layer, Fisher] | None = None) -> dict[Layer, Moments]:
-    """Moments of every layer that mixes such units, of the dense model."""
-    return gather_moments(model.to(device).eval(), batches, layers_of(model, units), costs=costs, device=device, amp=amp_of(model))
-
-
-def by_moments(moments: dict[Layer, Moments]) -> Callable[[nn.Module, CompressionPlan], nn.Module]:
+def by_moments(moments: Mapping[Layer, Moments]) -> Callable[[nn.Module, CompressionPlan], nn.Module]:
     """compress with closed-form compensation, from moments of the dense model."""
     return lambda dense, plan: compensate(dense, plan, (), moments=moments, progress=False)
-
-
-def moments_to(moments: dict[Layer, Moments]) -> dict[str, Tensor]:
-    """As tensors, for a file that `moments_from` reads."""
-    return {f"{index}.{kind}.{name}": torch.as_tensor(getattr(found, name), dtype=torch.float64)
-            for (index, kind), found in moments.items() for name in ("rows", "sum", "products")}
-
-
-def moments_from(tensors: dict[str, Tensor]) -> dict[Layer, Moments]:
-    """What `moments_to` made tensors of."""
-    found: dict[Layer, Moments] = {}
-    for key, value in tensors.items():
-        index, kind, name = key.split(".")
-        own = found.setdefault((int(index), kind), Moments(0, value.device))
-        setattr(own, name, value)
-    return found
 
 
 def _scores_of(study: Study, model: nn.Module, parts: ImageData, device: torch.device, workers: int | None,

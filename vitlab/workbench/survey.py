@@ -34,9 +34,9 @@ from vitlab.workbench.searching import cost_function
 RULES = {"merging by content": ((), "match_per_stage"), "shared updates": ((), "share_per_stage"), "neurons": (("neurons",), "none"),
          "heads and neurons": (("heads", "neurons"), "none"), "all together": (("heads", "neurons"), "match_per_stage")}
 SINGLE = ("merging by content", "shared updates", "neurons")                   # rules that cut one thing alone
-RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+RATIOS = (0.9, 0.75, 0.6, 0.45)
 MAX_RATIO, TOLERANCE = 0.75, 0.05
-TRIED_ON, REFIT_COST = 256, 7                   # images that a plan is refitted on to be compared; forwards that each takes, about
+TRIED_ON, REFIT_COST = 192, 5                   # images that a plan is refitted on to be compared; forwards that each takes, about
 DEPLOYED, TRAINED = "deployed", "self-distillation"                             # the latter a stage of `tonight`
 
 
