@@ -50,15 +50,18 @@ def test_what_is_left_takes_as_long_as_what_is_done_says(monkeypatch):
         assert found.done == 400 and found.seconds_of("refit") == pytest.approx(600 * 16 / 400)
 
 
-def test_a_stage_is_worth_what_was_thought_where_less_was_done_and_not_less_than_what_was(monkeypatch):
-    with Pace("tonight", STAGES, 50.0, progress=False) as found:
+def test_a_stage_is_worth_what_was_thought_where_less_was_done_and_no_more_on_the_bar():
+    with Pace("tonight", STAGES, 50.0) as found:
         found.add(7)                                                            # before any stage: it counts for itself
         with found.stage("scores"):
             found.add(30)
         assert found.done == 107
         with found.stage("search"):
             found.add(350)
-        assert found.done == 457
+        assert found.done == found.bar.n == 457
+        with found.stage("refit"):
+            found.add(5000)
+        assert found.done == 5457 and found.bar.n == found.bar.total == 1000
 
 
 def test_a_stage_inside_another_is_counted_by_itself():

@@ -64,7 +64,7 @@ class Pace:
         if self.named is not None:
             self.named += forwards
         self.done += forwards
-        self.bar.update(round(self.done) - self.bar.n)
+        self.bar.update(min(round(self.done), self.bar.total) - self.bar.n)     # a stage may be worth more than was thought
 
     def over(self, batches: Sequence[tuple[Tensor, Any]], each: float) -> Iterable[tuple[Tensor, Any]]:
         """The batches, each image of which is worth so many forwards."""
