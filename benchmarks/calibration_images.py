@@ -3,9 +3,9 @@
     python benchmarks/calibration_images.py --weights FILE --model NAME --cal IMAGENET_CAL --val IMAGENET_VAL --run RUN [--quick]
 
 One plan a budget, the same share of heads, neurons and tokens cut in every block (units by elimination on 512 images), as no search is
-what is measured here. Each is refitted with a fixed ridge and with one chosen for each layer, on the first n images of a draw, and
-measured on VAL, which nothing else sees. Rows go to benchmarks/results/calibration_images.jsonl as they are made; a run that was
-stopped goes on.
+what is measured here. Each is refitted with a fixed ridge and with one chosen for each layer, on the first n images of a draw, by
+which class tokens are weighed too, and measured on VAL, which nothing else sees. Rows go to
+benchmarks/results/calibration_images.jsonl as they are made; a run that was stopped goes on.
 """
 import argparse
 from pathlib import Path
@@ -21,6 +21,7 @@ from vitlab.models import compress, deploy
 from vitlab.search import Budget, SearchSpace
 from vitlab.search.sampling import Problem, uniform_policies
 from vitlab.training.compensate import compensate
+from vitlab.training.moments import fisher
 from vitlab.training.pixels import each_divergence, log_probabilities
 from vitlab.training.units import unit_scores
 from vitlab.uncertainty import standard_error
@@ -69,7 +70,8 @@ def main() -> None:
                 if (args.model, limit, name, count, args.seed) in known:
                     continue
                 batches = [(x[:max(0, count - 50 * i)], None) for i, (x, _) in enumerate(fit) if 50 * i < count]
-                small = deploy(compensate(model, plan, batches, ridge=ridge, progress=False) if count else compress(model, plan))
+                settings = {"ridge": ridge, "costs": fisher(model, batches, seed=args.seed, progress=False), "progress": False}
+                small = deploy(compensate(model, plan, batches, **settings) if count else compress(model, plan))
                 with torch.inference_mode():
                     distances = torch.cat([each_divergence(log_probabilities(small, x, False), e) for x, e in zip(val, expected)]).tolist()
                 row = {"model": args.model, "gmacs_limit": limit, "gmacs": cost.gmacs(plan), "ridge": name, "refitted_on": count,

@@ -31,14 +31,14 @@ from vitlab.plan import CompressionPlan
 from vitlab.plots import save_figure, trade_offs
 from vitlab.search import SearchSpace
 from vitlab.training.capture import token_scores
-from vitlab.training.compensate import compensate
 from vitlab.training.evaluate import uses_bf16
 from vitlab.training.pixels import each_divergence, log_probabilities
 from vitlab.training.throughput import conditions, measure
 from vitlab.uncertainty import share_error, standard_error
 from vitlab.workbench import steps
-from vitlab.workbench.calibrating import calibrate
-from vitlab.workbench.tonight import Survey, own_labels
+from vitlab.workbench.calibrating import REFITTED, calibrate, in_form
+from vitlab.workbench.gathered import own_labels
+from vitlab.workbench.survey import Survey
 
 NAME, CROP = "deit_tiny_patch16_224", 224 / 227         # the validation images are centre crops of 227 already
 RESULTS = Path(__file__).parent / "results"
@@ -46,7 +46,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 PARTS = ("static", "closed", "calibrated", "speed")
 GMACS, NEURONS = (0.75, 0.60, 0.45), (1.09, 0.98)
 TOME = (4, 8, 11, 13, 16)
-IMAGES, REFIT, EVALUATIONS, MINUTES, QUICK_IMAGES = 160, 1000, 20, 3, 20
+IMAGES, REFIT, EVALUATIONS, FINALISTS, MINUTES, QUICK_IMAGES = 160, 1000, 20, 3, 3, 20
 
 
 def table_name(model: str) -> str:
@@ -127,9 +127,10 @@ class Bench:
     def plain(self, plan: CompressionPlan) -> tuple[nn.Module, float, CompressionPlan]:
         return deploy(compress(self.model, plan)), cost.gmacs(plan), plan
 
-    def refitted(self, seed: int, plan: CompressionPlan) -> tuple[nn.Module, float, CompressionPlan]:
+    def refitted(self, seed: int, plan: CompressionPlan, form: str = REFITTED) -> tuple[nn.Module, float, CompressionPlan]:
         images = list(steps.open_matching(self.args.cal, self.dense).batches("train", self.model, limit=REFIT, seed=seed, workers=1))
-        return deploy(compensate(self.model, plan, images, amp=self.amp, progress=False)), cost.gmacs(plan), plan
+        costs = self.survey(seed).costs
+        return deploy(in_form(form, self.model, plan, images, costs=costs, amp=self.amp, progress=False)), cost.gmacs(plan), plan
 
     def uncalibrated(self) -> None:
         """What needs no calibration image at all."""
@@ -165,10 +166,11 @@ class Bench:
             plan = space.plan([ratio + 1e-3] * space.size, neurons=self.survey(seed).scores["neurons"])
             self.add(f"neurons, as much in each block, {gmacs}", "neurons, closed form", seed, lambda plan=plan: self.refitted(seed, plan))
 
-    def searched(self, rule: str, seed: int, budgets: tuple[float, ...]) -> Iterator[tuple[str, CompressionPlan]]:
+    def searched(self, rule: str, seed: int, budgets: tuple[float, ...]) -> Iterator[tuple[str, CompressionPlan, str]]:
+        """(name, plan, form) of the nearest of the plans that a search finds, each refitted."""
         for gmacs in budgets:
-            plan = self.survey(seed).search(rule, gmacs, EVALUATIONS)
-            yield f"{rule}, searched, {gmacs}", plan
+            survey = self.survey(seed)
+            yield f"{rule}, searched, {gmacs}", *survey.best(survey.search(rule, gmacs, EVALUATIONS)[:FINALISTS])
 
     def closed(self, seed: int) -> None:
         budgets = GMACS[:1] if self.args.quick else GMACS
@@ -178,14 +180,13 @@ class Bench:
             return
         self.units(seed)
         for rule, costs in (("merging by content", budgets), ("shared updates", budgets), ("neurons", NEURONS), ("all together", budgets)):
-            for name, plan in self.searched(rule, seed, costs):
-                cut = any(block.heads or block.neurons for block in plan.blocks)
-                self.add(name, f"{rule}, searched", seed, lambda plan=plan, cut=cut: self.refitted(seed, plan) if cut else self.plain(plan))
+            for name, plan, form in self.searched(rule, seed, costs):
+                self.add(name, f"{rule}, searched", seed, lambda plan=plan, form=form: self.refitted(seed, plan, form))
 
     def calibrated(self, seed: int) -> None:
         """Self-distillation of the plans found with the first seed, on another draw of images for each seed."""
         for rule in ("shared updates", "merging by content"):
-            for name, plan in self.searched(rule, self.args.search_seeds[0], (0.75,)):
+            for name, plan, _ in self.searched(rule, self.args.search_seeds[0], (0.75,)):
                 def make(plan: CompressionPlan = plan, name: str = name) -> tuple[nn.Module, float, CompressionPlan]:
                     found = calibrate(self.dense, self.args.cal, self.args.run / f"{name} {seed}", plan, minutes=self.args.minutes,
                                       seed=seed, workers=1)

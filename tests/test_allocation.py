@@ -172,7 +172,7 @@ def test_start_policies_of_one_group_are_the_allocated_one_and_others_near_it(tm
     assert len(start_policies(PROBLEM, rows, 1, seed=3)) == 1
 
 
-def test_start_policies_of_several_groups_have_one_where_each_is_dearer(tmp_path):
+def test_start_policies_of_several_groups_have_one_of_each_alone_and_one_where_each_is_dearer(tmp_path):
     space = SearchSpace(shape=shape_of_size(2, 16), units=("neurons", "heads"), tokens="none")
     problem = Problem(space, linear(np.full(4, 0.3), 0.8, 4))
     rows = measure_alone(problem, lambda p: {"value": -float(p * p @ [1.0, 2.0, 1.5, 3.0])}, tmp_path / SENSITIVITY, progress=False)
@@ -181,8 +181,12 @@ def test_start_policies_of_several_groups_have_one_where_each_is_dearer(tmp_path
     def allocated(weights):
         return allocate(*problem, [[(r["ratio"], weights[d] * r["loss"]) for r in rows if r["dimension"] == name]
                                    for d, name in enumerate(space.names)])
-    expected = [allocated(w) for w in ((1, 1, 1, 1), (3, 3, 1, 1), (1, 1, 3, 3), (9, 9, 1, 1), (1, 1, 9, 9))]
+    many = 1e6                                                                  # that much dearer, nothing of it is cut
+    expected = [allocated(w) for w in ((1, 1, 1, 1), (1, 1, many, many), (many, many, 1, 1), (3, 3, 1, 1), (1, 1, 3, 3))]
     assert (found[:5] == expected).all() and len(np.unique(found, axis=0)) == len(found) <= 8
-    neurons = found[:5, :2].sum(axis=1)
-    assert neurons[3] < neurons[1] < neurons[0] < neurons[2] < neurons[4]           # the dearer, the less is cut of it
+    neurons, heads = found[:5, :2].sum(axis=1), found[:5, 2:].sum(axis=1)
+    assert heads[1] == neurons[2] == 0 < neurons[3] < neurons[0] < neurons[4] < neurons[1]          # the dearer, the less is cut of it
     assert (start_policies(problem, rows, 2, seed=3) == expected[:2]).all()
+    tight = Problem(space, linear(np.full(4, 0.3), 0.6, 4))                     # one group alone saves 0.3 at most
+    both = start_policies(tight, rows, 3, seed=3)
+    assert tight.budget.meets(both).all() and (both[:3, :2].any(axis=1) & both[:3, 2:].any(axis=1)).all()

@@ -1,5 +1,7 @@
 """The command line, called in process: what it does, and the one line that wrong input gets."""
+import inspect
 import json
+import re
 import subprocess
 import sys
 
@@ -7,11 +9,14 @@ import pytest
 
 from vitlab import cli, signals
 from vitlab.cost import gmacs
+from vitlab.files import read_lines
 from vitlab.plan import CompressionPlan
 from vitlab.rules import ReadOut
 from vitlab.tokens import decay_of
 from vitlab.training import checkpoint
+from vitlab.workbench import tonight
 
+TONIGHT = tonight.tonight
 QUICK = ["--limit", "64", "--epochs", "1", "--batch-size", "32", "--quiet", "--device", "cpu"]
 
 
@@ -107,10 +112,52 @@ def test_calibration_runs_from_the_command_alone_and_prints_what_it_gained(study
     code, out, _ = run(capsys, *base)
     assert code == 0 and "in nats on 216 other images, ± one standard error: cut " in out and ", refitted " in out
     assert out.count(" ± ") == 3 and "± 0.0000," not in out and "distilled" not in out
+    assert re.search(r"; kept: (cut|refitted|refitted throughout)$", out, re.MULTILINE)
     code, out, _ = run(capsys, *base, "--minutes", "0.02")
     assert code == 0 and checkpoint.load(study / "calibrated").info["made_by"]["minutes"] == 0.02
     code, _, err = run(capsys, *base, "--minutes", "-1")
     assert code == 2 and "'-1' is not a number of minutes" in err
+
+
+def test_tonight_takes_its_amounts_rules_and_ratios_from_the_command(study, capsys, monkeypatch):
+    base = ["tonight", "--checkpoint", f"{study}/dense", "--data", "digits", "--out", f"{study}/tonight", "--macs-ratio", "0.8"]
+    small = ["--rules", "merging by content, neurons", "--ratios", "0.9,0.7", "--evaluations", "2", "--finalists", "1", "--images", "9",
+             "--report-images", "11", "--score-images", "40"]
+    with pytest.warns(UserWarning, match="^40 images to refit on: of fewer than 100 it is uncertain which form is the nearest"):
+        code, out, err = run(capsys, *base, *small)
+    rows, made_by = read_lines(study / "tonight/offers.jsonl"), checkpoint.load(study / "tonight/deployed").info["made_by"]
+    assert code == 0 and "before calibration, on 11 other images" in out and f"kept: {made_by['kept']}" in out and "GMACs deployed" in out
+    assert [row["rule"] for row in rows] == ["merging by content"] * 3 + ["neurons"] * 3      # at 0.9, the budget, 0.7
+    assert {role: made_by["roles"][role] for role in ("choose", "report", "score")} == {"choose": 9, "report": 11, "score": 40}
+    assert "tonight: 6 stages, about " in err and re.search("tonight 6/6, refit on all images: 100%", err)
+    given: dict = {}
+    monkeypatch.setattr(tonight, "tonight", lambda *args, **settings: given.update(settings) or checkpoint.load(study / "tonight/deployed"))
+    asked = {"rules": ("merging by content", "neurons"), "ratios": (0.9, 0.7), "evaluations": 2, "finalists": 1, "images": 9,
+             "report_images": 11, "score_images": 40}
+    assert run(capsys, *base, *small, "--minutes", "1.5")[0] == 0 and given.items() >= (asked | {"minutes": 1.5}).items()
+    assert given.pop("macs_ratio") == 0.8
+    given.clear()
+    assert run(capsys, *base, "--quiet") == (0, "", "")                         # without them, those of the function
+    own = {name: value.default for name, value in inspect.signature(TONIGHT).parameters.items() if name in asked or name == "minutes"}
+    assert {name: given.get(name, value) for name, value in own.items()} == own and given["minutes"] is None
+    for wrong, says in ((["--rules", "neurons,"], "names nothing"), (["--ratios", "0.5,2"], "'2' is not a fraction"),
+                        (["--minutes", "-1"], "'-1' is not a number of minutes"), (["--finalists", "0"], "at least 1")):
+        code, _, err = run(capsys, *base, *wrong)
+        assert code == 2 and says in err and len(err.splitlines()) == 1
+    monkeypatch.undo()
+    code, _, err = run(capsys, *base, "--rules", "neurons,pruning")
+    assert code == 2 and "rule 'pruning' is not known; known are ['merging by content'" in err
+
+
+def test_a_search_given_minutes_reports_what_it_has_and_goes_on(study, capsys):
+    search = ["search", "--checkpoint", f"{study}/dense", "--data", "digits", "--macs-ratio", "0.6", "--criterion", "weight", "--images",
+              "32", "--evaluations", "4", "--population", "3", "--out", f"{study}/timed"]
+    code, out, err = run(capsys, *search, "--minutes", "0")
+    assert code == 0 and "best of 1: " in out and "search: 4 policies to measure on 32 images, about 0.0 minutes; it ends after 0" in err
+    code, out, err = run(capsys, *search, "--quiet")
+    assert code == 0 and "best of 4: " in out and err == ""
+    code, _, err = run(capsys, *search, "--minutes", "long")
+    assert code == 2 and "'long' is not a number of minutes" in err
 
 
 def test_published_form_is_a_flag_away(study, capsys):

@@ -16,6 +16,7 @@ from vitlab.models import shape_of
 from vitlab.plan import CompressionPlan
 from vitlab.rules import ReadOut
 from vitlab.search import SearchSpace
+from vitlab.search.allocation import levels
 from vitlab.search.published import POLICIES
 from vitlab.search.sensitivity import SENSITIVITY
 from vitlab.search.strategies import Settings
@@ -205,6 +206,39 @@ def test_a_search_from_sensitivity_begins_in_the_budget_and_goes_on_where_it_was
     assert len(calls) == len(rows) + len(study.evaluations) + 2                 # the killed one alone is begun twice; and the report
     assert [(e.policy, e.value, e.by) for e in again.evaluations] == [(e.policy, e.value, e.by) for e in study.evaluations]
     assert read_lines(tmp_path / "b" / SENSITIVITY) == rows
+
+
+@pytest.mark.parametrize("initial", ["varied", "sensitivity"])
+def test_a_search_says_what_it_will_do_and_keeps_to_the_minutes_it_is_given(tmp_path, data, capsys, monkeypatch, initial):
+    options = {"macs_ratio": 0.7, "options": dataclasses.replace(SHORT, initial=initial), "images": 24, "score_images": 32,
+               "criterion": "weight", **FEW}
+    monkeypatch.setattr(searching, "images_per_second", lambda *args: 0.07)     # 7 images at 0.7 of the cost: 70 s a policy
+    cuts = 1 + sum(map(len, levels(searching.SearchSpace(shape=shape_of(tiny()))))) if initial == "sensitivity" else 0
+
+    def said(**changes) -> tuple[str, str]:
+        captured = capsys.readouterr()
+        searching.search(dense_checkpoint(), data, tmp_path / "s", **options | changes)
+        captured = capsys.readouterr()
+        return captured.out, captured.err
+    assert said(minutes=0.0) == ("", "") if not cuts else True                  # without progress nothing is said
+    if cuts:
+        with pytest.warns(UserWarning, match=f"alone first, which takes about {cuts * 70 / 60:.1f} minutes, more than the 1 given"):
+            searching.search(dense_checkpoint(), data, tmp_path / "s", **options, minutes=1)
+    assert len(read_lines(tmp_path / "s/journal.jsonl")) == 1 and searching.reported(tmp_path / "s")["evaluation"] == 0
+    out, err = said(progress=True, minutes=100)
+    assert out == "" and f"search: 4 policies to measure on 7 images, about {4 * 70 / 60:.1f} minutes; it ends after 100 with" in err
+    assert len(read_lines(tmp_path / "s/journal.jsonl")) == 5
+    assert "to measure" not in "".join(said(progress=True))                     # nothing is left
+
+
+def test_a_search_ends_before_the_policy_and_the_report_that_its_minutes_leave_no_room_for(tmp_path, data, monkeypatch):
+    ends, plain = [], searching.Study.run
+    monkeypatch.setattr(searching, "images_per_second", lambda *args: 7.0)      # 7 images at 0.7 of the cost: 0.7 s a policy
+    monkeypatch.setattr(searching.Study, "run", lambda self, *args, until, **settings: ends.append(until) or plain(self, *args, **settings))
+    began = searching.time.monotonic()
+    searching.search(dense_checkpoint(), data, tmp_path / "s", macs_ratio=0.7, options=SHORT, images=24, criterion="weight", minutes=5,
+                     **FEW)
+    assert 300 - 1.4 <= ends[0] - began < 301                                   # two of 0.7 s less, from when the command began
 
 
 def test_a_search_never_reads_the_held_out_split(tmp_path, data, monkeypatch):

@@ -206,7 +206,7 @@ def test_photographs_without_masks_are_enough_for_a_smaller_segmenter_tonight(wa
         train.scene(i)[0].save(photographs / f"{i:02d}.png")
     Image.fromarray(chance.integers(0, 256, (20, 70, 3), dtype=np.uint8)).save(photographs / "flat.png")       # of another size
     made = tonight.tonight(way / "dense", photographs, tmp_path / "out", macs_ratio=0.9, rules=("merging by content", "neurons"),
-                           ratios=(0.95,), evaluations=3, minutes=0, images=5, calibration_images=10, seed=1, **HERE)
+                           ratios=(0.95,), evaluations=3, images=5, score_images=10, seed=1, **HERE)
     dense = checkpoint.load(way / "dense")
     assert cost.gmacs(made.plan) <= 0.9 * cost.gmacs(dense.plan) and made.plan.shape.decoder == "mask_transformer"
     rows = list(read_lines(tmp_path / "out" / tonight.OFFERS))
@@ -233,7 +233,7 @@ def test_photographs_without_masks_are_enough_for_a_smaller_segmenter_tonight(wa
             step()
     (photographs / "03.png").write_bytes(b"no image")
     with pytest.raises(InputError, match="03.png: can't be read as an image"):
-        tonight.tonight(way / "dense", photographs, tmp_path / "out", macs_ratio=0.9, images=5, calibration_images=10, **HERE)
+        tonight.tonight(way / "dense", photographs, tmp_path / "out", macs_ratio=0.9, images=5, score_images=10, **HERE)
 
 
 # ---------------------------------------------------------------- evaluation

@@ -15,8 +15,8 @@ from vitlab.data.masks import open_scenes
 from vitlab.files import InputError
 from vitlab.models import compress, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.training import checkpoint
 from vitlab.training.checkpoint import Checkpoint
+from vitlab.training.moments import fisher
 from vitlab.training.self_distillation import Divergence, self_distil
 from vitlab.workbench import calibrating, cutting, steps
 
@@ -188,7 +188,8 @@ def dense_checkpoint() -> Checkpoint:
 
 
 @pytest.mark.parametrize("cuts", ["tokens", "neurons"])
-def test_calibration_takes_images_without_labels_and_says_what_it_gained(pictures, tmp_path, cuts):
+def test_calibration_takes_images_without_labels_and_says_what_it_gained(pictures, tmp_path, monkeypatch, cuts):
+    monkeypatch.setattr(calibrating, "compensate", lambda dense, plan, *args, **settings: compress(dense, plan).eval())
     found = dense_checkpoint()
     plan = token_plan(found.model) if cuts == "tokens" else CompressionPlan(
         shape=shape_of(found.model), blocks=(BlockPlan(neurons=tuple(range(60))),) * 2)
@@ -198,8 +199,6 @@ def test_calibration_takes_images_without_labels_and_says_what_it_gained(picture
     assert made_by["roles"] == {"calibrate": 28, "choose": 6, "report": 6, "shared": [
         "calibrate takes 28 images of the 40 asked for, 14 of them from the share of score",
         "choose takes 6 images of the 50 asked for", "report takes 6 images of the 256 asked for"]}
-    if cuts == "tokens":                                                        # nothing is refitted
-        assert made_by["kl_refitted"] == made_by["kl_cut"]
     reporting = open_data(pictures).parts(0, report=256)
     apart = Divergence(outspoken(), reporting.batches("report", outspoken(), workers=0))
     for name, model in (("distilled", made.model), ("cut", compress(found.model, plan))):
@@ -223,23 +222,36 @@ def test_what_calibration_is_fitted_on_chosen_by_and_reported_on_has_no_image_in
     assert set(seen) == {"calibrate", "choose", "report", "score"} and sum(map(len, seen.values())) == 40 == len(set.union(*seen.values()))
 
 
-@pytest.mark.parametrize("better", ["cut", "refitted"])
-def test_whether_the_closed_form_stays_is_chosen_and_not_taken_for_granted(pictures, tmp_path, monkeypatch, better):
+@pytest.mark.parametrize("better", ["cut", "refitted", "refitted throughout"])
+@pytest.mark.parametrize("cuts", ["tokens", "neurons"])
+def test_the_form_that_stays_is_the_nearest_on_images_to_choose_on(pictures, tmp_path, monkeypatch, better, cuts):
     found = dense_checkpoint()
-    plan = CompressionPlan(shape=shape_of(found.model), blocks=(BlockPlan(neurons=tuple(range(60))),) * 2)
-    values = iter([2.0, 1.0] if better == "cut" else [1.0, 2.0])                # of the refitted one, then of the cut one
-    monkeypatch.setattr(Divergence, "__call__", lambda self, model: next(values))
+    plan = token_plan(found.model) if cuts == "tokens" else CompressionPlan(
+        shape=shape_of(found.model), blocks=(BlockPlan(neurons=tuple(range(60))), BlockPlan()))
+    forms = ["cut", "refitted", "refitted throughout"] if cuts == "neurons" else ["cut", "refitted throughout"]     # no unit to refit
+    values = {form: 1.0 if form == better else 2.0 + number for number, form in enumerate(forms)}
+    measured, given, plain, each = iter(values.values()), {}, calibrating.compensate, Divergence.each
+
+    def noted(*args, every, costs, **settings):
+        given[every] = costs
+        return plain(*args, every=every, costs=costs, **settings)
+    monkeypatch.setattr(calibrating, "compensate", noted)
+    monkeypatch.setattr(Divergence, "each", lambda self, model: [value] * 6 if (value := next(measured, None)) else each(self, model))
     made = calibrating.calibrate(found, pictures, tmp_path / "out", plan, images=14, workers=0, progress=False)
-    assert made.info["made_by"]["kept"] == better
-    assert torch.equal(logits(made.model), logits(compress(found.model, plan))) == (better == "cut")
-
-
-def test_calibration_without_minutes_of_a_plan_that_cuts_no_unit_is_compress(pictures, tmp_path):
-    found = dense_checkpoint()
-    plan = token_plan(found.model)
-    made = calibrating.calibrate(found, pictures, tmp_path / "out", plan, images=40, workers=0, progress=False)
-    assert torch.equal(logits(made.model), logits(compress(found.model, plan)))
-    assert "kl_distilled" not in checkpoint.load(tmp_path / "out").info["made_by"]
+    made_by, kept = made.info["made_by"], min(values, key=values.get)
+    assert made_by["kept"] == kept and f"kept: {kept}" in calibrating.distances(made_by) and "kl_distilled" not in made_by
+    assert set(given) == {form == "refitted throughout" for form in forms[1:]}
+    parts = open_data(pictures).parts(0, calibrate=14, choose=50, report=256)
+    fitted_on = list(parts.batches("calibrate", outspoken(), workers=0))
+    costs = fisher(outspoken(), fitted_on, progress=False)                       # prefix tokens weigh in a refit what errors of them cost
+    assert all(costs[layer].prefix_weight == each[layer].prefix_weight for each in given.values() for layer in costs)
+    models = {form: compress(outspoken(), plan) if form == "cut" else plain(outspoken(), plan, fitted_on, costs=costs, progress=False,
+                                                                          every=form == "refitted throughout") for form in forms}
+    assert torch.equal(logits(made.model), logits(models[kept]))
+    apart = Divergence(outspoken(), parts.batches("report", outspoken(), workers=0))
+    refitted = kept if kept != "cut" else forms[1]                              # the nearer one of those refitted
+    for name, form in (("kl_cut", "cut"), ("kl_refitted", refitted)):
+        assert made_by[name] == pytest.approx(float(np.mean(apart.each(models[form]))), rel=1e-6)
 
 
 def test_steps_that_need_labels_refuse_images_without(pictures, tmp_path):

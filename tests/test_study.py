@@ -362,6 +362,34 @@ def test_a_start_from_sensitivity_measures_each_dimension_alone_and_begins_with_
     assert varied.spent == len(varied.evaluations) == 9 and sensitive(tmp_path / "new").spent == 0
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_given_starts_follow_the_first_that_sensitivity_gives_and_all_are_measured_once(tmp_path, batch):
+    starts, met = budget().project(np.random.default_rng(0).uniform(0, 0.5, (2, SPACE.size)))
+    assert met.all()
+    plain, found = sensitive(tmp_path / "plain", batch=batch), sensitive(tmp_path / "found", batch=batch)
+    plain.run(objective, progress=False)
+    found.run(objective, starts=starts, progress=False)
+    first, *others = [e.policy for e in plain.evaluations[:2]]
+    assert [e.policy for e in found.evaluations[:4]] == [first, *map(tuple, starts), *others]
+    assert [e.by for e in found.evaluations[:5]] == ["sensitivity"] * 4 + ["population"]
+    again = sensitive(tmp_path / "found", batch=batch)
+    again.run(lambda policy: pytest.fail("all is measured already"), starts=starts, progress=False)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_search_whose_time_is_over_ends_with_one_policy_at_least_and_goes_on_from_there(tmp_path, monkeypatch, batch):
+    whole, found = study(tmp_path / "whole", batch=batch), study(tmp_path / "found", batch=batch)
+    whole.run(objective, progress=False)
+    found.run(objective, until=0.0, progress=False)
+    assert facts(found) == facts(whole)[:batch]                                 # a turn that has begun ends
+    clock = iter(range(100))
+    monkeypatch.setattr("vitlab.search.study.time.monotonic", lambda: next(clock))
+    found.run(objective, until=2, progress=False)                               # at 0 and at 1 another turn begins
+    assert facts(found) == facts(whole)[:3 * batch]
+    study(tmp_path / "found", batch=batch).run(objective, progress=False)
+    assert facts(study(tmp_path / "found", batch=batch)) == facts(whole)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("stop", [0, 1, 9, ALONE - 1, ALONE, ALONE + 1, ALONE + 7])
 def test_a_start_from_sensitivity_goes_on_where_it_was_killed(tmp_path, stop, batch):

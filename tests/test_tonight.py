@@ -1,6 +1,8 @@
 """The survey of a model without labels, the offers that follow, and the model made ready."""
 import dataclasses
+import re
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from vitlab.rules import Match, ReadOut
 from vitlab.training import checkpoint
 from vitlab.training.objective import PlanObjective
 from vitlab.workbench import calibrating, gathered, steps, tonight
+from vitlab.workbench.pace import Pace
 
 FEW = {"device": "cpu", "progress": False, "workers": 0}
 
@@ -194,6 +197,49 @@ def test_from_images_alone_to_a_deployed_model(dense, photographs, tmp_path):
     assert all(row["agree_se"] > 0 and row["distill_loss_se"] > 0 for row in rows)
     assert [row["rule"] for row in rows] == ["merging by content"] * 2 and (tmp_path / "out/offers.png").stat().st_size > 0
     assert CompressionPlan.from_json(rows[0]["plan"]).shape == found.plan.shape
+
+
+SMALL = {"macs_ratio": 0.6, "rules": ("neurons",), "ratios": (), "score_images": 24}
+
+
+def test_a_time_that_is_too_little_is_said_and_there_are_fewer_evaluations_and_images(dense, photographs, tmp_path, monkeypatch):
+    given, searched, plain = [], [], tonight.Survey.search
+
+    class Noted(tonight.Survey):
+        def __init__(self, *args, images, **settings) -> None:
+            given.append(images)
+            super().__init__(*args, images=images, **settings)
+
+        def search(self, rule, gmacs, evaluations, until):
+            searched.append(evaluations)
+            return plain(self, rule, gmacs, evaluations, until)
+    monkeypatch.setattr(tonight, "Survey", Noted)
+    monkeypatch.setattr(tonight, "images_per_second", lambda *args: 1.0)
+    with pytest.warns(UserWarning, match="minutes are needed at least, more than the 0.01 given; fewer score_images, rules or ratios"), \
+            pytest.warns(UserWarning, match="^24 images to refit on: of fewer than 100 it is uncertain which form is the nearest"):
+        found = tonight.tonight(dense, photographs, tmp_path / "out", evaluations=30, images=100, minutes=0.01, **SMALL, **FEW)
+    assert given == [100, 64] and searched == [10]
+    assert len(read_lines(next((tmp_path / "out").rglob("journal.jsonl")))) == 1            # its time was over
+    assert found.info["made_by"]["minutes"] == 0 and "kl_distilled" not in found.info["made_by"]
+    assert gmacs(found.plan) <= 0.6 * gmacs(CompressionPlan.empty(found.plan.shape))
+
+
+def test_what_is_left_of_the_time_is_self_distillation_and_stages_are_said_before(dense, photographs, tmp_path, monkeypatch, capsys):
+    trained, plain = [], Pace.stage
+    stages: list = []
+    monkeypatch.setattr("vitlab.workbench.survey.self_distil", lambda *args, minutes, **settings: trained.append(minutes))
+    monkeypatch.setattr(Pace, "stage", lambda self, name: stages.append(name) or plain(self, name))
+    began = time.monotonic()
+    tonight.tonight(dense, photographs, tmp_path / "out", evaluations=2, images=16, minutes=100, **SMALL, **FEW | {"progress": True})
+    passed, err = (time.monotonic() - began) / 60, capsys.readouterr().err
+    assert len(trained) == 1 and 100 - 2 * passed < trained[0] < 100           # less what the rest took, and the last refit may yet
+    assert len(read_lines(next((tmp_path / "out").rglob("journal.jsonl")))) == 2            # there was time for all
+    said = re.search(r"tonight: 7 stages, about 100.0 minutes at \d+ images a second \((.*)\)", err).group(1)
+    assert re.findall(r"([a-z -]+) \d+ %", said.replace(", ", ",")) == stages and stages[-1] == "self-distillation"
+    assert re.findall(r"tonight (\d)/7, ([a-z -]+):", err)[-1] == ("7", "self-distillation")
+    again = tonight.tonight(dense, photographs, tmp_path / "out", evaluations=2, images=16, **SMALL, **FEW)
+    assert len(trained) == 1 and again.info["made_by"]["minutes"] == 0          # without a time, none of it
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_compressed_model_or_an_unknown_rule_is_refused(survey, dense, photographs, tmp_path):

@@ -196,9 +196,8 @@ def _search(args: argparse.Namespace) -> None:
         _source(args), args.data, args.out, limit=limit, macs_ratio=args.macs_ratio, cost=cost,
         units=tuple(u for u in args.units.split(",") if u not in ("", "none")), tokens=args.tokens, max_ratio=args.max_ratio,
         read_out=args.read_out, strategy=args.strategy,
-        options=dataclasses.replace(options, **changes), metric=args.metric, criterion=args.criterion, compensated=args.compensate,
-        images=args.images,
-        batch_size=args.batch_size or 32, dtype=args.dtype or "float32",
+        options=dataclasses.replace(options, **changes), minutes=args.minutes, metric=args.metric, criterion=args.criterion,
+        compensated=args.compensate, images=args.images, batch_size=args.batch_size or 32, dtype=args.dtype or "float32",
         token_settings={"ranked_by": "all"} if args.published_count else None, **_data(args))
     best, worth = study.best, searching.reported(args.out) or {}
     print(f"best of {len(study.evaluations)}: number {best.index}, {best.cost:.6g} {cost} of {study.budget.limit:.6g}\n"
@@ -210,8 +209,10 @@ def _tonight(args: argparse.Namespace) -> None:
     from vitlab.data.parts import reported_on
     from vitlab.results import in_words
     from vitlab.workbench import calibrating, tonight
-    found = tonight.tonight(_source(args), args.data, args.out, gmacs=args.gmacs, macs_ratio=args.macs_ratio,
-                            evaluations=args.evaluations, minutes=args.minutes, images=args.images, **_data(args))
+    lists = {name: getattr(args, name) for name in ("rules", "ratios") if getattr(args, name) is not None}
+    found = tonight.tonight(_source(args), args.data, args.out, gmacs=args.gmacs, macs_ratio=args.macs_ratio, minutes=args.minutes,
+                            evaluations=args.evaluations, finalists=args.finalists, images=args.images, report_images=args.report_images,
+                            score_images=args.score_images, **lists, **_data(args))
     if not args.quiet:
         made_by = found.info["made_by"]
         print(f"before calibration, {reported_on(made_by['roles'])}: {in_words(made_by['plan']['reported'])}")

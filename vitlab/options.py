@@ -2,7 +2,8 @@
 import argparse
 import re
 import shlex
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import vitlab
 
@@ -32,6 +33,7 @@ rate = _number(float, 0, 1, "a fraction from 0 to 1")
 ratio = _number(float, 0, 0.999, "a fraction from 0 to 0.999")
 positive = _number(float, 1e-9, 1e9, "a positive number")
 crop = _number(float, 0.1, 1, "a fraction from 0.1 to 1")
+minutes = _number(float, 0, 1e6, "a number of minutes from 0")
 
 
 def spans(text: str) -> list[tuple[int, int, float]]:
@@ -52,6 +54,11 @@ def given(text: str) -> str:
     if "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r}: a NUL is in no name")
     return text
+
+
+def _list(kind: Callable[[str], Any]) -> Callable[[str], tuple]:
+    """Values with commas between them."""
+    return lambda text: tuple(kind(part.strip()) for part in text.split(","))
 
 
 def setting(text: str) -> tuple[str, str]:
@@ -225,6 +232,8 @@ def build_parser() -> Parser:
     p.add_argument("--strategy", default="gp", metavar="NAME", help="gp, random or uniform (default: gp)")
     p.add_argument("--settings", default="default", metavar="NAME", help="default or published (default: default)")
     p.add_argument("--evaluations", type=count, metavar="N", help="policies measured in all (default: the settings')")
+    p.add_argument("--minutes", type=minutes, metavar="M",
+                   help="for the whole, at most; what was found by then is reported, and the same command goes on (default: no limit)")
     p.add_argument("--population", type=_number(int, 2, 10**6, "an integer of at least 2"), metavar="N",
                    help="policies before the Gaussian process proposes (default: the settings')")
     p.add_argument("--start", "--initial", dest="initial", choices=("varied", "random", "sensitivity"),
@@ -247,12 +256,22 @@ def build_parser() -> Parser:
     group = p.add_mutually_exclusive_group()
     group.add_argument("--gmacs", type=positive, help="budget: 10^9 multiply-adds per image")
     group.add_argument("--macs-ratio", type=ratio, default=0.6, help="budget: fraction of the dense model's multiply-adds (default: 0.6)")
+    p.add_argument("--minutes", type=minutes, metavar="M",
+                   help="for the whole: fewer evaluations and images where it would take longer, and self-distillation in what is left "
+                        "(default: as long as the amounts below take, and none of it)")
+    p.add_argument("--rules", type=_list(given), metavar="LIST",
+                   help="merging by content, shared updates, neurons, heads and neurons, all together, with commas between (default: all)")
+    p.add_argument("--ratios", type=_list(_number(float, 1e-3, 1, "a fraction from 0.001 to 1")), metavar="LIST",
+                   help="fractions of the dense model's multiply-adds that each rule is offered at, beside the budget (default: "
+                        "0.9,0.75,0.6,0.45)")
     p.add_argument("--evaluations", type=_number(int, 0, 10**6, "an integer from 0"), default=40, metavar="N",
-                   help="plans measured in the search of the best rule; 0: none (default: 40)")
-    p.add_argument("--minutes", type=_number(float, 0, 1e6, "a number of minutes from 0"), default=10, metavar="M",
-                   help="self-distillation, at most so long (default: 10)")
-    p.add_argument("--images", type=count, default=256,
-                   help="of train, that plans are compared on, and as many others that they are reported on, at most (default: 256)")
+                   help="plans measured in the search at the budget; 0: none (default: 40)")
+    p.add_argument("--finalists", type=count, default=2, metavar="N",
+                   help="plans of the search that are refitted and compared, beside the best of one rule alone (default: 2)")
+    p.add_argument("--images", type=count, default=128, help="of train, that plans are compared on, at most (default: 128)")
+    p.add_argument("--report-images", type=count, default=256, metavar="IMAGES", help="others, to report on, at most (default: 256)")
+    p.add_argument("--score-images", type=count, default=1000, metavar="IMAGES",
+                   help="others, to rank units and to refit on, at most (default: 1000)")
     p.add_argument("--out", type=given, required=True, metavar="RUN", help="run folder; the model is in deployed/")
     _run_options(p)
 
@@ -262,7 +281,7 @@ def build_parser() -> Parser:
     _data_options(p)
     p.add_argument("--images", type=count, default=1000,
                    help="of train, that it is fitted on, at most; others to choose and to report on (default: 1000)")
-    p.add_argument("--minutes", type=_number(float, 0, 1e6, "a number of minutes from 0"), default=0, metavar="M",
+    p.add_argument("--minutes", type=minutes, default=0, metavar="M",
                    help="self-distillation afterwards, at most so long (default: 0, none)")
     p.add_argument("--out", type=given, required=True, metavar="RUN", help="run folder for the checkpoint")
     _run_options(p)

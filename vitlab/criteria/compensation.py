@@ -69,6 +69,17 @@ def columns(units: Tensor, width: int) -> Tensor:
     return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
 
 
+def cholesky(covariance: Tensor) -> Tensor:
+    """L with L L^T = a covariance (K, K), in place raised by its rounding where that makes it indefinite: products are in float32, and of
+    few rows, or of inputs that are nearly constant, a small ridge is less than what they are rounded to."""
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if failed:
+        values = torch.linalg.eigvalsh(covariance)
+        covariance.diagonal().add_(torch.finfo(covariance.dtype).eps * len(values) * values[-1] - 2 * values[0])
+        factor = torch.linalg.cholesky(covariance)
+    return factor
+
+
 @dataclass(frozen=True, kw_only=True)
 class Normal:
     """The normal equations of what the kept inputs S are to take over from the others R: sizes K', D."""
@@ -100,7 +111,7 @@ class Normal:
         if ridge < math.inf:
             raised = self.covariance.clone()
             raised.diagonal().add_(ridge * self.variance)
-            change = torch.cholesky_solve(self.wanted.T, torch.linalg.cholesky(raised)).T
+            change = torch.cholesky_solve(self.wanted.T, cholesky(raised)).T
         return change, self.shift - change @ self.mean
 
     def error(self, change: Tensor, gained: Tensor) -> Tensor:
@@ -191,7 +202,7 @@ def elimination_order(weight: Tensor, moments: Moments, width: int = 1, ridge: f
     for name, value in (("weights of the layer", weight), ("moments of its inputs", moments.products), ("sums of its inputs", moments.sum)):
         if not value.isfinite().all():
             raise InputError(f"the {name} hold values that are not finite; finite ones are needed to order its units")
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments.covariance(ridge)))
+    inverse = torch.cholesky_inverse(cholesky(moments.covariance(ridge)))
     w = weight.to(inverse)
     gram, left, order = w.T @ w, torch.arange(weight.shape[1] // width, device=weight.device), []
     while len(left):

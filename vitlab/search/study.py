@@ -175,7 +175,7 @@ class Study:
         known = dict(zip(self._keys(), self.evaluations))
         with tqdm(total=total, initial=len(self.evaluations), desc=f"search ({self.strategy})", unit="policy",
                   disable=not progress) as bar:
-            while len(self.evaluations) < total and (time.monotonic() < until or not self.evaluations):
+            while len(self.evaluations) < total and (parallel.gather(time.monotonic() < until)[0] or not self.evaluations):
                 done = len(self.evaluations)
                 first = done - done % batch                     # the batch that a kill may have left half done
                 seen = self.evaluations[:first]

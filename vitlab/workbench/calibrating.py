@@ -1,4 +1,5 @@
 """The step that refits a compressed model on a few images without labels: in closed form, then by a short self-distillation."""
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,15 @@ from vitlab.workbench.cutting import amp_of, measured_batches, open_dense
 from vitlab.workbench.steps import Source, open_matching, pick_device
 
 CHOSEN_ON = 50                                  # images at least, on which a form or a state is chosen
+ENOUGH = 100                                    # images to refit on, below which it is said
 CUT, REFITTED, THROUGHOUT = "cut", "refitted", "refitted throughout"            # the forms that a plan's model can have
+
+
+def warn_of_few(images: int) -> None:
+    """Of images to refit on, in one line."""
+    if images < ENOUGH:
+        warnings.warn(f"{images} images to refit on: of fewer than {ENOUGH} it is uncertain which form is the nearest, and a refit may "
+                      "be no nearer than the cut model; more images would tell", stacklevel=3)
 
 
 def forms_of(plan: CompressionPlan) -> tuple[str, ...]:
@@ -64,6 +73,7 @@ def calibrate(source: Source, data: str | Path, out: str | Path, plan: str | Pat
     dense, amp = found.model.to(place), amp_of(found.model)
     opened = open_matching(data, found, class_map, labels=False)
     parts = opened.parts(seed, calibrate=images, choose=max(CHOSEN_ON, images // 10), report=report_images)
+    warn_of_few(parts.roles["calibrate"])
     plan = plan if isinstance(plan, CompressionPlan) else CompressionPlan.load(plan, shape_of(dense))
     choosing, reporting = (Divergence(dense, measured_batches(dense, parts, role, workers), amp) for role in ("choose", "report"))
     batches = list(parts.batches("calibrate", dense, workers=workers))

@@ -1,5 +1,6 @@
 """How far a long work is: numbered stages on one bar, counted in what takes about as long everywhere."""
 import contextlib
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -29,8 +30,10 @@ class Pace:
         self.at, self.done, self.named = 0, 0.0, None
         self.bar = tqdm(total=round(self.total), desc=what, unit="forward", disable=not progress, smoothing=0.05,
                         bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left")
-        self.bar.write(f"{what}: {len(stages)} stages, about {self.seconds / 60:.1f} minutes at {rate:.0f} images a second "
-                       f"({', '.join(f'{name} {100 * each / self.total:.0f} %' for name, each in stages.items())})") if progress else None
+        if progress:
+            shares = ", ".join(f"{name} {100 * each / self.total:.0f} %" for name, each in stages.items())
+            self.bar.write(f"{what}: {len(stages)} stages, about {self.seconds / 60:.1f} minutes at {rate:.0f} images a second ({shares})",
+                           file=sys.stderr)
 
     @property
     def total(self) -> float:
@@ -49,19 +52,19 @@ class Pace:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Inside, this stage is under way; what it was thought to be worth is done after it."""
-        self.at, self.named = self.at + 1, 0.0
+        """Inside, this stage is under way; what it was thought to be worth is done after it. One that begins inside is its own."""
+        outer, self.at, self.named = self.named, self.at + 1, 0.0
         self.bar.set_description_str(f"{self.what} {self.at}/{len(self.stages)}, {name}")
         yield
         self.add(max(0.0, self.stages.get(name, 0) - self.named))
-        self.named = None
+        self.named = outer
 
     def add(self, forwards: float) -> None:
         """So many forwards are done."""
         if self.named is not None:
             self.named += forwards
         self.done += forwards
-        self.bar.update(round(self.done) - self.bar.n)
+        self.bar.update(min(round(self.done), self.bar.total) - self.bar.n)     # a stage may be worth more than was thought
 
     def over(self, batches: Sequence[tuple[Tensor, Any]], each: float) -> Iterable[tuple[Tensor, Any]]:
         """The batches, each image of which is worth so many forwards."""

@@ -1,6 +1,9 @@
 """The search under a budget, from a model and images to a study and its plan."""
 import dataclasses
 import json
+import sys
+import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from vitlab import parallel
 from vitlab.cost import macs_of, mdc_macs
@@ -19,6 +23,7 @@ from vitlab.files import InputError, atomic_write, read_json
 from vitlab.models import shape_of
 from vitlab.plan import CompressionPlan
 from vitlab.search import Budget, SearchSpace, Study
+from vitlab.search.allocation import levels
 from vitlab.search.space import MAX_RATIO
 from vitlab.search.strategies import Settings
 from vitlab.search.token_dimensions import default_tokens
@@ -30,6 +35,7 @@ from vitlab.training.moments import Layer, each_moments, fisher
 from vitlab.training.objective import check_metric
 from vitlab.training.units import unit_scores
 from vitlab.workbench.cutting import UNIT_SCORES, amp_of, measured_batches, needs_images, objective_on, open_dense, read_units, write_units
+from vitlab.workbench.pace import images_per_second
 from vitlab.workbench.steps import Source, open_matching, pick_device, read_scores
 
 TOKEN_SCORES, PLAN, REPORTED = "token_scores.safetensors", "plan.json", "reported.json"
@@ -59,9 +65,8 @@ def cost_function(space: SearchSpace, unit: str, model: nn.Module, *, batch_size
 def search(source: Source, data: str | Path, out: str | Path, *, limit: float | None = None, macs_ratio: float | None = None,
            cost: str = "gmacs", units: tuple[str, ...] = ("neurons", "heads"), tokens: str | None = None,
            token_settings: dict[str, Any] | None = None, max_ratio: float = MAX_RATIO,
-           read_out: bool = False, strategy: str = "gp",
-           options: Settings | None = None, metric: str = "distill_loss", criterion: str = "hsic", compensated: bool = False,
-           images: int = 1000,
+           read_out: bool = False, strategy: str = "gp", options: Settings | None = None, minutes: float | None = None,
+           metric: str = "distill_loss", criterion: str = "hsic", compensated: bool = False, images: int = 1000,
            score_images: int = 512, batch_size: int = 32, dtype: str = "float32", seed: int = 0, device: str | None = None,
            class_map: str | Path | None = None, workers: int | None = None, progress: bool = True) -> Study:
     """Search a plan under a budget: `limit` in the unit `cost`, or macs_ratio of the dense model's; out/ becomes the study.
@@ -71,12 +76,13 @@ def search(source: Source, data: str | Path, out: str | Path, *, limit: float | 
     on as many to report on, of which none is among those that it was made from or chosen on (`ImageData.parts`): that is what it is
     worth (`reported`), and stands in its plan, out/plan.json, as made_by "reported". With `compensated`, what is left of each cut layer
     is refitted before measuring (`calibrate` does it for the plan found). A killed search goes on when called again; with options of
-    initial "sensitivity" each dimension is measured alone first, by the same objective. batch_size and dtype are those of a latency.
+    initial "sensitivity" each dimension is measured alone first, by the same objective. minutes: for the whole; what was found by then
+    is reported, and the same call goes on. None: all of options.evaluations. batch_size and dtype are those of a latency.
     metric: the distance to the dense model's output, or top1_pct or miou_pct. tokens None or "": what the model can have
     (`default_tokens`). Raises InputError for a model without classes, a budget that can't be met, or tokens that keep no grid where a
     Segmenter needs it.
     """
-    found, out = open_dense(source), Path(out)
+    began, found, out = time.monotonic(), open_dense(source), Path(out)
     shape, place = shape_of(found.model), pick_device(device)
     tokens = tokens or default_tokens(shape)
     need_classifier(found.model, "searched models")
@@ -92,8 +98,8 @@ def search(source: Source, data: str | Path, out: str | Path, *, limit: float | 
         raise InputError("either a limit or a ratio of the dense model's cost is needed, not both")
     price = parallel.after_first(lambda: cost_function(space, cost, found.model, batch_size=batch_size, dtype=dtype, device=place,
                                                        progress=progress))       # a latency table is measured once, and kept
-    if limit is None:
-        limit = macs_ratio * float(price(np.zeros((1, space.size)))[0])
+    uncut = float(price(np.zeros((1, space.size)))[0])
+    limit = macs_ratio * uncut if limit is None else limit
     budget = Budget(limit=limit, cost=price, max_ratio=space.max_ratio, size=space.size, groups=tuple(space.groups), unit=cost)
     reads = space.by_place or compensated and space.units or space.units and needs_images(criterion)
     parts = opened.parts(seed, **({"score": score_images} if reads else {}), choose=images, report=images)
@@ -108,7 +114,13 @@ def search(source: Source, data: str | Path, out: str | Path, *, limit: float | 
             costs = fisher(found.model.to(place), scored, seed=seed, amp=amp_of(found.model), progress=progress)
             build = {"build": by_moments(dict(each_moments(found.model, scored, space.units, costs=costs, amp=amp_of(found.model))))}
     objective = objective_on(found.model, parts, "choose", metric, place, workers, **build)
-    best = study.run(lambda policy: objective(space.plan(policy, **scores)), progress=progress)
+    until = np.inf
+    if progress or minutes is not None:
+        rate = images_per_second(objective.dense, objective.batches[0][0][:32], objective.amp)
+        each = objective.images * limit / uncut / rate
+        until = np.inf if minutes is None else began + 60 * minutes - 2 * each      # one that is under way, and the report
+        _say_ahead(study, objective.images, each, minutes, progress)
+    best = study.run(lambda policy: objective(space.plan(policy, **scores)), until=until, progress=progress)
     made_by = {"method": "search", "strategy": strategy, "cost": cost, "limit": limit, "evaluation": best.index, "value": best.value,
                "seed": seed, "units": list(units), "tokens": tokens}
     if parallel.is_first():
@@ -122,6 +134,24 @@ def search(source: Source, data: str | Path, out: str | Path, *, limit: float | 
         dataclasses.replace(plan, made_by=plan.made_by | {"reported": reported(out)}).save(out / PLAN)
     parallel.wait()
     return study
+
+
+def _say_ahead(study: Study, images: int, each: float, minutes: float | None, progress: bool) -> None:
+    """What a search is about to do, and how long that takes, in one line; a warning where a start takes longer than the time given. each:
+    seconds that a policy takes, about."""
+    alone = 1 + sum(map(len, levels(study.space))) if study.options.initial == "sensitivity" else 0
+    left = study.options.evaluations + alone - study.spent
+    if left <= 0 or not parallel.is_first():
+        return
+
+    def taken(policies: int) -> str:
+        return f"{policies * each / 60 / parallel.world():.1f}"
+    if progress:
+        tqdm.write(f"search: {left} policies to measure on {images} images, about {taken(left)} minutes"
+                   + ("" if minutes is None else f"; it ends after {minutes:g} with what it has"), file=sys.stderr)
+    if minutes is not None and (first := alone - study.spent) > 0 and first * each / parallel.world() > 60 * minutes:
+        warnings.warn(f"each dimension is measured alone first, which takes about {taken(first)} minutes, more than the {minutes:g} given; "
+                      "another start, or fewer images, would take less", stacklevel=3)
 
 
 def reported(study: str | Path) -> dict[str, Any] | None:

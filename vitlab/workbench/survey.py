@@ -37,7 +37,7 @@ SINGLE = ("merging by content", "shared updates", "neurons")                   #
 RATIOS = (0.9, 0.75, 0.6, 0.45)
 MAX_RATIO, TOLERANCE = 0.75, 0.05
 TRIED_ON, REFIT_COST = 192, 5                   # images that a plan is refitted on to be compared; forwards that each takes, about
-DEPLOYED = "deployed"
+DEPLOYED, TRAINED = "deployed", "self-distillation"                             # the latter a stage of `tonight`
 
 
 class Survey(Gathered):
@@ -228,9 +228,10 @@ class Survey(Gathered):
             checkpoint.save(Path(out) / checkpoint.FOLDER, model, plan, classes=self.found.info.get("classes"), made_by=made_by | more)
         keep(model, {})
         if minutes:
-            self_distil(model, dense, self.parts, self.choosing, minutes=minutes, seed=self.seed, amp=self.amp, workers=self.workers,
-                        progress=self.progress, split="score",
-                        on_better=lambda better, _: keep(better, {"kept": "distilled", **reporting.measured(better, "kl_distilled")}))
+            with self.pace.stage(TRAINED) if self.pace else contextlib.nullcontext():
+                self_distil(model, dense, self.parts, self.choosing, minutes=minutes, seed=self.seed, amp=self.amp, workers=self.workers,
+                            progress=self.progress, split="score",
+                            on_better=lambda better, _: keep(better, {"kept": "distilled", **reporting.measured(better, "kl_distilled")}))
         found = checkpoint.load(out)
         checkpoint.save(Path(out) / DEPLOYED, deploy(found.model), found.plan, classes=found.info.get("classes"),
                         made_by=found.info["made_by"] | {"step": "tonight"})

@@ -7,18 +7,19 @@ from pathlib import Path
 from vitlab import cost
 from vitlab.plan import CompressionPlan
 from vitlab.training.checkpoint import Checkpoint
+from vitlab.workbench.calibrating import warn_of_few
 from vitlab.workbench.cutting import open_dense
 from vitlab.workbench.gathered import FISHER_COST, FISHER_IMAGES, TOKEN_COST, TOKEN_IMAGES, moments_cost
 from vitlab.workbench.offers import OFFERS, Offer, best_offer, offers_figure, worth_of, write_offers  # noqa: F401 - its own face
 from vitlab.workbench.pace import Pace, images_per_second
 from vitlab.workbench.steps import Source
-from vitlab.workbench.survey import DEPLOYED, RATIOS, REFIT_COST, RULES, SINGLE, TRIED_ON, Survey  # noqa: F401 - its own face
+from vitlab.workbench.survey import DEPLOYED, RATIOS, REFIT_COST, RULES, SINGLE, TRAINED, TRIED_ON, Survey  # noqa: F401 - its own face
 
 EVALUATIONS, FINALISTS = 40, 2                  # of the search; how many of its plans are refitted and compared
 LEAST_EVALUATIONS, LEAST_IMAGES = 10, 64        # what a given time may leave of the search, and of the images that plans are compared on
 SURVEY = "survey"
-SCORES, CURVES, OFFERED, SEARCH, COMPARED, REFIT, TRAINED = (
-    "scores", "curves", "offers", "search", "refits of the best plans", "refit on all images", "self-distillation")
+SCORES, CURVES, OFFERED, SEARCH, COMPARED, REFIT = (
+    "scores", "curves", "offers", "search", "refits of the best plans", "refit on all images")
 
 
 def stages_of(survey: Survey, rules: Sequence[str], budgets: int, evaluations: int, finalists: int, ratio: float) -> dict[str, float]:
@@ -57,6 +58,7 @@ def tonight(source: Source, data: str | Path, out: str | Path, *, gmacs: float |
     dense = cost.gmacs(CompressionPlan.empty(survey.shape))
     limit = macs_ratio * dense if gmacs is None else gmacs
     survey.check(limit, rules)
+    warn_of_few(survey.parts.roles["score"])
     ratios = sorted({*ratios, limit / dense})
 
     def planned(survey: Survey, evaluations: int) -> dict[str, float]:
@@ -70,6 +72,8 @@ def tonight(source: Source, data: str | Path, out: str | Path, *, gmacs: float |
             warnings.warn(f"about {sum(stages.values()) / rate / 60:.0f} minutes are needed at least, more than the {minutes:g} given; "
                           "fewer score_images, rules or ratios would take less", stacklevel=2)
     end = float("inf") if minutes is None else began + 60 * minutes
+    if minutes is not None:
+        stages[TRAINED] = max(0.0, 60 * minutes * rate - sum(stages.values()))
     with Pace("tonight", stages, rate, progress) as survey.pace:
         with survey.pace.stage(SCORES):
             _ = survey.scores

@@ -1,0 +1,89 @@
+"""Stages on one bar: what is said before they begin, and how long what is left of them takes."""
+import pytest
+import torch
+from training_fixtures import images, one_thread, tiny  # noqa: F401
+
+from vitlab.workbench import pace
+from vitlab.workbench.pace import Pace, images_per_second
+
+STAGES = {"scores": 100.0, "search": 300.0, "refit": 600.0}
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(pace.time, "monotonic", lambda: self.now)
+
+
+def test_stages_are_numbered_and_what_they_take_is_said_before_the_first(capsys):
+    with Pace("tonight", STAGES, 50.0) as found:
+        err = capsys.readouterr().err
+        assert "tonight: 3 stages, about 0.3 minutes at 50 images a second (scores 10 %, search 30 %, refit 60 %)" in err
+        assert found.total == 1000 and found.seconds == 20
+        for number, name in enumerate(STAGES, 1):
+            with found.stage(name):
+                assert found.bar.desc == f"tonight {number}/3, {name}"
+    assert found.done == found.bar.n == 1000 and "100%" in capsys.readouterr().err
+
+
+def test_nothing_is_printed_without_progress(capsys):
+    with Pace("tonight", STAGES, 50.0, progress=False) as found:
+        for name in STAGES:
+            with found.stage(name):
+                found.add(1)
+    assert capsys.readouterr() == ("", "") and found.done == 1000
+
+
+def test_what_is_left_takes_as_long_as_what_is_done_says(monkeypatch):
+    clock = Clock(monkeypatch)
+    with Pace("tonight", STAGES, 50.0, progress=False) as found:
+        assert found.seconds_of("refit") == 12 and found.seconds_of("search", "refit", "another") == 18
+        with found.stage("scores"):
+            clock.now += 4
+            found.add(100)
+        assert found.seconds_of("refit") == 12                                  # a tenth is done: too little to say
+        with found.stage("search"):
+            found.add(300)
+            clock.now += 12
+        assert found.done == 400 and found.seconds_of("refit") == pytest.approx(600 * 16 / 400)
+
+
+def test_a_stage_is_worth_what_was_thought_where_less_was_done_and_no_more_on_the_bar():
+    with Pace("tonight", STAGES, 50.0) as found:
+        found.add(7)                                                            # before any stage: it counts for itself
+        with found.stage("scores"):
+            found.add(30)
+        assert found.done == 107
+        with found.stage("search"):
+            found.add(350)
+        assert found.done == found.bar.n == 457
+        with found.stage("refit"):
+            found.add(5000)
+        assert found.done == 5457 and found.bar.n == found.bar.total == 1000
+
+
+def test_a_stage_inside_another_is_counted_by_itself():
+    with Pace("tonight", STAGES, 50.0, progress=False) as found:
+        with found.stage("scores"):
+            found.add(10)
+            with found.stage("refit"):
+                found.add(1)
+            assert found.done == 610 and found.at == 2
+            found.add(20)
+        assert found.done == 700 and found.named is None
+
+
+def test_batches_are_counted_by_their_images_once_they_are_gone_through():
+    batches, seen = [(torch.zeros(count, 3), None) for count in (5, 2)], []
+    with Pace("tonight", STAGES, 50.0, progress=False) as found, found.stage("refit"):
+        for x, _ in found.over(batches, 3.0):
+            seen.append((len(x), found.done))
+        assert seen == [(5, 0.0), (2, 15.0)] and found.done == 21
+
+
+def test_the_rate_is_of_a_second_forward_once_the_machine_is_warm(monkeypatch):
+    times = iter([0.0, 10.0, 10.5])
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: next(times))
+    assert images_per_second(tiny().eval(), images(7)) == 7 / 0.5
