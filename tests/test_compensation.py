@@ -71,7 +71,7 @@ def test_refit_to_what_the_output_lacks_is_weighted_ridge_regression_towards_the
     inputs = columns(kept, WIDTH).numpy()
     a, w, e, r = x.double().numpy(), weight.double().numpy(), lacks.double().numpy(), rows.double().numpy()
     mean = (r[:, None] * a).sum(axis=0) / r.sum()
-    variance = float(((r[:, None] * (a - mean) ** 2).sum(axis=0) / r.sum()).mean())
+    variance = float(((r[:, None] * (a - mean) ** 2).sum(axis=0) / r.sum())[inputs].mean())
     # sqrt(w_r) times each row, and one row more per weight, sqrt(ridge * variance * n) * (W' - W_S) = 0; none for the bias.
     pull = np.sqrt(ridge * variance * r.sum()) * np.eye(len(inputs), len(inputs) + 1)
     design = np.row_stack([np.sqrt(r)[:, None] * np.column_stack([a[:, inputs], np.ones(ROWS)]), pull])
@@ -348,7 +348,7 @@ def refitted_slowly(dense, plan: CompressionPlan, x: torch.Tensor, todo: list, w
         inputs = columns(torch.arange(linear.in_features // width) if kept is None else torch.tensor(kept), width)
         r = torch.where(torch.arange(a.shape[1]) == 0, weights.get((index, kind), 1.0), 1.0).double().repeat(len(a))[:, None].numpy()
         a, target, w = a.flatten(0, 1).numpy(), target.flatten(0, 1).numpy(), linear.weight.detach().double().numpy()[:, inputs]
-        variance = float(((r * (a - (r * a).sum(axis=0) / r.sum()) ** 2).sum(axis=0) / r.sum()).mean())
+        variance = float(((r * (a - (r * a).sum(axis=0) / r.sum()) ** 2).sum(axis=0) / r.sum())[inputs].mean())
         pull = np.sqrt(ridge * variance * r.sum()) * np.eye(len(inputs), len(inputs) + 1)
         design = np.row_stack([np.sqrt(r) * np.column_stack([a[:, inputs], np.ones(len(a))]), pull])
         solution = np.linalg.lstsq(design, np.row_stack([np.sqrt(r) * target, pull[:, :-1] @ w.T]), rcond=None)[0]

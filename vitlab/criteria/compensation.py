@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vitlab.files import InputError
 
-RIDGE = 1e-3                                # times the mean variance of the inputs
+RIDGE = 1e-3                                # times the mean variance of the inputs that stay
 RIDGES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1, math.inf)        # of these a refit's is chosen
 STEP = 256                                  # inputs that leave an elimination before its matrices take it over; says nothing of the order
 
@@ -88,7 +88,7 @@ class Normal:
     wanted: Tensor                  # W_R C_RS + C_eS (D, K')
     mean: Tensor                    # mu_S (K')
     shift: Tensor                   # W_R mu_R + mu_e (D)
-    variance: Tensor                # mean of the diagonal of C, of all inputs ()
+    variance: Tensor                # mean of the diagonal of C_SS ()
 
     @classmethod
     def of(cls, weight: Tensor, moments: Moments, inputs: Tensor) -> "Normal":
@@ -102,8 +102,9 @@ class Normal:
         if len(moments.lack):
             lack = moments.lack / moments.rows
             wanted, shift = wanted + moments.lack_products[:, inputs] / moments.rows - torch.outer(lack, mean[inputs]), shift + lack
-        return cls(covariance=covariance[inputs][:, inputs], wanted=wanted, mean=mean[inputs], shift=shift,
-                   variance=covariance.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny))
+        kept = covariance[inputs][:, inputs]
+        return cls(covariance=kept, wanted=wanted, mean=mean[inputs], shift=shift,
+                   variance=kept.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny))
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
         """(W' - W_S (D, K'), b' - b (D))."""

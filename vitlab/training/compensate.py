@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vitlab import tokens
-from vitlab.criteria.compensation import RIDGE, Moments, choose_ridge, refit
+from vitlab.criteria.compensation import RIDGE, Moments, choose_ridge, columns, refit
 from vitlab.files import InputError
 from vitlab.models import attention_block, compress
 from vitlab.models.held import Held, Merged
@@ -90,18 +90,23 @@ class Walk:
         self._look()
 
     @torch.inference_mode()
-    def moments(self, kind: str, rule: TokenRule | None, weight: float = 1.0) -> list[Moments]:
-        """Of the inputs of this block's layer that mixes heads or neurons, with what its output lacks of the dense model's stream, prefix
-        tokens counted `weight` times: of FOLDS folds of the images."""
+    def moments(self, kind: str, rule: TokenRule | None, weight: float = 1.0, kept: Tensor | None = None) -> list[Moments]:
+        """Of the inputs of this block's layer that mixes heads or neurons, of those `kept` (None: all), with what its output lacks of the
+        dense model's stream without the others, prefix tokens counted `weight` times: of FOLDS folds of the images."""
         wrapped, heads, prefix = self.model.blocks[self.at], kind == "heads", self.model.num_prefix_tokens
         block, seen, images = attention_block(wrapped), {}, 0
         linear, norm, scale = mixing_layer(block, kind)[0], *((block.norm1, block.ls1) if heads else (block.norm2, block.ls2))
-        folds = [Moments(linear.in_features, self.device, linear.out_features) for _ in range(FOLDS)]
+        gone = torch.ones(linear.in_features, dtype=torch.bool, device=self.device)
+        gone[slice(None) if kept is None else kept] = False
+        lost = linear.weight.detach()[:, gone].float()
+        folds = [Moments(linear.in_features - lost.shape[1], self.device, linear.out_features) for _ in range(FOLDS)]
         with hooks([norm.register_forward_pre_hook(lambda _, given: seen.update(own=given[0])),
                     linear.register_forward_hook(lambda _, given, output: seen.update(inputs=given[0], output=output))]):
             for entering, leaving, dense in zip(self.streams, self._run(wrapped, self.streams), self.half if heads else self.after):
                 held, inputs, output = entering if heads else leaving, seen["inputs"], seen["output"]
                 lacks = _lacks(scale, rule, seen["own"], output, dense, prefix, held if isinstance(held, Merged) else None)
+                if kept is not None:
+                    lacks, inputs = lacks + F.linear(inputs[..., gone].float(), lost), inputs[..., kept]
                 weights = row_weights(output, prefix, weight)
                 for number, fold in enumerate(folds):                           # image i is in fold i mod FOLDS
                     mine = slice((number - images) % FOLDS, None, FOLDS)
@@ -150,12 +155,17 @@ def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[
             raise InputError(f"block {index}: its {'proj' if kind == 'heads' else 'fc2'} has no bias, which compensation needs")
         while walk and walk.at < index:
             walk.step()
-        folds = [moments[index, kind]] if moments else walk.moments(kind, rules[index], prefix_weights(costs, (index, kind)))
         stay = (torch.arange(linear.in_features // width) if kept is None else torch.tensor(kept)).to(device)
-        dense_weight = plain_linear(linear).weight.detach()
+        weight = plain_linear(linear).weight.detach()
+        if moments:
+            folds = [moments[index, kind]]
+        else:                                   # what the others gave is part of what the kept ones lack
+            inputs = None if kept is None else columns(stay, width)
+            folds = walk.moments(kind, rules[index], prefix_weights(costs, (index, kind)), inputs)
+            weight, stay = weight if kept is None else weight[:, inputs], torch.arange(len(stay), device=device)
         try:
-            strength = ridge if ridge is not None else RIDGE if moments else choose_ridge(dense_weight, folds, stay, width)
-            weight, gained = refit(dense_weight, functools.reduce(Moments.plus, folds), stay, width, strength)
+            strength = ridge if ridge is not None else RIDGE if moments else choose_ridge(weight, folds, stay, width)
+            weight, gained = refit(weight, functools.reduce(Moments.plus, folds), stay, width, strength)
         except InputError as error:
             raise InputError(f"block {index}: {error}") from None
         if kind == "heads" and kept is not None:
