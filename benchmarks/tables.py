@@ -315,13 +315,43 @@ def opening(rows: list[dict]) -> str:
                    for r in rows])
 
 
+def tonight_quality(rows: list[dict]) -> str:
+    limits = sorted({r["gmacs_limit"] for r in rows}, reverse=True)
+    found = {(r["model"], r["photographs"], r["what"], r["gmacs_limit"]): r for r in rows}
+    lines = list(dict.fromkeys(key[:3] for key in found))
+
+    def cell(r: dict | None) -> str:
+        return "-" if r is None else (f"{r['distill_loss']:.3f} ± {r['distill_loss_se']:.3f}, {r['against_dense']:+.1f} "
+                                      f"({', '.join(f'{value:.3f}' for value in r['draws'])})")
+    return _table(["model, photographs", "plan", *(f"at most {limit:.2f} GMACs" for limit in limits)],
+                  [[f"{model.split('_patch')[0]}, {count:,}", what, *(cell(found.get((model, count, what, limit))) for limit in limits)]
+                   for model, count, what in lines],
+                  [f"Distance to dense in nats ± one standard error over {rows[0]['images']} validation images, top-1 less the dense "
+                   "model's; the median of the draws, which stand in brackets"])
+
+
+def tonight_cost(rows: list[dict]) -> str:
+    parts = list(dict.fromkeys(r["part"] for r in rows))
+    found = {(r["model"], r["part"], r["code"]): r for r in rows}
+
+    def cell(r: dict | None) -> str:
+        if r is None or "error" in r:
+            return "-"
+        return f"over {r['over_s']:.0f} s" if "over_s" in r else f"{r['seconds']:.3g} s, {r['peak_gb']:.1f} GB"
+    return _table(["model", "code", *parts],
+                  [[model.replace("_patch16_224", ""), code, *(cell(found.get((model, part, code))) for part in parts)]
+                   for model in dict.fromkeys(r["model"] for r in rows) for code in ("now", "before")],
+                  [f"{rows[0]['images']} images, {rows[0]['threads']} threads, float32; memory is the peak of a process, with the model"])
+
+
 TABLES: dict[str, Callable[[list[dict]], str]] = {
     "published_table": published_table, "published_form": published_table, "boundaries": boundaries, "cifar10": cifar10,
     "token_speed": token_speed, "mdc_table": mdc_table, "joint": joint, "latency": latency, "hsic_speed": hsic_speed,
     "search_quality": search_quality, "off_the_shelf": off_the_shelf,
     "off_the_shelf_short": off_the_shelf_short, "off_the_shelf_vit_tiny": off_the_shelf, "off_the_shelf_searched": off_the_shelf,
     "calibration_images": calibration_images, "per_block": per_block, "camvid": camvid,
-    "allocator": allocator, "scale": scale, "loader": loader, "opening": opening, "gpu": gpu}
+    "allocator": allocator, "scale": scale, "loader": loader, "opening": opening, "gpu": gpu,
+    "tonight_quality": tonight_quality, "tonight_cost": tonight_cost}
 
 
 def render(text: str) -> str:

@@ -5,7 +5,7 @@ photographs and draw, measured on validation images that nothing else sees.
         [--photographs 1000 200] [--seeds 0 1 2] [--gmacs 0.75 0.6 0.45] [--device cuda] [--quick]
 
 Photographs are drawn by seed, and divided as `tonight` divides them (70 % to fit on, 15 % to choose on). One row a plan, in
-RUN/rows.jsonl as it is measured, which a run that was stopped goes on from; --write puts the medians of all rows of some RUNs into
+RUN/rows.jsonl as it is measured, which a run that was stopped goes on from; `--write RUN RUN` puts the medians of all their rows into
 benchmarks/results/tonight_quality.jsonl. Of every plan there are the distance to the dense model and top-1 less the dense one's, with
 standard errors over images.
 """
@@ -79,14 +79,18 @@ def drawn(folder: Path, count: int, seed: int, run: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for option in ("--weights", "--model", "--cal", "--val"):
-        parser.add_argument(option, required=True)
-    parser.add_argument("--run", required=True, type=Path)
+        parser.add_argument(option)
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--write", nargs="+", type=Path, metavar="RUN", help="only write the results of these runs")
     parser.add_argument("--photographs", type=int, nargs="+", default=[1000, 200])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--gmacs", type=float, nargs="+", default=[0.75, 0.6, 0.45])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="few images and evaluations, to see that it runs")
     args = parser.parse_args()
+    if args.write:
+        write(args.write)
+        return
     args.run.mkdir(parents=True, exist_ok=True)
     found, device, path = open_model(args.weights, model=args.model), torch.device(args.device), args.run / "rows.jsonl"
     found.model.to(device).eval()
