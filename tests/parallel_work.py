@@ -75,10 +75,12 @@ def measure(data: ImageData) -> dict[str, torch.Tensor]:
         return data.batches("held_out", model, batch_size=5, workers=0, shared=True)
     for criterion in ("gradient", "class_attention", "hsic"):
         found[f"tokens {criterion}"] = token_scores(model, batches(), criterion=criterion, progress=False)
-    for criterion in ("hsic", "activation", "taylor", "reconstruction"):
+    plain, torch.multinomial = torch.multinomial, lambda weights, *_, **settings: weights.argmax(dim=1, keepdim=True)
+    for criterion in ("hsic", "activation", "taylor", "reconstruction", "fisher"):           # draws are each process's own: the likeliest
         scores = unit_scores(model, batches(), criterion=criterion, progress=False)
         found |= {f"heads {criterion}": scores.heads, f"neurons {criterion}": scores.neurons,
                   f"images {criterion}": torch.tensor(int(scores.made_by["images"]))}
+    torch.multinomial = plain
     found["redundancy"] = head_redundancy(model, batches(), progress=False)
     accuracy = evaluate(model, batches(), progress=False)
     found["accuracy"] = torch.tensor([accuracy.top1_pct, accuracy.images, accuracy.broken, accuracy.loss], dtype=torch.float64)

@@ -72,12 +72,12 @@ def test_a_step_in_turns_is_the_same_step(both):
 def test_scores_are_the_same_and_every_image_counts_once(both):
     _, one, _, two = both
     names = [k for k in one if k.split()[0] in ("tokens", "heads", "neurons", "redundancy")]
-    assert len(names) == 14
+    assert len(names) == 16
     for name in names:
         # Sums in another order: a few units in the last place of float32.
         atol = 1e-6 * float(one[name].abs().max())
         torch.testing.assert_close(two[name], one[name], rtol=2e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
-    for name in ("activation", "taylor", "reconstruction"):
+    for name in ("activation", "taylor", "reconstruction", "fisher"):
         assert int(one[f"images {name}"]) == int(two[f"images {name}"]) == 21
     assert int(one["images hsic"]) == int(two["images hsic"]) == 20             # the last batch is one image, which has no other
     assert torch.equal(one["accuracy"][:3], two["accuracy"][:3]) and int(two["accuracy"][1]) == 21

@@ -19,7 +19,7 @@ from vitlab.training.units import head_redundancy, unit_scores
 
 SAME = 1e-9             # float64: only the order of the sums differs, over 5 blocks
 FLOAT32 = 1e-4          # the same in float32, relative to the largest score
-READ_IMAGES = ("hsic", "activation", "taylor")
+READ_IMAGES = ("hsic", "activation", "taylor", "reconstruction", "fisher")
 each_criterion = pytest.mark.parametrize("criterion", list(UNIT_CRITERIA))
 
 
@@ -346,7 +346,7 @@ def test_a_chunk_below_one_is_refused(tiny_vit, images):
 def test_only_criteria_of_the_output_need_a_classifier(tiny_vit, images, criterion):
     model = tiny_vit("deit", num_classes=0)
     batches = batches_for(model, images)
-    if criterion in ("hsic", "taylor"):
+    if criterion in ("hsic", "taylor", "fisher"):
         with pytest.raises(InputError, match="num_classes=0"):
             score(model, batches, criterion)
     else:
