@@ -112,26 +112,21 @@ def test_gradients_are_of_the_first_images_a_few_at_a_time_and_the_draws_follow_
     assert fisher(model, [], progress=False) == {}
 
 
-def test_moments_are_of_all_tokens_prefix_tokens_as_often_as_they_cost(model):
+def test_moments_are_of_all_tokens_of_all_images(model):
     batches, layers = given_of(model), layers_of(model)
-    costs = {layer: Fisher(metric=torch.eye(24), prefix_weight=3.0 + number) for number, layer in enumerate(layers)}
     seen: dict = {layer: [] for layer in layers}
-    plain, weighed = (dict(each_moments(model, batches, costs=given)) for given in (None, costs))
+    plain = dict(each_moments(model, batches))
     assert list(plain) == layers and list(dict(each_moments(model, batches, ["heads"]))) == layers[::2]
     for layer in layers:
         linear = mixing_layer(attention_block(model.blocks[layer[0]]), layer[1])[0]
         linear.register_forward_pre_hook(lambda m, given, layer=layer: seen[layer].append(given[0].detach().double()))
     for x, _ in batches:
         model(x)
-    prefix = shape_of(model).num_prefix_tokens
     for layer in layers:
-        a = torch.cat(seen[layer])                                              # (images, N, K)
-        for found, weight in ((plain[layer], 1.0), (weighed[layer], costs[layer].prefix_weight)):
-            w = torch.ones(a.shape[:2], dtype=torch.float64)
-            w[:, :prefix] = weight
-            assert float(found.rows) == pytest.approx(float(w.sum()))
-            for own, wanted in ((found.sum, torch.einsum("bn,bnk->k", w, a)), (found.products, torch.einsum("bn,bnk,bnl->kl", w, a, a))):
-                assert torch.allclose(own, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))           # float32 products
+        a, found = torch.cat(seen[layer]).flatten(0, 1), plain[layer]           # (rows, K)
+        assert float(found.rows) == len(a)
+        for own, wanted in ((found.sum, a.sum(dim=0)), (found.products, a.T @ a)):
+            assert torch.allclose(own, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))               # float32 products
 
 
 @pytest.mark.parametrize("name", ["class token", "segmenter"])
@@ -140,7 +135,7 @@ def test_units_are_eliminated_by_what_their_absence_costs(name):
     batches = given_of(model, (8, 8, 5))
     found, plain = (unit_scores(model, batches, criterion=criterion, progress=False) for criterion in ("fisher", "reconstruction"))
     costs = fisher(model, batches, progress=False)
-    moments = dict(each_moments(model, batches, costs=costs))
+    moments = dict(each_moments(model, batches))
     for index, kind in layers_of(model):
         linear, width = mixing_layer(model.blocks[index], kind)
         turned = costs[index, kind].root() @ linear.weight.detach().double()                    # R W: |R W a|^2 is what W a costs

@@ -20,7 +20,7 @@ from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import Match, ReadOut, Select, SharedUpdate, TokenRule
 from vitlab.training.averaging import hooks
 from vitlab.training.evaluate import autocast
-from vitlab.training.moments import Fisher, Layer, layers_of, mixing_layer, prefix_weights, row_weights
+from vitlab.training.moments import Fisher, Layer, layers_of, mixing_layer
 
 FOLDS = 4                                   # of the images, by which the strength of a refit is chosen
 SMALL_GAMMA = 1e-3                          # of the largest: channels whose LayerScale is less keep their own target
@@ -107,10 +107,11 @@ class Walk:
                 lacks = _lacks(scale, rule, seen["own"], output, dense, prefix, held if isinstance(held, Merged) else None)
                 if kept is not None:
                     lacks, inputs = lacks + F.linear(inputs[..., gone].float(), lost), inputs[..., kept]
-                weights = row_weights(output, prefix, weight)
+                weights = output.new_ones(output.shape[:2], dtype=torch.float32)
+                weights[:, :prefix] = weight
                 for number, fold in enumerate(folds):                           # image i is in fold i mod FOLDS
                     mine = slice((number - images) % FOLDS, None, FOLDS)
-                    fold.add(inputs[mine], lacks[mine], None if weights is None else weights[mine])
+                    fold.add(inputs[mine], lacks[mine], weights[mine])
                 images += len(inputs)
         return folds
 
@@ -161,7 +162,7 @@ def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[
             folds = [moments[index, kind]]
         else:                                   # what the others gave is part of what the kept ones lack
             inputs = None if kept is None else columns(stay, width)
-            folds = walk.moments(kind, rules[index], prefix_weights(costs, (index, kind)), inputs)
+            folds = walk.moments(kind, rules[index], costs[index, kind].prefix_weight if costs else 1.0, inputs)
             weight, stay = weight if kept is None else weight[:, inputs], torch.arange(len(stay), device=device)
         try:
             strength = ridge if ridge is not None else RIDGE if moments else choose_ridge(weight, folds, stay, width)

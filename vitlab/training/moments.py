@@ -4,7 +4,7 @@ To second order KL(p(y | x) || p'(y | x)) = e^T F e / 2 for an error e of a laye
 the gradient of log p(y | x) by that output and y drawn from the model's own p (Martens and Grosse, ICML 2015, arXiv 1503.05671, section
 2; there of weights). D outputs of a layer, P prefix tokens.
 """
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -94,27 +94,12 @@ def fisher(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, images
     return found
 
 
-def prefix_weights(found: Mapping[Layer, Fisher] | None, layer: Layer) -> float:
-    """How often a prefix token of a layer counts where another counts once."""
-    return found[layer].prefix_weight if found else 1.0
-
-
-def row_weights(rows: Tensor, prefix: int, weight: float) -> Tensor | None:
-    """Of tokens (B, N, ...): (B, N), `weight` of prefix tokens and 1 of others; None where all weigh the same."""
-    if weight == 1 or not prefix:
-        return None
-    weights = rows.new_ones(rows.shape[:2], dtype=torch.float32)
-    weights[:, :prefix] = weight
-    return weights
-
-
 @torch.inference_mode()
 def each_moments(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], kinds: Iterable[str] = KINDS, *,
-                 costs: Mapping[Layer, Fisher] | None = None, device: str | torch.device | None = None,
-                 amp: bool | None = False) -> Iterator[tuple[Layer, Moments]]:
-    """Moments of the inputs of every layer that mixes units of some kinds, over all tokens of all images, block after block; prefix tokens
-    count as `costs` says. Memory: all tokens of all images, and the moments of one block. Under torchrun each process gives its share of
-    the batches. Raises InputError for a model with a forward of its own."""
+                 device: str | torch.device | None = None, amp: bool | None = False) -> Iterator[tuple[Layer, Moments]]:
+    """Moments of the inputs of every layer that mixes units of some kinds, over all tokens of all images, block after block. Memory: all
+    tokens of all images, and the moments of one block. Under torchrun each process gives its share of the batches. Raises InputError for a
+    model with a forward of its own."""
     device, model = torch.device(device) if device is not None else next(model.parameters()).device, encoder_of(model)
     check_runs_in_parts(model)
     streams = []
@@ -126,9 +111,7 @@ def each_moments(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], kin
         for kind in kinds:
             linear = mixing_layer(attention_block(block), kind)[0]
             found[index, kind] = own = Moments(linear.in_features, device)
-            weight = prefix_weights(costs, (index, kind))
-            handles.append(linear.register_forward_pre_hook(lambda _, given, own=own, weight=weight: own.add(
-                given[0], weights=row_weights(given[0], model.num_prefix_tokens, weight))))
+            handles.append(linear.register_forward_pre_hook(lambda _, given, own=own: own.add(given[0])))
         with hooks(handles):
             for place, x in enumerate(streams):
                 with autocast(device, amp):

@@ -109,7 +109,7 @@ def _by_moments(model: nn.Module, batches: Batches, criterion: UnitCriterion, se
     if criterion.needs == "fisher":
         costs = fisher(model, batches, seed=seed, device=device, progress=progress)
     with frozen_eval(model):
-        moments = dict(each_moments(model, counted(), costs=costs, device=device))
+        moments = dict(each_moments(model, counted(), device=device))
     images = int(parallel.total(torch.tensor(images)))
     if not images:
         raise InputError(f"unit scores by {made_by['criterion']}: there is no image to score on")

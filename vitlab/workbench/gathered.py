@@ -138,8 +138,8 @@ class Gathered:
         """Of every layer that mixes heads or neurons: units are ranked by them, and what is measured is refitted."""
         kept = LayerFiles(self.folder / f"moments-{self.inputs}", self.place)
         if len(kept) < len(layers_of(self.model)):
-            for layer, moments in each_moments(self.model, self.shown("what heads and neurons give", moments_cost(self.shape)),
-                                               costs=self.costs, amp=self.amp):
+            batches = self.shown("what heads and neurons give", moments_cost(self.shape))
+            for layer, moments in each_moments(self.model, batches, amp=self.amp):
                 kept.keep(layer, moments)
         return kept
 

@@ -31,7 +31,7 @@ from vitlab.training.capture import need_classifier, token_scores
 from vitlab.training.compensate import compensate
 from vitlab.training.latency import latency_table
 from vitlab.training.loop import fingerprint
-from vitlab.training.moments import Layer, each_moments, fisher
+from vitlab.training.moments import Layer, each_moments
 from vitlab.training.objective import check_metric
 from vitlab.training.units import unit_scores
 from vitlab.workbench.cutting import UNIT_SCORES, amp_of, measured_batches, needs_images, objective_on, open_dense, read_units, write_units
@@ -111,8 +111,7 @@ def search(source: Source, data: str | Path, out: str | Path, *, limit: float | 
     if compensated and space.units:
         scored = parts.batches("score", found.model, workers=workers)
         with parallel.alone():
-            costs = fisher(found.model.to(place), scored, seed=seed, amp=amp_of(found.model), progress=progress)
-            build = {"build": by_moments(dict(each_moments(found.model, scored, space.units, costs=costs, amp=amp_of(found.model))))}
+            build = {"build": by_moments(dict(each_moments(found.model.to(place), scored, space.units, amp=amp_of(found.model))))}
     objective = objective_on(found.model, parts, "choose", metric, place, workers, **build)
     until = np.inf
     if progress or minutes is not None:
