@@ -1,6 +1,7 @@
 """Stages on one bar: what is said before they begin, and how long what is left of them takes."""
 import pytest
 import torch
+from segmenting_fixtures import pictures, small
 from training_fixtures import images, one_thread, tiny  # noqa: F401
 
 from vitlab.workbench import pace
@@ -84,6 +85,6 @@ def test_batches_are_counted_by_their_images_once_they_are_gone_through():
 
 
 def test_the_rate_is_of_a_second_forward_once_the_machine_is_warm(monkeypatch):
-    times = iter([0.0, 10.0, 10.5])
+    times = iter([0.0, 10.0, 10.5] * 2)
     monkeypatch.setattr(pace.time, "perf_counter", lambda: next(times))
-    assert images_per_second(tiny().eval(), images(7)) == 7 / 0.5
+    assert images_per_second(tiny().eval(), images(7)) == images_per_second(small(), pictures(7)) == 7 / 0.5

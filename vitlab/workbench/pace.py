@@ -17,7 +17,7 @@ def images_per_second(model: nn.Module, images: Tensor, amp: bool | None = False
     with torch.inference_mode():
         for _ in range(2):
             began = time.perf_counter()
-            log_probabilities(model, images, amp)[0, 0].item()                  # there when the device has got to it
+            log_probabilities(model, images, amp).flatten()[0].item()                  # there when the device has got to it
     return len(images) / (time.perf_counter() - began)
 
 
