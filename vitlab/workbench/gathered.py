@@ -50,21 +50,25 @@ def first_images(batches: Sequence[tuple[Tensor, Tensor]], count: int) -> list[t
 
 
 class LayerFiles(Mapping[Layer, Moments]):
-    """Moments in a file a layer, in float32, read when they are asked for: those of a ViT-L are 3.5 GB in memory."""
+    """Moments in a file a layer, read when they are asked for: those of a ViT-L are 3.5 GB in memory. Covariances and means are kept, in
+    float32, and not sums, whose differences would be lost where means are large."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder, self.device = folder, device
 
     def keep(self, layer: Layer, moments: Moments) -> None:
         index, kind = layer
-        tensors = {name: getattr(moments, name).float().cpu().contiguous() for name in ("rows", "sum", "products")}
+        tensors = {"rows": moments.rows, "mean": moments.mean.float(), "covariance": moments.covariance(ridge=0).float()}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         atomic_write(self.folder / f"{index}.{kind}.safetensors", save(tensors))
 
     def __getitem__(self, layer: Layer) -> Moments:
         index, kind = layer
-        found = Moments(0, self.device)
-        for name, value in read_file(self.folder / f"{index}.{kind}.safetensors").items():
-            setattr(found, name, value.to(self.device, torch.float64))
+        kept = {name: value.to(self.device, torch.float64)
+                for name, value in read_file(self.folder / f"{index}.{kind}.safetensors").items()}
+        found, mean = Moments(0, self.device), kept["mean"]
+        found.rows, found.sum = kept["rows"], kept["rows"] * mean
+        found.products = kept["rows"] * (kept["covariance"] + torch.outer(mean, mean))
         return found
 
     def __iter__(self) -> Iterator[Layer]:

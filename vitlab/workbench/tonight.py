@@ -16,7 +16,8 @@ from vitlab.workbench.steps import Source
 from vitlab.workbench.survey import DEPLOYED, RATIOS, REFIT_COST, RULES, SINGLE, TRAINED, TRIED_ON, Survey  # noqa: F401 - its own face
 
 EVALUATIONS, FINALISTS = 40, 2                  # of the search; how many of its plans are refitted and compared
-LEAST_EVALUATIONS, LEAST_IMAGES = 10, 64        # what a given time may leave of the search, and of the images that plans are compared on
+LEAST = {"evaluations": 10, "finalists": 1, "images": 64}       # what the time may leave of them
+AT_MOST = 60                                    # minutes, where none are given: of a large model the amounts shrink
 SURVEY = "survey"
 SCORES, CURVES, OFFERED, SEARCH, COMPARED, REFIT = (
     "scores", "curves", "offers", "search", "refits of the best plans", "refit on all images")
@@ -24,15 +25,17 @@ SCORES, CURVES, OFFERED, SEARCH, COMPARED, REFIT = (
 
 def stages_of(survey: Survey, rules: Sequence[str], budgets: int, evaluations: int, finalists: int, ratio: float) -> dict[str, float]:
     """What each stage costs, about, in forwards of one image through the dense model."""
-    shape, images, report = survey.shape, survey.parts.roles["choose"], survey.parts.roles["report"]
-    fitted = survey.parts.roles["score"]
-    few, cuts = min(fitted, TRIED_ON), survey.cuts(rules)
-    elimination = 36 * shape.depth * (shape.num_neurons ** 3 + shape.embed_dim ** 3) / (2e9 * cost.gmacs(CompressionPlan.empty(shape)))
+    shape, images, report, fitted = survey.shape, *(survey.parts.roles[role] for role in ("choose", "report", "score"))
+    forward = 1e9 * cost.gmacs(CompressionPlan.empty(shape))
+    elimination = 18 * shape.depth * (shape.num_neurons ** 3 + shape.embed_dim ** 3) / forward
+    kept = 0.7 * shape.num_neurons                                              # about, where one of many ridges is chosen
+    solves = 72 * shape.depth * (kept ** 3 / 3 + 4 * shape.embed_dim * kept ** 2) / forward
+    evaluation = images * ratio + solves / 24                                   # is refitted once, by the dense model's moments
     return {SCORES: fitted * moments_cost(shape) + min(fitted, FISHER_IMAGES) * FISHER_COST + min(fitted, TOKEN_IMAGES) * TOKEN_COST
             + elimination,
-            CURVES: cuts * images * 0.55, OFFERED: budgets * len(rules) * (images + report) * 0.65,
-            **({SEARCH: evaluations * images * ratio} if evaluations else {}), COMPARED: (1 + 2 * finalists) * few * REFIT_COST,
-            REFIT: fitted * REFIT_COST}
+            CURVES: survey.cuts(rules) * images * 0.55, OFFERED: budgets * len(rules) * (images + report + solves / 24) * 0.65,
+            **({SEARCH: evaluations * evaluation} if evaluations else {}),
+            COMPARED: (1 + 2 * finalists) * (min(fitted, TRIED_ON) * REFIT_COST + solves), REFIT: fitted * REFIT_COST + solves}
 
 
 def tonight(source: Source, data: str | Path, out: str | Path, *, gmacs: float | None = None, macs_ratio: float = 0.6,
@@ -47,9 +50,9 @@ def tonight(source: Source, data: str | Path, out: str | Path, *, gmacs: float |
     all that the rules cut together; its `finalists` and the best plan of one rule alone refitted on score_images others, and the nearest
     of them (`Survey.best`) made ready. Numbered stages, and the time that the whole will take, are said before it begins.
 
-    minutes: for the whole; where the amounts would take longer, there are fewer evaluations and images, and what is left of the time is
-    self-distillation (`self_distil`). None: the amounts as they are, and none of it. All that was measured is kept, and the same call
-    goes on. Raises InputError for a budget that no rule meets.
+    minutes: for the whole; where the amounts would take longer, there are fewer evaluations, finalists and images (LEAST), and what is
+    left of the time is self-distillation (`self_distil`). None: none of it, and fewer where they would take over AT_MOST minutes. All that
+    was measured is kept, and the same call goes on. Raises InputError for a budget that no rule meets.
     """
     began, found, out = time.monotonic(), open_dense(source), Path(out)
     common = {"report_images": report_images, "score_images": score_images, "seed": seed, "device": device, "class_map": class_map,
@@ -61,16 +64,18 @@ def tonight(source: Source, data: str | Path, out: str | Path, *, gmacs: float |
     warn_of_few(survey.parts.roles["score"])
     ratios = sorted({*ratios, limit / dense})
 
-    def planned(survey: Survey, evaluations: int) -> dict[str, float]:
+    def planned() -> dict[str, float]:
         return stages_of(survey, rules, len(ratios), evaluations, finalists, limit / dense)
-    rate, stages = images_per_second(survey.model, survey.batches[0][0][:32], survey.amp), planned(survey, evaluations)
-    if minutes is not None and sum(stages.values()) > 60 * minutes * rate:
-        evaluations = min(evaluations, LEAST_EVALUATIONS)
-        survey = Survey(found, data, out / SURVEY, images=min(images, LEAST_IMAGES), **common)
-        stages = planned(survey, evaluations)
-        if sum(stages.values()) > 60 * minutes * rate:
-            warnings.warn(f"about {sum(stages.values()) / rate / 60:.0f} minutes are needed at least, more than the {minutes:g} given; "
-                          "fewer score_images, rules or ratios would take less", stacklevel=2)
+    rate, stages = images_per_second(survey.model, survey.batches[0][0][:32], survey.amp), planned()
+    most = AT_MOST if minutes is None else minutes
+    if sum(stages.values()) > 60 * most * rate:
+        evaluations, finalists = min(evaluations, LEAST["evaluations"]), min(finalists, LEAST["finalists"])
+        survey = Survey(found, data, out / SURVEY, images=min(images, LEAST["images"]), **common)
+        stages = planned()
+        if sum(stages.values()) > 60 * most * rate:
+            warnings.warn(f"about {sum(stages.values()) / rate / 60:.0f} minutes are needed at least, more than "
+                          + ("an hour" if minutes is None else f"the {minutes:g} given")
+                          + "; fewer score_images, rules or ratios would take less", stacklevel=2)
     end = float("inf") if minutes is None else began + 60 * minutes
     if minutes is not None:
         stages[TRAINED] = max(0.0, 60 * minutes * rate - sum(stages.values()))
