@@ -101,7 +101,7 @@ def main() -> None:
         if not limits:
             continue
         few, data = {"images": 8, "score_images": 16} if args.quick else {}, drawn(Path(args.cal), count, seed, args.run)
-        survey = Survey(found, data, args.run / f"survey-{count}-{seed}", report_images=8, seed=seed,
+        survey = Survey(found, data, args.run / f"survey-{count}-{seed}", report_images=256, seed=seed,
                         device=args.device, workers=0, progress=False, **few)
         for limit in limits:
             began = time.perf_counter()
