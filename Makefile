@@ -21,8 +21,9 @@ chromium:               ## for the test in a browser: Debian's, where it is miss
 lab: $(READY)           ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/08_tonight.ipynb
 
-lint: $(READY)          ## ruff
+lint: $(READY)          ## ruff, and the types of the public face (pyproject.toml says which files)
 	$(BIN)/ruff check .
+	$(BIN)/ty check --python $(VENV)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"vitlab needs Python 3.10 or newer; {sys.executable} is {sys.version.split()[0]}. Try: make PYTHON=python3.12")'

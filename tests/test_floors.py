@@ -131,3 +131,10 @@ def test_the_checker_lets_lower_floors_and_the_own_package_pass(module, source):
 def test_a_relative_import_in_a_package_file_starts_from_the_package():
     assert violations("from .loop import train", "vitlab.training", is_package=True) == []
     assert len(violations("from ..cli import main", "vitlab.training", is_package=True)) == 1
+
+
+def test_type_checkers_see_the_public_face_that_is_there():
+    import vitlab
+    told = {alias.asname: node.module for node in ast.walk(ast.parse((ROOT / "vitlab" / "__init__.py").read_text(encoding="utf-8")))
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("vitlab.") for alias in node.names}
+    assert told == vitlab._PUBLIC

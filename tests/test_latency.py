@@ -141,7 +141,8 @@ def test_between_two_measured_counts_the_time_is_the_middle_of_theirs():
     axes = {**grid_axes(SHAPE), "attention": (np.array([1, 11, 36]), np.array([1, 3]))}
     ms = {**made().ms, "attention": np.array([[1.0, 2.0], [4.0, 8.0], [30.0, 60.0]])}
     table = LatencyTable(shape=SHAPE, conditions={}, axes=axes, ms=ms)
-    middle = dataclasses.replace(counts_of(CompressionPlan.empty(SHAPE)), attended=np.full(5, 6), queried=None, heads=np.full(5, 2))
+    middle = dataclasses.replace(counts_of(CompressionPlan.empty(SHAPE)), attended=np.full(5, 6), queried=np.full(5, 6),
+                                 heads=np.full(5, 2))
     assert float(table.by_part(middle)["attention"]) == pytest.approx(5 * (1 + 2 + 4 + 8) / 4, rel=1e-12)
 
 
@@ -151,7 +152,7 @@ def test_between_two_measured_counts_the_time_is_the_middle_of_theirs():
     ("in_mlp", 0, "mlp: 0 to 0 tokens wanted; the table holds 1 to 36"), ("ranking", 4, "select: 4 to 4 ranking heads"),
 ])
 def test_counts_outside_the_table_are_refused_by_name(field, value, words):
-    counts = dataclasses.replace(counts_of(CompressionPlan.empty(SHAPE)), **{"queried": None, field: np.full(5, value)})
+    counts = dataclasses.replace(counts_of(CompressionPlan.empty(SHAPE)), **{"queried": np.zeros(0), field: np.full(5, value)})
     with pytest.raises(InputError, match=words):
         made().predict(counts)
 

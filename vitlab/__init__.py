@@ -1,5 +1,6 @@
 """vitlab: makes vision transformers smaller and faster, and shows why that works."""
 import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 _PUBLIC = {"compress": "vitlab.models", "deploy": "vitlab.models", "shape_of": "vitlab.models",
@@ -14,7 +15,22 @@ def __dir__() -> list[str]:
     return [*globals(), *__all__]
 
 
-def __getattr__(name: str):         # torch and timm load at first use, so that `vitlab --help` answers at once
+if TYPE_CHECKING:               # the same names, for editors and type checkers
+    from vitlab.criteria.planning import prune_and_merge as prune_and_merge
+    from vitlab.data import open_data as open_data
+    from vitlab.files import InputError as InputError
+    from vitlab.models import compress as compress
+    from vitlab.models import deploy as deploy
+    from vitlab.models import set_trainable as set_trainable
+    from vitlab.models import shape_of as shape_of
+    from vitlab.models.create import create_model as create_model
+    from vitlab.plan import CompressionPlan as CompressionPlan
+    from vitlab.training.capture import token_scores as token_scores
+    from vitlab.training.checkpoint import load as load
+    from vitlab.training.checkpoint import save as save
+
+
+def __getattr__(name: str) -> Any:              # torch and timm load at first use, so that `vitlab --help` answers at once
     if name not in _PUBLIC:
         raise AttributeError(f"module 'vitlab' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)

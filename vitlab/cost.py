@@ -33,11 +33,11 @@ class Counts:
     # Rows scaled for a mean of tokens, and for what a token keeps of its own; pairs of tokens whose keys are multiplied.
     pooled: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
     compared: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
-    queried: np.ndarray | None = None           # tokens whose queries are asked in the attention; None: all that are attended to
+    queried: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))    # tokens that ask in the attention; empty: all in it
     ranks_anew: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=bool))     # bool: the ranking has weights of its own
 
     def __post_init__(self) -> None:
-        if self.queried is None:
+        if not self.queried.size:
             object.__setattr__(self, "queried", self.attended)
 
 

@@ -3,7 +3,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
+def locked(folder: str | Path) -> Generator[None]:
     """Hold `folder` for this process: a second one that wants it is refused. A process that dies, however, lets go of it.
 
     Raises InputError naming the folder where another process holds it.
@@ -94,7 +94,7 @@ def locked(folder: str | Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path) -> Generator[Path]:
     """Give a temporary folder to fill; on a clean exit it takes the place of `path`, on an error it is removed."""
     path = existing_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.ndimage import map_coordinates
+from scipy.interpolate import RegularGridInterpolator
 
 from vitlab.cost import Counts, previous
 from vitlab.files import InputError, atomic_write, read_json
@@ -48,18 +48,17 @@ class LatencyTable:
             require(ms.shape == tuple(map(len, axes)), f"{part}: times are {ms.shape}; {tuple(map(len, axes))} is needed")
         require(all(np.isfinite(v).all() and np.all(v > 0) for v in (*self.ms.values(), self.scale)), "times must be positive")
 
-    def _at(self, part: str, where: np.ndarray, *counts: np.ndarray) -> np.ndarray:
+    def _at(self, part: str, where: np.ndarray, *counts: np.ndarray | int) -> np.ndarray:
         """ms of `part`, linear in each axis between what was measured; 0 where not `where`. InputError outside the axes."""
-        ms, places = np.zeros(where.shape), []
-        if not where.any():
+        wanted, *every = np.broadcast_arrays(where, *counts)
+        ms, values = np.zeros(wanted.shape), [each[wanted] for each in every]
+        if not wanted.any():
             return ms
         require(part in self.ms, f"the table holds no times of {part}: this model has no tokens to {part}")
-        for name, axis, values in zip(AXES[part], self.axes[part], counts):
-            values = np.broadcast_to(values, where.shape)[where]
-            require(axis[0] <= values.min() and values.max() <= axis[-1],
-                    f"{part}: {values.min()} to {values.max()} {name} wanted; the table holds {axis[0]} to {axis[-1]}")
-            places.append(np.interp(values, axis, np.arange(len(axis))))
-        ms[where] = map_coordinates(self.ms[part], places, order=1)
+        for name, axis, each in zip(AXES[part], self.axes[part], values):
+            require(axis[0] <= each.min() and each.max() <= axis[-1],
+                    f"{part}: {each.min()} to {each.max()} {name} wanted; the table holds {axis[0]} to {axis[-1]}")
+        ms[wanted] = RegularGridInterpolator(self.axes[part], self.ms[part])(np.stack(values, axis=-1))
         return ms
 
     def by_part(self, counts: Counts) -> dict[str, np.ndarray]:
@@ -93,7 +92,7 @@ class LatencyTable:
 
     def predict(self, counts: Counts) -> np.ndarray:
         """latency_ms (...) of one batch for counts (..., L): the sum of `by_part`."""
-        return sum(self.by_part(counts).values())
+        return sum(self.by_part(counts).values(), np.zeros(()))
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, atomically."""

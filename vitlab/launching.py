@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 from vitlab.files import LOCK, InputError, atomic_write, read_json
@@ -74,7 +74,7 @@ def leave(error: BaseException | None = None) -> None:
 
 
 @contextlib.contextmanager
-def on_record(path: Path, given: Sequence[str]) -> Iterator[None]:
+def on_record(path: Path, given: Sequence[str]) -> Generator[None]:
     """Write the command into its run folder; where it is refused, the one that began the run stands there again, or nothing."""
     before, fresh = path.read_bytes() if path.is_file() else None, not path.parent.exists()
     atomic_write(path, json.dumps({"arguments": list(given), "folder": str(Path.cwd())}) + "\n")

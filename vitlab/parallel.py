@@ -6,7 +6,7 @@ Whoever computes the same thing on each process needs nothing from here; whoever
 """
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -72,7 +72,7 @@ def is_first() -> bool:
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
+def alone() -> Generator[None]:
     """Inside, this process acts as if it were the only one: what it does the others need not do at the same time."""
     global _alone
     _alone += 1
@@ -114,7 +114,7 @@ def after_first(make: Callable[[], T]) -> T:
     """make(), on the first process before the others: what it leaves on the disk they find there."""
     if world() == 1:
         return make()
-    found = None
+    found: Any = None
     for turn in (True, False):
         if is_first() is turn:
             with alone():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vitlab.files import InputError, atomic_write, read_json
-from vitlab.rules import TOKEN_RULES, Flow, TokenRule, whole
+from vitlab.rules import TOKEN_RULES, Flow, MergeReconstruct, TokenRule, whole
 from vitlab.shape import ViTShape, is_int, require
 
 FORMAT, VERSION = "vitlab.plan", 1
@@ -90,8 +90,10 @@ class CompressionPlan:
             try:
                 if rule is None:
                     flow = whole(before.after)
+                elif place and isinstance(rule, MergeReconstruct):              # it alone has a span
+                    flow = rule.inside(self.shape, place)
                 else:
-                    flow = rule.inside(self.shape, place) if place else rule.flow(self.shape, before.after)
+                    flow = rule.flow(self.shape, before.after)
                 self._check_follows(flow, before)
                 require(flow.queried is None or index + 1 == len(self.blocks),
                         "tokens are read out, but another block follows; only the last block can read out")
@@ -166,7 +168,7 @@ class CompressionPlan:
         return plan
 
 
-def _build(cls: type, data: Any, where: str) -> Any:
+def _build(cls: Any, data: Any, where: str) -> Any:
     require(isinstance(data, dict), f"{where} must be an object")
     known = {f.name: f for f in dataclasses.fields(cls)}
     needed = {n for n, f in known.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}

@@ -33,6 +33,7 @@ def whole(entering: int) -> Flow:
     return Flow(attended=entering, in_mlp=entering, carried=0, after=entering)
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Regions:
     """What rules share whose patches go into regions by their place: `regions` (n) from 0, -1 for none, and `weights` (n)."""
 
@@ -200,8 +201,8 @@ class Match:
         require(self.merged <= count // 2, f"{self.merged} tokens are merged; at most half of the {count} beside the prefix tokens can be")
         require(not self.protect or shape.class_token, f"tokens are protected {BY_CLASS_TOKEN}: protect 0 is needed")
         after, sources, targets = entering - self.merged, count - count // 2, count // 2
-        work = {"compared": sources * targets + entering, "pooled": self.merged + targets} if self.merged else {}
-        return Flow(attended=entering, in_mlp=after, carried=0, after=after, matched=True, **work)
+        return Flow(attended=entering, in_mlp=after, carried=0, after=after, matched=True,
+                    compared=sources * targets + entering if self.merged else 0, pooled=self.merged + targets if self.merged else 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """ViTShape: the sizes of a vision transformer, as checked plain data."""
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from vitlab.files import InputError
 
@@ -9,13 +9,13 @@ POOL_TOKEN = "token"
 DECODERS = ("", "linear", "mask_transformer")
 
 
-def require(condition: bool, message: str) -> None:
+def require(condition: bool | None, message: str) -> None:
     """InputError with the message where the condition does not hold."""
     if not condition:
         raise InputError(message)
 
 
-def is_int(value: Any) -> bool:
+def is_int(value: Any) -> TypeGuard[int]:
     """An integer that is not a bool (JSON's true is no number)."""
     return isinstance(value, int) and not isinstance(value, bool)
 

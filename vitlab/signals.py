@@ -3,7 +3,7 @@ its own: nothing is lost, and the same command goes on."""
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 EXIT_CODE = 75                                  # EX_TEMPFAIL of sysexits.h: not done, to be tried again
 
@@ -13,7 +13,7 @@ class Stopped(BaseException):
 
 
 @contextlib.contextmanager
-def on_request(answer: Callable[[], None]) -> Iterator[None]:
+def on_request(answer: Callable[[], None]) -> Generator[None]:
     """Inside, a request to stop calls `answer`. Only the main thread is told of one; elsewhere nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -201,12 +201,11 @@ def shared(rule: MergeReconstruct | None, own: float = 1.0, proportional: bool =
 
 def merge_matrix(rule: MergeReconstruct, num_prefix_tokens: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """(C, N): a prefix token is a row of its own, then one row per region, entries the patches' weights (A4)."""
-    p, n = num_prefix_tokens, len(rule.regions)
-    matrix = torch.zeros(p + rule.num_merged, p + n, dtype=dtype)
+    p, regions = num_prefix_tokens, torch.tensor(rule.regions, dtype=torch.long)
+    matrix = torch.zeros(p + rule.num_merged, p + len(regions), dtype=dtype)
     matrix[:p, :p] = torch.eye(p, dtype=dtype)
-    for patch, (region, weight) in enumerate(zip(rule.regions, rule.weights)):
-        if region >= 0:
-            matrix[p + region, p + patch] = weight
+    patch, = (regions >= 0).nonzero(as_tuple=True)
+    matrix[p + regions[patch], p + patch] = torch.tensor(rule.weights, dtype=dtype)[patch]
     return matrix
 
 

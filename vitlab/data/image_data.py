@@ -136,7 +136,7 @@ class ImageData:
             found.splits = {role: type(train)(train.reader, [train.indices[i] for i in own]) for role, own in made.indices.items()}
             found.roles, said = {role: len(own) for role, own in made.indices.items()}, made.said
         if said:
-            found.roles["shared"] = list(said)
+            found.roles = {**found.roles, "shared": list(said)}
             size = "" if stream else f" has {len(train)} images"
             if parallel.is_first():
                 warnings.warn(f"{self.name}: train{size}; {'; '.join(said)}", stacklevel=2)

@@ -1,6 +1,6 @@
 """Splits of images with masks, and their batches: what Images, Batches and ImageData are for classes."""
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from PIL import Image
@@ -94,6 +94,10 @@ class SceneData(ImageData):
                  labelled: bool = True) -> None:
         super().__init__(name, splits, classes, len(classes) if classes else None, labelled=labelled)
         self.embedded = embedded
+
+    def split(self, name: str, limit: int | None = None, seed: int = 0) -> Scenes:
+        """As of any data set, and of scenes."""
+        return cast(Scenes, super().split(name, limit, seed))
 
     def need_labels(self) -> "SceneData":
         """The data set itself. Raises InputError where its images have no masks."""

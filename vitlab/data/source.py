@@ -63,7 +63,7 @@ def open_data(data: str | Path, *, class_map: str | Path | None = None) -> Image
 
 def _labelled(folder: Path, readers: dict, numbers: dict[str, int], mapped: bool) -> ImageData:
     splits = {name: Images(reader) for name, reader in readers.items()}
-    return ImageData(folder.resolve().name, splits, sorted(numbers, key=numbers.get), max(numbers.values()) + 1, mapped)
+    return ImageData(folder.resolve().name, splits, sorted(numbers, key=numbers.__getitem__), max(numbers.values()) + 1, mapped)
 
 
 def _unlabelled(folder: Path, split: Path, groups: Groups, class_map: str | Path | None) -> ImageData:

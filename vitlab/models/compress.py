@@ -1,6 +1,7 @@
 """compress(model, plan): a timm model with its heads, neurons and tokens cut as the plan says (methods A6, B8)."""
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 from timm.layers import Attention
 from torch import nn
@@ -22,7 +23,8 @@ from vitlab.shape import ViTShape
 TRAINABLE = ("all", "matrices", "weights")
 
 
-TOKEN_BLOCKS = {SharedUpdate.kind: SharedUpdateBlock, Select.kind: SelectBlock, Match.kind: MatchBlock, ReadOut.kind: ReadOutBlock}
+TOKEN_BLOCKS: dict[str, Any] = {SharedUpdate.kind: SharedUpdateBlock, Select.kind: SelectBlock, Match.kind: MatchBlock,
+                                ReadOut.kind: ReadOutBlock}
 
 
 def _token_rule_agrees(block: nn.Module, rule: TokenRule | None, place: int, num_prefix_tokens: int) -> bool:

@@ -115,7 +115,7 @@ def sized(name: str, state: dict[str, Tensor], path: str | Path, args: dict[str,
     model.pos_embed = None                      # then timm's conversion leaves the file's as it is
     state, others = unwrapped(state, model.state_dict(), path)
     patch = model.patch_embed.patch_size
-    kernel = next((tuple(v.shape[-2:]) for k, v in state.items() if k in KERNELS and v.dim() == 4), patch)
+    kernel = next(((v.shape[-2], v.shape[-1]) for k, v in state.items() if k in KERNELS and v.dim() == 4), patch)
     if kernel != patch and "patch_size" not in args:
         raise InputError(f"{path}: does not fit the model: its patches are of {_by(kernel)} pixels, those of {name} of {_by(patch)}; name "
                          f"the model of such patches, or give a patch_size, {kernel[0]} to keep them")
@@ -199,7 +199,7 @@ def check_args(args: dict[str, Any]) -> dict[str, Any]:
     return args
 
 
-def rebuild(source: dict[str, Any], most: int | None = None) -> nn.Module:
+def rebuild(source: Any, most: int | None = None) -> nn.Module:
     """The model of an `architecture`, with random weights. Raises InputError naming what is wrong, and, before any memory is
     taken, where it would have more than `most` parameters."""
     if not isinstance(source, dict) or not isinstance(source.get("name"), str) or not isinstance(source.get("args"), dict):

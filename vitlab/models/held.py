@@ -7,7 +7,7 @@ import dataclasses
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.fx
@@ -23,6 +23,8 @@ COMPARISONS = ("lt", "le", "gt", "ge")
 
 class Held:
     """All tokens of each image, (B, N, D) to whoever does not know better."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]          # what holds tokens is a dataclass
 
     def whole(self) -> Tensor:
         """(B, N, D)."""

@@ -94,7 +94,7 @@ def segmenter_source(model: "Segmenter") -> dict[str, Any]:
             "norm_eps": getattr(model.encoder.norm, "eps", None)}
 
 
-def rebuild_segmenter(encoder: dict[str, Any], source: Any, most: int | None = None) -> "Segmenter":
+def rebuild_segmenter(encoder: Any, source: Any, most: int | None = None) -> "Segmenter":
     """The dense Segmenter of an `encoder_source` and a `segmenter_source`, with random weights. Raises InputError naming what is wrong,
     and, before any memory is taken, where it would have more than `most` parameters."""
     numbers = {"head_dim": lambda v: is_int(v) and 1 <= v <= LARGEST, "depth": lambda v: is_int(v) and 1 <= v <= DEEPEST,

@@ -70,7 +70,7 @@ def accuracy_against_cost(rows: Sequence[ResultRow], value: str = "top1_pct") ->
     return figure
 
 
-def trade_offs(panels: dict[str, dict[str, Sequence[Sequence[Any]]]], ylabel: str, dense: dict[str, Sequence[Any]]) -> Figure:
+def trade_offs(panels: Mapping[str, Mapping[str, Sequence[Sequence[Any]]]], ylabel: str, dense: dict[str, Sequence[Any]]) -> Figure:
     """One panel for each cost, {its label: {line: points}}; the same line has the same look in all of them. A point is what `Point`
     takes: (cost, value), and where they are known the value's standard error and the range of a cost that is a ratio. dense: the
     dense model's point in each panel."""

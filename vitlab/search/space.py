@@ -155,7 +155,7 @@ class SearchSpace:
         """What a model of the objective should see (P, D): even coordinates in [0, 1]."""
         return self.even(policies) / self.max_ratio
 
-    def plan(self, policy: Sequence[float], *, heads: Tensor | None = None, neurons: Tensor | None = None,
+    def plan(self, policy: Sequence[float] | np.ndarray, *, heads: Tensor | None = None, neurons: Tensor | None = None,
              tokens: Tensor | None = None, made_by: dict[str, Any] | None = None) -> CompressionPlan:
         """The plan of one policy: of heads (L, H) and neurons (L, M) those with the highest scores stay; raw token scores
         (L, n) where tokens are merged. Raises InputError where scores are missing or of another size."""

@@ -4,6 +4,7 @@
 HSIC as in *Multi-Dimensional Vision Transformer Compression* (arXiv 2201.00043), methods B1.
 """
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class ValueGradient:
     def __init__(self, model: nn.Module, absolute: str) -> None:
         self.absolute = absolute
         self.attentions = [attention_block(b).attn for b in model.blocks]
-        self.found: list[Tensor | None] = [None] * len(self.attentions)
+        self.found: list[Any] = [None] * len(self.attentions)
         self.handles = [a.qkv.register_forward_hook(self._hook(i)) for i, a in enumerate(self.attentions)]
 
     def _hook(self, index: int):
@@ -93,7 +94,7 @@ def _by_class_attention(model: nn.Module, batches: Batches, absolute: str, devic
     """The class token's attention, averaged over heads and images."""
     if model.cls_token is None:
         raise InputError("the criterion class_attention needs a class token; the model has none: gradient and hsic need none")
-    rows = [None] * len(model.blocks)
+    rows: list[Any] = [None] * len(model.blocks)                                # (N) each, of the hooks
 
     def step(images: Tensor, targets: Tensor) -> tuple[Tensor]:
         model(images)
@@ -107,7 +108,8 @@ def _by_class_attention(model: nn.Module, batches: Batches, absolute: str, devic
 def _by_hsic(model: nn.Module, batches: Batches, absolute: str, device: str | torch.device | None, progress: bool) -> Scored:
     """Dependence of the softmax output on what enters the block at each patch   (B1)."""
     need_classifier(model, "token scores by hsic")
-    prefix, kernels = model.num_prefix_tokens, [None] * len(model.blocks)
+    prefix, depth = model.num_prefix_tokens, len(model.blocks)
+    kernels: list[Any] = [None] * depth                                         # (n, B, B) each, of the hooks
 
     def hook(index: int):
         def before(module: nn.Module, inputs: tuple) -> None:
@@ -175,7 +177,7 @@ def attention_maps(model: nn.Module, images: Tensor) -> Tensor:
     compressed model or a family that can't be handled.
     """
     shape_of(model)
-    found = [None] * len(model.blocks)
+    found: list[Any] = [None] * len(model.blocks)
     with hooks(_attention_hooks(model, found, Tensor.cpu)), frozen_eval(model):
         model(images.to(next(model.parameters()).device))
     return torch.stack(found)

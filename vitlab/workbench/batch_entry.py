@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ FIGURES = "png,svg,pdf"
 
 
 @contextlib.contextmanager
-def only_one(path: Path, patience: float = 0) -> Iterator[int]:
+def only_one(path: Path, patience: float = 0) -> Generator[int]:
     """Hold the lock of a file, waiting for it at most `patience` seconds; gives its descriptor, which child processes may share.
     The system lets it go with the last process that holds it, however that ends. Raises InputError where another has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def fingerprint(place: str) -> str | None:
     try:
         if path.is_file():
             with open(path, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+                return hashlib.file_digest(file, "sha256").hexdigest()[:16]     # ty: ignore[missing-attribute]  # a batch needs 3.11
         if path.is_dir():
             return _digest(sorted(_files_in(path)))
     except OSError:                 # a text that can be no path, or one that can't be read: the notebook says so

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from yaml.constructor import ConstructorError
 
 from vitlab.files import BATCHES, InputError
 from vitlab.workbench import notebooks
@@ -34,10 +35,10 @@ class _Loader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is given twice", node.start_mark)
+            raise ConstructorError(None, None, f"{twice!r} is given twice", node.start_mark)
         for key, value in node.value:
             if key.tag == "tag:yaml.org,2002:merge" and not isinstance(value, yaml.MappingNode):
-                raise yaml.constructor.ConstructorError(None, None, "<< takes one mapping", key.start_mark)
+                raise ConstructorError(None, None, "<< takes one mapping", key.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -82,7 +83,8 @@ class _File:
         except OSError as error:
             self.fail(f"can't be read ({error.strerror})")
         except yaml.MarkedYAMLError as error:
-            self.fail(f"not valid YAML (line {error.problem_mark.line + 1}: {error.problem})")
+            line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+            self.fail(f"not valid YAML ({line}{error.problem})")
         except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:    # dates and keys that can't be, deep nesting
             self.fail(f"not valid YAML ({str(error).splitlines()[0][:200]})")
 

@@ -21,9 +21,10 @@ RANDOM = "random"                               # the criterion that knows nothi
 
 def clear_lowest(values: Sequence[float], errors: Sequence[float | None]) -> int | None:
     """Which value is lowest such that its interval of 95 % overlaps no other's; None where there is none, or an error is not known."""
-    if len(values) < 2 or any(error is None for error in errors):
+    known = [error for error in errors if error is not None]
+    if len(values) < 2 or len(known) < len(errors):
         return None
-    ends = [(value - Z * error, value + Z * error) for value, error in zip(values, errors)]
+    ends = [(value - Z * error, value + Z * error) for value, error in zip(values, known)]
     lowest = int(np.argmin(values))
     return None if any(overlap(ends[lowest], other) for i, other in enumerate(ends) if i != lowest) else lowest
 
@@ -50,18 +51,21 @@ def over_seeds(rows: Sequence[dict[str, Any]], dimension: str) -> dict[str, dict
         for block in sorted({r["block"] for r in mine}):
             cuts = [r for r in mine if r["block"] == block]
             values = [r["drop_per_gmac"] for r in cuts]
-            images = [None if r.get("drop_se") is None else r["drop_se"] / r["gmacs_removed"] for r in cuts]
-            known = [] if None in images else [float(np.sqrt(np.square(images).sum()) / len(cuts))]
-            known += [] if len(values) < 2 else [standard_error(values)]
+            images = [r["drop_se"] / r["gmacs_removed"] for r in cuts if r.get("drop_se") is not None]
+            known = [float(np.sqrt(np.square(images).sum()) / len(cuts))] if len(images) == len(cuts) else []
+            known += [e for e in [standard_error(values)] if e is not None]
             found[name][block] = (float(np.mean(values)), max(known, default=None))
     return found
 
 
 def lines(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, dict[str, list[float]]], dict[str, dict[str, list[float | None]]]]:
     """(drops, errors) over blocks for `plots.sensitivity`."""
-    of = {dimension: over_seeds(rows, dimension) for dimension in dict.fromkeys(r["dimension"] for r in rows)}
-    return tuple({dimension: {name: [cell[part] for cell in blocks.values()] for name, blocks in found.items()}
-                  for dimension, found in of.items()} for part in (0, 1))
+    drops, errors = {}, {}
+    for dimension in dict.fromkeys(r["dimension"] for r in rows):
+        found = over_seeds(rows, dimension)
+        drops[dimension] = {name: [drop for drop, _ in blocks.values()] for name, blocks in found.items()}
+        errors[dimension] = {name: [error for _, error in blocks.values()] for name, blocks in found.items()}
+    return drops, errors
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Styler:
@@ -79,7 +83,9 @@ def table(rows: Sequence[dict[str, Any]]) -> Styler:
 
     def marked(line: pd.Series) -> list[str]:
         return ["font-weight: bold" if (line.name, name) in bold else "" for name in line.index]
-    return frame.style.format(na_rep="").apply(marked, axis=1)
+    shown = frame.style.apply(marked, axis=1)
+    shown.format(na_rep="")
+    return shown
 
 
 def told_apart(found: dict[str, dict[int, tuple[float, float | None]]], one: str, other: str) -> int:

@@ -18,10 +18,10 @@ from vitlab.files import InputError, append_line, atomic_write
 from vitlab.models import shape_of
 from vitlab.models.weights import read_file
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import Match, Select
+from vitlab.rules import PROTECT, Match, Select
 from vitlab.search import Budget, SearchSpace
 from vitlab.search.published import published_policy
-from vitlab.search.token_dimensions import default_tokens, token_dimensions
+from vitlab.search.token_dimensions import default_tokens
 from vitlab.shape import ViTShape
 from vitlab.training.capture import need_classifier
 from vitlab.training.checkpoint import Checkpoint
@@ -167,7 +167,7 @@ def measured_batches(model: nn.Module, parts: ImageData, role: str, workers: int
 
 def sensitivity(source: Source, data: str | Path, out: str | Path, *, criteria: tuple[str, ...] = tuple(UNIT_CRITERIA),
                 ratio: float = 0.25, images: int = 1000, score_images: int = 512, metric: str = "distill_loss", seed: int = 0,
-                device: str | None = None, class_map: str | Path | None = None, workers: int | None = None,
+                device: str | torch.device | None = None, class_map: str | Path | None = None, workers: int | None = None,
                 progress: bool = True) -> list[dict[str, Any]]:
     """Cut one dimension of one block by `ratio`, by each criterion, and measure on the images of train to choose on, at most `images`,
     others than the score_images at most that the scores are of (`ImageData.parts`).
@@ -226,6 +226,6 @@ def _select_in(shape: ViTShape, block: int, ratio: float) -> CompressionPlan:
 def _match_in(shape: ViTShape, block: int, ratio: float) -> CompressionPlan:
     """The plan that merges tokens by content in one block, and gives them back at the end."""
     merged = min(int(shape.num_patches * ratio), shape.num_patches // 2)
-    protect = token_dimensions("match", shape, {}).protect
+    protect = PROTECT if shape.class_token else 0.0
     rules = [None] * block + [Match(merged=merged if index == block else 0, protect=protect) for index in range(block, shape.depth)]
     return CompressionPlan(shape=shape, blocks=tuple(BlockPlan(tokens=rule) for rule in rules))

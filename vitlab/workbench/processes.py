@@ -125,6 +125,7 @@ def start(arguments: Sequence[str], run: str | Path, *, folder: str | Path | Non
                                   stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     _write(run, {"arguments": list(arguments), "folder": str(folder), "processes": processes, "pid": runner.pid,
                  "created": psutil.Process(runner.pid).create_time(), "started": time.strftime("%Y-%m-%d %H:%M:%S")})
+    assert runner.stdin is not None                                             # it is a pipe
     with contextlib.suppress(BrokenPipeError), runner.stdin as pipe:            # it is on record now: the runner may begin
         pipe.write(b"\n")
     return state(run)
@@ -147,9 +148,10 @@ def stop(run: str | Path, *, grace: float = GRACE) -> State:
     while living := _group(record):
         # The runner passes the request on, once: a second one would end torchrun before what it started.
         asked = living if request == signal.SIGKILL or record["pid"] not in living else [record["pid"]]
-        for pid in asked if request is not None else []:
-            with contextlib.suppress(ProcessLookupError):                       # it ended by itself just now
-                os.kill(pid, request)
+        if request is not None:
+            for pid in asked:
+                with contextlib.suppress(ProcessLookupError):                   # it ended by itself just now
+                    os.kill(pid, request)
         request = signal.SIGKILL if time.monotonic() > end else None
         time.sleep(0.05)
     after = _record(run)

@@ -110,7 +110,7 @@ def results_table(run: str | Path) -> HTML:
     lines = [[label, *(shown(row, c) for c in columns), more] for label, row, more in zip(labels, rows, own)]
     table = _table(["entry", *titles(rows, columns), "conditions"], lines, ("entry", *columns, "conditions")).data
     below = [*notes(rows, columns).splitlines(), f"The same in all rows that have it: {shared}"]
-    return HTML(table + "".join(f"<p>{escape(text)}</p>" for text in below))
+    return HTML(f"{table}{''.join(f'<p>{escape(text)}</p>' for text in below)}")
 
 
 def measured(rows: list[ResultRow], columns: tuple[str, ...]) -> tuple[str, ...]:

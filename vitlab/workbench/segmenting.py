@@ -60,6 +60,7 @@ def make_segmenter(source: Source, data: SceneData, *, img_size: tuple[int, int]
             raise InputError(f"the model has a decoder already ({model.decoder_name}), which goes on training; a new one needs a model "
                              "without")
     else:
+        assert data.num_classes is not None                                     # as it has labels
         model = Segmenter(as_encoder(model), data.num_classes, decoder or "mask_transformer", **args)
     model = model.at_size(img_size or scene_size(data))
     for block, rate in zip(model.blocks, torch.linspace(0, drop_path, len(model.blocks)).tolist()):
@@ -69,8 +70,8 @@ def make_segmenter(source: Source, data: SceneData, *, img_size: tuple[int, int]
 
 def train_segmenter(source: Source, data: str | Path, out: str | Path, *,
                     img_size: tuple[int, int] | None = None, decoder: str | None = None, settings: Recipe | str = "digit_scenes",
-                    seed: int = 0, device: str | None = None, limit: int | None = None, workers: int | None = None,
-                    engine: Engine | None = None, changed_data: bool = False, progress: bool = True) -> Path:
+                    seed: int = 0, device: str | torch.device | None = None, limit: int | None = None,
+                    workers: int | None = None, engine: Engine | None = None, changed_data: bool = False, progress: bool = True) -> Path:
     """Train a dense Segmenter on images with masks (`make_segmenter`); returns the run folder (training/, checkpoint/). A killed run
     goes on (`fit`)."""
     settings, opened = recipe(settings) if isinstance(settings, str) else settings, open_scenes(data)

@@ -44,8 +44,8 @@ from vitlab.training.units import unit_scores
 RESULTS, TRAINING = "results.jsonl", "training"
 
 
-def pick_device(name: str | None) -> torch.device:
-    """The device of that name; None: a GPU where there is one. Raises InputError where it can't be used."""
+def pick_device(name: str | torch.device | None) -> torch.device:
+    """The device of that name, or itself; None: a GPU where there is one. Raises InputError where it can't be used."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and device.index is None and parallel.world() > 1:
@@ -88,8 +88,9 @@ def study_folder(path: str | Path) -> Path:
 
 
 def pretrain(model: str, data: str | Path, out: str | Path, *, settings: Recipe | str = "digits", seed: int = 0,
-             device: str | None = None, limit: int | None = None, class_map: str | Path | None = None, workers: int | None = None,
-             engine: Engine | None = None, changed_data: bool = False, progress: bool = True, **model_args: Any) -> Path:
+             device: str | torch.device | None = None, limit: int | None = None, class_map: str | Path | None = None,
+             workers: int | None = None, engine: Engine | None = None, changed_data: bool = False, progress: bool = True,
+             **model_args: Any) -> Path:
     """Train a timm model from scratch; returns the run folder (training/, checkpoint/). A killed run goes on (`fit`)."""
     settings, opened = recipe(settings) if isinstance(settings, str) else settings, open_data(data, class_map=class_map)
     opened.need_labels()
@@ -178,13 +179,14 @@ def prune(source: Source, scores: str | Path | None, out: str | Path, *, plan: s
     if plan is not None:
         made, made_by = CompressionPlan.load(plan, shape_of(need_dense(found).model)), {"from_plan": Path(plan).name}
     else:
+        assert scores is not None                                               # as is checked above
         values, source_of_scores = read_scores(scores)
         made_by, shape = {"scores": source_of_scores}, shape_of(found.model)
         made_of = functools.partial(prune_and_merge, values, shape, rule=rule, prune_rate=prune_rate, boundary=boundary, weights=weights,
                                     decay=decay, share=share, spans=spans)
         if budget:
             limit = limit_of(shape, gmacs, macs_ratio)
-            made_by |= {"gmacs": limit}
+            made_by = {**made_by, "gmacs": limit}
             keep_rate = _largest_keep_rate(lambda rate: cost.gmacs(made_of(keep_rate=rate)), shape, limit)
         made = made_of(keep_rate=keep_rate)
     return apply_plan(found, made, out, made_by)
@@ -192,9 +194,11 @@ def prune(source: Source, scores: str | Path | None, out: str | Path, *, plan: s
 
 def limit_of(shape: ViTShape, gmacs: float | None, macs_ratio: float | None) -> float:
     """A budget in GMACs: `gmacs`, or macs_ratio of the dense model's. Raises InputError where not one of the two is given."""
-    if (gmacs is None) == (macs_ratio is None):
-        raise InputError("a budget is either in GMACs or a ratio of the dense model's; one of the two is needed")
-    return macs_ratio * cost.gmacs(CompressionPlan.empty(shape)) if gmacs is None else gmacs
+    if gmacs is not None and macs_ratio is None:
+        return gmacs
+    if macs_ratio is not None and gmacs is None:
+        return macs_ratio * cost.gmacs(CompressionPlan.empty(shape))
+    raise InputError("a budget is either in GMACs or a ratio of the dense model's; one of the two is needed")
 
 
 def _largest_keep_rate(price: Callable[[float], float], shape: ViTShape, limit: float) -> float:
@@ -270,9 +274,9 @@ def deployed(found: Checkpoint) -> nn.Module:
 
 
 def evaluate(source: Source, data: str | Path, *, dense: Source | None = None, name: str | None = None, split: str = "held_out",
-             out: str | Path | None = None, batch_size: int | None = None, device: str | None = None, amp: bool | None = False,
-             class_map: str | Path | None = None, crop_pct: float | None = None, limit: int | None = None, seed: int = 0,
-             workers: int | None = None, quick: bool = False, progress: bool = True, **windows: Any) -> ResultRow:
+             out: str | Path | None = None, batch_size: int | None = None, device: str | torch.device | None = None,
+             amp: bool | None = False, class_map: str | Path | None = None, crop_pct: float | None = None, limit: int | None = None,
+             seed: int = 0, workers: int | None = None, quick: bool = False, progress: bool = True, **windows: Any) -> ResultRow:
     """Accuracy and cost of a model's deployed form; a row, appended to out/results.jsonl where `out` is given. dense: the model that it
     was made from, of the same classes, to whose output the distance is measured on the same images. batch_size None: 64,
     or of a Segmenter 1, so that images may differ in size. quick: the row says that it is of a quick run (`vitlab.caveats`). windows:
@@ -292,12 +296,14 @@ def evaluate(source: Source, data: str | Path, *, dense: Source | None = None, n
                              "is needed")
     if not of_pixels and windows:
         raise InputError(f"{next(iter(windows))} is of segmentation; the model gives one class for an image")
+    whole: dict[str, Any] = {"whole": True} if of_pixels else {}
     batches = opened.batches(split, model, batch_size=batch_size or (1 if of_pixels else 64), limit=limit, seed=seed, crop_pct=crop_pct,
-                             workers=workers, shared=True, **({"whole": True} if of_pixels else {}))
+                             workers=workers, shared=True, **whole)
     if of_pixels:
         found_scenes = evaluate_scenes(model, batches, device=device, amp=amp, progress=progress, **windows)
-        check_appear(found_scenes.scores, opened.classes)
-        measures, more = _scene_measures(found_scenes, opened.classes, windows)
+        classes = opened.classes or []
+        check_appear(found_scenes.scores, classes)
+        measures, more = _scene_measures(found_scenes, classes, windows)
     else:
         accuracy = evaluation.evaluate(model, batches, device=device, amp=amp, dense=original, progress=progress)
         measures = {f.name: getattr(accuracy, f.name) for f in dataclasses.fields(accuracy) if f.name not in ("images", "broken")}
@@ -316,7 +322,7 @@ def evaluate(source: Source, data: str | Path, *, dense: Source | None = None, n
     return row
 
 
-def _scene_measures(found: Segmentation, classes: list[str], windows: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
+def _scene_measures(found: Segmentation, classes: Sequence[str], windows: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what a row says, its conditions) of a Segmenter that was measured."""
     scores = found.scores
     iou = {name: None if math.isnan(value) else value for name, value in zip(classes, scores.iou_pct)}
@@ -327,7 +333,7 @@ def _scene_measures(found: Segmentation, classes: list[str], windows: dict[str, 
 
 
 def throughput(sources: dict[str, Source], *, batch_size: int = 32, repeats: int = 10, dtype: str = "float32",
-               device: str | None = None, progress: bool = True, out: str | Path | None = None,
+               device: str | torch.device | None = None, progress: bool = True, out: str | Path | None = None,
                like: ResultRow | None = None, quick: bool = False) -> list[ResultRow]:
     """Speed of deployed models at `batch_size`, and their latency at batch 1; the first is the baseline, all in turn in this process.
     A timm name stands for the architecture alone, with random weights.
@@ -337,7 +343,7 @@ def throughput(sources: dict[str, Source], *, batch_size: int = 32, repeats: int
     """
     device = pick_device(device)
     models = {n: deployed(open_model(s, pretrained=False)) for n, s in sources.items()}
-    options = {"repeats": repeats, "dtype": dtype, "device": device, "progress": progress}
+    options: dict[str, Any] = {"repeats": repeats, "dtype": dtype, "device": device, "progress": progress}
     speeds, single = timing.measure(models, batch_size=batch_size, **options), timing.measure(models, batch_size=1, **options)
     conditions = timing.conditions(device, dtype, batch_size, repeats) | ({"quick": True} if quick else {})
     rows = [ResultRow(model=name, dataset=like.dataset if like else "", split=like.split if like else "",
@@ -345,6 +351,7 @@ def throughput(sources: dict[str, Source], *, batch_size: int = 32, repeats: int
                       conditions={"speed": conditions | {"ratio_range": [speed.ratio_min, speed.ratio_max],
                                                          "peak_memory_mb": speed.peak_memory_mb}})
             for name, speed in speeds.items()]
-    for row in rows if out is not None else []:
-        append_row(Path(out) / RESULTS, row)
+    if out is not None:
+        for row in rows:
+            append_row(Path(out) / RESULTS, row)
     return rows
