@@ -7,7 +7,7 @@ import numpy as np
 from vitlab.files import InputError
 
 TOLERANCE = 0.02                                # published
-BISECTIONS = 14                                 # of a path of length 3: to 2e-4 of a ratio, less than one unit of 3,072
+BISECTIONS = 24                                 # of a path of length 3: to 2e-7 of a ratio
 FINENESS = {"heads": 0, "tokens": 1, "neurons": 2}      # by how little one unit costs
 
 
