@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_floors import FLOORS
 
 import vitlab
 from vitlab.criteria.units import UNIT_CRITERIA
@@ -36,10 +37,32 @@ def test_the_commands_in_the_readme_are_ones_that_vitlab_takes():
 
 
 def test_every_file_that_the_readme_names_is_there():
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert links and not [link for link in links if not (ROOT / link).exists()]
+    check_links(ROOT / "README.md")
     notebooks = {p.stem for p in (ROOT / "notebooks").glob("*.ipynb")}
     assert set(re.findall(r"`(\d\d_\w+)`", README)) == notebooks
+
+
+def check_links(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
+    assert links and not [link for link in links if not (page.parent / link).exists()]
+
+
+def test_every_file_and_name_that_a_contributor_is_sent_to_is_there():
+    check_links(ROOT / "CONTRIBUTING.md")
+    check_links(ROOT / "docs" / "glossary.md")
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").replace("\n", " ")
+    paths = re.findall(r"`((?:vitlab|tests|benchmarks|docs|notebooks)/[\w./]*)`", text)
+    there = [path for path in paths if "NAME" not in path and "NN_" not in path]
+    assert len(there) > 20 and not [path for path in there if not (ROOT / path).exists()]
+    for name, path in re.findall(r"`(\w+)` of\s+`((?:vitlab|tests)/[\w/]+\.py)`", text):
+        assert re.search(rf"\b{name}\b", (ROOT / path).read_text(encoding="utf-8")), f"{name} is not in {path}"
+
+
+def test_the_table_of_floors_is_the_one_that_holds():
+    table = re.search(r"<!-- floors -->(.*?)<!-- end -->", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), flags=re.S).group(1)
+    rows = [row.split("|") for row in table.strip().splitlines()[2:]]
+    assert [int(row[1]) for row in rows] == list(range(len(FLOORS)))
+    assert [set(re.findall(r"`(\w+)`", row[2])) for row in rows] == FLOORS
 
 
 @pytest.mark.parametrize("page", ["plan", "extending"])
