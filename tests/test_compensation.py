@@ -528,3 +528,12 @@ def test_a_cut_segmenter_that_is_refitted_is_nearer_to_the_dense_one_and_keeps_i
     assert not any(name.startswith("decoder") for name in changed(found, compress(dense, plan)))
     whole = CompressionPlan.empty(shape_of(dense))
     assert torch.equal(logits(compensate(dense, whole, some, progress=False), pictures(2)), logits(dense, pictures(2)))
+
+
+def test_a_layer_without_a_bias_that_loses_nothing_is_left_as_it_is():
+    dense = tiny()
+    for block in dense.blocks:
+        block.attn.proj.bias = None
+    plan = one_cut(dense)
+    found = compensate(dense, plan, batches(), every=True, progress=False)
+    assert changed(found, compress(dense, plan)) == {f"blocks.{index}.mlp.fc2.{name}" for index in (0, 1) for name in ("weight", "bias")}

@@ -88,3 +88,10 @@ def test_the_rate_is_of_a_second_forward_once_the_machine_is_warm(monkeypatch):
     times = iter([0.0, 10.0, 10.5] * 2)
     monkeypatch.setattr(pace.time, "perf_counter", lambda: next(times))
     assert images_per_second(tiny().eval(), images(7)) == images_per_second(small(), pictures(7)) == 7 / 0.5
+
+
+def test_what_was_there_already_says_nothing_of_how_long_the_rest_takes():
+    pace = Pace("work", {"read": 100.0, "made": 100.0}, rate=0.5, progress=False)
+    with pace.stage("read"):
+        pass                                                                    # taken from files, in no time
+    assert pace.seconds_of("made") == 200

@@ -12,7 +12,7 @@ from training_fixtures import logits, one_thread, tiny, write_easy_folder  # noq
 from vitlab.cost import gmacs
 from vitlab.files import InputError, read_lines
 from vitlab.models import compress, deploy, shape_of
-from vitlab.plan import CompressionPlan
+from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import Match, ReadOut
 from vitlab.training import checkpoint
 from vitlab.training.objective import PlanObjective
@@ -103,7 +103,7 @@ def test_a_killed_tonight_keeps_what_it_had(dense, photographs, tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         tonight.tonight(dense, photographs, tmp_path / "out", images=16, **FEW)
     kept = sorted(path.name.rsplit("-", 1)[0] for path in (tmp_path / "out" / tonight.SURVEY).iterdir() if path.is_file())
-    assert kept == ["costs", "unit-scores"]
+    assert kept == ["amounts.json", "costs", "unit-scores"]
 
 
 def test_a_budget_that_no_rule_meets_is_refused_before_anything_is_scored(dense, photographs, tmp_path):
@@ -215,7 +215,7 @@ def test_a_time_that_is_too_little_is_said_and_there_are_fewer_evaluations_and_i
             return plain(self, rule, gmacs, evaluations, until)
     monkeypatch.setattr(tonight, "Survey", Noted)
     monkeypatch.setattr(tonight, "images_per_second", lambda *args: 1.0)
-    with pytest.warns(UserWarning, match="minutes are needed at least, more than the 0.01 given; fewer score_images, rules or ratios"), \
+    with pytest.warns(UserWarning, match="images to compare plans on take about .*; fewer score_images, rules or ratios"), \
             pytest.warns(UserWarning, match="^24 images to refit on: of fewer than 100 it is uncertain which form is the nearest"):
         found = tonight.tonight(dense, photographs, tmp_path / "out", evaluations=30, images=100, minutes=0.01, **SMALL, **FEW)
     assert given == [100, 64] and searched == [10]
@@ -249,3 +249,52 @@ def test_a_compressed_model_or_an_unknown_rule_is_refused(survey, dense, photogr
     small = steps.Checkpoint(model=compress(dense.model, plan), plan=plan, info={})
     with pytest.raises(InputError, match="already compressed"):
         tonight.Survey(small, photographs, tmp_path / "other", **FEW)
+
+
+def test_the_same_folder_takes_another_number_of_evaluations(survey):
+    limit = 0.6 * gmacs(CompressionPlan.empty(survey.shape))
+    many = survey.search("all together", limit, 9)
+    assert len(many) == 9 and survey.search("all together", limit, 4) == many  # what is there is not thrown away
+
+
+def test_images_prepared_otherwise_are_another_survey(survey, dense, photographs, tmp_path):
+    dense.model.pretrained_cfg = dense.model.pretrained_cfg | {"std": (0.3, 0.3, 0.3)}
+    again = tonight.Survey(dense, photographs, tmp_path / "survey", images=16, score_images=24, **FEW)
+    assert again.inputs != survey.inputs
+
+
+def test_amounts_once_shrunk_stay_so_however_fast_the_machine_is_then(tmp_path):
+    asked = {"evaluations": 40, "finalists": 2, "images": 32}
+    shrunk = {"evaluations": 10, "finalists": 1, "images": 32}
+    path = tmp_path / "amounts.json"
+    assert tonight._amounts(path, asked, shrink=True) == shrunk == tonight._amounts(path, asked, shrink=False)
+    other = asked | {"images": 100}
+    assert tonight._amounts(path, other, shrink=False) == other
+
+
+def test_what_takes_too_long_is_shrunk_and_said(dense, photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr(tonight, "images_per_second", lambda *given: 0.1)
+    with pytest.warns(UserWarning, match="would take about .* minutes, and there are 60: 1 evaluations, 1 finalist and 16 images"):
+        made = tonight.tonight(dense, photographs, tmp_path / "out", macs_ratio=0.6, rules=("merging by content",), ratios=(), images=16,
+                               score_images=24, evaluations=1, **FEW)
+    assert CompressionPlan.load(tmp_path / "out" / tonight.PLAN, made.plan.shape).blocks == made.plan.blocks
+    with pytest.raises(InputError, match="finalists is 0"):
+        tonight.tonight(dense, photographs, tmp_path / "out", finalists=0, **FEW)
+
+
+def test_forms_that_refit_the_same_layers_are_one(dense):
+    def forms(*blocks: BlockPlan) -> tuple[str, ...]:
+        return calibrating.forms_of(CompressionPlan(shape=shape_of(dense.model), blocks=blocks))
+    cut, merged = {"heads": (0, 2), "neurons": tuple(range(48))}, BlockPlan(tokens=Match(merged=4))
+    assert forms(BlockPlan(**cut), BlockPlan(**cut)) == ("cut", "refitted")
+    assert forms(BlockPlan(**cut), BlockPlan()) == ("cut", "refitted", "refitted throughout")
+    assert forms(merged, BlockPlan(tokens=Match(merged=0))) == ("cut", "refitted throughout")
+    assert forms(BlockPlan(), BlockPlan(tokens=ReadOut())) == ("cut",)
+
+
+def test_a_model_with_one_head_has_no_curve_of_heads(photographs, tmp_path):
+    model = tiny(num_heads=1)
+    found = steps.Checkpoint(model=model, plan=CompressionPlan.empty(shape_of(model)), info={})
+    survey = tonight.Survey(found, photographs, tmp_path / "one", images=16, score_images=24, **FEW)
+    plan = survey.plan("all together", 0.7 * gmacs(CompressionPlan.empty(survey.shape)))
+    assert all(block.heads is None for block in plan.blocks)

@@ -170,7 +170,7 @@ def build_parser() -> Parser:
     _data_options(p)
     p.add_argument("--of", choices=("tokens", "units"), default="tokens", help="units are heads and neurons (default: tokens)")
     p.add_argument("--criterion", metavar="NAME", help="of tokens: gradient, class_attention or hsic (default: gradient); of units: "
-                                                       "hsic, weight, activation, taylor, reconstruction or random (default: hsic)")
+                                                       "hsic, weight, activation, taylor, reconstruction, fisher or random (default: hsic)")
     p.add_argument("--images", type=count, default=512, help="of train, at most (default: 512)")
     p.add_argument("--batch-size", type=count, help="default: 64, of scenes 8")
     p.add_argument("--absolute", choices=("image", "batch"),
@@ -258,7 +258,7 @@ def build_parser() -> Parser:
     group.add_argument("--macs-ratio", type=ratio, default=0.6, help="budget: fraction of the dense model's multiply-adds (default: 0.6)")
     p.add_argument("--minutes", type=minutes, metavar="M",
                    help="for the whole: fewer evaluations and images where it would take longer, and self-distillation in what is left "
-                        "(default: as long as the amounts below take, and none of it)")
+                        "(default: as long as the amounts below take, about an hour at most, and none of it)")
     p.add_argument("--rules", type=_list(given), metavar="LIST",
                    help="merging by content, shared updates, neurons, heads and neurons, all together, with commas between (default: all)")
     p.add_argument("--ratios", type=_list(_number(float, 1e-3, 1, "a fraction from 0.001 to 1")), metavar="LIST",

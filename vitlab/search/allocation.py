@@ -22,21 +22,23 @@ def _steps(space: SearchSpace) -> list[np.ndarray]:
 def levels(space: SearchSpace, count: int = LEVELS) -> list[list[float]]:
     """Up to `count` ratios at which each dimension (D) is measured alone: evenly from above 0 to the most it may cut; of few
     heads, every number that may go."""
-    return [[float(steps[place]) for place in sorted({-(-part * (len(steps) - 1) // count) for part in range(1, count + 1)})]
+    return [[float(steps[place]) for place in sorted({-(-part * (len(steps) - 1) // count) for part in range(1, count + 1)} - {0})]
             for steps in _steps(space)]
 
 
 def _loss(curve: Sequence[tuple[float, float]]) -> Callable[[np.ndarray], np.ndarray]:
     """Ratios -> losses between those measured (Fritsch and Carlson's monotone cubics); never falling, so that noise makes no cut a gain;
-    NaN beyond the last."""
+    NaN beyond the last. 0 in a dimension that can't be cut."""
     known = np.array([(0.0, 0.0), *sorted(curve)])
+    if len(known) == 1:
+        return np.zeros_like
     return PchipInterpolator(known[:, 0], np.maximum.accumulate(known[:, 1]), extrapolate=False)
 
 
 def summed_losses(curves: Sequence[Sequence[tuple[float, float]]], groups: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
     """What the dimensions of each group, in order of first appearance, lose together by their curves: policies (P, D) -> (P, G);
     beyond a curve's end, what it loses there."""
-    losses, ends = [_loss(curve) for curve in curves], [max(curve)[0] for curve in curves]
+    losses, ends = [_loss(curve) for curve in curves], [max(curve, default=(0.0, 0.0))[0] for curve in curves]
     members = np.array([[group == name for name in dict.fromkeys(groups)] for group in groups], dtype=float)        # (D, G)
 
     def summed(policies: np.ndarray) -> np.ndarray:

@@ -175,7 +175,9 @@ class Study:
         known = dict(zip(self._keys(), self.evaluations))
         with tqdm(total=total, initial=len(self.evaluations), desc=f"search ({self.strategy})", unit="policy",
                   disable=not progress) as bar:
-            while len(self.evaluations) < total and (parallel.gather(time.monotonic() < until)[0] or not self.evaluations):
+            def goes_on() -> bool:
+                return len(self.evaluations) < total and (parallel.gather(time.monotonic() < until)[0] or not self.evaluations)
+            while goes_on():
                 done = len(self.evaluations)
                 first = done - done % batch                     # the batch that a kill may have left half done
                 seen = self.evaluations[:first]
@@ -186,6 +188,8 @@ class Study:
                     break
                 pending = proposals[done - first:]
                 for at in range(0, len(pending), parallel.world()):
+                    if not goes_on():
+                        break
                     for found in self._measure(pending[at:at + parallel.world()], objective, known):
                         self._keep(found)
                         bar.update()

@@ -116,7 +116,7 @@ class Walk:
         return folds
 
 
-def _layers(plan: CompressionPlan, every: bool, follow: bool) -> list[Layer]:
+def layers_to_refit(plan: CompressionPlan, every: bool, follow: bool = True) -> list[Layer]:
     """The layers that are refitted: those that lose units, with follow every proj after the first of them; with `every`, all from the
     first block on in which anything is cut."""
     cut = [layer for layer in layers_of(plan) if getattr(plan.blocks[layer[0]], layer[1]) is not None]
@@ -146,12 +146,14 @@ def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[
     device = torch.device(device) if device is not None else next(dense.parameters()).device
     merging = dataclasses.replace(plan, blocks=tuple(BlockPlan(tokens=block.tokens) for block in plan.blocks))
     model = compress(dense, merging).to(device).eval()
-    todo, rules = _layers(plan, every, follow=not moments), [rule for rule, _ in plan.rules()]
+    todo, rules = layers_to_refit(plan, every, follow=not moments), [rule for rule, _ in plan.rules()]
     walk = Walk(copy.deepcopy(dense).to(device).eval(), model, batches, amp) if todo and not moments else None
     for index, kind in tqdm(todo, desc="compensate", unit="layer", disable=not progress):
         block, cut = attention_block(model.blocks[index]), plan.blocks[index]
         linear, width = mixing_layer(block, kind)
         kept = getattr(cut, kind)
+        if linear.bias is None and kept is None:
+            continue                            # means could not be made good
         if linear.bias is None:
             raise InputError(f"block {index}: its {'proj' if kind == 'heads' else 'fc2'} has no bias, which compensation needs")
         while walk and walk.at < index:

@@ -3,7 +3,8 @@
 *Multi-Dimensional Vision Transformer Compression via Dependency Guided Gaussian Process Search* (Hou and Kung, CVPRW 2022,
 arXiv 2201.00043), methods B1 and B2.
 """
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -109,23 +110,25 @@ def _by_moments(model: nn.Module, batches: Batches, criterion: UnitCriterion, se
     if criterion.needs == "fisher":
         costs = fisher(model, batches, seed=seed, device=device, progress=progress)
     with frozen_eval(model):
-        moments = dict(each_moments(model, counted(), device=device))
-    images = int(parallel.total(torch.tensor(images)))
-    if not images:
-        raise InputError(f"unit scores by {made_by['criterion']}: there is no image to score on")
-    return UnitScores(**by_moments(model, moments, criterion, costs), made_by=made_by | {"images": str(images)})
+        layers = each_moments(model, counted(), device=device)
+        first = next(layers)                    # all images were gone through for it
+        images = int(parallel.total(torch.tensor(images)))
+        if not images:
+            raise InputError(f"unit scores by {made_by['criterion']}: there is no image to score on")
+        scores = by_moments(model, itertools.chain([first], layers), criterion, costs)
+    return UnitScores(**scores, made_by=made_by | {"images": str(images)})
 
 
-def by_moments(model: nn.Module, moments: Mapping[Layer, Moments], criterion: UnitCriterion,
+def by_moments(model: nn.Module, moments: Iterable[tuple[Layer, Moments]], criterion: UnitCriterion,
                costs: Mapping[Layer, Fisher] | None = None) -> dict[str, Tensor]:
     """{"heads": (L, H), "neurons": (L, M)} scores by a criterion that needs moments, of every layer that mixes units; errors of its output
     count by what they cost (`fisher`), or all alike."""
     found: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
-    for index, kind in sorted(moments):
+    for (index, kind), own in moments:
         linear, width = mixing_layer(model.blocks[index], kind)
         weight = plain_linear(linear).weight.detach()
         weight = costs[index, kind].root() @ weight.double() if costs else weight
-        found[kind].append(getattr(criterion, kind)(weight, moments[index, kind], width).cpu())
+        found[kind].append(getattr(criterion, kind)(weight, own, width).cpu())
     return {kind: torch.stack(scores) for kind, scores in found.items()}
 
 

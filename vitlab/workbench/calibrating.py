@@ -14,7 +14,7 @@ from vitlab.training import checkpoint
 from vitlab.training.averaging import Batches
 from vitlab.training.capture import need_classifier
 from vitlab.training.checkpoint import Checkpoint
-from vitlab.training.compensate import compensate
+from vitlab.training.compensate import compensate, layers_to_refit
 from vitlab.training.moments import fisher
 from vitlab.training.self_distillation import Divergence, self_distil
 from vitlab.uncertainty import digits_of, plus_minus, standard_error
@@ -34,9 +34,9 @@ def warn_of_few(images: int) -> None:
 
 
 def forms_of(plan: CompressionPlan) -> tuple[str, ...]:
-    """As it is cut; what loses heads or neurons refitted, where anything does; all from the first cut or merging on."""
-    units = any(block.heads is not None or block.neurons is not None for block in plan.blocks)
-    return (CUT, REFITTED, THROUGHOUT) if units else (CUT, THROUGHOUT)
+    """As it is cut; what loses heads or neurons refitted, where anything does; all from the first cut or merging on, where that is more."""
+    some, every = (layers_to_refit(plan, every) for every in (False, True))
+    return CUT, *([REFITTED] if some else []), *([THROUGHOUT] if every != some else [])
 
 
 def in_form(form: str, dense: nn.Module, plan: CompressionPlan, batches: Batches, **settings: Any) -> nn.Module:
@@ -80,7 +80,7 @@ def calibrate(source: Source, data: str | Path, out: str | Path, plan: str | Pat
     costs = fisher(dense, batches, seed=seed, amp=amp, progress=progress)
     models = {form: in_form(form, dense, plan, batches, ridge=ridge, costs=costs, amp=amp, progress=progress) for form in forms_of(plan)}
     apart = {form: choosing.each(model) for form, model in models.items()}
-    best, refitted = (min(forms, key=lambda form: sum(apart[form])) for forms in (forms_of(plan), forms_of(plan)[1:]))
+    best, refitted = (min(forms, key=lambda form: sum(apart[form])) for forms in (forms_of(plan), forms_of(plan)[1:] or (CUT,)))
     made_by = {"step": "calibrate", "data": opened.name, "images": parts.roles["calibrate"], "roles": parts.roles,
                "ridge": "chosen for each layer" if ridge is None else ridge, "minutes": minutes, "seed": seed, "plan": plan.made_by,
                "kept": best, **reporting.measured(models[CUT], "kl_cut"), **reporting.measured(models[refitted], "kl_refitted")}

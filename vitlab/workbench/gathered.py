@@ -12,8 +12,10 @@ from tqdm.auto import tqdm
 from vitlab import cost
 from vitlab.criteria.compensation import Moments
 from vitlab.criteria.units import unit_criterion
+from vitlab.data.images import image_config
 from vitlab.files import atomic_write
 from vitlab.models import shape_of
+from vitlab.models.support import encoder_of
 from vitlab.models.weights import read_file
 from vitlab.plan import CompressionPlan
 from vitlab.shape import POOL_TOKEN, ViTShape
@@ -97,7 +99,8 @@ class Gathered:
         self.opened = open_matching(data, self.found, class_map, labels=False)
         self.parts = self.opened.parts(seed, score=score_images, choose=images, report=report_images or images)
         counts = {role: count for role, count in self.parts.roles.items() if role != "shared"}
-        self.inputs = fingerprint([[self.parts.files(role) for role in counts], counts, seed], [self.found.model])
+        self.inputs = fingerprint([[self.parts.files(role) for role in counts], counts, seed, image_config(encoder_of(self.found.model)),
+                                   shape_of(self.found.model).stored()], [self.found.model])
         self.model, self.workers, self.amp = self.found.model.to(self.place).eval(), workers, amp_of(self.found.model)
         self.shape = shape_of(self.model)
         self.read_out = self.shape.pool == POOL_TOKEN and self.shape.num_prefix_tokens > 0
@@ -116,7 +119,7 @@ class Gathered:
     @cached_property
     def scores(self) -> dict[str, Tensor]:
         """Of heads, neurons and tokens."""
-        found = self._kept("unit-scores", lambda: scores_by_moments(self.model, self.moments, unit_criterion("fisher"), self.costs))
+        found = self._kept("unit-scores", lambda: scores_by_moments(self.model, self.moments.items(), unit_criterion("fisher"), self.costs))
         return found | self._kept("token-scores", self._of_tokens)
 
     def _of_tokens(self) -> dict[str, Tensor]:

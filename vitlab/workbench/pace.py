@@ -27,7 +27,7 @@ class Pace:
     def __init__(self, what: str, stages: dict[str, float], rate: float, progress: bool = True) -> None:
         """stages: how many forwards each is worth, about; rate: forwards a second."""
         self.what, self.stages, self.rate, self.began = what, stages, rate, time.monotonic()
-        self.at, self.done, self.named = 0, 0.0, None
+        self.at, self.done, self.taken_over, self.named = 0, 0.0, 0.0, None
         self.bar = tqdm(total=round(self.total), desc=what, unit="forward", disable=not progress, smoothing=0.05,
                         bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left")
         if progress:
@@ -45,9 +45,9 @@ class Pace:
         return self.total / self.rate
 
     def seconds_of(self, *stages: str) -> float:
-        """That some stages take, by what the ones before took."""
-        passed = time.monotonic() - self.began
-        rate = self.done / passed if self.done > self.total / 10 else self.rate
+        """That some stages take, by what the ones before took; what was there already took nothing, and says nothing."""
+        passed, own = time.monotonic() - self.began, self.done - self.taken_over
+        rate = own / passed if own > self.total / 10 else self.rate
         return sum(self.stages.get(name, 0) for name in stages) / rate
 
     @contextlib.contextmanager
@@ -56,7 +56,9 @@ class Pace:
         outer, self.at, self.named = self.named, self.at + 1, 0.0
         self.bar.set_description_str(f"{self.what} {self.at}/{len(self.stages)}, {name}")
         yield
-        self.add(max(0.0, self.stages.get(name, 0) - self.named))
+        rest = max(0.0, self.stages.get(name, 0) - self.named)
+        self.taken_over += rest
+        self.add(rest)
         self.named = outer
 
     def add(self, forwards: float) -> None:

@@ -19,8 +19,10 @@ from vitlab import parallel
 from vitlab.cost import macs_of, mdc_macs
 from vitlab.criteria.compensation import Moments
 from vitlab.data import ImageData
+from vitlab.data.images import image_config
 from vitlab.files import InputError, atomic_write, read_json
 from vitlab.models import shape_of
+from vitlab.models.support import encoder_of
 from vitlab.plan import CompressionPlan
 from vitlab.search import Budget, SearchSpace, Study
 from vitlab.search.allocation import levels
@@ -103,8 +105,9 @@ def search(source: Source, data: str | Path, out: str | Path, *, limit: float | 
     budget = Budget(limit=limit, cost=price, max_ratio=space.max_ratio, size=space.size, groups=tuple(space.groups), unit=cost)
     reads = space.by_place or compensated and space.units or space.units and needs_images(criterion)
     parts = opened.parts(seed, **({"score": score_images} if reads else {}), choose=images, report=images)
+    content = [opened.files("train"), device, image_config(encoder_of(found.model)), shape.stored()]
     about = {"data": opened.name, "metric": metric, "images": images, "criterion": criterion, "score_images": score_images,
-             "roles": parts.roles, "compensated": compensated, "inputs": fingerprint([opened.files("train"), device], [found.model])}
+             "roles": parts.roles, "compensated": compensated, "inputs": fingerprint(content, [found.model])}
     study = parallel.after_first(lambda: Study(out, space, budget, strategy=strategy, options=options, seed=seed, about=about))
     scores = parallel.after_first(lambda: _scores_of(study, found.model, parts, place, workers, progress))
     build = {}

@@ -37,6 +37,7 @@ SINGLE = ("merging by content", "shared updates", "neurons")                   #
 RATIOS = (0.9, 0.75, 0.6, 0.45)
 MAX_RATIO, TOLERANCE = 0.75, 0.05
 TRIED_ON, REFIT_COST = 192, 5                   # images that a plan is refitted on to be compared; forwards that each takes, about
+POPULATION = 8                                  # of a search, before its first proposal
 DEPLOYED, TRAINED = "deployed", "self-distillation"                             # the latter a stage of `tonight`
 
 
@@ -120,10 +121,11 @@ class Survey(Gathered):
         if gmacs >= self._uncut(rule):
             space = self._problem(rule).space
             return space.plan(np.zeros(space.size), **self.scores)
-        problem = self._problem(rule, gmacs)
-        plan = problem.space.plan(allocate(*problem, curves_of(problem, self.curves(rule))), **self.scores)
-        even = self._even(gmacs) if rule == "merging by content" else None
-        plan = plan if even is None else min((plan, even), key=lambda each: self._chosen_by(each))
+        problem, even = self._problem(rule, gmacs), self._even(gmacs) if rule == "merging by content" else None
+        with contextlib.nullcontext() if even is None else contextlib.suppress(InputError):
+            plan = problem.space.plan(allocate(*problem, curves_of(problem, self.curves(rule))), **self.scores)
+            even = plan if even is None else min((plan, even), key=self._chosen_by)
+        plan = even
         return dataclasses.replace(plan, made_by={"method": "allocation", "rule": rule, "gmacs": gmacs})
 
     def _even(self, gmacs: float) -> CompressionPlan | None:
@@ -176,7 +178,7 @@ class Survey(Gathered):
             return [self.plan(rule, gmacs)]
         space, budget = problem = self._problem(rule, gmacs)
         study = Study(self.folder / f"{self._name(rule)}-{gmacs:.6g}", space, budget, seed=self.seed, about={"inputs": self.inputs},
-                      options=Settings(initial="sensitivity", evaluations=evaluations, population=min(10, max(2, evaluations // 2))))
+                      options=Settings(initial="sensitivity", evaluations=evaluations, population=POPULATION))
         if not (study.folder / SENSITIVITY).exists():
             write_lines(study.folder / SENSITIVITY, self.curves(rule))
         even, starts = self._even(gmacs) if space.tokens == "match_per_stage" else None, None

@@ -1,10 +1,13 @@
 """What can I have tonight? From a dense model and a few images without labels to a smaller model that is ready."""
+import json
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vitlab import cost
+from vitlab.files import InputError, atomic_write, read_json
 from vitlab.plan import CompressionPlan
 from vitlab.training.checkpoint import Checkpoint
 from vitlab.workbench.calibrating import warn_of_few
@@ -12,12 +15,13 @@ from vitlab.workbench.cutting import open_dense
 from vitlab.workbench.gathered import FISHER_COST, FISHER_IMAGES, TOKEN_COST, TOKEN_IMAGES, moments_cost
 from vitlab.workbench.offers import OFFERS, Offer, best_offer, offers_figure, worth_of, write_offers  # noqa: F401 - its own face
 from vitlab.workbench.pace import Pace, images_per_second
+from vitlab.workbench.searching import PLAN
 from vitlab.workbench.steps import Source
 from vitlab.workbench.survey import DEPLOYED, RATIOS, REFIT_COST, RULES, SINGLE, TRAINED, TRIED_ON, Survey  # noqa: F401 - its own face
 
 EVALUATIONS, FINALISTS = 40, 2                  # of the search; how many of its plans are refitted and compared
 LEAST = {"evaluations": 10, "finalists": 1, "images": 64}       # what the time may leave of them
-AT_MOST = 60                                    # minutes, where none are given: of a large model the amounts shrink
+AT_MOST, AMOUNTS = 60, "amounts.json"           # minutes, where none are given: of a large model the amounts shrink; where that is kept
 SURVEY = "survey"
 SCORES, CURVES, OFFERED, SEARCH, COMPARED, REFIT = (
     "scores", "curves", "offers", "search", "refits of the best plans", "refit on all images")
@@ -38,6 +42,16 @@ def stages_of(survey: Survey, rules: Sequence[str], budgets: int, evaluations: i
             COMPARED: (1 + 2 * finalists) * (min(fitted, TRIED_ON) * REFIT_COST + solves), REFIT: fitted * REFIT_COST + solves}
 
 
+def _amounts(path: Path, asked: dict[str, Any], shrink: bool) -> dict[str, int]:
+    """Evaluations, finalists and images, as asked for or shrunk; once decided it stands in a file, so that the same call goes on with the
+    same ones however fast the machine is then."""
+    known = read_json(path) if path.exists() else {}
+    if not isinstance(known, dict) or known.get("asked") != asked:
+        known = {"asked": asked, "amounts": {name: min(asked[name], least) if shrink else asked[name] for name, least in LEAST.items()}}
+        atomic_write(path, json.dumps(known))
+    return known["amounts"]
+
+
 def tonight(source: Source, data: str | Path, out: str | Path, *, gmacs: float | None = None, macs_ratio: float = 0.6,
             rules: Sequence[str] = tuple(RULES), ratios: Sequence[float] = RATIOS, evaluations: int = EVALUATIONS,
             finalists: int = FINALISTS, minutes: float | None = None, images: int = 128, report_images: int = 256,
@@ -48,7 +62,8 @@ def tonight(source: Source, data: str | Path, out: str | Path, *, gmacs: float |
     Offers of every rule at `ratios` of the dense GMACs (out/offers.jsonl, out/offers.png), plans compared on `images` of train and
     reported on `report_images` others; a search of so many evaluations at the budget (`gmacs`, or macs_ratio of the dense model's), over
     all that the rules cut together; its `finalists` and the best plan of one rule alone refitted on score_images others, and the nearest
-    of them (`Survey.best`) made ready. Numbered stages, and the time that the whole will take, are said before it begins.
+    of them (`Survey.best`) made ready; the best plan so far is out/plan.json. Numbered stages, and the time that the whole will take, are
+    said before it begins.
 
     minutes: for the whole; where the amounts would take longer, there are fewer evaluations, finalists and images (LEAST), and what is
     left of the time is self-distillation (`self_distil`). None: none of it, and fewer where they would take over AT_MOST minutes. All that
@@ -61,21 +76,27 @@ def tonight(source: Source, data: str | Path, out: str | Path, *, gmacs: float |
     dense = cost.gmacs(CompressionPlan.empty(survey.shape))
     limit = macs_ratio * dense if gmacs is None else gmacs
     survey.check(limit, rules)
+    if finalists < 1:
+        raise InputError(f"finalists is {finalists}; at least 1 plan is needed to be made ready")
     warn_of_few(survey.parts.roles["score"])
     ratios = sorted({*ratios, limit / dense})
 
     def planned() -> dict[str, float]:
         return stages_of(survey, rules, len(ratios), evaluations, finalists, limit / dense)
     rate, stages = images_per_second(survey.model, survey.batches[0][0][:32], survey.amp), planned()
-    most = AT_MOST if minutes is None else minutes
-    if sum(stages.values()) > 60 * most * rate:
-        evaluations, finalists = min(evaluations, LEAST["evaluations"]), min(finalists, LEAST["finalists"])
-        survey = Survey(found, data, out / SURVEY, images=min(images, LEAST["images"]), **common)
+    takes, most = sum(stages.values()) / rate / 60, AT_MOST if minutes is None else minutes
+    asked = {"evaluations": evaluations, "finalists": finalists, "images": images, "minutes": minutes, "limit": limit,
+             "inputs": survey.inputs}
+    amounts = _amounts(out / SURVEY / AMOUNTS, asked, shrink=takes > most)
+    if amounts != {name: asked[name] for name in LEAST}:
+        evaluations, finalists = amounts["evaluations"], amounts["finalists"]
+        survey = Survey(found, data, out / SURVEY, images=amounts["images"], **common)
         stages = planned()
-        if sum(stages.values()) > 60 * most * rate:
-            warnings.warn(f"about {sum(stages.values()) / rate / 60:.0f} minutes are needed at least, more than "
-                          + ("an hour" if minutes is None else f"the {minutes:g} given")
-                          + "; fewer score_images, rules or ratios would take less", stacklevel=2)
+        needed = sum(stages.values()) / rate / 60
+        warnings.warn(f"all that was asked for would take about {takes:.0f} minutes, and there are {most:g}: {evaluations} evaluations, "
+                      f"{finalists} finalist{'s' * (finalists > 1)} and {amounts['images']} images to compare plans on"
+                      + (f" take about {needed:.0f}; fewer score_images, rules or ratios would take less" if needed > most else ""),
+                      stacklevel=2)
     end = float("inf") if minutes is None else began + 60 * minutes
     if minutes is not None:
         stages[TRAINED] = max(0.0, 60 * minutes * rate - sum(stages.values()))
@@ -91,6 +112,7 @@ def tonight(source: Source, data: str | Path, out: str | Path, *, gmacs: float |
         within = [offer for offer in offers if offer.gmacs <= limit]
         best, alone = best_offer(within, limit), [offer for offer in within if offer.rule in SINGLE]
         plans = [best_offer(alone, limit).plan] if alone else []
+        best.plan.save(out / PLAN)                                              # the best so far, whatever becomes of the rest
         if evaluations:
             with survey.pace.stage(SEARCH):
                 rule = next((rule for rule in rules if rule == "all together"), best.rule)
@@ -99,6 +121,7 @@ def tonight(source: Source, data: str | Path, out: str | Path, *, gmacs: float |
             plans.append(best.plan)
         with survey.pace.stage(COMPARED):
             plan, form = survey.best(plans)
+            plan.save(out / PLAN)
         left = max(0.0, end - time.monotonic() - survey.pace.seconds_of(REFIT)) / 60 if minutes is not None else 0.0
         with survey.pace.stage(REFIT):
             return survey.ready(out, plan, form, minutes=left)
