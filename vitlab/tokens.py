@@ -201,11 +201,11 @@ def shared(rule: MergeReconstruct | None, own: float = 1.0, proportional: bool =
 
 def merge_matrix(rule: MergeReconstruct, num_prefix_tokens: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """(C, N): a prefix token is a row of its own, then one row per region, entries the patches' weights (A4)."""
-    p, regions = num_prefix_tokens, torch.tensor(rule.regions, dtype=torch.long)
-    matrix = torch.zeros(p + rule.num_merged, p + len(regions), dtype=dtype)
+    p, merged = num_prefix_tokens, [patch for patch, region in enumerate(rule.regions) if region >= 0]
+    matrix = torch.zeros(p + rule.num_merged, p + len(rule.regions), dtype=dtype)
     matrix[:p, :p] = torch.eye(p, dtype=dtype)
-    patch, = (regions >= 0).nonzero(as_tuple=True)
-    matrix[p + regions[patch], p + patch] = torch.tensor(rule.weights, dtype=dtype)[patch]
+    matrix[[p + rule.regions[patch] for patch in merged], [p + patch for patch in merged]] = torch.tensor(
+        [rule.weights[patch] for patch in merged], dtype=dtype)
     return matrix
 
 
