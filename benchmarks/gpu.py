@@ -34,7 +34,7 @@ from tome import tome, tome_gmacs
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
-from vitlab.cost import gmacs, macs_of
+from vitlab.cost import gmacs
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.files import first_line
 from vitlab.models import compress, deploy, shape_of
@@ -64,8 +64,7 @@ Make = Callable[[], tuple[nn.Module, float]]            # a model and its GMACs 
 def at_share(space: SearchSpace, dense: float, scores: dict[str, Tensor]) -> CompressionPlan:
     """The plan, one ratio for all dimensions, whose MACs are nearest to SHARE of the dense model's."""
     grid = np.linspace(0.005, space.max_ratio, 199)[:, None] * np.ones(space.size)
-    prices = macs_of(space.shape, space.counts(grid))["total"] / 1e9
-    return space.plan(grid[np.abs(prices - SHARE * dense).argmin()], **scores)
+    return space.plan(grid[np.abs(space.gmacs(grid) - SHARE * dense).argmin()], **scores)
 
 
 def in_groups(plan: CompressionPlan) -> CompressionPlan:

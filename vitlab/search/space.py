@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vitlab.cost import Counts, counts_of
+from vitlab.cost import Counts, counts_of, macs_of
 from vitlab.files import InputError
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.rules import ReadOut
@@ -116,6 +116,10 @@ class SearchSpace:
                 token[name][:, -1] = 0
             ranking[:, -1] = 0
         return Counts(**units, **token, ranking=ranking, ranks_anew=(ranking > 0) & every)
+
+    def gmacs(self, policies: np.ndarray) -> np.ndarray:
+        """10^9 multiply-adds an image of the deployed model, everything counted (P)."""
+        return macs_of(self.shape, self.counts(policies))["total"] / 1e9
 
     def keys(self, policies: np.ndarray) -> list[tuple[int, ...]]:
         """A tuple of counts per policy; equal for policies that are the same."""

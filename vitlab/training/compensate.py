@@ -146,8 +146,9 @@ def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[
     device = torch.device(device) if device is not None else next(dense.parameters()).device
     merging = dataclasses.replace(plan, blocks=tuple(BlockPlan(tokens=block.tokens) for block in plan.blocks))
     model = compress(dense, merging).to(device).eval()
-    todo, rules = layers_to_refit(plan, every, follow=not moments), [rule for rule, _ in plan.rules()]
-    walk = Walk(copy.deepcopy(dense).to(device).eval(), model, batches, amp) if todo and not moments else None
+    by_moments = bool(moments)                  # asked once: they may lie in files
+    todo, rules = layers_to_refit(plan, every, follow=not by_moments), [rule for rule, _ in plan.rules()]
+    walk = Walk(copy.deepcopy(dense).to(device).eval(), model, batches, amp) if todo and not by_moments else None
     for index, kind in tqdm(todo, desc="compensate", unit="layer", disable=not progress):
         block, cut = attention_block(model.blocks[index]), plan.blocks[index]
         linear, width = mixing_layer(block, kind)
@@ -160,14 +161,14 @@ def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[
             walk.step()
         stay = (torch.arange(linear.in_features // width) if kept is None else torch.tensor(kept)).to(device)
         weight = plain_linear(linear).weight.detach()
-        if moments:
+        if by_moments:
             folds = [moments[index, kind]]
         else:                                   # what the others gave is part of what the kept ones lack
             inputs = None if kept is None else columns(stay, width)
             folds = walk.moments(kind, rules[index], costs[index, kind].prefix_weight if costs else 1.0, inputs)
             weight, stay = weight if kept is None else weight[:, inputs], torch.arange(len(stay), device=device)
         try:
-            strength = ridge if ridge is not None else RIDGE if moments else choose_ridge(weight, folds, stay, width)
+            strength = ridge if ridge is not None else RIDGE if by_moments else choose_ridge(weight, folds, stay, width)
             weight, gained = refit(weight, functools.reduce(Moments.plus, folds), stay, width, strength)
         except InputError as error:
             raise InputError(f"block {index}: {error}") from None

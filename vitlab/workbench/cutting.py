@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vitlab import parallel
-from vitlab.cost import macs, macs_of
+from vitlab.cost import macs
 from vitlab.criteria.units import UNIT_CRITERIA, UnitScores, unit_criterion
 from vitlab.data import ImageData
 from vitlab.files import InputError, append_line, atomic_write
@@ -128,12 +128,10 @@ def prune_units(source: Source, scores: str | Path | UnitScores, out: str | Path
 def _within(space: SearchSpace, limit: float) -> np.ndarray:
     """The policy, its ratios alike as far as counts allow, that costs most of those within `limit` GMACs; nothing is cut where reading
     out is enough. Raises InputError naming the range where there is none."""
-    def price(policies: np.ndarray) -> np.ndarray:
-        return macs_of(space.shape, space.counts(policies))["total"] / 1e9
     nothing = np.zeros((1, space.size))
-    if float(price(nothing)[0]) <= limit < macs(CompressionPlan.empty(space.shape))["total"] / 1e9:
+    if float(space.gmacs(nothing)[0]) <= limit < macs(CompressionPlan.empty(space.shape))["total"] / 1e9:
         return nothing[0]
-    budget = Budget(limit=limit, cost=price, tolerance=CLOSE, max_ratio=space.max_ratio, size=space.size, groups=tuple(space.groups))
+    budget = Budget(limit=limit, cost=space.gmacs, tolerance=CLOSE, max_ratio=space.max_ratio, size=space.size, groups=tuple(space.groups))
     return budget.project(np.full((1, space.size), space.max_ratio / 2))[0][0]
 
 

@@ -94,15 +94,14 @@ class Gathered:
         without a classifier."""
         self.found, self.folder, self.place, self.progress = open_dense(source), Path(folder), pick_device(device), progress
         need_classifier(self.found.model, "offers")
-        self.seed: int = seed
+        self.seed, self.shape = seed, shape_of(self.found.model)
         self.pace: Pace | None = None           # the bar of a whole that this is a part of
         self.opened = open_matching(data, self.found, class_map, labels=False)
         self.parts = self.opened.parts(seed, score=score_images, choose=images, report=report_images or images)
         counts = {role: count for role, count in self.parts.roles.items() if role != "shared"}
         self.inputs = fingerprint([[self.parts.files(role) for role in counts], counts, seed, image_config(encoder_of(self.found.model)),
-                                   shape_of(self.found.model).stored()], [self.found.model])
+                                   self.shape.stored()], [self.found.model])
         self.model, self.workers, self.amp = self.found.model.to(self.place).eval(), workers, amp_of(self.found.model)
-        self.shape = shape_of(self.model)
         self.read_out = self.shape.pool == POOL_TOKEN and self.shape.num_prefix_tokens > 0
 
     @cached_property

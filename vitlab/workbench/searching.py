@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vitlab import parallel
-from vitlab.cost import macs_of, mdc_macs
+from vitlab.cost import mdc_macs
 from vitlab.criteria.compensation import Moments
 from vitlab.data import ImageData
 from vitlab.data.images import image_config
@@ -49,7 +49,7 @@ def cost_function(space: SearchSpace, unit: str, model: nn.Module, *, batch_size
     """Policies (P, D) -> cost (P) in a unit of COSTS: "gmacs" deployed, everything counted; "published_gmacs" as arXiv
     2201.00043 counts (one rho); "latency_ms" of a batch, from the table measured on this machine. Raises InputError."""
     if unit == "gmacs":
-        return lambda policies: macs_of(space.shape, space.counts(policies))["total"] / 1e9
+        return space.gmacs
     if unit == "latency_ms":
         table = latency_table(model, batch_size=batch_size, dtype=dtype, device=device, progress=progress)
         return lambda policies: table.predict(space.counts(policies))

@@ -13,7 +13,7 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vitlab.cost import gmacs, macs_of
+from vitlab.cost import gmacs
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.data.folder import read_image, reason
 from vitlab.data.listing import images_in
@@ -140,7 +140,7 @@ def plans_at(scores: Tensor, shape: ViTShape, keep_rate: float, *, prune_rate: f
     shared = prune_and_merge(scores, shape, keep_rate=keep_rate, prune_rate=0.0, share=True)
     space = SearchSpace(shape=shape, units=(), tokens="match", max_ratio=MAX_RATIO)
     ratios = np.linspace(0, MAX_RATIO, RATIOS)[:, None]
-    within = np.flatnonzero(macs_of(shape, space.counts(ratios))["total"] / 1e9 <= gmacs(shared))
+    within = np.flatnonzero(space.gmacs(ratios) <= gmacs(shared))
     ratio = float(ratios[within[0] if len(within) else -1, 0])
     return {"Prune and Merge": prune_and_merge(scores, shape, keep_rate=keep_rate, prune_rate=prune_rate),
             "Prune and Merge, spans": prune_and_merge(scores, shape, prune_rate=prune_rate,

@@ -28,7 +28,6 @@ from vitlab.training.self_distillation import Divergence, self_distil
 from vitlab.workbench.calibrating import CUT, forms_of, in_form, nearest
 from vitlab.workbench.gathered import Gathered
 from vitlab.workbench.offers import Offer, worth_of
-from vitlab.workbench.searching import cost_function
 
 # name: (units, tokens) of its search space
 RULES = {"merging by content": ((), "match_per_stage"), "shared updates": ((), "share_per_stage"), "neurons": (("neurons",), "none"),
@@ -57,9 +56,8 @@ class Survey(Gathered):
         units, tokens = RULES[rule]
         settings = {"prune_rate": 0.0} if tokens == "share" else {}
         space = SearchSpace(shape=self.shape, units=units, tokens=tokens, max_ratio=MAX_RATIO, read_out=self.read_out, settings=settings)
-        price = cost_function(space, "gmacs", self.found.model)
-        most = float(price(np.zeros((1, space.size)))[0])
-        return Problem(space, Budget(limit=most * 0.99 if limit is None else limit, cost=price, max_ratio=space.max_ratio,
+        most = float(space.gmacs(np.zeros((1, space.size)))[0])
+        return Problem(space, Budget(limit=most * 0.99 if limit is None else limit, cost=space.gmacs, max_ratio=space.max_ratio,
                                      size=space.size, groups=tuple(space.groups), tolerance=TOLERANCE))
 
     def _uncut(self, rule: str) -> float:
@@ -122,17 +120,20 @@ class Survey(Gathered):
             space = self._problem(rule).space
             return space.plan(np.zeros(space.size), **self.scores)
         problem, even = self._problem(rule, gmacs), self._even(gmacs) if rule == "merging by content" else None
-        with contextlib.nullcontext() if even is None else contextlib.suppress(InputError):
+        try:
             plan = problem.space.plan(allocate(*problem, curves_of(problem, self.curves(rule))), **self.scores)
-            even = plan if even is None else min((plan, even), key=self._chosen_by)
-        plan = even
+            plan = plan if even is None else min((plan, even), key=self._chosen_by)
+        except InputError:                      # the curves lead to no plan of this cost
+            if even is None:
+                raise
+            plan = even
         return dataclasses.replace(plan, made_by={"method": "allocation", "rule": rule, "gmacs": gmacs})
 
     def _even(self, gmacs: float) -> CompressionPlan | None:
         """Merging by content with one ratio in the middle half of the blocks; None where that is not enough."""
         space = SearchSpace(shape=self.shape, units=(), tokens="match", max_ratio=MAX_RATIO, read_out=self.read_out)
         ratios = np.linspace(0, MAX_RATIO, 400)[:, None]
-        within = np.flatnonzero(cost_function(space, "gmacs", self.found.model)(ratios) <= gmacs)
+        within = np.flatnonzero(space.gmacs(ratios) <= gmacs)
         return space.plan(ratios[within[0]]) if len(within) else None
 
     def offers(self, rules: Iterable[str] = tuple(RULES), ratios: Iterable[float] = RATIOS) -> Iterator[Offer]:
@@ -198,10 +199,10 @@ class Survey(Gathered):
 
     def _apart(self, plan: CompressionPlan, form: str) -> np.ndarray:
         """Distance of each image to choose on, of a plan's model in a form, refitted on TRIED_ON images; measured once."""
-        def measured() -> dict[str, Any]:
-            model = self.in_form(form, plan, TRIED_ON)
-            return {f"each, {form}": self.choosing.each(deploy(model))}
         name = f"each, {form}"
+
+        def measured() -> dict[str, Any]:
+            return {name: self.choosing.each(deploy(self.in_form(form, plan, TRIED_ON)))}
         return np.array(self._row(plan, name, measured)[name])
 
     def best(self, plans: Iterable[CompressionPlan]) -> tuple[CompressionPlan, str]:

@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vitlab import cost
+from vitlab.data.images import image_config
 from vitlab.files import InputError, atomic_write, read_json
+from vitlab.models.support import encoder_of
 from vitlab.plan import CompressionPlan
 from vitlab.training.checkpoint import Checkpoint
 from vitlab.workbench.calibrating import warn_of_few
@@ -83,7 +87,8 @@ def tonight(source: Source, data: str | Path, out: str | Path, *, gmacs: float |
 
     def planned() -> dict[str, float]:
         return stages_of(survey, rules, len(ratios), evaluations, finalists, limit / dense)
-    rate, stages = images_per_second(survey.model, survey.batches[0][0][:32], survey.amp), planned()
+    like = torch.zeros(32, *image_config(encoder_of(survey.model))["input_size"])          # no photograph is read for it
+    rate, stages = images_per_second(survey.model, like, survey.amp), planned()
     takes, most = sum(stages.values()) / rate / 60, AT_MOST if minutes is None else minutes
     asked = {"evaluations": evaluations, "finalists": finalists, "images": images, "minutes": minutes, "limit": limit,
              "inputs": survey.inputs}
@@ -109,13 +114,12 @@ def tonight(source: Source, data: str | Path, out: str | Path, *, gmacs: float |
         with survey.pace.stage(OFFERED):
             offers = list(survey.offers(rules, ratios))
             write_offers(out, offers)
-        within = [offer for offer in offers if offer.gmacs <= limit]
-        best, alone = best_offer(within, limit), [offer for offer in within if offer.rule in SINGLE]
+        best, alone = best_offer(offers, limit), [offer for offer in offers if offer.rule in SINGLE and offer.gmacs <= limit]
         plans = [best_offer(alone, limit).plan] if alone else []
         best.plan.save(out / PLAN)                                              # the best so far, whatever becomes of the rest
         if evaluations:
             with survey.pace.stage(SEARCH):
-                rule = next((rule for rule in rules if rule == "all together"), best.rule)
+                rule = "all together" if "all together" in rules else best.rule
                 plans += survey.search(rule, limit, evaluations, end - survey.pace.seconds_of(COMPARED, REFIT))[:finalists]
         else:
             plans.append(best.plan)
