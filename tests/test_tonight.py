@@ -13,7 +13,7 @@ from vitlab.cost import gmacs
 from vitlab.files import InputError, read_lines
 from vitlab.models import compress, deploy, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import Match, ReadOut
+from vitlab.rules import Match, ReadOut, SharedUpdate
 from vitlab.training import checkpoint
 from vitlab.training.objective import PlanObjective
 from vitlab.workbench import calibrating, gathered, steps, tonight
@@ -298,3 +298,9 @@ def test_a_model_with_one_head_has_no_curve_of_heads(photographs, tmp_path):
     survey = tonight.Survey(found, photographs, tmp_path / "one", images=16, score_images=24, **FEW)
     plan = survey.plan("all together", 0.7 * gmacs(CompressionPlan.empty(survey.shape)))
     assert all(block.heads is None for block in plan.blocks)
+
+
+def test_shared_updates_of_a_survey_prune_no_token(survey):
+    plan = survey.plan("shared updates", 0.7 * gmacs(CompressionPlan.empty(survey.shape)))
+    rules = [block.tokens for block in plan.blocks if isinstance(block.tokens, SharedUpdate)]
+    assert rules and all(min(rule.regions) >= 0 for rule in rules)

@@ -54,7 +54,7 @@ class Survey(Gathered):
         if rule not in RULES:
             raise InputError(f"rule {rule!r} is not known; known are {list(RULES)}")
         units, tokens = RULES[rule]
-        settings = {"prune_rate": 0.0} if tokens == "share" else {}
+        settings = {"prune_rate": 0.0} if tokens.startswith("share") else {}
         space = SearchSpace(shape=self.shape, units=units, tokens=tokens, max_ratio=MAX_RATIO, read_out=self.read_out, settings=settings)
         most = float(space.gmacs(np.zeros((1, space.size)))[0])
         return Problem(space, Budget(limit=most * 0.99 if limit is None else limit, cost=space.gmacs, max_ratio=space.max_ratio,
