@@ -1,4 +1,5 @@
-"""How a model's speed differs between processes of its own, with the C library's allocator as it is and with freed memory held.
+"""How a model's speed differs between processes of its own, with the C library's allocator as it is and with freed
+memory held.
 
     python benchmarks/allocator.py [--processes 4]
 
@@ -15,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from vitlab.files import write_lines
+from vitlab.measure.throughput import conditions, hold_memory
 from vitlab.models.create import create_model
-from vitlab.training.throughput import conditions, hold_memory
+from vitlab.runtime.files import write_lines
 
 RESULTS = Path(__file__).parent / "results" / "allocator.jsonl"
 NAME, BATCH, REPEATS = "deit_tiny_patch16_224", 32, 8
@@ -51,10 +52,11 @@ if __name__ == "__main__":
     found: dict[str, list[dict[str, float]]] = {"default": [], "held": []}
     for _ in range(args.processes):
         for name, rows in found.items():                # in turn, so that the machine's drift spreads evenly
-            rows.append(json.loads(subprocess.run([sys.executable, __file__, "--once", name], capture_output=True, text=True,
-                                                  check=True).stdout))
+            rows.append(json.loads(subprocess.run([sys.executable, __file__, "--once", name], capture_output=True,
+                                                  text=True, check=True).stdout))
     write_lines(RESULTS, [{"model": f"{NAME}, {'freed memory held' if name == 'held' else 'allocator as it is'}",
                            "throughput_img_s": statistics.median(r["throughput_img_s"] for r in rows),
-                           "conditions": {**conditions(torch.device("cpu"), "float32", BATCH, REPEATS), "timing": "a process each",
-                                          "draws": [r["throughput_img_s"] for r in rows], "pages": [r["pages"] for r in rows]}}
+                           "conditions": {**conditions(torch.device("cpu"), "float32", BATCH, REPEATS),
+                                          "timing": "a process each", "draws": [r["throughput_img_s"] for r in rows],
+                                          "pages": [r["pages"] for r in rows]}}
                           for name, rows in found.items()])

@@ -1,11 +1,13 @@
-"""How many images does a refit take? The distance to the dense model on images apart, against the number of images refitted on.
+"""How many images does a refit take? The distance to the dense model on images apart, against the number of images
+refitted on.
 
-    python benchmarks/calibration_images.py --weights FILE --model NAME --cal IMAGENET_CAL --val IMAGENET_VAL --run RUN [--quick]
+    python benchmarks/calibration_images.py --weights FILE --model NAME --cal IMAGENET_CAL --val IMAGENET_VAL --run RUN
+    [--quick]
 
-One plan a budget, the same share of heads, neurons and tokens cut in every block (units by elimination on 512 images), as no search is
-what is measured here. Each is refitted with a fixed ridge and with one chosen for each layer, on the first n images of a draw, by
-which class tokens are weighed too, and measured on VAL, which nothing else sees. Rows go to
-benchmarks/results/calibration_images.jsonl as they are made; a run that was stopped goes on.
+One plan a budget, the same share of heads, neurons and tokens cut in every block (units by elimination on 512 images),
+as no search is what is measured here. Each is refitted with a fixed ridge and with one chosen for each layer, on the
+first n images of a draw, by which class tokens are weighed too, and measured on VAL, which nothing else sees. Rows go
+to benchmarks/results/calibration_images.jsonl as they are made; a run that was stopped goes on.
 """
 import argparse
 from pathlib import Path
@@ -14,17 +16,17 @@ import numpy as np
 import torch
 from off_the_shelf import CROP
 
-from vitlab import cost
 from vitlab.criteria.compensation import RIDGE
-from vitlab.files import InputError, append_line, read_lines
+from vitlab.measure.moments import fisher
+from vitlab.measure.pixels import each_divergence, log_probabilities
+from vitlab.measure.units import unit_scores
 from vitlab.models import compress, deploy
+from vitlab.plan import cost
+from vitlab.runtime.files import InputError, append_line, read_lines
+from vitlab.runtime.uncertainty import standard_error
 from vitlab.search import Budget, SearchSpace
 from vitlab.search.sampling import Problem, uniform_policies
 from vitlab.training.compensate import compensate
-from vitlab.training.moments import fisher
-from vitlab.training.pixels import each_divergence, log_probabilities
-from vitlab.training.units import unit_scores
-from vitlab.uncertainty import standard_error
 from vitlab.workbench import steps
 from vitlab.workbench.searching import cost_function
 
@@ -52,16 +54,20 @@ def main() -> None:
     drawn = list(data.batches("train", model, limit=scored + max(counts), seed=args.seed, workers=1, batch_size=50))
     all_images = torch.cat([x for x, _ in drawn])
     if len(all_images) < scored + max(counts):
-        raise InputError(f"{args.cal}: {len(all_images)} images; {scored} to rank units and {max(counts)} to refit on are needed")
+        raise InputError(f"{args.cal}: {len(all_images)} images; {scored} to rank units and {max(counts)} to refit on "
+                         f"are needed")
     fit = [(x, None) for x in all_images[scored:].split(50)]
-    units = unit_scores(model, [(x, None) for x in all_images[:scored].split(50)], criterion="reconstruction", progress=False)
-    val = [x for x, _ in steps.open_matching(args.val, dense).batches("held_out", model, crop_pct=CROP, workers=1, limit=images)]
+    units = unit_scores(model, [(x, None) for x in all_images[:scored].split(50)], criterion="reconstruction",
+                        progress=False)
+    val = [x for x,
+           _ in steps.open_matching(args.val, dense).batches("held_out", model, crop_pct=CROP, workers=1, limit=images)]
     with torch.inference_mode():
         expected = [log_probabilities(model, x, False) for x in val]
-    space = SearchSpace(shape=steps.shape_of(model), units=("heads", "neurons"), tokens="match_per_stage", max_ratio=0.75, read_out=True)
+    space = SearchSpace(shape=steps.shape_of(model), units=("heads", "neurons"), tokens="match_per_stage",
+                        max_ratio=0.75, read_out=True)
     for limit in gmacs:
-        budget = Budget(limit=limit, cost=cost_function(space, "gmacs", model), max_ratio=space.max_ratio, size=space.size,
-                        groups=tuple(space.groups))
+        budget = Budget(limit=limit, cost=cost_function(space, "gmacs", model), max_ratio=space.max_ratio,
+                        size=space.size, groups=tuple(space.groups))
         policy = uniform_policies(Problem(space, budget), 1, np.random.default_rng(0))[0]
         plan = space.plan(policy, heads=units.heads, neurons=units.neurons)
         for count in counts:
@@ -70,13 +76,15 @@ def main() -> None:
                 if (args.model, limit, name, count, args.seed) in known:
                     continue
                 batches = [(x[:max(0, count - 50 * i)], None) for i, (x, _) in enumerate(fit) if 50 * i < count]
-                settings = {"ridge": ridge, "costs": fisher(model, batches, seed=args.seed, progress=False), "progress": False}
+                settings = {"ridge": ridge, "costs": fisher(model, batches, seed=args.seed, progress=False),
+                            "progress": False}
                 small = deploy(compensate(model, plan, batches, **settings) if count else compress(model, plan))
                 with torch.inference_mode():
-                    distances = torch.cat([each_divergence(log_probabilities(small, x, False), e) for x, e in zip(val, expected)]).tolist()
-                row = {"model": args.model, "gmacs_limit": limit, "gmacs": cost.gmacs(plan), "ridge": name, "refitted_on": count,
-                       "seed": args.seed, "distill_loss": float(np.mean(distances)), "distill_loss_se": standard_error(distances),
-                       "images": len(distances)}
+                    distances = torch.cat([each_divergence(log_probabilities(small, x, False), e) for x,
+                                           e in zip(val, expected)]).tolist()
+                row = {"model": args.model, "gmacs_limit": limit, "gmacs": cost.gmacs(plan), "ridge": name,
+                       "refitted_on": count, "seed": args.seed, "distill_loss": float(np.mean(distances)),
+                       "distill_loss_se": standard_error(distances), "images": len(distances)}
                 known.add((args.model, limit, name, count, args.seed))
                 append_line(path, row)
                 print(row, flush=True)

@@ -3,23 +3,24 @@
     vitlab pretrain --model vit_micro_patch4_32 --data CIFAR10 --recipe cifar10 --out RUN/dense
     python benchmarks/cifar10.py --data CIFAR10 --run RUN
 
-Boundaries are compared on a slice of train, by scores of another slice; the table is measured on the test split. Rows go to
-benchmarks/results/boundaries.jsonl and cifar10.jsonl. Fine-tuning that was killed goes on where it stopped.
+Boundaries are compared on a slice of train, by scores of another slice; the table is measured on the test split. Rows
+go to benchmarks/results/boundaries.jsonl and cifar10.jsonl. Fine-tuning that was killed goes on where it stopped.
 """
 import argparse
 import statistics
 from pathlib import Path
 
-from vitlab.cost import gmacs
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.data import open_data
+from vitlab.measure.evaluate import evaluate
 from vitlab.models import compress, deploy, shape_of
-from vitlab.results import ResultRow, format_table, read_rows, write_rows
-from vitlab.training.evaluate import evaluate
+from vitlab.plan.cost import gmacs
+from vitlab.runtime.results import ResultRow, format_table, read_rows, write_rows
 from vitlab.workbench import steps
 
 KEEP_RATES, SEEDS, SLICE = (0.7, 0.6, 0.5), (0, 1, 2), 2500
-CHOICES = (("reference", "reference"), ("reference", "score"), ("grid", "reference"), ("grid", "score"), ("grid", "uniform"))
+CHOICES = (("reference", "reference"), ("reference", "score"), ("grid", "reference"), ("grid", "score"),
+           ("grid", "uniform"))
 
 
 def write(name: str, rows: list[ResultRow]) -> None:
@@ -27,15 +28,16 @@ def write(name: str, rows: list[ResultRow]) -> None:
 
 
 def boundaries(args: argparse.Namespace) -> None:
-    """Every choice of boundary and weights off the shelf, at equal MACs: the centers, and so the counts, are the same."""
+    """Every choice of boundary and weights off the shelf, at equal MACs: the centers, and so the counts, are the
+    same."""
     dense = steps.open_model(args.run / "dense")
     data, shape = open_data(args.data), shape_of(dense.model)
     held = list(data.batches("train", dense.model, limit=SLICE, seed=100, batch_size=250, workers=args.workers))
     rows, tops = [], {}
     for absolute in ("image", "batch"):
         for seed in SEEDS:
-            scores = steps.score(dense, args.data, args.run / f"scores-{absolute}-{seed}.safetensors", absolute=absolute, seed=seed,
-                                 workers=args.workers, progress=False)
+            scores = steps.score(dense, args.data, args.run / f"scores-{absolute}-{seed}.safetensors",
+                                 absolute=absolute, seed=seed, workers=args.workers, progress=False)
             for choice in CHOICES:
                 for keep in KEEP_RATES:
                     plan = prune_and_merge(scores, shape, keep_rate=keep, boundary=choice[0], weights=choice[1])
@@ -45,8 +47,10 @@ def boundaries(args: argparse.Namespace) -> None:
         for choice in CHOICES:
             for keep in KEEP_RATES:
                 draws = tops[(absolute, *choice, keep)]
-                rows.append(ResultRow(model=f"absolute per {absolute}, {choice[0]} boundary, {choice[1]} weights, keep {keep}",
-                                      dataset="cifar10", split=f"train slice of {SLICE}", top1_pct=statistics.median(draws), gmacs=cost,
+                rows.append(ResultRow(model=f"absolute per {absolute}, {choice[0]} boundary, {choice[1]} weights, keep "
+                                            f"{keep}",
+                                      dataset="cifar10", split=f"train slice of {SLICE}",
+                                      top1_pct=statistics.median(draws), gmacs=cost,
                                       conditions={"draws": draws, "fine-tuned": False}))
                 print(rows[-1].model, draws, flush=True)
     write("boundaries", rows)
@@ -64,7 +68,8 @@ def table(args: argparse.Namespace) -> None:
         small = steps.prune(dense, run / "scores.safetensors", run / f"pruned-{keep}", keep_rate=keep)
         models[f"keep {keep}, off the shelf"] = small
         steps.evaluate(small, args.data, name=f"keep {keep}, off the shelf", **options)
-        steps.finetune(run / f"pruned-{keep}", dense, args.data, run / f"finetuned-{keep}", settings="cifar10_pm", workers=args.workers)
+        steps.finetune(run / f"pruned-{keep}", dense, args.data, run / f"finetuned-{keep}", settings="cifar10_pm",
+                       workers=args.workers)
         models[f"keep {keep}, fine-tuned"] = steps.open_model(run / f"finetuned-{keep}")
         steps.evaluate(models[f"keep {keep}, fine-tuned"], args.data, name=f"keep {keep}, fine-tuned", **options)
     if not args.no_speed:

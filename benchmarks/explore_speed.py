@@ -2,8 +2,9 @@
 
     python benchmarks/explore_speed.py --weights deit_tiny_patch16_224.safetensors
 
-DeiT-Ti on the CPU, random token scores: the time does not depend on them beyond the counts. Each move is to a keep rate not seen
-before, so that nothing is taken from a cache. Rows, a rule each, go to benchmarks/results/explore_speed.jsonl (replaced).
+DeiT-Ti on the CPU, random token scores: the time does not depend on them beyond the counts. Each move is to a keep rate
+not seen before, so that nothing is taken from a cache. Rows, a rule each, go to benchmarks/results/explore_speed.jsonl
+(replaced).
 """
 import argparse
 import statistics
@@ -13,10 +14,10 @@ from pathlib import Path
 import torch
 from sklearn.datasets import load_sample_images
 
+from vitlab.measure.throughput import conditions
 from vitlab.models import shape_of
 from vitlab.models.create import create_model
-from vitlab.results import ResultRow, write_rows
-from vitlab.training.throughput import conditions
+from vitlab.runtime.results import ResultRow, write_rows
 from vitlab.workbench.explore.token_map import token_map
 
 MODEL, MOVES = "deit_tiny_patch16_224", 30

@@ -1,10 +1,13 @@
-"""What compression is worth on a GPU: inference of every rule against the dense model, training, scoring, and single kernels.
+"""What compression is worth on a GPU: inference of every rule against the dense model, training, scoring, and single
+kernels.
 
-    python benchmarks/gpu.py [--minutes 8] [--out benchmarks/results/gpu.jsonl] [--parts eager kernels steps compiled ...] [--quick]
+    python benchmarks/gpu.py [--minutes 8] [--out benchmarks/results/gpu.jsonl] [--parts eager kernels steps compiled
+    ...] [--quick]
 
-Random weights and random scores: speed does not depend on them beyond the counts. Models are cast to bfloat16 whole, images lie on the
-device. Rows are appended as they are measured, the most important first; what fails becomes a row with its error, what does not fit
-into the time is named at the end. --quick: a tiny model, one repeat, to see that it runs (on a CPU, too); written only with --out.
+Random weights and random scores: speed does not depend on them beyond the counts. Models are cast to bfloat16 whole,
+images lie on the device. Rows are appended as they are measured, the most important first; what fails becomes a row
+with its error, what does not fit into the time is named at the end. --quick: a tiny model, one repeat, to see that it
+runs (on a CPU, too); written only with --out.
 """
 import argparse
 import contextlib
@@ -34,30 +37,32 @@ from tome import tome, tome_gmacs
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
-from vitlab.cost import gmacs
 from vitlab.criteria.planning import prune_and_merge
-from vitlab.files import first_line
+from vitlab.measure.capture import token_scores
+from vitlab.measure.throughput import Speed, conditions, measure, median_range
 from vitlab.models import compress, deploy, shape_of
 from vitlab.models.create import create_model
 from vitlab.plan import CompressionPlan
-from vitlab.results import ResultRow, append_row
+from vitlab.plan.cost import gmacs
+from vitlab.plan.shape import POOL_TOKEN, ViTShape
+from vitlab.runtime.files import first_line
+from vitlab.runtime.results import ResultRow, append_row
 from vitlab.search import SearchSpace
-from vitlab.shape import POOL_TOKEN, ViTShape
-from vitlab.training.capture import token_scores
-from vitlab.training.throughput import Speed, conditions, measure, median_range
 
 RESULTS = Path(__file__).parent / "results" / "gpu.jsonl"
-TINY, SMALL, TI, BASE, LARGE = ("vit_nano_patch4_32", "deit_small_patch16_224", "deit_tiny_patch16_224", "deit_base_patch16_224",
-                                "vit_large_patch16_224")
+TINY, SMALL, TI, BASE, LARGE = ("vit_nano_patch4_32", "deit_small_patch16_224", "deit_tiny_patch16_224",
+                                "deit_base_patch16_224", "vit_large_patch16_224")
 MORE_TOKENS = "vit_base_patch16_384"
 SHARE = 0.6                                             # of the dense model's MACs, as near as counts allow
 MERGED = f"Prune and Merge, keep {SHARE}"
 MAIN = ("dense", MERGED, f"merging by content, {SHARE}", f"all together, {SHARE}", "ToMe")
-PUBLISHED = {TI: 1.68, SMALL: 1.56, BASE: 1.67}         # throughput ratios of arXiv 2503.23455 at keep 0.6; the last of MAE-B
+# throughput ratios of arXiv 2503.23455 at keep 0.6; the last of MAE-B
+PUBLISHED = {TI: 1.68, SMALL: 1.56, BASE: 1.67}
 TOGETHER = 64                                           # neurons that matrix units like to have at a time
 MODES = {"eager": None, "compiled": "default", "compiled, reduce-overhead": "reduce-overhead", "CUDA graph": None}
 PARTS = ("eager", "kernels", "steps", "compiled", "large", "one")
-AGREES = 2e-2                                           # bfloat16 has 8 bits: attention differs by some of 2^-8 from float32's
+# bfloat16 has 8 bits: attention differs by some of 2^-8 from float32's
+AGREES = 2e-2
 Make = Callable[[], tuple[nn.Module, float]]            # a model and its GMACs per image
 
 
@@ -73,7 +78,8 @@ def in_groups(plan: CompressionPlan) -> CompressionPlan:
         every = range(plan.shape.num_neurons)
         count = min(max(round(len(kept or every) / TOGETHER), 1) * TOGETHER, len(every))
         return None if count == len(every) else tuple(every[:count])
-    return dataclasses.replace(plan, blocks=tuple(dataclasses.replace(b, neurons=rounded(b.neurons)) for b in plan.blocks))
+    return dataclasses.replace(plan,
+                               blocks=tuple(dataclasses.replace(b, neurons=rounded(b.neurons)) for b in plan.blocks))
 
 
 def candidates(dense: nn.Module, shape: ViTShape) -> dict[str, Make]:
@@ -104,12 +110,14 @@ def candidates(dense: nn.Module, shape: ViTShape) -> dict[str, Make]:
     return {"dense": lambda: (copy.deepcopy(dense), total),
             MERGED: lambda: merged(0.6), f"merging by content, {SHARE}": lambda: by(at("match")),
             f"all together, {SHARE}": lambda: by(at("match", "heads", "neurons")), "ToMe": by_tome,
-            "shared updates, keep 0.6": lambda: by(prune_and_merge(scores, shape, keep_rate=0.6, prune_rate=0.0, share=True)),
+            "shared updates, keep 0.6": lambda: by(prune_and_merge(scores, shape, keep_rate=0.6, prune_rate=0.0,
+                                                                   share=True)),
             f"heads and neurons, {SHARE}": lambda: by(at("none", "heads", "neurons")),
             f"selection by class attention, {SHARE}": lambda: by(at("select")),
             "Prune and Merge, keep 0.7": lambda: merged(0.7), "Prune and Merge, keep 0.5": lambda: merged(0.5),
             f"{MERGED}, training form": lambda: merged(0.6, "training"),
-            f"heads and neurons, {SHARE}, neurons in {TOGETHER}s": lambda: by(in_groups(at("none", "heads", "neurons")))}
+            f"heads and neurons, {SHARE}, neurons in {TOGETHER}s": lambda: by(in_groups(at("none", "heads",
+                                                                                           "neurons")))}
 
 
 class Graphed(nn.Module):
@@ -136,7 +144,8 @@ class Graphed(nn.Module):
 
 @torch.inference_mode()
 def prepared(model: nn.Module, mode: str, x: Tensor) -> tuple[nn.Module, dict]:
-    """(what runs the model in this mode; seconds until it did, what torch.compile left out, and the relative difference to eager)."""
+    """(what runs the model in this mode; seconds until it did, what torch.compile left out, and the relative difference
+    to eager)."""
     expected, began = model(x).float(), time.perf_counter()
     if mode == "eager":
         return model, {}
@@ -146,11 +155,13 @@ def prepared(model: nn.Module, mode: str, x: Tensor) -> tuple[nn.Module, dict]:
     for _ in range(4):                                  # reduce-overhead: warm-up, recording, replays
         given = made(x)
     away = float((given.float() - expected).norm() / expected.norm())
-    return made, {"prepared_s": time.perf_counter() - began, "difference": away, "cudagraph_skips": counts["inductor"]["cudagraph_skips"],
+    return made, {"prepared_s": time.perf_counter() - began, "difference": away,
+                  "cudagraph_skips": counts["inductor"]["cudagraph_skips"],
                   "graph_breaks": [str(reason).splitlines()[0][:120] for reason in counts["graph_break"]]}
 
 
-def in_turn(calls: dict[str, Callable[[], object]], device: torch.device, repeats: int, min_seconds: float) -> dict[str, list[float]]:
+def in_turn(calls: dict[str, Callable[[], object]], device: torch.device, repeats: int,
+            min_seconds: float) -> dict[str, list[float]]:
     """Seconds of each call, in `repeats` rounds through all of them, by the GPU's events where there is one."""
     def once(call: Callable[[], object], runs: int) -> float:
         if device.type != "cuda":
@@ -178,7 +189,8 @@ def in_turn(calls: dict[str, Callable[[], object]], device: torch.device, repeat
 
 
 def backend_of(*given: Tensor, scale: float | None = None) -> str | None:
-    """Which kernels scaled_dot_product_attention takes for query, key, value and mask; None where PyTorch does not say."""
+    """Which kernels scaled_dot_product_attention takes for query, key, value and mask; None where PyTorch does not
+    say."""
     with contextlib.suppress(Exception):                # a private function of PyTorch's
         return torch.nn.attention.SDPBackend(torch._fused_sdp_choice(*given, scale=scale)).name
     return None
@@ -211,7 +223,8 @@ class Bench:
         self.rows.append(ResultRow(model=model, conditions=under, **fields))
         if self.out is not None:
             append_row(self.out, self.rows[-1])
-        speed = f"{fields['throughput_img_s']:.0f} images/s" if fields.get("throughput_img_s") else under.get("error", "")
+        speed = f"{fields['throughput_img_s']:.0f} images/s" if fields.get("throughput_img_s") else under.get("error",
+                                                                                                              "")
         print(f"[{self.left():4.0f} s left] {model}: {speed} {fields.get('ratio') or ''}", flush=True)
 
     def failed(self, model: str, batch: int, kind: str, error: Exception) -> None:
@@ -257,13 +270,15 @@ class Bench:
 
     def add_model(self, name: str, rule: str, batch: int, mode: str, speed: Speed, about: dict, dense: float) -> None:
         mac_ratio = dense / about["gmacs"]
-        pooled = mode in ("CUDA graph", "compiled, reduce-overhead")            # their memory lies in pools of their own
+        # their memory lies in pools of their own
+        pooled = mode in ("CUDA graph", "compiled, reduce-overhead")
         self.add(f"{name}, batch {batch}, {mode}: {rule}", batch, "model", {
             "of": name, "rule": rule, "mode": mode, "cast": "the whole model in bfloat16", "mac_ratio": mac_ratio,
             "of_mac_ratio": speed.ratio / mac_ratio, "ratio_range": [speed.ratio_min, speed.ratio_max],
             "peak_memory_mb": None if pooled else speed.peak_memory_mb,
-            "published_ratio": PUBLISHED.get(name) if rule == MERGED else None, **{k: v for k, v in about.items() if k != "gmacs"}},
-            gmacs=about["gmacs"], throughput_img_s=speed.throughput_img_s, latency_ms=speed.latency_ms, ratio=speed.ratio)
+            "published_ratio": PUBLISHED.get(name) if rule == MERGED else None,
+            **{k: v for k, v in about.items() if k != "gmacs"}}, gmacs=about["gmacs"],
+                 throughput_img_s=speed.throughput_img_s, latency_ms=speed.latency_ms, ratio=speed.ratio)
 
     def timed(self, title: str, batch: int, kind: str, calls: dict[str, Callable[[], object]],
               about: dict[str, dict] | None = None) -> None:
@@ -288,19 +303,22 @@ class Bench:
         first = seconds[next(iter(seconds))]
         for name, each in seconds.items():
             ratios, middle = [a / b for a, b in zip(first, each)], statistics.median(each)
-            self.add(f"{title}: {name}", batch, kind, {"of": title, "what": name, "ratio_range": list(median_range(ratios)),
+            self.add(f"{title}: {name}", batch, kind,
+                     {"of": title, "what": name, "ratio_range": list(median_range(ratios)),
                                                        **memory.get(name, {}), **(about or {}).get(name, {})},
                      latency_ms=1000 * middle, throughput_img_s=batch / middle, ratio=statistics.median(ratios))
 
     @torch.inference_mode()
     def size_mask(self, tokens: int, flex: bool = False) -> None:
-        """Attention with log sizes added to the logits (12 heads of width 64): by a mask, or by more columns of queries and keys."""
+        """Attention with log sizes added to the logits (12 heads of width 64): by a mask, or by more columns of queries
+        and keys."""
         batch, heads, width = self.batch, 12, 64
         query, key, value = torch.randn(3, batch, heads, tokens, width, device=self.device).to(torch.bfloat16)
         logs = torch.randint(1, 9, (batch, tokens), device=self.device).float().log()
         coarse = logs.to(torch.bfloat16)
         mask = coarse[:, None, None]
-        both = torch.stack([coarse, (logs - coarse.float()).to(torch.bfloat16)], dim=-1)        # (B, N, 2): 16 bits together
+        # (B, N, 2): 16 bits together
+        both = torch.stack([coarse, (logs - coarse.float()).to(torch.bfloat16)], dim=-1)
 
         def widened(total: int) -> tuple[Tensor, Tensor, Tensor]:
             """q' k'^T = q k^T + sqrt(d) log size."""
@@ -323,14 +341,16 @@ class Bench:
                  "mask (B, 1, 1, N)": {"backend": backend_of(query, key, value, mask)}}
         for total in (72, 80):
             made, name = widened(total), f"columns, width {total}"
-            calls |= {name: lambda total=total: by_columns(*widened(total)), f"{name}, made before": lambda made=made: by_columns(*made)}
+            calls |= {name: lambda total=total: by_columns(*widened(total)),
+                      f"{name}, made before": lambda made=made: by_columns(*made)}
             about[name] = about[f"{name}, made before"] = {"backend": backend_of(*made, scale=width ** -0.5)}
         if self.device.type == "cuda":
             kinds = torch.nn.attention.SDPBackend
             for kind, given in ((kinds.FLASH_ATTENTION, (None,)), (kinds.EFFICIENT_ATTENTION, (None,)),
                                 (kinds.CUDNN_ATTENTION, (None, mask))):
                 for each in given:
-                    calls[f"{'no mask' if each is None else 'mask'}, {kind.name}"] = lambda each=each, kind=kind: attention(each, kind)
+                    calls[
+                        f"{'no mask' if each is None else 'mask'}, {kind.name}"] = lambda each=each, kind=kind: attention(each, kind)  # noqa: E501
         if flex:
             attend = torch.compile(flex_attention, dynamic=False)
             calls = {"no mask": calls["no mask"], "flex_attention": lambda: attend(query, key, value, score_mod=sized)}
@@ -338,7 +358,8 @@ class Bench:
         q, k, v = (t[few].float() for t in (query, key, value))
         for name, call in list(calls.items()):
             try:
-                exact = F.scaled_dot_product_attention(q, k, v, attn_mask=None if "no mask" in name else logs[few, None, None])
+                exact = F.scaled_dot_product_attention(q, k, v,
+                                                       attn_mask=None if "no mask" in name else logs[few, None, None])
                 away = float((call()[few].float() - exact).norm() / exact.norm())
                 if not away < AGREES:
                     raise ArithmeticError(f"differs by {away:.3g} from attention in float32")
@@ -352,13 +373,15 @@ class Bench:
 
     @torch.inference_mode()
     def fold(self) -> None:
-        """The product between two blocks of a deployed DeiT-S, its matrix as it lies and with rows that begin at multiples of 16 bytes."""
+        """The product between two blocks of a deployed DeiT-S, its matrix as it lies and with rows that begin at
+        multiples of 16 bytes."""
         tokens, dim = 137, 384                          # keep 0.6: 118 that are merged, 19 that go around
         matrix = torch.randn(tokens, tokens, device=self.device).to(torch.bfloat16)
         x = torch.randn(self.batch, tokens, dim, device=self.device).to(torch.bfloat16)
         aligned = F.pad(matrix, (0, -tokens % 8))[:, :tokens]
         self.timed(f"fold of {tokens} tokens, {dim} wide", self.batch, "kernel", {
-            "matrix as it lies": lambda: torch.matmul(matrix, x), "rows at multiples of 16 bytes": lambda: torch.matmul(aligned, x)})
+            "matrix as it lies": lambda: torch.matmul(matrix, x),
+            "rows at multiples of 16 bytes": lambda: torch.matmul(aligned, x)})
 
     def scoring(self, name: str) -> None:
         """Token scores through V and its gradient."""
@@ -376,7 +399,8 @@ class Bench:
         small = x.to(torch.bfloat16)
         self.timed(f"token scores, {name}", self.batch, "step", {
             "float32": lambda: scores(dense, x), "float32, products in TF32": lambda: scores(dense, x, "high"),
-            "bfloat16": lambda: scores(half, small)}, {"float32": {"dtype": "float32"}, "float32, products in TF32": {"dtype": "float32"}})
+            "bfloat16": lambda: scores(half, small)},
+                   {"float32": {"dtype": "float32"}, "float32, products in TF32": {"dtype": "float32"}})
 
     def training(self, name: str) -> None:
         """One step: forward and backward with autocast to bfloat16, AdamW on float32 weights."""
@@ -406,9 +430,11 @@ class Bench:
         env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         if self.device.type == "cuda":
             command = [sys.executable, __file__, "--processes", "--device", "cuda"]
-            done = subprocess.run(command, env=os.environ | env, timeout=max(10, min(90, self.left())), capture_output=True, text=True)
+            done = subprocess.run(command, env=os.environ | env, timeout=max(10, min(90, self.left())),
+                                  capture_output=True, text=True)
             if done.returncode:
-                raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}")
+                raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip()
+                                   else f"exit {done.returncode}")
             found = json.loads(done.stdout.strip().splitlines()[-1])
         else:
             with mock.patch.dict(os.environ, env):
@@ -423,7 +449,8 @@ class Bench:
         except ImportError:
             known = []
         if self.device.type != "cuda" or "CUDAExecutionProvider" not in known:
-            self.add("ONNX Runtime on the GPU", self.batch, "onnx", {"missing": f"no CUDAExecutionProvider; there are {known}"})
+            self.add("ONNX Runtime on the GPU", self.batch, "onnx", {"missing": f"no CUDAExecutionProvider; there are "
+                                                                                f"{known}"})
             return
         dense, shape = self.dense(SMALL)
         x, calls = self.images(dense, self.batch, torch.float16), {}
@@ -436,13 +463,15 @@ class Bench:
                 bound.bind_input(session.get_inputs()[0].name, "cuda", 0, np.float16, tuple(x.shape), x.data_ptr())
                 bound.bind_output(session.get_outputs()[0].name, "cuda")
                 calls[rule] = lambda session=session, bound=bound: session.run_with_iobinding(bound)
-            self.timed(f"ONNX Runtime on the GPU, {SMALL}", self.batch, "step", calls, {rule: {"dtype": "float16"} for rule in calls})
+            self.timed(f"ONNX Runtime on the GPU, {SMALL}", self.batch, "step", calls,
+                       {rule: {"dtype": "float16"} for rule in calls})
 
     def jobs(self) -> Iterator[tuple[str, str, float, Callable[[], None]]]:
         """(part, name, seconds that it takes at least, what to do), the most important first."""
         small, three = (TINY, (TINY,)) if self.quick else (SMALL, (TI, SMALL, BASE))
 
-        def of(part: str, name: str, batch: int, mode: str, seconds: float, only: tuple[str, ...] | None = None) -> tuple:
+        def of(part: str, name: str, batch: int, mode: str, seconds: float,
+               only: tuple[str, ...] | None = None) -> tuple:
             return part, f"{name}, batch {batch}, {mode}", seconds, lambda: self.models(name, batch, mode, only)
         for name in three:
             yield of("eager", name, self.batch, "eager", 15)
@@ -484,7 +513,8 @@ class Bench:
 
 
 def one_process(device: torch.device) -> dict:
-    """A sum over all processes and one step of DistributedDataParallel, as torchrun's environment says; which backend it was by."""
+    """A sum over all processes and one step of DistributedDataParallel, as torchrun's environment says; which backend
+    it was by."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=60))
     try:
@@ -509,7 +539,8 @@ def one_process(device: torch.device) -> dict:
 def main(given: list[str] | None = None) -> Bench | None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=8, help="time for all of it")
-    parser.add_argument("--out", type=Path, help=f"rows are appended there (default: {RESULTS.name} in results, with --quick nowhere)")
+    parser.add_argument("--out", type=Path, help=f"rows are appended there (default: {RESULTS.name} in results, with "
+                                                 f"--quick nowhere)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--quick", action="store_true", help="a tiny model and one repeat")

@@ -1,12 +1,13 @@
-"""What scoring every head and neuron by HSIC costs: beside a plain forward, and beside a loop that does one unit at a time.
+"""What scoring every head and neuron by HSIC costs: beside a plain forward, and beside a loop that does one unit at a
+time.
 
     python benchmarks/hsic_speed.py [weights.safetensors]
 
 DeiT-Ti, batch 64, float32: 9,216 neurons and 36 heads. Without weights the model is random. Rows go to
 benchmarks/results/hsic_speed.jsonl: medians over rounds that go through all in turn. The loops are timed for the first
 UNITS neurons of one block and scaled to all: "formula" as methods B1 is written, "same code" the package's own, one
-unit a call; "batched" is the same dependence of the block's neurons, scaled to all blocks. unit_scores does more: heads too,
-magnitudes, and it keeps kernels until the output is known.
+unit a call; "batched" is the same dependence of the block's neurons, scaled to all blocks. unit_scores does more: heads
+too, magnitudes, and it keeps kernels until the output is known.
 """
 import statistics
 import sys
@@ -16,11 +17,11 @@ from pathlib import Path
 import torch
 
 from vitlab.criteria.hsic import CHUNK, relevance, units_first
+from vitlab.measure.throughput import conditions
+from vitlab.measure.units import unit_scores
 from vitlab.models.create import create_model
 from vitlab.models.support import shape_of
-from vitlab.results import ResultRow, write_rows
-from vitlab.training.throughput import conditions
-from vitlab.training.units import unit_scores
+from vitlab.runtime.results import ResultRow, write_rows
 
 NAME, REPEATS, BATCH, UNITS, BLOCK = "deit_tiny_patch16_224", 7, 64, 128, 5
 
@@ -57,13 +58,15 @@ def main() -> None:
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times[name].append(time.perf_counter() - began)
-    scales = {"batched": shape.depth, **{name: shape.depth * shape.num_neurons / UNITS for name in steps if name.startswith("loop")}}
+    scales = {"batched": shape.depth,
+              **{name: shape.depth * shape.num_neurons / UNITS for name in steps if name.startswith("loop")}}
     seconds = {name: statistics.median(values[1:]) * scales.get(name, 1) for name, values in times.items()}
     added = statistics.median(b - a for a, b in zip(times["forward"][1:], times["forward and unit_scores"][1:]))
     print(f"unit_scores adds {added:.3f} s to the forward, {added / seconds['forward']:.2f} of it")
     rows = []
     for name, value in {**seconds, "unit_scores less the forward": added}.items():
-        told = {"ratio": "time over that of the batched dependence", "of_forward": value / seconds["forward"], "weights": len(sys.argv) > 1}
+        told = {"ratio": "time over that of the batched dependence", "of_forward": value / seconds["forward"],
+                "weights": len(sys.argv) > 1}
         rows.append(ResultRow(model=f"{NAME} {name}", latency_ms=1000 * value, ratio=value / seconds["batched"],
                               conditions=conditions(device, "float32", BATCH, REPEATS) | told))
         print(f"{name}: {value:.3f} s, {rows[-1].ratio:.1f} times the batched dependence")

@@ -1,16 +1,17 @@
-"""CIFAR-10 at 40 % fewer MACs: one search for each single dimension and for the joint plans, then the same fine-tuning for all.
+"""CIFAR-10 at 40 % fewer MACs: one search for each single dimension and for the joint plans, then the same fine-tuning
+for all.
 
     vitlab pretrain --model vit_micro_patch4_32 --data CIFAR10 --recipe cifar10 --out RUN/dense
     python benchmarks/joint.py --data CIFAR10 --run RUN
 
-Every plan is found by the same search (60 evaluations on 1,000 images of train, the distance to the dense model's output),
-fine-tuned by recipe cifar10_pm, two epochs of 25,000 images, and measured on the test split. Rows go to
+Every plan is found by the same search (60 evaluations on 1,000 images of train, the distance to the dense model's
+output), fine-tuned by recipe cifar10_pm, two epochs of 25,000 images, and measured on the test split. Rows go to
 benchmarks/results/joint.jsonl. A killed run goes on.
 """
 import argparse
 from pathlib import Path
 
-from vitlab.results import format_table, read_rows, write_rows
+from vitlab.runtime.results import format_table, read_rows, write_rows
 from vitlab.search.strategies import Settings
 from vitlab.training.recipes import recipe
 from vitlab.workbench import searching, steps
@@ -33,8 +34,8 @@ def one(run: Path, name: str, data: str, workers: int) -> None:
     """Search, cut, fine-tune."""
     units, tokens = SPACES[name]
     dense, place = steps.open_model(run / "dense"), folder(run, name)
-    study = searching.search(dense, data, place / "study", macs_ratio=MACS_RATIO, units=units, tokens=tokens, metric="distill_loss",
-                             options=Settings(evaluations=EVALUATIONS), workers=0)
+    study = searching.search(dense, data, place / "study", macs_ratio=MACS_RATIO, units=units, tokens=tokens,
+                             metric="distill_loss", options=Settings(evaluations=EVALUATIONS), workers=0)
     print(name, study.best.index, study.best.value, study.best.measures, flush=True)
     plan = place / "study" / searching.PLAN
     steps.prune(dense, None, place / "pruned", plan=plan)

@@ -2,9 +2,9 @@
 
     python benchmarks/latency.py [--quick]
 
-Random weights; heads and neurons at random in every block, and in a third of the plans each: tokens as they are, selected in
-blocks 3, 6 and 9, or merged. One row a model and one of the whole go to benchmarks/results/latency.jsonl (replaced). Run it with
-nothing else running.
+Random weights; heads and neurons at random in every block, and in a third of the plans each: tokens as they are,
+selected in blocks 3, 6 and 9, or merged. One row a model and one of the whole go to benchmarks/results/latency.jsonl
+(replaced). Run it with nothing else running.
 """
 import argparse
 import dataclasses
@@ -14,16 +14,16 @@ from pathlib import Path
 
 import torch
 
-from vitlab.cost import SELECT_IN, gmacs
 from vitlab.criteria.planning import prune_and_merge
+from vitlab.measure.latency import measure_table, prediction_error
+from vitlab.measure.throughput import conditions
 from vitlab.models import compress, deploy, shape_of
 from vitlab.models.create import create_model
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.results import ResultRow, format_table, write_rows
-from vitlab.rules import Select
-from vitlab.shape import ViTShape
-from vitlab.training.latency import measure_table, prediction_error
-from vitlab.training.throughput import conditions
+from vitlab.plan.cost import SELECT_IN, gmacs
+from vitlab.plan.rules import Select
+from vitlab.plan.shape import ViTShape
+from vitlab.runtime.results import ResultRow, format_table, write_rows
 
 NAME, BATCH, DTYPE, MODELS = "deit_tiny_patch16_224", 32, "float32", 20
 KINDS = ("whole", "select", "merge")
@@ -62,15 +62,18 @@ def main() -> None:
     table_s = time.perf_counter() - began
     models = {name: (plan, deploy(compress(dense, plan))) for name, plan in plans.items()}
     error = prediction_error(table, models, device=device, repeats=repeats)
-    found = conditions(device, DTYPE, batch, repeats) | {"cpu": table.conditions["cpu"], "scale": table.scale, "table_s": table_s}
+    found = conditions(device, DTYPE, batch, repeats) | {"cpu": table.conditions["cpu"], "scale": table.scale,
+                                                         "table_s": table_s}
     rows = [ResultRow(model=f"{NAME} {name}", gmacs=gmacs(plans[name]), latency_ms=measured, conditions=found
                       | {"predicted_ms": predicted, "error_pct": 100 * relative})
-            for name, measured, predicted, relative in zip(error.names, error.measured_ms, error.predicted_ms, error.relative)]
+            for name, measured, predicted,
+            relative in zip(error.names, error.measured_ms, error.predicted_ms, error.relative)]
     print(format_table(rows, ("model", "gmacs", "latency_ms")))
     print("error of the prediction in %:", ", ".join(f"{r.conditions['error_pct']:+.1f}" for r in rows))
     rows.append(ResultRow(model=f"{NAME} {len(rows)} plans", conditions=found | {
         "median_error_pct": 100 * error.median, "largest_error_pct": 100 * error.largest}))
-    print(f"median {100 * error.median:.1f} %, largest {100 * error.largest:.1f} %; table in {table_s:.0f} s, scale {table.scale:.3f}")
+    print(f"median {100 * error.median:.1f} %, largest {100 * error.largest:.1f} %; table in {table_s:.0f} s, scale "
+          f"{table.scale:.3f}")
     if not quick:
         write_rows(Path(__file__).parent / "results" / "latency.jsonl", rows)
 

@@ -1,11 +1,12 @@
-"""Whether the model or the loader is the limit of a training: images/s of the loader alone, of training steps alone, and of both.
+"""Whether the model or the loader is the limit of a training: images/s of the loader alone, of training steps alone,
+and of both.
 
     python benchmarks/loader.py --data FOLDER [--models deit_tiny_patch16_224 ...] [--workers 0 1 2] [--recipe deit]
     python benchmarks/loader.py --opening 128000 1280000
 
 Steps are those of `fit` on one batch that stays in memory; the loader augments as the recipe says. Rows go to
-benchmarks/results/loader.jsonl (replaced). With --opening, how long it takes until a folder of so many images gives its first batch, on
-empty files that are made for it (benchmarks/results/opening.jsonl). Run it with nothing else running.
+benchmarks/results/loader.jsonl (replaced). With --opening, how long it takes until a folder of so many images gives its
+first batch, on empty files that are made for it (benchmarks/results/opening.jsonl). Run it with nothing else running.
 """
 import argparse
 import itertools
@@ -22,11 +23,11 @@ from torch import Tensor
 from vitlab.data import open_data
 from vitlab.data.groups import SETTLED_NS
 from vitlab.data.order import TrainingOrder
-from vitlab.files import write_lines
+from vitlab.measure.throughput import conditions
 from vitlab.models.create import create_model
+from vitlab.runtime.files import write_lines
 from vitlab.training.recipes import Engine, recipe
 from vitlab.training.stepping import Training
-from vitlab.training.throughput import conditions
 from vitlab.workbench.steps import pick_device
 
 RESULTS = Path(__file__).parent / "results" / "loader.jsonl"
@@ -34,7 +35,8 @@ OPENING = RESULTS.with_name("opening.jsonl")
 CLASSES, REPEATS = 1000, 3
 
 
-def rate(batches: Iterator[tuple[Tensor, Tensor]], training: Training | None, count: int, device: torch.device) -> float:
+def rate(batches: Iterator[tuple[Tensor, Tensor]], training: Training | None, count: int,
+         device: torch.device) -> float:
     """Images/s: the median of `count` steps, or of batches alone, after two to warm up."""
     seconds = []
     for _ in range(count + 2):
@@ -72,8 +74,9 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def opening(images: int) -> dict[str, object]:
-    """Seconds until a folder is open for the first time, again, and after one class changed; of an epoch's order on one process, and of
-    its first batch where the epoch goes on in its middle; of the names and sizes that a run knows its data set by."""
+    """Seconds until a folder is open for the first time, again, and after one class changed; of an epoch's order on one
+    process, and of its first batch where the epoch goes on in its middle; of the names and sizes that a run knows its
+    data set by."""
     with tempfile.TemporaryDirectory() as place:
         root, cache = empty_folder(Path(place, "data"), images), Path(place, "cache")
         os.environ["VITLAB_CACHE"] = str(cache)
@@ -91,12 +94,14 @@ def opening(images: int) -> dict[str, object]:
         def resumed() -> None:
             order.start = len(order) // 2
             next(iter(order))
-        found: dict[str, object] = {"images": images, "first_s": seconds(first), "again_s": seconds(lambda: open_data(root))}
+        found: dict[str, object] = {"images": images, "first_s": seconds(first),
+                                    "again_s": seconds(lambda: open_data(root))}
         data = open_data(root)
         order = TrainingOrder(data.split("train"), 256, seed=0)
         return found | {"order_s": seconds(lambda: sum(map(len, order))), "resumed_s": seconds(resumed),
                         "known_s": seconds(lambda: data.files("train")), "changed_s": seconds(changed),
-                        "conditions": conditions(torch.device("cpu"), "float32", 256, REPEATS) | {"timing": "medians", "classes": CLASSES}}
+                        "conditions": conditions(torch.device("cpu"), "float32", 256, REPEATS)
+                        | {"timing": "medians", "classes": CLASSES}}
 
 
 if __name__ == "__main__":
@@ -132,8 +137,11 @@ if __name__ == "__main__":
             step = rate(itertools.repeat((fixed[0].clone(), fixed[1].clone())), training, args.batches, device)
             both = rate(stream, training, args.batches, device)
             limit = "loader" if alone < step else "model"
-            rows.append({"model": name, "workers": workers, "loader_img_s": alone, "step_img_s": step, "both_img_s": both, "limit": limit,
-                         "conditions": conditions(device, args.dtype, args.batch_size, args.batches) | {"recipe": args.recipe}})
-            print(f"{name:26s} {workers} workers: loader {alone:7.1f}, step {step:7.1f}, both {both:7.1f} images/s; {limit}", flush=True)
+            rows.append({"model": name, "workers": workers, "loader_img_s": alone, "step_img_s": step,
+                         "both_img_s": both, "limit": limit,
+                         "conditions": conditions(device, args.dtype, args.batch_size, args.batches)
+                         | {"recipe": args.recipe}})
+            print(f"{name:26s} {workers} workers: loader {alone:7.1f}, step {step:7.1f}, both {both:7.1f} images/s; "
+                  f"{limit}", flush=True)
             del stream, training
     write_lines(RESULTS, rows)

@@ -1,17 +1,18 @@
-"""Real weights, no fine-tuning: token selection, and neurons cut by HSIC, each alone (methods B2, B3), and a searched plan.
+"""Real weights, no fine-tuning: token selection, and neurons cut by HSIC, each alone (methods B2, B3), and a searched
+plan.
 
     python benchmarks/mdc_table.py --weights deit_tiny_patch16_224.safetensors --cal IMAGENET_CAL --val IMAGENET_VAL
 
-Scores are from 512 images of CAL's train split, top-1 from VAL's held-out split in float32. The search has 60 evaluations on
-300 images of CAL's train split, by the distance to the dense output. "published" GMACs are by the count of arXiv 2201.00043
-(cost.mdc_macs). Rows go to benchmarks/results/mdc_table.jsonl.
+Scores are from 512 images of CAL's train split, top-1 from VAL's held-out split in float32. The search has 60
+evaluations on 300 images of CAL's train split, by the distance to the dense output. "published" GMACs are by the count
+of arXiv 2201.00043 (cost.mdc_macs). Rows go to benchmarks/results/mdc_table.jsonl.
 """
 import argparse
 from pathlib import Path
 
-from vitlab.cost import counts_of, mdc_macs
 from vitlab.plan import CompressionPlan
-from vitlab.results import format_table, write_rows
+from vitlab.plan.cost import counts_of, mdc_macs
+from vitlab.runtime.results import format_table, write_rows
 from vitlab.search.strategies import Settings
 from vitlab.workbench import cutting, searching, steps
 
@@ -43,9 +44,10 @@ if __name__ == "__main__":
         rows.append(steps.evaluate(small, args.val, name=name, crop_pct=CROP, workers=args.workers))
         rows[-1].conditions["published_gmacs"] = published_gmacs(small.plan, cut.get("rho", 0))
         print(format_table(rows, ("model", "top1_pct", "gmacs", "params_m")), flush=True)
-    study = searching.search(dense, args.cal, args.run / "search", limit=GMACS, tokens="select_per_stage", metric="distill_loss",
-                             images=300, options=Settings(evaluations=60), workers=args.workers)
+    study = searching.search(dense, args.cal, args.run / "search", limit=GMACS, tokens="select_per_stage",
+                             metric="distill_loss", images=300, options=Settings(evaluations=60), workers=args.workers)
     plan = CompressionPlan.load(study.folder / searching.PLAN)
     small = steps.apply_plan(dense, plan, args.run / "cut")
-    rows.append(steps.evaluate(small, args.val, name="heads, neurons and tokens, searched", crop_pct=CROP, workers=args.workers))
+    rows.append(steps.evaluate(small, args.val, name="heads, neurons and tokens, searched", crop_pct=CROP,
+                               workers=args.workers))
     write_rows(Path(__file__).parent / "results" / "mdc_table.jsonl", rows)

@@ -1,15 +1,15 @@
-"""What a real model is worth right after compression: every rule and criterion in one run, without labels and without training,
-and after minutes of calibration.
+"""What a real model is worth right after compression: every rule and criterion in one run, without labels and without
+training, and after minutes of calibration.
 
-    python benchmarks/off_the_shelf.py --weights deit_tiny_patch16_224.safetensors --cal IMAGENET_CAL --val IMAGENET_VAL \\
-        --run RUN [--model NAME] [--seeds 0 1 2] [--parts static closed calibrated speed] [--dtype float32] [--quick]
+    python benchmarks/off_the_shelf.py --weights deit_tiny_patch16_224.safetensors --cal IMAGENET_CAL --val IMAGENET_VAL
+        \\ --run RUN [--model NAME] [--seeds 0 1 2] [--parts static closed calibrated speed] [--dtype float32] [--quick]
 
-Calibration images are drawn from CAL's train split by seed; top-1 is on VAL's held-out split, which nothing else sees. Every image is
-kept apart (right or not, KL to the dense output), so that each row has standard errors over images, and its difference to the dense
-model is paired. Part "static" is all that needs no search: dense, ToMe, one ratio, Prune and Merge, shared updates; "closed" adds the
-searches. Rows go to benchmarks/results/off_the_shelf.jsonl (of another model than DeiT-tiny: off_the_shelf_NAME.jsonl), one a plan
-with the values of each seed; a run that was stopped goes on. --quick: one seed, one budget and 20 images, to see that it runs: its rows
-stay in RUN.
+Calibration images are drawn from CAL's train split by seed; top-1 is on VAL's held-out split, which nothing else sees.
+Every image is kept apart (right or not, KL to the dense output), so that each row has standard errors over images, and
+its difference to the dense model is paired. Part "static" is all that needs no search: dense, ToMe, one ratio, Prune
+and Merge, shared updates; "closed" adds the searches. Rows go to benchmarks/results/off_the_shelf.jsonl (of another
+model than DeiT-tiny: off_the_shelf_NAME.jsonl), one a plan with the values of each seed; a run that was stopped goes
+on. --quick: one seed, one budget and 20 images, to see that it runs: its rows stay in RUN.
 """
 import argparse
 import json
@@ -22,19 +22,18 @@ import torch
 from tome import tome, tome_gmacs
 from torch import Tensor, nn
 
-from vitlab import cost
-from vitlab.caveats import caveat
 from vitlab.criteria.planning import prune_and_merge
-from vitlab.files import InputError, append_line, atomic_write, read_lines, write_lines
+from vitlab.measure.capture import token_scores
+from vitlab.measure.evaluate import uses_bf16
+from vitlab.measure.pixels import each_divergence, log_probabilities
+from vitlab.measure.throughput import conditions, measure
 from vitlab.models import compress, deploy
-from vitlab.plan import CompressionPlan
+from vitlab.plan import CompressionPlan, cost
 from vitlab.plots import save_figure, trade_offs
+from vitlab.runtime.caveats import caveat
+from vitlab.runtime.files import InputError, append_line, atomic_write, read_lines, write_lines
+from vitlab.runtime.uncertainty import share_error, standard_error
 from vitlab.search import SearchSpace
-from vitlab.training.capture import token_scores
-from vitlab.training.evaluate import uses_bf16
-from vitlab.training.pixels import each_divergence, log_probabilities
-from vitlab.training.throughput import conditions, measure
-from vitlab.uncertainty import share_error, standard_error
 from vitlab.workbench import steps
 from vitlab.workbench.calibrating import REFITTED, calibrate, in_form
 from vitlab.workbench.gathered import own_labels
@@ -55,16 +54,18 @@ def table_name(model: str) -> str:
 
 
 def measures(right: Sequence[int], dense: Sequence[int], distances: Sequence[float]) -> dict[str, float]:
-    """Top-1 in per cent, its difference to the dense model's on the same images, the mean distance, and the standard error of each
-    over images: of the difference that of the images' own differences, which is less than that of either top-1."""
+    """Top-1 in per cent, its difference to the dense model's on the same images, the mean distance, and the standard
+    error of each over images: of the difference that of the images' own differences, which is less than that of either
+    top-1."""
     paired = 100 * (np.array(right) - np.array(dense))
-    return {"top1_pct": 100 * sum(right) / len(right), "top1_se": share_error(sum(right), len(right)), "images": len(right),
-            "against_dense": float(paired.mean()), "against_dense_se": standard_error(paired),
+    return {"top1_pct": 100 * sum(right) / len(right), "top1_se": share_error(sum(right), len(right)),
+            "images": len(right), "against_dense": float(paired.mean()), "against_dense_se": standard_error(paired),
             "distill_loss": sum(distances) / len(distances), "distill_loss_se": standard_error(distances)}
 
 
 def middle(values: Sequence[float | None], errors: Sequence[float | None]) -> tuple[float, float | None]:
-    """(median of the values that are known, error of the one that is it; of an even number the larger error of the two in the middle)."""
+    """(median of the values that are known, error of the one that is it; of an even number the larger error of the two
+    in the middle)."""
     known = sorted((v, e) for v, e in zip(values, (float("nan") if e is None else e for e in errors)) if v is not None)
     two = known[(len(known) - 1) // 2:len(known) // 2 + 1]
     error = max((e for _, e in two), default=float("nan")) if not any(np.isnan(e) for _, e in two) else None
@@ -82,13 +83,15 @@ class Bench:
         self.dtype = "bfloat16" if self.amp else "float32"
         self.path = args.run / "rows.jsonl"
         self.rows = {(r["name"], r["seed"]): r for r in (read_lines(self.path) if self.path.exists() else [])}
-        self.val = list(steps.open_matching(args.val, self.dense).batches("held_out", self.model, crop_pct=CROP, workers=1,
+        self.val = list(steps.open_matching(args.val, self.dense).batches("held_out", self.model, crop_pct=CROP,
+                                                                          workers=1,
                                                                           limit=QUICK_IMAGES if args.quick else None))
         self.expected = [self.classes(self.model, images) for images, _ in self.val]
         here = args.model, self.dtype, sum(len(targets) for _, targets in self.val)
         for row in self.rows.values():
             if (was := (row["model"], row["dtype"], row["images"])) != here:
-                raise InputError(f"{self.path}: holds rows of {was} (model, dtype, images), not of {here}; choose another --run")
+                raise InputError(f"{self.path}: holds rows of {was} (model, dtype, images), not of {here}; choose "
+                                 f"another --run")
         self.surveys: dict[int, Survey] = {}
 
     @torch.inference_mode()
@@ -107,30 +110,36 @@ class Bench:
 
     def survey(self, seed: int) -> Survey:
         if seed not in self.surveys:
-            self.surveys = {seed: Survey(self.dense, self.args.cal, self.args.run / "survey", images=IMAGES, seed=seed, workers=1,
-                                         progress=False)}
+            self.surveys = {seed: Survey(self.dense, self.args.cal, self.args.run / "survey", images=IMAGES, seed=seed,
+                                         workers=1, progress=False)}
         return self.surveys[seed]
 
-    def add(self, name: str, family: str, seed: int, make: Callable[[], tuple[nn.Module, float, CompressionPlan | None]]) -> None:
+    def add(self, name: str, family: str, seed: int,
+            make: Callable[[], tuple[nn.Module, float, CompressionPlan | None]]) -> None:
         if (name, seed) in self.rows:
             return
         model, gmacs, plan = make()
         right, distances = self.each(model.eval())
         dense = self.rows["dense", 0]["right"] if self.rows else right
-        row = {"name": name, "family": family, "seed": seed, "model": self.args.model, "dtype": self.dtype, "gmacs": gmacs,
-               **measures(right, dense, distances), "right": right, "distances": [round(value, 7) for value in distances],
+        row = {"name": name, "family": family, "seed": seed, "model": self.args.model, "dtype": self.dtype,
+               "gmacs": gmacs, **measures(right, dense, distances), "right": right,
+               "distances": [round(value, 7) for value in distances],
                "plan": None if plan is None else json.loads(plan.to_json())}
         self.rows[name, seed] = row
         append_line(self.path, row)
-        print(f"{name:60s} seed {seed}  {gmacs:.3f} GMACs  top-1 {row['top1_pct']:.2f} ± {row['top1_se']:.2f}", flush=True)
+        print(f"{name:60s} seed {seed}  {gmacs:.3f} GMACs  top-1 {row['top1_pct']:.2f} ± {row['top1_se']:.2f}",
+              flush=True)
 
     def plain(self, plan: CompressionPlan) -> tuple[nn.Module, float, CompressionPlan]:
         return deploy(compress(self.model, plan)), cost.gmacs(plan), plan
 
-    def refitted(self, seed: int, plan: CompressionPlan, form: str = REFITTED) -> tuple[nn.Module, float, CompressionPlan]:
-        images = list(steps.open_matching(self.args.cal, self.dense).batches("train", self.model, limit=REFIT, seed=seed, workers=1))
+    def refitted(self, seed: int, plan: CompressionPlan,
+                 form: str = REFITTED) -> tuple[nn.Module, float, CompressionPlan]:
+        images = list(steps.open_matching(self.args.cal, self.dense).batches("train", self.model, limit=REFIT,
+                                                                             seed=seed, workers=1))
         costs = self.survey(seed).costs
-        return deploy(in_form(form, self.model, plan, images, costs=costs, amp=self.amp, progress=False)), cost.gmacs(plan), plan
+        return deploy(in_form(form, self.model, plan, images, costs=costs, amp=self.amp,
+                              progress=False)), cost.gmacs(plan), plan
 
     def uncalibrated(self) -> None:
         """What needs no calibration image at all."""
@@ -149,10 +158,12 @@ class Bench:
 
     def static(self, seed: int) -> None:
         batches = steps.open_matching(self.args.cal, self.dense).batches("train", self.model, workers=1, seed=seed,
-                                                                               limit=QUICK_IMAGES if self.args.quick else 512)
+                                                                               limit=QUICK_IMAGES if self.args.quick
+                                                                         else 512)
         scores = token_scores(self.model, own_labels(self.model, list(batches), torch.device("cpu")), progress=False)
         for keep in (0.7, 0.6, 0.5, 0.4):
-            for name, settings in (("Prune and Merge", {"boundary": "reference", "weights": "reference", "prune_rate": 0.1}),
+            for name, settings in (("Prune and Merge",
+                                    {"boundary": "reference", "weights": "reference", "prune_rate": 0.1}),
                                    ("shared updates", {"prune_rate": 0.0, "share": True})):
                 plan = prune_and_merge(scores, self.shape, keep_rate=keep, **settings)
                 self.add(f"{name}, keep {keep}", name, seed, lambda plan=plan: self.plain(plan))
@@ -164,7 +175,8 @@ class Bench:
                 2 * self.shape.num_tokens * self.shape.embed_dim * self.shape.num_neurons * self.shape.depth)
             space = SearchSpace(shape=self.shape, units=("neurons",), tokens="none", max_ratio=0.75)
             plan = space.plan([ratio + 1e-3] * space.size, neurons=self.survey(seed).scores["neurons"])
-            self.add(f"neurons, as much in each block, {gmacs}", "neurons, closed form", seed, lambda plan=plan: self.refitted(seed, plan))
+            self.add(f"neurons, as much in each block, {gmacs}", "neurons, closed form", seed,
+                     lambda plan=plan: self.refitted(seed, plan))
 
     def searched(self, rule: str, seed: int, budgets: tuple[float, ...]) -> Iterator[tuple[str, CompressionPlan, str]]:
         """(name, plan, form) of the nearest of the plans that a search finds, each refitted."""
@@ -179,7 +191,8 @@ class Bench:
         if seed not in self.args.search_seeds:
             return
         self.units(seed)
-        for rule, costs in (("merging by content", budgets), ("shared updates", budgets), ("neurons", NEURONS), ("all together", budgets)):
+        for rule, costs in (("merging by content", budgets), ("shared updates", budgets), ("neurons", NEURONS),
+                            ("all together", budgets)):
             for name, plan, form in self.searched(rule, seed, costs):
                 self.add(name, f"{rule}, searched", seed, lambda plan=plan, form=form: self.refitted(seed, plan, form))
 
@@ -188,8 +201,8 @@ class Bench:
         for rule in ("shared updates", "merging by content"):
             for name, plan, _ in self.searched(rule, self.args.search_seeds[0], (0.75,)):
                 def make(plan: CompressionPlan = plan, name: str = name) -> tuple[nn.Module, float, CompressionPlan]:
-                    found = calibrate(self.dense, self.args.cal, self.args.run / f"{name} {seed}", plan, minutes=self.args.minutes,
-                                      seed=seed, workers=1)
+                    found = calibrate(self.dense, self.args.cal, self.args.run / f"{name} {seed}", plan,
+                                      minutes=self.args.minutes, seed=seed, workers=1)
                     return deploy(found.model), cost.gmacs(plan), plan
                 self.add(f"{name}, calibrated", f"{rule}, calibrated", seed, make)
 
@@ -208,8 +221,8 @@ class Bench:
             torch.device("cpu"), "float32", 32, self.args.repeats)}))
 
     def write(self) -> None:
-        """One row a name: the median over seeds, and each seed's values; what earlier runs measured in this dtype of other names and
-        seeds stays."""
+        """One row a name: the median over seeds, and each seed's values; what earlier runs measured in this dtype of
+        other names and seeds stays."""
         path, name = self.args.run / "speed.json", table_name(self.args.model)
         results = (self.args.run if self.args.quick else RESULTS) / f"{name}.jsonl"
         speed = json.loads(path.read_text()) if path.exists() else {"models": {}, "conditions": {}}
@@ -222,16 +235,20 @@ class Bench:
         for plan, rows in grouped.items():
             timed = speed["models"].get(plan.removesuffix(", calibrated"), {})
             gmacs = statistics.median(r["gmacs"] for r in rows)
-            found = {"model": plan, "family": rows[0]["family"], "gmacs": gmacs, "throughput_img_s": timed.get("throughput_img_s"),
-                     "ratio": timed.get("ratio"),
-                     "conditions": {"seeds": [r["seed"] for r in rows], **{key: [r[field] for r in rows] for key, field in DRAWN.items()},
+            found = {"model": plan, "family": rows[0]["family"], "gmacs": gmacs,
+                     "throughput_img_s": timed.get("throughput_img_s"), "ratio": timed.get("ratio"),
+                     "conditions": {"seeds": [r["seed"] for r in rows],
+                                    **{key: [r[field] for r in rows] for key, field in DRAWN.items()},
                                     "images": rows[0]["images"], "dtype": self.dtype, "of": self.args.model,
                                     **({"quick": True} if self.args.quick else {}),
-                                    "speed": speed["conditions"] | ({"ratio_range": timed["ratio_range"]} if timed else {}),
-                                    "of_mac_ratio": timed["ratio"] * gmacs / grouped["dense"][0]["gmacs"] if timed else None}}
+                                    "speed": speed["conditions"]
+                                    | ({"ratio_range": timed["ratio_range"]} if timed else {}),
+                                    "of_mac_ratio": timed["ratio"] * gmacs / grouped["dense"][0]["gmacs"] if timed
+                                    else None}}
             out.append(with_earlier(found, earlier.pop(plan, None)))
         order = [row["model"] for row in before]
-        out = sorted([*out, *earlier.values()], key=lambda row: order.index(row["model"]) if row["model"] in order else len(order))
+        out = sorted([*out, *earlier.values()], key=lambda row: order.index(row["model"]) if row["model"] in order
+                     else len(order))
         write_lines(results, out)
         draw(out, self.args.run if self.args.quick else DOCS, name)
 
@@ -242,8 +259,8 @@ DRAWN = {"draws": "top1_pct", "draws_se": "top1_se", "against": "against_dense",
 
 
 def with_earlier(row: dict, earlier: dict | None) -> dict:
-    """A row with the draws that an earlier run measured with other seeds, its speed where there is no newer one, and the medians of
-    all draws with their errors."""
+    """A row with the draws that an earlier run measured with other seeds, its speed where there is no newer one, and
+    the medians of all draws with their errors."""
     now = row["conditions"]
     if earlier is not None:
         was = earlier["conditions"]
@@ -274,9 +291,11 @@ def draw(rows: list[dict], folder: Path = DOCS, name: str = "off_the_shelf") -> 
     _draw(rows, "distill_loss", "distance to the dense model (nats)", (1.3, 8e-4), "log", folder, f"{name}_distance")
 
 
-def _draw(rows: list[dict], value: str, ylabel: str, limits: tuple[float, float], scale: str, folder: Path, name: str) -> None:
+def _draw(rows: list[dict], value: str, ylabel: str, limits: tuple[float, float], scale: str, folder: Path,
+          name: str) -> None:
     batch = next((r["conditions"]["speed"]["batch_size"] for r in rows if r["ratio"]), None)
-    keys = {"GMACs per image": "gmacs", f"throughput over the dense model's, same run\n(float32, batch {batch})": "ratio"}
+    keys = {"GMACs per image": "gmacs",
+            f"throughput over the dense model's, same run\n(float32, batch {batch})": "ratio"}
     dense = next(r for r in rows if r["model"] == "dense")
 
     def point(row: dict, key: str) -> tuple:
@@ -304,7 +323,8 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--search-seeds", type=int, nargs="+", help="seeds with searches of their own (default: all)")
     parser.add_argument("--parts", nargs="+", default=list(PARTS[1:]), choices=PARTS)
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where the CPU has it")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where "
+                                                                                                 "the CPU has it")
     parser.add_argument("--minutes", type=float, default=MINUTES)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--quick", action="store_true")

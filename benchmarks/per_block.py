@@ -1,13 +1,15 @@
-"""Merging by content as Prune and Merge places it: tokens merged before each block and given back after it, with a shortcut for
-what sets a token apart, fixed or learned; beside rule `match`, where merged tokens stay merged, at equal multiply-adds.
+"""Merging by content as Prune and Merge places it: tokens merged before each block and given back after it, with a
+shortcut for what sets a token apart, fixed or learned; beside rule `match`, where merged tokens stay merged, at equal
+multiply-adds.
 
-    python benchmarks/per_block.py --weights deit_tiny_patch16_224.safetensors --cal IMAGENET_CAL --val IMAGENET_VAL [--minutes 5]
+    python benchmarks/per_block.py --weights deit_tiny_patch16_224.safetensors --cal IMAGENET_CAL --val IMAGENET_VAL
+    [--minutes 5]
 
     z = merge(x), y = given(Block(z)) + own (x - given(z))
 
-own (D) of each block: 0 writes one value over a region, 1 is the shared update (methods C1); learned: Adam on the KL to the dense
-model's output on 800 calibration images, the best state on 200 others. Regions are made anew in each block from its input,
-attention is proportional.
+own (D) of each block: 0 writes one value over a region, 1 is the shared update (methods C1); learned: Adam on the KL to
+the dense model's output on 800 calibration images, the best state on 200 others. Regions are made anew in each block
+from its input, attention is proportional.
 """
 import argparse
 import copy
@@ -20,14 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitlab import cost, matching
-from vitlab.files import write_lines
+from vitlab.measure.evaluate import evaluate, uses_bf16
+from vitlab.measure.pixels import log_probabilities
 from vitlab.models import compress, deploy
 from vitlab.models.match import size_mask
-from vitlab.plan import CompressionPlan
+from vitlab.plan import CompressionPlan, cost, matching
+from vitlab.runtime.files import write_lines
 from vitlab.search import SearchSpace
-from vitlab.training.evaluate import evaluate, uses_bf16
-from vitlab.training.pixels import log_probabilities
 from vitlab.training.self_distillation import Divergence
 from vitlab.workbench import steps
 
@@ -49,7 +50,8 @@ class PerBlock(nn.Module):
             places = matching.new_places(order, into, x.shape[1] - 1)
         means, sizes = matching.merge(x[:, 1:], x.new_ones(x.shape[0], x.shape[1] - 1), order, into)
         z, sizes = torch.cat([x[:, :1], means], dim=1), torch.cat([sizes.new_ones(len(x), 1), sizes], dim=1)
-        spread = matching.give_back(torch.cat([self.block(z, attn_mask=size_mask(sizes, x.dtype)), z], dim=2), places, 1)
+        spread = matching.give_back(torch.cat([self.block(z, attn_mask=size_mask(sizes, x.dtype)), z], dim=2), places,
+                                    1)
         after, before = spread.chunk(2, dim=2)
         return after + self.own * (x - before)
 
@@ -64,18 +66,21 @@ def per_block(dense: nn.Module, first: int, merged: int, own: float) -> nn.Modul
 def gmacs(shape, first: int, merged: int) -> float:
     """Everything that is multiplied, comparing and pooling too."""
     tokens = np.where(np.arange(shape.depth) < first, shape.num_tokens, shape.num_tokens - merged)
-    counts = dataclasses.replace(cost.counts_of(CompressionPlan.empty(shape)), attended=tokens, in_mlp=tokens, queried=tokens)
+    counts = dataclasses.replace(cost.counts_of(CompressionPlan.empty(shape)), attended=tokens, in_mlp=tokens,
+                                 queried=tokens)
     n = shape.num_patches
     extra = (shape.depth - first) * (n // 2 * (n - n // 2) + n // 2 + merged) * shape.embed_dim
     return (int(cost.macs_of(shape, counts)["total"]) + extra) / 1e9
 
 
-def learn(model: nn.Module, dense: nn.Module, images: list[Tensor], apart: list[Tensor], minutes: float, amp: bool) -> nn.Module:
+def learn(model: nn.Module, dense: nn.Module, images: list[Tensor], apart: list[Tensor], minutes: float,
+          amp: bool) -> nn.Module:
     """The model with its shortcuts learned; the state with the least distance on the images set apart."""
     own = [p for name, p in model.named_parameters() if name.endswith(".own")]
     for parameter in model.parameters():
         parameter.requires_grad_(any(parameter is p for p in own))
-    distance, optimizer, began = Divergence(dense, [(x, x) for x in apart], amp), torch.optim.Adam(own, lr=LR), time.monotonic()
+    distance, optimizer, began = Divergence(dense, [(x, x) for x in apart],
+                                            amp), torch.optim.Adam(own, lr=LR), time.monotonic()
     best, state = distance(model), copy.deepcopy(model.state_dict())
     with torch.no_grad():
         expected = [log_probabilities(dense, x, amp) for x in images]
@@ -100,7 +105,8 @@ if __name__ == "__main__":
     found = steps.open_model(args.weights, model=NAME)
     dense, amp = found.model.eval(), uses_bf16(torch.device("cpu"), None)
     shape = steps.shape_of(dense)
-    cal = [x for x, _ in steps.open_matching(args.cal, found).batches("train", dense, limit=1000, batch_size=BATCH, workers=1)]
+    cal = [x for x,
+           _ in steps.open_matching(args.cal, found).batches("train", dense, limit=1000, batch_size=BATCH, workers=1)]
     val = list(steps.open_matching(args.val, found).batches("held_out", dense, crop_pct=CROP, workers=1))
     distance, rows = Divergence(dense, val, amp), []
 
@@ -108,8 +114,10 @@ if __name__ == "__main__":
         measured = evaluate(model, val, amp=amp, progress=False)
         rows.append({"model": name, "top1_pct": measured.top1_pct, "top1_se": measured.top1_se, "gmacs": cost_gmacs,
                      **distance.measured(model, "distill_loss"),
-                     "conditions": {"images": measured.images, "dtype": "bfloat16" if amp else "float32", "minutes": args.minutes}})
-        print(f"{name:60s} {cost_gmacs:.3f} GMACs  top-1 {measured.top1_pct:.2f}  {rows[-1]['distill_loss']:.3f} nats", flush=True)
+                     "conditions": {"images": measured.images, "dtype": "bfloat16" if amp else "float32",
+                                    "minutes": args.minutes}})
+        print(f"{name:60s} {cost_gmacs:.3f} GMACs  top-1 {measured.top1_pct:.2f}  {rows[-1]['distill_loss']:.3f} nats",
+              flush=True)
         write_lines(RESULTS, rows)
     add("dense", dense, cost.gmacs(CompressionPlan.empty(shape)))
     space = SearchSpace(shape=shape, units=(), tokens="match", max_ratio=0.5)
@@ -126,5 +134,5 @@ if __name__ == "__main__":
             add(f"{where}, own {own:g}", model, gmacs(shape, first, merged))
             if own != 0.5:
                 split = len(cal) * 4 // 5
-                add(f"{where}, own learned from {own:g}", learn(model, dense, cal[:split], cal[split:], args.minutes, amp),
-                    gmacs(shape, first, merged))
+                add(f"{where}, own learned from {own:g}",
+                    learn(model, dense, cal[:split], cal[split:], args.minutes, amp), gmacs(shape, first, merged))

@@ -2,10 +2,11 @@
 
     python benchmarks/scale.py [--quick]
 
-Memory: weights, gradients, Adam's two moments, the moving average and the teacher from the parameters; activations by counting
-each tensor that autograd keeps, in a real forward of the model on the CPU (autocast to bfloat16, as on a GPU). Time: training steps
-in float32 on this CPU; on a GPU estimated from the multiply-adds, three forwards a step (one of the model, two for its backward) and
-one of the teacher, at UTILISATION of the bfloat16 peak that its maker states, and so marked. Rows: benchmarks/results/scale.jsonl.
+Memory: weights, gradients, Adam's two moments, the moving average and the teacher from the parameters; activations by
+counting each tensor that autograd keeps, in a real forward of the model on the CPU (autocast to bfloat16, as on a GPU).
+Time: training steps in float32 on this CPU; on a GPU estimated from the multiply-adds, three forwards a step (one of
+the model, two for its backward) and one of the teacher, at UTILISATION of the bfloat16 peak that its maker states, and
+so marked. Rows: benchmarks/results/scale.jsonl.
 """
 import argparse
 import time
@@ -13,17 +14,18 @@ from pathlib import Path
 
 import torch
 
-from vitlab.cost import gmacs
-from vitlab.files import write_lines
+from vitlab.measure.throughput import conditions
 from vitlab.models import shape_of
 from vitlab.models.create import create_model
 from vitlab.plan import CompressionPlan
+from vitlab.plan.cost import gmacs
+from vitlab.runtime.files import write_lines
 from vitlab.training.recipes import recipe
-from vitlab.training.throughput import conditions
 
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224")
 PEAK_TFLOPS = {"A100": 312, "H100": 989}            # bfloat16, dense, from their data sheets
-UTILISATION = 0.35                                  # of the peak; what well-tuned ViT trainings reach lies between 0.3 and 0.5
+# of the peak; what well-tuned ViT trainings reach lies between 0.3 and 0.5
+UTILISATION = 0.35
 IMAGES, GB = 1_281_167, 1e9
 RESULTS = Path(__file__).parent / "results" / "scale.jsonl"
 
@@ -72,16 +74,20 @@ if __name__ == "__main__":
         model.set_grad_checkpointing(False)
         per_image, per_image_ckpt = (more - few) / 2, (more_ckpt - few_ckpt) / 2
         cpu = train_rate(model, 4, 2)
-        flops = 2 * macs * 1e9 * (3 + 1)                                            # an image of a step, with a teacher as large
+        # an image of a step, with a teacher as large
+        flops = 2 * macs * 1e9 * (3 + 1)
         row = {"model": name, "params_m": parameters / 1e6, "gmacs": macs, "state_gb": parameters * 20 / GB,
                "activations_mb": per_image / 1e6, "activations_checkpointed_mb": per_image_ckpt / 1e6, "cpu_img_s": cpu,
                "conditions": conditions(torch.device("cpu"), "float32", 4, 2)}
         for gpu, peak in PEAK_TFLOPS.items():
             row[f"{gpu}_img_s"] = UTILISATION * peak * 1e12 / flops
         finetune = recipe("deit_tiny_pm").epochs * IMAGES
-        row["finetune_hours"] = {"8 x A100": finetune / row["A100_img_s"] / 8 / 3600, "1 x A100": finetune / row["A100_img_s"] / 3600,
+        row["finetune_hours"] = {"8 x A100": finetune / row["A100_img_s"] / 8 / 3600,
+                                 "1 x A100": finetune / row["A100_img_s"] / 3600,
                                  "16 x H100": finetune / row["H100_img_s"] / 16 / 3600}
         rows.append(row)
-        print(f"{name:26s} {parameters / 1e6:6.1f} M, state {row['state_gb']:.2f} GB, {per_image / 1e6:.0f} MB an image "
-              f"({per_image_ckpt / 1e6:.0f} checkpointed), {cpu:.2f} images/s here, A100 about {row['A100_img_s']:.0f}", flush=True)
+        print(f"{name:26s} {parameters / 1e6:6.1f} M, state {row['state_gb']:.2f} GB, {per_image / 1e6:.0f} MB an "
+              f"image "
+              f"({per_image_ckpt / 1e6:.0f} checkpointed), {cpu:.2f} images/s here, A100 about {row['A100_img_s']:.0f}",
+              flush=True)
     write_lines(RESULTS, rows)

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from vitlab.measure.capture import token_scores
+from vitlab.measure.throughput import conditions
 from vitlab.models.create import create_model
-from vitlab.results import ResultRow, write_rows
-from vitlab.training.capture import token_scores
-from vitlab.training.throughput import conditions
+from vitlab.runtime.results import ResultRow, write_rows
 
 REPEATS, BATCH = 7, 16
 
@@ -24,7 +24,8 @@ def main() -> None:
     rows = []
     for name in ("deit_tiny_patch16_224", "deit_small_patch16_224"):
         model = create_model(name).to(device)
-        images, targets = torch.randn(BATCH, 3, 224, 224, device=device), torch.zeros(BATCH, dtype=torch.long, device=device)
+        images, targets = torch.randn(BATCH, 3, 224, 224,
+                                      device=device), torch.zeros(BATCH, dtype=torch.long, device=device)
 
         def plain(model=model, images=images, targets=targets) -> None:
             F.cross_entropy(model(images), targets).backward()
@@ -44,7 +45,8 @@ def main() -> None:
         ratios = [b / a for a, b in zip(times["plain"][1:], times["scoring"][1:])]
         rows.append(ResultRow(model=f"{name} token scores over forward and backward", ratio=statistics.median(ratios),
                               latency_ms=1000 * statistics.median(times["scoring"][1:]),
-                              conditions=conditions(device, "float32", BATCH, REPEATS) | {"ratio_range": [min(ratios), max(ratios)]}))
+                              conditions=conditions(device, "float32", BATCH, REPEATS)
+                              | {"ratio_range": [min(ratios), max(ratios)]}))
         print(f"{name}: {rows[-1].ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     write_rows(Path(__file__).parent / "results" / "score_cost.jsonl", rows)
 

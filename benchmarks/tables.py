@@ -6,15 +6,15 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from vitlab.caveats import caveat
-from vitlab.files import atomic_write, read_lines
-from vitlab.results import ratio_words, with_range
-from vitlab.uncertainty import error_name, plus_minus, share_error
+from vitlab.runtime.caveats import caveat
+from vitlab.runtime.files import atomic_write, read_lines
+from vitlab.runtime.results import ratio_words, with_range
+from vitlab.runtime.uncertainty import error_name, plus_minus, share_error
 
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "prune_and_merge.md", HERE.parent / "docs" / "search.md",
-         HERE.parent / "docs" / "off_the_shelf.md", HERE.parent / "docs" / "results.md", HERE.parent / "docs" / "scale.md",
-         HERE.parent / "docs" / "segmentation.md", HERE.parent / "docs" / "log.md")
+         HERE.parent / "docs" / "off_the_shelf.md", HERE.parent / "docs" / "results.md",
+         HERE.parent / "docs" / "scale.md", HERE.parent / "docs" / "segmentation.md", HERE.parent / "docs" / "log.md")
 
 
 PAIRED = "against the dense model: the standard error of the images' own differences"
@@ -48,7 +48,7 @@ def _against(r: dict, value: float, name: str = "against_dense") -> str:
 def _sampled(values: list[float], images: int) -> str:
     """How sure each of these top-1 is, where ± beside each would be too much."""
     errors = [share_error(round(value * images / 100), images) for value in values]
-    return f"One standard error over the {images:,} images is {min(errors):.1f} to {max(errors):.1f} points, within a draw or seed"
+    return f"One standard error over the {images:,} images is {min(errors):.1f} to {max(errors):.1f} points, within a draw or seed"  # noqa: E501
 
 
 def _notes(rows: list[dict], *names: str, paired: bool = False) -> list[str]:
@@ -106,12 +106,15 @@ def published_table(rows: list[dict]) -> str:
         draws = r["conditions"]["draws"]
         return f"{r['top1_pct']:.1f} ({min(draws):.1f} to {max(draws):.1f})"
 
-    costs = [f"keep {k}, {cell[names[0], k]['gmacs']:.2f} GMACs ({cell[names[0], k]['conditions']['gmacs_published']:.2f} published)"
+    costs = [f"keep {k}, {cell[names[0], k]['gmacs']:.2f} GMACs "
+             f"({cell[names[0], k]['conditions']['gmacs_published']:.2f} published)"
              for k in keeps]
     body = [["dense", *[f"{dense['top1_pct']:.1f}"] * len(keeps)]]
-    body += [["absolute per " + n.replace("batch ", "batch of ").replace("image 64", "image"), *[text(cell[n, k]) for k in keeps]]
+    body += [["absolute per " + n.replace("batch ", "batch of ").replace("image 64", "image"),
+              *[text(cell[n, k]) for k in keeps]]
              for n in names]
-    return _table(["scores and plan", *costs], body, [_sampled([r["top1_pct"] for r in rows], dense["conditions"]["images"])])
+    return _table(["scores and plan", *costs], body,
+                  [_sampled([r["top1_pct"] for r in rows], dense["conditions"]["images"])])
 
 
 def cifar10(rows: list[dict]) -> str:
@@ -124,7 +127,8 @@ def token_speed(rows: list[dict]) -> str:
     """Dense and deployed rows; the training form's are in the results and the figure."""
     def line(r: dict) -> list[str]:
         c = r["conditions"]
-        return [r["model"].replace("_patch16_224", ""), f"{c['dtype']}, batch {c['batch_size']}, {c['threads']} threads, {c['device']}",
+        return [r["model"].replace("_patch16_224", ""), f"{c['dtype']}, batch {c['batch_size']}, {c['threads']} "
+                                                        f"threads, {c['device']}",
                 f"{r['gmacs']:.3f}", f"{r['throughput_img_s']:.1f}", _ratio(r), f"{c['of_mac_ratio']:.2f}"]
     head = ["model", "conditions", "GMACs", "images/s", "throughput ratio", "of the MAC ratio"]
     return _table(head, [line(r) for r in rows if "training" not in r["model"]], _speed(rows)[1])
@@ -144,34 +148,37 @@ def joint(rows: list[dict]) -> str:
     dense = rows[0]["top1_pct"]
     name, notes = _speed(rows)
     return _table(["model", "top-1 %", "against dense", "GMACs", "parameters (M)", name],
-                  [[r["model"], _value(r, "top1_pct", 2), f"{r['top1_pct'] - dense:+.2f}", f"{r['gmacs']:.4f}", f"{r['params_m']:.3f}",
-                    _ratio(r)] for r in rows], [*_notes(rows, "top1_pct"), *notes])
+                  [[r["model"], _value(r, "top1_pct", 2), f"{r['top1_pct'] - dense:+.2f}", f"{r['gmacs']:.4f}",
+                    f"{r['params_m']:.3f}", _ratio(r)] for r in rows], [*_notes(rows, "top1_pct"), *notes])
 
 
 def latency(rows: list[dict]) -> str:
     """The summary row: the error of the prediction over all plans."""
     c = rows[-1]["conditions"]
     return _table(["model and conditions", "median error %", "largest error %", "table measured in (s)"],
-                  [[f"{rows[-1]['model'].replace('_patch16_224', '')}, {c['dtype']}, batch {c['batch_size']}, {c['threads']} threads, "
-                    f"{c['device']}", f"{c['median_error_pct']:.1f}", f"{c['largest_error_pct']:.1f}", f"{c['table_s']:.0f}"]])
+                  [[f"{rows[-1]['model'].replace('_patch16_224', '')}, {c['dtype']}, batch {c['batch_size']}, "
+                    f"{c['threads']} threads, "
+                    f"{c['device']}", f"{c['median_error_pct']:.1f}", f"{c['largest_error_pct']:.1f}",
+                    f"{c['table_s']:.0f}"]])
 
 
 def hsic_speed(rows: list[dict]) -> str:
     return _table(["what", "seconds", "times the batched dependence", "of a forward"],
-                  [[r["model"].replace("deit_tiny_patch16_224 ", ""), f"{r['latency_ms'] / 1000:.2f}", f"{r['ratio']:.1f}",
-                    f"{r['conditions']['of_forward']:.2f}"] for r in rows])
+                  [[r["model"].replace("deit_tiny_patch16_224 ", ""), f"{r['latency_ms'] / 1000:.2f}",
+                    f"{r['ratio']:.1f}", f"{r['conditions']['of_forward']:.2f}"] for r in rows])
 
 
 def search_quality(rows: list[dict]) -> str:
-    """One line per budget and strategy: best so far, and the best policy's top-1 on other images, median (range) of the seeds."""
+    """One line per budget and strategy: best so far, and the best policy's top-1 on other images, median (range) of the
+    seeds."""
     def text(values: list[float | None]) -> str:
         return "-" if None in values else f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
     body = []
     for fraction, name in dict.fromkeys((r["conditions"]["fraction"], r["conditions"]["strategy"]) for r in rows):
         mine = [r for r in rows if (r["conditions"]["fraction"], r["conditions"]["strategy"]) == (fraction, name)]
         best = [r["conditions"]["best_so_far"] for r in mine]
-        body.append([f"{fraction:.0%}", "ours" if name == "gp" else name, *[text([b[n - 1] for b in best]) for n in (20, 40, 60)],
-                     text([r["top1_pct"] for r in mine])])
+        body.append([f"{fraction:.0%}", "ours" if name == "gp" else name,
+                     *[text([b[n - 1] for b in best]) for n in (20, 40, 60)], text([r["top1_pct"] for r in mine])])
     held = rows[0]["conditions"]["held_images"]
     return _table(["MACs", "search", "after 20", "after 40", "after 60", f"on {held:,} other images"], body,
                   [_sampled([r["top1_pct"] for r in rows], held) + "; these are the same for every search"])
@@ -184,35 +191,44 @@ def off_the_shelf(rows: list[dict]) -> str:
         return _value(r, "top1_pct", 2) + (f" ({min(draws):.2f} to {max(draws):.2f})" if len(draws) > 1 else "")
 
     name, notes = _speed(rows)
-    timed = any(r["ratio"] for r in rows)                                       # where none was, there are no columns of speed
+    # where none was, there are no columns of speed
+    timed = any(r["ratio"] for r in rows)
 
     def line(r: dict) -> list[str]:
         speed = [_ratio(r), f"{r['conditions']['of_mac_ratio']:.2f}" if r["ratio"] else "-"]
-        return [r["model"], f"{r['gmacs']:.2f}", top1(r), _against(r, r["against_dense"]), _value(r, "distill_loss", 3), *speed[:2 * timed]]
-    head = ["rule", "GMACs", "top-1 %", "against dense", "distance to dense (nats)", *[name, "of the MAC ratio"][:2 * timed]]
+        return [r["model"], f"{r['gmacs']:.2f}", top1(r), _against(r, r["against_dense"]), _value(r, "distill_loss", 3),
+                *speed[:2 * timed]]
+    head = ["rule", "GMACs", "top-1 %", "against dense", "distance to dense (nats)",
+            *[name, "of the MAC ratio"][:2 * timed]]
     paired = any(r.get("against_dense_se") is not None for r in rows)
     measured = ", ".join(dict.fromkeys(r["conditions"]["dtype"] for r in rows))
-    return _table(head, [line(r) for r in rows], [f"Top-1 and distance in {measured}", *_notes(rows, "top1_pct", paired=paired), *notes])
+    return _table(head, [line(r) for r in rows],
+                  [f"Top-1 and distance in {measured}", *_notes(rows, "top1_pct", paired=paired), *notes])
 
 
 def off_the_shelf_short(rows: list[dict]) -> str:
     """Both models side by side, without the points that only the figure needs."""
-    shown = ("dense", "ToMe, r 8", "ToMe, r 13", "ToMe, r 16", "merging by content, one ratio, 0.75", "merging by content, one ratio, 0.6",
-             "selection by class attention, one ratio, 0.75", "shared updates, keep 0.6", "Prune and Merge, keep 0.6")
-    both = [{r["model"]: r for r in found} for found in (rows, read_lines(HERE / "results" / "off_the_shelf_vit_tiny.jsonl"))]
+    shown = ("dense", "ToMe, r 8", "ToMe, r 13", "ToMe, r 16", "merging by content, one ratio, 0.75",
+             "merging by content, one ratio, 0.6", "selection by class attention, one ratio, 0.75",
+             "shared updates, keep 0.6", "Prune and Merge, keep 0.6")
+    both = [{r["model"]: r for r in found}
+            for found in (rows, read_lines(HERE / "results" / "off_the_shelf_vit_tiny.jsonl"))]
     name, notes = _speed(rows)
 
     def line(rule: str) -> list[str]:
         each = [[_against(r[rule], r[rule]["against_dense"]), _value(r[rule], "distill_loss", 3)] for r in both]
         return [rule, f"{both[0][rule]['gmacs']:.2f}", *each[0], *each[1], _ratio(both[0][rule])]
-    measured = [f"{model}, {what}" for model in ("DeiT-tiny", "AugReg") for what in ("top-1 against dense", "distance (nats)")]
+    measured = [f"{model}, {what}" for model in ("DeiT-tiny", "AugReg")
+                for what in ("top-1 against dense", "distance (nats)")]
     head = ["rule", "GMACs", *measured, name]
     top1 = " and ".join(_value(r["dense"], "top1_pct", 2) for r in both)
-    return _table(head, [line(rule) for rule in shown], [f"Dense top-1: {top1}", *_notes(rows, "distill_loss", paired=True), *notes])
+    return _table(head, [line(rule) for rule in shown],
+                  [f"Dense top-1: {top1}", *_notes(rows, "distill_loss", paired=True), *notes])
 
 
 def calibration_images(rows: list[dict]) -> str:
-    """The distance to the dense model's output for each budget and number of images, one ridge for all beside one chosen for each layer."""
+    """The distance to the dense model's output for each budget and number of images, one ridge for all beside one
+    chosen for each layer."""
     short = {"deit_tiny_patch16_224": "DeiT-tiny", "vit_tiny_patch16_224.augreg_in21k_ft_in1k": "AugReg"}
     groups = [(m, g) for m in short for g in dict.fromkeys(r["gmacs_limit"] for r in rows if r["model"] == m)]
     found = {(r["model"], r["gmacs_limit"], r["ridge"], r["refitted_on"]): r for r in rows}
@@ -224,15 +240,19 @@ def calibration_images(rows: list[dict]) -> str:
 
     def line(model: str, gmacs: float) -> list[str]:
         none = found.get((model, gmacs, "none", 0))
-        return [f"{short[model]}, {gmacs:.2f}", "-" if none is None else plus_minus(none["distill_loss"], none["distill_loss_se"], 3),
+        return [f"{short[model]}, {gmacs:.2f}",
+                "-" if none is None else plus_minus(none["distill_loss"], none["distill_loss_se"], 3),
                 *(cell(model, gmacs, count) for count in counts)]
-    return _table(["model, GMACs", "not refitted", *(f"{count} images" for count in counts)], [line(*group) for group in groups],
-                  ["One ridge for all layers / chosen for each", f"±: one standard error over {rows[0]['images']} images"])
+    return _table(["model, GMACs", "not refitted", *(f"{count} images" for count in counts)],
+                  [line(*group) for group in groups],
+                  ["One ridge for all layers / chosen for each", f"±: one standard error over {rows[0]['images']} "
+                                                                 f"images"])
 
 
 def per_block(rows: list[dict]) -> str:
     return _table(["merging by content", "GMACs", "top-1 %", "distance to dense (nats)"],
-                  [[r["model"], f"{r['gmacs']:.2f}", _value(r, "top1_pct", 2), _value(r, "distill_loss", 3)] for r in rows],
+                  [[r["model"], f"{r['gmacs']:.2f}", _value(r, "top1_pct", 2), _value(r, "distill_loss", 3)]
+                   for r in rows],
                   _notes(rows, "top1_pct"))
 
 
@@ -248,16 +268,18 @@ def camvid(rows: list[dict]) -> str:
         return [r["model"], f"{r['gmacs']:.2f}", *found, _ratio(r)]
     name, notes = _speed(rows)
     measures = [f"{stage}_{split}_miou_pct" for stage in ("closed", "tuned") for split in ("val", "test")]
-    return _table(["rule", "GMACs", "mIoU % on val, off the shelf", "fine-tuned", "on test, off the shelf", "fine-tuned", name],
+    return _table(["rule", "GMACs", "mIoU % on val, off the shelf", "fine-tuned", "on test, off the shelf",
+                   "fine-tuned", name],
                   [line(r) for r in rows], [*_notes(rows, *measures), *notes])
 
 
 def scale(rows: list[dict]) -> str:
-    head = ["model", "GMACs", "memory of the model (GB)", "of an image (MB)", "images/s, one CPU core", "images/s, one A100 (estimated)",
-            "30 epochs of ImageNet with a teacher (estimated)"]
+    head = ["model", "GMACs", "memory of the model (GB)", "of an image (MB)", "images/s, one CPU core",
+            "images/s, one A100 (estimated)", "30 epochs of ImageNet with a teacher (estimated)"]
     return _table(head, [[r["model"].replace("_patch16_224", ""), f"{r['gmacs']:.1f}", f"{r['state_gb']:.1f}",
-                          f"{r['activations_mb']:.0f} ({r['activations_checkpointed_mb']:.0f})", f"{r['cpu_img_s']:.1f}",
-                          f"{r['A100_img_s']:.0f}", ", ".join(f"{hours:.1f} h on {where}" for where, hours in r["finetune_hours"].items())]
+                          f"{r['activations_mb']:.0f} ({r['activations_checkpointed_mb']:.0f})",
+                          f"{r['cpu_img_s']:.1f}", f"{r['A100_img_s']:.0f}",
+                          ", ".join(f"{hours:.1f} h on {where}" for where, hours in r["finetune_hours"].items())]
                          for r in rows])
 
 
@@ -265,18 +287,22 @@ def allocator(rows: list[dict]) -> str:
     def text(values: list[float], digits: int) -> str:
         return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
     head = ["model", "images/s, over processes", "fresh pages a forward"]
-    return _table(head, [[r["model"].replace("_patch16_224", ""), text(r["conditions"]["draws"], 1), text(r["conditions"]["pages"], 0)]
+    return _table(head,
+                  [[r["model"].replace("_patch16_224", ""), text(r["conditions"]["draws"], 1),
+                    text(r["conditions"]["pages"], 0)]
                          for r in rows])
 
 
 def loader(rows: list[dict]) -> str:
-    return _table(["model, one step of 32 images", "loader processes", "loader alone (images/s)", "steps alone", "both", "the limit"],
-                  [[r["model"].replace("_patch16_224", ""), str(r["workers"]), f"{r['loader_img_s']:.0f}", f"{r['step_img_s']:.0f}",
-                    f"{r['both_img_s']:.0f}", r["limit"]] for r in rows])
+    return _table(["model, one step of 32 images", "loader processes", "loader alone (images/s)", "steps alone", "both",
+                   "the limit"],
+                  [[r["model"].replace("_patch16_224", ""), str(r["workers"]), f"{r['loader_img_s']:.0f}",
+                    f"{r['step_img_s']:.0f}", f"{r['both_img_s']:.0f}", r["limit"]] for r in rows])
 
 
 def gpu(rows: list[dict]) -> str:
-    """One line per architecture, batch and mode, one column per rule; below, what else was timed. Of what was measured twice the last."""
+    """One line per architecture, batch and mode, one column per rule; below, what else was timed. Of what was measured
+    twice the last."""
     rows = list({r["model"]: r for r in rows if r["ratio"]}.values())
     models, others = ([r for r in rows if (r["conditions"]["kind"] == "model") is given] for given in (True, False))
     groups: dict[tuple, dict[str, dict]] = {}
@@ -289,14 +315,16 @@ def gpu(rows: list[dict]) -> str:
         return "-" if r is None else f"{r['ratio']:.2f} ({r['conditions']['of_mac_ratio']:.2f})"
 
     def line(group: tuple, found: dict[str, dict]) -> list[str]:
-        published = [r["conditions"]["published_ratio"] for r in found.values() if r["conditions"].get("published_ratio")]
+        published = [r["conditions"]["published_ratio"] for r in found.values()
+                     if r["conditions"].get("published_ratio")]
         dense = f"{found['dense']['throughput_img_s']:,.0f}" if "dense" in found else "-"
         return [f"{group[0]}, batch {group[1]}, {group[2]}", dense, *(cell(found.get(rule)) for rule in rules),
                 f"{published[0]:.2f}" if published else "-"]
     devices = " and ".join(dict.fromkeys(r["conditions"]["device"] for r in rows))
     wide = [max(r["ratio"] / _range(r)[0], _range(r)[1] / r["ratio"]) - 1 for r in rows if _range(r)]
     notes = [f"Throughput {ratio_words([])}; in brackets of the MAC ratio. Weights in bfloat16, on {devices}",
-             f"The range of a ratio is within {100 * max(wide):.0f} %, half of them within {100 * statistics.median(wide):.1f} %"
+             f"The range of a ratio is within {100 * max(wide):.0f} %, half of them within "
+             f"{100 * statistics.median(wide):.1f} %"
              if wide else "", _caveat(rows)]
     first = _table(["throughput ratio, by model, batch and mode", "dense images/s", *rules, "published for keep 0.6"],
                    [line(*group) for group in groups.items()], notes)
@@ -305,13 +333,16 @@ def gpu(rows: list[dict]) -> str:
     if not more:
         return first
     batch = others[0]["conditions"]["batch_size"]
-    return f"{first}\n\n" + _table(["what", "by", "numbers", "ms", "images/s", f"throughput ratio (batch {batch})"], more)
+    return f"{first}\n\n" + _table(["what", "by", "numbers", "ms", "images/s", f"throughput ratio (batch {batch})"],
+                                   more)
 
 
 def opening(rows: list[dict]) -> str:
-    return _table(["images", "opening the folder, first", "again", "one class changed", "names and sizes, by which a run knows it",
+    return _table(["images", "opening the folder, first", "again", "one class changed", "names and sizes, by which a "
+                                                                                        "run knows it",
                    "the order of an epoch", "first batch in the middle of one"],
-                  [[f"{r['images']:,}", *(f"{r[f'{name}_s']:.2g} s" for name in ("first", "again", "changed", "known", "order", "resumed"))]
+                  [[f"{r['images']:,}",
+                    *(f"{r[f'{name}_s']:.2g} s" for name in ("first", "again", "changed", "known", "order", "resumed"))]
                    for r in rows])
 
 
@@ -321,12 +352,15 @@ def tonight_quality(rows: list[dict]) -> str:
     lines = list(dict.fromkeys(key[:3] for key in found))
 
     def cell(r: dict | None) -> str:
-        return "-" if r is None else (f"{r['distill_loss']:.3f} ± {r['distill_loss_se']:.3f}, {r['against_dense']:+.1f} "
+        return "-" if r is None else (f"{r['distill_loss']:.3f} ± {r['distill_loss_se']:.3f}, "
+                                      f"{r['against_dense']:+.1f} "
                                       f"({', '.join(f'{value:.3f}' for value in r['draws'])})")
     return _table(["model, photographs", "plan", *(f"at most {limit:.2f} GMACs" for limit in limits)],
-                  [[f"{model.split('_patch')[0]}, {count:,}", what, *(cell(found.get((model, count, what, limit))) for limit in limits)]
+                  [[f"{model.split('_patch')[0]}, {count:,}", what,
+                    *(cell(found.get((model, count, what, limit))) for limit in limits)]
                    for model, count, what in lines],
-                  [f"Distance to dense in nats ± one standard error over {rows[0]['images']} validation images, top-1 less the dense "
+                  [f"Distance to dense in nats ± one standard error over {rows[0]['images']} validation images, top-1 "
+                   f"less the dense "
                    "model's; the median of the draws, which stand in brackets"])
 
 
@@ -341,16 +375,17 @@ def tonight_cost(rows: list[dict]) -> str:
     return _table(["model", "code", *parts],
                   [[model.replace("_patch16_224", ""), code, *(cell(found.get((model, part, code))) for part in parts)]
                    for model in dict.fromkeys(r["model"] for r in rows) for code in ("now", "before")],
-                  [f"{rows[0]['images']} images, {rows[0]['threads']} threads, float32; memory is the peak of a process, with the model"])
+                  [f"{rows[0]['images']} images, {rows[0]['threads']} threads, float32; memory is the peak of a "
+                   f"process, with the model"])
 
 
 TABLES: dict[str, Callable[[list[dict]], str]] = {
     "published_table": published_table, "published_form": published_table, "boundaries": boundaries, "cifar10": cifar10,
     "token_speed": token_speed, "mdc_table": mdc_table, "joint": joint, "latency": latency, "hsic_speed": hsic_speed,
     "search_quality": search_quality, "off_the_shelf": off_the_shelf,
-    "off_the_shelf_short": off_the_shelf_short, "off_the_shelf_vit_tiny": off_the_shelf, "off_the_shelf_searched": off_the_shelf,
-    "calibration_images": calibration_images, "per_block": per_block, "camvid": camvid,
-    "allocator": allocator, "scale": scale, "loader": loader, "opening": opening, "gpu": gpu,
+    "off_the_shelf_short": off_the_shelf_short, "off_the_shelf_vit_tiny": off_the_shelf,
+    "off_the_shelf_searched": off_the_shelf, "calibration_images": calibration_images, "per_block": per_block,
+    "camvid": camvid, "allocator": allocator, "scale": scale, "loader": loader, "opening": opening, "gpu": gpu,
     "tonight_quality": tonight_quality, "tonight_cost": tonight_cost}
 
 

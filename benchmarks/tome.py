@@ -1,5 +1,5 @@
-"""ToMe, written from its paper (Bolya et al., arXiv 2210.09461, sections 3 and 4), with fused attention, so that it is no slower than it
-need be: what the benchmarks compare with."""
+"""ToMe, written from its paper (Bolya et al., arXiv 2210.09461, sections 3 and 4), with fused attention, so that it is
+no slower than it need be: what the benchmarks compare with."""
 import dataclasses
 
 import numpy as np
@@ -7,16 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitlab import cost, matching
 from vitlab.models import compress, shape_of
 from vitlab.models.held import Merged
 from vitlab.models.match import size_mask
-from vitlab.plan import CompressionPlan
+from vitlab.plan import CompressionPlan, cost, matching
 
 
 class ToMeBlock(nn.Module):
-    """timm's Block with bipartite soft matching between attention and MLP: keys are averaged over heads, r tokens go in each
-    block, attention is proportional (arXiv 2210.09461, sections 3 and 4)."""
+    """timm's Block with bipartite soft matching between attention and MLP: keys are averaged over heads, r tokens go in
+    each block, attention is proportional (arXiv 2210.09461, sections 3 and 4)."""
 
     def __init__(self, block: nn.Module, r: int) -> None:
         super().__init__()
@@ -56,6 +55,6 @@ def tome_gmacs(dense: nn.Module, r: int) -> float:
         pooled += (left // 2 + gone) * shape.embed_dim
         left -= gone
         after.append(left + 1)
-    counts = dataclasses.replace(cost.counts_of(CompressionPlan.empty(shape)), attended=np.array(attended), in_mlp=np.array(after),
-                                 queried=np.array(attended))
+    counts = dataclasses.replace(cost.counts_of(CompressionPlan.empty(shape)), attended=np.array(attended),
+                                 in_mlp=np.array(after), queried=np.array(attended))
     return (int(cost.macs_of(shape, counts)["total"]) + compared + pooled) / 1e9

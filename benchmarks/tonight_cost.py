@@ -1,11 +1,12 @@
-"""What each part of `vitlab tonight` costs, by the size of the model: seconds and peak memory, beside the code of before.
+"""What each part of `vitlab tonight` costs, by the size of the model: seconds and peak memory, beside the code of
+before.
 
     python benchmarks/tonight_cost.py [--models Ti S B L] [--before CHECKOUT] [--images 16] [--limit 300] [--quick]
 
-Random weights and images: what is measured does not depend on them. Each part runs in a process of its own, that of CHECKOUT (an older
-checkout of this repository) right after it, so that both have the machine as it is; what takes longer than --limit seconds is ended and
-stands as "over". Peak memory is the process's, with the model and everything imported. Rows go to benchmarks/results/tonight_cost.jsonl as
-they are measured; what is there is not measured again.
+Random weights and images: what is measured does not depend on them. Each part runs in a process of its own, that of
+CHECKOUT (an older checkout of this repository) right after it, so that both have the machine as it is; what takes
+longer than --limit seconds is ended and stands as "over". Peak memory is the process's, with the model and everything
+imported. Rows go to benchmarks/results/tonight_cost.jsonl as they are measured; what is there is not measured again.
 """
 import argparse
 import json
@@ -21,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-MODELS = {"Ti": "deit_tiny_patch16_224", "S": "deit_small_patch16_224", "B": "vit_base_patch16_224", "L": "vit_large_patch16_224"}
+MODELS = {"Ti": "deit_tiny_patch16_224", "S": "deit_small_patch16_224", "B": "vit_base_patch16_224",
+          "L": "vit_large_patch16_224"}
 RESULTS = Path(__file__).parent / "results" / "tonight_cost.jsonl"
 CUT = 0.7                                       # of neurons that stay in the refitted plan; one head of each block goes
 
@@ -43,11 +45,12 @@ def _batches(count: int) -> list:
 def _each_moments(model: torch.nn.Module, batches: list) -> Iterable:
     """(layer, moments) of every layer, by whichever way this code has."""
     try:
-        from vitlab.training.moments import each_moments
+        from vitlab.measure.moments import each_moments
         return each_moments(model, batches)
     except ImportError:
         from vitlab.training.compensate import KINDS, gather_moments
-        return gather_moments(model, batches, [(index, kind) for index in range(len(model.blocks)) for kind in KINDS]).items()
+        return gather_moments(model, batches,
+                              [(index, kind) for index in range(len(model.blocks)) for kind in KINDS]).items()
 
 
 def _plan(model: torch.nn.Module, shape):
@@ -102,7 +105,7 @@ def refit(name: str, images: int) -> float:
 
 def proposal(name: str, images: int) -> float:
     """One proposal of a search over heads, neurons and tokens, after 30 evaluations."""
-    from vitlab.cost import macs_of
+    from vitlab.plan.cost import macs_of
     from vitlab.search import Budget, SearchSpace
     from vitlab.search.sampling import Problem, random_policies
     from vitlab.search.strategies import Settings, propose
@@ -126,11 +129,13 @@ def proposal(name: str, images: int) -> float:
 
 def cuts(name: str, images: int) -> float:
     """Neurons of one block cut and measured, the mean over all blocks in turn."""
+    from vitlab.measure.objective import PlanObjective
     from vitlab.plan import BlockPlan, CompressionPlan
-    from vitlab.training.objective import PlanObjective
     model, shape = _model(name)
     objective = PlanObjective(model, _batches(images))
-    plans = [CompressionPlan(shape=shape, blocks=tuple(BlockPlan(neurons=tuple(range(shape.num_neurons // 2)) if i == block else None)
+    plans = [CompressionPlan(shape=shape,
+                             blocks=tuple(BlockPlan(neurons=tuple(range(shape.num_neurons // 2)) if i == block
+                                                    else None)
                                                        for i in range(shape.depth))) for block in range(shape.depth)]
     began = time.perf_counter()
     for plan in plans:
@@ -147,12 +152,14 @@ def measured(part: str, model: str, images: int, code: Path, limit: float) -> di
     env = os.environ | {"PYTHONPATH": str(code), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     with tempfile.TemporaryFile("w+") as out:
         try:
-            done = subprocess.run(command, env=env, cwd=code, stdout=out, stderr=subprocess.PIPE, text=True, timeout=limit)
+            done = subprocess.run(command, env=env, cwd=code, stdout=out, stderr=subprocess.PIPE, text=True,
+                                  timeout=limit)
         except subprocess.TimeoutExpired:
             return {"over_s": limit}
         out.seek(0)
         text = out.read()
-    return json.loads(text.splitlines()[-1]) if not done.returncode else {"error": done.stderr.strip().splitlines()[-1][:200]}
+    return json.loads(text.splitlines()[-1]) if not done.returncode else {
+        "error": done.stderr.strip().splitlines()[-1][:200]}
 
 
 def main() -> None:
@@ -169,9 +176,10 @@ def main() -> None:
     if args.one:
         part, model, images = args.one
         seconds = PARTS[part](model, int(images))
-        print(json.dumps({"seconds": seconds, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}))
+        print(json.dumps({"seconds": seconds,
+                          "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}))
         return
-    from vitlab.files import append_line, read_lines
+    from vitlab.runtime.files import append_line, read_lines
     known = {(row["model"], row["part"], row["code"]) for row in ([] if args.quick else read_lines(args.out))}
     here = Path(__file__).resolve().parents[1]
     for size in args.models[:1] if args.quick else args.models:
@@ -180,8 +188,8 @@ def main() -> None:
                 if (MODELS[size], part, code) in known:
                     continue
                 images = 2 if args.quick else args.images
-                row = {"model": MODELS[size], "part": part, "code": code, "images": images, "threads": torch.get_num_threads(),
-                       **measured(part, MODELS[size], images, folder, args.limit)}
+                row = {"model": MODELS[size], "part": part, "code": code, "images": images,
+                       "threads": torch.get_num_threads(), **measured(part, MODELS[size], images, folder, args.limit)}
                 print(row, flush=True)
                 if not args.quick:
                     append_line(args.out, row)

@@ -1,13 +1,13 @@
-"""What `vitlab tonight` gives on models that nothing was tuned to: its own choice against the best plan of one rule, by budget, number of
-photographs and draw, measured on validation images that nothing else sees.
+"""What `vitlab tonight` gives on models that nothing was tuned to: its own choice against the best plan of one rule, by
+budget, number of photographs and draw, measured on validation images that nothing else sees.
 
     python benchmarks/tonight_quality.py --weights FILE --model NAME --cal IMAGENET_CAL --val IMAGENET_VAL --run RUN \\
         [--photographs 1000 200] [--seeds 0 1 2] [--gmacs 0.75 0.6 0.45] [--device cuda] [--quick]
 
-Photographs are drawn by seed, and divided as `tonight` divides them (70 % to fit on, 15 % to choose on). One row a plan, in
-RUN/rows.jsonl as it is measured, which a run that was stopped goes on from; `--write RUN RUN` puts the medians of all their rows into
-benchmarks/results/tonight_quality.jsonl. Of every plan there are the distance to the dense model and top-1 less the dense one's, with
-standard errors over images.
+Photographs are drawn by seed, and divided as `tonight` divides them (70 % to fit on, 15 % to choose on). One row a
+plan, in RUN/rows.jsonl as it is measured, which a run that was stopped goes on from; `--write RUN RUN` puts the medians
+of all their rows into benchmarks/results/tonight_quality.jsonl. Of every plan there are the distance to the dense model
+and top-1 less the dense one's, with standard errors over images.
 """
 import argparse
 import contextlib
@@ -23,12 +23,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from vitlab import cost
-from vitlab.files import InputError, append_line, read_lines, write_lines
+from vitlab.measure.pixels import each_divergence, log_probabilities
 from vitlab.models import deploy
-from vitlab.plan import CompressionPlan
-from vitlab.training.pixels import each_divergence, log_probabilities
-from vitlab.uncertainty import standard_error
+from vitlab.plan import CompressionPlan, cost
+from vitlab.runtime.files import InputError, append_line, read_lines, write_lines
+from vitlab.runtime.uncertainty import standard_error
 from vitlab.workbench.calibrating import CUT
 from vitlab.workbench.offers import best_offer
 from vitlab.workbench.steps import open_matching, open_model
@@ -58,8 +57,9 @@ class Validation:
         given = [self.given(model, x) for x, _ in self.batches]
         each = torch.cat([each_divergence(g, e) for g, e in zip(given, self.expected)]).double().cpu().numpy()
         against = 100 * (self.right(given) - self.dense)
-        return {"distill_loss": float(each.mean()), "distill_loss_se": standard_error(each), "against_dense": float(against.mean()),
-                "against_dense_se": standard_error(against), "images": len(each)}
+        return {"distill_loss": float(each.mean()), "distill_loss_se": standard_error(each),
+                "against_dense": float(against.mean()), "against_dense_se": standard_error(against),
+                "images": len(each)}
 
 
 def drawn(folder: Path, count: int, seed: int, run: Path) -> Path:
@@ -100,22 +100,25 @@ def main() -> None:
         limits = [limit for limit in args.gmacs if (count, seed, limit, "tonight") not in done]
         if not limits:
             continue
-        few, data = {"images": 8, "score_images": 16} if args.quick else {}, drawn(Path(args.cal), count, seed, args.run)
+        few, data = {"images": 8, "score_images": 16} if args.quick else {}, drawn(Path(args.cal), count, seed,
+                                                                                   args.run)
         survey = Survey(found, data, args.run / f"survey-{count}-{seed}", report_images=256, seed=seed,
                         device=args.device, workers=0, progress=False, **few)
         for limit in limits:
             began = time.perf_counter()
             for what, (plan, form) in compared(survey, limit, 4 if args.quick else EVALUATIONS):
-                row = {"model": args.model, "photographs": count, "seed": seed, "gmacs_limit": limit, "what": what, "form": form,
-                       "gmacs": cost.gmacs(plan), **validation(deploy(survey.in_form(form, plan))), "device": args.device,
-                       "seconds": round(time.perf_counter() - began, 1), "rule": plan.made_by.get("rule"),
-                       "evaluation": plan.made_by.get("evaluation"), "plan": json.loads(plan.to_json())}
+                row = {"model": args.model, "photographs": count, "seed": seed, "gmacs_limit": limit, "what": what,
+                       "form": form, "gmacs": cost.gmacs(plan), **validation(deploy(survey.in_form(form, plan))),
+                       "device": args.device, "seconds": round(time.perf_counter() - began, 1),
+                       "rule": plan.made_by.get("rule"), "evaluation": plan.made_by.get("evaluation"),
+                       "plan": json.loads(plan.to_json())}
                 append_line(path, row)
                 print({k: v for k, v in row.items() if k != "plan"}, flush=True)
 
 
 def compared(survey: Survey, limit: float, evaluations: int) -> Iterator[tuple[str, tuple[CompressionPlan, str]]]:
-    """(what it is, (plan, form)): the best plan of one rule, as it is cut and in its best form, and what `tonight` takes."""
+    """(what it is, (plan, form)): the best plan of one rule, as it is cut and in its best form, and what `tonight`
+    takes."""
     offers = []
     for rule in SINGLE:
         with contextlib.suppress(InputError):

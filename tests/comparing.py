@@ -19,11 +19,12 @@ def logits(model, x):
 
 
 def gradient_and_slope(model, x, step: float = 1e-7) -> tuple[float, float, set[str]]:
-    """Of the sum of squared logits along a random direction: by backward, by a central difference, and the parameters without a
-    gradient."""
+    """Of the sum of squared logits along a random direction: by backward, by a central difference, and the parameters
+    without a gradient."""
     model(x).square().sum().backward()
     generator = torch.Generator().manual_seed(0)
-    moved = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in model.named_parameters() if p.grad is not None}
+    moved = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n,
+             p in model.named_parameters() if p.grad is not None}
     assert all(bool(torch.isfinite(p.grad).all()) for n, p in model.named_parameters() if n in moved)
     got = sum(float((p.grad * moved[n]).sum()) for n, p in model.named_parameters() if n in moved)
 

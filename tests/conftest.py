@@ -9,11 +9,10 @@ import torch
 from timm.layers import LayerScale
 from torch import nn
 
-from vitlab import tokens
 from vitlab.models import shape_of
-from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import MergeReconstruct, Select
-from vitlab.shape import ViTShape
+from vitlab.plan import BlockPlan, CompressionPlan, tokens
+from vitlab.plan.rules import MergeReconstruct, Select
+from vitlab.plan.shape import ViTShape
 
 torch.set_num_threads(1)        # the models are tiny: with more threads they mostly wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")                   # in what tests start, too: several run at a time
@@ -26,7 +25,8 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "augreg": ("vit_tiny_patch16_224", {"img_size": (48, 112), "embed_dim": 26, "num_heads": 2}),
     "deit3": ("deit3_small_patch16_224", {"img_size": (48, 80), "embed_dim": 39, "num_heads": 3, "init_values": 1e-4}),
     "mae": ("vit_base_patch16_224.mae", {"img_size": (48, 80), "embed_dim": 34, "num_heads": 2, "global_pool": "avg"}),
-    "dinov2_reg": ("vit_small_patch14_reg4_dinov2", {"img_size": (42, 70), "embed_dim": 38, "num_heads": 2, "init_values": 1e-4}),
+    "dinov2_reg": ("vit_small_patch14_reg4_dinov2",
+                   {"img_size": (42, 70), "embed_dim": 38, "num_heads": 2, "init_values": 1e-4}),
     "qk_norm": ("vit_tiny_patch16_224", {"img_size": (40, 48), "patch_size": (8, 16), "embed_dim": 39, "num_heads": 3,
                                          "qk_norm": True}),
 }
@@ -63,7 +63,8 @@ def tiny_vit():
         name, sizes = FAMILIES[family]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = timm.create_model(name, pretrained=False, **{"depth": DEPTH, "num_classes": NUM_CLASSES, **sizes, **args})
+            model = timm.create_model(name, pretrained=False,
+                                      **{"depth": DEPTH, "num_classes": NUM_CLASSES, **sizes, **args})
         randomise(model, seed)
         return model.eval()
     return make
@@ -97,7 +98,8 @@ def all_pruned(n: int) -> MergeReconstruct:
 
 
 TOKEN_LAYOUTS = {       # per block: m merges, - is plain, 0 prunes all patches
-    "all_merge": "mmmmm", "ends_plain": "-mm--", "plain_between": "m--m0", "all_pruned_between": "m0-0m", "one": "--m--",
+    "all_merge": "mmmmm", "ends_plain": "-mm--", "plain_between": "m--m0", "all_pruned_between": "m0-0m",
+    "one": "--m--",
 }
 
 
@@ -108,8 +110,8 @@ def layout(request) -> str:
 
 
 SPAN_LAYOUTS = {         # M begins a span that merges, 0 prunes all patches, and each dot is a block more
-    "whole_model": "M....", "side_by_side": "M.M..", "between_plain": "-M..-", "between_one_block_rules": "mM..m", "ends": "--M..",
-    "all_pruned": "M.0..", "then_one": "0..m-",
+    "whole_model": "M....", "side_by_side": "M.M..", "between_plain": "-M..-", "between_one_block_rules": "mM..m",
+    "ends": "--M..", "all_pruned": "M.0..", "then_one": "0..m-",
 }
 
 
@@ -120,7 +122,8 @@ def span_layout(request) -> str:
 
 
 SELECT_LAYOUTS = {      # s selects; what merges comes before it
-    "alone": "--s--", "every_block": "sssss", "merge_then_select": "mm-s-", "side_by_side": "-m-ss", "carried_then_select": "m0-ss",
+    "alone": "--s--", "every_block": "sssss", "merge_then_select": "mm-s-", "side_by_side": "-m-ss",
+    "carried_then_select": "m0-ss",
 }
 
 
@@ -141,8 +144,9 @@ def random_plan():
             kept = chance.randint(min(2 * others[0] // 3, others[0] - 2), others[0] - 2)
             others[0] = kept + 1            # and the mean of the rest
             return Select(kept=kept, ranked_by=chance.choice(["kept", "all"]))
-        make_rule = {"m": lambda: random_rule(shape.num_patches, chance), "M": lambda: random_rule(shape.num_patches, chance),
-                     "-": lambda: None, ".": lambda: None, "0": lambda: all_pruned(shape.num_patches), "s": random_selection}
+        make_rule = {"m": lambda: random_rule(shape.num_patches, chance),
+                     "M": lambda: random_rule(shape.num_patches, chance), "-": lambda: None, ".": lambda: None,
+                     "0": lambda: all_pruned(shape.num_patches), "s": random_selection}
 
         def kept(count: int) -> tuple[int, ...] | None:
             if not shrink or chance.random() < 0.3:
@@ -153,7 +157,8 @@ def random_plan():
         for index in range(len(blocks)):
             more = len(layout[index + 1:]) - len(layout[index + 1:].lstrip("."))
             if more and layout[index] != ".":
-                blocks[index] = dataclasses.replace(blocks[index], tokens=dataclasses.replace(blocks[index].tokens, span=1 + more))
+                blocks[index] = dataclasses.replace(blocks[index],
+                                                    tokens=dataclasses.replace(blocks[index].tokens, span=1 + more))
         return CompressionPlan(shape=shape, blocks=tuple(blocks))
     return make
 

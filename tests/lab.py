@@ -35,7 +35,8 @@ def missing() -> str:
         import playwright  # noqa: F401
     except ImportError:
         return "playwright is not installed"
-    return "" if browser() else f"no browser: none of {', '.join(NAMES)} is on the path (Debian: apt-get install chromium)"
+    return "" if browser(
+        ) else f"no browser: none of {', '.join(NAMES)} is on the path (Debian: apt-get install chromium)"
 
 
 def browser() -> str | None:
@@ -50,7 +51,8 @@ def copies(folder: Path, run: Path, quick: bool) -> list[str]:
         cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
         for name, value in (("run", str(run)), ("quick", quick)):
             if name in known:
-                cell.source = re.sub(rf"^({name}: \w+ = )[^#]*", rf"\g<1>{json.dumps(value) if name == 'run' else value}  ", cell.source,
+                cell.source = re.sub(rf"^({name}: \w+ = )[^#]*",
+                                     rf"\g<1>{json.dumps(value) if name == 'run' else value}  ", cell.source,
                                      flags=re.M)
         nbformat.write(notebook, folder / path.name)
     return [path.name for path in sorted(folder.glob("*.ipynb"))]
@@ -65,7 +67,8 @@ class Lab:
         page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
 
     def _ask(self, path: str, method: str = "GET") -> Any:
-        request = urllib.request.Request(f"{self.url}/api/{path}", method=method, headers={"Authorization": f"token {self.token}"})
+        request = urllib.request.Request(f"{self.url}/api/{path}", method=method,
+                                         headers={"Authorization": f"token {self.token}"})
         with urllib.request.urlopen(request, timeout=20) as answer:
             return json.loads(answer.read() or "null")
 
@@ -84,7 +87,8 @@ class Lab:
         prompts, end, asked = self.page.locator(".jp-CodeCell .jp-InputPrompt"), time.monotonic() + WAIT, 0.0
         while time.monotonic() < end:
             shown = prompts.all_inner_texts()
-            if set(shown) == {"[ ]:"} and time.monotonic() - asked > 6:         # a Run given before the kernel's channel settles is dropped
+            # a Run given before the kernel's channel settles is dropped
+            if set(shown) == {"[ ]:"} and time.monotonic() - asked > 6:
                 self.page.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
                 self.page.locator(".lm-Menu-itemLabel", has_text="Run All Cells").first.click()
                 asked = time.monotonic()
@@ -102,7 +106,8 @@ class Lab:
 
     def slider(self, label: str) -> Any:
         """The handle of the first slider whose label begins so."""
-        return self.page.locator(".jp-OutputArea .widget-hslider", has_text=re.compile(f"^{label}")).first.locator(".noUi-handle")
+        return self.page.locator(".jp-OutputArea .widget-hslider",
+                                 has_text=re.compile(f"^{label}")).first.locator(".noUi-handle")
 
     def press(self, handle: Any, key: str, times: int) -> bool:
         """Whether some picture is another one after a key was pressed on a widget."""
@@ -131,7 +136,8 @@ def lab(root: Path) -> Iterator[Lab]:
     from playwright.sync_api import sync_playwright
     with contextlib.ExitStack() as stack:
         own = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
-        for name, setting in (("notebook-extension/tracker", '{"windowingMode": "none"}'),     # all cells are there to look at
+        # all cells are there to look at
+        for name, setting in (("notebook-extension/tracker", '{"windowingMode": "none"}'),
                               ("apputils-extension/notification", '{"fetchNews": "false"}')):
             path = own / f"lab/@jupyterlab/{name}.jupyterlab-settings"
             path.parent.mkdir(parents=True)
@@ -139,8 +145,10 @@ def lab(root: Path) -> Iterator[Lab]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port, token = free.getsockname()[1], secrets.token_hex()
-        folders = {"CONFIG_DIR": own, "DATA_DIR": own / "data", "LAB_SETTINGS_DIR": own / "lab", "LAB_WORKSPACES_DIR": own / "ws"}
-        env = {**os.environ, **{f"JUPYTER{'' if name.startswith('LAB') else '_'}{name}": str(path) for name, path in folders.items()},
+        folders = {"CONFIG_DIR": own, "DATA_DIR": own / "data", "LAB_SETTINGS_DIR": own / "lab",
+                   "LAB_WORKSPACES_DIR": own / "ws"}
+        env = {**os.environ,
+               **{f"JUPYTER{'' if name.startswith('LAB') else '_'}{name}": str(path) for name, path in folders.items()},
                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
         server = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
@@ -159,7 +167,8 @@ def lab(root: Path) -> Iterator[Lab]:
                     raise RuntimeError(f"JupyterLab does not answer:\n{(own / 'log').read_text()[-2000:]}") from None
                 time.sleep(0.3)
         play = stack.enter_context(sync_playwright())
-        context = play.chromium.launch_persistent_context(str(own / "profile"), executable_path=browser(), headless=True, args=FLAGS,
+        context = play.chromium.launch_persistent_context(str(own / "profile"), executable_path=browser(),
+                                                          headless=True, args=FLAGS,
                                                           viewport={"width": 1400, "height": 1300})
         stack.callback(context.close)
         yield Lab(context.pages[0] if context.pages else context.new_page(), url, token, root)
@@ -188,8 +197,9 @@ def screenshots(out: Path) -> None:
 
 
 # What each notebook shows: (code of the cell, name of the screenshot).
-VIEWS = {"01_baseline.ipynb": [], "02_token_scores.ipynb": [], "03_prune_and_merge.ipynb": [("token_map(dense", "token_map")],
-         "04_finetune.ipynb": [("runs_panel(", "runs")], "05_heads_and_neurons.ipynb": [("units_map(dense", "heads_and_neurons")],
+VIEWS = {"01_baseline.ipynb": [], "02_token_scores.ipynb": [],
+         "03_prune_and_merge.ipynb": [("token_map(dense", "token_map")], "04_finetune.ipynb": [("runs_panel(", "runs")],
+         "05_heads_and_neurons.ipynb": [("units_map(dense", "heads_and_neurons")],
          "06_search.ipynb": [("study_explorer(study", "search"), ("plan_explorer({", "plans")]}
 
 if __name__ == "__main__":

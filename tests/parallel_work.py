@@ -14,23 +14,25 @@ from segmenting_fixtures import small
 from torch import nn
 from training_fixtures import compressed, small_recipe, tiny
 
-from vitlab import parallel
 from vitlab.data import ImageData, open_data
 from vitlab.data.masks import open_scenes
+from vitlab.measure.capture import token_scores
+from vitlab.measure.evaluate import evaluate
+from vitlab.measure.pixels import Segmentation, evaluate_scenes
+from vitlab.measure.units import head_redundancy, unit_scores
+from vitlab.runtime import parallel
 from vitlab.search import Study
 from vitlab.search.strategies import Settings
-from vitlab.training.capture import token_scores
-from vitlab.training.evaluate import evaluate
 from vitlab.training.loop import fit
-from vitlab.training.pixels import Segmentation, evaluate_scenes
 from vitlab.training.recipes import Engine
-from vitlab.training.units import head_redundancy, unit_scores
 
-LIVELY = {"epochs": 2, "batch_size": 16, "warmup_epochs": 1, "clip_grad": 1.0, "smoothing": 0.1, "layer_decay": 0.9, "ema_decay": 0.5,
-          "repeats": 2, "augment": {"scale": (0.7, 1.0), "color_jitter": 0.3, "hflip": 0.5, "re_prob": 0.5}}
+LIVELY = {"epochs": 2, "batch_size": 16, "warmup_epochs": 1, "clip_grad": 1.0, "smoothing": 0.1, "layer_decay": 0.9,
+          "ema_decay": 0.5, "repeats": 2,
+          "augment": {"scale": (0.7, 1.0), "color_jitter": 0.3, "hflip": 0.5, "re_prob": 0.5}}
 
 # Every pixel of a crop counts, which is no larger than its scene: each process's mean weighs alike.
-SCENES = {"epochs": 1, "batch_size": 4, "clip_grad": 1.0, "layer_decay": 0.9, "ema_decay": 0.5, "augment": {"scale": (1.0, 1.5)}}
+SCENES = {"epochs": 1, "batch_size": 4, "clip_grad": 1.0, "layer_decay": 0.9, "ema_decay": 0.5,
+          "augment": {"scale": (1.0, 1.5)}}
 
 
 def spoilt(model: nn.Module, step: int = 1) -> nn.Module:
@@ -60,15 +62,16 @@ def train(data: ImageData, folder: Path, only: str | None = None) -> dict[str, t
     for name, (model, teacher, settings, engine) in trainings().items():
         if only in (None, name):
             source = open_scenes("digit_scenes") if settings is SCENES else data
-            log = fit(model, source, small_recipe(**settings), folder / name, teacher=teacher, engine=engine, seed=3, workers=0,
-                      limit=8 if settings is SCENES else None, progress=False)
+            log = fit(model, source, small_recipe(**settings), folder / name, teacher=teacher, engine=engine, seed=3,
+                      workers=0, limit=8 if settings is SCENES else None, progress=False)
             found[f"{name} losses"] = torch.tensor([r["loss"] for r in log], dtype=torch.float64)
             found |= {f"{name} {k}": v for k, v in model.state_dict().items()}
     return found
 
 
 def measure(data: ImageData) -> dict[str, torch.Tensor]:
-    """Scores and exact counts on 21 images: batches of 5 do not divide evenly among two processes, nor does the last among five."""
+    """Scores and exact counts on 21 images: batches of 5 do not divide evenly among two processes, nor does the last
+    among five."""
     model, found = tiny(), {}
 
     def batches():
@@ -76,15 +79,18 @@ def measure(data: ImageData) -> dict[str, torch.Tensor]:
     for criterion in ("gradient", "class_attention", "hsic"):
         found[f"tokens {criterion}"] = token_scores(model, batches(), criterion=criterion, progress=False)
     plain, torch.multinomial = torch.multinomial, lambda weights, *_, **settings: weights.argmax(dim=1, keepdim=True)
-    for criterion in ("hsic", "activation", "taylor", "reconstruction", "fisher"):           # draws are each process's own: the likeliest
+    # draws are each process's own: the likeliest
+    for criterion in ("hsic", "activation", "taylor", "reconstruction", "fisher"):
         scores = unit_scores(model, batches(), criterion=criterion, progress=False)
         found |= {f"heads {criterion}": scores.heads, f"neurons {criterion}": scores.neurons,
                   f"images {criterion}": torch.tensor(int(scores.made_by["images"]))}
     torch.multinomial = plain
     found["redundancy"] = head_redundancy(model, batches(), progress=False)
     accuracy = evaluate(model, batches(), progress=False)
-    found["accuracy"] = torch.tensor([accuracy.top1_pct, accuracy.images, accuracy.broken, accuracy.loss], dtype=torch.float64)
-    few = data.batches("held_out", model, batch_size=64, workers=0, shared=True)                # one batch: a process has none
+    found["accuracy"] = torch.tensor([accuracy.top1_pct, accuracy.images, accuracy.broken, accuracy.loss],
+                                     dtype=torch.float64)
+    # one batch: a process has none
+    few = data.batches("held_out", model, batch_size=64, workers=0, shared=True)
     found["one batch"] = torch.tensor(evaluate(model, few, progress=False).images)
     return found
 
@@ -98,10 +104,12 @@ def measure_scenes() -> dict[str, torch.Tensor]:
 
     def numbers(measured: Segmentation) -> torch.Tensor:
         scores = measured.scores
-        return torch.tensor([scores.miou_pct, *scores.iou_pct, scores.pixel_accuracy_pct, scores.pixels, measured.images, measured.loss],
+        return torch.tensor([scores.miou_pct, *scores.iou_pct, scores.pixel_accuracy_pct, scores.pixels,
+                             measured.images, measured.loss],
                             dtype=torch.float64).nan_to_num(-1)                 # of an absent class
     found["scenes"] = numbers(evaluate_scenes(model, batches(batch_size=1, whole=True), flip=True, progress=False))
-    found["one scene"] = numbers(evaluate_scenes(model, batches(batch_size=7), progress=False))        # one batch: a process has none
+    # one batch: a process has none
+    found["one scene"] = numbers(evaluate_scenes(model, batches(batch_size=7), progress=False))
     found["tokens scenes"] = token_scores(model, batches(batch_size=1), progress=False)
     found["heads scenes"] = unit_scores(model, batches(batch_size=1), criterion="taylor", progress=False).heads
     return found
@@ -116,7 +124,8 @@ def search(folder: Path) -> None:
     from test_study import SPACE, budget
     for initial in ("varied", "sensitivity"):
         options = Settings(population=5, evaluations=9, candidates=12, refinements=1, batch=2, initial=initial)
-        study = parallel.after_first(lambda options=options, initial=initial: Study(folder / initial, SPACE, budget(), options=options))
+        study = parallel.after_first(lambda options=options,
+                                     initial=initial: Study(folder / initial, SPACE, budget(), options=options))
         study.run(objective, progress=False)
         assert len(study.evaluations) == 9, f"process {parallel.rank()} knows {len(study.evaluations)}"
 

@@ -7,17 +7,18 @@ from training_fixtures import tiny
 from vitlab.data.layouts import IGNORE
 from vitlab.data.scene_data import SceneData, Scenes
 from vitlab.models import shape_of
+from vitlab.models.checkpoint import Checkpoint
 from vitlab.models.segmenter import Segmenter, as_encoder
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import Match
-from vitlab.training.checkpoint import Checkpoint
+from vitlab.plan.rules import Match
 
 CLASSES, SIZE = 5, (24, 40)                     # of the Segmenters made here; 15 patches of 8 x 8, 16 tokens
 
 
-def small(decoder: str = "mask_transformer", seed: int = 0, num_classes: int = CLASSES, img_size: tuple[int, int] = SIZE,
-          **args) -> Segmenter:
-    """A dense Segmenter in eval mode, 2 blocks of 24 wide, every parameter off its initial value; args are the decoder's."""
+def small(decoder: str = "mask_transformer", seed: int = 0, num_classes: int = CLASSES,
+          img_size: tuple[int, int] = SIZE, **args) -> Segmenter:
+    """A dense Segmenter in eval mode, 2 blocks of 24 wide, every parameter off its initial value; args are the
+    decoder's."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Segmenter(as_encoder(tiny(seed=seed, img_size=img_size)), num_classes, decoder, **args)
@@ -33,7 +34,8 @@ def pictures(count: int, size: tuple[int, int] = SIZE, seed: int = 0) -> torch.T
     return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
-def masks(count: int, size: tuple[int, int] = SIZE, seed: int = 0, classes: int = CLASSES, ignored: float = 0.2) -> torch.Tensor:
+def masks(count: int, size: tuple[int, int] = SIZE, seed: int = 0, classes: int = CLASSES,
+          ignored: float = 0.2) -> torch.Tensor:
     """(count, *size) classes at random, a share of them ignored."""
     generator = torch.Generator().manual_seed(100 + seed)
     found = torch.randint(classes, (count, *size), generator=generator)
@@ -48,12 +50,14 @@ def batches(sizes: tuple[int, ...] = (3, 2), size: tuple[int, int] = SIZE,
 
 def units_plan(model: Segmenter) -> CompressionPlan:
     """A head and half of the neurons cut in each block."""
-    return CompressionPlan(shape=shape_of(model), blocks=tuple(BlockPlan(heads=(0, 2), neurons=tuple(range(i, 96, 2))) for i in range(2)))
+    return CompressionPlan(shape=shape_of(model),
+                           blocks=tuple(BlockPlan(heads=(0, 2), neurons=tuple(range(i, 96, 2))) for i in range(2)))
 
 
 def match_plan(model: Segmenter) -> CompressionPlan:
     """Tokens merged by content, in both blocks."""
-    return CompressionPlan(shape=shape_of(model), blocks=(BlockPlan(tokens=Match(merged=4)), BlockPlan(tokens=Match(merged=3))))
+    return CompressionPlan(shape=shape_of(model),
+                           blocks=(BlockPlan(tokens=Match(merged=4)), BlockPlan(tokens=Match(merged=3))))
 
 
 def opened(model: torch.nn.Module, plan: CompressionPlan | None = None, **info) -> Checkpoint:
@@ -67,7 +71,8 @@ class Given:
     def __init__(self, sizes: list[tuple[int, int]], classes: int = CLASSES, ignored: float = 0.2) -> None:
         chance = np.random.default_rng(0)
         self.scenes = [(Image.fromarray(chance.integers(0, 256, (*size, 3), dtype=np.uint8)),
-                        np.where(chance.random(size) < ignored, IGNORE, chance.integers(0, classes, size)).astype(np.uint8))
+                        np.where(chance.random(size) < ignored, IGNORE,
+                                 chance.integers(0, classes, size)).astype(np.uint8))
                        for size in sizes]
 
     def __len__(self) -> int:
@@ -83,4 +88,5 @@ class Given:
 def given(sizes: list[tuple[int, int]], classes: int = CLASSES, ignored: float = 0.2) -> SceneData:
     """A data set of scenes of these sizes, the same in every split."""
     reader = Given(sizes, classes, ignored)
-    return SceneData("given", {name: Scenes(reader) for name in ("train", "val", "test")}, [f"c{i}" for i in range(classes)], embedded=True)
+    return SceneData("given", {name: Scenes(reader) for name in ("train", "val", "test")},
+                     [f"c{i}" for i in range(classes)], embedded=True)

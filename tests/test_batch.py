@@ -17,15 +17,16 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from vitlab import cli
-from vitlab.files import InputError, atomic_write, read_json, read_lines
 from vitlab.plots.base import new_axes, save_figure
-from vitlab.results import ResultRow, append_row, to_csv, to_latex
+from vitlab.runtime.files import InputError, atomic_write, read_json, read_lines
+from vitlab.runtime.results import ResultRow, append_row, to_csv, to_latex
 from vitlab.training.recipes import RECIPES
 from vitlab.workbench import batch, batch_entry, batch_file, notebooks, report
 
 pytest.importorskip("snakemake", reason="batches need Snakemake, which needs Python 3.11 or newer")
 BATCHES = Path(__file__).parents[1] / "batches"
-WRITE = ['run: str = ""  # folder\nvalue: int = 1\nscale: float = 1.0\nname: str = "dense"\ndata: str = ""\nwait: float = 0.0',
+WRITE = ['run: str = ""  # folder\nvalue: int = 1\nscale: float = 1.0\nname: str = "dense"\ndata: str = ""\nwait: '
+         'float = 0.0',
          "out = Path(run)\nwith open(out / 'turns.txt', 'a') as file:\n    print(os.getpid(), file=file)",
          "time.sleep(wait)",
          "assert not data or Path(data).exists(), f'no images in {data}: <script>alert(1)</script>'",
@@ -35,14 +36,17 @@ WRITE = ['run: str = ""  # folder\nvalue: int = 1\nscale: float = 1.0\nname: str
 READ = ['run: str = ""  # folder\nfactor: float = 2.0\nsource: str = ""',
         "place = Path(run) / 'made' / 'plan.json'\nread = json.loads((Path(source) if source else place).read_text())",
         "place.write_text(json.dumps(read * factor))",
-        "append_row(Path(run) / 'results.jsonl', ResultRow(model='dense', dataset='a', split='test', gmacs=read * factor))"]
+        "append_row(Path(run) / 'results.jsonl', ResultRow(model='dense', dataset='a', split='test', gmacs=read * "
+        "factor))"]
 
 
 def write_notebook(path: Path, parameters: str, *cells: str) -> None:
-    imports = ("import json\nimport os\nimport time\nfrom pathlib import Path\n\nfrom vitlab.files import atomic_write\n"
-               "from vitlab.results import ResultRow, append_row")
+    imports = ("import json\nimport os\nimport time\nfrom pathlib import Path\n\nfrom vitlab.runtime.files import "
+               "atomic_write\n"
+               "from vitlab.runtime.results import ResultRow, append_row")
     tagged = new_code_cell(parameters, metadata={"tags": ["parameters"]})
-    nbformat.write(new_notebook(cells=[new_code_cell(imports), tagged, *map(new_code_cell, cells)]), path)      # and names no language
+    # and names no language
+    nbformat.write(new_notebook(cells=[new_code_cell(imports), tagged, *map(new_code_cell, cells)]), path)
 
 
 def write_batch(folder: Path, text: str, name: str = "batch.yaml") -> Path:
@@ -64,7 +68,8 @@ def states(run_folder: Path) -> dict[str, str]:
 
 
 def times(run_folder: Path) -> dict[str, int]:
-    return {str(p.relative_to(run_folder)): p.stat().st_mtime_ns for p in (run_folder / "entries").rglob("*") if p.is_file()}
+    return {str(p.relative_to(run_folder)): p.stat().st_mtime_ns for p in (run_folder / "entries").rglob("*")
+            if p.is_file()}
 
 
 TWO = "entries:\n  w: {notebook: write.ipynb}\n  r: {notebook: read.ipynb, after: w}\n"
@@ -75,18 +80,21 @@ TWO = "entries:\n  w: {notebook: write.ipynb}\n  r: {notebook: read.ipynb, after
 def test_a_parameter_that_is_a_mapping_or_a_list_is_given_as_one(tmp_path):
     write_notebook(tmp_path / "settings.ipynb", 'run: str = ""\nsettings: dict = {}\nsizes: list = [1]')
     given = "{settings: {mean: [0.4, 0.4, 0.4], crop_mode: center}, sizes: [3, 5]}"
-    (entry,) = batch_file.read(write_batch(tmp_path, f"entries:\n  s: {{notebook: settings.ipynb, parameters: {given}}}\n"))
+    (entry,) = batch_file.read(write_batch(tmp_path, f"entries:\n  s: "
+                                                     f"{{notebook: settings.ipynb, parameters: {given}}}\n"))
     assert entry.parameters == {"settings": {"mean": [0.4, 0.4, 0.4], "crop_mode": "center"}, "sizes": [3, 5]}
     with pytest.raises(InputError, match="settings is .3.; a dict such as {} is needed"):
         batch_file.read(tmp_path / "batch.yaml", {"settings": "[3]"})
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc, in which no folder can be made and root is told that one can")
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc, in which no folder can be made and root is told "
+                                                            "that one can")
 def test_where_no_cache_can_be_made_it_is_in_the_run_folder_also_for_root(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     for home, elsewhere in (("/proc/nohome", True), (str(tmp_path), False)):
         monkeypatch.setenv("HOME", home)
-        assert (batch._environment(tmp_path / "out").get("XDG_CACHE_HOME") == str(tmp_path / "out" / ".cache")) == elsewhere
+        assert (
+            batch._environment(tmp_path / "out").get("XDG_CACHE_HOME") == str(tmp_path / "out" / ".cache")) == elsewhere
 
 
 def test_a_grid_multiplies_its_entry_and_all_after_it_and_after_all_gathers(tmp_path):
@@ -99,8 +107,8 @@ entries:
   alone: {notebook: write.ipynb, parameters: {scale: 3}}
 """)
     found = {e.name: e for e in batch_file.read(path, {"data": "x", "entries.w.grid.kind.large.value": "8"})}
-    assert list(found) == ["w-kind=small", "w-kind=large", "r-kind=small-factor=1", "r-kind=small-factor=2", "r-kind=large-factor=1",
-                           "r-kind=large-factor=2", "alone", "all"]
+    assert list(found) == ["w-kind=small", "w-kind=large", "r-kind=small-factor=1", "r-kind=small-factor=2",
+                           "r-kind=large-factor=1", "r-kind=large-factor=2", "alone", "all"]
     assert found["w-kind=small"].parameters == {"scale": 2.0, "value": 1, "name": "s", "data": "x"}
     assert found["w-kind=large"].parameters == {"scale": 2.0, "value": 8, "data": "x"}
     assert found["r-kind=large-factor=2"].after == ("w-kind=large",)
@@ -119,7 +127,8 @@ def test_the_batch_files_that_come_with_vitlab_are_whole():
         entries = batch_file.read(path, {"data": "/images"})
         assert all(e.parameters.get("recipe_name", "digits") in RECIPES for e in entries)
     table = batch_file.read(files["prune_and_merge_table"], {"data": "/images"})
-    assert {(e.name.split("=")[1].split("-")[0], e.parameters["keep_rate"]) for e in table if "keep_rate" in e.parameters} == {
+    assert {(e.name.split("=")[1].split("-")[0], e.parameters["keep_rate"]) for e in table
+            if "keep_rate" in e.parameters} == {
         (model, keep) for model in ("deit_tiny", "deit_small", "mae_base") for keep in (0.7, 0.6)}
 
 
@@ -160,7 +169,8 @@ def test_source_that_only_starts_and_draws_is_not_what_results_depend_on(tmp_pat
 
 
 def test_an_entrys_folder_is_kept_for_the_same_inputs_and_where_a_fault_was_mended_and_else_begins_empty(tmp_path):
-    folder, needs = tmp_path / "e", {"code": "1", "notebook": "1", "parameters": {}, "files": {}, "after": {}, "left": {}}
+    folder, needs = tmp_path / "e", {"code": "1", "notebook": "1", "parameters": {}, "files": {}, "after": {},
+                                     "left": {}}
 
     def kept(state: str, **changes) -> bool:
         batch_entry._prepare(folder, {"anew": time.monotonic_ns()}, [])
@@ -177,7 +187,8 @@ def test_an_entrys_folder_is_kept_for_the_same_inputs_and_where_a_fault_was_mend
 
 def test_what_is_handed_on_can_not_be_changed_by_who_gets_it(tmp_path):
     first, second = tmp_path / "entries/a", tmp_path / "entries/b"
-    for name in ("dense/checkpoint/weights.safetensors", "dense/log.jsonl", "log.txt", "figures/01.png", "01.ipynb", "status.json"):
+    for name in ("dense/checkpoint/weights.safetensors", "dense/log.jsonl", "log.txt", "figures/01.png", "01.ipynb",
+                 "status.json"):
         atomic_write(first / name, "old\n")
     batch_entry._pass_on(first, second)
     assert sorted(str(p.relative_to(second)) for p in second.rglob("*") if p.is_file()) == [
@@ -206,13 +217,15 @@ def call(folder: Path) -> list[str]:
 
 def homeless() -> dict[str, str]:
     """An environment with a home that takes no files, also not of root."""
-    return {key: value for key, value in os.environ.items() if not key.startswith(("XDG", "MPL"))} | {"HOME": os.devnull}
+    return {key: value for key,
+            value in os.environ.items() if not key.startswith(("XDG", "MPL"))} | {"HOME": os.devnull}
 
 
 def start(folder: Path, turn: int) -> tuple[subprocess.Popen, list[int]]:
-    """A call that has come to the waiting cell of `slow`, which begins it for the so-manyeth time; (process, ids of all below it)."""
-    process = subprocess.Popen(call(folder), cwd=folder, env=homeless(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               start_new_session=True)
+    """A call that has come to the waiting cell of `slow`, which begins it for the so-manyeth time; (process, ids of all
+    below it)."""
+    process = subprocess.Popen(call(folder), cwd=folder, env=homeless(), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, start_new_session=True)
     turns, deadline = folder / "out/entries/slow/turns.txt", time.monotonic() + 400
     while not (turns.exists() and len(turns.read_text().split()) == turn):
         assert process.poll() is None and time.monotonic() < deadline
@@ -230,8 +243,8 @@ def gone(pid: int) -> bool:
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
-    """What was seen of one batch, in a folder of an odd name, with a home that takes no files: told to end, killed, finished with a
-    failing entry, mended, called again, changed."""
+    """What was seen of one batch, in a folder of an odd name, with a home that takes no files: told to end, killed,
+    finished with a failing entry, mended, called again, changed."""
     folder, seen = tmp_path_factory.mktemp("story") / "of {input} \u00e4 'b'", {}
     folder.mkdir()
     out = folder / "out"
@@ -239,8 +252,8 @@ def story(tmp_path_factory):
 
     def look(name: str, code: int, said: str = "") -> None:
         rows = {p.parent.name: read_lines(p) for p in out.glob("entries/*/results.jsonl")}
-        seen[name] = {"code": code, "said": said, "states": states(out), "times": times(out), "summary": read_json(out / "summary.json"),
-                      "rows": rows}
+        seen[name] = {"code": code, "said": said, "states": states(out), "times": times(out),
+                      "summary": read_json(out / "summary.json"), "rows": rows}
 
     def run_on(name: str) -> None:
         done = subprocess.run(call(folder), cwd=folder, env=homeless(), capture_output=True, text=True)
@@ -299,7 +312,8 @@ def test_a_failing_entry_stops_only_what_comes_after_it_and_is_named_with_cell_a
     finished = story[1]["finished"]
     why = {e["name"]: e["why"] for e in finished["summary"]["entries"]}
     assert finished["code"] == 1 and (finished["states"]["bad"], finished["states"]["behind"]) == ("failed", "skipped")
-    assert "write.ipynb: cell 5 failed: AssertionError: no images in nowhere" in why["bad"] and why["behind"] == "bad failed"
+    assert "write.ipynb: cell 5 failed: AssertionError: no images in nowhere" in why["bad"] and why[
+        "behind"] == "bad failed"
     assert why["bad"] in finished["said"] and "Traceback" not in finished["said"] and why["slow"] is None
 
 
@@ -336,23 +350,29 @@ def test_an_entry_has_its_own_folder_with_notebook_log_and_rows_and_those_of_wha
 def test_the_report_holds_every_row_and_failure_escaped_and_loads_nothing(story, capsys):
     folder, seen = story
     out = folder / "out"
-    assert "<script" not in seen["page"] and "no images in nowhere: &lt;script&gt;alert(1)" in seen["page"] and "bad failed" in seen["page"]
-    atomic_write(out / "entries/first/figures/01.png", (Path(__file__).parents[1] / "docs/token_speed.png").read_bytes())
+    assert "<script" not in seen["page"] and "no images in nowhere: &lt;script&gt;alert(1)" in seen[
+        "page"] and "bad failed" in seen["page"]
+    atomic_write(out / "entries/first/figures/01.png",
+                 (Path(__file__).parents[1] / "docs/token_speed.png").read_bytes())
     atomic_write(out / "entries/first/figures/01.svg", "<svg/>")
     code, said, _ = run(capsys, "report", str(out))
     page = (out / "report.html").read_text()
     assert code == 0 and "report.html" in said
     assert "<script" not in page and "&lt;script&gt;alert(2)&lt;/script&gt; 50 % &amp; more_" in page
     assert "default-src 'none'" in page and "cdnjs" not in page and "unpkg" not in page and 'src="http' not in page
-    assert 'href="entries/first/write.ipynb"' in page and 'href="entries/first/figures/01.svg"' in page and "01.pdf" not in page
+    assert 'href="entries/first/write.ipynb"' in page
+    assert 'href="entries/first/figures/01.svg"' in page
+    assert "01.pdf" not in page
     assert "data:image/png;base64" in page
     with open(out / "report.ipynb") as file:
         assert nbformat.read(file, 4).cells[1].execution_count == 1
     rows = list(csv.DictReader((out / "results.csv").open()))
     odd = "<script>alert(2)</script> 50 % & more_"
-    assert [(r["entry"], r["model"]) for r in rows] == [("first", "dense"), ("slow", "dense"), ("bad", odd), ("behind", "dense")]
+    assert [(r["entry"], r["model"]) for r in rows] == [("first", "dense"), ("slow", "dense"), ("bad", odd),
+                                                        ("behind", "dense")]
     assert (rows[3]["top1_pct"], rows[3]["gmacs"], rows[2]["value"]) == ("1.0", "10.0", "5")
-    assert r"\textless{}script\textgreater{}alert(2)\textless{}/script\textgreater{} 50 \% \& more\_" in (out / "results.tex").read_text()
+    assert r"\textless{}script\textgreater{}alert(2)\textless{}/script\textgreater{} 50 \% \& more\_" in (
+        out / "results.tex").read_text()
 
 
 def test_a_folder_where_another_batch_is_at_work_is_refused(tmp_path):
@@ -390,52 +410,65 @@ def test_the_digits_batch_runs_repeats_nothing_and_is_reported(tmp_path, capsys)
 # Tables, pages, figures
 
 def test_csv_and_latex_say_what_the_rows_say():
-    rows = [ResultRow(model="a, \"b\"", dataset="d", split="test", top1_pct=61.987654321, gmacs=0.1, conditions={"speed": {"batch": 7}}),
+    rows = [ResultRow(model="a, \"b\"", dataset="d", split="test", top1_pct=61.987654321, gmacs=0.1,
+                      conditions={"speed": {"batch": 7}}),
             ResultRow(model="50 %_x", params_m=2.0, conditions={"seed": 3, "versions": ["1", "2"], "none": None})]
     read = list(csv.DictReader(to_csv(["e", "f"], rows).splitlines()))
     assert [r["entry"] for r in read] == ["e", "f"] and [r["model"] for r in read] == [r.model for r in rows]
     assert float(read[0]["top1_pct"]) == rows[0].top1_pct and read[1]["top1_pct"] == ""
-    assert (read[0]["speed.batch"], read[1]["seed"], read[1]["versions"]) == ("7", "3", '["1", "2"]') and "none" not in read[0]
+    assert (read[0]["speed.batch"], read[1]["seed"],
+            read[1]["versions"]) == ("7", "3", '["1", "2"]') and "none" not in read[0]
     tex = to_latex(["e", "f"], rows, "seed_0 & more", ("model", "top1_pct", "params_m")).splitlines()
     assert r'e & a, "b" & 61.99 & - \\' in tex and r"f & 50 \%\_x & - & 2.000 \\" in tex
     assert r"\caption{seed\_0 \& more}" in tex and r"\begin{tabular}{llrr}" in tex and r"\toprule" in tex
 
 
 def test_conditions_that_all_rows_share_are_said_once():
-    rows = [ResultRow(model="a", conditions={"seed": 0, "n": 1}), ResultRow(model="b", conditions={"seed": 0, "n": 2, "keep": 0.5})]
+    rows = [ResultRow(model="a", conditions={"seed": 0, "n": 1}),
+            ResultRow(model="b", conditions={"seed": 0, "n": 2, "keep": 0.5})]
     assert report.conditions(rows) == ("seed 0, keep 0.5", ["n 1", "n 2"])
     assert report.conditions([]) == ("", [])
 
 
 def test_a_report_shows_errors_ranges_and_what_is_quick_and_says_once_what_they_are(tmp_path):
     speed = {"batch_size": 32, "dtype": "float32", "ratio_range": [0.84, 2.54]}
-    rows = [ResultRow(model="dense", dataset="photos", split="val", top1_pct=70.0, top1_se=1.5, ratio=1.0, latency_ms=3.0,
-                      conditions={"quick": False, "speed": speed | {"ratio_range": [1.0, 1.0]}}),
-            ResultRow(model="small", dataset="photos", split="val", top1_pct=66.0, ratio=1.69, conditions={"quick": True, "speed": speed})]
+    rows = [ResultRow(model="dense", dataset="photos", split="val", top1_pct=70.0, top1_se=1.5, ratio=1.0,
+                      latency_ms=3.0, conditions={"quick": False, "speed": speed | {"ratio_range": [1.0, 1.0]}}),
+            ResultRow(model="small", dataset="photos", split="val", top1_pct=66.0, ratio=1.69,
+                      conditions={"quick": True, "speed": speed})]
     for row in rows:
         append_row(tmp_path / "results.jsonl", row)
     page = report.results_table(tmp_path).data
     assert ">70.00 ± 1.50</td>" in page and ">66.00</td>" in page and ">1.00</td>" in page
     assert ">1.69 (0.84 to 2.54), too noisy to tell</td>" in page
-    assert ">ratio (batch 32)</th>" in page and "latency_ms" not in page and "miou_pct" not in page and "top5_pct" not in page
-    assert page.count("one standard error") == page.count("median over rounds") == page.count("quick: says nothing about quality") == 1
+    assert ">ratio (batch 32)</th>" in page
+    assert "latency_ms" not in page
+    assert "miou_pct" not in page
+    assert "top5_pct" not in page
+    assert page.count("one standard error") == page.count("median over rounds") == page.count("quick: says nothing "
+                                                                                              "about quality") == 1
     assert ">quick, speed.ratio_range" in page and page.count("quick") == 2 and "<b>" not in page
     report.write_tables(tmp_path)
     tex = (tmp_path / "results.tex").read_text()
     assert r"small & 66.00 & 1.69 (0.84 to 2.54), too noisy to tell \\" in tex and r"70.00 $\pm$ 1.50" in tex
     caption = next(line for line in tex.splitlines() if line.startswith(r"\caption"))
-    assert "quick: says nothing about quality" in caption and r"$\pm$: one standard error" in caption and "median over rounds" in caption
+    assert "quick: says nothing about quality" in caption
+    assert r"$\pm$: one standard error" in caption
+    assert "median over rounds" in caption
     read = list(csv.DictReader((tmp_path / "results.csv").open()))
-    assert [(r["quick"], r["top1_se"]) for r in read] == [("False", "1.5"), ("True", "")] and read[0]["latency_ms"] == "3.0"
+    assert [(r["quick"], r["top1_se"]) for r in read] == [("False", "1.5"),
+                                                          ("True", "")] and read[0]["latency_ms"] == "3.0"
 
 
 def test_a_page_shows_a_widget_as_its_picture(tmp_path):
     widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "m", "version_major": 2, "version_minor": 0},
               "image/png": "aGFsbG8=", "text/plain": "Widget()"}
     cell = new_code_cell("x", outputs=[new_output("display_data", data=widget)])
-    state = {"state": {"m": {"model_name": "M", "model_module": "m", "model_module_version": "1", "state": {}}}, "version_major": 2,
+    state = {"state": {"m": {"model_name": "M", "model_module": "m", "model_module_version": "1", "state": {}}},
+             "version_major": 2,
              "version_minor": 0}                        # nbclient keeps it; only with it would the widget come first
-    nbformat.write(new_notebook(cells=[cell], metadata={"widgets": {"application/vnd.jupyter.widget-state+json": state}}),
+    nbformat.write(new_notebook(cells=[cell],
+                                metadata={"widgets": {"application/vnd.jupyter.widget-state+json": state}}),
                    tmp_path / "n.ipynb")
     page = notebooks.report(tmp_path / "n.ipynb", tmp_path / "n.html").read_text()
     assert "data:image/png;base64,aGFsbG8=" in page and "widget-view" not in page

@@ -1,4 +1,5 @@
-"""The benchmarks: each can be imported, what they say of images and draws is right, and tables and figures say how sure they are."""
+"""The benchmarks: each can be imported, what they say of images and draws is right, and tables and figures say how sure
+they are."""
 import importlib
 import math
 import re
@@ -36,7 +37,8 @@ def test_measures_of_images_have_errors_and_the_difference_to_dense_is_paired():
     assert measured["top1_pct"] == pytest.approx(100 * sum(right) / 101) and measured["images"] == 101
     assert measured["against_dense"] == pytest.approx(mean) and measured["against_dense_se"] == pytest.approx(slow)
     assert measured["distill_loss_se"] == pytest.approx(statistics.stdev(distances) / math.sqrt(101))
-    assert measured["against_dense_se"] < 0.6 * measured["top1_se"]                     # the other 94 say nothing of the difference
+    # the other 94 say nothing of the difference
+    assert measured["against_dense_se"] < 0.6 * measured["top1_se"]
 
 
 def test_a_median_has_the_error_of_the_draw_that_it_is():
@@ -53,7 +55,8 @@ def test_draws_of_an_earlier_run_stay_where_this_one_has_other_seeds():
     def row(seeds, draws, errors, **more):
         return {"ratio": None, "throughput_img_s": None,
                 "conditions": {"seeds": seeds, "draws": draws, "draws_se": errors, "against": [d - 80 for d in draws],
-                               "against_se": errors, "distances": [.1] * len(draws), "distances_se": [.01] * len(draws), **more}}
+                               "against_se": errors, "distances": [.1] * len(draws), "distances_se": [.01] * len(draws),
+                               **more}}
     old = {"top1_pct": 70, "against_dense": -10, "distill_loss": .2, "ratio": 1.5, "throughput_img_s": 9.0,
            "conditions": {"seeds": [0, 3], "draws": [60, 80], "speed": {"batch_size": 32}, "of_mac_ratio": .9}}
     made = with_earlier(row([1, 0], [71.0, 72.0], [1.0, 2.0]), old)
@@ -67,8 +70,9 @@ def test_tables_show_errors_ranges_and_the_batch_and_define_the_ratio_once():
     tables = importlib.import_module("tables")
 
     def row(name, top1, ratio, span, **more):
-        return {"model": name, "family": name, "gmacs": 1.0, "top1_pct": top1, "against_dense": top1 - 80, "distill_loss": .1,
-                "ratio": ratio, "conditions": {"draws": [top1], "dtype": "float32", "images": 101, "of_mac_ratio": 1.0,
+        return {"model": name, "family": name, "gmacs": 1.0, "top1_pct": top1, "against_dense": top1 - 80,
+                "distill_loss": .1, "ratio": ratio,
+                "conditions": {"draws": [top1], "dtype": "float32", "images": 101, "of_mac_ratio": 1.0,
                                "speed": {"batch_size": 32, "ratio_range": span}}} | more
     errors = {"top1_se": 1.5, "against_dense_se": .5, "distill_loss_se": .01}
     text = tables.off_the_shelf([row("dense", 80.0, 1.0, [1.0, 1.0]), row("a", 79.0, 1.69, [.84, 2.54], **errors),
@@ -82,7 +86,8 @@ def test_tables_show_errors_ranges_and_the_batch_and_define_the_ratio_once():
 
 def test_a_quick_row_is_said_below_its_table():
     tables = importlib.import_module("tables")
-    row = {"model": "a", "gmacs": 1.0, "top1_pct": 50.0, "distill_loss": .1, "conditions": {"images": 20, "quick": True}}
+    row = {"model": "a", "gmacs": 1.0, "top1_pct": 50.0, "distill_loss": .1,
+           "conditions": {"images": 20, "quick": True}}
     assert "quick: says nothing about quality" in tables.per_block([row]) and "50.00 ± 10" in tables.per_block([row])
 
 
@@ -106,7 +111,8 @@ def test_the_benchmark_of_a_gpu_runs_on_a_cpu_and_its_rows_stand_beside_the_mac_
         found = row["conditions"]
         assert found["mac_ratio"] == pytest.approx(dense / row["gmacs"]) and row["throughput_img_s"] > 0
         assert found["of_mac_ratio"] == pytest.approx(row["ratio"] / found["mac_ratio"])
-        near = re.search(r", (0\.6)(, neurons|$)|ToMe", rule)                 # of 6 blocks of 4 heads, a step is at most a tenth
+        # of 6 blocks of 4 heads, a step is at most a tenth
+        near = re.search(r", (0\.6)(, neurons|$)|ToMe", rule)
         assert not near or row["gmacs"] / dense == pytest.approx(0.6, abs=0.1)
     names = {r["model"].split(":")[0] for r in rows} - {r["model"].split(":")[0] for r in models.values()}
     assert names == {"attention over 13 tokens, 12 heads", "fold of 137 tokens, 384 wide", f"training step, {gpu.TINY}",
@@ -123,7 +129,8 @@ def test_the_benchmark_of_a_gpu_goes_on_after_what_fails_and_names_what_does_not
     def broken():
         raise RuntimeError("CUDA error: invalid argument")
     made = gpu.candidates
-    monkeypatch.setattr(gpu, "candidates", lambda *given: {**{k: v for k, v in made(*given).items() if k == "dense"}, "ToMe": broken})
+    monkeypatch.setattr(gpu, "candidates",
+                        lambda *given: {**{k: v for k, v in made(*given).items() if k == "dense"}, "ToMe": broken})
     bench.models(gpu.TINY, 2, "eager")
     failed, dense = bench.rows
     assert failed.conditions["error"] == "RuntimeError: CUDA error: invalid argument" and dense.ratio == 1

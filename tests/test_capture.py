@@ -1,4 +1,4 @@
-"""vitlab.training.capture: the identity of methods A1 against explicit attention maps, and what it leaves behind."""
+"""vitlab.measure.capture: the identity of methods A1 against explicit attention maps, and what it leaves behind."""
 import contextlib
 
 import pytest
@@ -13,9 +13,9 @@ from test_segmenter import segmenter  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitlab.criteria.planning import prune_and_merge
-from vitlab.files import InputError
+from vitlab.measure.capture import TOKEN_CRITERIA, attention_maps, scored, token_scores
 from vitlab.models import compress, shape_of
-from vitlab.training.capture import TOKEN_CRITERIA, attention_maps, scored, token_scores
+from vitlab.runtime.files import InputError
 
 NUM_CLASSES = 7
 
@@ -52,8 +52,9 @@ def explicit_attention(attn, maps: list):
 
 
 def scores_slowly(model, batches, absolute: str) -> list[list[float]]:
-    """A1 in loops. "image": the mean over images, each by itself, of | sum over h, i of G * A | / (H N). "batch": of each batch's mean
-    loss | sum over b, h, i of G * A | / (B H N), summed over batches, each weighing its images over those of the mean batch."""
+    """A1 in loops. "image": the mean over images, each by itself, of | sum over h, i of G * A | / (H N). "batch": of
+    each batch's mean loss | sum over b, h, i of G * A | / (B H N), summed over batches, each weighing its images over
+    those of the mean batch."""
     depth, prefix = len(model.blocks), model.num_prefix_tokens
     images = sum(len(x) for x, _ in batches)
     if absolute == "image":
@@ -63,7 +64,8 @@ def scores_slowly(model, batches, absolute: str) -> list[list[float]]:
         maps: list[dict] = []
         for block in model.blocks:
             block.attn.forward = explicit_attention(block.attn, maps)
-        F.cross_entropy(model(x), targets, ignore_index=255).backward()            # of pixels that count; no image is of class 255
+        # of pixels that count; no image is of class 255
+        F.cross_entropy(model(x), targets, ignore_index=255).backward()
         for block in model.blocks:
             del block.attn.forward
         for layer in range(depth):
@@ -108,17 +110,21 @@ def test_absolute_per_image_differs_from_per_batch_and_is_never_smaller(tiny_vit
 def test_each_batch_counts_by_its_images(tiny_vit, images, absolute):
     model = tiny_vit("deit")
     batches = batches_for(model, images)
-    # A batch alone gives | . | / 3 or / 2 of the mean loss; together they weigh 3 / 2.5 and 2 / 2.5, over a mean batch of 2.5.
+    # A batch alone gives | . | / 3 or / 2 of the mean loss; together they weigh 3 / 2.5 and 2 / 2.5, over a mean batch
+    # of 2.5.
     shares = (3 / 5, 2 / 5) if absolute == "image" else ((3 / 2.5)**2, (2 / 2.5)**2)
-    parts = [share * token_scores(model, [batch], absolute=absolute, progress=False) for batch, share in zip(batches, shares)]
-    torch.testing.assert_close(token_scores(model, batches, absolute=absolute, progress=False), parts[0] + parts[1], rtol=1e-6, atol=0)
+    parts = [share * token_scores(model, [batch], absolute=absolute, progress=False) for batch,
+             share in zip(batches, shares)]
+    torch.testing.assert_close(token_scores(model, batches, absolute=absolute, progress=False), parts[0] + parts[1],
+                               rtol=1e-6, atol=0)
 
 
 def test_equal_batches_give_the_published_sum_over_batches(tiny_vit, images):
     model = tiny_vit("deit")
     batches = batches_for(model, images, (3, 3))
     parts = [token_scores(model, [batch], absolute="batch", progress=False) for batch in batches]
-    torch.testing.assert_close(token_scores(model, batches, absolute="batch", progress=False), parts[0] + parts[1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(token_scores(model, batches, absolute="batch", progress=False), parts[0] + parts[1],
+                               rtol=1e-6, atol=0)
 
 
 def test_scores_per_image_do_not_depend_on_how_129_images_come_in_batches(tiny_vit, images):
@@ -128,8 +134,10 @@ def test_scores_per_image_do_not_depend_on_how_129_images_come_in_batches(tiny_v
                                for sizes in ([64, 64, 1], [43, 43, 43], [1, 64, 64]))
     wanted = token_scores(model, even, progress=False)
     for given in (uneven, backwards):
-        assert float((token_scores(model, given, progress=False) / wanted - 1).abs().max()) < 1e-9     # float64: sums in another order
-    alone = token_scores(model, uneven[2:], progress=False)                     # no image makes up the most of the score
+        # float64: sums in another order
+        assert float((token_scores(model, given, progress=False) / wanted - 1).abs().max()) < 1e-9
+    # no image makes up the most of the score
+    alone = token_scores(model, uneven[2:], progress=False)
     assert float(((129 * wanted - alone) > 0).double().mean()) == 1 and float((alone / (129 * wanted)).mean()) < 0.05
 
 
@@ -137,8 +145,10 @@ def test_scores_per_image_do_not_depend_on_the_order_of_images(tiny_vit, images)
     model = tiny_vit("deit")
     x, y = batches_for(model, images, (5,))[0]
     order = [3, 0, 4, 1, 2]
-    first, second = (token_scores(model, [pair], absolute="image", progress=False) for pair in ((x, y), (x[order], y[order])))
-    torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-6 * float(first.max()))     # float32 sums in another order
+    first, second = (token_scores(model, [pair], absolute="image", progress=False)
+                     for pair in ((x, y), (x[order], y[order])))
+    # float32 sums in another order
+    torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-6 * float(first.max()))
 
 
 def test_an_iterator_of_batches_is_read_once(tiny_vit, images):
@@ -175,7 +185,8 @@ def scenes_for(model, sizes=(3, 2)):
 
 
 @pytest.mark.parametrize("absolute", ["batch", "image"])
-@pytest.mark.parametrize("family, decoder", [("deit", "mask_transformer"), ("dinov2_reg", "linear"), ("mae", "mask_transformer")])
+@pytest.mark.parametrize("family, decoder",
+                         [("deit", "mask_transformer"), ("dinov2_reg", "linear"), ("mae", "mask_transformer")])
 def test_token_scores_of_a_segmenter_equal_the_sum_over_explicit_attention_maps(segmenter, family, decoder, absolute):  # noqa: F811
     model = segmenter(family, decoder)
     batches = scenes_for(model)
@@ -194,11 +205,13 @@ def test_pixels_that_are_ignored_have_no_part_in_token_scores():
     other = [(x, torch.where(y == 255, y, (y + 1) % PIXEL_CLASSES)) for x, y in batches]
     first, second = (token_scores(model, given, progress=False) for given in (batches, other))
     assert float((first - second).abs().max()) > 0.01 * float(first.max())       # targets matter
-    nothing = [*batches, (scenes(2), torch.full((2, 24, 40), 255))]             # seven images, two of which add nothing to the mean
+    # seven images, two of which add nothing to the mean
+    nothing = [*batches, (scenes(2), torch.full((2, 24, 40), 255))]
     torch.testing.assert_close(token_scores(model, nothing, progress=False) * 7 / 5, first, rtol=1e-6, atol=0)
 
 
-def test_token_scores_of_a_segmenter_do_not_depend_on_the_batches_though_images_have_other_numbers_of_pixels_that_count():
+def test_token_scores_of_a_segmenter_do_not_depend_on_the_batches_though_images_have_other_numbers_of_pixels_that_count(
+    ):
     model = small().double()
     batches = [(x.double(), y) for x, y in scenes_for(model)]
     batches[0][1][0, :, 8:] = 255                                               # a fifth of the first image is left
@@ -221,13 +234,16 @@ def test_class_attention_and_hsic_of_a_segmenter_are_their_definitions():
     for x, _ in batches:
         entering.clear()
         with torch.no_grad():
-            linear = oracle_linear(model.patch_logits(x).softmax(dim=1).reshape(len(x), -1))        # all patches' probabilities of an image
+            # all patches' probabilities of an image
+            linear = oracle_linear(model.patch_logits(x).softmax(dim=1).reshape(len(x), -1))
         rows = [[oracle_hsic(oracle_gaussian(e[:, j]), linear) for j in range(1, e.shape[1])] for e in entering]
-        expected = expected + len(x) / 8 * ((8 / 3) / len(x))**2 * torch.tensor(rows, dtype=torch.float64)       # 8 images, 3 batches
+        # 8 images, 3 batches
+        expected = expected + len(x) / 8 * ((8 / 3) / len(x))**2 * torch.tensor(rows, dtype=torch.float64)
     for handle in handles:
         handle.remove()
     got = token_scores(model, batches, criterion="hsic", progress=False)
-    assert got.shape == (2, 15) and float((got - expected).abs().max()) < 1e-9 * max(1, float(expected.abs().max()))    # as above
+    # as above
+    assert got.shape == (2, 15) and float((got - expected).abs().max()) < 1e-9 * max(1, float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("criterion", list(TOKEN_CRITERIA))
@@ -237,7 +253,8 @@ def test_scoring_leaves_a_segmenter_as_it_was(criterion):
     before = state_of(model)
     first = token_scores(model, scenes_for(model), criterion=criterion, progress=False)
     assert state_of(model) == before
-    assert torch.equal(first, token_scores(small(), scenes_for(model), criterion=criterion, progress=False))    # no dropout in it
+    # no dropout in it
+    assert torch.equal(first, token_scores(small(), scenes_for(model), criterion=criterion, progress=False))
 
 
 # ---- The other criteria, and attention maps for plots
@@ -251,13 +268,15 @@ def explicit_maps(model, x) -> torch.Tensor:
     for block in model.blocks:
         del block.attn.forward
     heads = model.blocks[0].attn.num_heads
-    return torch.stack([torch.stack([torch.stack([m[b, h].detach() for h in range(heads)]) for b in range(len(x))]) for m in maps])
+    return torch.stack([torch.stack([torch.stack([m[b, h].detach() for h in range(heads)]) for b in range(len(x))])
+                        for m in maps])
 
 
 def test_class_attention_is_the_mean_over_images_and_heads_of_the_class_tokens_row(tiny_vit, family, images):
     model = tiny_vit(family).double()
     batches = [(x.double(), y) for x, y in batches_for(model, images)]
-    maps = explicit_maps(model, torch.cat([x for x, _ in batches]))             # all images at once, though the batches differ in size
+    # all images at once, though the batches differ in size
+    maps = explicit_maps(model, torch.cat([x for x, _ in batches]))
     got = token_scores(model, batches, criterion="class_attention", progress=False)
     expected = maps.mean(dim=(1, 2))[:, 0, model.num_prefix_tokens:]
     assert got.shape == expected.shape and float((got - expected).abs().max()) < 1e-12      # float64
@@ -273,12 +292,15 @@ def test_hsic_of_a_patch_is_that_of_what_enters_the_block_there_averaged_over_al
         entering.clear()
         with torch.no_grad():
             linear = oracle_linear(model(x).softmax(dim=1))
-        rows = [[oracle_hsic(oracle_gaussian(e[:, j]), linear) for j in range(model.num_prefix_tokens, e.shape[1])] for e in entering]
-        expected = expected + len(x) / 8 * ((8 / 3) / len(x))**2 * torch.tensor(rows, dtype=torch.float64)       # 8 images, 3 batches
+        rows = [[oracle_hsic(oracle_gaussian(e[:, j]), linear) for j in range(model.num_prefix_tokens, e.shape[1])]
+                for e in entering]
+        # 8 images, 3 batches
+        expected = expected + len(x) / 8 * ((8 / 3) / len(x))**2 * torch.tensor(rows, dtype=torch.float64)
     for handle in handles:
         handle.remove()
     got = token_scores(model, iter(batches), criterion="hsic", progress=False)
-    assert got.shape == expected.shape and float((got - expected).abs().max()) < 1e-9       # float64, sums in another order
+    # float64, sums in another order
+    assert got.shape == expected.shape and float((got - expected).abs().max()) < 1e-9
 
 
 def test_an_image_that_is_missing_from_the_first_batch_leaves_all_others_in_hsic(tiny_vit, images):
@@ -286,8 +308,10 @@ def test_an_image_that_is_missing_from_the_first_batch_leaves_all_others_in_hsic
     batches = [(x.double(), y) for x, y in batches_for(model, images, (7, 7, 7, 7))]
     one_missing = [(batches[0][0][1:], batches[0][1][1:]), *batches[1:]]
     settings = {"criterion": "hsic", "absolute": "image", "device": None, "progress": False}
-    whole, (found, used) = token_scores(model, batches, criterion="hsic", progress=False), scored(model, one_missing, **settings)
-    assert used == 27 and scored(model, [*batches, (batches[0][0][:1], batches[0][1][:1])], **settings)[1] == 28     # one alone: none
+    whole, (found, used) = token_scores(model, batches, criterion="hsic",
+                                        progress=False), scored(model, one_missing, **settings)
+    # one alone: none
+    assert used == 27 and scored(model, [*batches, (batches[0][0][:1], batches[0][1][:1])], **settings)[1] == 28
     parts = [token_scores(model, [batch], criterion="hsic", progress=False) for batch in one_missing]
     wanted = sum(len(x) / 27 * (27 / 4 / len(x))**2 * part for part, (x, _) in zip(parts, one_missing))
     assert float((found - wanted).abs().max()) < 1e-12 * float(wanted.max())
@@ -309,7 +333,8 @@ def test_a_model_without_a_class_token_has_no_class_attention_but_the_other_scor
     with pytest.raises(InputError, match="class token"):
         token_scores(model, batches, criterion="class_attention", progress=False)
     for criterion in ("gradient", "hsic"):
-        assert token_scores(model, batches, criterion=criterion, progress=False).shape == (len(model.blocks), model.patch_embed.num_patches)
+        assert token_scores(model, batches, criterion=criterion,
+                            progress=False).shape == (len(model.blocks), model.patch_embed.num_patches)
 
 
 def test_an_unknown_criterion_is_refused_and_the_known_ones_listed(tiny_vit, images):
@@ -324,7 +349,8 @@ def test_attention_maps_have_rows_of_sum_one_and_give_back_the_attentions_output
     outputs, values, handles = [], [], []
     for block in model.blocks:
         handles += [block.attn.register_forward_hook(lambda m, i, out: outputs.append(out)),
-                    block.attn.qkv.register_forward_hook(lambda m, i, out: values.append(out[..., 2 * m.out_features // 3:]))]
+                    block.attn.qkv.register_forward_hook(lambda m, i,
+                                                         out: values.append(out[..., 2 * m.out_features // 3:]))]
     maps = attention_maps(model, x)
     for handle in handles:
         handle.remove()
@@ -464,8 +490,8 @@ def test_an_unknown_absolute_is_refused_and_the_known_ones_listed(tiny_vit, imag
 
 
 def test_a_family_that_is_not_supported_is_refused_by_name():
-    model = timm.create_model("swin_tiny_patch4_window7_224", pretrained=False, img_size=56, embed_dim=12, depths=(1, 1),
-                              num_heads=(1, 2), num_classes=NUM_CLASSES)
+    model = timm.create_model("swin_tiny_patch4_window7_224", pretrained=False, img_size=56, embed_dim=12,
+                              depths=(1, 1), num_heads=(1, 2), num_classes=NUM_CLASSES)
     with pytest.raises(InputError, match="SwinTransformer"):
         token_scores(model, [(torch.zeros(1, 3, 56, 56), torch.tensor([0]))], progress=False)
 

@@ -17,14 +17,13 @@ from training_fixtures import NAME, SIZE, compressed, full_plan, images, logits,
 
 import vitlab
 from vitlab.data import open_data
-from vitlab.files import InputError
-from vitlab.models import compress, deploy, shape_of
+from vitlab.models import checkpoint, compress, deploy, shape_of
+from vitlab.models.checkpoint import INFO, PLAN, WEIGHTS
 from vitlab.models.create import create_model
 from vitlab.models.segmenter import Segmenter, set_norm_eps
 from vitlab.plan import CompressionPlan
-from vitlab.rules import MergeReconstruct
-from vitlab.training import checkpoint
-from vitlab.training.checkpoint import INFO, PLAN, WEIGHTS
+from vitlab.plan.rules import MergeReconstruct
+from vitlab.runtime.files import InputError
 
 FORMS = ("dense", "compressed", "deployed")
 
@@ -36,7 +35,8 @@ def make(form: str, seed: int = 0):
         return dense, CompressionPlan.empty(shape_of(dense))
     plan = full_plan(dense, seed)
     model = compress(dense, plan)
-    with torch.no_grad():                                       # trained matrices differ from the plan's starting values
+    # trained matrices differ from the plan's starting values
+    with torch.no_grad():
         for block in model.blocks:
             block.tokens.merge_matrix.mul_(1.1)
             block.tokens.reconstruct_matrix.add_(0.01)
@@ -92,7 +92,8 @@ def test_saving_leaves_the_model_as_it_was_trainable_and_in_its_mode(tmp_path):
 
 def test_a_checkpoint_keeps_classes_origin_versions_and_the_preprocessing(tmp_path):
     model, plan = make("dense")
-    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "interpolation": "nearest"}
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6),
+                            "interpolation": "nearest"}
     found = checkpoint.load(checkpoint.save(tmp_path / "c", model, plan, classes=["a", "b", "c"], made_by={"seed": 7}))
     assert found.info["classes"] == ["a", "b", "c"] and found.info["made_by"] == {"seed": 7}
     assert found.info["versions"]["torch"] == torch.__version__
@@ -114,7 +115,7 @@ CHILD = """
 import sys
 import torch
 torch.set_num_threads(1)
-from vitlab.training import checkpoint
+from vitlab.models import checkpoint
 x, out = torch.load(sys.argv[1], weights_only=True), {}
 for folder in sys.argv[3:]:
     with torch.inference_mode():
@@ -133,8 +134,9 @@ def test_the_folder_alone_moved_elsewhere_is_enough_for_a_fresh_process(tmp_path
     torch.save(images(), tmp_path / "x.pt")
     (tmp_path / "empty").mkdir()
     done = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path / "x.pt"), str(tmp_path / "out.pt"), *wanted],
-                          cwd=tmp_path / "empty", env={**os.environ, "PYTHONPATH": str(Path(vitlab.__file__).parents[1])},
-                          capture_output=True, text=True, timeout=600)
+                          cwd=tmp_path / "empty",
+                          env={**os.environ, "PYTHONPATH": str(Path(vitlab.__file__).parents[1])}, capture_output=True,
+                          text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "out.pt", weights_only=True)
     assert all(torch.equal(found[folder], wanted[folder]) for folder in wanted)
@@ -218,7 +220,8 @@ def test_a_plan_that_cuts_otherwise_than_the_weights_is_refused_naming_the_key(s
     (lambda s: s.pop("blocks.1.tokens.merge_matrix"), "missing keys blocks.1.tokens.merge_matrix"),
     (lambda s: s.pop("head.bias"), "missing keys head.bias"),
     (lambda s: s.update({"blocks.9.extra": torch.zeros(3)}), "unknown keys blocks.9.extra"),
-    (lambda s: s.update({"norm.weight": torch.zeros(23)}), r"wrong shapes: norm.weight is \(23,\), the model's is \(24,\)"),
+    (lambda s: s.update({"norm.weight": torch.zeros(23)}), r"wrong shapes: norm.weight is \(23,\), the model's is "
+                                                           r"\(24,\)"),
 ], ids=["no matrix", "no bias", "extra", "shape"])
 def test_weights_that_do_not_fit_are_refused_naming_file_and_key(saved, change, says):
     edit_weights(saved, change)
@@ -274,7 +277,8 @@ def test_a_save_over_an_old_checkpoint_leaves_only_the_new_one(tmp_path):
 
 # ---------------------------------------------------------------- Segmenters
 
-def make_segmenter(form: str, decoder: str = "mask_transformer", plan_of=full_plan) -> tuple[Segmenter, CompressionPlan]:
+def make_segmenter(form: str, decoder: str = "mask_transformer",
+                   plan_of=full_plan) -> tuple[Segmenter, CompressionPlan]:
     """As published ones are: 1e-5 in every norm, a mean and deviation of its own."""
     dense = small(decoder, **({"depth": 1, "drop": 0.05, "head_dim": 12} if decoder == "mask_transformer" else {}))
     set_norm_eps(dense.encoder, 1e-5)
@@ -291,15 +295,21 @@ def make_segmenter(form: str, decoder: str = "mask_transformer", plan_of=full_pl
     ("compressed", "mask_transformer", units_plan), ("deployed", "mask_transformer", match_plan)])
 def test_a_loaded_segmenter_gives_bit_equal_logits_the_same_plan_norms_and_statistics(tmp_path, form, decoder, plan_of):
     model, plan = make_segmenter(form, decoder, plan_of)
-    found, x = checkpoint.load(checkpoint.save(tmp_path / "c", model, plan, classes=list("abcde"))), pictures(2, (21, 40))
+    found, x = checkpoint.load(checkpoint.save(tmp_path / "c", model, plan, classes=list("abcde"))), pictures(2,
+                                                                                                              (21, 40))
     assert torch.equal(logits(found.model, x), logits(model, x)) and found.model.num_classes == 5
     assert found.plan == plan and found.info["classes"] == list("abcde")
     assert {norm.eps for norm in found.model.encoder.modules() if isinstance(norm, torch.nn.LayerNorm)} == {1e-5}
-    assert tuple(found.model.pretrained_cfg["mean"]) == (0.1, 0.2, 0.3) and tuple(found.model.pretrained_cfg["std"]) == (0.4, 0.5, 0.6)
-    assert not any(m.training for m in found.model.modules()) and checkpoint.is_deployed(found.model) == checkpoint.is_deployed(model)
+    assert tuple(found.model.pretrained_cfg["mean"]) == (0.1, 0.2,
+                                                         0.3) and tuple(found.model.pretrained_cfg["std"]) == (0.4, 0.5,
+                                                                                                               0.6)
+    assert not any(m.training
+                   for m in found.model.modules()) and checkpoint.is_deployed(found.model) == checkpoint.is_deployed(
+                       model)
     again = checkpoint.load(checkpoint.save(tmp_path / "again", found.model, found.plan, classes=list("abcde")))
     assert torch.equal(logits(again.model, x), logits(model, x))
-    assert all((tmp_path / "c" / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in (WEIGHTS, PLAN, INFO))
+    assert all((tmp_path / "c" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+               for name in (WEIGHTS, PLAN, INFO))
 
 
 def test_a_loaded_segmenter_trains_as_the_saved_one_would(tmp_path):
@@ -333,18 +343,21 @@ def put(way: str, value):
 
 @pytest.mark.parametrize("way, value, says", [
     ("", 5, "num_classes is 5"), ("", [], r"num_classes is \[\]"), ("", "x" * 10 ** 5, "num_classes is 'xxx"),
-    ("", {}, "num_classes is None"), ("num_classes", 10 ** 9, "num_classes is 1000000000"), ("num_classes", 1, "num_classes is 1"),
-    ("num_classes", True, "num_classes is True"),
-    ("num_classes", "5", "num_classes is '5'"), ("num_classes", 5.0, "num_classes is 5.0"), ("num_classes", None, "num_classes is None"),
-    ("decoder", "conv", "decoder is 'conv'"), ("decoder", ["linear"], r"decoder is \['linear'\]"), ("decoder", None, "decoder is None"),
-    ("norm_eps", 0, "norm_eps is 0"), ("norm_eps", -1e-6, "norm_eps is -1e-06"), ("norm_eps", float("nan"), "norm_eps is nan"),
-    ("norm_eps", "small", "norm_eps is 'small'"), ("norm_eps", 1, "norm_eps is 1"),
-    ("args", None, "args is None"), ("args", [], r"args is \[\]"), ("args", {"file": "../x"}, "args is .*file"),
-    ("args", {"depth": 10 ** 6}, "args is .*1000000"), ("args", {"depth": 65}, "args is .*65"), ("args", {"depth": 0}, "args is .*0"),
-    ("args", {"depth": 2.0}, "args is .*2.0"), ("args", {"depth": True}, "args is .*True"), ("args", {"head_dim": 0}, "args is .*0"),
-    ("args", {"head_dim": -8}, "args is .*-8"), ("args", {"head_dim": 7}, "24 wide, with heads of 7"),
-    ("args", {"drop": 1.5}, "args is .*1.5"), ("args", {"drop": float("nan")}, "args is .*nan"),
-    ("args", {"drop_path": -0.1}, "args is .*-0.1"), ("args", {"drop_path": "much"}, "args is .*much"),
+    ("", {}, "num_classes is None"), ("num_classes", 10 ** 9, "num_classes is 1000000000"),
+    ("num_classes", 1, "num_classes is 1"), ("num_classes", True, "num_classes is True"),
+    ("num_classes", "5", "num_classes is '5'"), ("num_classes", 5.0, "num_classes is 5.0"),
+    ("num_classes", None, "num_classes is None"), ("decoder", "conv", "decoder is 'conv'"),
+    ("decoder", ["linear"], r"decoder is \['linear'\]"), ("decoder", None, "decoder is None"),
+    ("norm_eps", 0, "norm_eps is 0"), ("norm_eps", -1e-6, "norm_eps is -1e-06"),
+    ("norm_eps", float("nan"), "norm_eps is nan"), ("norm_eps", "small", "norm_eps is 'small'"),
+    ("norm_eps", 1, "norm_eps is 1"), ("args", None, "args is None"), ("args", [], r"args is \[\]"),
+    ("args", {"file": "../x"}, "args is .*file"), ("args", {"depth": 10 ** 6}, "args is .*1000000"),
+    ("args", {"depth": 65}, "args is .*65"), ("args", {"depth": 0}, "args is .*0"),
+    ("args", {"depth": 2.0}, "args is .*2.0"), ("args", {"depth": True}, "args is .*True"),
+    ("args", {"head_dim": 0}, "args is .*0"), ("args", {"head_dim": -8}, "args is .*-8"),
+    ("args", {"head_dim": 7}, "24 wide, with heads of 7"), ("args", {"drop": 1.5}, "args is .*1.5"),
+    ("args", {"drop": float("nan")}, "args is .*nan"), ("args", {"drop_path": -0.1}, "args is .*-0.1"),
+    ("args", {"drop_path": "much"}, "args is .*much"),
 ], ids=lambda v: str(v)[:24])
 def test_a_hostile_segmenter_in_a_checkpoint_is_refused_in_one_line_naming_the_file(tmp_path, way, value, says):
     folder = checkpoint.save(tmp_path / "c", *make_segmenter("dense"))
@@ -356,10 +369,13 @@ def test_a_hostile_segmenter_in_a_checkpoint_is_refused_in_one_line_naming_the_f
 
 def test_a_segmenter_larger_than_its_weights_can_be_is_refused_before_memory_is_taken(tmp_path, monkeypatch):
     folder = checkpoint.save(tmp_path / "c", *make_segmenter("dense"))
-    monkeypatch.setattr(checkpoint, "LARGEST_CUT", 1)                           # else a file of this size may be of 30 M parameters
+    # else a file of this size may be of 30 M parameters
+    monkeypatch.setattr(checkpoint, "LARGEST_CUT", 1)
     monkeypatch.setattr(Segmenter, "eval", lambda self: pytest.fail("it was built"))
-    edit_json(folder / INFO, lambda info: info["segmenter"].update(num_classes=65_536))         # 24 wide: 1.6 M numbers and a norm of each
-    with pytest.raises(InputError, match=f"{folder / INFO}: a Segmenter of 1,7[0-9]{{2}},[0-9]{{3}} parameters; .* at most"):
+    # 24 wide: 1.6 M numbers and a norm of each
+    edit_json(folder / INFO, lambda info: info["segmenter"].update(num_classes=65_536))
+    with pytest.raises(InputError, match=f"{folder / INFO}: a Segmenter of 1,7[0-9]{{2}},[0-9]{{3}} parameters; .* at "
+                                         f"most"):
         checkpoint.load(folder)
 
 
@@ -501,6 +517,7 @@ def test_weights_that_are_not_finite_are_not_written_and_the_older_ones_stay(tmp
     before = (tmp_path / "kept" / WEIGHTS).read_bytes()
     with torch.no_grad():
         model.blocks[1].mlp.fc1.weight[2, 3] = value
-    with pytest.raises(InputError, match=f"{tmp_path / 'kept'}: not written, since blocks.1.mlp.fc1.weight is not finite"):
+    with pytest.raises(InputError, match=f"{tmp_path / 'kept'}: not written, since blocks.1.mlp.fc1.weight is not "
+                                         f"finite"):
         checkpoint.save(tmp_path / "kept", model, CompressionPlan.empty(shape_of(model)))
     assert (tmp_path / "kept" / WEIGHTS).read_bytes() == before

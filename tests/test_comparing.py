@@ -1,9 +1,10 @@
-"""What a comparison of criteria carries: wins by seed, intervals over blocks, and bold only where no other's interval reaches."""
+"""What a comparison of criteria carries: wins by seed, intervals over blocks, and bold only where no other's interval
+reaches."""
 import numpy as np
 import pytest
 
-from vitlab.files import InputError
-from vitlab.results import ResultRow
+from vitlab.runtime.files import InputError
+from vitlab.runtime.results import ResultRow
 from vitlab.workbench.comparing import clear_lowest, difference, lines, over_seeds, summary, table, told_apart, verdict
 
 
@@ -30,7 +31,8 @@ def test_criteria_are_told_apart_by_the_differences_of_blocks_and_not_by_their_l
     steep = np.array([1., 10, 100, 1000, 10000])                        # blocks differ far more than the criteria
     found = over_seeds(rows({"a": [list(steep)], "b": [list(steep + 1)]}), "neurons")
     assert told_apart(found, "a", "b") == -1 and told_apart(found, "b", "a") == 1
-    assert "a costs least, told apart from all others" in verdict(rows({"a": [list(steep)], "b": [list(steep + 1)]}), "neurons")
+    assert "a costs least, told apart from all others" in verdict(rows({"a": [list(steep)], "b": [list(steep + 1)]}),
+                                                                  "neurons")
     found["b"] = {0: (1.0, None)}
     assert told_apart(found, "a", "b") == 0                             # of one block nothing can be said
 
@@ -80,5 +82,7 @@ def test_a_difference_of_rows_says_how_sure_it_is_and_where_nothing_can_be_told(
     assert difference(small, dense) == "-10.00 ± 5.00 points of top-1"
     assert difference(small, ResultRow(model="c", top1_pct=60.0)) == "+10.00 points of top-1"
     near = ResultRow(model="d", top1_pct=71.0, top1_se=4.0)
-    assert difference(near, dense) == "-9.00 ± 5.00 points of top-1 (can't be told from 0)"             # 1.96 * 5 is 9.8
-    assert difference(ResultRow(model="e", miou_pct=3.0), ResultRow(model="f", miou_pct=1.0), "miou_pct") == "+2.00 points of mIoU"
+    # 1.96 * 5 is 9.8
+    assert difference(near, dense) == "-9.00 ± 5.00 points of top-1 (can't be told from 0)"
+    assert difference(ResultRow(model="e", miou_pct=3.0), ResultRow(model="f", miou_pct=1.0),
+                      "miou_pct") == "+2.00 points of mIoU"

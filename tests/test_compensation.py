@@ -9,18 +9,19 @@ from segmenting_fixtures import pictures, small, units_plan
 from training_fixtures import full_plan, images, logits, one_thread, tiny  # noqa: F401
 
 from vitlab.criteria.compensation import RIDGE, Moments, choose_ridge, columns, elimination_order, reconstruction, refit
-from vitlab.files import InputError
+from vitlab.measure.moments import Fisher, each_moments, mixing_layer
 from vitlab.models import attention_block, compress, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import Match, MergeReconstruct, ReadOut, Select, SharedUpdate
-from vitlab.tokens import shared
+from vitlab.plan.rules import Match, MergeReconstruct, ReadOut, Select, SharedUpdate
+from vitlab.plan.tokens import shared
+from vitlab.runtime.files import InputError
 from vitlab.training import compensate as module
 from vitlab.training.compensate import SMALL_GAMMA, Walk, compensate, dense_rows
-from vitlab.training.moments import Fisher, each_moments, mixing_layer
 from vitlab.training.self_distillation import Divergence
 
 ROWS, UNITS, WIDTH, OUT = 211, 7, 3, 5
-FLOAT32 = 1e-4          # inputs are gathered in float32: products of 211 rows of correlated numbers agree to some 1e-6 of their size
+# inputs are gathered in float32: products of 211 rows of correlated numbers agree to some 1e-6 of their size
+FLOAT32 = 1e-4
 
 
 def layer(width: int = WIDTH, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,7 +73,8 @@ def test_refit_to_what_the_output_lacks_is_weighted_ridge_regression_towards_the
     a, w, e, r = x.double().numpy(), weight.double().numpy(), lacks.double().numpy(), rows.double().numpy()
     mean = (r[:, None] * a).sum(axis=0) / r.sum()
     variance = float(((r[:, None] * (a - mean) ** 2).sum(axis=0) / r.sum())[inputs].mean())
-    # sqrt(w_r) times each row, and one row more per weight, sqrt(ridge * variance * n) * (W' - W_S) = 0; none for the bias.
+    # sqrt(w_r) times each row, and one row more per weight, sqrt(ridge * variance * n) * (W' - W_S) = 0; none for the
+    # bias.
     pull = np.sqrt(ridge * variance * r.sum()) * np.eye(len(inputs), len(inputs) + 1)
     design = np.row_stack([np.sqrt(r)[:, None] * np.column_stack([a[:, inputs], np.ones(ROWS)]), pull])
     target = np.row_stack([np.sqrt(r)[:, None] * (a @ w.T + e), pull[:, :-1] @ w[:, inputs].T])
@@ -85,7 +87,8 @@ def test_a_row_of_weight_three_is_three_rows():
     x, _ = layer()
     once, thrice = gathered(torch.cat([x, x[:5], x[:5]])), Moments(x.shape[1])
     thrice.add(x, weights=torch.where(torch.arange(ROWS) < 5, 3.0, 1.0))
-    assert torch.allclose(once.covariance(), thrice.covariance(), atol=FLOAT32) and torch.allclose(once.mean, thrice.mean, atol=FLOAT32)
+    assert torch.allclose(once.covariance(), thrice.covariance(),
+                          atol=FLOAT32) and torch.allclose(once.mean, thrice.mean, atol=FLOAT32)
 
 
 def test_bf16_autocast_leaves_the_moments_in_float32():
@@ -102,7 +105,8 @@ def test_refit_with_nothing_cut_changes_nothing():
 
 
 def test_moments_of_batches_are_those_of_one_batch():
-    x = layer()[0].reshape(-1, 1, UNITS * WIDTH)                                # (rows, 1, K): leading dimensions are rows
+    # (rows, 1, K): leading dimensions are rows
+    x = layer()[0].reshape(-1, 1, UNITS * WIDTH)
     once, parts = gathered(x), gathered(x, 4)
     assert once.rows == parts.rows == ROWS
     assert torch.allclose(once.mean, parts.mean, rtol=1e-6)
@@ -113,7 +117,8 @@ def test_moments_of_batches_are_those_of_one_batch():
 def test_ridge_pulls_the_refit_towards_the_weights_as_they_were():
     x, weight = layer()
     kept = torch.tensor([0, 2, 3, 6])
-    far, near = (refit(weight, gathered(x), kept, WIDTH, ridge=r)[0] - weight[:, columns(kept, WIDTH)] for r in (1e-6, 10.0))
+    far, near = (refit(weight, gathered(x), kept, WIDTH, ridge=r)[0] - weight[:, columns(kept, WIDTH)]
+                 for r in (1e-6, 10.0))
     assert near.norm() < 0.5 * far.norm()
 
 
@@ -135,7 +140,8 @@ def test_the_ridge_is_the_largest_within_one_standard_error_of_what_misses_least
             wrong = x[held][:, kept].double() @ new.T + gained - x[held].double() @ weight.double().T - lacks[held]
             missed[part, number] = wrong.square().sum(dim=1).mean()
     more = missed - missed[:, [missed.mean(axis=0).argmin()]]
-    near = [ridge for ridge, own in zip(ridges, more.T) if own.mean() <= own.std(ddof=1) / 2]               # root of 4 folds
+    # root of 4 folds
+    near = [ridge for ridge, own in zip(ridges, more.T) if own.mean() <= own.std(ddof=1) / 2]
     assert choose_ridge(weight, folds, kept, ridges=ridges) == max(near)
     assert (max(near) > ridges[int(missed.mean(axis=0).argmin())]) == (rows == 80)              # by this rule
     assert (choose_ridge(weight, folds, kept) > 0.02) == (rows < 2000)          # noise is not fitted
@@ -156,17 +162,20 @@ def test_few_rows_of_nearly_constant_inputs_are_refitted_and_ordered_though_thei
         assert torch.isfinite(new).all() and torch.isfinite(gained).all()
     missed = [float((x[:, kept] @ new.T + gained - x @ weight.T).square().sum())
               for new, gained in (refit(weight, whole, kept, ridge=strength) for strength in (ridge, np.inf))]
-    assert missed[0] <= 1.1 * missed[1]                                         # no worse than means alone, which few rows can tell
+    # no worse than means alone, which few rows can tell
+    assert missed[0] <= 1.1 * missed[1]
     assert sorted(elimination_order(weight, whole).tolist()) == list(range(31))
 
 
 def test_a_walk_through_the_model_runs_each_block_a_few_times():
     dense, runs = tiny(depth=5), []
-    plan = CompressionPlan(shape=shape_of(dense), blocks=tuple(BlockPlan(neurons=tuple(range(0, 96, 3))) for _ in range(5)))
+    plan = CompressionPlan(shape=shape_of(dense),
+                           blocks=tuple(BlockPlan(neurons=tuple(range(0, 96, 3))) for _ in range(5)))
     for block in dense.blocks:                                                  # its copies count with it
         block.register_forward_pre_hook(lambda module, given: runs.append(len(given[0])))
     compensate(dense, plan, batches(), progress=False)
-    assert len(runs) <= 4 * 5 * len(batches())                                  # dense once, the model for each of two layers and to go on
+    # dense once, the model for each of two layers and to go on
+    assert len(runs) <= 4 * 5 * len(batches())
 
 
 @pytest.mark.parametrize("width", [1, WIDTH])
@@ -175,9 +184,11 @@ def test_each_eliminated_unit_is_the_one_that_least_squares_misses_least(width):
     order = elimination_order(weight, gathered(x), width, ridge=0.0).tolist()
     assert sorted(order) == list(range(UNITS))
     there = list(range(UNITS))
-    for unit in order[:-1]:                                                     # the last has no other to be compared with
+    # the last has no other to be compared with
+    for unit in order[:-1]:
         losses = {u: error(x, weight, [v for v in there if v != u], width) for u in there}
-        assert losses[unit] <= min(losses.values()) * (1 + 1e-3)                # float32 moments: near ties may fall either way
+        # float32 moments: near ties may fall either way
+        assert losses[unit] <= min(losses.values()) * (1 + 1e-3)
         there.remove(unit)
 
 
@@ -201,7 +212,8 @@ def test_a_unit_that_repeats_another_goes_early_however_large_it_is():
 def test_one_of_each_pair_goes_before_any_pair_loses_both(width):
     generator = torch.Generator().manual_seed(0)
     pairs, outputs = 11, 5
-    x, weight = torch.randn(997, pairs * width, generator=generator), torch.randn(outputs, pairs * width, generator=generator)
+    x, weight = torch.randn(997, pairs * width,
+                            generator=generator), torch.randn(outputs, pairs * width, generator=generator)
     mixed = torch.randperm(2 * pairs, generator=generator)                      # unit u is a copy of mixed[u] % pairs
     twice = columns(mixed % pairs, width)
     noise = 1e-3 * torch.randn(997, 2 * pairs * width, generator=generator)     # nearly equal
@@ -263,7 +275,8 @@ def test_the_first_refit_layer_is_least_squares_on_its_own_inputs():
     wanted = (h @ fc2.weight.detach().double().T + fc2.bias.detach().double()).numpy()
     solution = np.linalg.lstsq(design, wanted, rcond=None)[0]
     own = found.blocks[0].mlp.fc2
-    assert np.allclose(own.weight.detach().numpy(), solution[:-1].T, atol=1e-3 * np.abs(solution).max())    # float32 moments
+    # float32 moments
+    assert np.allclose(own.weight.detach().numpy(), solution[:-1].T, atol=1e-3 * np.abs(solution).max())
     assert np.allclose(own.bias.detach().numpy(), solution[-1], atol=1e-3 * np.abs(solution).max())
 
 
@@ -284,9 +297,11 @@ def test_images_that_give_no_finite_number_are_refused_by_block():
 def test_targets_of_regions_are_in_float32_where_the_model_runs_in_bf16(monkeypatch):
     dense, seen = tiny(), []
     rule = SharedUpdate(regions=tuple(j // 2 for j in range(16)), weights=(0.5,) * 16)
-    plan = CompressionPlan(shape=shape_of(dense), blocks=(BlockPlan(tokens=rule, neurons=tuple(range(0, 96, 3))), BlockPlan()))
+    plan = CompressionPlan(shape=shape_of(dense),
+                           blocks=(BlockPlan(tokens=rule, neurons=tuple(range(0, 96, 3))), BlockPlan()))
     plain = module.dense_rows
-    monkeypatch.setattr(module, "dense_rows", lambda *given: seen.append(torch.is_autocast_enabled("cpu")) or plain(*given))
+    monkeypatch.setattr(module, "dense_rows", lambda *given: seen.append(torch.is_autocast_enabled("cpu"))
+                        or plain(*given))
     compensate(dense, plan, batches(), amp=True, progress=False)
     assert seen and not any(seen)
 
@@ -305,19 +320,24 @@ def one_cut(model, block: int = 0) -> CompressionPlan:
 
 def changed(model, other) -> set[str]:
     """Names of the tensors that differ, by more than the rounding of a refit that has nothing to make good."""
-    return {name for name, value in model.state_dict().items() if not torch.allclose(value, other.state_dict()[name], rtol=0, atol=1e-6)}
+    return {name for name,
+            value in model.state_dict().items()
+            if not torch.allclose(value, other.state_dict()[name], rtol=0, atol=1e-6)}
 
 
 def streams(model, seen: dict[str, list]) -> list:
-    """Hooks that keep, of each block, the stream after attention ("half") and after the block ("after"), all images in one tensor."""
+    """Hooks that keep, of each block, the stream after attention ("half") and after the block ("after"), all images in
+    one tensor."""
     return [hook for block in model.blocks for hook in (
         block.norm2.register_forward_pre_hook(lambda module, given: seen["half"].append(given[0].double())),
         block.register_forward_hook(lambda module, given, output: seen["after"].append(output.double())))]
 
 
-def refitted_slowly(dense, plan: CompressionPlan, x: torch.Tensor, todo: list, weights: dict, ridge: float) -> torch.nn.Module:
-    """compress(dense, plan), its layers `todo` refitted one after another by numpy: to what brings the stream to the dense model's, in
-    rows of the same token; to the layer's own output before its cut in the others. Prefix tokens weigh `weights` of the layer."""
+def refitted_slowly(dense, plan: CompressionPlan, x: torch.Tensor, todo: list, weights: dict,
+                    ridge: float) -> torch.nn.Module:
+    """compress(dense, plan), its layers `todo` refitted one after another by numpy: to what brings the stream to the
+    dense model's, in rows of the same token; to the layer's own output before its cut in the others. Prefix tokens
+    weigh `weights` of the layer."""
     wanted: dict[str, list] = {"half": [], "after": []}
     handles = streams(dense, wanted)
     logits(dense, x)
@@ -338,16 +358,22 @@ def refitted_slowly(dense, plan: CompressionPlan, x: torch.Tensor, todo: list, w
         model, seen = so_far(), {}
         block = attention_block(model.blocks[index])
         linear, width = mixing_layer(block, kind)
-        (block.norm1 if kind == "heads" else block.norm2).register_forward_pre_hook(lambda m, i, seen=seen: seen.update(x=i[0]))
+        (block.norm1 if kind == "heads" else block.norm2).register_forward_pre_hook(lambda m, i,
+                                                                                    seen=seen: seen.update(x=i[0]))
         linear.register_forward_hook(lambda m, i, out, seen=seen: seen.update(a=i[0], own=out))
         logits(model, x)
         a, own, enters = (seen[name].double() for name in ("a", "own", "x"))
-        target, rows = own.clone(), own.shape[1] if own.shape[1] == 17 else 1   # of fewer tokens the class token alone is the dense one's
+        # of fewer tokens the class token alone is the dense one's
+        target, rows = own.clone(), own.shape[1] if own.shape[1] == 17 else 1
         target[:, :rows] = wanted["half" if kind == "heads" else "after"][index][:, :rows] - enters[:, :rows]
         kept = getattr(plan.blocks[index], kind)
         inputs = columns(torch.arange(linear.in_features // width) if kept is None else torch.tensor(kept), width)
-        r = torch.where(torch.arange(a.shape[1]) == 0, weights.get((index, kind), 1.0), 1.0).double().repeat(len(a))[:, None].numpy()
-        a, target, w = a.flatten(0, 1).numpy(), target.flatten(0, 1).numpy(), linear.weight.detach().double().numpy()[:, inputs]
+        r = torch.where(torch.arange(a.shape[1]) == 0, weights.get((index, kind), 1.0),
+                        1.0).double().repeat(len(a))[:, None].numpy()
+        a, target, w = a.flatten(0,
+                                 1).numpy(), target.flatten(0,
+                                                            1).numpy(), linear.weight.detach().double().numpy()[:,
+                                                                                                                inputs]
         variance = float(((r * (a - (r * a).sum(axis=0) / r.sum()) ** 2).sum(axis=0) / r.sum())[inputs].mean())
         pull = np.sqrt(ridge * variance * r.sum()) * np.eye(len(inputs), len(inputs) + 1)
         design = np.row_stack([np.sqrt(r) * np.column_stack([a[:, inputs], np.ones(len(a))]), pull])
@@ -363,9 +389,11 @@ def test_every_layer_is_fitted_to_the_dense_models_stream_behind_what_was_cut_an
     plan, layers = make(dense), [(0, "heads"), (0, "neurons"), (1, "heads"), (1, "neurons")]
     costs = {layer: Fisher(metric=torch.eye(24), prefix_weight=weight + number) for number, layer in enumerate(layers)}
     for every, todo in ((False, layers if make is select_plan else layers[1:3]), (True, layers)):
-        found = compensate(dense, plan, batches(), ridge=1e-2, costs=None if weight == 1 else costs, every=every, progress=False)
+        found = compensate(dense, plan, batches(), ridge=1e-2, costs=None if weight == 1 else costs, every=every,
+                           progress=False)
         wanted = refitted_slowly(dense, plan, torch.cat([x for x, _ in batches()]), todo,
-                                 {} if weight == 1 else {layer: cost.prefix_weight for layer, cost in costs.items()}, 1e-2)
+                                 {} if weight == 1 else {layer: cost.prefix_weight for layer, cost in costs.items()},
+                                 1e-2)
         x = images(32, seed=9)
         assert torch.allclose(logits(found, x), logits(wanted, x), atol=1e-4)   # moments in float32
         assert not torch.allclose(logits(found, x), logits(compress(dense, plan), x), atol=1e-2)
@@ -382,11 +410,13 @@ def test_every_proj_after_the_first_cut_is_refitted_and_nothing_before_it_or_all
 
     def refits(every: bool, *blocks: BlockPlan) -> set[str]:
         plan = CompressionPlan(shape=shape, blocks=blocks)
-        found = changed(compensate(dense, plan, batches(), ridge=RIDGE, every=every, progress=False), compress(dense, plan))
+        found = changed(compensate(dense, plan, batches(), ridge=RIDGE, every=every, progress=False),
+                        compress(dense, plan))
         return {name.replace(".block.", ".") for name in found}                 # a block of merged tokens holds timm's
     middle = BlockPlan(), BlockPlan(neurons=neurons), BlockPlan()
     assert refits(False, *middle) == named("1.mlp.fc2", "2.attn.proj")
-    assert refits(True, *middle) == named(*everything[3:])                      # the proj of block 1 has nothing to make good
+    # the proj of block 1 has nothing to make good
+    assert refits(True, *middle) == named(*everything[3:])
     last = BlockPlan(), BlockPlan(), BlockPlan(neurons=neurons)
     assert refits(False, *last) == named("2.mlp.fc2") == refits(True, *last)
     heads = BlockPlan(heads=(0, 2)), BlockPlan(), BlockPlan()
@@ -403,7 +433,8 @@ def test_every_proj_after_the_first_cut_is_refitted_and_nothing_before_it_or_all
 
 def test_a_model_of_merged_tokens_alone_is_nearer_to_the_dense_one_when_all_that_follows_is_refitted():
     dense = tiny(depth=3)
-    plan = CompressionPlan(shape=shape_of(dense), blocks=(BlockPlan(), *(BlockPlan(tokens=Match(merged=count)) for count in (6, 0))))
+    plan = CompressionPlan(shape=shape_of(dense),
+                           blocks=(BlockPlan(), *(BlockPlan(tokens=Match(merged=count)) for count in (6, 0))))
     fitted_on = [(images(64, seed), None) for seed in range(3)]
     apart = Divergence(dense, [(images(64, seed=9), None)])
     assert apart(compensate(dense, plan, fitted_on, every=True, progress=False)) < 0.75 * apart(compress(dense, plan))
@@ -413,7 +444,8 @@ def test_with_moments_of_the_dense_model_no_batch_is_read_and_only_cut_layers_ar
     dense = tiny()
     plan, moments = one_cut(dense), dict(each_moments(dense.eval(), batches(), ["neurons"]))
     found = compensate(dense, plan, None, moments=moments, progress=False)
-    own = compensate(dense, plan, batches(), ridge=RIDGE, progress=False)       # nothing is cut before block 0, nor is there to make good
+    # nothing is cut before block 0, nor is there to make good
+    own = compensate(dense, plan, batches(), ridge=RIDGE, progress=False)
     assert changed(found, compress(dense, plan)) == {f"blocks.0.mlp.fc2.{name}" for name in ("weight", "bias")}
     assert torch.allclose(found.blocks[0].mlp.fc2.weight, own.blocks[0].mlp.fc2.weight, atol=1e-6)
 
@@ -426,16 +458,19 @@ def test_a_layer_brings_its_block_to_the_dense_models_stream(gamma):
     model = compress(dense, plan).eval()
     rows: dict[str, list] = {"a": [], "x": [], "d": []}
     block = model.blocks[1]
-    handles = [block.mlp.fc2.register_forward_pre_hook(lambda module, inputs: rows["a"].append(inputs[0].flatten(0, 1))),
+    handles = [block.mlp.fc2.register_forward_pre_hook(lambda module,
+                                                       inputs: rows["a"].append(inputs[0].flatten(0, 1))),
                block.norm2.register_forward_pre_hook(lambda module, inputs: rows["x"].append(inputs[0].flatten(0, 1))),
-               dense.blocks[1].register_forward_hook(lambda module, inputs, output: rows["d"].append(output.flatten(0, 1)))]
+               dense.blocks[1].register_forward_hook(lambda module, inputs,
+                                                     output: rows["d"].append(output.flatten(0, 1)))]
     for x, _ in batches():
         logits(dense, x), logits(model, x)
     for handle in handles:
         handle.remove()
     a, x, d = (torch.cat(rows[name]).double().numpy() for name in ("a", "x", "d"))
     scale = 1 if gamma is None else block.ls2.gamma.detach().double().numpy()
-    root = np.sqrt(np.where(np.arange(len(a)) % 17 == 0, 5.0, 1.0))[:, None]                    # 16 patches behind one class token
+    # 16 patches behind one class token
+    root = np.sqrt(np.where(np.arange(len(a)) % 17 == 0, 5.0, 1.0))[:, None]
     design = np.column_stack([a, np.ones(len(a))])
     fc2 = block.mlp.fc2
     wanted = np.linalg.lstsq(root * design, root * ((d - x) / scale), rcond=None)[0]
@@ -444,7 +479,8 @@ def test_a_layer_brings_its_block_to_the_dense_models_stream(gamma):
     moments = functools.reduce(Moments.plus, walk.moments("neurons", None, 5.0))
     weight, gained = refit(fc2.weight.detach(), moments, torch.arange(96), ridge=1e-9)
     found = design @ np.column_stack([weight.double().numpy(), (fc2.bias + gained).detach().double().numpy()]).T
-    assert np.allclose(found, design @ wanted, atol=5e-3 * np.abs((d - x) / scale).max())                   # 96 inputs, nearly dependent
+    # 96 inputs, nearly dependent
+    assert np.allclose(found, design @ wanted, atol=5e-3 * np.abs((d - x) / scale).max())
 
 
 def test_a_channel_that_layer_scale_lets_nothing_through_keeps_its_own_target():
@@ -458,7 +494,8 @@ def test_a_channel_that_layer_scale_lets_nothing_through_keeps_its_own_target():
 
 
 def test_rows_of_the_dense_model_are_the_regions_means_where_an_update_is_shared_and_none_where_tokens_are_others():
-    dense = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))                    # 1 prefix token, 6 patches
+    # 1 prefix token, 6 patches
+    dense = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
     rule = SharedUpdate(regions=(0, 1, 0, -1, 1, 1), weights=(0.25, 0.5, 0.75, 0.0, 0.2, 0.3))
     wanted = torch.stack([dense[:, 0], 0.25 * dense[:, 1] + 0.75 * dense[:, 3],
                           0.5 * dense[:, 2] + 0.2 * dense[:, 5] + 0.3 * dense[:, 6]], dim=1)
@@ -474,7 +511,8 @@ def spanned(model, regions: tuple[int, ...], **cuts) -> CompressionPlan:
     rule = MergeReconstruct(regions=regions, weights=tuple(1 / regions.count(r) if r >= 0 else 0.0 for r in regions),
                             pruned=tuple(j for j, r in enumerate(regions) if r < 0), span=2)
     return CompressionPlan(shape=shape_of(model), blocks=tuple(
-        BlockPlan(tokens=rule if i == 1 else None, **{name: by_block.get(i) for name, by_block in cuts.items()}) for i in range(3)))
+        BlockPlan(tokens=rule if i == 1 else None, **{name: by_block.get(i) for name, by_block in cuts.items()})
+        for i in range(3)))
 
 
 @pytest.mark.parametrize("block", [1, 2])
@@ -488,17 +526,21 @@ def test_heads_and_neurons_cut_inside_a_span_are_compensated(block):
         cut, found = (float((logits(model, x) - wanted).norm()) for model in (compress(dense, plan), refitted))
         assert found < 0.75 * cut, every
         state = compress(dense, plan).state_dict()
-        assert all(torch.equal(value, state[name]) for name, value in refitted.state_dict().items() if ".tokens." in name)
+        assert all(torch.equal(value, state[name]) for name,
+                   value in refitted.state_dict().items() if ".tokens." in name)
     whole = compensate(dense, spanned(dense, regions), batches(), progress=False)
     assert torch.equal(logits(whole, x), merged)
 
 
 def test_tokens_inside_a_span_are_not_taken_for_the_dense_models_though_they_are_as_many():
-    # Turned about by the merge matrix, and back after the span: the model is the dense one but for the cut, whose class token alone
+    # Turned about by the merge matrix, and back after the span: the model is the dense one but for the cut, whose class
+    # token alone
     # has a counterpart in the same row.
     dense, x = tiny(depth=3), images(32, seed=9)
-    turned, straight = (spanned(dense, regions, heads={2: (0, 2)}) for regions in (tuple(range(15, -1, -1)), tuple(range(16))))
-    assert torch.allclose(logits(compress(dense, turned), x), logits(compress(dense, straight), x), atol=1e-5)      # sums in another order
+    turned, straight = (spanned(dense, regions, heads={2: (0, 2)})
+                        for regions in (tuple(range(15, -1, -1)), tuple(range(16))))
+    # sums in another order
+    assert torch.allclose(logits(compress(dense, turned), x), logits(compress(dense, straight), x), atol=1e-5)
     one, other = (logits(compensate(dense, plan, batches(), progress=False), x) for plan in (turned, straight))
     assert torch.allclose(one, other, atol=1e-4)                                # moments in float32, and a solve
 
@@ -508,11 +550,13 @@ def test_the_stream_as_target_brings_the_output_nearer_to_the_dense_models_than_
     dense = tiny()
     plan = make(dense)
     if make is full_plan:
-        plan = CompressionPlan(shape=plan.shape, blocks=tuple(BlockPlan(heads=b.heads, neurons=b.neurons, tokens=shared(b.tokens))
+        plan = CompressionPlan(shape=plan.shape,
+                               blocks=tuple(BlockPlan(heads=b.heads, neurons=b.neurons, tokens=shared(b.tokens))
                                                               for b in plan.blocks))
     x = images(32, seed=9)
     moments = dict(each_moments(dense.eval(), batches()))
-    own, both = (float((logits(compensate(dense, plan, batches(), moments=given, every=True, progress=False), x) - logits(dense, x)).norm())
+    own, both = (float((logits(compensate(dense, plan, batches(), moments=given, every=True, progress=False),
+                               x) - logits(dense, x)).norm())
                  for given in (moments, None))
     assert both < own
 
@@ -536,4 +580,5 @@ def test_a_layer_without_a_bias_that_loses_nothing_is_left_as_it_is():
         block.attn.proj.bias = None
     plan = one_cut(dense)
     found = compensate(dense, plan, batches(), every=True, progress=False)
-    assert changed(found, compress(dense, plan)) == {f"blocks.{index}.mlp.fc2.{name}" for index in (0, 1) for name in ("weight", "bias")}
+    assert changed(found, compress(dense, plan)) == {f"blocks.{index}.mlp.fc2.{name}" for index in (0, 1)
+                                                     for name in ("weight", "bias")}

@@ -6,10 +6,10 @@ import warnings
 import pytest
 import torch
 
-from vitlab import parallel
 from vitlab.data.layouts import IGNORE as IGNORED_BY_DATA
-from vitlab.files import InputError
-from vitlab.training.confusion import GROUPS, IGNORE, Confusion, check_appear, confusion_matrix, scores_of
+from vitlab.measure.confusion import GROUPS, IGNORE, Confusion, check_appear, confusion_matrix, scores_of
+from vitlab.runtime import parallel
+from vitlab.runtime.files import InputError
 
 
 def slow_scores(predicted: list[int], truth: list[int], classes: int) -> tuple[float, list[float], float, float]:
@@ -22,7 +22,8 @@ def slow_scores(predicted: list[int], truth: list[int], classes: int) -> tuple[f
         accuracy.append(100 * len(true & found) / len(true) if true else math.nan)
     there = [v for v in iou if not math.isnan(v)]
     right = [v for v in accuracy if not math.isnan(v)]
-    return (sum(there) / len(there), iou, 100 * sum(predicted[i] == truth[i] for i in counted) / len(counted), sum(right) / len(right))
+    return (sum(there) / len(there), iou, 100 * sum(predicted[i] == truth[i] for i in counted) / len(counted),
+            sum(right) / len(right))
 
 
 def test_scores_by_hand():
@@ -43,7 +44,8 @@ def test_scores_are_those_of_slow_loops_over_pixels(seed):
     classes, shape = 7, (3, 5, 11)
     confusion, seen = Confusion(classes), ([], [])
     for _ in range(3):
-        truth = torch.randint(classes - 2, shape, generator=generator)                  # the last two classes are never true
+        # the last two classes are never true
+        truth = torch.randint(classes - 2, shape, generator=generator)
         truth[torch.rand(shape, generator=generator) < 0.2] = 255
         predicted = torch.randint(classes - 1, shape, generator=generator)              # and the last never predicted
         confusion.add(predicted, truth)
@@ -71,7 +73,8 @@ def test_a_perfect_prediction_is_a_hundred_and_what_stands_at_ignored_pixels_say
 
 def test_nothing_counted_is_nan():
     scores = scores_of(confusion_matrix(torch.zeros(4, dtype=torch.long), torch.full((4,), 255), 3))
-    assert all(map(math.isnan, (scores.miou_pct, scores.pixel_accuracy_pct, scores.mean_accuracy_pct))) and scores.pixels == 0
+    assert all(map(math.isnan,
+                   (scores.miou_pct, scores.pixel_accuracy_pct, scores.mean_accuracy_pct))) and scores.pixels == 0
 
 
 def test_counts_stay_exact_beyond_what_float32_holds():
@@ -128,7 +131,8 @@ def test_the_error_of_miou_is_about_what_other_images_would_change_and_takes_no_
         return confusion.scores()
     found = [measured(53) for _ in range(60)]
     values, errors = torch.tensor([f.miou_pct for f in found]), torch.tensor([f.miou_se for f in found])
-    assert float(errors.mean()) == pytest.approx(float(values.std()), rel=0.25)     # 60 draws: a deviation is known to a tenth
+    # 60 draws: a deviation is known to a tenth
+    assert float(errors.mean()) == pytest.approx(float(values.std()), rel=0.25)
     assert measured(1).miou_se is None
 
 

@@ -1,4 +1,4 @@
-"""vitlab.cost against what PyTorch counts while the model runs, hand-computed numbers, and slow loops."""
+"""vitlab.plan.cost against what PyTorch counts while the model runs, hand-computed numbers, and slow loops."""
 import random
 
 import numpy as np
@@ -11,16 +11,16 @@ from timm.layers import Attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitlab import cost
-from vitlab.files import InputError
 from vitlab.models import compress, deploy, shape_of
-from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import Match, Select, SharedUpdate
-from vitlab.shape import ViTShape
+from vitlab.plan import BlockPlan, CompressionPlan, cost
+from vitlab.plan.rules import Match, Select, SharedUpdate
+from vitlab.plan.shape import ViTShape
+from vitlab.runtime.files import InputError
 
 
 def counted_macs(model: torch.nn.Module) -> int:
-    """MACs of one image by PyTorch's counter (2 FLOPs each), which sees matrix products and convolutions as they run."""
+    """MACs of one image by PyTorch's counter (2 FLOPs each), which sees matrix products and convolutions as they
+    run."""
     for module in model.modules():
         if isinstance(module, Attention):
             module.fused_attn = False
@@ -148,20 +148,22 @@ def test_macs_of_a_selection_with_a_cut_head_equal_what_runs(tiny_vit, family, r
     dense = tiny_vit(family)
     shape = shape_of(dense)
     plan = CompressionPlan(shape=shape, blocks=tuple(
-        BlockPlan(heads=(0,) if i == 1 else None, tokens=Select(kept=7 - i, ranked_by=ranked_by) if i in (1, 2) else None)
+        BlockPlan(heads=(0,) if i == 1 else None, tokens=Select(kept=7 - i, ranked_by=ranked_by) if i in (1, 2)
+                  else None)
         for i in range(5)))
     assert cost.macs(plan)["total"] == counted_macs(compress(dense, plan))
 
 
 # D = 33, H = 3, d = 11, M = 41, 15 patches and 2 prefix tokens: N = 17.
-SMALL = ViTShape(img_size=(48, 80), patch_size=(16, 16), embed_dim=33, depth=2, num_heads=3, head_dim=11, num_neurons=41,
-                 num_prefix_tokens=2, num_classes=7)
+SMALL = ViTShape(img_size=(48, 80), patch_size=(16, 16), embed_dim=33, depth=2, num_heads=3, head_dim=11,
+                 num_neurons=41, num_prefix_tokens=2, num_classes=7)
 
 
 @pytest.mark.parametrize("qk_norm, ranked_by, by_hand", [
     # Queries and keys are those of the attention: a score per head and token, over d.
     (False, "kept", 17 * 22), (True, "kept", 17 * 22),
-    # Of its own weights one query of width r and its way back through W_k, D r each; then a score per head and token, over D.
+    # Of its own weights one query of width r and its way back through W_k, D r each; then a score per head and token,
+    # over D.
     (False, "all", 2 * 33 * 33 + 17 * 33 * 3),
     # With q/k norm keys are needed: one query D r, N keys D r each, N scores of r products.
     (True, "all", 33 * 33 + 17 * 33 * 33 + 17 * 33)])
@@ -186,7 +188,8 @@ def test_select_part_is_there_only_where_tokens_are_selected(tiny_vit, family, l
 
 def test_a_selection_costs_its_ranking_and_saves_the_mlp_of_the_tokens_that_go(tiny_vit, family):
     shape = shape_of(tiny_vit(family))
-    last = BlockPlan(tokens=Select(kept=shape.num_patches - 2))                 # one token fewer in the last block's MLP
+    # one token fewer in the last block's MLP
+    last = BlockPlan(tokens=Select(kept=shape.num_patches - 2))
     parts = cost.macs(CompressionPlan(shape=shape, blocks=(BlockPlan(),) * 4 + (last,)))
     saved = 2 * shape.embed_dim * shape.num_neurons
     assert parts["total"] - parts["select"] == cost.macs(CompressionPlan.empty(shape))["total"] - saved
@@ -194,10 +197,12 @@ def test_a_selection_costs_its_ranking_and_saves_the_mlp_of_the_tokens_that_go(t
 
 # ---- Matching
 
-def matching(shape: ViTShape, merged: list[int | None], heads: dict[int, tuple[int, ...]] | None = None) -> CompressionPlan:
+def matching(shape: ViTShape, merged: list[int | None],
+             heads: dict[int, tuple[int, ...]] | None = None) -> CompressionPlan:
     """merged: tokens that go in each block, None for no rule."""
     return CompressionPlan(shape=shape, blocks=tuple(
-        BlockPlan(heads=(heads or {}).get(i), tokens=None if m is None else Match(merged=m)) for i, m in enumerate(merged)))
+        BlockPlan(heads=(heads or {}).get(i), tokens=None if m is None else Match(merged=m)) for i,
+        m in enumerate(merged)))
 
 
 def test_parts_of_a_matching_are_the_hand_computed_numbers():
@@ -206,10 +211,12 @@ def test_parts_of_a_matching_are_the_hand_computed_numbers():
     for form in cost.FORMS:
         parts = cost.macs(plan, form)
         # Attention over 17, 13, 13 tokens, width 33, 33, 11; the MLP has 13, 13, 8.
-        assert parts["qkv"] == 3 * 33 * (17 * 33 + 13 * 33 + 13 * 11) and parts["proj"] == 33 * (17 * 33 + 13 * 33 + 13 * 11)
+        assert parts["qkv"] == 3 * 33 * (17 * 33 + 13 * 33
+                                         + 13 * 11) and parts["proj"] == 33 * (17 * 33 + 13 * 33 + 13 * 11)
         assert parts["attention"] == 2 * (17 * 17 * 33 + 13 * 13 * 33 + 13 * 13 * 11)
         assert parts["mlp"] == 2 * 33 * 41 * (13 + 13 + 8)
-        # Block 0: 8 sources and 7 targets of 15; block 2: 6 and 5 of 11; the class token's row over all. Then D for each row that
+        # Block 0: 8 sources and 7 targets of 15; block 2: 6 and 5 of 11; the class token's row over all. Then D for
+        # each row that
         # is scaled: 4 that go and 7 targets, 5 and 5.
         by_hand = 33 * (8 * 7 + 17) + 11 * (6 * 5 + 13) + 33 * (4 + 7) + 33 * (5 + 5)
         assert parts["merge"] == (0 if form == "published" else by_hand)
@@ -219,10 +226,12 @@ def test_parts_of_a_matching_are_the_hand_computed_numbers():
 def test_macs_of_plans_that_match_equal_what_runs_but_for_the_scalings(tiny_vit, family):
     dense = tiny_vit(family)
     shape = shape_of(dense)
-    for merged, heads in (([0] * 5, {}), ([None, 4, 0, 3, 2], {3: (0,), 1: (1,)}), ([7, 4, 1, 1, 0], {0: (0,)}), ([None] * 4 + [7], {})):
+    for merged, heads in (([0] * 5, {}), ([None, 4, 0, 3, 2], {3: (0,), 1: (1,)}), ([7, 4, 1, 1, 0], {0: (0,)}),
+                          ([None] * 4 + [7], {})):
         plan, scaled, left = matching(shape, merged, heads), 0, shape.num_patches
         for count in merged:
-            scaled += count + left // 2 if count else 0                         # rows that go, and targets: no matrix product
+            # rows that go, and targets: no matrix product
+            scaled += count + left // 2 if count else 0
             left -= count or 0
         model = compress(dense, plan)
         for form, runs in (("training", model), ("deployed", deploy(model))):
@@ -233,7 +242,8 @@ def test_macs_of_a_matching_after_a_merge_equal_what_runs_in_both_forms(tiny_vit
     dense = tiny_vit("dinov2_reg")
     shape = shape_of(dense)
     first = random_plan(shape, "m----", seed=5).blocks[0]
-    plan = CompressionPlan(shape=shape, blocks=(first, BlockPlan(), *(BlockPlan(tokens=Match(merged=m)) for m in (5, 0, 2))))
+    plan = CompressionPlan(shape=shape,
+                           blocks=(first, BlockPlan(), *(BlockPlan(tokens=Match(merged=m)) for m in (5, 0, 2))))
     scaled = (5 + 7) + (2 + 5)                                                  # of 15 and of 10 tokens
     model = compress(dense, plan)
     for form, runs in (("training", model), ("deployed", deploy(model))):
@@ -260,8 +270,10 @@ def test_macs_of_a_segmenter_equal_what_runs_in_both_forms(segmenter, family, de
 
 def test_macs_of_a_segmenter_that_matches_equal_what_runs_but_for_the_scalings():
     dense = small()
-    plan = CompressionPlan(shape=shape_of(dense), blocks=(BlockPlan(tokens=Match(merged=4)), BlockPlan(tokens=Match(merged=3))))
-    scaled = (4 + 7) + (3 + 5)                                                  # of 15 and of 11 patches: rows that go, and targets
+    plan = CompressionPlan(shape=shape_of(dense),
+                           blocks=(BlockPlan(tokens=Match(merged=4)), BlockPlan(tokens=Match(merged=3))))
+    # of 15 and of 11 patches: rows that go, and targets
+    scaled = (4 + 7) + (3 + 5)
     assert cost.macs(plan)["total"] - scaled * 24 == counted_macs(deploy(compress(dense, plan)))
 
 
@@ -270,8 +282,10 @@ def test_macs_of_a_decoder_are_the_hand_computed_numbers(depth):
     # D = 33, n = 15 patches, K = 7 classes: 22 rows in the blocks of a mask transformer.
     linear = ViTShape(**{**vars(SMALL), "decoder": "linear"})
     mask = ViTShape(**{**vars(SMALL), "decoder": "mask_transformer", "decoder_depth": depth})
-    block = 3 * 22 * 33 * 33 + 2 * 22 * 22 * 33 + 22 * 33 * 33 + 2 * 22 * 33 * 132     # qkv, attention, proj, mlp of 4 D neurons
-    by_hand = 15 * 33 * 33 + depth * block + 15 * 33 * 33 + 7 * 33 * 33 + 15 * 7 * 33  # in, blocks, both projections, products
+    # qkv, attention, proj, mlp of 4 D neurons
+    block = 3 * 22 * 33 * 33 + 2 * 22 * 22 * 33 + 22 * 33 * 33 + 2 * 22 * 33 * 132
+    # in, blocks, both projections, products
+    by_hand = 15 * 33 * 33 + depth * block + 15 * 33 * 33 + 7 * 33 * 33 + 15 * 7 * 33
     for form in cost.FORMS:
         for shape, wanted in ((linear, 15 * 33 * 7), (mask, by_hand)):
             parts = cost.macs(CompressionPlan.empty(shape), form)
@@ -285,16 +299,20 @@ def test_macs_of_a_decoder_are_the_hand_computed_numbers(depth):
 
 def test_many_plans_of_a_segmenter_at_once_cost_what_each_does():
     shape, noise = shape_of(small()), np.random.default_rng(0)
-    plans = [CompressionPlan(shape=shape, blocks=tuple(BlockPlan(neurons=tuple(range(int(noise.integers(1, 97))))) for _ in range(2)))
+    plans = [CompressionPlan(shape=shape,
+                             blocks=tuple(BlockPlan(neurons=tuple(range(int(noise.integers(1, 97)))))
+                                          for _ in range(2)))
              for _ in range(7)]
-    together = cost.Counts(**{name: np.stack([getattr(cost.counts_of(plan), name) for plan in plans]) for name in COUNTS})
+    together = cost.Counts(**{name: np.stack([getattr(cost.counts_of(plan), name) for plan in plans])
+                              for name in COUNTS})
     assert cost.macs_of(shape, together)["total"].tolist() == [cost.macs(plan)["total"] for plan in plans]
 
 
 def test_params_of_a_segmenter_follow_from_the_sizes():
     # 24 wide, 5 classes, 15 patches of 8 x 8; blocks have 12 D^2 + 13 D parameters, norms and biases in it.
     d, k, block = 24, 5, 12 * 24**2 + 13 * 24
-    norms = 5 * 2 * d + d + 16 * d                                              # of two blocks and the end; class token, positions
+    # of two blocks and the end; class token, positions
+    norms = 5 * 2 * d + d + 16 * d
     attention, mlp, patches = 2 * (4 * d * d + 4 * d), 2 * (8 * d * d + 5 * d), 3 * 64 * d + d
     decoders = {"linear": d * k + k,
                 "mask_transformer": d * d + d + k * d + 2 * block + 2 * d + 2 * d * d + 2 * k}
@@ -307,7 +325,8 @@ def test_params_of_a_segmenter_follow_from_the_sizes():
 
 # ---- Many at once
 
-COUNTS = ("heads", "neurons", "attended", "in_mlp", "carried", "merges", "reconstructs", "ranking", "pooled", "compared", "ranks_anew")
+COUNTS = ("heads", "neurons", "attended", "in_mlp", "carried", "merges", "reconstructs", "ranking", "pooled",
+          "compared", "ranks_anew")
 
 
 @pytest.mark.parametrize("form", cost.FORMS)
@@ -318,13 +337,15 @@ def test_costs_of_many_plans_at_once_equal_those_of_each(tiny_vit, family, rando
     pairs = tuple(j // 2 for j in range(shape.num_patches))                    # an odd number: the last is alone
     share = SharedUpdate(regions=pairs, weights=(0.5,) * (len(pairs) - 1) + (1.0,), own=0.3)
     plans[:3] = [matching(shape, [None, 4, 0, 3, 2]), matching(shape, [0, 0, 0, 7, 0], {3: (0,)}),
-                 CompressionPlan(shape=shape, blocks=(BlockPlan(tokens=share),) + (BlockPlan(tokens=Match(merged=3)),) * 4)]
+                 CompressionPlan(shape=shape,
+                                 blocks=(BlockPlan(tokens=share),) + (BlockPlan(tokens=Match(merged=3)),) * 4)]
     each = [cost.counts_of(plan) for plan in plans]
     together = cost.Counts(**{name: np.stack([getattr(c, name) for c in each]) for name in COUNTS})
     parts = cost.macs_of(shape, together, form)
     assert set(parts) == {*cost.PARTS, "total"} and parts["total"].shape == (37,)
     for index, plan in enumerate(plans):
-        assert {name: int(np.broadcast_to(values, 37)[index]) for name, values in parts.items()} == cost.macs(plan, form)
+        assert {name: int(np.broadcast_to(values, 37)[index]) for name,
+                values in parts.items()} == cost.macs(plan, form)
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -332,18 +353,22 @@ def test_costs_of_many_plans_at_once_equal_those_of_each(tiny_vit, family, rando
 def test_costs_of_random_counts_at_once_equal_one_by_one_and_keep_their_leading_dimensions(form, qk_norm):
     shape = ViTShape(**{**vars(SMALL), "depth": 5, "qk_norm": qk_norm})
     noise, size = np.random.default_rng(0), (7, 11, 5)
-    counts = {"heads": noise.integers(1, 4, size), "neurons": noise.integers(1, 42, size), "attended": noise.integers(3, 18, size),
-              "in_mlp": noise.integers(3, 18, size), "carried": noise.integers(0, 16, size),
-              "merges": noise.random(size) < 0.5, "reconstructs": noise.random(size) < 0.5, "ranking": noise.integers(0, 4, size),
-              "pooled": noise.integers(0, 30, size), "compared": noise.integers(0, 90, size), "ranks_anew": noise.random(size) < 0.5}
+    counts = {"heads": noise.integers(1, 4, size), "neurons": noise.integers(1, 42, size),
+              "attended": noise.integers(3, 18, size), "in_mlp": noise.integers(3, 18, size),
+              "carried": noise.integers(0, 16, size), "merges": noise.random(size) < 0.5,
+              "reconstructs": noise.random(size) < 0.5, "ranking": noise.integers(0, 4, size),
+              "pooled": noise.integers(0, 30, size), "compared": noise.integers(0, 90, size),
+              "ranks_anew": noise.random(size) < 0.5}
     together = cost.macs_of(shape, cost.Counts(**counts), form)
     assert together["total"].shape == (7, 11) and together["total"].dtype == np.int64
     for place in np.ndindex(7, 11):
         alone = cost.macs_of(shape, cost.Counts(**{name: value[place] for name, value in counts.items()}), form)
-        assert {k: int(np.broadcast_to(v, (7, 11))[place]) for k, v in together.items()} == {k: int(v) for k, v in alone.items()}
+        assert {k: int(np.broadcast_to(v, (7, 11))[place]) for k,
+                v in together.items()} == {k: int(v) for k, v in alone.items()}
 
 
-# So large that the cost is beyond 2^53, where float64 no longer holds every integer; odd sizes, so that a rounding shows.
+# So large that the cost is beyond 2^53, where float64 no longer holds every integer; odd sizes, so that a rounding
+# shows.
 HUGE = ViTShape(img_size=(16 * 701, 16 * 709), patch_size=(16, 16), embed_dim=6131, depth=3, num_heads=1, head_dim=6131,
                 num_neurons=24_527, num_classes=1009)
 
@@ -364,7 +389,8 @@ def mdc_slowly(shape: ViTShape, heads: list[int], neurons: list[int], rho: float
         if block in select_in:
             done += 1
         leaving = int(shape.num_tokens * (1 - rho) ** done)
-        total += heads[block] * (4 * shape.embed_dim * shape.head_dim * entering + 2 * entering * entering * shape.head_dim)
+        total += heads[block] * (4 * shape.embed_dim * shape.head_dim * entering
+                                 + 2 * entering * entering * shape.head_dim)
         total += 2 * leaving * shape.embed_dim * neurons[block]
         entering = leaving
     return total
@@ -381,12 +407,16 @@ def kept(ratios: list[float], count: int) -> list[int]:
 
 
 PUBLISHED_POLICIES = {      # methods B7: shape, neuron ratios, head ratios, rho, GMACs as published
-    "DeiT-S": (deit(384, 6), [0.12237, 0.00168, 0.01201, 0.49062, 0.10388, 0.32759, 0.02007, 0.26372, 0.02465, 0.37197, 0.33796, 0.32449],
-               [0.07641, 0.05489, 0.11644, 0.21189, 0.10277, 0.04060, 0.07933, 0.08571, 0.27671, 0.16643, 0.13445, 0.15967],
-               0.48807, 1.8628),
-    "DeiT-B": (deit(768, 12), [0.49191, 0.42406, 0.35335, 0.26780, 0.12176, 0.06279, 0.46403, 0.08352, 0.07313, 0.00342, 0.02831, 0.17264],
-               [0.24463, 0.46761, 0.41323, 0.42780, 0.09500, 0.02895, 0.22443, 0.07907, 0.12046, 0.09426, 0.07848, 0.36205],
-               0.40072, 6.938),
+    "DeiT-S": (deit(384, 6),
+               [0.12237, 0.00168, 0.01201, 0.49062, 0.10388, 0.32759, 0.02007, 0.26372, 0.02465, 0.37197, 0.33796,
+                0.32449],
+               [0.07641, 0.05489, 0.11644, 0.21189, 0.10277, 0.04060, 0.07933, 0.08571, 0.27671, 0.16643, 0.13445,
+                0.15967], 0.48807, 1.8628),
+    "DeiT-B": (deit(768, 12),
+               [0.49191, 0.42406, 0.35335, 0.26780, 0.12176, 0.06279, 0.46403, 0.08352, 0.07313, 0.00342, 0.02831,
+                0.17264],
+               [0.24463, 0.46761, 0.41323, 0.42780, 0.09500, 0.02895, 0.22443, 0.07907, 0.12046, 0.09426, 0.07848,
+                0.36205], 0.40072, 6.938),
 }
 
 
@@ -410,13 +440,15 @@ def test_mdc_macs_of_dense_deit_small_is_the_known_number():
 
 def test_mdc_macs_of_many_policies_equal_a_slow_loop_exactly():
     shape, noise = deit(384, 6), np.random.default_rng(2)
-    heads, neurons, rho = noise.integers(1, 7, (211, 12)), noise.integers(1, 1537, (211, 12)), noise.uniform(0, 0.5, 211)
+    heads, neurons, rho = noise.integers(1, 7,
+                                         (211, 12)), noise.integers(1, 1537, (211, 12)), noise.uniform(0, 0.5, 211)
     rho[0], rho[1] = 0, 0.5
     found = cost.mdc_macs(shape, heads, neurons, rho)
     assert found.shape == (211,) and found.dtype == np.int64
     for index in range(211):
         assert int(found[index]) == mdc_slowly(shape, heads[index].tolist(), neurons[index].tolist(), float(rho[index]))
-    in_two = cost.mdc_macs(shape, heads[:210].reshape(7, 30, 12), neurons[:210].reshape(7, 30, 12), rho[:210].reshape(7, 30))
+    in_two = cost.mdc_macs(shape, heads[:210].reshape(7, 30, 12), neurons[:210].reshape(7, 30, 12),
+                           rho[:210].reshape(7, 30))
     assert np.array_equal(in_two.reshape(-1), found[:210])
 
 
@@ -477,5 +509,6 @@ def test_params_of_a_ranking_by_all_heads_are_counted_by_themselves(tiny_vit):
         plan = CompressionPlan(shape=shape, blocks=(first,) + (BlockPlan(),) * 4)
         found[ranked_by] = cost.params(compress(dense, plan))
     d = shape.embed_dim
-    assert found["all"]["select"] == 2 * d * d + 2 * d and "select" not in found["kept"]      # queries' and keys' rows, biases
+    # queries' and keys' rows, biases
+    assert found["all"]["select"] == 2 * d * d + 2 * d and "select" not in found["kept"]
     assert found["all"]["total"] - found["kept"]["total"] == found["all"]["select"]

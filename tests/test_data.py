@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from training_fixtures import one_thread, tiny, write_folder, write_grey  # noqa: F401
 
 from vitlab.data import open_data
-from vitlab.files import InputError
+from vitlab.runtime.files import InputError
 
 
 def grey_levels(batches) -> list[int]:
@@ -69,7 +69,8 @@ def test_digits_are_32_by_32_rgb_of_the_scanned_digit_with_its_label():
 @pytest.mark.parametrize("held_out", ["val", "validation", "test"])
 def test_a_folder_of_train_and_any_of_the_held_out_names_opens_with_sorted_class_numbers(tmp_path, held_out):
     data = open_data(write_folder(tmp_path, {"train": 3, held_out: 2}))
-    assert data.has_held_out and data.held_out == held_out and data.classes == ["ant", "bee", "cat"] and data.num_classes == 3
+    assert data.has_held_out and data.held_out == held_out and data.classes == ["ant", "bee",
+                                                                                "cat"] and data.num_classes == 3
     assert len(data.split("train")) == 9 and len(data.split("held_out")) == 6
     batches = data.batches("held_out", tiny(), batch_size=4, workers=0)
     assert targets_of(batches) == [0, 0, 1, 1, 2, 2]
@@ -108,24 +109,29 @@ def test_a_folder_of_images_alone_is_train_without_labels(tmp_path, inside):
     assert (list(data.splits), data.classes, data.num_classes) == (["train"], None, None)
     batches = data.batches("train", tiny(), workers=0)
     with pytest.warns(UserWarning, match="broken.png: can't be read"):
-        assert grey_levels(batches) == [3, 7, 40]                               # in natural order, whatever their labels
+        # in natural order, whatever their labels
+        assert grey_levels(batches) == [3, 7, 40]
     assert [Path(path).name for path in batches.broken] == ["broken.png"]
 
 
-def test_a_tree_of_photographs_is_train_without_labels_and_where_labels_are_needed_its_splits_are_said_to_lack(tmp_path):
-    for number, path in enumerate(("2/10.png", "2/9.png", "10/a/1.png", "stray.png", ".ipynb_checkpoints/0.png", "__MACOSX/2/9.png")):
+def test_a_tree_of_photographs_is_train_without_labels_and_where_labels_are_needed_its_splits_are_said_to_lack(
+    tmp_path):
+    for number, path in enumerate(("2/10.png", "2/9.png", "10/a/1.png", "stray.png", ".ipynb_checkpoints/0.png",
+                                   "__MACOSX/2/9.png")):
         write_grey(tmp_path / "photos" / path, number)
     data = open_data(tmp_path / "photos")
     assert (list(data.splits), data.classes, data.labelled) == (["train"], None, False)
     assert grey_levels(data.batches("train", tiny(), workers=0)) == [3, 1, 0, 2]
-    with pytest.raises(InputError, match="photos: images without labels, .*; it holds none of train/, val/, .*one folder per class"):
+    with pytest.raises(InputError, match="photos: images without labels, .*; it holds none of train/, val/, .*one "
+                                         "folder per class"):
         data.need_labels()
 
 
 def test_images_beside_class_folders_are_left_out_and_said_to_be(tmp_path):
     write_folder(tmp_path, {"train": 1})
     write_grey(tmp_path / "train" / "stray.png", 9)
-    with pytest.warns(UserWarning, match=f"{tmp_path / 'train'}: 1 images lie outside of its class folders, stray.png among them"):
+    with pytest.warns(UserWarning, match=f"{tmp_path / 'train'}: 1 images lie outside of its class folders, stray.png "
+                                         f"among them"):
         assert len(open_data(tmp_path).split("train")) == 3
 
 
@@ -133,7 +139,8 @@ def test_a_folder_too_high_or_too_low_is_refused_with_the_one_to_give(tmp_path):
     write_folder(tmp_path / "sets" / "mine", {"train": 1, "val": 1})
     write_grey(tmp_path / "sets" / "other" / "0.png", 0)
     sets, mine = tmp_path / "sets", tmp_path / "sets" / "mine"
-    with pytest.raises(InputError, match=f"{sets}: one folder too high; mine/ in it holds train/ and val/: give {mine}"):
+    with pytest.raises(InputError,
+                       match=f"{sets}: one folder too high; mine/ in it holds train/ and val/: give {mine}"):
         open_data(sets)
     with pytest.raises(InputError, match=f"{mine} holds train/ and val/: give that folder"):
         open_data(mine / "val").need_labels()
@@ -267,13 +274,14 @@ def bomb() -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 9)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR",
+                                        header) + chunk(b"IDAT", zlib.compress(b"\0" * 9)) + chunk(b"IEND", b"")
 
 
 def write_broken(folder: Path) -> set[str]:
     """Broken images of several kinds, named so that they lie before, between and after the good ones."""
-    files = {"0_cut.jpg": noise("JPEG")[:700], "1_text.jpg": b"not an image at all\n", "2_empty.png": b"", "m_bomb.png": bomb(),
-             "z_cut.png": noise("PNG")[:900], "z_header.jpg": b"\xff\xd8\xff"}
+    files = {"0_cut.jpg": noise("JPEG")[:700], "1_text.jpg": b"not an image at all\n", "2_empty.png": b"",
+             "m_bomb.png": bomb(), "z_cut.png": noise("PNG")[:900], "z_header.jpg": b"\xff\xd8\xff"}
     for name, content in files.items():
         (folder / name).write_bytes(content)
     (folder / "z_gone.png").symlink_to(folder / "nowhere.png")
@@ -355,7 +363,8 @@ def test_training_batches_are_shuffled_anew_each_pass_and_drop_the_last_partial_
     levels = grey_levels(first)
     assert len(set(levels)) == 30 and levels != sorted(levels)
     assert levels != grey_levels(second)
-    assert [t for _, y in first for t in y.tolist()] == [level // 11 for level in levels]       # labels go with their images
+    # labels go with their images
+    assert [t for _, y in first for t in y.tolist()] == [level // 11 for level in levels]
 
 
 def test_evaluation_batches_keep_the_last_partial_batch_and_the_order(tmp_path):
@@ -373,10 +382,12 @@ def test_a_training_split_smaller_than_the_batch_is_one_batch_and_not_none(tmp_p
 def test_images_come_in_the_models_size_mean_and_deviation(tmp_path):
     data = open_data(write_folder(tmp_path, {"val": 1}))
     model = tiny(img_size=48)
-    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.25, 0.2), "input_size": (3, 48, 48)}
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.25, 0.2),
+                            "input_size": (3, 48, 48)}
     images, _ = next(iter(data.batches("val", model, workers=0)))
     assert tuple(images.shape) == (3, 3, 48, 48)
-    wanted = torch.tensor([[(level / 255 - m) / s for m, s in ((0.1, 0.5), (0.2, 0.25), (0.3, 0.2))] for level in (0, 1, 2)])
+    wanted = torch.tensor([[(level / 255 - m) / s for m, s in ((0.1, 0.5), (0.2, 0.25), (0.3, 0.2))]
+                           for level in (0, 1, 2)])
     torch.testing.assert_close(images.mean(dim=(2, 3)), wanted, rtol=0, atol=1e-5)     # float32 of numbers about 1
 
 

@@ -1,4 +1,5 @@
-"""Data beyond a folder of files: tar files, WebDataset shards and Hugging Face data sets give the images that the folder gives."""
+"""Data beyond a folder of files: tar files, WebDataset shards and Hugging Face data sets give the images that the
+folder gives."""
 import io
 import json
 import tarfile
@@ -9,9 +10,9 @@ import torch
 from training_fixtures import one_thread, small_recipe, tiny, write_easy_folder  # noqa: F401
 
 from vitlab.data import open_data
-from vitlab.files import InputError
+from vitlab.measure.evaluate import evaluate
+from vitlab.runtime.files import InputError
 from vitlab.training import states
-from vitlab.training.evaluate import evaluate
 from vitlab.training.loop import fit
 
 QUIET = {"progress": False, "seed": 3}
@@ -42,7 +43,8 @@ def write_shards(source: Path, target: Path, shards: int = 2) -> Path:
             lengths.append(len(files[number::shards]))
             with tarfile.open(target / names[-1], "w") as tar:
                 for i, file in enumerate(files[number::shards]):
-                    for suffix, content in (("png", file.read_bytes()), ("cls", str(CLASSES.index(file.parent.name)).encode())):
+                    for suffix, content in (("png", file.read_bytes()),
+                                            ("cls", str(CLASSES.index(file.parent.name)).encode())):
                         entry = tarfile.TarInfo(f"{number:02d}{i:04d}.{suffix}")
                         entry.size = len(content)
                         tar.addfile(entry, io.BytesIO(content))
@@ -70,7 +72,8 @@ def other(request, folder, tmp_path_factory) -> str:
 def test_the_held_out_images_are_those_of_the_folder_each_counted_once(folder, other, workers):
     model, found = tiny(), []
     for data in (str(folder), other):
-        found.append(evaluate(model, open_data(data).batches("held_out", model, batch_size=5, workers=workers), progress=False))
+        found.append(evaluate(model, open_data(data).batches("held_out", model, batch_size=5, workers=workers),
+                              progress=False))
     assert found[0].images == found[1].images == 21 and found[0].top1_pct == found[1].top1_pct
     assert found[0].loss == pytest.approx(found[1].loss, abs=1e-6)
 
@@ -128,7 +131,8 @@ def test_what_is_no_data_set_is_refused_by_name(folder, tmp_path):
         open_data(f"hfds/{tmp_path}/nothing")
     with tarfile.open(tars / "val.tar", "w") as tar:
         tar.add(folder / "val" / "red", arcname="red")
-    with pytest.raises(InputError, match=f"{tars}: train.tar and val.tar hold different classes \\('blue' is in one of them only\\)"):
+    with pytest.raises(InputError, match=f"{tars}: train.tar and val.tar hold different classes \\('blue' is in one of "
+                                         f"them only\\)"):
         open_data(tars)
     with tarfile.open(tars / "val.tar", "w") as tar:
         tar.add(folder / "val" / "red" / "0.png", arcname="0.png")

@@ -1,5 +1,5 @@
-"""Every rule's model on a GPU, without one: tensors without numbers that stand on "cuda", refuse to meet those of another device, and
-refuse whatever needs their numbers, for which a GPU would be waited for."""
+"""Every rule's model on a GPU, without one: tensors without numbers that stand on "cuda", refuse to meet those of
+another device, and refuse whatever needs their numbers, for which a GPU would be waited for."""
 import copy
 import dataclasses
 import random
@@ -10,10 +10,9 @@ from conftest import random_rule
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vitlab import tokens
 from vitlab.models import compress, deploy, shape_of
-from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import TOKEN_RULES, Match, ReadOut, Select, TokenRule
+from vitlab.plan import BlockPlan, CompressionPlan, tokens
+from vitlab.plan.rules import TOKEN_RULES, Match, ReadOut, Select, TokenRule
 
 
 class NoNumbers(FakeTensorMode):
@@ -35,7 +34,8 @@ def applied(self: nn.Module, fn, recurse: bool = True) -> nn.Module:
     return self
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer")     # a copy of a parameter asks whether it has one
+# a copy of a parameter asks whether it has one
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer")
 
 
 @pytest.fixture
@@ -50,13 +50,14 @@ def plan_of(model: nn.Module, rules: list[TokenRule | None]) -> CompressionPlan:
     """Besides, block 0 loses a head and some neurons."""
     shape = shape_of(model)
     units = {"heads": tuple(range(1, shape.num_heads)), "neurons": tuple(range(3, shape.num_neurons))}
-    return CompressionPlan(shape=shape, blocks=tuple(BlockPlan(tokens=rule, **({} if i else units)) for i, rule in enumerate(rules)))
+    return CompressionPlan(shape=shape,
+                           blocks=tuple(BlockPlan(tokens=rule, **({} if i else units)) for i, rule in enumerate(rules)))
 
 
 def rules_by_place(n: int) -> list[TokenRule | None]:
     one, other, span = (random_rule(n, random.Random(seed)) for seed in (1, 2, 3))
-    return [one, tokens.shared(other, own=0.5), dataclasses.replace(span, span=2), None, None, Select(kept=n - 3, ranked_by="all"),
-            Select(kept=n - 5)]
+    return [one, tokens.shared(other, own=0.5), dataclasses.replace(span, span=2), None, None,
+            Select(kept=n - 3, ranked_by="all"), Select(kept=n - 5)]
 
 
 def rules_by_content(n: int) -> list[TokenRule | None]:

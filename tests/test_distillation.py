@@ -7,7 +7,7 @@ from segmenting_fixtures import CLASSES as PIXEL_CLASSES
 from segmenting_fixtures import masks, pictures, small
 from training_fixtures import compressed, images, one_thread, small_recipe, tiny  # noqa: F401
 
-from vitlab.files import InputError
+from vitlab.runtime.files import InputError
 from vitlab.training.distillation import make_task
 
 CLASSES, BATCH = 7, 5
@@ -55,7 +55,8 @@ def test_soft_loss_is_the_formula_of_a8(student, teacher, alpha, tau):
     wanted = (1 - alpha) * mean_ce(own, TARGETS) + alpha * tau**2 * kl / (BATCH * CLASSES)
     assert kl > 1e-5                                            # the two models differ: the term is not 0 by luck
     # float32 log-probabilities about 2 cancel down to a KL of kl / tau^2: their 1e-7 each comes back times tau^2
-    assert loss_of(student, teacher, distill="soft", alpha=alpha, tau=tau).item() == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    assert loss_of(student, teacher, distill="soft", alpha=alpha,
+                   tau=tau).item() == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
@@ -65,7 +66,8 @@ def test_hard_loss_is_cross_entropy_with_the_teachers_top_class(student, teacher
     choice = [max(range(CLASSES), key=row.__getitem__) for row in outputs(teacher, x)]
     wanted = (1 - alpha) * mean_ce(own, TARGETS) + alpha * mean_ce(own, choice)
     assert choice != TARGETS
-    assert loss_of(student, teacher, distill="hard", alpha=alpha).item() == pytest.approx(wanted, rel=1e-5)     # float32
+    # float32
+    assert loss_of(student, teacher, distill="hard", alpha=alpha).item() == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -88,7 +90,8 @@ def test_the_teacher_sees_images_in_its_own_mean_and_deviation(student, teacher,
     as_theirs = ((x * 0.5 + 0.5) - mean) / std                  # the student's normalisation undone, then the teacher's
     wanted = loss_of(student, _Fixed(teacher, as_theirs), x, distill=distill, alpha=1.0)
     teacher.pretrained_cfg = {**teacher.pretrained_cfg, "mean": (mean,) * 3, "std": (std,) * 3}
-    torch.testing.assert_close(loss_of(student, teacher, x, distill=distill, alpha=1.0), wanted, rtol=1e-4, atol=1e-4)  # as above
+    # as above
+    torch.testing.assert_close(loss_of(student, teacher, x, distill=distill, alpha=1.0), wanted, rtol=1e-4, atol=1e-4)
 
 
 class _Fixed(torch.nn.Module):
@@ -155,13 +158,15 @@ def test_soft_loss_of_pixels_is_the_formula_of_a8_with_the_mean_over_pixels(deco
     student, teacher, targets = small(decoder, seed=1), small(decoder, seed=2), masks(2, SMALLER)
     own, theirs, truth = *(pixels(m, pictures(2, SMALLER)) for m in (student, teacher)), targets.flatten().tolist()
     kl = 0.0
-    for s, t in zip(own, theirs):                               # of every pixel, also those to be ignored: the teacher knows them
+    # of every pixel, also those to be ignored: the teacher knows them
+    for s, t in zip(own, theirs):
         kl += sum(math.exp(log_t) * (log_t - log_s) for log_s, log_t in zip(log_softmax(s, tau), log_softmax(t, tau)))
     counted = [(row, t) for row, t in zip(own, truth) if t != 255]
     assert len(own) == 2 * 21 * 37 > len(counted) and kl > 1
     wanted = (1 - alpha) * mean_ce(*zip(*counted)) + alpha * tau**2 * kl / (len(own) * PIXEL_CLASSES)
     # float32 log-probabilities: as for images, above
-    assert pixel_loss(student, teacher, targets, distill="soft", alpha=alpha, tau=tau).item() == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    assert pixel_loss(student, teacher, targets, distill="soft", alpha=alpha,
+                      tau=tau).item() == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
 
 def test_hard_loss_of_pixels_is_cross_entropy_with_the_teachers_class_of_each_pixel():
@@ -170,21 +175,25 @@ def test_hard_loss_of_pixels_is_cross_entropy_with_the_teachers_class_of_each_pi
     choice = [max(range(PIXEL_CLASSES), key=row.__getitem__) for row in theirs]
     counted = [(row, t) for row, t in zip(own, targets.flatten().tolist()) if t != 255]
     wanted = 0.6 * mean_ce(*zip(*counted)) + 0.4 * mean_ce(own, choice)
-    assert pixel_loss(student, teacher, targets, distill="hard", alpha=0.4).item() == pytest.approx(wanted, rel=1e-5)       # float32
+    # float32
+    assert pixel_loss(student, teacher, targets, distill="hard", alpha=0.4).item() == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_label_smoothing_of_pixels_leaves_out_those_to_be_ignored(smoothing):
     student, targets = small(), masks(2, SMALLER)
-    counted = [(row, t) for row, t in zip(pixels(student, pictures(2, SMALLER)), targets.flatten().tolist()) if t != 255]
+    counted = [(row, t) for row, t in zip(pixels(student, pictures(2, SMALLER)), targets.flatten().tolist())
+               if t != 255]
     spread = -sum(sum(log_softmax(row)) / PIXEL_CLASSES for row, _ in counted) / len(counted)
     wanted = (1 - smoothing) * mean_ce(*zip(*counted)) + smoothing * spread
-    assert pixel_loss(student, None, targets, smoothing=smoothing).item() == pytest.approx(wanted, rel=1e-5)            # float32
+    # float32
+    assert pixel_loss(student, None, targets, smoothing=smoothing).item() == pytest.approx(wanted, rel=1e-5)
     other = torch.where(targets == 255, 255, 0)                 # and says something
     assert pixel_loss(student, None, other, smoothing=smoothing).item() != pytest.approx(wanted, rel=1e-3)
 
 
-@pytest.mark.parametrize("settings", [{}, {"smoothing": 0.1}, {"distill": "soft", "alpha": 0.8}, {"distill": "hard", "alpha": 0.8}],
+@pytest.mark.parametrize("settings",
+                         [{}, {"smoothing": 0.1}, {"distill": "soft", "alpha": 0.8}, {"distill": "hard", "alpha": 0.8}],
                          ids=str)
 def test_a_batch_whose_pixels_are_all_ignored_has_no_cross_entropy_and_finite_gradients(settings):
     student, teacher = small(seed=1), small(seed=2)

@@ -30,7 +30,8 @@ def test_the_tables_of_readme_and_docs_are_the_measured_ones():
 
 
 def test_the_commands_in_the_readme_are_ones_that_vitlab_takes():
-    commands = [shlex.split(line, comments=True) for line in README.replace("\\\n", " ").splitlines() if line.startswith("vitlab ")]
+    commands = [shlex.split(line, comments=True) for line in README.replace("\\\n", " ").splitlines()
+                if line.startswith("vitlab ")]
     assert {command[1] for command in commands} >= {"score", "prune", "search", "finetune", "evaluate", "throughput"}
     for command in commands:
         build_parser().parse_args(command[1:])                                  # exits where an option is not there
@@ -59,7 +60,8 @@ def test_every_file_and_name_that_a_contributor_is_sent_to_is_there():
 
 
 def test_the_table_of_floors_is_the_one_that_holds():
-    table = re.search(r"<!-- floors -->(.*?)<!-- end -->", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), flags=re.S).group(1)
+    table = re.search(r"<!-- floors -->(.*?)<!-- end -->", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
+                      flags=re.S).group(1)
     rows = [row.split("|") for row in table.strip().splitlines()[2:]]
     assert [int(row[1]) for row in rows] == list(range(len(FLOORS)))
     assert [set(re.findall(r"`(\w+)`", row[2])) for row in rows] == FLOORS

@@ -36,7 +36,8 @@ def pins() -> dict[str, str]:
 def test_every_declared_dependency_is_pinned_in_the_constraints():
     assert len(declared()) >= 15
     missing = {n for n in declared() if n.lower() not in pins()}
-    newer = {"snakemake", "peft", "onnx", "onnxscript", "onnxruntime"}                  # asked for with Python 3.11 or newer
+    # asked for with Python 3.11 or newer
+    newer = {"snakemake", "peft", "onnx", "onnxscript", "onnxruntime"}
     assert missing == (newer if sys.version_info < (3, 11) else set())
 
 

@@ -7,8 +7,8 @@ from torch import nn
 from training_fixtures import one_thread, tiny, write_folder  # noqa: F401
 
 from vitlab.data import open_data
-from vitlab.files import InputError
-from vitlab.training.evaluate import evaluate
+from vitlab.measure.evaluate import evaluate
+from vitlab.runtime.files import InputError
 
 
 class Stub(nn.Module):
@@ -37,7 +37,8 @@ def make(classes: int, sizes=(7, 7, 3)) -> ListBatches:
 
 
 def oracle(model: Stub, batches: ListBatches) -> tuple[float, float, float, float, float]:
-    """(top-1 %, top-5 %, mean cross-entropy, standard errors of the first and the last), image by image in Python's own floats."""
+    """(top-1 %, top-5 %, mean cross-entropy, standard errors of the first and the last), image by image in Python's own
+    floats."""
     top1 = top5 = count = 0
     losses = []
     for images, targets in batches:
@@ -97,7 +98,9 @@ def test_the_distance_is_the_mean_divergence_from_the_dense_models_output():
             each.append(sum(a * math.log(a / b) for a, b in zip(p, q)))
     mean = sum(each) / len(each)
     assert result.distill_loss == pytest.approx(mean, rel=1e-4) and mean > 0.1                  # float32 logarithms
-    assert result.distill_loss_se == pytest.approx(math.sqrt(sum((v - mean) ** 2 for v in each) / (len(each) - 1) / len(each)), rel=1e-4)
+    assert result.distill_loss_se == pytest.approx(math.sqrt(sum((v - mean) ** 2
+                                                                 for v in each) / (len(each) - 1) / len(each)),
+                                                   rel=1e-4)
     assert evaluate(model, batches, dense=model, progress=False).distill_loss == 0
     assert evaluate(model, batches, progress=False).distill_loss is None
 
@@ -105,7 +108,8 @@ def test_the_distance_is_the_mean_divergence_from_the_dense_models_output():
 def test_evaluate_leaves_no_gradient_and_does_not_change_the_weights():
     model = tiny()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    batches = ListBatches([(torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(5) % 3)])
+    batches = ListBatches([(torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
+                            torch.arange(5) % 3)])
     evaluate(model, batches, progress=False)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())

@@ -1,4 +1,5 @@
-"""Plans side by side: bars and MACs as counted, a dragged rate's cost as the budget's, its expectation as the search's GP has it."""
+"""Plans side by side: bars and MACs as counted, a dragged rate's cost as the budget's, its expectation as the search's
+GP has it."""
 import dataclasses
 
 import matplotlib
@@ -7,18 +8,18 @@ import numpy as np
 import pytest
 from test_explore_study import SHAPE, SPACE, made_study, objective
 
-from vitlab import cost
-from vitlab.files import InputError
-from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.plan import BlockPlan, CompressionPlan, cost
+from vitlab.plan.rules import Select
 from vitlab.plots.training import compare_plans
-from vitlab.rules import Select
+from vitlab.runtime.files import InputError
 from vitlab.search.sampling import Problem
 from vitlab.search.strategies import predictor
 from vitlab.search.study import INFO
 from vitlab.workbench.explore.plans import Expectation, plan_explorer
 
 matplotlib.use("agg")
-CUT = CompressionPlan(shape=SHAPE, blocks=(BlockPlan(heads=(0, 3), neurons=tuple(range(19))), BlockPlan(tokens=Select(kept=11))))
+CUT = CompressionPlan(shape=SHAPE,
+                      blocks=(BlockPlan(heads=(0, 3), neurons=tuple(range(19))), BlockPlan(tokens=Select(kept=11))))
 EMPTY = CompressionPlan.empty(SHAPE)
 
 
@@ -72,7 +73,8 @@ def test_two_plans_stand_side_by_side_as_chosen_and_the_dense_model_is_one_of_th
     before = explorer.children[-1].value
     right.value = "dense"
     assert explorer.children[-1].value != before
-    assert [t.get_text() for t in explorer.figure().axes[3].get_yticklabels()] == ["dense", "one"]     # dense beside itself once
+    # dense beside itself once
+    assert [t.get_text() for t in explorer.figure().axes[3].get_yticklabels()] == ["dense", "one"]
 
 
 def test_a_dragged_rate_costs_what_the_budget_says_and_its_expectation_is_the_gaussian_processs(study):
@@ -91,7 +93,8 @@ def test_a_dragged_rate_costs_what_the_budget_says_and_its_expectation_is_the_ga
         for name, predict in models.items():
             mean, deviation = (float(v[0]) for v in predict(policy[None]))
             assert f"{mean:.4g} \u00b1 {deviation:.2g}" in text.value, name
-    assert "top-1 on a slice of train (%)" in text.value and "minus the distance to the dense model (nats)" in text.value
+    assert "top-1 on a slice of train (%)" in text.value
+    assert "minus the distance to the dense model (nats)" in text.value
     assert "classified as" not in text.value                        # what was not measured is not expected
 
 

@@ -1,4 +1,5 @@
-"""The panel of runs: what it shows of each, what it starts and stops for real, and what is broken and does not break it."""
+"""The panel of runs: what it shows of each, what it starts and stops for real, and what is broken and does not break
+it."""
 import asyncio
 import json
 import shlex
@@ -38,9 +39,9 @@ def write_log(path: Path, *lines: object) -> None:
 def panel_parts(panel) -> dict:
     row, told, message, picture, tail, accordion = panel.children
     command, *fields, more, several, line, begin = accordion.children[0].children
-    return {**dict(zip(("run", "stop", "resume", "again"), row.children)), "told": told, "message": message, "picture": picture,
-            "tail": tail, "command": command, "fields": {f.description: f for f in fields}, "more": more, "several": several, "line": line,
-            "begin": begin}
+    return {**dict(zip(("run", "stop", "resume", "again"), row.children)), "told": told, "message": message,
+            "picture": picture, "tail": tail, "command": command, "fields": {f.description: f for f in fields},
+            "more": more, "several": several, "line": line, "begin": begin}
 
 
 async def until_shown(condition: Callable[[], bool], seconds: float = 300) -> None:
@@ -64,8 +65,8 @@ def test_runs_are_the_folders_with_a_process_a_training_or_a_journal_and_no_othe
 
 
 def test_a_logs_damaged_lines_are_passed_over_and_each_epochs_last_record_stands(tmp_path):
-    write_log(tmp_path / "training" / "log.jsonl", record(1), record(2, 0.9), "{\"epoch\": 3, \"lo", "[1, 2]", "7", {"epoch": 3},
-              record(2, 0.4), record(4) | {"loss": None}, record(5) | {"loss": float("nan")}, record(3))
+    write_log(tmp_path / "training" / "log.jsonl", record(1), record(2, 0.9), "{\"epoch\": 3, \"lo", "[1, 2]", "7",
+              {"epoch": 3}, record(2, 0.4), record(4) | {"loss": None}, record(5) | {"loss": float("nan")}, record(3))
     assert training_logs(tmp_path) == {"training": [record(1), record(2, 0.4), record(3)]}
     losses = run_figure(tmp_path).axes[0].lines[0]
     assert list(losses.get_xdata()) == [1, 2, 3] and list(losses.get_ydata()) == [0.5, 0.4, 0.5]
@@ -97,7 +98,8 @@ def test_a_search_shows_its_best_so_far_and_one_that_is_damaged_says_so(tmp_path
 
 def test_of_a_progress_bar_the_last_state_is_shown_and_of_long_output_the_end(tmp_path):
     path = tmp_path / OUTPUT
-    path.write_bytes(b"begun\n\repoch 1: 10%\repoch 1: 90%\r\n\xff odd\n\n" + b"".join(b"line %d\n" % i for i in range(3)))
+    path.write_bytes(b"begun\n\repoch 1: 10%\repoch 1: 90%\r\n\xff odd\n\n"
+                     + b"".join(b"line %d\n" % i for i in range(3)))
     assert last_lines(path) == "begun\nepoch 1: 90%\n\ufffd odd\nline 0\nline 1\nline 2"
     path.write_bytes(b"".join(b"line %d\n" % i for i in range(10**4)))
     assert last_lines(path).split("\n") == [f"line {i}" for i in range(10**4 - 12, 10**4)]
@@ -124,7 +126,8 @@ def test_opening_a_panel_starts_nothing_and_writes_nothing(tmp_path):
 
 def test_what_a_process_says_is_shown_as_text_not_as_markup(tmp_path):
     write_log(tmp_path / OUTPUT, "<script>alert(1)</script>")
-    write_log(tmp_path / INFO, {"arguments": ["<b>"], "folder": "/", "pid": 2**22 + 1, "created": 1.5, "started": "<i>"})
+    write_log(tmp_path / INFO,
+              {"arguments": ["<b>"], "folder": "/", "pid": 2**22 + 1, "created": 1.5, "started": "<i>"})
     parts = panel_parts(runs_panel(tmp_path))
     assert "&lt;script&gt;" in parts["tail"].value and "<script>" not in parts["tail"].value
     assert "died" in parts["told"].value and "<i>" not in parts["told"].value and "<b>&#x27;" not in parts["told"].value
@@ -146,7 +149,7 @@ def test_the_form_shows_the_command_line_that_its_fields_make(tmp_path):
     assert "out is empty" in parts["message"].value and not list(tmp_path.iterdir())
 
 
-def test_a_run_started_in_the_panel_is_watched_stopped_resumed_and_found_by_a_new_panel(tmp_path, training, run, monkeypatch):  # noqa: F811
+def test_a_run_started_in_the_panel_is_watched_stopped_resumed_and_found_by_a_new_panel(tmp_path, training, run, monkeypatch):  # noqa: F811, E501
     monkeypatch.setattr(module, "SECONDS", 0.1)
     monkeypatch.chdir(tmp_path)
     panel = runs_panel(tmp_path)
@@ -160,7 +163,8 @@ def test_a_run_started_in_the_panel_is_watched_stopped_resumed_and_found_by_a_ne
         parts["more"].value = shlex.join(training[training.index("--epochs"):training.index("--out")])
         parts["begin"].click()
         assert parts["message"].value == "" and parts["run"].value == run
-        assert "<b>running</b>" in parts["told"].value and (parts["stop"].disabled, parts["resume"].disabled) == (False, True)
+        assert "<b>running</b>" in parts["told"].value and (parts["stop"].disabled,
+                                                            parts["resume"].disabled) == (False, True)
         await until_shown(lambda: len(epochs(run)) >= 3)
         picture = parts["picture"].value
         await until_shown(lambda: parts["picture"].value != picture)        # drawn anew by itself
@@ -168,7 +172,8 @@ def test_a_run_started_in_the_panel_is_watched_stopped_resumed_and_found_by_a_ne
         assert "a process is running there since" in parts["message"].value
         parts["stop"].click()
         await until_shown(lambda: "<b>stopped</b>" in parts["told"].value)
-        await until_shown(lambda: asyncio.all_tasks() == {asyncio.current_task()})         # the watching ended with the run
+        # the watching ended with the run
+        await until_shown(lambda: asyncio.all_tasks() == {asyncio.current_task()})
         assert (parts["stop"].disabled, parts["resume"].disabled) == (True, False)
         reached = len(epochs(run))
         parts["resume"].click()

@@ -10,18 +10,18 @@ import torch
 from conftest import randomise
 from PIL import Image
 
-from vitlab.cost import gmacs
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.data.layouts import IGNORE
 from vitlab.data.scene_data import SceneData, Scenes
-from vitlab.files import InputError
+from vitlab.measure.capture import token_places
 from vitlab.models import compress, shape_of
 from vitlab.models.segmenter import Segmenter, as_encoder
 from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.plan.cost import gmacs
+from vitlab.plan.rules import Match
 from vitlab.plots.colours import class_colours, overlaid
 from vitlab.plots.scenes import OPACITY, difference
-from vitlab.rules import Match
-from vitlab.training.capture import token_places
+from vitlab.runtime.files import InputError
 from vitlab.workbench.explore.scene_view import scene_view
 
 CENTER, MERGE, SHARE = "Prune and Merge, one budget for all", "Prune and Merge, a budget per block", "shared updates"
@@ -29,7 +29,8 @@ MATCH, GIVEN = "merging by content", "the given plan"
 BY_PLACE = {CENTER: {"rule": "center"}, MERGE: {"rule": "merge"}, SHARE: {"rule": "center", "share": True}}
 ROUNDING = 0.5 / 255 + 1e-9                     # of a PNG
 CLASSES = ["sky", "road", "tree", "car", "pole"]
-SIZES = ((48, 80), (41, 67), (61, 93))          # as the model's images, smaller (padded), larger (their middle is taken)
+# as the model's images, smaller (padded), larger (their middle is taken)
+SIZES = ((48, 80), (41, 67), (61, 93))
 
 
 class Reader:
@@ -80,7 +81,8 @@ def drawn(view, name: str) -> np.ndarray:
 def seen(i: int) -> tuple[np.ndarray, np.ndarray]:
     """(image, mask) of what the view shows of a scene: at most 48 x 80 of its middle."""
     image, mask = Reader()[i]
-    image, (top, left) = np.asarray(image) / 255, [max(0, (side - most) // 2) for side, most in zip(mask.shape, (48, 80))]
+    image, (top, left) = np.asarray(image) / 255, [max(0, (side - most) // 2) for side,
+                                                   most in zip(mask.shape, (48, 80))]
     return image[top:top + 48, left:left + 80], mask[top:top + 48, left:left + 80]
 
 
@@ -107,13 +109,14 @@ def slow_miou(predicted: np.ndarray, truth: np.ndarray) -> float:
 
 def numbers(line: str) -> tuple[float, ...]:
     """(GMACs, of the dense model, mIoU dense, compressed) that the line says."""
-    cost, worth = r"Whole model: ([\d.e-]+) of ([\d.e-]+) GMACs", r"mIoU of this image: dense ([\d.]+)%, compressed ([\d.]+)%"
+    cost, worth = r"Whole model: ([\d.e-]+) of ([\d.e-]+) GMACs", r"mIoU of this image: dense ([\d.]+)%, compressed ([\d.]+)%"  # noqa: E501
     return tuple(map(float, re.search(f"{cost}.*{worth}", line).groups()))
 
 
 def small(model, rule: str, keep_rate: float, prune_rate: float = 0.0) -> tuple[CompressionPlan, Segmenter]:
     shape = shape_of(model)
-    if rule == MATCH:                           # an equal ratio in the middle half of five blocks, which is the blocks 1 and 2
+    # an equal ratio in the middle half of five blocks, which is the blocks 1 and 2
+    if rule == MATCH:
         left, blocks = 15, [BlockPlan()]
         for _ in range(2):
             merged = min(left - int(left * keep_rate ** 0.5), left // 2)
@@ -140,13 +143,16 @@ def test_the_panels_are_the_predictions_of_the_two_models_and_their_difference(m
     np.testing.assert_allclose(drawn(view, "dense")[inside], panel(dense, image, 0.7), atol=ROUNDING)
     np.testing.assert_allclose(drawn(view, "compressed")[inside], panel(after, image, 0.7), atol=ROUNDING)
     np.testing.assert_allclose(drawn(view, "difference")[inside], difference(truth, dense, after, 5), atol=ROUNDING)
-    if i == 1:                                                                  # the padding is ignored: one grey on all three
+    # the padding is ignored: one grey on all three
+    if i == 1:
         for name in ("dense", "compressed", "difference"):
             outside = np.concatenate([drawn(view, name)[41:].reshape(-1, 3), drawn(view, name)[:, 67:].reshape(-1, 3)])
             assert len(np.unique(outside, axis=0)) == 1 and np.ptp(outside[0]) < 0.1
     given = numbers(view.line.value)
-    assert given[:2] == pytest.approx((gmacs(plan), gmacs(CompressionPlan.empty(plan.shape))), rel=6e-4)        # 4 digits
-    assert given[2:] == pytest.approx((slow_miou(dense, truth), slow_miou(after, truth)), abs=0.051)             # one decimal
+    # 4 digits
+    assert given[:2] == pytest.approx((gmacs(plan), gmacs(CompressionPlan.empty(plan.shape))), rel=6e-4)
+    # one decimal
+    assert given[2:] == pytest.approx((slow_miou(dense, truth), slow_miou(after, truth)), abs=0.051)
 
 
 @pytest.mark.parametrize("rule", [CENTER, MERGE, SHARE, MATCH])
@@ -166,15 +172,16 @@ def test_every_slider_changes_what_is_shown(view, rule):
 
     def now() -> tuple[bytes, ...]:
         return tuple(view.panels[name].picture for name in ("compressed", "dense", "difference", "regions"))
-    for widget, value, changed in ((view.keep_rate, 0.2, (True, False, True, True)), (view.opacity, 0.1, (True, True, False, False)),
-                                   (view.image, 1, (True,) * 4)):
+    for widget, value, changed in ((view.keep_rate, 0.2, (True, False, True, True)),
+                                   (view.opacity, 0.1, (True, True, False, False)), (view.image, 1, (True,) * 4)):
         before = now()
         widget.value = value
         assert tuple(a != b for a, b in zip(before, now())) == changed
     if rule != MATCH:
         before, cost = now(), numbers(view.line.value)[0]
         view.prune_rate.value = 0.5
-        assert now()[3] != before[3] and numbers(view.line.value)[0] != cost      # which may rise: what is carried is folded
+        # which may rise: what is carried is folded
+        assert now()[3] != before[3] and numbers(view.line.value)[0] != cost
 
 
 @pytest.mark.parametrize("rule", [CENTER, SHARE])
@@ -218,7 +225,8 @@ def test_the_rules_are_those_that_keep_every_patch_and_a_given_plan_comes_first(
     view = scene_view(model, data, scores_of(model), plan)
     assert view.rule.options == (GIVEN, CENTER, MERGE, SHARE, MATCH)
     assert view.keep_rate.disabled and view.prune_rate.disabled
-    np.testing.assert_allclose(drawn(view, "compressed"), panel(predicted(compressed, 0), seen(0)[0], view.opacity.value), atol=ROUNDING)
+    np.testing.assert_allclose(drawn(view, "compressed"),
+                               panel(predicted(compressed, 0), seen(0)[0], view.opacity.value), atol=ROUNDING)
     view.rule.value = MATCH
     assert not view.keep_rate.disabled and view.prune_rate.disabled
 
@@ -241,7 +249,8 @@ def test_a_model_that_trains_is_shown_without_its_dropout_and_goes_on_training(m
     model = Segmenter(model.encoder, 5, "mask_transformer", drop=0.5).train()
     view = scene_view(model, data)
     view.keep_rate.value = 0.3
-    np.testing.assert_allclose(drawn(view, "dense"), panel(predicted(copy.deepcopy(model).eval(), 0), seen(0)[0], OPACITY), atol=ROUNDING)
+    np.testing.assert_allclose(drawn(view, "dense"),
+                               panel(predicted(copy.deepcopy(model).eval(), 0), seen(0)[0], OPACITY), atol=ROUNDING)
     assert all(module.training for module in model.modules()) and all(p.requires_grad for p in model.parameters())
 
 
@@ -269,10 +278,12 @@ def test_the_representation_holds_the_widget_and_a_figure_of_its_state(model, vi
     notes = " ".join(legend.get_title().get_text() for legend in figure.legends).replace("\n", " ")
     assert view.line.value in notes and SHARE in notes and "Image 1" in notes
     titles = [axis.get_title() for axis in figure.axes]
-    assert titles[:2] == ["image", "truth"] and titles[2].startswith("block 3") and titles[3:5] == ["dense", "compressed"]
+    assert titles[:2] == ["image",
+                          "truth"] and titles[2].startswith("block 3") and titles[3:5] == ["dense", "compressed"]
     _, compressed = small(model, SHARE, 0.6)
     wanted = panel(predicted(compressed, 1), seen(1)[0], view.opacity.value)
-    np.testing.assert_allclose(figure.axes[4].images[0].get_array(), wanted, atol=1e-6)      # the image came back from a float32
+    # the image came back from a float32
+    np.testing.assert_allclose(figure.axes[4].images[0].get_array(), wanted, atol=1e-6)
 
 
 def test_the_legend_names_the_classes_that_are_predicted(model, view):

@@ -1,4 +1,5 @@
-"""Scrubbing through a search: what is shown is the journal's own, the belief the search's own, and nothing is ever written."""
+"""Scrubbing through a search: what is shown is the journal's own, the belief the search's own, and nothing is ever
+written."""
 import asyncio
 import base64
 import dataclasses
@@ -10,18 +11,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from vitlab.cost import macs_of
-from vitlab.files import InputError
+from vitlab.plan.cost import macs_of
+from vitlab.plan.shape import ViTShape
 from vitlab.plots import moment
+from vitlab.runtime.files import InputError
 from vitlab.search import Budget, SearchSpace, Study
 from vitlab.search.strategies import Settings
 from vitlab.search.study import JOURNAL, Evaluation, read_journal
-from vitlab.shape import ViTShape
 from vitlab.workbench.explore import study as module
 from vitlab.workbench.explore.study import Watched, measured, study_explorer, told, watch
 
 matplotlib.use("agg")
-SHAPE = ViTShape(img_size=(80, 112), patch_size=(16, 16), embed_dim=28, depth=2, num_heads=7, head_dim=4, num_neurons=53, num_classes=3)
+SHAPE = ViTShape(img_size=(80, 112), patch_size=(16, 16), embed_dim=28, depth=2, num_heads=7, head_dim=4,
+                 num_neurons=53, num_classes=3)
 SPACE = SearchSpace(shape=SHAPE)
 QUICK = Settings(population=5, evaluations=11, candidates=12, refinements=1)
 
@@ -59,7 +61,8 @@ def content(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()}
 
 
-@pytest.mark.parametrize("changes", [{}, {"batch": 3}, {"initial": "sensitivity"}], ids=["one by one", "in batches", "from sensitivity"])
+@pytest.mark.parametrize("changes", [{}, {"batch": 3}, {"initial": "sensitivity"}],
+                         ids=["one by one", "in batches", "from sensitivity"])
 def test_the_belief_after_k_evaluations_is_what_the_search_expected_of_its_next_proposal(tmp_path, changes):
     found = made_study(tmp_path, **changes)
     watched, journal = watch(tmp_path), read_journal(tmp_path)
@@ -68,7 +71,8 @@ def test_the_belief_after_k_evaluations_is_what_the_search_expected_of_its_next_
     for e in asked:
         mean, deviation = watched.belief(journal[:e.index])(np.array(e.policy)[None])
         # The same fit of the same numbers; an optimiser's last digits may depend on how memory is laid out.
-        assert (mean[0], deviation[0]) == pytest.approx((e.expected["mean"], e.expected["deviation"]), rel=1e-5, abs=1e-9)
+        assert (mean[0], deviation[0]) == pytest.approx((e.expected["mean"], e.expected["deviation"]), rel=1e-5,
+                                                        abs=1e-9)
 
 
 def test_at_evaluation_k_stand_the_best_of_the_first_k_and_the_proposal_that_the_journal_has_next(tmp_path):
@@ -85,7 +89,8 @@ def test_at_evaluation_k_stand_the_best_of_the_first_k_and_the_proposal_that_the
         assert list(steps.get_ydata()) == [max(values[:i + 1]) for i in range(k)]
         measured = next(line for line in figure.axes[0].lines if line.get_label() == "next, then measured")
         assert (list(measured.get_xdata()), list(measured.get_ydata())) == ([k], [following.value])
-        assert f"best so far <b>{max(values):.4g}</b>" in text.value and f"next: number {k} by {following.by}" in text.value
+        assert f"best so far <b>{max(values):.4g}</b>" in text.value
+        assert f"next: number {k} by {following.by}" in text.value
         assert ("log EI" in text.value) == (k >= 5)             # the population was proposed without a belief
     place.value = 11
     assert "next" not in text.value and f"<b>{found.best.value:.4g}</b> (number {found.best.index}" in text.value
@@ -196,11 +201,13 @@ def test_a_journal_damaged_while_followed_is_told_and_ends_the_following(tmp_pat
         (tmp_path / JOURNAL).write_text(lines[0] + "<b>\n" + lines[2])
         follow.value = True
         await asyncio.sleep(0.1)
-        assert follow.value is False and "line 2 is damaged" in text.value and asyncio.all_tasks() == {asyncio.current_task()}
+        assert follow.value is False and "line 2 is damaged" in text.value and asyncio.all_tasks() == {
+            asyncio.current_task()}
     asyncio.run(session())
 
 
-@pytest.mark.parametrize(("content", "says"), [(None, "no such file"), ("[]", "no study"), ('{"space": {}}', "no study")])
+@pytest.mark.parametrize(("content", "says"),
+                         [(None, "no such file"), ("[]", "no study"), ('{"space": {}}', "no study")])
 def test_a_folder_that_holds_no_study_is_refused_by_name(tmp_path, content, says):
     if content is not None:
         (tmp_path / "study.json").write_text(content)
@@ -212,13 +219,15 @@ def test_where_there_are_no_widgets_the_explorer_is_a_picture_of_its_moment(tmp_
     made_study(tmp_path)
     explorer = study_explorer(tmp_path)
     bundle = explorer._repr_mimebundle_()
-    assert base64.b64decode(bundle["image/png"]).startswith(b"\x89PNG") and "application/vnd.jupyter.widget-view+json" in bundle
+    assert base64.b64decode(bundle["image/png"]).startswith(
+        b"\x89PNG") and "application/vnd.jupyter.widget-view+json" in bundle
     parts(explorer)[0].value = 4
     assert explorer._repr_mimebundle_()["image/png"] != bundle["image/png"]
 
 
 def test_what_was_measured_has_its_standard_error_where_the_journal_knows_it():
-    known = Evaluation(index=0, by="gp", policy=(0.0,), cost=1.0, value=-.25, measures={"distill_loss": .25, "distill_loss_se": .03125})
+    known = Evaluation(index=0, by="gp", policy=(0.0,), cost=1.0, value=-.25,
+                       measures={"distill_loss": .25, "distill_loss_se": .03125})
     found = SimpleNamespace(metric="distill_loss")
     found.error = lambda *args: Watched.error(found, *args)
     assert measured(found, known) == "-0.25 ± 0.031" and measured(found, known, "distill_loss") == "0.25 ± 0.031"

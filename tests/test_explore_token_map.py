@@ -11,15 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from vitlab.cost import gmacs
 from vitlab.criteria.planning import prune_and_merge
-from vitlab.files import InputError
+from vitlab.measure.capture import token_places
 from vitlab.models import compress, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.plan.cost import gmacs
+from vitlab.plan.rules import Match, Select
+from vitlab.plan.shape import ViTShape
 from vitlab.plots.tokens import bordered, through_matrices, through_means, tinted
-from vitlab.rules import Match, Select
-from vitlab.shape import ViTShape
-from vitlab.training.capture import token_places
+from vitlab.runtime.files import InputError
 from vitlab.workbench.explore import choosing
 from vitlab.workbench.explore.choosing import PictureChooser
 from vitlab.workbench.explore.token_map import GIVEN, selected, token_map
@@ -72,13 +72,15 @@ def explorer(dense, pictures):
 
 
 def matched(shape: ViTShape, keep_rate: float) -> CompressionPlan:
-    """What the matching rule should do: an equal ratio in the middle half of five blocks, which is the blocks 1 and 2."""
+    """What the matching rule should do: an equal ratio in the middle half of five blocks, which is the blocks 1 and
+    2."""
     left, blocks = shape.num_patches, [BlockPlan()]
     for _ in range(2):
         merged = min(left - int(left * keep_rate ** 0.5), left // 2)
         blocks.append(BlockPlan(tokens=Match(merged=merged)))
         left -= merged
-    return CompressionPlan(shape=shape, blocks=(*blocks, BlockPlan(tokens=Match(merged=0)), BlockPlan(tokens=Match(merged=0))))
+    return CompressionPlan(shape=shape,
+                           blocks=(*blocks, BlockPlan(tokens=Match(merged=0)), BlockPlan(tokens=Match(merged=0))))
 
 
 @pytest.mark.parametrize("rule", [CENTER, MERGE, SHARE, MATCH])
@@ -90,7 +92,8 @@ def test_moving_the_keep_rate_changes_the_picture_and_the_costs_to_those_of_the_
         plan = matched(shape, keep_rate) if rule == MATCH else prune_and_merge(
             scores_of(shape), shape, keep_rate=keep_rate, prune_rate=0.2, **BY_PLACE[rule])
         whole = gmacs(CompressionPlan.empty(shape))
-        assert costs(explorer.line.value) == pytest.approx((gmacs(plan), whole, gmacs(plan) / whole), rel=1e-3)     # 3 digits
+        # 3 digits
+        assert costs(explorer.line.value) == pytest.approx((gmacs(plan), whole, gmacs(plan) / whole), rel=1e-3)
         assert f"{plan.flows()[2].attended} " in explorer.line.value and gmacs(plan) < whole
         seen.add(explorer.right.picture)
     assert len(seen) == 3
@@ -107,11 +110,13 @@ def test_groups_are_the_regions_of_the_plan_in_every_block_and_the_pruned_are_or
         assert explorer.left.groups == explorer.right.groups == regions
         drawn, picture = shown(explorer.left.picture), explorer.chooser.picture.repeat(2, 0).repeat(2, 1)
         for j in range(15):
-            inside = np.s_[j // 5 * 128 + 5:j // 5 * 128 + 123, j % 5 * 128 + 5:j % 5 * 128 + 123]      # borders left out
+            # borders left out
+            inside = np.s_[j // 5 * 128 + 5:j // 5 * 128 + 123, j % 5 * 128 + 5:j % 5 * 128 + 123]
             is_pruned = cut.tokens is not None and j in cut.tokens.pruned
             assert np.allclose(drawn[inside], picture[inside], atol=ROUNDING) is not is_pruned
             assert ("pruned" in explorer.left.labels[j]) is is_pruned
-            assert is_pruned or regions.count(regions[j]) == 1 or f"one token of {regions.count(regions[j])} p" in explorer.left.labels[j]
+            assert is_pruned or regions.count(
+                regions[j]) == 1 or f"one token of {regions.count(regions[j])} p" in explorer.left.labels[j]
 
 
 def test_groups_of_merging_by_content_are_the_places_that_the_model_gives_the_chosen_picture(dense, explorer):
@@ -135,15 +140,19 @@ def test_selected_tokens_are_those_of_the_class_tokens_attention_and_shares_thos
         BlockPlan(tokens=Select(kept=kept[i]) if i in kept else None) for i in range(5))))
     found = selected(small, x, shape)
     assert list(found) == [1, 3]
-    rows, held = small.norm_pre(small._pos_embed(small.patch_embed(x))), [{j: 1.0} for j in range(15)]    # share of patches, per token
+    # share of patches, per token
+    rows, held = small.norm_pre(small._pos_embed(small.patch_embed(x))), [{j: 1.0} for j in range(15)]
     for index, block in enumerate(small.blocks):
         if index in kept:
             attn, normed = block.block.attn, block.block.norm1(rows)[0]
-            q, k, _ = (normed @ attn.qkv.weight.T + attn.qkv.bias).reshape(len(normed), 3, attn.num_heads, attn.head_dim).unbind(1)
-            rank = sum(((q[0, h] @ k[:, h].T) / attn.head_dim ** 0.5).softmax(0) for h in range(attn.num_heads))[1:].tolist()
+            q, k, _ = (normed @ attn.qkv.weight.T + attn.qkv.bias).reshape(len(normed), 3, attn.num_heads,
+                                                                           attn.head_dim).unbind(1)
+            rank = sum(((q[0, h] @ k[:, h].T) / attn.head_dim ** 0.5).softmax(0)
+                       for h in range(attn.num_heads))[1:].tolist()
             order = sorted(range(len(held)), key=lambda j: -rank[j])
             rest = [held[j] for j in order[kept[index]:]]
-            held = [held[j] for j in order[:kept[index]]] + [{p: s / len(rest) for each in rest for p, s in each.items()}]
+            held = [held[j]
+                    for j in order[:kept[index]]] + [{p: s / len(rest) for each in rest for p, s in each.items()}]
             wanted = torch.tensor([[each.get(p, 0.0) for p in range(15)] for each in held])
             torch.testing.assert_close(found[index], wanted, atol=1e-6, rtol=0)         # float32 sums of a few ones
         rows = block(rows)
@@ -170,13 +179,15 @@ def test_the_right_picture_is_through_the_matrices_of_the_plan(dense, explorer, 
 def test_the_right_picture_without_matrices_has_every_patch_as_the_mean_of_its_token(dense, explorer, rule):
     explorer.rule.value, explorer.block.value, explorer.keep_rate.value = rule, 2, 0.4
     picture, groups = noise(192, 320), explorer.left.groups
-    cut = prune_and_merge(scores_of(shape_of(dense)), shape_of(dense), keep_rate=0.4, prune_rate=0.2, share=True).blocks[2].tokens
+    cut = prune_and_merge(scores_of(shape_of(dense)), shape_of(dense), keep_rate=0.4, prune_rate=0.2,
+                          share=True).blocks[2].tokens
     patch = [picture[j // 5 * 64:, j % 5 * 64:][:64, :64] for j in range(15)]
     for j in range(15):
         same = [i for i in range(15) if groups[i] == groups[j]] if groups[j] >= 0 else [j]
         share = [cut.weights[i] for i in same] if rule == SHARE and groups[j] >= 0 else [1 / len(same)] * len(same)
         mean = sum(weight * patch[i] for weight, i in zip(share, same))
-        np.testing.assert_allclose(shown(explorer.right.picture)[j // 5 * 64:, j % 5 * 64:][:64, :64], mean, atol=ROUNDING)
+        np.testing.assert_allclose(shown(explorer.right.picture)[j // 5 * 64:, j % 5 * 64:][:64, :64], mean,
+                                   atol=ROUNDING)
 
 
 @pytest.mark.parametrize("rule", [CENTER, MERGE, SHARE, MATCH, SELECT])
@@ -197,7 +208,8 @@ def test_every_rule_takes_every_rate_of_the_sliders(tiny_vit, family, pictures):
         for keep_rate in (explorer.keep_rate.min, 0.5, 1.0):
             for prune_rate in (0.0, 0.5, explorer.prune_rate.max):
                 explorer.keep_rate.value, explorer.prune_rate.value = keep_rate, prune_rate
-                assert costs(explorer.line.value)[2] <= (1.2 if rule in (CENTER, MERGE) else 1.05)      # folded matrices cost, too
+                # folded matrices cost, too
+                assert costs(explorer.line.value)[2] <= (1.2 if rule in (CENTER, MERGE) else 1.05)
                 assert len(explorer.left.groups) == shape_of(dense).num_patches
 
 
@@ -296,7 +308,9 @@ def claiming(width: int, height: int) -> bytes:
 def test_an_upload_that_can_not_be_read_is_refused_in_a_line_and_the_picture_stays(chooser, name, content, said):
     upload(chooser, name, content)
     line = chooser.message.value.replace("&#x27;", "'").replace("&lt;", "{").replace("&gt;", "}")
-    assert line.startswith(name.replace("<", "{").replace(">", "}")) and said in line and "<" not in line and "\n" not in line
+    assert line.startswith(name.replace("<",
+                                        "{").replace(">",
+                                                     "}")) and said in line and "<" not in line and "\n" not in line
     assert chooser.chosen == chooser.names.value == "noise" and len(chooser.names.options) == 2
     upload(chooser, "good.png", saved(noise(220, 330, seed=2)))
     assert chooser.message.value == "" and chooser.chosen == chooser.names.value
@@ -336,7 +350,8 @@ def test_the_images_of_a_folder_and_of_its_folders_are_offered_and_a_broken_one_
     (tmp_path / "notes.txt").write_text("no image")
     chooser.folder.value = str(tmp_path)
     labels = [label for label, _ in chooser.names.options]
-    assert labels == [f"{tmp_path.name}/a2.png", f"{tmp_path.name}/a10.png", "cats/c.jpg", "noise", "other"]    # 2 before 10
+    # 2 before 10
+    assert labels == [f"{tmp_path.name}/a2.png", f"{tmp_path.name}/a10.png", "cats/c.jpg", "noise", "other"]
     assert chooser.names.label == labels[0]
     np.testing.assert_array_equal(chooser.picture, noise(220, 330, seed=2))
     chooser.names.label = labels[1]
@@ -349,14 +364,17 @@ def test_the_images_of_a_folder_and_of_its_folders_are_offered_and_a_broken_one_
     assert "a10.png: can&#x27;t be read (No such file" in chooser.message.value and chooser.names.label == labels[2]
 
 
-def test_the_folder_of_a_data_set_and_a_single_image_are_taken_too_and_a_relative_path_is_said_in_full(chooser, tmp_path, monkeypatch):
+def test_the_folder_of_a_data_set_and_a_single_image_are_taken_too_and_a_relative_path_is_said_in_full(chooser,
+                                                                                                       tmp_path,
+                                                                                                       monkeypatch):
     deep = tmp_path / "val" / "cats" / "c.png"
     deep.parent.mkdir(parents=True)
     deep.write_bytes(saved(noise(220, 330, seed=2)))
     for given in (tmp_path, deep):
         chooser.names.label = "noise"
         chooser.folder.value = str(given)
-        assert [label for label, _ in chooser.names.options] == ["cats/c.png", "noise", "other"] and chooser.names.label == "cats/c.png"
+        assert [label for label,
+                _ in chooser.names.options] == ["cats/c.png", "noise", "other"] and chooser.names.label == "cats/c.png"
     monkeypatch.chdir(tmp_path)
     chooser.folder.value = "vall"
     assert f"{tmp_path / 'vall'}: no such folder" in chooser.message.value

@@ -1,4 +1,5 @@
-"""Heads and neurons to look at: what the widgets show against the attention, the scores and the plan that they stand for."""
+"""Heads and neurons to look at: what the widgets show against the attention, the scores and the plan that they stand
+for."""
 import base64
 import io
 import re
@@ -11,12 +12,12 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from vitlab.criteria.units import UnitScores
-from vitlab.files import InputError
+from vitlab.measure.capture import attention_maps
 from vitlab.models import compress, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plots.base import PALETTE
 from vitlab.plots.units import looked_at, over_grey
-from vitlab.training.capture import attention_maps
+from vitlab.runtime.files import InputError
 from vitlab.workbench.explore.units import head_grid, neuron_strip, units_map
 from vitlab.workbench.pictures import as_input
 
@@ -76,10 +77,12 @@ def test_a_click_on_a_head_shows_its_attention_on_the_picture(tiny_vit, pictures
             maps = attention_maps(dense, as_input(explorer.chooser.picture, dense))[block, 0, head]      # (N, N)
             first = shape.num_prefix_tokens
             row = maps[first:, first:].mean(dim=0) if shape.pool == "avg" else maps[0, first:]
-            np.testing.assert_allclose(shown(explorer.looks.picture), over_grey(explorer.chooser.picture, row, shape), atol=ROUNDING)
+            np.testing.assert_allclose(shown(explorer.looks.picture), over_grey(explorer.chooser.picture, row, shape),
+                                       atol=ROUNDING)
             said = [float(re.search(r"attention ([\d.]+), ", label)[1]) for label in explorer.looks.labels]
             np.testing.assert_allclose(said, row, atol=6e-5)                    # 4 digits
-            assert f"block {block}, head {head}" in explorer.looks.alt and f"at most {row.max():.4f}" in explorer.line.value
+            assert f"block {block}, head {head}" in explorer.looks.alt
+            assert f"at most {row.max():.4f}" in explorer.line.value
             seen.add(explorer.looks.picture)
     assert len(seen) == 6
 
@@ -87,7 +90,8 @@ def test_a_click_on_a_head_shows_its_attention_on_the_picture(tiny_vit, pictures
 def test_the_numbers_beside_the_grid_and_what_lies_outside_choose_nothing(explorer):
     explorer.heads.picked = cell(explorer, 2, 1)
     before = explorer.looks.picture
-    for other in (0, 2, 4, 12, -1):                                             # the first row, the first column, nowhere
+    # the first row, the first column, nowhere
+    for other in (0, 2, 4, 12, -1):
         explorer.heads.picked = other
         assert explorer.heads.picked == cell(explorer, 2, 1) and explorer.looks.picture == before
     explorer.heads.picked = cell(explorer, 2, 2)
@@ -100,8 +104,10 @@ def test_the_line_says_score_place_and_what_the_plan_does(dense, explorer):
         explorer.heads.picked = cell(explorer, block, head)
         row = scores.heads[block].tolist()
         place = sorted(row, reverse=True).index(row[head]) + 1
-        assert explorer.line.value.startswith(f"Block {block}, head {head} is {fate}: score {row[head]:.4g}, place {place} of 3")
-        assert explorer.heads.labels[explorer.heads.picked] == f"block {block}, head {head}: score {row[head]:.4g}, {fate}"
+        assert explorer.line.value.startswith(f"Block {block}, head {head} is {fate}: score {row[head]:.4g}, place "
+                                              f"{place} of 3")
+        assert explorer.heads.labels[
+            explorer.heads.picked] == f"block {block}, head {head}: score {row[head]:.4g}, {fate}"
 
 
 def test_bars_are_the_redundancy_with_each_other_head_and_the_cut_are_orange(dense, explorer):
@@ -110,7 +116,8 @@ def test_bars_are_the_redundancy_with_each_other_head_and_the_cut_are_orange(den
         explorer.heads.picked = cell(explorer, block, head)
         matrix = shared[block].numpy()
         most = max(matrix[i, j] for i in range(3) for j in range(3) if i != j)
-        rows = re.findall(r"head (\d), (\w+)</div><div><div style=\"background: (#\w+);.*?width: ([\d.]+)%.*?<div>([\d.e-]+)</div>",
+        rows = re.findall(r"head (\d), (\w+)</div><div><div style=\"background: (#\w+);.*?width: "
+                          r"([\d.]+)%.*?<div>([\d.e-]+)</div>",
                           explorer.shares.value)
         assert [int(row[0]) for row in rows] == [other for other in range(3) if other != head]
         for other, fate, colour, width, value in rows:
@@ -147,21 +154,26 @@ def test_the_strip_has_a_column_a_neuron_as_tall_as_its_score_and_a_line_at_the_
         column = strip[:, neuron * 7 + 3]                                       # the middle of its 7
         np.testing.assert_allclose(column[40 - height:], np.tile(colour, (height, 1)))
         assert (column[:40 - height] == 1).all()
-    assert (strip[:, 20:22] == 0).all() and not (strip[:, 19] == 0).all() and not (strip[:, 22] == 0).all()    # 3 of 5 kept
-    assert not (neuron_strip(np.ones(5), np.ones(5, dtype=bool), (35, 40)) == 0).all(axis=(0, 2)).any()         # none is cut: no line
+    # 3 of 5 kept
+    assert (strip[:, 20:22] == 0).all() and not (strip[:, 19] == 0).all() and not (strip[:, 22] == 0).all()
+    # none is cut: no line
+    assert not (neuron_strip(np.ones(5), np.ones(5, dtype=bool), (35, 40)) == 0).all(axis=(0, 2)).any()
 
 
 def test_the_grid_is_coloured_in_each_blocks_range_and_the_cut_are_crossed(dense):
     plan = made(dense, {0: BlockPlan(heads=(0, 2)), 2: BlockPlan(heads=(1,))})[1]
     heads = np.array([[3.0, 1, 2], [5, 5, 5], [0, 10, 5], [1, 2, 3], [3, 2, 1]])
     grid = head_grid(heads, plan, (60, 40))
-    assert grid.shape == (240, 240, 3) and (grid[:, :60].min(axis=2) < 0.5).any() and (grid[:40, 60:].min(axis=2) < 0.5).any()    # numbers
+    # numbers
+    assert grid.shape == (240, 240,
+                          3) and (grid[:, :60].min(axis=2) < 0.5).any() and (grid[:40, 60:].min(axis=2) < 0.5).any()
     ranges = np.array([[1, 0, 0.5], [0, 0, 0], [0, 1, 0.5], [0, 0.5, 1], [1, 0.5, 0]])
     for block, head in np.ndindex(5, 3):
         inside = grid[40 * (block + 1):, 60 * (head + 1):][:40, :60]
         np.testing.assert_allclose(inside[20, 6], colormaps["viridis"](ranges[block, head])[:3], atol=ROUNDING)
         crossed = (block, head) in {(0, 1), (2, 0), (2, 2)}
-        np.testing.assert_allclose(inside[20, 30], 1 if crossed else inside[20, 6])             # the middle of a cross is white
+        # the middle of a cross is white
+        np.testing.assert_allclose(inside[20, 30], 1 if crossed else inside[20, 6])
 
 
 def test_over_grey_is_lowest_where_the_value_is_lowest_and_leaves_the_picture_to_be_seen(dense):
@@ -170,7 +182,8 @@ def test_over_grey_is_lowest_where_the_value_is_lowest_and_leaves_the_picture_to
     values[7] = 2.0                                                             # the middle patch of 3 x 5
     drawn, viridis = over_grey(picture, values, shape), colormaps["viridis"]
     np.testing.assert_allclose(drawn[5, 5], 0.4 * 0.5 + 0.6 * np.array(viridis(0.0)[:3]), atol=1e-9)
-    np.testing.assert_allclose(drawn[96, 160], 0.4 * 0.5 + 0.6 * np.array(viridis(1.0)[:3]), atol=0.02)     # between pixels
+    # between pixels
+    np.testing.assert_allclose(drawn[96, 160], 0.4 * 0.5 + 0.6 * np.array(viridis(1.0)[:3]), atol=0.02)
     picture[:, :160] = 0.0
     assert (over_grey(picture, np.ones(15), shape)[:, :160] < over_grey(picture, np.ones(15), shape)[:, 160:]).all()
 
@@ -178,7 +191,8 @@ def test_over_grey_is_lowest_where_the_value_is_lowest_and_leaves_the_picture_to
 def test_what_is_looked_at_is_the_class_tokens_row_or_the_mean_over_patches():
     attention = torch.arange(49.0).reshape(7, 7)
     assert looked_at(attention, 2).tolist() == [2, 3, 4, 5, 6]
-    assert looked_at(attention, 2, average=True).tolist() == [30, 31, 32, 33, 34]       # the middle one of the rows 2 to 6 is 4
+    # the middle one of the rows 2 to 6 is 4
+    assert looked_at(attention, 2, average=True).tolist() == [30, 31, 32, 33, 34]
 
 
 def test_the_representation_holds_the_widget_and_a_figure_of_the_chosen_head(dense, explorer):
@@ -188,7 +202,8 @@ def test_the_representation_holds_the_widget_and_a_figure_of_the_chosen_head(den
     assert Image.open(io.BytesIO(base64.b64decode(bundle["image/png"]))).width > 500
     scores, looks, bars, ranks = explorer.figure().axes
     frame, = scores.patches
-    assert frame.get_xy() == (1.5, 0.5) and len(scores.collections) == 2        # head 2 of block 1; crosses, black below white
+    # head 2 of block 1; crosses, black below white
+    assert frame.get_xy() == (1.5, 0.5) and len(scores.collections) == 2
     np.testing.assert_allclose(looks.images[0].get_array(), shown(explorer.looks.picture), atol=ROUNDING)
     shared = made(dense)[2][1, 2]
     assert [bar.get_height() for bar in bars.patches] == pytest.approx(shared[:2].tolist())

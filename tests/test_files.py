@@ -1,11 +1,11 @@
-"""vitlab.files: what a kill, an error or a damaged file may and may not do."""
+"""vitlab.runtime.files: what a kill, an error or a damaged file may and may not do."""
 import json
 import os
 
 import pytest
 
-from vitlab import files
-from vitlab.files import InputError
+from vitlab.runtime import files
+from vitlab.runtime.files import InputError
 
 
 def names(folder) -> list[str]:

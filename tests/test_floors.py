@@ -6,15 +6,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [                                              # lowest first
-    {"files", "signals", "caveats"},
-    {"parallel", "uncertainty"},
-    {"launching"},
-    {"shape"},
-    {"rules"},
-    {"plan", "results"},
-    {"tokens", "matching", "cost"},
-    {"latency"},
+    {"runtime"},
+    {"plan"},
     {"models", "criteria", "search", "data", "plots"},
+    {"measure"},
     {"training"},
     {"workbench"},
     {"options"},
@@ -70,7 +65,8 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
     wrong = []
     for line, part in imported_parts(source, module, is_package):
         if part not in FLOOR_OF:
-            wrong.append(f"{module}:{line}: imports vitlab.{part}, which stands on no floor (a name of the public face?)")
+            wrong.append(f"{module}:{line}: imports vitlab.{part}, which stands on no floor (a name of the public "
+                         f"face?)")
         elif FLOOR_OF[part] >= FLOOR_OF[own] and part != own:
             wrong.append(f"{module}:{line}: imports {part} (floor {FLOOR_OF[part]}) from {own} (floor {FLOOR_OF[own]})")
     return wrong
@@ -88,27 +84,28 @@ def sources() -> list[tuple[str, Path]]:
 
 
 def test_every_module_imports_from_lower_floors_only():
-    assert len(sources()) >= len({"files", "plan", "results", "tokens", "cost"})       # the folder was really found
+    assert len(sources()) >= len({"runtime", "plan", "measure", "models"})       # the folder was really found
     wrong = [line for module, path in sources()
              for line in violations(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")]
     assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("module, source", [
-    ("vitlab.files", "from vitlab.plan import CompressionPlan"),
-    ("vitlab.plan", "import vitlab.results"),
-    ("vitlab.tokens", "from vitlab import cost"),
+    ("vitlab.runtime.files", "from vitlab.plan import CompressionPlan"),
+    ("vitlab.plan", "import vitlab.models"),
+    ("vitlab.runtime.results", "from vitlab.plan import cost"),
     ("vitlab.models.compress", "from vitlab.criteria.planning import prune_and_merge"),
     ("vitlab.models.compress", "from ..search import policy"),
     ("vitlab.models.compress", "from .. import search"),
     ("vitlab.criteria.planning", "def f():\n    from vitlab.models import compress"),
     ("vitlab.data.source", "import torch, vitlab.training.loop as loop"),
-    ("vitlab.cost", "try:\n    import vitlab.models\nexcept ImportError:\n    pass"),
+    ("vitlab.plan.cost", "try:\n    import vitlab.models\nexcept ImportError:\n    pass"),
     ("vitlab.training.loop", "from vitlab.cli import main"),
-    ("vitlab.models.compress", "from vitlab import compress"),                              # the public face, from below
+    # the public face, from below
+    ("vitlab.models.compress", "from vitlab import compress"),
     ("vitlab.models.compress", "import vitlab\nx = vitlab.load"),
-    ("vitlab.models.compress", "import vitlab\nx = vitlab.training.capture"),
-    ("vitlab.models.compress", "import importlib\nimportlib.import_module('vitlab.training.capture')"),
+    ("vitlab.models.compress", "import vitlab\nx = vitlab.measure.capture"),
+    ("vitlab.models.compress", "import importlib\nimportlib.import_module('vitlab.measure.capture')"),
     ("vitlab.workbench.steps", "import vitlab.cli"),
     ("vitlab.nowhere", "import json"),
 ])
@@ -117,12 +114,14 @@ def test_the_checker_catches_a_planted_violation(module, source):
 
 
 @pytest.mark.parametrize("module, source", [
-    ("vitlab.files", "import json\nfrom pathlib import Path"),
-    ("vitlab.models.deploy", "from vitlab import tokens\nfrom vitlab.models.compress import compress\nfrom .support import f"),
-    ("vitlab.training.checkpoint", "import vitlab\nx = vitlab.__version__\nfrom vitlab import __version__"),
-    ("vitlab.training.loop", "from vitlab.data import ImageData\nfrom ..models import compress\nfrom . import evaluate"),
+    ("vitlab.runtime.files", "import json\nfrom pathlib import Path"),
+    ("vitlab.models.deploy", "from vitlab.plan import tokens\nfrom vitlab.models.compress import compress\nfrom "
+                             ".support import f"),
+    ("vitlab.models.checkpoint", "import vitlab\nx = vitlab.__version__\nfrom vitlab import __version__"),
+    ("vitlab.training.loop", "from vitlab.measure import capture\nfrom vitlab.data import ImageData\nfrom ..models "
+                             "import compress\nfrom . import evaluate"),
     ("vitlab.cli", "from vitlab.training.loop import train"),
-    ("vitlab.cost", "import vitlabs.training\nfrom vitlab_other import cli"),
+    ("vitlab.plan.cost", "import vitlabs.training\nfrom vitlab_other import cli"),
 ])
 def test_the_checker_lets_lower_floors_and_the_own_package_pass(module, source):
     assert violations(source, module) == []
@@ -135,6 +134,7 @@ def test_a_relative_import_in_a_package_file_starts_from_the_package():
 
 def test_type_checkers_see_the_public_face_that_is_there():
     import vitlab
-    told = {alias.asname: node.module for node in ast.walk(ast.parse((ROOT / "vitlab" / "__init__.py").read_text(encoding="utf-8")))
+    told = {alias.asname: node.module
+            for node in ast.walk(ast.parse((ROOT / "vitlab" / "__init__.py").read_text(encoding="utf-8")))
             if isinstance(node, ast.ImportFrom) and node.module.startswith("vitlab.") for alias in node.names}
     assert told == vitlab._PUBLIC

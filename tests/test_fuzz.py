@@ -1,4 +1,5 @@
-"""Anything at all in the place of a file or an argument: what comes back is whole, or an InputError in one line; nothing else."""
+"""Anything at all in the place of a file or an argument: what comes back is whole, or an InputError in one line;
+nothing else."""
 import contextlib
 import json
 import shutil
@@ -16,26 +17,30 @@ from PIL import Image
 from vitlab import cli
 from vitlab.data.folder import read_class_map, read_image
 from vitlab.data.source import Images
-from vitlab.files import InputError, append_line, read_lines
-from vitlab.models import compress, shape_of
+from vitlab.models import checkpoint, compress, shape_of
 from vitlab.models.create import create_model
 from vitlab.models.weights import read_state
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.results import ResultRow, append_row, read_rows
-from vitlab.rules import Match, MergeReconstruct, Select, SharedUpdate
+from vitlab.plan.rules import Match, MergeReconstruct, Select, SharedUpdate
+from vitlab.runtime.files import InputError, append_line, read_lines
+from vitlab.runtime.results import ResultRow, append_row, read_rows
 from vitlab.search.study import Evaluation, read_journal
-from vitlab.training import checkpoint
 from vitlab.workbench import batch_file, report
 
-# Derandomised: the same cases every time, so that a failure is a failure for all. No deadline for one case on a busy machine; the
+# Derandomised: the same cases every time, so that a failure is a failure for all. No deadline for one case on a busy
+# machine; the
 # number of cases bounds the time.
-bounded = settings(max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+bounded = settings(max_examples=150, deadline=None, derandomize=True, database=None,
+                   suppress_health_check=list(HealthCheck))
 few = settings(bounded, max_examples=40)
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 70) | st.sampled_from([10 ** 400, -1, 0.5, float("nan"), float("inf"), 1e308])
-    | st.floats(-2, 2) | st.sampled_from(["", "..", "match", "select", "merge_reconstruct", "token", "\0", "\udcff", "../x"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["kind", "kept", "heads", "x"]), inner, max_size=3),
+    st.none() | st.booleans() | st.integers(-3, 70)
+    | st.sampled_from([10 ** 400, -1, 0.5, float("nan"), float("inf"), 1e308])
+    | st.floats(-2, 2)
+    | st.sampled_from(["", "..", "match", "select", "merge_reconstruct", "token", "\0", "\udcff", "../x"]),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["kind", "kept", "heads", "x"]), inner, max_size=3),
     max_leaves=6)
 
 
@@ -139,7 +144,8 @@ def test_a_damaged_checkpoint_is_refused_or_a_model_that_computes(saved, choice)
     content = (saved / "checkpoint" / name).read_bytes()
     # Not sizes of the model: a large one that fits its weights takes time. test_faults has those.
     data = json.loads(content) if name == checkpoint.INFO else None
-    made = choice.draw(damaged(data["config"]).map(lambda c: json.dumps({**data, "config": c}).encode()) if data else bitten(content))
+    made = choice.draw(damaged(data["config"]).map(lambda c: json.dumps({**data, "config": c}).encode()) if data
+                       else bitten(content))
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(saved / "checkpoint", f"{folder}/c")
         Path(folder, "c", name).write_bytes(made)
@@ -161,7 +167,8 @@ def test_bitten_weights_are_refused_or_tensors(saved, choice):
 
 # ---- Journals, results, summaries
 
-EVALUATIONS = [Evaluation(index=i, policy=(0.1, 0.2), value=0.5, cost=0.3, by="gp", measures={"top1_pct": 3.0}).__dict__ for i in range(3)]
+EVALUATIONS = [Evaluation(index=i, policy=(0.1, 0.2), value=0.5, cost=0.3, by="gp", measures={"top1_pct": 3.0}).__dict__
+               for i in range(3)]
 
 
 @bounded
@@ -177,7 +184,8 @@ def test_a_damaged_journal_is_refused_or_its_first_evaluations(records, end, rep
             found = read_journal(folder, repair=repair)
             assert [e.index for e in found] == list(range(len(found))) and len(found) <= len(records)
             assert all(np.isfinite([e.value, e.cost, *e.policy]).all() for e in found)
-            assert [json.loads(line) for line in path.read_text().splitlines()[:len(found)]] == records[:len(found)]    # none is lost
+            # none is lost
+            assert [json.loads(line) for line in path.read_text().splitlines()[:len(found)]] == records[:len(found)]
             return
         assert path.read_text() == content
 
@@ -194,7 +202,8 @@ def test_a_file_of_lines_gives_its_whole_lines_and_takes_another(content):
         assert read_lines(path) == before + [{"last": 1}] and path.read_bytes().startswith(content)
 
 
-ROW = {"model": "a", "dataset": "b", "split": "c", "top1_pct": 3.0, "gmacs": 1.0, "conditions": {"seed": 0, "plan": {"x": [1]}}}
+ROW = {"model": "a", "dataset": "b", "split": "c", "top1_pct": 3.0, "gmacs": 1.0,
+       "conditions": {"seed": 0, "plan": {"x": [1]}}}
 
 
 @bounded
@@ -209,7 +218,8 @@ def test_damaged_results_are_refused_or_make_a_table(rows):
         report.write_tables(folder)
 
 
-SUMMARY = {"file": "b", "counts": {}, "entries": [{"name": "w", "notebook": "n.ipynb", "state": "done", "seconds": 1.0, "why": None}]}
+SUMMARY = {"file": "b", "counts": {},
+           "entries": [{"name": "w", "notebook": "n.ipynb", "state": "done", "seconds": 1.0, "why": None}]}
 
 
 @bounded
@@ -296,15 +306,17 @@ def test_a_class_map_is_refused_or_numbers_from_zero(data):
     with tempfile.TemporaryDirectory() as folder, refused():
         Path(folder, "class_index.json").write_text(json.dumps(data))
         numbers = read_class_map(Path(folder, "class_index.json"))
-        assert numbers and all(type(n) is int and n >= 0 for n in numbers.values()) and len(set(numbers.values())) == len(numbers)
+        assert numbers and all(type(n) is int and n >= 0
+                               for n in numbers.values()) and len(set(numbers.values())) == len(numbers)
 
 
 # ---- The command line
 
-WORDS = ["prune", "evaluate", "score", "search", "batch", "report", "--checkpoint", "--plan", "--out", "--data", "--match", "--scores",
-         "--gmacs", "--model", "--set", "--dry-run", "--seed", "--limit", "--num-classes"]
-VALUES = ["nowhere", "out", "..", ".", "/dev/null", "plan.json", "0", "-1", "nan", "1e999", "x" * 300, "", "\0", "\udcff", "a\nb",
-          "\x1b[2J", "--", "-", "a=b", "=", "a.b=1", "checkpoint", "digits", "checkpoint/plan.json", "é", "~", "C:\\x", "%s", "{a}"]
+WORDS = ["prune", "evaluate", "score", "search", "batch", "report", "--checkpoint", "--plan", "--out", "--data",
+         "--match", "--scores", "--gmacs", "--model", "--set", "--dry-run", "--seed", "--limit", "--num-classes"]
+VALUES = ["nowhere", "out", "..", ".", "/dev/null", "plan.json", "0", "-1", "nan", "1e999", "x" * 300, "", "\0",
+          "\udcff", "a\nb", "\x1b[2J", "--", "-", "a=b", "=", "a.b=1", "checkpoint", "digits", "checkpoint/plan.json",
+          "é", "~", "C:\\x", "%s", "{a}"]
 
 
 @bounded

@@ -1,4 +1,5 @@
-"""Golden numbers in a clean clone: the slice of the reference tensors in tests/golden (its README says how it was cut)."""
+"""Golden numbers in a clean clone: the slice of the reference tensors in tests/golden (its README says how it was
+cut)."""
 import functools
 import json
 import sys
@@ -8,15 +9,14 @@ import pytest
 import torch
 from test_reference import AGREEMENT, FOLDER, best, relative
 
-from vitlab import tokens
-from vitlab.cost import mdc_macs
 from vitlab.criteria.hsic import redundancy, relevance
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.criteria.units import head_scores, neuron_scores
+from vitlab.measure.capture import token_scores
 from vitlab.models import compress, deploy
-from vitlab.plan import CompressionPlan
-from vitlab.shape import ViTShape
-from vitlab.training.capture import token_scores
+from vitlab.plan import CompressionPlan, tokens
+from vitlab.plan.cost import mdc_macs
+from vitlab.plan.shape import ViTShape
 
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
@@ -35,25 +35,29 @@ def golden() -> tuple[dict[str, torch.Tensor], dict[str, dict[str, str]]]:
 
 def of(name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     tensors, meta = golden()
-    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}, meta[name]
+    return {key.removeprefix(f"{name}."): value for key,
+            value in tensors.items() if key.startswith(f"{name}.")}, meta[name]
 
 
 def shape(meta: dict[str, str]) -> ViTShape:
     sizes = {key: int(meta[key]) for key in ("embed_dim", "depth", "num_heads")}
-    return ViTShape(img_size=(int(meta["img_size"]),) * 2, patch_size=(int(meta["patch_size"]),) * 2, num_neurons=4 * sizes["embed_dim"],
-                    head_dim=sizes["embed_dim"] // sizes["num_heads"], **sizes)
+    return ViTShape(img_size=(int(meta["img_size"]),) * 2, patch_size=(int(meta["patch_size"]),) * 2,
+                    num_neurons=4 * sizes["embed_dim"], head_dim=sizes["embed_dim"] // sizes["num_heads"], **sizes)
 
 
 def published_plan(name: str) -> CompressionPlan:
     tensors, meta = of(name)
-    return prune_and_merge(tensors["token_scores"], shape(meta), rule=meta["variant"], keep_rate=float(meta["keep_rate"]),
-                           prune_rate=float(meta["prune_rate"]), boundary="reference", weights="reference")
+    return prune_and_merge(tensors["token_scores"], shape(meta), rule=meta["variant"],
+                           keep_rate=float(meta["keep_rate"]), prune_rate=float(meta["prune_rate"]),
+                           boundary="reference", weights="reference")
 
 
 def last_block(states: list[torch.Tensor]) -> torch.nn.Module:
-    """The dense model's last block and classifier, as a model of depth 1 whose tokens are the next of `states`, whatever the images."""
+    """The dense model's last block and classifier, as a model of depth 1 whose tokens are the next of `states`,
+    whatever the images."""
     model = cut.dense_model(*of("pm_center"), depth=1)
-    model.pos_drop.register_forward_hook(lambda module, inputs, output: states.pop(0))      # the last thing before the blocks
+    # the last thing before the blocks
+    model.pos_drop.register_forward_hook(lambda module, inputs, output: states.pop(0))
     return model
 
 
@@ -64,10 +68,12 @@ def test_the_slice_is_small():
 @pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no {FOLDER} to cut the slice from")
 def test_the_slice_is_what_is_cut_from_the_reference():
     tensors, meta = cut.cut(FOLDER)
-    assert tensors.keys() == golden()[0].keys() and {name: json.loads(text) for name, text in meta.items()} == golden()[1]
+    assert tensors.keys() == golden()[0].keys() and {name: json.loads(text) for name,
+                                                     text in meta.items()} == golden()[1]
     for key, value in tensors.items():
         # States are float32 sums of this machine's order; whatever is the reference's own is the same.
-        torch.testing.assert_close(golden()[0][key], value, rtol=1e-4, atol=1e-4 * max(1.0, float(value.double().abs().max())), msg=key)
+        torch.testing.assert_close(golden()[0][key], value, rtol=1e-4,
+                                   atol=1e-4 * max(1.0, float(value.double().abs().max())), msg=key)
 
 
 def test_token_scores_of_the_last_block_agree():
@@ -120,7 +126,8 @@ def test_hsic_values_agree():
 def test_head_and_neuron_scores_agree(index):
     tensors, _ = of("mdc")
     probabilities = tensors["dense_logits"].double().softmax(dim=1)
-    heads = head_scores(tensors[f"head_means.{index}"].double()[..., None], probabilities)      # means of one are themselves
+    # means of one are themselves
+    heads = head_scores(tensors[f"head_means.{index}"].double()[..., None], probabilities)
     assert relative(heads, tensors["head_score"][index]) < AGREEMENT
     numbers = tensors[f"neuron_numbers.{index}"]
     neurons = neuron_scores(tensors[f"neurons.{index}"].double(), probabilities)

@@ -7,10 +7,10 @@ from training_fixtures import full_plan, images, logits, one_thread, tiny  # noq
 
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.criteria.units import UnitScores
-from vitlab.files import InputError
 from vitlab.models import compress, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import Select
+from vitlab.plan.rules import Select
+from vitlab.runtime.files import InputError
 from vitlab.training.gradual import partial_plan
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.8, 1.0)
@@ -41,7 +41,8 @@ def test_cuts_grow_with_the_fraction_and_the_lowest_scores_go_first():
     for plan in (full_plan(tiny()), select_plan(tiny())):
         scores = scores_for(plan)
         for index, block in enumerate(plan.blocks):
-            for name, kept, values in (("heads", block.heads, scores.heads[index]), ("neurons", block.neurons, scores.neurons[index])):
+            for name, kept, values in (("heads", block.heads, scores.heads[index]),
+                                       ("neurons", block.neurons, scores.neurons[index])):
                 everything, last = set(range(len(values))), None
                 leaving = sorted(everything - set(kept), key=lambda unit: float(values[unit]))         # noqa: B023
                 for fraction in FRACTIONS:
@@ -57,7 +58,8 @@ def test_selections_keep_fewer_tokens_step_by_step_and_end_at_the_plans():
     kept = [[block.tokens.kept for block in partial_plan(plan, f, scores_for(plan)).blocks] for f in FRACTIONS]
     assert kept[-1] == [11, 5]
     assert all(a >= b for before, after in zip(kept, kept[1:]) for a, b in zip(before, after))
-    # 16 patches come in; 11 of them stay at last, so at a half 16 - 2.5; then 14 and the mean come in, of which 5 of 12 stay at last.
+    # 16 patches come in; 11 of them stay at last, so at a half 16 - 2.5; then 14 and the mean come in, of which 5 of 12
+    # stay at last.
     assert kept[FRACTIONS.index(0.5)] == [round(16 * (1 - 0.5 * 5 / 16)), round(15 * (1 - 0.5 * 7 / 12))]
 
 

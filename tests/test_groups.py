@@ -47,7 +47,8 @@ def walked(split: Path) -> dict[str, list[str]]:
         for name in names:
             path = os.path.relpath(os.path.join(place, name), split)
             found.setdefault(path.split("/")[0] if "/" in path else "", []).append(path)
-    return {name: sorted(found[name], key=lambda path: [natural(part) for part in path.split("/")]) for name in in_order(list(found))}
+    return {name: sorted(found[name], key=lambda path: [natural(part) for part in path.split("/")])
+            for name in in_order(list(found))}
 
 
 def test_an_unchanged_split_is_not_gone_through_again(split, seen):
@@ -117,7 +118,8 @@ def test_a_folder_that_changed_just_before_it_was_listed_is_gone_through_again(s
     """It may change once more without a later time."""
     monkeypatch.setattr(groups, "SETTLED_NS", 2 * 10**9)
     first = listed(split)
-    os.utime(split / "1", ns=(0, 0))                                    # by a time that can be set it is old; by the other it is not
+    # by a time that can be set it is old; by the other it is not
+    os.utime(split / "1", ns=(0, 0))
     seen.clear()
     assert listed(split) == first and len(seen) == 6
 
@@ -151,9 +153,11 @@ class Harm:
     lambda content: bytes(byte ^ 255 if 200 < place < 260 else byte for place, byte in enumerate(content)),
     lambda content: saved(images=np.array([1])),
     lambda content: changed(content, about="another folder", images=np.array([b"9/a.png"] * 10)),
-    lambda content: changed(content, counts=np.array([[1, 1]])), lambda content: changed(content, images=np.array([b"9/a.png"])),
+    lambda content: changed(content, counts=np.array([[1, 1]])),
+    lambda content: changed(content, images=np.array([b"9/a.png"])),
     lambda content: changed(content, images=np.array([Harm()] * 10, dtype=object))],
-    ids=["empty", "no zip", "cut short", "flipped bits", "other content", "another folder", "other counts", "fewer images",
+                         ids=["empty", "no zip", "cut short", "flipped bits", "other content", "another folder",
+                              "other counts", "fewer images",
          "a pickle"])
 def test_a_kept_listing_that_is_damaged_or_of_something_else_is_made_anew(split, tmp_path, seen, monkeypatch, damage):
     first = listed(split)
@@ -188,7 +192,8 @@ def test_names_with_one_beginning_are_in_the_order_of_the_whole_names():
 def test_a_data_set_is_known_by_all_names_and_by_sizes_of_some(tmp_path, monkeypatch):
     write_folder(tmp_path, {"train": 4, "val": 1}, classes=("a", "b"))
     every = open_data(tmp_path).files("train")[1:]
-    assert [int(known.rpartition(" ")[2]) for known in every] == [os.stat(known.rpartition(" ")[0]).st_size for known in every]
+    assert [int(known.rpartition(" ")[2])
+            for known in every] == [os.stat(known.rpartition(" ")[0]).st_size for known in every]
     monkeypatch.setattr(image_data, "SIZED", 3)                         # of 8 images: the first, fourth and seventh
     some = open_data(tmp_path).files("train")[1:]
     assert some == [known if place in (0, 3, 6) else known.rpartition(" ")[0] for place, known in enumerate(every)]

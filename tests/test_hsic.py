@@ -6,7 +6,7 @@ import torch
 
 from vitlab.criteria.hsic import gaussian_kernels, redundancy, relevance
 from vitlab.criteria.units import activation_magnitude, head_scores, neuron_scores, taylor
-from vitlab.files import InputError
+from vitlab.runtime.files import InputError
 
 IMAGES, FEATURES, UNITS, CLASSES = 7, 5, 11, 3
 SAME = 1e-9         # float64: only the order of the sums differs
@@ -54,7 +54,8 @@ def test_relevance_is_hsic_with_a_linear_kernel_on_the_output_whatever_the_chunk
 
 def test_redundancy_is_hsic_with_gaussian_kernels_on_both_sides():
     x, z = random(4, IMAGES, FEATURES), random(3, IMAGES, FEATURES + 1, seed=2)
-    expected = torch.tensor([[oracle_hsic(oracle_gaussian(a), oracle_gaussian(b)) for b in z] for a in x], dtype=torch.float64)
+    expected = torch.tensor([[oracle_hsic(oracle_gaussian(a), oracle_gaussian(b)) for b in z] for a in x],
+                            dtype=torch.float64)
     assert float((redundancy(x, z) - expected).abs().max()) < SAME
     assert torch.equal(redundancy(x), redundancy(x, x))
 
@@ -95,24 +96,28 @@ def test_head_score_is_relevance_less_the_mean_redundancy_with_the_other_heads()
     features = [(outputs[:, :, h, 0] + outputs[:, :, h, 1]) / 2 for h in range(heads)]
     kernels = [oracle_gaussian(f) for f in features]
     expected = [oracle_hsic(kernels[h], oracle_linear(y))
-                - 0.1 * sum(oracle_hsic(kernels[h], kernels[o]) for o in range(heads) if o != h) / 2 for h in range(heads)]
+                - 0.1 * sum(oracle_hsic(kernels[h], kernels[o]) for o in range(heads) if o != h) / 2
+                for h in range(heads)]
     assert head_scores(outputs, y).tolist() == pytest.approx(expected, abs=SAME)
 
 
 def test_a_single_head_has_no_redundancy():
     outputs, y = random(IMAGES, FEATURES, 1, 2), random(IMAGES, CLASSES, seed=1).softmax(dim=1)
-    assert float(head_scores(outputs, y)) == pytest.approx(float(relevance(outputs.mean(dim=3).permute(2, 0, 1), y)), abs=SAME)
+    assert float(head_scores(outputs, y)) == pytest.approx(float(relevance(outputs.mean(dim=3).permute(2, 0, 1), y)),
+                                                           abs=SAME)
 
 
 def test_neurons_that_are_all_alike_score_alike():
     hidden = random(IMAGES, FEATURES, 1).expand(-1, -1, UNITS)
-    assert torch.equal(neuron_scores(hidden, random(IMAGES, CLASSES).softmax(dim=1)), torch.zeros(UNITS, dtype=torch.float64))
+    assert torch.equal(neuron_scores(hidden, random(IMAGES, CLASSES).softmax(dim=1)),
+                       torch.zeros(UNITS, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_scores_of_half_precision_activations_are_summed_in_float32(dtype):
     generator = torch.Generator().manual_seed(0)
-    hidden = (30 * torch.randn(5, 101, 7, generator=generator)).to(dtype)           # 505 of size 30, and squares of 900: beyond 65,504
+    # 505 of size 30, and squares of 900: beyond 65,504
+    hidden = (30 * torch.randn(5, 101, 7, generator=generator)).to(dtype)
     outputs = (3 * torch.randn(5, 101, 3, 2, generator=generator)).to(dtype)
     probabilities = torch.randn(5, 11, generator=generator).softmax(dim=1)
     for got, wanted in ((neuron_scores(hidden, probabilities), neuron_scores(hidden.float(), probabilities)),

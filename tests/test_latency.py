@@ -10,25 +10,25 @@ import torch
 from segmenting_fixtures import match_plan, small, units_plan
 from training_fixtures import full_plan, one_thread, tiny, token_plan  # noqa: F401
 
-from vitlab.cost import Counts, counts_of
 from vitlab.criteria.planning import prune_and_merge
-from vitlab.files import InputError
-from vitlab.latency import AXES, LatencyTable
+from vitlab.measure import latency
+from vitlab.measure.latency import grid_axes, latency_table, measure_table, prediction_error
 from vitlab.models import compress, deploy, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import Match, MergeReconstruct, ReadOut, Select
-from vitlab.shape import ViTShape
-from vitlab.training import latency
-from vitlab.training.latency import grid_axes, latency_table, measure_table, prediction_error
+from vitlab.plan.cost import Counts, counts_of
+from vitlab.plan.latency import AXES, LatencyTable
+from vitlab.plan.rules import Match, MergeReconstruct, ReadOut, Select
+from vitlab.plan.shape import ViTShape
+from vitlab.runtime.files import InputError
 
 # 35 patches and a class token; every part's time is linear in each count, so linear interpolation gives it exactly.
 SHAPE = ViTShape(img_size=(40, 56), patch_size=(8, 8), embed_dim=33, depth=5, num_heads=3, head_dim=11, num_neurons=131)
 TIMES = {"stem": lambda n: 7.0 + 0 * n, "attention": lambda n, h: 0.3 + 0.05 * n + 0.7 * h + 0.011 * n * h,
-         "select": lambda n, h: 0.17 + 0.013 * n + 0.023 * h, "mlp": lambda n, m: 0.19 + 0.029 * n + 0.0031 * m + 0.0007 * n * m,
-         "fold": lambda r, c: 0.071 + 0.0041 * r + 0.0067 * c + 0.0023 * r * c, "carry": lambda r: 0.053 + 0.0037 * r,
-         "pool": lambda r: 0.047 + 0.0029 * r, "match": lambda n: 0.083 + 0.0057 * n,
-         "read_out": lambda n, h: 0.13 + 0.017 * n + 0.031 * h + 0.0043 * n * h,
-         "head": lambda n: 0.61 + 0.0089 * n}
+         "select": lambda n, h: 0.17 + 0.013 * n + 0.023 * h, "mlp": lambda n,
+         m: 0.19 + 0.029 * n + 0.0031 * m + 0.0007 * n * m, "fold": lambda r,
+         c: 0.071 + 0.0041 * r + 0.0067 * c + 0.0023 * r * c, "carry": lambda r: 0.053 + 0.0037 * r,
+         "pool": lambda r: 0.047 + 0.0029 * r, "match": lambda n: 0.083 + 0.0057 * n, "read_out": lambda n,
+         h: 0.13 + 0.017 * n + 0.031 * h + 0.0043 * n * h, "head": lambda n: 0.61 + 0.0089 * n}
 FAST = {"batch_size": 2, "repeats": 1, "min_seconds": 0.0, "progress": False}
 
 
@@ -41,8 +41,8 @@ def made(shape: ViTShape = SHAPE, scale: float = 1.0, **conditions) -> LatencyTa
 def merging(shape: ViTShape, merged: int, pruned: int, span: int = 1) -> MergeReconstruct:
     n = shape.num_patches
     regions = tuple(-1 if j < pruned else (j - pruned) % merged for j in range(n))
-    return MergeReconstruct(regions=regions, weights=tuple(0.0 if r < 0 else 0.5 for r in regions), pruned=tuple(range(pruned)),
-                            span=span)
+    return MergeReconstruct(regions=regions, weights=tuple(0.0 if r < 0 else 0.5 for r in regions),
+                            pruned=tuple(range(pruned)), span=span)
 
 
 def cut(plan_rules: list, seed: int, shape: ViTShape = SHAPE) -> CompressionPlan:
@@ -50,15 +50,19 @@ def cut(plan_rules: list, seed: int, shape: ViTShape = SHAPE) -> CompressionPlan
 
     def kept(count: int) -> tuple[int, ...]:
         return tuple(sorted(chance.sample(range(count), chance.randint(1, count))))
-    return CompressionPlan(shape=shape, blocks=tuple(BlockPlan(heads=kept(shape.num_heads), neurons=kept(shape.num_neurons), tokens=rule)
+    return CompressionPlan(shape=shape,
+                           blocks=tuple(BlockPlan(heads=kept(shape.num_heads), neurons=kept(shape.num_neurons),
+                                                  tokens=rule)
                                                      for rule in plan_rules))
 
 
 def by_hand(plan: CompressionPlan) -> float:
     """The deployed model walked through block by block, from the plan itself."""
     shape, total = plan.shape, TIMES["stem"](0)
-    prefix, here, folding = shape.num_prefix_tokens, plan.shape.num_tokens, False       # rows on the way; a reconstruct is due
-    span, merged = 0, (0, 0)                                                            # blocks that are still to stay merged
+    # rows on the way; a reconstruct is due
+    prefix, here, folding = shape.num_prefix_tokens, plan.shape.num_tokens, False
+    # blocks that are still to stay merged
+    span, merged = 0, (0, 0)
     for block in plan.blocks:
         heads = shape.num_heads if block.heads is None else len(block.heads)
         neurons = shape.num_neurons if block.neurons is None else len(block.neurons)
@@ -94,7 +98,8 @@ def by_hand(plan: CompressionPlan) -> float:
 PLANS = {
     "dense": lambda s: CompressionPlan.empty(s),
     "heads and neurons": lambda s: cut([None] * 5, 1, s),
-    "merged": lambda s: cut([merging(s, 11, 5), merging(s, 7, 0), merging(s, 5, 9), merging(s, 13, 2), merging(s, 3, 1)], 2, s),
+    "merged": lambda s: cut([merging(s, 11, 5), merging(s, 7, 0), merging(s, 5, 9), merging(s, 13, 2),
+                             merging(s, 3, 1)], 2, s),
     "plain between and at the end": lambda s: cut([None, merging(s, 11, 5), None, merging(s, 5, 0), None], 3, s),
     "merged at both ends": lambda s: cut([merging(s, 11, 5), None, None, None, merging(s, 17, 3)], 4, s),
     "merged at the end alone": lambda s: cut([None, None, None, None, merging(s, 17, 3)], 7, s),
@@ -103,9 +108,11 @@ PLANS = {
     "selected": lambda s: cut([None, Select(kept=19), Select(kept=7, ranked_by="all"), None, Select(kept=2)], 5, s),
     "merged, then selected": lambda s: cut([merging(s, 11, 5), None, Select(kept=23), None, None], 6, s),
     "matched": lambda s: cut([None, Match(merged=13), Match(merged=0), Match(merged=7), Match(merged=2)], 8, s),
-    "merged, then matched": lambda s: cut([merging(s, 11, 5), None, Match(merged=11), Match(merged=0), Match(merged=0)], 9, s),
+    "merged, then matched": lambda s: cut([merging(s, 11, 5), None, Match(merged=11), Match(merged=0), Match(merged=0)],
+                                          9, s),
     "read out": lambda s: cut([None, None, None, None, ReadOut()], 11, s),
-    "matched, then read out": lambda s: cut([None, Match(merged=17), Match(merged=0), Match(merged=3), ReadOut()], 12, s),
+    "matched, then read out": lambda s: cut([None, Match(merged=17), Match(merged=0), Match(merged=3), ReadOut()], 12,
+                                            s),
     "matched by none": lambda s: cut([None, None, Match(merged=0), Match(merged=0), Match(merged=0)], 10, s),
 }
 
@@ -148,11 +155,13 @@ def test_between_two_measured_counts_the_time_is_the_middle_of_theirs():
 
 @pytest.mark.parametrize("field, value, words", [
     ("heads", 4, "attention: 4 to 4 heads wanted; the table holds 1 to 3"), ("heads", 0, "attention: 0 to 0 heads"),
-    ("neurons", 132, "mlp: 132 to 132 neurons wanted; the table holds 1 to 131"), ("attended", 37, "attention: 37 to 37 tokens"),
+    ("neurons", 132, "mlp: 132 to 132 neurons wanted; the table holds 1 to 131"), ("attended", 37, "attention: 37 to "
+                                                                                                   "37 tokens"),
     ("in_mlp", 0, "mlp: 0 to 0 tokens wanted; the table holds 1 to 36"), ("ranking", 4, "select: 4 to 4 ranking heads"),
 ])
 def test_counts_outside_the_table_are_refused_by_name(field, value, words):
-    counts = dataclasses.replace(counts_of(CompressionPlan.empty(SHAPE)), **{"queried": np.zeros(0), field: np.full(5, value)})
+    counts = dataclasses.replace(counts_of(CompressionPlan.empty(SHAPE)),
+                                 **{"queried": np.zeros(0), field: np.full(5, value)})
     with pytest.raises(InputError, match=words):
         made().predict(counts)
 
@@ -197,7 +206,8 @@ def damage(kind: str):
     return change
 
 
-@pytest.mark.parametrize("kind", ["negative", "nan", "ragged", "short", "descending", "no part", "version", "shape", "scale"])
+@pytest.mark.parametrize("kind",
+                         ["negative", "nan", "ragged", "short", "descending", "no part", "version", "shape", "scale"])
 def test_a_damaged_table_is_refused_by_the_name_of_its_file(kind, tmp_path):
     path = tmp_path / "t.json"
     made().save(path)
@@ -231,7 +241,8 @@ def test_a_table_is_measured_once_for_its_conditions_and_again_for_others(measur
         latency_table(tiny(), batch_size=5, cache=tmp_path)
         latency_table(tiny(), batch_size=3, dtype="bfloat16", cache=tmp_path)
         latency_table(tiny(depth=3), batch_size=3, cache=tmp_path)
-        latency_table(tiny(init_values=0.1), batch_size=3, cache=tmp_path)              # the same shape, with LayerScale
+        # the same shape, with LayerScale
+        latency_table(tiny(init_values=0.1), batch_size=3, cache=tmp_path)
         torch.set_num_threads(2)
         latency_table(tiny(), batch_size=3, cache=tmp_path)
         torch.set_num_threads(1)
@@ -298,7 +309,8 @@ def test_each_piece_is_the_models_own_part(monkeypatch, tiny_vit):
     axes, x = grid_axes(shape_of(model)), torch.randn(2, 3, 48, 80, generator=torch.Generator().manual_seed(0))
     pieces = {(part, place): run for part, place, run, _ in latency._pieces(model, axes, 2)}
     full = {part: pieces[part, tuple(len(a) - 1 for a in axes[part])] for part in AXES}
-    inputs = {part: [y for p, _, _, y in latency._pieces(model, axes, 2) if p == part] for part in ("fold", "carry", "select")}
+    inputs = {part: [y for p, _, _, y in latency._pieces(model, axes, 2) if p == part]
+              for part in ("fold", "carry", "select")}
     with torch.inference_mode():
         y = full["stem"](x)
         torch.testing.assert_close(full["mlp"](full["attention"](y)), model.blocks[0](y), rtol=0, atol=0)
@@ -367,14 +379,16 @@ def test_regions_that_share_an_update_take_the_time_of_their_means_and_no_fold()
     parts = made().by_part(counts_of(plan))
     assert parts["fold"] == parts["carry"] == 0
     assert float(parts["pool"]) == pytest.approx(sum(TIMES["pool"](n) for n in plan.tokens_per_block()), rel=1e-9)
-    assert float(parts["head"]) == pytest.approx(TIMES["head"](36), rel=1e-12)           # every token has its own stream to the end
+    # every token has its own stream to the end
+    assert float(parts["head"]) == pytest.approx(TIMES["head"](36), rel=1e-12)
 
 
 def test_matching_takes_its_own_time_and_none_of_regions_nor_of_selection():
     plan = PLANS["matched"](SHAPE)
     parts = made().by_part(counts_of(plan))
     assert parts["fold"] == parts["carry"] == parts["pool"] == parts["select"] == 0
-    assert float(parts["match"]) == pytest.approx(TIMES["match"](36) + TIMES["match"](23) + TIMES["match"](16), rel=1e-12)
+    assert float(parts["match"]) == pytest.approx(TIMES["match"](36) + TIMES["match"](23) + TIMES["match"](16),
+                                                  rel=1e-12)
     without = {part: ms for part, ms in made().ms.items() if part != "match"}
     table = dataclasses.replace(made(), ms=without, axes={part: made().axes[part] for part in without})
     assert float(table.predict(counts_of(PLANS["dense"](SHAPE)))) > 0
@@ -386,7 +400,7 @@ def test_a_table_of_an_older_version_is_refused(tmp_path):
     made().save(tmp_path / "t.json")
     data = json.loads((tmp_path / "t.json").read_text())
     (tmp_path / "t.json").write_text(json.dumps({**data, "version": 1}))
-    with pytest.raises(InputError, match="t.json.*vitlab.latency of version 2 is needed"):
+    with pytest.raises(InputError, match="t.json.*vitlab.plan.latency of version 2 is needed"):
         LatencyTable.load(tmp_path / "t.json")
 
 
@@ -396,8 +410,8 @@ def test_a_segmenter_is_measured_with_its_decoder_on_the_whole_grid_and_its_plan
     before = {name: value.clone() for name, value in model.state_dict().items()}
     table = latency_table(model, cache=tmp_path, **FAST)
     assert [axis.tolist() for axis in table.axes["head"]] == [[16]]             # the decoder sees every token
-    for plan in (CompressionPlan.empty(table.shape), units_plan(model), match_plan(model), token_plan(model), full_plan(model),
-                 token_plan(model, share=True, prune_rate=0.0)):
+    for plan in (CompressionPlan.empty(table.shape), units_plan(model), match_plan(model), token_plan(model),
+                 full_plan(model), token_plan(model, share=True, prune_rate=0.0)):
         parts = table.by_part(counts_of(plan))
         assert np.isfinite(table.predict(counts_of(plan))) and parts["head"] == table.scale * table.ms["head"][0] > 0
         assert parts["stem"] > 0 and parts["attention"] > 0 and parts["mlp"] > 0

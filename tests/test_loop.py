@@ -1,4 +1,5 @@
-"""fit: learns, trains what the recipe says, repeats itself by seed, and goes on after a kill as if nothing had happened."""
+"""fit: learns, trains what the recipe says, repeats itself by seed, and goes on after a kill as if nothing had
+happened."""
 import itertools
 import json
 import math
@@ -17,9 +18,9 @@ from training_fixtures import compressed, one_thread, small_recipe, tiny, write_
 
 import vitlab
 from vitlab.data import Batches, open_data
-from vitlab.files import InputError, read_lines
+from vitlab.measure.evaluate import evaluate
+from vitlab.runtime.files import InputError, read_lines
 from vitlab.training import loop, states
-from vitlab.training.evaluate import evaluate
 from vitlab.training.loop import LOG, fit
 from vitlab.training.recipes import Engine
 from vitlab.training.stepping import Training
@@ -85,7 +86,8 @@ def test_digits_are_learnt_from_a_slice(tmp_path):
 
 def test_a_soft_distilled_student_comes_nearer_to_its_teacher(easy, tmp_path):
     teacher, student = tiny(seed=1), tiny(seed=2)
-    log = fit(student, easy, small_recipe(epochs=4, distill="soft", alpha=1.0, tau=4.0), tmp_path, teacher=teacher, **QUIET)
+    log = fit(student, easy, small_recipe(epochs=4, distill="soft", alpha=1.0, tau=4.0), tmp_path, teacher=teacher,
+              **QUIET)
     assert log[-1]["loss"] < 0.5 * log[0]["loss"]
 
 
@@ -128,7 +130,8 @@ def test_training_goes_on_without_the_broken_images(tmp_path):
 
 # ---------------------------------------------------------------- what trains
 
-@pytest.mark.parametrize("rule, trainable", [(r, t) for r in ("center", "merge") for t in ("matrices", "weights", "all")])
+@pytest.mark.parametrize("rule, trainable",
+                         [(r, t) for r in ("center", "merge") for t in ("matrices", "weights", "all")])
 def test_only_what_the_recipe_and_the_rule_train_changes(easy, tmp_path, rule, trainable):
     model, _ = compressed(rule=rule)
     before = weights(model)
@@ -141,7 +144,8 @@ def test_only_what_the_recipe_and_the_rule_train_changes(easy, tmp_path, rule, t
     wanted = set()
     wanted |= rest if trainable != "matrices" else set()
     wanted |= reconstruct if trainable != "weights" else set()
-    wanted |= merge if trainable != "weights" and rule == "center" else set()   # rule `merge` trains reconstruct alone (A5)
+    # rule `merge` trains reconstruct alone (A5)
+    wanted |= merge if trainable != "weights" and rule == "center" else set()
     assert changed(model, before) == wanted
 
 
@@ -207,7 +211,8 @@ def test_a_run_stopped_inside_an_epoch_ends_with_the_weights_and_log_of_an_undis
     assert timeless(log) == undisturbed[1]
 
 
-def test_a_run_stopped_between_log_and_state_repeats_the_epoch_and_returns_it_once(easy, tmp_path, undisturbed, monkeypatch):
+def test_a_run_stopped_between_log_and_state_repeats_the_epoch_and_returns_it_once(easy, tmp_path, undisturbed,
+                                                                                   monkeypatch):
     recipe, plain = small_recipe(**LIVELY), states.write
 
     def stopping(folder, step, state, keep):
@@ -271,7 +276,8 @@ def test_worker_processes_change_nothing(easy, tmp_path, undisturbed):
 
 
 def test_a_resumed_run_with_worker_processes_ends_with_the_weights_of_an_undisturbed_one(easy, tmp_path, monkeypatch):
-    """Folders are read by workers unless told otherwise; their random numbers must not depend on the epoch they started in."""
+    """Folders are read by workers unless told otherwise; their random numbers must not depend on the epoch they started
+    in."""
     recipe, settings = small_recipe(**LIVELY | {"epochs": 2}), {**QUIET, "workers": 2, "seed": 3}
     whole, parts = lively_model(), lively_model()
     log = fit(whole, easy, recipe, tmp_path / "whole", **settings)
@@ -333,7 +339,8 @@ def test_after_training_a_merge_matrix_of_rule_merge_still_does_not_train(easy, 
 
 def test_the_state_loads_without_pickled_code_and_says_its_epoch(finished):
     state = state_of(finished[0])
-    assert state["epoch"] == 2 and {"model", "optimizer", "scheduler", "scaler", "seed", "done", "recipe", "about", "marks"} <= set(state)
+    assert state["epoch"] == 2 and {"model", "optimizer", "scheduler", "scaler", "seed", "done", "recipe", "about",
+                                    "marks"} <= set(state)
 
 
 @pytest.mark.parametrize("other", ["recipe", "data", "model", "seed", "limit"])
@@ -382,18 +389,23 @@ def spoil_gradient(model, bad) -> None:
     model.register_forward_hook(spoilt)
 
 
-@pytest.mark.parametrize(("settings", "accumulate"), [({}, 1), ({"clip_grad": 1.0, "ema_decay": 0.5}, 2), ({"dtype": "float16"}, 1),
+@pytest.mark.parametrize(("settings", "accumulate"),
+                         [({}, 1), ({"clip_grad": 1.0, "ema_decay": 0.5}, 2), ({"dtype": "float16"}, 1),
                                                       ({"dtype": "float16", "clip_grad": 1.0}, 2)], ids=str)
-def test_a_step_whose_gradient_is_not_finite_though_its_loss_is_changes_no_weight_and_its_own_files_are_named(easy, tmp_path, settings,
+def test_a_step_whose_gradient_is_not_finite_though_its_loss_is_changes_no_weight_and_its_own_files_are_named(easy,
+                                                                                                              tmp_path,
+                                                                                                              settings,
                                                                                                               accumulate):
-    bad = {2, 7}                                                                    # forwards: `accumulate` of them a step
+    # forwards: `accumulate` of them a step
+    bad = {2, 7}
     model, kept = tiny(), {}
     spoil_gradient(model, bad.__contains__)
     plain = states.write
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(states, "write", lambda folder, step, state, keep: kept.update(
             {step: {k: v.clone() for k, v in state["model"].items()}}) or plain(folder, step, state, keep))
-        log = fit(model, easy, small_recipe(epochs=3, **settings), tmp_path, engine=Engine(accumulate=accumulate, save_steps=1), **QUIET)
+        log = fit(model, easy, small_recipe(epochs=3, **settings), tmp_path,
+                  engine=Engine(accumulate=accumulate, save_steps=1), **QUIET)
     skipped = [r for r in read_lines(tmp_path / LOG) if "skipped" in r and "nan" in r["why"]]
     at = [i // accumulate for i in sorted(bad)]                                     # steps, from 0
     assert [r["step"] for r in skipped] == [i + 1 for i in at]
@@ -407,11 +419,14 @@ def test_a_step_whose_gradient_is_not_finite_though_its_loss_is_changes_no_weigh
 
 def test_too_many_steps_in_a_row_without_a_finite_gradient_end_the_run_in_any_type(easy, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=4.0))
-    for dtype in ("float32", "float16"):                                            # whose loss scale is lowered to 1 before steps count
+    # whose loss scale is lowered to 1 before steps count
+    for dtype in ("float32", "float16"):
         model = tiny()
         spoil_gradient(model, lambda i: i >= 3)
-        with pytest.raises(InputError, match=r"its gradient's norm nan at epoch .*, and was not finite in 3 steps in a row.*smaller lr"):
-            fit(model, easy, small_recipe(epochs=4, dtype=dtype), tmp_path / dtype, engine=Engine(max_skipped=2), **QUIET)
+        with pytest.raises(InputError, match=r"its gradient's norm nan at epoch .*, and was not finite in 3 steps in a "
+                                             r"row.*smaller lr"):
+            fit(model, easy, small_recipe(epochs=4, dtype=dtype), tmp_path / dtype, engine=Engine(max_skipped=2),
+                **QUIET)
         assert all(torch.isfinite(v).all() for v in state_of(tmp_path / dtype)["model"].values())
 
 
@@ -434,9 +449,11 @@ def data_order(data, folder) -> list[list[str]]:
     return found
 
 
-def test_too_many_steps_in_a_row_without_a_finite_loss_end_the_run_with_the_state_before_them(easy, tmp_path, monkeypatch):
+def test_too_many_steps_in_a_row_without_a_finite_loss_end_the_run_with_the_state_before_them(easy, tmp_path,
+                                                                                              monkeypatch):
     poison(monkeypatch, lambda i: i >= 3)
-    with pytest.raises(InputError, match="the loss is nan at epoch 2, step 3, and was not finite in 3 steps in a row.*smaller lr"):
+    with pytest.raises(InputError, match="the loss is nan at epoch 2, step 3, and was not finite in 3 steps in a "
+                                         "row.*smaller lr"):
         fit(tiny(), easy, small_recipe(epochs=3), tmp_path, engine=Engine(max_skipped=2), **QUIET)
     state = state_of(tmp_path)
     assert state["epoch"] == 1 and all(torch.isfinite(v).all() for v in state["model"].values())
@@ -457,7 +474,8 @@ def test_no_state_holds_a_weight_that_is_not_finite(easy, tmp_path, monkeypatch,
             self.model.head.weight.data[1, 2] = float("inf")
         return loss
     monkeypatch.setattr(Training, "take_step", bursting)
-    with pytest.raises(InputError, match=r"head.weight is not finite after 6 steps, so no state of them is written; a smaller lr than 0"):
+    with pytest.raises(InputError, match=r"head.weight is not finite after 6 steps, so no state of them is written; a "
+                                         r"smaller lr than 0"):
         fit(tiny(), easy, small_recipe(), tmp_path, engine=Engine(save_steps=save_steps, keep=9), **QUIET)
     assert all(torch.isfinite(v).all() for _, state in states.newest(tmp_path) for v in state["model"].values())
     assert len(states.paths(tmp_path)) == (5 if save_steps == 1 else 1)
@@ -473,7 +491,8 @@ def test_a_training_set_where_no_image_can_be_read_is_refused(tmp_path):
 
 def test_a_state_without_the_mark_of_its_data_set_goes_on_where_that_may_differ(tmp_path, monkeypatch):
     loaded = []
-    training = SimpleNamespace(load=lambda state, path: loaded.append(path), batches=SimpleNamespace(broken=["a.png"]), step=1)
+    training = SimpleNamespace(load=lambda state, path: loaded.append(path), batches=SimpleNamespace(broken=["a.png"]),
+                               step=1)
     monkeypatch.setattr(loop.states, "newest", lambda folder: [(tmp_path / "state.pt", {"marks": {"recipe": "r"}})])
     loop._resume(training, tmp_path, {"recipe": "r", "data set": "d"}, changed_data=True)
     assert loaded == [tmp_path / "state.pt"] and training.batches.broken == []

@@ -1,4 +1,5 @@
-"""Images with masks: every published layout written small, its faults named by file, joint transforms, and batches that resume."""
+"""Images with masks: every published layout written small, its faults named by file, joint transforms, and batches that
+resume."""
 import itertools
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from vitlab.data.joint import evaluation_transform, training_transform
 from vitlab.data.layouts import CAMVID, CITYSCAPES, LAYOUTS, PASCAL_CONTEXT
 from vitlab.data.masks import open_scenes
 from vitlab.data.scene_data import SceneData, Scenes
-from vitlab.files import InputError
+from vitlab.runtime.files import InputError
 
 HEIGHT, WIDTH = 11, 13                                                  # no multiples of any patch
 
@@ -77,7 +78,8 @@ def camvid(root: Path, ids: list[int]) -> Path:
 # layout: how it is written, ids, the classes they are (255: ignored), number of classes, images in train
 CASES = {
     "ade20k": (ade20k, [0, 1, 2, 150], [255, 0, 1, 149], 150, 2),
-    # in the owners' label table: unlabeled, road, sidewalk, parking, building, guard rail, pole, polegroup, traffic light, sky, rider,
+    # in the owners' label table: unlabeled, road, sidewalk, parking, building, guard rail, pole, polegroup, traffic
+    # light, sky, rider,
     # caravan, trailer, train, bicycle
     "cityscapes": (cityscapes, [0, 7, 8, 9, 11, 14, 17, 18, 19, 23, 25, 29, 30, 31, 33],
                    [255, 0, 1, 255, 2, 255, 5, 255, 6, 10, 12, 255, 255, 16, 18], 19, 2),
@@ -147,15 +149,17 @@ def test_a_layout_by_name_overrides_what_the_folder_looks_like(tmp_path):
     assert open_scenes(root).split("train").reader.table[11] == 255
     data = open_scenes(root, "folder")
     write_mask(root / "train" / "masks" / "a.png", [11])
-    with pytest.raises(InputError, match=f"{root / 'train' / 'masks' / 'a.png'}: holds id 11, which is unknown; ids are 0 to 10, 255"):
+    with pytest.raises(InputError, match=f"{root / 'train' / 'masks' / 'a.png'}: holds id 11, which is unknown; ids "
+                                         f"are 0 to 10, 255"):
         data.split("train").scene(0)
 
 
 def test_splits_of_the_published_sets(tmp_path):
-    for name, wanted in (("ade20k", ["train", "val"]), ("cityscapes", ["train", "val"]), ("pascal_context", ["train", "val"]),
-                         ("camvid", ["train", "val", "test"])):
+    for name, wanted in (("ade20k", ["train", "val"]), ("cityscapes", ["train", "val"]),
+                         ("pascal_context", ["train", "val"]), ("camvid", ["train", "val", "test"])):
         write, ids, *_ = CASES[name]
-        assert list(open_scenes(write(tmp_path / name, ids)).splits) == wanted         # Cityscapes' test has no published truth
+        # Cityscapes' test has no published truth
+        assert list(open_scenes(write(tmp_path / name, ids)).splits) == wanted
 
 
 def test_images_are_in_the_order_of_their_names_and_those_of_pascal_in_that_of_their_list(tmp_path):
@@ -171,13 +175,15 @@ def test_class_names(tmp_path):
     root = ade20k(tmp_path / "a", [1])
     assert open_scenes(root).classes[:2] == ["class 1", "class 2"]
     lines = [f"{i}\t0.1\t10\t1\tthing{i}, other{i}\t" if i % 2 else f"{i}\t0.1\t10\t1\tthing{i}" for i in range(1, 151)]
-    (root / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tName\n" + "\n".join(line.rstrip("\t") for line in lines) + "\n")
+    (root / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tName\n"
+                                            + "\n".join(line.rstrip("\t") for line in lines) + "\n")
     assert open_scenes(root).classes == [f"thing{i}" for i in range(1, 151)]
     (root / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tName\n1\t0.1\t10\t1\twall\n")
     with pytest.raises(InputError, match="objectInfo150.txt: names 1 classes; 150 are needed"):
         open_scenes(root)
     assert (CITYSCAPES[0], CITYSCAPES[13], CITYSCAPES[18], len(CITYSCAPES)) == ("road", "car", "bicycle", 19)
-    assert (PASCAL_CONTEXT[0], PASCAL_CONTEXT[15], PASCAL_CONTEXT[59], len(set(PASCAL_CONTEXT))) == ("background", "person", "wood", 60)
+    assert (PASCAL_CONTEXT[0], PASCAL_CONTEXT[15], PASCAL_CONTEXT[59],
+            len(set(PASCAL_CONTEXT))) == ("background", "person", "wood", 60)
     assert len(set(CAMVID)) == 11
 
 
@@ -255,7 +261,8 @@ def test_an_unknown_id_is_named_with_its_file_and_the_known_ones(tmp_path, case)
 def test_ids_of_more_than_a_byte_and_several_are_named(tmp_path):
     root = folder(tmp_path, [0])
     write_mask(tmp_path / "test/masks/b.png", [0, 256, 65535])          # a byte of 256 would be 0
-    assert str(faulty(open_scenes(root), "folder")).endswith("holds id 256 and 1 more that are unknown; ids are 0 to 1, 255")
+    assert str(faulty(open_scenes(root), "folder")).endswith("holds id 256 and 1 more that are unknown; ids are 0 to "
+                                                             "1, 255")
 
 
 @pytest.mark.parametrize("what", ["colours", "broken", "empty", "folder"])
@@ -283,8 +290,8 @@ def test_a_broken_image_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("text, says", [
-    (None, "no such file; the class names are needed there"), ("", "names 0 classes; 2 to 255"), ("sand\n", "names 1 classes"),
-    ("sand\nsea\nsand\n", "names 'sand' twice"), (b"\xff\xfe\x00", "can't be read"),
+    (None, "no such file; the class names are needed there"), ("", "names 0 classes; 2 to 255"),
+    ("sand\n", "names 1 classes"), ("sand\nsea\nsand\n", "names 'sand' twice"), (b"\xff\xfe\x00", "can't be read"),
     ("\n".join(map(str, range(256))), "names 256 classes"),
 ])
 def test_a_class_list_that_is_none_is_named(tmp_path, text, says):
@@ -319,7 +326,8 @@ def test_folders_that_hold_no_scenes_are_named(tmp_path):
 def test_a_name_in_a_pascal_list_without_image_is_named(tmp_path):
     root = pascal_context(tmp_path, [0])
     (root / "JPEGImages" / "2010_000003.jpg").unlink()
-    with pytest.raises(InputError, match=f"{root}/ImageSets/SegmentationContext/val.txt: names 2010_000003, but .*jpg is missing"):
+    with pytest.raises(InputError, match=f"{root}/ImageSets/SegmentationContext/val.txt: names 2010_000003, but .*jpg "
+                                         f"is missing"):
         open_scenes(root)
 
 
@@ -384,7 +392,8 @@ def test_resizing_moves_image_and_mask_together():
         torch.manual_seed(seed)
         x, y = training_transform((64, 96), MEAN, STD, scale=(0.5, 2.0), color_jitter=0)(image, mask)
         same = classes_in(x)[y != 255] == y[y != 255]
-        assert float(same.float().mean()) > 0.75                        # all but the soft edges of regions of 8 to 32 pixels
+        # all but the soft edges of regions of 8 to 32 pixels
+        assert float(same.float().mean()) > 0.75
 
 
 def test_the_factor_is_drawn_from_the_whole_range_and_both_sides_share_it():
@@ -503,8 +512,8 @@ def test_loader_processes_give_the_same_batches():
 
 def test_two_processes_share_the_batches_of_one(monkeypatch):
     def places(rank: int, world: int, training: bool) -> list:
-        monkeypatch.setattr("vitlab.parallel.rank", lambda: rank)
-        monkeypatch.setattr("vitlab.parallel.world", lambda: world)
+        monkeypatch.setattr("vitlab.runtime.parallel.rank", lambda: rank)
+        monkeypatch.setattr("vitlab.runtime.parallel.world", lambda: world)
         return list(batches(training, shared=True, batch_size=3))
     one = places(0, 1, False)
     halves = places(0, 2, False), places(1, 2, False)
@@ -537,7 +546,8 @@ def test_images_that_differ_in_size_are_evaluated_one_by_one(tmp_path):
     data = open_scenes(root)
     with pytest.raises(InputError, match="images of 7 x 9 and 11 x 13 in one batch; .* batches of 1"):
         list(data.batches("val", Model(2), batch_size=2, workers=0, whole=True))
-    assert [tuple(y.shape) for _, y in data.batches("val", Model(2), batch_size=1, workers=0, whole=True)] == [(1, 11, 13), (1, 7, 9)]
+    assert [tuple(y.shape) for _,
+            y in data.batches("val", Model(2), batch_size=1, workers=0, whole=True)] == [(1, 11, 13), (1, 7, 9)]
     for training in (True, False):
         found = data.batches("val", Model(2, (8, 16)), batch_size=2, training=training, workers=0)
         assert [tuple(y.shape) for _, y in found] == [(2, 8, 16)]

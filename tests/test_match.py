@@ -1,4 +1,5 @@
-"""Blocks that merge tokens by content (arXiv 2210.09461) against slow loops, and their deployed, exported and trained forms."""
+"""Blocks that merge tokens by content (arXiv 2210.09461) against slow loops, and their deployed, exported and trained
+forms."""
 import copy
 import dataclasses
 import math
@@ -13,19 +14,19 @@ from conftest import random_rule
 from timm.layers import Attention
 from torch import nn
 
-from vitlab import matching as functions
 from vitlab.criteria.units import UnitScores
-from vitlab.files import InputError
-from vitlab.models import attention_block, compress, deploy, shape_of
+from vitlab.models import attention_block, checkpoint, compress, deploy, shape_of
 from vitlab.models.attention import KeyedAttention, attention_as
 from vitlab.models.held import Merged
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import Match, MergeReconstruct, Select, SharedUpdate
-from vitlab.training import checkpoint
+from vitlab.plan import matching as functions
+from vitlab.plan.rules import Match, MergeReconstruct, Select, SharedUpdate
+from vitlab.runtime.files import InputError
 from vitlab.training.gradual import partial_plan
 
 SAME = 1e-4         # relative, the project's bound for two float32 orders of the same sums, 5 blocks deep
-# Where two ways of computing are compared that both match, all runs in float64: float32 rounding could swap two pairs that are
+# Where two ways of computing are compared that both match, all runs in float64: float32 rounding could swap two pairs
+# that are
 # nearly equally alike, and sums of a few hundred terms round to about 1e-14 there.
 EXACT = 1e-10
 MERGED = (0, 4, 0, 3, 2)        # of 15 patches or more: 11, 11, 8, 6 are left
@@ -34,7 +35,8 @@ MERGED = (0, 4, 0, 3, 2)        # of 15 patches or more: 11, 11, 8, 6 are left
 def plan_with(shape, rules: dict, **cuts) -> CompressionPlan:
     """Token rules by block; cuts: heads and neurons by block."""
     return CompressionPlan(shape=shape, blocks=tuple(
-        BlockPlan(tokens=rules.get(i), **{name: by_block.get(i) for name, by_block in cuts.items()}) for i in range(shape.depth)))
+        BlockPlan(tokens=rules.get(i), **{name: by_block.get(i) for name, by_block in cuts.items()})
+        for i in range(shape.depth)))
 
 
 def matching(shape, merged=MERGED, protect: float = 0.1, **cuts) -> CompressionPlan:
@@ -70,11 +72,14 @@ def matched_slowly(keys: torch.Tensor, importance: list[float], gone: int) -> li
 
 
 def block_slowly(dense, x: torch.Tensor, sizes: list[int], cut: BlockPlan, prefix: int):
-    """One image: x (N, D) of tokens that stand for `sizes` patches -> (tokens, sizes, the token that each patch token went into)."""
+    """One image: x (N, D) of tokens that stand for `sizes` patches -> (tokens, sizes, the token that each patch token
+    went into)."""
     attn, mlp, rule, n = dense.attn, dense.mlp, cut.tokens, len(x) - prefix
     d, heads = attn.head_dim, range(attn.num_heads) if cut.heads is None else cut.heads
-    gamma1, gamma2 = (ls.gamma if hasattr(ls, "gamma") else torch.ones(x.shape[1], dtype=x.dtype) for ls in (dense.ls1, dense.ls2))
-    normed, mixed, row, keys = norm_slowly(x, dense.norm1), torch.zeros(len(x), attn.num_heads * d, dtype=x.dtype), 0, []
+    gamma1, gamma2 = (ls.gamma if hasattr(ls, "gamma") else torch.ones(x.shape[1], dtype=x.dtype)
+                      for ls in (dense.ls1, dense.ls2))
+    normed, mixed, row, keys = norm_slowly(x, dense.norm1), torch.zeros(len(x), attn.num_heads * d,
+                                                                        dtype=x.dtype), 0, []
     for h in heads:
         where = [slice(part * attn.num_heads * d + h * d, part * attn.num_heads * d + (h + 1) * d) for part in range(3)]
         q, k, v = (normed @ attn.qkv.weight[w].T + (0 if attn.qkv.bias is None else attn.qkv.bias[w]) for w in where)
@@ -120,7 +125,8 @@ def model_slowly(dense, x: torch.Tensor, plan: CompressionPlan) -> tuple[list[li
 @torch.no_grad()
 @pytest.mark.parametrize("protect", [0.0, 0.1])
 @pytest.mark.parametrize("cut_heads", [False, True], ids=["all heads", "heads cut"])
-def test_matching_blocks_follow_the_formula_written_as_loops_through_the_whole_model(tiny_vit, family, images, protect, cut_heads):
+def test_matching_blocks_follow_the_formula_written_as_loops_through_the_whole_model(tiny_vit, family, images, protect,
+                                                                                     cut_heads):
     dense = double(tiny_vit(family))
     shape = shape_of(dense)
     heads = {1: tuple(range(1, shape.num_heads)), 3: tuple(range(shape.num_heads - 1)), 4: (0,)} if cut_heads else {}
@@ -159,23 +165,28 @@ def test_merging_none_is_bit_equal_to_the_dense_model(tiny_vit, family, images):
     shape, x = shape_of(dense), images(dense, 3)
     for plan in (CompressionPlan.empty(shape), matching(shape, (0,) * 5), matching(shape, (0, 0))):
         model = compress(dense, plan)
-        assert torch.equal(logits(model, x), logits(dense, x)) and torch.equal(logits(deploy(model), x), logits(dense, x))
-        for a, b in zip(model.forward_intermediates(x, intermediates_only=True), dense.forward_intermediates(x, intermediates_only=True)):
+        assert torch.equal(logits(model, x),
+                           logits(dense, x)) and torch.equal(logits(deploy(model), x), logits(dense, x))
+        for a, b in zip(model.forward_intermediates(x, intermediates_only=True),
+                        dense.forward_intermediates(x, intermediates_only=True)):
             assert torch.equal(a, b)
 
 
 def test_patches_that_are_alike_are_merged_without_a_trace(tiny_vit):
-    # Without positions, patches of one kind are one token many times over, and proportional attention counts it as often.
+    # Without positions, patches of one kind are one token many times over, and proportional attention counts it as
+    # often.
     dense = double(tiny_vit("deit"))
     with torch.no_grad():
         dense.pos_embed[:, 1:] = 0
     kinds = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x = torch.cat([torch.cat([kinds[0]] * 5, dim=2), torch.cat([kinds[1]] * 5, dim=2), torch.cat([kinds[2]] * 5, dim=2)], dim=1)[None]
+    x = torch.cat([torch.cat([kinds[0]] * 5, dim=2), torch.cat([kinds[1]] * 5, dim=2),
+                   torch.cat([kinds[2]] * 5, dim=2)], dim=1)[None]
     model = compress(dense, matching(shape_of(dense), (0, 5, 4, 2, 0)))         # 15 patches of 3 kinds: 12 can go
     assert relative(logits(model, x), logits(dense, x)) < EXACT
     changed = copy.deepcopy(model)
     for block in changed.blocks:
-        block.register_forward_pre_hook(lambda m, given: (dataclasses.replace(given[0], sizes=torch.ones_like(given[0].sizes)),)
+        block.register_forward_pre_hook(lambda m,
+                                        given: (dataclasses.replace(given[0], sizes=torch.ones_like(given[0].sizes)),)
                                         if isinstance(given[0], Merged) else None)
     assert relative(logits(changed, x), logits(dense, x)) > 100 * EXACT         # the sizes are what makes it so
 
@@ -203,7 +214,8 @@ def test_token_counts_are_those_of_the_plan_and_every_patch_has_its_place(tiny_v
             assert state.x.shape == (len(x), flow.after, shape.embed_dim) and state.sizes.shape == (len(x), flow.after)
             assert bool((state.sizes[:, :shape.num_prefix_tokens] == 1).all())
             for sizes, places in zip(state.sizes[:, shape.num_prefix_tokens:], state.places):
-                assert places.bincount(minlength=len(sizes)).tolist() == sizes.tolist() and len(places) == shape.num_patches
+                assert places.bincount(minlength=len(sizes)).tolist() == sizes.tolist() and len(
+                    places) == shape.num_patches
 
 
 def test_each_image_alone_gives_the_same_as_in_the_batch(tiny_vit, family, images):
@@ -260,7 +272,8 @@ def test_export_gives_the_same_logits_for_other_images_and_batches(tiny_vit, ima
     dense = tiny_vit(family_name)
     model = compress(dense, matching(shape_of(dense)))
     model = deploy(model) if form == "deployed" else model
-    exported = torch.export.export(model, (images(dense, 2, seed=1),), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+    exported = torch.export.export(model, (images(dense, 2, seed=1),),
+                                   dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
     for count in (2, 5):
         x = images(dense, count, seed=2)                        # the match is made anew, not recorded
         assert relative(logits(exported.module(), x), logits(model, x)) < SAME
@@ -282,7 +295,8 @@ def test_saving_with_another_plan_is_refused(tiny_vit, tmp_path):
     dense = tiny_vit("deit")
     shape = shape_of(dense)
     for form in (compress(dense, matching(shape)), deploy(compress(dense, matching(shape)))):
-        others = (CompressionPlan.empty(shape), matching(shape, (0, 4, 0, 3, 1)), matching(shape, protect=0.2), matching(shape, MERGED[1:]))
+        others = (CompressionPlan.empty(shape), matching(shape, (0, 4, 0, 3, 1)), matching(shape, protect=0.2),
+                  matching(shape, MERGED[1:]))
         for other in others:
             with pytest.raises(InputError, match=r"block [0-4] of the model is not what the plan says"):
                 checkpoint.save(tmp_path / "c", form, other)
@@ -312,7 +326,8 @@ def test_a_matching_model_is_cut_further_from_the_plan_before(tiny_vit, family, 
     further = compress(model, then, before=first)
     assert torch.equal(logits(further, x), logits(compress(dense, then), x))
     assert [f.shape[-2:] for f in further.forward_intermediates(x, intermediates_only=True)] == [shape.grid_size] * 5
-    back = compress(further, matching(shape, (), heads={1: (1,)}), before=then)                # no rule at all: plain blocks again
+    # no rule at all: plain blocks again
+    back = compress(further, matching(shape, (), heads={1: (1,)}), before=then)
     assert torch.equal(logits(back, x), logits(compress(dense, matching(shape, (), heads={1: (1,)})), x))
     assert type(back) is type(dense) and all(attention_block(b) is b and type(b.attn) is Attention for b in back.blocks)
     assert not back.patch_embed._forward_pre_hooks
@@ -324,7 +339,8 @@ def test_parts_of_a_matching_plan_match_in_the_last_blocks_alone(tiny_vit, image
     scores = UnitScores(heads=torch.rand(5, shape.num_heads), neurons=torch.rand(5, shape.num_neurons), made_by={})
     for fraction, first in ((0.2, 4), (0.5, 2), (0.9, 0), (1.0, 0)):
         part = partial_plan(plan, fraction, scores)
-        assert [block.tokens for block in part.blocks] == [None] * first + [block.tokens for block in plan.blocks[first:]]
+        assert [block.tokens
+                for block in part.blocks] == [None] * first + [block.tokens for block in plan.blocks[first:]]
         assert bool(torch.isfinite(logits(compress(dense, part), images(dense))).all())
 
 
@@ -344,7 +360,8 @@ def test_intermediates_are_whole_grids_and_the_last_is_what_the_classifier_sees(
             assert patches.shape == (2, shape.num_patches, shape.embed_dim)
             for b in range(2):
                 tokens, _, places = wanted[b][index]
-                rows = dense.norm(torch.stack([*tokens[:shape.num_prefix_tokens], *(tokens[shape.num_prefix_tokens + p] for p in places)]))
+                rows = dense.norm(torch.stack([*tokens[:shape.num_prefix_tokens],
+                                               *(tokens[shape.num_prefix_tokens + p] for p in places)]))
                 assert relative(torch.cat([prefix[b], patches[b]]), rows) < EXACT
 
 
@@ -388,11 +405,14 @@ def test_gradient_checkpointing_gives_the_same_loss_and_gradients(tiny_vit, imag
         loss.backward()
         found.append((loss.detach(),))
         found[-1] += ({n: p.grad.clone() for n, p in model.named_parameters()},)
-        sum(grid.square().sum() for grid in model.forward_intermediates(images(dense), intermediates_only=True)).backward()
-        found[-1] += ({n: p.grad for n, p in model.named_parameters()},)                # those of the intermediates added
+        sum(grid.square().sum()
+            for grid in model.forward_intermediates(images(dense), intermediates_only=True)).backward()
+        # those of the intermediates added
+        found[-1] += ({n: p.grad for n, p in model.named_parameters()},)
     assert torch.equal(found[0][0], found[1][0])
     for plain, again in zip(found[0][1:], found[1][1:]):
-        for name, expected in plain.items():            # the same operations run twice: equal but for the order of additions
+        # the same operations run twice: equal but for the order of additions
+        for name, expected in plain.items():
             torch.testing.assert_close(again[name], expected, rtol=1e-5, atol=1e-7)
 
 
@@ -457,7 +477,8 @@ def test_mixed_precision_runs_forward_and_backward(tiny_vit, images, family_name
     out.float().square().sum().backward()
     assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters())
     state = states(compress(dense.bfloat16(), matching(shape_of(dense))), x.bfloat16())[-1]
-    assert state.x.dtype == torch.bfloat16 and state.sizes.dtype == torch.float32 and state.sizes.sum(dim=1).tolist() == [16, 16]
+    assert state.x.dtype == torch.bfloat16 and state.sizes.dtype == torch.float32 and state.sizes.sum(dim=1).tolist(
+        ) == [16, 16]
 
 
 # ---- Refusals
@@ -465,12 +486,15 @@ def test_mixed_precision_runs_forward_and_backward(tiny_vit, images, family_name
 @pytest.mark.parametrize("rules, says", [
     ({2: Match(merged=8)}, "^block 2: 8 tokens are merged; at most half of the 15"),
     ({1: Match(merged=7), 2: Match(merged=5)}, "^block 2: 5 tokens are merged; at most half of the 8"),
-    ({1: Match(merged=3)}, '^block 2: tokens were merged by content before: from there on every block needs rule "match"'),
+    ({1: Match(merged=3)}, '^block 2: tokens were merged by content before: from there on every block needs rule '
+                           '"match"'),
     ({1: Match(merged=3), 2: Match(merged=0), 3: Select(kept=3)}, "^block 3: tokens were merged by content"),
-    ({1: Match(merged=3), 2: MergeReconstruct(regions=(0,) * 15, weights=(1.0,) * 15)}, "^block 2: tokens are merged by their place"),
+    ({1: Match(merged=3), 2: MergeReconstruct(regions=(0,) * 15, weights=(1.0,) * 15)}, "^block 2: tokens are merged "
+                                                                                        "by their place"),
     ({1: Select(kept=5), 2: Match(merged=2)}, "^block 2: tokens are matched, but a block before has selected"),
     ({1: Select(kept=5), 3: Match(merged=0)}, "^block 3: tokens are matched, but a block before has selected"),
-    ({1: MergeReconstruct(regions=(0,) * 15, weights=(1.0,) * 15), 2: Match(merged=2)}, "^block 2: tokens are matched right after a block"),
+    ({1: MergeReconstruct(regions=(0,) * 15, weights=(1.0,) * 15), 2: Match(merged=2)}, "^block 2: tokens are matched "
+                                                                                        "right after a block"),
 ])
 def test_plans_that_cant_be_are_refused_by_the_name_of_the_block(tiny_vit, rules, says):
     with pytest.raises(InputError, match=says):

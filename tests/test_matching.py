@@ -5,10 +5,11 @@ import random
 import pytest
 import torch
 
-from vitlab import matching
+from vitlab.plan import matching
 
 EXACT = 1e-12           # float64: only the order of the sums differs
-COUNTS = [(2, 0), (2, 1), (3, 1), (7, 0), (7, 3), (12, 5), (12, 6), (13, 1), (13, 6)]         # tokens, and how many of them go
+# tokens, and how many of them go
+COUNTS = [(2, 0), (2, 1), (3, 1), (7, 0), (7, 3), (12, 5), (12, 6), (13, 1), (13, 6)]
 ROUNDS = [(11, (5, 3, 0, 1)), (12, (6, 3, 1, 1)), (17, (2, 0, 7, 4, 1, 1, 1)), (30, (1, 1, 13, 5))]
 
 
@@ -39,7 +40,8 @@ def as_pairs(order: torch.Tensor, into: torch.Tensor) -> list[tuple[int, int]]:
 
 
 def merged_sets(sets: list[frozenset], order: torch.Tensor, into: torch.Tensor) -> list[frozenset]:
-    """The patches of each token after a round, from those before it: sources that stay, in their order, then the targets."""
+    """The patches of each token after a round, from those before it: sources that stay, in their order, then the
+    targets."""
     found, pairs = list(sets), as_pairs(order, into)
     for source, target in pairs:
         found[target] = found[target] | found[source]
@@ -58,7 +60,8 @@ def test_sources_go_by_their_cosine_less_importance_each_into_the_target_most_al
     for b in range(3):
         wanted = match_slowly(keys[b], importance[b].tolist() if protected else [0.0] * n)
         going = [source for source, _ in wanted[:gone]]
-        assert [2 * s for s in order[b].tolist()] == going + sorted(set(range(0, n, 2)) - set(going))    # who stays, in order of place
+        # who stays, in order of place
+        assert [2 * s for s in order[b].tolist()] == going + sorted(set(range(0, n, 2)) - set(going))
         assert as_pairs(order[b], into[b]) == wanted[:gone]
 
 
@@ -82,7 +85,8 @@ def test_a_source_that_matters_stays_and_what_targets_matter_has_no_say():
 
 
 def test_of_tokens_that_are_alike_to_the_bit_the_first_goes_first_into_the_first():
-    keys = torch.eye(3, dtype=torch.float64)[[0, 0, 0, 1, 1, 0, 2, 1, 0, 0, 1, 2]][None]       # sources 0 0 1 2 0 1, targets 0 1 0 1 0 2
+    # sources 0 0 1 2 0 1, targets 0 1 0 1 0 2
+    keys = torch.eye(3, dtype=torch.float64)[[0, 0, 0, 1, 1, 0, 2, 1, 0, 0, 1, 2]][None]
     order, into = matching.match(keys, 6)
     assert as_pairs(order[0], into[0]) == [(0, 1), (2, 1), (4, 3), (6, 11), (8, 1), (10, 3)]
     order, into = matching.match(torch.ones(2, 7, 5), 3)
@@ -111,7 +115,8 @@ def test_merging_is_the_mean_weighted_by_sizes(n, gone):
 
 
 def test_merging_of_identical_tokens_changes_none_of_them():
-    token = torch.randint(-100, 100, (5,), generator=torch.Generator().manual_seed(0)) / 8     # few bits: sums are exact
+    # few bits: sums are exact
+    token = torch.randint(-100, 100, (5,), generator=torch.Generator().manual_seed(0)) / 8
     x, sizes = token.expand(2, 13, 5), torch.arange(1.0, 14).expand(2, 13)
     for gone in (0, 1, 6):
         merged, new_sizes = matching.merge(x, sizes, *matching.match(x, gone))

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from comparing import disturb_matrices, logits, relative
 
-from vitlab.files import InputError
 from vitlab.models import attention_block, check_supported, compress, deploy, set_trainable, shape_of
 from vitlab.models.merge import MergeReconstructTokens
 from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.runtime.files import InputError
 
 # The bound that methods and reference set for two float32 orders of the same sums, 5 blocks deep.
 SAME = 1e-4
@@ -384,9 +384,11 @@ def test_set_trainable_matrices_refuses_a_model_without_them_and_changes_nothing
 # ---- Refusals
 
 @pytest.mark.parametrize("name, sizes, said", [
-    ("swin_tiny_patch4_window7_224", {"img_size": 56, "embed_dim": 12, "depths": (1, 1), "num_heads": (1, 2)}, "SwinTransformer"),
+    ("swin_tiny_patch4_window7_224", {"img_size": 56, "embed_dim": 12, "depths": (1, 1), "num_heads": (1, 2)},
+     "SwinTransformer"),
     ("eva02_tiny_patch14_224", {"img_size": 28, "embed_dim": 24, "depth": 1, "num_heads": 2}, "Eva"),
-    ("vit_small_patch16_18x2_224", {"img_size": 32, "embed_dim": 24, "depth": 1, "num_heads": 2}, "ParallelThingsBlock"),
+    ("vit_small_patch16_18x2_224", {"img_size": 32, "embed_dim": 24, "depth": 1, "num_heads": 2},
+     "ParallelThingsBlock"),
     ("vit_tiny_patch16_224", {"img_size": 32, "embed_dim": 24, "depth": 1, "num_heads": 2, "patch_drop_rate": 0.5},
      "patch_drop_rate"),
 ], ids=["swin", "eva", "parallel", "patch_drop"])
@@ -405,7 +407,8 @@ def test_a_plan_for_another_model_is_refused(tiny_vit):
 
 
 @pytest.mark.parametrize("layout_letters, shrink", [("m----", False), ("-----", True), ("m-m--", True)])
-def test_a_compressed_model_is_not_compressed_again_by_a_plan_for_the_dense_one(tiny_vit, random_plan, layout_letters, shrink):
+def test_a_compressed_model_is_not_compressed_again_by_a_plan_for_the_dense_one(tiny_vit, random_plan, layout_letters,
+                                                                                shrink):
     dense = tiny_vit("deit")
     plan = random_plan(shape_of(dense), layout_letters, seed=1, shrink=shrink)
     assert any(b.heads or b.neurons or b.tokens for b in plan.blocks)
@@ -465,7 +468,8 @@ def test_shape_of_reads_the_sizes_of_the_model(tiny_vit, family):
     assert shape.num_prefix_tokens == {"distilled": 2, "dinov2_reg": 5}.get(family, 1)
     assert shape.num_classifiers == (2 if family == "distilled" else 1)
     with torch.no_grad():
-        assert dense.forward_features(torch.zeros(1, 3, *shape.img_size)).shape[1:] == (shape.num_tokens, shape.embed_dim)
+        assert dense.forward_features(torch.zeros(1, 3, *shape.img_size)).shape[1:] == (shape.num_tokens,
+                                                                                        shape.embed_dim)
 
 
 @pytest.mark.parametrize("cut", ["neurons", "tokens"])

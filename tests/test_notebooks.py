@@ -1,4 +1,5 @@
-"""The notebooks: a fast lint of their form, and quick runs of all of them in order, by papermill and in a real browser."""
+"""The notebooks: a fast lint of their form, and quick runs of all of them in order, by papermill and in a real
+browser."""
 import ast
 import json
 import re
@@ -11,13 +12,14 @@ import pytest
 from PIL import Image
 
 from vitlab.cli import DEMO
-from vitlab.files import InputError
-from vitlab.results import read_rows
+from vitlab.runtime.files import InputError
+from vitlab.runtime.results import read_rows
 from vitlab.workbench import notebooks
 
 PATHS = sorted(notebooks.NOTEBOOKS.glob("*.ipynb"))
 MAX_CELL, MAX_NOTEBOOK = 15, 90            # lines, from the notebook rules
-QUICK_MIOU, LOST_MIOU = 30, 8               # per cent: what the quick run learns of the scenes (all background is 8), and may lose
+# per cent: what the quick run learns of the scenes (all background is 8), and may lose
+QUICK_MIOU, LOST_MIOU = 30, 8
 # Of each notebook with widgets: sliders whose picture has to change on a key, pressed so often.
 SLIDERS = {"03_prune_and_merge.ipynb": [("keep rate", "ArrowLeft", 10), ("block", "ArrowRight", 1)],
            "09_segmentation.ipynb": [("keep rate", "ArrowLeft", 10), ("image", "ArrowRight", 1)],
@@ -56,10 +58,12 @@ def test_notebook_has_the_form_of_the_house(path):
 def test_notebook_code_holds_no_definition_try_magic_or_install(path):
     for number, cell in enumerate(code_cells(path)):
         tree = ast.parse(cell.source)       # a magic or an install line is a syntax error
-        bad = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.Try, ast.While, ast.AsyncFunctionDef))]
+        bad = [n for n in ast.walk(tree)
+               if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.Try, ast.While, ast.AsyncFunctionDef))]
         assert not bad, f"code cell {number}: {type(bad[0]).__name__}"
         if number:
-            assert not any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in tree.body), "imports belong in the first code cell"
+            assert not any(isinstance(n, (ast.Import, ast.ImportFrom))
+                           for n in tree.body), "imports belong in the first code cell"
     assert all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(code_cells(path)[0].source).body)
 
 
@@ -69,7 +73,8 @@ def test_parameters_are_annotated_literals_with_a_default(path):
     for node in ast.parse(cell.source).body:
         assert isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
         value = ast.literal_eval(node.value)
-        assert isinstance(value, {"str": str, "int": int, "float": float, "bool": bool, "dict": dict}[node.annotation.id])
+        assert isinstance(value,
+                          {"str": str, "int": int, "float": float, "bool": bool, "dict": dict}[node.annotation.id])
 
 
 def test_a_parameter_that_a_notebook_does_not_declare_is_refused_before_it_runs(tmp_path):
@@ -82,7 +87,8 @@ def test_a_parameter_that_a_notebook_does_not_declare_is_refused_before_it_runs(
 
 def test_a_failing_cell_is_named_with_its_error(tmp_path):
     with pytest.raises(InputError, match=r"90_results.ipynb: cell \d+ failed: AssertionError: no results in"):
-        notebooks.run(notebooks.NOTEBOOKS / "90_results.ipynb", tmp_path, {"run": str(tmp_path / "empty")}, progress=False)
+        notebooks.run(notebooks.NOTEBOOKS / "90_results.ipynb", tmp_path, {"run": str(tmp_path / "empty")},
+                      progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -95,36 +101,41 @@ def demo(tmp_path_factory):
 def test_all_notebooks_run_and_leave_their_artefacts(demo):
     for name in ("dense/checkpoint/plan.json", "scores.safetensors", "pruned/checkpoint/weights.safetensors",
                  "finetuned/checkpoint/checkpoint.json", "deployed/weights.safetensors", "unit_scores.safetensors",
-                 "units/checkpoint/weights.safetensors", "sensitivity/seed-0/sensitivity.jsonl", "search/gp/journal.jsonl",
-                 "search/random/plan.json",
+                 "units/checkpoint/weights.safetensors", "sensitivity/seed-0/sensitivity.jsonl",
+                 "search/gp/journal.jsonl", "search/random/plan.json",
                  "joint_finetuned/checkpoint/checkpoint.json", "tonight/offers.jsonl",
-                 "tonight/deployed/weights.safetensors", "segmenter/dense/checkpoint/plan.json", "segmenter/scores.safetensors",
-                 "segmenter/tuned/checkpoint/weights.safetensors", "report.html"):
+                 "tonight/deployed/weights.safetensors", "segmenter/dense/checkpoint/plan.json",
+                 "segmenter/scores.safetensors", "segmenter/tuned/checkpoint/weights.safetensors", "report.html"):
         assert (demo / name).stat().st_size > 0, name
     drawn = {p.stem for p in (demo / "figures").glob("*.png")}
-    assert {"01_training", "02_scores", "03_kept_counts", "03_merge_map_china", "04_training", "05_unit_scores", "05_rollouts",
-            "05_redundancy", "05_sensitivity", "06_incumbents", "06_gp_slices", "06_acquisition", "06_parallel", "06_plan",
-            "06_pareto_gmacs", "06_pareto_latency_ms", "07_training", "08_curves", "08_offers", "08_plan", "09_training", "09_cost_by_part",
-            "09_miou_against_cost", "09_predictions", "09_regions", "09_class_iou", "90_accuracy_cost"} <= drawn
+    assert {"01_training", "02_scores", "03_kept_counts", "03_merge_map_china", "04_training", "05_unit_scores",
+            "05_rollouts", "05_redundancy", "05_sensitivity", "06_incumbents", "06_gp_slices", "06_acquisition",
+            "06_parallel", "06_plan", "06_pareto_gmacs", "06_pareto_latency_ms", "07_training", "08_curves",
+            "08_offers", "08_plan", "09_training", "09_cost_by_part", "09_miou_against_cost", "09_predictions",
+            "09_regions", "09_class_iou", "90_accuracy_cost"} <= drawn
     executed = [json.loads((demo / "notebooks" / f"{n}.ipynb").read_text()) for n in DEMO]
     assert all(c["execution_count"] for nb in executed for c in nb["cells"] if c["cell_type"] == "code" and c["source"])
 
 
 def test_the_demo_table_has_every_figure_that_it_promises(demo):
     rows = read_rows(demo / "results.jsonl")
-    assert [r.model for r in rows] == ["dense", "keep 0.6, off the shelf", "keep 0.6, fine-tuned", "heads and neurons, off the shelf",
+    assert [r.model for r in rows] == ["dense", "keep 0.6, off the shelf", "keep 0.6, fine-tuned", "heads and neurons, "
+                                                                                                   "off the shelf",
                                        "joint plan, off the shelf", "joint plan, fine-tuned", rows[-1].model]
     assert rows[-1].model.startswith("tonight, ") and rows[-1].gmacs <= 0.6 * rows[0].gmacs
     for row in rows:
-        assert None not in (row.top1_pct, row.gmacs, row.params_m, row.throughput_img_s, row.ratio) and row.split == "test"
+        assert None not in (row.top1_pct, row.gmacs, row.params_m, row.throughput_img_s,
+                            row.ratio) and row.split == "test"
     assert rows[0].ratio == 1 and rows[1].gmacs == rows[2].gmacs < rows[0].gmacs
-    assert 0.98 * 0.6 * rows[0].gmacs <= rows[4].gmacs == rows[5].gmacs <= 0.6 * rows[0].gmacs       # the search's budget
+    # the search's budget
+    assert 0.98 * 0.6 * rows[0].gmacs <= rows[4].gmacs == rows[5].gmacs <= 0.6 * rows[0].gmacs
     assert rows[3].params_m < rows[0].params_m and rows[5].params_m <= rows[0].params_m
 
 
 def test_every_figure_and_row_of_a_quick_run_says_so(demo):
     said = {path.stem: Image.open(path).text.get("Description", "") for path in (demo / "figures").glob("*.png")}
-    assert said and not [name for name, text in said.items() if "quick, toy data: says nothing about quality" not in text]
+    assert said and not [name for name,
+                         text in said.items() if "quick, toy data: says nothing about quality" not in text]
     rows = read_rows(demo / "results.jsonl") + read_rows(demo / "segmenter" / "results.jsonl")
     assert rows and all(row.conditions["quick"] for row in rows)
     for name in DEMO[1:]:
@@ -145,7 +156,9 @@ def test_what_the_demo_says_of_models_has_its_error_beside_it(demo):
 def test_the_quick_run_learns_the_embedded_scenes_and_keeps_them_while_tokens_are_merged(demo):
     rows = {(r.model, r.split): r for r in read_rows(demo / "segmenter" / "results.jsonl")}
     dense, tuned = (rows[name, "test"] for name in ("Segmenter, dense", "merging by content, fine-tuned"))
-    assert dense.miou_pct > QUICK_MIOU and tuned.miou_pct > dense.miou_pct - LOST_MIOU and tuned.gmacs < 0.9 * dense.gmacs
+    assert dense.miou_pct > QUICK_MIOU
+    assert tuned.miou_pct > dense.miou_pct - LOST_MIOU
+    assert tuned.gmacs < 0.9 * dense.gmacs
     off = [row for (name, split), row in rows.items() if "off the shelf" in name and split == "val"]
     assert len(off) == 4 and all(row.gmacs < dense.gmacs and row.conditions["iou_pct"] for row in off)
 
@@ -153,8 +166,8 @@ def test_the_quick_run_learns_the_embedded_scenes_and_keeps_them_while_tokens_ar
 def test_a_changed_parameter_changes_the_result(demo, tmp_path):
     (tmp_path / "dense").symlink_to(demo / "dense")
     (tmp_path / "scores.safetensors").symlink_to(demo / "scores.safetensors")
-    notebooks.run(notebooks.NOTEBOOKS / "03_prune_and_merge.ipynb", tmp_path / "nb", {"run": str(tmp_path), "keep_rate": 0.3},
-                  progress=False)
+    notebooks.run(notebooks.NOTEBOOKS / "03_prune_and_merge.ipynb", tmp_path / "nb",
+                  {"run": str(tmp_path), "keep_rate": 0.3}, progress=False)
     changed, = read_rows(tmp_path / "results.jsonl")
     assert changed.model == "keep 0.3, off the shelf"
     assert changed.gmacs < read_rows(demo / "results.jsonl")[1].gmacs

@@ -1,4 +1,5 @@
-"""The objective of a search against a slow oracle: every image alone through the compressed model, sums in plain Python."""
+"""The objective of a search against a slow oracle: every image alone through the compressed model, sums in plain
+Python."""
 import copy
 import math
 
@@ -7,12 +8,12 @@ import torch
 from segmenting_fixtures import CLASSES, batches, masks, match_plan, pictures, small, units_plan
 from training_fixtures import token_plan
 
-from vitlab.files import InputError
+from vitlab.measure.objective import METRICS, PlanObjective
+from vitlab.measure.pixels import evaluate_scenes
 from vitlab.models import compress, deploy, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import Match, MergeReconstruct, ReadOut
-from vitlab.training.objective import METRICS, PlanObjective
-from vitlab.training.pixels import evaluate_scenes
+from vitlab.plan.rules import Match, MergeReconstruct, ReadOut
+from vitlab.runtime.files import InputError
 
 COUNT = 11
 
@@ -25,7 +26,8 @@ def sample(tiny_vit, images):
         x = images(model, COUNT)
         with torch.no_grad():
             said = model(x).argmax(dim=1)
-        targets = torch.where(torch.arange(COUNT) % 3 == 0, (said + 1) % 7, said)       # 7 of 11 right: 0, 3, 6, 9 are not
+        # 7 of 11 right: 0, 3, 6, 9 are not
+        targets = torch.where(torch.arange(COUNT) % 3 == 0, (said + 1) % 7, said)
         return model, [(x[i:i + 5], targets[i:i + 5]) for i in range(0, COUNT, 5)]
     return make
 
@@ -132,7 +134,8 @@ def test_the_same_on_other_images_is_an_objective_of_its_own(sample, random_plan
     other = objective.on(batches[2:])
     assert (objective.images, other.images) == (10, 1) and objective(plan) == before
     alone = PlanObjective(model, batches[2:])(plan)
-    assert other(plan) == alone and "distill_loss_se" not in alone and "top1_se" in alone        # of one image no spread is known
+    # of one image no spread is known
+    assert other(plan) == alone and "distill_loss_se" not in alone and "top1_se" in alone
 
 
 @pytest.mark.parametrize("targets", [torch.rand(5, 7), torch.randint(0, 2, (5, 7)), torch.rand(5)])
@@ -152,7 +155,8 @@ def test_from_the_first_block_that_is_cut_on_it_is_the_same_as_from_the_images(s
             "read_out": BlockPlan(tokens=ReadOut()), "merge_reconstruct": BlockPlan(tokens=MergeReconstruct(
                 regions=tuple(j // 2 for j in range(shape.num_patches)), weights=(0.5,) * shape.num_patches))}
     after = BlockPlan(tokens=Match(merged=0, protect=0.0)) if rule == "match" else BlockPlan()
-    for first in (4,) if rule == "read_out" else (1, 3, 4, 2, 0, 3):                # onwards, back, and from the images again
+    # onwards, back, and from the images again
+    for first in (4,) if rule == "read_out" else (1, 3, 4, 2, 0, 3):
         plan = CompressionPlan(shape=shape, blocks=(*[BlockPlan()] * first, cuts[rule], *[after] * (4 - first)))
         assert objective(plan) == objective.measure(deploy(compress(model, plan)))
 
@@ -163,7 +167,8 @@ def test_a_hook_on_the_whole_model_is_heard_whichever_block_is_cut(sample):
     plain = PlanObjective(model, batches)(plan)
     model.register_forward_pre_hook(lambda module, given: (given[0].flip(3),))
     turned = PlanObjective(model, batches)(plan)
-    assert turned["distill_loss"] == PlanObjective(model, batches).measure(deploy(compress(model, plan)))["distill_loss"]
+    assert turned["distill_loss"] == PlanObjective(model,
+                                                   batches).measure(deploy(compress(model, plan)))["distill_loss"]
     assert turned["distill_loss"] != plain["distill_loss"]
 
 
@@ -171,7 +176,8 @@ def test_cuts_that_are_measured_block_after_block_run_what_comes_before_once(sam
     model, batches = sample("deit")
     objective, runs = PlanObjective(model, batches), []
     for index, block in enumerate(objective.dense.blocks):
-        block.register_forward_pre_hook(lambda module, given, index=index, own=block: runs.append(index) if module is own else None)
+        block.register_forward_pre_hook(lambda module, given, index=index,
+                                        own=block: runs.append(index) if module is own else None)
     for index in (1, 1, 3, 3, 4):
         blocks = (BlockPlan(neurons=(0, 2)) if i == index else BlockPlan() for i in range(5))
         objective(CompressionPlan(shape=shape_of(model), blocks=tuple(blocks)))
@@ -184,14 +190,17 @@ def test_the_dense_model_and_the_order_of_plans_leave_no_trace(sample, random_pl
     before = copy.deepcopy(model.state_dict())
     modules = [type(m) for m in model.modules()]
     objective = PlanObjective(model, batches, metric="distill_loss")
-    plans = [random_plan(shape_of(model), layout, seed=7) for layout in ("-mm--", "--s--")] + [CompressionPlan.empty(shape_of(model))]
+    plans = [random_plan(shape_of(model), layout, seed=7)
+             for layout in ("-mm--", "--s--")] + [CompressionPlan.empty(shape_of(model))]
     first = [objective(plan) for plan in plans]
     assert [objective(plan) for plan in reversed(plans)] == first[::-1]
     assert model.training and [type(m) for m in model.modules()] == modules
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()) and set(before) == set(model.state_dict())
+    assert all(torch.equal(value, before[name]) for name,
+               value in model.state_dict().items()) and set(before) == set(model.state_dict())
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.zero_()                                               # what is done to the model later has no part in it
+            # what is done to the model later has no part in it
+            parameter.zero_()
     assert [objective(plan) for plan in plans] == first
 
 
@@ -247,8 +256,8 @@ def slow_pixels(model, plan: CompressionPlan, found: list) -> dict[str, float]:
             if truth != 255:
                 counts[truth][own] += 1
                 loss -= math.log(softmax(q)[truth])
-        for into, value in ((tables, counts), (losses, loss), (counted, sum(map(sum, counts))), (distances, kl / len(patches[0])),
-                            (agreeing, same)):
+        for into, value in ((tables, counts), (losses, loss), (counted, sum(map(sum, counts))),
+                            (distances, kl / len(patches[0])), (agreeing, same)):
             into.append(value)
 
     def miou(tables: list) -> float:
@@ -256,12 +265,15 @@ def slow_pixels(model, plan: CompressionPlan, found: list) -> dict[str, float]:
         unions = [sum(counts[c]) + sum(row[c] for row in counts) - counts[c][c] for c in range(CLASSES)]
         iou = [100 * counts[c][c] / union for c, union in enumerate(unions) if union]
         return sum(iou) / len(iou)
-    n, mean = len(tables), sum(losses) / sum(counted)                                   # fewer than 20 images: a group each
+    # fewer than 20 images: a group each
+    n, mean = len(tables), sum(losses) / sum(counted)
     without = [miou(tables[:i] + tables[i + 1:]) for i in range(n)]
-    return {"miou_pct": miou(tables), "loss": mean, "distill_loss": sum(distances) / n, "agree_pct": 100 * sum(agreeing) / pixels,
+    return {"miou_pct": miou(tables), "loss": mean, "distill_loss": sum(distances) / n,
+            "agree_pct": 100 * sum(agreeing) / pixels,
             "miou_se": math.sqrt((n - 1) / n * sum((v - sum(without) / n) ** 2 for v in without)),
-            "loss_se": math.sqrt(n / (n - 1) * sum((v - mean * c) ** 2 for v, c in zip(losses, counted))) / sum(counted),
-            "distill_loss_se": slow_error(distances), "agree_se": slow_error([100 * v * n / pixels for v in agreeing])}
+            "loss_se": math.sqrt(n / (n - 1) * sum((v - mean * c) ** 2 for v, c in zip(losses, counted))) / sum(
+                counted), "distill_loss_se": slow_error(distances),
+            "agree_se": slow_error([100 * v * n / pixels for v in agreeing])}
 
 
 @pytest.mark.parametrize("decoder", ["linear", "mask_transformer"])
@@ -273,7 +285,8 @@ def test_measures_of_a_segmenter_are_those_of_every_patch_and_pixel_alone(make, 
     for metric, sign in (("miou_pct", 1), ("distill_loss", -1)):
         given = PlanObjective(model, found, metric=metric)(plan)
         assert set(given) == {"value", *wanted} and all(type(v) is float for v in given.values())
-        # Of 4,800 pixels one or two may lie so near the border of two classes that float32 chooses the other: 0.1 of a per cent.
+        # Of 4,800 pixels one or two may lie so near the border of two classes that float32 chooses the other: 0.1 of a
+        # per cent.
         assert {k: given[k] for k in wanted} == pytest.approx(wanted, rel=1e-3, abs=5e-3)
         assert given["value"] == sign * given[metric]
     assert wanted["distill_loss"] > 0.01 and wanted["agree_pct"] < 99 and wanted["miou_se"] > 0.1
@@ -293,9 +306,11 @@ def test_the_empty_plan_of_a_segmenter_has_no_distance_and_what_the_dense_model_
 def test_images_of_a_segmenter_weigh_alike_however_they_come_and_pixels_by_their_number():
     model = small()
     x, y = pictures(4), masks(4)
-    y[3] = 255                                                              # nothing of the last image counts, but for the distance
+    # nothing of the last image counts, but for the distance
+    y[3] = 255
     y[2, :, 5:] = 255
-    whole, apart = (PlanObjective(model, given)(units_plan(model)) for given in ([(x, y)], [(x[:3], y[:3]), (x[3:], y[3:])]))
+    whole, apart = (PlanObjective(model, given)(units_plan(model))
+                    for given in ([(x, y)], [(x[:3], y[:3]), (x[3:], y[3:])]))
     assert whole == pytest.approx(apart, rel=1e-5)                          # float32 sums in another order
     three = PlanObjective(model, [(x[:3], y[:3])])(units_plan(model))
     assert (three["miou_pct"], three["miou_se"]) == (whole["miou_pct"], whole["miou_se"])
@@ -304,7 +319,8 @@ def test_images_of_a_segmenter_weigh_alike_however_they_come_and_pixels_by_their
 
 
 def test_the_metric_of_another_task_is_refused(sample):
-    with pytest.raises(InputError, match="metric 'top1_pct' is of another task; for this model 'miou_pct' and 'distill_loss' are"):
+    with pytest.raises(InputError, match="metric 'top1_pct' is of another task; for this model 'miou_pct' and "
+                                         "'distill_loss' are"):
         PlanObjective(small(), batches(), metric="top1_pct")
     with pytest.raises(InputError, match="metric 'miou_pct' is of another task; for this model 'top1_pct'"):
         PlanObjective(*sample("deit"), metric="miou_pct")

@@ -1,4 +1,5 @@
-"""Models of others: files as their tools write them open with the same logits, at the sizes and with the image settings they are of."""
+"""Models of others: files as their tools write them open with the same logits, at the sizes and with the image settings
+they are of."""
 import argparse
 import collections
 import datetime
@@ -18,14 +19,14 @@ from torch import nn
 from training_fixtures import NAME, SIZE, compressed, logits, one_thread, tiny  # noqa: F401
 
 from vitlab import cli
-from vitlab.files import InputError
-from vitlab.models import compress, shape_of
+from vitlab.models import checkpoint, compress, shape_of
+from vitlab.models.published import save_published
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.training import checkpoint
-from vitlab.training.published import save_published
+from vitlab.runtime.files import InputError
 from vitlab.workbench import steps
 
-SETTINGS = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "crop_pct": 0.75, "crop_mode": "squash", "interpolation": "nearest"}
+SETTINGS = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "crop_pct": 0.75, "crop_mode": "squash",
+            "interpolation": "nearest"}
 CUT = {"depth": 2, "embed_dim": 24, "num_heads": 3}
 
 
@@ -36,10 +37,12 @@ def under(prefix: str, state: dict, **more: torch.Tensor) -> dict:
 def lightning(state: dict, prefix: str) -> dict:
     """As Lightning's Trainer saves a module that holds the model and a criterion."""
     return {"epoch": 1, "global_step": 20, "pytorch-lightning_version": "2.5.0", "state_dict": under(prefix, state) | {
-        "criterion.weight": torch.ones(3)}, "loops": {"fit_loop": {"state_dict": {}}}, "callbacks": {"ModelCheckpoint{'monitor': 'x'}": {
-            "best_model_score": torch.tensor(0.5), "best_model_path": "a.ckpt", "best_k_models": {}}}, "optimizer_states": [
-                {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}], "lr_schedulers": [],
-            "hparams_name": "kwargs", "hyper_parameters": {"lr": 0.1, "out": Path("runs")}}
+        "criterion.weight": torch.ones(3)}, "loops": {"fit_loop": {"state_dict": {}}},
+            "callbacks": {"ModelCheckpoint{'monitor': 'x'}": {
+            "best_model_score": torch.tensor(0.5), "best_model_path": "a.ckpt", "best_k_models": {}}},
+            "optimizer_states": [
+                {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}],
+            "lr_schedulers": [], "hparams_name": "kwargs", "hyper_parameters": {"lr": 0.1, "out": Path("runs")}}
 
 
 def averaged(state: dict) -> dict:
@@ -57,24 +60,33 @@ WRITERS = {             # a file's name, and its content for a model's state dic
     "Lightning, model": ("last.ckpt", lambda s: lightning(s, "model.")),
     "Lightning, net": ("last.ckpt", lambda s: lightning(s, "net.")),
     "Lightning, backbone, compiled": ("last.ckpt", lambda s: lightning(s, "backbone._orig_mod.")),
-    "the tutorial's": ("w.pt", lambda s: {"epoch": 5, "model_state_dict": s, "optimizer_state_dict": {"state": {}, "param_groups": []},
+    "the tutorial's": ("w.pt",
+                       lambda s: {"epoch": 5, "model_state_dict": s,
+                                  "optimizer_state_dict": {"state": {}, "param_groups": []},
                                           "loss": np.float64(0.25), "history": np.arange(3), "best": np.bool_(True)}),
     "a list of the wrong name": ("w.bin", lambda s: {"net": s, "acc": 94.3}),
     "texts, times and counts": ("w.pth", lambda s: {
-        "net": s, "names": np.array(["a", "b"]), "best": np.str_("x"), "seen": np.array([b"a"]), "day": np.datetime64("2026-01-02"),
-        "took": np.timedelta64(3, "s"), "at": datetime.datetime(2026, 1, 2, tzinfo=datetime.timezone.utc),
-        "since": datetime.date(2026, 1, 1), "left": datetime.timedelta(1),
-        "losses": collections.defaultdict(list, {"train": [0.5]}), "seconds": collections.defaultdict(float),
-        "counts": collections.defaultdict(int, a=1), "runs": collections.defaultdict(dict)}),
-    "an average beside": ("w.pth", lambda s: {"model_state_dict": {name: value + 1 for name, value in s.items()}, "ema_state_dict": s}),
+        "net": s, "names": np.array(["a", "b"]), "best": np.str_("x"), "seen": np.array([b"a"]),
+        "day": np.datetime64("2026-01-02"), "took": np.timedelta64(3, "s"),
+        "at": datetime.datetime(2026, 1, 2, tzinfo=datetime.timezone.utc), "since": datetime.date(2026, 1, 1),
+        "left": datetime.timedelta(1), "losses": collections.defaultdict(list, {"train": [0.5]}),
+        "seconds": collections.defaultdict(float), "counts": collections.defaultdict(int, a=1),
+        "runs": collections.defaultdict(dict)}),
+    "an average beside": ("w.pth",
+                          lambda s: {"model_state_dict": {name: value + 1 for name, value in s.items()},
+                                     "ema_state_dict": s}),
     "Lightning, with an average": ("w.ckpt", lambda s: lightning(
         {name: value + 1 for name, value in s.items()}, "model.") | {"state_dict": under("model.", {
             name: value + 1 for name, value in s.items()}) | under("ema.module.", s)}),
     "safetensors": ("w.safetensors", lambda s: under("model.", s)),
     "DINOv2's training": ("teacher_checkpoint.pth", lambda s: {"teacher": under("backbone.", {
-        name.replace("blocks.1.", "blocks.1.1.").replace("blocks.0.", "blocks.0.0."): value for name, value in s.items()}, **{
-            "backbone.mask_token": torch.ones(1, 24), "dino_head.mlp.weight": torch.ones(2, 2), "ibot_head.last.weight": torch.ones(2)})}),
-    "MAE's": ("mae.pth", lambda s: {"model": under("", s, mask_token=torch.ones(1, 1, 8), decoder_pos_embed=torch.ones(1, 17, 8), **{
+        name.replace("blocks.1.", "blocks.1.1.").replace("blocks.0.", "blocks.0.0."): value for name,
+        value in s.items()}, **{
+            "backbone.mask_token": torch.ones(1, 24), "dino_head.mlp.weight": torch.ones(2, 2),
+            "ibot_head.last.weight": torch.ones(2)})}),
+    "MAE's": ("mae.pth",
+              lambda s: {"model": under("", s, mask_token=torch.ones(1, 1, 8), decoder_pos_embed=torch.ones(1, 17, 8),
+                                        **{
         "decoder_embed.weight": torch.ones(8, 24), "decoder_blocks.0.norm1.weight": torch.ones(8)}), "epoch": 3,
         "args": argparse.Namespace(mask_ratio=0.75), "optimizer": {"state": {}, "param_groups": []}, "scaler": {}}),
     "a student and its larger teacher": ("w.ckpt", lambda s: {"state_dict": under("student.", s) | under(
@@ -98,25 +110,32 @@ def script(path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*TorchScript", "ignore:.*torch.jit", "ignore:Detected pickle protocol")
 @pytest.mark.parametrize("name, write, says", [
-    ("w.pth", lambda f: torch.save({"a": np.array([(1, 2)], dtype="i4,i4")}, f), "was run or loaded (numpy.dtypes.VoidDType; save mo"),
-    ("w.pth", lambda f: f.write_bytes(pickle.dumps(nn.ReLU(), protocol=2)), "loaded (torch.nn.modules.activation.ReLU; save mo"),
+    ("w.pth", lambda f: torch.save({"a": np.array([(1, 2)], dtype="i4,i4")}, f), "was run or loaded "
+                                                                                 "(numpy.dtypes.VoidDType; save mo"),
+    ("w.pth", lambda f: f.write_bytes(pickle.dumps(nn.ReLU(), protocol=2)), "loaded (torch.nn.modules.activation.ReLU; "
+                                                                            "save mo"),
     ("w.pth", lambda f: f.write_bytes(pickle.dumps({"a": 1}, protocol=4)), "holds more than weights, or is damaged"),
     ("w.pth", script, "nothing of it was run or loaded (TorchScript; save model.state_dict() alone)"),
-    ("w.pth", lambda f: f.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "a Git LFS pointer in place of"),
-    ("w.safetensors", lambda f: f.write_text("version https://git-lfs.github.com/spec/v1\n"), "fetch them with `git lfs pull`"),
+    ("w.pth", lambda f: f.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+     "a Git LFS pointer in place of"),
+    ("w.safetensors", lambda f: f.write_text("version https://git-lfs.github.com/spec/v1\n"), "fetch them with `git "
+                                                                                              "lfs pull`"),
 ])
 def test_a_refused_file_is_named_in_one_line_without_torchs_advice_to_run_it(name, write, says, tmp_path):
     write(tmp_path / name)
     with pytest.raises(InputError) as refused:
         steps.open_model(tmp_path / name, model=NAME)
     said = str(refused.value)
-    assert says in said and str(tmp_path / name) in said and "weights_only" not in said and "PyTorch" not in said and "\n" not in said
+    assert says in said and str(
+        tmp_path / name) in said and "weights_only" not in said and "PyTorch" not in said and "\n" not in said
 
 
 @pytest.mark.parametrize("content, says", [
     (lambda s: {"a": s, "b": s}, "'a', 'b' each hold weights; save those that are meant"),
-    (lambda s: {"state_dict": under("student.", s) | under("teacher.", s)}, "the weights below 'student.' and 'teacher.' fit alike"),
-    (lambda s: {"model": s, "config": torch.nn.ReLU()}, "nothing of it was run or loaded (torch.nn.modules.activation.ReLU; save mo"),
+    (lambda s: {"state_dict": under("student.", s) | under("teacher.", s)}, "the weights below 'student.' and "
+                                                                            "'teacher.' fit alike"),
+    (lambda s: {"model": s, "config": torch.nn.ReLU()}, "nothing of it was run or loaded "
+                                                        "(torch.nn.modules.activation.ReLU; save mo"),
     (lambda s: {"model": s, "names": np.array([object()])}, "holds more than weights"),
     (lambda s: {"model": under("", s, **{"other.weight": torch.ones(1)})}, "unknown keys other.weight"),
 ])
@@ -135,7 +154,8 @@ def test_one_of_several_shards_is_refused_not_taken_for_the_whole(tmp_path):
 
 def test_what_is_left_out_of_a_file_is_said_and_kept(tmp_path):
     torch.save(WRITERS["MAE's"][1](tiny().state_dict()), tmp_path / "mae.pth")
-    with pytest.warns(UserWarning, match="left out, since the model has no such part: mask_token, decoder_pos_embed, decoder_embed, decod"):
+    with pytest.warns(UserWarning, match="left out, since the model has no such part: mask_token, decoder_pos_embed, "
+                                         "decoder_embed, decod"):
         found = steps.open_model(tmp_path / "mae.pth", model=NAME, **SIZE)
     assert "decoder_blocks" in found.info["made_by"]["notes"][0]
 
@@ -149,12 +169,15 @@ def weights_of(tmp_path, **args) -> tuple[Path, nn.Module]:
 
 
 @pytest.mark.filterwarnings("ignore:.*for images of")
-@pytest.mark.parametrize("args", [{"img_size": 64}, {"num_classes": 7}, {"in_chans": 1}, {"global_pool": "avg"}, {"num_classes": 0},
+@pytest.mark.parametrize("args",
+                         [{"img_size": 64}, {"num_classes": 7}, {"in_chans": 1}, {"global_pool": "avg"},
+                          {"num_classes": 0},
                                   {"img_size": 64, "num_classes": 0}, {"img_size": 64, "global_pool": "avg"}])
 def test_sizes_that_are_not_given_are_those_of_the_weights(args, tmp_path):
     path, dense = weights_of(tmp_path, **args)
     found = steps.open_model(path, model=NAME, **SIZE)
-    x = torch.randn(3, found.model.in_chans, *found.model.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(3, found.model.in_chans, *found.model.patch_embed.img_size,
+                    generator=torch.Generator().manual_seed(1))
     assert torch.equal(logits(found.model, x), logits(dense, x)) and shape_of(found.model) == shape_of(dense)
 
 
@@ -169,7 +192,8 @@ def test_position_embeddings_are_resampled_for_a_size_that_is_given_and_it_is_sa
 
 def test_a_patch_size_is_never_resampled_unless_it_is_given(tmp_path):
     path, dense = weights_of(tmp_path)                                  # 8 x 8; the model's are 4 x 4
-    with pytest.raises(InputError, match="its patches are of 8 x 8 pixels, those of vit_nano_patch4_32 of 4 x 4; name the model of such"):
+    with pytest.raises(InputError, match="its patches are of 8 x 8 pixels, those of vit_nano_patch4_32 of 4 x 4; name "
+                                         "the model of such"):
         steps.open_model(path, model=NAME, **CUT)
     assert torch.equal(logits(steps.open_model(path, model=NAME, patch_size=8, **CUT).model), logits(dense))
     with pytest.warns(UserWarning, match="patch embedding resampled from 8 x 8 to 4 x 4 pixels"):
@@ -178,7 +202,8 @@ def test_a_patch_size_is_never_resampled_unless_it_is_given(tmp_path):
 
 def test_position_embeddings_of_no_square_need_their_size(tmp_path):
     path, dense = weights_of(tmp_path, img_size=(32, 64))
-    with pytest.raises(InputError, match="position embeddings are of 32 patches, which make no square; give the img_size"):
+    with pytest.raises(InputError, match="position embeddings are of 32 patches, which make no square; give the "
+                                         "img_size"):
         steps.open_model(path, model=NAME, **SIZE)
     found = steps.open_model(path, model=NAME, img_size=(32, 64), **SIZE)
     x = torch.randn(2, 3, 32, 64)
@@ -186,12 +211,14 @@ def test_position_embeddings_of_no_square_need_their_size(tmp_path):
 
 
 BESIDE = {              # arguments of the weights, those of the model, what alone is wrong
-    "distilled": ({}, {"model": "deit_tiny_distilled_patch16_224", "img_size": 32}, "missing keys dist_token, head_dist.bias, head_dist"),
+    "distilled": ({}, {"model": "deit_tiny_distilled_patch16_224", "img_size": 32}, "missing keys dist_token, "
+                                                                                    "head_dist.bias, head_dist"),
     "fewer blocks": ({"depth": 1}, {}, "missing keys blocks.1.attn.proj.bias, blocks.1.attn.proj.weight"),
     "more blocks": ({"depth": 3}, {}, "unknown keys blocks.2.attn.proj.bias, blocks.2.attn.proj.weight"),
     "no class token": ({"class_token": False, "global_pool": "avg"}, {"global_pool": "avg"}, "missing keys cls_token"),
     "a class token": ({"global_pool": "avg"}, {"class_token": False, "global_pool": "avg"}, "unknown keys cls_token"),
-    "registers": ({"reg_tokens": 4}, {"reg_tokens": 2}, "wrong shapes: reg_token is (1, 4, 24), the model's is (1, 2, 24)"),
+    "registers": ({"reg_tokens": 4}, {"reg_tokens": 2}, "wrong shapes: reg_token is (1, 4, 24), the model's is (1, 2, "
+                                                        "24)"),
 }
 
 
@@ -208,7 +235,8 @@ def test_a_classifier_of_another_kind_is_named_and_not_the_patches(tmp_path):
     path, dense = weights_of(tmp_path, img_size=64)
     dense.head = nn.Sequential(nn.Dropout(0.1), dense.head)
     torch.save(dense.state_dict(), path)
-    with pytest.raises(InputError, match=r"missing keys head.bias, head.weight; unknown keys head.1.bias, head.1.weight \(the model is"):
+    with pytest.raises(InputError, match=r"missing keys head.bias, head.weight; unknown keys head.1.bias, "
+                                         r"head.1.weight \(the model is"):
         steps.open_model(path, model=NAME, **SIZE)
 
 
@@ -222,7 +250,8 @@ def test_a_size_is_taken_or_refused_but_never_ignored(tmp_path):
 
 def test_weights_without_a_classifier_are_no_classifier(tmp_path):
     path, _ = weights_of(tmp_path, num_classes=0)
-    with pytest.raises(InputError, match="holds no classifier, so num_classes can't be 5; without it the model gives features"):
+    with pytest.raises(InputError, match="holds no classifier, so num_classes can't be 5; without it the model gives "
+                                         "features"):
         steps.open_model(path, model=NAME, num_classes=5, **SIZE)
     with pytest.raises(InputError, match="need a classifier or decoder; the model has num_classes=0"):
         steps.evaluate(steps.open_model(path, model=NAME, **SIZE), "digits", device="cpu")
@@ -270,7 +299,8 @@ def test_settings_survive_a_checkpoint_and_a_plan_and_those_that_are_given_come_
 def test_an_old_flat_config_with_a_numbered_list_of_labels_is_read(tmp_path):
     folder, dense = hub_folder(tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
-    flat = {"architecture": config["architecture"], **config["pretrained_cfg"], "labels": {"0": "a", "1": "b", "2": "c"}}
+    flat = {"architecture": config["architecture"], **config["pretrained_cfg"],
+            "labels": {"0": "a", "1": "b", "2": "c"}}
     (folder / "config.json").write_text(json.dumps(flat))
     found = steps.open_model(folder / "model.safetensors", model=NAME, **SIZE)
     assert settings_of(found) == SETTINGS and found.info["classes"] == ["a", "b", "c"]
@@ -285,16 +315,20 @@ def edited(folder: Path, **change) -> None:
 
 @pytest.mark.parametrize("change, says", [
     (lambda f: edited(f, mean=[1, 2]), "config.json: mean is [1, 2]; needed: 1 or 3 numbers"),
-    (lambda f: edited(f, std=[0, 1, 1]), "config.json: std is [0, 1, 1]; needed: 1 or 3 numbers above 0, to 3, of pixels from 0 to 1"),
+    (lambda f: edited(f, std=[0, 1, 1]), "config.json: std is [0, 1, 1]; needed: 1 or 3 numbers above 0, to 3, of "
+                                         "pixels from 0 to 1"),
     (lambda f: edited(f, crop_mode="all"), "config.json: crop_mode is all; needed: center or squash or border"),
-    (lambda f: edited(f, model_args={"pretrained_cfg": {"file": "/x"}}), "'pretrained_cfg' is not one of a vision transformer's"),
+    (lambda f: edited(f, model_args={"pretrained_cfg": {"file": "/x"}}), "'pretrained_cfg' is not one of a vision "
+                                                                         "transformer's"),
     (lambda f: edited(f, model_args={"depth": 10 ** 9}), "tensors are no model of 1000000000 blocks"),
     (lambda f: edited(f, architecture="resnet18"), "resnet18: timm could not build it"),
     (lambda f: edited(f, pretrained_cfg=[3]), "config.json: not a config.json of timm's"),
     (lambda f: (f / "config.json").write_text("{"), "config.json: not valid JSON"),
-    (lambda f: (f / "config.json").write_text('{"model_type": "vit"}'), 'config.json: no model of timm\'s, which has an "architecture"'),
+    (lambda f: (f / "config.json").write_text('{"model_type": "vit"}'), 'config.json: no model of timm\'s, which has '
+                                                                        'an "architecture"'),
     (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors or pytorch_model.bin beside config.json"),
-    (lambda f: (f / "model.safetensors").rename(f / "model.safetensors.index.json"), "its weights are in several files; save them in one"),
+    (lambda f: (f / "model.safetensors").rename(f / "model.safetensors.index.json"), "its weights are in several "
+                                                                                     "files; save them in one"),
 ])
 def test_a_damaged_folder_is_refused_by_name(change, says, tmp_path):
     folder, _ = hub_folder(tmp_path / "m")
@@ -366,10 +400,13 @@ CHANGES = {
     "set_input_size of a rectangle": lambda m: m.set_input_size((32, 48)),
 }
 BEYOND = {
-    "a classifier of two layers": (lambda m: setattr(m, "head", nn.Sequential(nn.Linear(24, 8), nn.ReLU(), nn.Linear(8, 5))), "head"),
+    "a classifier of two layers": (lambda m: setattr(m, "head",
+                                                     nn.Sequential(nn.Linear(24, 8), nn.ReLU(), nn.Linear(8, 5))),
+                                   "head"),
     "a dropout before it": (lambda m: setattr(m, "head", nn.Sequential(nn.Dropout(0.1), nn.Linear(24, 5))), "head"),
     "no last norm": (lambda m: setattr(m, "norm", nn.Identity()), "norm"),
-    "another activation": (lambda m: setattr(m.blocks[1].mlp, "act", nn.ReLU()), "blocks.1.mlp.act is ReLU() in place of GELU("),
+    "another activation": (lambda m: setattr(m.blocks[1].mlp, "act", nn.ReLU()), "blocks.1.mlp.act is ReLU() in place "
+                                                                                 "of GELU("),
     "another epsilon": (lambda m: setattr(m.norm, "eps", 1e-3), "norm is LayerNorm((24,), eps=0.001"),
 }
 

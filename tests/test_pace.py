@@ -21,7 +21,7 @@ class Clock:
 def test_stages_are_numbered_and_what_they_take_is_said_before_the_first(capsys):
     with Pace("tonight", STAGES, 50.0) as found:
         err = capsys.readouterr().err
-        assert "tonight: 3 stages, about 0.3 minutes at 50 images a second (scores 10 %, search 30 %, refit 60 %)" in err
+        assert "tonight: 3 stages, about 0.3 minutes at 50 images a second (scores 10 %, search 30 %, refit 60 %)" in err  # noqa: E501
         assert found.total == 1000 and found.seconds == 20
         for number, name in enumerate(STAGES, 1):
             with found.stage(name):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vitlab.files import BATCHES, NOTEBOOKS, InputError
+from vitlab.runtime.files import BATCHES, NOTEBOOKS, InputError
 from vitlab.workbench import notebooks
 from vitlab.workbench.batch_file import find
 
@@ -24,7 +24,8 @@ def installed(tmp_path_factory):
     """A folder that holds what the wheel holds."""
     folder = tmp_path_factory.mktemp("wheel")
     for name in ("vitlab", "notebooks", "batches"):
-        shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        shutil.copytree(ROOT / name, folder / "source" / name,
+                        ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "source")
     subprocess.run([sys.executable, "-c", BUILD, str(folder)], cwd=folder / "source", check=True, capture_output=True)
@@ -38,16 +39,18 @@ def names(folder: Path) -> set[str]:
 
 
 def test_the_wheel_holds_every_module_notebook_and_batch_file(installed):
-    wanted = names(ROOT / "vitlab") | {f"{name}/{file}" for name in ("notebooks", "batches") for file in names(ROOT / name)}
+    wanted = names(ROOT / "vitlab") | {f"{name}/{file}" for name in ("notebooks", "batches")
+                                       for file in names(ROOT / name)}
     assert names(installed / "vitlab") == wanted
 
 
 def test_an_installed_vitlab_finds_its_notebooks_and_batch_files_from_any_folder(installed, tmp_path):
     pytest.importorskip("snakemake", reason="batches need Snakemake, which needs Python 3.11 or newer")
-    said = subprocess.run([sys.executable, "-c", RUN], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(installed)}, check=True, text=True,
-                          capture_output=True).stdout
+    said = subprocess.run([sys.executable, "-c", RUN], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(installed)},
+                          check=True, text=True, capture_output=True).stdout
     assert said.startswith(str(installed)) and "would run" in said
-    assert {p.name: p.read_bytes() for p in (tmp_path / "mine").iterdir()} == {p.name: p.read_bytes() for p in NOTEBOOKS.glob("*.ipynb")}
+    assert {p.name: p.read_bytes()
+            for p in (tmp_path / "mine").iterdir()} == {p.name: p.read_bytes() for p in NOTEBOOKS.glob("*.ipynb")}
 
 
 def test_notebooks_that_were_changed_are_not_replaced(tmp_path):
@@ -62,6 +65,7 @@ def test_notebooks_that_were_changed_are_not_replaced(tmp_path):
 
 def test_a_batch_file_is_meant_before_one_that_comes_with_vitlab(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert find("digits") == BATCHES / "digits.yaml" and find("other") == Path("other") and find("a/digits") == Path("a/digits")
+    assert find("digits") == BATCHES / "digits.yaml" and find("other") == Path("other") and find("a/digits") == Path(
+        "a/digits")
     Path("digits").write_text("entries: {}")
     assert find("digits") == Path("digits")

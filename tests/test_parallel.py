@@ -1,4 +1,5 @@
-"""Under torchrun two processes do what one does: the same losses, scores, counts and journal; and none is left hanging."""
+"""Under torchrun two processes do what one does: the same losses, scores, counts and journal; and none is left
+hanging."""
 import os
 import signal
 import subprocess
@@ -17,10 +18,10 @@ import vitlab
 from vitlab.cli import main
 from vitlab.data import open_data
 from vitlab.data.order import TrainingOrder
-from vitlab.files import InputError, read_lines
-from vitlab.models import shape_of
+from vitlab.models import checkpoint, shape_of
 from vitlab.plan import CompressionPlan
-from vitlab.training import checkpoint, states
+from vitlab.runtime.files import InputError, read_lines
+from vitlab.training import states
 from vitlab.training.loop import LOG, fit
 from vitlab.training.recipes import Engine
 
@@ -30,7 +31,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def torchrun(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    return subprocess.run([*TORCHRUN, *map(str, arguments)], env=ENV, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run([*TORCHRUN, *map(str, arguments)], env=ENV, cwd=cwd, capture_output=True, text=True,
+                          timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,8 @@ def both(tmp_path_factory):
     assert ran.returncode == 0, ran.stderr[-3000:]
     os.chdir(HERE)
     parallel_work.main(one / "same", open_data(one / "same" / "data"))
-    return one / "same", load_file(one / "same" / "found.safetensors"), two / "same", load_file(two / "same" / "found.safetensors")
+    return one / "same", load_file(one / "same" / "found.safetensors"), two / "same", load_file(
+        two / "same" / "found.safetensors")
 
 
 @pytest.mark.parametrize("name", ["dense", "distilled", "left out", "accumulated", "checkpointed", "scenes"])
@@ -59,7 +62,8 @@ def test_a_step_that_one_process_can_not_take_is_left_out_by_all_with_the_files_
     one, _, two, _ = both
     skipped = [[r for r in read_lines(folder / "left out" / LOG) if "skipped" in r] for folder in (one, two)]
     assert [[r["step"] for r in records] for records in skipped] == [[2], [2]]
-    files = [sorted(Path(path).relative_to(folder) for path in records[0]["files"]) for folder, records in zip((one, two), skipped)]
+    files = [sorted(Path(path).relative_to(folder) for path in records[0]["files"]) for folder,
+             records in zip((one, two), skipped)]
     assert files[0] == files[1] and len(files[0]) == 16
 
 
@@ -79,7 +83,8 @@ def test_scores_are_the_same_and_every_image_counts_once(both):
         torch.testing.assert_close(two[name], one[name], rtol=2e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
     for name in ("activation", "taylor", "reconstruction", "fisher"):
         assert int(one[f"images {name}"]) == int(two[f"images {name}"]) == 21
-    assert int(one["images hsic"]) == int(two["images hsic"]) == 20             # the last batch is one image, which has no other
+    # the last batch is one image, which has no other
+    assert int(one["images hsic"]) == int(two["images hsic"]) == 20
     assert torch.equal(one["accuracy"][:3], two["accuracy"][:3]) and int(two["accuracy"][1]) == 21
     assert abs(float(one["accuracy"][3] - two["accuracy"][3])) < 1e-12
     assert int(two["one batch"]) == 21
@@ -89,14 +94,16 @@ def test_scores_are_the_same_and_every_image_counts_once(both):
 def test_two_processes_count_every_pixel_of_every_scene_once(both, name):
     _, one, _, two = both
     assert torch.equal(one[name][:-1], two[name][:-1])                                      # counts are exact
-    assert one[name][-3:-1].tolist() == [7 * 64 * 96, 7] and abs(float(one[name][-1] - two[name][-1])) < 1e-9       # float64 sums
+    # float64 sums
+    assert one[name][-3:-1].tolist() == [7 * 64 * 96, 7] and abs(float(one[name][-1] - two[name][-1])) < 1e-9
 
 
 @pytest.mark.parametrize("initial", ["varied", "sensitivity"])
 def test_the_journal_is_that_of_one_process(both, initial):
     one, _, two, _ = both
     for name in ("journal.jsonl", "sensitivity.jsonl") if initial == "sensitivity" else ("journal.jsonl",):
-        lines = [[{k: v for k, v in row.items() if k != "seconds"} for row in read_lines(folder / initial / name)] for folder in (one, two)]
+        lines = [[{k: v for k, v in row.items() if k != "seconds"} for row in read_lines(folder / initial / name)]
+                 for folder in (one, two)]
         assert lines[0] == lines[1] and len(lines[0]) >= 9
 
 
@@ -121,8 +128,8 @@ def place(tmp_path):
     return tmp_path
 
 
-FINETUNE = ("-m", "vitlab", "finetune", "--checkpoint", "dense", "--data", "data", "--recipe", "digits", "--batch-size", "8",
-            "--workers", "0", "--device", "cpu", "--out", "run")
+FINETUNE = ("-m", "vitlab", "finetune", "--checkpoint", "dense", "--data", "data", "--recipe", "digits", "--batch-size",
+            "8", "--workers", "0", "--device", "cpu", "--out", "run")
 
 
 def test_the_command_line_trains_in_two_processes_and_prints_once(place):
@@ -136,7 +143,7 @@ def test_wrong_input_under_torchrun_is_one_line_and_the_end_of_all(place):
     began = time.monotonic()
     ran = torchrun(*FINETUNE, "--accumulate", "3", cwd=place)
     assert ran.returncode != 0 and time.monotonic() - began < 240
-    assert "vitlab finetune: recipe digits: a step of 8 images does not divide by 2 processes times 3 batches" in ran.stderr
+    assert "vitlab finetune: recipe digits: a step of 8 images does not divide by 2 processes times 3 batches" in ran.stderr  # noqa: E501
     assert "Traceback" not in ran.stderr.split("exitcode")[0]
 
 
@@ -144,7 +151,8 @@ def test_a_command_for_one_process_is_refused_by_name(place, monkeypatch, capsys
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(place / "error.json"))
-    arguments = ["calibrate", "--checkpoint", str(place / "dense"), "--plan", "p.json", "--data", "digits", "--out", str(place / "run")]
+    arguments = ["calibrate", "--checkpoint", str(place / "dense"), "--plan", "p.json", "--data", "digits", "--out",
+                 str(place / "run")]
     assert main(arguments) == 2
     assert "`calibrate` runs in one process; start it without torchrun" in capsys.readouterr().err
     assert "`calibrate` runs in one process" in (place / "error.json").read_text()
@@ -155,9 +163,9 @@ def test_a_process_that_dies_ends_the_job_with_its_own_error_on_top(place):
     script = place / "dies.py"
     script.write_text("""
 import os, sys
-from vitlab import parallel
+from vitlab.runtime import parallel
 from vitlab.cli import main
-from vitlab.files import InputError
+from vitlab.runtime.files import InputError
 from vitlab.training import stepping
 plain = stepping.Training.take_step
 def step(self, batches):
@@ -173,11 +181,13 @@ sys.exit(main(sys.argv[1:]))
     assert "vitlab finetune: data/red/7.png: the disk gave up" in ran.stderr
     root = ran.stderr[ran.stderr.index("Root Cause"):]
     assert "rank      : 1" in root and "the disk gave up" in root
-    assert "Traceback" not in ran.stderr[:ran.stderr.index("Root Cause")].split("ChildFailedError")[0].split("torch/distributed")[0]
+    assert "Traceback" not in ran.stderr[:ran.stderr.index("Root Cause")].split("ChildFailedError")[0].split(
+        "torch/distributed")[0]
 
 
 def test_a_request_to_stop_is_agreed_on_and_the_run_goes_on_from_there(place):
-    run = subprocess.Popen([*TORCHRUN, *FINETUNE, "--epochs", "100000"], cwd=place, env=ENV, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen([*TORCHRUN, *FINETUNE, "--epochs", "100000"], cwd=place, env=ENV, stderr=subprocess.PIPE,
+                           text=True)
     try:
         end = time.monotonic() + 400
         while not states.paths(place / "run" / "training"):
@@ -197,4 +207,5 @@ def test_a_request_to_stop_is_agreed_on_and_the_run_goes_on_from_there(place):
 
 def test_a_batch_that_does_not_divide_is_refused(place, monkeypatch):
     with pytest.raises(InputError, match="16 images does not divide by 1 processes times 5 batches"):
-        fit(tiny(), open_data(place / "data"), small_recipe(), place / "x", engine=Engine(accumulate=5), workers=0, progress=False)
+        fit(tiny(), open_data(place / "data"), small_recipe(), place / "x", engine=Engine(accumulate=5), workers=0,
+            progress=False)

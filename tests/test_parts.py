@@ -10,7 +10,7 @@ from training_fixtures import tiny, write_grey
 from vitlab.data import ImageData, open_data
 from vitlab.data.images import Stream
 from vitlab.data.parts import LEAST, SHARES, part, reported_on, share_of
-from vitlab.files import InputError
+from vitlab.runtime.files import InputError
 
 ALL = dict.fromkeys(SHARES)
 
@@ -27,8 +27,10 @@ def test_the_shares_are_all_of_train_and_have_no_image_in_common(total):
 @pytest.mark.parametrize("total", [40, 97, 1009])
 def test_commands_agree_without_knowing_each_others_numbers(total):
     """Whatever each asks for, alone or together with others: what is chosen or reported on serves nothing else."""
-    wanted = {"score": (5, 17, 512, None), "calibrate": (3, 29, 1000, None), "choose": (2, 256, None), "report": (2, 256, None)}
-    sets = {role: [set(part(total, 1, {role: limit}).indices[role]) for limit in limits] for role, limits in wanted.items()}
+    wanted = {"score": (5, 17, 512, None), "calibrate": (3, 29, 1000, None), "choose": (2, 256, None),
+              "report": (2, 256, None)}
+    sets = {role: [set(part(total, 1, {role: limit}).indices[role]) for limit in limits] for role,
+            limits in wanted.items()}
     for a, b in itertools.combinations(sets, 2):
         for one, other in itertools.product(sets[a], sets[b]):
             assert not one & other or {a, b} == {"score", "calibrate"}
@@ -44,10 +46,12 @@ def test_scores_are_of_the_first_images_of_the_permutation():
 
 def test_scores_and_refits_go_on_into_each_others_share_only_where_theirs_is_short_and_say_so():
     made = part(1000, 0, {"score": 512, "calibrate": 188})
-    assert len(made.indices["score"]) == 512 and not set(made.indices["score"]) & set(made.indices["calibrate"])     # 700 are enough
+    # 700 are enough
+    assert len(made.indices["score"]) == 512 and not set(made.indices["score"]) & set(made.indices["calibrate"])
     assert made.said == ("score takes 512 images, 162 of them from the share of calibrate",)
     both = part(1000, 0, {"score": 512, "calibrate": 1000})
-    assert len(set(both.indices["score"]) & set(both.indices["calibrate"])) == 512 and len(both.indices["calibrate"]) == 700
+    assert len(set(both.indices["score"])
+               & set(both.indices["calibrate"])) == 512 and len(both.indices["calibrate"]) == 700
     assert both.said[1:] == ("calibrate takes 700 images of the 1000 asked for, 350 of them from the share of score",)
 
 
@@ -59,7 +63,8 @@ def test_what_is_chosen_or_reported_on_takes_from_nobody_and_says_that_it_has_fe
 
 def test_too_few_images_are_shared_and_it_is_said():
     made = part(LEAST - 1, 0, {"score": 512, "choose": 3})
-    assert sorted(made.indices["score"]) == list(range(LEAST - 1)) and made.indices["choose"] == made.indices["score"][:3]
+    assert sorted(made.indices["score"]) == list(range(LEAST - 1)) and made.indices["choose"] == made.indices["score"][
+        :3]
     assert made.said == ("score, choose share the same images, which are too few to be divided",)
 
 
@@ -73,7 +78,8 @@ def test_parts_of_a_folder_without_labels_are_of_train_and_counted(tmp_path):
     for number in range(40):
         write_grey(tmp_path / f"{number:02d}.png", number)
     data = open_data(tmp_path)
-    with pytest.warns(UserWarning, match=r"train has 40 images; score takes 20 images, 6 of them from the share of calibrate$") as said:
+    with pytest.warns(UserWarning, match=r"train has 40 images; score takes 20 images, 6 of them from the share of "
+                                         r"calibrate$") as said:
         parts = data.parts(1, score=20, choose=5, report=6)
     assert len(said) == 1 and parts.roles == {"score": 20, "choose": 5, "report": 6, "shared": [
         "score takes 20 images, 6 of them from the share of calibrate"]}
@@ -89,7 +95,8 @@ def test_parts_of_a_folder_without_labels_are_of_train_and_counted(tmp_path):
 
 def test_unknown_roles_and_no_image_are_refused():
     data = open_data("digits")
-    with pytest.raises(InputError, match="role 'judge' is not known; known are .*'score', 'calibrate', 'choose', 'report'"):
+    with pytest.raises(InputError, match="role 'judge' is not known; known are .*'score', 'calibrate', 'choose', "
+                                         "'report'"):
         data.parts(judge=3)
     with pytest.raises(InputError, match="choose: limit is 0; at least 1"):
         data.parts(choose=0)
@@ -107,7 +114,8 @@ def test_the_first_images_of_a_stream_serve_every_role_and_it_is_said():
         parts = data.parts(score=20, choose=10)
     assert parts.roles["score"] == 20 and parts.roles["choose"] == 10 and parts.roles["shared"]
     assert reported_on(data.parts(report=10).roles) == "on up to 10 images, which it was chosen on too"
-    counts = [sum(len(x) for x, _ in parts.batches(role, tiny(), batch_size=10, workers=0)) for role in ("score", "choose")]
+    counts = [sum(len(x) for x, _ in parts.batches(role, tiny(), batch_size=10, workers=0))
+              for role in ("score", "choose")]
     assert counts == [20, 10]
 
 

@@ -1,4 +1,5 @@
-"""Losses and distances with a class for each pixel against slow loops; a Segmenter measured against an oracle pixel by pixel."""
+"""Losses and distances with a class for each pixel against slow loops; a Segmenter measured against an oracle pixel by
+pixel."""
 import copy
 import dataclasses
 import math
@@ -9,8 +10,16 @@ from segmenting_fixtures import CLASSES, batches, given, masks, pictures, small
 from test_segmenter import upsampled_slowly
 from training_fixtures import images, one_thread, tiny  # noqa: F401
 
-from vitlab.files import InputError
-from vitlab.training.pixels import at_targets, cross_entropy, divergence, each_cross_entropy, evaluate_scenes, log_probabilities, measured
+from vitlab.measure.pixels import (
+    at_targets,
+    cross_entropy,
+    divergence,
+    each_cross_entropy,
+    evaluate_scenes,
+    log_probabilities,
+    measured,
+)
+from vitlab.runtime.files import InputError
 
 EXACT = 1e-12           # float64, sums in another order
 FLOAT32 = 1e-5          # of losses near 1
@@ -28,7 +37,8 @@ def log_softmax(logits: list[float]) -> list[float]:
 
 def pixels_of(logits: torch.Tensor) -> list[list[float]]:
     """(B, K, H, W) -> the logits of each pixel, image by image, row by row."""
-    return [logits[b, :, i, j].tolist() for b in range(len(logits)) for i in range(logits.shape[2]) for j in range(logits.shape[3])]
+    return [logits[b, :, i, j].tolist() for b in range(len(logits)) for i in range(logits.shape[2])
+            for j in range(logits.shape[3])]
 
 
 # ---------------------------------------------------------------- losses and distances
@@ -36,10 +46,12 @@ def pixels_of(logits: torch.Tensor) -> list[list[float]]:
 @pytest.mark.parametrize("ignored", [0.0, 0.4])
 def test_cross_entropy_is_the_mean_of_the_pixels_that_count_in_the_batch_or_in_each_image(ignored):
     logits, targets = numbers(2, 5, 3, 7), masks(2, (3, 7), ignored=ignored)
-    each = [[-log_softmax(z)[t] for z, t in zip(pixels_of(logits[b:b + 1]), targets[b].flatten().tolist()) if t != 255] for b in (0, 1)]
+    each = [[-log_softmax(z)[t] for z, t in zip(pixels_of(logits[b:b + 1]), targets[b].flatten().tolist()) if t != 255]
+            for b in (0, 1)]
     assert (len(each[0]) == len(each[1]) == 21) == (ignored == 0)
     assert float(cross_entropy(logits, targets)) == pytest.approx(sum(map(sum, each)) / sum(map(len, each)), rel=EXACT)
-    assert each_cross_entropy(logits, targets).tolist() == pytest.approx([sum(image) / len(image) for image in each], rel=EXACT)
+    assert each_cross_entropy(logits, targets).tolist() == pytest.approx([sum(image) / len(image) for image in each],
+                                                                         rel=EXACT)
 
 
 def test_cross_entropy_of_images_counts_every_class_also_the_one_with_the_number_of_ignored_pixels():
@@ -57,7 +69,8 @@ def test_where_no_pixel_counts_the_loss_is_zero_and_so_is_every_gradient():
     logits.grad, targets = None, torch.stack([torch.full((3, 7), 255), torch.zeros(3, 7, dtype=torch.int64)])
     each = each_cross_entropy(logits, targets)
     each.sum().backward()
-    assert float(each[0].detach()) == 0 and not logits.grad[0].any() and logits.grad[1].isfinite().all() and logits.grad[1].any()
+    assert float(each[0].detach()) == 0 and not logits.grad[0].any() and logits.grad[1].isfinite().all(
+        ) and logits.grad[1].any()
 
 
 def test_a_loss_that_is_not_finite_is_not_hidden_where_pixels_count():
@@ -76,7 +89,8 @@ def test_divergence_is_the_sum_over_images_of_kl_and_of_patches_their_mean():
     wanted = sum(kl(g, e) for g, e in zip(pixels_of(given), pixels_of(expected))) / 14
     assert float(divergence(given, expected)) == pytest.approx(wanted, rel=EXACT)
     assert float(divergence(given, given)) == 0
-    assert float(divergence(given, expected)) != pytest.approx(float(divergence(expected, given)), rel=1e-3)   # which is which matters
+    # which is which matters
+    assert float(divergence(given, expected)) != pytest.approx(float(divergence(expected, given)), rel=1e-3)
 
 
 @pytest.mark.parametrize("size", [(24, 40), (19, 37)])
@@ -86,7 +100,8 @@ def test_log_probabilities_are_of_patches_and_at_targets_those_of_the_models_own
     found = log_probabilities(model, x)
     assert found.shape == (2, CLASSES, 3, 5) and found.dtype == torch.float32
     torch.testing.assert_close(found, model.patch_logits(x).log_softmax(1))
-    torch.testing.assert_close(at_targets(model, found, masks(2, size)), model(x).log_softmax(1), atol=FLOAT32, rtol=FLOAT32)
+    torch.testing.assert_close(at_targets(model, found, masks(2, size)), model(x).log_softmax(1), atol=FLOAT32,
+                               rtol=FLOAT32)
 
 
 @torch.no_grad()
@@ -120,14 +135,16 @@ def probabilities_slowly(model, image, window, stride, scales, flip) -> list[lis
         sums, counts = torch.zeros(CLASSES, *padded.shape[1:], dtype=torch.float64), torch.zeros(padded.shape[1:])
         for top in places(padded.shape[1], window[0], stride[0]):
             for left in places(padded.shape[2], window[1], stride[1]):
-                sums[:, top:top + window[0], left:left + window[1]] += model(padded[None, :, top:top + window[0], left:left + window[1]])[0]
+                sums[:, top:top + window[0],
+                     left:left + window[1]] += model(padded[None, :, top:top + window[0], left:left + window[1]])[0]
                 counts[top:top + window[0], left:left + window[1]] += 1
         logits = (sums / counts)[:, :h, :w]
         logits = torch.flip(logits, (2,)) if turned else logits
         logits = logits if scale == 1 else torch.stack([upsampled_slowly(each, height, width) for each in logits])
         for i in range(height):
             for j in range(width):
-                total[:, i, j] += torch.tensor([math.exp(v) for v in log_softmax(logits[:, i, j].tolist())], dtype=torch.float64)
+                total[:, i, j] += torch.tensor([math.exp(v) for v in log_softmax(logits[:, i, j].tolist())],
+                                               dtype=torch.float64)
     return (total / len(views)).permute(1, 2, 0).tolist()
 
 
@@ -152,7 +169,8 @@ def measured_slowly(model, scenes, **windows) -> dict:
 
 def assert_measured(found, wanted: dict, images: int) -> None:
     assert found.images == images and found.scores.pixels == wanted["pixels"]
-    assert found.loss == pytest.approx(wanted["loss"], rel=FLOAT32)             # a float32 logarithm of each probability
+    # a float32 logarithm of each probability
+    assert found.loss == pytest.approx(wanted["loss"], rel=FLOAT32)
     for name in ("miou_pct", "pixel_accuracy_pct"):
         assert getattr(found.scores, name) == pytest.approx(wanted[name], rel=EXACT)        # counts are exact
     assert list(found.scores.iou_pct) == pytest.approx(wanted["iou_pct"], rel=EXACT)
@@ -178,7 +196,8 @@ def test_scenes_of_different_sizes_are_measured_as_pixel_by_pixel(scenes, window
 
 def test_batches_of_several_images_are_measured_as_one_by_one():
     model, found = small(), batches((3, 2))
-    wanted = measured_slowly(model.double(), [(x[i:i + 1].double(), y[i:i + 1]) for x, y in found for i in range(len(x))])
+    wanted = measured_slowly(model.double(),
+                             [(x[i:i + 1].double(), y[i:i + 1]) for x, y in found for i in range(len(x))])
     assert_measured(evaluate_scenes(model, [(x.double(), y) for x, y in found], progress=False), wanted, 5)
 
 
@@ -192,7 +211,8 @@ def test_a_model_in_training_is_measured_without_dropout_and_left_in_training():
 def test_an_image_whose_pixels_are_all_ignored_changes_nothing_but_the_number_of_images():
     model, found = small(), batches((2,))
     more = [*found, (pictures(1), torch.full((1, 24, 40), 255))]
-    assert dataclasses.replace(evaluate_scenes(model, more, progress=False), images=2) == evaluate_scenes(model, found, progress=False)
+    assert dataclasses.replace(evaluate_scenes(model, more, progress=False),
+                               images=2) == evaluate_scenes(model, found, progress=False)
 
 
 @pytest.mark.parametrize("given", [[], [(pictures(1), torch.full((1, 24, 40), 255))]], ids=["no images", "all ignored"])
@@ -206,12 +226,14 @@ def test_a_probability_of_nothing_costs_much_but_is_finite():
     with torch.no_grad():
         model.decoder.head.bias[0] = 1e5
     found = evaluate_scenes(model, [(pictures(1), torch.ones(1, 24, 40, dtype=torch.int64))], progress=False)
-    assert found.loss == pytest.approx(-math.log(torch.finfo(torch.float32).tiny), rel=FLOAT32) and found.scores.iou_pct[1] == 0
+    assert found.loss == pytest.approx(-math.log(torch.finfo(torch.float32).tiny),
+                                       rel=FLOAT32) and found.scores.iou_pct[1] == 0
 
 
 def test_a_training_watches_the_mean_iou_of_a_segmenter_and_the_top1_of_a_classifier():
     model, found = small(), batches()
-    assert measured(model, found, progress=False) == ("miou_pct", evaluate_scenes(model, found, progress=False).scores.miou_pct)
+    assert measured(model, found,
+                    progress=False) == ("miou_pct", evaluate_scenes(model, found, progress=False).scores.miou_pct)
     classifier, x = tiny(), images(5)
     with torch.no_grad():
         said = classifier(x).argmax(1)

@@ -5,13 +5,13 @@ import math
 
 import pytest
 
-from vitlab.files import InputError
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import PROTECT, Match, MergeReconstruct, Select, SharedUpdate
-from vitlab.shape import ViTShape
+from vitlab.plan.rules import PROTECT, Match, MergeReconstruct, Select, SharedUpdate
+from vitlab.plan.shape import ViTShape
+from vitlab.runtime.files import InputError
 
-SHAPE = ViTShape(img_size=(48, 80), patch_size=(16, 16), embed_dim=33, depth=3, num_heads=3, head_dim=11, num_neurons=41,
-                 num_prefix_tokens=2, num_classes=7)
+SHAPE = ViTShape(img_size=(48, 80), patch_size=(16, 16), embed_dim=33, depth=3, num_heads=3, head_dim=11,
+                 num_neurons=41, num_prefix_tokens=2, num_classes=7)
 N = 15          # 48 / 16 * 80 / 16
 RULE = MergeReconstruct(regions=(0, 0, 1, -1, 2, 2, 2, 1, 0, 3, 3, 4, 4, 4, -1),
                         weights=(0.5, 0.5, 0.1, 0, 0.2, 0.3, 0.5, 0.9, 1 / 3, 1, 1, 1, 0.7, 0.25, 0), pruned=(3, 14))
@@ -70,7 +70,8 @@ def test_regions_with_a_gap_are_refused():
 
 def test_a_rule_for_another_number_of_patches_is_refused_by_block():
     with pytest.raises(InputError, match="block 1: tokens.regions has 2 entries.*15"):
-        CompressionPlan(shape=SHAPE, blocks=(BlockPlan(), BlockPlan(tokens=MergeReconstruct(regions=(0, 1), weights=(1, 1))),
+        CompressionPlan(shape=SHAPE,
+                        blocks=(BlockPlan(), BlockPlan(tokens=MergeReconstruct(regions=(0, 1), weights=(1, 1))),
                                              BlockPlan()))
 
 
@@ -79,7 +80,8 @@ def test_plan_fits_its_own_shape_and_one_with_another_classifier():
     PLAN.check_fits(dataclasses.replace(SHAPE, num_classes=0, num_classifiers=2, pool="avg"))
 
 
-@pytest.mark.parametrize("change", [{"embed_dim": 44}, {"depth": 4}, {"num_heads": 1}, {"head_dim": 13}, {"num_neurons": 40},
+@pytest.mark.parametrize("change",
+                         [{"embed_dim": 44}, {"depth": 4}, {"num_heads": 1}, {"head_dim": 13}, {"num_neurons": 40},
                                     {"num_prefix_tokens": 1}, {"img_size": (80, 48)}, {"patch_size": (8, 16)}],
                          ids=lambda c: next(iter(c)))
 def test_a_plan_for_another_model_is_refused_by_each_size_that_differs(change):
@@ -155,7 +157,8 @@ def test_a_selection_right_after_a_merge_is_refused_by_its_block():
                                           ((Select(kept=7), Select(kept=3), RULE), 2),
                                           ((None, Select(kept=13), RULE), 2)])
 def test_a_merge_after_a_selection_is_refused_by_its_block(rules, block):
-    with pytest.raises(InputError, match=f"^block {block}: tokens are merged by their place.*a block before has selected"):
+    with pytest.raises(InputError, match=f"^block {block}: tokens are merged by their place.*a block before has "
+                                         f"selected"):
         with_tokens(*rules)
 
 
@@ -230,7 +233,8 @@ SHARING = with_tokens(dataclasses.replace(SHARE, proportional=True, own=0.5), SH
 
 
 def test_plans_that_match_or_count_regions_come_back_from_json_and_file_equal(tmp_path):
-    for plan in (MATCHING, SHARING, with_tokens(RULE, None, Match(merged=7)), with_tokens(SHARE, Match(merged=7), Match(merged=4))):
+    for plan in (MATCHING, SHARING, with_tokens(RULE, None, Match(merged=7)),
+                 with_tokens(SHARE, Match(merged=7), Match(merged=4))):
         text = plan.to_json()
         found = CompressionPlan.from_json(json.loads(text))
         assert found == plan and found.to_json() == text
@@ -241,7 +245,8 @@ def test_plans_that_match_or_count_regions_come_back_from_json_and_file_equal(tm
     assert json.loads(MATCHING.to_json())["blocks"][1]["tokens"] == {"kind": "match", "merged": 0, "protect": 0.25}
 
 
-@pytest.mark.parametrize("plan, field, meant", [(MATCHING, "protect", PROTECT), (SHARING, "proportional", False), (SHARING, "own", 1.0)])
+@pytest.mark.parametrize("plan, field, meant",
+                         [(MATCHING, "protect", PROTECT), (SHARING, "proportional", False), (SHARING, "own", 1.0)])
 def test_what_a_file_does_not_say_is_the_default(plan, field, meant):
     data = json.loads(plan.to_json())
     del data["blocks"][0]["tokens"][field]
@@ -260,7 +265,8 @@ def test_a_rule_with_a_wrong_field_is_refused_by_block_and_field(plan, field, va
 
 
 def test_a_matching_with_an_unknown_or_missing_field_is_refused_by_block():
-    for change in (lambda rule: rule.pop("merged"), lambda rule: rule.update(keep=3), lambda rule: rule.update(kind="Match")):
+    for change in (lambda rule: rule.pop("merged"), lambda rule: rule.update(keep=3),
+                   lambda rule: rule.update(kind="Match")):
         data = json.loads(MATCHING.to_json())
         change(data["blocks"][2]["tokens"])
         with pytest.raises(InputError, match="block 2.*tokens.*(merged|keep|kind)"):
@@ -271,13 +277,17 @@ def test_tokens_are_fewer_by_those_merged_from_the_mlp_of_their_block_on():
     first, second, third = MATCHING.flows()
     assert [(f.attended, f.in_mlp, f.after) for f in (first, second, third)] == [(17, 12, 12), (12, 12, 12), (12, 8, 8)]
     assert MATCHING.tokens_per_block() == [17, 12, 12]
-    assert [(f.compared, f.pooled) for f in (first, second, third)] == [(8 * 7 + 17, 5 + 7), (0, 0), (5 * 5 + 12, 4 + 5)]
-    assert all(f.matched and not (f.merges or f.reconstructs or f.carried or f.ranked_by) for f in (first, second, third))
+    assert [(f.compared, f.pooled) for f in (first, second, third)] == [(8 * 7 + 17, 5 + 7), (0, 0),
+                                                                        (5 * 5 + 12, 4 + 5)]
+    assert all(f.matched and not (f.merges or f.reconstructs or f.carried or f.ranked_by)
+               for f in (first, second, third))
 
 
-@pytest.mark.parametrize("merged, block, limit, left", [((8, 0, 0), 0, 7, 15), ((7, 5, 0), 1, 4, 8), ((7, 4, 3), 2, 2, 4)])
+@pytest.mark.parametrize("merged, block, limit, left",
+                         [((8, 0, 0), 0, 7, 15), ((7, 5, 0), 1, 4, 8), ((7, 4, 3), 2, 2, 4)])
 def test_more_than_half_of_the_tokens_are_refused_by_block(merged, block, limit, left):
-    with pytest.raises(InputError, match=f"^block {block}: {merged[block]} tokens are merged; at most half of the {left} "):
+    with pytest.raises(InputError, match=f"^block {block}: {merged[block]} tokens are merged; at most half of the "
+                                         f"{left} "):
         with_tokens(*(Match(merged=m) for m in merged))
     with_tokens(*(Match(merged=limit if i == block else m) for i, m in enumerate(merged[:block + 1])),
                 *(Match(merged=0),) * (2 - block))
@@ -330,9 +340,11 @@ def test_a_file_says_a_span_only_where_there_is_one_and_none_is_one_block():
 def test_tokens_stay_merged_in_the_blocks_of_a_span_and_all_come_back_after_its_last():
     first, inside, last = with_tokens(dataclasses.replace(RULE, span=3), None, None).flows()
     for flow in (first, inside, last):
-        assert (flow.attended, flow.in_mlp, flow.carried) == (7, 7, 2) and not (flow.ranked_by or flow.matched or flow.compared)
+        assert (flow.attended, flow.in_mlp,
+                flow.carried) == (7, 7, 2) and not (flow.ranked_by or flow.matched or flow.compared)
     assert [flow.after for flow in (first, inside, last)] == [7, 7, 17]
-    assert [(flow.merges, flow.reconstructs) for flow in (first, inside, last)] == [(True, False), (False, False), (False, True)]
+    assert [(flow.merges, flow.reconstructs) for flow in (first, inside, last)] == [(True, False), (False, False),
+                                                                                    (False, True)]
     one, _, whole = with_tokens(SPAN, None, None).flows()
     assert (one.after, whole.attended, whole.carried, whole.merges, whole.reconstructs) == (7, 17, 0, False, False)
 
@@ -350,13 +362,18 @@ def test_a_span_that_is_no_number_of_blocks_is_refused(span):
 
 
 @pytest.mark.parametrize("rules, message", [
-    ((None, dataclasses.replace(RULE, span=3), None), "block 1: tokens stay merged for 3 blocks from here, but 2 are left; a span of"),
-    ((None, None, SPAN), "block 2: tokens stay merged for 2 blocks from here, but 1 is left; a span of at most 1 is needed"),
-    ((SPAN, RULE, None), "block 1: it stays merged in the span that begins in block 0, and can have no token rule of its own; null"),
-    ((dataclasses.replace(RULE, span=3), None, Select(kept=3)), "block 2: it stays merged in the span that begins in block 0"),
+    ((None, dataclasses.replace(RULE, span=3), None), "block 1: tokens stay merged for 3 blocks from here, but 2 are "
+                                                      "left; a span of"),
+    ((None, None, SPAN), "block 2: tokens stay merged for 2 blocks from here, but 1 is left; a span of at most 1 is "
+                         "needed"),
+    ((SPAN, RULE, None), "block 1: it stays merged in the span that begins in block 0, and can have no token rule of "
+                         "its own; null"),
+    ((dataclasses.replace(RULE, span=3), None, Select(kept=3)), "block 2: it stays merged in the span that begins in "
+                                                                "block 0"),
     ((SPAN, Match(merged=0), Match(merged=0)), "block 1: it stays merged in the span that begins in block 0"),
     ((SPAN, None, Select(kept=3)), "block 2: tokens are selected right after a block that merged"),
-], ids=["too long by one", "at the end", "a rule inside", "a selection in its last block", "matching inside", "selected right after"])
+], ids=["too long by one", "at the end", "a rule inside", "a selection in its last block", "matching inside",
+        "selected right after"])
 def test_a_span_that_does_not_fit_is_refused_by_block(rules, message):
     with pytest.raises(InputError, match=message):
         with_tokens(*rules)

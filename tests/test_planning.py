@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from vitlab import tokens
 from vitlab.criteria.planning import prune_and_merge
-from vitlab.files import InputError
-from vitlab.plan import CompressionPlan
-from vitlab.shape import ViTShape
+from vitlab.plan import CompressionPlan, tokens
+from vitlab.plan.shape import ViTShape
+from vitlab.runtime.files import InputError
 
-SHAPE = ViTShape(img_size=(80, 112), patch_size=(16, 16), embed_dim=33, depth=5, num_heads=3, head_dim=11, num_neurons=41)
+SHAPE = ViTShape(img_size=(80, 112), patch_size=(16, 16), embed_dim=33, depth=5, num_heads=3, head_dim=11,
+                 num_neurons=41)
 N, L = 35, 5        # 80 / 16 * 112 / 16 patches
 
 
@@ -38,7 +38,8 @@ def test_keep_rate_one_and_prune_rate_zero_give_the_plan_that_cuts_nothing(rule)
 @pytest.mark.parametrize("boundary", ["grid", "reference"])
 def test_rule_center_spends_one_budget_over_all_blocks(keep_rate, prune_rate, boundary):
     for seed in range(7):
-        plan = prune_and_merge(random_scores(seed), SHAPE, keep_rate=keep_rate, prune_rate=prune_rate, boundary=boundary)
+        plan = prune_and_merge(random_scores(seed), SHAPE, keep_rate=keep_rate, prune_rate=prune_rate,
+                               boundary=boundary)
         assert sum(centers_of(plan)) == int(keep_rate * N) * L      # scores differ, so thresholds are exact
         assert sum(pruned_of(plan)) == int(prune_rate * N) * L
 
@@ -56,7 +57,8 @@ def test_rule_merge_has_the_same_number_of_centers_and_pruned_patches_in_every_b
         n_keep = int(0.6 * N)
         for scores, block in zip(random_scores(seed), plan.blocks):
             best = set(scores.topk(n_keep).indices.tolist())       # decay and norm do not reorder a block
-            rows = [[j for j, r in enumerate(block.tokens.regions) if r == row] for row in range(block.tokens.num_merged)]
+            rows = [[j for j, r in enumerate(block.tokens.regions) if r == row]
+                    for row in range(block.tokens.num_merged)]
             assert sum(len(row) == 1 and row[0] in best for row in rows) == n_keep      # each center alone
             assert not any(best & set(row) for row in rows if len(row) > 1)
 
@@ -83,8 +85,10 @@ def test_counts_of_equal_blocks_do_not_collapse_with_depth(depth):
     for block in prune_and_merge(scores, shape, keep_rate=0.6).blocks:
         counts.append((block.tokens.num_merged, len(block.tokens.pruned)))
     kept, pruned = zip(*counts)
-    assert abs(sum(kept) / depth - 0.6 * 196) < 3 and abs(sum(pruned) / depth - 0.1 * 196) < 2     # the budget is one for all blocks
-    # Uniform scores: 60 % of them lie above 0.4 of the largest in the first block where none decays, and the last counts 0.725 of it.
+    # the budget is one for all blocks
+    assert abs(sum(kept) / depth - 0.6 * 196) < 3 and abs(sum(pruned) / depth - 0.1 * 196) < 2
+    # Uniform scores: 60 % of them lie above 0.4 of the largest in the first block where none decays, and the last
+    # counts 0.725 of it.
     assert kept[-1] > 0.4 * 196 and pruned[-1] < 0.2 * 196 and kept[0] < 0.75 * 196
 
 
@@ -100,7 +104,8 @@ def test_made_by_records_every_choice_and_survives_the_file(tmp_path):
 
 
 def test_plan_does_not_depend_on_the_scale_of_the_scores():
-    plan, scaled = (prune_and_merge(random_scores() * factor, SHAPE) for factor in (1.0, 1024.0))       # exact in float32
+    # exact in float32
+    plan, scaled = (prune_and_merge(random_scores() * factor, SHAPE) for factor in (1.0, 1024.0))
     assert [b.tokens.regions for b in plan.blocks] == [b.tokens.regions for b in scaled.blocks]
 
 
@@ -112,9 +117,10 @@ def test_scores_of_another_model_are_refused_by_their_shape(shape):
 
 
 @pytest.mark.parametrize("bad, named", [
-    ({"rule": "centre"}, "rule 'centre'"), ({"boundary": "line"}, "boundary 'line'"), ({"weights": "sum"}, "weights 'sum'"),
-    ({"keep_rate": 0}, "keep_rate"), ({"keep_rate": 1.1}, "keep_rate"), ({"keep_rate": 0.5 / N}, "keep_rate"),
-    ({"prune_rate": 1}, "prune_rate"), ({"prune_rate": -0.1}, "prune_rate"), ({"decay": 0.5}, "decay"), ({"decay": -1}, "decay"),
+    ({"rule": "centre"}, "rule 'centre'"), ({"boundary": "line"}, "boundary 'line'"),
+    ({"weights": "sum"}, "weights 'sum'"), ({"keep_rate": 0}, "keep_rate"), ({"keep_rate": 1.1}, "keep_rate"),
+    ({"keep_rate": 0.5 / N}, "keep_rate"), ({"prune_rate": 1}, "prune_rate"), ({"prune_rate": -0.1}, "prune_rate"),
+    ({"decay": 0.5}, "decay"), ({"decay": -1}, "decay"),
 ], ids=lambda v: str(v)[:24])
 def test_values_out_of_range_are_refused_by_name(bad, named):
     with pytest.raises(InputError, match=named):
@@ -160,21 +166,26 @@ def test_a_span_merges_by_the_mean_of_its_blocks_normalised_scores_with_threshol
                 assert {group[0] for group in groups if best & set(group)} == best
             for group in groups:
                 total = sum(mean[j] for j in group)                             # weights "score": shares that sum to 1
-                assert [made.weights[j] for j in group] == pytest.approx([mean[j] / total for j in group], rel=1e-5)    # float32 means
+                # float32 means
+                assert [made.weights[j] for j in group] == pytest.approx([mean[j] / total for j in group], rel=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{}, {"boundary": "reference", "weights": "reference"}, {"weights": "uniform"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"boundary": "reference", "weights": "reference"}, {"weights": "uniform"}],
+                         ids=str)
 @pytest.mark.parametrize("prune_rate", [0.0, 0.1, 0.4])
 def test_a_span_of_one_block_equals_the_per_block_form(settings, prune_rate):
-    # Rule merge has a budget in each block; so has rule center where there is one block. The mean of one row is that row, bit by bit.
+    # Rule merge has a budget in each block; so has rule center where there is one block. The mean of one row is that
+    # row, bit by bit.
     merge = {k: v for k, v in settings.items() if k != "boundary"}
     each = prune_and_merge(random_scores(), SHAPE, rule="merge", keep_rate=0.6, prune_rate=prune_rate, **merge)
-    spans = prune_and_merge(random_scores(), SHAPE, rule="merge", spans=[(i, i, 0.6) for i in range(L)], prune_rate=prune_rate, **merge)
+    spans = prune_and_merge(random_scores(), SHAPE, rule="merge", spans=[(i, i, 0.6) for i in range(L)],
+                            prune_rate=prune_rate, **merge)
     assert spans.blocks == each.blocks and each.blocks[0].tokens is not None
     one = dataclasses.replace(SHAPE, depth=1)
     for scores in random_scores():
         each = prune_and_merge(scores[None], one, keep_rate=0.6, prune_rate=prune_rate, **settings)
-        assert prune_and_merge(scores[None], one, spans=[(0, 0, 0.6)], prune_rate=prune_rate, **settings).blocks == each.blocks
+        assert prune_and_merge(scores[None], one, spans=[(0, 0, 0.6)], prune_rate=prune_rate,
+                               **settings).blocks == each.blocks
 
 
 def test_spans_that_keep_every_patch_give_the_plan_that_cuts_nothing():
@@ -186,18 +197,20 @@ def test_spans_that_keep_every_patch_give_the_plan_that_cuts_nothing():
 
 def test_made_by_records_spans_in_the_place_of_the_keep_rate_and_survives_the_file(tmp_path):
     plan = prune_and_merge(random_scores(), SHAPE, spans=[(0, 1, 0.7), (3, 4, 0.4)])
-    assert plan.made_by == {"method": "prune_and_merge", "rule": "center", "spans": [[0, 1, 0.7], [3, 4, 0.4]], "prune_rate": 0.1,
-                            "boundary": "grid", "weights": "score", "decay": 0.025 * 11 / 4}
+    assert plan.made_by == {"method": "prune_and_merge", "rule": "center", "spans": [[0, 1, 0.7], [3, 4, 0.4]],
+                            "prune_rate": 0.1, "boundary": "grid", "weights": "score", "decay": 0.025 * 11 / 4}
     plan.save(tmp_path / "plan.json")
     assert CompressionPlan.load(tmp_path / "plan.json") == plan
     assert prune_and_merge(random_scores(), SHAPE, **{k: v for k, v in plan.made_by.items() if k != "method"}) == plan
 
 
 @pytest.mark.parametrize("spans, message", [
-    ([], "no span is given"), ([(0, 1)], r"span \(0, 1\) is not \(first block, last block, keep rate\)"), ([3], "span 3 is not"),
-    ([(0.0, 1, 0.5)], "span .* is not"), ([(0, True, 0.5)], "span .* is not"), ([(0, 1, "0.5")], "span .* is not"),
-    ([(0, 1, None)], "span .* is not"), ([(-1, 1, 0.5)], "span -1-1: its blocks must lie from 0 to 4"),
-    ([(0, 5, 0.5)], "span 0-5: its blocks must lie from 0 to 4"), ([(2, 1, 0.5)], "span 2-1: .* the first not after the last"),
+    ([], "no span is given"), ([(0, 1)], r"span \(0, 1\) is not \(first block, last block, keep rate\)"),
+    ([3], "span 3 is not"), ([(0.0, 1, 0.5)], "span .* is not"), ([(0, True, 0.5)], "span .* is not"),
+    ([(0, 1, "0.5")], "span .* is not"), ([(0, 1, None)], "span .* is not"), ([(-1, 1, 0.5)], "span -1-1: its blocks "
+                                                                                              "must lie from 0 to 4"),
+    ([(0, 5, 0.5)], "span 0-5: its blocks must lie from 0 to 4"), ([(2, 1, 0.5)], "span 2-1: .* the first not after "
+                                                                                  "the last"),
     ([(0, 2, 0.5), (2, 3, 0.5)], "span 2-3 begins before the one that ends with block 2 is over"),
     ([(3, 4, 0.5), (0, 1, 0.5)], "span 0-1 begins before the one that ends with block 4 is over; spans must ascend"),
     ([(0, 1, 0.5), (3, 4, 1.1)], r"span 3-4: keep_rate is 1.1; with 35 patches it must lie in \[0.02857, 1\]"),

@@ -5,16 +5,25 @@ import numpy as np
 import pytest
 import torch
 
-from vitlab.files import InputError
+from vitlab.measure.capture import token_places
 from vitlab.models import compress, deploy, shape_of
 from vitlab.models.held import Merged
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.plots import accuracy_against_cost, kept_counts, matched_map, merge_map, save_figure, score_maps, to_image, training_curves
+from vitlab.plan.rules import Match, MergeReconstruct
+from vitlab.plan.shape import ViTShape
+from vitlab.plots import (
+    accuracy_against_cost,
+    kept_counts,
+    matched_map,
+    merge_map,
+    save_figure,
+    score_maps,
+    to_image,
+    training_curves,
+)
 from vitlab.plots.tokens import region_means, through_matrices
-from vitlab.results import ResultRow
-from vitlab.rules import Match, MergeReconstruct
-from vitlab.shape import ViTShape
-from vitlab.training.capture import token_places
+from vitlab.runtime.files import InputError
+from vitlab.runtime.results import ResultRow
 
 matplotlib.use("agg")
 SHAPE = ViTShape(img_size=(20, 30), patch_size=(10, 10), embed_dim=8, depth=2, num_heads=2, head_dim=4, num_neurons=16)
@@ -36,7 +45,8 @@ def patches(values: list[float]) -> np.ndarray:
 
 def test_region_means_and_reconstruction_are_the_matrices_own():
     means, back = through_matrices(patches([.1, .3, .2, .9, .4, .6]), RULE, SHAPE)
-    expected = patches([.2, .2, .4, .9, .4, .4])            # means of patches 0, 1 and of 2, 4, 5; 3 is pruned and stays
+    # means of patches 0, 1 and of 2, 4, 5; 3 is pruned and stays
+    expected = patches([.2, .2, .4, .9, .4, .4])
     np.testing.assert_allclose(means, expected, atol=1e-12)
     np.testing.assert_allclose(back, expected, atol=1e-12)  # uniform weights: what comes back is the mean
 
@@ -45,14 +55,17 @@ def test_region_means_are_of_all_pixels_of_a_region_wherever_it_lies():
     noisy = np.random.default_rng(0).random((20, 30, 3))
     shown = region_means(noisy, torch.tensor([1, 0, -1, -1, 0, 1]), SHAPE)
     cells = [noisy[10 * (j // 3):, 10 * (j % 3):][:10, :10].reshape(-1, 3) for j in range(6)]
-    expected = [np.concatenate([cells[i] for i in same]).mean(axis=0) for same in ((0, 5), (1, 4), (2,), (3,), (1, 4), (0, 5))]
+    expected = [np.concatenate([cells[i] for i in same]).mean(axis=0)
+                for same in ((0, 5), (1, 4), (2,), (3,), (1, 4), (0, 5))]
     for j, colour in enumerate(expected):
-        np.testing.assert_allclose(shown[10 * (j // 3):, 10 * (j % 3):][:10, :10], np.broadcast_to(colour, (10, 10, 3)), atol=1e-12)
+        np.testing.assert_allclose(shown[10 * (j // 3):, 10 * (j % 3):][:10, :10], np.broadcast_to(colour, (10, 10, 3)),
+                                   atol=1e-12)
 
 
 def test_matched_map_has_a_row_an_image_and_each_token_one_colour_and_border():
     images = [patches([.1, .3, .2, .9, .4, .6]), patches([.8, .2, .2, .2, .2, .2])]
-    places = {3: torch.tensor([[0, 0, 1, 2, 3, 1], [0, 1, 1, 1, 2, 3]]), 5: torch.tensor([[0, 0, 0, 1, 1, 0], [0, 1, 1, 1, 1, 1]])}
+    places = {3: torch.tensor([[0, 0, 1, 2, 3, 1], [0, 1, 1, 1, 2, 3]]),
+              5: torch.tensor([[0, 0, 0, 1, 1, 0], [0, 1, 1, 1, 1, 1]])}
     figure = matched_map(images, places, SHAPE)
     assert [axis.get_title() for axis in figure.axes] == ["image", "block 3: 4 tokens", "block 5: 2 tokens", "", "", ""]
     first, second, third, fourth = (figure.axes[i] for i in (1, 2, 4, 5))
@@ -112,9 +125,11 @@ def test_score_maps_scale_each_block_to_its_largest():
 
 
 def test_accuracy_against_cost_has_a_named_point_per_row():
-    rows = [ResultRow(model="a", top1_pct=70, gmacs=1.0, throughput_img_s=10.0, ratio=1.0), ResultRow(model="b", top1_pct=60, gmacs=.5)]
+    rows = [ResultRow(model="a", top1_pct=70, gmacs=1.0, throughput_img_s=10.0, ratio=1.0),
+            ResultRow(model="b", top1_pct=60, gmacs=.5)]
     figure = accuracy_against_cost(rows)
-    assert [(line.get_label(), *line.get_xdata(), *line.get_ydata()) for line in figure.axes[0].lines] == [("a", 1, 70), ("b", .5, 60)]
+    assert [(line.get_label(), *line.get_xdata(), *line.get_ydata())
+            for line in figure.axes[0].lines] == [("a", 1, 70), ("b", .5, 60)]
     assert len(figure.axes[1].lines) == 1
 
 
@@ -146,5 +161,6 @@ def test_save_figure_writes_every_format_with_the_caption(tmp_path):
     figure = kept_counts({"a": PLAN})
     save_figure(figure, tmp_path, "03_kept", "seed 0", formats=("png", "svg", "pdf"))
     assert {p.suffix for p in tmp_path.iterdir()} == {".png", ".svg", ".pdf"}
-    assert (tmp_path / "03_kept.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "03_kept.svg").stat().st_size > 1000
+    assert (tmp_path / "03_kept.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "03_kept.svg").stat(
+        ).st_size > 1000
     assert "seed 0" in [t.get_text() for t in figure.texts]

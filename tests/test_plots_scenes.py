@@ -1,4 +1,5 @@
-"""Figures of scenes: colours that can be told apart, maps against slow loops, and the numbers read back from the axes."""
+"""Figures of scenes: colours that can be told apart, maps against slow loops, and the numbers read back from the
+axes."""
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,8 +9,9 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from vitlab.data import layouts
-from vitlab.files import InputError
 from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.plan.rules import Match, MergeReconstruct, Select, SharedUpdate
+from vitlab.plan.shape import ViTShape
 from vitlab.plots import (
     accuracy_against_cost,
     class_colours,
@@ -26,9 +28,8 @@ from vitlab.plots import (
 )
 from vitlab.plots.colours import GREY, IGNORE, lab, linear, seen
 from vitlab.plots.scenes import GAINED, LOST, OUTCOMES, RIGHT, WRONG
-from vitlab.results import ResultRow
-from vitlab.rules import Match, MergeReconstruct, Select, SharedUpdate
-from vitlab.shape import ViTShape
+from vitlab.runtime.files import InputError
+from vitlab.runtime.results import ResultRow
 
 matplotlib.use("agg")
 SHAPE = ViTShape(img_size=(20, 30), patch_size=(10, 10), embed_dim=8, depth=3, num_heads=2, head_dim=4, num_neurons=16)
@@ -84,10 +85,13 @@ def test_the_two_simulated_visions_keep_greys_and_blues_apart_from_yellow_but_ma
     assert apart[0][2] < apart[0][0] / 3 and (apart[1][1:] > apart[1][0] / 2).all()
 
 
-# In CIELAB; a just noticeable difference is about 2.3. The sizes of the embedded scenes and CamVid, Cityscapes, PASCAL Context, ADE20K.
-@pytest.mark.parametrize("count, normal, colour_blind", [(2, 50, 50), (11, 30, 14), (19, 25, 9), (60, 15, 2.3), (150, 10, 1.5)])
+# In CIELAB; a just noticeable difference is about 2.3. The sizes of the embedded scenes and CamVid, Cityscapes, PASCAL
+# Context, ADE20K.
+@pytest.mark.parametrize("count, normal, colour_blind",
+                         [(2, 50, 50), (11, 30, 14), (19, 25, 9), (60, 15, 2.3), (150, 10, 1.5)])
 def test_colours_of_classes_are_apart_from_each_other_and_from_ignored_pixels(count, normal, colour_blind):
-    for view, least in zip(seen(np.concatenate([class_colours(count), [[GREY] * 3]])), (normal, colour_blind, colour_blind)):
+    for view, least in zip(seen(np.concatenate([class_colours(count), [[GREY] * 3]])),
+                           (normal, colour_blind, colour_blind)):
         assert min(np.linalg.norm(view[i] - view[j]) for i in range(count + 1) for j in range(i)) > least
 
 
@@ -119,7 +123,8 @@ def test_an_overlay_is_between_the_image_and_the_mask():
     image, mask, colours = picture(7, 11), masks(1)[0], class_colours(4)
     np.testing.assert_array_equal(overlaid(image, mask, colours, 0.0), image)
     np.testing.assert_array_equal(overlaid(image, mask, colours, 1.0), coloured(mask, colours))
-    np.testing.assert_allclose(overlaid(image, mask, colours, 0.25), 0.75 * image + 0.25 * coloured(mask, colours), atol=1e-12)
+    np.testing.assert_allclose(overlaid(image, mask, colours, 0.25), 0.75 * image + 0.25 * coloured(mask, colours),
+                               atol=1e-12)
 
 
 def test_masks_and_overlays_that_do_not_fit_are_refused():
@@ -150,7 +155,8 @@ def test_outcomes_and_their_colours_are_those_of_slow_loops():
     truth, before, after = masks(3, classes=3)
     truth[::2, ::3] = 255
     expected = slow_outcomes(truth, before, after)
-    assert outcomes(truth, before, after, 3).tolist() == expected and {RIGHT, WRONG, LOST, GAINED} < set(np.unique(expected).tolist())
+    assert outcomes(truth, before, after,
+                    3).tolist() == expected and {RIGHT, WRONG, LOST, GAINED} < set(np.unique(expected).tolist())
     drawn = difference(truth, before, after, 3)
     for y, row in enumerate(expected):
         for x, what in enumerate(row):
@@ -171,11 +177,13 @@ def test_outcomes_of_masks_that_do_not_fit_are_refused():
 
 
 def test_predictions_have_a_row_an_image_with_every_mask_and_its_shares():
-    truths, dense, small, images = masks(2), masks(2, seed=1), masks(2, seed=2), [picture(7, 11), picture(7, 11, seed=1)]
+    truths, dense, small, images = masks(2), masks(2, seed=1), masks(2, seed=2), [picture(7, 11),
+                                                                                  picture(7, 11, seed=1)]
     truths[1][:3] = 255
     figure = predictions(images, truths, {"dense": dense, "small": small}, CLASSES, opacity=0.5)
     colours, rows = class_colours(4), np.array(figure.axes).reshape(2, 5)
-    assert [axis.get_title().replace("\n", " ") for axis in rows[0]] == ["image", "truth", "dense", "small", "small against dense"]
+    assert [axis.get_title().replace("\n", " ") for axis in rows[0]] == ["image", "truth", "dense", "small",
+                                                                         "small against dense"]
     for row, image, truth, before, after in zip(rows, images, truths, dense, small):
         grey = image.mean(axis=2)[..., None].repeat(3, 2)
         for axis, wanted in zip(row, (image, *(overlaid(grey, mask, colours, 0.5) for mask in (truth, before, after)),
@@ -191,9 +199,11 @@ def test_predictions_have_a_row_an_image_with_every_mask_and_its_shares():
 def test_the_legend_has_the_classes_that_occur_in_their_colours_and_no_others():
     truth, mask = np.array([[0, 0, 255]]), np.array([[0, 3, 3]])
     figure = predictions([picture(1, 3)], [truth], {"dense": [mask]}, CLASSES)
-    legend, = figure.legends                                                    # one model: no differences, no legend of them
+    # one model: no differences, no legend of them
+    legend, = figure.legends
     assert legends(figure) == [["sky", "car", "ignored"]] and len(figure.axes) == 3
-    assert [square.get_facecolor()[:3] for square in legend.get_patches()] == [*map(tuple, class_colours(4)[[0, 3]]), (GREY,) * 3]
+    assert [square.get_facecolor()[:3] for square in legend.get_patches()] == [*map(tuple, class_colours(4)[[0, 3]]),
+                                                                               (GREY,) * 3]
 
 
 def test_of_three_models_each_difference_stands_below_its_prediction():
@@ -215,12 +225,15 @@ def test_an_image_without_a_pixel_that_counts_has_no_share():
 
 @pytest.mark.parametrize("change, said", [
     ({"images": []}, "0 images and 1 models"), ({"predicted": {}}, "1 images and 0 models"),
-    ({"predicted": {"small": masks(2)}}, "small: 2 masks for 1 images"), ({"truths": masks(3)}, "truth: 3 masks for 1 images"),
+    ({"predicted": {"small": masks(2)}}, "small: 2 masks for 1 images"), ({"truths": masks(3)}, "truth: 3 masks for 1 "
+                                                                                                "images"),
     ({"predicted": {"small": masks(1, width=10)}}, r"small, image 0: \(7, 10\), its truth \(7, 11\)"),
-    ({"predicted": {"small": masks(1, classes=40)}}, "small, image 0: holds class"), ({"predicted": {"truth": masks(1)}}, "another name"),
-    ({"images": [picture(11, 7)]}, r"the image is \(11, 7, 3\)"), ({"opacity": 2}, "opacity is 2")])
+    ({"predicted": {"small": masks(1, classes=40)}}, "small, image 0: holds class"),
+    ({"predicted": {"truth": masks(1)}}, "another name"), ({"images": [picture(11, 7)]}, r"the image is \(11, 7, 3\)"),
+    ({"opacity": 2}, "opacity is 2")])
 def test_predictions_that_do_not_fit_are_refused(change, said):
-    given = {"images": [picture(7, 11)], "truths": masks(1), "predicted": {"small": masks(1)}, "classes": CLASSES, **change}
+    given = {"images": [picture(7, 11)], "truths": masks(1), "predicted": {"small": masks(1)}, "classes": CLASSES,
+             **change}
     with pytest.raises(InputError, match=said):
         predictions(**given)
 
@@ -231,13 +244,15 @@ def test_regions_over_a_scene_are_those_of_rules_by_place_and_of_given_places():
     image = picture(20, 30)
     figure = scene_regions(image, PLAN, [0, 1, 2])
     above, below = np.array(figure.axes).reshape(2, 3)
-    assert [axis.get_title() for axis in above] == [f"block {i}: 6 patches in {n} tokens" for i, n in enumerate((2, 6, 3))]
+    assert [axis.get_title() for axis in above] == [f"block {i}: 6 patches in {n} tokens" for i,
+                                                    n in enumerate((2, 6, 3))]
     # Grids 0 0 1 / -1 1 1, 0 1 2 / 3 4 5 and 0 1 1 / 0 2 2: neighbours that differ.
     assert [len(axis.collections[0].get_segments()) for axis in above] == [4, 7, 4]
     cells = [image[10 * (j // 3):, 10 * (j % 3):][:10, :10].reshape(-1, 3).mean(axis=0) for j in range(6)]
     for axis, regions in zip(below, (MERGE.regions, range(6), SHARE.regions)):
         for j in range(6):
-            mean = cells[j] if regions[j] < 0 else np.mean([cells[i] for i in range(6) if regions[i] == regions[j]], axis=0)
+            mean = cells[j] if regions[j] < 0 else np.mean([cells[i] for i in range(6) if regions[i] == regions[j]],
+                                                           axis=0)
             np.testing.assert_allclose(shown(axis)[10 * (j // 3) + 5, 10 * (j % 3) + 5], mean, atol=1e-12)
     changed = (shown(above[0]) != image).any(axis=2)
     assert changed[10:, :10].all() and changed.sum() == 100                     # patch 3 is pruned
@@ -245,7 +260,8 @@ def test_regions_over_a_scene_are_those_of_rules_by_place_and_of_given_places():
 
 
 def test_merging_by_content_is_shown_by_the_places_of_the_image():
-    plan = CompressionPlan(shape=SHAPE, blocks=(BlockPlan(), BlockPlan(tokens=Match(merged=2)), BlockPlan(tokens=Match(merged=0))))
+    plan = CompressionPlan(shape=SHAPE,
+                           blocks=(BlockPlan(), BlockPlan(tokens=Match(merged=2)), BlockPlan(tokens=Match(merged=0))))
     places = {1: torch.tensor([0, 0, 1, 2, 3, 1]), 2: np.array([0, 0, 0, 1, 1, 0])}
     figure = scene_regions(picture(20, 30), plan, [0, 1, 2], places)
     assert [len(axis.collections[0].get_segments()) for axis in figure.axes[:3]] == [7, 5, 3]
@@ -271,11 +287,14 @@ def test_a_scene_smaller_than_the_models_images_is_shown_at_its_own_size_and_con
     assert above.get_xlim() == (-0.5, 22.5) and above.get_ylim() == (16.5, -0.5) and shown(below).shape == (17, 23, 3)
     last = [image[min(y, 16), min(x, 22)] for y in range(10, 20) for x in range(20, 30)]
     np.testing.assert_allclose(shown(below)[16, 22], np.mean(last, axis=0), atol=1e-12)
-    assert len(scene_regions(image, PLAN, [0, 1, 2, 0, 1]).axes) == 12           # three columns of pairs, and one pair to spare
+    # three columns of pairs, and one pair to spare
+    assert len(scene_regions(image, PLAN, [0, 1, 2, 0, 1]).axes) == 12
 
 
-@pytest.mark.parametrize("size, blocks, said", [((21, 30), [0], "image is 21 x 30, the model's 20 x 30"), ((20, 30), [], "no block"),
-                                                ((20, 30), [3], "block 3 is not there"), ((20, 30), [-1], "block -1 is not there")])
+@pytest.mark.parametrize("size, blocks, said",
+                         [((21, 30), [0], "image is 21 x 30, the model's 20 x 30"), ((20, 30), [], "no block"),
+                                                ((20, 30), [3], "block 3 is not there"),
+                          ((20, 30), [-1], "block -1 is not there")])
 def test_regions_that_are_not_there_are_refused(size, blocks, said):
     with pytest.raises(InputError, match=said):
         scene_regions(picture(*size), PLAN, blocks)
@@ -316,7 +335,8 @@ def test_bars_are_the_ious_of_the_classes_and_what_has_none_is_left_out_and_said
 
 def test_classes_are_sorted_by_the_ious_of_the_model_named():
     given = {"dense": [20, 90, 40, 60], "small": [10, 5, float("nan"), 7]}
-    names = {by: [tick.get_text() for tick in class_iou_bars(given, CLASSES, by=by).axes[0].get_xticklabels()] for by in ("dense", "small")}
+    names = {by: [tick.get_text() for tick in class_iou_bars(given, CLASSES, by=by).axes[0].get_xticklabels()]
+             for by in ("dense", "small")}
     assert names == {"dense": ["road", "car", "tree", "sky"], "small": ["sky", "car", "road", "tree"]}
     dense, small = bars(class_iou_bars(given, CLASSES, by="dense").axes[0]).values()
     assert dense == [90, 60, 40, 20]
@@ -333,7 +353,8 @@ def test_no_class_name_touches_another_and_every_class_has_its_bar(count):
     for axis in figure.axes:
         ticks = axis.get_xticklabels()
         step = (axis.transData.transform([(1, 0)]) - axis.transData.transform([(0, 0)]))[0, 0]
-        assert step > 1.05 * ticks[0].get_fontsize() * figure.dpi / 72          # a turned line of text is as wide as its font is high
+        # a turned line of text is as wide as its font is high
+        assert step > 1.05 * ticks[0].get_fontsize() * figure.dpi / 72
     assert figure.get_size_inches()[0] < 10
 
 
@@ -356,7 +377,10 @@ def test_cost_by_part_stacks_each_parts_macs_and_shares_with_attention_at_the_bo
                          (right, [(10, 100 * 160 / 520), (30, 100 * 120 / 520), (60, 100 * 240 / 520)])):
         assert list(bars(axis)) == ["attention", "qkv", "decoder"]
         np.testing.assert_allclose(list(bars(axis).values()), wanted)
-    assert [bar.get_y() for bar in left.containers[0]] == [0, 0] and [bar.get_y() for bar in left.containers[2]] == pytest.approx([.4, 2.8])
+    assert [bar.get_y()
+            for bar in left.containers[0]] == [0,
+                                               0] and [bar.get_y()
+                                                       for bar in left.containers[2]] == pytest.approx([.4, 2.8])
     assert left.get_ylabel() == "GMACs per image" and [text.get_text() for text in left.texts] == ["1", "5.2"]
     assert [text.get_text() for text in right.texts] == ["10%", "31%"]
     colours = [container[0].get_facecolor() for container in left.containers]
@@ -365,10 +389,12 @@ def test_cost_by_part_stacks_each_parts_macs_and_shares_with_attention_at_the_bo
 
 def test_more_parts_than_the_palette_has_colours_still_differ():
     axis = cost_by_part({"one": {f"part {i}": 1 + i for i in range(13)}}).axes[0]
-    assert len({to_rgb(container[0].get_facecolor()) for container in axis.containers}) == 13 and axis.get_ylabel() == "10^6 MACs per image"
+    assert len({to_rgb(container[0].get_facecolor())
+                for container in axis.containers}) == 13 and axis.get_ylabel() == "10^6 MACs per image"
 
 
-@pytest.mark.parametrize("given, said", [({}, "no bar"), ({"a": {"mlp": 0}}, "a: MACs"), ({"a": {"mlp": 3, "qkv": -1}}, "a: MACs")])
+@pytest.mark.parametrize("given, said",
+                         [({}, "no bar"), ({"a": {"mlp": 0}}, "a: MACs"), ({"a": {"mlp": 3, "qkv": -1}}, "a: MACs")])
 def test_costs_that_can_not_be_are_refused(given, said):
     with pytest.raises(InputError, match=said):
         cost_by_part(given)
@@ -377,7 +403,8 @@ def test_costs_that_can_not_be_are_refused(given, said):
 def test_another_rate_is_set_against_costs_by_its_name():
     rows = [ResultRow(model="a", top1_pct=70, top5_pct=90, gmacs=1.0), ResultRow(model="b", top1_pct=60, gmacs=.5)]
     axis, = accuracy_against_cost(rows, "top5_pct").axes
-    assert [(*line.get_xdata(), *line.get_ydata()) for line in axis.lines] == [(1, 90)] and axis.get_ylabel() == "top-5 (%)"
+    assert [(*line.get_xdata(), *line.get_ydata())
+            for line in axis.lines] == [(1, 90)] and axis.get_ylabel() == "top-5 (%)"
     with pytest.raises(InputError, match="'gmacs' is not known"):
         accuracy_against_cost(rows, "gmacs")
 
@@ -387,9 +414,11 @@ def test_a_caption_goes_below_the_legends_and_moves_none(tmp_path):
     for name, caption in (("plain", ""), ("captioned", "seed 0, keep rate 0.7")):
         figure = predictions(images, given, {"dense": given, "small": given}, list("abcde"))
         save_figure(figure, tmp_path, name, caption)
-    plain, captioned = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")) < 250 for name in ("plain", "captioned"))
+    plain, captioned = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")) < 250
+                        for name in ("plain", "captioned"))
     before, after = (np.split(rows, np.flatnonzero(np.diff(rows) > 3) + 1) for rows in (
-        each.any(axis=1).nonzero()[0] for each in (plain, captioned)))         # runs of rows with ink, from above; the caption's is last
+        # runs of rows with ink, from above; the caption's is last
+        each.any(axis=1).nonzero()[0] for each in (plain, captioned)))
     assert len(after) == len(before) + 1 and after[-1][0] > after[-2][-1]
 
 

@@ -1,12 +1,13 @@
-"""Figures of a search: what is drawn is read back from the axes; the front against a slow oracle from its definition."""
+"""Figures of a search: what is drawn is read back from the axes; the front against a slow oracle from its
+definition."""
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 
-from vitlab.files import InputError
 from vitlab.plots import acquisition, front, gp_slices, incumbents, parallel_coordinates, pareto, sensitivity_curves
+from vitlab.runtime.files import InputError
 
 matplotlib.use("agg")
 
@@ -55,8 +56,10 @@ def test_gp_slices_draw_mean_band_and_incumbent_of_each_dimension():
     for index, axis in enumerate(figure.axes):
         mean, place, dot = axis.lines
         assert list(mean.get_ydata()) == list(MEANS[index]) and list(mean.get_xdata()) == [0, .5, 1]
-        assert set(place.get_xdata()) == {[.1, .2, .3][index]} == set(dot.get_xdata()) and list(dot.get_ydata()) == [4.5]
-        assert band(axis) == {x: (m - 2 * d, m + 2 * d) for x, m, d in zip(GRIDS[index], MEANS[index], DEVIATIONS[index])}
+        assert set(place.get_xdata()) == {[.1, .2,
+                                           .3][index]} == set(dot.get_xdata()) and list(dot.get_ydata()) == [4.5]
+        assert band(axis) == {x: (m - 2 * d, m + 2 * d) for x, m,
+                              d in zip(GRIDS[index], MEANS[index], DEVIATIONS[index])}
     first, second, third = (axis.lines[0].get_color() for axis in figure.axes)
     assert first == second != third
     assert len({axis.get_ylim() for axis in figure.axes}) == 1 and figure.axes[0].get_ylim()[1] > MEANS.max() + 3
@@ -75,7 +78,8 @@ def test_gp_slices_give_every_dimension_an_axis_and_every_column_its_ticks(dims)
 
 
 def test_gp_slices_of_unlike_ranges_label_every_axis():
-    figure = gp_slices(NAMES * 3, np.concatenate([GRIDS, 2 * GRIDS, GRIDS]), np.zeros((9, 3)), np.ones((9, 3)), np.zeros(9), 0., "v")
+    figure = gp_slices(NAMES * 3, np.concatenate([GRIDS, 2 * GRIDS, GRIDS]), np.zeros((9, 3)), np.ones((9, 3)),
+                       np.zeros(9), 0., "v")
     assert all(axis.xaxis.get_tick_params()["labelbottom"] for axis in figure.axes[:9])
 
 
@@ -123,12 +127,14 @@ def test_parallel_coordinates_part_and_name_the_groups():
     names = [f"neurons {i}" for i in range(12)] + [f"heads_{i}" for i in range(12)] + ["tokens"]
     axis = parallel_coordinates(names, np.random.default_rng(0).random((5, 25)), range(5), "v").axes[0]
     assert [line.get_xdata()[0] for line in axis.lines[1:]] == [11.5, 23.5]
-    assert [(t.get_text(), t.get_position()[0]) for t in axis.texts] == [("neurons", 5.5), ("heads", 17.5), ("tokens", 24)]
+    assert [(t.get_text(), t.get_position()[0]) for t in axis.texts] == [("neurons", 5.5), ("heads", 17.5),
+                                                                         ("tokens", 24)]
     assert [t.get_text() for t in axis.get_xticklabels()] == [str(i) for i in range(12)] * 2 + [""]
 
 
 @pytest.mark.parametrize("names", [[f"neurons {i}" for i in range(24)] + ["tokens rate", "block first", "heads all"],
-                                   [f"{g} {i}" for g in ("neurons", "heads", "tokens") for i in range(12)] + ["temperature"]])
+                                   [f"{g} {i}" for g in ("neurons", "heads", "tokens") for i in range(12)]
+                                   + ["temperature"]])
 def test_parallel_coordinates_labels_do_not_overlap(names):
     figure = parallel_coordinates(names, np.random.default_rng(0).random((5, len(names))), range(5), "v")
     figure.canvas.draw()
@@ -189,7 +195,8 @@ def cuts(*dimensions: str) -> list[dict]:
 
 
 def test_sensitivity_curves_draw_a_line_per_dimension_from_nothing_cut_in_its_groups_axis():
-    figure = sensitivity_curves(cuts("neurons 0", "neurons 3", "heads 3", "tokens"), loss_label="KL (nats)", saved_label="GMACs saved")
+    figure = sensitivity_curves(cuts("neurons 0", "neurons 3", "heads 3", "tokens"), loss_label="KL (nats)",
+                                saved_label="GMACs saved")
     assert [axis.get_title() for axis in figure.axes[:3]] == ["neurons", "heads", "tokens"]
     lines = {line.get_label(): line for axis in figure.axes[:3] for line in axis.lines}
     assert set(lines) == {"neurons 0", "neurons 3", "heads 3", "tokens"}
@@ -202,10 +209,12 @@ def test_sensitivity_curves_draw_a_line_per_dimension_from_nothing_cut_in_its_gr
 
 def test_sensitivity_curves_of_groups_far_apart_are_logarithmic_above_the_gentlest_groups_largest_loss():
     rows = cuts("neurons 0", "tokens")
-    near, far = (sensitivity_curves([{**row, "loss": row["loss"] * (times if row["dimension"] == "tokens" else 1)} for row in rows],
+    near, far = (sensitivity_curves([{**row, "loss": row["loss"] * (times if row["dimension"] == "tokens" else 1)}
+                                     for row in rows],
                                     loss_label="KL", saved_label="GMACs") for times in (1, 100))
     assert [axis.get_yscale() for axis in near.axes[:2]] == ["linear"] * 2 and near.axes[0].get_ylabel() == "KL"
-    assert [axis.get_yscale() for axis in far.axes[:2]] == ["symlog"] * 2 and far.axes[0].get_ylabel() == "KL, logarithmic above 0.16"
+    assert [axis.get_yscale()
+            for axis in far.axes[:2]] == ["symlog"] * 2 and far.axes[0].get_ylabel() == "KL, logarithmic above 0.16"
     assert far.axes[0].get_ylim() == far.axes[1].get_ylim() and far.axes[0].get_ylim()[1] > 32
 
 

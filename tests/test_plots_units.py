@@ -1,4 +1,5 @@
-"""Figures of heads and neurons: what is drawn is read back from the axes; rollout against slow loops from the paper's formula."""
+"""Figures of heads and neurons: what is drawn is read back from the axes; rollout against slow loops from the paper's
+formula."""
 import dataclasses
 
 import matplotlib
@@ -7,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from vitlab.files import InputError
 from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.plan.rules import MergeReconstruct
+from vitlab.plan.shape import ViTShape
 from vitlab.plots import head_rollouts, plan_bars, redundancy_matrices, rollout, sensitivity, unit_scores
-from vitlab.rules import MergeReconstruct
-from vitlab.shape import ViTShape
+from vitlab.runtime.files import InputError
 
 matplotlib.use("agg")
 SHAPE = ViTShape(img_size=(20, 30), patch_size=(10, 10), embed_dim=12, depth=2, num_heads=3, head_dim=4, num_neurons=5)
@@ -29,7 +30,8 @@ def close():
 
 def attention(depth: int, heads: int, count: int, seed: int = 0) -> torch.Tensor:
     """(L, H, N, N), rows sum to 1, far from uniform."""
-    return torch.softmax(3 * torch.randn(depth, heads, count, count, generator=torch.Generator().manual_seed(seed)).double(), dim=-1)
+    return torch.softmax(3 * torch.randn(depth, heads, count, count,
+                                         generator=torch.Generator().manual_seed(seed)).double(), dim=-1)
 
 
 def test_unit_scores_colour_each_block_in_its_own_range_with_neurons_sorted():
@@ -65,7 +67,8 @@ def test_sensitivity_draws_a_line_per_criterion_which_looks_alike_on_all_axes():
     drops = {"neurons": {"hsic": [.1, .2, .3], "weight": [.4, .5, .6]}, "heads": {"weight": [1., 2, 3]}}
     figure = sensitivity(drops, label="points per GMAC")
     assert [axis.get_title() for axis in figure.axes] == ["neurons", "heads"]
-    lines = [{line.get_label(): line for line in axis.lines[1:]} for axis in figure.axes]          # the first is the zero line
+    # the first is the zero line
+    lines = [{line.get_label(): line for line in axis.lines[1:]} for axis in figure.axes]
     assert {name: list(line.get_ydata()) for name, line in lines[0].items()} == drops["neurons"]
     assert list(lines[1]) == ["weight"] and list(lines[1]["weight"].get_xdata()) == [0, 1, 2]
     assert (lines[0]["weight"].get_marker(), lines[0]["weight"].get_color()) == (lines[1]["weight"].get_marker(),
@@ -100,7 +103,8 @@ def slow_rollout(maps: np.ndarray, prefix: int, kept: list[list[int]]) -> list[f
             continue
         following = [0.] * count
         for i in range(count):
-            entries = [sum(maps[block, h, i, j] for h in kept[block]) / len(kept[block]) + (1. if i == j else 0.) for j in range(count)]
+            entries = [sum(maps[block, h, i, j] for h in kept[block]) / len(kept[block]) + (1. if i == j else 0.)
+                       for j in range(count)]
             for j in range(count):
                 following[j] += row[i] * entries[j] / sum(entries)
         row = following
@@ -119,7 +123,8 @@ def test_rollout_of_all_heads_is_the_default_and_a_whole_row_sums_to_one():
     assert torch.equal(rollout(maps, 1), rollout(maps, 1, [[0, 1]] * 3))
     # Of one block the class token keeps half of what it gives itself besides the identity's half.
     assert rollout(maps[:1], 1).sum().item() == pytest.approx(.5 * (1 - maps[0, :, 0, 0].mean().item()), rel=1e-10)
-    assert rollout(maps, 0, average=True).sum().item() == pytest.approx(1, rel=1e-10)    # no prefix token: patches are the whole row
+    # no prefix token: patches are the whole row
+    assert rollout(maps, 0, average=True).sum().item() == pytest.approx(1, rel=1e-10)
 
 
 def test_rollout_without_any_head_takes_nothing_from_the_patches():
@@ -143,12 +148,14 @@ def test_head_rollouts_show_kept_heads_then_cut_heads_over_the_picture():
         expected = np.array(slow_rollout(maps.numpy(), 1, heads)).reshape(2, 3)
         expected = (expected - expected.min()) / (expected.max() - expected.min())
         np.testing.assert_allclose(axis.images[1].get_array(), expected, atol=1e-10)
-        assert axis.images[1].get_extent() == [-.5, 59.5, 39.5, -.5]        # twice img_size: the map covers the whole picture
+        # twice img_size: the map covers the whole picture
+        assert axis.images[1].get_extent() == [-.5, 59.5, 39.5, -.5]
     assert left.get_ylabel() == "cat"
 
 
 def test_head_rollouts_say_where_no_head_is_cut():
-    figure = head_rollouts({"cat": np.zeros((20, 30, 3))}, {"cat": attention(2, 3, 7)}, CompressionPlan.empty(SHAPE), SHAPE)
+    figure = head_rollouts({"cat": np.zeros((20, 30, 3))}, {"cat": attention(2, 3, 7)}, CompressionPlan.empty(SHAPE),
+                           SHAPE)
     assert not figure.axes[2].images and [text.get_text() for text in figure.axes[2].texts] == ["no head is cut"]
 
 
@@ -173,11 +180,14 @@ def test_plan_bars_are_percent_of_the_dense_model_side_by_side():
     dense, cut = zip(*(axis.containers for axis in axes))
     assert [[bar.get_height() for bar in bars] for bars in dense] == [[100, 100]] * 3
     # 1 of 3 heads, 2 of 5 neurons, 1 prefix + 2 merged of 7 tokens
-    np.testing.assert_allclose([[bar.get_height() for bar in bars] for bars in cut], [[100 / 3, 100], [40, 100], [300 / 7, 100]])
+    np.testing.assert_allclose([[bar.get_height() for bar in bars] for bars in cut],
+                               [[100 / 3, 100], [40, 100], [300 / 7, 100]])
     for first, second, block in zip(dense[0], cut[0], (0, 1)):
-        assert first.get_x() + first.get_width() == pytest.approx(second.get_x()) == block          # they touch on the tick
+        # they touch on the tick
+        assert first.get_x() + first.get_width() == pytest.approx(second.get_x()) == block
     axis = plan_bars({"a": PLAN, "b": PLAN, "c": PLAN}).axes[0]
-    assert [bar.get_x() + bar.get_width() / 2 for bar in axis.containers[1]] == pytest.approx([0, 1])   # the middle one on the tick
+    # the middle one on the tick
+    assert [bar.get_x() + bar.get_width() / 2 for bar in axis.containers[1]] == pytest.approx([0, 1])
 
 
 @pytest.mark.parametrize("depth,heads,neurons", [(2, 3, 128), (24, 16, 4096)])
@@ -185,6 +195,7 @@ def test_unit_figures_are_as_wide_as_a_notebook_at_every_size(depth, heads, neur
     rng = np.random.default_rng(0)
     for figure in (unit_scores(rng.random((depth, heads)), rng.random((depth, neurons))),
                    redundancy_matrices(rng.random((depth, heads, heads)), range(depth)),
-                   sensitivity({"heads": {"hsic": rng.random(depth)}, "neurons": {"hsic": rng.random(depth)}}, label="points")):
+                   sensitivity({"heads": {"hsic": rng.random(depth)}, "neurons": {"hsic": rng.random(depth)}},
+                               label="points")):
         figure.canvas.draw()
         assert figure.get_size_inches()[0] < 10

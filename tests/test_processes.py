@@ -1,4 +1,5 @@
-"""Commands as processes of their own: they outlive who started them, and what became of them is known to whoever comes later."""
+"""Commands as processes of their own: they outlive who started them, and what became of them is known to whoever comes
+later."""
 import contextlib
 import json
 import os
@@ -13,11 +14,10 @@ import psutil
 import pytest
 from training_fixtures import tiny, write_easy_folder
 
-from vitlab.files import InputError, read_json
-from vitlab.models import shape_of
+from vitlab.models import checkpoint, shape_of
 from vitlab.plan import CompressionPlan
-from vitlab.signals import EXIT_CODE
-from vitlab.training import checkpoint
+from vitlab.runtime.files import InputError, read_json
+from vitlab.runtime.signals import EXIT_CODE
 from vitlab.workbench import processes
 from vitlab.workbench.processes import INFO, OUTPUT, resume, start, state, stop
 
@@ -45,8 +45,8 @@ def training(tmp_path, run) -> list[str]:
     """A command that goes on training until it is ended."""
     checkpoint.save(tmp_path / "dense", tiny(), CompressionPlan.empty(shape_of(tiny())))
     write_easy_folder(tmp_path / "data")
-    return ["finetune", "--checkpoint", str(tmp_path / "dense"), "--data", str(tmp_path / "data"), "--recipe", "digits", *ENDLESS,
-            "--workers", "0", "--device", "cpu", "--out", str(run)]
+    return ["finetune", "--checkpoint", str(tmp_path / "dense"), "--data", str(tmp_path / "data"), "--recipe", "digits",
+            *ENDLESS, "--workers", "0", "--device", "cpu", "--out", str(run)]
 
 
 def epochs(run: Path) -> list[int]:
@@ -62,13 +62,15 @@ def test_a_process_runs_then_is_finished_with_the_exit_code_and_output_of_its_co
     start(["evaluate", "--checkpoint", "no-such-model", "--data", "digits"], run)
     until(lambda: state(run).name != "running")
     assert (state(run).name, state(run).exit_code) == ("finished", 2)
-    assert "no-such-model" in (run / OUTPUT).read_text() and "deit_tiny_pm" in (run / OUTPUT).read_text()      # appended
+    # appended
+    assert "no-such-model" in (run / OUTPUT).read_text() and "deit_tiny_pm" in (run / OUTPUT).read_text()
 
 
 def test_a_process_outlives_the_death_of_its_parent_and_its_state_is_read_from_the_folder_alone(run, training):
     kernel = ("import sys, time; from vitlab.workbench.processes import start; start(sys.argv[2:], sys.argv[1]); "
               "print('started', flush=True); time.sleep(600)")
-    parent = subprocess.Popen([sys.executable, "-c", kernel, str(run), *training], stdout=subprocess.PIPE, start_new_session=True)
+    parent = subprocess.Popen([sys.executable, "-c", kernel, str(run), *training], stdout=subprocess.PIPE,
+                              start_new_session=True)
     parent.stdout.readline()
     os.killpg(parent.pid, signal.SIGKILL)               # the kernel with all that is in its group
     parent.communicate()
@@ -126,7 +128,7 @@ def test_a_second_start_is_refused_while_one_is_running_and_leaves_it_alone(run,
 
 
 def test_a_command_that_ignores_the_request_to_stop_is_killed_after_the_grace_time(run, monkeypatch):
-    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(600)"
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(600)"  # noqa: E501
     (run / "vitlab").mkdir(parents=True)
     (run / "sitecustomize.py").write_text(f"import sys\nif 'vitlab' in sys.orig_argv:\n    {stubborn}\n")
     monkeypatch.setenv("PYTHONPATH", str(run))          # the command, not the runner, never hears of it
@@ -161,7 +163,8 @@ def test_a_command_killed_by_another_has_died_by_that_signal(run, training):
 def test_another_process_that_was_given_the_number_is_not_taken_for_the_run_nor_ended(run):
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     try:
-        record = {"arguments": ["recipes"], "folder": str(run.parent), "pid": other.pid, "started": "2026-01-01 00:00:00"}
+        record = {"arguments": ["recipes"], "folder": str(run.parent), "pid": other.pid,
+                  "started": "2026-01-01 00:00:00"}
         run.mkdir()
         (run / INFO).write_text(json.dumps(record | {"created": psutil.Process(other.pid).create_time() - 60}))
         assert state(run).name == "died"
@@ -177,8 +180,8 @@ def test_another_process_that_was_given_the_number_is_not_taken_for_the_run_nor_
 
 def test_relative_paths_begin_where_the_run_was_first_started(run, training, monkeypatch, tmp_path):
     (tmp_path / "project").mkdir()
-    start(["score", "--checkpoint", "../dense", "--data", "../data", "--criterion", "class_attention", "--images", "4", "--workers", "0",
-           "--out", "scores.safetensors"], run, folder=tmp_path / "project")
+    start(["score", "--checkpoint", "../dense", "--data", "../data", "--criterion", "class_attention", "--images", "4",
+           "--workers", "0", "--out", "scores.safetensors"], run, folder=tmp_path / "project")
     until(lambda: state(run).name != "running")
     assert (tmp_path / "project" / "scores.safetensors").exists(), (run / OUTPUT).read_text()
     (tmp_path / "project" / "scores.safetensors").unlink()
@@ -189,13 +192,15 @@ def test_relative_paths_begin_where_the_run_was_first_started(run, training, mon
 
 def test_a_runner_whose_starter_died_before_writing_it_down_starts_nothing(run):
     run.mkdir()
-    done = subprocess.run([sys.executable, "-m", "vitlab.workbench.processes", str(run)], stdin=subprocess.DEVNULL, capture_output=True)
+    done = subprocess.run([sys.executable, "-m", "vitlab.workbench.processes", str(run)], stdin=subprocess.DEVNULL,
+                          capture_output=True)
     assert done.returncode == 0 and not done.stdout and not done.stderr and not list(run.iterdir())
 
 
 @pytest.mark.parametrize(("content", "says"), [
     (None, "process.json: no such file"), ("{", "process.json: not valid JSON"), ("[]", "no record of a process"),
-    ('{"arguments": ["recipes"], "folder": "/", "pid": "12", "created": 1.5, "started": ""}', "pid is missing or no int"),
+    ('{"arguments": ["recipes"], "folder": "/", "pid": "12", "created": 1.5, "started": ""}', "pid is missing or no "
+                                                                                              "int"),
 ])
 def test_a_missing_or_damaged_record_is_an_error_that_names_it(run, content, says):
     run.mkdir()
@@ -213,7 +218,8 @@ def test_no_command_is_refused(run):
 
 
 def test_several_processes_run_under_torchrun_and_all_of_them_end_when_asked(run, training):
-    """Torchrun puts what it starts into groups of its own: they are found, asked to stop in time for a state, and none is left."""
+    """Torchrun puts what it starts into groups of its own: they are found, asked to stop in time for a state, and none
+    is left."""
     arguments = [*training[:-2], "--save-steps", "1000000", *training[-2:]]
     assert start(arguments, run, processes=2).processes == 2
     until(lambda: epochs(run))

@@ -6,11 +6,12 @@ import pytest
 import torch
 from training_fixtures import compressed, full_plan, images, logits, one_thread, tiny  # noqa: F401
 
-from vitlab.files import InputError
 from vitlab.models import compress
-from vitlab.training.published import load_published, save_published
+from vitlab.models.published import load_published, save_published
+from vitlab.runtime.files import InputError
 
-# The regions of rule `merge` for 16 patches by hand: patches 1 and 2 are a run that is pruned as a whole, 6 a run of one
+# The regions of rule `merge` for 16 patches by hand: patches 1 and 2 are a run that is pruned as a whole, 6 a run of
+# one
 # that is pruned, and 9 to 11 a run with one pruned: merge rows of zeros for the first two (A4).
 HAND_PRUNED = (1, 2, 6, 10)
 HAND_ROWS = [[0], [1, 2], [3], [4], [5], [6], [7], [8], [9, 10, 11], [12], [13, 14, 15]]
@@ -44,7 +45,8 @@ def by_hand(model) -> dict:
         state[f"blocks.{i}.attn.token_mask"] = rule.token_mask.clone()
         state[f"blocks.{i}.attn.bias"] = torch.full((channels[-1],), 7.0)       # unused in the forward, whatever it is
     return {"model": state, "channels": channels, "epoch": 29, "args": argparse.Namespace(keep_rate=0.6, lr=1e-4),
-            "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-4}]}, "scaler": {"scale": 1.0}}
+            "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-4}]},
+            "scaler": {"scale": 1.0}}
 
 
 def write(path: Path, content: dict) -> Path:
@@ -67,20 +69,23 @@ def hand_made_rule() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def slow_forward(content: dict, x: torch.Tensor) -> torch.Tensor:
     """Logits by the published equations on a dense timm model, y = recover @ Block(merge @ x) + (1 - mask) * x (A6)."""
     state = dict(content["model"])
-    extra = {k: state.pop(k) for k in list(state) if k.split(".")[-1] in ("merge_matrix", "recover_matrix", "token_mask")
+    extra = {k: state.pop(k) for k in list(state)
+             if k.split(".")[-1] in ("merge_matrix", "recover_matrix", "token_mask")
              or k.endswith("attn.bias")}
     dense = tiny(seed=9)
     dense.load_state_dict(state)
     with torch.inference_mode():
         tokens = dense.norm_pre(dense._pos_embed(dense.patch_embed(x)))
         for i, block in enumerate(dense.blocks):
-            merge, recover, mask = (extra[f"blocks.{i}.attn.{k}"] for k in ("merge_matrix", "recover_matrix", "token_mask"))
+            merge, recover, mask = (extra[f"blocks.{i}.attn.{k}"]
+                                    for k in ("merge_matrix", "recover_matrix", "token_mask"))
             tokens = recover @ block(merge @ tokens) + (1 - mask)[:, None] * tokens
         return dense.forward_head(dense.norm(tokens))
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=1e-6)         # the same float32 products in the same order, logits about 1
+    # the same float32 products in the same order, logits about 1
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("rule", ["center", "merge"])
@@ -103,7 +108,8 @@ def test_a_written_file_has_the_published_keys_and_nothing_that_needs_code(tmp_p
     content = torch.load(tmp_path / "pm.pth", weights_only=True)
     wanted = by_hand(model)
     assert content["channels"] == wanted["channels"]
-    assert {k: tuple(v.shape) for k, v in content["model"].items()} == {k: tuple(v.shape) for k, v in wanted["model"].items()}
+    assert {k: tuple(v.shape) for k,
+            v in content["model"].items()} == {k: tuple(v.shape) for k, v in wanted["model"].items()}
 
 
 def test_an_untrained_file_reads_back_as_the_very_same_plan(tmp_path):
@@ -151,7 +157,8 @@ def test_a_mask_of_any_shape_that_has_one_entry_a_token_is_taken(tmp_path):
     model, _ = trained()
     content = by_hand(model)
     for i in range(2):
-        content["model"][f"blocks.{i}.attn.token_mask"] = content["model"][f"blocks.{i}.attn.token_mask"].reshape(1, -1, 1)
+        content["model"][f"blocks.{i}.attn.token_mask"] = content["model"][f"blocks.{i}.attn.token_mask"].reshape(1, -1,
+                                                                                                                  1)
     found, _ = load_published(write(tmp_path / "pm.pth", content), tiny(seed=9))
     close(logits(found), logits(model))
 
@@ -171,7 +178,8 @@ def test_a_missing_matrix_is_refused_naming_file_and_key(tmp_path, name):
     refused(tmp_path, content, f"blocks.1.attn.{name}")
 
 
-@pytest.mark.parametrize("name, shape", [("merge_matrix", (5, 16)), ("recover_matrix", (17, 3)), ("recover_matrix", (4, 17)),
+@pytest.mark.parametrize("name, shape",
+                         [("merge_matrix", (5, 16)), ("recover_matrix", (17, 3)), ("recover_matrix", (4, 17)),
                                          ("token_mask", (16,)), ("merge_matrix", (17,)), ("merge_matrix", ())])
 def test_a_matrix_of_another_shape_is_refused_naming_file_and_key(tmp_path, name, shape):
     content = by_hand(trained()[0])

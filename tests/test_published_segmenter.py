@@ -1,4 +1,5 @@
-"""Published Segmenter checkpoints: small files in the published layout, written here key by key, against the formula on raw tensors."""
+"""Published Segmenter checkpoints: small files in the published layout, written here key by key, against the formula on
+raw tensors."""
 import argparse
 import math
 from pathlib import Path
@@ -8,24 +9,26 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from vitlab.files import InputError
 from vitlab.models import deploy, shape_of
+from vitlab.models.checkpoint import load, save
+from vitlab.models.published import load_segmenter
 from vitlab.plan import CompressionPlan
-from vitlab.training.checkpoint import load, save
-from vitlab.training.published import load_segmenter
+from vitlab.runtime.files import InputError
 from vitlab.workbench.steps import open_model
 
 HEIGHT, WIDTH, PATCH, DIM, HEADS, DEPTH, CLASSES = 32, 48, 16, 128, 4, 3, 5
 DECODER_HEADS = 2                                                       # DIM // 64, whatever the encoder's
-NET = {"backbone": "vit_tiny_patch16_384", "image_size": (HEIGHT, WIDTH), "patch_size": PATCH, "d_model": DIM, "n_heads": HEADS,
-       "n_layers": DEPTH, "normalization": "vit", "distilled": False, "dropout": 0.0, "drop_path_rate": 0.1, "n_cls": CLASSES,
+NET = {"backbone": "vit_tiny_patch16_384", "image_size": (HEIGHT, WIDTH), "patch_size": PATCH, "d_model": DIM,
+       "n_heads": HEADS, "n_layers": DEPTH, "normalization": "vit", "distilled": False, "dropout": 0.0,
+       "drop_path_rate": 0.1, "n_cls": CLASSES,
        "decoder": {"name": "mask_transformer", "n_layers": 2, "dropout": 0.1, "drop_path_rate": 0.0}}
 
 
 def block_shapes() -> dict[str, tuple[int, ...]]:
-    return {"norm1.weight": (DIM,), "norm1.bias": (DIM,), "norm2.weight": (DIM,), "norm2.bias": (DIM,), "attn.qkv.weight": (3 * DIM, DIM),
-            "attn.qkv.bias": (3 * DIM,), "attn.proj.weight": (DIM, DIM), "attn.proj.bias": (DIM,), "mlp.fc1.weight": (4 * DIM, DIM),
-            "mlp.fc1.bias": (4 * DIM,), "mlp.fc2.weight": (DIM, 4 * DIM), "mlp.fc2.bias": (DIM,)}
+    return {"norm1.weight": (DIM,), "norm1.bias": (DIM,), "norm2.weight": (DIM,), "norm2.bias": (DIM,),
+            "attn.qkv.weight": (3 * DIM, DIM), "attn.qkv.bias": (3 * DIM,), "attn.proj.weight": (DIM, DIM),
+            "attn.proj.bias": (DIM,), "mlp.fc1.weight": (4 * DIM, DIM), "mlp.fc1.bias": (4 * DIM,),
+            "mlp.fc2.weight": (DIM, 4 * DIM), "mlp.fc2.bias": (DIM,)}
 
 
 def shapes(distilled: bool, linear: bool) -> dict[str, tuple[int, ...]]:
@@ -36,12 +39,15 @@ def shapes(distilled: bool, linear: bool) -> dict[str, tuple[int, ...]]:
              "encoder.norm.bias": (DIM,), "encoder.head.weight": (1000, DIM), "encoder.head.bias": (1000,)}
     found |= {f"encoder.blocks.{i}.{name}": shape for i in range(DEPTH) for name, shape in block_shapes().items()}
     if distilled:
-        found |= {"encoder.dist_token": (1, 1, DIM), "encoder.head_dist.weight": (1000, DIM), "encoder.head_dist.bias": (1000,)}
+        found |= {"encoder.dist_token": (1, 1, DIM), "encoder.head_dist.weight": (1000, DIM),
+                  "encoder.head_dist.bias": (1000,)}
     if linear:
         return found | {"decoder.head.weight": (CLASSES, DIM), "decoder.head.bias": (CLASSES,)}
-    found |= {"decoder.cls_emb": (1, CLASSES, DIM), "decoder.proj_patch": (DIM, DIM), "decoder.proj_classes": (DIM, DIM),
-              "decoder.proj_dec.weight": (DIM, DIM), "decoder.proj_dec.bias": (DIM,), "decoder.decoder_norm.weight": (DIM,),
-              "decoder.decoder_norm.bias": (DIM,), "decoder.mask_norm.weight": (CLASSES,), "decoder.mask_norm.bias": (CLASSES,)}
+    found |= {"decoder.cls_emb": (1, CLASSES, DIM), "decoder.proj_patch": (DIM, DIM),
+              "decoder.proj_classes": (DIM, DIM), "decoder.proj_dec.weight": (DIM, DIM),
+              "decoder.proj_dec.bias": (DIM,), "decoder.decoder_norm.weight": (DIM,),
+              "decoder.decoder_norm.bias": (DIM,), "decoder.mask_norm.weight": (CLASSES,),
+              "decoder.mask_norm.bias": (CLASSES,)}
     return found | {f"decoder.blocks.{i}.{name}": shape for i in range(2) for name, shape in block_shapes().items()}
 
 
@@ -57,14 +63,16 @@ def content(distilled: bool = False, linear: bool = False, seed: int = 0) -> dic
             state[name] *= 0.02
     schedule = {"base_lrs": [1e-3], "last_epoch": 9, "_last_lr": [5e-4], "iter_max": 100, "power": 0.9, "min_lr": 1e-5}
     return {"model": state, "n_cls": CLASSES, "epoch": 63, "lr_scheduler": schedule, "loss_scaler": {"scale": 65536.0},
-            "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]}}
+            "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(3)}},
+                          "param_groups": [{"lr": 1e-3, "params": [0]}]}}
 
 
 def write(folder: Path, saved: dict, net: dict | None = None) -> Path:
     """checkpoint.pth and variant.yml, the latter as yaml.dump writes it: a tuple is tagged as Python's."""
     folder.mkdir(exist_ok=True)
     torch.save(saved, folder / "checkpoint.pth")
-    variant = {"amp": False, "log_dir": "seg_tiny_mask", "world_batch_size": 8, "net_kwargs": NET if net is None else net,
+    variant = {"amp": False, "log_dir": "seg_tiny_mask", "world_batch_size": 8,
+               "net_kwargs": NET if net is None else net,
                "inference_kwargs": {"im_size": 512, "window_size": 512, "window_stride": 512}}
     (folder / "variant.yml").write_text(yaml.dump(variant))
     return folder / "checkpoint.pth"
@@ -82,16 +90,19 @@ def slow_forward(state: dict, images: torch.Tensor, distilled: bool, linear: boo
         return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
 
     def block(x, name, heads):
-        q, k, v = dense(norm(x, f"{name}.norm1"), f"{name}.attn.qkv").unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = dense(norm(x, f"{name}.norm1"),
+                        f"{name}.attn.qkv").unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = (q @ k.transpose(2, 3) / math.sqrt(DIM // heads)).softmax(3) @ v
         x = x + dense(mixed.transpose(1, 2).flatten(2), f"{name}.attn.proj")
         return x + dense(F.gelu(dense(norm(x, f"{name}.norm2"), f"{name}.mlp.fc1")), f"{name}.mlp.fc2")
-    patches = F.conv2d(images, state["encoder.patch_embed.proj.weight"], state["encoder.patch_embed.proj.bias"], stride=PATCH)
+    patches = F.conv2d(images, state["encoder.patch_embed.proj.weight"], state["encoder.patch_embed.proj.bias"],
+                       stride=PATCH)
     extra = ["encoder.cls_token", "encoder.dist_token"][:1 + distilled]
     x = torch.cat([*(state[name].expand(len(images), -1, -1) for name in extra), patches.flatten(2).transpose(1, 2)], 1)
     x = x + state["encoder.pos_embed"]
     for i in range(DEPTH):
-        merge, recover, mask = (state.get(f"encoder.blocks.{i}.attn.{name}") for name in ("merge_matrix", "recover_matrix", "token_mask"))
+        merge, recover, mask = (state.get(f"encoder.blocks.{i}.attn.{name}")
+                                for name in ("merge_matrix", "recover_matrix", "token_mask"))
         if merge is None:
             x = block(x, f"encoder.blocks.{i}", HEADS)
         else:
@@ -138,18 +149,24 @@ def test_the_rates_of_the_decoder_are_the_files_and_a_plain_list_is_a_size(tmp_p
     net = {**NET, "image_size": [HEIGHT, WIDTH], "decoder": decoder}
     del net["distilled"]                                                # vit_large_patch16_384 has none
     model, _ = load_segmenter(write(tmp_path / "seg", content(), net))
-    assert [b.mlp.drop1.p for b in model.decoder.blocks] == [0.25, 0.25] and model.decoder.blocks[1].drop_path1.drop_prob == 0.5
+    assert [b.mlp.drop1.p for b in model.decoder.blocks] == [0.25,
+                                                             0.25] and model.decoder.blocks[
+                                                                 1].drop_path1.drop_prob == 0.5
 
 
 def merging(blocks: tuple[int, ...], rows: int = 4) -> dict:
-    """A published state dict with trained matrices, (rows, 7) of 7 tokens, in some blocks of the encoder; patch 3 skips them."""
+    """A published state dict with trained matrices, (rows, 7) of 7 tokens, in some blocks of the encoder; patch 3 skips
+    them."""
     saved, generator = content(), torch.Generator().manual_seed(3)
     for i in blocks:
         mask = torch.ones(7)
         mask[4] = 0
         saved["model"] |= {f"encoder.blocks.{i}.attn.merge_matrix": torch.rand(rows, 7, generator=generator) * mask,
-                           f"encoder.blocks.{i}.attn.recover_matrix": torch.rand(7, rows, generator=generator) / rows * mask[:, None],
-                           f"encoder.blocks.{i}.attn.token_mask": mask, f"encoder.blocks.{i}.attn.bias": torch.zeros(rows)}
+                           f"encoder.blocks.{i}.attn.recover_matrix": torch.rand(7, rows,
+                                                                                 generator=generator) / rows * mask[:,
+                                                                                                                    None],
+                           f"encoder.blocks.{i}.attn.token_mask": mask,
+                           f"encoder.blocks.{i}.attn.bias": torch.zeros(rows)}
     return saved
 
 
@@ -193,10 +210,13 @@ def refused(path: Path, says: str, where: str = "checkpoint.pth") -> None:
 @pytest.mark.parametrize("change, says", [
     (lambda s: s.pop("encoder.blocks.1.mlp.fc1.weight"), "missing keys encoder.blocks.1.mlp.fc1.weight"),
     (lambda s: s.pop("decoder.cls_emb"), "missing keys decoder.cls_emb"),
-    (lambda s: s.update({"encoder.blocks.0.attn.merge_matrix": torch.ones(3, 7)}), "encoder.blocks.0.attn.recover_matrix is missing"),
+    (lambda s: s.update({"encoder.blocks.0.attn.merge_matrix": torch.ones(3, 7)}),
+     "encoder.blocks.0.attn.recover_matrix is missing"),
     (lambda s: s.update({"encoder.blocks.0.attn.scale": torch.ones(1)}), "unknown keys encoder.blocks.0.attn.scale"),
-    (lambda s: s.update({"decoder.cls_emb": torch.ones(1, 6, DIM)}), r"decoder.cls_emb is \(1, 6, 128\), the model's is \(1, 5, 128\)"),
-    (lambda s: s.update({"encoder.blocks.3.norm1.weight": torch.ones(DIM)}), "4 blocks in the encoder; .*variant.yml says 3"),
+    (lambda s: s.update({"decoder.cls_emb": torch.ones(1, 6, DIM)}), r"decoder.cls_emb is \(1, 6, 128\), the model's "
+                                                                     r"is \(1, 5, 128\)"),
+    (lambda s: s.update({"encoder.blocks.3.norm1.weight": torch.ones(DIM)}), "4 blocks in the encoder; .*variant.yml "
+                                                                             "says 3"),
     (lambda s: s.update({"decoder.cls_emb": 3}), "'decoder.cls_emb' is not a tensor"),
 ], ids=["encoder", "decoder", "matrix", "unknown", "shape", "depth", "kind"])
 def test_weights_that_do_not_fit_are_refused_by_file_and_key(tmp_path, change, says):
@@ -216,11 +236,14 @@ def test_sizes_of_the_variant_that_are_not_the_weights_are_refused_by_key(tmp_pa
 @pytest.mark.parametrize("change, says", [
     ({"d_model": None}, r"net_kwargs.d_model is None"), ({"n_layers": -3}, "net_kwargs.n_layers is -3"),
     ({"patch_size": True}, "net_kwargs.patch_size is True"), ({"image_size": 512}, "net_kwargs.image_size is 512"),
-    ({"d_model": 2**60}, "net_kwargs.d_model is 1152921504606846976"), ({"d_model": 2**14}, "a model of [0-9,]+ parameters"),
-    ({"n_layers": 1000}, None), ({"n_cls": 10**9}, "net_kwargs.n_cls"), ({"normalization": "clip"}, "net_kwargs.normalization is 'clip'"),
-    ({"decoder": {"name": "deeplab_dec"}}, "net_kwargs.decoder.name is 'deeplab_dec'"), ({"decoder": None}, "net_kwargs.decoder is None"),
-    ({"decoder": {"name": "mask_transformer"}}, "net_kwargs.decoder.n_layers is None"), ({"n_heads": 3}, "timm could not build it"),
-    ({"decoder": {"name": ["linear"]}}, "net_kwargs.decoder.name is"),
+    ({"d_model": 2**60}, "net_kwargs.d_model is 1152921504606846976"), ({"d_model": 2**14}, "a model of [0-9,]+ "
+                                                                                            "parameters"),
+    ({"n_layers": 1000}, None), ({"n_cls": 10**9}, "net_kwargs.n_cls"),
+    ({"normalization": "clip"}, "net_kwargs.normalization is 'clip'"),
+    ({"decoder": {"name": "deeplab_dec"}}, "net_kwargs.decoder.name is 'deeplab_dec'"),
+    ({"decoder": None}, "net_kwargs.decoder is None"),
+    ({"decoder": {"name": "mask_transformer"}}, "net_kwargs.decoder.n_layers is None"),
+    ({"n_heads": 3}, "timm could not build it"), ({"decoder": {"name": ["linear"]}}, "net_kwargs.decoder.name is"),
 ])
 def test_a_variant_that_asks_for_no_segmenter_is_refused_by_its_key(tmp_path, change, says):
     path = write(tmp_path / "seg", content(), {**NET, **change})
@@ -253,7 +276,8 @@ class Writes:
 
 def test_a_pickle_that_would_write_a_file_writes_none(tmp_path):
     target = tmp_path / "written"
-    refused(write(tmp_path / "seg", {**content(), "optimizer": Writes(target)}), "holds more than weights.*nothing of it was run")
+    refused(write(tmp_path / "seg", {**content(), "optimizer": Writes(target)}), "holds more than weights.*nothing of "
+                                                                                 "it was run")
     assert not target.exists()
     torch.load(tmp_path / "seg" / "checkpoint.pth", weights_only=False)
     assert target.exists()                                              # the file would have written it

@@ -6,13 +6,12 @@ import pytest
 import torch
 from comparing import logits, relative
 
-from vitlab import cost
-from vitlab.files import InputError
 from vitlab.models import compress, deploy, shape_of
-from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import Match, ReadOut, Select
+from vitlab.plan import BlockPlan, CompressionPlan, cost
+from vitlab.plan.rules import Match, ReadOut, Select
+from vitlab.plan.shape import POOL_TOKEN
+from vitlab.runtime.files import InputError
 from vitlab.search import SearchSpace
-from vitlab.shape import POOL_TOKEN
 
 EXACT = 1e-12           # float64: only the order of the sums differs
 BEFORE = {"nothing": None, "matching": Match(merged=2), "selection": Select(kept=3)}
@@ -47,7 +46,8 @@ def test_the_logits_are_those_of_the_whole_last_block(tiny_vit, family, images, 
 
 def test_multiply_adds_of_the_last_block_are_counted_by_hand(tiny_vit):
     shape = shape_of(tiny_vit("dinov2_reg"))
-    parts, n, p, dim = cost.macs(plan_of(shape, last=ReadOut())), shape.num_tokens, shape.num_prefix_tokens, shape.embed_dim
+    parts, n, p, dim = cost.macs(plan_of(shape,
+                                         last=ReadOut())), shape.num_tokens, shape.num_prefix_tokens, shape.embed_dim
     width, before = shape.num_heads * shape.head_dim, shape.depth - 1
     assert parts["qkv"] == (before + 1) * 3 * n * dim * width
     assert parts["attention"] == before * 2 * n * n * width + 2 * p * n * width
@@ -62,7 +62,8 @@ def test_gradients_and_export(tiny_vit, images):
     x = images(model, 2)
     for net in (small, whole):
         net(x).square().sum().backward()
-    largest = max(float(p.grad.abs().max()) for p in whole.parameters())       # a bias of keys has a gradient of 0 but for rounding
+    # a bias of keys has a gradient of 0 but for rounding
+    largest = max(float(p.grad.abs().max()) for p in whole.parameters())
     for (name, mine), other in zip(small.named_parameters(), whole.parameters(), strict=True):
         assert float((mine.grad - other.grad).abs().max()) < 1e-5 * largest, name
     exported = torch.export.export(deploy(small), (x,)).module()
@@ -72,7 +73,8 @@ def test_gradients_and_export(tiny_vit, images):
 def test_what_cannot_read_out_is_refused(tiny_vit):
     shape = shape_of(tiny_vit("deit"))
     with pytest.raises(InputError, match="block 2: tokens are read out, but another block follows"):
-        CompressionPlan(shape=shape, blocks=tuple(BlockPlan(tokens=ReadOut() if i == 2 else None) for i in range(shape.depth)))
+        CompressionPlan(shape=shape,
+                        blocks=tuple(BlockPlan(tokens=ReadOut() if i == 2 else None) for i in range(shape.depth)))
     for pooling in (dataclasses.replace(shape, pool="avg"), dataclasses.replace(shape, num_prefix_tokens=0)):
         with pytest.raises(InputError, match="block 4: only prefix tokens are read out"):
             plan_of(pooling, last=ReadOut())
@@ -89,7 +91,8 @@ def test_a_search_space_that_reads_out_counts_what_its_plans_do(tiny_vit, tokens
     space = SearchSpace(shape=shape, tokens=tokens, read_out=True)
     generator = torch.Generator().manual_seed(0)
     scores = {name: torch.rand(shape.depth, width, generator=generator) + 0.01
-              for name, width in (("heads", shape.num_heads), ("neurons", shape.num_neurons), ("tokens", shape.num_patches))}
+              for name,
+              width in (("heads", shape.num_heads), ("neurons", shape.num_neurons), ("tokens", shape.num_patches))}
     for policy in torch.rand(5, space.size, generator=generator).numpy() * space.max_ratio:
         plan = space.plan(policy, **scores)
         assert plan.blocks[-1].tokens == ReadOut()

@@ -9,7 +9,7 @@ from timm.data import create_transform
 from training_fixtures import small_recipe
 
 from vitlab.data.order import drawing
-from vitlab.files import InputError
+from vitlab.runtime.files import InputError
 from vitlab.training.recipes import DISTILL, RECIPES, Recipe, recipe
 
 
@@ -19,12 +19,14 @@ def test_every_named_recipe_says_its_source_command_and_what_to_expect(name):
     assert found.name == name and found.source and found.expected
     assert found.command.startswith("vitlab ") and f"--recipe {name}" in found.command
     assert found.distill in DISTILL
-    assert ("--teacher" in found.command) == (found.distill != "none")          # a recipe that distils needs its teacher named
+    # a recipe that distils needs its teacher named
+    assert ("--teacher" in found.command) == (found.distill != "none")
 
 
 @pytest.mark.parametrize("name, alpha", [("deit_tiny_pm", 0.8), ("deit_small_pm", 1.0), ("mae_base_pm", 1.0)])
 def test_the_published_recipes_have_the_settings_of_the_paper(name, alpha):
-    """Methods A8, by hand: tau 20, AdamW, lr 1e-4 * batch / 512, cosine, weight decay 1e-3, no auto-augment, 30 epochs."""
+    """Methods A8, by hand: tau 20, AdamW, lr 1e-4 * batch / 512, cosine, weight decay 1e-3, no auto-augment, 30
+    epochs."""
     r = recipe(name)
     assert (r.distill, r.alpha, r.tau) == ("soft", alpha, 20)
     assert (r.optimizer, r.schedule, r.epochs, r.weight_decay) == ("adamw", "cosine", 30, 1e-3)

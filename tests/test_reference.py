@@ -11,15 +11,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from vitlab import tokens
-from vitlab.cost import mdc_macs
 from vitlab.criteria.hsic import redundancy, relevance
 from vitlab.criteria.planning import prune_and_merge
+from vitlab.measure.capture import token_scores
+from vitlab.measure.units import unit_scores
 from vitlab.models import compress, deploy, shape_of
-from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import Select
-from vitlab.training.capture import token_scores
-from vitlab.training.units import unit_scores
+from vitlab.plan import BlockPlan, CompressionPlan, tokens
+from vitlab.plan.cost import mdc_macs
+from vitlab.plan.rules import Select
 
 VARIABLE = "VITLAB_REFERENCE_DIR"
 FOLDER = Path(os.environ.get(VARIABLE) or Path(__file__).parents[1] / ".." / "shared" / "reference").resolve()
@@ -39,9 +38,11 @@ def relative(got: torch.Tensor, reference: torch.Tensor) -> float:
 
 def dense_model(meta: dict[str, str], tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
     """The dense model of a file, of the sizes its metadata gives."""
-    sizes = {key: int(meta[key]) for key in ("img_size", "patch_size", "embed_dim", "num_heads", "depth", "num_classes")}
+    sizes = {key: int(meta[key])
+             for key in ("img_size", "patch_size", "embed_dim", "num_heads", "depth", "num_classes")}
     dense = timm.create_model("vit_tiny_patch16_224", pretrained=False, **sizes).eval()
-    dense.load_state_dict({key.removeprefix("dense."): value for key, value in tensors.items() if key.startswith("dense.")})
+    dense.load_state_dict({key.removeprefix("dense."): value for key,
+                           value in tensors.items() if key.startswith("dense.")})
     return dense
 
 
@@ -58,7 +59,8 @@ def load(path: Path) -> SimpleNamespace:
     """Tensors, metadata and dense model of one file."""
     tensors, dense, meta = read(path)
     rates = {"keep_rate": float(meta["keep_rate"]), "prune_rate": float(meta["prune_rate"])}
-    return SimpleNamespace(meta=meta, tensors=tensors, dense=dense, shape=shape_of(dense), rule=meta["variant"], rates=rates)
+    return SimpleNamespace(meta=meta, tensors=tensors, dense=dense, shape=shape_of(dense), rule=meta["variant"],
+                           rates=rates)
 
 
 def plan_from(case: SimpleNamespace, scores: torch.Tensor):
@@ -68,14 +70,16 @@ def plan_from(case: SimpleNamespace, scores: torch.Tensor):
 
 def reference_matrices(case: SimpleNamespace, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(merge, reconstruct, token mask) of one block as the file holds them."""
-    return tuple(case.tensors[f"pruned.blocks.{index}.attn.{name}"] for name in ("merge_matrix", "recover_matrix", "token_mask"))
+    return tuple(case.tensors[f"pruned.blocks.{index}.attn.{name}"]
+                 for name in ("merge_matrix", "recover_matrix", "token_mask"))
 
 
 @functools.cache
 def scored(path: Path) -> torch.Tensor:
     """Token scores computed by vitlab from the file's images, the absolute value after the sum over the batch (A1)."""
     case = load(path)
-    return token_scores(case.dense, list(zip(case.tensors["input"], case.tensors["target"])), absolute="batch", progress=False)
+    return token_scores(case.dense, list(zip(case.tensors["input"], case.tensors["target"])), absolute="batch",
+                        progress=False)
 
 
 @each_file
@@ -98,7 +102,8 @@ def test_token_scores_agree(path):
 def test_masks_and_channels_agree_exactly(path, source):
     case = load(path)
     plan = plan_from(case, case.tensors["token_scores"] if source == "reference scores" else scored(path))
-    assert [block.tokens.num_merged + 1 for block in plan.blocks] == json.loads(case.meta["channels"])      # + class token
+    # + class token
+    assert [block.tokens.num_merged + 1 for block in plan.blocks] == json.loads(case.meta["channels"])
     assert plan.tokens_per_block() == json.loads(case.meta["channels"])
     for index, block in enumerate(plan.blocks):
         mask = reference_matrices(case, index)[2]
@@ -121,7 +126,8 @@ def test_merge_and_reconstruct_matrices_agree(path):
 @pytest.mark.parametrize("form", ["training", "deployed"])
 def test_pruned_logits_agree(path, form, source):
     case = load(path)
-    model = compress(case.dense, plan_from(case, case.tensors["token_scores"] if source == "reference scores" else scored(path)))
+    model = compress(case.dense,
+                     plan_from(case, case.tensors["token_scores"] if source == "reference scores" else scored(path)))
     model = deploy(model) if form == "deployed" else model
     with torch.no_grad():
         got = model(case.tensors["input"][0])
@@ -143,7 +149,8 @@ def test_matrices_in_the_compressed_model_are_those_of_the_file(path):
 
 mdc_files = sorted(FOLDER.glob("mdc*.safetensors"))
 each_mdc = pytest.mark.parametrize("path", [pytest.param(p, id=p.stem) for p in mdc_files] or [
-    pytest.param(None, marks=pytest.mark.skip(reason=f"no mdc*.safetensors in {FOLDER}; set {VARIABLE} to the folder that holds them"))])
+    pytest.param(None, marks=pytest.mark.skip(reason=f"no mdc*.safetensors in {FOLDER}; set {VARIABLE} to the folder "
+                                                     f"that holds them"))])
 
 
 @each_mdc
@@ -161,7 +168,8 @@ def test_neuron_and_head_scores_are_the_reference_ones(path):
     with torch.no_grad():
         assert relative(dense(images), tensors["dense_logits"]) < AGREEMENT
     # In float64: the reference is float32 itself and about half of the agreement away from the exact value.
-    scores = unit_scores(dense.double(), [(images.double(), torch.zeros(len(images), dtype=torch.long))], progress=False)
+    scores = unit_scores(dense.double(), [(images.double(), torch.zeros(len(images), dtype=torch.long))],
+                         progress=False)
     assert relative(scores.neurons, tensors["neuron_score"]) < AGREEMENT
     assert relative(scores.heads, tensors["head_score"]) < AGREEMENT
 
@@ -182,8 +190,10 @@ def best(scores: torch.Tensor, ratio: float) -> tuple[int, ...]:
     return tuple(sorted(scores.topk(int(len(scores) * (1 - ratio))).indices.tolist()))
 
 
-def policy_plan(case: SimpleNamespace, neuron_ratios: list[float], head_ratios: list[float], rho: float) -> CompressionPlan:
-    """The plan of a policy; the K tokens of B3 include the class token, and cut heads go on ranking, as where they are masked."""
+def policy_plan(case: SimpleNamespace, neuron_ratios: list[float], head_ratios: list[float],
+                rho: float) -> CompressionPlan:
+    """The plan of a policy; the K tokens of B3 include the class token, and cut heads go on ranking, as where they are
+    masked."""
     blocks, tokens_now = [], case.shape.num_tokens
     for index in range(case.shape.depth):
         rule, stay = None, int(tokens_now * (1 - rho))
@@ -230,6 +240,7 @@ def test_logits_under_each_policy_agree(path):
         plan, reference = policy_plan(case, *policy), case.tensors["policy_logits"][number]
         selections += sum(block.tokens is not None for block in plan.blocks)
         with torch.no_grad():
-            assert relative(compress(case.dense, plan)(case.tensors["input"]), reference) < AGREEMENT, f"policy {number}"
+            assert relative(compress(case.dense, plan)(case.tensors["input"]),
+                            reference) < AGREEMENT, f"policy {number}"
         assert relative(case.tensors["dense_logits"], reference) > 10 * AGREEMENT       # so agreement says something
     assert selections

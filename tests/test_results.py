@@ -1,14 +1,15 @@
-"""vitlab.results: rows, their file, and the table."""
+"""vitlab.runtime.results: rows, their file, and the table."""
 import dataclasses
 import math
 
 import pytest
 
-from vitlab.files import InputError
-from vitlab.results import COLUMNS, ResultRow, append_row, format_table, notes, read_rows, shown, to_latex
+from vitlab.runtime.files import InputError
+from vitlab.runtime.results import COLUMNS, ResultRow, append_row, format_table, notes, read_rows, shown, to_latex
 
-FULL = ResultRow(model="deit_tiny", dataset="digits", split="test", top1_pct=71.375, top5_pct=91.5, loss=1.25, gmacs=1.2537,
-                 params_m=5.717, throughput_img_s=2234.5, latency_ms=3.5, ratio=1.0, conditions={"batch": 64, "device": "cpu"})
+FULL = ResultRow(model="deit_tiny", dataset="digits", split="test", top1_pct=71.375, top5_pct=91.5, loss=1.25,
+                 gmacs=1.2537, params_m=5.717, throughput_img_s=2234.5, latency_ms=3.5, ratio=1.0,
+                 conditions={"batch": 64, "device": "cpu"})
 
 
 def test_rows_come_back_from_the_file_as_they_went_in(tmp_path):
@@ -57,7 +58,8 @@ def test_table_shows_each_value_in_its_own_column():
     assert line.split()[0] == FULL.model
     for column, given in zip(COLUMNS[1:], line.split()[1:]):
         digits = len(given.partition(".")[2])
-        assert float(given) == pytest.approx(getattr(FULL, column), abs=0.5 * 10 ** -digits + 1e-12)    # rounded, no more
+        # rounded, no more
+        assert float(given) == pytest.approx(getattr(FULL, column), abs=0.5 * 10 ** -digits + 1e-12)
 
 
 def test_a_value_is_shown_with_its_standard_error_and_not_with_that_of_an_earlier_one(tmp_path):
@@ -81,7 +83,8 @@ def test_table_shows_a_dash_for_what_was_not_measured():
 
 
 def test_table_lines_are_equally_wide_whatever_the_values():
-    lines = format_table([FULL, ResultRow(model="a much longer name"), ResultRow(model="x", gmacs=12345.0)]).splitlines()
+    lines = format_table([FULL, ResultRow(model="a much longer name"),
+                          ResultRow(model="x", gmacs=12345.0)]).splitlines()
     assert len({len(line) for line in lines}) == 1 and len(lines) == 2 + 3
 
 
@@ -95,11 +98,14 @@ def test_columns_of_speed_say_the_batch_and_a_ratio_its_range_and_what_it_is_sta
             "speed": {"batch_size": 32, "ratio_range": span, "repeats": repeats, "timing": timing}})
     rows = [row("dense", 1.0, [1.0, 1.0]), row("a", 1.69, [0.84, 2.54]), row("b", 1.5, [1.44, 1.567])]
     head, _, dense, first, second = format_table(rows, ("model", "top1_pct", "throughput_img_s", "ratio")).splitlines()
-    assert "throughput_img_s (batch 32)" in head and "ratio (batch 32)" in head and head.split()[:2] == ["model", "top1_pct"]
-    assert dense.endswith("1.00") and first.endswith("1.69 (0.84 to 2.54), too noisy to tell") and second.endswith("1.50 (1.44 to 1.57)")
+    assert "throughput_img_s (batch 32)" in head and "ratio (batch 32)" in head and head.split()[:2] == ["model",
+                                                                                                         "top1_pct"]
+    assert dense.endswith("1.00") and first.endswith("1.69 (0.84 to 2.54), too noisy to tell") and second.endswith(
+        "1.50 (1.44 to 1.57)")
     assert shown(row("a", 1.3, [1.3, 1.3]), "ratio") == "1.30, too noisy to tell"      # one round
     said = notes(rows, ("model", "top1_pct", "ratio"))
-    assert said.count("one standard error") == said.count("median over rounds") == 1 and "95 %" in said and "largest" not in said
+    assert said.count("one standard error") == said.count(
+        "median over rounds") == 1 and "95 %" in said and "largest" not in said
     few = notes([row("dense", 1.0, [1.0, 1.0]), row("a", 1.5, [1.4, 1.6], repeats=2)], ("ratio",))
     assert "the least and the largest round" in few and "95 %" not in few and "standard error" not in few
     assert "the least and the largest round" in notes([row("a", 1.5, [1.4, 1.6], timing="median, models in turn")])

@@ -1,4 +1,5 @@
-"""rgb: what a picture's numbers mean is decided in one place, for every mode and format; photographs stand upright beside their masks."""
+"""rgb: what a picture's numbers mean is decided in one place, for every mode and format; photographs stand upright
+beside their masks."""
 import io
 import re
 import struct
@@ -19,7 +20,7 @@ from vitlab.data import open_data
 from vitlab.data.folder import read_image
 from vitlab.data.masks import open_scenes
 from vitlab.data.rgb import grey, rgb
-from vitlab.files import InputError
+from vitlab.runtime.files import InputError
 from vitlab.workbench.explore.choosing import decode
 from vitlab.workbench.pictures import as_input, sample_pictures
 from vitlab.workbench.segmenting import predict
@@ -53,9 +54,11 @@ def tiff_12(values: np.ndarray) -> Image.Image:
     a, b = values[0::2].astype(int), values[1::2].astype(int)
     data = np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], axis=1).astype(np.uint8).tobytes()
     tags = {256: len(values), 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(data)}
-    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag,
+                                                        value in tags.items())
     padding = bytes(len(data) % 2)
-    return read_image(io.BytesIO(b"II*\0" + struct.pack("<I", 8 + len(data) + len(padding)) + data + padding + directory + bytes(4)))
+    return read_image(io.BytesIO(b"II*\0" + struct.pack("<I", 8 + len(data) + len(padding)) + data + padding + directory
+                                 + bytes(4)))
 
 
 WIDE = {"16 bits": lambda v: of_values(v.astype(np.uint16) * 257, "PNG"),
@@ -118,7 +121,8 @@ def test_digits_as_16_bit_grey_png_are_the_digits(tmp_path):
         assert np.array_equal(np.asarray(rgb(read_image(path))), np.asarray(image))
 
 
-@pytest.mark.parametrize("values", [np.full((3, 5), np.nan), np.array([[0.5, np.inf]]), np.linspace(-1, 1, 15).reshape(3, 5)])
+@pytest.mark.parametrize("values",
+                         [np.full((3, 5), np.nan), np.array([[0.5, np.inf]]), np.linspace(-1, 1, 15).reshape(3, 5)])
 def test_floats_that_are_no_picture_are_broken_images_and_named(tmp_path, values):
     write_folder(tmp_path, {"val": 1})
     Image.fromarray(values.astype(np.float32)).save(tmp_path / "val" / "ant" / "bad.tif")
@@ -138,7 +142,9 @@ def clear_half(hidden: int, seen: int = 140) -> Image.Image:
 
 
 @pytest.mark.parametrize("hidden", [0, 70, 255])
-@pytest.mark.parametrize("kind", ["RGBA", "LA", "premultiplied", "palette", "grey with a clear level", "16-bit grey with a clear level"])
+@pytest.mark.parametrize("kind",
+                         ["RGBA", "LA", "premultiplied", "palette", "grey with a clear level", "16-bit grey with a "
+                                                                                               "clear level"])
 def test_what_is_transparent_is_white_whatever_lies_under_it(kind, hidden):
     image = clear_half(hidden)
     level = np.asarray(image)[..., 0]
@@ -155,7 +161,8 @@ def test_what_is_transparent_is_white_whatever_lies_under_it(kind, hidden):
 
 
 def test_what_is_half_transparent_is_half_white():
-    assert rgb(Image.new("RGBA", (3, 5), (51, 0, 255, 51))).getpixel((0, 0)) == (214, 204, 255)      # 0.2 of it, 0.8 of white
+    # 0.2 of it, 0.8 of white
+    assert rgb(Image.new("RGBA", (3, 5), (51, 0, 255, 51))).getpixel((0, 0)) == (214, 204, 255)
 
 
 @pytest.mark.parametrize("kind", ["RGB", "L", "1", "P", "CMYK", "YCbCr", "HSV", "LAB", "GIF"])
@@ -178,10 +185,12 @@ def photograph() -> np.ndarray:
 
 
 def stored(shown: np.ndarray, orientation: int) -> np.ndarray:
-    """The pixels that a camera stores for the picture `shown`, from the EXIF standard: where row 0 and column 0 of the file are seen."""
+    """The pixels that a camera stores for the picture `shown`, from the EXIF standard: where row 0 and column 0 of the
+    file are seen."""
     rows_first, down, right = {1: (True, 1, 1), 2: (True, 1, -1), 3: (True, -1, -1), 4: (True, -1, 1), 5: (False, 1, 1),
                                6: (False, 1, -1), 7: (False, -1, -1), 8: (False, -1, 1)}[orientation]
-    # row 0 is the visual top (down 1) or bottom, column 0 the left (right 1) or right side; or, from 5 on, the other way about
+    # row 0 is the visual top (down 1) or bottom, column 0 the left (right 1) or right side; or, from 5 on, the other
+    # way about
     pixels = shown[::down, ::right]
     return np.ascontiguousarray(pixels if rows_first else np.swapaxes(pixels, 0, 1))
 
@@ -216,7 +225,9 @@ def test_wide_grey_stands_upright_too():
     assert np.array_equal(np.asarray(rgb(image))[..., 0], photograph()[..., 0])
 
 
-@pytest.mark.parametrize("exif", [b"Exif\0\0nonsense", b"Exif\0\0MM\0*\0\0\xff\xff", exif_of(0).tobytes(), exif_of(99).tobytes()])
+@pytest.mark.parametrize("exif",
+                         [b"Exif\0\0nonsense", b"Exif\0\0MM\0*\0\0\xff\xff", exif_of(0).tobytes(),
+                          exif_of(99).tobytes()])
 def test_exif_that_says_nothing_leaves_the_picture_as_it_is(exif):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                     # Pillow says that it is damaged
@@ -273,12 +284,14 @@ def test_the_mask_of_a_photograph_of_one_size_either_way_is_as_those_whose_size_
 
 
 def test_a_hugging_face_data_set_and_a_tar_give_their_photographs_upright(tmp_path):
-    datasets = pytest.importorskip("datasets", reason="Hugging Face's datasets is not installed (pip install vitlab[streams])")
+    datasets = pytest.importorskip("datasets", reason="Hugging Face's datasets is not installed (pip install "
+                                                      "vitlab[streams])")
     write(tmp_path / "train" / "a" / "photo.png", stored(photograph(), 6), 6)
     with tarfile.open(tmp_path / "train.tar", "w") as tar:
         tar.add(tmp_path / "train", arcname=".")
     rows = {"image": [{"bytes": (tmp_path / "train" / "a" / "photo.png").read_bytes(), "path": None}]}
-    datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image()})).save_to_disk(tmp_path / "hf")
+    datasets.Dataset.from_dict(rows,
+                               features=datasets.Features({"image": datasets.Image()})).save_to_disk(tmp_path / "hf")
     for place in (tmp_path / "train.tar", f"hfds/{tmp_path}/hf"):
         assert np.array_equal(np.asarray(open_data(place).split("train").image(0)[0]), photograph())
 
@@ -307,7 +320,8 @@ def test_a_folder_passes_over_no_image_for_its_suffix_and_over_hidden_files(tmp_
 
 def test_nothing_else_in_the_package_makes_rgb_of_a_file():
     root = Path(vitlab.__file__).parent
-    found = {str(path.relative_to(root)) for path in root.rglob("*.py") if re.search(r'convert\("RGB"\)|exif_transpose', path.read_text())}
+    found = {str(path.relative_to(root)) for path in root.rglob("*.py")
+             if re.search(r'convert\("RGB"\)|exif_transpose', path.read_text())}
     assert found == {"data/rgb.py", "data/digits.py"}       # the digits are arrays
 
 
@@ -322,11 +336,13 @@ def test_predictions_and_explorers_see_the_pictures_that_a_folder_gives(tmp_path
     for name in ("photos", "plain"):
         predict(opened(small()), tmp_path / name, tmp_path / f"{name} out", device="cpu", progress=False)
     for name in ("side.png", "side_classes.png", "wide.png", "wide_classes.png"):
-        assert np.array_equal(*(np.asarray(Image.open(tmp_path / f"{folder} out" / name)) for folder in ("photos", "plain")))
+        assert np.array_equal(*(np.asarray(Image.open(tmp_path / f"{folder} out" / name))
+                                for folder in ("photos", "plain")))
     assert Image.open(tmp_path / "photos out" / "side.png").size == (40, 24)
     shape = vitlab.shape_of(tiny())
     for name in ("side.png", "wide.png"):
-        assert np.array_equal(*(decode(name, (tmp_path / folder / name).read_bytes(), shape) for folder in ("photos", "plain")))
+        assert np.array_equal(*(decode(name, (tmp_path / folder / name).read_bytes(), shape)
+                                for folder in ("photos", "plain")))
 
 
 def test_a_stream_gives_the_pictures_that_the_folder_gives(tmp_path):
@@ -342,7 +358,8 @@ def test_a_stream_gives_the_pictures_that_the_folder_gives(tmp_path):
                 entry = tarfile.TarInfo(f"{i}.{suffix}")
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
-    (shards / "_info.json").write_text('{"splits": {"validation": {"name": "validation", "num_samples": 3, "filenames": ["s-0.tar"], '
+    (shards / "_info.json").write_text('{"splits": {"validation": {"name": "validation", "num_samples": 3, '
+                                       '"filenames": ["s-0.tar"], '
                                        '"shard_lengths": [3]}}}')
     (streamed, _), = open_data(f"wds/{shards}").batches("held_out", tiny(), batch_size=3, workers=0)
     (wanted, _), = open_data(tmp_path / "folder").batches("train", tiny(), batch_size=3, workers=0)
@@ -362,8 +379,9 @@ def test_a_model_of_one_channel_takes_grey_images_with_the_mean_of_the_means(tmp
     # a level of rounding
     assert np.abs((x[0, 0].numpy() * 0.3 + 0.5) * 255 - luma).max() <= 1.01
     assert grey(Image.fromarray(shown)).mode == "L"
-    batches = open_data(tmp_path).batches("train", model, training=True, workers=0, augment={"color_jitter": 0.4, "re_prob": 1.0,
-                                                                                            "auto_augment": "rand-m9-mstd0.5-inc1"})
+    batches = open_data(tmp_path).batches("train", model, training=True, workers=0,
+                                          augment={"color_jitter": 0.4, "re_prob": 1.0,
+                                                                                            "auto_augment": "rand-m9-mstd0.5-inc1"})  # noqa: E501
     assert next(iter(batches))[0].shape == (1, 1, 32, 32)
     assert as_input(sample_pictures(open_data(tmp_path), vitlab.shape_of(model))["data"], model).shape == (1, 1, 32, 32)
 

@@ -7,8 +7,19 @@ import torch
 from sklearn.datasets import load_digits
 
 from vitlab.data.masks import open_scenes
-from vitlab.data.scenes import CELL, CLASSES, FAINT, SIDE, STROKE, DigitScenesReader, background, ink, make_scene, stroke
-from vitlab.files import InputError
+from vitlab.data.scenes import (
+    CELL,
+    CLASSES,
+    FAINT,
+    SIDE,
+    STROKE,
+    DigitScenesReader,
+    background,
+    ink,
+    make_scene,
+    stroke,
+)
+from vitlab.runtime.files import InputError
 
 
 def test_splits_sizes_and_classes():
@@ -22,14 +33,16 @@ def test_splits_sizes_and_classes():
 
 
 def test_it_opens_in_well_under_a_second():
-    start = time.process_time()                                         # seconds of this process, however busy the machine is
+    # seconds of this process, however busy the machine is
+    start = time.process_time()
     open_scenes("digit_scenes").split("train").scene(0)
     assert time.process_time() - start < 0.8                            # 0.04 measured; nothing is made beforehand
 
 
 def test_a_scene_is_the_same_every_time_and_unlike_every_other():
     first, again = DigitScenesReader("val"), DigitScenesReader("val")
-    images = {split: [np.asarray(DigitScenesReader(split)[i][0]) for i in range(5)] for split in ("train", "val", "test")}
+    images = {split: [np.asarray(DigitScenesReader(split)[i][0]) for i in range(5)]
+              for split in ("train", "val", "test")}
     for i in (4, 2, 0):                                                 # in any order
         assert np.array_equal(np.asarray(again[i][0]), images["val"][i]) and np.array_equal(again[i][1], first[i][1])
     flat = [image.tobytes() for split in images.values() for image in split]
@@ -42,7 +55,8 @@ def test_there_are_as_many_scenes_as_said():
 
 def test_digits_of_a_split_are_in_no_other_and_each_is_of_the_class_it_is_named():
     bunch = load_digits()
-    known = {(image * 255 / 16).round().astype(np.uint8).tobytes(): int(target) for image, target in zip(bunch.images, bunch.target)}
+    known = {(image * 255 / 16).round().astype(np.uint8).tobytes(): int(target) for image,
+             target in zip(bunch.images, bunch.target)}
     found = {}
     for split in ("train", "val", "test"):
         reader = DigitScenesReader(split)
@@ -79,14 +93,17 @@ def test_a_training_scene_is_one_cell_with_one_digit():
 def test_a_stroke_is_brighter_where_there_is_more_ink_and_grey_shows():
     reader = DigitScenesReader("train")
     full = ink(reader.digits[0], 29)
-    assert full.shape == (29, 29) and full.min() >= 0 and full.max() <= 1 and np.array_equal(stroke(reader.digits[0], 29), full >= STROKE)
+    assert full.shape == (29,
+                          29) and full.min() >= 0 and full.max() <= 1 and np.array_equal(stroke(reader.digits[0], 29),
+                                                                                         full >= STROKE)
     dark, light = [], []
     for i in range(50):
         image, mask = reader[i]
         pixels = np.asarray(image).astype(float).mean(axis=2)[mask > 0]
         dark.append(np.quantile(pixels, 0.1))
         light.append(np.quantile(pixels, 0.9))
-    assert np.mean(light) > np.mean(dark) + 110 * (1 - FAINT) * (1 - STROKE) / 2        # half of what the least contrast spans
+    # half of what the least contrast spans
+    assert np.mean(light) > np.mean(dark) + 110 * (1 - FAINT) * (1 - STROKE) / 2
 
 
 def test_a_digit_is_drawn_whole_with_its_class_and_none_lies_over_another():
@@ -128,7 +145,8 @@ def test_digits_are_brighter_than_what_they_lie_on():
 
 def test_backgrounds_are_textured_in_range():
     ground = background(np.random.default_rng(0), (64, 96))
-    assert ground.shape == (64, 96, 3) and ground.min() >= 0 and ground.max() <= 255 and ground.std(axis=(0, 1)).min() > 5
+    assert ground.shape == (64, 96,
+                            3) and ground.min() >= 0 and ground.max() <= 255 and ground.std(axis=(0, 1)).min() > 5
 
 
 def test_the_embedded_scenes_take_no_layout():

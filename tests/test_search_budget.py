@@ -1,4 +1,5 @@
-"""Projection to a budget: against the cost of the plans themselves, and closed forms on toy costs; policies that are drawn."""
+"""Projection to a budget: against the cost of the plans themselves, and closed forms on toy costs; policies that are
+drawn."""
 import dataclasses
 import itertools
 
@@ -6,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from vitlab.cost import gmacs, macs_of
-from vitlab.files import InputError
+from vitlab.plan.cost import gmacs, macs_of
+from vitlab.plan.shape import ViTShape
+from vitlab.runtime.files import InputError
 from vitlab.search import Budget, SearchSpace
 from vitlab.search.sampling import Problem, neighbours, random_policies, uniform_policies, varied_policies
-from vitlab.shape import ViTShape
 
 MODES = ("none", "select", "select_per_stage", "merge", "merge_per_stage")
 SHAPES = {"12 x 3": (12, 3), "6 x 3": (6, 3), "2 x 1": (2, 1), "5 x 13": (5, 13)}       # blocks x heads
@@ -19,8 +20,8 @@ TOLERANCE = 0.02
 
 def shape_of_size(blocks: int, heads: int, grid: tuple[int, int] = (5, 7), head_dim: int = 16) -> ViTShape:
     dim = heads * head_dim
-    return ViTShape(img_size=(grid[0] * 16, grid[1] * 16), patch_size=(16, 16), embed_dim=dim, depth=blocks, num_heads=heads,
-                    head_dim=head_dim, num_neurons=4 * dim, num_classes=10)
+    return ViTShape(img_size=(grid[0] * 16, grid[1] * 16), patch_size=(16, 16), embed_dim=dim, depth=blocks,
+                    num_heads=heads, head_dim=head_dim, num_neurons=4 * dim, num_classes=10)
 
 
 DEIT_TI = shape_of_size(12, 3, (14, 14), 64)
@@ -31,8 +32,8 @@ def budget_of(space: SearchSpace, part: float, tolerance: float = TOLERANCE) -> 
     def cost(policies: np.ndarray) -> np.ndarray:
         return macs_of(space.shape, space.counts(policies))["total"] / 1e9
     least, dense = cost(np.array([[space.max_ratio] * space.size, [0.0] * space.size])).tolist()
-    return Budget(limit=least + part * (dense - least), cost=cost, max_ratio=space.max_ratio, size=space.size, tolerance=tolerance,
-                  groups=tuple(space.groups))
+    return Budget(limit=least + part * (dense - least), cost=cost, max_ratio=space.max_ratio, size=space.size,
+                  tolerance=tolerance, groups=tuple(space.groups))
 
 
 def toy(cost, limit: float, size: int, tolerance: float = TOLERANCE, max_ratio: float = 0.5) -> Budget:
@@ -43,7 +44,8 @@ def plan_gmacs(space: SearchSpace, policy: np.ndarray) -> float:
     """The cost of the plan that the policy stands for."""
     shape, generator = space.shape, torch.Generator().manual_seed(1)
     scores = {name: torch.rand(shape.depth, width, generator=generator) + 0.01
-              for name, width in (("heads", shape.num_heads), ("neurons", shape.num_neurons), ("tokens", shape.num_patches))}
+              for name,
+              width in (("heads", shape.num_heads), ("neurons", shape.num_neurons), ("tokens", shape.num_patches))}
     return gmacs(space.plan(policy, **scores))
 
 
@@ -73,7 +75,8 @@ def test_a_policy_meets_the_budget_exactly_where_it_is_said_to(blocks, heads, to
     assert (costs <= budget.limit).all()            # what fails is too cheap: a single unit was more than the tolerance
 
 
-@pytest.mark.parametrize("tokens, part", [("select", 0.3), ("select", 0.45), ("select", 0.7), ("merge", 0.45), ("none", 0.4),
+@pytest.mark.parametrize("tokens, part",
+                         [("select", 0.3), ("select", 0.45), ("select", 0.7), ("merge", 0.45), ("none", 0.4),
                                           ("select_per_stage", 0.45), ("merge_per_stage", 0.45)])
 def test_most_random_policies_of_deit_tiny_reach_the_budget(tokens, part):
     space = SearchSpace(shape=DEIT_TI, tokens=tokens)
@@ -123,11 +126,14 @@ def test_ratios_keep_their_proportions_until_one_reaches_its_most():
     weights = np.array([5.0, 3.0, 2.0, 7.0])
     linear = lambda p: ((1 - p) @ weights)                                  # noqa: E731  a toy cost, smooth and exact
     policy = np.array([[0.1, 0.2, 0.0, 0.05], [0.4, 0.5, 0.0, 0.3], [0.01, 0.02, 0.0, 0.005]])
-    projected, meets = toy(linear, 17 - 1.5, 4).project(policy)             # ratios must weigh 1.5: 0.5 + 0.6 + 0.35 = 1.45
+    # ratios must weigh 1.5: 0.5 + 0.6 + 0.35 = 1.45
+    projected, meets = toy(linear, 17 - 1.5, 4).project(policy)
     assert meets.all()
     for row, weigh in zip(policy, (1.45, 5.6, 0.145)):
-        assert np.allclose(projected[policy.tolist().index(row.tolist())], row * 1.5 / weigh, atol=1e-7)    # 3 / 2^30, grown tenfold
-    # 4 to carry: the second is at 0.5 (1.5 of it), so the first and last, twice as large and as large, share the other 2.5.
+        # 3 / 2^30, grown tenfold
+        assert np.allclose(projected[policy.tolist().index(row.tolist())], row * 1.5 / weigh, atol=1e-7)
+    # 4 to carry: the second is at 0.5 (1.5 of it), so the first and last, twice as large and as large, share the other
+    # 2.5.
     projected, _ = toy(linear, 17 - 4.0, 4).project(policy[:1])
     assert np.allclose(projected, [[0.1 * 2.5 / 0.85, 0.5, 0, 0.05 * 2.5 / 0.85]], atol=1e-7)
     # More than they have (7.5): the third takes the rest.
@@ -144,7 +150,8 @@ def test_a_policy_that_cuts_nothing_is_cut_everywhere_alike():
 def test_counts_that_fall_together_are_cut_one_by_one():
     steps = lambda p: np.floor(10 * (1 - p) + 1e-9).sum(axis=1)             # noqa: E731  seven dimensions of ten units
     projected, meets = toy(steps, 66.5, 7).project(np.full((1, 7), 0.3))
-    assert meets.all() and steps(projected).tolist() == [66]                # all at once it would be 63, and 66.5 * 0.98 = 65.2
+    # all at once it would be 63, and 66.5 * 0.98 = 65.2
+    assert meets.all() and steps(projected).tolist() == [66]
     projected, meets = toy(steps, 66.5, 7, tolerance=0.001).project(np.full((1, 7), 0.3))
     assert not meets.any() and steps(projected).tolist() == [66]            # a unit is more than the tolerance
 
@@ -189,7 +196,8 @@ def test_the_ends_of_a_budget_belong_to_it():
     assert budget.meets(given[0]).tolist() == [True]                        # one policy
 
 
-@pytest.mark.parametrize("tokens", ["none", "select", "select_per_stage"])       # merging few patches adds the folds of whole blocks
+# merging few patches adds the folds of whole blocks
+@pytest.mark.parametrize("tokens", ["none", "select", "select_per_stage"])
 def test_cost_falls_or_stays_as_ratios_grow(tokens):
     space = SearchSpace(shape=DEIT_TI, units=("heads", "neurons") if tokens == "none" else (), tokens=tokens)
     budget = budget_of(space, 0.5)
@@ -228,7 +236,8 @@ def test_uniform_policies_have_one_ratio_per_group_first_all_groups_then_each_al
     policies = uniform_policies(problem, 12, np.random.default_rng(3))
     for policy in policies:
         for name in set(groups):
-            assert np.ptp(policy[groups == name]) < 1e-6        # the last step may be taken by some blocks alone: 3 / 2^40 apart
+            # the last step may be taken by some blocks alone: 3 / 2^40 apart
+            assert np.ptp(policy[groups == name]) < 1e-6
     first = policies[0]
     assert (first > 0).all()
     if space.shape.depth == 5:                                  # elsewhere a group alone may not reach the budget

@@ -1,4 +1,5 @@
-"""The search space against slow loops from methods B4 (units), B3 (select) and A3 (merge), and against the plans it gives."""
+"""The search space against slow loops from methods B4 (units), B3 (select) and A3 (merge), and against the plans it
+gives."""
 import dataclasses
 import random
 from decimal import Decimal
@@ -8,29 +9,30 @@ import pytest
 import timm
 import torch
 
-from vitlab.cost import Counts, counts_of, gmacs, mdc_macs
 from vitlab.criteria.planning import prune_and_merge
-from vitlab.files import InputError
 from vitlab.models import shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import PROTECT, Match, MergeReconstruct, Select
+from vitlab.plan.cost import Counts, counts_of, gmacs, mdc_macs
+from vitlab.plan.rules import PROTECT, Match, MergeReconstruct, Select
+from vitlab.plan.shape import ViTShape
+from vitlab.plan.tokens import PRUNE_RATE
+from vitlab.runtime.files import InputError
 from vitlab.search import SearchSpace
-from vitlab.shape import ViTShape
-from vitlab.tokens import PRUNE_RATE
 
-MODES = ("none", "select", "select_per_stage", "merge", "merge_per_stage", "share", "share_per_stage", "match", "match_per_stage",
-         "match_per_block", "merge_per_span")
+MODES = ("none", "select", "select_per_stage", "merge", "merge_per_stage", "share", "share_per_stage", "match",
+         "match_per_stage", "match_per_block", "merge_per_span")
 FIELDS = [field.name for field in dataclasses.fields(Counts)]
 
 
 def shape_with(depth: int, heads: int, neurons: int, grid: tuple[int, int], prefix: int = 1) -> ViTShape:
-    return ViTShape(img_size=(grid[0] * 16, grid[1] * 16), patch_size=(16, 16), embed_dim=heads * 7, depth=depth, num_heads=heads,
-                    head_dim=7, num_neurons=neurons, num_prefix_tokens=prefix)
+    return ViTShape(img_size=(grid[0] * 16, grid[1] * 16), patch_size=(16, 16), embed_dim=heads * 7, depth=depth,
+                    num_heads=heads, head_dim=7, num_neurons=neurons, num_prefix_tokens=prefix)
 
 
 SHAPES = {
     "five blocks": shape_with(5, 3, 31, (11, 13)), "two registers": shape_with(7, 5, 17, (5, 7), prefix=3),
-    "twelve blocks": shape_with(12, 2, 23, (3, 19)), "two blocks": shape_with(2, 1, 2, (2, 3)), "one block": shape_with(1, 13, 11, (7, 1)),
+    "twelve blocks": shape_with(12, 2, 23, (3, 19)), "two blocks": shape_with(2, 1, 2, (2, 3)),
+    "one block": shape_with(1, 13, 11, (7, 1)),
 }
 
 
@@ -42,22 +44,26 @@ def shape(request) -> ViTShape:
 def draw(space: SearchSpace, count: int, seed: int = 0) -> list[list[float]]:
     """Random policies; about a fifth of the ratios at 0 and a fifth at their most."""
     chance = random.Random(seed)
-    return [[chance.choice([0.0, space.max_ratio] + [chance.uniform(0, space.max_ratio)] * 3) for _ in range(space.size)]
+    return [[chance.choice([0.0, space.max_ratio] + [chance.uniform(0, space.max_ratio)] * 3)
+             for _ in range(space.size)]
             for _ in range(count)]
 
 
 def scores_for(shape: ViTShape, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.rand(shape.depth, width, generator=generator) + 0.01
-            for name, width in (("heads", shape.num_heads), ("neurons", shape.num_neurons), ("tokens", shape.num_patches))}
+            for name,
+            width in (("heads", shape.num_heads), ("neurons", shape.num_neurons), ("tokens", shape.num_patches))}
 
 
-THIRDS = {5: [(0, 1), (2, 2), (3, 4)], 7: [(1, 2), (3, 4), (5, 6)], 12: [(2, 4), (5, 8), (9, 11)], 2: [(0, 0), (1, 1)], 1: [(0, 0)]}
+THIRDS = {5: [(0, 1), (2, 2), (3, 4)], 7: [(1, 2), (3, 4), (5, 6)], 12: [(2, 4), (5, 8), (9, 11)], 2: [(0, 0), (1, 1)],
+          1: [(0, 0)]}
 
 
 def slow_counts(shape: ViTShape, tokens: str, policy: list[float], ranked_by: str = "kept", prune_rate: float = 0.1,
                 spans: list[tuple[int, int]] | None = None) -> list[dict]:
-    """What stays of each block, one number after the other; the policy is neurons, heads, tokens. spans: THIRDS of the depth."""
+    """What stays of each block, one number after the other; the policy is neurons, heads, tokens. spans: THIRDS of the
+    depth."""
     depth, n, prefix = shape.depth, shape.num_patches, shape.num_prefix_tokens
     token_ratios = policy[2 * depth:]
     entering, blocks = prefix + n, []
@@ -65,12 +71,14 @@ def slow_counts(shape: ViTShape, tokens: str, policy: list[float], ranked_by: st
     for block in range(depth):
         neurons = max(int(shape.num_neurons * (1 - policy[block])), 1)
         heads = max(int(shape.num_heads * (1 - policy[depth + block])), 1)
-        found = {"neurons": neurons, "heads": heads, "attended": entering, "in_mlp": entering, "carried": 0, "pooled": 0,
-                 "compared": 0, "merges": False, "reconstructs": False, "ranking": 0, "ranks_anew": False}
+        found = {"neurons": neurons, "heads": heads, "attended": entering, "in_mlp": entering, "carried": 0,
+                 "pooled": 0, "compared": 0, "merges": False, "reconstructs": False, "ranking": 0, "ranks_anew": False}
         if tokens.startswith("select") and block in quarters:
             ratio = token_ratios[quarters.index(block) if tokens == "select_per_stage" else 0]
-            kept = max(int(entering * (1 - ratio)), prefix + 1)             # B3: K = int(N_now (1 - rho)), prefix tokens among them
-            if kept + 1 < entering:                                         # the mean of a single token is that token: nothing is cut
+            # B3: K = int(N_now (1 - rho)), prefix tokens among them
+            kept = max(int(entering * (1 - ratio)), prefix + 1)
+            # the mean of a single token is that token: nothing is cut
+            if kept + 1 < entering:
                 entering = kept + 1                                         # and the mean of the rest
                 anew = ranked_by == "all"
                 found |= {"in_mlp": entering, "ranking": shape.num_heads if anew else heads, "ranks_anew": anew}
@@ -78,8 +86,9 @@ def slow_counts(shape: ViTShape, tokens: str, policy: list[float], ranked_by: st
             for ratio, (first, last) in zip(token_ratios, spans or THIRDS[depth], strict=True):
                 if first <= block <= last and int(n * (1 - ratio)) < n:
                     centers = max(int(n * (1 - ratio)), 1)
-                    found |= {"attended": prefix + centers, "in_mlp": prefix + centers, "carried": min(int(n * prune_rate), n - centers),
-                              "merges": block == first, "reconstructs": block == last}
+                    found |= {"attended": prefix + centers, "in_mlp": prefix + centers,
+                              "carried": min(int(n * prune_rate), n - centers), "merges": block == first,
+                              "reconstructs": block == last}
         elif tokens.startswith(("merge", "share")):
             ratio = token_ratios[block * min(4, depth) // depth if tokens.endswith("per_stage") else block]
             centers = max(int(n * (1 - ratio)), 1)
@@ -93,7 +102,8 @@ def slow_counts(shape: ViTShape, tokens: str, policy: list[float], ranked_by: st
             which = {"match": 0, "match_per_stage": block * min(4, depth) // depth, "match_per_block": block}[tokens]
             middle = tokens != "match" or depth // 4 <= block < max(3 * depth // 4, 1)        # blocks 3 to 8 of 12
             left = entering - prefix
-            gone = min(left - int(left * (1 - token_ratios[which])), left // 2) if middle else 0       # every other one stays
+            # every other one stays
+            gone = min(left - int(left * (1 - token_ratios[which])), left // 2) if middle else 0
             if gone:
                 found |= {"compared": (left - left // 2) * (left // 2) + entering, "pooled": gone + left // 2}
             entering -= gone
@@ -104,7 +114,9 @@ def slow_counts(shape: ViTShape, tokens: str, policy: list[float], ranked_by: st
 
 def same_counts(given: Counts, row: int, wanted: list[dict]) -> None:
     for name in FIELDS:
-        for block, (value, want) in enumerate(zip(getattr(given, name)[row].tolist(), (block[name] for block in wanted), strict=True)):
+        for block, (value,
+                    want) in enumerate(zip(getattr(given, name)[row].tolist(), (block[name] for block in wanted),
+                                           strict=True)):
             assert value == want, (name, block)
 
 
@@ -135,13 +147,16 @@ def test_counts_of_a_policy_are_the_counts_of_its_plan(shape, tokens, settings):
 def test_dimensions_are_neurons_then_heads_then_tokens_named_by_block():
     twelve, units = shape_with(12, 3, 5, (2, 2)), ["neurons"] * 12 + ["heads"] * 12
     names = [f"{unit} {block}" for unit in ("neurons", "heads") for block in range(12)]
-    for tokens, more in (("none", []), ("select", ["tokens"]), ("select_per_stage", ["tokens 3", "tokens 6", "tokens 9"]),
-                         ("merge", [f"tokens {b}" for b in range(12)]), ("merge_per_stage", [f"tokens {b}" for b in (0, 3, 6, 9)]),
-                         ("merge_per_span", ["tokens 2", "tokens 5", "tokens 9"]),
-                         ("match", ["tokens"]), ("match_per_stage", [f"tokens {b}" for b in (0, 3, 6, 9)]),
+    for tokens, more in (("none", []), ("select", ["tokens"]),
+                         ("select_per_stage", ["tokens 3", "tokens 6", "tokens 9"]),
+                         ("merge", [f"tokens {b}" for b in range(12)]),
+                         ("merge_per_stage", [f"tokens {b}" for b in (0, 3, 6, 9)]),
+                         ("merge_per_span", ["tokens 2", "tokens 5", "tokens 9"]), ("match", ["tokens"]),
+                         ("match_per_stage", [f"tokens {b}" for b in (0, 3, 6, 9)]),
                          ("match_per_block", [f"tokens {b}" for b in range(12)])):
         space = SearchSpace(shape=twelve, tokens=tokens)
-        assert space.names == names + more and space.groups == units + ["tokens"] * len(more) and space.size == 24 + len(more)
+        assert space.names == names + more and space.groups == units + ["tokens"] * len(
+            more) and space.size == 24 + len(more)
     assert SearchSpace(shape=twelve).size == 25                             # 2 L + 1 (B4)
     assert SearchSpace(shape=twelve, units=("heads", "neurons", "heads"), tokens="none").names == names
 
@@ -152,12 +167,14 @@ def test_a_ratio_per_span_is_the_plan_of_prune_and_merge_with_these_keep_rates(s
     scores, n = scores_for(shape)["tokens"], shape.num_patches
     space, ratios = SearchSpace(shape=shape, units=(), tokens="merge_per_span"), [0.31, 0.0, 0.47]
     wanted = prune_and_merge(scores, shape, prune_rate=PRUNE_RATE,
-                             spans=[(*span, int(n * (1 - ratio)) / n) for span, ratio in zip(THIRDS[shape.depth], ratios) if ratio])
+                             spans=[(*span, int(n * (1 - ratio)) / n) for span,
+                                    ratio in zip(THIRDS[shape.depth], ratios) if ratio])
     assert space.plan(ratios, tokens=scores).blocks == wanted.blocks
     alone = {"spans": [[block, block] for block in range(shape.depth)]}
     single = SearchSpace(shape=shape, units=(), tokens="merge_per_span", settings=alone)
     policy = np.linspace(0, 0.5, shape.depth)
-    assert single.plan(policy, tokens=scores) == SearchSpace(shape=shape, units=(), tokens="merge").plan(policy, tokens=scores)
+    assert single.plan(policy, tokens=scores) == SearchSpace(shape=shape, units=(),
+                                                             tokens="merge").plan(policy, tokens=scores)
     given = SearchSpace(shape=shape, tokens="merge_per_span", settings={"spans": [[1, 1], [2, 4]]})
     assert given.names[2 * shape.depth:] == ["tokens 1", "tokens 2"]
     policy = draw(given, 1, seed=3)[0]
@@ -202,15 +219,18 @@ def test_one_head_one_neuron_one_center_and_one_patch_stay_at_the_largest_ratio(
 
 # Published DeiT-S policy (methods B7).
 DEIT_S = {"neurons": "0.12237 0.00168 0.01201 0.49062 0.10388 0.32759 0.02007 0.26372 0.02465 0.37197 0.33796 0.32449",
-          "heads": "0.07641 0.05489 0.11644 0.21189 0.10277 0.04060 0.07933 0.08571 0.27671 0.16643 0.13445 0.15967", "rho": "0.48807"}
+          "heads": "0.07641 0.05489 0.11644 0.21189 0.10277 0.04060 0.07933 0.08571 0.27671 0.16643 0.13445 0.15967",
+          "rho": "0.48807"}
 
 
 def test_published_deit_s_policy_keeps_the_counts_and_costs_the_macs_of_the_paper():
     shape = shape_of(timm.create_model("deit_small_patch16_224", pretrained=False))
     space = SearchSpace(shape=shape)
     counts = space.counts([float(v) for v in " ".join(DEIT_S.values()).split()])
-    assert counts.neurons[0].tolist() == [int(1536 * (1 - Decimal(v))) for v in DEIT_S["neurons"].split()]    # exact decimals
-    assert counts.heads[0].tolist() == [5, 5, 5, 4, 5, 5, 5, 5, 4, 5, 5, 5]         # 6 * 0.78811 = 4.7; 6 * 0.83357 = 5.001
+    # exact decimals
+    assert counts.neurons[0].tolist() == [int(1536 * (1 - Decimal(v))) for v in DEIT_S["neurons"].split()]
+    # 6 * 0.78811 = 4.7; 6 * 0.83357 = 5.001
+    assert counts.heads[0].tolist() == [5, 5, 5, 4, 5, 5, 5, 5, 4, 5, 5, 5]
     # 197 * 0.51193 = 100.9 and the mean: 101; 101 * 0.51193 = 51.7, so 52; 52 * 0.51193 = 26.6, so 27.
     assert counts.in_mlp[0].tolist() == [197] * 3 + [101] * 3 + [52] * 3 + [27] * 3
     assert counts.attended[0].tolist() == [197] * 4 + [101] * 3 + [52] * 3 + [27] * 2
@@ -228,9 +248,11 @@ def test_ratios_that_change_no_count_are_the_same_policy(tokens):
         low, high = [], []
         for group in space.groups:
             total = totals[group]
-            cut = chance.randrange(1, max(int(total * 0.4), 2))             # total - cut stay: ratios in ((cut - 1) / total, cut / total]
+            # total - cut stay: ratios in ((cut - 1) / total, cut / total]
+            cut = chance.randrange(1, max(int(total * 0.4), 2))
             low.append((cut - 0.9) / total), high.append((cut - 0.6) / total)
-        if tokens.startswith(("select", "match")):                          # later blocks work on fewer tokens: a smaller step
+        # later blocks work on fewer tokens: a smaller step
+        if tokens.startswith(("select", "match")):
             high[10:] = [ratio + 1e-7 for ratio in low[10:]]
         assert space.keys([low, high])[0] == space.keys([low, high])[1]
         assert space.plan(low, **scores) == space.plan(high, **scores)
@@ -257,7 +279,8 @@ def test_snap_keeps_the_policy_and_makes_ratios_of_equal_counts_equal(shape, tok
     assert space.keys(snapped) == space.keys(policies)
     assert (snapped >= 0).all() and (snapped <= space.max_ratio).all() and (space.snap(snapped) == snapped).all()
     units = 2 * shape.depth
-    assert (snapped[:, units:] == policies[:, units:]).all()                # token ratios stay: their counts hang together
+    # token ratios stay: their counts hang together
+    assert (snapped[:, units:] == policies[:, units:]).all()
     # Same count, same ratio; and the middle of the ratios with this count, wherever those lie inside the box.
     for d in range(units):
         total, name = (shape.num_neurons, "neurons") if d < shape.depth else (shape.num_heads, "heads")
@@ -265,7 +288,8 @@ def test_snap_keeps_the_policy_and_makes_ratios_of_equal_counts_equal(shape, tok
         for count in set(kept.tolist()):
             ratio, = set(snapped[kept == count, d].tolist())
             low, high = 1 - (count + 1) / total, 1 - count / total
-            assert ratio == (pytest.approx((low + high) / 2, abs=1e-12) if low >= 0 and (low + high) / 2 <= 0.5 else min(max(low, 0), 0.5))
+            assert ratio == (pytest.approx((low + high) / 2, abs=1e-12) if low >= 0 and (low + high) / 2 <= 0.5
+                             else min(max(low, 0), 0.5))
 
 
 def test_even_coordinates_give_every_count_the_same_share_and_stand_for_the_same_policies():
@@ -274,8 +298,10 @@ def test_even_coordinates_give_every_count_the_same_share_and_stand_for_the_same
         fine = np.repeat(np.linspace(0, most, 6001)[:-1, None], space.size, axis=1)
         kept = space.counts(space.from_even(fine)).heads[:, 0]
         counts, shares = np.unique(kept, return_counts=True)
-        assert counts.tolist() == list(range(max(int(heads * (1 - most)), 1), heads + 1))       # every count that the box allows
-        assert shares.max() - shares.min() <= 2                                 # the grid falls on either side of an edge
+        # every count that the box allows
+        assert counts.tolist() == list(range(max(int(heads * (1 - most)), 1), heads + 1))
+        # the grid falls on either side of an edge
+        assert shares.max() - shares.min() <= 2
         policies = np.random.default_rng(0).uniform(0, most, (53, space.size))
         assert space.keys(space.from_even(space.even(policies))) == space.keys(policies)
         assert (space.even(space.from_even(space.even(policies))) == space.even(policies)).all()
@@ -302,7 +328,8 @@ def test_a_plan_of_the_space_is_found_again(shape, tokens, max_ratio):
 
 def test_policies_of_the_same_key_are_the_same_plan_and_cost():
     space = SearchSpace(shape=SHAPES["five blocks"], units=())
-    nothing, one_out = [0.0], [0.5 / 144]                                   # 143 of 144 tokens and the mean of the other one
+    # 143 of 144 tokens and the mean of the other one
+    nothing, one_out = [0.0], [0.5 / 144]
     same = space.keys(nothing) == space.keys(one_out)
     assert same == (space.plan(nothing) == space.plan(one_out))
     assert same == (gmacs(space.plan(nothing)) == gmacs(space.plan(one_out)))
@@ -330,7 +357,8 @@ def with_block(shape: ViTShape, index: int, block: BlockPlan) -> CompressionPlan
     (3, BlockPlan(heads=(1,)), "none", "block 3 has 1 heads, nearest is 2"),
     (0, BlockPlan(neurons=tuple(range(8))), "none", "block 0 has 8 neurons, nearest is 9"),
     (2, BlockPlan(tokens=Select(kept=9)), "none", "block 3 has 11 attended, nearest is 36"),
-    (0, BlockPlan(tokens=Select(kept=30)), "select_per_stage", "block 1 has 32 attended, nearest is 36"),    # selects in 1, 2, 3
+    # selects in 1, 2, 3
+    (0, BlockPlan(tokens=Select(kept=30)), "select_per_stage", "block 1 has 32 attended, nearest is 36"),
     (1, BlockPlan(tokens=MergeReconstruct(regions=tuple(j % 5 for j in range(35)), weights=(0.5,) * 35)), "merge",
      "block 1 has 6 attended, nearest is"),
     (4, BlockPlan(tokens=MergeReconstruct(regions=tuple(j % 20 for j in range(35)), weights=(0.5,) * 35)), "merge",
@@ -417,7 +445,8 @@ def test_a_space_of_matching_for_a_model_without_a_class_token_protects_nothing(
     space = SearchSpace(shape=shape, tokens="match")
     policy = [0.4] * space.size
     same_counts(space.counts(policy), 0, slow_counts(shape, "match", policy))
-    assert space.plan(policy, **scores_for(shape)).blocks[1].tokens == Match(merged=58, protect=0.0)       # 143 - int(85.8)
+    # 143 - int(85.8)
+    assert space.plan(policy, **scores_for(shape)).blocks[1].tokens == Match(merged=58, protect=0.0)
 
 
 def test_nothing_cut_is_the_empty_plan(shape):
@@ -435,13 +464,17 @@ def test_who_made_a_plan_is_kept():
 
 @pytest.mark.parametrize("make, message", [
     (lambda s: SearchSpace(shape=s, units=("heads", "layers")), "units 'layers' .*neurons"),
-    (lambda s: SearchSpace(shape=s, tokens="merge_per_span", read_out=True), "read_out: the last block stays merged in the span 3-4"),
-    (lambda s: SearchSpace(shape=s, tokens="merge_per_span", settings={"spans": [[0, 2], [2, 3]]}), "span 2-3 begins before the one"),
-    (lambda s: SearchSpace(shape=s, tokens="merge_per_span", settings={"spans": [[0, 9]]}), "span 0-9: its blocks must lie from 0 to 4"),
+    (lambda s: SearchSpace(shape=s, tokens="merge_per_span", read_out=True), "read_out: the last block stays merged in "
+                                                                             "the span 3-4"),
+    (lambda s: SearchSpace(shape=s, tokens="merge_per_span", settings={"spans": [[0, 2], [2, 3]]}),
+     "span 2-3 begins before the one"),
+    (lambda s: SearchSpace(shape=s, tokens="merge_per_span", settings={"spans": [[0, 9]]}), "span 0-9: its blocks must "
+                                                                                            "lie from 0 to 4"),
     (lambda s: SearchSpace(shape=s, tokens="merge_per_span", settings={"spans": [3]}), "span 3 is not"),
     (lambda s: SearchSpace(shape=s, tokens="merge", settings={"spans": [[0, 1]]}), "tokens 'merge' takes no 'spans'"),
     (lambda s: SearchSpace(shape=s, tokens="mergee"), "tokens 'mergee' .*merge_per_stage"),
-    (lambda s: SearchSpace(shape=s, settings={"prune_rate": 0.1}), "'select' takes no 'prune_rate'; it takes .*'ranked_by'"),
+    (lambda s: SearchSpace(shape=s, settings={"prune_rate": 0.1}), "'select' takes no 'prune_rate'; it takes "
+                                                                   ".*'ranked_by'"),
     (lambda s: SearchSpace(shape=s, tokens="none", settings={"x": 1}), "'none' takes no 'x'"),
     (lambda s: SearchSpace(shape=s, tokens="merge", settings={"prune_rate": 1.0}), "prune_rate is 1.0"),
     (lambda s: SearchSpace(shape=s, tokens="merge", settings={"prune_rate": float("nan")}), "prune_rate is nan"),
@@ -475,8 +508,8 @@ def test_a_policy_out_of_the_box_is_refused_naming_the_dimension(change, message
 @pytest.mark.parametrize("name, width", [("heads", 3), ("neurons", 31), ("tokens", 143)])
 def test_scores_that_are_missing_or_of_another_size_are_refused(name, width):
     space = SearchSpace(shape=SHAPES["five blocks"], tokens="merge")
-    for wrong, given in ((None, "None"), (torch.rand(4, width), f"4, {width}"), (torch.rand(5, width + 1), f"5, {width + 1}"),
-                         (torch.rand(width), f"{width},")):
+    for wrong, given in ((None, "None"), (torch.rand(4, width), f"4, {width}"),
+                         (torch.rand(5, width + 1), f"5, {width + 1}"), (torch.rand(width), f"{width},")):
         with pytest.raises(InputError, match=f"{name}|token scores") as error:
             space.plan([0.1] * space.size, **(scores_for(space.shape) | {name: wrong}))
         assert f"5 blocks of {width}" in str(error.value) and given in str(error.value)
@@ -492,9 +525,9 @@ def test_scores_are_not_needed_for_what_is_not_searched():
 @pytest.mark.parametrize("tokens, prefix, settings", [
     ("select", 1, {"ranked_by": "some"}), ("merge", 1, {"boundary": "circle"}), ("merge", 1, {"weights": "none"}),
     ("select", 1, {"shape": None}),
-    ("select_per_stage", 1, {"per_stage": False}), ("select", 0, {}), ("match", 0, {"protect": 0.1}), ("match", 1, {"protect": -1}),
-    ("match_per_stage", 1, {"protect": "much"}), ("match", 1, {"per": "block"}), ("match_per_block", 1, {"per": ""}),
-    ("match", 1, {"merged": 3})])
+    ("select_per_stage", 1, {"per_stage": False}), ("select", 0, {}), ("match", 0, {"protect": 0.1}),
+    ("match", 1, {"protect": -1}), ("match_per_stage", 1, {"protect": "much"}), ("match", 1, {"per": "block"}),
+    ("match_per_block", 1, {"per": ""}), ("match", 1, {"merged": 3})])
 def test_settings_that_no_plan_can_have_are_refused_with_the_space(tokens, prefix, settings):
     shape = dataclasses.replace(SHAPES["five blocks"], num_prefix_tokens=prefix, pool="avg")
     with pytest.raises(InputError):

@@ -9,19 +9,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from training_fixtures import logits, one_thread, small_recipe, tiny, write_easy_folder  # noqa: F401
 
-from vitlab.cost import counts_of, gmacs, macs
 from vitlab.criteria.planning import prune_and_merge
-from vitlab.files import InputError, read_lines
-from vitlab.models import shape_of
+from vitlab.measure.objective import PlanObjective
+from vitlab.models import checkpoint, shape_of
 from vitlab.plan import CompressionPlan
-from vitlab.rules import ReadOut
+from vitlab.plan.cost import counts_of, gmacs, macs
+from vitlab.plan.rules import ReadOut
+from vitlab.runtime.files import InputError, read_lines
 from vitlab.search import SearchSpace
 from vitlab.search.allocation import levels
 from vitlab.search.published import POLICIES
 from vitlab.search.sensitivity import SENSITIVITY
 from vitlab.search.strategies import Settings
-from vitlab.training import checkpoint
-from vitlab.training.objective import PlanObjective
 from vitlab.workbench import calibrating, cutting, searching, steps
 
 FEW = {"device": "cpu", "progress": False, "workers": 0}
@@ -52,9 +51,11 @@ def test_unit_scores_are_written_and_read_back(tmp_path, data):
     ("u.pth", lambda p: p.write_bytes(b""), "not a .safetensors file"),
     ("u.safetensors", lambda p: p.write_bytes(b"x" * 9), "cut short"),
     ("u.safetensors", lambda p: save_file({"head_scores": torch.ones(2, 3)}, p), "holds no neuron_scores"),
-    ("u.safetensors", lambda p: save_file({"head_scores": torch.ones(2, 3, dtype=torch.int64), "neuron_scores": torch.ones(2, 96)}, p),
+    ("u.safetensors",
+     lambda p: save_file({"head_scores": torch.ones(2, 3, dtype=torch.int64), "neuron_scores": torch.ones(2, 96)}, p),
      "head_scores are torch.int64"),
-    ("u.safetensors", lambda p: save_file({"head_scores": torch.ones(2, 5), "neuron_scores": torch.ones(2, 96)}, p), r"heads.*\(2, 5\)"),
+    ("u.safetensors", lambda p: save_file({"head_scores": torch.ones(2, 5), "neuron_scores": torch.ones(2, 96)}, p),
+     r"heads.*\(2, 5\)"),
 ])
 def test_bad_unit_scores_are_refused_by_name_or_size(tmp_path, name, write, says):
     write(tmp_path / name)
@@ -66,11 +67,14 @@ def test_bad_unit_scores_are_refused_by_name_or_size(tmp_path, name, write, says
 def test_ratios_cut_the_lowest_scores_of_every_block_and_the_file_shrinks(tmp_path, data):
     found = dense_checkpoint()
     scores = cutting.score_units(found, data, tmp_path / "u.safetensors", images=32, batch_size=16, **FEW)
-    small = cutting.prune_units(found, tmp_path / "u.safetensors", tmp_path / "out", head_ratio=0.4, neuron_ratio=0.5, rho=0.25)
+    small = cutting.prune_units(found, tmp_path / "u.safetensors", tmp_path / "out", head_ratio=0.4, neuron_ratio=0.5,
+                                rho=0.25)
     for index, block in enumerate(small.plan.blocks):
         assert set(block.heads) == set(scores.heads[index].topk(int(3 * 0.6)).indices.tolist())
         assert set(block.neurons) == set(scores.neurons[index].topk(48).indices.tolist())
-    assert [f.ranked_by for f in small.plan.flows()] == ["", "kept"] or [f.ranked_by for f in small.plan.flows()] == ["kept", "kept"]
+    assert [f.ranked_by
+            for f in small.plan.flows()] == ["",
+                                             "kept"] or [f.ranked_by for f in small.plan.flows()] == ["kept", "kept"]
     saved = load_file(tmp_path / "out/checkpoint/weights.safetensors")
     dense = sum(p.numel() for p in found.model.parameters())
     # Per block 2 heads of 8 wide leave qkv (with bias) and proj, 48 neurons fc1 (with bias) and fc2; 24 is the width.
@@ -106,8 +110,10 @@ def budgeted(way: str, found: steps.Checkpoint, folder: Path, **amount: float) -
         scores = cutting.UnitScores(heads=torch.rand(shape.depth, shape.num_heads, generator=draw),
                                     neurons=torch.rand(shape.depth, shape.num_neurons, generator=draw), made_by={})
         return cutting.prune_units(found, scores, folder, **amount).plan
-    save_file({"token_scores": torch.rand(shape.depth, shape.num_patches, generator=draw) + 0.1}, folder.parent / "s.safetensors")
-    return steps.prune(found, folder.parent / "s.safetensors", folder, prune_rate=0.0, share=way == "share", **amount).plan
+    save_file({"token_scores": torch.rand(shape.depth, shape.num_patches, generator=draw) + 0.1},
+              folder.parent / "s.safetensors")
+    return steps.prune(found, folder.parent / "s.safetensors", folder, prune_rate=0.0, share=way == "share",
+                       **amount).plan
 
 
 WAYS = ("match", "match and read out", "units", "merge", "share")
@@ -124,12 +130,14 @@ def test_an_amount_may_be_a_budget_of_which_as_much_is_used_as_counts_allow(tmp_
         space = SearchSpace(shape=shape, units=(), tokens="match", read_out=way == "match and read out")
         every = [gmacs(space.plan([ratio])) for ratio in np.linspace(0, 0.5, 501)]
     elif way == "units":
-        counts, one = [len(block.neurons) for block in plan.blocks], 2 * shape.embed_dim * shape.num_tokens / 1e9       # GMACs of a neuron
+        # GMACs of a neuron
+        counts, one = [len(block.neurons) for block in plan.blocks], 2 * shape.embed_dim * shape.num_tokens / 1e9
         assert 0 <= 0.8 * dense - gmacs(plan) < one and max(counts) - min(counts) <= 1
         return
     else:
         scores, _ = steps.read_scores(tmp_path / "s.safetensors")
-        every = [gmacs(prune_and_merge(scores, shape, keep_rate=(centers + 0.5) / shape.num_patches, prune_rate=0.0, share=way == "share"))
+        every = [gmacs(prune_and_merge(scores, shape, keep_rate=(centers + 0.5) / shape.num_patches, prune_rate=0.0,
+                                       share=way == "share"))
                  for centers in range(1, shape.num_patches)]
     assert gmacs(plan) == max(price for price in every if price <= 0.8 * dense)
 
@@ -168,29 +176,39 @@ def test_a_search_leaves_a_plan_that_meets_the_budget_and_goes_on_where_it_was_k
     limit = 0.7 * gmacs(CompressionPlan.empty(plan.shape))
     assert 0.98 * limit <= gmacs(plan) <= limit
     assert gmacs(plan) == pytest.approx(study.best.cost, rel=1e-12)
-    parts = steps.open_data(data).parts(0, report=24)                           # on these the best of many was not chosen
+    # on these the best of many was not chosen
+    parts = steps.open_data(data).parts(0, report=24)
     worth = PlanObjective(found.model, parts.batches("report", found.model, workers=0))(plan)
     said = searching.reported(tmp_path / "a")
-    assert said == plan.made_by["reported"] == {"evaluation": study.best.index, "images": 7} | {k: pytest.approx(v, rel=1e-5) for k, v in
-                                                                                              worth.items() if k != "value"}
+    assert said == plan.made_by["reported"] == {"evaluation": study.best.index,
+                                                "images": 7} | {k: pytest.approx(v, rel=1e-5) for k, v in
+                                                                                              worth.items()
+                                                                if k != "value"}
     assert said["distill_loss"] != study.best.measures["distill_loss"] and said["distill_loss_se"] > 0
     assert plan.made_by["roles"]["choose"] == 7 and study.info["about"]["metric"] == "distill_loss"
-    killed = searching.search(found, data, tmp_path / "b", **options | {"options": dataclasses.replace(SHORT, evaluations=2)})
+    killed = searching.search(found, data, tmp_path / "b",
+                              **options | {"options": dataclasses.replace(SHORT, evaluations=2)})
     assert len(killed.evaluations) == 2
     again = searching.search(found, data, tmp_path / "b", **options)
-    assert [(e.policy, e.value, e.by) for e in again.evaluations] == [(e.policy, e.value, e.by) for e in study.evaluations]
+    assert [(e.policy, e.value, e.by)
+            for e in again.evaluations] == [(e.policy, e.value, e.by) for e in study.evaluations]
     assert (tmp_path / "a" / searching.PLAN).read_text() == (tmp_path / "b" / searching.PLAN).read_text()
 
 
 @pytest.mark.parametrize("compensated", [False, True])
-def test_a_search_from_sensitivity_begins_in_the_budget_and_goes_on_where_it_was_killed(tmp_path, data, monkeypatch, compensated):
-    found, options = dense_checkpoint(), {"macs_ratio": 0.7, "options": dataclasses.replace(SHORT, initial="sensitivity"), "images": 24,
-                                          "score_images": 32, "metric": "distill_loss", "compensated": compensated, **FEW}
+def test_a_search_from_sensitivity_begins_in_the_budget_and_goes_on_where_it_was_killed(tmp_path, data, monkeypatch,
+                                                                                        compensated):
+    found, options = dense_checkpoint(), {"macs_ratio": 0.7,
+                                          "options": dataclasses.replace(SHORT, initial="sensitivity"), "images": 24,
+                                          "score_images": 32, "metric": "distill_loss", "compensated": compensated,
+                                          **FEW}
     study = searching.search(found, data, tmp_path / "a", **options)
-    assert [e.by for e in study.evaluations] == ["sensitivity"] + ["population"] * 2 + ["gp"] * 2      # half of 3 of the population
+    # half of 3 of the population
+    assert [e.by for e in study.evaluations] == ["sensitivity"] + ["population"] * 2 + ["gp"] * 2
     assert study.budget.meets(np.array(study.evaluations[0].policy)).all()
     rows = read_lines(tmp_path / "a" / SENSITIVITY)
-    assert {row["dimension"] for row in rows} == {"", *study.space.names} and rows[0]["value"] == pytest.approx(0, abs=1e-6)
+    assert {row["dimension"] for row in rows} == {"",
+                                                  *study.space.names} and rows[0]["value"] == pytest.approx(0, abs=1e-6)
     assert all(row["loss"] >= 0 and row["saved"] > 0 for row in rows[1:])
     whole, calls = PlanObjective.__call__, []
 
@@ -203,16 +221,20 @@ def test_a_search_from_sensitivity_begins_in_the_budget_and_goes_on_where_it_was
     with pytest.raises(KeyboardInterrupt):
         searching.search(found, data, tmp_path / "b", **options)
     again = searching.search(found, data, tmp_path / "b", **options)
-    assert len(calls) == len(rows) + len(study.evaluations) + 2                 # the killed one alone is begun twice; and the report
-    assert [(e.policy, e.value, e.by) for e in again.evaluations] == [(e.policy, e.value, e.by) for e in study.evaluations]
+    # the killed one alone is begun twice; and the report
+    assert len(calls) == len(rows) + len(study.evaluations) + 2
+    assert [(e.policy, e.value, e.by)
+            for e in again.evaluations] == [(e.policy, e.value, e.by) for e in study.evaluations]
     assert read_lines(tmp_path / "b" / SENSITIVITY) == rows
 
 
 @pytest.mark.parametrize("initial", ["varied", "sensitivity"])
-def test_a_search_says_what_it_will_do_and_keeps_to_the_minutes_it_is_given(tmp_path, data, capsys, monkeypatch, initial):
-    options = {"macs_ratio": 0.7, "options": dataclasses.replace(SHORT, initial=initial), "images": 24, "score_images": 32,
-               "criterion": "weight", **FEW}
-    monkeypatch.setattr(searching, "images_per_second", lambda *args: 0.07)     # 7 images at 0.7 of the cost: 70 s a policy
+def test_a_search_says_what_it_will_do_and_keeps_to_the_minutes_it_is_given(tmp_path, data, capsys, monkeypatch,
+                                                                            initial):
+    options = {"macs_ratio": 0.7, "options": dataclasses.replace(SHORT, initial=initial), "images": 24,
+               "score_images": 32, "criterion": "weight", **FEW}
+    # 7 images at 0.7 of the cost: 70 s a policy
+    monkeypatch.setattr(searching, "images_per_second", lambda *args: 0.07)
     cuts = 1 + sum(map(len, levels(searching.SearchSpace(shape=shape_of(tiny()))))) if initial == "sensitivity" else 0
 
     def said(**changes) -> tuple[str, str]:
@@ -222,23 +244,28 @@ def test_a_search_says_what_it_will_do_and_keeps_to_the_minutes_it_is_given(tmp_
         return captured.out, captured.err
     assert said(minutes=0.0) == ("", "") if not cuts else True                  # without progress nothing is said
     if cuts:
-        with pytest.warns(UserWarning, match=f"alone first, which takes about {cuts * 70 / 60:.1f} minutes, more than the 1 given"):
+        with pytest.warns(UserWarning, match=f"alone first, which takes about {cuts * 70 / 60:.1f} minutes, more than "
+                                             f"the 1 given"):
             searching.search(dense_checkpoint(), data, tmp_path / "s", **options, minutes=1)
     assert len(read_lines(tmp_path / "s/journal.jsonl")) == 1 and searching.reported(tmp_path / "s")["evaluation"] == 0
     out, err = said(progress=True, minutes=100)
-    assert out == "" and f"search: 4 policies to measure on 7 images, about {4 * 70 / 60:.1f} minutes; it ends after 100 with" in err
+    assert out == ""
+    assert f"search: 4 policies to measure on 7 images, about {4 * 70 / 60:.1f} minutes; it ends after 100 with" in err
     assert len(read_lines(tmp_path / "s/journal.jsonl")) == 5
     assert "to measure" not in "".join(said(progress=True))                     # nothing is left
 
 
 def test_a_search_ends_before_the_policy_and_the_report_that_its_minutes_leave_no_room_for(tmp_path, data, monkeypatch):
     ends, plain = [], searching.Study.run
-    monkeypatch.setattr(searching, "images_per_second", lambda *args: 7.0)      # 7 images at 0.7 of the cost: 0.7 s a policy
-    monkeypatch.setattr(searching.Study, "run", lambda self, *args, until, **settings: ends.append(until) or plain(self, *args, **settings))
+    # 7 images at 0.7 of the cost: 0.7 s a policy
+    monkeypatch.setattr(searching, "images_per_second", lambda *args: 7.0)
+    monkeypatch.setattr(searching.Study, "run", lambda self, *args, until,
+                        **settings: ends.append(until) or plain(self, *args, **settings))
     began = searching.time.monotonic()
-    searching.search(dense_checkpoint(), data, tmp_path / "s", macs_ratio=0.7, options=SHORT, images=24, criterion="weight", minutes=5,
-                     **FEW)
-    assert 300 - 1.4 <= ends[0] - began < 301                                   # two of 0.7 s less, from when the command began
+    searching.search(dense_checkpoint(), data, tmp_path / "s", macs_ratio=0.7, options=SHORT, images=24,
+                     criterion="weight", minutes=5, **FEW)
+    # two of 0.7 s less, from when the command began
+    assert 300 - 1.4 <= ends[0] - began < 301
 
 
 def test_a_search_never_reads_the_held_out_split(tmp_path, data, monkeypatch):
@@ -257,8 +284,9 @@ def test_a_search_never_reads_the_held_out_split(tmp_path, data, monkeypatch):
 def test_another_model_data_or_budget_in_the_same_folder_is_refused(tmp_path, data):
     options = {"options": SHORT, "images": 24, "score_images": 32, **FEW}
     searching.search(dense_checkpoint(), data, tmp_path / "s", macs_ratio=0.7, **options)
-    for change, named in (({"found": dense_checkpoint(seed=1)}, "about"), ({"macs_ratio": 0.8}, "budget"), ({"seed": 2}, "seed"),
-                          ({"tokens": "none"}, "space"), ({"metric": "top1_pct"}, "about"), ({"strategy": "random"}, "strategy")):
+    for change, named in (({"found": dense_checkpoint(seed=1)}, "about"), ({"macs_ratio": 0.8}, "budget"),
+                          ({"seed": 2}, "seed"), ({"tokens": "none"}, "space"), ({"metric": "top1_pct"}, "about"),
+                          ({"strategy": "random"}, "strategy")):
         found = change.pop("found", dense_checkpoint())
         with pytest.raises(InputError, match=rf"another study \(.*{named}[. ].*, now "):
             searching.search(found, data, tmp_path / "s", **{"macs_ratio": 0.7, **options, **change})
@@ -275,7 +303,8 @@ def test_scores_of_something_else_in_the_folder_of_a_study_are_refused(tmp_path,
 
 @pytest.mark.parametrize(("settings", "says"), [
     ({}, "either a limit or a ratio"), ({"limit": 1.0, "macs_ratio": 0.5}, "either a limit or a ratio"),
-    ({"macs_ratio": 0.01}, "can't be met"), ({"limit": 99.0}, "can't be met"), ({"limit": 1e-3, "cost": "joules"}, "joules"),
+    ({"macs_ratio": 0.01}, "can't be met"), ({"limit": 99.0}, "can't be met"),
+    ({"limit": 1e-3, "cost": "joules"}, "joules"),
     ({"macs_ratio": 0.7, "tokens": "merge", "cost": "published_gmacs"}, "one selection ratio"),
     ({"macs_ratio": 0.7, "tokens": "melt"}, "melt"), ({"macs_ratio": 0.7, "strategy": "luck"}, "luck"),
     ({"macs_ratio": 0.7, "metric": "joy"}, "joy"), ({"macs_ratio": 0.7, "criterion": "looks"}, "looks"),
@@ -283,7 +312,8 @@ def test_scores_of_something_else_in_the_folder_of_a_study_are_refused(tmp_path,
 ])
 def test_what_can_not_be_searched_is_refused(tmp_path, data, settings, says):
     with pytest.raises(InputError, match=says):
-        searching.search(dense_checkpoint(), data, tmp_path / "s", options=SHORT, images=24, score_images=32, **FEW, **settings)
+        searching.search(dense_checkpoint(), data, tmp_path / "s", options=SHORT, images=24, score_images=32, **FEW,
+                         **settings)
 
 
 def test_published_count_is_a_budget_of_its_own(tmp_path, data):
@@ -292,12 +322,14 @@ def test_published_count_is_a_budget_of_its_own(tmp_path, data):
     price = searching.cost_function(space, "published_gmacs", found.model)
     shape = shape_of(found.model)
     n, d, m, w = shape.num_tokens, shape.embed_dim, shape.num_neurons, shape.num_heads * shape.head_dim
-    assert float(price(np.zeros((1, 25)))[0]) == pytest.approx(12 * (4 * n * d * w + 2 * n * n * w + 2 * n * d * m) / 1e9, rel=1e-12)
+    assert float(price(np.zeros((1, 25)))[0]) == pytest.approx(12 * (4 * n * d * w + 2 * n * n * w
+                                                                     + 2 * n * d * m) / 1e9, rel=1e-12)
 
 
 def test_sensitivity_cuts_one_dimension_of_one_block_at_a_time(tmp_path, data):
     found = dense_checkpoint()
-    rows = cutting.sensitivity(found, data, tmp_path, criteria=("weight", "random"), ratio=0.5, images=24, score_images=32,
+    rows = cutting.sensitivity(found, data, tmp_path, criteria=("weight", "random"), ratio=0.5, images=24,
+                               score_images=32,
                                  metric="distill_loss", **FEW)
     assert {(r["criterion"], r["dimension"], r["block"]) for r in rows} == (
         {(c, d, b) for c in ("weight", "random") for d in ("neurons", "heads") for b in (0, 1)}
@@ -316,7 +348,8 @@ def test_sensitivity_cuts_one_dimension_of_one_block_at_a_time(tmp_path, data):
 
 def test_fine_tuning_by_a_plan_in_steps_ends_at_the_plan_and_keeps_training_between(tmp_path, data):
     found = dense_checkpoint()
-    study = searching.search(found, data, tmp_path / "s", macs_ratio=0.6, options=SHORT, images=24, score_images=32, **FEW)
+    study = searching.search(found, data, tmp_path / "s", macs_ratio=0.6, options=SHORT, images=24, score_images=32,
+                             **FEW)
     plan = study.folder / searching.PLAN
     once = steps.finetune(found, found, data, tmp_path / "once", plan=plan, settings=small_recipe(), **FEW)
     turns = steps.finetune(found, found, data, tmp_path / "turns", plan=plan, steps=2, settings=small_recipe(), **FEW)
@@ -333,8 +366,8 @@ def test_fine_tuning_by_a_plan_in_steps_ends_at_the_plan_and_keeps_training_betw
 
 def test_calibration_writes_the_refitted_model_of_the_plan(tmp_path, data):
     found = dense_checkpoint()
-    study = searching.search(found, data, tmp_path / "s", macs_ratio=0.6, compensated=True, criterion="reconstruction", options=SHORT,
-                             images=24, score_images=32, **FEW)
+    study = searching.search(found, data, tmp_path / "s", macs_ratio=0.6, compensated=True, criterion="reconstruction",
+                             options=SHORT, images=24, score_images=32, **FEW)
     plan = study.folder / searching.PLAN
     made = calibrating.calibrate(found, data, tmp_path / "out", plan, images=32, **FEW)
     plain = steps.prune(found, None, tmp_path / "plain", plan=plan)

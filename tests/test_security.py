@@ -1,4 +1,5 @@
-"""What a stranger's file can't do: run code, lead out of its folder, or put HTML into a page. tests/test_faults.py has its refusals."""
+"""What a stranger's file can't do: run code, lead out of its folder, or put HTML into a page. tests/test_faults.py has
+its refusals."""
 import ast
 import csv
 import html.parser
@@ -21,14 +22,13 @@ from PIL import Image
 
 from vitlab import cli
 from vitlab.data import open_data
-from vitlab.files import InputError
-from vitlab.models import shape_of
+from vitlab.models import checkpoint, shape_of
 from vitlab.models.create import create_model
 from vitlab.models.weights import read_file
 from vitlab.plan import CompressionPlan
-from vitlab.results import ResultRow, append_row, to_csv, to_latex
+from vitlab.runtime.files import InputError
+from vitlab.runtime.results import ResultRow, append_row, to_csv, to_latex
 from vitlab.search.study import read_journal
-from vitlab.training import checkpoint
 from vitlab.workbench import batch_file, cutting, report, steps
 from vitlab.workbench.explore import choosing
 
@@ -119,7 +119,8 @@ def test_a_trap_in_a_journal_does_not_go_off(dense):
 
 def test_the_traps_are_real_ones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for load in (lambda: pickle.loads(TRAPS["pickle"]()), lambda: torch.load(io.BytesIO(TRAPS["torch"]()), weights_only=False),
+    for load in (lambda: pickle.loads(TRAPS["pickle"]()),
+                 lambda: torch.load(io.BytesIO(TRAPS["torch"]()), weights_only=False),
                  lambda: np.load(io.BytesIO(numpy_file()), allow_pickle=True)):
         load()
         assert Path("owned").read_text() == "owned"
@@ -127,8 +128,9 @@ def test_the_traps_are_real_ones(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text", [
-    "!!python/object/apply:os.system ['touch owned']", "!!python/object/new:os.system ['touch owned']", "!!python/name:os.system",
-    "!!python/module:antigravity", "!!python/object/apply:pathlib.Path.write_text [!!python/object/apply:pathlib.Path [owned], x]"])
+    "!!python/object/apply:os.system ['touch owned']", "!!python/object/new:os.system ['touch owned']",
+    "!!python/name:os.system", "!!python/module:antigravity", "!!python/object/apply:pathlib.Path.write_text "
+                                                              "[!!python/object/apply:pathlib.Path [owned], x]"])
 def test_tags_of_yaml_run_nothing_in_a_batch_file_and_in_a_change(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("batch.yaml").write_text(f"entries: {text}\n")
@@ -142,7 +144,8 @@ def test_tags_of_yaml_run_nothing_in_a_batch_file_and_in_a_change(text, tmp_path
 
 def test_reading_what_a_notebook_declares_runs_none_of_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cells = [new_code_cell("open('owned', 'w')"), new_code_cell("a: int = open('owned', 'w')", metadata={"tags": ["parameters"]})]
+    cells = [new_code_cell("open('owned', 'w')"),
+             new_code_cell("a: int = open('owned', 'w')", metadata={"tags": ["parameters"]})]
     nbformat.write(new_notebook(cells=cells), "n.ipynb")
     Path("batch.yaml").write_text("entries: {n: {notebook: n.ipynb}}\n")
     with pytest.raises(InputError, match="n.ipynb can't be read as a notebook"):
@@ -152,7 +155,9 @@ def test_reading_what_a_notebook_declares_runs_none_of_it(tmp_path, monkeypatch)
 
 def named(node: ast.expr) -> str:
     """os.system of os.system(...)."""
-    return f"{named(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+    return f"{named(node.value)}.{node.attr}" if isinstance(node,
+                                                            ast.Attribute) else node.id if isinstance(node,
+                                                                                                      ast.Name) else ""
 
 
 def test_the_source_has_no_call_that_could_run_what_a_file_holds():
@@ -160,13 +165,16 @@ def test_the_source_has_no_call_that_could_run_what_a_file_holds():
                         r"|(pickle|cPickle|dill|joblib|cloudpickle|shelve|marshal)\.(load|loads|open|Unpickler))")
     found, loads = [], 0
     for path in SOURCE:
-        for call in (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)):
+        for call in (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+                     if isinstance(node, ast.Call)):
             name, given = named(call.func), {k.arg: ast.unparse(k.value) for k in call.keywords}
             loads += name in ("torch.load", "yaml.load", "np.load")
             wrong = (unsafe.fullmatch(name) or (name == "torch.load" and given.get("weights_only") != "True")
                      or (name in ("np.load", "numpy.load") and given.get("allow_pickle") != "False")
-                     or (name == "yaml.load" and given.get("Loader") != "_Loader") or given.get("shell", "False") != "False"
-                     or given.get("allow_pickle", "False") != "False" or given.get("trust_remote_code", "False") != "False")
+                     or (name == "yaml.load" and given.get("Loader") != "_Loader")
+                     or given.get("shell", "False") != "False"
+                     or given.get("allow_pickle", "False") != "False"
+                     or given.get("trust_remote_code", "False") != "False")
             found += [f"{path.name}:{call.lineno} {name}"] if wrong else []
     assert not found and loads == 3                             # it sees those there are
     assert issubclass(batch_file._Loader, yaml.SafeLoader)
@@ -214,7 +222,8 @@ def test_a_plan_and_a_checkpoint_name_no_files(dense):
         with pytest.raises(InputError, match=r"unknown \['file'\]"):
             CompressionPlan.from_json(data)
     info = json.loads(Path("dense/checkpoint.json").read_text())
-    for name in ("../dense", "/tmp", "local-dir:dense", "hf-hub:a/b", "hf_hub:a/b", "file:///tmp/w", "C:\\w", "vit_nano_patch4_32\0"):
+    for name in ("../dense", "/tmp", "local-dir:dense", "hf-hub:a/b", "hf_hub:a/b", "file:///tmp/w", "C:\\w",
+                 "vit_nano_patch4_32\0"):
         info["model"]["name"] = name
         Path("dense/checkpoint.json").write_text(json.dumps(info))
         with pytest.raises(InputError, match="no such file or folder, and no timm model"):
@@ -239,7 +248,8 @@ def test_no_other_program_is_started_for_an_image(tmp_path, monkeypatch):
 
 def test_uploads_have_limits_and_pillows_own_is_not_lifted():
     assert choosing.MAX_BYTES <= 10_000_000 and Image.MAX_IMAGE_PIXELS <= 100_000_000
-    assert not [p for p in SOURCE if re.search(r"MAX_IMAGE_PIXELS\s*=|LOAD_TRUNCATED_IMAGES", p.read_text(encoding="utf-8"))]
+    assert not [p for p in SOURCE
+                if re.search(r"MAX_IMAGE_PIXELS\s*=|LOAD_TRUNCATED_IMAGES", p.read_text(encoding="utf-8"))]
 
 
 # ---- JupyterLab
@@ -249,10 +259,12 @@ def test_jupyterlab_is_started_with_its_own_defaults_a_token_and_loopback():
     assert len(calls) == 1 and "jupyter lab" in calls[0]
     flags = re.findall(r"--([\w.]+)", calls[0])
     assert set(flags) <= {"ServerApp.root_dir", "LabApp.default_url"}
-    own = [p for p in ROOT.glob("**/jupyter_*config*.*") if ".venv" not in p.parts]         # what other packages install is theirs
+    # what other packages install is theirs
+    own = [p for p in ROOT.glob("**/jupyter_*config*.*") if ".venv" not in p.parts]
     assert not own and not [p for p in SOURCE if "ServerApp" in p.read_text(encoding="utf-8")]
     app = ServerApp(log_level=50)
-    assert app.ip in ("localhost", "127.0.0.1") and len(IdentityProvider(parent=app).token) >= 32 and not app.allow_remote_access
+    assert app.ip in ("localhost",
+                      "127.0.0.1") and len(IdentityProvider(parent=app).token) >= 32 and not app.allow_remote_access
     assert not app.allow_root and not app.disable_check_xsrf and app.allow_origin == ""
 
 
@@ -294,7 +306,8 @@ def evil_run(tmp_path) -> Path:
 
 def test_a_report_shows_what_comes_from_data_as_text(evil_run, monkeypatch):
     shown = []
-    monkeypatch.setattr(report, "display", lambda *parts: shown.extend(part.data for part in parts if isinstance(part, report.HTML)))
+    monkeypatch.setattr(report, "display",
+                        lambda *parts: shown.extend(part.data for part in parts if isinstance(part, report.HTML)))
     report.show_figures(evil_run)
     for page in (report.summary_table(evil_run).data, report.results_table(evil_run).data, "".join(shown)):
         seen = Seen(page)
@@ -306,7 +319,7 @@ def test_latex_holds_what_comes_from_data_escaped():
     odd = "\\input{/etc/passwd} % $x$ #1 a_b ~ ^ & {} < >"
     text = to_latex([odd], [ResultRow(model=odd)], odd, ("model",))
     for line in (line for line in text.splitlines() if "passwd" in line):
-        assert r"\textbackslash{}input\{/etc/passwd\} \% \$x\$ \#1 a\_b \textasciitilde{} \textasciicircum{} \& \{\}" in line
+        assert r"\textbackslash{}input\{/etc/passwd\} \% \$x\$ \#1 a\_b \textasciitilde{} \textasciicircum{} \& \{\}" in line  # noqa: E501
     assert r"\input" not in text and text.count("passwd") == 3
 
 

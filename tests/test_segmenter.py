@@ -13,15 +13,14 @@ from conftest import NUM_CLASSES, random_rule
 from timm.layers import resample_abs_pos_embed
 from timm.optim import create_optimizer_v2
 
-from vitlab import cost, tokens
-from vitlab.files import InputError
 from vitlab.models import compress, deploy, shape_of
 from vitlab.models.create import create_model
 from vitlab.models.decoders import DECODERS, MaskTransformer
 from vitlab.models.segmenter import Segmenter, as_encoder, create_encoder, encoder_source, rebuild_encoder
 from vitlab.models.windows import segment, slide, windows
-from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import Match, ReadOut, Select
+from vitlab.plan import BlockPlan, CompressionPlan, cost, tokens
+from vitlab.plan.rules import Match, ReadOut, Select
+from vitlab.runtime.files import InputError
 
 SAME = 1e-4             # two float32 orders of the same sums, 5 blocks deep
 EXACT = 1e-10           # float64: only the order of the sums differs
@@ -43,7 +42,8 @@ def disturb(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 @pytest.fixture
 def segmenter(tiny_vit):
-    """segmenter(family, decoder, **timm arguments): 5 classes, in eval mode, every parameter of the decoder off its start."""
+    """segmenter(family, decoder, **timm arguments): 5 classes, in eval mode, every parameter of the decoder off its
+    start."""
     def make(family: str, decoder: str = "mask_transformer", **args) -> Segmenter:
         model = Segmenter(as_encoder(tiny_vit(family, **args)), 5, decoder)
         disturb(model.decoder)
@@ -67,20 +67,23 @@ def test_linear_decoder_by_hand():
 
 
 def by_hand() -> MaskTransformer:
-    """2 wide, 3 classes; blocks that add nothing, plain projections, and a norm that gives (a, b) -> +-(1, -1) + (1, 0)."""
+    """2 wide, 3 classes; blocks that add nothing, plain projections, and a norm that gives (a, b) -> +-(1, -1) + (1,
+    0)."""
     decoder = MaskTransformer(2, 3, head_dim=1, depth=1).eval()
     state = {name: torch.zeros_like(value) for name, value in decoder.state_dict().items()}
     for name in ("proj_dec.weight", "proj_patch", "proj_classes"):
         state[name] = torch.eye(2)
-    state |= {"decoder_norm.weight": torch.ones(2), "decoder_norm.bias": torch.tensor([1.0, 0.0]), "mask_norm.weight": torch.ones(3),
-              "cls_emb": torch.tensor([[[0.0, 4.0], [5.0, 2.0], [7.0, 7.0]]])}
+    state |= {"decoder_norm.weight": torch.ones(2), "decoder_norm.bias": torch.tensor([1.0, 0.0]),
+              "mask_norm.weight": torch.ones(3), "cls_emb": torch.tensor([[[0.0, 4.0], [5.0, 2.0], [7.0, 7.0]]])}
     decoder.load_state_dict(state)
     return decoder
 
 
 def test_mask_transformer_by_hand():
-    # Normed: patch (3, 1) -> (2, -1); classes (0, 4) -> (0, 1), (5, 2) -> (2, -1), (7, 7) -> (1, 0). Cosines of the patch with them:
-    # -1/sqrt 5, 1, 2/sqrt 5. Their mean is 0.48241 and deviation 0.65875. Patch (1, 3) -> (0, 1): cosines 1, -1/sqrt 5, 0;
+    # Normed: patch (3, 1) -> (2, -1); classes (0, 4) -> (0, 1), (5, 2) -> (2, -1), (7, 7) -> (1, 0). Cosines of the
+    # patch with them:
+    # -1/sqrt 5, 1, 2/sqrt 5. Their mean is 0.48241 and deviation 0.65875. Patch (1, 3) -> (0, 1): cosines 1, -1/sqrt 5,
+    # 0;
     # mean 0.18426, deviation 0.60502.
     found = run(by_hand(), torch.tensor([[[3.0, 1.0], [1.0, 3.0]]]))
     wanted = torch.tensor([[[-1.41119, 0.78573, 0.62546], [1.34829, -1.04373, -0.30455]]])
@@ -193,7 +196,8 @@ def test_every_family_gives_the_decoders_logits_of_its_patches_upsampled_and_cro
 def test_every_family_trains_all_of_its_decoder_and_encoder(segmenter, family):
     model = segmenter(family).train()
     F.cross_entropy(model(numbers(2, 3, *model.img_size)), torch.randint(5, (2, *model.img_size))).backward()
-    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()
+               or not p.grad.any()]
     assert without == []
 
 
@@ -280,7 +284,8 @@ def test_with_encoder_takes_the_encoder_itself_and_a_copy_of_the_decoder(segment
 
 
 @pytest.mark.parametrize("blocks", ["m0-0m", "-mm--"])
-def test_merge_and_reconstruct_deployed_gives_the_whole_grid_of_the_training_form(segmenter, family, blocks, random_plan):
+def test_merge_and_reconstruct_deployed_gives_the_whole_grid_of_the_training_form(segmenter, family, blocks,
+                                                                                  random_plan):
     model = segmenter(family)
     encoder = compress(model.encoder, random_plan(shape_of(model.encoder), blocks, seed=3))
     disturb_matrices(encoder)
@@ -309,7 +314,8 @@ def test_a_segmenter_compressed_by_the_empty_plan_is_bit_equal_and_a_copy(segmen
     model = segmenter(family, decoder)
     plan, x = CompressionPlan.empty(shape_of(model)), numbers(2, 3, *model.img_size)
     wanted, small = run(model, x), compress(model, plan)
-    assert isinstance(small, Segmenter) and torch.equal(run(small, x), wanted) and torch.equal(run(deploy(small), x), wanted)
+    assert isinstance(small,
+                      Segmenter) and torch.equal(run(small, x), wanted) and torch.equal(run(deploy(small), x), wanted)
     with torch.no_grad():
         for parameter in small.parameters():
             parameter.zero_()
@@ -338,7 +344,8 @@ def test_a_plan_that_keeps_no_grid_is_refused_for_a_segmenter_naming_the_block(s
     model = segmenter("deit")
     shape = dataclasses.replace(shape_of(model), pool="token")          # such a plan is made for a classifier
     plan = CompressionPlan(shape=shape, blocks=(BlockPlan(heads=(0, 2)), *(BlockPlan(),) * 3, BlockPlan(tokens=rule)))
-    with pytest.raises(InputError, match=f"block 4: tokens are {word}, but a class for each pixel needs the whole grid; merge them"):
+    with pytest.raises(InputError, match=f"block 4: tokens are {word}, but a class for each pixel needs the whole "
+                                         f"grid; merge them"):
         compress(model, plan)
 
 
@@ -346,7 +353,8 @@ def test_a_segmenter_is_cut_further_from_the_plan_before(segmenter, random_plan)
     model = segmenter("deit")
     shape = shape_of(model)
     first = CompressionPlan(shape=shape, blocks=tuple(BlockPlan(neurons=tuple(range(100))) for _ in range(5)))
-    second = CompressionPlan(shape=shape, blocks=tuple(BlockPlan(heads=(1,), neurons=tuple(range(i, 100, 3))) for i in range(5)))
+    second = CompressionPlan(shape=shape,
+                             blocks=tuple(BlockPlan(heads=(1,), neurons=tuple(range(i, 100, 3))) for i in range(5)))
     x = numbers(2, 3, *model.img_size)
     assert torch.equal(run(compress(compress(model, first), second, before=first), x), run(compress(model, second), x))
     with pytest.raises(InputError, match=r"this one has num_neurons 100 \(plan: 132\)"):
@@ -379,8 +387,10 @@ def test_a_plan_from_before_there_were_decoders_loads_fits_and_cuts_alike(segmen
     assert torch.equal(run(compress(model, old), x), run(compress(model, plan), x))
 
 
-@pytest.mark.parametrize("field, value, says", [("decoder", "conv", "shape.decoder is 'conv'; one of"), ("decoder", None, "shape.decoder"),
-                                                ("decoder", [], "shape.decoder"), ("decoder_depth", -1, "shape.decoder_depth is -1"),
+@pytest.mark.parametrize("field, value, says",
+                         [("decoder", "conv", "shape.decoder is 'conv'; one of"), ("decoder", None, "shape.decoder"),
+                                                ("decoder", [], "shape.decoder"),
+                          ("decoder_depth", -1, "shape.decoder_depth is -1"),
                                                 ("decoder_depth", 1.5, "shape.decoder_depth is 1.5"),
                                                 ("decoder_depth", True, "shape.decoder_depth is True")])
 def test_a_plan_with_a_decoder_that_cant_be_is_refused_naming_the_field(segmenter, field, value, says):
@@ -398,10 +408,11 @@ def test_another_size_resamples_the_positions_by_timms_function_and_keeps_the_re
     other = model.at_size((height + p - 1, width - q))                  # rounded up to a multiple of the patch
     assert other.img_size == (height + p, width - q) and model.img_size == (height, width)
     prefix = 0 if model.encoder.no_embed_class else model.num_prefix_tokens
-    wanted = resample_abs_pos_embed(model.encoder.pos_embed.detach(), [height // p + 1, width // q - 1], [height // p, width // q],
-                                    num_prefix_tokens=prefix)
+    wanted = resample_abs_pos_embed(model.encoder.pos_embed.detach(), [height // p + 1, width // q - 1],
+                                    [height // p, width // q], num_prefix_tokens=prefix)
     assert torch.equal(other.encoder.pos_embed, wanted)
-    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items() if name != "encoder.pos_embed")
+    assert all(torch.equal(value, other.state_dict()[name]) for name,
+               value in model.state_dict().items() if name != "encoder.pos_embed")
     assert run(other, numbers(1, 3, *other.img_size)).shape == (1, 5, *other.img_size)
     same = model.at_size((height, width))
     assert torch.equal(run(same, numbers(1, 3, height, width)), run(model, numbers(1, 3, height, width)))
@@ -412,7 +423,8 @@ def test_a_model_whose_tokens_are_merged_goes_to_no_other_size_and_one_whose_uni
     model = segmenter("deit")
     shape = shape_of(model)
     merged = compress(model, random_plan(shape, "-mm--", seed=3))
-    matched = compress(model, CompressionPlan(shape=shape, blocks=(BlockPlan(),) * 4 + (BlockPlan(tokens=Match(merged=2)),)))
+    matched = compress(model,
+                       CompressionPlan(shape=shape, blocks=(BlockPlan(),) * 4 + (BlockPlan(tokens=Match(merged=2)),)))
     for small in (merged, deploy(merged), matched):
         with pytest.raises(InputError, match="tokens are cut for one size of images"):
             small.at_size((64, 64))
@@ -421,7 +433,8 @@ def test_a_model_whose_tokens_are_merged_goes_to_no_other_size_and_one_whose_uni
 
 
 @pytest.mark.parametrize("form", ["dense", "merged"])
-def test_layer_decay_lets_rates_ascend_from_the_patches_through_the_blocks_to_the_decoder(segmenter, family, form, random_plan):
+def test_layer_decay_lets_rates_ascend_from_the_patches_through_the_blocks_to_the_decoder(segmenter, family, form,
+                                                                                          random_plan):
     model = segmenter(family)
     if form == "merged":
         model = compress(model, random_plan(shape_of(model), "mm-m-", seed=1))
@@ -432,8 +445,10 @@ def test_layer_decay_lets_rates_ascend_from_the_patches_through_the_blocks_to_th
     assert {id(p) for p in names.values()} == set(rate)                 # every parameter is in one group
     for name, parameter in names.items():
         part = name.split(".")
-        # As timm's classifiers have it: the stem, five blocks, the last norm with the last of them, and what stands in the head's place.
-        layer = 6 if part[0] == "decoder" else 1 + int(part[2]) if part[1] == "blocks" else 5 if part[1] in ("norm", "fc_norm") else 0
+        # As timm's classifiers have it: the stem, five blocks, the last norm with the last of them, and what stands in
+        # the head's place.
+        layer = 6 if part[0] == "decoder" else 1 + int(part[2]) if part[1] == "blocks" else 5 if part[1] in ("norm",
+                                                                                                             "fc_norm") else 0  # noqa: E501
         assert rate[id(parameter)] == 0.5 ** (6 - layer), name
         free = parameter.ndim <= 1 or name in model.no_weight_decay()
         assert decay[id(parameter)] == (0 if free else 0.1), name
@@ -445,7 +460,8 @@ def test_a_plan_that_keeps_no_grid_is_refused(tiny_vit, rule):
     model = tiny_vit("deit")
     empty = CompressionPlan.empty(shape_of(model))
     plan = dataclasses.replace(empty, blocks=(*empty.blocks[:-1], BlockPlan(tokens=rule)))
-    with pytest.raises(InputError, match="the encoder gives [0-9]+ tokens for 1 prefix tokens and a grid of 3 x 5; dense prediction"):
+    with pytest.raises(InputError, match="the encoder gives [0-9]+ tokens for 1 prefix tokens and a grid of 3 x 5; "
+                                         "dense prediction"):
         run(Segmenter(compress(model, plan), 5), numbers(1, 3, 48, 80))
 
 
@@ -475,7 +491,8 @@ def test_cost_of_an_encoder_counts_the_last_reconstruct_of_the_whole_grid(segmen
 # ---------------------------------------------------------------- windows
 
 @pytest.mark.parametrize("size, window, stride", [
-    ((7, 11), (3, 5), (2, 3)), ((7, 11), (7, 11), (7, 11)), ((7, 11), (1, 1), (1, 1)), ((13, 17), (5, 7), (5, 7)), ((5, 9), (5, 4), (1, 4)),
+    ((7, 11), (3, 5), (2, 3)), ((7, 11), (7, 11), (7, 11)), ((7, 11), (1, 1), (1, 1)), ((13, 17), (5, 7), (5, 7)),
+    ((5, 9), (5, 4), (1, 4)),
 ])
 def test_windows_lie_inside_and_cover_every_pixel(size, window, stride):
     counts = torch.zeros(size)
@@ -493,15 +510,16 @@ def test_windows_step_by_the_stride_and_end_at_the_edge():
 
 
 @pytest.mark.parametrize("window, stride, says", [((8, 3), (2, 3), "window of 8 x 3 in an image of 7 x 11"),
-                                                  ((3, 0), (2, 1), "window of 3 x 0"), ((3, 5), (4, 5), "stride of 4 x 5.*cover every"),
+                                                  ((3, 0), (2, 1), "window of 3 x 0"),
+                                                  ((3, 5), (4, 5), "stride of 4 x 5.*cover every"),
                                                   ((3, 5), (3, 0), "stride of 3 x 0")])
 def test_windows_that_leave_gaps_are_refused(window, stride, says):
     with pytest.raises(InputError, match=says):
         windows((7, 11), window, stride)
 
 
-WINDOWS = [({"window": (3, 5)}), ({"window": (3, 5), "stride": (2, 3)}), ({"window": 4, "stride": 1}), ({"window": (16, 3)}),
-           ({"window": 23, "batch_size": 1})]
+WINDOWS = [({"window": (3, 5)}), ({"window": (3, 5), "stride": (2, 3)}), ({"window": 4, "stride": 1}),
+           ({"window": (16, 3)}), ({"window": 23, "batch_size": 1})]
 
 
 def places_in(height: int, width: int, count: int = 2) -> torch.Tensor:
@@ -515,7 +533,8 @@ def test_a_model_that_gives_pixel_places_gives_them_back_and_a_constant_one_its_
     images = places_in(13, 17)
     assert torch.equal(slide(lambda x: x, images, **settings), images)
     constant = torch.tensor([1.25, -3.0, 7.5])[None, :, None, None]
-    assert torch.equal(slide(lambda x: constant.expand(len(x), -1, *x.shape[2:]), images, **settings), constant.expand_as(images))
+    assert torch.equal(slide(lambda x: constant.expand(len(x), -1, *x.shape[2:]), images, **settings),
+                       constant.expand_as(images))
 
 
 def test_overlaps_are_the_mean_of_their_windows_counted_pixel_by_pixel():
@@ -526,7 +545,8 @@ def test_overlaps_are_the_mean_of_their_windows_counted_pixel_by_pixel():
     found = slide(mean_of, images, window=(3, 4), stride=(2, 3), batch_size=2)
     for i in range(5):
         for j in range(7):
-            means = [images[0, 0, t:t + 3, s:s + 4].mean() for t in (0, 2) for s in (0, 3) if t <= i < t + 3 and s <= j < s + 4]
+            means = [images[0, 0, t:t + 3, s:s + 4].mean() for t in (0, 2) for s in (0, 3) if t <= i < t + 3
+                     and s <= j < s + 4]
             assert found[0, :, i, j].tolist() == pytest.approx([float(sum(means) / len(means))] * 2, abs=1e-6)
 
 
@@ -534,7 +554,8 @@ def test_one_window_of_the_images_size_is_the_model_itself_bit_for_bit(segmenter
     model = segmenter("augreg")
     images = numbers(3, 3, 48, 112)
     assert torch.equal(slide(lambda x: run(model, x), images, window=model.img_size), run(model, images))
-    small = images[:, :, :41, :110]                                     # padded to the window as the model pads it to the patch
+    # padded to the window as the model pads it to the patch
+    small = images[:, :, :41, :110]
     assert torch.equal(slide(lambda x: run(model, x), small, window=model.img_size), run(model, small))
 
 
@@ -549,9 +570,11 @@ def test_larger_images_are_segmented_by_windows_of_the_encoders_size(segmenter):
 def test_views_are_turned_and_scaled_back_before_their_mean():
     images = numbers(2, 3, 8, 12)
     once = images.softmax(dim=1)
-    for flip in (False, True):                                          # a model that gives the pixels: every view is the same
+    # a model that gives the pixels: every view is the same
+    for flip in (False, True):
         torch.testing.assert_close(segment(lambda x: x, images, window=(8, 12), flip=flip), once)
-    smooth = places_in(16, 24)[:, :2] / 10                              # linear in place, which bilinear resizing keeps inside
+    # linear in place, which bilinear resizing keeps inside
+    smooth = places_in(16, 24)[:, :2] / 10
     found = segment(lambda x: x, smooth, window=(8, 12), stride=(4, 4), scales=(0.5, 1.0, 2.0), flip=True)
     torch.testing.assert_close(found[:, :, 2:-2, 2:-2], smooth.softmax(dim=1)[:, :, 2:-2, 2:-2])
 

@@ -1,4 +1,5 @@
-"""The steps of segmentation from an encoder to overlays, by functions and by commands, on a few of the embedded scenes."""
+"""The steps of segmentation from an encoder to overlays, by functions and by commands, on a few of the embedded
+scenes."""
 import dataclasses
 import json
 import shutil
@@ -12,20 +13,21 @@ from test_cost import counted_macs
 from test_latency import made
 from training_fixtures import NAME, logits, one_thread, small_recipe, tiny, token_plan  # noqa: F401
 
-from vitlab import cli, cost
+from vitlab import cli
 from vitlab.data.masks import open_scenes
-from vitlab.files import InputError, read_lines
-from vitlab.models import compress, deploy, shape_of
+from vitlab.measure import latency
+from vitlab.measure.pixels import evaluate_scenes
+from vitlab.models import checkpoint, compress, deploy, shape_of
 from vitlab.models.segmenter import Segmenter
 from vitlab.models.windows import segment
-from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.plan import BlockPlan, CompressionPlan, cost
+from vitlab.plan.rules import Match
 from vitlab.plots.colours import class_colours
-from vitlab.results import read_rows
-from vitlab.rules import Match
+from vitlab.runtime.files import InputError, read_lines
+from vitlab.runtime.results import read_rows
 from vitlab.search.strategies import Settings
-from vitlab.training import checkpoint, latency, states
+from vitlab.training import states
 from vitlab.training.loop import LOG
-from vitlab.training.pixels import evaluate_scenes
 from vitlab.training.recipes import Engine
 from vitlab.workbench import calibrating, cutting, searching, segmenting, steps, tonight
 
@@ -69,7 +71,8 @@ def test_training_makes_a_dense_segmenter_of_the_scenes_size_and_classes_and_log
     assert [record["epoch"] for record in log] == [1, 2, 3] and log[2]["loss"] < 0.9 * log[0]["loss"]
     slice_of_train = open_scenes(DATA).batches("train", found.model, limit=50, workers=0)
     worth = evaluate_scenes(found.model, slice_of_train, progress=False).scores.miou_pct
-    assert log[2]["train_slice_miou_pct"] == pytest.approx(worth, rel=1e-3)         # bf16 or not, the middle of each image
+    # bf16 or not, the middle of each image
+    assert log[2]["train_slice_miou_pct"] == pytest.approx(worth, rel=1e-3)
 
 
 def test_a_training_that_was_cut_off_ends_with_the_same_weights(way, tmp_path):
@@ -78,7 +81,8 @@ def test_a_training_that_was_cut_off_ends_with_the_same_weights(way, tmp_path):
     newest = states.paths(tmp_path / "run" / "training")[-1]
     assert len(states.paths(tmp_path / "run" / "training")) == 2
     newest.unlink()
-    train(tmp_path / "run")                                             # dropout, drop path and augmentation are drawn as before
+    # dropout, drop path and augmentation are drawn as before
+    train(tmp_path / "run")
     found, wanted = (checkpoint.load(folder).model.state_dict() for folder in (tmp_path / "run", way / "dense"))
     assert all(torch.equal(value, found[name]) for name, value in wanted.items())
     with pytest.raises(InputError, match="the state of another run .other recipe"):
@@ -97,12 +101,15 @@ def test_a_step_in_turns_and_one_at_once_train_alike(tmp_path):
 
 
 def test_a_segmenter_goes_on_training_at_another_size_with_its_own_decoder(way, tmp_path):
-    segmenting.train_segmenter(way / "dense", DATA, tmp_path / "run", img_size=(33, 50), settings=RECIPE.replace(epochs=1), limit=8, **HERE)
+    segmenting.train_segmenter(way / "dense", DATA, tmp_path / "run", img_size=(33, 50),
+                               settings=RECIPE.replace(epochs=1), limit=8, **HERE)
     found, before = checkpoint.load(tmp_path / "run").model, checkpoint.load(way / "dense").model
     assert found.img_size == (40, 56) and found.decoder_name == "mask_transformer"
     moved = (found.decoder.cls_emb - before.decoder.cls_emb).detach().abs().max()
-    assert 0 < float(moved) < 0.05                                      # 2 steps of AdamW at 3e-3 from where it was, not from the start
-    row = steps.evaluate(tmp_path / "run", DATA, limit=2, **HERE)       # images that are larger than its windows, and all of each
+    # 2 steps of AdamW at 3e-3 from where it was, not from the start
+    assert 0 < float(moved) < 0.05
+    # images that are larger than its windows, and all of each
+    row = steps.evaluate(tmp_path / "run", DATA, limit=2, **HERE)
     assert (row.conditions["images"], row.conditions["pixels"]) == (2, 2 * 64 * 96)
 
 
@@ -110,13 +117,15 @@ def test_a_segmenter_is_made_of_the_encoders_own_blocks_at_the_size_of_the_first
     data, source = open_scenes(DATA), encoder()
     for decoder, args in (("linear", {}), ("mask_transformer", {"depth": 1})):
         model = segmenting.make_segmenter(source, data, decoder=decoder, **args)
-        assert (model.decoder_name, model.num_classes, model.img_size, model.decoder_depth) == (decoder, 11, (32, 32), len(args))
+        assert (model.decoder_name, model.num_classes, model.img_size,
+                model.decoder_depth) == (decoder, 11, (32, 32), len(args))
         assert torch.equal(model.blocks[1].mlp.fc2.weight, source.model.blocks[1].mlp.fc2.weight)
     assert segmenting.make_segmenter(source, data).decoder_name == "mask_transformer"
     dropping = segmenting.make_segmenter(source, data, drop_path=0.3)
     assert isinstance(dropping.blocks[0].drop_path1, torch.nn.Identity)
     assert dropping.blocks[1].drop_path1.drop_prob == dropping.blocks[1].drop_path2.drop_prob == pytest.approx(0.3)
-    assert source.model.img_size if hasattr(source.model, "img_size") else tuple(source.model.patch_embed.img_size) == (32, 32)
+    assert source.model.img_size if hasattr(source.model,
+                                            "img_size") else tuple(source.model.patch_embed.img_size) == (32, 32)
     assert segmenting.scene_size(given([(24, 40)] * 3)) == (24, 40)
     assert segmenting.scene_size(given([(24, 40), (40, 24)])) == (512, 512)
 
@@ -132,9 +141,11 @@ def test_what_no_segmenter_can_be_made_of_is_refused(way):
     with pytest.raises(InputError, match="decoder 'conv' is not known"):
         segmenting.make_segmenter(encoder(), data, decoder="conv")
     for change, says in (({"mixup": 0.8}, "recipe test mixes images"),
-                         ({"augment": {"ratio": (0.9, 1.1)}}, "augmentation 'ratio' can't be done to an image and its mask; scale, hflip")):
+                         ({"augment": {"ratio": (0.9, 1.1)}}, "augmentation 'ratio' can't be done to an image and its "
+                                                              "mask; scale, hflip")):
         with pytest.raises(InputError, match=says):
-            segmenting.train_segmenter(encoder(), DATA, way / "none", settings=RECIPE.replace(**change), limit=8, **HERE)
+            segmenting.train_segmenter(encoder(), DATA, way / "none", settings=RECIPE.replace(**change), limit=8,
+                                       **HERE)
 
 
 # ---------------------------------------------------------------- from scores to a smaller model
@@ -142,7 +153,8 @@ def test_what_no_segmenter_can_be_made_of_is_refused(way):
 def test_scores_prune_and_distil_a_segmenter_as_a_classifier(way):
     dense, pruned, tuned = (checkpoint.load(way / name) for name in ("dense", "pruned", "tuned"))
     assert steps.read_scores(way / "tokens.safetensors")[0].shape == (2, 16)
-    assert [block.tokens.num_merged for block in pruned.plan.blocks] == [block.tokens.num_merged for block in tuned.plan.blocks]
+    assert [block.tokens.num_merged
+            for block in pruned.plan.blocks] == [block.tokens.num_merged for block in tuned.plan.blocks]
     assert pruned.plan.shape == shape_of(dense.model) and cost.gmacs(pruned.plan) < cost.gmacs(dense.plan)
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert not torch.equal(logits(tuned.model, x), logits(pruned.model, x))
@@ -152,15 +164,16 @@ def test_scores_prune_and_distil_a_segmenter_as_a_classifier(way):
 
 
 def test_calibration_brings_a_cut_segmenter_nearer_to_the_dense_one_on_images_set_apart(way, tmp_path):
-    made = calibrating.calibrate(way / "dense", DATA, tmp_path / "out", way / "half" / "checkpoint" / "plan.json", images=24, **HERE)
+    made = calibrating.calibrate(way / "dense", DATA, tmp_path / "out", way / "half" / "checkpoint" / "plan.json",
+                                 images=24, **HERE)
     said = made.info["made_by"]
     assert 0 < said["kl_refitted"] < said["kl_cut"] and made.info["classes"] == NAMES and said["images"] == 24
     assert isinstance(checkpoint.load(tmp_path / "out").model, Segmenter)
 
 
 def test_a_search_proposes_merging_by_content_and_its_plan_fits_the_budget(way, tmp_path):
-    study = searching.search(way / "dense", DATA, tmp_path / "study", macs_ratio=0.9, images=4, score_images=4, options=SEARCH,
-                             compensated=True, metric="miou_pct", **HERE)
+    study = searching.search(way / "dense", DATA, tmp_path / "study", macs_ratio=0.9, images=4, score_images=4,
+                             options=SEARCH, compensated=True, metric="miou_pct", **HERE)
     plan = CompressionPlan.load(tmp_path / "study" / "plan.json", shape_of(checkpoint.load(way / "dense").model))
     assert len(study.evaluations) == 3 and study.info["about"]["metric"] == "miou_pct"
     assert any(isinstance(block.tokens, Match) for block in plan.blocks) and plan.shape.decoder == "mask_transformer"
@@ -168,21 +181,24 @@ def test_a_search_proposes_merging_by_content_and_its_plan_fits_the_budget(way, 
     for evaluation in study.evaluations:
         assert evaluation.value == evaluation.measures["miou_pct"] and evaluation.measures["distill_loss"] >= 0
     worth = plan.made_by["reported"]
-    assert worth["images"] == 4 and worth["miou_pct"] != study.best.value and worth["miou_se"] > 0 and worth["agree_se"] > 0
+    assert worth["images"] == 4 and worth["miou_pct"] != study.best.value and worth["miou_se"] > 0 and worth[
+        "agree_se"] > 0
     for wrong in ({"tokens": "select"}, {"tokens": "select_per_stage"}, {"read_out": True}):
         with pytest.raises(InputError, match="a class for each pixel needs the whole grid; tokens that merge"):
             searching.search(way / "dense", DATA, tmp_path / "other", macs_ratio=0.9, **wrong, **HERE)
     with pytest.raises(InputError, match="metric 'top1_pct' is of another task"):
-        searching.search(way / "dense", DATA, tmp_path / "other", macs_ratio=0.9, metric="top1_pct", images=4, score_images=4, **HERE)
+        searching.search(way / "dense", DATA, tmp_path / "other", macs_ratio=0.9, metric="top1_pct", images=4,
+                         score_images=4, **HERE)
     assert not (tmp_path / "other").exists()
 
 
 def test_a_search_by_latency_keeps_to_the_table_of_the_segmenter(way, tmp_path, monkeypatch):
     monkeypatch.setenv("VITLAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(latency, "measure_table", lambda model, *, batch_size, dtype, device, progress: made(
-        shape_of(model), **latency.conditions_of(model, batch_size, dtype, device)))            # times that are the same every time
-    study = searching.search(way / "dense", DATA, tmp_path / "study", macs_ratio=0.8, cost="latency_ms", images=4, score_images=4,
-                             options=SEARCH, metric="distill_loss", tokens="share", **HERE)
+        # times that are the same every time
+        shape_of(model), **latency.conditions_of(model, batch_size, dtype, device)))
+    study = searching.search(way / "dense", DATA, tmp_path / "study", macs_ratio=0.8, cost="latency_ms", images=4,
+                             score_images=4, options=SEARCH, metric="distill_loss", tokens="share", **HERE)
     plan = CompressionPlan.load(tmp_path / "study" / "plan.json")
     table = made(plan.shape)
     dense = float(table.predict(cost.counts_of(CompressionPlan.empty(plan.shape))))
@@ -192,11 +208,13 @@ def test_a_search_by_latency_keeps_to_the_table_of_the_segmenter(way, tmp_path, 
 
 def test_where_cutting_hurts_is_measured_in_each_block_and_tokens_merge_by_content(way, tmp_path):
     rows = cutting.sensitivity(way / "dense", DATA, tmp_path, criteria=("weight",), images=4, score_images=4, **HERE)
-    assert {(row["dimension"], row["block"]) for row in rows} == {(d, b) for d in ("heads", "neurons", "tokens") for b in (0, 1)}
+    assert {(row["dimension"], row["block"]) for row in rows} == {(d, b) for d in ("heads", "neurons", "tokens")
+                                                                  for b in (0, 1)}
     assert all(row["metric"] == "distill_loss" and row["drop_se"] >= 0 and row["gmacs_removed"] > 0 for row in rows)
     for block in (0, 1):
         plan = cutting._match_in(shape_of(checkpoint.load(way / "dense").model), block, 0.25)
-        assert [None if b.tokens is None else b.tokens.merged for b in plan.blocks] == ([4, 0] if block == 0 else [None, 4])
+        assert [None if b.tokens is None else b.tokens.merged
+                for b in plan.blocks] == ([4, 0] if block == 0 else [None, 4])
 
 
 def test_photographs_without_masks_are_enough_for_a_smaller_segmenter_tonight(way, tmp_path):
@@ -204,29 +222,36 @@ def test_photographs_without_masks_are_enough_for_a_smaller_segmenter_tonight(wa
     photographs.mkdir()
     for i in range(12):
         train.scene(i)[0].save(photographs / f"{i:02d}.png")
-    Image.fromarray(chance.integers(0, 256, (20, 70, 3), dtype=np.uint8)).save(photographs / "flat.png")       # of another size
-    made = tonight.tonight(way / "dense", photographs, tmp_path / "out", macs_ratio=0.9, rules=("merging by content", "neurons"),
-                           ratios=(0.95,), evaluations=3, images=5, score_images=10, seed=1, **HERE)
+    # of another size
+    Image.fromarray(chance.integers(0, 256, (20, 70, 3), dtype=np.uint8)).save(photographs / "flat.png")
+    made = tonight.tonight(way / "dense", photographs, tmp_path / "out", macs_ratio=0.9,
+                           rules=("merging by content", "neurons"), ratios=(0.95,), evaluations=3, images=5,
+                           score_images=10, seed=1, **HERE)
     dense = checkpoint.load(way / "dense")
     assert cost.gmacs(made.plan) <= 0.9 * cost.gmacs(dense.plan) and made.plan.shape.decoder == "mask_transformer"
     rows = list(read_lines(tmp_path / "out" / tonight.OFFERS))
     assert [row["rule"] for row in rows] == ["merging by content"] * 2 + ["neurons"] * 2
-    images = torch.cat([x for x, _ in open_scenes(photographs).parts(1, report=5).batches("report", dense.model, workers=0)])
-    for row in rows[:2]:                        # measured on images that served nothing before; nothing of them is refitted
+    images = torch.cat([x for x,
+                        _ in open_scenes(photographs).parts(1, report=5).batches("report", dense.model, workers=0)])
+    # measured on images that served nothing before; nothing of them is refitted
+    for row in rows[:2]:
         small = deploy(compress(dense.model, CompressionPlan.from_json(row["plan"])))
         same = logits(small, images).argmax(dim=1) == logits(dense.model, images).argmax(dim=1)
         assert same.shape == (2, 32, 32) and row["agree_pct"] == pytest.approx(100 * float(same.double().mean()))
-        shares = same.double().mean(dim=(1, 2)).tolist()                            # two images: the error is half their difference
+        # two images: the error is half their difference
+        shares = same.double().mean(dim=(1, 2)).tolist()
         assert row["agree_se"] == pytest.approx(100 * abs(shares[0] - shares[1]) / 2)
     offers = [tonight.Offer(rule="neurons", plan=made.plan, gmacs=0.1, agree_pct=90.0, distill_loss=0.1, chosen_by=0.1)]
     assert tonight.offers_figure(offers).axes[0].get_ylabel() == "pixels classified as by the dense model (%)"
     few = {"macs_ratio": 0.9, "metric": "distill_loss", "images": 4, "score_images": 4, "options": SEARCH, **HERE}
     study = searching.search(way / "dense", photographs, tmp_path / "study", **few)
-    assert [e.value for e in study.evaluations] == [-e.measures["distill_loss"] for e in study.evaluations] and len(study.evaluations) == 3
+    assert [e.value for e in study.evaluations] == [-e.measures["distill_loss"]
+                                                    for e in study.evaluations] and len(study.evaluations) == 3
     for step in (lambda: steps.evaluate(way / "dense", photographs, **HERE),
                  lambda: searching.search(way / "dense", photographs, tmp_path / "other", tokens="share", **few),
                  lambda: searching.search(way / "dense", photographs, tmp_path / "other", criterion="taylor", **few),
-                 lambda: searching.search(way / "dense", photographs, tmp_path / "other", **{**few, "metric": "miou_pct"}),
+                 lambda: searching.search(way / "dense", photographs, tmp_path / "other",
+                                          **{**few, "metric": "miou_pct"}),
                  lambda: segmenting.train_segmenter(encoder(), photographs, tmp_path),
                  lambda: steps.score(way / "dense", photographs, tmp_path / "tokens.safetensors", **HERE)):
         with pytest.raises(InputError, match="photographs: images without masks, which this step needs; train/images/"):
@@ -243,12 +268,15 @@ def test_a_row_says_what_the_deployed_form_is_worth_on_whole_images_and_what_it_
     row = steps.evaluate(way / name, DATA, out=tmp_path, limit=4, **HERE)
     found = checkpoint.load(way / name)
     model = deploy(found.model)
-    worth = evaluate_scenes(model, open_scenes(DATA).batches("test", model, limit=4, batch_size=1, whole=True, workers=0), progress=False)
+    worth = evaluate_scenes(model,
+                            open_scenes(DATA).batches("test", model, limit=4, batch_size=1, whole=True, workers=0),
+                            progress=False)
     assert row.miou_pct == worth.scores.miou_pct and row.loss == worth.loss and row.top1_pct is None
     assert row.pixel_accuracy_pct == worth.scores.pixel_accuracy_pct and row.split == "test" and row.dataset == DATA
     assert row.gmacs == counted_macs(model) / 1e9
     parameters = dict(model.named_parameters())                         # and the folded matrices
-    assert row.params_m == sum(v.numel() for k, v in model.state_dict().items() if k.endswith("matrix") or k in parameters) / 1e6
+    assert row.params_m == sum(v.numel() for k,
+                               v in model.state_dict().items() if k.endswith("matrix") or k in parameters) / 1e6
     assert cost.macs(found.plan)["decoder"] > 0.2 * row.gmacs * 1e9
     iou = row.conditions["iou_pct"]
     assert list(iou) == NAMES and all(value is None or 0 <= value <= 100 for value in iou.values())
@@ -307,9 +335,11 @@ def photos(tmp_path):
 
 
 @pytest.mark.parametrize("name, windows", [("dense", {}), ("tuned", {"flip": True, "stride": (16, 24)})])
-def test_predictions_are_the_classes_of_the_deployed_model_and_their_colours_over_the_image(way, photos, tmp_path, name, windows):
+def test_predictions_are_the_classes_of_the_deployed_model_and_their_colours_over_the_image(way, photos, tmp_path, name,
+                                                                                            windows):
     with pytest.warns(UserWarning) as said:
-        written = segmenting.predict(way / name, photos, tmp_path / "out", opacity=0.25, device="cpu", progress=False, **windows)
+        written = segmenting.predict(way / name, photos, tmp_path / "out", opacity=0.25, device="cpu", progress=False,
+                                     **windows)
     assert written == [tmp_path / "out" / "a.png", tmp_path / "out" / "b.png"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.png", "a_classes.png", "b.png", "b_classes.png"}
     text, = (str(warning.message) for warning in said)
@@ -322,12 +352,14 @@ def test_predictions_are_the_classes_of_the_deployed_model_and_their_colours_ove
         with torch.no_grad():
             wanted = segment(model, x, window=(32, 32), **windows)[0].argmax(0).numpy()
         assert flat.mode == "P" and classes.shape == image.shape[:2]
-        assert (classes != wanted).mean() < 1e-3                        # one float32 normalisation and another: near ties alone differ
+        # one float32 normalisation and another: near ties alone differ
+        assert (classes != wanted).mean() < 1e-3
         palette = np.array(flat.getpalette()[:33]).reshape(11, 3)
         assert np.array_equal(palette, (colours * 255).round())
         shown = np.asarray(Image.open(overlay))
         assert shown.shape == image.shape
-        assert np.abs(shown - 255 * (0.75 * image + 0.25 * colours[classes])).max() <= 0.5 + 1e-6       # rounded to whole levels
+        # rounded to whole levels
+        assert np.abs(shown - 255 * (0.75 * image + 0.25 * colours[classes])).max() <= 0.5 + 1e-6
 
 
 def test_what_cant_be_predicted_is_refused_before_anything_is_written(way, photos, tmp_path):
@@ -347,7 +379,8 @@ def test_what_cant_be_predicted_is_refused_before_anything_is_written(way, photo
         predict()
     for path in ("a.png", "b.png", "b.jpg"):
         (photos / path).unlink()
-    with pytest.raises(InputError, match="photos: none of its 1 images can be read"), pytest.warns(UserWarning, match="broken.jpg"):
+    with pytest.raises(InputError,
+                       match="photos: none of its 1 images can be read"), pytest.warns(UserWarning, match="broken.jpg"):
         predict()
     assert not (tmp_path / "out").exists()
 
@@ -355,7 +388,8 @@ def test_what_cant_be_predicted_is_refused_before_anything_is_written(way, photo
 def test_an_image_is_never_overwritten_by_its_own_prediction_nor_by_anothers(way, photos, tmp_path):
     before = (photos / "a.png").read_bytes()
     for out in (photos, photos / ".." / "photos"):
-        with pytest.raises(InputError, match="photos: the predictions would be written over the images; choose another folder"):
+        with pytest.raises(InputError, match="photos: the predictions would be written over the images; choose another "
+                                             "folder"):
             segmenting.predict(way / "dense", photos, out, device="cpu", progress=False)
     assert (photos / "a.png").read_bytes() == before and not list(photos.glob("*_classes.png"))
     shutil.copy(photos / "b.jpg", photos / "a_classes.jpg")
@@ -368,7 +402,8 @@ def test_an_image_is_never_overwritten_by_its_own_prediction_nor_by_anothers(way
 QUIET = ["--device", "cpu", "--workers", "0", "--quiet"]
 
 
-def test_a_segmenter_is_trained_gone_on_with_pruned_measured_and_asked_by_commands_alone(tmp_path, photos, capsys, monkeypatch):
+def test_a_segmenter_is_trained_gone_on_with_pruned_measured_and_asked_by_commands_alone(tmp_path, photos, capsys,
+                                                                                         monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoint.save("encoder", encoder().model, encoder().plan)
 
@@ -376,8 +411,8 @@ def test_a_segmenter_is_trained_gone_on_with_pruned_measured_and_asked_by_comman
         assert cli.main(list(argv)) == 0
         return capsys.readouterr().out
     short = ["--epochs", "1", "--limit", "8", "--batch-size", "4", *QUIET]
-    assert run("segment", "--checkpoint", "encoder", "--data", DATA, "--decoder", "linear", "--img-size", "30", "50", "--out", "dense",
-               *short) == "checkpoint: dense/checkpoint\n"
+    assert run("segment", "--checkpoint", "encoder", "--data", DATA, "--decoder", "linear", "--img-size", "30", "50",
+               "--out", "dense", *short) == "checkpoint: dense/checkpoint\n"
     model = checkpoint.load("dense").model
     assert (model.img_size, model.decoder_name) == ((32, 56), "linear")
     weights = (tmp_path / "dense/checkpoint/weights.safetensors").read_bytes()
@@ -386,18 +421,22 @@ def test_a_segmenter_is_trained_gone_on_with_pruned_measured_and_asked_by_comman
     assert json.loads((tmp_path / "dense/command.json").read_text())["arguments"][0] == "segment"
     out = run("prune", "--checkpoint", "dense", "--match", "0.25", "--out", "small")
     assert "GMACs deployed" in out
-    run("finetune", "--checkpoint", "small", "--teacher", "dense", "--data", DATA, "--recipe", "segmenter_pm", "--out", "tuned", *short)
-    out = run("evaluate", "--checkpoint", "tuned", "--data", DATA, "--limit", "2", "--out", "rows", "--mean", "0.4", *QUIET)
+    run("finetune", "--checkpoint", "small", "--teacher", "dense", "--data", DATA, "--recipe", "segmenter_pm", "--out",
+        "tuned", *short)
+    out = run("evaluate", "--checkpoint", "tuned", "--data", DATA, "--limit", "2", "--out", "rows", "--mean", "0.4",
+              *QUIET)
     row, = read_rows("rows/results.jsonl")
     assert "miou_pct" in out and "top1_pct" not in out and f"{row.miou_pct:.2f}" in out
-    assert row.conditions["prepared"] == "mean 0.4 0.4 0.4, std 0.5 0.5 0.5" and f"images, {row.conditions['prepared']}\n" in out
+    assert row.conditions[
+        "prepared"] == "mean 0.4 0.4 0.4, std 0.5 0.5 0.5" and f"images, {row.conditions['prepared']}\n" in out
     iou = row.conditions["iou_pct"]
-    assert "IoU: " + ", ".join(f"{name} {'-' if iou[name] is None else format(iou[name], '.1f')}" for name in NAMES) in out
-    out = run("predict", "--checkpoint", "tuned", "--images", str(photos), "--stride", "16", "28", "--out", "seen", "--device", "cpu",
-              "--quiet")
+    assert "IoU: " + ", ".join(f"{name} {'-' if iou[name] is None else format(iou[name], '.1f')}"
+                               for name in NAMES) in out
+    out = run("predict", "--checkpoint", "tuned", "--images", str(photos), "--stride", "16", "28", "--out", "seen",
+              "--device", "cpu", "--quiet")
     assert out == "2 images: seen\n" and len(list((tmp_path / "seen").iterdir())) == 4
-    out = run("search", "--checkpoint", "dense", "--data", DATA, "--macs-ratio", "0.9", "--evaluations", "2", "--population", "2",
-              "--images", "4", "--criterion", "weight", "--out", "study", *QUIET)
+    out = run("search", "--checkpoint", "dense", "--data", DATA, "--macs-ratio", "0.9", "--evaluations", "2",
+              "--population", "2", "--images", "4", "--criterion", "weight", "--out", "study", *QUIET)
     assert "best of 2" in out
 
 

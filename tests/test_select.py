@@ -11,16 +11,15 @@ from timm.layers import DropPath
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vitlab import tokens
-from vitlab.files import InputError
-from vitlab.models import attention_block, compress, deploy, shape_of
+from vitlab.models import attention_block, checkpoint, compress, deploy, shape_of
 from vitlab.models.select import SelectBlock
-from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import Select
-from vitlab.training import checkpoint
+from vitlab.plan import BlockPlan, CompressionPlan, tokens
+from vitlab.plan.rules import Select
+from vitlab.runtime.files import InputError
 
 SAME = 1e-4         # relative, the project's bound for two float32 orders of the same sums, 5 blocks deep
-# Where two ways of computing are compared that both rank, all runs in float64: float32 rounding could swap two tokens of
+# Where two ways of computing are compared that both rank, all runs in float64: float32 rounding could swap two tokens
+# of
 # nearly equal rank, and sums of a few hundred terms round to about 1e-14 there.
 EXACT = 1e-10
 
@@ -28,7 +27,8 @@ EXACT = 1e-10
 def plan_with(shape, rules: dict, **cuts) -> CompressionPlan:
     """Token rules by block; cuts: heads and neurons by block."""
     return CompressionPlan(shape=shape, blocks=tuple(
-        BlockPlan(tokens=rules.get(i), **{name: by_block.get(i) for name, by_block in cuts.items()}) for i in range(shape.depth)))
+        BlockPlan(tokens=rules.get(i), **{name: by_block.get(i) for name, by_block in cuts.items()})
+        for i in range(shape.depth)))
 
 
 @torch.no_grad()
@@ -64,7 +64,8 @@ def block_slowly(dense, x: torch.Tensor, cut: BlockPlan, prefix: int) -> torch.T
     rank, voters = [0.0] * len(x), kept_heads if rule.ranked_by == "kept" else range(heads)
     for h in range(heads):
         rows = [torch.arange(h * d, (h + 1) * d) + part * heads * d for part in range(3)]
-        q, k, v = ([attn.qkv.weight[r] @ y + (0 if attn.qkv.bias is None else attn.qkv.bias[r]) for y in normed] for r in rows)
+        q, k, v = ([attn.qkv.weight[r] @ y + (0 if attn.qkv.bias is None else attn.qkv.bias[r]) for y in normed]
+                   for r in rows)
         q, k = [norm_slowly(y, attn.q_norm) for y in q], [norm_slowly(y, attn.k_norm) for y in k]
         for i in range(len(x)):
             score = [math.exp(float(q[i] @ k[j]) / math.sqrt(d)) for j in range(len(x))]
@@ -117,7 +118,8 @@ def test_selecting_block_follows_the_formula_written_as_loops(tiny_vit, family, 
 @torch.no_grad()
 def test_selections_in_a_row_followed_through_the_whole_model_give_the_oracles_logits(tiny_vit, images):
     dense = tiny_vit("dinov2_reg").double()
-    plan = plan_with(shape_of(dense), {0: Select(kept=11), 1: Select(kept=7), 2: Select(kept=6), 3: Select(kept=3), 4: Select(kept=2)})
+    plan = plan_with(shape_of(dense),
+                     {0: Select(kept=11), 1: Select(kept=7), 2: Select(kept=6), 3: Select(kept=3), 4: Select(kept=2)})
     x = images(dense).double()
     rows = dense.norm_pre(dense._pos_embed(dense.patch_embed(x)))
     for block, cut in zip(dense.blocks, plan.blocks):
@@ -129,14 +131,16 @@ def test_the_oracle_tells_the_two_rankings_apart(tiny_vit, images):
     # Else agreement with it under both names would say nothing.
     dense = tiny_vit("deit").double()
     shape = shape_of(dense)
-    found = [logits(compress(dense, plan_with(shape, {2: Select(kept=4, ranked_by=by)}, heads={2: (1,)})), images(dense).double())
+    found = [logits(compress(dense, plan_with(shape, {2: Select(kept=4, ranked_by=by)}, heads={2: (1,)})),
+                    images(dense).double())
              for by in ("kept", "all")]
     assert relative(*found) > 100 * SAME
 
 
 # ---- Properties
 
-def test_prefix_tokens_stay_first_and_in_order_and_each_other_token_comes_from_one_of_the_block(tiny_vit, family, images):
+def test_prefix_tokens_stay_first_and_in_order_and_each_other_token_comes_from_one_of_the_block(tiny_vit, family,
+                                                                                                images):
     dense = tiny_vit(family).double()
     prefix = shape_of(dense).num_prefix_tokens
     model = compress(dense, plan_with(shape_of(dense), {1: Select(kept=7), 2: Select(kept=5)}))
@@ -158,7 +162,8 @@ def test_token_counts_are_those_of_the_plan_for_every_input(tiny_vit, family, im
     for form in (compress(dense, plan), deploy(compress(dense, plan))):
         for x in (images(dense, 3), torch.zeros(1, 3, *dense.patch_embed.img_size), 50 * images(dense, 2, seed=1)):
             attended: list[int] = []
-            handles = [attention_block(b).attn.register_forward_pre_hook(lambda m, i, to=attended: to.append(i[0].shape[1]))
+            handles = [attention_block(b).attn.register_forward_pre_hook(lambda m, i,
+                                                                         to=attended: to.append(i[0].shape[1]))
                        for b in form.blocks if hasattr(attention_block(b), "attn")]
             logits(form, x)
             for handle in handles:
@@ -229,9 +234,12 @@ class Shapes(TorchDispatchMode):
 
 @torch.no_grad()
 @pytest.mark.parametrize("ranked_by", ["kept", "all"])
-def test_fused_attention_stays_on_and_nothing_of_size_tokens_by_tokens_is_stored(tiny_vit, family, images, monkeypatch, ranked_by):
+def test_fused_attention_stays_on_and_nothing_of_size_tokens_by_tokens_is_stored(tiny_vit, family, images, monkeypatch,
+                                                                                 ranked_by):
     dense = tiny_vit(family)
-    model = compress(dense, plan_with(shape_of(dense), {1: Select(kept=7, ranked_by=ranked_by), 3: Select(kept=3, ranked_by=ranked_by)},
+    model = compress(dense,
+                     plan_with(shape_of(dense),
+                               {1: Select(kept=7, ranked_by=ranked_by), 3: Select(kept=3, ranked_by=ranked_by)},
                                       heads={3: (0,)}))
     assert all(attention_block(b).attn.fused_attn for b in model.blocks)
     calls, fused = [], F.scaled_dot_product_attention
@@ -254,7 +262,8 @@ def test_fused_attention_stays_on_and_nothing_of_size_tokens_by_tokens_is_stored
 
 # ---- Forms: deployed, exported, saved
 
-def test_deployed_form_of_merging_then_selecting_equals_the_training_form(tiny_vit, family, images, select_layout, random_plan):
+def test_deployed_form_of_merging_then_selecting_equals_the_training_form(tiny_vit, family, images, select_layout,
+                                                                          random_plan):
     dense = tiny_vit(family).double()
     model = compress(dense, random_plan(shape_of(dense), select_layout, seed=sum(map(ord, family + select_layout))))
     x = images(dense, 3).double()
@@ -299,7 +308,8 @@ def test_deploy_of_a_plan_that_only_selects_is_bit_equal(tiny_vit, family, image
 
 @pytest.mark.parametrize("family_name, layout_letters, form", [
     ("distilled", "-s-s-", "compressed"), ("qk_norm", "s---s", "compressed"), ("dinov2_reg", "m-s--", "deployed")])
-def test_export_of_a_model_that_selects_gives_the_same_logits(tiny_vit, images, random_plan, family_name, layout_letters, form):
+def test_export_of_a_model_that_selects_gives_the_same_logits(tiny_vit, images, random_plan, family_name,
+                                                              layout_letters, form):
     dense = tiny_vit(family_name)
     model = compress(dense, random_plan(shape_of(dense), layout_letters, seed=4))
     model = deploy(model) if form == "deployed" else model
@@ -315,7 +325,8 @@ def test_a_saved_model_that_selects_comes_back_bit_equal(tiny_vit, images, rando
     merging = random_plan(shape_of(dense), "m----", seed=2, shrink=False).blocks[0].tokens
     plan = plan_with(shape_of(dense), {0: merging, 2: Select(kept=7, ranked_by=ranked_by)}, heads={2: (0, 2)})
     model = compress(dense, plan)
-    if ranked_by == "all":                                      # ranking weights are read back, not taken from a new model
+    # ranking weights are read back, not taken from a new model
+    if ranked_by == "all":
         model.blocks[2].rank_weight.mul_(1.1)
     model = deploy(model) if form == "deployed" else model
     found = checkpoint.load(checkpoint.save(tmp_path / "c", model, plan))
@@ -337,7 +348,8 @@ def test_saving_with_a_plan_of_another_selection_is_refused(tiny_vit, tmp_path):
 
 def test_gradients_of_a_model_that_selects_are_the_slope_of_its_output(tiny_vit, family, images, random_plan):
     dense = tiny_vit(family).double()
-    # Not selected right after merging: tokens of one region differ in scale alone, so after LayerNorm they rank as equal,
+    # Not selected right after merging: tokens of one region differ in scale alone, so after LayerNorm they rank as
+    # equal,
     # and the slightest step would swap them.
     model = compress(dense, random_plan(shape_of(dense), "m-s-s", seed=5))
     x = images(dense).double()
@@ -366,7 +378,8 @@ def test_gradient_checkpointing_of_a_model_that_selects_gives_the_same_gradients
         model.set_grad_checkpointing(enable)
         model(images(dense)).square().sum().backward()
         gradients.append({n: p.grad for n, p in model.named_parameters()})
-    for name, expected in gradients[0].items():         # the same operations run twice: equal but for the order of additions
+    # the same operations run twice: equal but for the order of additions
+    for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-5, atol=1e-7)
 
 
@@ -446,9 +459,12 @@ def test_compress_keeps_dtype_mode_and_flags_of_a_selecting_block(tiny_vit):
     dense = tiny_vit("deit").double().train()
     dense.blocks[1].attn.qkv.weight.requires_grad_(False)
     model = compress(dense, plan_with(shape_of(dense), {1: Select(kept=7, ranked_by="all")}, heads={1: (0,)}))
-    assert all(m.training for m in model.modules()) and {v.dtype for v in model.state_dict().values()} == {torch.float64}
-    assert not model.blocks[1].block.attn.qkv.weight.requires_grad and model.blocks[1].block.attn.proj.weight.requires_grad
-    assert {v.data_ptr() for v in model.state_dict().values()}.isdisjoint(v.data_ptr() for v in dense.state_dict().values())
+    assert all(m.training
+               for m in model.modules()) and {v.dtype for v in model.state_dict().values()} == {torch.float64}
+    assert not model.blocks[1].block.attn.qkv.weight.requires_grad and model.blocks[
+        1].block.attn.proj.weight.requires_grad
+    assert {v.data_ptr()
+            for v in model.state_dict().values()}.isdisjoint(v.data_ptr() for v in dense.state_dict().values())
 
 
 def test_random_plans_that_select_compress_and_run(tiny_vit, images, random_plan):
@@ -456,5 +472,6 @@ def test_random_plans_that_select_compress_and_run(tiny_vit, images, random_plan
     for seed in range(11):
         family = chance.choice(["deit", "distilled", "mae", "qk_norm"])
         dense = tiny_vit(family)
-        plan = random_plan(shape_of(dense), "".join(sorted(chance.choices("ms-", k=4) + ["-"], key="m-s".index)), seed=seed)
+        plan = random_plan(shape_of(dense), "".join(sorted(chance.choices("ms-", k=4) + ["-"], key="m-s".index)),
+                           seed=seed)
         assert bool(torch.isfinite(logits(compress(dense, plan), images(dense))).all())

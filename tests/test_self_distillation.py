@@ -12,11 +12,11 @@ from training_fixtures import full_plan, images, logits, one_thread, tiny, token
 
 from vitlab.data import ImageData, open_data
 from vitlab.data.masks import open_scenes
-from vitlab.files import InputError
+from vitlab.measure.moments import fisher
 from vitlab.models import compress, shape_of
+from vitlab.models.checkpoint import Checkpoint
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.training.checkpoint import Checkpoint
-from vitlab.training.moments import fisher
+from vitlab.runtime.files import InputError
 from vitlab.training.self_distillation import Divergence, self_distil
 from vitlab.workbench import calibrating, cutting, steps
 
@@ -41,7 +41,8 @@ def parts(pictures):
 def halves(data, count: int):
     """`count` images of train in two: train and val."""
     found, images = copy.copy(data), data.split("train", count)
-    found.splits = {name: type(images)(images.reader, images.indices[at::2]) for at, name in enumerate(("train", "val"))}
+    found.splits = {name: type(images)(images.reader, images.indices[at::2]) for at,
+                    name in enumerate(("train", "val"))}
     return found
 
 
@@ -85,7 +86,8 @@ def test_training_brings_the_model_nearer_to_the_teacher_on_images_set_apart(par
     least = min(record["kl"] for record in log)
     assert divergence(model) == pytest.approx(least, rel=1e-5) and least < 0.8 * log[0]["kl"]
     assert [record["steps"] for record in log] == list(range(0, 25, 2))         # 20 images in batches of 8: 2 an epoch
-    assert not torch.equal(model.blocks[0].tokens.merge_matrix, before["blocks.0.tokens.merge_matrix"]) and not model.training
+    assert not torch.equal(model.blocks[0].tokens.merge_matrix,
+                           before["blocks.0.tokens.merge_matrix"]) and not model.training
     assert all(torch.equal(v, w) for v, w in zip(teacher.state_dict().values(), outspoken().state_dict().values()))
 
 
@@ -100,7 +102,8 @@ def test_the_same_seed_and_steps_train_the_same_model_and_another_seed_another(p
 def test_the_model_is_never_worse_than_the_one_given_and_stops_early(parts, monkeypatch):
     model, teacher = models()
     before, divergence, seen = logits(model), divergence_of(teacher, parts), []
-    values = itertools.count(1.0)                                               # every state is measured worse than the last
+    # every state is measured worse than the last
+    values = itertools.count(1.0)
     monkeypatch.setattr(Divergence, "__call__", lambda self, model: next(values))
     log = self_distil(model, teacher, parts, divergence, steps=12, on_better=lambda *given: seen.append(given), **SHORT)
     assert [record["steps"] for record in log] == [0, 2, 4, 6] and not seen     # 6 of 12 is more than a third
@@ -112,7 +115,8 @@ def test_each_better_state_is_given_on_and_the_best_stays(parts, monkeypatch):
     divergence, seen = divergence_of(teacher, parts), []
     values = iter([3.0, 2.0, 5.0, 1.0, 4.0])
     monkeypatch.setattr(Divergence, "__call__", lambda self, model: next(values))
-    self_distil(model, teacher, parts, divergence, steps=8, on_better=lambda model, kl: seen.append((kl, logits(model))), **SHORT)
+    self_distil(model, teacher, parts, divergence, steps=8, on_better=lambda model,
+                kl: seen.append((kl, logits(model))), **SHORT)
     assert [kl for kl, _ in seen] == [2.0, 1.0]
     assert torch.equal(logits(model), seen[-1][1])
 
@@ -133,7 +137,8 @@ def test_a_step_whose_gradient_is_not_finite_is_left_out_and_its_files_are_said(
     apart = Divergence(teacher, parts.batches("val", teacher, workers=0))
     model.register_forward_hook(
         lambda m, args, out: out + (out - out).abs().sqrt() if torch.is_grad_enabled() and next(count) == 2 else out)
-    with pytest.warns(UserWarning, match=r"gradient's norm of self-distillation is nan at step 3 of (\S+), (\S+); the step is left out"):
+    with pytest.warns(UserWarning, match=r"gradient's norm of self-distillation is nan at step 3 of (\S+), (\S+); the "
+                                         r"step is left out"):
         log = self_distil(model, teacher, parts, apart, steps=9, **{**SHORT, "batch_size": 2})
     assert log[-1]["steps"] == 9 and all(torch.isfinite(v).all() for v in model.state_dict().values())
 
@@ -141,7 +146,7 @@ def test_a_step_whose_gradient_is_not_finite_is_left_out_and_its_files_are_said(
 def test_several_steps_in_a_row_that_are_not_finite_are_refused_and_the_best_state_stays(parts):
     model, teacher = models()
     before, divergence = logits(model), divergence_of(teacher, parts)
-    says = r"loss of self-distillation is nan at step \d+ of .*, and was not finite in 3 steps in a row; a smaller lr than 1e\+30"
+    says = r"loss of self-distillation is nan at step \d+ of .*, and was not finite in 3 steps in a row; a smaller lr than 1e\+30"  # noqa: E501
     with pytest.warns(UserWarning, match="left out"), pytest.raises(InputError, match=says):
         self_distil(model, teacher, parts, divergence, steps=10, **{**SHORT, "lr": 1e30})
     assert torch.equal(logits(model), before)
@@ -177,7 +182,8 @@ def test_the_loss_is_of_the_model_without_dropout():
     data = halves(open_scenes("digit_scenes"), 24)
     log = self_distil(compress(teacher, CompressionPlan.empty(shape_of(teacher))), teacher, data,
                       Divergence(teacher, data.batches("val", teacher, workers=0)), steps=1, **SHORT)
-    assert log[1]["loss"] == pytest.approx(0, abs=1e-6)                         # the very same model; with dropout 0.1 it is 0.4
+    # the very same model; with dropout 0.1 it is 0.4
+    assert log[1]["loss"] == pytest.approx(0, abs=1e-6)
 
 
 # ---------------------------------------------------------------- the step
@@ -193,7 +199,8 @@ def test_calibration_takes_images_without_labels_and_says_what_it_gained(picture
     found = dense_checkpoint()
     plan = token_plan(found.model) if cuts == "tokens" else CompressionPlan(
         shape=shape_of(found.model), blocks=(BlockPlan(neurons=tuple(range(60))),) * 2)
-    made = calibrating.calibrate(found, pictures, tmp_path / "out", plan, images=40, minutes=0.03, workers=0, progress=False)
+    made = calibrating.calibrate(found, pictures, tmp_path / "out", plan, images=40, minutes=0.03, workers=0,
+                                 progress=False)
     made_by = made.info["made_by"]
     assert (made_by["images"], made_by["minutes"], made_by["kept"]) == (28, 0.03, "distilled")
     assert made_by["roles"] == {"calibrate": 28, "choose": 6, "report": 6, "shared": [
@@ -208,7 +215,8 @@ def test_calibration_takes_images_without_labels_and_says_what_it_gained(picture
         assert made_by[f"kl_{name}_se"] == pytest.approx((spread / 6) ** 0.5, rel=1e-3)
 
 
-def test_what_calibration_is_fitted_on_chosen_by_and_reported_on_has_no_image_in_common(pictures, tmp_path, monkeypatch):
+def test_what_calibration_is_fitted_on_chosen_by_and_reported_on_has_no_image_in_common(pictures, tmp_path,
+                                                                                        monkeypatch):
     found, seen, whole = dense_checkpoint(), {}, ImageData.batches
 
     def watched(self, split, model, **settings):
@@ -219,7 +227,8 @@ def test_what_calibration_is_fitted_on_chosen_by_and_reported_on_has_no_image_in
     few = {"workers": 0, "progress": False}
     calibrating.calibrate(found, pictures, tmp_path / "out", token_plan(found.model), images=14, minutes=0.001, **few)
     cutting.score_units(found, pictures, tmp_path / "u.safetensors", images=14, **few)
-    assert set(seen) == {"calibrate", "choose", "report", "score"} and sum(map(len, seen.values())) == 40 == len(set.union(*seen.values()))
+    assert set(seen) == {"calibrate", "choose", "report",
+                         "score"} and sum(map(len, seen.values())) == 40 == len(set.union(*seen.values()))
 
 
 @pytest.mark.parametrize("better", ["cut", "refitted", "refitted throughout"])
@@ -228,7 +237,8 @@ def test_the_form_that_stays_is_the_nearest_on_images_to_choose_on(pictures, tmp
     found = dense_checkpoint()
     plan = token_plan(found.model) if cuts == "tokens" else CompressionPlan(
         shape=shape_of(found.model), blocks=(BlockPlan(neurons=tuple(range(60))), BlockPlan()))
-    forms = ["cut", "refitted", "refitted throughout"] if cuts == "neurons" else ["cut", "refitted throughout"]     # no unit to refit
+    # no unit to refit
+    forms = ["cut", "refitted", "refitted throughout"] if cuts == "neurons" else ["cut", "refitted throughout"]
     values = {form: 1.0 if form == better else 2.0 + number for number, form in enumerate(forms)}
     measured, given, plain, each = iter(values.values()), {}, calibrating.compensate, Divergence.each
 
@@ -236,17 +246,22 @@ def test_the_form_that_stays_is_the_nearest_on_images_to_choose_on(pictures, tmp
         given[every] = costs
         return plain(*args, every=every, costs=costs, **settings)
     monkeypatch.setattr(calibrating, "compensate", noted)
-    monkeypatch.setattr(Divergence, "each", lambda self, model: [value] * 6 if (value := next(measured, None)) else each(self, model))
+    monkeypatch.setattr(Divergence, "each", lambda self, model: [value] * 6 if (value := next(measured, None))
+                        else each(self, model))
     made = calibrating.calibrate(found, pictures, tmp_path / "out", plan, images=14, workers=0, progress=False)
     made_by, kept = made.info["made_by"], min(values, key=values.get)
-    assert made_by["kept"] == kept and f"kept: {kept}" in calibrating.distances(made_by) and "kl_distilled" not in made_by
+    assert made_by["kept"] == kept and f"kept: {kept}" in calibrating.distances(
+        made_by) and "kl_distilled" not in made_by
     assert set(given) == {form == "refitted throughout" for form in forms[1:]}
     parts = open_data(pictures).parts(0, calibrate=14, choose=50, report=256)
     fitted_on = list(parts.batches("calibrate", outspoken(), workers=0))
-    costs = fisher(outspoken(), fitted_on, progress=False)                       # prefix tokens weigh in a refit what errors of them cost
+    # prefix tokens weigh in a refit what errors of them cost
+    costs = fisher(outspoken(), fitted_on, progress=False)
     assert all(costs[layer].prefix_weight == each[layer].prefix_weight for each in given.values() for layer in costs)
-    models = {form: compress(outspoken(), plan) if form == "cut" else plain(outspoken(), plan, fitted_on, costs=costs, progress=False,
-                                                                          every=form == "refitted throughout") for form in forms}
+    models = {form: compress(outspoken(), plan) if form == "cut"
+              else plain(outspoken(), plan, fitted_on, costs=costs, progress=False,
+                                                                          every=form == "refitted throughout")
+              for form in forms}
     assert torch.equal(logits(made.model), logits(models[kept]))
     apart = Divergence(outspoken(), parts.batches("report", outspoken(), workers=0))
     refitted = kept if kept != "cut" else forms[1]                              # the nearer one of those refitted
@@ -263,5 +278,6 @@ def test_steps_that_need_labels_refuse_images_without(pictures, tmp_path):
                  lambda: cutting.score_units(found, pictures, tmp_path / "u.safetensors", criterion="taylor", **few)):
         with pytest.raises(InputError, match=f"{pictures.name}: images without labels"):
             step()
-    assert steps.score(found, pictures, tmp_path / "s.safetensors", criterion="class_attention", images=8, **few).shape == (2, 16)
+    assert steps.score(found, pictures, tmp_path / "s.safetensors", criterion="class_attention", images=8,
+                       **few).shape == (2, 16)
     assert len(cutting.score_units(found, pictures, tmp_path / "u.safetensors", images=8, **few).heads) == 2

@@ -8,13 +8,12 @@ import pytest
 import torch
 from comparing import logits, relative
 
-from vitlab import cost, tokens
 from vitlab.criteria.planning import prune_and_merge
-from vitlab.files import InputError
 from vitlab.models import attention_block, compress, deploy, shape_of
 from vitlab.models.share import SharedUpdateBlock
-from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import Select, SharedUpdate
+from vitlab.plan import BlockPlan, CompressionPlan, cost, tokens
+from vitlab.plan.rules import Select, SharedUpdate
+from vitlab.runtime.files import InputError
 
 EXACT = 1e-10           # float64: only the order of the sums differs
 
@@ -38,7 +37,8 @@ def plan_with(shape, rules: dict[int, SharedUpdate]) -> CompressionPlan:
 def block_slowly(block, x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     """timm's Block on one image (N, D), with each token in the softmax as often as it has patches."""
     attn, mixed = block.attn, []
-    q, k, v = (part.unflatten(1, (attn.num_heads, -1)) for part in attn.qkv(block.norm1(x)).chunk(3, dim=1))      # (N, H, d)
+    # (N, H, d)
+    q, k, v = (part.unflatten(1, (attn.num_heads, -1)) for part in attn.qkv(block.norm1(x)).chunk(3, dim=1))
     q, k = attn.q_norm(q), attn.k_norm(k)
     for h in range(attn.num_heads):
         logit = q[:, h] @ k[:, h].T / math.sqrt(attn.head_dim)
@@ -75,7 +75,8 @@ def test_a_block_shares_the_update_of_its_regions_means(tiny_vit, family, images
     shape = shape_of(dense)
     rule = random_share(shape.num_patches, 3, own, pruned, proportional)
     model = compress(dense, plan_with(shape, {2: rule}))
-    x = torch.randn(3, shape.num_tokens, shape.embed_dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.randn(3, shape.num_tokens, shape.embed_dim, generator=torch.Generator().manual_seed(0),
+                    dtype=torch.float64)
     with torch.no_grad():
         wanted = oracle(attention_block(dense.blocks[2]), x, rule, shape.num_prefix_tokens)
         got = model.blocks[2](x)
@@ -96,7 +97,8 @@ def test_a_region_of_tokens_that_are_alike_leaves_no_trace_where_it_is_counted(t
     dense = tiny_vit("deit").double()
     shape = shape_of(dense)
     rule = random_share(shape.num_patches, 3, proportional=True)
-    region = torch.randn(rule.num_merged, shape.embed_dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    region = torch.randn(rule.num_merged, shape.embed_dim, generator=torch.Generator().manual_seed(0),
+                         dtype=torch.float64)
     x = torch.cat([region[:1] + 1, region[torch.tensor(rule.regions)]])[None]
     with torch.no_grad():
         wanted = dense.blocks[2](x)
@@ -129,7 +131,8 @@ def test_the_deployed_form_is_the_same_beside_merging_and_cut_blocks(tiny_vit, i
     blocks = list(random_plan(shape, "m---m", seed=1).blocks)
     for index in (1, 3):
         blocks[index] = BlockPlan(heads=blocks[index].heads, neurons=blocks[index].neurons,
-                                  tokens=random_share(shape.num_patches, index, own=0.5, pruned=2, proportional=index == 3))
+                                  tokens=random_share(shape.num_patches, index, own=0.5, pruned=2,
+                                                      proportional=index == 3))
     plan = CompressionPlan(shape=shape, blocks=tuple(blocks))
     model, x = compress(dense, plan), images(dense, 3)
     wanted = logits(model, x)
@@ -142,7 +145,8 @@ def test_the_deployed_form_is_the_same_beside_merging_and_cut_blocks(tiny_vit, i
 def test_intermediates_have_the_whole_grid(tiny_vit, images):
     dense = tiny_vit("deit")
     shape = shape_of(dense)
-    model = compress(dense, plan_with(shape, {1: random_share(shape.num_patches, 0), 4: random_share(shape.num_patches, 1)}))
+    model = compress(dense,
+                     plan_with(shape, {1: random_share(shape.num_patches, 0), 4: random_share(shape.num_patches, 1)}))
     found = model.forward_intermediates(images(dense), intermediates_only=True)
     assert [tuple(f.shape[-2:]) for f in found] == [shape.grid_size] * 5
 
@@ -151,7 +155,8 @@ def test_shared_regions_are_those_of_prune_and_merge_with_weights_that_sum_to_1(
     shape = shape_of(tiny_vit("deit"))
     scores = torch.rand(5, shape.num_patches, generator=torch.Generator().manual_seed(0)) + 0.01
     for weights in ("score", "uniform", "reference"):
-        merged, shared = (prune_and_merge(scores, shape, keep_rate=0.5, prune_rate=0.2, weights=weights, share=s) for s in (False, True))
+        merged, shared = (prune_and_merge(scores, shape, keep_rate=0.5, prune_rate=0.2, weights=weights, share=s)
+                          for s in (False, True))
         for a, b in zip(merged.blocks, shared.blocks):
             assert a.tokens.regions == b.tokens.regions and a.tokens.pruned == b.tokens.pruned
             m = tokens.merge_matrix(a.tokens, 0, torch.float64)
@@ -159,7 +164,8 @@ def test_shared_regions_are_those_of_prune_and_merge_with_weights_that_sum_to_1(
             for j, (region, weight) in enumerate(zip(b.tokens.regions, b.tokens.weights)):
                 if region >= 0:
                     mine[region, j] = weight
-            assert torch.allclose(mine, m / m.sum(dim=1, keepdim=True), atol=1e-6)      # weights are stored as they were computed
+            # weights are stored as they were computed
+            assert torch.allclose(mine, m / m.sum(dim=1, keepdim=True), atol=1e-6)
 
 
 def test_cost_has_no_matrices_and_one_scaling_of_each_patch(tiny_vit):
@@ -175,9 +181,10 @@ def test_cost_has_no_matrices_and_one_scaling_of_each_patch(tiny_vit):
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    ({"weights": (0.5, 0.5, 0.4)}, "region 1 sum to 0.4"), ({"weights": (0.5, 0.5)}, "2 weights"), ({"own": 1.5}, "own is 1.5"),
-    ({"proportional": 1}, "proportional is 1"), ({"proportional": None}, "proportional is None"),
-    ({"own": True}, "own is True"), ({"regions": (0, 0, 2)}, "without a gap"), ({"weights": (1.5, -0.5, 1.0)}, "from 0 to 1"),
+    ({"weights": (0.5, 0.5, 0.4)}, "region 1 sum to 0.4"), ({"weights": (0.5, 0.5)}, "2 weights"),
+    ({"own": 1.5}, "own is 1.5"), ({"proportional": 1}, "proportional is 1"),
+    ({"proportional": None}, "proportional is None"), ({"own": True}, "own is True"),
+    ({"regions": (0, 0, 2)}, "without a gap"), ({"weights": (1.5, -0.5, 1.0)}, "from 0 to 1"),
 ])
 def test_wrong_rules_are_refused_by_value(change, says):
     with pytest.raises(InputError, match=says):
@@ -197,5 +204,6 @@ def test_the_mean_of_a_large_region_is_summed_in_float32(dtype):
     x = (100 + torch.randn(1, n, 5, generator=torch.Generator().manual_seed(0))).to(dtype)
     block = SharedUpdateBlock(torch.nn.Identity(), rule, 0).to(dtype)
     wanted = x.double().mean(dim=1)
-    # One rounding of the mean itself; the weights, which are of the dtype too, are all 1 / 509 but for the same factor of half a place.
+    # One rounding of the mean itself; the weights, which are of the dtype too, are all 1 / 509 but for the same factor
+    # of half a place.
     assert float((block(x)[0, 0].double() - wanted).abs().max()) < 2 * 128 * torch.finfo(dtype).eps

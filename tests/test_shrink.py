@@ -11,15 +11,14 @@ from safetensors.torch import load_file
 from timm.layers import Attention, SwiGLU
 from timm.models.vision_transformer import Block
 
-from vitlab import cost
-from vitlab.files import InputError
-from vitlab.models import attention_block, check_supported, compress, deploy, shape_of
-from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import Select
-from vitlab.shape import ViTShape
-from vitlab.training import checkpoint
+from vitlab.models import attention_block, check_supported, checkpoint, compress, deploy, shape_of
+from vitlab.plan import BlockPlan, CompressionPlan, cost
+from vitlab.plan.rules import Select
+from vitlab.plan.shape import ViTShape
+from vitlab.runtime.files import InputError
 
-# Relative. The masked model adds the cut units' zeros in other places of the same float32 sums than the shrunk one, which
+# Relative. The masked model adds the cut units' zeros in other places of the same float32 sums than the shrunk one,
+# which
 # has no such terms; 5 blocks deep this is the project's bound for two orders of one sum.
 SAME = 1e-4
 
@@ -34,12 +33,14 @@ def staircase(shape: ViTShape, seed: int = 0) -> CompressionPlan:
     h, m = shape.num_heads, shape.num_neurons
     blocks = (BlockPlan(), BlockPlan(heads=some(h, 1, chance), neurons=some(m, 1, chance)),
               BlockPlan(heads=some(h, 1, chance), neurons=some(m, m - 1, chance)),
-              BlockPlan(neurons=some(m, 1, chance)), BlockPlan(heads=some(h, h - 1, chance), neurons=some(m, 17, chance)))
+              BlockPlan(neurons=some(m, 1, chance)),
+              BlockPlan(heads=some(h, h - 1, chance), neurons=some(m, 17, chance)))
     return CompressionPlan(shape=shape, blocks=blocks)
 
 
 def hooked(dense, plan: CompressionPlan):
-    """The dense model whose cut heads' outputs (before proj) and cut neurons (before fc2) are set to zero as it runs."""
+    """The dense model whose cut heads' outputs (before proj) and cut neurons (before fc2) are set to zero as it
+    runs."""
     model, shape = copy.deepcopy(dense), plan.shape
 
     def zero(columns: list[int]):
@@ -52,7 +53,8 @@ def hooked(dense, plan: CompressionPlan):
     for block, cut in zip(model.blocks, plan.blocks):
         heads = [h for h in range(shape.num_heads) if cut.heads is not None and h not in cut.heads]
         neurons = [m for m in range(shape.num_neurons) if cut.neurons is not None and m not in cut.neurons]
-        block.attn.proj.register_forward_pre_hook(zero([h * shape.head_dim + i for h in heads for i in range(shape.head_dim)]))
+        block.attn.proj.register_forward_pre_hook(zero([h * shape.head_dim + i for h in heads
+                                                        for i in range(shape.head_dim)]))
         block.mlp.fc2.register_forward_pre_hook(zero(neurons))
     return model
 
@@ -73,13 +75,16 @@ def test_shrunk_model_equals_the_masked_one_with_one_head_and_one_neuron_in_ever
     dense, chance = tiny_vit(family), random.Random(seed)
     shape = shape_of(dense)
     plan = CompressionPlan(shape=shape, blocks=tuple(
-        BlockPlan(heads=some(shape.num_heads, 1, chance), neurons=some(shape.num_neurons, 1, chance)) for _ in range(5)))
+        BlockPlan(heads=some(shape.num_heads, 1, chance), neurons=some(shape.num_neurons, 1, chance))
+        for _ in range(5)))
     model, x = compress(dense, plan), images(dense, 3)
     assert relative(logits(model, x), logits(hooked(dense, plan), x)) < SAME
-    assert all((b.attn.num_heads, b.attn.attn_dim, b.mlp.fc2.in_features) == (1, shape.head_dim, 1) for b in model.blocks)
+    assert all((b.attn.num_heads, b.attn.attn_dim, b.mlp.fc2.in_features) == (1, shape.head_dim, 1)
+               for b in model.blocks)
 
 
-@pytest.mark.parametrize("biases", [{"qkv_bias": False}, {"proj_bias": False}, {"qkv_bias": False, "proj_bias": False}], ids=str)
+@pytest.mark.parametrize("biases", [{"qkv_bias": False}, {"proj_bias": False}, {"qkv_bias": False, "proj_bias": False}],
+                         ids=str)
 def test_shrunk_model_without_biases_equals_the_masked_one(tiny_vit, images, biases):
     dense = tiny_vit("augreg", **biases)
     plan, x = staircase(shape_of(dense)), images(dense)
@@ -102,8 +107,8 @@ def header_bytes(path) -> int:
 
 
 def lost(shape: ViTShape, cut: BlockPlan) -> int:
-    """Parameters that leave one block. A head: d rows of each of q, k, v, with biases, and d columns of proj. A neuron: a row
-    of fc1 with its bias and a column of fc2."""
+    """Parameters that leave one block. A head: d rows of each of q, k, v, with biases, and d columns of proj. A neuron:
+    a row of fc1 with its bias and a column of fc2."""
     heads = shape.num_heads - (shape.num_heads if cut.heads is None else len(cut.heads))
     neurons = shape.num_neurons - (shape.num_neurons if cut.neurons is None else len(cut.neurons))
     return heads * (4 * shape.head_dim * shape.embed_dim + 3 * shape.head_dim) + neurons * (2 * shape.embed_dim + 1)
@@ -129,7 +134,8 @@ def test_saved_weights_fall_by_exactly_what_the_cut_units_held(tiny_vit, family,
 
 # ---- Refusals
 
-@pytest.mark.parametrize("kind, says", [("gate", "gated attention at block 3"), ("output norm", "block 3: .*output norm")])
+@pytest.mark.parametrize("kind, says", [("gate", "gated attention at block 3"), ("output norm", "block 3: .*output "
+                                                                                                "norm")])
 def test_cutting_heads_of_an_attention_that_mixes_them_is_refused_by_name_and_block(tiny_vit, kind, says):
     dense = tiny_vit("deit")
     plan = CompressionPlan(shape=shape_of(dense), blocks=(BlockPlan(heads=(0, 2)),) * 5)
@@ -149,7 +155,8 @@ def test_output_norm_that_timm_makes_is_refused_when_heads_are_cut_and_not_when_
 
 
 def test_swiglu_is_refused_by_name(tiny_vit):
-    packed = timm.create_model("vit_giant_patch14_dinov2", pretrained=False, img_size=28, embed_dim=24, depth=1, num_heads=2)
+    packed = timm.create_model("vit_giant_patch14_dinov2", pretrained=False, img_size=28, embed_dim=24, depth=1,
+                               num_heads=2)
     unpacked = tiny_vit("deit")
     unpacked.blocks[2] = Block(33, 3, mlp_layer=SwiGLU)
     normed = tiny_vit("deit", scale_mlp_norm=True)
@@ -190,7 +197,8 @@ def nested(shape: ViTShape, what: str, random_plan) -> tuple[CompressionPlan, Co
             final[block]["neurons"] = tuple(sorted(kept[:max(1, count // 2)]))
     if what in ("merge", "all"):
         first[0]["tokens"] = final[0]["tokens"] = merging[0].tokens             # stays the same
-    if what == "merge":                                                         # a block between it and one that selects is needed
+    # a block between it and one that selects is needed
+    if what == "merge":
         final[1]["tokens"] = merging[1].tokens                                  # comes new
     if what in ("select", "all"):
         first[2]["tokens"] = Select(kept=7, ranked_by="all")
@@ -198,7 +206,8 @@ def nested(shape: ViTShape, what: str, random_plan) -> tuple[CompressionPlan, Co
         final[3]["tokens"] = Select(kept=3)                                     # new
         final[4]["tokens"] = Select(kept=2)
         first[4]["tokens"] = Select(kept=2)                                     # the same
-    return tuple(CompressionPlan(shape=shape, blocks=tuple(BlockPlan(**b) for b in blocks)) for blocks in (first, final))
+    return tuple(CompressionPlan(shape=shape, blocks=tuple(BlockPlan(**b) for b in blocks))
+                 for blocks in (first, final))
 
 
 KINDS = ["heads", "neurons", "merge", "select", "all"]
@@ -251,7 +260,8 @@ def test_trained_values_stay_when_a_trained_model_is_cut_further(tiny_vit, famil
     train_a_little(step)
     before = copy.deepcopy(step.state_dict())
     further = compress(step, final, before=first)
-    assert all(torch.equal(value, before[key]) for key, value in step.state_dict().items())     # the first model is left alone
+    # the first model is left alone
+    assert all(torch.equal(value, before[key]) for key, value in step.state_dict().items())
     seen = set()
     for index, (cut, was) in enumerate(zip(final.blocks, first.blocks)):
         old, new = attention_block(step.blocks[index]), attention_block(further.blocks[index])
@@ -263,8 +273,10 @@ def test_trained_values_stay_when_a_trained_model_is_cut_further(tiny_vit, famil
         for part in range(3):
             for place, head in enumerate(heads):
                 for name in ("weight", "bias"):
-                    source = getattr(old.attn.qkv, name).unflatten(0, (3, len(was_heads), d))[part, was_heads.index(head)]
-                    assert torch.equal(getattr(new.attn.qkv, name).unflatten(0, (3, len(heads), d))[part, place], source)
+                    source = getattr(old.attn.qkv,
+                                     name).unflatten(0, (3, len(was_heads), d))[part, was_heads.index(head)]
+                    assert torch.equal(getattr(new.attn.qkv, name).unflatten(0, (3, len(heads), d))[part, place],
+                                       source)
         for place, head in enumerate(heads):
             source = old.attn.proj.weight.unflatten(1, (len(was_heads), d))[:, was_heads.index(head)]
             assert torch.equal(new.attn.proj.weight.unflatten(1, (len(heads), d))[:, place], source)
@@ -277,7 +289,8 @@ def test_trained_values_stay_when_a_trained_model_is_cut_further(tiny_vit, famil
         seen |= {id(p) for p in (new.attn.qkv.weight, new.attn.qkv.bias, new.attn.proj.weight, new.attn.proj.bias,
                                  new.mlp.fc1.weight, new.mlp.fc1.bias, new.mlp.fc2.weight, new.mlp.fc2.bias)}
     trained = dict(step.named_parameters())
-    for name, parameter in further.named_parameters():          # norms, LayerScale, embeddings, classifier, q and k norms
+    # norms, LayerScale, embeddings, classifier, q and k norms
+    for name, parameter in further.named_parameters():
         if id(parameter) in seen or name.startswith("blocks.1.tokens."):        # block 1's matrices are new
             continue
         source = trained.get(name, trained.get(name.replace(".block.", ".")))
@@ -288,7 +301,8 @@ def test_trained_values_stay_when_a_trained_model_is_cut_further(tiny_vit, famil
     assert torch.equal(further.blocks[2].rank_weight, before["blocks.2.rank_weight"])
 
 
-def test_a_merge_that_becomes_another_starts_from_the_new_rule_and_one_that_goes_leaves_the_block(tiny_vit, images, random_plan):
+def test_a_merge_that_becomes_another_starts_from_the_new_rule_and_one_that_goes_leaves_the_block(tiny_vit, images,
+                                                                                                  random_plan):
     dense = tiny_vit("deit")
     shape, x = shape_of(dense), images(dense)
     first, other = (random_plan(shape, "m----", seed=seed, shrink=False) for seed in (1, 2))
@@ -310,7 +324,8 @@ def test_a_merge_that_becomes_another_starts_from_the_new_rule_and_one_that_goes
 ])
 def test_keeping_what_is_gone_is_refused_by_block_and_unit(tiny_vit, name, was, wanted, said):
     dense = tiny_vit("deit")
-    first, final = (CompressionPlan(shape=shape_of(dense), blocks=(BlockPlan(),) * 2 + (BlockPlan(**{name: kept}),) + (BlockPlan(),) * 2)
+    first, final = (CompressionPlan(shape=shape_of(dense),
+                                    blocks=(BlockPlan(),) * 2 + (BlockPlan(**{name: kept}),) + (BlockPlan(),) * 2)
                     for kept in (was, wanted))
     with pytest.raises(InputError, match=said):
         compress(compress(dense, first), final, before=first)
@@ -325,13 +340,15 @@ def one_block(shape: ViTShape, index: int, **cut) -> CompressionPlan:
     ({}, {"neurons": (5,)}), ({"neurons": (5, 7)}, {"neurons": (5,)}),
     ({}, {"tokens": "merge"}), ({"tokens": "merge"}, {}), ({"tokens": "merge"}, {"tokens": Select(kept=7)}),
     ({"tokens": Select(kept=7)}, {}), ({"tokens": Select(kept=7)}, {"tokens": Select(kept=5)}),
-    ({"tokens": Select(kept=7)}, {"tokens": Select(kept=7, ranked_by="all")}), ({"tokens": Select(kept=7)}, {"tokens": "merge"}),
+    ({"tokens": Select(kept=7)}, {"tokens": Select(kept=7, ranked_by="all")}),
+    ({"tokens": Select(kept=7)}, {"tokens": "merge"}),
 ], ids=str)
 def test_a_model_that_is_not_what_before_says_is_refused_by_block(tiny_vit, random_plan, is_cut, said_cut):
     dense = tiny_vit("deit")
     shape = shape_of(dense)
     merging = random_plan(shape, "m----", seed=1, shrink=False).blocks[0].tokens
-    is_plan, said = (one_block(shape, 3, **{k: merging if v == "merge" else v for k, v in cut.items()}) for cut in (is_cut, said_cut))
+    is_plan, said = (one_block(shape, 3, **{k: merging if v == "merge" else v for k, v in cut.items()})
+                     for cut in (is_cut, said_cut))
     with pytest.raises(InputError, match="block 3 of the model is not what the plan says"):
         compress(compress(dense, is_plan), said, before=said)
 
@@ -348,10 +365,12 @@ def test_ranking_by_all_heads_is_refused_once_heads_are_gone_and_allowed_where_i
     shape, x = shape_of(dense), images(dense)
     cut = one_block(shape, 2, heads=(0, 2))
     with pytest.raises(InputError, match="block 2: all heads should rank tokens, but the model has lost some already"):
-        compress(compress(dense, cut), one_block(shape, 2, heads=(0, 2), tokens=Select(kept=7, ranked_by="all")), before=cut)
+        compress(compress(dense, cut), one_block(shape, 2, heads=(0, 2), tokens=Select(kept=7, ranked_by="all")),
+                 before=cut)
     compress(compress(dense, cut), one_block(shape, 2, heads=(0, 2), tokens=Select(kept=7)), before=cut)
     compress(compress(dense, cut), CompressionPlan(shape=shape, blocks=(      # heads of another block are no matter
-        BlockPlan(), BlockPlan(tokens=Select(kept=7, ranked_by="all")), cut.blocks[2], BlockPlan(), BlockPlan())), before=cut)
+        BlockPlan(), BlockPlan(tokens=Select(kept=7, ranked_by="all")), cut.blocks[2], BlockPlan(), BlockPlan())),
+             before=cut)
     ranked = one_block(shape, 2, tokens=Select(kept=7, ranked_by="all"))
     both = one_block(shape, 2, heads=(1,), tokens=Select(kept=7, ranked_by="all"))
     twice = compress(compress(dense, ranked), both, before=ranked)
@@ -363,7 +382,8 @@ def test_ranking_by_all_heads_can_not_take_over_from_the_kept_ones_once_heads_ar
     shape = shape_of(dense)
     first = one_block(shape, 2, heads=(0, 2), tokens=Select(kept=7))
     with pytest.raises(InputError, match="block 2: all heads should rank"):
-        compress(compress(dense, first), one_block(shape, 2, heads=(0,), tokens=Select(kept=5, ranked_by="all")), before=first)
+        compress(compress(dense, first), one_block(shape, 2, heads=(0,), tokens=Select(kept=5, ranked_by="all")),
+                 before=first)
 
 
 def test_a_plan_for_other_sizes_than_before_is_refused(tiny_vit):
@@ -373,7 +393,8 @@ def test_a_plan_for_other_sizes_than_before_is_refused(tiny_vit):
         compress(dense, CompressionPlan.empty(shape_of(tiny_vit("augreg"))), before=plan)
 
 
-def test_a_model_cut_in_two_steps_is_saved_by_its_last_plan_and_comes_back_bit_equal(tiny_vit, images, random_plan, tmp_path):
+def test_a_model_cut_in_two_steps_is_saved_by_its_last_plan_and_comes_back_bit_equal(tiny_vit, images, random_plan,
+                                                                                     tmp_path):
     dense = tiny_vit("deit")
     first, final = nested(shape_of(dense), "all", random_plan)
     step, x = compress(dense, first), images(dense)
@@ -399,7 +420,8 @@ def test_a_family_that_is_not_supported_is_refused_with_before_too(tiny_vit):
         compress(swin, plan, before=plan)
 
 
-@pytest.mark.parametrize("sizes", [{"img_size": (64, 80)}, {"embed_dim": 39, "mlp_ratio": 132 / 39}], ids=["img_size", "embed_dim"])
+@pytest.mark.parametrize("sizes", [{"img_size": (64, 80)}, {"embed_dim": 39, "mlp_ratio": 132 / 39}],
+                         ids=["img_size", "embed_dim"])
 def test_before_for_another_size_than_the_models_is_refused(tiny_vit, sizes):
     other = CompressionPlan.empty(shape_of(tiny_vit("deit", **sizes)))
     with pytest.raises(InputError):
@@ -414,7 +436,8 @@ def test_before_with_another_merge_rule_than_the_models_is_refused(tiny_vit, ran
         compress(compress(dense, other), said, before=said)
 
 
-@pytest.mark.parametrize("further", [{}, {"heads": (0, 1, 2), "tokens": Select(kept=7, ranked_by="all")}], ids=["none", "ranked by all"])
+@pytest.mark.parametrize("further", [{}, {"heads": (0, 1, 2), "tokens": Select(kept=7, ranked_by="all")}],
+                         ids=["none", "ranked by all"])
 def test_before_that_lists_every_unit_has_lost_none(tiny_vit, further):
     dense = tiny_vit("deit")
     shape = shape_of(dense)

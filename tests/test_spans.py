@@ -1,4 +1,5 @@
-"""Blocks that stay merged together (Prune and Merge over spans) against slow loops, and their deployed, exported and trained forms."""
+"""Blocks that stay merged together (Prune and Merge over spans) against slow loops, and their deployed, exported and
+trained forms."""
 import copy
 import dataclasses
 import random
@@ -11,22 +12,21 @@ from conftest import random_rule
 from safetensors.torch import load_file, save_file
 from test_cost import counted_macs
 
-from vitlab import cost
-from vitlab.files import InputError
-from vitlab.models import attention_block, compress, deploy, set_trainable, shape_of
+from vitlab.models import attention_block, checkpoint, compress, deploy, set_trainable, shape_of
 from vitlab.models.merge import TokenBlock
-from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import MergeReconstruct, SharedUpdate
-from vitlab.shape import ViTShape
-from vitlab.training import checkpoint
-from vitlab.training.published import save_published
+from vitlab.models.published import save_published
+from vitlab.plan import BlockPlan, CompressionPlan, cost
+from vitlab.plan.rules import MergeReconstruct, SharedUpdate
+from vitlab.plan.shape import ViTShape
+from vitlab.runtime.files import InputError
 
 SAME = 1e-4         # relative, the project's bound for two float32 orders of the same sums, 5 blocks deep
 EXACT = 1e-10       # float64: only the order of the sums differs
 
 
 def spanning(shape: ViTShape, spans: dict[int, int], seed: int = 0, **cuts) -> CompressionPlan:
-    """{first block: blocks that stay merged}, regions at random, some patches pruned; cuts: heads and neurons by block."""
+    """{first block: blocks that stay merged}, regions at random, some patches pruned; cuts: heads and neurons by
+    block."""
     chance = random.Random(seed)
     rules = {}
     for first, span in spans.items():
@@ -35,10 +35,12 @@ def spanning(shape: ViTShape, spans: dict[int, int], seed: int = 0, **cuts) -> C
             rule = random_rule(shape.num_patches, chance)
         rules[first] = dataclasses.replace(rule, span=span, trains="both")
     return CompressionPlan(shape=shape, blocks=tuple(
-        BlockPlan(tokens=rules.get(i), **{name: by_block.get(i) for name, by_block in cuts.items()}) for i in range(shape.depth)))
+        BlockPlan(tokens=rules.get(i), **{name: by_block.get(i) for name, by_block in cuts.items()})
+        for i in range(shape.depth)))
 
 
-# ---- The oracle: y = reconstruct @ Block_j(... Block_i(merge @ x)) + (1 - token_mask) * x, one image and one row at a time.
+# ---- The oracle: y = reconstruct @ Block_j(... Block_i(merge @ x)) + (1 - token_mask) * x, one image and one row at a
+# time.
 
 def starting_matrices(plan: CompressionPlan) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """{first block: (merge, reconstruct)} from the rules' numbers."""
@@ -81,7 +83,8 @@ def streams_slowly(dense, x: torch.Tensor, plan: CompressionPlan, matrices: dict
             entering = tokens
             for block in range(index, index + rule.span):
                 rows = dense.blocks[block](rows[None])[0]
-                tokens = torch.stack([sum(float(weight) * row for weight, row in zip(weights, rows)) for weights in reconstruct])
+                tokens = torch.stack([sum(float(weight) * row for weight, row in zip(weights, rows))
+                                      for weights in reconstruct])
                 for j in rule.pruned:
                     tokens[prefix + j] += entering[prefix + j]
                 streams[block].append(tokens)
@@ -117,8 +120,9 @@ def test_the_matrices_stand_on_the_first_block_of_a_span(tiny_vit):
     own = {name: tuple(value.shape) for name, value in state.items() if ".tokens." in name}
     n, (one, three) = plan.shape.num_tokens, (1 + plan.blocks[i].tokens.num_merged for i in (0, 1))
     assert own == {
-        "blocks.0.tokens.merge_matrix": (one, n), "blocks.0.tokens.reconstruct_matrix": (n, one), "blocks.0.tokens.token_mask": (n,),
-        "blocks.1.tokens.merge_matrix": (three, n), "blocks.1.tokens.token_mask": (n,), "blocks.1.tokens.reconstruct_matrix": (n, three)}
+        "blocks.0.tokens.merge_matrix": (one, n), "blocks.0.tokens.reconstruct_matrix": (n, one),
+        "blocks.0.tokens.token_mask": (n,), "blocks.1.tokens.merge_matrix": (three, n),
+        "blocks.1.tokens.token_mask": (n,), "blocks.1.tokens.reconstruct_matrix": (n, three)}
     renamed = set(dense.state_dict())
     for i in range(4):
         renamed = {name.replace(f"blocks.{i}.", f"blocks.{i}.block.") for name in renamed}
@@ -165,14 +169,18 @@ def test_macs_equal_what_runs(tiny_vit, family, span_layout, random_plan, form):
 
 
 def test_parts_of_a_span_are_the_hand_computed_numbers():
-    # D = 33, width 33 (block 1: 22), M = 41, 15 patches and 2 prefix tokens. Blocks 1 and 2 stay merged: 4 regions, 2 patches pruned.
-    shape = ViTShape(img_size=(48, 80), patch_size=(16, 16), embed_dim=33, depth=4, num_heads=3, head_dim=11, num_neurons=41,
-                     num_prefix_tokens=2, num_classes=7)
-    rule = MergeReconstruct(regions=(-1, -1) + tuple(j % 4 for j in range(13)), weights=(0.0, 0.0) + (0.3,) * 13, pruned=(0, 1), span=2)
-    plan = CompressionPlan(shape=shape, blocks=(BlockPlan(), BlockPlan(tokens=rule, heads=(0, 2)), BlockPlan(), BlockPlan()))
+    # D = 33, width 33 (block 1: 22), M = 41, 15 patches and 2 prefix tokens. Blocks 1 and 2 stay merged: 4 regions, 2
+    # patches pruned.
+    shape = ViTShape(img_size=(48, 80), patch_size=(16, 16), embed_dim=33, depth=4, num_heads=3, head_dim=11,
+                     num_neurons=41, num_prefix_tokens=2, num_classes=7)
+    rule = MergeReconstruct(regions=(-1, -1) + tuple(j % 4 for j in range(13)), weights=(0.0, 0.0) + (0.3,) * 13,
+                            pruned=(0, 1), span=2)
+    plan = CompressionPlan(shape=shape,
+                           blocks=(BlockPlan(), BlockPlan(tokens=rule, heads=(0, 2)), BlockPlan(), BlockPlan()))
     for form, own in (("training", {"merge": 6 * 17 * 33, "reconstruct": 6 * 17 * 33, "fold": 0}),
                       ("published", {"merge": 0, "reconstruct": 0, "fold": 0}),
-                      # 6 merged and 2 carried rows of 17 before the span; all 17 of 8 after it; nothing in it or at the end.
+                      # 6 merged and 2 carried rows of 17 before the span; all 17 of 8 after it; nothing in it or at the
+                      # end.
                       ("deployed", {"merge": 0, "reconstruct": 0, "fold": (8 * 17 + 17 * 8) * 33})):
         parts = cost.macs(plan, form)
         assert parts["qkv"] == 3 * 33 * (17 * 33 + 6 * 22 + 6 * 33 + 17 * 33)
@@ -180,19 +188,22 @@ def test_parts_of_a_span_are_the_hand_computed_numbers():
         assert parts["mlp"] == 2 * 33 * 41 * (17 + 6 + 6 + 17)
         assert {name: parts[name] for name in own} == own
     end = CompressionPlan(shape=shape, blocks=(BlockPlan(), BlockPlan(), plan.blocks[1], BlockPlan()))
-    assert cost.macs(end)["fold"] == (8 * 17 + 2 * 8) * 33                          # the prefix tokens' rows alone at the end
+    # the prefix tokens' rows alone at the end
+    assert cost.macs(end)["fold"] == (8 * 17 + 2 * 8) * 33
 
 
 # ---- Cutting further, checking, files
 
 def test_a_span_cut_further_keeps_its_trained_matrices(tiny_vit, images):
     dense = tiny_vit("deit")
-    before, after = (spanning(shape_of(dense), {1: 3}, **cuts) for cuts in ({}, {"heads": {2: (0, 2)}, "neurons": {3: (1, 5, 7)}}))
+    before, after = (spanning(shape_of(dense), {1: 3}, **cuts)
+                     for cuts in ({}, {"heads": {2: (0, 2)}, "neurons": {3: (1, 5, 7)}}))
     model, x = compress(dense, before), images(dense)
     disturb_matrices(model)
     further = compress(model, after, before=before)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in further.state_dict().items() if ".tokens." in k)
-    assert attention_block(further.blocks[2]).attn.num_heads == 2 and attention_block(further.blocks[3]).mlp.fc2.in_features == 3
+    assert attention_block(further.blocks[2]).attn.num_heads == 2 and attention_block(
+        further.blocks[3]).mlp.fc2.in_features == 3
     assert relative(logits(deploy(further), x), logits(further, x)) < SAME
 
 
@@ -213,7 +224,8 @@ def test_another_span_takes_the_place_of_the_one_before_in_every_block(tiny_vit,
     for first, span in now.items():
         kinds[first:first + span] = [TokenBlock] * span
     assert [type(b) for b in model.blocks] == kinds
-    assert [b.place for b in model.blocks if type(b) is TokenBlock] == [place for span in now.values() for place in range(span)]
+    assert [b.place for b in model.blocks
+            if type(b) is TokenBlock] == [place for span in now.values() for place in range(span)]
 
 
 def test_saving_a_span_with_another_plan_is_refused_by_block(tiny_vit, tmp_path):
@@ -227,8 +239,10 @@ def test_saving_a_span_with_another_plan_is_refused_by_block(tiny_vit, tmp_path)
         return CompressionPlan(shape=shape, blocks=tuple(BlockPlan(tokens=blocks.get(f"b{i}")) for i in range(5)))
     fewer = dataclasses.replace(rule, regions=tuple(min(r, 1) for r in rule.regions))
     moved = spanning(shape, {1: 3}, seed=1).blocks[1].tokens
-    for wrong, block in ((other(), 1), (other(b1=dataclasses.replace(rule, span=2)), 1), (other(b1=dataclasses.replace(rule, span=4)), 1),
-                         (other(b1=dataclasses.replace(rule, span=1)), 1), (other(b2=rule), 1), (other(b1=fewer), 1), (other(b1=moved), 1)):
+    for wrong, block in ((other(), 1), (other(b1=dataclasses.replace(rule, span=2)), 1),
+                         (other(b1=dataclasses.replace(rule, span=4)), 1),
+                         (other(b1=dataclasses.replace(rule, span=1)), 1), (other(b2=rule), 1), (other(b1=fewer), 1),
+                         (other(b1=moved), 1)):
         with pytest.raises(InputError, match=f"block {block} of the model is not what the plan says"):
             checkpoint.save(tmp_path / "c", model, wrong)
     two = compress(dense, other(b0=dataclasses.replace(rule, span=2), b2=dataclasses.replace(rule, span=2)))
@@ -257,7 +271,8 @@ def test_a_span_is_refused_in_the_published_layout(tiny_vit, tmp_path):
 
 # ---- It stays a timm model that trains
 
-def test_intermediates_are_whole_grids_and_inside_a_span_those_that_would_be_given_back(tiny_vit, family, images, span_layout, random_plan):
+def test_intermediates_are_whole_grids_and_inside_a_span_those_that_would_be_given_back(tiny_vit, family, images,
+                                                                                        span_layout, random_plan):
     dense = tiny_vit(family).double()
     plan, x = random_plan(shape_of(dense), span_layout, seed=9, shrink=False), images(dense).double()
     model, prefix = compress(dense, plan), plan.shape.num_prefix_tokens
@@ -288,14 +303,16 @@ def test_some_intermediates_equal_those_of_all_and_nothing_is_left_behind(tiny_v
 
 def test_gradients_are_the_slope_of_the_output_and_reach_both_matrices(tiny_vit, family, images):
     dense = tiny_vit(family).double()
-    model, x = compress(dense, spanning(shape_of(dense), {0: 2, 2: 2})), images(dense).double()     # a last reconstruct is read in part
+    # a last reconstruct is read in part
+    model, x = compress(dense, spanning(shape_of(dense), {0: 2, 2: 2})), images(dense).double()
     disturb_matrices(model)
     got, slope, still = gradient_and_slope(model, x)
     assert not [n for n in still if not n.startswith("head_dist")]
     # The central difference errs by step^2 times a third derivative, and by about 1e-15 / step in rounding: below 1e-5.
     assert got == pytest.approx(slope, rel=1e-5)
     for name, block in (("merge_matrix", 0), ("reconstruct_matrix", 0), ("merge_matrix", 2), ("reconstruct_matrix", 2)):
-        assert bool((getattr(model.blocks[block].tokens, name).grad != 0).any(dim=1).all()), (name, block)      # of every row
+        # of every row
+        assert bool((getattr(model.blocks[block].tokens, name).grad != 0).any(dim=1).all()), (name, block)
 
 
 @pytest.mark.parametrize("family_name", ["deit", "mae"])
@@ -307,7 +324,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_vit, images, famil
         model.set_grad_checkpointing(enable)
         F.cross_entropy(model(x), torch.tensor([1, 5])).backward()
         gradients.append({n: p.grad for n, p in model.named_parameters()})
-    for name, expected in gradients[0].items():         # the same operations run twice: equal but for the order of additions
+    # the same operations run twice: equal but for the order of additions
+    for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-5, atol=1e-7)
 
 
@@ -331,7 +349,8 @@ def test_export_gives_the_same_logits_for_other_images_and_batches(tiny_vit, ima
     dense = tiny_vit("dinov2_reg")
     model = compress(dense, spanning(shape_of(dense), {0: 2, 3: 2}))
     model = deploy(model) if form == "deployed" else model
-    exported = torch.export.export(model, (images(dense, 2, seed=1),), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+    exported = torch.export.export(model, (images(dense, 2, seed=1),),
+                                   dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
     for count in (2, 5):
         x = images(dense, count, seed=2)
         assert relative(logits(exported.module(), x), logits(model, x)) < SAME

@@ -7,12 +7,11 @@ import torch
 from safetensors.torch import save_file
 from training_fixtures import NAME, compressed, logits, one_thread, tiny, write_folder  # noqa: F401
 
-from vitlab.files import InputError
-from vitlab.models import shape_of
+from vitlab.models import checkpoint, shape_of
+from vitlab.models.published import save_published
 from vitlab.plan import CompressionPlan
-from vitlab.results import ResultRow, read_rows
-from vitlab.training import checkpoint
-from vitlab.training.published import save_published
+from vitlab.runtime.files import InputError
+from vitlab.runtime.results import ResultRow, read_rows
 from vitlab.workbench import steps
 
 SIZE = {"depth": 2, "embed_dim": 24, "num_heads": 3, "patch_size": 8, "num_classes": 3}
@@ -80,10 +79,12 @@ def test_score_records_what_made_it_and_is_reproducible(tmp_path):
     found = steps.Checkpoint(model=dense, plan=CompressionPlan.empty(shape_of(dense)), info={})
     options = {"images": 20, "batch_size": 8, "device": "cpu", "progress": False}
     first = steps.score(found, "digits", tmp_path / "a.safetensors", **options)
-    again, made_by = (steps.score(found, "digits", tmp_path / "b.safetensors", **options), steps.read_scores(tmp_path / "b.safetensors"))
+    again, made_by = (steps.score(found, "digits", tmp_path / "b.safetensors", **options),
+                      steps.read_scores(tmp_path / "b.safetensors"))
     other = steps.score(found, "digits", tmp_path / "c.safetensors", seed=1, **options)
     assert torch.equal(first, again) and torch.equal(first, made_by[0]) and not torch.equal(first, other)
-    assert made_by[1] == {"data": "digits", "criterion": "gradient", "images": "20", "batch_size": "8", "absolute": "image", "seed": "0"}
+    assert made_by[1] == {"data": "digits", "criterion": "gradient", "images": "20", "batch_size": "8",
+                          "absolute": "image", "seed": "0"}
 
 
 def test_a_deployed_model_is_measured_but_not_trained(tmp_path):
@@ -100,7 +101,8 @@ def test_speeds_join_the_accuracy_rows_of_the_same_models(tmp_path):
     saved(tmp_path / "run")
     like = ResultRow(model="dense", dataset="d", split="val", top1_pct=50.0)
     steps.append_row(tmp_path / steps.RESULTS, like)
-    steps.throughput({"dense": tmp_path / "run"}, batch_size=2, repeats=1, device="cpu", progress=False, out=tmp_path, like=like)
+    steps.throughput({"dense": tmp_path / "run"}, batch_size=2, repeats=1, device="cpu", progress=False, out=tmp_path,
+                     like=like)
     row, = read_rows(tmp_path / steps.RESULTS)
     assert row.top1_pct == 50 and row.ratio == 1 and row.throughput_img_s > 0 and row.latency_ms > 0
 

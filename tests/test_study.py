@@ -1,4 +1,5 @@
-"""A study that is killed anywhere goes on as if nothing had happened; what its folder holds is checked, not believed."""
+"""A study that is killed anywhere goes on as if nothing had happened; what its folder holds is checked, not
+believed."""
 import dataclasses
 import json
 import math
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 from comparing import killed_after
 
-from vitlab.cost import macs_of
-from vitlab.files import LOCK, InputError, read_lines
+from vitlab.plan.cost import macs_of
+from vitlab.plan.shape import ViTShape
+from vitlab.runtime.files import LOCK, InputError, read_lines
 from vitlab.search import Budget, SearchSpace, Study
 from vitlab.search import study as module
 from vitlab.search.allocation import levels
@@ -21,9 +23,9 @@ from vitlab.search.sampling import Problem
 from vitlab.search.sensitivity import SENSITIVITY, start_policies
 from vitlab.search.strategies import Proposal, Settings
 from vitlab.search.study import JOURNAL, read_journal
-from vitlab.shape import ViTShape
 
-SHAPE = ViTShape(img_size=(80, 112), patch_size=(16, 16), embed_dim=28, depth=2, num_heads=7, head_dim=4, num_neurons=53, num_classes=3)
+SHAPE = ViTShape(img_size=(80, 112), patch_size=(16, 16), embed_dim=28, depth=2, num_heads=7, head_dim=4,
+                 num_neurons=53, num_classes=3)
 SPACE = SearchSpace(shape=SHAPE)
 QUICK = Settings(population=5, evaluations=9, candidates=12, refinements=1)
 RUNS = {f"{strategy} {batch}": (strategy, batch) for strategy in ("gp", "random") for batch in (1, 3)}
@@ -32,7 +34,8 @@ RUNS = {f"{strategy} {batch}": (strategy, batch) for strategy in ("gp", "random"
 def budget(part: float = 0.7, tolerance: float = 0.02, space: SearchSpace = SPACE) -> Budget:
     def cost(policies: np.ndarray) -> np.ndarray:
         return macs_of(space.shape, space.counts(policies))["total"] / 1e9
-    return Budget(limit=part * float(cost(np.zeros((1, space.size)))[0]), cost=cost, max_ratio=0.5, size=space.size, tolerance=tolerance)
+    return Budget(limit=part * float(cost(np.zeros((1, space.size)))[0]), cost=cost, max_ratio=0.5, size=space.size,
+                  tolerance=tolerance)
 
 
 def objective(policy: np.ndarray) -> dict[str, float]:
@@ -42,7 +45,8 @@ def objective(policy: np.ndarray) -> dict[str, float]:
 
 def study(folder: Path, strategy: str = "gp", batch: int = 1, **changed) -> Study:
     options = changed.pop("options", dataclasses.replace(QUICK, batch=batch))
-    return Study(folder, changed.pop("space", SPACE), changed.pop("budget", budget()), strategy=strategy, options=options, **changed)
+    return Study(folder, changed.pop("space", SPACE), changed.pop("budget", budget()), strategy=strategy,
+                 options=options, **changed)
 
 
 def facts(found: Study | list) -> list[dict]:
@@ -78,7 +82,8 @@ def test_a_journal_has_one_line_per_evaluation_with_all_that_is_known_of_it(undi
         assert line["value"] == objective(policy)["value"] and line["measures"] == {"top1_pct": 50 + line["value"]}
         assert line["cost"] == budget().cost(policy[None])[0] and budget().meets(policy).all() and line["seconds"] >= 0
     # A batch of 3 that begins before there are 5 of the population belongs to it.
-    by = ["population"] * (5 if batch == 1 else 6) + ["gp"] * (4 if batch == 1 else 3) if strategy == "gp" else ["random"] * 9
+    by = ["population"] * (5 if batch == 1
+                           else 6) + ["gp"] * (4 if batch == 1 else 3) if strategy == "gp" else ["random"] * 9
     assert [line["by"] for line in lines] == by
     for line in lines:
         assert set(line["expected"]) == ({"log_ei", "mean", "deviation"} if line["by"] == "gp" else set())
@@ -133,7 +138,8 @@ def test_a_last_line_cut_at_any_byte_is_dropped_with_a_warning(undisturbed, tmp_
         target = copied(folder, tmp_path / "cut", content[:end])
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            assert facts(read_journal(target)) == facts(read_journal(target))                   # who only reads leaves the file alone
+            # who only reads leaves the file alone
+            assert facts(read_journal(target)) == facts(read_journal(target))
             assert (target / JOURNAL).read_bytes() == content[:end]
             caught.clear()
             found = read_journal(target, repair=True)
@@ -156,7 +162,7 @@ KILLED = """
 import os, signal, sys
 sys.path[:0] = [sys.argv[1], sys.argv[2]]
 import test_study as t
-from vitlab import files
+from vitlab.runtime import files
 from pathlib import Path
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 for moment in sys.argv[3:]:
@@ -194,8 +200,10 @@ for moment in sys.argv[3:]:
 def test_a_study_that_was_killed_ends_as_one_that_was_not(tmp_path):
     moments = {"measuring-1": 0, "measuring-8": 7, "writing-0": 0, "writing-7": 7, "written-4": 5, "written-6": 7}
     runs, here = ("gp 3", "gp 1"), Path(__file__).resolve().parent
-    given = subprocess.run([sys.executable, "-c", KILLED, str(here), str(here.parent), *(f"{run}-{m}" for run in runs for m in moments)],
-                           cwd=tmp_path, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    given = subprocess.run([sys.executable, "-c", KILLED, str(here), str(here.parent),
+                            *(f"{run}-{m}" for run in runs for m in moments)],
+                           cwd=tmp_path, capture_output=True, text=True, timeout=600,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert given.returncode == 0, given.stderr[-2000:]
     for run in runs:
         whole = study(tmp_path / f"whole {run}", *RUNS[run])
@@ -210,9 +218,13 @@ def test_a_study_that_was_killed_ends_as_one_that_was_not(tmp_path):
 
 
 @pytest.mark.parametrize("number", [1, 4, 8])
-@pytest.mark.parametrize("damage", [lambda line: line[:len(line) // 2], lambda line: b"", lambda line: b"\0" * 40, lambda line: b"[1]",
-                                    lambda line: line.replace(b'"index": ', b'"index": 1'), lambda line: line.replace(b'"by"', b'"who"'),
-                                    lambda line: line.replace(b'"value": -', b'"value": NaN, "x": -'), lambda line: b"\xff\xfe" + line])
+@pytest.mark.parametrize("damage",
+                         [lambda line: line[:len(line) // 2], lambda line: b"", lambda line: b"\0" * 40,
+                          lambda line: b"[1]",
+                                    lambda line: line.replace(b'"index": ', b'"index": 1'),
+                          lambda line: line.replace(b'"by"', b'"who"'),
+                                    lambda line: line.replace(b'"value": -', b'"value": NaN, "x": -'),
+                          lambda line: b"\xff\xfe" + line])
 def test_a_damaged_line_that_is_not_the_last_is_refused_by_number(undisturbed, tmp_path, number, damage):
     strategy, batch, folder, _ = undisturbed
     lines = (folder / JOURNAL).read_bytes().splitlines()
@@ -239,7 +251,8 @@ def more_tokens() -> SearchSpace:
 
 
 @pytest.mark.parametrize("name, change", [
-    ("seed", lambda: {"seed": 1}), ("budget", lambda: {"budget": budget(0.71)}), ("budget", lambda: {"budget": budget(tolerance=0.03)}),
+    ("seed", lambda: {"seed": 1}), ("budget", lambda: {"budget": budget(0.71)}),
+    ("budget", lambda: {"budget": budget(tolerance=0.03)}),
     ("budget", lambda: {"budget": dataclasses.replace(budget(), unit="latency_ms")}),
     ("space", lambda: {"space": more_tokens(), "budget": budget(space=more_tokens())}),
     ("space", lambda: {"space": SearchSpace(shape=SHAPE, settings={"ranked_by": "all"})}),
@@ -352,7 +365,8 @@ def test_a_start_from_sensitivity_measures_each_dimension_alone_and_begins_with_
     assert len(calls) == ALONE + 9 and (tmp_path / SENSITIVITY).read_bytes().count(b"\n") == ALONE
     assert found.spent == sensitive(tmp_path).spent == len(calls)
     assert not calls[0].any() and all((policy > 0).sum() == 1 for policy in calls[1:ALONE])
-    assert [e.by for e in found.evaluations] == ["sensitivity"] * 2 + ["population"] * 3 + ["gp"] * 4      # half of 5, the rest as ever
+    # half of 5, the rest as ever
+    assert [e.by for e in found.evaluations] == ["sensitivity"] * 2 + ["population"] * 3 + ["gp"] * 4
     first = start_policies(Problem(SPACE, budget()), read_lines(tmp_path / SENSITIVITY), 1, 0)[0]
     assert (calls[ALONE] == first).all() and tuple(first) == found.evaluations[0].policy
     assert budget().meets(np.array([e.policy for e in found.evaluations])).all()
@@ -384,7 +398,8 @@ def test_a_search_whose_time_is_over_ends_with_one_policy_at_least_and_goes_on_f
     assert facts(found) == facts(whole)[:1]
     clock = iter(range(100))
     monkeypatch.setattr("vitlab.search.study.time.monotonic", lambda: next(clock))
-    found.run(objective, until=2, progress=False)                               # at 0 a turn begins, at 1 its first policy
+    # at 0 a turn begins, at 1 its first policy
+    found.run(objective, until=2, progress=False)
     assert facts(found) == facts(whole)[:2]
     study(tmp_path / "found", batch=batch).run(objective, progress=False)
     assert facts(study(tmp_path / "found", batch=batch)) == facts(whole)
@@ -428,7 +443,8 @@ def test_an_unknown_strategy_is_refused_before_anything_is_written(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-# Two blocks of three heads, of which one or two are cut; two in exactly one of the blocks meet the budget: (1, 2) and (2, 1),
+# Two blocks of three heads, of which one or two are cut; two in exactly one of the blocks meet the budget: (1, 2) and
+# (2, 1),
 # and, for a ratio of exactly 0, (1, 3) and (3, 1).
 FEW = SearchSpace(shape=dataclasses.replace(SHAPE, num_heads=3, embed_dim=12), units=("heads",), tokens="none")
 
@@ -437,7 +453,8 @@ def few_left(folder: Path, monkeypatch, strategy: str, step: float = 1.0, popula
     """A study of FEW whose policies cost `step` less for each block that keeps one head, of 100; the budget is 99."""
     monkeypatch.setattr("vitlab.search.strategies.BLOCKS", 7)               # giving up takes longer otherwise
     monkeypatch.setattr("vitlab.search.sampling.ATTEMPTS", 7)
-    limited = Budget(limit=99.0, cost=lambda p: 100 - step * (FEW.counts(p).heads == 1).sum(axis=1), max_ratio=0.5, size=2, tolerance=0.001)
+    limited = Budget(limit=99.0, cost=lambda p: 100 - step * (FEW.counts(p).heads == 1).sum(axis=1), max_ratio=0.5,
+                     size=2, tolerance=0.001)
     return study(folder, strategy, space=FEW, budget=limited,
                  options=dataclasses.replace(QUICK, population=population, initial="random"))
 
@@ -445,7 +462,8 @@ def few_left(folder: Path, monkeypatch, strategy: str, step: float = 1.0, popula
 def test_a_space_with_nothing_left_ends_the_search_with_a_warning(tmp_path, monkeypatch):
     for _ in range(2):                                                      # opened again there is still nothing
         found = few_left(tmp_path, monkeypatch, "random")
-        with pytest.warns(UserWarning, match="ends after 2 evaluations: no other policy was found within 0.1% below 99 gmacs"):
+        with pytest.warns(UserWarning, match="ends after 2 evaluations: no other policy was found within 0.1% below 99 "
+                                             "gmacs"):
             best = found.run(objective, progress=False)
         heads = [FEW.counts(np.array(e.policy)).heads[0].tolist() for e in found.evaluations]
         assert sorted(heads) == [[1, 2], [2, 1]] and best.value == max(e.value for e in found.evaluations)

@@ -1,4 +1,5 @@
-"""Whatever ends a run, it goes on from the disk and ends as if nothing had happened: kills, requests to stop, damage, a full disk."""
+"""Whatever ends a run, it goes on from the disk and ends as if nothing had happened: kills, requests to stop, damage, a
+full disk."""
 import contextlib
 import errno
 import itertools
@@ -18,28 +19,31 @@ import torch
 from PIL import Image
 from training_fixtures import compressed, one_thread, small_recipe, tiny, write_easy_folder, write_folder  # noqa: F401
 
-from vitlab import files, signals
 from vitlab.cli import main
 from vitlab.data import open_data
-from vitlab.files import InputError, read_lines
-from vitlab.launching import COMMAND
-from vitlab.models import shape_of
+from vitlab.models import checkpoint, shape_of
 from vitlab.plan import CompressionPlan
+from vitlab.runtime import files, signals
+from vitlab.runtime.files import InputError, read_lines
+from vitlab.runtime.launching import COMMAND
 from vitlab.search.study import JOURNAL
-from vitlab.training import checkpoint, states
+from vitlab.training import states
 from vitlab.training.loop import LOG, fit
 from vitlab.training.recipes import Engine
 
-# Everything with a memory or random numbers: warm-up, drop path, augmentation, mixing, repeats, momentum, moving average.
-SETTINGS = {"epochs": 3, "warmup_epochs": 1, "clip_grad": 1.0, "smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "repeats": 2,
-            "ema_decay": 0.9, "batch_size": 8, "augment": {"scale": (0.7, 1.0), "color_jitter": 0.3, "hflip": 0.5, "re_prob": 0.5}}
+# Everything with a memory or random numbers: warm-up, drop path, augmentation, mixing, repeats, momentum, moving
+# average.
+SETTINGS = {"epochs": 3, "warmup_epochs": 1, "clip_grad": 1.0, "smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0,
+            "repeats": 2, "ema_decay": 0.9, "batch_size": 8,
+            "augment": {"scale": (0.7, 1.0), "color_jitter": 0.3, "hflip": 0.5, "re_prob": 0.5}}
 ENGINE = Engine(save_steps=2, log_steps=1, keep=3)
 FORK = multiprocessing.get_context("fork")              # a child that has all modules loaded already
 
 
 def train(folder: Path, data, engine: Engine = ENGINE, **more) -> dict[str, torch.Tensor]:
     model = tiny(drop_path_rate=0.2)
-    fit(model, data, small_recipe(**SETTINGS), folder, seed=3, engine=engine, **{"workers": 0, "progress": False, **more})
+    fit(model, data, small_recipe(**SETTINGS), folder, seed=3, engine=engine,
+        **{"workers": 0, "progress": False, **more})
     return model.state_dict()
 
 
@@ -76,8 +80,8 @@ def killed(work, after: float) -> bool:
 
 
 def killed_often(work, seconds: float, progress, check, folder: Path, kills: int = 20) -> None:
-    """Begin work() again and again, each time killed at a random moment of the `seconds` that it takes undisturbed; each time it came
-    to its end after all, check() and begin anew. progress(): how far it is."""
+    """Begin work() again and again, each time killed at a random moment of the `seconds` that it takes undisturbed;
+    each time it came to its end after all, check() and begin anew. progress(): how far it is."""
     chance, at, longest = random.Random(0), [], seconds / 2
     while len(at) < kills or (len(set(at)) < 6 and len(at) < 3 * kills):
         before = progress()
@@ -120,8 +124,8 @@ def test_a_search_killed_at_twenty_random_moments_ends_with_the_same_journal(tmp
     killed_often(lambda: search(run), seconds, lambda: len(read_lines(run / JOURNAL)), check, run)
 
 
-COMMANDLINE = ["finetune", "--checkpoint", "dense", "--data", "data", "--recipe", "digits", "--epochs", "2", "--batch-size", "8",
-               "--workers", "0", "--device", "cpu", "--quiet"]
+COMMANDLINE = ["finetune", "--checkpoint", "dense", "--data", "data", "--recipe", "digits", "--epochs", "2",
+               "--batch-size", "8", "--workers", "0", "--device", "cpu", "--quiet"]
 
 
 def stopping(monkeypatch, step: int) -> None:
@@ -138,19 +142,23 @@ def stopping(monkeypatch, step: int) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_request_to_stop_writes_the_state_after_the_step_under_way(data, tmp_path, undisturbed, monkeypatch, workers):
-    engine = Engine(save_steps=1000, log_steps=1)                   # nothing else writes a state in the middle of an epoch
+    # nothing else writes a state in the middle of an epoch
+    engine = Engine(save_steps=1000, log_steps=1)
     with monkeypatch.context() as patch:
         stopping(patch, 9)
         with pytest.raises(signals.Stopped) as kept:
             train(tmp_path, data, engine, workers=workers)
-    assert kept.tb is not None and multiprocessing.active_children() == []      # loaders are gone while a traceback keeps the run
+    # loaders are gone while a traceback keeps the run
+    assert kept.tb is not None and multiprocessing.active_children() == []
     path, state = next(states.newest(tmp_path))
     assert "state-000000009-" in path.name and (state["epoch"], state["done"]) == (1, 3)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL       # as it was before
-    assert equal(train(tmp_path, data, engine, workers=workers), undisturbed[1]) and timeless(tmp_path) == undisturbed[2]
+    assert equal(train(tmp_path, data, engine, workers=workers),
+                 undisturbed[1]) and timeless(tmp_path) == undisturbed[2]
 
 
-def test_the_command_line_ends_with_a_code_of_its_own_when_asked_to_stop_and_resume_goes_on(tmp_path, monkeypatch, capsys):
+def test_the_command_line_ends_with_a_code_of_its_own_when_asked_to_stop_and_resume_goes_on(tmp_path, monkeypatch,
+                                                                                            capsys):
     checkpoint.save(tmp_path / "dense", tiny(), CompressionPlan.empty(shape_of(tiny())))
     write_easy_folder(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
@@ -164,15 +172,18 @@ def test_the_command_line_ends_with_a_code_of_its_own_when_asked_to_stop_and_res
     assert not (tmp_path / "run" / "checkpoint").exists()
     monkeypatch.chdir("/")
     assert main(["resume", str(tmp_path / "run")]) == 0
-    assert equal(checkpoint.load(tmp_path / "run").model.state_dict(), checkpoint.load(tmp_path / "whole").model.state_dict())
+    assert equal(checkpoint.load(tmp_path / "run").model.state_dict(),
+                 checkpoint.load(tmp_path / "whole").model.state_dict())
     assert timeless(tmp_path / "run" / "training") == timeless(tmp_path / "whole" / "training")
 
 
 @pytest.mark.parametrize("content, message", [
     (None, "no such file; pretrain, segment, finetune"), ("[]", "no record of a command"),
     ('{"arguments": [1], "folder": "/"}', "no record of a command"),
-    ('{"arguments": ["demo"], "folder": "/"}', "'demo' can't be gone on with"), ('{"arguments": [], "folder": "/"}', "'nothing' can't"),
-    ('{"arguments": ["search", "--out", "x", "--checkpoint", "a", "--data", "b", "--gmacs", "1"], "folder": "/"}', "has been moved since")])
+    ('{"arguments": ["demo"], "folder": "/"}', "'demo' can't be gone on with"),
+    ('{"arguments": [], "folder": "/"}', "'nothing' can't"), ('{"arguments": ["search", "--out", "x", "--checkpoint", '
+                                                              '"a", "--data", "b", "--gmacs", "1"], "folder": "/"}',
+                                                              "has been moved since")])
 def test_what_can_not_be_resumed_is_refused_by_name(tmp_path, capsys, content, message):
     if content is not None:
         (tmp_path / COMMAND).write_text(content)
@@ -201,7 +212,8 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [flip, lambda p: p.write_bytes(p.read_bytes()[:-100]), lambda p: p.write_bytes(b"")],
                          ids=["one bit", "cut short", "empty"])
-def test_a_damaged_newest_state_falls_back_to_the_one_before_and_says_so(data, tmp_path, undisturbed, monkeypatch, damage):
+def test_a_damaged_newest_state_falls_back_to_the_one_before_and_says_so(data, tmp_path, undisturbed, monkeypatch,
+                                                                         damage):
     run = stopped_run(tmp_path, data, monkeypatch)
     newest = states.paths(run)[0]
     damage(newest)
@@ -215,7 +227,8 @@ def test_where_all_states_are_damaged_nothing_is_begun_over_them(data, tmp_path,
     for path in states.paths(run):
         flip(path)
     before = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
-    with pytest.warns(UserWarning), pytest.raises(InputError, match="all 3 states of the run are damaged; remove them to begin anew"):
+    with pytest.warns(UserWarning), pytest.raises(InputError, match="all 3 states of the run are damaged; remove them "
+                                                                    "to begin anew"):
         train(run, data)
     assert {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()} == before
 
@@ -274,7 +287,8 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_has_died(data, tmp_
         with pytest.raises(InputError, match=f"{tmp_path}: another process works in this folder"):
             train(tmp_path, data)
         with pytest.raises(InputError, match=f"{tmp_path}: another process works in this folder"):
-            test_study.study(tmp_path / "study").folder and test_study.study(tmp_path).run(test_study.objective, progress=False)
+            test_study.study(tmp_path / "study").folder and test_study.study(tmp_path).run(test_study.objective,
+                                                                                           progress=False)
         assert not states.paths(tmp_path) and not (tmp_path / LOG).exists() and not (tmp_path / JOURNAL).exists()
         holder.kill()
         holder.join()
@@ -291,8 +305,8 @@ def test_a_changed_data_set_is_refused_unless_asked_for(tmp_path, monkeypatch):
     assert train(tmp_path / "run", open_data(root), changed_data=True)
     stopped = stopped_run(tmp_path / "other", open_data(root), monkeypatch)
     with pytest.raises(InputError, match=r"another run \(other seed\); choose another folder"):
-        fit(tiny(drop_path_rate=0.2), open_data(root), small_recipe(**SETTINGS), stopped, seed=4, changed_data=True, workers=0,
-            progress=False)
+        fit(tiny(drop_path_rate=0.2), open_data(root), small_recipe(**SETTINGS), stopped, seed=4, changed_data=True,
+            workers=0, progress=False)
 
 
 def test_too_many_broken_images_are_an_error_that_names_some(tmp_path):
@@ -301,11 +315,14 @@ def test_too_many_broken_images_are_an_error_that_names_some(tmp_path):
     for path in bad[:16]:
         path.write_bytes(b"nonsense")
     with pytest.warns(UserWarning, match="can't be read as an image"):
-        log = fit(tiny(), open_data(root), small_recipe(batch_size=36, epochs=1), tmp_path / "few", workers=0, progress=False)
+        log = fit(tiny(), open_data(root), small_recipe(batch_size=36, epochs=1), tmp_path / "few", workers=0,
+                  progress=False)
     assert len(log) == 1                                            # 16 of 36: as many as may be
     bad[16].write_bytes(b"nonsense")
-    with pytest.warns(UserWarning), pytest.raises(InputError, match=r"17 of 36 images can't be read, .*\.png.*more than 16 are too many"):
-        fit(tiny(), open_data(root), small_recipe(batch_size=36, epochs=1), tmp_path / "many", workers=0, progress=False)
+    with pytest.warns(UserWarning), pytest.raises(InputError, match=r"17 of 36 images can't be read, .*\.png.*more "
+                                                                    r"than 16 are too many"):
+        fit(tiny(), open_data(root), small_recipe(batch_size=36, epochs=1), tmp_path / "many", workers=0,
+            progress=False)
 
 
 @pytest.mark.parametrize("count", [16, 17])
@@ -325,7 +342,8 @@ def test_broken_images_are_counted_over_the_whole_training_however_often_it_was_
             stopping(patch, 1)
             with pytest.raises(signals.Stopped):
                 training()
-        assert 0 < len(next(states.newest(run))[1]["broken"]) < count and states.paths(run)[0].name.startswith(f"state-{step:09d}")
+        assert 0 < len(next(states.newest(run))[1]["broken"]) < count and states.paths(run)[0].name.startswith(
+            f"state-{step:09d}")
     if count == 16:
         assert training()[-1]["broken"] == 16
         return
@@ -352,7 +370,8 @@ def test_images_that_were_repaired_are_broken_no_more(tmp_path, monkeypatch):
 
 def test_the_state_says_the_plan_and_the_recipe_it_was_made_with(data, tmp_path):
     model, plan = compressed()
-    fit(model, data, small_recipe(epochs=1), tmp_path, about={"plan": json.loads(plan.to_json())}, workers=0, progress=False)
+    fit(model, data, small_recipe(epochs=1), tmp_path, about={"plan": json.loads(plan.to_json())}, workers=0,
+        progress=False)
     _, state = next(states.newest(tmp_path))
     assert CompressionPlan.from_json(state["about"]["plan"]).blocks == plan.blocks
     assert state["recipe"]["name"] == "test" and state["recipe"]["epochs"] == 1

@@ -8,10 +8,10 @@ import pytest
 import torch
 from training_fixtures import images, one_thread, tiny  # noqa: F401
 
-from vitlab.files import InputError
-from vitlab.results import NOISY, ResultRow, format_speeds, noisy
-from vitlab.training import throughput
-from vitlab.training.throughput import conditions, measure, median_range
+from vitlab.measure import throughput
+from vitlab.measure.throughput import conditions, measure, median_range
+from vitlab.runtime.files import InputError
+from vitlab.runtime.results import NOISY, ResultRow, format_speeds, noisy
 
 FAST = {"batch_size": 4, "repeats": 3, "warmup": 1, "min_seconds": 0.01, "progress": False}
 
@@ -39,7 +39,8 @@ def timed(monkeypatch, seconds: dict[int, list[float]]) -> None:
     monkeypatch.setattr(throughput, "_once", lambda model, x, runs: next(left[len(model.blocks)]))
 
 
-# Rounds of a machine that gets slower: each pair of times has its ratio, 1.2 to 1.8 and one of 0.5; the dense model's median is 2.
+# Rounds of a machine that gets slower: each pair of times has its ratio, 1.2 to 1.8 and one of 0.5; the dense model's
+# median is 2.
 DRIFT = {2: [1.0, 1.1, 1.3, 1.5, 1.9, 2.1, 4.0, 6.0, 8.0, 9.0], 3: [2.0, 0.9, 1.0, 1.0, 1.2, 1.4, 2.5, 4.0, 5.0, 5.0]}
 
 
@@ -51,15 +52,17 @@ def test_the_quotient_of_two_throughputs_is_their_ratio_whatever_the_machine_doe
     assert other.ratio == pytest.approx((ratios[4] + ratios[5]) / 2, rel=1e-12)
     assert other.throughput_img_s / dense.throughput_img_s == pytest.approx(other.ratio, rel=1e-12)
     assert dense.latency_ms / other.latency_ms == pytest.approx(other.ratio, rel=1e-12)
-    assert dense.throughput_img_s == pytest.approx(7 / 2.0, rel=1e-12) and dense.ratio == dense.ratio_min == dense.ratio_max == 1
+    assert dense.throughput_img_s == pytest.approx(7 / 2.0,
+                                                   rel=1e-12) and dense.ratio == dense.ratio_min == dense.ratio_max == 1
     # of 10 rounds the second from each end: 1 - 2 (1 + 10) / 1024 = 97.9 %; the one that the machine spoilt is outside
-    assert (other.ratio_min, other.ratio_max) == pytest.approx((ratios[1], ratios[8]), rel=1e-12) and other.ratio_min > 1
+    assert (other.ratio_min,
+            other.ratio_max) == pytest.approx((ratios[1], ratios[8]), rel=1e-12) and other.ratio_min > 1
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 6, 8, 9, 10, 11, 20, 31])
 def test_the_range_holds_the_median_with_its_confidence_and_a_narrower_one_would_not(n):
-    """Against a count of all ways in which n values can lie below or above the median: value k is above it where fewer than k are
-    below."""
+    """Against a count of all ways in which n values can lie below or above the median: value k is above it where fewer
+    than k are below."""
     low, high = median_range(list(range(1, n + 1)))             # the values are their ranks
     assert low + high == n + 1
 
@@ -72,24 +75,29 @@ def test_the_range_holds_the_median_with_its_confidence_and_a_narrower_one_would
 
 
 def test_a_ratio_is_noise_where_its_range_holds_1_and_the_baselines_is_not():
-    assert [noisy(*pair) for pair in ((0.84, 2.54), (1.0, 1.2), (0.9, 1.0), (1.3, 1.3), (1, 1), (1.01, 1.2), (0.5, 0.9))] == [
+    assert [noisy(*pair)
+            for pair in ((0.84, 2.54), (1.0, 1.2), (0.9, 1.0), (1.3, 1.3), (1, 1), (1.01, 1.2), (0.5, 0.9))] == [
         True, True, True, True, False, False, False]
 
 
 def test_the_table_of_speeds_says_what_its_numbers_are_and_what_is_noise():
     rows = [ResultRow(model=name, throughput_img_s=20 * ratio, ratio=ratio, latency_ms=50 / ratio,
                       conditions={"speed": {"batch_size": 32, "repeats": 10, "ratio_range": span}})
-            for name, ratio, span in (("dense", 1.0, [1.0, 1.0]), ("merged", 1.293, [1.21, 1.331]), ("cut", 1.69, [0.84, 2.54]))]
+            for name, ratio,
+            span in (("dense", 1.0, [1.0, 1.0]), ("merged", 1.293, [1.21, 1.331]), ("cut", 1.69, [0.84, 2.54]))]
     lines = format_speeds(rows).splitlines()
-    assert lines[0].split("  ")[0] == "model" and "images/s (batch 32)" in lines[0] and "ms (batch 1)" in lines[0] and "range" in lines[0]
+    assert lines[0].split("  ")[0] == "model" and "images/s (batch 32)" in lines[0] and "ms (batch 1)" in lines[
+        0] and "range" in lines[0]
     assert [line.split() for line in lines[2:5]] == [["dense", "20.0", "1.00", "1.00", "to", "1.00", "50.00"],
                                                      ["merged", "25.9", "1.29", "1.21", "to", "1.33", "38.67"],
-                                                     ["cut", "33.8", "1.69", "0.84", "to", "2.54", "29.59", *NOISY.split()]]
+                                                     ["cut", "33.8", "1.69", "0.84", "to", "2.54", "29.59",
+                                                      *NOISY.split()]]
     assert "median over 10 rounds" in lines[5] and "(95 %)" in lines[5] and "times the ratio" in lines[6]
 
 
 class Memory:
-    """Of a GPU: what torch.cuda says of it, with models of that many bytes on it and a forward that holds more for a while."""
+    """Of a GPU: what torch.cuda says of it, with models of that many bytes on it and a forward that holds more for a
+    while."""
 
     def __init__(self, others: int) -> None:
         self.now = self.most = others
@@ -128,7 +136,8 @@ def test_the_peak_memory_beside_other_models_is_that_alone():
 
 def test_a_model_of_eight_times_the_blocks_is_slower_than_the_first():
     speeds = measure({"short": tiny(depth=1), "long": tiny(depth=8)}, **{**FAST, "batch_size": 8, "repeats": 5})
-    assert speeds["long"].ratio < 1                             # about 1/6 on an idle machine: noise does not turn it round
+    # about 1/6 on an idle machine: noise does not turn it round
+    assert speeds["long"].ratio < 1
     assert speeds["long"].latency_ms > speeds["short"].latency_ms
 
 
@@ -162,12 +171,14 @@ def test_conditions_say_what_a_speed_depends_on():
     assert found["threads"] == torch.get_num_threads() and found["device"].endswith("CPU")
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc, whose allocator this is about")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc, whose allocator this is "
+                                                              "about")
 def test_memory_that_is_held_comes_back_without_fresh_pages():
-    """In a process of its own: blocks of 40 MB, freed and asked for again, which glibc else never keeps (over 32 MB)."""
+    """In a process of its own: blocks of 40 MB, freed and asked for again, which glibc else never keeps (over 32
+    MB)."""
     code = """
 import resource, torch
-from vitlab.training.throughput import hold_memory
+from vitlab.measure.throughput import hold_memory
 def faults(count=20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(count):
@@ -179,4 +190,5 @@ faults(10)                                      # the heap grows to what is need
 print(faults())
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(found.stdout) < 5000           # two blocks are 20,480 pages of 4 KiB; what is left is a heap that grew once more
+    # two blocks are 20,480 pages of 4 KiB; what is left is a heap that grew once more
+    assert float(found.stdout) < 5000

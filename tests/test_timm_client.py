@@ -1,7 +1,9 @@
-"""What clients that nobody here wrote do with a timm model, done to a compressed one: exact, or one line that says why not.
+"""What clients that nobody here wrote do with a timm model, done to a compressed one: exact, or one line that says why
+not.
 
-All token rules over model families, compressed and deployed; the checks are those of timm's own test suite that apply, and other
-libraries'. What is right comes from the model itself: its logits, its whole grids, or the dense model where nothing is cut.
+All token rules over model families, compressed and deployed; the checks are those of timm's own test suite that apply,
+and other libraries'. What is right comes from the model itself: its logits, its whole grids, or the dense model where
+nothing is cut.
 """
 import copy
 import functools
@@ -24,10 +26,10 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from vitlab import CompressionPlan, InputError, compress, deploy, shape_of
+from vitlab.measure.units import unit_scores
 from vitlab.models.read_out import ReadOutBlock
 from vitlab.plan import BlockPlan
-from vitlab.rules import Match, MergeReconstruct, ReadOut, Select, SharedUpdate
-from vitlab.training.units import unit_scores
+from vitlab.plan.rules import Match, MergeReconstruct, ReadOut, Select, SharedUpdate
 
 SAME = 1e-5                                     # float32, other order of additions, five blocks
 DEPTH, CLASSES = 4, 7
@@ -49,7 +51,8 @@ def dense(family: str, fused: bool = True) -> nn.Module:
     timm.layers.set_fused_attn(fused)
     torch.manual_seed(0)
     try:
-        model = timm.create_model(name, **{"depth": DEPTH, "embed_dim": 24, "num_heads": 3, "num_classes": CLASSES, **sizes})
+        model = timm.create_model(name,
+                                  **{"depth": DEPTH, "embed_dim": 24, "num_heads": 3, "num_classes": CLASSES, **sizes})
     finally:
         timm.layers.set_fused_attn(True)
     randomise(model, seed=1)
@@ -79,7 +82,8 @@ def made(family: str, rule: str, form: str, fused: bool = True) -> nn.Module:
     model = dense(family, fused)
     shape = shape_of(model)
     cut = rules(shape.num_patches)[rule]
-    blocks = (BlockPlan(tokens=cut.get(i), heads=(0, 2) if i == 2 else None, neurons=tuple(range(0, 96, 2)) if i == 2 else None)
+    blocks = (BlockPlan(tokens=cut.get(i), heads=(0, 2) if i == 2 else None,
+                        neurons=tuple(range(0, 96, 2)) if i == 2 else None)
               for i in range(DEPTH))
     small = compress(model, CompressionPlan(shape=shape, blocks=tuple(blocks))).eval()
     return deploy(small) if form == "deployed" else small
@@ -182,7 +186,8 @@ def test_hooks_on_blocks_see_all_tokens_where_a_grid_is(rule):
         with torch.no_grad():
             model(pictures(model))
             if whole_grids("vit", rule):
-                states = model.forward_intermediates(pictures(model), output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True)
+                states = model.forward_intermediates(pictures(model), output_fmt="NLC", return_prefix_tokens=True,
+                                                     intermediates_only=True)
                 for mean, (patches, prefix) in zip(seen, states):
                     assert relative(mean, torch.cat([prefix, patches], dim=1).mean(dim=1)) < SAME
     finally:
@@ -229,7 +234,9 @@ def test_another_pooling_is_that_of_the_training_form_or_refused(family, rule):
 
 def test_reading_out_is_refused_for_a_model_that_pools_by_average():
     model = dense("average")
-    refused(lambda: compress(model, CompressionPlan(shape=shape_of(model), blocks=(BlockPlan(),) * 3 + (BlockPlan(tokens=ReadOut()),))),
+    refused(lambda: compress(model,
+                             CompressionPlan(shape=shape_of(model),
+                                             blocks=(BlockPlan(),) * 3 + (BlockPlan(tokens=ReadOut()),))),
             "block 3", "'avg'")
 
 
@@ -238,7 +245,8 @@ def test_reading_out_is_refused_for_a_model_that_pools_by_average():
 def test_another_image_size_is_refused(family, rule, form):
     model = copy.deepcopy(made(family, rule, form))
     height, width = model.patch_embed.img_size
-    turned = (model.patch_embed.patch_size[0], model.patch_embed.num_patches * model.patch_embed.patch_size[1])     # as many patches
+    # as many patches
+    turned = (model.patch_embed.patch_size[0], model.patch_embed.num_patches * model.patch_embed.patch_size[1])
     if rule == "units":                         # no token has a place: any size will do
         model.set_input_size(turned)
         assert logits(model, pictures(model)).shape == (2, CLASSES)
@@ -396,7 +404,8 @@ def test_weights_load_into_a_model_without_memory_and_into_an_empty_one(family, 
 @cells
 def test_a_model_that_is_saved_for_the_hub_without_its_plan_does_not_load_as_a_dense_one(family, rule, tmp_path):
     name, sizes = FAMILIES[family]
-    save_for_hf(made(family, rule, "compressed"), tmp_path, model_args={"depth": DEPTH, "embed_dim": 24, "num_heads": 3, **sizes})
+    save_for_hf(made(family, rule, "compressed"), tmp_path,
+                model_args={"depth": DEPTH, "embed_dim": 24, "num_heads": 3, **sizes})
     with pytest.raises((RuntimeError, ValueError, KeyError, AttributeError), match=r"blocks\.|size|shape"):
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
 
@@ -409,7 +418,8 @@ def test_layer_decay_knows_every_block(family, rule):
     groups = param_groups_layer_decay(model, layer_decay=0.5)
     scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     of_blocks = [{scale[id(p)] for p in block.parameters() if p.requires_grad} for block in model.blocks]
-    assert of_blocks == [{0.5 ** (DEPTH - i)} for i in range(DEPTH)] or of_blocks == [{0.5 ** (DEPTH - 1 - i)} for i in range(DEPTH)]
+    assert of_blocks == [{0.5 ** (DEPTH - i)}
+                         for i in range(DEPTH)] or of_blocks == [{0.5 ** (DEPTH - 1 - i)} for i in range(DEPTH)]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -428,7 +438,8 @@ def test_checkpointing_gives_the_same_gradients_or_is_refused(rule, reentrant):
     finally:
         timm.layers.set_reentrant_ckpt(False)
     for (name, mine), other in zip(model.named_parameters(), plain.parameters()):
-        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-6, msg=name)      # the same operations, run twice
+        # the same operations, run twice
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @cells
@@ -438,7 +449,8 @@ def test_half_precision_is_near_and_finite(family, rule, form):
     x, wanted = pictures(model, 5), logits(model, pictures(model, 5))
     for dtype in (torch.bfloat16, torch.float16):
         found = logits(copy.deepcopy(model).to(dtype), x.to(dtype)).float()
-        # A choice among tokens may fall otherwise where two are nearly alike, for some image; the median image is what is right.
+        # A choice among tokens may fall otherwise where two are nearly alike, for some image; the median image is what
+        # is right.
         off = ((found - wanted).norm(dim=1) / wanted.norm(dim=1)).median()
         assert bool(torch.isfinite(found).all()) and float(off) < (0.15 if dtype is torch.bfloat16 else 0.03)
 
@@ -471,7 +483,8 @@ def test_adapters_on_the_projections_count(rule, form):
     model = made("registers", rule, form)
     x = pictures(model)
     torch.manual_seed(0)
-    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["qkv", "fc1"], init_lora_weights=False)).eval()
+    adapted = peft.get_peft_model(copy.deepcopy(model),
+                                  peft.LoraConfig(target_modules=["qkv", "fc1"], init_lora_weights=False)).eval()
     found = logits(adapted, x)
     assert relative(found, logits(model, x)) > 1e-2
     assert relative(logits(adapted.merge_and_unload(), x), found) < SAME
@@ -543,7 +556,9 @@ def test_weights_that_are_not_all_a_layer_does_are_not_read():
     model = copy.deepcopy(dense("vit"))
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["qkv", "proj", "fc1", "fc2"]), model)
     shape, x = shape_of(model), pictures(model)
-    by_all = CompressionPlan(shape=shape, blocks=(BlockPlan(tokens=Select(kept=4, ranked_by="all")),) + (BlockPlan(),) * 3)
+    by_all = CompressionPlan(shape=shape,
+                             blocks=(BlockPlan(tokens=Select(kept=4, ranked_by="all")),) + (BlockPlan(),) * 3)
     refused(lambda: compress(model, by_all), "block 0", "merge adapters")
     for criterion in ("weight", "reconstruction"):
-        refused(lambda by=criterion: unit_scores(model, [(x, torch.zeros(2))], criterion=by, progress=False), "merge adapters")
+        refused(lambda by=criterion: unit_scores(model, [(x, torch.zeros(2))], criterion=by, progress=False),
+                "merge adapters")

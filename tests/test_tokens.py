@@ -1,12 +1,12 @@
-"""vitlab.tokens against slow loops written from methods A2 to A5 and A7, and the properties they must have."""
+"""vitlab.plan.tokens against slow loops written from methods A2 to A5 and A7, and the properties they must have."""
 import math
 import random
 
 import pytest
 import torch
 
-from vitlab import tokens
-from vitlab.files import InputError
+from vitlab.plan import tokens
+from vitlab.runtime.files import InputError
 
 GRIDS = [(3, 5), (5, 3), (7, 7), (1, 11), (11, 1), (2, 13), (4, 4)]     # rows, columns
 FORMS = [(rule, boundary, weights) for rule in ("center", "merge") for boundary in ("reference", "grid")
@@ -144,7 +144,8 @@ def test_normalised_scores_follow_the_formula(rule):
 def test_normalised_scores_do_not_depend_on_the_scale_of_a_block():
     _, scores, _, _ = random_case(3)
     scale = torch.tensor([1e-6, 3.0, 1.0, 1e5, 0.1], dtype=torch.float64)[:, None]
-    torch.testing.assert_close(tokens.normalise_scores(scores * scale, 0.025), tokens.normalise_scores(scores, 0.025), **EXACT)
+    torch.testing.assert_close(tokens.normalise_scores(scores * scale, 0.025), tokens.normalise_scores(scores, 0.025),
+                               **EXACT)
 
 
 def test_normalise_does_not_change_its_input():
@@ -338,7 +339,8 @@ def test_constant_tokens_stay_constant_through_reconstruct_at_merge(rule, bounda
 @pytest.mark.parametrize("weights", ["score", "uniform"])
 def test_constant_tokens_merge_into_the_same_constant(weights):
     for _, unpruned, _, result in random_rules("center", "grid", weights):
-        merged = tokens.merge_matrix(result, 1, torch.float64) @ torch.full((len(unpruned) + 1, 1), 3.7, dtype=torch.float64)
+        merged = tokens.merge_matrix(result, 1, torch.float64) @ torch.full((len(unpruned) + 1, 1), 3.7,
+                                                                            dtype=torch.float64)
         torch.testing.assert_close(merged, torch.full_like(merged, 3.7), **EXACT)
 
 
@@ -380,7 +382,8 @@ def test_boundary_grid_is_the_same_picture_when_the_image_is_turned():
 
 # ---- A4, the edges
 
-def edge_rule(unpruned: list[int], centers: list[int], weights: str = "score", rule: str = "center", boundary: str = "grid"):
+def edge_rule(unpruned: list[int], centers: list[int], weights: str = "score", rule: str = "center",
+              boundary: str = "grid"):
     s = torch.tensor([0.2, 0.5, 0.1, 0.9, 0.4, 0.3], dtype=torch.float64)
     return tokens.merge_rule(s, torch.tensor(unpruned).bool(), torch.tensor(centers).bool(), columns=3, rule=rule,
                              boundary=boundary, weights=weights)
@@ -487,7 +490,8 @@ def test_fold_equals_reconstruct_put_back_and_merge_again(rule, boundary, weight
     generator = torch.Generator().manual_seed(0)
     for seed in range(7):
         columns, layers = random_layers(seed, rule)
-        found = [tokens.merge_rule(s, u, c, columns=columns, rule=rule, boundary=boundary, weights=weights) for s, u, c in layers]
+        found = [tokens.merge_rule(s, u, c, columns=columns, rule=rule, boundary=boundary, weights=weights) for s, u,
+                 c in layers]
         found = [f for f in found if f is not None]
         for first, second in zip(found, found[1:]):
             merge = tokens.merge_matrix(second, 2, torch.float64)
@@ -519,6 +523,7 @@ def test_the_mean_of_the_rest_is_summed_in_float32_though_one_channel_is_large(d
         assert torch.equal(got[image, :-1], x[image, [0, *order[:kept]]])
         rest = [x[image, j].double() for j in order[kept:]]
         mean = sum(rest) / len(rest)
-        # The result's own rounding, half an epsilon, and that of sums of 65 numbers in float32 where they are not float64.
+        # The result's own rounding, half an epsilon, and that of sums of 65 numbers in float32 where they are not
+        # float64.
         rounding = 0.5 * torch.finfo(dtype).eps + 65 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
         torch.testing.assert_close(got[image, -1].double(), mean, rtol=rounding, atol=rounding)

@@ -9,13 +9,12 @@ import pytest
 import torch
 from training_fixtures import logits, one_thread, tiny, write_easy_folder  # noqa: F401
 
-from vitlab.cost import gmacs
-from vitlab.files import InputError, read_lines
-from vitlab.models import compress, deploy, shape_of
+from vitlab.measure.objective import PlanObjective
+from vitlab.models import checkpoint, compress, deploy, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import Match, ReadOut, SharedUpdate
-from vitlab.training import checkpoint
-from vitlab.training.objective import PlanObjective
+from vitlab.plan.cost import gmacs
+from vitlab.plan.rules import Match, ReadOut, SharedUpdate
+from vitlab.runtime.files import InputError, read_lines
 from vitlab.workbench import calibrating, gathered, steps, tonight
 from vitlab.workbench.pace import Pace
 
@@ -61,17 +60,20 @@ def test_offers_meet_their_budget_and_say_what_they_are_worth(survey, dense):
         return int((p.argmax(dim=1) == q.argmax(dim=1)).sum()), each.tolist()
     same, each = measured(survey.reporting.batches)
     assert len(each) == 7 and joint.agree_pct == pytest.approx(100 * same / 7)
-    rounded = {"rel": 1e-3, "abs": 1e-7}                                        # of a distance of 1e-5, from float32 logarithms
+    # of a distance of 1e-5, from float32 logarithms
+    rounded = {"rel": 1e-3, "abs": 1e-7}
     assert joint.distill_loss == pytest.approx(sum(each) / 7, **rounded)
     share = (same + 2) / 11
     assert joint.agree_se == pytest.approx(100 * (share * (1 - share) / 11) ** 0.5)
-    assert joint.distill_loss_se == pytest.approx((sum((v - sum(each) / 7) ** 2 for v in each) / 6 / 7) ** 0.5, **rounded)
+    assert joint.distill_loss_se == pytest.approx((sum((v - sum(each) / 7) ** 2 for v in each) / 6 / 7) ** 0.5,
+                                                  **rounded)
     chosen = sum(measured(survey.objective.batches)[1]) / 7
     assert joint.chosen_by == pytest.approx(chosen, **rounded) and abs(chosen - joint.distill_loss) > 3e-7
 
 
 def test_what_an_offer_is_worth_is_said_of_images_that_served_nothing_before(survey):
-    found = [{survey.parts.split(role).path(i) for i in range(count)} for role, count in survey.parts.roles.items() if role != "shared"]
+    found = [{survey.parts.split(role).path(i) for i in range(count)} for role,
+             count in survey.parts.roles.items() if role != "shared"]
     assert list(map(len, found)) == [24, 7, 7] and len(set.union(*found)) == 38
     assert sum(len(x) for x, _ in survey.reporting.batches) == sum(len(x) for x, _ in survey.objective.batches) == 7
 
@@ -80,7 +82,8 @@ def test_scores_moments_and_offers_are_kept_as_they_are_made(survey, dense, phot
     plan = survey.plan("all together", 0.6 * gmacs(CompressionPlan.empty(survey.shape)))
     offer = survey.offer("all together", plan)
     files = {path.name.rsplit("-", 1)[0] for path in survey.folder.iterdir() if path.is_file()}
-    assert files == {"unit-scores", "token-scores", "costs", "measured"} and len(list(survey.folder.glob("moments-*/*"))) == 4
+    assert files == {"unit-scores", "token-scores", "costs",
+                     "measured"} and len(list(survey.folder.glob("moments-*/*"))) == 4
 
     def never(*args, **settings):
         raise AssertionError("it was made before")
@@ -102,7 +105,8 @@ def test_a_killed_tonight_keeps_what_it_had(dense, photographs, tmp_path, monkey
     monkeypatch.setattr(gathered, "token_scores", killed)
     with pytest.raises(KeyboardInterrupt):
         tonight.tonight(dense, photographs, tmp_path / "out", images=16, **FEW)
-    kept = sorted(path.name.rsplit("-", 1)[0] for path in (tmp_path / "out" / tonight.SURVEY).iterdir() if path.is_file())
+    kept = sorted(path.name.rsplit("-", 1)[0] for path in (tmp_path / "out" / tonight.SURVEY).iterdir()
+                  if path.is_file())
     assert kept == ["amounts.json", "costs", "unit-scores"]
 
 
@@ -112,9 +116,11 @@ def test_a_budget_that_no_rule_meets_is_refused_before_anything_is_scored(dense,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_cut_is_measured_once_for_all_rules_and_not_again_after_a_kill(survey, dense, photographs, tmp_path, monkeypatch):
+def test_a_cut_is_measured_once_for_all_rules_and_not_again_after_a_kill(survey, dense, photographs, tmp_path,
+                                                                         monkeypatch):
     cuts, measure = [], tonight.Survey._measure
-    monkeypatch.setattr(tonight.Survey, "_measure", lambda self, problem, policy: cuts.append(policy) or measure(self, problem, policy))
+    monkeypatch.setattr(tonight.Survey, "_measure", lambda self, problem,
+                        policy: cuts.append(policy) or measure(self, problem, policy))
     survey.curves("neurons")
     survey.curves("merging by content")
     before = len(cuts)
@@ -137,10 +143,13 @@ def test_the_search_starts_from_the_offer_and_the_plan_of_tokens_alone(survey):
     plans = survey.search("all together", limit, 6)
     lines = list(read_lines(next(survey.folder.glob("*/journal.jsonl"))))
     assert all(gmacs(plan) <= limit for plan in plans) and [line["by"] for line in lines[:2]] == ["sensitivity"] * 2
-    assert [plan.made_by["evaluation"] for plan in plans] == [line["index"] for line in sorted(lines, key=lambda line: -line["value"])]
+    assert [plan.made_by["evaluation"]
+            for plan in plans] == [line["index"] for line in sorted(lines, key=lambda line: -line["value"])]
     by_number = {plan.made_by["evaluation"]: plan for plan in plans}
-    first, alone = (dataclasses.replace(plan, made_by={}) for plan in (survey.plan("all together", limit), survey._even(limit)))
-    assert dataclasses.replace(by_number[0], made_by={}) == first and dataclasses.replace(by_number[1], made_by={}) == alone
+    first, alone = (dataclasses.replace(plan, made_by={})
+                    for plan in (survey.plan("all together", limit), survey._even(limit)))
+    assert dataclasses.replace(by_number[0],
+                               made_by={}) == first and dataclasses.replace(by_number[1], made_by={}) == alone
 
 
 def test_a_time_that_is_over_ends_a_search_with_what_it_has(survey):
@@ -157,7 +166,8 @@ def worth(survey, plan, form) -> np.ndarray:
 
 def test_a_plan_is_left_for_a_gain_beyond_its_error_alone(survey, monkeypatch):
     limit, calls = 0.6 * gmacs(CompressionPlan.empty(survey.shape)), []
-    plans = [survey.plan("merging by content", limit), survey.plan("neurons", limit), survey.plan("all together", limit)]
+    plans = [survey.plan("merging by content", limit), survey.plan("neurons", limit),
+             survey.plan("all together", limit)]
     def left(each: list[np.ndarray]) -> int:
         """Which one is kept, from the first on."""
         kept = 0
@@ -172,37 +182,43 @@ def test_a_plan_is_left_for_a_gain_beyond_its_error_alone(survey, monkeypatch):
     assert survey.best(plans) == (plans[wanted], forms[wanted]) and not calls   # they are measured once
     noisy = [np.array([1.0, 1.2, 1.1, 0.9]) - gain for gain in (0, np.array([0.5, -0.4, 0.4, -0.4]), 0.001)]
     monkeypatch.setattr(survey, "_apart", lambda plan, form: noisy[plans.index(plan)])
-    assert survey.best(plans)[0] == plans[2]                                    # little, but of every image; the second's is luck
+    # little, but of every image; the second's is luck
+    assert survey.best(plans)[0] == plans[2]
 
 
 def test_the_best_offer_is_the_nearest_within_the_budget(survey):
     plan = CompressionPlan.empty(survey.shape)
     offers = [tonight.Offer(rule=rule, plan=plan, gmacs=cost, agree_pct=0.0, distill_loss=1 - loss, chosen_by=loss)
-              for rule, cost, loss in (("neurons", 0.5, 0.3), ("shared updates", 0.6, 0.1), ("all together", 0.7, 0.01))]
+              for rule, cost,
+              loss in (("neurons", 0.5, 0.3), ("shared updates", 0.6, 0.1), ("all together", 0.7, 0.01))]
     assert tonight.best_offer(offers, 0.6).rule == "shared updates"
     with pytest.raises(InputError, match="no plan was found that costs 0.1 GMACs or less; 0.5 is the least"):
         tonight.best_offer(offers, 0.1)
 
 
 def test_from_images_alone_to_a_deployed_model(dense, photographs, tmp_path):
-    found = tonight.tonight(dense, photographs, tmp_path / "out", macs_ratio=0.6, rules=("merging by content",), ratios=(0.8,),
-                            evaluations=3, images=16, score_images=24, **FEW)
+    found = tonight.tonight(dense, photographs, tmp_path / "out", macs_ratio=0.6, rules=("merging by content",),
+                            ratios=(0.8,), evaluations=3, images=16, score_images=24, **FEW)
     assert gmacs(found.plan) <= 0.6 * gmacs(CompressionPlan.empty(found.plan.shape))
     read = checkpoint.load(tmp_path / "out" / tonight.DEPLOYED)
     x = torch.randn(2, 3, *found.plan.shape.img_size, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(logits(read.model, x), logits(found.model, x)) and np.isfinite(found.info["made_by"]["kl_refitted_se"])
+    assert torch.equal(logits(read.model, x),
+                       logits(found.model, x)) and np.isfinite(found.info["made_by"]["kl_refitted_se"])
     worth, roles = found.plan.made_by["reported"], found.info["made_by"]["roles"]
-    assert {"agree_pct", "agree_se", "distill_loss", "distill_loss_se", "chosen_by"} == set(worth) and roles["report"] == 7
+    assert {"agree_pct", "agree_se", "distill_loss", "distill_loss_se",
+            "chosen_by"} == set(worth) and roles["report"] == 7
     rows = list(read_lines(tmp_path / "out" / tonight.OFFERS))
     assert all(row["agree_se"] > 0 and row["distill_loss_se"] > 0 for row in rows)
-    assert [row["rule"] for row in rows] == ["merging by content"] * 2 and (tmp_path / "out/offers.png").stat().st_size > 0
+    assert [row["rule"]
+            for row in rows] == ["merging by content"] * 2 and (tmp_path / "out/offers.png").stat().st_size > 0
     assert CompressionPlan.from_json(rows[0]["plan"]).shape == found.plan.shape
 
 
 SMALL = {"macs_ratio": 0.6, "rules": ("neurons",), "ratios": (), "score_images": 24}
 
 
-def test_a_time_that_is_too_little_is_said_and_there_are_fewer_evaluations_and_images(dense, photographs, tmp_path, monkeypatch):
+def test_a_time_that_is_too_little_is_said_and_there_are_fewer_evaluations_and_images(dense, photographs, tmp_path,
+                                                                                      monkeypatch):
     given, searched, plain = [], [], tonight.Survey.search
 
     class Noted(tonight.Survey):
@@ -215,24 +231,31 @@ def test_a_time_that_is_too_little_is_said_and_there_are_fewer_evaluations_and_i
             return plain(self, rule, gmacs, evaluations, until)
     monkeypatch.setattr(tonight, "Survey", Noted)
     monkeypatch.setattr(tonight, "images_per_second", lambda *args: 1.0)
-    with pytest.warns(UserWarning, match="images to compare plans on take about .*; fewer score_images, rules or ratios"), \
-            pytest.warns(UserWarning, match="^24 images to refit on: of fewer than 100 it is uncertain which form is the nearest"):
-        found = tonight.tonight(dense, photographs, tmp_path / "out", evaluations=30, images=100, minutes=0.01, **SMALL, **FEW)
+    with pytest.warns(UserWarning, match="images to compare plans on take about .*; fewer score_images, rules or "
+                                         "ratios"), \
+            pytest.warns(UserWarning, match="^24 images to refit on: of fewer than 100 it is uncertain which form is "
+                                            "the nearest"):
+        found = tonight.tonight(dense, photographs, tmp_path / "out", evaluations=30, images=100, minutes=0.01, **SMALL,
+                                **FEW)
     assert given == [100, 64] and searched == [10]
     assert len(read_lines(next((tmp_path / "out").rglob("journal.jsonl")))) == 1            # its time was over
     assert found.info["made_by"]["minutes"] == 0 and "kl_distilled" not in found.info["made_by"]
     assert gmacs(found.plan) <= 0.6 * gmacs(CompressionPlan.empty(found.plan.shape))
 
 
-def test_what_is_left_of_the_time_is_self_distillation_and_stages_are_said_before(dense, photographs, tmp_path, monkeypatch, capsys):
+def test_what_is_left_of_the_time_is_self_distillation_and_stages_are_said_before(dense, photographs, tmp_path,
+                                                                                  monkeypatch, capsys):
     trained, plain = [], Pace.stage
     stages: list = []
-    monkeypatch.setattr("vitlab.workbench.survey.self_distil", lambda *args, minutes, **settings: trained.append(minutes))
+    monkeypatch.setattr("vitlab.workbench.survey.self_distil", lambda *args, minutes,
+                        **settings: trained.append(minutes))
     monkeypatch.setattr(Pace, "stage", lambda self, name: stages.append(name) or plain(self, name))
     began = time.monotonic()
-    tonight.tonight(dense, photographs, tmp_path / "out", evaluations=2, images=16, minutes=100, **SMALL, **FEW | {"progress": True})
+    tonight.tonight(dense, photographs, tmp_path / "out", evaluations=2, images=16, minutes=100, **SMALL,
+                    **FEW | {"progress": True})
     passed, err = (time.monotonic() - began) / 60, capsys.readouterr().err
-    assert len(trained) == 1 and 100 - 2 * passed < trained[0] < 100           # less what the rest took, and the last refit may yet
+    # less what the rest took, and the last refit may yet
+    assert len(trained) == 1 and 100 - 2 * passed < trained[0] < 100
     assert len(read_lines(next((tmp_path / "out").rglob("journal.jsonl")))) == 2            # there was time for all
     said = re.search(r"tonight: 7 stages, about 100.0 minutes at \d+ images a second \((.*)\)", err).group(1)
     assert re.findall(r"([a-z -]+) \d+ %", said.replace(", ", ",")) == stages and stages[-1] == "self-distillation"
@@ -274,9 +297,10 @@ def test_amounts_once_shrunk_stay_so_however_fast_the_machine_is_then(tmp_path):
 
 def test_what_takes_too_long_is_shrunk_and_said(dense, photographs, tmp_path, monkeypatch):
     monkeypatch.setattr(tonight, "images_per_second", lambda *given: 0.1)
-    with pytest.warns(UserWarning, match="would take about .* minutes, and there are 60: 1 evaluations, 1 finalist and 16 images"):
-        made = tonight.tonight(dense, photographs, tmp_path / "out", macs_ratio=0.6, rules=("merging by content",), ratios=(), images=16,
-                               score_images=24, evaluations=1, **FEW)
+    with pytest.warns(UserWarning, match="would take about .* minutes, and there are 60: 1 evaluations, 1 finalist and "
+                                         "16 images"):
+        made = tonight.tonight(dense, photographs, tmp_path / "out", macs_ratio=0.6, rules=("merging by content",),
+                               ratios=(), images=16, score_images=24, evaluations=1, **FEW)
     assert CompressionPlan.load(tmp_path / "out" / tonight.PLAN, made.plan.shape).blocks == made.plan.blocks
     with pytest.raises(InputError, match="finalists is 0"):
         tonight.tonight(dense, photographs, tmp_path / "out", finalists=0, **FEW)

@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from vitlab.files import InputError
-from vitlab.uncertainty import (
+from vitlab.runtime.files import InputError
+from vitlab.runtime.uncertainty import (
     digits_of,
     error_name,
     interval,
@@ -44,7 +44,8 @@ def test_an_interval_of_a_mean_covers_about_two_errors():
     values = np.random.default_rng(5).normal(size=311)
     low, high = interval(values, draws=2000, seed=1)
     assert low < values.mean() < high
-    assert (high - low) / 2 == pytest.approx(1.96 * standard_error(values), rel=0.08)          # 2000 draws: about 3 % of noise
+    # 2000 draws: about 3 % of noise
+    assert (high - low) / 2 == pytest.approx(1.96 * standard_error(values), rel=0.08)
     assert interval(values, draws=50, seed=1) == interval(values, draws=50, seed=1)
 
 
@@ -80,10 +81,12 @@ def test_a_ratio_of_equal_images_has_the_error_of_their_mean_and_empty_ones_say_
 
 def test_the_jackknife_of_a_mean_is_its_standard_error():
     values = np.random.default_rng(2).normal(size=29)
-    assert jackknife_error([np.delete(values, i).mean() for i in range(29)]) == pytest.approx(standard_error(values), rel=1e-12)
+    assert jackknife_error([np.delete(values, i).mean() for i in range(29)]) == pytest.approx(standard_error(values),
+                                                                                              rel=1e-12)
     assert jackknife_error([1.0]) is None and jackknife_error([1.0, math.nan]) is None
 
 
 def test_an_error_stands_beside_its_measure_under_one_name():
-    assert with_error("top1_pct", 79.0, 1.5) == {"top1_pct": 79.0, "top1_se": 1.5} and with_error("loss", 0.1, None) == {"loss": 0.1}
+    assert with_error("top1_pct", 79.0,
+                      1.5) == {"top1_pct": 79.0, "top1_se": 1.5} and with_error("loss", 0.1, None) == {"loss": 0.1}
     assert [error_name(name) for name in ("miou_pct", "distill_loss")] == ["miou_se", "distill_loss_se"]

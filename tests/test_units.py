@@ -1,4 +1,5 @@
-"""Scores of heads and neurons over a whole model, against slow forms written from methods B1 and B2 and the definitions."""
+"""Scores of heads and neurons over a whole model, against slow forms written from methods B1 and B2 and the
+definitions."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vitlab.criteria.compensation import Moments, reconstruction
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.criteria.units import UNIT_CRITERIA, UnitScores, head_scores, neuron_scores, neurons_by_hsic
-from vitlab.files import InputError
+from vitlab.measure.capture import token_scores
+from vitlab.measure.units import head_redundancy, unit_scores
 from vitlab.models import compress, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.training.capture import token_scores
-from vitlab.training.units import head_redundancy, unit_scores
+from vitlab.runtime.files import InputError
 
 SAME = 1e-9             # float64: only the order of the sums differs, over 5 blocks
 FLOAT32 = 1e-4          # the same in float32, relative to the largest score
@@ -47,7 +48,8 @@ def activations(model, images) -> tuple[list, list, torch.Tensor]:
                     block.mlp.act.register_forward_hook(lambda m, i, out: hidden.append(out))]
     with torch.no_grad():
         of_patches = hasattr(model, "decoder")                      # a Segmenter's output is every patch's
-        probabilities = (model.patch_logits(images) if of_patches else model(images)).softmax(dim=1).reshape(len(images), -1)
+        probabilities = (model.patch_logits(images) if of_patches
+                         else model(images)).softmax(dim=1).reshape(len(images), -1)
     for handle in handles:
         handle.remove()
     return heads, hidden, probabilities
@@ -65,21 +67,24 @@ def hsic_slowly(model, images, r=0.1, a=0.9, shared=0.1) -> UnitScores:
     head_rows, neuron_rows = [], []
     for outputs, units in zip(heads, hidden):
         kernels = [oracle_gaussian(head_mean(outputs, h, size.head_dim)) for h in range(size.num_heads)]
-        head_rows.append([oracle_hsic(k, linear) - shared * sum(oracle_hsic(k, o) for o in kernels if o is not k) / (size.num_heads - 1)
+        head_rows.append([oracle_hsic(k, linear) - shared * sum(oracle_hsic(k, o) for o in kernels
+                                                                if o is not k) / (size.num_heads - 1)
                           for k in kernels])
         relevance = [oracle_hsic(oracle_gaussian(units[:, :, m]), linear) for m in range(size.num_neurons)]
         magnitude = [float(units[:, :, m].abs().sum()) for m in range(size.num_neurons)]
         neuron_rows.append([r * x + a * z for x, z in zip(min_max(relevance), min_max(magnitude))])
-    return UnitScores(heads=torch.tensor(head_rows, dtype=torch.float64), neurons=torch.tensor(neuron_rows, dtype=torch.float64),
-                      made_by={})
+    return UnitScores(heads=torch.tensor(head_rows, dtype=torch.float64),
+                      neurons=torch.tensor(neuron_rows, dtype=torch.float64), made_by={})
 
 
 def activation_slowly(model, batches) -> UnitScores:
     """Mean of |x| of every head and neuron, over all images of all batches at once."""
     heads, hidden, _ = activations(model, torch.cat([images for images, _ in batches]))
     d = shape_of(model).head_dim
-    return UnitScores(heads=torch.stack([torch.stack([part.abs().mean() for part in x.split(d, dim=2)]) for x in heads]),
-                      neurons=torch.stack([torch.stack([x[:, :, m].abs().mean() for m in range(x.shape[2])]) for x in hidden]),
+    return UnitScores(heads=torch.stack([torch.stack([part.abs().mean() for part in x.split(d, dim=2)])
+                                         for x in heads]),
+                      neurons=torch.stack([torch.stack([x[:, :, m].abs().mean() for m in range(x.shape[2])])
+                                           for x in hidden]),
                       made_by={})
 
 
@@ -94,7 +99,8 @@ def taylor_slowly(model, batches) -> UnitScores:
             wide = gates[0][index].repeat_interleave(size.head_dim)
             handles += [block.attn.norm.register_forward_hook(lambda m, i, out, gate=wide: out * gate),
                         block.mlp.act.register_forward_hook(lambda m, i, out, gate=gates[1][index]: out * gate)]
-        loss = F.cross_entropy(model(image[None]), target[None], ignore_index=255)      # pixels alone may be of that number
+        # pixels alone may be of that number
+        loss = F.cross_entropy(model(image[None]), target[None], ignore_index=255)
         for one, gradient in zip(total, torch.autograd.grad(loss, gates)):
             one += gradient.abs()
         for handle in handles:
@@ -104,12 +110,16 @@ def taylor_slowly(model, batches) -> UnitScores:
 
 
 def weight_slowly(model) -> UnitScores:
-    """Square root of the sum of squares of all weights that read or write one unit, entry by entry of the state dict."""
-    size, weights = shape_of(model), {name.removeprefix("encoder."): value for name, value in model.state_dict().items()}
-    heads, neurons = torch.zeros(size.depth, size.num_heads).double(), torch.zeros(size.depth, size.num_neurons).double()
+    """Square root of the sum of squares of all weights that read or write one unit, entry by entry of the state
+    dict."""
+    size, weights = shape_of(model), {name.removeprefix("encoder."): value for name,
+                                      value in model.state_dict().items()}
+    heads, neurons = torch.zeros(size.depth,
+                                 size.num_heads).double(), torch.zeros(size.depth, size.num_neurons).double()
     width = size.num_heads * size.head_dim
     for index in range(size.depth):
-        qkv, proj, fc1, fc2 = (weights[f"blocks.{index}.{name}.weight"] for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))
+        qkv, proj, fc1, fc2 = (weights[f"blocks.{index}.{name}.weight"]
+                               for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))
         for column in range(width):
             for row in (column, width + column, 2 * width + column):            # query, key, value
                 heads[index, column // size.head_dim] += qkv[row].square().sum()
@@ -153,7 +163,7 @@ def test_taylor_scores_of_a_segmenter_are_of_each_images_own_mean_over_its_pixel
     assert_same(score(model, batches, "taylor"), taylor_slowly(model, batches))
 
 
-def test_taylor_scores_of_a_segmenter_do_not_depend_on_the_batches_though_images_have_other_numbers_of_pixels_that_count():
+def test_taylor_scores_of_a_segmenter_do_not_depend_on_the_batches_though_images_have_other_numbers_of_pixels_that_count():  # noqa: E501
     model, batches = doubled(small(), scenes_for(small(), (3, 2)))
     batches[0][1][0, :, 8:] = 255                                               # a fifth of the first image is left
     batches[1][1][1] = 255                                                      # and nothing of the last
@@ -167,7 +177,8 @@ def test_reconstruction_scores_of_a_segmenter_follow_from_its_own_activations():
     for index, block in enumerate(model.blocks):
         rows, weight = heads[index].flatten(0, 1), block.attn.proj.weight.detach()
         missed = [least_squares_error(rows, weight, [v for v in range(3) if v != u], 8) for u in range(3)]
-        assert missed[int(found.heads[index].argmin())] <= min(missed) * (1 + 1e-3)             # the first to go; float32 moments
+        # the first to go; float32 moments
+        assert missed[int(found.heads[index].argmin())] <= min(missed) * (1 + 1e-3)
         rows, weight = hidden[index].flatten(0, 1), block.mlp.fc2.weight.detach()
         moments = Moments(rows.shape[1])
         moments.add(rows)
@@ -182,7 +193,8 @@ def test_scoring_units_leaves_a_segmenter_as_it_was_and_has_no_dropout_in_it(cri
     model, batches = small().train(), scenes_for(small())
     before = state_of(model)
     got, expected = score(model, batches, criterion), score(small(), batches, criterion)
-    assert state_of(model) == before and torch.equal(got.heads, expected.heads) and torch.equal(got.neurons, expected.neurons)
+    assert state_of(model) == before and torch.equal(got.heads,
+                                                     expected.heads) and torch.equal(got.neurons, expected.neurons)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
@@ -201,14 +213,16 @@ def test_one_batch_gives_the_scores_of_the_tensors_whatever_the_chunk(tiny_vit, 
 @pytest.mark.parametrize("sizes", [(5, 5, 2), (4, 5, 5), (5, 1, 5)])
 def test_hsic_is_averaged_over_all_images_though_a_batch_is_smaller(tiny_vit, images, sizes):
     model, batches = doubled(tiny_vit("deit"), batches_for(tiny_vit("deit"), images, sizes))
-    got, batches = score(model, iter(batches)), [batch for batch in batches if len(batch[0]) > 1]     # one image has no other
+    # one image has no other
+    got, batches = score(model, iter(batches)), [batch for batch in batches if len(batch[0]) > 1]
     parts, counts = [score(model, [batch]) for batch in batches], [len(x) for x, _ in batches]
     total, mean = sum(counts), sum(counts) / len(counts)
     assert_same(got, UnitScores(heads=sum(b / total * (mean / b)**2 * part.heads for b, part in zip(counts, parts)),
                                 neurons=sum(b / total * part.neurons for b, part in zip(counts, parts)), made_by={}))
-    assert got.made_by == {"criterion": "hsic", "relevance_weight": "0.1", "magnitude_weight": "0.9", "redundancy_weight": "0.1",
-                           "images": str(total)}
-    assert float((parts[0].neurons - parts[1].neurons).abs().max()) > 0.01      # the batches differ, so the mean says something
+    assert got.made_by == {"criterion": "hsic", "relevance_weight": "0.1", "magnitude_weight": "0.9",
+                           "redundancy_weight": "0.1", "images": str(total)}
+    # the batches differ, so the mean says something
+    assert float((parts[0].neurons - parts[1].neurons).abs().max()) > 0.01
 
 
 @pytest.mark.parametrize("criterion", ["activation", "taylor"])
@@ -359,7 +373,8 @@ def test_a_compressed_model_is_refused(tiny_vit, images, criterion):
     shape = shape_of(dense)
     scores = torch.rand(shape.depth, shape.num_patches, generator=torch.Generator().manual_seed(0)) + 0.01
     merged = compress(dense, prune_and_merge(scores, shape, rule="merge", keep_rate=0.5, prune_rate=0.1))
-    cut = compress(dense, CompressionPlan(shape=shape, blocks=(BlockPlan(heads=(0, 2)), *(BlockPlan(),) * (shape.depth - 1))))
+    cut = compress(dense,
+                   CompressionPlan(shape=shape, blocks=(BlockPlan(heads=(0, 2)), *(BlockPlan(),) * (shape.depth - 1))))
     for model in (merged, cut):
         with pytest.raises(InputError, match="already compressed"):
             score(model, batches_for(dense, images), criterion)

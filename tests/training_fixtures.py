@@ -28,7 +28,8 @@ def one_thread():
 
 
 def tiny(num_classes: int = 3, seed: int = 0, **args) -> nn.Module:
-    """A dense 2-block model of 24 wide; every parameter is moved off its initial value, so that none is 0 or 1 by luck."""
+    """A dense 2-block model of 24 wide; every parameter is moved off its initial value, so that none is 0 or 1 by
+    luck."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = create_model(NAME, num_classes=num_classes, **{**SIZE, **args})

@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 _PUBLIC = {"compress": "vitlab.models", "deploy": "vitlab.models", "shape_of": "vitlab.models",
-           "set_trainable": "vitlab.models", "CompressionPlan": "vitlab.plan", "InputError": "vitlab.files",
+           "set_trainable": "vitlab.models", "CompressionPlan": "vitlab.plan", "InputError": "vitlab.runtime.files",
            "create_model": "vitlab.models.create", "prune_and_merge": "vitlab.criteria.planning",
-           "token_scores": "vitlab.training.capture", "open_data": "vitlab.data",
-           "load": "vitlab.training.checkpoint", "save": "vitlab.training.checkpoint"}
+           "token_scores": "vitlab.measure.capture", "open_data": "vitlab.data",
+           "load": "vitlab.models.checkpoint", "save": "vitlab.models.checkpoint"}
 __all__ = sorted(_PUBLIC)
 
 
@@ -18,19 +18,20 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:               # the same names, for editors and type checkers
     from vitlab.criteria.planning import prune_and_merge as prune_and_merge
     from vitlab.data import open_data as open_data
-    from vitlab.files import InputError as InputError
+    from vitlab.measure.capture import token_scores as token_scores
     from vitlab.models import compress as compress
     from vitlab.models import deploy as deploy
     from vitlab.models import set_trainable as set_trainable
     from vitlab.models import shape_of as shape_of
+    from vitlab.models.checkpoint import load as load
+    from vitlab.models.checkpoint import save as save
     from vitlab.models.create import create_model as create_model
     from vitlab.plan import CompressionPlan as CompressionPlan
-    from vitlab.training.capture import token_scores as token_scores
-    from vitlab.training.checkpoint import load as load
-    from vitlab.training.checkpoint import save as save
+    from vitlab.runtime.files import InputError as InputError
 
 
-def __getattr__(name: str) -> Any:              # torch and timm load at first use, so that `vitlab --help` answers at once
+# torch and timm load at first use, so that `vitlab --help` answers at once
+def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'vitlab' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -26,10 +26,14 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def dense_model(tensors: dict[str, Tensor], meta: dict[str, str], depth: int | None = None) -> nn.Module:
     """The reference's dense model, or one of its last `depth` blocks."""
-    sizes = {key: int(meta[key]) for key in ("img_size", "patch_size", "embed_dim", "num_heads", "depth", "num_classes")}
-    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, **sizes | {"depth": depth or sizes["depth"]}).eval()
-    first, named = sizes["depth"] - len(model.blocks), {k.removeprefix("dense."): v for k, v in tensors.items() if k.startswith("dense.")}
-    kept = {k.replace(f"blocks.{first + i}.", f"blocks.{i}."): v for i in range(len(model.blocks)) for k, v in named.items()
+    sizes = {key: int(meta[key])
+             for key in ("img_size", "patch_size", "embed_dim", "num_heads", "depth", "num_classes")}
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False,
+                              **sizes | {"depth": depth or sizes["depth"]}).eval()
+    first, named = sizes["depth"] - len(model.blocks), {k.removeprefix("dense."): v for k,
+                                                        v in tensors.items() if k.startswith("dense.")}
+    kept = {k.replace(f"blocks.{first + i}.", f"blocks.{i}."): v for i in range(len(model.blocks)) for k,
+            v in named.items()
             if k.startswith(f"blocks.{first + i}.")}
     model.load_state_dict(kept | {k: v for k, v in named.items() if not k.startswith("blocks.")}, strict=depth is None)
     return model
@@ -51,7 +55,8 @@ def published_block(block: nn.Module, x: Tensor, merge: Tensor, recover: Tensor,
 
 
 def cut_center(tensors: dict[str, Tensor], meta: dict[str, str]) -> dict[str, Tensor]:
-    """The last block and classifier, what enters the block in the dense model and in the pruned one, and what came of it."""
+    """The last block and classifier, what enters the block in the dense model and in the pruned one, and what came of
+    it."""
     dense, last, x = dense_model(tensors, meta), int(meta["depth"]) - 1, tensors["input"]
     state = dense.patch_embed(x[0, :IMAGES])
     state = torch.cat([dense.cls_token.expand(IMAGES, -1, -1), state], dim=1) + dense.pos_embed
@@ -59,9 +64,9 @@ def cut_center(tensors: dict[str, Tensor], meta: dict[str, str]) -> dict[str, Te
         state = published_block(block, state, *(tensors[f"pruned.blocks.{index}.attn.{name}"]
                                                 for name in ("merge_matrix", "recover_matrix", "token_mask")))
     kept = {k: v for k, v in tensors.items() if k.startswith((f"dense.blocks.{last}.", "dense.norm.", "dense.head."))}
-    return kept | {"entering_last_block": torch.stack([entering(dense, batch, last) for batch in x]), "target": tensors["target"],
-                   "pruned_entering_last_block": state.detach(), "dense_logits": tensors["dense_logits"],
-                   "pruned_logits": tensors["pruned_logits"][:IMAGES]}
+    return kept | {"entering_last_block": torch.stack([entering(dense, batch, last) for batch in x]),
+                   "target": tensors["target"], "pruned_entering_last_block": state.detach(),
+                   "dense_logits": tensors["dense_logits"], "pruned_logits": tensors["pruned_logits"][:IMAGES]}
 
 
 def cut_merging(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -70,13 +75,14 @@ def cut_merging(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     masks = torch.stack([tensors[f"pruned.blocks.{i}.attn.token_mask"] for i in range(depth)])
     kept = {"token_scores": tensors["token_scores"], "token_masks": masks.to(torch.uint8)}
     for index in BLOCKS:
-        kept |= {f"{part}.{index}": tensors[f"pruned.blocks.{index}.attn.{part}"] for part in ("merge_matrix", "recover_matrix")}
+        kept |= {f"{part}.{index}": tensors[f"pruned.blocks.{index}.attn.{part}"]
+                 for part in ("merge_matrix", "recover_matrix")}
     return {f"{name}.{key}": value for key, value in kept.items()}
 
 
 def cut_units(tensors: dict[str, Tensor], meta: dict[str, str]) -> dict[str, Tensor]:
-    """All scores, masks, policies and costs; of some blocks the heads' means over their width and a few neurons. Scores are scaled
-    within a layer, so the neurons of the extremes are among them."""
+    """All scores, masks, policies and costs; of some blocks the heads' means over their width and a few neurons. Scores
+    are scaled within a layer, so the neurons of the extremes are among them."""
     dense, heads, hidden = dense_model(tensors, meta), {}, {}
     for index in UNIT_BLOCKS:
         dense.blocks[index].attn.norm.register_forward_hook(lambda m, i, out, at=index: heads.__setitem__(at, out))
@@ -90,7 +96,8 @@ def cut_units(tensors: dict[str, Tensor], meta: dict[str, str]) -> dict[str, Ten
         magnitude = hidden[index].abs().sum(dim=(0, 1))
         related = relevance_slowly(hidden[index], probabilities)
         chosen = {int(v) for values in (magnitude, related) for v in (values.argmin(), values.argmax())}
-        chosen = torch.tensor(sorted([*chosen, *(m for m in range(5, len(magnitude), 31) if m not in chosen)][:NEURONS]))
+        chosen = torch.tensor(sorted([*chosen,
+                                      *(m for m in range(5, len(magnitude), 31) if m not in chosen)][:NEURONS]))
         kept |= {f"head_means.{index}": heads[index].unflatten(2, (int(meta["num_heads"]), -1)).mean(dim=3),
                  f"neurons.{index}": hidden[index][:, :, chosen].contiguous(), f"neuron_numbers.{index}": chosen}
     return {f"mdc.{key}": value for key, value in kept.items()}

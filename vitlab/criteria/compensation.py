@@ -1,8 +1,9 @@
-"""Closed-form compensation of cuts: what is left of a linear layer takes over what the cut units gave, by ridge regression.
+"""Closed-form compensation of cuts: what is left of a linear layer takes over what the cut units gave, by ridge
+regression.
 
-Second-order pruning of whole units: *Optimal Brain Surgeon* (Hassibi and Stork, NIPS 1992) and *ZipLM* (Kurtic et al., 2023,
-arXiv 2302.04089, section 3); here with a bias, so that means are taken over exactly. All from second moments of the layer's
-inputs: K inputs (units times their width d), D outputs, U units, n rows (tokens of all images).
+Second-order pruning of whole units: *Optimal Brain Surgeon* (Hassibi and Stork, NIPS 1992) and *ZipLM* (Kurtic et al.,
+2023, arXiv 2302.04089, section 3); here with a bias, so that means are taken over exactly. All from second moments of
+the layer's inputs: K inputs (units times their width d), D outputs, U units, n rows (tokens of all images).
 """
 import copy
 import functools
@@ -13,16 +14,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitlab.files import InputError
+from vitlab.runtime.files import InputError
 
 RIDGE = 1e-3                                # times the mean variance of the inputs that stay
-RIDGES = (1e-3, 1e-2, 0.1, 0.3, 1, 3, math.inf)                 # of these a refit's is chosen; most layers take 0.1 to 1
-STEP = 256                                  # inputs that leave an elimination before its matrices take it over; says nothing of the order
+# of these a refit's is chosen; most layers take 0.1 to 1
+RIDGES = (1e-3, 1e-2, 0.1, 0.3, 1, 3, math.inf)
+# inputs that leave an elimination before its matrices take it over; says nothing of the order
+STEP = 256
 
 
 class Moments:
-    """Sums over weighted rows of a layer's inputs a (K) and, where given, of what its output lacks, e (D): of a, a a^T, e and
-    e a^T, gathered in any number of batches; memory K^2 + K D, whatever n. rows is the sum of the rows' weights."""
+    """Sums over weighted rows of a layer's inputs a (K) and, where given, of what its output lacks, e (D): of a, a a^T,
+    e and e a^T, gathered in any number of batches; memory K^2 + K D, whatever n. rows is the sum of the rows'
+    weights."""
 
     def __init__(self, size: int, device: torch.device | str = "cpu", outputs: int = 0) -> None:
         def zeros(*sizes: int) -> Tensor:
@@ -36,12 +40,14 @@ class Moments:
         weighted = x if weights is None else x * weights.flatten()[:, None]
         self.rows += len(x) if weights is None else weights.sum()
         self.sum += weighted.sum(dim=0, dtype=torch.float64)
-        with torch.autocast(x.device.type, enabled=False):                      # bf16 is for the model, not for its moments
+        # bf16 is for the model, not for its moments
+        with torch.autocast(x.device.type, enabled=False):
             self.products += (weighted.T @ x).double()
             if lacks is not None:
                 lacks = lacks.detach().flatten(0, -2).float()
                 self.lack_products += (lacks.T @ weighted).double()
-                self.lack += (lacks if weights is None else lacks * weights.flatten()[:, None]).sum(dim=0, dtype=torch.float64)
+                weighed = lacks if weights is None else lacks * weights.flatten()[:, None]
+                self.lack += weighed.sum(dim=0, dtype=torch.float64)
 
     def plus(self, other: "Moments") -> "Moments":
         """Of the rows of both."""
@@ -55,7 +61,8 @@ class Moments:
         return self.sum / self.rows
 
     def covariance(self, ridge: float = RIDGE) -> Tensor:
-        """Covariance (K, K), its diagonal raised by ridge times its mean. Raises InputError where nothing was gathered."""
+        """Covariance (K, K), its diagonal raised by ridge times its mean. Raises InputError where nothing was
+        gathered."""
         if not self.rows:
             raise InputError("no inputs were gathered to compensate on")
         mean = self.mean
@@ -70,8 +77,9 @@ def columns(units: Tensor, width: int) -> Tensor:
 
 
 def cholesky(covariance: Tensor) -> Tensor:
-    """L with L L^T = a covariance (K, K), in place raised by its rounding where that makes it indefinite: products are in float32, and of
-    few rows, or of inputs that are nearly constant, a small ridge is less than what they are rounded to."""
+    """L with L L^T = a covariance (K, K), in place raised by its rounding where that makes it indefinite: products are
+    in float32, and of few rows, or of inputs that are nearly constant, a small ridge is less than what they are rounded
+    to."""
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if failed:
         values = torch.linalg.eigvalsh(covariance)
@@ -96,12 +104,14 @@ class Normal:
         rest = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
         rest[inputs] = False
         if not (moments.products.isfinite().all() and moments.lack_products.isfinite().all()):
-            raise InputError("what goes into a layer that is refitted is not finite; images and weights that give numbers are needed")
+            raise InputError("what goes into a layer that is refitted is not finite; images and weights that give "
+                             "numbers are needed")
         covariance, mean, w = moments.covariance(ridge=0), moments.mean, weight.double()
         wanted, shift = w[:, rest] @ covariance[rest][:, inputs], w[:, rest] @ mean[rest]
         if len(moments.lack):
             lack = moments.lack / moments.rows
-            wanted, shift = wanted + moments.lack_products[:, inputs] / moments.rows - torch.outer(lack, mean[inputs]), shift + lack
+            wanted = wanted + moments.lack_products[:, inputs] / moments.rows - torch.outer(lack, mean[inputs])
+            shift = shift + lack
         kept = covariance[inputs][:, inputs]
         return cls(covariance=kept, wanted=wanted, mean=mean[inputs], shift=shift,
                    variance=kept.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny))
@@ -121,25 +131,29 @@ class Normal:
         return spread + (gained + change @ self.mean - self.shift).square().sum()
 
 
-def refit(weight: Tensor, moments: Moments, kept: Tensor, width: int = 1, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
-    """(weight of the kept inputs (D, K'), what the bias gains (D)) that give back the layer's output, and what it lacked, best:
+def refit(weight: Tensor, moments: Moments, kept: Tensor, width: int = 1,
+          ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
+    """(weight of the kept inputs (D, K'), what the bias gains (D)) that give back the layer's output, and what it
+    lacked, best:
 
         min  sum_r w_r |W' a_S + b' - (W a + b + e)|^2 + ridge * mean variance * sum_r w_r * |W' - W_S|^2
         W' = W_S + (W_R C_RS + C_eS) (C_SS + ridge * mean variance)^-1,   b' - b = W_R mu_R + mu_e - (W' - W_S) mu_S
 
-    S the kept inputs, R the others, C the covariance. kept: units, ascending. ridge inf: the means alone are made good. With nothing
-    cut and nothing lacking: W itself, and 0. Raises InputError where nothing was gathered.
+    S the kept inputs, R the others, C the covariance. kept: units, ascending. ridge inf: the means alone are made good.
+    With nothing cut and nothing lacking: W itself, and 0. Raises InputError where nothing was gathered.
     """
     inputs = columns(kept, width)
     change, gained = Normal.of(weight, moments, inputs).solve(ridge)
     return (weight[:, inputs].double() + change).to(weight.dtype), gained.to(weight.dtype)
 
 
-def choose_ridge(weight: Tensor, folds: Sequence[Moments], kept: Tensor, width: int = 1, ridges: Sequence[float] = RIDGES) -> float:
-    """The ridge of a `refit` by what it misses on images that it was not fitted to: for each fold of the images, fitted to the others
-    and measured on it; the largest that misses no more than the best one by a standard error of that difference over folds (Breiman et
-    al., *Classification and Regression Trees*, 1984, section 3.4.3), as layers that follow are fitted to what images see that this one
-    was fitted to. The largest of `ridges` where there are not two folds with images to tell by."""
+def choose_ridge(weight: Tensor, folds: Sequence[Moments], kept: Tensor, width: int = 1,
+                 ridges: Sequence[float] = RIDGES) -> float:
+    """The ridge of a `refit` by what it misses on images that it was not fitted to: for each fold of the images, fitted
+    to the others and measured on it; the largest that misses no more than the best one by a standard error of that
+    difference over folds (Breiman et al., *Classification and Regression Trees*, 1984, section 3.4.3), as layers that
+    follow are fitted to what images see that this one was fitted to. The largest of `ridges` where there are not two
+    folds with images to tell by."""
     folds, inputs, ridges = [fold for fold in folds if fold.rows], columns(kept, width), sorted(ridges, reverse=True)
     if len(folds) < 2:
         return ridges[0]
@@ -160,8 +174,8 @@ def _diagonal(matrix: Tensor, width: int) -> Tensor:
 
 
 def _go(inverse: Tensor, gram: Tensor, width: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(the `count` units that go next, H and G of those that stay), from H (U d, U d) and G = W^T W, W refitted. With h and g the
-    rows of the unit u that goes, L L^T = H_uu and q = L^-1 h, those of the others become
+    """(the `count` units that go next, H and G of those that stay), from H (U d, U d) and G = W^T W, W refitted. With h
+    and g the rows of the unit u that goes, L L^T = H_uu and q = L^-1 h, those of the others become
 
         H - q^T q,   G - r^T q - q^T r,   r = L^-1 (g - G_uu L^-T q / 2)
 
@@ -171,8 +185,10 @@ def _go(inverse: Tensor, gram: Tensor, width: int, count: int) -> tuple[Tensor, 
     inputs = torch.arange(len(inverse), device=inverse.device).unflatten(0, (-1, width))    # (U, d)
     there = torch.ones(len(own), dtype=torch.bool, device=own.device)
     for row in range(0, count * width, width):
-        lost = (weight / own).flatten() if width == 1 else torch.linalg.solve(own, weight).diagonal(dim1=1, dim2=2).sum(dim=1)
-        unit = lost.masked_fill(~there, torch.inf).argmin()[None]                           # (1), and never read on its way
+        lost = (weight / own).flatten() if width == 1 else (
+            torch.linalg.solve(own, weight).diagonal(dim1=1, dim2=2).sum(dim=1))
+        # (1), and never read on its way
+        unit = lost.masked_fill(~there, torch.inf).argmin()[None]
         at = inputs.index_select(0, unit)[0]
         q_at, r_at = (gone[:row].index_select(1, at).T for gone in (q, r))
         h = inverse.index_select(0, at) - q_at @ q[:row]                                    # (d, U d)
@@ -181,7 +197,8 @@ def _go(inverse: Tensor, gram: Tensor, width: int, count: int) -> tuple[Tensor, 
         h, g = (torch.linalg.solve_triangular(root, x, upper=False) for x in (h, g))
         g = g - torch.linalg.solve_triangular(root, g.index_select(1, at).T, upper=False).T @ h / 2
         q[row:row + width], r[row:row + width] = h, g
-        h, g = (x.unflatten(1, (-1, width)).transpose(0, 1) for x in (h, g))                # (U, d, d): h_u, not its transpose
+        # (U, d, d): h_u, not its transpose
+        h, g = (x.unflatten(1, (-1, width)).transpose(0, 1) for x in (h, g))
         own = own - (h * h if width == 1 else h.mT @ h)
         weight = weight - (2 * g * h if width == 1 else g.mT @ h + h.mT @ g)
         there = there.index_fill(0, unit, False)
@@ -193,14 +210,17 @@ def _go(inverse: Tensor, gram: Tensor, width: int, count: int) -> tuple[Tensor, 
 
 
 def elimination_order(weight: Tensor, moments: Moments, width: int = 1, ridge: float = RIDGE) -> Tensor:
-    """Units (U) in the order in which they go, greedily: always the one whose loss is least after the best refit of the rest,
+    """Units (U) in the order in which they go, greedily: always the one whose loss is least after the best refit of the
+    rest,
 
         error_u = tr(W_u (H_uu)^-1 W_u^T),   H = C^-1 of the inputs still there, W refitted
 
-    the mean squared error that it adds to the layer's output. A unit that others can stand in for goes early, however large
-    it is. Time grows with K^3. Raises InputError for weights or moments that are not finite, or where nothing was gathered.
+    the mean squared error that it adds to the layer's output. A unit that others can stand in for goes early, however
+    large it is. Time grows with K^3. Raises InputError for weights or moments that are not finite, or where nothing was
+    gathered.
     """
-    for name, value in (("weights of the layer", weight), ("moments of its inputs", moments.products), ("sums of its inputs", moments.sum)):
+    for name, value in (("weights of the layer", weight), ("moments of its inputs", moments.products),
+                        ("sums of its inputs", moments.sum)):
         if not value.isfinite().all():
             raise InputError(f"the {name} hold values that are not finite; finite ones are needed to order its units")
     inverse = torch.cholesky_inverse(cholesky(moments.covariance(ridge)))

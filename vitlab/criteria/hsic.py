@@ -1,14 +1,15 @@
 """Statistical dependence (HSIC) between many units and an output, without a loop over units.
 
-*Multi-Dimensional Vision Transformer Compression via Dependency Guided Gaussian Process Search* (Hou and Kung, CVPRW 2022,
-arXiv 2201.00043), methods B1. U units, B images, N features of a unit.
+*Multi-Dimensional Vision Transformer Compression via Dependency Guided Gaussian Process Search* (Hou and Kung, CVPRW
+2022, arXiv 2201.00043), methods B1. U units, B images, N features of a unit.
 """
 import torch
 from torch import Tensor
 
-from vitlab.files import InputError
+from vitlab.runtime.files import InputError
 
-CHUNK = 48                                  # units at a time: temporaries of CHUNK * B * (2 N + 2 B) numbers stay in the cache
+# units at a time: temporaries of CHUNK * B * (2 N + 2 B) numbers stay in the cache
+CHUNK = 48
 WIDEST, NARROWER = 16.0, 4                  # sigma of the widest of five Gaussians; each other one is half as wide
 
 
@@ -27,7 +28,8 @@ def units_first(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gaussian_kernels(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """Mean of five Gaussian kernels, sigma in {1, 2, 4, 8, 16}: x (U, B, N) -> (U, B, B), values in (0, 1], float32 at least   (B1).
+    """Mean of five Gaussian kernels, sigma in {1, 2, 4, 8, 16}: x (U, B, N) -> (U, B, B), values in (0, 1], float32 at
+    least   (B1).
 
         K[b, c] = mean over sigma of exp(-||x_b - x_c||^2 / (2 sigma^2))
 
@@ -35,11 +37,13 @@ def gaussian_kernels(x: Tensor, out: Tensor | None = None) -> Tensor:
     """
     x = at_least_float32(x)
     gram = x @ x.mT                                                             # (U, B, B)
-    half = gram.diagonal(dim1=1, dim2=2) / (2 * WIDEST**2)                      # (U, B); a power of 2: K[b, b] is exactly 1
+    # (U, B); a power of 2: K[b, b] is exactly 1
+    half = gram.diagonal(dim1=1, dim2=2) / (2 * WIDEST**2)
     power = gram.mul_(1 / WIDEST**2).sub_(half[:, :, None]).sub_(half[:, None, :])      # -||x_b - x_c||^2 / (2 * 16^2)
     kernel = power.clamp_(max=0).exp_()
     total = kernel.clone() if out is None else out.copy_(kernel)
-    # exp(-d / (2 (s/2)^2)) = exp(-d / (2 s^2))^4: one exp for the widest sigma, the others are its 4th, 16th, ... powers.
+    # exp(-d / (2 (s/2)^2)) = exp(-d / (2 s^2))^4: one exp for the widest sigma, the others are its 4th, 16th, ...
+    # powers.
     for _ in range(NARROWER):
         total += kernel.square_().square_()
     return total.div_(NARROWER + 1)
@@ -52,22 +56,26 @@ def centered(kernel: Tensor) -> Tensor:
 
 
 def dependence(kernels: Tensor, probabilities: Tensor) -> Tensor:
-    """trace(Kc Lc) of every kernel (U, B, B) with the linear kernel L of the softmax output (B, classes) -> (U)   (B1)."""
-    output = centered(probabilities @ probabilities.T).flatten().to(kernels.dtype)      # (B * B); trace(Kc Lc) = sum of K * Lc
+    """trace(Kc Lc) of every kernel (U, B, B) with the linear kernel L of the softmax output (B, classes) -> (U)
+    (B1)."""
+    # (B * B); trace(Kc Lc) = sum of K * Lc
+    output = centered(probabilities @ probabilities.T).flatten().to(kernels.dtype)
     return kernels.flatten(1) @ output
 
 
 def relevance(x: Tensor, probabilities: Tensor, chunk: int = CHUNK) -> Tensor:
-    """HSIC(x_u, y) = trace(Kc Lc) of every unit u: Gaussian kernels on x (U, B, N), a linear one on the softmax output y
-    (B, classes). Returns (U), not negative; no 1/B^2 factor (B1). Raises InputError for other shapes.
+    """HSIC(x_u, y) = trace(Kc Lc) of every unit u: Gaussian kernels on x (U, B, N), a linear one on the softmax output
+    y (B, classes). Returns (U), not negative; no 1/B^2 factor (B1). Raises InputError for other shapes.
     """
     if x.dim() != 3 or probabilities.dim() != 2 or x.shape[1] != len(probabilities):
-        raise InputError(f"units are {tuple(x.shape)} and outputs {tuple(probabilities.shape)}; (U, B, N) and (B, classes) are needed")
+        raise InputError(f"units are {tuple(x.shape)} and outputs {tuple(probabilities.shape)}; (U, B, N) and (B, "
+                         f"classes) are needed")
     return torch.cat([dependence(gaussian_kernels(part), probabilities) for part in x.split(chunk)])
 
 
 def shared_dependence(kernels: Tensor, others: Tensor | None = None) -> Tensor:
-    """trace(Kc_u Kc_v) of every pair of kernels (U, B, B) and (V, B, B) -> (U, V); others None: the kernels themselves   (B1)."""
+    """trace(Kc_u Kc_v) of every pair of kernels (U, B, B) and (V, B, B) -> (U, V); others None: the kernels themselves
+     (B1)."""
     first = centered(kernels).flatten(1)
     return first @ (first if others is None else centered(others).flatten(1)).T
 

@@ -4,22 +4,24 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from vitlab import tokens
-from vitlab.files import InputError
-from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import MergeReconstruct
-from vitlab.shape import ViTShape, require
+from vitlab.plan import BlockPlan, CompressionPlan, tokens
+from vitlab.plan.rules import MergeReconstruct
+from vitlab.plan.shape import ViTShape, require
+from vitlab.runtime.files import InputError
 
 
 def _span_rule(normal: Tensor, first: int, last: int, keep_rate: float, prune_rate: float, rule: str,
                **how: str | int) -> MergeReconstruct | None:
-    """The token rule of the span of blocks first to last by the mean of their normalised scores, with thresholds of its own."""
+    """The token rule of the span of blocks first to last by the mean of their normalised scores, with thresholds of its
+    own."""
     scores = normal[first:last + 1].mean(dim=0)                                 # (n)
     try:
-        unpruned, centers = tokens.choose(scores[None], rule=rule, keep_rate=keep_rate, prune_rate=prune_rate)      # (A3)
+        # (A3)
+        unpruned, centers = tokens.choose(scores[None], rule=rule, keep_rate=keep_rate, prune_rate=prune_rate)
     except InputError as error:
         raise InputError(f"span {first}-{last}: {error}") from None
-    made = tokens.merge_rule(scores, unpruned[0], centers[0], rule=rule, **how)                                     # (A4)
+    # (A4)
+    made = tokens.merge_rule(scores, unpruned[0], centers[0], rule=rule, **how)
     return None if made is None else dataclasses.replace(made, span=last + 1 - first)
 
 
@@ -29,24 +31,28 @@ def prune_and_merge(scores: Tensor, shape: ViTShape, *, rule: str = "center", ke
                     spans: Sequence[Sequence[float]] | None = None) -> CompressionPlan:
     """The Prune and Merge plan (methods A2 to A4) for raw token scores (L, n).
 
-    keep_rate in (0, 1]: fraction of patches that become centers, None: 0.6; prune_rate in [0, 1): fraction that skip the block.
-    boundary="reference" with weights="reference" is the published form. decay: the number per block; None: the published one of the
-    rule, for other depths than 12 the one that gives the last block the same factor (`tokens.decay_of`, methods D7).
-    share: the same regions share their block's update (methods C1) instead of being merged and reconstructed by matrices.
-    spans: (first block, last block, keep rate) each, ascending, both blocks included, instead of keep_rate: tokens are merged
-    before the first, stay merged, and are reconstructed after the last; pruned ones skip the whole span. Scores are the means of
-    the span's normalised ones, with thresholds of its own; in blocks outside spans all tokens stay.
-    keep_rate=1 with prune_rate=0 gives the plan that cuts nothing. Raises InputError for values out of range.
+    keep_rate in (0, 1]: fraction of patches that become centers, None: 0.6; prune_rate in [0, 1): fraction that skip
+    the block. boundary="reference" with weights="reference" is the published form. decay: the number per block; None:
+    the published one of the rule, for other depths than 12 the one that gives the last block the same factor
+    (`tokens.decay_of`, methods D7). share: the same regions share their block's update (methods C1) instead of being
+    merged and reconstructed by matrices. spans: (first block, last block, keep rate) each, ascending, both blocks
+    included, instead of keep_rate: tokens are merged before the first, stay merged, and are reconstructed after the
+    last; pruned ones skip the whole span. Scores are the means of the span's normalised ones, with thresholds of its
+    own; in blocks outside spans all tokens stay. keep_rate=1 with prune_rate=0 gives the plan that cuts nothing. Raises
+    InputError for values out of range.
     """
     if tuple(scores.shape) != (shape.depth, shape.num_patches):
-        raise InputError(f"token scores are {tuple(scores.shape)}; the model has {shape.depth} blocks of {shape.num_patches} patches")
+        raise InputError(f"token scores are {tuple(scores.shape)}; the model has {shape.depth} blocks of "
+                         f"{shape.num_patches} patches")
     decay = tokens.decay_of(rule, shape.depth) if decay is None else decay
     normal = tokens.normalise_scores(scores, decay)                             # (A2)
     how = {"columns": shape.grid_size[1], "boundary": boundary, "weights": weights}
     if spans is None:
         keep_rate = tokens.KEEP_RATE if keep_rate is None else keep_rate
-        unpruned, centers = tokens.choose(normal, rule=rule, keep_rate=keep_rate, prune_rate=prune_rate)            # (A3)
-        rules = [tokens.merge_rule(*layer, rule=rule, **how) for layer in zip(normal, unpruned, centers)]           # (A4)
+        # (A3)
+        unpruned, centers = tokens.choose(normal, rule=rule, keep_rate=keep_rate, prune_rate=prune_rate)
+        # (A4)
+        rules = [tokens.merge_rule(*layer, rule=rule, **how) for layer in zip(normal, unpruned, centers)]
     else:
         require(keep_rate is None, f"keep_rate is {keep_rate}, but each span has its own; one of the two is needed")
         require(not share, "regions share the update of one block; spans, which stay merged, need share off")
@@ -56,7 +62,7 @@ def prune_and_merge(scores: Tensor, shape: ViTShape, *, rule: str = "center", ke
             rules[first] = _span_rule(normal, first, last, rate, prune_rate, rule, **how)
     blocks = [BlockPlan(tokens=tokens.shared(merged) if share else merged) for merged in rules]
     made_by = {"method": "prune_and_merge", "rule": rule,
-               **({"keep_rate": keep_rate} if spans is None else {"spans": [list(span) for span in spans]}), "prune_rate": prune_rate,
-               **({"boundary": boundary} if rule == "center" else {}), "weights": weights, "decay": decay,
-               **({"share": True} if share else {})}
+               **({"keep_rate": keep_rate} if spans is None else {"spans": [list(span) for span in spans]}),
+               "prune_rate": prune_rate, **({"boundary": boundary} if rule == "center" else {}), "weights": weights,
+               "decay": decay, **({"share": True} if share else {})}
     return CompressionPlan(shape=shape, blocks=tuple(blocks), made_by=made_by)

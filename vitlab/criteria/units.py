@@ -2,8 +2,8 @@
 
 HSIC: *Multi-Dimensional Vision Transformer Compression via Dependency Guided Gaussian Process Search* (Hou and Kung,
 CVPRW 2022, arXiv 2201.00043), methods B2. Beside it the baselines that it is compared with; Taylor: *Pruning
-Convolutional Neural Networks for Resource Efficient Inference* (Molchanov et al., ICLR 2017, arXiv 1611.06440), section 2.2.
-U units (heads or neurons), B images, N tokens, H heads of width d, M neurons.
+Convolutional Neural Networks for Resource Efficient Inference* (Molchanov et al., ICLR 2017, arXiv 1611.06440), section
+2.2. U units (heads or neurons), B images, N tokens, H heads of width d, M neurons.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitlab.criteria.compensation import reconstruction
 from vitlab.criteria.hsic import CHUNK, at_least_float32, dependence, gaussian_kernels, shared_dependence, units_first
-from vitlab.files import InputError
+from vitlab.runtime.files import InputError
 
 RELEVANCE_WEIGHT, MAGNITUDE_WEIGHT, REDUNDANCY_WEIGHT = 0.1, 0.9, 0.1       # published
 ROUNDING = 64                               # units in the last place that a sum may be off by
@@ -31,7 +31,8 @@ class UnitScores:
 
     def __post_init__(self) -> None:
         if self.heads.dim() != 2 or self.neurons.dim() != 2 or len(self.heads) != len(self.neurons):
-            raise InputError(f"head scores are {tuple(self.heads.shape)} and neuron scores {tuple(self.neurons.shape)}; "
+            raise InputError(f"head scores are {tuple(self.heads.shape)} and neuron scores "
+                             f"{tuple(self.neurons.shape)}; "
                              "(L, H) and (L, M) are needed")
 
 
@@ -43,11 +44,12 @@ def _min_max(values: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def neurons_by_hsic(hidden: Tensor, *, relevance_weight: float = RELEVANCE_WEIGHT, magnitude_weight: float = MAGNITUDE_WEIGHT,
-                    chunk: int = CHUNK) -> Score:
+def neurons_by_hsic(hidden: Tensor, *, relevance_weight: float = RELEVANCE_WEIGHT,
+                    magnitude_weight: float = MAGNITUDE_WEIGHT, chunk: int = CHUNK) -> Score:
     """Hidden units after the activation (B, N, M, 1) -> the function that scores them once the softmax output is known.
 
-    It holds the kernels (M, B, B) and the magnitudes (M), not the activations; what is made on the way is bounded by chunk.
+    It holds the kernels (M, B, B) and the magnitudes (M), not the activations; what is made on the way is bounded by
+    chunk.
     """
     images, _, count, _ = hidden.shape
     kernels = at_least_float32(hidden.new_empty(0)).new_empty(count, images, images)
@@ -64,7 +66,8 @@ def neurons_by_hsic(hidden: Tensor, *, relevance_weight: float = RELEVANCE_WEIGH
 
 @torch.no_grad()
 def heads_by_hsic(outputs: Tensor, *, redundancy_weight: float = REDUNDANCY_WEIGHT) -> Score:
-    """Head outputs before the projection (B, N, H, d) -> the function that scores them once the softmax output is known."""
+    """Head outputs before the projection (B, N, H, d) -> the function that scores them once the softmax output is
+    known."""
     kernels = head_kernels(outputs)
 
     def score(probabilities: Tensor) -> Tensor:
@@ -87,7 +90,8 @@ def neuron_scores(hidden: Tensor, probabilities: Tensor, *, relevance_weight: fl
 
         score_m = 0.1 * minmax(HSIC(X_m, y)) + 0.9 * minmax(sum of |X_m|),  X_m (B x N) the unit over all tokens
     """
-    score = neurons_by_hsic(hidden[..., None], relevance_weight=relevance_weight, magnitude_weight=magnitude_weight, chunk=chunk)
+    score = neurons_by_hsic(hidden[..., None], relevance_weight=relevance_weight, magnitude_weight=magnitude_weight,
+                            chunk=chunk)
     return score(probabilities)
 
 

@@ -1,5 +1,5 @@
-"""An image folder, checked before anything runs: train/ and val/, validation/ or test/, one folder per class in each; or images
-alone, without labels, however deep they lie."""
+"""An image folder, checked before anything runs: train/ and val/, validation/ or test/, one folder per class in each;
+or images alone, without labels, however deep they lie."""
 import os
 import warnings
 from collections.abc import Iterable
@@ -11,17 +11,19 @@ from PIL import Image, UnidentifiedImageError
 
 from vitlab.data.groups import Groups
 from vitlab.data.listing import ENDINGS, entries, natural
-from vitlab.files import InputError, first_line, read_json
+from vitlab.runtime.files import InputError, first_line, read_json
 
 TRAIN_NAMES, HELD_OUT_NAMES = ("train",), ("val", "validation", "test")
 SPLITS = TRAIN_NAMES + HELD_OUT_NAMES
 CLASS_MAP = "class_index.json"
 Image.init()
-FORMATS = tuple(name for name in Image.ID if name != "EPS")     # PostScript is code, and Pillow would start a program that runs it
+# PostScript is code, and Pillow would start a program that runs it
+FORMATS = tuple(name for name in Image.ID if name != "EPS")
 
 
 def read_image(source: Any) -> Image.Image:
-    """An image from a path, or from an open file. Raises whatever Pillow does, and OSError for a pipe or a device of that name."""
+    """An image from a path, or from an open file. Raises whatever Pillow does, and OSError for a pipe or a device of
+    that name."""
     if isinstance(source, (str, Path)) and not os.path.isfile(source):
         raise OSError(f"{source}: no file")
     return Image.open(source, formats=FORMATS)
@@ -32,7 +34,8 @@ def reason(path: str | Path, error: Exception) -> str:
     ending = os.path.splitext(path)[1].lower()
     if isinstance(error, UnidentifiedImageError):
         known = ending not in ENDINGS or ending in Image.registered_extensions()
-        return "it is none that Pillow knows" if known else f"no decoder of {ending} is installed; as JPEG it could be read"
+        return "it is none that Pillow knows" if known else (
+            f"no decoder of {ending} is installed; as JPEG it could be read")
     return first_line(error).removeprefix(f"{path}: ")
 
 
@@ -42,18 +45,21 @@ def find_splits(root: Path) -> dict[str, Path]:
     Raises InputError where there is no such folder, and where the splits are one folder further down.
     """
     if not root.is_dir():
-        raise InputError(f"{root}: no such folder; give 'digits', or a folder that holds train/ and val/, validation/ or test/")
+        raise InputError(f"{root}: no such folder; give 'digits', or a folder that holds train/ and val/, validation/ "
+                         f"or test/")
     splits = {name: root / name for name in SPLITS if (root / name).is_dir()}
     for name in [] if splits else entries(root)[1]:
         inside = [split for split in SPLITS if (root / name / split).is_dir()]
         if "train" in inside[:len(inside) - 1] or inside and len(entries(root)[1]) == 1:
-            raise InputError(f"{root}: one folder too high; {name}/ in it holds {' and '.join(f'{split}/' for split in inside)}: "
+            raise InputError(f"{root}: one folder too high; {name}/ in it holds "
+                             f"{' and '.join(f'{split}/' for split in inside)}: "
                              f"give {root / name}")
     return splits
 
 
 def check_classes(split: Path, groups: Groups) -> None:
-    """Raises InputError naming a class folder without images, or a split without class folders; warns of images outside of them."""
+    """Raises InputError naming a class folder without images, or a split without class folders; warns of images outside
+    of them."""
     if not any(groups):
         raise InputError(f"{split}: holds no class folders; images must lie in {split.name}/CLASS/")
     empty = next((name for name, images in groups.items() if name and not len(images)), None)
@@ -61,7 +67,8 @@ def check_classes(split: Path, groups: Groups) -> None:
         raise InputError(f"{split / empty}: a class folder without images ({', '.join(ENDINGS)})")
     if "" in groups:
         loose = groups[""]
-        warnings.warn(f"{split}: {len(loose)} images lie outside of its class folders, {os.fsdecode(loose[0])} among them; left out",
+        warnings.warn(f"{split}: {len(loose)} images lie outside of its class folders, {os.fsdecode(loose[0])} among "
+                      f"them; left out",
                       stacklevel=2)
 
 
@@ -74,7 +81,8 @@ def read_class_map(path: Path) -> dict[str, int]:
     if path.suffix == ".txt":
         data = _lines(path)
     elif path.suffix in (".pkl", ".pickle"):
-        raise InputError(f"{path}: a pickle, which can run code and is not read; give JSON or a text of one name a line")
+        raise InputError(f"{path}: a pickle, which can run code and is not read; give JSON or a text of one name a "
+                         f"line")
     else:
         data = _by_name(read_json(path))
     if not isinstance(data, dict) or not data or not all(
@@ -99,25 +107,29 @@ def _lines(path: Path) -> dict[str, int]:
 
 
 def _by_name(data: Any) -> Any:
-    """{name: number} of an object that is the other way about, or of a list of different names; anything else as it is."""
+    """{name: number} of an object that is the other way about, or of a list of different names; anything else as it
+    is."""
     if isinstance(data, list) and all(isinstance(name, str) for name in data):
         data = {str(number): name for number, name in enumerate(data)}
-    names = [value[0] if isinstance(value, list) and value else value for value in data.values()] if isinstance(data, dict) else []
+    names = [value[0] if isinstance(value, list) and value else value
+             for value in data.values()] if isinstance(data, dict) else []
     if not names or len(set(map(str, names))) < len(names) or not all(isinstance(name, str) for name in names):
         return data
     return {name: int(key) for key, name in zip(data, names)} if all(key.isdecimal() for key in data) else data
 
 
 def _of_first_words(numbers: dict[str, int], names: set[str]) -> dict[str, int]:
-    """A class map whose names are lines "NAME words ...", as those of ImageNet's synset_words.txt: by their first words, where these
-    and no line are among names; else as it is."""
+    """A class map whose names are lines "NAME words ...", as those of ImageNet's synset_words.txt: by their first
+    words, where these and no line are among names; else as it is."""
     words = {name.split()[0]: number for name, number in numbers.items() if name.strip()}
     return words if len(words) == len(numbers) and names & words.keys() and not names & numbers.keys() else numbers
 
 
-def class_numbers(root: Path, folders: dict[str, Iterable[str]], class_map: str | Path | None) -> tuple[dict[str, int], bool]:
-    """(class name to number, for all splits alike, whether a class map says so): from the map (given, or root/class_index.json), else
-    in natural order, as timm numbers them. folders: names of each split's class folders, by how a message names the split.
+def class_numbers(root: Path, folders: dict[str, Iterable[str]],
+                  class_map: str | Path | None) -> tuple[dict[str, int], bool]:
+    """(class name to number, for all splits alike, whether a class map says so): from the map (given, or
+    root/class_index.json), else in natural order, as timm numbers them. folders: names of each split's class folders,
+    by how a message names the split.
 
     Raises InputError where the splits hold different classes, or a folder is not in the class map.
     """
@@ -127,8 +139,10 @@ def class_numbers(root: Path, folders: dict[str, Iterable[str]], class_map: str 
         for split, classes in folders.items():
             unknown = sorted(set(classes) - set(numbers), key=natural)
             if unknown and len(unknown) == len(set(classes)):
-                raise InputError(f"{path}: a class map of none of the classes of {root / split}; it names {next(iter(numbers))!r}, "
-                                 f"they are {unknown[0]!r}" + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""))
+                raise InputError(f"{path}: a class map of none of the classes of {root / split}; it names "
+                                 f"{next(iter(numbers))!r}, "
+                                 f"they are {unknown[0]!r}"
+                                 + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""))
             if unknown:
                 raise InputError(f"{root / split / unknown[0]}: not in the class map {path}"
                                  + (f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""))
@@ -143,14 +157,15 @@ def class_numbers(root: Path, folders: dict[str, Iterable[str]], class_map: str 
 
 
 class FolderReader:
-    """Indexable (path, class) pairs of one split; every image below a class folder, however deep, is of that class. Without class
-    numbers, of all images, of class 0. Names are kept in one array, which loader processes share."""
+    """Indexable (path, class) pairs of one split; every image below a class folder, however deep, is of that class.
+    Without class numbers, of all images, of class 0. Names are kept in one array, which loader processes share."""
 
     def __init__(self, split: Path, groups: Groups, numbers: dict[str, int] | None) -> None:
         chosen = groups if numbers is None else {name: images for name, images in groups.items() if name in numbers}
         self.folder = os.path.join(split, "")
         self.names = np.concatenate(list(chosen.values()))
-        self.targets = np.repeat([0 if numbers is None else numbers[name] for name in chosen], [len(images) for images in chosen.values()])
+        self.targets = np.repeat([0 if numbers is None else numbers[name] for name in chosen],
+                                 [len(images) for images in chosen.values()])
 
     def __len__(self) -> int:
         return len(self.names)

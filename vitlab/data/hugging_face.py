@@ -1,5 +1,5 @@
-"""Data sets of Hugging Face's `datasets`, from their hub or a folder; which column holds images and which classes is read from their
-features."""
+"""Data sets of Hugging Face's `datasets`, from their hub or a folder; which column holds images and which classes is
+read from their features."""
 import io
 import os
 from collections.abc import Sequence
@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from vitlab.data.folder import SPLITS
-from vitlab.files import InputError, first_line
+from vitlab.runtime.files import InputError, first_line
 
 IMAGE_NAMES = ("image", "img", "pixel_values", "picture", "photo", "jpg", "png", "webp")
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "cls", "target")
 
 
 def columns(name: str, features: Any) -> tuple[str, str | None]:
-    """(column of the images, column of the class numbers or None) by the features of a data set, timm's where they are not known: the
-    one of its kind, or, of several, the first that has one of the usual names; classes may be plain integers under such a name.
+    """(column of the images, column of the class numbers or None) by the features of a data set, timm's where they are
+    not known: the one of its kind, or, of several, the first that has one of the usual names; classes may be plain
+    integers under such a name.
 
     Raises InputError that lists the columns where it can't be told.
     """
@@ -26,13 +27,16 @@ def columns(name: str, features: Any) -> tuple[str, str | None]:
     # as written by other programs: bytes, alone or with a path
     images = images or [key for key in IMAGE_NAMES if key in features and _is_bytes(features[key])]
     labels = [key for key, feature in features.items() if isinstance(feature, ClassLabel)]
-    labels = labels or [key for key in LABEL_NAMES if isinstance(features.get(key), Value) and "int" in features[key].dtype]
+    labels = labels or [key for key in LABEL_NAMES if isinstance(features.get(key), Value)
+                        and "int" in features[key].dtype]
     chosen = []
     for found, usual, what in ((images, IMAGE_NAMES, "images"), (labels, LABEL_NAMES, "classes")):
         chosen.append(found[0] if len(found) == 1 else next((key for key in usual if key in found), None))
         if chosen[-1] is None and (found or what == "images" or any(key in features for key in LABEL_NAMES)):
-            said = ", ".join(f"{key} ({getattr(feature, 'dtype', type(feature).__name__)})" for key, feature in features.items())
-            raise InputError(f"{name}: which column holds the {what} can't be told; its columns are {said}; an Image and a ClassLabel, or "
+            said = ", ".join(f"{key} ({getattr(feature, 'dtype', type(feature).__name__)})" for key,
+                             feature in features.items())
+            raise InputError(f"{name}: which column holds the {what} can't be told; its columns are {said}; an Image "
+                             f"and a ClassLabel, or "
                              f"integers named {LABEL_NAMES[0]}, are known")
     return chosen[0], chosen[1]
 
@@ -58,7 +62,8 @@ class HuggingFaceReader:
     def __init__(self, dataset: Any, name: str, image: str, label: str | None) -> None:
         from datasets import Image
         dataset = dataset.select_columns([image] if label is None else [image, label])
-        self.dataset, self.name, self.image, self.label = dataset.cast_column(image, Image(decode=False)), name, image, label
+        self.dataset, self.name, self.image, self.label = dataset.cast_column(image,
+                                                                              Image(decode=False)), name, image, label
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -79,8 +84,8 @@ class HuggingFaceReader:
 
 
 def open_hugging_face(name: str, root: str | None) -> tuple[dict[str, HuggingFaceReader], list[str] | None]:
-    """({split: its reader}, class names in the order of their numbers) of hfds/NAME: of the hub, kept below `root`, or a local folder
-    that `datasets` wrote (save_to_disk) or opens. Raises InputError naming it."""
+    """({split: its reader}, class names in the order of their numbers) of hfds/NAME: of the hub, kept below `root`, or
+    a local folder that `datasets` wrote (save_to_disk) or opens. Raises InputError naming it."""
     try:
         import datasets
     except ImportError:
@@ -89,7 +94,8 @@ def open_hugging_face(name: str, root: str | None) -> tuple[dict[str, HuggingFac
     saved = any((Path(place) / file).is_file() for file in ("dataset_dict.json", "state.json"))
     try:
         found = datasets.load_from_disk(place) if saved else datasets.load_dataset(place, cache_dir=root)
-    except Exception as error:                                  # it raises its own kinds, and those of what it reads with
+    # it raises its own kinds, and those of what it reads with
+    except Exception as error:
         raise InputError(f"{name}: can't be opened by Hugging Face's datasets ({first_line(error)})") from None
     found = found if isinstance(found, dict) else {"train": found}
     splits = {split: dataset for split, dataset in found.items() if split in SPLITS}
@@ -97,4 +103,5 @@ def open_hugging_face(name: str, root: str | None) -> tuple[dict[str, HuggingFac
         raise InputError(f"{name}: has none of the splits {', '.join(SPLITS)}; it has {sorted(found)}")
     image, label = columns(name, next(iter(splits.values())).features)
     names = {split: getattr(dataset.features.get(label), "names", None) for split, dataset in splits.items()}
-    return {split: HuggingFaceReader(dataset, f"{name}/{split}", image, label) for split, dataset in splits.items()}, agreed(name, names)
+    return {split: HuggingFaceReader(dataset, f"{name}/{split}", image, label) for split,
+            dataset in splits.items()}, agreed(name, names)

@@ -11,15 +11,16 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import Compose
 
-from vitlab import parallel
 from vitlab.data.folder import HELD_OUT_NAMES
 from vitlab.data.images import Batches, Images, image_config
 from vitlab.data.loading import default_workers, ending_with_this_process, load
 from vitlab.data.parts import SHARES, STREAM, part
 from vitlab.data.rgb import grey, rgb
-from vitlab.files import InputError
+from vitlab.runtime import parallel
+from vitlab.runtime.files import InputError
 
-SIZED = 10_000                                  # images of a split whose sizes tell it from another: a stat of each of a million takes long
+# images of a split whose sizes tell it from another: a stat of each of a million takes long
+SIZED = 10_000
 
 
 def _known_by(path: str) -> str:
@@ -48,17 +49,20 @@ class Renumbered:
 
 
 class ImageData:
-    """Named splits of one data set. `train` is for training, scoring and choosing; `held_out` for reporting alone. Where it is
-    not `labelled`, targets are 0 and say nothing."""
+    """Named splits of one data set. `train` is for training, scoring and choosing; `held_out` for reporting alone.
+    Where it is not `labelled`, targets are 0 and say nothing."""
 
-    logged = 500                # images of train that a training's log is measured on; the held-out split is for reports
-    mild = {"scale": (0.35, 1.0), "hflip": 0.5, "color_jitter": 0.0}               # augmentation of a short self-distillation
+    # images of train that a training's log is measured on; the held-out split is for reports
+    logged = 500
+    # augmentation of a short self-distillation
+    mild = {"scale": (0.35, 1.0), "hflip": 0.5, "color_jitter": 0.0}
 
     def __init__(self, name: str, splits: dict[str, Any], classes: list[str] | None, num_classes: int | None,
                  mapped: bool = False, labelled: bool = True, hint: str | None = None) -> None:
         self.name, self.splits, self.classes, self.num_classes, self.mapped = name, splits, classes, num_classes, mapped
         self.labelled, self.hint = labelled, hint           # hint: why there are no labels, or where they are
-        self.roles: dict[str, Any] = {}                     # of `parts`: images of each role, and in words what is shared or lacks
+        # of `parts`: images of each role, and in words what is shared or lacks
+        self.roles: dict[str, Any] = {}
         self.limits: dict[str, int | None] = {}             # of a stream's parts
 
     def at_once(self, images: int) -> int:
@@ -68,7 +72,8 @@ class ImageData:
     def need_labels(self) -> "ImageData":
         """The data set itself. Raises InputError where its images have no labels."""
         if not self.labelled:
-            raise InputError(f"{self.name}: images without labels, which this step needs; {f'{self.hint}; ' if self.hint else ''}"
+            raise InputError(f"{self.name}: images without labels, which this step needs; "
+                             f"{f'{self.hint}; ' if self.hint else ''}"
                              "a folder with one folder per class in train/ and in val/, validation/ or test/ has them")
         return self
 
@@ -77,9 +82,9 @@ class ImageData:
         return ImageData(self.name, {"train": self.split("train")}, None, None, labelled=False, hint=hint)
 
     def numbered_as(self, known: Sequence[str] | None) -> "ImageData":
-        """The same images with the class numbers of a model that knows its classes by name, in whatever order; itself where either
-        has no names. Raises InputError for other classes, where a class map says otherwise, and for a stream or scenes, whose
-        targets are not renumbered."""
+        """The same images with the class numbers of a model that knows its classes by name, in whatever order; itself
+        where either has no names. Raises InputError for other classes, where a class map says otherwise, and for a
+        stream or scenes, whose targets are not renumbered."""
         if not known or not self.classes or list(known) == list(self.classes):
             return self
         odd, what = sorted(set(known) ^ set(self.classes)), f"{self.name}: its classes are not the model's"
@@ -89,9 +94,11 @@ class ImageData:
             raise InputError(f"{what} ({odd[0]!r} is in one of them only)")
         number = next(i for i, name in enumerate(known) if name != self.classes[i])
         if self.mapped or not all(type(images) is Images for images in self.splits.values()):
-            raise InputError(f"{what}: their order differs, number {number} is {self.classes[number]!r} here and {known[number]!r} there")
+            raise InputError(f"{what}: their order differs, number {number} is {self.classes[number]!r} here and "
+                             f"{known[number]!r} there")
         numbers, found = [list(known).index(name) for name in self.classes], copy.copy(self)
-        found.splits = {name: Images(Renumbered(images.reader, numbers), images.indices) for name, images in self.splits.items()}
+        found.splits = {name: Images(Renumbered(images.reader, numbers), images.indices) for name,
+                        images in self.splits.items()}
         found.classes = list(known)
         return found
 
@@ -106,7 +113,8 @@ class ImageData:
         for name in HELD_OUT_NAMES:
             if name in self.splits:
                 return name
-        raise InputError(f"{self.name}: no held-out split to report on (val/, validation/ or test/); it has {sorted(self.splits)}")
+        raise InputError(f"{self.name}: no held-out split to report on (val/, validation/ or test/); it has "
+                         f"{sorted(self.splits)}")
 
     def split(self, name: str, limit: int | None = None, seed: int = 0) -> Images:
         """A split by name ("held_out" for whichever there is), or a slice of it chosen by seed."""
@@ -117,10 +125,10 @@ class ImageData:
         return images.take(limit, seed) if isinstance(images, Images) else images
 
     def parts(self, seed: int = 0, **limits: int | None) -> "ImageData":
-        """`train` divided by purpose: a data set whose splits are the given roles of `parts.SHARES` ("score", "calibrate", "choose",
-        "report"), for each at most so many images (None: its share; no role: all, each its share), of which no two have one in
-        common (`part`). Where that can't be, one warning says so, and so does `roles`. Of a stream, its first images serve every
-        role. Raises InputError for a limit below 1."""
+        """`train` divided by purpose: a data set whose splits are the given roles of `parts.SHARES` ("score",
+        "calibrate", "choose", "report"), for each at most so many images (None: its share; no role: all, each its
+        share), of which no two have one in common (`part`). Where that can't be, one warning says so, and so does
+        `roles`. Of a stream, its first images serve every role. Raises InputError for a limit below 1."""
         limits, train = limits or dict.fromkeys(SHARES), self.split("train")
         for role, limit in limits.items():
             if role not in SHARES:
@@ -133,7 +141,8 @@ class ImageData:
             found.roles, found.limits = dict(limits), limits
         else:
             made = part(len(train), seed, limits)
-            found.splits = {role: type(train)(train.reader, [train.indices[i] for i in own]) for role, own in made.indices.items()}
+            found.splits = {role: type(train)(train.reader, [train.indices[i] for i in own]) for role,
+                            own in made.indices.items()}
             found.roles, said = {role: len(own) for role, own in made.indices.items()}, made.said
         if said:
             found.roles = {**found.roles, "shared": list(said)}
@@ -143,8 +152,9 @@ class ImageData:
         return found
 
     def files(self, split: str) -> list[str]:
-        """Name of the data set, path of each image of a split, and size of up to SIZED, evenly spread, by which it is known again; the
-        name alone of a stream. Classes of images too, where their numbers are not the order of their names' letters."""
+        """Name of the data set, path of each image of a split, and size of up to SIZED, evenly spread, by which it is
+        known again; the name alone of a stream. Classes of images too, where their numbers are not the order of their
+        names' letters."""
         images, classes = self.split(split), self.classes or []
         named = [self.name, *(classes if type(images) is Images and classes != sorted(classes) else [])]
         if not isinstance(images, Images):
@@ -158,27 +168,32 @@ class ImageData:
             return
         if self.num_classes > num_classes if self.mapped else self.num_classes != num_classes:
             raise InputError(f"{self.name}: {self.num_classes} classes, but the model's classifier has {num_classes}; "
-                             "fine-tune it for these classes, or give a class_index.json that maps class folders to its numbers")
+                             "fine-tune it for these classes, or give a class_index.json that maps class folders to "
+                             "its numbers")
 
     def batches(self, split: str, model: nn.Module, *, batch_size: int = 64, training: bool = False,
                 limit: int | None = None, seed: int = 0, workers: int | None = None, crop_pct: float | None = None,
-                augment: dict[str, Any] | None = None, shared: bool = False, turns: int = 1, repeats: int = 1) -> Batches:
+                augment: dict[str, Any] | None = None, shared: bool = False, turns: int = 1,
+                repeats: int = 1) -> Batches:
         """Batches for this model (its input size, mean, deviation, interpolation), through timm's transforms.
 
-        training shuffles, augments (augment: options of timm's create_transform) and leaves out the last partial step of `turns`
-        batches; without it the order is the split's own. shared: each process takes its share of the batches. workers None: none
-        for small embedded data, else one a core, up to 8, divided among the processes of this machine.
+        training shuffles, augments (augment: options of timm's create_transform) and leaves out the last partial step
+        of `turns` batches; without it the order is the split's own. shared: each process takes its share of the
+        batches. workers None: none for small embedded data, else one a core, up to 8, divided among the processes of
+        this machine.
         """
         self.check_fits(model.num_classes)
         images, limit = self.split(split, limit, seed), self.limits.get(split) if limit is None else limit
         config = image_config(model)
         if crop_pct is not None:
             config["crop_pct"] = crop_pct
-        settings = {"is_training": training, **{k: config.get(k) for k in ("interpolation", "mean", "std", "crop_pct", "crop_mode")},
+        settings = {"is_training": training,
+                    **{k: config.get(k) for k in ("interpolation", "mean", "std", "crop_pct", "crop_mode")},
                     **(augment or {})}
         if not isinstance(images, Images):
             if parallel.joined() and not (shared and split in ("train", *SHARES)):
-                raise InputError(f"{self.name}: a stream, whose images can't be divided exactly among processes; for this, start one "
+                raise InputError(f"{self.name}: a stream, whose images can't be divided exactly among processes; for "
+                                 f"this, start one "
                                  "process, or give a folder or tar files")
 
             def reopen(seed: int) -> DataLoader:
@@ -186,12 +201,13 @@ class ImageData:
                 ending_with_this_process()
                 opened = images.open(batch_size=batch_size, seed=seed)
                 made = create_loader(opened, input_size=config["input_size"], batch_size=batch_size,
-                                     num_workers=default_workers() if workers is None else workers, use_prefetcher=False,
-                                     persistent_workers=False, pin_memory=torch.cuda.is_available(), device=torch.device("cpu"), **settings)
+                                     num_workers=default_workers() if workers is None else workers,
+                                     use_prefetcher=False, persistent_workers=False,
+                                     pin_memory=torch.cuda.is_available(), device=torch.device("cpu"), **settings)
                 opened.transform = Compose([rgb if config["input_size"][0] == 3 else grey, opened.transform])
                 return made
             return Batches(reopen(seed), None, limit=limit, reopen=reopen, seed=seed, name=self.name)
         images.transform, images.channels = create_transform(config["input_size"], **settings), config["input_size"][0]
-        loader, order = load(images, batch_size, training=training, seed=seed, workers=workers, embedded=self.name == "digits",
-                             shared=shared, turns=turns, repeats=repeats)
+        loader, order = load(images, batch_size, training=training, seed=seed, workers=workers,
+                             embedded=self.name == "digits", shared=shared, turns=turns, repeats=repeats)
         return Batches(loader, images, order)

@@ -15,9 +15,10 @@ from vitlab.data.folder import read_image, reason
 from vitlab.data.loading import received
 from vitlab.data.order import PlainOrder, TrainingOrder, drawing, seed_of
 from vitlab.data.rgb import rgb
-from vitlab.files import InputError
+from vitlab.runtime.files import InputError
 
-MAX_BROKEN, BROKEN_SHARE = 16, 0.01             # so many images, or that share of a split, may be broken: the larger of the two
+# so many images, or that share of a split, may be broken: the larger of the two
+MAX_BROKEN, BROKEN_SHARE = 16, 0.01
 
 
 class Images(Dataset):
@@ -30,13 +31,15 @@ class Images(Dataset):
         self.transform, self.channels = None, 3                 # set by whoever makes batches of it
 
     def take(self, limit: int | None, seed: int) -> "Images":
-        """A slice of `limit` images, chosen and ordered by seed (classes mix in each batch); all, in order, where None."""
+        """A slice of `limit` images, chosen and ordered by seed (classes mix in each batch); all, in order, where
+        None."""
         if limit is None:
             return type(self)(self.reader, self.indices)
         if limit < 1:
             raise InputError(f"limit is {limit}; at least 1 image is needed")
         if limit > len(self):
-            warnings.warn(f"{limit} images were asked for; the split has {len(self)}, and all of them are taken", stacklevel=4)
+            warnings.warn(f"{limit} images were asked for; the split has {len(self)}, and all of them are taken",
+                          stacklevel=4)
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:limit]
         return type(self)(self.reader, [self.indices[i] for i in order.tolist()])
 
@@ -74,9 +77,9 @@ class Images(Dataset):
 
 
 def image_config(model: nn.Module) -> dict[str, Any]:
-    """timm's data configuration of a model, its images (channels, height, width) as it is and not as it was made. A model of one channel
-    takes grey images, and the mean of its channels' means and deviations where there are several. Raises InputError for other
-    numbers of channels than 3 and 1."""
+    """timm's data configuration of a model, its images (channels, height, width) as it is and not as it was made. A
+    model of one channel takes grey images, and the mean of its channels' means and deviations where there are several.
+    Raises InputError for other numbers of channels than 3 and 1."""
     config = resolve_model_data_config(model)
     size = getattr(getattr(model, "patch_embed", None), "img_size", config["input_size"][1:])
     channels = getattr(model, "in_chans", config["input_size"][0])
@@ -91,14 +94,14 @@ def in_words(config: dict[str, Any], *, resized: bool = True) -> str:
     """How images are prepared by an `image_config`, in one line; `resized`: to one size, unlike scenes."""
     height, width = config["input_size"][1:]
     statistics = ", ".join(f"{name} {' '.join(f'{value:.4g}' for value in config[name])}" for name in ("mean", "std"))
-    return f"{height} x {width}, {config['interpolation']}, {config['crop_mode']} crop {config['crop_pct']:.4g}, {statistics}" \
-        if resized else statistics
+    crop = f"{config['crop_mode']} crop {config['crop_pct']:.4g}"
+    return f"{height} x {width}, {config['interpolation']}, {crop}, {statistics}" if resized else statistics
 
 
 @dataclass(frozen=True)
 class Stream:
-    """A split that is read from its beginning, opened anew for each epoch: timm's readers remember by how many processes they were
-    first read, and how they shuffled before."""
+    """A split that is read from its beginning, opened anew for each epoch: timm's readers remember by how many
+    processes they were first read, and how they shuffled before."""
 
     open: Callable[..., IterableDataset]        # takes batch_size and seed
 
@@ -106,14 +109,15 @@ class Stream:
 class Batches:
     """Iterate (images, targets) of a loader without the broken images; their paths gather in `broken`.
 
-    order: which images each batch has. Of a stream, reopen(seed) gives the loader of an epoch, the first `limit` images serve, and
-    errors name it by `name`.
-    Raises InputError once more images are broken than a data set should have, and where training finds a batch with none that
-    can be read.
+    order: which images each batch has. Of a stream, reopen(seed) gives the loader of an epoch, the first `limit` images
+    serve, and errors name it by `name`.
+    Raises InputError once more images are broken than a data set should have, and where training finds a batch with
+    none that can be read.
     """
 
     def __init__(self, loader: Any, images: Images | None, order: PlainOrder | TrainingOrder | None = None,
-                 limit: int | None = None, reopen: Callable[[int], Any] | None = None, seed: int = 0, name: str | None = None) -> None:
+                 limit: int | None = None, reopen: Callable[[int], Any] | None = None, seed: int = 0,
+                 name: str | None = None) -> None:
         self.loader, self.images, self.order, self.name, self.broken = loader, images, order, name, []
         self.limit, self.reopen, self.seed, self.epoch, self.skip = limit, reopen, seed, 0, 0
 
@@ -148,7 +152,8 @@ class Batches:
             if (y >= 0).any():
                 yield x[y >= 0], y[y >= 0]
             elif self.training:
-                raise InputError(f"no image of a batch of {len(y)} could be read, {self.broken[-1]} among them; repair or remove them")
+                raise InputError(f"no image of a batch of {len(y)} could be read, {self.broken[-1]} among them; repair "
+                                 f"or remove them")
 
     def _stream(self) -> Iterator[tuple[Tensor, Tensor]]:
         seen, epoch, skipped = 0, self.epoch, self.skip
@@ -177,5 +182,6 @@ class Batches:
         """Raises InputError where more images are broken than may be; a stream names none."""
         most = MAX_BROKEN if self.images is None else max(MAX_BROKEN, int(len(self.images) * BROKEN_SHARE))
         if len(self.broken) > most:
-            raise InputError(f"{len(self.broken)} of {len(self.images)} images can't be read, {', '.join(self.broken[:3])} and others; "
+            raise InputError(f"{len(self.broken)} of {len(self.images)} images can't be read, "
+                             f"{', '.join(self.broken[:3])} and others; "
                              f"more than {most} are too many to be left out: repair or remove them")

@@ -1,4 +1,5 @@
-"""What an image file is, and one walk over a folder of them: the same for class folders, scenes, tar files and pictures to look at."""
+"""What an image file is, and one walk over a folder of them: the same for class folders, scenes, tar files and pictures
+to look at."""
 import os
 import re
 from collections.abc import Iterator
@@ -6,13 +7,15 @@ from pathlib import Path
 
 from timm.data.readers.img_extensions import set_img_extensions
 
-from vitlab.files import InputError
+from vitlab.runtime.files import InputError
 
-# HEIC has no decoder in Pillow's own builds: such a file is an image that can't be read, and is named instead of passed over
-ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".heic", ".heif", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".j2k",
-           ".pbm", ".pgm", ".ppm", ".pnm")
+# HEIC has no decoder in Pillow's own builds: such a file is an image that can't be read, and is named instead of passed
+# over
+ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".heic", ".heif", ".bmp", ".gif", ".tif",
+           ".tiff", ".jp2", ".j2k", ".pbm", ".pgm", ".ppm", ".pnm")
 set_img_extensions(ENDINGS)                     # timm's readers pass over all but three else
-NOTES = frozenset(("__macosx", "@eadir", "$recycle.bin", "lost+found", "thumbs.db", "desktop.ini"))        # what systems leave in folders
+# what systems leave in folders
+NOTES = frozenset(("__macosx", "@eadir", "$recycle.bin", "lost+found", "thumbs.db", "desktop.ini"))
 DIGITS, NUMBER_AT_END = re.compile(r"(\d+)"), re.compile(r"\d+$")
 
 
@@ -54,8 +57,8 @@ def entries(folder: str | Path) -> tuple[list[str], list[str]]:
 def images_below(folder: str | Path, inside: str = "", listed: list[str] | None = None) -> Iterator[str]:
     """The images below folder/inside, however deep, as paths from `folder`, in natural order of each part of the path.
 
-    listed: gathers the folders that were gone through, as paths from `folder`. Raises InputError naming a link that leads back to a
-    folder it lies in, below which images would be found again and again.
+    listed: gathers the folders that were gone through, as paths from `folder`. Raises InputError naming a link that
+    leads back to a folder it lies in, below which images would be found again and again.
     """
     place, above = os.path.join(folder, inside), os.path.join(inside, "")
     images, folders = entries(place)

@@ -14,19 +14,20 @@ import torch
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
-from vitlab import parallel
 from vitlab.data.order import PlainOrder, TrainingOrder, ignore_requests
-from vitlab.files import InputError, first_line
+from vitlab.runtime import parallel
+from vitlab.runtime.files import InputError, first_line
 
 MAX_WORKERS = 8
 RAISED = re.compile(r"Caught (\w+) in DataLoader worker process")                # torch's words
 KILLED = re.compile(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (.*)")
 
 
-def load(images: Sized, batch_size: int, *, training: bool, seed: int, workers: int | None, embedded: bool, shared: bool, turns: int,
-         repeats: int, collate: Callable[[list], Any] | None = None) -> tuple[DataLoader, PlainOrder | TrainingOrder]:
-    """(loader, its order) of images that have their transform; the settings are those of `ImageData.batches`. embedded: small, and
-    read by this process where workers is None."""
+def load(images: Sized, batch_size: int, *, training: bool, seed: int, workers: int | None, embedded: bool,
+         shared: bool, turns: int, repeats: int,
+         collate: Callable[[list], Any] | None = None) -> tuple[DataLoader, PlainOrder | TrainingOrder]:
+    """(loader, its order) of images that have their transform; the settings are those of `ImageData.batches`. embedded:
+    small, and read by this process where workers is None."""
     if workers is None:
         workers = 0 if embedded else default_workers()
     rank, world = (parallel.rank(), parallel.world()) if shared else (0, 1)
@@ -37,8 +38,8 @@ def load(images: Sized, batch_size: int, *, training: bool, seed: int, workers: 
         order = PlainOrder(images, batch_size, rank, world)
     if workers:
         ending_with_this_process()
-    return DataLoader(images, batch_sampler=order, num_workers=workers, persistent_workers=training and workers > 0, collate_fn=collate,
-                      pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_requests), order
+    return DataLoader(images, batch_sampler=order, num_workers=workers, persistent_workers=training and workers > 0,
+                      collate_fn=collate, pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_requests), order
 
 
 @functools.cache
@@ -52,7 +53,8 @@ def ending_with_this_process() -> None:
 
 
 def _end_processes() -> None:
-    """Of a program that ends by an error multiprocessing asks the loader processes to stop, which they ignore, and waits for them."""
+    """Of a program that ends by an error multiprocessing asks the loader processes to stop, which they ignore, and
+    waits for them."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # torch would report each
     for process in multiprocessing.active_children():
@@ -77,8 +79,8 @@ def _wrapped(name: str, fields: dict[str, Any]) -> ExceptionWrapper:
 
 
 def _reduced(wrapper: ExceptionWrapper) -> tuple:
-    """How torch's note of an error leaves a loader process: without the error's class where that can't be pickled, for which the
-    parent would wait without end; a RuntimeError of its name stands for it."""
+    """How torch's note of an error leaves a loader process: without the error's class where that can't be pickled, for
+    which the parent would wait without end; a RuntimeError of its name stands for it."""
     fields = dict(vars(wrapper))
     try:
         pickle.dumps(wrapper.exc_type)
@@ -96,7 +98,8 @@ def fault(error: BaseException) -> str | None:
     killed, raised = KILLED.match(text), RAISED.match(text)
     if killed:
         how = killed[1].split(". ")[0].rstrip(".")
-        return f"a loader process {how}, most likely because the memory was used up; fewer --workers, or a smaller batch, need less"
+        return (f"a loader process {how}, most likely because the memory was used up; "
+                "fewer --workers, or a smaller batch, need less")
     if raised:
         own = [line for line in text.splitlines() if re.match(rf"([\w<>]+\.)*{raised[1]}\b", line)]
         return f"an error in a loader process: {own[-1] if own else raised[1]}"
@@ -104,8 +107,9 @@ def fault(error: BaseException) -> str | None:
 
 
 def received(batches: Iterable[Any], stream: str | None = None) -> Iterator[Any]:
-    """What a loader gives. Raises InputError in place of an error in one of its processes, or of its death; the others end. stream:
-    name of the data set where its libraries alone read it; InputError in place of whatever they raise, too."""
+    """What a loader gives. Raises InputError in place of an error in one of its processes, or of its death; the others
+    end. stream: name of the data set where its libraries alone read it; InputError in place of whatever they raise,
+    too."""
     found = None
     try:
         found = iter(batches)

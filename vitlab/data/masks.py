@@ -1,5 +1,5 @@
-"""open_scenes: one way to the embedded scenes, or a folder of images and masks in a published layout; masks are checked as they are
-read."""
+"""open_scenes: one way to the embedded scenes, or a folder of images and masks in a published layout; masks are checked
+as they are read."""
 import functools
 import warnings
 from collections.abc import Callable
@@ -15,10 +15,11 @@ from vitlab.data.listing import entries, images_below
 from vitlab.data.rgb import SIDEWAYS, rgb, turn_of
 from vitlab.data.scene_data import SceneData, Scenes
 from vitlab.data.scenes import digit_scenes
-from vitlab.files import InputError, from_root
+from vitlab.runtime.files import InputError, from_root
 
 MODES = ("L", "P", "1", "I", "I;16", "I;16B")   # Pillow's, of one number a pixel; of a palette, its index
-UNKNOWN = 254                                   # stands for an id that the layout does not have; no data set has so many classes
+# stands for an id that the layout does not have; no data set has so many classes
+UNKNOWN = 254
 LARGEST_ID = 255
 LOOKED_AT = 200                                 # masks by which it is told what 255 means
 T = TypeVar("T")
@@ -35,21 +36,24 @@ def _read(path: Path, what: str, take: Callable[[Image.Image], T]) -> T:
 
 
 def read_mask(path: Path, table: np.ndarray) -> np.ndarray:
-    """(H, W) uint8 class numbers of a mask file, turned by its own EXIF orientation where it has one. table (256): id -> class number,
-    IGNORE, or UNKNOWN.
+    """(H, W) uint8 class numbers of a mask file, turned by its own EXIF orientation where it has one. table (256): id
+    -> class number, IGNORE, or UNKNOWN.
 
-    Raises InputError naming the file where it can't be read, has more than one number a pixel, or an id that is UNKNOWN.
+    Raises InputError naming the file where it can't be read, has more than one number a pixel, or an id that is
+    UNKNOWN.
     """
     image = _read(path, "a mask", _turned)
     if image.mode not in MODES:
-        raise InputError(f"{path}: has {len(image.getbands())} channels ({image.mode}); a mask has one number a pixel, the class's id")
+        raise InputError(f"{path}: has {len(image.getbands())} channels ({image.mode}); a mask has one number a pixel, "
+                         f"the class's id")
     ids = np.asarray(image)
     out = ids[(ids < 0) | (ids > LARGEST_ID)] if ids.dtype not in (np.uint8, np.bool_) else ids[:0]
     classes = table[ids.astype(np.uint8)]
     wrong = np.unique(out if len(out) else ids[classes == UNKNOWN]).astype(int).tolist()
     if wrong:
         known = np.flatnonzero(table != UNKNOWN)
-        raise InputError(f"{path}: holds id {wrong[0]}" + (f" and {len(wrong) - 1} more that are" if len(wrong) > 1 else ", which is")
+        raise InputError(f"{path}: holds id {wrong[0]}"
+                         + (f" and {len(wrong) - 1} more that are" if len(wrong) > 1 else ", which is")
                          + f" unknown; ids are {_ranges(known)}")
     return classes
 
@@ -68,9 +72,9 @@ def _turned(image: Image.Image) -> Image.Image:
 class MaskReader:
     """(RGB image, mask) pairs of files, both the right way up. ids: id in a mask -> class number or IGNORE.
 
-    A mask is of the photograph as it is shown, turned by its EXIF orientation; where its size is that of the photograph as it is stored
-    and not of the one shown, it was drawn on that, and is turned along. Where both sizes are one (a square, or upside down) it is as
-    the others of the split are.
+    A mask is of the photograph as it is shown, turned by its EXIF orientation; where its size is that of the photograph
+    as it is stored and not of the one shown, it was drawn on that, and is turned along. Where both sizes are one (a
+    square, or upside down) it is as the others of the split are.
     """
 
     def __init__(self, pairs: Pairs, ids: dict[int, int]) -> None:
@@ -84,18 +88,21 @@ class MaskReader:
     def __getitem__(self, i: int) -> tuple[Image.Image, np.ndarray]:
         """Raises InputError naming the file that can't be read, or a mask of another size than its image."""
         image_path, mask_path = self.pairs[i]
-        image, stored, turn = _read(image_path, "an image", lambda image: (rgb(image), image.size[::-1], turn_of(image)))
+        image, stored, turn = _read(image_path, "an image",
+                                    lambda image: (rgb(image), image.size[::-1], turn_of(image)))
         mask = read_mask(mask_path, self.table)
         along = turn is not None and mask.shape == stored
         if along and (stored != image.size[::-1] or self._drawn_as_stored and _header(mask_path)[1] is None):
             mask = np.array(Image.fromarray(mask).transpose(turn))
         if mask.shape != (image.height, image.width):
-            raise InputError(f"{mask_path}: is {mask.shape[0]} x {mask.shape[1]}, its image {image_path} is {image.height} x {image.width}")
+            raise InputError(f"{mask_path}: is {mask.shape[0]} x {mask.shape[1]}, its image {image_path} is "
+                             f"{image.height} x {image.width}")
         return image, mask
 
     @functools.cached_property
     def _drawn_as_stored(self) -> bool:
-        """Whether masks are of the photographs as they are stored: as the first is whose size tells; no, where none does."""
+        """Whether masks are of the photographs as they are stored: as the first is whose size tells; no, where none
+        does."""
         for image_path, mask_path in self.pairs:
             try:
                 (size, turn), (drawn, own) = _header(image_path), _header(mask_path)
@@ -138,29 +145,32 @@ def _layout_of(root: Path) -> str | None:
 
 
 def _pictures(root: Path) -> list[Path]:
-    """The images below a folder of images alone, or below its train/ where that is the only split. Raises InputError where it is none,
-    naming the folder to give where that is one above or below."""
+    """The images below a folder of images alone, or below its train/ where that is the only split. Raises InputError
+    where it is none, naming the folder to give where that is one above or below."""
     splits = [name for name in SPLITS if (root / name).is_dir()]
     below = root / "train" if splits == ["train"] else root
     inside = next((name for name in entries(root)[1] if _layout_of(root / name)), None)
     right = root / inside if inside is not None else root.parent if _layout_of(root.parent) else None
     if right is not None:
-        raise InputError(f"{root}: one folder too {'high' if inside else 'low'}; {right} holds images and masks: give that folder")
+        raise InputError(f"{root}: one folder too {'high' if inside else 'low'}; {right} holds images and masks: give "
+                         f"that folder")
     found = [] if splits and below == root else [below / name for name in images_below(below)]
     if not found:
-        raise InputError(f"{root}: has none of the layouts {sorted(LAYOUTS)}; the simplest is train/images/, train/masks/, the same of val "
+        raise InputError(f"{root}: has none of the layouts {sorted(LAYOUTS)}; the simplest is train/images/, "
+                         f"train/masks/, the same of val "
                          "and test, and classes.txt with a name a line")
     return found
 
 
 def _is_binary(masks: list[Path]) -> bool:
-    """Whether masks hold 0 and 255 alone, as black and white drawings do, both somewhere: told by LOOKED_AT of them, even over all; one
-    that holds anything else says no at once."""
+    """Whether masks hold 0 and 255 alone, as black and white drawings do, both somewhere: told by LOOKED_AT of them,
+    even over all; one that holds anything else says no at once."""
     seen = np.zeros(LARGEST_ID + 1, dtype=bool)
     for place in np.linspace(0, len(masks) - 1, min(LOOKED_AT, len(masks))).round().astype(int):
         try:
             ids = np.asarray(read_image(masks[place]))
-        except Exception:                       # whatever Pillow's decoders raise; it is named when it is read in earnest
+        # whatever Pillow's decoders raise; it is named when it is read in earnest
+        except Exception:
             continue
         if ids.dtype.kind not in "bui" or ids.ndim != 2 or ids.min() < 0 or ids.max() > LARGEST_ID:
             return False
@@ -174,14 +184,16 @@ SCENES: dict[str, Callable[[], SceneData]] = {"digit_scenes": digit_scenes}
 
 
 def open_scenes(data: str | Path, layout: str | None = None) -> SceneData:
-    """A data set of images with masks: a name of SCENES, or a folder in one of LAYOUTS; layout None: the first that it has.
+    """A data set of images with masks: a name of SCENES, or a folder in one of LAYOUTS; layout None: the first that it
+    has.
 
-    ade20k: ADEChallengeData2016/ with images/ and annotations/, training/ and validation/ in each. cityscapes: leftImg8bit/ and
-    gtFine/ with labelIds. pascal_context: VOC2010/ with ImageSets/SegmentationContext/ and PNGs in SegmentationClassContext/.
-    camvid, folder: train/, val/ and test/ with images/ and masks/ in each, and classes.txt; 255 is ignored, unless there are two classes
-    and masks hold 0 and 255 alone: then it is the second. A folder, or its train/, that holds images
-    alone, however deep, has no masks, and no other split than train.
-    Raises InputError naming the folder or file: missing, no layout that is known, an image without a mask, a split without images.
+    ade20k: ADEChallengeData2016/ with images/ and annotations/, training/ and validation/ in each. cityscapes:
+    leftImg8bit/ and gtFine/ with labelIds. pascal_context: VOC2010/ with ImageSets/SegmentationContext/ and PNGs in
+    SegmentationClassContext/. camvid, folder: train/, val/ and test/ with images/ and masks/ in each, and classes.txt;
+    255 is ignored, unless there are two classes and masks hold 0 and 255 alone: then it is the second. A folder, or its
+    train/, that holds images alone, however deep, has no masks, and no other split than train.
+    Raises InputError naming the folder or file: missing, no layout that is known, an image without a mask, a split
+    without images.
     """
     if str(data) in SCENES:
         if layout is not None:
@@ -191,7 +203,8 @@ def open_scenes(data: str | Path, layout: str | None = None) -> SceneData:
     if layout is not None and layout not in LAYOUTS:
         raise InputError(f"layout {layout!r} is not known; known are {sorted(LAYOUTS)}")
     if not str(data) or not root.is_dir():
-        raise InputError(f"{str(data)!r}: no such folder; give one of {sorted(SCENES)}, or a folder of images and masks")
+        raise InputError(f"{str(data)!r}: no such folder; give one of {sorted(SCENES)}, or a folder of images and "
+                         f"masks")
     name = layout or _layout_of(root)
     if name is None:
         return SceneData(root.resolve().name, {"train": Scenes(PictureReader(_pictures(root)))}, None, labelled=False)
@@ -201,7 +214,8 @@ def open_scenes(data: str | Path, layout: str | None = None) -> SceneData:
         raise InputError(f"{root}: holds no split of layout {name!r}")
     ids = chosen.ids(len(classes))
     if name == "folder" and len(classes) == 2 and _is_binary([mask for found in pairs.values() for _, mask in found]):
-        warnings.warn(f"{root}: its masks hold 0 and {IGNORE} alone, so {IGNORE} is taken for {classes[1]!r} and no pixel is ignored; in a "
+        warnings.warn(f"{root}: its masks hold 0 and {IGNORE} alone, so {IGNORE} is taken for {classes[1]!r} and no "
+                      f"pixel is ignored; in a "
                       f"data set with ids 0 and 1, {IGNORE} is ignored", stacklevel=2)
         ids = {0: 0, IGNORE: 1}
     splits = {split: Scenes(MaskReader(found, ids)) for split, found in pairs.items()}

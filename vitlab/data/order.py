@@ -1,5 +1,5 @@
-"""Which images are in which batch of which process, and the random numbers of each: known from seed, epoch and place alone, so
-that training goes on in the middle of an epoch, and is the same on one process as on several."""
+"""Which images are in which batch of which process, and the random numbers of each: known from seed, epoch and place
+alone, so that training goes on in the middle of an epoch, and is the same on one process as on several."""
 import contextlib
 import random
 import signal
@@ -19,8 +19,8 @@ def seed_of(*numbers: int) -> int:
 
 @contextlib.contextmanager
 def drawing(numbers: tuple[int, ...] | None) -> Iterator[None]:
-    """Inside, torch, numpy and random draw from the seed of these numbers (`seed_of`); afterwards they go on as if nothing had been
-    drawn. None: they just go on."""
+    """Inside, torch, numpy and random draw from the seed of these numbers (`seed_of`); afterwards they go on as if
+    nothing had been drawn. None: they just go on."""
     if numbers is None:
         yield
         return
@@ -35,7 +35,8 @@ def drawing(numbers: tuple[int, ...] | None) -> Iterator[None]:
 
 
 def ignore_requests(worker: int) -> None:
-    """In a loader's process: a request to stop is the training process's to answer, which still needs its batches until then."""
+    """In a loader's process: a request to stop is the training process's to answer, which still needs its batches until
+    then."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -56,12 +57,12 @@ class PlainOrder(Sampler):
 
 
 class TrainingOrder(Sampler):
-    """Shuffled batches of one process in an epoch, the last partial step left out. (image, (seed, epoch, place in the epoch)) each: the
-    three give its random numbers, where it is read (`drawing`).
+    """Shuffled batches of one process in an epoch, the last partial step left out. (image, (seed, epoch, place in the
+    epoch)) each: the three give its random numbers, where it is read (`drawing`).
 
-    A step is `turns` batches of each process. `repeats`: each image drawn is taken so many times in a row (Hoffer et al., arXiv
-    1901.09335), the epoch staying as long as it was. epoch and start (batches left out at the front) are set before each epoch;
-    going through it once moves on to the next.
+    A step is `turns` batches of each process. `repeats`: each image drawn is taken so many times in a row (Hoffer et
+    al., arXiv 1901.09335), the epoch staying as long as it was. epoch and start (batches left out at the front) are set
+    before each epoch; going through it once moves on to the next.
     """
 
     def __init__(self, images: Sized, batch_size: int, *, seed: int, turns: int = 1, repeats: int = 1, rank: int = 0,

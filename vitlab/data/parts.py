@@ -1,8 +1,8 @@
-"""Which images of train serve which purpose: one permutation, cut at fixed shares, so that nothing is chosen on the images it was
-made from, and nothing reported on those it was chosen on.
+"""Which images of train serve which purpose: one permutation, cut at fixed shares, so that nothing is chosen on the
+images it was made from, and nothing reported on those it was chosen on.
 
-The shares are of all of train, not of what a command asks for: commands given one after another with one seed (score, search,
-calibrate) agree without knowing each other's numbers of images.
+The shares are of all of train, not of what a command asks for: commands given one after another with one seed (score,
+search, calibrate) agree without knowing each other's numbers of images.
 """
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +25,8 @@ class Parts:
 
 
 def share_of(total: int, role: str) -> range:
-    """Which places of the permutation of `total` images are a role's: places are divided at the rounded sums of SHARES."""
+    """Which places of the permutation of `total` images are a role's: places are divided at the rounded sums of
+    SHARES."""
     ends = [round(total * sum(list(SHARES.values())[:count])) for count in range(len(SHARES) + 1)]
     at = list(SHARES).index(role)
     return range(ends[at], ends[at + 1])
@@ -34,9 +35,10 @@ def share_of(total: int, role: str) -> range:
 def part(total: int, seed: int, limits: dict[str, int | None]) -> Parts:
     """The images of some roles of SHARES, out of `total`, for each at most so many (None: its share).
 
-    All are places of one permutation by `seed`. "score" takes from the front of the first two shares, "calibrate" from their end, so
-    that they meet only where both need more than half; "choose" and "report" take from the front of their own, and no more than it
-    has. Below LEAST images every role takes from the front of all. What a role shares with another, or lacks, is `said`.
+    All are places of one permutation by `seed`. "score" takes from the front of the first two shares, "calibrate" from
+    their end, so that they meet only where both need more than half; "choose" and "report" take from the front of their
+    own, and no more than it has. Below LEAST images every role takes from the front of all. What a role shares with
+    another, or lacks, is `said`.
     """
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
     indices, said = {}, []
@@ -62,8 +64,8 @@ def part(total: int, seed: int, limits: dict[str, int | None]) -> Parts:
 
 
 def reported_on(roles: dict[str, Any]) -> str:
-    """The images of role "report" in words, from `ImageData.roles`: "on 32 other images", and where they serve every role, that
-    they do; of a stream the number is the most that were read."""
+    """The images of role "report" in words, from `ImageData.roles`: "on 32 other images", and where they serve every
+    role, that they do; of a stream the number is the most that were read."""
     said = " ".join(roles.get("shared", ()))
     count = f"{'up to ' if STREAM in said else ''}{roles['report']}"
-    return f"on {count} images, which it was chosen on too" if STREAM in said or FEW in said else f"on {count} other images"
+    return f"on {count} {'images, which it was chosen on too' if STREAM in said or FEW in said else 'other images'}"

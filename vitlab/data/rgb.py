@@ -6,34 +6,41 @@ BACKGROUND = "white"                            # what is seen through a transpa
 FULL_SCALES = (2**8 - 1, 2**12 - 1, 2**16 - 1, 2**24 - 1, 2**31 - 1, 2**32 - 1)         # of integers wider than 8 bits
 FLOAT_SCALES = (1, *FULL_SCALES)
 LONGEST = 100                                   # times its short side may a picture's long one be
-SLACK = 0.1                                     # of the full scale, by which floats may leave it: what an interpolation overshoots by
+# of the full scale, by which floats may leave it: what an interpolation overshoots by
+SLACK = 0.1
 STRETCHED = ("PPM", "JPEG2000")                 # formats whose grey values Pillow itself brings to 16 bits
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339            # tags of TIFF
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}
 
-SIDEWAYS = tuple(TURNS[orientation] for orientation in (5, 6, 7, 8))            # by which height and width change places
+# by which height and width change places
+SIDEWAYS = tuple(TURNS[orientation] for orientation in (5, 6, 7, 8))
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:
-    """What brings a loaded image the right way up, by its EXIF orientation; None where it is so, or the tag can't be read."""
+    """What brings a loaded image the right way up, by its EXIF orientation; None where it is so, or the tag can't be
+    read."""
     try:
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:                           # damaged EXIF makes its reader raise nearly anything; the picture is whole
+    # damaged EXIF makes its reader raise nearly anything; the picture is whole
+    except Exception:
         return None
 
 
 def rgb(image: Image.Image) -> Image.Image:
     """The picture in mode RGB, turned as its EXIF orientation says, without `info`; the given one is left as it is.
 
-    Grey values of more than 8 bits go from [0, full scale] to [0, 255]. The full scale is what the file says (TIFF: fewer bits than
-    16; PGM and JPEG 2000: 16 bits), else the least of FULL_SCALES, of floats of FLOAT_SCALES, that holds the largest value: 16-bit files
-    hold 12-bit pictures as well and do not say so. What is transparent shows BACKGROUND. CMYK, YCbCr, LAB and HSV are converted.
-    Raises ValueError for values that are negative or not finite and for a strip (LONGEST), and whatever Pillow does where the file is
-    damaged.
+    Grey values of more than 8 bits go from [0, full scale] to [0, 255]. The full scale is what the file says (TIFF:
+    fewer bits than 16; PGM and JPEG 2000: 16 bits), else the least of FULL_SCALES, of floats of FLOAT_SCALES, that
+    holds the largest value: 16-bit files hold 12-bit pictures as well and do not say so. What is transparent shows
+    BACKGROUND. CMYK, YCbCr, LAB and HSV are converted. Raises ValueError for values that are negative or not finite and
+    for a strip (LONGEST), and whatever Pillow does where the file is damaged.
     """
-    if max(image.size) > LONGEST * min(image.size):             # of 30,000 x 1 a model would get the middle of 7,680,000 x 256
-        raise ValueError(f"{image.width} x {image.height} pixels; the long side may be at most {LONGEST} times the short one")
+    # of 30,000 x 1 a model would get the middle of 7,680,000 x 256
+    if max(image.size) > LONGEST * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels; the long side may be at most {LONGEST} times the "
+                         f"short one")
     image.load()
     turn = turn_of(image)
     if image.mode == "F" or image.mode.startswith("I"):

@@ -12,11 +12,12 @@ from vitlab.data.images import Batches, Images, image_config
 from vitlab.data.joint import JointTransform, evaluation_transform, training_transform
 from vitlab.data.loading import load, received
 from vitlab.data.order import drawing
-from vitlab.files import InputError
+from vitlab.runtime.files import InputError
 
 AT_ONCE = 8                                     # images of a batch that is only measured
 MILD = {"scale": (0.75, 1.5), "color_jitter": 0.0}
-AUGMENT = ("scale", "hflip", "color_jitter")    # what can be done to an image and its mask together, of a recipe's `augment`
+# what can be done to an image and its mask together, of a recipe's `augment`
+AUGMENT = ("scale", "hflip", "color_jitter")
 REPORT_ON, CHOOSE_ON = ("test", "val", "validation"), ("val", "validation")
 
 
@@ -38,7 +39,8 @@ class Scenes(Images):
         return self.reader[self.indices[i]]
 
     def __getitem__(self, key: int | tuple[int, tuple[int, ...]]) -> tuple[Tensor, Tensor] | InputError:
-        """(image, mask), transformed. What is wrong is given, not raised: it has to leave a loader's process as it is."""
+        """(image, mask), transformed. What is wrong is given, not raised: it has to leave a loader's process as it
+        is."""
         i, numbers = key if isinstance(key, tuple) else (key, None)
         try:
             image, mask = self.scene(i)
@@ -55,13 +57,15 @@ def _collate(samples: list[Any]) -> list[Tensor] | InputError:
         return wrong
     sizes = sorted({tuple(mask.shape) for _, mask in samples})
     if len(sizes) > 1:
-        return InputError(f"images of {' and '.join(f'{h} x {w}' for h, w in sizes[:2])} in one batch; images that differ in size are "
+        return InputError(f"images of {' and '.join(f'{h} x {w}' for h, w in sizes[:2])} in one batch; images that "
+                          f"differ in size are "
                           "evaluated in batches of 1")
     return default_collate(samples)
 
 
 class SceneBatches(Batches):
-    """Iterate (images (B, 3, H, W), masks (B, H, W) int64). Raises InputError naming the first file that is wrong: none is left out."""
+    """Iterate (images (B, 3, H, W), masks (B, H, W) int64). Raises InputError naming the first file that is wrong: none
+    is left out."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in received(self.loader):
@@ -79,14 +83,15 @@ def _config(model: nn.Module) -> dict[str, Any]:
 
 
 def measuring_transform(model: nn.Module, whole: bool = False) -> JointTransform:
-    """Normalisation alone, with a Segmenter's mean and deviation: the middle at its encoder's size, or, with `whole`, each at its own."""
+    """Normalisation alone, with a Segmenter's mean and deviation: the middle at its encoder's size, or, with `whole`,
+    each at its own."""
     config = _config(model)
     return evaluation_transform(config["mean"], config["std"], None if whole else model.img_size)
 
 
 class SceneData(ImageData):
-    """Named splits of images with masks: `train`, one to choose on (`val`) and one to report on (`test`, or else `val`). Where it is not
-    `labelled`, masks are 0 and say nothing, and it has no classes."""
+    """Named splits of images with masks: `train`, one to choose on (`val`) and one to report on (`test`, or else
+    `val`). Where it is not `labelled`, masks are 0 and say nothing, and it has no classes."""
 
     logged, mild = 50, MILD
 
@@ -102,7 +107,8 @@ class SceneData(ImageData):
     def need_labels(self) -> "SceneData":
         """The data set itself. Raises InputError where its images have no masks."""
         if not self.labelled:
-            raise InputError(f"{self.name}: images without masks, which this step needs; train/images/ and train/masks/, the same of val "
+            raise InputError(f"{self.name}: images without masks, which this step needs; train/images/ and "
+                             f"train/masks/, the same of val "
                              "and test, and classes.txt have them")
         return self
 
@@ -131,22 +137,26 @@ class SceneData(ImageData):
         if self.num_classes not in (None, num_classes):
             raise InputError(f"{self.name}: {self.num_classes} classes, but the model's decoder has {num_classes}")
 
-    def batches(self, split: str, model: nn.Module, *, batch_size: int = 8, training: bool = False, limit: int | None = None,
-                seed: int = 0, workers: int | None = None, whole: bool = False, crop_pct: float | None = None,
-                augment: dict[str, Any] | None = None, shared: bool = False, turns: int = 1, repeats: int = 1) -> SceneBatches:
+    def batches(self, split: str, model: nn.Module, *, batch_size: int = 8, training: bool = False,
+                limit: int | None = None, seed: int = 0, workers: int | None = None, whole: bool = False,
+                crop_pct: float | None = None, augment: dict[str, Any] | None = None, shared: bool = False,
+                turns: int = 1, repeats: int = 1) -> SceneBatches:
         """Batches for a Segmenter (its encoder's mean and deviation, and its size of images).
 
-        training shuffles, augments (`training_transform`, with options `augment`), crops and leaves out the last partial step of
-        `turns` batches, each image taken `repeats` times in a row. Without it images are normalised alone, in the split's own order:
-        the middle of each, or, with `whole`, each at its own size, and a batch takes only images of one size. shared: each process
-        takes its share of the batches. Raises InputError for a crop_pct, as scenes are not resized, or an option of classifiers' alone.
-        workers None: none for the embedded set, else one a core, up to 8, divided among the processes of this machine.
+        training shuffles, augments (`training_transform`, with options `augment`), crops and leaves out the last
+        partial step of `turns` batches, each image taken `repeats` times in a row. Without it images are normalised
+        alone, in the split's own order: the middle of each, or, with `whole`, each at its own size, and a batch takes
+        only images of one size. shared: each process takes its share of the batches. Raises InputError for a crop_pct,
+        as scenes are not resized, or an option of classifiers' alone. workers None: none for the embedded set, else one
+        a core, up to 8, divided among the processes of this machine.
         """
         if crop_pct is not None:
-            raise InputError(f"{self.name}: crop_pct is {crop_pct}, but scenes are taken as they are, not resized and cropped")
+            raise InputError(f"{self.name}: crop_pct is {crop_pct}, but scenes are taken as they are, not resized and "
+                             f"cropped")
         odd = sorted(set(augment or {}) - set(AUGMENT))
         if odd:
-            raise InputError(f"{self.name}: augmentation {odd[0]!r} can't be done to an image and its mask; {', '.join(AUGMENT)} can")
+            raise InputError(f"{self.name}: augmentation {odd[0]!r} can't be done to an image and its mask; "
+                             f"{', '.join(AUGMENT)} can")
         self.check_fits(model.num_classes)
         images = self.split(split, limit, seed)
         if training:
@@ -154,6 +164,6 @@ class SceneData(ImageData):
             images.transform = training_transform(model.img_size, config["mean"], config["std"], **(augment or {}))
         else:
             images.transform = measuring_transform(model, whole)
-        loader, order = load(images, batch_size, training=training, seed=seed, workers=workers, embedded=self.embedded, shared=shared,
-                             turns=turns, repeats=repeats, collate=_collate)
+        loader, order = load(images, batch_size, training=training, seed=seed, workers=workers, embedded=self.embedded,
+                             shared=shared, turns=turns, repeats=repeats, collate=_collate)
         return SceneBatches(loader, images, order)

@@ -9,11 +9,12 @@ from vitlab.data.image_data import ImageData
 from vitlab.data.images import Images
 from vitlab.data.streams import TIMM_PREFIXES, open_timm
 from vitlab.data.tar import TarReader, find_tars, read_tar
-from vitlab.files import InputError, from_root
+from vitlab.runtime.files import InputError, from_root
 
 
 def _open_digits() -> ImageData:
-    return ImageData("digits", {name: Images(DigitsReader(name)) for name in ("train", "test")}, list(CLASSES), len(CLASSES))
+    return ImageData("digits", {name: Images(DigitsReader(name)) for name in ("train", "test")}, list(CLASSES),
+                     len(CLASSES))
 
 
 DATA_SETS: dict[str, Callable[[], ImageData]] = {"digits": _open_digits}
@@ -22,14 +23,14 @@ DATA_SETS: dict[str, Callable[[], ImageData]] = {"digits": _open_digits}
 def open_data(data: str | Path, *, class_map: str | Path | None = None) -> ImageData:
     """Open a data set: a name of DATA_SETS ("digits"), a folder of images, or a timm data set name such as "hfds/NAME".
 
-    hfds/NAME (or a local folder that Hugging Face's datasets wrote or open), hfids/NAME, tfds/NAME and torch/NAME name the folder of
-    their files after an @, as in torch/cifar10@FOLDER; wds/FOLDER is a folder of WebDataset shards with an _info.json. In place of each
-    of its folders below a split may be a tar file of class folders.
+    hfds/NAME (or a local folder that Hugging Face's datasets wrote or open), hfids/NAME, tfds/NAME and torch/NAME name
+    the folder of their files after an @, as in torch/cifar10@FOLDER; wds/FOLDER is a folder of WebDataset shards with
+    an _info.json. In place of each of its folders below a split may be a tar file of class folders.
 
-    A folder holds train/ and val/, validation/ or test/, each with one folder per class. Class numbers follow the natural order of the
-    names (2 before 10), as in timm, or class_map (`read_class_map`; default: class_index.json in the folder) where it holds only some
-    of a model's classes. A folder without splits is a tree of images without labels, and so is a train/ alone that holds images and no
-    folders: it has no other split than train.
+    A folder holds train/ and val/, validation/ or test/, each with one folder per class. Class numbers follow the
+    natural order of the names (2 before 10), as in timm, or class_map (`read_class_map`; default: class_index.json in
+    the folder) where it holds only some of a model's classes. A folder without splits is a tree of images without
+    labels, and so is a train/ alone that holds images and no folders: it has no other split than train.
     Raises InputError naming the folder: missing, no split, an empty class, classes that differ between splits.
     """
     if str(data) in DATA_SETS:
@@ -58,22 +59,26 @@ def open_data(data: str | Path, *, class_map: str | Path | None = None) -> Image
         check_classes(path, groups[name])
         groups[name].pop("", None)
     numbers, mapped = class_numbers(folder, {f"{name}/": found for name, found in groups.items()}, class_map)
-    return _labelled(folder, {name: FolderReader(path, groups[name], numbers) for name, path in paths.items()}, numbers, mapped)
+    return _labelled(folder, {name: FolderReader(path, groups[name], numbers) for name, path in paths.items()}, numbers,
+                     mapped)
 
 
 def _labelled(folder: Path, readers: dict, numbers: dict[str, int], mapped: bool) -> ImageData:
     splits = {name: Images(reader) for name, reader in readers.items()}
-    return ImageData(folder.resolve().name, splits, sorted(numbers, key=numbers.__getitem__), max(numbers.values()) + 1, mapped)
+    return ImageData(folder.resolve().name, splits, sorted(numbers, key=numbers.__getitem__), max(numbers.values()) + 1,
+                     mapped)
 
 
 def _unlabelled(folder: Path, split: Path, groups: Groups, class_map: str | Path | None) -> ImageData:
     """Images without labels. Raises InputError where there is none, or for a class map."""
     if not any(map(len, groups.values())):
-        raise InputError(f"{folder}: holds none of {', '.join(f'{name}/' for name in SPLITS)}; put one folder per class in each, or give a "
+        raise InputError(f"{folder}: holds none of {', '.join(f'{name}/' for name in SPLITS)}; put one folder per "
+                         f"class in each, or give a "
                          "folder of images alone where labels are not needed")
     if class_map is not None:
         raise InputError(f"{split}: images without class folders; a class map says nothing of them")
     above = [name for name in SPLITS if (folder.parent / name).is_dir()]
     hint = (f"{folder.parent} holds {' and '.join(f'{name}/' for name in above)}: give that folder" if above else
             f"it holds none of {', '.join(f'{name}/' for name in SPLITS)}" if split == folder else None)
-    return ImageData(folder.resolve().name, {"train": Images(FolderReader(split, groups, None))}, None, None, labelled=False, hint=hint)
+    return ImageData(folder.resolve().name, {"train": Images(FolderReader(split, groups, None))}, None, None,
+                     labelled=False, hint=hint)

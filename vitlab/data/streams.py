@@ -1,5 +1,5 @@
-"""Data sets by a name of timm's: Hugging Face's, TensorFlow's and torchvision's, and WebDataset shards; which column or field holds what
-is found in what they say of themselves."""
+"""Data sets by a name of timm's: Hugging Face's, TensorFlow's and torchvision's, and WebDataset shards; which column or
+field holds what is found in what they say of themselves."""
 import json
 import os
 import tarfile
@@ -15,11 +15,12 @@ from vitlab.data.hugging_face import agreed, columns, open_hugging_face
 from vitlab.data.image_data import ImageData, Renumbered
 from vitlab.data.images import Images, Stream
 from vitlab.data.listing import ENDINGS
-from vitlab.files import InputError, first_line, read_json
+from vitlab.runtime.files import InputError, first_line, read_json
 
 TIMM_PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
 SPLITS = ("train", "validation", "test")
-LABELS = ("label", "labels", "fine_label", "cls", "class", "class_id", "target")        # fields that hold the class's number
+# fields that hold the class's number
+LABELS = ("label", "labels", "fine_label", "cls", "class", "class_id", "target")
 IMAGES = ";".join(ending.removeprefix(".") for ending in ENDINGS)
 
 
@@ -40,11 +41,13 @@ class _PairReader:
 
 
 def _shard_options(root: str, split: str) -> dict[str, Any]:
-    """What timm's reader of WebDataset shards is to be told: every ending of images, and the field of the labels where they are in JSON.
-    Read from the first sample. Raises InputError naming the shard whose sample has no image or no label."""
+    """What timm's reader of WebDataset shards is to be told: every ending of images, and the field of the labels where
+    they are in JSON. Read from the first sample. Raises InputError naming the shard whose sample has no image or no
+    label."""
     path = next((file for file in (Path(root) / "_info.json", Path(root) / "info.json") if file.is_file()), None)
     if path is None:
-        raise InputError(f"{root}: no folder of WebDataset shards; one with an _info.json that names the shards of each split is")
+        raise InputError(f"{root}: no folder of WebDataset shards; one with an _info.json that names the shards of "
+                         f"each split is")
     info = read_json(path).get("splits", {})
     if split not in info:
         raise KeyError(f"{path.name} names no such split")
@@ -81,8 +84,9 @@ def _names(opened: Any) -> list[str] | None:
 
 
 def open_timm(data: str, class_map: str | Path | None = None) -> ImageData:
-    """A data set by a name with one of TIMM_PREFIXES. class_map: by the names of its classes. Raises InputError naming it where it can't
-    be opened, splits differ in their classes, or a class map is given and its classes have no names."""
+    """A data set by a name with one of TIMM_PREFIXES. class_map: by the names of its classes. Raises InputError naming
+    it where it can't be opened, splits differ in their classes, or a class map is given and its classes have no
+    names."""
     name, _, root = data.partition("@")
     if name.startswith("hfds/"):
         readers, names = open_hugging_face(name, root or None)

@@ -1,4 +1,5 @@
-"""Splits that are tar files of class folders, or of tar files of one class each, as timm's ReaderImageInTar reads them."""
+"""Splits that are tar files of class folders, or of tar files of one class each, as timm's ReaderImageInTar reads
+them."""
 import contextlib
 import tarfile
 from pathlib import Path
@@ -6,10 +7,11 @@ from typing import IO, Any
 
 from vitlab.data.folder import SPLITS
 from vitlab.data.listing import is_hidden, is_image, natural
-from vitlab.files import InputError
+from vitlab.runtime.files import InputError
 
 UNPACKED_BY = {"gz": "gunzip", "bz2": "bunzip2", "xz": "unxz"}
-Member = tuple[tarfile.TarInfo | None, tarfile.TarInfo]         # the tar in the tar that an image lies in, and the image
+# the tar in the tar that an image lies in, and the image
+Member = tuple[tarfile.TarInfo | None, tarfile.TarInfo]
 
 
 def _members(tar: tarfile.TarFile, outer: tarfile.TarInfo | None = None) -> list[tuple[tuple[str, ...], Member]]:
@@ -29,15 +31,16 @@ def _members(tar: tarfile.TarFile, outer: tarfile.TarInfo | None = None) -> list
 
 
 def read_tar(path: Path) -> dict[str, list[tuple[str, Member]]]:
-    """{class: its images, by name} of a tar file. What all images lie in, above their classes, says nothing: a tar of a folder train/
-    and one of what is in it are read alike. Raises InputError naming the tar."""
+    """{class: its images, by name} of a tar file. What all images lie in, above their classes, says nothing: a tar of a
+    folder train/ and one of what is in it are read alike. Raises InputError naming the tar."""
     try:
         with tarfile.open(path, mode="r|") as tar:              # in one pass
             found = _members(tar)
     except (tarfile.TarError, OSError, EOFError) as error:
         for kind, tool in UNPACKED_BY.items():
             with contextlib.suppress(tarfile.TarError, OSError, EOFError), tarfile.open(path, mode=f"r:{kind}"):
-                raise InputError(f"{path}: compressed ({kind}), so that its images can't be read one by one; give a plain tar file: "
+                raise InputError(f"{path}: compressed ({kind}), so that its images can't be read one by one; give a "
+                                 f"plain tar file: "
                                  f"{tool} < {path.name} > plain.tar") from None
         raise InputError(f"{path}: can't be read as a tar file ({error})") from None
     if not found:
@@ -49,17 +52,20 @@ def read_tar(path: Path) -> dict[str, list[tuple[str, Member]]]:
     classes: dict[str, list[tuple[str, Member]]] = {}
     for parts, member in found:
         if len(parts) < level + 2:
-            raise InputError(f"{path}: holds images outside of class folders, {'/'.join(parts)} among them; they must lie in CLASS/ in it")
+            raise InputError(f"{path}: holds images outside of class folders, {'/'.join(parts)} among them; they must "
+                             f"lie in CLASS/ in it")
         classes.setdefault(parts[level], []).append(("/".join(parts), member))
     return classes
 
 
 class TarReader:
-    """(file in the tar, class) pairs. The tar is opened anew for each: loader processes would share its position otherwise."""
+    """(file in the tar, class) pairs. The tar is opened anew for each: loader processes would share its position
+    otherwise."""
 
     def __init__(self, path: Path, classes: dict[str, list[tuple[str, Member]]], numbers: dict[str, int]) -> None:
         self.path = path
-        self.samples = [(name, member, numbers[label]) for label, members in classes.items() for name, member in members]
+        self.samples = [(name, member, numbers[label]) for label, members in classes.items() for name,
+                        member in members]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -76,7 +82,8 @@ class TarReader:
 
 
 def find_tars(folder: Path) -> dict[str, Path]:
-    """{split: its tar file} of a folder that holds train.tar and val.tar, validation.tar or test.tar; of a tar file, {"train": itself}."""
+    """{split: its tar file} of a folder that holds train.tar and val.tar, validation.tar or test.tar; of a tar file,
+    {"train": itself}."""
     if folder.suffix == ".tar" and folder.is_file():
         return {"train": folder}
     return {name: folder / f"{name}.tar" for name in SPLITS if (folder / f"{name}.tar").is_file()}

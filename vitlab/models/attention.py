@@ -1,6 +1,7 @@
 """timm's Attention for blocks that cut tokens: with what tokens are compared by, or asked by the prefix tokens alone.
 
-Each is the same module with the same parts, all of them called: what wraps, hooks, quantises or adapts a part goes on working.
+Each is the same module with the same parts, all of them called: what wraps, hooks, quantises or adapts a part goes on
+working.
 """
 import torch.nn.functional as F
 from timm.layers import Attention
@@ -16,10 +17,13 @@ class TokenAttention(Attention):
         return self.q_norm(query), self.k_norm(key), value
 
     def _mixed(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Softmax attention of queries (B, H, Q, d) over keys and values (B, H, N, d), with an additive mask: (B, Q, D)."""
+        """Softmax attention of queries (B, H, Q, d) over keys and values (B, H, N, d), with an additive mask: (B, Q,
+        D)."""
         if self.fused_attn:
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=self.attn_drop.p if self.training else 0.0)
-        else:                                                                   # whoever wants to see the maps turns fusing off
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask,
+                                                   dropout_p=self.attn_drop.p if self.training else 0.0)
+        # whoever wants to see the maps turns fusing off
+        else:
             logits = query * self.scale @ key.transpose(2, 3)
             mixed = self.attn_drop((logits if mask is None else logits + mask).softmax(dim=-1)) @ value
         return self.proj_drop(self.proj(self.norm(mixed.transpose(1, 2).flatten(2))))
@@ -28,8 +32,10 @@ class TokenAttention(Attention):
 class KeyedAttention(TokenAttention):
     """Attention that also gives what tokens are compared and ranked by."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """(output (B, N, D), the class token's row of the softmax without the mask, averaged over heads (B, N), keys (B, N, H d))."""
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None,
+                is_causal: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """(output (B, N, D), the class token's row of the softmax without the mask, averaged over heads (B, N), keys
+        (B, N, H d))."""
         query, key, value = self._projected(x)
         out = self._mixed(query, key, value, attn_mask)
         query, key = query.detach(), key.detach()                               # a choice has no gradient

@@ -6,7 +6,6 @@ from typing import Any
 from timm.layers import Attention
 from torch import nn
 
-from vitlab.files import InputError
 from vitlab.models.attention import attention_as
 from vitlab.models.match import MatchBlock
 from vitlab.models.merge import MergeReconstructTokens, TokenBlock
@@ -17,8 +16,9 @@ from vitlab.models.shrink import keep_heads, keep_neurons
 from vitlab.models.support import attention_block, encoder_of, shape_before_cutting, shape_of
 from vitlab.models.tokens_cut import as_tokens_cut, without_tokens_cut
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import Match, MergeReconstruct, ReadOut, Select, SharedUpdate, TokenRule
-from vitlab.shape import ViTShape
+from vitlab.plan.rules import Match, MergeReconstruct, ReadOut, Select, SharedUpdate, TokenRule
+from vitlab.plan.shape import ViTShape
+from vitlab.runtime.files import InputError
 
 TRAINABLE = ("all", "matrices", "weights")
 
@@ -41,7 +41,8 @@ def _token_rule_agrees(block: nn.Module, rule: TokenRule | None, place: int, num
 
 
 def check_agrees(model: nn.Module, plan: CompressionPlan) -> None:
-    """InputError naming the sizes, or the first block, in which a compressed model (training form) differs from the plan."""
+    """InputError naming the sizes, or the first block, in which a compressed model (training form) differs from the
+    plan."""
     plan.check_fits(shape_before_cutting(model, plan.shape))
     for index, (block, cut, (rule, place)) in enumerate(zip(model.blocks, plan.blocks, plan.rules())):
         inner = attention_block(block)
@@ -49,7 +50,8 @@ def check_agrees(model: nn.Module, plan: CompressionPlan) -> None:
             plan.shape.num_heads if cut.heads is None else len(cut.heads),
             plan.shape.num_neurons if cut.neurons is None else len(cut.neurons))
         if not units or not _token_rule_agrees(block, rule, place, plan.shape.num_prefix_tokens):
-            raise InputError(f"block {index} of the model is not what the plan says; the plan it was compressed by is needed")
+            raise InputError(f"block {index} of the model is not what the plan says; the plan it was compressed by is "
+                             f"needed")
 
 
 def _relative(kept: tuple[int, ...] | None, before: tuple[int, ...], what: str) -> list[int] | None:
@@ -81,9 +83,12 @@ def _wrapped(block: nn.Module, now: tuple[TokenRule | None, int], was: tuple[Tok
     return block.to(inner.norm1.weight.device, inner.norm1.weight.dtype).train(inner.training)
 
 
-def _cut(block: nn.Module, cut: BlockPlan, was: BlockPlan, rules: Sequence[tuple[TokenRule | None, int]], shape: ViTShape) -> nn.Module:
-    """One block, in place; returned because a token rule wraps it. rules: by which it shall run, and by which it did."""
-    inner, every = attention_block(block), {"heads": tuple(range(shape.num_heads)), "neurons": tuple(range(shape.num_neurons))}
+def _cut(block: nn.Module, cut: BlockPlan, was: BlockPlan, rules: Sequence[tuple[TokenRule | None, int]],
+         shape: ViTShape) -> nn.Module:
+    """One block, in place; returned because a token rule wraps it. rules: by which it shall run, and by which it
+    did."""
+    inner, every = attention_block(block), {"heads": tuple(range(shape.num_heads)),
+                                            "neurons": tuple(range(shape.num_neurons))}
     there = {name: all_of if getattr(was, name) is None else getattr(was, name) for name, all_of in every.items()}
     for name, all_of in every.items():
         if getattr(cut, name) is None and there[name] != all_of:
@@ -101,17 +106,20 @@ def _check_whole_grid(plan: CompressionPlan) -> None:
     """InputError naming the first block after which patches have no place any more: a decoder needs them all."""
     for index, block in enumerate(plan.blocks):
         if isinstance(block.tokens, (Select, ReadOut)):
-            raise InputError(f"block {index}: tokens are {'selected' if isinstance(block.tokens, Select) else 'read out'}, but a class for "
-                             'each pixel needs the whole grid; merge them ("merge_reconstruct", "shared_update" or "match")')
+            raise InputError(f"block {index}: tokens are "
+                             f"{'selected' if isinstance(block.tokens, Select) else 'read out'}, but a class for "
+                             'each pixel needs the whole grid; merge them ("merge_reconstruct", "shared_update" or '
+                             '"match")')
 
 
 def compress(model: nn.Module, plan: CompressionPlan, *, before: CompressionPlan | None = None) -> nn.Module:
-    """A copy of `model`, compressed; still an instance of its class. The plan that cuts nothing gives bit-equal logits. Of a Segmenter the
-    encoder is compressed, the decoder stays.
+    """A copy of `model`, compressed; still an instance of its class. The plan that cuts nothing gives bit-equal logits.
+    Of a Segmenter the encoder is compressed, the decoder stays.
 
-    model: a dense timm VisionTransformer, or, to cut further, one that was compressed by the plan `before` (training form,
-    fine-tuned or not); matrices of a token rule that stays the same keep their trained values. Raises InputError where the
-    family can't be handled, the model is not what was said, the plan is for other sizes, or keeps what is gone.
+    model: a dense timm VisionTransformer, or, to cut further, one that was compressed by the plan `before` (training
+    form, fine-tuned or not); matrices of a token rule that stays the same keep their trained values. Raises InputError
+    where the family can't be handled, the model is not what was said, the plan is for other sizes, or keeps what is
+    gone.
     """
     if before is None:
         before = CompressionPlan.empty(shape_of(model))
@@ -122,7 +130,8 @@ def compress(model: nn.Module, plan: CompressionPlan, *, before: CompressionPlan
         _check_whole_grid(plan)
         return model.with_encoder(compress(model.encoder, plan, before=before))
     model = without_tokens_cut(copy.deepcopy(model))
-    for index, (block, cut, was, *rules) in enumerate(zip(model.blocks, plan.blocks, before.blocks, plan.rules(), before.rules())):
+    for index, (block, cut, was,
+                *rules) in enumerate(zip(model.blocks, plan.blocks, before.blocks, plan.rules(), before.rules())):
         try:
             model.blocks[index] = _cut(block, cut, was, rules, plan.shape)
         except InputError as error:

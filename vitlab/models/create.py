@@ -1,4 +1,5 @@
-"""Models by timm's names, and two small ones of vitlab's own for 32 x 32 images; of weights files, at the sizes that these are of."""
+"""Models by timm's names, and two small ones of vitlab's own for 32 x 32 images; of weights files, at the sizes that
+these are of."""
 import contextlib
 import difflib
 import inspect
@@ -14,17 +15,19 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, get_model_a
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vitlab.files import InputError, first_line
 from vitlab.models.hub import downloading
 from vitlab.models.support import attention_block, check_supported, classes_of
 from vitlab.models.weights import ANCHOR, by_timms_names, check_fits, read_state, unwrapped
-from vitlab.shape import is_int
+from vitlab.plan.shape import is_int
+from vitlab.runtime.files import InputError, first_line
 
 PREFIXES = ("cls_token", "dist_token", "reg_token")                                      # before the patches
-KERNELS = (ANCHOR, "visual.conv1.weight", "preprocessor.patchifier.proj.weight")       # of patches, by the names that timm knows
+# of patches, by the names that timm knows
+KERNELS = (ANCHOR, "visual.conv1.weight", "preprocessor.patchifier.proj.weight")
 
 _SMALL_CFG = {"input_size": (3, 32, 32), "num_classes": 10, "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0,
-              "interpolation": "bicubic", "fixed_input_size": True, "first_conv": "patch_embed.proj", "classifier": "head"}
+              "interpolation": "bicubic", "fixed_input_size": True, "first_conv": "patch_embed.proj",
+              "classifier": "head"}
 default_cfgs = generate_default_cfgs({"vit_nano_patch4_32": _SMALL_CFG, "vit_micro_patch4_32": _SMALL_CFG})
 
 
@@ -48,9 +51,9 @@ def vit_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransf
 def create_model(name: str, *, weights: str | Path | None = None, pretrained: bool = False, **args: Any) -> nn.Module:
     """A supported timm vision transformer in eval mode.
 
-    weights: a file that `read_state` reads; sizes that args don't give are those of its tensors (`from_weights`). pretrained downloads
-    timm's own. args: timm's (num_classes, img_size, ...). Raises InputError for an unknown name (with the nearest ones), a family that
-    can't be handled, or weights that don't fit.
+    weights: a file that `read_state` reads; sizes that args don't give are those of its tensors (`from_weights`).
+    pretrained downloads timm's own. args: timm's (num_classes, img_size, ...). Raises InputError for an unknown name
+    (with the nearest ones), a family that can't be handled, or weights that don't fit.
     """
     if weights is None:
         return _built(name, args, pretrained)
@@ -64,7 +67,8 @@ def _built(name: str, args: dict[str, Any], pretrained: bool = False) -> nn.Modu
     base = name.split(".")[0]
     if not timm.is_model(base):
         near = difflib.get_close_matches(base, timm.list_models(), n=3, cutoff=0.4)
-        raise InputError(f"{name!r}: no such file or folder, and no timm model" + (f"; near are {', '.join(near)}" if near else ""))
+        raise InputError(f"{name!r}: no such file or folder, and no timm model"
+                         + (f"; near are {', '.join(near)}" if near else ""))
     try:
         if pretrained:                                          # refuse a family before its weights are downloaded
             check_supported(timm.create_model(name, pretrained=False, **args))
@@ -76,7 +80,8 @@ def _built(name: str, args: dict[str, Any], pretrained: bool = False) -> nn.Modu
         raise InputError(f"{name}: timm could not build it ({first_line(error)})") from error
     check_supported(model)
     if not model.patch_embed.num_patches:
-        raise InputError(f"{name}: an image of {model.patch_embed.img_size} holds no patch of {model.patch_embed.patch_size}")
+        raise InputError(f"{name}: an image of {model.patch_embed.img_size} holds no patch of "
+                         f"{model.patch_embed.patch_size}")
     return model.eval()
 
 
@@ -88,8 +93,8 @@ def _sizes(name: str, args: dict[str, Any]) -> nn.Module:
 
 def from_weights(name: str, state: dict[str, Tensor], path: str | Path, args: dict[str, Any],
                  saved: dict[str, Any] | None = None) -> tuple[nn.Module, list[str]]:
-    """(the model in eval mode, what is to be said of it) of a state dict, by `sized`. Raises InputError naming the file, and before
-    memory is taken, where the weights don't fit."""
+    """(the model in eval mode, what is to be said of it) of a state dict, by `sized`. Raises InputError naming the
+    file, and before memory is taken, where the weights don't fit."""
     args, state, notes = sized(name, state, path, args, saved)
     try:
         check_fits(_sizes(name, args), state, path)
@@ -102,11 +107,12 @@ def from_weights(name: str, state: dict[str, Tensor], path: str | Path, args: di
 
 def sized(name: str, state: dict[str, Tensor], path: str | Path, args: dict[str, Any],
           saved: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
-    """(arguments of timm's to build the model by, the state under timm's names, what is to be said of it) for a state dict.
+    """(arguments of timm's to build the model by, the state under timm's names, what is to be said of it) for a state
+    dict.
 
-    args: what is asked for. saved: what the file's config.json says. The rest, the number of classes and the size of the images above
-    all, is what the tensors are of; embeddings are resampled only for an img_size or patch_size in args. Raises InputError naming the
-    file where that can't be.
+    args: what is asked for. saved: what the file's config.json says. The rest, the number of classes and the size of
+    the images above all, is what the tensors are of; embeddings are resampled only for an img_size or patch_size in
+    args. Raises InputError naming the file where that can't be.
     """
     saved = check_args(saved or {})
     if is_int(saved.get("depth")) and saved["depth"] > len(state):
@@ -117,7 +123,8 @@ def sized(name: str, state: dict[str, Tensor], path: str | Path, args: dict[str,
     patch = model.patch_embed.patch_size
     kernel = next(((v.shape[-2], v.shape[-1]) for k, v in state.items() if k in KERNELS and v.dim() == 4), patch)
     if kernel != patch and "patch_size" not in args:
-        raise InputError(f"{path}: does not fit the model: its patches are of {_by(kernel)} pixels, those of {name} of {_by(patch)}; name "
+        raise InputError(f"{path}: does not fit the model: its patches are of {_by(kernel)} pixels, those of {name} of "
+                         f"{_by(patch)}; name "
                          f"the model of such patches, or give a patch_size, {kernel[0]} to keep them")
     state, extra = by_timms_names(state, model, path)
     left = list(dict.fromkeys(part.split(".")[0] for part in others + extra))
@@ -139,7 +146,8 @@ def _own_sizes(state: dict[str, Tensor], model: nn.Module, args: dict[str, Any],
         own["num_classes"] = len(state["head.weight"])
     elif not any(name.startswith("head") for name in state):
         if args.get("num_classes"):
-            raise InputError(f"{path}: holds no classifier, so num_classes can't be {args['num_classes']}; without it the model gives "
+            raise InputError(f"{path}: holds no classifier, so num_classes can't be {args['num_classes']}; without it "
+                             f"the model gives "
                              "features")
         own["num_classes"] = 0
     if ANCHOR in state and state[ANCHOR].dim() == 4:
@@ -151,18 +159,22 @@ def _own_sizes(state: dict[str, Tensor], model: nn.Module, args: dict[str, Any],
 
 def _placed(state: dict[str, Tensor], model: nn.Module, kernel: tuple[int, int], asked: bool,
             path: str | Path) -> tuple[dict[str, Tensor], tuple[int, int] | None, list[str]]:
-    """(the state with position embeddings of the images' size, that size where it is the weights' own and not the model's, what is to be
-    said of it). kernel: the file's patches. asked: the model's size was asked for."""
-    embedded, prefix, grid = state.get("pos_embed"), 0 if model.no_embed_class else model.num_prefix_tokens, model.patch_embed.grid_size
+    """(the state with position embeddings of the images' size, that size where it is the weights' own and not the
+    model's, what is to be said of it). kernel: the file's patches. asked: the model's size was asked for."""
+    embedded, prefix, grid = state.get(
+        "pos_embed"), 0 if model.no_embed_class else model.num_prefix_tokens, model.patch_embed.grid_size
     patches = embedded.shape[1] - prefix if embedded is not None and embedded.dim() == 3 else grid[0] * grid[1]
     if patches == grid[0] * grid[1]:
         return state, None, []
     side = math.isqrt(max(patches, 0))
     own = model.state_dict()
-    if set(own) - set(state) or any(name in state and (name not in own or state[name].shape != own[name].shape) for name in PREFIXES):
-        return {**state, "pos_embed": own["pos_embed"]}, None, []   # another model's: what differs says more than its number of patches
+    if set(own) - set(state) or any(name in state and (name not in own or state[name].shape != own[name].shape)
+                                    for name in PREFIXES):
+        # another model's: what differs says more than its number of patches
+        return {**state, "pos_embed": own["pos_embed"]}, None, []
     if not side or side ** 2 != patches:
-        raise InputError(f"{path}: does not fit the model: its position embeddings are of {patches} patches, which make no square; give "
+        raise InputError(f"{path}: does not fit the model: its position embeddings are of {patches} patches, which "
+                         f"make no square; give "
                          "the img_size, height and width, that they are of")
     size, notes = None, []
     if not asked:
@@ -171,7 +183,9 @@ def _placed(state: dict[str, Tensor], model: nn.Module, kernel: tuple[int, int],
         notes.append(f"for images of {_by(size)} pixels, as the weights are")
     if grid != (side, side):
         notes.append(f"position embeddings resampled from {_by((side, side))} to {_by(grid)} patches")
-        state = {**state, "pos_embed": resample_abs_pos_embed(embedded, new_size=grid, old_size=(side, side), num_prefix_tokens=prefix)}
+        state = {**state,
+                 "pos_embed": resample_abs_pos_embed(embedded, new_size=grid, old_size=(side, side),
+                                                     num_prefix_tokens=prefix)}
     return state, size, notes
 
 
@@ -180,7 +194,8 @@ def architecture(model: nn.Module) -> dict[str, Any]:
     name = getattr(model, "pretrained_cfg", {}).get("architecture")
     if not name:
         raise InputError("the model was not made by timm.create_model, so its name is not known; make it there")
-    # What timm does not keep an account of: blocks and classifiers that were changed by hand, and where the last norm stands.
+    # What timm does not keep an account of: blocks and classifiers that were changed by hand, and where the last norm
+    # stands.
     now = {"num_classes": classes_of(model), "depth": sum(hasattr(attention_block(b), "attn") for b in model.blocks),
            "fc_norm": not isinstance(model.fc_norm, nn.Identity)}
     args = {k: list(v) if isinstance(v, tuple) else v for k, v in {**get_model_args(model), **now}.items()}
@@ -191,8 +206,8 @@ def architecture(model: nn.Module) -> dict[str, Any]:
 
 
 def check_args(args: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a model that a file names. InputError for one that is not timm's VisionTransformer's, so that a file can't make it
-    read other files or download."""
+    """The arguments of a model that a file names. InputError for one that is not timm's VisionTransformer's, so that a
+    file can't make it read other files or download."""
     odd = sorted(set(args) - set(inspect.signature(VisionTransformer.__init__).parameters))
     if odd:
         raise InputError(f"model argument {odd[0]!r} is not one of a vision transformer's")
@@ -200,9 +215,10 @@ def check_args(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def rebuild(source: Any, most: int | None = None) -> nn.Module:
-    """The model of an `architecture`, with random weights. Raises InputError naming what is wrong, and, before any memory is
-    taken, where it would have more than `most` parameters."""
-    if not isinstance(source, dict) or not isinstance(source.get("name"), str) or not isinstance(source.get("args"), dict):
+    """The model of an `architecture`, with random weights. Raises InputError naming what is wrong, and, before any
+    memory is taken, where it would have more than `most` parameters."""
+    if not isinstance(source, dict) or not isinstance(source.get("name"),
+                                                      str) or not isinstance(source.get("args"), dict):
         raise InputError('"model" must hold "name" and "args"')
     check_args(source["args"])
     if most is not None:

@@ -1,7 +1,8 @@
-"""What gives every patch the logits of the classes: a linear classifier, or a mask transformer with an embedding of each class.
+"""What gives every patch the logits of the classes: a linear classifier, or a mask transformer with an embedding of
+each class.
 
-*Segmenter: Transformer for Semantic Segmentation* (Strudel, Garcia, Laptev and Schmid, ICCV 2021, arXiv 2105.05633, section 3.2).
-B images, n patches, D dim of the encoder, K classes.
+*Segmenter: Transformer for Semantic Segmentation* (Strudel, Garcia, Laptev and Schmid, ICCV 2021, arXiv 2105.05633,
+section 3.2). B images, n patches, D dim of the encoder, K classes.
 """
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from timm.layers import trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from vitlab.files import InputError
+from vitlab.runtime.files import InputError
 
 NORM_EPS = 1e-5                                 # of the decoder's LayerNorms, as published; timm's own are 1e-6
 INIT_STD = 0.02                                 # of linear layers and class embeddings at first
@@ -31,7 +32,8 @@ def _norm(width: int, **kwargs: Any) -> nn.LayerNorm:
 
 
 class LinearDecoder(nn.Module):
-    """A linear classifier of each patch (section 3.2): patches (B, n, D) -> logits (B, n, K). It has no heads: head_dim is not used."""
+    """A linear classifier of each patch (section 3.2): patches (B, n, D) -> logits (B, n, K). It has no heads: head_dim
+    is not used."""
 
     def __init__(self, embed_dim: int, num_classes: int, head_dim: int = 64) -> None:
         super().__init__()
@@ -43,19 +45,23 @@ class LinearDecoder(nn.Module):
 
 
 class MaskTransformer(nn.Module):
-    """Class embeddings go through blocks together with the patches; a patch's logits are its products with them (section 3.2).
+    """Class embeddings go through blocks together with the patches; a patch's logits are its products with them
+    (section 3.2).
 
-        logits = LayerNorm_K(normalise(z_patches W_patches) normalise(z_classes W_classes)^T),   normalise(v) = v / ||v||_2
+        logits = LayerNorm_K(normalise(z_patches W_patches) normalise(z_classes W_classes)^T),   normalise(v) = v /
+        ||v||_2
 
-    patches (B, n, D) -> logits (B, n, K). Blocks are timm's; parameters have the published names, so that published files fit.
-    head_dim: width of a head of the blocks, which must divide embed_dim; drop: dropout rate in the blocks, [0, 1).
+    patches (B, n, D) -> logits (B, n, K). Blocks are timm's; parameters have the published names, so that published
+    files fit. head_dim: width of a head of the blocks, which must divide embed_dim; drop: dropout rate in the blocks,
+    [0, 1).
     """
 
     def __init__(self, embed_dim: int, num_classes: int, head_dim: int = 64, *, depth: int = 2, drop: float = DROP,
                  drop_path: float = 0.0) -> None:
         super().__init__()
         if embed_dim % head_dim or depth < 1:
-            raise InputError(f"a mask transformer of {depth} blocks, {embed_dim} wide, with heads of {head_dim}: at least one block is "
+            raise InputError(f"a mask transformer of {depth} blocks, {embed_dim} wide, with heads of {head_dim}: at "
+                             f"least one block is "
                              "needed, and a width that the heads divide")
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()      # also where it is built without memory
         self.num_classes = num_classes

@@ -1,7 +1,8 @@
 """What goes from block to block while an image's tokens are held as fewer: merged by content, or in a span of blocks.
 
-A block that knows takes what is held. To whoever else meets it on its way (a norm, a hook, timm's forward_intermediates, a model that
-ends here) it is the tensor of all tokens that it stands for, computed when asked for.
+A block that knows takes what is held. To whoever else meets it on its way (a norm, a hook, timm's
+forward_intermediates, a model that ends here) it is the tensor of all tokens that it stands for, computed when asked
+for.
 """
 import dataclasses
 import operator
@@ -14,8 +15,8 @@ import torch.fx
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from vitlab import matching
-from vitlab.files import InputError
+from vitlab.plan import matching
+from vitlab.runtime.files import InputError
 
 ARITHMETIC = ("add", "sub", "mul", "truediv", "matmul", "pow")
 COMPARISONS = ("lt", "le", "gt", "ge")
@@ -38,7 +39,8 @@ class Held:
         return func(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):                                               # what Python itself looks for: copies, pickles
+        # what Python itself looks for: copies, pickles
+        if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.whole(), name)
 
@@ -47,7 +49,8 @@ class Held:
 
     def to(self, *args: Any, **kwargs: Any) -> "Held":
         """All that is held, moved as Tensor.to moves; numbers of patches and places stay what they are."""
-        return self._each(lambda v: v.to(*args, **kwargs) if v.dtype == self.x.dtype else v.to(v.to(*args, **kwargs).device))
+        return self._each(lambda v: v.to(*args, **kwargs) if v.dtype == self.x.dtype
+                          else v.to(v.to(*args, **kwargs).device))
 
     def clone(self) -> "Held":
         return self._each(Tensor.clone)
@@ -103,7 +106,8 @@ class Spanned(Held):
         return y if self.aside is None else y + self.aside
 
 
-for _kind in (Merged, Spanned):     # so that what looks for tensors in a block's output (FSDP, checkpointing) finds them
+# so that what looks for tensors in a block's output (FSDP, checkpointing) finds them
+for _kind in (Merged, Spanned):
     _pytree.register_pytree_node(_kind, lambda held: ([getattr(held, f.name) for f in dataclasses.fields(held)], None),
                                  lambda values, context, kind=_kind: kind(*values))
 
@@ -116,8 +120,9 @@ def _no_mask(x: Tensor, attn_mask: Tensor | None, is_causal: bool, what: str) ->
 
 
 def unmasked(x: Tensor, attn_mask: Tensor | None, is_causal: bool, what: str) -> Tensor:
-    """x itself. Raises InputError where there is an attention mask; what torch.fx traces does so when it runs. (torch.fx keeps a wrapped
-    function as one call only by its name in the module that wraps it, so that others call this.)"""
+    """x itself. Raises InputError where there is an attention mask; what torch.fx traces does so when it runs.
+    (torch.fx keeps a wrapped function as one call only by its name in the module that wraps it, so that others call
+    this.)"""
     return _no_mask(x, attn_mask, is_causal, what)
 
 
@@ -127,32 +132,37 @@ class HoldingBlock(nn.Module):
     takes_held = False
 
     def received(self, x: Tensor | Held, attn_mask: Tensor | None, is_causal: bool, what: str) -> Tensor | Held:
-        """What comes in. Raises InputError where there is an attention mask, or where held tokens are due and something on the way (a
-        hook) has made all tokens of them: which of them are one, and for how many patches, can't be known any more."""
+        """What comes in. Raises InputError where there is an attention mask, or where held tokens are due and something
+        on the way (a hook) has made all tokens of them: which of them are one, and for how many patches, can't be known
+        any more."""
         if not isinstance(x, Held):
             if self.takes_held:
-                raise InputError("merged tokens should come in, but all tokens did: a hook on the block before has changed what it gives; "
+                raise InputError("merged tokens should come in, but all tokens did: a hook on the block before has "
+                                 "changed what it gives; "
                                  "hook a part inside the block instead")
             return unmasked(x, attn_mask, is_causal, what)
         return dataclasses.replace(x, x=unmasked(x.x, attn_mask, is_causal, what))
 
     def handed_on(self, held: Held, gives_back: bool) -> Tensor | Held:
-        """What leaves the block: all tokens, or what is held. torch.fx calls a block's output what was computed in it last, so that while
-        it traces, all tokens are computed in either case (and dropped from the graph where nobody asks for them). Raises InputError where a
-        backward hook would never be called."""
+        """What leaves the block: all tokens, or what is held. torch.fx calls a block's output what was computed in it
+        last, so that while it traces, all tokens are computed in either case (and dropped from the graph where nobody
+        asks for them). Raises InputError where a backward hook would never be called."""
         if gives_back:
             return held.whole()
         if isinstance(held.x, torch.fx.Proxy):
             held.whole()
         elif self._backward_hooks or self._backward_pre_hooks:
-            raise InputError("a backward hook on a block that hands on merged tokens would never be called; hook a part inside the block "
+            raise InputError("a backward hook on a block that hands on merged tokens would never be called; hook a "
+                             "part inside the block "
                              "instead")
         return held
 
 
 def check_reentrant(x: Tensor | Held) -> None:
-    """InputError where a block that holds tokens is computed inside a re-entrant checkpoint, which gives gradients to tensors alone."""
+    """InputError where a block that holds tokens is computed inside a re-entrant checkpoint, which gives gradients to
+    tensors alone."""
     x = x.x if isinstance(x, Held) else x
     if isinstance(x, Tensor) and x.requires_grad and not torch.is_grad_enabled():
-        raise InputError("re-entrant checkpointing loses the gradient of merged tokens between blocks; use_reentrant=False is needed "
+        raise InputError("re-entrant checkpointing loses the gradient of merged tokens between blocks; "
+                         "use_reentrant=False is needed "
                          "(timm.layers.set_reentrant_ckpt(False))")

@@ -1,4 +1,5 @@
-"""Models as timm keeps them on the Hugging Face hub or in a folder: config.json (architecture, image settings, classes) beside weights."""
+"""Models as timm keeps them on the Hugging Face hub or in a folder: config.json (architecture, image settings, classes)
+beside weights."""
 import contextlib
 import math
 from collections.abc import Iterator
@@ -11,12 +12,13 @@ from huggingface_hub import constants
 from timm.models._hub import hf_split, load_model_config_from_path
 from torch import nn
 
-from vitlab.files import InputError, first_line, read_json
+from vitlab.runtime.files import InputError, first_line, read_json
 
 CONFIG, WAIT = "config.json", 5.0               # seconds in which the hub must answer
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")      # as timm looks for them
 MOST = 3                                        # a mean or deviation of pixels from 0 to 1 is less
-CROPS, INTERPOLATIONS = ("center", "squash", "border"), ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box", "random")
+CROPS, INTERPOLATIONS = ("center", "squash", "border"), ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box",
+                                                         "random")
 
 
 def _numbers(value: Any) -> bool:
@@ -24,9 +26,12 @@ def _numbers(value: Any) -> bool:
             and all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in value))
 
 
-SETTINGS = {            # how images are prepared for a model, under the names of timm's pretrained_cfg: (what fits, in words)
-    "mean": (lambda v: _numbers(v) and max(map(abs, v)) <= MOST, f"1 or 3 numbers from -{MOST} to {MOST}, of pixels from 0 to 1"),
-    "std": (lambda v: _numbers(v) and min(v) > 0 and max(v) <= MOST, f"1 or 3 numbers above 0, to {MOST}, of pixels from 0 to 1"),
+# how images are prepared for a model, under the names of timm's pretrained_cfg: (what fits, in words)
+SETTINGS = {
+    "mean": (lambda v: _numbers(v) and max(map(abs, v)) <= MOST, f"1 or 3 numbers from -{MOST} to {MOST}, of pixels "
+                                                                 f"from 0 to 1"),
+    "std": (lambda v: _numbers(v) and min(v) > 0 and max(v) <= MOST, f"1 or 3 numbers above 0, to {MOST}, of pixels "
+                                                                     f"from 0 to 1"),
     "crop_pct": (lambda v: isinstance(v, (int, float)) and 0 < v <= 1, "a fraction up to 1"),
     "crop_mode": (lambda v: v in CROPS, " or ".join(CROPS)),
     "interpolation": (lambda v: v in INTERPOLATIONS, " or ".join(INTERPOLATIONS))}
@@ -59,8 +64,8 @@ def set_settings(model: nn.Module, settings: dict[str, Any]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class HubConfig:
-    """What a config.json says: timm's name of the architecture and its arguments, image settings, class names (None where it has none
-    or they are not those of all classes)."""
+    """What a config.json says: timm's name of the architecture and its arguments, image settings, class names (None
+    where it has none or they are not those of all classes)."""
 
     name: str
     args: dict[str, Any] = field(default_factory=dict)
@@ -69,7 +74,8 @@ class HubConfig:
 
 
 def config_beside(weights: Path) -> HubConfig | None:
-    """Of the config.json in a weights file's folder; None where there is none, or one that is not timm's. Raises InputError naming it."""
+    """Of the config.json in a weights file's folder; None where there is none, or one that is not timm's. Raises
+    InputError naming it."""
     path = weights.parent / CONFIG
     content = read_json(path) if path.is_file() else None
     if not isinstance(content, dict) or not isinstance(content.get("architecture"), str):
@@ -80,8 +86,10 @@ def config_beside(weights: Path) -> HubConfig | None:
         if isinstance(labels, dict):            # by number
             labels = [labels.get(str(number)) for number in range(len(labels))]
         named = isinstance(labels, (list, tuple)) and all(isinstance(label, str) for label in labels)
-        return HubConfig(name=name, args={**({"num_classes": config["num_classes"]} if "num_classes" in config else {}), **args},
-                         settings=check_settings({key: config.get(key) for key in SETTINGS}), classes=list(labels) if named else None)
+        return HubConfig(name=name,
+                         args={**({"num_classes": config["num_classes"]} if "num_classes" in config else {}), **args},
+                         settings=check_settings({key: config.get(key) for key in SETTINGS}),
+                         classes=list(labels) if named else None)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except Exception as error:                  # whatever values of other kinds make timm's reading raise
@@ -89,20 +97,24 @@ def config_beside(weights: Path) -> HubConfig | None:
 
 
 def weights_in(folder: Path) -> Path:
-    """The weights file of such a folder. Raises InputError where there is none, or no config.json that says whose it is."""
+    """The weights file of such a folder. Raises InputError where there is none, or no config.json that says whose it
+    is."""
     found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if found is None:
         shards = sorted(folder.glob("*.index.json"))
-        raise InputError(f"{folder}: " + (f"{shards[0].name} says that its weights are in several files; save them in one"
+        raise InputError(f"{folder}: " + (f"{shards[0].name} says that its weights are in several files; save them in "
+                                          f"one"
                                           if shards else f"no {WEIGHTS[0]} or {WEIGHTS[1]} beside {CONFIG}"))
     if config_beside(found) is None:
-        raise InputError(f"{folder / CONFIG}: no model of timm's, which has an \"architecture\"; give a weights file and its model's name")
+        raise InputError(f"{folder / CONFIG}: no model of timm's, which has an \"architecture\"; give a weights file "
+                         f"and its model's name")
     return found
 
 
 @contextlib.contextmanager
 def downloading() -> Iterator[None]:
-    """Inside, a hub that does not answer is known to be offline after seconds, not minutes; what was downloaded before serves."""
+    """Inside, a hub that does not answer is known to be offline after seconds, not minutes; what was downloaded before
+    serves."""
     before = constants.HF_HUB_OFFLINE
     try:
         if not before:

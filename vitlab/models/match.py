@@ -1,23 +1,26 @@
-"""Blocks whose tokens are merged by content, each image its own (vitlab.matching), with proportional attention."""
+"""Blocks whose tokens are merged by content, each image its own (vitlab.plan.matching), with proportional attention."""
 import torch
 from torch import Tensor, nn
 
-from vitlab import matching
 from vitlab.models.attention import KeyedAttention, attention_as
 from vitlab.models.held import HoldingBlock, Merged, check_reentrant
-from vitlab.rules import Match
+from vitlab.plan import matching
+from vitlab.plan.rules import Match
 
 
 def size_mask(sizes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive mask (B, 1, 1, N) of proportional attention: softmax(q k^T / sqrt(d) + log size), arXiv 2210.09461, section 3."""
-    return sizes.to(torch.promote_types(dtype, torch.float32)).log()[:, None, None].to(dtype)     # bfloat16 can't tell 256 from 257
+    """Additive mask (B, 1, 1, N) of proportional attention: softmax(q k^T / sqrt(d) + log size), arXiv 2210.09461,
+    section 3."""
+    # bfloat16 can't tell 256 from 257
+    return sizes.to(torch.promote_types(dtype, torch.float32)).log()[:, None, None].to(dtype)
 
 
 class MatchBlock(HoldingBlock):
-    """timm's Block that merges alike tokens after the attention's residual, and takes into account what tokens stand for.
+    """timm's Block that merges alike tokens after the attention's residual, and takes into account what tokens stand
+    for.
 
-    Takes and gives (B, N, D) while nothing was merged, `Merged` from then on; the last block of a model (gives_back) gives all N tokens.
-    Static shapes; fused attention stays on.
+    Takes and gives (B, N, D) while nothing was merged, `Merged` from then on; the last block of a model (gives_back)
+    gives all N tokens. Static shapes; fused attention stays on.
     """
 
     def __init__(self, block: nn.Module, rule: Match, num_prefix_tokens: int, gives_back: bool = False) -> None:
@@ -47,8 +50,8 @@ class MatchBlock(HoldingBlock):
         return Merged(x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), sizes, places, self.num_prefix_tokens)
 
     def merge(self, x: Tensor, sizes: Tensor | None, row: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(x (B, N - r, D), sizes (B, N - r), where each patch token went (B, N - P)), for x (B, N, D), the class token's attention
-        row (B, N) and keys (B, N, W) that tokens are compared by."""
+        """(x (B, N - r, D), sizes (B, N - r), where each patch token went (B, N - P)), for x (B, N, D), the class
+        token's attention row (B, N) and keys (B, N, W) that tokens are compared by."""
         prefix, count = self.num_prefix_tokens, x.shape[1] - self.num_prefix_tokens
         sizes = torch.ones_like(row, dtype=torch.float32) if sizes is None else sizes
         importance = row[:, prefix:] * x.shape[1] * self.rule.protect if self.rule.protect else None

@@ -1,18 +1,19 @@
-"""Blocks whose tokens are merged before and reconstructed after them by trained matrices, one block or a span of several.
+"""Blocks whose tokens are merged before and reconstructed after them by trained matrices, one block or a span of
+several.
 
 *Efficient Token Compression for Vision Transformer with Spatial Information Preserved* (arXiv 2503.23455), methods A6.
 """
 import torch
 from torch import Tensor, nn
 
-from vitlab import tokens
 from vitlab.models.held import HoldingBlock, Spanned, check_reentrant
-from vitlab.rules import MergeReconstruct
+from vitlab.plan import tokens
+from vitlab.plan.rules import MergeReconstruct
 
 
 class MergeReconstructTokens(nn.Module):
-    """merge_matrix (C, N), trained where the rule says so, and reconstruct_matrix (N, C), trained; token_mask (N), 0 where a token skips
-    the block, or the span."""
+    """merge_matrix (C, N), trained where the rule says so, and reconstruct_matrix (N, C), trained; token_mask (N), 0
+    where a token skips the block, or the span."""
 
     def __init__(self, rule: MergeReconstruct, num_prefix_tokens: int) -> None:
         super().__init__()
@@ -30,8 +31,8 @@ class MergeReconstructTokens(nn.Module):
 
 
 class TokenBlock(HoldingBlock):
-    """timm's Block number `place`, from 0, of those that run by the rule. The first merges, the last reconstructs; between them goes
-    `Spanned`. Together the blocks i to j of a span give
+    """timm's Block number `place`, from 0, of those that run by the rule. The first merges, the last reconstructs;
+    between them goes `Spanned`. Together the blocks i to j of a span give
 
         reconstruct @ Block_j(... Block_i(merge @ x)) + (1 - token_mask) * x   (A6, over several blocks)
     """
@@ -46,7 +47,8 @@ class TokenBlock(HoldingBlock):
         """Whether all N tokens leave it."""
         return self.place + 1 == self.span
 
-    def forward(self, x: Tensor | Spanned, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor | Spanned:
+    def forward(self, x: Tensor | Spanned, attn_mask: Tensor | None = None,
+                is_causal: bool = False) -> Tensor | Spanned:
         x = self.received(x, attn_mask, is_causal, "a block that merges tokens")
         if self.span > 1:
             check_reentrant(x)
@@ -54,7 +56,8 @@ class TokenBlock(HoldingBlock):
         return self.handed_on(Spanned(self.block(given.x), given.aside, given.reconstruct), self.reconstructs)
 
     def agrees(self, rule: MergeReconstruct, num_prefix_tokens: int, place: int) -> bool:
-        """Whether it is what the rule makes: its place, the number of merged tokens, and the mask, which does not train."""
+        """Whether it is what the rule makes: its place, the number of merged tokens, and the mask, which does not
+        train."""
         if (self.place, self.span) != (place, rule.span) or self.tokens is None:
             return (self.place, self.span) == (place, rule.span)
         count, mask = num_prefix_tokens + rule.num_merged, tokens.token_mask(rule, num_prefix_tokens)

@@ -1,15 +1,16 @@
-"""A last block that computes what a classifier on the prefix tokens reads, and no more; the same logits for fewer MACs."""
+"""A last block that computes what a classifier on the prefix tokens reads, and no more; the same logits for fewer
+MACs."""
 from torch import Tensor, nn
 
 from vitlab.models.attention import PrefixAttention, attention_as
 from vitlab.models.held import HoldingBlock, Merged
 from vitlab.models.match import size_mask
-from vitlab.rules import ReadOut
+from vitlab.plan.rules import ReadOut
 
 
 class ReadOutBlock(HoldingBlock):
-    """timm's Block, last of its model: (B, N, D), or what matching blocks have merged, -> (B, P, D). All N tokens are attended to; the P
-    prefix tokens ask."""
+    """timm's Block, last of its model: (B, N, D), or what matching blocks have merged, -> (B, P, D). All N tokens are
+    attended to; the P prefix tokens ask."""
 
     def __init__(self, block: nn.Module, rule: ReadOut, num_prefix_tokens: int) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
-"""Segmenter on timm's vision transformers: an encoder, dense or compressed, and a decoder that gives every pixel a class.
+"""Segmenter on timm's vision transformers: an encoder, dense or compressed, and a decoder that gives every pixel a
+class.
 
-*Segmenter: Transformer for Semantic Segmentation* (Strudel, Garcia, Laptev and Schmid, ICCV 2021, arXiv 2105.05633, section 3).
-B images, n patches in raster order on a grid of h x w, P prefix tokens, D dim of the encoder, K classes.
+*Segmenter: Transformer for Semantic Segmentation* (Strudel, Garcia, Laptev and Schmid, ICCV 2021, arXiv 2105.05633,
+section 3). B images, n patches in raster order on a grid of h x w, P prefix tokens, D dim of the encoder, K classes.
 """
 import copy
 import reprlib
@@ -13,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitlab.files import InputError
 from vitlab.models.create import architecture, create_model, rebuild
 from vitlab.models.decoders import DECODERS
 from vitlab.models.fold import Fold
 from vitlab.models.support import attention_block, check_supported, is_merged
-from vitlab.shape import is_int
+from vitlab.plan.shape import is_int
+from vitlab.runtime.files import InputError
 
 LARGEST = 2**16                                 # of any size that a file may ask for
 DEEPEST = 64                                    # blocks of a decoder that it may ask for; published ones have 2
@@ -34,7 +35,8 @@ def _is_rate(value: Any) -> bool:
 
 
 def as_encoder(model: nn.Module) -> nn.Module:
-    """A copy of a supported timm model, dense or compressed but not deployed, that gives out tokens: no classifier, no pooling.
+    """A copy of a supported timm model, dense or compressed but not deployed, that gives out tokens: no classifier, no
+    pooling.
 
     `deploy` then reconstructs the whole grid at the end, and `shape_of` and `cost` know that there is no classifier.
     Raises InputError for a family that can't be handled, and for a deployed model.
@@ -46,23 +48,26 @@ def as_encoder(model: nn.Module) -> nn.Module:
     return model
 
 
-def create_encoder(name: str, *, img_size: int | tuple[int, int], weights: str | Path | None = None, pretrained: bool = False,
-                   **args: Any) -> nn.Module:
+def create_encoder(name: str, *, img_size: int | tuple[int, int], weights: str | Path | None = None,
+                   pretrained: bool = False, **args: Any) -> nn.Module:
     """`create_model` without classifier and pooling, for images of img_size (pixels, or height and width).
 
-    A side that is no multiple of the patch is rounded up to one, as the images will be padded. timm resamples the position
-    embeddings. num_classes (among args) must be that of the weights. Raises what create_model raises.
+    A side that is no multiple of the patch is rounded up to one, as the images will be padded. timm resamples the
+    position embeddings. num_classes (among args) must be that of the weights. Raises what create_model raises.
     """
     size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     with torch.device("meta"):                  # the patch's size alone, without memory
         patch = create_model(name, **args).patch_embed.patch_size
-    return as_encoder(create_model(name, weights=weights, pretrained=pretrained, img_size=multiple(size, patch), **args))
+    return as_encoder(create_model(name, weights=weights, pretrained=pretrained, img_size=multiple(size, patch),
+                                   **args))
 
 
 def encoder_source(encoder: nn.Module) -> dict[str, Any]:
-    """`architecture` of an encoder, from which `rebuild_encoder` builds the same dense one again, with random weights."""
+    """`architecture` of an encoder, from which `rebuild_encoder` builds the same dense one again, with random
+    weights."""
     source = architecture(encoder)
-    pool = {"global_pool": "token"} if hasattr(encoder, "dist_token") else {}   # timm builds a distilled DeiT with no other
+    # timm builds a distilled DeiT with no other
+    pool = {"global_pool": "token"} if hasattr(encoder, "dist_token") else {}
     return {**source, "args": {**source["args"], **pool}}
 
 
@@ -95,11 +100,12 @@ def segmenter_source(model: "Segmenter") -> dict[str, Any]:
 
 
 def rebuild_segmenter(encoder: Any, source: Any, most: int | None = None) -> "Segmenter":
-    """The dense Segmenter of an `encoder_source` and a `segmenter_source`, with random weights. Raises InputError naming what is wrong,
-    and, before any memory is taken, where it would have more than `most` parameters."""
-    numbers = {"head_dim": lambda v: is_int(v) and 1 <= v <= LARGEST, "depth": lambda v: is_int(v) and 1 <= v <= DEEPEST,
-               "drop": _is_rate, "drop_path": _is_rate}
-    known = {"num_classes": lambda v: is_int(v) and 2 <= v <= LARGEST, "decoder": lambda v: isinstance(v, str) and v in DECODERS,
+    """The dense Segmenter of an `encoder_source` and a `segmenter_source`, with random weights. Raises InputError
+    naming what is wrong, and, before any memory is taken, where it would have more than `most` parameters."""
+    numbers = {"head_dim": lambda v: is_int(v) and 1 <= v <= LARGEST,
+               "depth": lambda v: is_int(v) and 1 <= v <= DEEPEST, "drop": _is_rate, "drop_path": _is_rate}
+    known = {"num_classes": lambda v: is_int(v) and 2 <= v <= LARGEST,
+             "decoder": lambda v: isinstance(v, str) and v in DECODERS,
              "norm_eps": lambda v: v is None or _is_number(v) and 0 < v < 1,
              "args": lambda v: isinstance(v, dict) and all(k in numbers and numbers[k](n) for k, n in v.items())}
     for name, fits in known.items():
@@ -113,7 +119,8 @@ def rebuild_segmenter(encoder: Any, source: Any, most: int | None = None) -> "Se
         with torch.device("meta"):              # sizes alone, without memory
             count = sum(p.numel() for p in build().parameters())
         if count > most:
-            raise InputError(f"a Segmenter of {count:,} parameters; the weights beside it are those of {most:,} at most")
+            raise InputError(f"a Segmenter of {count:,} parameters; the weights beside it are those of {most:,} at "
+                             f"most")
     model = build()
     if source["norm_eps"] is not None:
         set_norm_eps(model.encoder, source["norm_eps"])
@@ -121,12 +128,13 @@ def rebuild_segmenter(encoder: Any, source: Any, most: int | None = None) -> "Se
 
 
 class Segmenter(nn.Module):
-    """Images (B, 3, H, W), normalised -> logits (B, K, H, W): padded to a multiple of the patch at the right and bottom, encoded,
-    decoded patch by patch, upsampled bilinearly, cropped.
+    """Images (B, 3, H, W), normalised -> logits (B, K, H, W): padded to a multiple of the patch at the right and
+    bottom, encoded, decoded patch by patch, upsampled bilinearly, cropped.
 
-    encoder: a supported timm model in any form (dense, compressed, deployed), best made by `create_encoder` or `as_encoder`.
-    decoder: a name in DECODERS; args are its own. num_classes: K, at least 2. Raises InputError for another decoder, argument or
-    family, and in the forward for an image of a size that the encoder is not for, or an encoder that gives no whole grid.
+    encoder: a supported timm model in any form (dense, compressed, deployed), best made by `create_encoder` or
+    `as_encoder`. decoder: a name in DECODERS; args are its own. num_classes: K, at least 2. Raises InputError for
+    another decoder, argument or family, and in the forward for an image of a size that the encoder is not for, or an
+    encoder that gives no whole grid.
     """
 
     def __init__(self, encoder: nn.Module, num_classes: int, decoder: str = "mask_transformer", **args: Any) -> None:
@@ -135,7 +143,8 @@ class Segmenter(nn.Module):
             raise InputError(f"decoder {decoder!r} is not known; known are {sorted(DECODERS)}")
         if num_classes < 2:
             raise InputError(f"num_classes is {num_classes}; at least 2 are needed")
-        if not any(isinstance(block, Fold) for block in getattr(encoder, "blocks", ())):        # of a deployed model, supported before
+        # of a deployed model, supported before
+        if not any(isinstance(block, Fold) for block in getattr(encoder, "blocks", ())):
             check_supported(encoder)
         self.encoder, self.num_classes, self.decoder_name, self.decoder_args = encoder, num_classes, decoder, args
         args = {"head_dim": attention_block(encoder.blocks[0]).attn.head_dim, **args}
@@ -145,7 +154,8 @@ class Segmenter(nn.Module):
             raise InputError(f"decoder {decoder}: {error}") from None
 
     def __getattr__(self, name: str) -> Any:
-        """A Segmenter shows its encoder's parts (SHOWN) as its own: what reads or hooks them need not know the difference."""
+        """A Segmenter shows its encoder's parts (SHOWN) as its own: what reads or hooks them need not know the
+        difference."""
         return getattr(self.encoder, name) if name in SHOWN else super().__getattr__(name)
 
     @property
@@ -163,24 +173,28 @@ class Segmenter(nn.Module):
         return copy.deepcopy(self, {id(self.encoder): encoder})
 
     def at_size(self, img_size: tuple[int, int]) -> "Segmenter":
-        """A copy for images of another size (height, width), rounded up to a multiple of the patch; timm resamples the position
-        embeddings. Raises InputError where tokens are cut by their place."""
+        """A copy for images of another size (height, width), rounded up to a multiple of the patch; timm resamples the
+        position embeddings. Raises InputError where tokens are cut by their place."""
         model = copy.deepcopy(self)
         if is_merged(model):
-            raise InputError("tokens are cut for one size of images; take the dense model to another size, and compress it there")
+            raise InputError("tokens are cut for one size of images; take the dense model to another size, and "
+                             "compress it there")
         model.encoder.set_input_size(img_size=multiple(img_size, model.patch_embed.patch_size))
         return model
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
-        """The next multiples of the patch. Raises InputError where they are not the encoder's size, and it has but one."""
+        """The next multiples of the patch. Raises InputError where they are not the encoder's size, and it has but
+        one."""
         size = multiple((height, width), self.encoder.patch_embed.patch_size)
         if size != self.img_size and self.encoder.patch_embed.strict_img_size:
-            raise InputError(f"an image of {height} x {width} came in; the encoder is for {self.img_size[0]} x {self.img_size[1]}: "
+            raise InputError(f"an image of {height} x {width} came in; the encoder is for {self.img_size[0]} x "
+                             f"{self.img_size[1]}: "
                              "segment it by windows of that size, or create the encoder for this one")
         return size
 
     def patch_logits(self, images: Tensor) -> Tensor:
-        """Logits of the patches: (B, 3, H, W), padded to a multiple of the patch p x q -> (B, K, ceil(H / p), ceil(W / q))."""
+        """Logits of the patches: (B, 3, H, W), padded to a multiple of the patch p x q -> (B, K, ceil(H / p), ceil(W /
+        q))."""
         images = pad(images, self.padded_size(*images.shape[2:]))
         return self._decoded(self.encoder.forward_features(images), images.shape[2:])
 
@@ -189,15 +203,18 @@ class Segmenter(nn.Module):
         grid = tuple(side // p for side, p in zip(size, self.encoder.patch_embed.patch_size))
         prefix = self.encoder.num_prefix_tokens
         if tokens.shape[1] != prefix + grid[0] * grid[1]:
-            raise InputError(f"the encoder gives {tokens.shape[1]} tokens for {prefix} prefix tokens and a grid of {grid[0]} x {grid[1]}; "
-                             "dense prediction needs the whole grid: a plan that neither selects nor reads out, and `as_encoder` before "
+            raise InputError(f"the encoder gives {tokens.shape[1]} tokens for {prefix} prefix tokens and a grid of "
+                             f"{grid[0]} x {grid[1]}; "
+                             "dense prediction needs the whole grid: a plan that neither selects nor reads out, and "
+                             "`as_encoder` before "
                              "`deploy`")
-        patches = self.encoder.fc_norm(tokens[:, prefix:])                      # the final norm of models that pool by average
+        # the final norm of models that pool by average
+        patches = self.encoder.fc_norm(tokens[:, prefix:])
         return self.decoder(patches).transpose(1, 2).unflatten(2, grid)
 
     def upsample(self, logits: Tensor, size: Sequence[int]) -> Tensor:
-        """Logits of the patches (B, K, h, w) -> of the pixels of an image of that size (B, K, H, W), in float32 at least: losses are
-        taken of them, under autocast too."""
+        """Logits of the patches (B, K, h, w) -> of the pixels of an image of that size (B, K, H, W), in float32 at
+        least: losses are taken of them, under autocast too."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         padded = tuple(side * p for side, p in zip(logits.shape[2:], self.encoder.patch_embed.patch_size))
         return F.interpolate(logits, size=padded, mode="bilinear")[:, :, :size[0], :size[1]]
@@ -206,7 +223,8 @@ class Segmenter(nn.Module):
         return self.upsample(self.patch_logits(images), images.shape[2:])
 
     def forward_head(self, tokens: Tensor) -> Tensor:
-        """What follows the encoder's last norm: tokens (B, P + n, D) of an image of its own size -> logits of the pixels."""
+        """What follows the encoder's last norm: tokens (B, P + n, D) of an image of its own size -> logits of the
+        pixels."""
         return self.upsample(self._decoded(tokens, self.img_size), self.img_size)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -219,6 +237,7 @@ class Segmenter(nn.Module):
         return {f"{part}.{name}" for part, names in parts.items() for name in names}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Groups of parameters for timm's layer decay: the encoder's blocks, the last norm with the last of them, then the decoder."""
+        """Groups of parameters for timm's layer decay: the encoder's blocks, the last norm with the last of them, then
+        the decoder."""
         return {"stem": r"^encoder\.(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre|dist_token)",
                 "blocks": [(r"^encoder\.blocks\.(\d+)", None), (r"^encoder\.(?:norm|fc_norm)\.", (99999,))]}

@@ -4,19 +4,19 @@ import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from vitlab import tokens
 from vitlab.models.attention import KeyedAttention, attention_as
 from vitlab.models.held import unmasked
 from vitlab.models.support import plain_linear
-from vitlab.rules import Select
+from vitlab.plan import tokens
+from vitlab.plan.rules import Select
 
 
 def class_attention(attn: Attention, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The class token's row of the softmax attention, averaged over heads: x (B, N, D), normed -> (B, N).
 
-    weight (2 H d, D), bias (2 H d): the query and key rows of the heads that rank, a copy of their own. Without q/k norm,
-    q . (W_k x_j + b_k) = (W_k^T q) . x_j + a number that is the same for every j, which the softmax cancels: no key is
-    computed, and the row costs B H D N multiply-adds.
+    weight (2 H d, D), bias (2 H d): the query and key rows of the heads that rank, a copy of their own. Without q/k
+    norm, q . (W_k x_j + b_k) = (W_k^T q) . x_j + a number that is the same for every j, which the softmax cancels: no
+    key is computed, and the row costs B H D N multiply-adds.
     """
     query_weight, key_weight = weight.unflatten(0, (2, -1, attn.head_dim))      # (H, d, D) each
     query_bias, key_bias = (None, None) if bias is None else bias.chunk(2)
@@ -35,8 +35,8 @@ def class_attention(attn: Attention, x: Tensor, weight: Tensor, bias: Tensor | N
 class SelectBlock(nn.Module):
     """timm's Block whose tokens are selected after the attention's residual; static shapes, fused attention stays on.
 
-    With ranked_by "kept", the block's own attention ranks. With "all", a copy of all heads' query and key weights as they were when
-    the block was made stays for the ranking alone, and does not train.
+    With ranked_by "kept", the block's own attention ranks. With "all", a copy of all heads' query and key weights as
+    they were when the block was made stays for the ranking alone, and does not train.
     """
 
     def __init__(self, block: nn.Module, rule: Select, num_prefix_tokens: int) -> None:
@@ -48,7 +48,8 @@ class SelectBlock(nn.Module):
         self.register_buffer("rank_bias", None if bias is None else bias[:2 * attn.attn_dim].detach().clone())
         if not every:
             block.attn = attention_as(KeyedAttention, attn)
-        self.block, self.kept, self.ranked_by, self.num_prefix_tokens = block, rule.kept, rule.ranked_by, num_prefix_tokens
+        self.block, self.num_prefix_tokens = block, num_prefix_tokens
+        self.kept, self.ranked_by = rule.kept, rule.ranked_by
 
     def attend(self, normed: Tensor) -> tuple[Tensor, Tensor]:
         """(the attention's output (B, N, D), what ranks the tokens (B, N), higher stays) for x (B, N, D), normed."""

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from vitlab.models.held import unmasked
 from vitlab.models.match import size_mask
-from vitlab.rules import SharedUpdate
+from vitlab.plan.rules import SharedUpdate
 
 
 class SharedUpdateBlock(nn.Module):
@@ -36,6 +36,7 @@ class SharedUpdateBlock(nn.Module):
         given = self.block(regions) if self.mask is None else self.block(regions, attn_mask=self.mask)
         given = torch.cat([given, torch.zeros_like(given[:, :1])], dim=1)
         same = given[:, self.num_prefix_tokens:].index_select(1, self.regions)                  # (B, n, D) Block(z)_c
-        away = patches - means.index_select(1, self.regions)                    # what sets a token apart; all of it outside regions
+        # what sets a token apart; all of it outside regions
+        away = patches - means.index_select(1, self.regions)
         own = away if self.own is None else self.own * away
         return torch.cat([given[:, :self.num_prefix_tokens], same + own], dim=1)

@@ -5,8 +5,8 @@ import torch
 from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 
-from vitlab.files import InputError
 from vitlab.models.support import plain_linear
+from vitlab.runtime.files import InputError
 
 
 @torch.no_grad()

@@ -3,9 +3,9 @@ from timm.layers import Attention, Mlp, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from vitlab.files import InputError
 from vitlab.models.attention import KeyedAttention, PrefixAttention
-from vitlab.shape import ViTShape
+from vitlab.plan.shape import ViTShape
+from vitlab.runtime.files import InputError
 
 
 def encoder_of(model: nn.Module) -> nn.Module:
@@ -26,15 +26,18 @@ def finished(model: nn.Module, x: Tensor, block: int) -> Tensor:
 
 
 def runs_in_parts(model: nn.Module) -> bool:
-    """Whether `embedded` and `finished` together are what the model does: timm's own forward, and no hook on the whole."""
-    own = all(getattr(type(model), name) is getattr(VisionTransformer, name) for name in ("forward", "forward_features", "__call__"))
+    """Whether `embedded` and `finished` together are what the model does: timm's own forward, and no hook on the
+    whole."""
+    own = all(getattr(type(model), name) is getattr(VisionTransformer, name)
+              for name in ("forward", "forward_features", "__call__"))
     return own and "forward" not in vars(model) and not model._forward_hooks and not model._forward_pre_hooks
 
 
 def check_runs_in_parts(model: nn.Module) -> None:
     """InputError where it does not."""
     if not runs_in_parts(model):
-        raise InputError(f"{type(model).__name__} has a forward of its own, or a hook on the whole of it; it is gone through by timm's own "
+        raise InputError(f"{type(model).__name__} has a forward of its own, or a hook on the whole of it; it is gone "
+                         f"through by timm's own "
                          "forward, block by block: remove the hook, or make what it does a part of the patch embedding")
 
 
@@ -46,10 +49,11 @@ def attention_block(block: nn.Module) -> nn.Module:
 
 
 def plain_linear(linear: nn.Module) -> nn.Linear:
-    """The layer itself, whose weights are to be read. Raises InputError for whatever else stands for a Linear: its weights are not all
-    that it does."""
+    """The layer itself, whose weights are to be read. Raises InputError for whatever else stands for a Linear: its
+    weights are not all that it does."""
     if type(linear) is not nn.Linear:
-        raise InputError(f"a {type(linear).__module__}.{type(linear).__name__} stands for a Linear there, whose weights are needed; merge "
+        raise InputError(f"a {type(linear).__module__}.{type(linear).__name__} stands for a Linear there, whose "
+                         f"weights are needed; merge "
                          "adapters into the weights, or compress before they are added")
     return linear
 
@@ -93,14 +97,16 @@ def check_supported(model: nn.Module) -> None:
 
 
 def classes_of(model: nn.Module) -> int:
-    """Classes of a timm model: as many as its classifier gives out, which may have been replaced without its num_classes."""
+    """Classes of a timm model: as many as its classifier gives out, which may have been replaced without its
+    num_classes."""
     if isinstance(model.head, nn.Identity):
         return 0
     return model.head.out_features if isinstance(model.head, nn.Linear) else model.num_classes
 
 
 def _shape(model: nn.Module, num_heads: int, num_neurons: int) -> ViTShape:
-    """Sizes of a model whose dense form has so many heads and neurons in each block; of a Segmenter with its decoder's."""
+    """Sizes of a model whose dense form has so many heads and neurons in each block; of a Segmenter with its
+    decoder's."""
     whole, model = model, encoder_of(model)
     first, classifiers, embed = attention_block(model.blocks[0]), model.get_classifier(), model.patch_embed
     decoder = {} if whole is model else {"decoder": whole.decoder_name, "decoder_depth": whole.decoder_depth}
@@ -124,7 +130,7 @@ def shape_of(model: nn.Module) -> ViTShape:
 
 
 def shape_before_cutting(model: nn.Module, plan_shape: ViTShape) -> ViTShape:
-    """Sizes of the dense form of a model that was compressed by a plan for `plan_shape`. Raises InputError for a family that
-    can't be handled; whether the rest agrees is for the caller to check."""
+    """Sizes of the dense form of a model that was compressed by a plan for `plan_shape`. Raises InputError for a family
+    that can't be handled; whether the rest agrees is for the caller to check."""
     check_supported(model)
     return _shape(model, plan_shape.num_heads, plan_shape.num_neurons)

@@ -1,4 +1,5 @@
-"""A timm model whose tokens are cut: still an instance of its class, and what timm's methods would get wrong of it is refused."""
+"""A timm model whose tokens are cut: still an instance of its class, and what timm's methods would get wrong of it is
+refused."""
 import functools
 from typing import Any
 
@@ -6,15 +7,16 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from vitlab.files import InputError
 from vitlab.models.fold import Fold, FoldedBlock
 from vitlab.models.read_out import ReadOutBlock
 from vitlab.models.select import SelectBlock
-from vitlab.shape import POOL_TOKEN
+from vitlab.plan.shape import POOL_TOKEN
+from vitlab.runtime.files import InputError
 
 
 class ImageSize:
-    """A forward pre-hook of a patch embedding: cut tokens are places on one grid, so an image of another size (or turned) is refused."""
+    """A forward pre-hook of a patch embedding: cut tokens are places on one grid, so an image of another size (or
+    turned) is refused."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.size = tuple(size)
@@ -24,7 +26,8 @@ class ImageSize:
             return
         height, width = inputs[0].shape[-2:]
         if (height, width) != self.size:
-            raise InputError(f"an image of {height} x {width} came in; the plan is for {self.size[0]} x {self.size[1]} (another size "
+            raise InputError(f"an image of {height} x {width} came in; the plan is for {self.size[0]} x {self.size[1]} "
+                             f"(another size "
                              "needs its own plan)")
 
 
@@ -33,7 +36,8 @@ class TokensCut:
 
     @property
     def gives_prefix_alone(self) -> bool:
-        """Whether no patch is left at the end: tokens are read out, or a deployed model is folded for class-token pooling."""
+        """Whether no patch is left at the end: tokens are read out, or a deployed model is folded for class-token
+        pooling."""
         last, prefix = self.blocks[-1], self.num_prefix_tokens
         return isinstance(last, ReadOutBlock) or isinstance(last, Fold) and len(last.matrix) == prefix
 
@@ -45,29 +49,35 @@ class TokensCut:
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         pool_type = self.global_pool if pool_type is None else pool_type
         if self.gives_prefix_alone and pool_type != POOL_TOKEN:
-            raise InputError(f"the model pools by {pool_type!r}, but only its prefix tokens are left at the end; {POOL_TOKEN!r} is "
+            raise InputError(f"the model pools by {pool_type!r}, but only its prefix tokens are left at the end; "
+                             f"{POOL_TOKEN!r} is "
                              "needed, or the dense model compressed for this pooling")
         return super().pool(x, pool_type)
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
-        raise InputError("tokens are cut for images of one size; set the dense model's size, and compress it by a plan for that")
+        raise InputError("tokens are cut for images of one size; set the dense model's size, and compress it by a plan "
+                         "for that")
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         if not self.keeps_grid:
-            raise InputError("there is no token grid between the blocks of a deployed model, or after tokens were selected or read out; "
+            raise InputError("there is no token grid between the blocks of a deployed model, or after tokens were "
+                             "selected or read out; "
                              "take intermediates from the training form of a plan that merges")
         return super().forward_intermediates(*args, **kwargs)
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
         if any(isinstance(block, FoldedBlock) for block in self.blocks):
-            raise InputError("a deployed model is folded across its blocks, so none can be left out; prune the training form's")
+            raise InputError("a deployed model is folded across its blocks, so none can be left out; prune the "
+                             "training form's")
         return super().prune_intermediate_layers(*args, **kwargs)
 
     def __prepare_scriptable__(self) -> None:
-        raise InputError("torch.jit.script can't take a model whose tokens are cut; torch.export and torch.jit.trace can")
+        raise InputError("torch.jit.script can't take a model whose tokens are cut; torch.export and torch.jit.trace "
+                         "can")
 
     def __reduce_ex__(self, protocol: int) -> tuple:
-        return _empty, (_kind_of(self),), self.__dict__                         # the classes are made here, where pickle can't find them
+        # the classes are made here, where pickle can't find them
+        return _empty, (_kind_of(self),), self.__dict__
 
 
 @functools.cache

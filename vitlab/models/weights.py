@@ -13,20 +13,23 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from vitlab.files import InputError, first_line
+from vitlab.runtime.files import InputError, first_line
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".pth.tar", ".ckpt")
 # Where a training checkpoint has the weights; averages first.
 INSIDE = ("state_dict_ema", "ema_state_dict", "model_ema", "teacher", "state_dict", "model")
-ANCHOR = "patch_embed.proj.weight"              # every vision transformer has it; what stands before it stands before all its names
+# every vision transformer has it; what stands before it stands before all its names
+ANCHOR = "patch_embed.proj.weight"
 CONVERTED = "visual.trunk."                     # OpenCLIP's prefix, which timm's own conversion needs
-PRETRAINING = ("mask_token", "decoder", "dino_head.", "ibot_head.", "projector.", "predictor.")     # what only pre-training has a use for
+# what only pre-training has a use for
+PRETRAINING = ("mask_token", "decoder", "dino_head.", "ibot_head.", "projector.", "predictor.")
 _NUMPY = np._core.multiarray
 POINTER = b"version https://git-lfs.github.com/spec"
-# Besides tensors and Python's plain data, checkpoints hold settings, paths, times, and numpy's numbers and texts. Building these runs
+# Besides tensors and Python's plain data, checkpoints hold settings, paths, times, and numpy's numbers and texts.
+# Building these runs
 # nothing of a file's; an array of objects is not among them. A defaultdict becomes a dict: torch fills no other kind.
-HARMLESS = [argparse.Namespace, datetime.date, datetime.datetime, datetime.timedelta, datetime.timezone, dict, float, int, list,
-            (lambda *_: {}, "collections.defaultdict"),
+HARMLESS = [argparse.Namespace, datetime.date, datetime.datetime, datetime.timedelta, datetime.timezone, dict, float,
+            int, list, (lambda *_: {}, "collections.defaultdict"),
             np.dtype, np.ndarray, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdFDUSMm"},
             *((getattr(_NUMPY, name), f"numpy.{core}.multiarray.{name}")
               for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
@@ -45,8 +48,8 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """All that a weights file or training checkpoint holds: tensors, plain data, and what is HARMLESS. Raises InputError naming the
-    file where it is missing, damaged, one of several shards, or would build anything else."""
+    """All that a weights file or training checkpoint holds: tensors, plain data, and what is HARMLESS. Raises
+    InputError naming the file where it is missing, damaged, one of several shards, or would build anything else."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
@@ -73,7 +76,8 @@ def _fault(path: Path, error: Exception) -> str:
     if not isinstance(error, pickle.UnpicklingError) and "weights_only" not in str(error):
         return f"can't be read, it may be cut short ({first_line(error)})"
     named = _named(path, str(error))
-    return f"holds more than weights, or is damaged; nothing of it was run or loaded ({named}save model.state_dict() alone)"
+    return (f"holds more than weights, or is damaged; nothing of it was run or loaded "
+            f"({named}save model.state_dict() alone)")
 
 
 def _named(path: Path, said: str) -> str:
@@ -89,21 +93,24 @@ def _named(path: Path, said: str) -> str:
 
 
 def _is_state(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(t, Tensor) and isinstance(k, str) for k, t in value.items())
+    return isinstance(value, dict) and bool(value) and all(isinstance(t, Tensor) and isinstance(k, str) for k,
+                                                           t in value.items())
 
 
 def state_of(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
-    """The state dict in what `read_file` gave: it itself, one INSIDE, or the only other one. Raises InputError naming the file where
-    there are several, or anything but tensors."""
+    """The state dict in what `read_file` gave: it itself, one INSIDE, or the only other one. Raises InputError naming
+    the file where there are several, or anything but tensors."""
     inside = next((content[key] for key in INSIDE if isinstance(content.get(key), dict)), None)
     if inside is None:
         others = {key: value for key, value in content.items() if _is_state(value)}
         if len(others) > 1:
-            raise InputError(f"{path}: {', '.join(map(repr, others))} each hold weights; save those that are meant in a file of their own")
+            raise InputError(f"{path}: {', '.join(map(repr, others))} each hold weights; save those that are meant in "
+                             f"a file of their own")
         inside = next(iter(others.values()), content)
     wrong = [k for k, v in inside.items() if not isinstance(v, Tensor) or not isinstance(k, str)]
     if wrong or not inside:
-        raise InputError(f"{path}: " + (f"{wrong[0]!r} is not a tensor, or not its name" if wrong else "holds no weights"))
+        raise InputError(f"{path}: "
+                         + (f"{wrong[0]!r} is not a tensor, or not its name" if wrong else "holds no weights"))
     check_plain(inside, path)
     return inside
 
@@ -116,27 +123,37 @@ def check_plain(state: dict[str, Tensor], path: str | Path) -> None:
             raise InputError(f"{path}: {name!r} is {kind}; real numbers in a plain tensor are needed")
 
 
-def unwrapped(state: dict[str, Tensor], own: dict[str, Tensor], path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
-    """(the tensors of the model alone, without what stands before their names; the names of the others) of a file by whatever wraps
-    models: DDP, torch.compile, Lightning, a student beside its teacher. own: the state of such a model; where the file holds several,
-    the one that has most of its names and shapes is meant, of two the average (ema). Raises InputError where others have as many."""
-    prefixes = sorted({name.removesuffix(ANCHOR).removesuffix(CONVERTED) for name in state if name.endswith(ANCHOR)}) or [""]
-    fits = {p: sum(p + name in state and state[p + name].shape == value.shape for name, value in own.items()) for p in prefixes}
+def unwrapped(state: dict[str, Tensor], own: dict[str, Tensor],
+              path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
+    """(the tensors of the model alone, without what stands before their names; the names of the others) of a file by
+    whatever wraps models: DDP, torch.compile, Lightning, a student beside its teacher. own: the state of such a model;
+    where the file holds several, the one that has most of its names and shapes is meant, of two the average (ema).
+    Raises InputError where others have as many."""
+    prefixes = sorted({name.removesuffix(ANCHOR).removesuffix(CONVERTED) for name in state
+                       if name.endswith(ANCHOR)}) or [""]
+    fits = {p: sum(p + name in state and state[p + name].shape == value.shape for name, value in own.items())
+            for p in prefixes}
     best, *more = (p for p in prefixes if fits[p] == max(fits.values()))
     averages = [p for p in (best, *more) if re.search(r"(^|[._])ema[._]", p)]
     best, *more = averages if len(averages) == 1 else (best, *more)
     if more:
-        raise InputError(f"{path}: the weights below {best!r} and {more[0]!r} fit alike; save those that are meant in a file of "
+        raise InputError(f"{path}: the weights below {best!r} and {more[0]!r} fit alike; save those that are meant in "
+                         f"a file of "
                          "their own")
     others = tuple(p for p in prefixes if p != best and p.startswith(best))
-    inner = {name: value for name, value in state.items() if name.startswith(best) and not (others and name.startswith(others))}
-    return {name.removeprefix(best): value for name, value in inner.items()}, [name for name in state if name not in inner]
+    inner = {name: value for name,
+             value in state.items() if name.startswith(best) and not (others and name.startswith(others))}
+    return {name.removeprefix(best): value for name,
+            value in inner.items()}, [name for name in state if name not in inner]
 
 
-def by_timms_names(state: dict[str, Tensor], model: VisionTransformer, path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
-    """(the state under the names of timm's VisionTransformer, the names of what is left out: parts that only pre-training has) of any
-    layout that timm converts; no position embedding is resampled. model: one of that architecture without pos_embed, on the meta device."""
-    left = [name for name in state if name == "mask_token" or "pre_logits" in name]         # what timm's conversion drops
+def by_timms_names(state: dict[str, Tensor], model: VisionTransformer,
+                   path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
+    """(the state under the names of timm's VisionTransformer, the names of what is left out: parts that only
+    pre-training has) of any layout that timm converts; no position embedding is resampled. model: one of that
+    architecture without pos_embed, on the meta device."""
+    # what timm's conversion drops
+    left = [name for name in state if name == "mask_token" or "pre_logits" in name]
     # A DINOv2 training has its blocks in chunks: blocks.CHUNK.BLOCK.
     state = {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name): value for name, value in state.items()}
     try:
@@ -149,7 +166,8 @@ def by_timms_names(state: dict[str, Tensor], model: VisionTransformer, path: str
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """Load all or nothing; InputError names the file and the first keys that are missing, unknown or of another shape."""
+    """Load all or nothing; InputError names the file and the first keys that are missing, unknown or of another
+    shape."""
     check_fits(model, state, path)
     model.load_state_dict(state)
 

@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitlab.files import InputError
 from vitlab.models.segmenter import pad
+from vitlab.runtime.files import InputError
 
 Model = Callable[[Tensor], Tensor]              # images (B, C, h, w) -> logits (B, K, h, w)
 
 
 def starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along a side: every stride pixels, and the last one at the end. window <= length, 1 <= stride <= window."""
+    """Where windows begin along a side: every stride pixels, and the last one at the end. window <= length, 1 <= stride
+    <= window."""
     return [*range(0, length - window, stride), length - window]
 
 
@@ -25,12 +26,15 @@ def windows(size: tuple[int, int], window: tuple[int, int], stride: tuple[int, i
     Raises InputError where the window is larger than the image, or the stride leaves gaps.
     """
     if any(not 1 <= w <= side for w, side in zip(window, size)):
-        raise InputError(f"a window of {window[0]} x {window[1]} in an image of {size[0]} x {size[1]}; each side must lie in "
+        raise InputError(f"a window of {window[0]} x {window[1]} in an image of {size[0]} x {size[1]}; each side must "
+                         f"lie in "
                          f"[1, {size[0]}] and [1, {size[1]}]")
     if any(not 1 <= s <= w for s, w in zip(stride, window)):
-        raise InputError(f"a stride of {stride[0]} x {stride[1]} for windows of {window[0]} x {window[1]}; to cover every pixel it must "
+        raise InputError(f"a stride of {stride[0]} x {stride[1]} for windows of {window[0]} x {window[1]}; to cover "
+                         f"every pixel it must "
                          f"lie in [1, {window[0]}] and [1, {window[1]}]")
-    return [(top, left) for top in starts(size[0], window[0], stride[0]) for left in starts(size[1], window[1], stride[1])]
+    return [(top, left) for top in starts(size[0], window[0], stride[0])
+            for left in starts(size[1], window[1], stride[1])]
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
@@ -41,8 +45,9 @@ def slide(model: Model, images: Tensor, *, window: int | tuple[int, int], stride
           batch_size: int = 8) -> Tensor:
     """Logits (B, K, H, W) of images (B, C, H, W): in each pixel the mean over the windows that hold it.
 
-    stride None: the window, no more overlap than the last ones need. An image smaller than the window is padded with zeros at the
-    right and bottom, as the model pads it. batch_size windows at a time. Raises InputError as `windows` does.
+    stride None: the window, no more overlap than the last ones need. An image smaller than the window is padded with
+    zeros at the right and bottom, as the model pads it. batch_size windows at a time. Raises InputError as `windows`
+    does.
     """
     height, width = images.shape[2:]
     window = _pair(window)
@@ -55,7 +60,8 @@ def slide(model: Model, images: Tensor, *, window: int | tuple[int, int], stride
         some = parts[first:first + batch_size]
         logits = model(torch.stack([images[b, :, top:top + window[0], left:left + window[1]] for b, top, left in some]))
         if total is None:
-            exact = torch.promote_types(logits.dtype, torch.float32)            # sums of many windows, under autocast too
+            # sums of many windows, under autocast too
+            exact = torch.promote_types(logits.dtype, torch.float32)
             total = logits.new_zeros(len(images), logits.shape[1], *images.shape[2:], dtype=exact)
             counts = logits.new_zeros(len(images), 1, *images.shape[2:], dtype=exact)
         for (b, top, left), given in zip(some, logits):
@@ -65,13 +71,14 @@ def slide(model: Model, images: Tensor, *, window: int | tuple[int, int], stride
     return (total / counts)[:, :, :height, :width]
 
 
-def segment(model: Model, images: Tensor, *, window: int | tuple[int, int] | None = None, stride: int | tuple[int, int] | None = None,
-            scales: Sequence[float] = (1.0,), flip: bool = False, batch_size: int = 8) -> Tensor:
+def segment(model: Model, images: Tensor, *, window: int | tuple[int, int] | None = None,
+            stride: int | tuple[int, int] | None = None, scales: Sequence[float] = (1.0,), flip: bool = False,
+            batch_size: int = 8) -> Tensor:
     """Class probabilities (B, K, H, W) of images (B, C, H, W), the mean over views; argmax over K is the prediction.
 
-    A view is the images at one scale of `scales` (factors > 0), as they are or, with flip, turned left to right too; its
-    logits are resized and turned back before their softmax. window None: model.img_size. Raises InputError for no scale, one that
-    is not positive, or as `windows` does.
+    A view is the images at one scale of `scales` (factors > 0), as they are or, with flip, turned left to right too;
+    its logits are resized and turned back before their softmax. window None: model.img_size. Raises InputError for no
+    scale, one that is not positive, or as `windows` does.
     """
     if not scales or min(scales) <= 0:
         raise InputError(f"scales are {list(scales)}; at least one factor is needed, and all must be positive")

@@ -10,8 +10,9 @@ from vitlab.plots.tokens import kept_counts, matched_map, merge_map, score_maps
 from vitlab.plots.training import accuracy_against_cost, compare_plans, cost_by_part, trade_offs, training_curves
 from vitlab.plots.units import head_rollouts, plan_bars, redundancy_matrices, rollout, unit_scores
 
-__all__ = ["accuracy_against_cost", "acquisition", "class_colours", "class_iou_bars", "coloured", "compare_plans", "cost_by_part",
-           "difference", "front", "gp_slices", "head_rollouts", "incumbents", "kept_counts", "matched_map", "merge_map", "moment",
-           "outcomes", "overlaid", "parallel_coordinates", "pareto", "plan_bars", "predictions", "redundancy_matrices", "rollout",
-           "save_figure", "scene_moment", "scene_regions", "score_maps", "sensitivity", "sensitivity_curves", "to_image", "trade_offs",
-           "training_curves", "unit_scores"]
+__all__ = ["accuracy_against_cost", "acquisition", "class_colours", "class_iou_bars", "coloured", "compare_plans",
+           "cost_by_part", "difference", "front", "gp_slices", "head_rollouts", "incumbents", "kept_counts",
+           "matched_map", "merge_map", "moment", "outcomes", "overlaid", "parallel_coordinates", "pareto", "plan_bars",
+           "predictions", "redundancy_matrices", "rollout", "save_figure", "scene_moment", "scene_regions",
+           "score_maps", "sensitivity", "sensitivity_curves", "to_image", "trade_offs", "training_curves",
+           "unit_scores"]

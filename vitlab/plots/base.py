@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 PALETTE = sns.color_palette("colorblind")
-FORMATS = "VITLAB_FIGURES"                  # environment: formats that figures are saved in, such as "png,svg,pdf"; batches set it
+# environment: formats that figures are saved in, such as "png,svg,pdf"; batches set it
+FORMATS = "VITLAB_FIGURES"
 UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}        # the same figure gives the same file
 DESCRIBED = ("png", "svg")                  # formats whose metadata have a description
 
@@ -17,13 +18,14 @@ DESCRIBED = ("png", "svg")                  # formats whose metadata have a desc
 def style() -> None:
     """Set seaborn's theme and the colour-blind-safe palette; called by every plot."""
     sns.set_theme(style="ticks", context="notebook", palette=PALETTE, rc={"figure.dpi": 100, "savefig.dpi": 160,
-                                                                          "axes.titlesize": "medium", "svg.hashsalt": "vitlab",
-                                                                          "pdf.fonttype": 42})
+                                                                          "axes.titlesize": "medium",
+                                                                          "svg.hashsalt": "vitlab", "pdf.fonttype": 42})
 
 
-def save_figure(figure: Figure, folder: str | Path, name: str, caption: str = "", formats: tuple[str, ...] | None = None) -> None:
-    """Write folder/NAME.FORMAT with the caption (the conditions) below the axes, and in the PNG's or SVG's own description. formats
-    None: those that VITLAB_FIGURES names, PNG alone where it is not set."""
+def save_figure(figure: Figure, folder: str | Path, name: str, caption: str = "",
+                formats: tuple[str, ...] | None = None) -> None:
+    """Write folder/NAME.FORMAT with the caption (the conditions) below the axes, and in the PNG's or SVG's own
+    description. formats None: those that VITLAB_FIGURES names, PNG alone where it is not set."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if caption:
@@ -35,7 +37,8 @@ def save_figure(figure: Figure, folder: str | Path, name: str, caption: str = ""
 
 
 def _hold_legends(figure: Figure) -> None:
-    """Fix where the figure's own legends stand: saved together with what lies below the figure, they would move over it."""
+    """Fix where the figure's own legends stand: saved together with what lies below the figure, they would move over
+    it."""
     if figure.legends:
         figure.canvas.draw()                    # lays it out
         figure.set_layout_engine("none")
@@ -55,5 +58,6 @@ def to_image(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.n
 def new_axes(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
     """A grid of axes (rows, columns), always two-dimensional; width and height of one in inches."""
     style()
-    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False,
+                                layout="constrained")
     return figure, axes

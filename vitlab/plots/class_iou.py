@@ -7,29 +7,31 @@ import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from vitlab.plan.shape import require
 from vitlab.plots.base import PALETTE, new_axes
 from vitlab.plots.units import as_array, legend_above
-from vitlab.shape import require
-from vitlab.uncertainty import plus_minus
+from vitlab.runtime.uncertainty import plus_minus
 
 PER_ROW = 45                                    # classes in one row of bars, so that their names can be read
 
 
 def class_iou_bars(ious: Mapping[str, Any], classes: Sequence[str], *, by: str | None = None,
                    errors: Mapping[str, float | None] | None = None) -> Figure:
-    """IoU of each class in per cent: a group of bars per class, a bar per model; the legend has their means (mIoU), with the standard
-    errors {model: points} that are known.
+    """IoU of each class in per cent: a group of bars per class, a bar per model; the legend has their means (mIoU),
+    with the standard errors {model: points} that are known.
 
-    ious {model: (K) in per cent, NaN for a class in neither the truth nor the prediction}. by: the model by whose IoU classes are
-    sorted, the highest first; None: in the order of their numbers. A class that is NaN for all models is left out; below it is named,
-    and so are those that are NaN for some. Raises InputError for no model, another number of classes, a value out of [0, 100], no
-    class that is left, or an unknown model in `by`.
+    ious {model: (K) in per cent, NaN for a class in neither the truth nor the prediction}. by: the model by whose IoU
+    classes are sorted, the highest first; None: in the order of their numbers. A class that is NaN for all models is
+    left out; below it is named, and so are those that are NaN for some. Raises InputError for no model, another number
+    of classes, a value out of [0, 100], no class that is left, or an unknown model in `by`.
     """
     require(len(ious) > 0, "no model was given")
     values = {name: as_array(each) for name, each in ious.items()}
     for name, each in values.items():
-        require(each.shape == (len(classes),), f"{name}: IoU of {each.shape}; one of each of {len(classes)} classes is needed")
-        require(bool(((each >= 0) & (each <= 100) | np.isnan(each)).all()), f"{name}: an IoU is not in [0, 100] per cent")
+        require(each.shape == (len(classes),), f"{name}: IoU of {each.shape}; one of each of {len(classes)} classes is "
+                                               f"needed")
+        require(bool(((each >= 0) & (each <= 100) | np.isnan(each)).all()), f"{name}: an IoU is not in [0, 100] per "
+                                                                            f"cent")
     require(by is None or by in values, f"by is {by!r}; known are {list(values)}")
     gone = np.isnan(np.stack(list(values.values()))).all(axis=0)                # (K)
     left = [i for i in range(len(classes)) if not gone[i]]

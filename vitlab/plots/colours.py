@@ -1,26 +1,30 @@
 """A colour for each class of a segmentation, told apart by people with any colour vision; and masks in these colours.
 
 Each colour is the one farthest from all before it (farthest-point sampling) in CIELAB (CIE 1976). How far is the
-geometric mean of the distance seen with normal colour vision and of the least among that and those seen with protanopia and
-deuteranopia, simulated as by Vienot, Brettel and Mollon (Color Research & Application 24(4), 1999). The least alone would make all
-colours blue or yellow.
+geometric mean of the distance seen with normal colour vision and of the least among that and those seen with protanopia
+and deuteranopia, simulated as by Vienot, Brettel and Mollon (Color Research & Application 24(4), 1999). The least alone
+would make all colours blue or yellow.
 """
 import functools
 from typing import Any
 
 import numpy as np
 
-from vitlab.files import InputError
-from vitlab.shape import is_int, require
+from vitlab.plan.shape import is_int, require
+from vitlab.runtime.files import InputError
 
-IGNORE = 255                                    # class of pixels that count for nothing; the data sets' own, on a floor of equal height
+# class of pixels that count for nothing; the data sets' own, on a floor of equal height
+IGNORE = 255
 GREY = 0.62                                     # of ignored pixels
 MOST = 255                                      # classes that a mask of bytes can hold beside the ignored one
 LIGHTNESS, CHROMA = (30, 90), (28, 80)          # CIELAB's L* and chroma that colours have: none is black, white or grey
 STEPS = 24                                      # values of each of red, green and blue that are candidates
 
-TO_XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]])  # IEC 61966
-# Linear red, green and blue of what is seen without the long (protanopia) or the medium cones (deuteranopia): the matrices of
+# IEC 61966
+TO_XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750],
+                   [0.0193339, 0.1191920, 0.9503041]])
+# Linear red, green and blue of what is seen without the long (protanopia) or the medium cones (deuteranopia): the
+# matrices of
 # Vienot et al. to cones, of what cones are missing, and back, multiplied.
 WITHOUT = (np.array([[0.11238, 0.88762, 0.0], [0.11238, 0.88762, 0.0], [0.00401, -0.00401, 1.0]]),
            np.array([[0.29275, 0.70725, 0.0], [0.29275, 0.70725, 0.0], [-0.02234, 0.02234, 1.0]]))
@@ -35,7 +39,8 @@ def lab(light: np.ndarray) -> np.ndarray:
     """CIELAB (..., 3) of linear red, green and blue (..., 3), white being D65."""
     xyz = light @ TO_XYZ.T / TO_XYZ.sum(axis=1)
     root = np.where(xyz > (6 / 29) ** 3, np.cbrt(np.maximum(xyz, 0)), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
-    return np.stack([116 * root[..., 1] - 16, 500 * (root[..., 0] - root[..., 1]), 200 * (root[..., 1] - root[..., 2])], axis=-1)
+    return np.stack([116 * root[..., 1] - 16, 500 * (root[..., 0] - root[..., 1]), 200 * (root[..., 1] - root[..., 2])],
+                    axis=-1)
 
 
 def seen(colours: np.ndarray) -> np.ndarray:
@@ -51,7 +56,8 @@ def _all_colours() -> np.ndarray:
     colours = np.stack(np.meshgrid(side, side, side, indexing="ij"), axis=-1).reshape(-1, 3)
     lightness, *ab = lab(linear(colours)).T
     chroma = np.hypot(*ab)
-    colours = colours[(lightness >= LIGHTNESS[0]) & (lightness <= LIGHTNESS[1]) & (chroma >= CHROMA[0]) & (chroma <= CHROMA[1])]
+    colours = colours[(lightness >= LIGHTNESS[0]) & (lightness <= LIGHTNESS[1]) & (chroma >= CHROMA[0])
+                      & (chroma <= CHROMA[1])]
     places, found = seen(colours), []                           # (3, candidates, 3)
 
     def far(colour: np.ndarray) -> np.ndarray:
@@ -70,14 +76,17 @@ def class_colours(num_classes: int) -> np.ndarray:
 
     Raises InputError unless 1 <= num_classes <= 255.
     """
-    require(is_int(num_classes) and 1 <= num_classes <= MOST, f"num_classes is {num_classes!r}; an integer from 1 to {MOST} is needed")
+    require(is_int(num_classes) and 1 <= num_classes <= MOST, f"num_classes is {num_classes!r}; an integer from 1 to "
+                                                              f"{MOST} is needed")
     return _all_colours()[:num_classes].copy()
 
 
 def check_mask(mask: Any, num_classes: int, what: str, ignore: int = IGNORE) -> np.ndarray:
-    """A mask as integers (H, W). Raises InputError that begins with `what` for another shape, kind of number, or a class out of range."""
+    """A mask as integers (H, W). Raises InputError that begins with `what` for another shape, kind of number, or a
+    class out of range."""
     mask = np.asarray(mask)
-    require(mask.ndim == 2 and mask.dtype.kind in "iu", f"{what}: {mask.dtype} of {mask.shape}; integers (H, W) are needed")
+    require(mask.ndim == 2 and mask.dtype.kind in "iu", f"{what}: {mask.dtype} of {mask.shape}; integers (H, W) are "
+                                                        f"needed")
     wrong = (mask != ignore) & ((mask < 0) | (mask >= num_classes))
     if wrong.any():
         raise InputError(f"{what}: holds class {int(mask[wrong][0])}; 0 to {num_classes - 1} and {ignore} are known")
@@ -85,8 +94,8 @@ def check_mask(mask: Any, num_classes: int, what: str, ignore: int = IGNORE) -> 
 
 
 def coloured(mask: Any, colours: np.ndarray, ignore: int = IGNORE) -> np.ndarray:
-    """(H, W, 3) in [0, 1] of a mask (H, W): each class in its colour (K, 3), ignored pixels grey. Raises InputError for a class
-    without a colour."""
+    """(H, W, 3) in [0, 1] of a mask (H, W): each class in its colour (K, 3), ignored pixels grey. Raises InputError for
+    a class without a colour."""
     mask = check_mask(mask, len(colours), "a mask", ignore)
     table = np.concatenate([colours, [[GREY] * 3]])
     return table[np.where(mask == ignore, len(colours), mask)]

@@ -11,22 +11,23 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from vitlab.plan.shape import require
 from vitlab.plots.base import PALETTE, new_axes
 from vitlab.plots.points import error_bars
 from vitlab.plots.search import group_of
 from vitlab.plots.units import MARKERS, as_array, legend_above
-from vitlab.shape import require
 
-SPREAD = 5                      # times that one group's largest loss may be another's before their common axis turns logarithmic
+# times that one group's largest loss may be another's before their common axis turns logarithmic
+SPREAD = 5
 
 
 def sensitivity(drops: dict[str, dict[str, Sequence[float]]], *, label: str,
                 errors: dict[str, dict[str, Sequence[float | None]]] | None = None) -> Figure:
     """What cutting in one block costs: an axis per dimension, a line per criterion over the blocks.
 
-    drops: {"neurons": {"hsic": [drop of block 0, 1, ..], ..}, "heads": ..}; label names their unit, such as points of top-1
-    lost per GMAC removed. errors: one standard error of each, where they are known. A criterion has one colour and marker on all axes,
-    and stands beside the others, so that bars can be told apart.
+    drops: {"neurons": {"hsic": [drop of block 0, 1, ..], ..}, "heads": ..}; label names their unit, such as points of
+    top-1 lost per GMAC removed. errors: one standard error of each, where they are known. A criterion has one colour
+    and marker on all axes, and stands beside the others, so that bars can be told apart.
     """
     figure, (axes,) = new_axes(1, len(drops), 9.4 / max(len(drops), 2), 3.6)
     criteria = list(dict.fromkeys(name for lines in drops.values() for name in lines))
@@ -49,11 +50,13 @@ def sensitivity(drops: dict[str, dict[str, Sequence[float]]], *, label: str,
 
 
 def sensitivity_curves(rows: Sequence[dict[str, Any]], *, loss_label: str, saved_label: str) -> Figure:
-    """What a dimension loses when it is cut alone against what that saves: an axis per group of dimensions, a line per block.
+    """What a dimension loses when it is cut alone against what that saves: an axis per group of dimensions, a line per
+    block.
 
-    rows: of each cut its dimension ("neurons 3"), loss and saved, in the units that the labels name, and its loss_se, one standard
-    error, where it is known; (0, 0) is drawn for every line. Later blocks are darker; a dimension of no block is black. All axes
-    share y, which is logarithmic above the gentlest group's largest loss where the groups lie far apart.
+    rows: of each cut its dimension ("neurons 3"), loss and saved, in the units that the labels name, and its loss_se,
+    one standard error, where it is known; (0, 0) is drawn for every line. Later blocks are darker; a dimension of no
+    block is black. All axes share y, which is logarithmic above the gentlest group's largest loss where the groups lie
+    far apart.
     """
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
@@ -72,8 +75,10 @@ def sensitivity_curves(rows: Sequence[dict[str, Any]], *, loss_label: str, saved
     for row in rows:
         if row["dimension"] and row.get("loss_se") is not None:
             colour, known = colours.to_rgba(blocks[row["dimension"]]) if row["dimension"] in blocks else "black", True
-            error_bars(axes[0, groups.index(group_of(row["dimension"]))], [row["saved"]], [row["loss"]], [row["loss_se"]], ecolor=colour)
-    worst = {group: max(loss for name, points in lines.items() if group_of(name) == group for _, loss in points) for group in groups}
+            error_bars(axes[0, groups.index(group_of(row["dimension"]))], [row["saved"]], [row["loss"]],
+                       [row["loss_se"]], ecolor=colour)
+    worst = {group: max(loss for name, points in lines.items() if group_of(name) == group for _, loss in points)
+             for group in groups}
     highest, least = max(worst.values()) or 1.0, min(worst.values())
     wide = 0 < least < highest / SPREAD                         # the gentlest group would be a flat line
     for axis, group in zip(axes[0], groups):

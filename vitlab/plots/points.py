@@ -1,11 +1,12 @@
-"""Measured models as points of a figure: a line through them, how sure each is, and a mark where a speed-up is too noisy to tell."""
+"""Measured models as points of a figure: a line through them, how sure each is, and a mark where a speed-up is too
+noisy to tell."""
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 
-from vitlab.results import noisy
+from vitlab.runtime.results import noisy
 
 NOISY = "hollow: too noisy to tell from 1"
 
@@ -33,7 +34,8 @@ def error_bars(axis: Axes, xs: Any, ys: Any, errors: Sequence[float | None] | No
 
 
 def draw_points(axis: Axes, points: Iterable[Sequence[Any]], label: str, **look: Any) -> None:
-    """A line through points (what `Point` takes) in order of cost, with their bars; noisy ones are hollow. look: of the line."""
+    """A line through points (what `Point` takes) in order of cost, with their bars; noisy ones are hollow. look: of the
+    line."""
     made = sorted((Point(*point) for point in points), key=lambda point: point[:2])
     xs, ys = [point.cost for point in made], [point.value for point in made]
     line, = axis.plot(xs, ys, label=label, **look)
@@ -49,11 +51,13 @@ def draw_points(axis: Axes, points: Iterable[Sequence[Any]], label: str, **look:
 
 
 def legend_beside(axes: Sequence[Axes], points: Iterable[Sequence[Any]] = ()) -> None:
-    """One legend to the right of a row of panels, of what is drawn in any of them; points: all of them, whose bars it explains."""
-    drawn = {(line.get_label(), line.get_marker(), line.get_color()): line for axis in axes for line in axis.get_legend_handles_labels()[0]}
+    """One legend to the right of a row of panels, of what is drawn in any of them; points: all of them, whose bars it
+    explains."""
+    drawn = {(line.get_label(), line.get_marker(), line.get_color()): line for axis in axes
+             for line in axis.get_legend_handles_labels()[0]}
     made = [Point(*point) for point in points]
     notes = (["bars: one standard error"] if any(p.error is not None for p in made) else []) + (
         ["across: range of the ratio"] if any(p.span is not None and p.span[0] < p.span[1] for p in made) else []) + (
         [NOISY] if any(p.noisy for p in made) else [])
-    axes[-1].legend(handles=list(drawn.values()), frameon=False, bbox_to_anchor=(1.02, 1), loc="upper left", alignment="left",
-                    title="\n".join(notes) or None, title_fontsize="small")
+    axes[-1].legend(handles=list(drawn.values()), frameon=False, bbox_to_anchor=(1.02, 1), loc="upper left",
+                    alignment="left", title="\n".join(notes) or None, title_fontsize="small")

@@ -1,4 +1,5 @@
-"""Figures of segmented scenes: what each pixel is taken for, what compression changes there, which patches become one token."""
+"""Figures of segmented scenes: what each pixel is taken for, what compression changes there, which patches become one
+token."""
 from collections.abc import Mapping, Sequence
 from textwrap import fill
 from typing import Any
@@ -10,30 +11,35 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from vitlab.files import InputError
 from vitlab.plan import CompressionPlan
+from vitlab.plan.rules import Match, MergeReconstruct, Select, SharedUpdate
+from vitlab.plan.shape import ViTShape, require
 from vitlab.plots.base import PALETTE, new_axes
 from vitlab.plots.colours import GREY, IGNORE, check_mask, class_colours, coloured, overlaid
 from vitlab.plots.tokens import _draw_borders, region_means, tinted
-from vitlab.rules import Match, MergeReconstruct, Select, SharedUpdate
-from vitlab.shape import ViTShape, require
+from vitlab.runtime.files import InputError
 
 OPACITY = 0.6                                   # of a mask over its image
 RIGHT, WRONG, LOST, GAINED = range(4)
 OUTCOMES = {RIGHT: ("right in both", (0.93,) * 3), WRONG: ("wrong in both", (0.25,) * 3),
-            LOST: ("lost: the first alone is right", PALETTE[1]), GAINED: ("gained: the second alone is right", PALETTE[0])}
+            LOST: ("lost: the first alone is right", PALETTE[1]),
+            GAINED: ("gained: the second alone is right", PALETTE[0])}
 FINE = 400                                      # patches from which borders are drawn thinner
 
 
 def outcomes(truth: Any, before: Any, after: Any, num_classes: int, ignore: int = IGNORE) -> np.ndarray:
-    """(H, W) of RIGHT (before and after), WRONG (in both), LOST (right before alone), GAINED (right after alone) or `ignore`.
+    """(H, W) of RIGHT (before and after), WRONG (in both), LOST (right before alone), GAINED (right after alone) or
+    `ignore`.
 
-    truth, before, after: class numbers (H, W); where the truth is `ignore`, nothing counts. Raises InputError where sizes differ, or
-    a class is out of range.
+    truth, before, after: class numbers (H, W); where the truth is `ignore`, nothing counts. Raises InputError where
+    sizes differ, or a class is out of range.
     """
     truth, before, after = (check_mask(each, num_classes, what, ignore)
-                            for each, what in ((truth, "the truth"), (before, "the first prediction"), (after, "the second prediction")))
-    require(truth.shape == before.shape == after.shape, f"the truth is {truth.shape}, the predictions {before.shape} and {after.shape}")
+                            for each,
+                            what in ((truth, "the truth"), (before, "the first prediction"),
+                                     (after, "the second prediction")))
+    require(truth.shape == before.shape == after.shape, f"the truth is {truth.shape}, the predictions {before.shape} "
+                                                        f"and {after.shape}")
     was, still = before == truth, after == truth
     found = np.select([was & still, was, still], [RIGHT, LOST, GAINED], WRONG)
     return np.where(truth == ignore, ignore, found)
@@ -62,8 +68,10 @@ def _share(hit: np.ndarray, truth: np.ndarray, ignore: int) -> str:
 
 def _class_handles(masks: Sequence[np.ndarray], classes: Sequence[str], ignore: int) -> list[Patch]:
     """A square per class that occurs in one of the masks, and for ignored pixels."""
-    found, colours = np.unique(np.concatenate([np.unique(mask) for mask in masks])).tolist(), class_colours(len(classes))
-    return [Patch(color=(GREY,) * 3 if i == ignore else colours[i], label="ignored" if i == ignore else classes[i]) for i in found]
+    found, colours = np.unique(np.concatenate([np.unique(mask)
+                                               for mask in masks])).tolist(), class_colours(len(classes))
+    return [Patch(color=(GREY,) * 3 if i == ignore else colours[i], label="ignored" if i == ignore else classes[i])
+            for i in found]
 
 
 def _outcome_handles() -> list[Patch]:
@@ -72,10 +80,11 @@ def _outcome_handles() -> list[Patch]:
 
 def _legend(figure: Figure, handles: Sequence[Patch], place: str, title: str = "") -> float:
     """A legend of squares above ("upper") or below ("lower") all axes; gives its height in inches."""
-    widths, room = [5 + len(handle.get_label()) for handle in handles], int(13 * figure.get_figwidth())        # in letters
+    # in letters
+    widths, room = [5 + len(handle.get_label()) for handle in handles], int(13 * figure.get_figwidth())
     columns = len(handles) if sum(widths) <= room else max(1, room // max(widths))
-    figure.legend(handles=handles, loc=f"outside {place} center", ncols=columns, frameon=False, fontsize=9, handlelength=1.2,
-                  columnspacing=1.5, title=title or None, title_fontsize=9)
+    figure.legend(handles=handles, loc=f"outside {place} center", ncols=columns, frameon=False, fontsize=9,
+                  handlelength=1.2, columnspacing=1.5, title=title or None, title_fontsize=9)
     return 0.25 + 0.2 * (-(-len(handles) // columns) + len(title.splitlines()))
 
 
@@ -88,9 +97,10 @@ def _bare(axis: Axes, image: np.ndarray, title: str = "", below: str = "") -> No
 
 def _checked(truths: Sequence[Any], predicted: Mapping[str, Sequence[Any]], count: int, num_classes: int,
              ignore: int) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
-    """Masks of so many images as integers. Raises InputError where there is no image or model, a number of masks or a size differs, or a
-    class is out of range."""
-    require(count > 0 and len(predicted) > 0, f"{count} images and {len(predicted)} models; one of each at least is needed")
+    """Masks of so many images as integers. Raises InputError where there is no image or model, a number of masks or a
+    size differs, or a class is out of range."""
+    require(count > 0 and len(predicted) > 0, f"{count} images and {len(predicted)} models; one of each at least is "
+                                              f"needed")
     found = {}
     for name, masks in {"truth": truths, **predicted}.items():
         require(len(masks) == count, f"{name}: {len(masks)} masks for {count} images")
@@ -100,20 +110,22 @@ def _checked(truths: Sequence[Any], predicted: Mapping[str, Sequence[Any]], coun
     return found.pop("truth"), found
 
 
-def predictions(images: Sequence[np.ndarray], truths: Sequence[np.ndarray], predicted: Mapping[str, Sequence[np.ndarray]],
-                classes: Sequence[str], *, opacity: float = OPACITY, ignore: int = IGNORE) -> Figure:
-    """A row per image: the image, its truth, each model's prediction over the image, and for each model after the first what it lost
-    and gained against the first; below a prediction stands the share of pixels that are right.
+def predictions(images: Sequence[np.ndarray], truths: Sequence[np.ndarray],
+                predicted: Mapping[str, Sequence[np.ndarray]], classes: Sequence[str], *, opacity: float = OPACITY,
+                ignore: int = IGNORE) -> Figure:
+    """A row per image: the image, its truth, each model's prediction over the image, and for each model after the first
+    what it lost and gained against the first; below a prediction stands the share of pixels that are right.
 
-    images (H, W, 3) in [0, 1]; truths (H, W); predicted {model: masks (H, W) of the images}, the first model being the dense one;
-    classes: the K names. opacity of the masks, [0, 1]. The legend has the classes that occur. Raises InputError where there is no
-    image or model, numbers or sizes differ, or a class is out of range.
+    images (H, W, 3) in [0, 1]; truths (H, W); predicted {model: masks (H, W) of the images}, the first model being the
+    dense one; classes: the K names. opacity of the masks, [0, 1]. The legend has the classes that occur. Raises
+    InputError where there is no image or model, numbers or sizes differ, or a class is out of range.
     """
     require("truth" not in predicted, "a model is named 'truth'; another name is needed")
     truths, shown = _checked(truths, predicted, len(images), len(classes), ignore)
     (first, dense), *others = shown.items()
     models, against = list(shown), [f"{name} against {first}" for name, _ in others]
-    rows = [["image", "truth", *models, *against]] if len(models) < 3 else [["image", *models], ["truth", None, *against]]
+    rows = [["image", "truth", *models, *against]] if len(models) < 3 else [["image", *models],
+                                                                            ["truth", None, *against]]
     colours, columns = class_colours(len(classes)), len(rows[0])
     wide = min(3.2, 9.6 / columns)
     high = wide * max(image.shape[0] / image.shape[1] for image in images) + 0.3
@@ -122,11 +134,13 @@ def predictions(images: Sequence[np.ndarray], truths: Sequence[np.ndarray], pred
         grey = in_grey(image)
         panels = {"image": (image, ""), "truth": (overlaid(grey, truth, colours, opacity, ignore), "")}
         for name, masks in shown.items():
-            panels[name] = overlaid(grey, masks[index], colours, opacity, ignore), f"{_share(masks[index] == truth, truth, ignore)} right"
+            panels[name] = overlaid(grey, masks[index], colours, opacity,
+                                    ignore), f"{_share(masks[index] == truth, truth, ignore)} right"
         for title, (_, masks) in zip(against, others):
             found = outcomes(truth, dense[index], masks[index], len(classes), ignore)
             panels[title] = (outcomes_coloured(found, ignore),
-                             f"lost {_share(found == LOST, truth, ignore)}, gained {_share(found == GAINED, truth, ignore)}")
+                             f"lost {_share(found == LOST, truth, ignore)}, gained "
+                             f"{_share(found == GAINED, truth, ignore)}")
         for line, names in zip(axes[index * len(rows):], rows):
             for axis, name in zip(line, names):
                 if name is None:
@@ -137,17 +151,20 @@ def predictions(images: Sequence[np.ndarray], truths: Sequence[np.ndarray], pred
     legends = 0.0
     if others:
         legends += _legend(figure, _outcome_handles(), "upper")
-    legends += _legend(figure, _class_handles([*truths, *(mask for masks in shown.values() for mask in masks)], classes, ignore), "lower")
+    legends += _legend(figure,
+                       _class_handles([*truths, *(mask for masks in shown.values() for mask in masks)], classes,
+                                      ignore), "lower")
     titles = 0.35 * (len(images) * len(rows) if len(rows) > 1 else 1)
     figure.set_figheight(high * len(axes) + titles + legends)
     return figure
 
 
 def fitted_to(image: np.ndarray, shape: ViTShape) -> np.ndarray:
-    """A scene (h, w, 3), at most as large as the model's images, continued at the right and bottom to their size by its last row and
-    column, so that the patch grid divides it. Raises InputError for a larger one."""
+    """A scene (h, w, 3), at most as large as the model's images, continued at the right and bottom to their size by its
+    last row and column, so that the patch grid divides it. Raises InputError for a larger one."""
     missing = [side - given for side, given in zip(shape.img_size, image.shape)]
-    require(min(missing) >= 0, f"the image is {image.shape[0]} x {image.shape[1]}, the model's {shape.img_size[0]} x {shape.img_size[1]}; "
+    require(min(missing) >= 0, f"the image is {image.shape[0]} x {image.shape[1]}, the model's {shape.img_size[0]} x "
+                               f"{shape.img_size[1]}; "
                                "no larger one is needed")
     return np.pad(image, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge")
 
@@ -155,16 +172,18 @@ def fitted_to(image: np.ndarray, shape: ViTShape) -> np.ndarray:
 def regions_of(plan: CompressionPlan, block: int, places: Mapping[int, Any] | None = None) -> tuple[Tensor, np.ndarray]:
     """(region (n) of each patch in a block, from 0, or -1 for none; whether it is pruned (n)).
 
-    places {block: (n)}: what `token_places` gives of one image, for rules by content. Raises InputError for a block that is not
-    there, or one by content without places.
+    places {block: (n)}: what `token_places` gives of one image, for rules by content. Raises InputError for a block
+    that is not there, or one by content without places.
     """
-    require(0 <= block < plan.shape.depth, f"block {block} is not there; the model has blocks 0 to {plan.shape.depth - 1}")
+    require(0 <= block < plan.shape.depth, f"block {block} is not there; the model has blocks 0 to "
+                                           f"{plan.shape.depth - 1}")
     rule, n = plan.rules()[block][0], plan.shape.num_patches               # inside a span, that of its first block
     if isinstance(rule, (MergeReconstruct, SharedUpdate)):
         return torch.tensor(rule.regions), np.isin(np.arange(n), rule.pruned)
     if places is not None and block in places:
         regions = torch.as_tensor(places[block])
-        require(tuple(regions.shape) == (n,), f"places of block {block} are {tuple(regions.shape)}; one of each of {n} patches is needed")
+        require(tuple(regions.shape) == (n,), f"places of block {block} are {tuple(regions.shape)}; one of each of {n} "
+                                              f"patches is needed")
         return regions, np.zeros(n, dtype=bool)
     if isinstance(rule, Select) or isinstance(rule, Match) and any(
             isinstance(each.tokens, Match) and each.tokens.merged for each in plan.blocks[:block + 1]):
@@ -172,7 +191,8 @@ def regions_of(plan: CompressionPlan, block: int, places: Mapping[int, Any] | No
     return torch.arange(n), np.zeros(n, dtype=bool)
 
 
-def _draw_regions(axis: Axes, image: np.ndarray, regions: Tensor, pruned: np.ndarray, shape: ViTShape, block: int) -> None:
+def _draw_regions(axis: Axes, image: np.ndarray, regions: Tensor, pruned: np.ndarray, shape: ViTShape,
+                  block: int) -> None:
     """A scene (h, w, 3) with borders around its tokens, and its pruned patches in orange."""
     height, width = image.shape[:2]
     title = f"block {block}: {len(regions)} patches in {int(regions.max()) + 1} tokens"
@@ -181,12 +201,14 @@ def _draw_regions(axis: Axes, image: np.ndarray, regions: Tensor, pruned: np.nda
     axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
 
 
-def scene_regions(image: np.ndarray, plan: CompressionPlan, blocks: Sequence[int], places: Mapping[int, Any] | None = None) -> Figure:
-    """What a block sees of a scene, a column per block: above, the image with a border around the patches of each token, pruned
-    patches in orange; below (of one block: beside it), each token in its mean colour.
+def scene_regions(image: np.ndarray, plan: CompressionPlan, blocks: Sequence[int],
+                  places: Mapping[int, Any] | None = None) -> Figure:
+    """What a block sees of a scene, a column per block: above, the image with a border around the patches of each
+    token, pruned patches in orange; below (of one block: beside it), each token in its mean colour.
 
-    image (h, w, 3) in [0, 1], at the model's own scale and no larger than its images. places {block: (n)} of the image, for
-    blocks that merge by content (`token_places`). Raises InputError as `regions_of` and `fitted_to` do, or for no block.
+    image (h, w, 3) in [0, 1], at the model's own scale and no larger than its images. places {block: (n)} of the image,
+    for blocks that merge by content (`token_places`). Raises InputError as `regions_of` and `fitted_to` do, or for no
+    block.
     """
     require(len(blocks) > 0, "no block was named; one at least is needed")
     shape, (height, width) = plan.shape, image.shape[:2]
@@ -194,7 +216,8 @@ def scene_regions(image: np.ndarray, plan: CompressionPlan, blocks: Sequence[int
     wide = 9.6 / max(columns, 2)
     grid = (1, 2) if len(blocks) == 1 else (2 * -(-len(blocks) // columns), columns)
     figure, axes = new_axes(*grid, wide, wide * height / width + 0.2)
-    pairs = axes if len(blocks) == 1 else axes.reshape(-1, 2, columns).transpose(0, 2, 1).reshape(-1, 2)       # (blocks or more, 2)
+    # (blocks or more, 2)
+    pairs = axes if len(blocks) == 1 else axes.reshape(-1, 2, columns).transpose(0, 2, 1).reshape(-1, 2)
     for axis in axes.flat:
         axis.set_axis_off()
     orange = False
@@ -211,10 +234,12 @@ def scene_regions(image: np.ndarray, plan: CompressionPlan, blocks: Sequence[int
     return figure
 
 
-def scene_moment(image: np.ndarray, truth: Any, dense: Any, compressed: Any, classes: Sequence[str], plan: CompressionPlan, block: int,
-                 places: Mapping[int, Any] | None = None, *, opacity: float = OPACITY, note: str = "", ignore: int = IGNORE) -> Figure:
-    """One scene under one plan: the image, its truth and the tokens of a block; the dense model's prediction, the compressed one's, and
-    what is lost and gained. note: lines below. The rest, and what raises, as in `predictions` and `scene_regions`."""
+def scene_moment(image: np.ndarray, truth: Any, dense: Any, compressed: Any, classes: Sequence[str],
+                 plan: CompressionPlan, block: int, places: Mapping[int, Any] | None = None, *,
+                 opacity: float = OPACITY, note: str = "", ignore: int = IGNORE) -> Figure:
+    """One scene under one plan: the image, its truth and the tokens of a block; the dense model's prediction, the
+    compressed one's, and what is lost and gained. note: lines below. The rest, and what raises, as in `predictions` and
+    `scene_regions`."""
     (truth,), shown = _checked([truth], {"dense": [dense], "compressed": [compressed]}, 1, len(classes), ignore)
     (dense,), (compressed,) = shown.values()
     require(image.shape[:2] == truth.shape, f"the image is {image.shape}, its truth {truth.shape}")
@@ -227,10 +252,12 @@ def scene_moment(image: np.ndarray, truth: Any, dense: Any, compressed: Any, cla
     _bare(axes[0, 1], overlaid(grey, truth, colours, opacity, ignore), "truth")
     _draw_regions(axes[0, 2], image, regions, pruned, plan.shape, block)
     for axis, name, mask in ((axes[1, 0], "dense", dense), (axes[1, 1], "compressed", compressed)):
-        _bare(axis, overlaid(grey, mask, colours, opacity, ignore), name, f"{_share(mask == truth, truth, ignore)} right")
+        _bare(axis, overlaid(grey, mask, colours, opacity, ignore), name, f"{_share(mask == truth, truth, ignore)} "
+                                                                          f"right")
     _bare(axes[1, 2], outcomes_coloured(found, ignore), "compressed against dense",
           f"lost {_share(found == LOST, truth, ignore)}, gained {_share(found == GAINED, truth, ignore)}")
     legends = _legend(figure, _outcome_handles(), "upper")
-    legends += _legend(figure, _class_handles([truth, dense, compressed], classes, ignore), "lower", fill(note, int(13 * 3 * wide)))
+    legends += _legend(figure, _class_handles([truth, dense, compressed], classes, ignore), "lower",
+                       fill(note, int(13 * 3 * wide)))
     figure.set_figheight(2 * high + legends)
     return figure

@@ -1,4 +1,5 @@
-"""Figures of a search over policies: how fast it finds, what its surrogate (a Gaussian process, GP) believes, what it found."""
+"""Figures of a search over policies: how fast it finds, what its surrogate (a Gaussian process, GP) believes, what it
+found."""
 import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -14,12 +15,13 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from vitlab.plan.shape import require
 from vitlab.plots.base import PALETTE, new_axes, style
 from vitlab.plots.points import error_bars
 from vitlab.plots.units import MARKERS, as_array, legend_above
-from vitlab.shape import require
 
-DEPTH = 15                      # natural logarithms below the highest that an axis of log EI reaches; the measured are far below
+# natural logarithms below the highest that an axis of log EI reaches; the measured are far below
+DEPTH = 15
 
 
 def group_of(name: str) -> str:
@@ -41,9 +43,9 @@ def incumbents(curves: dict[str, Sequence[Sequence[float]]], *, label: str,
                errors: Mapping[str, Sequence[float | None]] | None = None) -> Figure:
     """The best value so far (higher is better) against evaluations, a line per strategy, with a dot where it changes.
 
-    curves {strategy: a list of values per seed, one value per evaluation}; label names the value. The line is the median over
-    seeds, the band their least to largest. One seed is a line alone, or where `errors` {strategy: one per evaluation} are known a line
-    in a band of one standard error of the best.
+    curves {strategy: a list of values per seed, one value per evaluation}; label names the value. The line is the
+    median over seeds, the band their least to largest. One seed is a line alone, or where `errors` {strategy: one per
+    evaluation} are known a line in a band of one standard error of the best.
     """
     figure, axes = new_axes(1, 1, 9.0, 4.4)
     axis, banded = axes[0, 0], False
@@ -71,12 +73,13 @@ def incumbents(curves: dict[str, Sequence[Sequence[float]]], *, label: str,
     return figure
 
 
-def gp_slices(names: Sequence[str], grids: Any, means: Any, deviations: Any, incumbent: Any, value: float, label: str) -> Figure:
+def gp_slices(names: Sequence[str], grids: Any, means: Any, deviations: Any, incumbent: Any, value: float,
+              label: str) -> Figure:
     """One small axis per dimension of the policy: the GP along that dimension, all others held at the incumbent.
 
-    grids, means, deviations (D, G): places, and there the GP's mean and standard deviation; incumbent (D,) is the best policy
-    and value its measured value, drawn as a dot on a vertical line. The band is the mean +/- 2 deviations. label names the
-    value. All axes share y; a colour is a group of dimensions, told by the letters its names begin with.
+    grids, means, deviations (D, G): places, and there the GP's mean and standard deviation; incumbent (D,) is the best
+    policy and value its measured value, drawn as a dot on a vertical line. The band is the mean +/- 2 deviations. label
+    names the value. All axes share y; a colour is a group of dimensions, told by the letters its names begin with.
     """
     grids, means, deviations, incumbent = (as_array(x) for x in (grids, means, deviations, incumbent))
     for what, given in (("grids", grids), ("means", means), ("deviations", deviations), ("incumbent", incumbent)):
@@ -88,7 +91,8 @@ def gp_slices(names: Sequence[str], grids: Any, means: Any, deviations: Any, inc
     colours = {group: PALETTE[index % len(PALETTE)] for index, group in enumerate(groups)}
     low, high = min((means - 2 * deviations).min(), value), max((means + 2 * deviations).max(), value)
     margin = 0.06 * (high - low) or 1.0
-    same = bool((grids[:, [0, -1]] == grids[0, [0, -1]]).all())                 # one range: its ticks stand below each column only
+    # one range: its ticks stand below each column only
+    same = bool((grids[:, [0, -1]] == grids[0, [0, -1]]).all())
     for index, (axis, name) in enumerate(zip(axes.flat, names)):
         colour = colours[group_of(name)]
         axis.fill_between(grids[index], means[index] - 2 * deviations[index], means[index] + 2 * deviations[index],
@@ -114,13 +118,14 @@ def gp_slices(names: Sequence[str], grids: Any, means: Any, deviations: Any, inc
     return figure
 
 
-def acquisition(steps: Any, log_ei: Any, values: Any = None, incumbents: Any = None, *, means: Any = None, deviations: Any = None,
-                errors: Sequence[float | None] | None = None, label: str = "value") -> Figure:
-    """The log expected improvement (EI) of each proposed policy at its step; below it, if given, what was then measured.
+def acquisition(steps: Any, log_ei: Any, values: Any = None, incumbents: Any = None, *, means: Any = None,
+                deviations: Any = None, errors: Sequence[float | None] | None = None, label: str = "value") -> Figure:
+    """The log expected improvement (EI) of each proposed policy at its step; below it, if given, what was then
+    measured.
 
-    All are (T,). values: measured, as dots, with bars of their standard errors where `errors` are known; incumbents: the best before
-    or at the step, as a stepped line; means and deviations: what the GP predicted of the policy, as marks with bars of +/- one
-    deviation. label names the measured value.
+    All are (T,). values: measured, as dots, with bars of their standard errors where `errors` are known; incumbents:
+    the best before or at the step, as a stepped line; means and deviations: what the GP predicted of the policy, as
+    marks with bars of +/- one deviation. label names the measured value.
     """
     require(deviations is None or means is not None, "deviations are given without means")
     known = errors is not None and any(error is not None for error in errors)
@@ -137,10 +142,12 @@ def acquisition(steps: Any, log_ei: Any, values: Any = None, incumbents: Any = N
         if incumbents is not None:
             axis.plot(steps, as_array(incumbents), drawstyle="steps-post", color="0.5", label=measured[2][1])
         if means is not None:
-            axis.errorbar(steps, as_array(means), None if deviations is None else as_array(deviations), color=PALETTE[1], marker="s",
-                          markersize=4, linestyle="none", elinewidth=1.2, label=measured[1][1])
+            axis.errorbar(steps, as_array(means), None if deviations is None else as_array(deviations),
+                          color=PALETTE[1], marker="s", markersize=4, linestyle="none", elinewidth=1.2,
+                          label=measured[1][1])
         if values is not None:
-            axis.plot(steps, as_array(values), marker="o", markersize=5, color=PALETTE[0], linestyle="none", label=measured[0][1])
+            axis.plot(steps, as_array(values), marker="o", markersize=5, color=PALETTE[0], linestyle="none",
+                      label=measured[0][1])
             error_bars(axis, steps, as_array(values), errors, ecolor=PALETTE[0])
         axis.set_ylabel(label)
         legend_above(figure, *axis.get_legend_handles_labels())
@@ -151,32 +158,38 @@ def acquisition(steps: Any, log_ei: Any, values: Any = None, incumbents: Any = N
 
 
 def parallel_coordinates(names: Sequence[str], policies: Any, values: Any, label: str) -> Figure:
-    """Each policy a line over its dimensions, coloured by its value (higher is better, darker); the best is thick and on top.
+    """Each policy a line over its dimensions, coloured by its value (higher is better, darker); the best is thick and
+    on top.
 
-    names (D), policies (P, D), values (P,); label names the value. A policy whose value is not finite is left out. Vertical
-    lines part the groups of dimensions, told by the letters their names begin with.
+    names (D), policies (P, D), values (P,); label names the value. A policy whose value is not finite is left out.
+    Vertical lines part the groups of dimensions, told by the letters their names begin with.
     """
     policies, values = as_array(policies), as_array(values)
-    require(policies.shape == (len(values), len(names)), f"policies are {policies.shape}; {(len(values), len(names))} is needed")
+    require(policies.shape == (len(values), len(names)), f"policies are {policies.shape}; {(len(values), len(names))} "
+                                                         f"is needed")
     order = [int(i) for i in np.argsort(values, kind="stable") if np.isfinite(values[i])]       # the best last
     require(len(order) > 0, "no policy has a finite value")
     figure, axes = new_axes(1, 1, 9.4, 4.0)
     axis, places = axes[0, 0], np.arange(len(names))
     lines = [np.column_stack([places, policies[i]]) for i in order]                             # (D, 2) each
     widths = [1.0] * (len(order) - 1) + [3.5]
-    bundle = LineCollection(lines, cmap="viridis_r", array=values[order], linewidths=widths, alpha=[0.6] * (len(order) - 1) + [1.0])
+    bundle = LineCollection(lines, cmap="viridis_r", array=values[order], linewidths=widths,
+                            alpha=[0.6] * (len(order) - 1) + [1.0])
     axis.add_collection(bundle)
-    axis.plot(places, policies[order[-1]], marker="o", markersize=4, linestyle="none", color="white", markeredgecolor="black", zorder=3)
+    axis.plot(places, policies[order[-1]], marker="o", markersize=4, linestyle="none", color="white",
+              markeredgecolor="black", zorder=3)
     axis.autoscale_view()
     start, previous_end, raised = 0, -np.inf, False
     for group, members in groupby(names, key=group_of):
         size = len(list(members))
         if start:
             axis.axvline(start - 0.5, color="0.4", linewidth=1)
-        # About 0.32 dimensions' width per letter at D = 25: a label that would touch the one before it goes a line higher.
+        # About 0.32 dimensions' width per letter at D = 25: a label that would touch the one before it goes a line
+        # higher.
         middle, half = start + (size - 1) / 2, 0.5 * len(group) * len(names) * 0.0125
         raised = middle - half < previous_end and not raised
-        axis.text(middle, 1.08 if raised else 1.02, group, transform=axis.get_xaxis_transform(), ha="center", va="bottom", fontsize=10)
+        axis.text(middle, 1.08 if raised else 1.02, group, transform=axis.get_xaxis_transform(), ha="center",
+                  va="bottom", fontsize=10)
         previous_end, start = middle + half, start + size
     ticks = [name[len(group_of(name)):].strip(" _.[]") for name in names]
     long = max(map(len, ticks)) * len(names) > 100
@@ -187,41 +200,45 @@ def parallel_coordinates(names: Sequence[str], policies: Any, values: Any, label
     return figure
 
 
-def moment(values: Any, *, total: int, label: str, dimension: str, grid: Any = (), lines: dict[str, tuple[Any, Any, Any, float]],
-           expected: tuple[float, float] | None = None, then: float | None = None,
-           errors: Sequence[float | None] | None = None) -> Figure:
+def moment(values: Any, *, total: int, label: str, dimension: str, grid: Any = (),
+           lines: dict[str, tuple[Any, Any, Any, float]], expected: tuple[float, float] | None = None,
+           then: float | None = None, errors: Sequence[float | None] | None = None) -> Figure:
     """A search at one moment: what it has measured, and what its GP believes along one dimension of the policy.
 
-    values (K,): measured so far, label names them; errors: their standard errors, where they are known; total: evaluations on the
-    axis. expected: the GP's (mean, deviation) of the next policy; then: what was measured of it. grid (G,): fractions cut of
-    `dimension`; lines {what the other dimensions are held at: (means (G,), deviations (G,), log EI (G,), the fraction at which that
-    policy stands)}. Bands are +/- 2 deviations.
+    values (K,): measured so far, label names them; errors: their standard errors, where they are known; total:
+    evaluations on the axis. expected: the GP's (mean, deviation) of the next policy; then: what was measured of it.
+    grid (G,): fractions cut of `dimension`; lines {what the other dimensions are held at: (means (G,), deviations (G,),
+    log EI (G,), the fraction at which that policy stands)}. Bands are +/- 2 deviations.
     """
     style()
-    figure, axes = plt.subplot_mosaic([["values", "values"], ["belief", "acquisition"]], figsize=(9.4, 5.8), layout="constrained")
+    figure, axes = plt.subplot_mosaic([["values", "values"], ["belief", "acquisition"]], figsize=(9.4, 5.8),
+                                      layout="constrained")
     values, grid = as_array(values), as_array(grid)
     axis, steps = axes["values"], np.arange(len(values))
     axis.plot(steps, values, marker="o", markersize=4, linestyle="none", color=PALETTE[0], label="measured")
     error_bars(axis, steps, values, errors, ecolor=PALETTE[0])
     axis.plot(steps, np.fmax.accumulate(values), drawstyle="steps-post", color="0.4", label="best so far")
     if expected is not None:
-        axis.errorbar(len(values), expected[0], 2 * expected[1], marker="s", markersize=5, linestyle="none", color=PALETTE[1],
-                      elinewidth=1.5, label="next, expected +/- 2 deviations")
+        axis.errorbar(len(values), expected[0], 2 * expected[1], marker="s", markersize=5, linestyle="none",
+                      color=PALETTE[1], elinewidth=1.5, label="next, expected +/- 2 deviations")
     if then is not None:
-        axis.plot(len(values), then, marker="D", markersize=5, markerfacecolor="white", color=PALETTE[0], linestyle="none",
-                  label="next, then measured")
+        axis.plot(len(values), then, marker="D", markersize=5, markerfacecolor="white", color=PALETTE[0],
+                  linestyle="none", label="next, then measured")
     axis.set(xlabel="number of the evaluation", ylabel=fill(label, 28), xlim=(-0.5, max(total, len(values) + 1) - 0.5))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for colour, dash, (name, (means, deviations, log_ei, place)) in zip((PALETTE[2], PALETTE[3]), ("-", "--"), lines.items()):
+    for colour, dash, (name, (means, deviations, log_ei, place)) in zip((PALETTE[2], PALETTE[3]), ("-", "--"),
+                                                                        lines.items()):
         means, deviations, log_ei = as_array(means), as_array(deviations), as_array(log_ei)
-        axes["belief"].fill_between(grid, means - 2 * deviations, means + 2 * deviations, color=colour, alpha=0.2, linewidth=0)
+        axes["belief"].fill_between(grid, means - 2 * deviations, means + 2 * deviations, color=colour, alpha=0.2,
+                                    linewidth=0)
         for axis, curve in ((axes["belief"], means), (axes["acquisition"], log_ei)):
             axis.plot(grid, curve, color=colour, linestyle=dash, label=name)
             axis.plot(place, np.interp(place, grid, curve), marker="o", color=colour, markersize=6, linestyle="none")
     for name, what in (("belief", label), ("acquisition", "log EI")):
         axes[name].set(xlabel=f"fraction cut of {dimension}", ylabel=fill(what, 28))
         if not lines:
-            axes[name].text(0.5, 0.5, "two evaluations are needed", transform=axes[name].transAxes, ha="center", va="center")
+            axes[name].text(0.5, 0.5, "two evaluations are needed", transform=axes[name].transAxes, ha="center",
+                            va="center")
     if lines:
         highest = max(as_array(log_ei).max() for _, _, log_ei, _ in lines.values())
         axes["acquisition"].set_ylim(bottom=max(axes["acquisition"].get_ylim()[0], highest - DEPTH), top=highest + 1)

@@ -9,11 +9,10 @@ from matplotlib.figure import Figure
 from scipy.ndimage import maximum_filter
 from torch import Tensor
 
-from vitlab import tokens
-from vitlab.plan import CompressionPlan
+from vitlab.plan import CompressionPlan, tokens
+from vitlab.plan.rules import MergeReconstruct
+from vitlab.plan.shape import ViTShape
 from vitlab.plots.base import PALETTE, new_axes
-from vitlab.rules import MergeReconstruct
-from vitlab.shape import ViTShape
 
 
 def score_maps(scores: Tensor, shape: ViTShape, blocks: Sequence[int]) -> Figure:
@@ -50,8 +49,10 @@ def _draw_borders(axis, regions: np.ndarray, size: tuple[int, int], thickness: f
     """Lines where neighbouring patches belong to different regions; thickness 1: two points."""
     rows, columns = regions.shape
     dy, dx = size[0] / rows, size[1] / columns
-    segments = [((x + 1, x + 1), (y, y + 1)) for y in range(rows) for x in range(columns - 1) if regions[y, x] != regions[y, x + 1]]
-    segments += [((x, x + 1), (y + 1, y + 1)) for y in range(rows - 1) for x in range(columns) if regions[y, x] != regions[y + 1, x]]
+    segments = [((x + 1, x + 1), (y, y + 1)) for y in range(rows) for x in range(columns - 1)
+                if regions[y, x] != regions[y, x + 1]]
+    segments += [((x, x + 1), (y + 1, y + 1)) for y in range(rows - 1) for x in range(columns)
+                 if regions[y, x] != regions[y + 1, x]]
     lines = [np.stack([np.array(xs) * dx - 0.5, np.array(ys) * dy - 0.5], axis=1) for xs, ys in segments]
     for colour, width in (("black", 2.0), ("white", 0.9)):                      # seen on bright and on dark ground
         axis.add_collection(LineCollection(lines, colors=colour, linewidths=thickness * width))
@@ -81,7 +82,8 @@ def _as_image(x: Tensor, grid: tuple[int, int, int, int]) -> np.ndarray:
 
 
 def through_matrices(image: np.ndarray, rule: MergeReconstruct, shape: ViTShape) -> tuple[np.ndarray, np.ndarray]:
-    """(region means, what reconstruct @ merge gives back) of the image's patches, as images; pruned patches as they are.
+    """(region means, what reconstruct @ merge gives back) of the image's patches, as images; pruned patches as they
+    are.
 
     Pixels of a patch are treated as its token's features, so the second picture shows what the matrices keep.
     """
@@ -93,7 +95,8 @@ def through_matrices(image: np.ndarray, rule: MergeReconstruct, shape: ViTShape)
 
 
 def through_means(image: np.ndarray, regions: Tensor, weights: Tensor, shape: ViTShape) -> np.ndarray:
-    """The image with every patch replaced by the mean patch of its region, pixel by pixel; a region of one patch stays as it is.
+    """The image with every patch replaced by the mean patch of its region, pixel by pixel; a region of one patch stays
+    as it is.
 
     regions (n) from 0 without a gap, -1 for a patch by itself; weights (n), which sum to 1 in each region.
     """
@@ -112,7 +115,8 @@ def tinted(image: np.ndarray, patches: np.ndarray, shape: ViTShape) -> np.ndarra
 
 
 def bordered(image: np.ndarray, regions: np.ndarray, shape: ViTShape) -> np.ndarray:
-    """The image (h, w, 3) with a line, one pixel of white between two of black, where regions (n) change: in some ms."""
+    """The image (h, w, 3) with a line, one pixel of white between two of black, where regions (n) change: in some
+    ms."""
     labels = _upscaled(regions.reshape(shape.grid_size), image.shape[:2])
     line = np.zeros(labels.shape, dtype=bool)
     line[:, 1:] |= labels[:, 1:] != labels[:, :-1]
@@ -126,8 +130,8 @@ def merge_map(image: np.ndarray, plan: CompressionPlan, blocks: Sequence[int]) -
     """Per block, a row: the image with region borders and pruned patches dimmed, region means, and the reconstruction.
 
     image (h, w, 3) in [0, 1], h and w multiples of the grid. Pruned patches are tinted in the palette's orange.
-    The pseudo-inverse scales a patch by its weight over the squared norm of its region's weights, so the reconstruction of
-    pixels is darker or brighter than the image where the weights of a region differ.
+    The pseudo-inverse scales a patch by its weight over the squared norm of its region's weights, so the reconstruction
+    of pixels is darker or brighter than the image where the weights of a region differ.
     """
     figure, axes = new_axes(len(blocks), 3, 2.7, 2.75)
     shape = plan.shape
@@ -152,8 +156,8 @@ def merge_map(image: np.ndarray, plan: CompressionPlan, blocks: Sequence[int]) -
 
 
 def matched_map(images: Sequence[np.ndarray], places: dict[int, Tensor], shape: ViTShape) -> Figure:
-    """Per image, a row: the image, then for each block of `places` (B, n) what its patches are once tokens were merged by
-    content: those that became one token have its mean colour, and a border around them wherever they lie.
+    """Per image, a row: the image, then for each block of `places` (B, n) what its patches are once tokens were merged
+    by content: those that became one token have its mean colour, and a border around them wherever they lie.
 
     images: (h, w, 3) each, in [0, 1], h and w multiples of the grid.
     """

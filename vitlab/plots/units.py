@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from vitlab.plan import CompressionPlan
+from vitlab.plan.shape import POOL_TOKEN, ViTShape, require
 from vitlab.plots.base import PALETTE, new_axes
-from vitlab.shape import POOL_TOKEN, ViTShape, require
 
 MARKERS = "osD^v<>pX*"
 
@@ -36,7 +36,8 @@ def legend_above(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -
 
 
 def to_own_range(rows: np.ndarray, highest: float = 1.0) -> np.ndarray:
-    """(L, K) with each row's range, from its least to its quantile `highest`, moved to [0, 1]; a row of equal values becomes 0."""
+    """(L, K) with each row's range, from its least to its quantile `highest`, moved to [0, 1]; a row of equal values
+    becomes 0."""
     low, high = rows.min(axis=1, keepdims=True), np.quantile(rows, highest, axis=1, keepdims=True)
     return ((rows - low) / np.where(high > low, high - low, 1)).clip(0, 1)
 
@@ -61,18 +62,20 @@ def _cross_cut(axis: Axes, plan: CompressionPlan) -> None:
     cut = cut_heads(plan)
     for colour, width in (("black", 4.0), ("white", 1.6)):                      # seen on bright and on dark ground
         if cut:
-            axis.scatter([head for _, head in cut], [row for row, _ in cut], marker="x", s=36, color=colour, linewidths=width)
+            axis.scatter([head for _, head in cut], [row for row, _ in cut], marker="x", s=36, color=colour,
+                         linewidths=width)
 
 
 def unit_scores(heads: Any, neurons: Any, plan: CompressionPlan | None = None) -> Figure:
     """Two heat maps: scores of heads (L, H), and of neurons (L, M) sorted within each block; higher is kept.
 
-    Colour is the score within its block's own range; of neurons up to their 99th percentile, as a few outliers would leave the
-    rest dark. With a plan, its cut heads carry a cross and a line in each block's row stands at the number of neurons kept (a
-    count: a plan made from other scores may keep others than the leftmost).
+    Colour is the score within its block's own range; of neurons up to their 99th percentile, as a few outliers would
+    leave the rest dark. With a plan, its cut heads carry a cross and a line in each block's row stands at the number of
+    neurons kept (a count: a plan made from other scores may keep others than the leftmost).
     """
     heads, neurons = as_array(heads), as_array(neurons)
-    require(len(heads) == len(neurons), f"heads have {len(heads)} blocks, neurons {len(neurons)}; the same number is needed")
+    require(len(heads) == len(neurons), f"heads have {len(heads)} blocks, neurons {len(neurons)}; the same number is "
+                                        f"needed")
     if plan is not None:
         shape, given = plan.shape, (*heads.shape, neurons.shape[1])
         needed = (shape.depth, shape.num_heads, shape.num_neurons)
@@ -123,16 +126,20 @@ def redundancy_matrices(matrices: Any, blocks: Sequence[int]) -> Figure:
     return figure
 
 
-def rollout(attention: Tensor, num_prefix_tokens: int, kept: Sequence[Sequence[int]] | None = None, *, average: bool = False) -> Tensor:
-    """Attention rollout (Abnar & Zuidema 2020, arXiv 2005.00928, section 3): what the class token takes from each patch.
+def rollout(attention: Tensor, num_prefix_tokens: int, kept: Sequence[Sequence[int]] | None = None, *,
+            average: bool = False) -> Tensor:
+    """Attention rollout (Abnar & Zuidema 2020, arXiv 2005.00928, section 3): what the class token takes from each
+    patch.
 
-    attention (L, H, N, N), rows sum to 1; kept: the heads to use, per block (None: all). Per block A is the mean over these
-    heads; the rollout is the product over blocks of A + I with rows normalised, the last block leftmost. Returns (n,): row 0
-    (the class token) over the N - num_prefix_tokens patches, float64; with the prefix tokens it sums to 1. A block with no head
-    in kept is the identity. average: the mean over the patches' rows instead, for a model that reads them all.
+    attention (L, H, N, N), rows sum to 1; kept: the heads to use, per block (None: all). Per block A is the mean over
+    these heads; the rollout is the product over blocks of A + I with rows normalised, the last block leftmost. Returns
+    (n,): row 0 (the class token) over the N - num_prefix_tokens patches, float64; with the prefix tokens it sums to 1.
+    A block with no head in kept is the identity. average: the mean over the patches' rows instead, for a model that
+    reads them all.
     """
     depth, _, count, _ = attention.shape
-    require(average or num_prefix_tokens > 0, "rollout reads the class token's row, and there is no prefix token; average=True reads all")
+    require(average or num_prefix_tokens > 0, "rollout reads the class token's row, and there is no prefix token; "
+                                              "average=True reads all")
     require(kept is None or len(kept) == depth, f"kept has {len(kept or ())} blocks; the attention has {depth}")
     identity = torch.eye(count, dtype=torch.float64, device=attention.device)
     result = identity
@@ -140,26 +147,30 @@ def rollout(attention: Tensor, num_prefix_tokens: int, kept: Sequence[Sequence[i
         chosen = block if kept is None else block[list(kept[index])]
         if len(chosen) == 0:
             continue
-        mixed = chosen.double().mean(dim=0) + identity                          # the paper's 0.5 goes with the normalisation
+        # the paper's 0.5 goes with the normalisation
+        mixed = chosen.double().mean(dim=0) + identity
         result = (mixed / mixed.sum(dim=1, keepdim=True)) @ result
     return looked_at(result, num_prefix_tokens, average=average)
 
 
 def looked_at(attention: Tensor, num_prefix_tokens: int, *, average: bool = False) -> Tensor:
-    """What the class token (row 0) takes from each patch, of attention (N, N); average: the mean over the patches' rows instead,
-    for a model that pools over patches. Returns (n,)."""
+    """What the class token (row 0) takes from each patch, of attention (N, N); average: the mean over the patches' rows
+    instead, for a model that pools over patches. Returns (n,)."""
     row = attention[num_prefix_tokens:].mean(dim=0) if average else attention[0]
     return row[num_prefix_tokens:]
 
 
-def head_rollouts(pictures: dict[str, np.ndarray], attention: dict[str, Tensor], plan: CompressionPlan, shape: ViTShape) -> Figure:
-    """A row per picture: the picture, and over it in grey the rollout of the heads that the plan keeps and of those it cuts.
+def head_rollouts(pictures: dict[str, np.ndarray], attention: dict[str, Tensor], plan: CompressionPlan,
+                  shape: ViTShape) -> Figure:
+    """A row per picture: the picture, and over it in grey the rollout of the heads that the plan keeps and of those it
+    cuts.
 
-    pictures {name: (h, w, 3) in [0, 1]}; attention {name: (L, H, N, N)} of the dense model. Each map is coloured within its own
-    range; below it stands its largest value over its mean (1: it is flat). A model that pools over patches (shape.pool) is read
-    by the mean over their rows.
+    pictures {name: (h, w, 3) in [0, 1]}; attention {name: (L, H, N, N)} of the dense model. Each map is coloured within
+    its own range; below it stands its largest value over its mean (1: it is flat). A model that pools over patches
+    (shape.pool) is read by the mean over their rows.
     """
-    require(pictures.keys() == attention.keys(), f"pictures are of {list(pictures)}, attention of {list(attention)}; the same are needed")
+    require(pictures.keys() == attention.keys(), f"pictures are of {list(pictures)}, attention of {list(attention)}; "
+                                                 f"the same are needed")
     plan.check_fits(shape)
     every = range(shape.num_heads)
     kept = [list(every) if block.heads is None else list(block.heads) for block in plan.blocks]
@@ -168,7 +179,8 @@ def head_rollouts(pictures: dict[str, np.ndarray], attention: dict[str, Tensor],
     for row, (name, picture) in zip(axes, pictures.items()):
         size, needed = tuple(attention[name].shape), (shape.depth, shape.num_heads, shape.num_tokens, shape.num_tokens)
         require(size == needed, f"attention of {name} is {size}; {needed} is needed")
-        covered = [side * g * p / i for side, g, p, i in zip(picture.shape, shape.grid_size, shape.patch_size, shape.img_size)]
+        covered = [side * g * p / i for side, g, p,
+                   i in zip(picture.shape, shape.grid_size, shape.patch_size, shape.img_size)]
         for axis, heads in zip(row, (None, kept, cut)):
             axis.set(xticks=[], yticks=[])
             if heads is not None and not any(heads):
@@ -179,7 +191,8 @@ def head_rollouts(pictures: dict[str, np.ndarray], attention: dict[str, Tensor],
                 axis.imshow(picture)
                 continue
             axis.imshow(picture.mean(axis=2), cmap="gray", vmin=0, vmax=1)      # grey: the only colours are the map's
-            given = rollout(attention[name], shape.num_prefix_tokens, heads, average=shape.pool != POOL_TOKEN).cpu().numpy()
+            given = rollout(attention[name], shape.num_prefix_tokens, heads,
+                            average=shape.pool != POOL_TOKEN).cpu().numpy()
             shown = to_own_range(given[None]).reshape(shape.grid_size)
             image = axis.imshow(shown, cmap="viridis", vmin=0, vmax=1, alpha=0.6, interpolation="bilinear",
                                 extent=(-0.5, covered[1] - 0.5, covered[0] - 0.5, -0.5))
@@ -206,17 +219,18 @@ def ranked_neurons(neurons: Any, plan: CompressionPlan, block: int) -> tuple[np.
     return scores[order], np.isin(order, range(len(scores)) if kept is None else kept)
 
 
-def head_view(heads: Any, neurons: Any, plan: CompressionPlan, picture: np.ndarray, attention: Any, shared: Any, block: int,
-              head: int) -> Figure:
-    """One head in four panels: where it stands among the scores (L, H), what it looks at, what it shares with the other heads of
-    its block, and the scores of the block's neurons (L, M), highest first.
+def head_view(heads: Any, neurons: Any, plan: CompressionPlan, picture: np.ndarray, attention: Any, shared: Any,
+              block: int, head: int) -> Figure:
+    """One head in four panels: where it stands among the scores (L, H), what it looks at, what it shares with the other
+    heads of its block, and the scores of the block's neurons (L, M), highest first.
 
-    picture (h, w, 3) in [0, 1]; attention (n) of the head to the patches; shared (H), the HSIC with each head of the block, or
-    None. Blue is kept, orange is cut.
+    picture (h, w, 3) in [0, 1]; attention (n) of the head to the patches; shared (H), the HSIC with each head of the
+    block, or None. Blue is kept, orange is cut.
     """
     figure, axes = new_axes(2, 2, 4.7, 3.3)
     (scores, looks), (bars, ranks) = axes
-    _score_map(scores, to_own_range(as_array(heads)), "head").axes.set(ylabel="block", title="score in block's range; cross: cut")
+    _score_map(scores, to_own_range(as_array(heads)), "head").axes.set(
+        ylabel="block", title="score in block's range; cross: cut")
     _cross_cut(scores, plan)
     scores.add_patch(Rectangle((head - 0.5, block - 0.5), 1, 1, fill=False, edgecolor=PALETTE[1], linewidth=3))
     looks.imshow(over_grey(picture, attention, plan.shape))
@@ -226,10 +240,12 @@ def head_view(heads: Any, neurons: Any, plan: CompressionPlan, picture: np.ndarr
     if shared is None or not others:
         bars.set_visible(False)
     else:
-        bars.bar([str(other) for other in others], as_array(shared)[others], color=[PALETTE[other in cut] for other in others])
+        bars.bar([str(other) for other in others], as_array(shared)[others],
+                 color=[PALETTE[other in cut] for other in others])
         bars.set(xlabel="head", ylabel="HSIC", title=f"dependence of head {head} on the others")
     values, kept = ranked_neurons(neurons, plan, block)
-    ranks.vlines(np.arange(len(values)), min(0.0, values.min()), values, colors=np.where(kept[:, None], PALETTE[0], PALETTE[1]))
+    ranks.vlines(np.arange(len(values)), min(0.0, values.min()), values,
+                 colors=np.where(kept[:, None], PALETTE[0], PALETTE[1]))
     ranks.set(xlabel="neuron, highest score first", ylabel="score", title=f"{kept.sum()} of {len(kept)} neurons kept")
     sns.despine(ax=bars)
     sns.despine(ax=ranks)
@@ -247,7 +263,8 @@ def plan_bars(plans: dict[str, CompressionPlan]) -> Figure:
         counts = ((heads, shape.num_heads), (neurons, shape.num_neurons), (plan.tokens_per_block(), shape.num_tokens))
         places = np.arange(shape.depth) + (index - (len(plans) - 1) / 2) * width
         for axis, (kept, whole) in zip(axes[:, 0], counts):
-            axis.bar(places, 100 * np.array(kept) / whole, width, color=PALETTE[index % len(PALETTE)], label=name, linewidth=0)
+            axis.bar(places, 100 * np.array(kept) / whole, width, color=PALETTE[index % len(PALETTE)], label=name,
+                     linewidth=0)
     depth = max((plan.shape.depth for plan in plans.values()), default=1)
     for axis, label in zip(axes[:, 0], ("heads\nkept (%)", "neurons\nkept (%)", "tokens in\nattention (%)")):
         axis.set(ylabel=label, ylim=(0, 100), xlim=(-0.6, depth - 0.4), xticks=range(depth), yticks=(0, 50, 100))

@@ -1,4 +1,5 @@
-"""Expected Improvement, larger is better, and its logarithm (Jones et al. 1998; log form: Ament et al., arXiv 2310.20708)."""
+"""Expected Improvement, larger is better, and its logarithm (Jones et al. 1998; log form: Ament et al., arXiv
+2310.20708)."""
 import numpy as np
 from scipy.special import erfcx, ndtr
 
@@ -6,7 +7,8 @@ FAR = -1e4              # below it, 1 + z * ratio would be rounding alone; its l
 
 
 def expected_improvement(mean: np.ndarray, deviation: np.ndarray, best: float) -> np.ndarray:
-    """E[max(Y - best, 0)] with Y ~ N(mean, deviation^2): deviation * (phi(z) + z Phi(z)), z = (mean - best) / deviation.
+    """E[max(Y - best, 0)] with Y ~ N(mean, deviation^2): deviation * (phi(z) + z Phi(z)), z = (mean - best) /
+    deviation.
 
     Any shapes that broadcast; not negative. Where deviation is 0 it is max(mean - best, 0).
     """
@@ -20,8 +22,8 @@ def expected_improvement(mean: np.ndarray, deviation: np.ndarray, best: float) -
 def log_expected_improvement(mean: np.ndarray, deviation: np.ndarray, best: float) -> np.ndarray:
     """The logarithm of `expected_improvement`, finite where that vanishes (deviation > 0 is needed).
 
-    log deviation + log h(z), h = phi(z) + z Phi(z). For z > -1 directly; below, h = phi(z) * (1 + z Phi(z) / phi(z)) with
-    Phi / phi from erfcx, which does not vanish; far below, 1 + z Phi / phi is 1 / z^2.
+    log deviation + log h(z), h = phi(z) + z Phi(z). For z > -1 directly; below, h = phi(z) * (1 + z Phi(z) / phi(z))
+    with Phi / phi from erfcx, which does not vanish; far below, 1 + z Phi / phi is 1 / z^2.
     """
     z = (np.asarray(mean, dtype=np.float64) - best) / np.asarray(deviation, dtype=np.float64)
     near, low = np.maximum(z, -1), np.clip(z, FAR, -1)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from vitlab.files import InputError
+from vitlab.runtime.files import InputError
 from vitlab.search.budget import Budget
 from vitlab.search.space import SearchSpace
 
@@ -20,29 +20,33 @@ def _steps(space: SearchSpace) -> list[np.ndarray]:
 
 
 def levels(space: SearchSpace, count: int = LEVELS) -> list[list[float]]:
-    """Up to `count` ratios at which each dimension (D) is measured alone: evenly from above 0 to the most it may cut; of few
-    heads, every number that may go."""
-    return [[float(steps[place]) for place in sorted({-(-part * (len(steps) - 1) // count) for part in range(1, count + 1)} - {0})]
+    """Up to `count` ratios at which each dimension (D) is measured alone: evenly from above 0 to the most it may cut;
+    of few heads, every number that may go."""
+    return [[float(steps[place])
+             for place in sorted({-(-part * (len(steps) - 1) // count) for part in range(1, count + 1)} - {0})]
             for steps in _steps(space)]
 
 
 def _loss(curve: Sequence[tuple[float, float]]) -> Callable[[np.ndarray], np.ndarray]:
-    """Ratios -> losses between those measured (Fritsch and Carlson's monotone cubics); never falling, so that noise makes no cut a gain;
-    NaN beyond the last. 0 in a dimension that can't be cut."""
+    """Ratios -> losses between those measured (Fritsch and Carlson's monotone cubics); never falling, so that noise
+    makes no cut a gain; NaN beyond the last. 0 in a dimension that can't be cut."""
     known = np.array([(0.0, 0.0), *sorted(curve)])
     if len(known) == 1:
         return np.zeros_like
     return PchipInterpolator(known[:, 0], np.maximum.accumulate(known[:, 1]), extrapolate=False)
 
 
-def summed_losses(curves: Sequence[Sequence[tuple[float, float]]], groups: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
-    """What the dimensions of each group, in order of first appearance, lose together by their curves: policies (P, D) -> (P, G);
-    beyond a curve's end, what it loses there."""
+def summed_losses(curves: Sequence[Sequence[tuple[float, float]]],
+                  groups: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
+    """What the dimensions of each group, in order of first appearance, lose together by their curves: policies (P, D)
+    -> (P, G); beyond a curve's end, what it loses there."""
     losses, ends = [_loss(curve) for curve in curves], [max(curve, default=(0.0, 0.0))[0] for curve in curves]
-    members = np.array([[group == name for name in dict.fromkeys(groups)] for group in groups], dtype=float)        # (D, G)
+    # (D, G)
+    members = np.array([[group == name for name in dict.fromkeys(groups)] for group in groups], dtype=float)
 
     def summed(policies: np.ndarray) -> np.ndarray:
-        return np.stack([loss(np.minimum(ratios, end)) for loss, end, ratios in zip(losses, ends, policies.T)], axis=1) @ members
+        return np.stack([loss(np.minimum(ratios, end)) for loss, end, ratios in zip(losses, ends, policies.T)],
+                        axis=1) @ members
     return summed
 
 
@@ -50,9 +54,9 @@ def allocate(space: SearchSpace, budget: Budget, curves: Sequence[Sequence[tuple
     """The policy (D) that meets the budget with about the least sum of losses.
 
     curves: of each dimension (D) its (ratio > 0, loss >= 0) when it is cut alone. From nothing cut, the step with
-    the least added loss per cost saved is taken again and again; all steps ahead in a dimension are compared, which walks along
-    the lower convex hull of its curve. Costs are those of whole policies, as what a head costs depends on the tokens. Raises
-    InputError where the budget can't be met.
+    the least added loss per cost saved is taken again and again; all steps ahead in a dimension are compared, which
+    walks along the lower convex hull of its curve. Costs are those of whole policies, as what a head costs depends on
+    the tokens. Raises InputError where the budget can't be met.
     """
     if len(curves) != space.size:
         raise InputError(f"there are {len(curves)} curves; this space has {space.size} dimensions")
@@ -67,7 +71,8 @@ def allocate(space: SearchSpace, budget: Budget, curves: Sequence[Sequence[tuple
         costs, added = budget.cost(tried), losses - lost[where]
         usable = (ratios > policy[where]) & (costs < cost) & np.isfinite(added)
         if not usable.any():
-            raise InputError(f"a budget of {budget.limit:.6g} {budget.unit} can't be met by what was measured; {cost:.6g} is the least")
+            raise InputError(f"a budget of {budget.limit:.6g} {budget.unit} can't be met by what was measured; "
+                             f"{cost:.6g} is the least")
         chosen = int(np.argmin(np.divide(added, cost - costs, out=np.full(len(ratios), np.inf), where=usable)))
         if costs[chosen] <= budget.limit:                                       # the last step: any that loses least
             fits = np.where(usable & (costs <= budget.limit), added, np.inf)
@@ -76,6 +81,8 @@ def allocate(space: SearchSpace, budget: Budget, curves: Sequence[Sequence[tuple
         lost[where[chosen]] = losses[chosen]
     projected, meets = budget.project(policy[None])
     if not meets[0]:
-        raise InputError(f"the policy from what was measured costs {cost:.6g} {budget.unit}, which can't be brought to within "
-                         f"{budget.tolerance:.1%} below {budget.limit:.6g}; a larger tolerance, or more dimensions, would do")
+        raise InputError(f"the policy from what was measured costs {cost:.6g} {budget.unit}, which can't be brought to "
+                         f"within "
+                         f"{budget.tolerance:.1%} below {budget.limit:.6g}; a larger tolerance, or more dimensions, "
+                         f"would do")
     return projected[0]

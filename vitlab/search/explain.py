@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from vitlab.files import InputError, read_lines
+from vitlab.runtime.files import InputError, read_lines
 from vitlab.search.sampling import Problem
 from vitlab.search.sensitivity import SENSITIVITY, trend_of
 from vitlab.search.strategies import predictor
@@ -15,8 +15,8 @@ Predict = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def believed(study: Any, policies: np.ndarray, values: np.ndarray) -> Predict:
-    """policies (P, D) -> (mean, deviation), (P) each, by the Gaussian process of a study (its space, folder and options) after
-    policies (E, D) with their values (E), two at least."""
+    """policies (P, D) -> (mean, deviation), (P) each, by the Gaussian process of a study (its space, folder and
+    options) after policies (E, D) with their values (E), two at least."""
     problem, trend = Problem(study.space, None), None
     if study.options.initial == "sensitivity":
         trend = trend_of(problem, read_lines(study.folder / SENSITIVITY))
@@ -33,12 +33,13 @@ class Slices:
 
 
 def slices(study: Study, points: int = 41) -> Slices:
-    """Fitted to all evaluations; the other ratios stay those of the best policy, so the budget is left on the way. Raises
-    InputError where fewer than two policies were measured."""
+    """Fitted to all evaluations; the other ratios stay those of the best policy, so the budget is left on the way.
+    Raises InputError where fewer than two policies were measured."""
     space = study.space
     if len(study.evaluations) < 2:
         raise InputError(f"{study.folder}: two evaluations are needed; there are {len(study.evaluations)}")
-    predict = believed(study, np.array([e.policy for e in study.evaluations]), np.array([e.value for e in study.evaluations]))
+    predict = believed(study, np.array([e.policy for e in study.evaluations]),
+                       np.array([e.value for e in study.evaluations]))
     grid = np.linspace(0, space.max_ratio, points)
     moved = np.tile(np.array(study.best.policy), (space.size, points, 1))       # (D, G, D)
     moved[np.arange(space.size), :, np.arange(space.size)] = grid

@@ -34,7 +34,8 @@ def _feasible_even(problem: Problem, points: np.ndarray) -> np.ndarray:
     return space.from_even(projected[meets])
 
 
-def _until(problem: Problem, count: int, draw: Callable[[int], np.ndarray], feasible: Callable = _feasible) -> np.ndarray:
+def _until(problem: Problem, count: int, draw: Callable[[int], np.ndarray],
+           feasible: Callable = _feasible) -> np.ndarray:
     """Up to `count` feasible policies from repeated draws."""
     found = np.empty((0, problem.space.size))
     for _ in range(ATTEMPTS):
@@ -51,8 +52,8 @@ def random_policies(problem: Problem, count: int, rng: np.random.Generator) -> n
 
 
 def uniform_policies(problem: Problem, count: int, rng: np.random.Generator) -> np.ndarray:
-    """One ratio per group (neurons, heads, tokens), the same in every block: all groups alike first, then each group alone,
-    then at random."""
+    """One ratio per group (neurons, heads, tokens), the same in every block: all groups alike first, then each group
+    alone, then at random."""
     groups = np.array(problem.space.groups)
     names = list(dict.fromkeys(groups))
     member = np.array([groups == name for name in names], dtype=float)          # (groups, D)
@@ -65,11 +66,11 @@ def uniform_policies(problem: Problem, count: int, rng: np.random.Generator) -> 
 
 
 def varied_policies(problem: Problem, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Policies that differ in which group carries the cut and in which blocks: uniform ones first (`uniform_policies`), then
-    a share of the budget for each group times a trend over the blocks times noise, in even coordinates.
+    """Policies that differ in which group carries the cut and in which blocks: uniform ones first (`uniform_policies`),
+    then a share of the budget for each group times a trend over the blocks times noise, in even coordinates.
 
-    Ratios that are uniform in the box all lie near the middle of every group and never try tokens, say, alone; and with few
-    heads they cut some in nearly every block (SearchSpace.even).
+    Ratios that are uniform in the box all lie near the middle of every group and never try tokens, say, alone; and with
+    few heads they cut some in nearly every block (SearchSpace.even).
     """
     space = problem.space
     groups, names = np.array(space.groups), list(dict.fromkeys(space.groups))
@@ -89,7 +90,8 @@ def varied_policies(problem: Problem, count: int, rng: np.random.Generator) -> n
 
 
 def neighbours(problem: Problem, around: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Feasible policies near given ones (K, D): some even coordinates moved, the others following to meet the budget again."""
+    """Feasible policies near given ones (K, D): some even coordinates moved, the others following to meet the budget
+    again."""
     space = problem.space
     base = space.even(around)[rng.integers(0, len(around), count)]
     moved = rng.uniform(size=base.shape) < min(1.0, MOVED / space.size)

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from vitlab import parallel
-from vitlab.files import InputError, append_line, read_lines
+from vitlab.runtime import parallel
+from vitlab.runtime.files import InputError, append_line, read_lines
 from vitlab.search.allocation import allocate, levels, summed_losses
 from vitlab.search.sampling import Problem, neighbours
 
 SENSITIVITY = "sensitivity.jsonl"
-DEARER, NEVER = 3, 1e6                          # weights of losses, in policies to begin with: of one group, of all but one
+# weights of losses, in policies to begin with: of one group, of all but one
+DEARER, NEVER = 3, 1e6
 
 
 def _known(path: Path, wanted: list[tuple[str, float]]) -> dict[tuple[str, float], dict[str, Any]]:
@@ -31,12 +32,13 @@ def _known(path: Path, wanted: list[tuple[str, float]]) -> dict[tuple[str, float
 
 def measure_alone(problem: Problem, objective: Callable[[np.ndarray], dict[str, float]], path: Path, *,
                   label: str = "", progress: bool = True) -> list[dict[str, Any]]:
-    """Cut each dimension alone at its levels and measure: a row each, on the disk before the next starts; rows that are there
-    are not measured again.
+    """Cut each dimension alone at its levels and measure: a row each, on the disk before the next starts; rows that are
+    there are not measured again.
 
-    Row: dimension (its name; "" where nothing is cut, the first row), ratio, value, loss = max(0, value of nothing cut -
-    value), saved (cost less than nothing cut's), and `measures`, whatever else the objective gave, if anything. A line that a kill cut
-    short is measured again. Raises InputError for a file of other cuts, or a value that is not finite.
+    Row: dimension (its name; "" where nothing is cut, the first row), ratio, value, loss = max(0, value of nothing cut
+    - value), saved (cost less than nothing cut's), and `measures`, whatever else the objective gave, if anything. A
+    line that a kill cut short is measured again. Raises InputError for a file of other cuts, or a value that is not
+    finite.
     """
     space, budget = problem
     at = [(d, ratio) for d, ratios in enumerate(levels(space)) for ratio in ratios]
@@ -49,7 +51,8 @@ def measure_alone(problem: Problem, objective: Callable[[np.ndarray], dict[str, 
     together = parallel.world()
     first = [row for row in todo if row == 0]                                   # losses are differences to nothing cut
     # Block after block: what comes before a cut is the same for all cuts of a block, and an objective may keep it.
-    rest = sorted((row for row in todo if row), key=lambda row: int(wanted[row][0].split(" ")[-1]) if " " in wanted[row][0] else 0)
+    rest = sorted((row for row in todo if row), key=lambda row: int(wanted[row][0].split(" ")[-1])
+                  if " " in wanted[row][0] else 0)
     groups = [group for group in (first, *(rest[i:i + together] for i in range(0, len(rest), together))) if group]
     for group in tqdm(groups, desc=f"sensitivity {label}".strip(), unit="cut",
                       disable=not progress or not groups):
@@ -62,8 +65,8 @@ def measure_alone(problem: Problem, objective: Callable[[np.ndarray], dict[str, 
             if not np.isfinite(value):
                 raise InputError(f"the objective gave {value} for {key[0] or 'nothing cut'}; a finite value is needed")
             loss = max(0.0, known[wanted[0]]["value"] - value) if row else 0.0
-            known[key] = {"dimension": key[0], "ratio": key[1], "value": value, "loss": loss, "saved": float(costs[0] - costs[row]),
-                          **({"measures": given} if given else {})}
+            known[key] = {"dimension": key[0], "ratio": key[1], "value": value, "loss": loss,
+                          "saved": float(costs[0] - costs[row]), **({"measures": given} if given else {})}
             if parallel.is_first():
                 append_line(path, known[key])
     return [known[key] for key in wanted]
@@ -75,15 +78,16 @@ def curves_of(problem: Problem, rows: list[dict[str, Any]]) -> list[list[tuple[f
 
 
 def trend_of(problem: Problem, rows: list[dict[str, Any]]) -> Callable[[np.ndarray], np.ndarray]:
-    """Policies (P, D) -> (P, G), minus what each group of dimensions loses by the rows: the `trend` of a search that measured them."""
+    """Policies (P, D) -> (P, G), minus what each group of dimensions loses by the rows: the `trend` of a search that
+    measured them."""
     losses = summed_losses(curves_of(problem, rows), problem.space.groups)
     return lambda policies: -losses(policies)
 
 
 def start_policies(problem: Problem, rows: list[dict[str, Any]], count: int, seed: int) -> np.ndarray:
-    """Up to `count` policies (K, D) to begin with: the one that `allocate` makes of the rows; those that cut one group alone, where that
-    is enough, as a search should find nothing that is worse; those where one group's losses weigh DEARER times as much, as groups cut
-    together lose otherwise than alone; and others near these."""
+    """Up to `count` policies (K, D) to begin with: the one that `allocate` makes of the rows; those that cut one group
+    alone, where that is enough, as a search should find nothing that is worse; those where one group's losses weigh
+    DEARER times as much, as groups cut together lose otherwise than alone; and others near these."""
     curves, groups = curves_of(problem, rows), problem.space.groups
     names = list(dict.fromkeys(groups))
 
@@ -100,4 +104,5 @@ def start_policies(problem: Problem, rows: list[dict[str, Any]], count: int, see
             made.append(allocated({name: DEARER}))
     first = np.array(made)[np.sort(np.unique(made, axis=0, return_index=True)[1])][:count]
     missing = count - len(first)
-    return np.concatenate([first, neighbours(problem, first, missing, np.random.default_rng([2, seed]))]) if missing else first
+    return np.concatenate([first,
+                           neighbours(problem, first, missing, np.random.default_rng([2, seed]))]) if missing else first

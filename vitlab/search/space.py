@@ -1,7 +1,7 @@
 """SearchSpace: the vector that a search proposes, and the counts and the plan that it stands for (methods B4, C2).
 
-A policy is a vector of ratios in [0, max_ratio]: neurons of each block, heads of each block, then the token dimensions. A
-ratio is the fraction cut, and int(count * (1 - ratio)) stay: policies that change no count are the same policy.
+A policy is a vector of ratios in [0, max_ratio]: neurons of each block, heads of each block, then the token dimensions.
+A ratio is the fraction cut, and int(count * (1 - ratio)) stay: policies that change no count are the same policy.
 P policies, D dimensions, L blocks.
 """
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vitlab.cost import Counts, counts_of, macs_of
-from vitlab.files import InputError
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import ReadOut
+from vitlab.plan.cost import Counts, counts_of, macs_of
+from vitlab.plan.rules import ReadOut
+from vitlab.plan.shape import ViTShape, require
+from vitlab.runtime.files import InputError
 from vitlab.search.token_dimensions import token_dimensions
-from vitlab.shape import ViTShape, require
 
 UNITS = ("neurons", "heads")
 MAX_RATIO = 0.5                                 # published
@@ -31,7 +31,8 @@ class SearchSpace:
     units: tuple[str, ...] = UNITS              # of "neurons", "heads"
     tokens: str = "select"                      # a name of TOKEN_DIMENSIONS
     max_ratio: float = MAX_RATIO                # most that a ratio may cut, (0, 1)
-    read_out: bool = False                      # whether the last block computes what the classifier reads alone (rule ReadOut)
+    # whether the last block computes what the classifier reads alone (rule ReadOut)
+    read_out: bool = False
     settings: dict[str, Any] = field(default_factory=dict)      # of the token dimensions, such as prune_rate
 
     def __post_init__(self) -> None:
@@ -47,7 +48,8 @@ class SearchSpace:
         if self.read_out:
             ReadOut().flow(self.shape, self.shape.num_tokens)                   # refuses what no plan can have
             first, last = getattr(self._tokens, "spans", ((0, 0),))[-1]
-            require(first == last or last + 1 < self.shape.depth, f"read_out: the last block stays merged in the span {first}-{last}; "
+            require(first == last or last + 1 < self.shape.depth, f"read_out: the last block stays merged in the span "
+                                                                  f"{first}-{last}; "
                     "spans that end before it are needed")
         if not self.names:
             raise InputError("nothing is searched: neither heads nor neurons nor tokens")
@@ -78,7 +80,8 @@ class SearchSpace:
             raise InputError(f"a policy of {policies.shape[-1]} numbers; this space has {self.size} dimensions")
         wrong = np.argwhere(~((policies >= 0) & (policies <= self.max_ratio)))
         if len(wrong):
-            raise InputError(f"{self.names[wrong[0][1]]} is {policies[tuple(wrong[0])]}; it must lie in [0, {self.max_ratio}]")
+            raise InputError(f"{self.names[wrong[0][1]]} is {policies[tuple(wrong[0])]}; it must lie in [0, "
+                             f"{self.max_ratio}]")
         return policies
 
     def _total(self, unit: str) -> int:
@@ -110,7 +113,8 @@ class SearchSpace:
         ranking = token.pop("ranks") * (self.shape.num_heads if every else units["heads"])
         if self.read_out:
             token["queried"] = token["attended"].copy()
-            token["attended"][:, -1] = self.shape.num_tokens if self.by_place else token["attended"][:, -1]     # all are given back
+            # all are given back
+            token["attended"][:, -1] = self.shape.num_tokens if self.by_place else token["attended"][:, -1]
             token["queried"][:, -1] = token["in_mlp"][:, -1] = self.shape.num_prefix_tokens
             for name in ("carried", "pooled", "compared", "merges", "reconstructs"):
                 token[name][:, -1] = 0
@@ -124,17 +128,19 @@ class SearchSpace:
     def keys(self, policies: np.ndarray) -> list[tuple[int, ...]]:
         """A tuple of counts per policy; equal for policies that are the same."""
         c = self.counts(policies)
-        return [tuple(row) for row in np.concatenate([c.neurons, c.heads, c.attended, c.in_mlp, c.carried], axis=1).tolist()]
+        return [tuple(row)
+                for row in np.concatenate([c.neurons, c.heads, c.attended, c.in_mlp, c.carried], axis=1).tolist()]
 
     def _levels(self, unit: str) -> int:
         """How many different counts of a unit the box allows."""
         return self._total(unit) - max(int(self._total(unit) * (1 - self.max_ratio)), 1) + 1
 
     def even(self, policies: np.ndarray) -> np.ndarray:
-        """Policies in coordinates (P, D) in which every count of units has an even share of [0, max_ratio], each in its middle.
+        """Policies in coordinates (P, D) in which every count of units has an even share of [0, max_ratio], each in its
+        middle.
 
-        In ratios, any above 0 cuts a head, so that the policies that keep all heads of a block are a corner of the box and a
-        draw never hits it; here they are one part in as many as there are counts. Token ratios stay.
+        In ratios, any above 0 cuts a head, so that the policies that keep all heads of a block are a corner of the box
+        and a draw never hits it; here they are one part in as many as there are counts. Token ratios stay.
         """
         policies = self.check(policies).copy()
         for unit in self.units:
@@ -161,8 +167,8 @@ class SearchSpace:
 
     def plan(self, policy: Sequence[float] | np.ndarray, *, heads: Tensor | None = None, neurons: Tensor | None = None,
              tokens: Tensor | None = None, made_by: dict[str, Any] | None = None) -> CompressionPlan:
-        """The plan of one policy: of heads (L, H) and neurons (L, M) those with the highest scores stay; raw token scores
-        (L, n) where tokens are merged. Raises InputError where scores are missing or of another size."""
+        """The plan of one policy: of heads (L, H) and neurons (L, M) those with the highest scores stay; raw token
+        scores (L, n) where tokens are merged. Raises InputError where scores are missing or of another size."""
         policy = self.check(np.asarray(policy))
         if len(policy) != 1:
             raise InputError(f"a plan is of one policy; {len(policy)} were given")
@@ -173,19 +179,24 @@ class SearchSpace:
                 kept[unit] = [None] * self.shape.depth
                 continue
             if scores is None or tuple(scores.shape) != (self.shape.depth, total):
-                raise InputError(f"{unit} are cut by their scores: {self.shape.depth} blocks of {total} are needed, not "
+                raise InputError(f"{unit} are cut by their scores: {self.shape.depth} blocks of {total} are needed, "
+                                 f"not "
                                  f"{None if scores is None else tuple(scores.shape)}")
             if not scores.isfinite().all():
-                raise InputError(f"scores of {unit} are not finite in block {int((~scores.isfinite()).any(dim=1).nonzero()[0])}")
+                raise InputError(f"scores of {unit} are not finite in block "
+                                 f"{int((~scores.isfinite()).any(dim=1).nonzero()[0])}")
             order = scores.argsort(dim=1, descending=True, stable=True).tolist()
-            kept[unit] = [None if k == total else tuple(sorted(best[:k])) for best, k in zip(order, counts[unit][0].tolist())]
+            kept[unit] = [None if k == total else tuple(sorted(best[:k])) for best,
+                          k in zip(order, counts[unit][0].tolist())]
         rules = self._tokens.rules(policy[0, self.size - len(self._tokens.names):], tokens)
         rules = [*rules[:-1], ReadOut()] if self.read_out else rules
-        blocks = tuple(BlockPlan(heads=h, neurons=m, tokens=t) for h, m, t in zip(kept["heads"], kept["neurons"], rules))
+        blocks = tuple(BlockPlan(heads=h, neurons=m, tokens=t) for h, m,
+                       t in zip(kept["heads"], kept["neurons"], rules))
         return CompressionPlan(shape=self.shape, blocks=blocks, made_by=made_by or {})
 
     def _token_ratios(self) -> np.ndarray:
-        """A ratio for every result that int(n * (1 - ratio)) can have for any n up to the number of tokens, ascending."""
+        """A ratio for every result that int(n * (1 - ratio)) can have for any n up to the number of tokens,
+        ascending."""
         n = np.arange(1, self.shape.num_tokens + 1)
         steps = 1 - np.arange(self.shape.num_tokens + 1)[:, None] / n          # where the count of n becomes k
         steps = np.unique(np.append(steps[(steps >= 0) & (steps <= self.max_ratio)], [0, self.max_ratio]))
@@ -204,12 +215,14 @@ class SearchSpace:
             tried[:, d] = ratios
             given = self.counts(tried)
             same = np.all([getattr(given, name) == getattr(wanted, name) for name in TOKEN_COUNTS], axis=0)
-            found[d] = ratios[np.argmax(np.cumprod(same, axis=1).sum(axis=1) * (self.shape.depth + 1) + same.sum(axis=1))]
+            found[d] = ratios[np.argmax(np.cumprod(same, axis=1).sum(axis=1) * (self.shape.depth + 1)
+                                        + same.sum(axis=1))]
         given = self.counts(found)
         for name in ("heads", "neurons", *TOKEN_COUNTS, "ranking"):
             wrong = np.argwhere(getattr(given, name)[0] != getattr(wanted, name))
             if len(wrong):
                 block = int(wrong[0, 0])
-                raise InputError(f"the plan is not in this search space: block {block} has {getattr(wanted, name)[block]} {name}, "
+                raise InputError(f"the plan is not in this search space: block {block} has "
+                                 f"{getattr(wanted, name)[block]} {name}, "
                                  f"nearest is {getattr(given, name)[0, block]}")
         return found

@@ -1,11 +1,12 @@
-"""What to measure next: Gaussian process with Expected Improvement, and the baselines random and uniform (methods B6)."""
+"""What to measure next: Gaussian process with Expected Improvement, and the baselines random and uniform (methods
+B6)."""
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import nnls
 
-from vitlab.files import InputError
+from vitlab.runtime.files import InputError
 from vitlab.search.acquisition import log_expected_improvement
 from vitlab.search.sampling import Problem, neighbours, random_policies, uniform_policies, varied_policies
 from vitlab.search.surrogate import Surrogate
@@ -41,8 +42,8 @@ class Settings:
 
 
 SETTINGS = {"default": Settings(),
-            "published": Settings(source="arXiv 2201.00043 (methods B6)", population=100, evaluations=200, initial="random",
-                                  noise=1e-5, refinements=0)}
+            "published": Settings(source="arXiv 2201.00043 (methods B6)", population=100, evaluations=200,
+                                  initial="random", noise=1e-5, refinements=0)}
 
 
 def settings(name: str) -> Settings:
@@ -73,9 +74,9 @@ Trend = Callable[[np.ndarray], np.ndarray]      # policies (P, D) -> (P, G), who
 
 def predictor(problem: Problem, policies: np.ndarray, values: np.ndarray, options: Settings, trend: Trend | None,
               ) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """policies (P, D) -> (mean, deviation) of the objective, (P) each: a Gaussian process around a + trend @ b, b >= 0 (G), both
-    fitted by least squares first. What is cut together loses more or less than the sum of what is cut alone, and each group's
-    weight says how much."""
+    """policies (P, D) -> (mean, deviation) of the objective, (P) each: a Gaussian process around a + trend @ b, b >= 0
+    (G), both fitted by least squares first. What is cut together loses more or less than the sum of what is cut alone,
+    and each group's weight says how much."""
     features, known = problem.space.features, np.zeros((len(policies), 1)) if trend is None else trend(policies)
     weights = nnls(known - known.mean(axis=0), values - values.mean())[0]
     surrogate = Surrogate(features(policies), values - known @ weights, noise=options.noise)
@@ -87,8 +88,9 @@ def predictor(problem: Problem, policies: np.ndarray, values: np.ndarray, option
 
 
 def incumbent(predict: Callable, policies: np.ndarray, values: np.ndarray, options: Settings) -> float:
-    """What Expected Improvement improves on: the largest value measured, or, where noise is fitted, the largest that `predict`
-    believes of the measured policies (P, D), as the largest value (P) would be that of the luckiest measurement."""
+    """What Expected Improvement improves on: the largest value measured, or, where noise is fitted, the largest that
+    `predict` believes of the measured policies (P, D), as the largest value (P) would be that of the luckiest
+    measurement."""
     return float((predict(policies)[0] if options.noise is None else values).max())
 
 
@@ -124,16 +126,17 @@ def propose(strategy: str, problem: Problem, policies: np.ndarray, values: np.nd
             seed: int, start: np.ndarray | None = None, trend: Trend | None = None) -> list[Proposal]:
     """Up to `count` policies to measure after those measured (P, D) with their values (P), larger is better.
 
-    start: policies (K, D) that the population begins with; trend: what is known of the objective beforehand. A pure function of
-    its arguments, so a search that was killed proposes the same again. Fewer, or none, where nothing feasible is left that was
-    not measured. Raises InputError for an unknown strategy.
+    start: policies (K, D) that the population begins with; trend: what is known of the objective beforehand. A pure
+    function of its arguments, so a search that was killed proposes the same again. Fewer, or none, where nothing
+    feasible is left that was not measured. Raises InputError for an unknown strategy.
     """
     if strategy not in STRATEGIES:
         raise InputError(f"strategy {strategy!r} is not known; known are {sorted(STRATEGIES)}")
     done, proposals = len(policies), []
     draw, by = (INITIAL[options.initial], "population") if strategy == "gp" else (STRATEGIES[strategy], strategy)
     if strategy == "gp" and done >= options.population:
-        proposals = _gaussian_process(problem, policies, values, options, count, np.random.default_rng([1, seed, done]), trend)
+        proposals = _gaussian_process(problem, policies, values, options, count, np.random.default_rng([1, seed, done]),
+                                      trend)
     first, seen = done // options.population, set(problem.space.keys(policies)) if done else set()
 
     def add(drawn: np.ndarray, by: str) -> None:
@@ -141,12 +144,14 @@ def propose(strategy: str, problem: Problem, policies: np.ndarray, values: np.nd
         proposals.extend(Proposal(policy=policy, by=by, expected={}) for policy in fresh[:count - len(proposals)])
     if start is not None and done < options.population:
         add(start, "sensitivity")
-    for block in range(first, first + BLOCKS):          # the same blocks every time, whatever was measured of them already
+    # the same blocks every time, whatever was measured of them already
+    for block in range(first, first + BLOCKS):
         if len(proposals) == count:
             break
         add(draw(problem, options.population, np.random.default_rng([0, seed, block])), by)
     if strategy == "gp" and not proposals and 2 <= done < options.population:           # the population can't be filled
-        proposals = _gaussian_process(problem, policies, values, options, count, np.random.default_rng([1, seed, done]), trend)
+        proposals = _gaussian_process(problem, policies, values, options, count, np.random.default_rng([1, seed, done]),
+                                      trend)
     return proposals
 
 

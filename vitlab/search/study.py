@@ -1,4 +1,5 @@
-"""Study: a search in a folder, with a journal to which every evaluation is appended, so that it goes on after a kill."""
+"""Study: a search in a folder, with a journal to which every evaluation is appended, so that it goes on after a
+kill."""
 import contextlib
 import dataclasses
 import json
@@ -12,8 +13,8 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from vitlab import parallel
-from vitlab.files import InputError, append_line, atomic_write, locked, read_json, read_lines
+from vitlab.runtime import parallel
+from vitlab.runtime.files import InputError, append_line, atomic_write, locked, read_json, read_lines
 from vitlab.search.budget import Budget
 from vitlab.search.sampling import Problem
 from vitlab.search.sensitivity import SENSITIVITY, measure_alone, start_policies, trend_of
@@ -48,8 +49,8 @@ def _evaluation(record: Any, index: int) -> Evaluation:
 
 
 def read_journal(folder: str | Path, *, repair: bool = False) -> list[Evaluation]:
-    """The evaluations of a study. A last line that a kill cut short is dropped with a warning; with repair, for the one who
-    writes on, from the file too.
+    """The evaluations of a study. A last line that a kill cut short is dropped with a warning; with repair, for the one
+    who writes on, from the file too.
 
     Raises InputError naming the line where any other is damaged.
     """
@@ -61,7 +62,8 @@ def read_journal(folder: str | Path, *, repair: bool = False) -> list[Evaluation
             evaluations.append(_evaluation(json.loads(line), number))
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             if number + 1 < len(lines):
-                raise InputError(f"{path}: line {number + 1} is damaged ({error}); remove it and those after it, and the search "
+                raise InputError(f"{path}: line {number + 1} is damaged ({error}); remove it and those after it, and "
+                                 f"the search "
                                  "goes on from there") from None
             warnings.warn(f"{path}: the last line was cut short and is measured again", stacklevel=2)
             if repair:
@@ -72,9 +74,9 @@ def read_journal(folder: str | Path, *, repair: bool = False) -> list[Evaluation
 class Study:
     """A search of `space` under `budget` in `folder`.
 
-    objective: a policy (D) -> {"value": larger is better, ...other measures}. Every evaluation is on the disk before the next
-    one starts; the same settings and seed give the same evaluations, however often the run was killed in between. Raises
-    InputError where the folder holds another study.
+    objective: a policy (D) -> {"value": larger is better, ...other measures}. Every evaluation is on the disk before
+    the next one starts; the same settings and seed give the same evaluations, however often the run was killed in
+    between. Raises InputError where the folder holds another study.
     """
 
     def __init__(self, folder: str | Path, space: SearchSpace, budget: Budget, *, strategy: str = "gp",
@@ -90,14 +92,15 @@ class Study:
             raise InputError(f'initial "sensitivity" is a start of strategy "gp", not {strategy!r}')
         info = {"format": FORMAT, "version": VERSION, "strategy": strategy, "seed": seed,
                 "budget": {"limit": budget.limit, "unit": budget.unit, "tolerance": budget.tolerance},
-                "space": dataclasses.asdict(space) | {"shape": space.shape.stored()}, "settings": dataclasses.asdict(self.options),
-                "about": about or {}}
+                "space": dataclasses.asdict(space) | {"shape": space.shape.stored()},
+                "settings": dataclasses.asdict(self.options), "about": about or {}}
         self.info = json.loads(json.dumps(info, default=str))
         self._check_same()
         self.evaluations = read_journal(self.folder, repair=True)
         wrong = [e for e in self.evaluations if len(e.policy) != space.size]
         if wrong:
-            raise InputError(f"{self.folder / JOURNAL}: line {wrong[0].index + 1} has {len(wrong[0].policy)} dimensions, "
+            raise InputError(f"{self.folder / JOURNAL}: line {wrong[0].index + 1} has {len(wrong[0].policy)} "
+                             f"dimensions, "
                              f"the space {space.size}")
         for found in self.evaluations:
             try:
@@ -111,10 +114,12 @@ class Study:
             known = read_json(path)
             differ = self._differences(known)
             if differ:
-                raise InputError(f"{path}: another study ({'; '.join(differ)}); choose another folder, or remove {self.folder}")
+                raise InputError(f"{path}: another study ({'; '.join(differ)}); choose another folder, or remove "
+                                 f"{self.folder}")
         for name in (JOURNAL, SENSITIVITY):
             if not path.exists() and (self.folder / name).exists():
-                raise InputError(f"{self.folder / name}: a journal without {INFO}, which says what was searched; choose another folder, "
+                raise InputError(f"{self.folder / name}: a journal without {INFO}, which says what was searched; "
+                                 f"choose another folder, "
                                  f"or remove {self.folder}")
         atomic_write(path, json.dumps(self.info, indent=2) + "\n")
 
@@ -135,7 +140,8 @@ class Study:
     def _comparable(info: dict[str, Any]) -> dict[str, Any]:
         """All but how long it shall go on."""
         settings = info.get("settings")
-        return info | {"settings": {k: v for k, v in settings.items() if k != "evaluations"} if isinstance(settings, dict) else None}
+        return info | {"settings": {k: v for k, v in settings.items() if k != "evaluations"}
+                       if isinstance(settings, dict) else None}
 
     @property
     def best(self) -> Evaluation:
@@ -146,21 +152,23 @@ class Study:
 
     @property
     def spent(self) -> int:
-        """How many times the objective was measured: for the journal, and for the start, which `settings.evaluations` does not count."""
+        """How many times the objective was measured: for the journal, and for the start, which `settings.evaluations`
+        does not count."""
         alone = read_lines(self.folder / SENSITIVITY) if self.options.initial == "sensitivity" else []
         return len(self.evaluations) + len(alone)
 
     def run(self, objective: Callable[[np.ndarray], dict[str, float]], *, starts: np.ndarray | None = None,
             until: float = np.inf, progress: bool = True) -> Evaluation:
-        """Measure until there are settings.evaluations of them, or time.monotonic() is `until`, but one at least; returns the best. With
-        initial "sensitivity" each dimension is measured alone before the first (`measure_alone`), and the population begins with what
-        follows from it, and with `starts` (K, D). Under torchrun the settings.batch proposals of a turn are measured side by side, and
-        the journal is that of one process.
+        """Measure until there are settings.evaluations of them, or time.monotonic() is `until`, but one at least;
+        returns the best. With initial "sensitivity" each dimension is measured alone before the first
+        (`measure_alone`), and the population begins with what follows from it, and with `starts` (K, D). Under torchrun
+        the settings.batch proposals of a turn are measured side by side, and the journal is that of one process.
 
         Raises InputError where another process searches in this folder."""
         with locked(self.folder) if parallel.is_first() else contextlib.nullcontext():
             if len(read_journal(self.folder)) != len(self.evaluations):
-                raise InputError(f"{self.folder / JOURNAL}: another process has searched here meanwhile; open the study again")
+                raise InputError(f"{self.folder / JOURNAL}: another process has searched here meanwhile; open the "
+                                 f"study again")
             parallel.wait()
             return self._run(objective, starts, until, progress)
 
@@ -170,19 +178,23 @@ class Study:
         trend = None
         if self.options.initial == "sensitivity" and len(self.evaluations) < total:
             rows = measure_alone(problem, objective, self.folder / SENSITIVITY, progress=progress)
-            trend, made = trend_of(problem, rows), start_policies(problem, rows, self.options.population // 2, self.seed)
+            trend, made = trend_of(problem, rows), start_policies(problem, rows, self.options.population // 2,
+                                                                  self.seed)
             start = made if start is None else np.concatenate([made[:1], start, made[1:]])
         known = dict(zip(self._keys(), self.evaluations))
         with tqdm(total=total, initial=len(self.evaluations), desc=f"search ({self.strategy})", unit="policy",
                   disable=not progress) as bar:
             def goes_on() -> bool:
-                return len(self.evaluations) < total and (parallel.gather(time.monotonic() < until)[0] or not self.evaluations)
+                return len(self.evaluations) < total and (parallel.gather(time.monotonic() < until)[0]
+                                                          or not self.evaluations)
             while goes_on():
                 done = len(self.evaluations)
                 first = done - done % batch                     # the batch that a kill may have left half done
                 seen = self.evaluations[:first]
-                proposals = propose(self.strategy, problem, np.array([e.policy for e in seen]).reshape(-1, self.space.size),
-                                    np.array([e.value for e in seen]), self.options, min(batch, total - first), self.seed, start, trend)
+                proposals = propose(self.strategy, problem,
+                                    np.array([e.policy for e in seen]).reshape(-1, self.space.size),
+                                    np.array([e.value for e in seen]), self.options, min(batch, total - first),
+                                    self.seed, start, trend)
                 if not proposals[done - first:]:
                     self._nothing_left()
                     break
@@ -198,21 +210,23 @@ class Study:
 
     def _measure(self, proposals: list[Proposal], objective: Callable[[np.ndarray], dict[str, float]],
                  known: dict[tuple[int, ...], Evaluation]) -> Iterator[Evaluation]:
-        """Measure up to as many proposals as there are processes, one each; those known already take what was found then."""
+        """Measure up to as many proposals as there are processes, one each; those known already take what was found
+        then."""
         began, keys, measures = time.perf_counter(), self.space.keys([p.policy for p in proposals]), None
         mine = parallel.rank()
         if mine < len(proposals) and keys[mine] not in known:
             with parallel.alone():
                 measures = {k: float(v) for k, v in objective(proposals[mine].policy).items()}
-        for proposal, key, given, seconds in zip(proposals, keys, *zip(*parallel.gather((measures, time.perf_counter() - began)))):
+        for proposal, key, given, seconds in zip(proposals, keys,
+                                                 *zip(*parallel.gather((measures, time.perf_counter() - began)))):
             index = len(self.evaluations)
             given = {"value": known[key].value, **known[key].measures} if key in known else dict(given)
             value = given.pop("value", float("nan"))
             if not np.isfinite(value):
                 raise InputError(f"the objective gave {value} for policy {index}; a finite value is needed")
             known[key] = Evaluation(index=index, policy=tuple(proposal.policy.tolist()), value=value,
-                                    cost=float(self.budget.cost(proposal.policy[None])[0]), by=proposal.by, measures=given,
-                                    expected=proposal.expected, seconds=round(seconds, 3))
+                                    cost=float(self.budget.cost(proposal.policy[None])[0]), by=proposal.by,
+                                    measures=given, expected=proposal.expected, seconds=round(seconds, 3))
             yield known[key]
 
     def _keep(self, found: Evaluation) -> None:
@@ -222,7 +236,8 @@ class Study:
         self.evaluations.append(found)
 
     def _nothing_left(self) -> None:
-        why = (f"no other policy was found within {self.budget.tolerance:.1%} below {self.budget.limit:.6g} {self.budget.unit}; a larger "
+        why = (f"no other policy was found within {self.budget.tolerance:.1%} below {self.budget.limit:.6g} "
+               f"{self.budget.unit}; a larger "
                "tolerance, or more dimensions, would give more")
         if not self.evaluations:
             raise InputError(why)

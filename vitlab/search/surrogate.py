@@ -18,7 +18,8 @@ class Surrogate:
     def __init__(self, x: np.ndarray, values: np.ndarray, *, noise: float | None = None) -> None:
         """noise: variance of the standardised values; None fits it."""
         dimensions = x.shape[1]
-        kernel = ConstantKernel(1.0, (1e-2, 1e2)) * Matern(np.full(dimensions, np.sqrt(dimensions) / 2), LENGTH_BOUNDS, nu=SMOOTHNESS)
+        kernel = ConstantKernel(1.0, (1e-2, 1e2)) * Matern(np.full(dimensions, np.sqrt(dimensions) / 2), LENGTH_BOUNDS,
+                                                           nu=SMOOTHNESS)
         if noise is None:
             kernel = kernel + WhiteKernel(1e-2, NOISE_BOUNDS)
         self.fits_noise = noise is None

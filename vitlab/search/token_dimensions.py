@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor, zeros
 
-from vitlab import tokens
-from vitlab.files import InputError
-from vitlab.rules import BY_CLASS_TOKEN, PROTECT, Match, Select, TokenRule
-from vitlab.shape import ViTShape
+from vitlab.plan import tokens
+from vitlab.plan.rules import BY_CLASS_TOKEN, PROTECT, Match, Select, TokenRule
+from vitlab.plan.shape import ViTShape
+from vitlab.runtime.files import InputError
 
 STAGES = 4                                      # blocks are grouped into as many stages where a ratio is per stage
 
@@ -68,8 +68,8 @@ class SelectTokens:
         return [f"tokens {block}" for block in blocks] if self.per_stage else ["tokens"]
 
     def _kept(self, ratios: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
-        """(block, tokens entering (P), tokens kept (P), prefix included) of each selection; where equal, none is: neither where
-        K is all tokens, nor all but one, whose mean is itself."""
+        """(block, tokens entering (P), tokens kept (P), prefix included) of each selection; where equal, none is:
+        neither where K is all tokens, nor all but one, whose mean is itself."""
         steps, entering, prefix = [], np.full(len(ratios), self.shape.num_tokens), self.shape.num_prefix_tokens
         for index, block in enumerate(select_blocks(self.shape.depth)):
             kept = (entering * (1 - ratios[:, index if self.per_stage else 0])).astype(np.int64)
@@ -90,7 +90,8 @@ class SelectTokens:
         return counts
 
     def rules(self, ratios: np.ndarray, scores: Tensor | None) -> list[TokenRule | None]:
-        """Token rule of each block for one policy's ratios (T); scores are not needed, each image ranks its own tokens."""
+        """Token rule of each block for one policy's ratios (T); scores are not needed, each image ranks its own
+        tokens."""
         rules: list[TokenRule | None] = [None] * self.shape.depth
         for block, entering, kept in self._kept(ratios[None]):
             if kept[0] < entering[0]:
@@ -100,9 +101,10 @@ class SelectTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeTokens:
-    """Prune and Merge with a keep rate for each block, stage or span: the int(n * (1 - ratio)) best patches are centers, and up to
-    int(n * prune_rate) of the worst of the others skip the block (methods A3, rule `center`, a budget per block). In a span, which
-    is merged before its first block and reconstructed after its last, the best are those of the mean of its normalised scores."""
+    """Prune and Merge with a keep rate for each block, stage or span: the int(n * (1 - ratio)) best patches are
+    centers, and up to int(n * prune_rate) of the worst of the others skip the block (methods A3, rule `center`, a
+    budget per block). In a span, which is merged before its first block and reconstructed after its last, the best are
+    those of the mean of its normalised scores."""
 
     shape: ViTShape
     per: str = ""                   # "" (a block each), "stage" or "span"
@@ -110,7 +112,8 @@ class MergeTokens:
     boundary: str = tokens.BOUNDARY
     weights: str = tokens.WEIGHTS
     share: bool = False             # regions share the block's update (methods C1) instead of being merged by matrices
-    spans: tuple[tuple[int, int], ...] = ()         # (first block, last block) each; () with "span": `tokens.even_spans`
+    # (first block, last block) each; () with "span": `tokens.even_spans`
+    spans: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.prune_rate < 1:
@@ -121,7 +124,8 @@ class MergeTokens:
         depth = self.shape.depth
         if self.spans:
             tokens.check_spans(self.spans, depth, rated=False)
-        spans = self.spans or tokens.even_spans(depth) if self.per == "span" else [(block, block) for block in range(depth)]
+        spans = self.spans or tokens.even_spans(depth) if self.per == "span" else [(block, block)
+                                                                                   for block in range(depth)]
         object.__setattr__(self, "spans", tuple(map(tuple, spans)))
 
     def _dimension(self) -> np.ndarray:
@@ -156,7 +160,8 @@ class MergeTokens:
         return counts | {"carried": pruned, "merges": cut & begins, "reconstructs": cut & ends}
 
     def rules(self, ratios: np.ndarray, scores: Tensor | None) -> list[TokenRule | None]:
-        """Token rule of each block for one policy's ratios (T) by raw token scores (L, n). Raises InputError without them."""
+        """Token rule of each block for one policy's ratios (T) by raw token scores (L, n). Raises InputError without
+        them."""
         shape, n = self.shape, self.shape.num_patches
         if scores is None or tuple(scores.shape) != (shape.depth, n):
             raise InputError(f"merging needs token scores of {shape.depth} blocks of {n} patches, not "
@@ -166,29 +171,34 @@ class MergeTokens:
         for first, last in self.spans:
             row, (centers, pruned) = scores[first], (each[first] for each in counts)
             if last > first:
-                row = tokens.normalise_scores(scores, tokens.decay_of("center", shape.depth))[first:last + 1].mean(dim=0)
+                row = tokens.normalise_scores(scores,
+                                              tokens.decay_of("center", shape.depth))[first:last + 1].mean(dim=0)
             order = row.argsort(descending=True, stable=True)
             is_center, unpruned = zeros(n, dtype=bool), zeros(n, dtype=bool)
             is_center[order[:centers]] = True
             unpruned[order[:n - pruned]] = True
-            rule = tokens.merge_rule(row, unpruned, is_center, columns=shape.grid_size[1], boundary=self.boundary, weights=self.weights)
-            rules[first] = tokens.shared(rule) if self.share else rule and dataclasses.replace(rule, span=last + 1 - first)
+            rule = tokens.merge_rule(row, unpruned, is_center, columns=shape.grid_size[1], boundary=self.boundary,
+                                     weights=self.weights)
+            rules[first] = (tokens.shared(rule) if self.share
+                            else rule and dataclasses.replace(rule, span=last + 1 - first))
         return rules
 
 
 @dataclass(frozen=True, kw_only=True)
 class MatchTokens:
-    """Merging by content: int(n * (1 - ratio)) of a block's n tokens stay, and no less than half. One ratio for the middle half
-    of the blocks, where merging costs least, or one for each stage or block."""
+    """Merging by content: int(n * (1 - ratio)) of a block's n tokens stay, and no less than half. One ratio for the
+    middle half of the blocks, where merging costs least, or one for each stage or block."""
 
     shape: ViTShape
     per: str = ""                   # "", "stage" or "block"
-    protect: float | None = None    # of the rule `Match`; None: PROTECT where a class token can say what to protect, else 0
+    # of the rule `Match`; None: PROTECT where a class token can say what to protect, else 0
+    protect: float | None = None
 
     def __post_init__(self) -> None:
         if self.protect is None:
             object.__setattr__(self, "protect", PROTECT if self.shape.class_token else 0.0)
-        Match(merged=0, protect=self.protect).flow(self.shape, self.shape.num_tokens)          # refuses what no plan can have
+        # refuses what no plan can have
+        Match(merged=0, protect=self.protect).flow(self.shape, self.shape.num_tokens)
 
     def _dimension(self) -> np.ndarray:
         """Which ratio each block takes (L), -1 for none."""
@@ -223,9 +233,11 @@ class MatchTokens:
             "compared": merges * ((enter - targets) * targets + enter + prefix), "pooled": merges * (merged + targets)}
 
     def rules(self, ratios: np.ndarray, scores: Tensor | None) -> list[TokenRule | None]:
-        """Token rule of each block for one policy's ratios (T); scores are not needed, each image merges its own tokens."""
+        """Token rule of each block for one policy's ratios (T); scores are not needed, each image merges its own
+        tokens."""
         merged = (-np.diff(self.left(ratios[None])[0])).tolist()
-        return [Match(merged=count, protect=self.protect) if any(merged[:block + 1]) else None for block, count in enumerate(merged)]
+        return [Match(merged=count, protect=self.protect) if any(merged[:block + 1]) else None for block,
+                count in enumerate(merged)]
 
 
 _EACH = {"spans": ()}                           # blocks that are merged each for itself
@@ -240,12 +252,13 @@ TOKEN_DIMENSIONS = {                            # the class, and what a name fix
 
 
 def default_tokens(shape: ViTShape) -> str:
-    """The token dimensions of a search that names none: selection where a class token ranks tokens and no decoder needs them all, else
-    merging by content, which every model can have."""
+    """The token dimensions of a search that names none: selection where a class token ranks tokens and no decoder needs
+    them all, else merging by content, which every model can have."""
     return "select" if shape.class_token and not shape.decoder else "match"
 
 
-def token_dimensions(name: str, shape: ViTShape, settings: dict[str, Any]) -> NoTokens | SelectTokens | MergeTokens | MatchTokens:
+def token_dimensions(name: str, shape: ViTShape,
+                     settings: dict[str, Any]) -> NoTokens | SelectTokens | MergeTokens | MatchTokens:
     """By name, with the class's own settings. Raises InputError for an unknown one."""
     if name not in TOKEN_DIMENSIONS:
         raise InputError(f"tokens {name!r} is not known; known are {sorted(TOKEN_DIMENSIONS)}")

@@ -1,4 +1,5 @@
-"""Cut heads and neurons, and refit what is left so that every block's output stays: closed form, no labels, no training."""
+"""Cut heads and neurons, and refit what is left so that every block's output stays: closed form, no labels, no
+training."""
 import copy
 import dataclasses
 import functools
@@ -9,57 +10,63 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vitlab import tokens
 from vitlab.criteria.compensation import RIDGE, Moments, choose_ridge, columns, refit
-from vitlab.files import InputError
+from vitlab.measure.averaging import hooks
+from vitlab.measure.evaluate import autocast
+from vitlab.measure.moments import Fisher, Layer, layers_of, mixing_layer
 from vitlab.models import attention_block, compress
 from vitlab.models.held import Held, Merged
 from vitlab.models.shrink import keep_heads, keep_neurons
 from vitlab.models.support import check_runs_in_parts, embedded, encoder_of, plain_linear
-from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import Match, ReadOut, Select, SharedUpdate, TokenRule
-from vitlab.training.averaging import hooks
-from vitlab.training.evaluate import autocast
-from vitlab.training.moments import Fisher, Layer, layers_of, mixing_layer
+from vitlab.plan import BlockPlan, CompressionPlan, tokens
+from vitlab.plan.rules import Match, ReadOut, Select, SharedUpdate, TokenRule
+from vitlab.runtime.files import InputError
 
 FOLDS = 4                                   # of the images, by which the strength of a refit is chosen
 SMALL_GAMMA = 1e-3                          # of the largest: channels whose LayerScale is less keep their own target
 
 
 def dense_rows(rule: TokenRule | None, dense: Tensor, rows: int, merged: Merged | None = None) -> Tensor | None:
-    """The dense model's stream (B, N, D) as a block of this rule should see it in its `rows` tokens: (B, rows, D); None where
-    its tokens are not those of the dense model. merged: what matching has made of them so far."""
+    """The dense model's stream (B, N, D) as a block of this rule should see it in its `rows` tokens: (B, rows, D); None
+    where its tokens are not those of the dense model. merged: what matching has made of them so far."""
     if merged is not None and merged.sizes.shape[1] == rows:
         prefix = dense.shape[1] - merged.places.shape[1]
         sums = dense.new_zeros(len(dense), rows - prefix, dense.shape[2]).scatter_add(
             1, merged.places[:, :, None].expand(-1, -1, dense.shape[2]), dense[:, prefix:])
-        return torch.cat([dense[:, :prefix], sums / merged.sizes[:, prefix:, None]], dim=1)     # means of the patches merged
+        # means of the patches merged
+        return torch.cat([dense[:, :prefix], sums / merged.sizes[:, prefix:, None]], dim=1)
     if isinstance(rule, SharedUpdate):
         prefix = dense.shape[1] - len(rule.regions)
-        return torch.matmul(tokens.merge_matrix(rule, prefix).to(dense), dense)                 # the regions' weighted means
-    whole = rule is None or isinstance(rule, (Select, Match))                   # their attention comes before what they do
+        # the regions' weighted means
+        return torch.matmul(tokens.merge_matrix(rule, prefix).to(dense), dense)
+    # their attention comes before what they do
+    whole = rule is None or isinstance(rule, (Select, Match))
     return dense if whole and dense.shape[1] == rows else None
 
 
 def _lacks(scale: nn.Module, rule: TokenRule | None, stream: Tensor, given: Tensor, dense: Tensor, prefix: int,
            merged: Merged | None) -> Tensor:
     """What the layer's output `given` (B, rows, D) lacks to bring its block's stream (before the addition) to the dense
-    model's (B, N, D): (d - x) / gamma - given; 0 in rows that are not the dense model's, or where LayerScale lets nothing through."""
+    model's (B, N, D): (d - x) / gamma - given; 0 in rows that are not the dense model's, or where LayerScale lets
+    nothing through."""
     wanted = dense_rows(rule, dense, given.shape[1], merged)
-    wanted = dense[:, :prefix] if wanted is None else wanted                    # prefix tokens come first, whatever the rule
+    # prefix tokens come first, whatever the rule
+    wanted = dense[:, :prefix] if wanted is None else wanted
     gamma = getattr(scale, "gamma", torch.ones(1, device=given.device))
     through = gamma.abs() > SMALL_GAMMA * gamma.abs().max()
-    lacks = ((wanted - stream[:, :wanted.shape[1]]) / torch.where(through, gamma, 1) - given[:, :wanted.shape[1]]) * through
+    lacks = ((wanted - stream[:, :wanted.shape[1]]) / torch.where(through, gamma,
+                                                                  1) - given[:, :wanted.shape[1]]) * through
     return F.pad(lacks, (0, 0, 0, given.shape[1] - lacks.shape[1]))
 
 
 class Walk:
-    """What all images are as they enter a block of the dense model and of a smaller one, block after block: each block runs on what
-    the one before gave, so that a walk through all of them costs a few passes, however many layers are looked at. Memory: four times
-    all tokens of all images."""
+    """What all images are as they enter a block of the dense model and of a smaller one, block after block: each block
+    runs on what the one before gave, so that a walk through all of them costs a few passes, however many layers are
+    looked at. Memory: four times all tokens of all images."""
 
     @torch.inference_mode()
-    def __init__(self, dense: nn.Module, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], amp: bool | None = False) -> None:
+    def __init__(self, dense: nn.Module, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]],
+                 amp: bool | None = False) -> None:
         self.dense, self.model, self.amp, self.at = encoder_of(dense), encoder_of(model), amp, 0
         self.device = next(model.parameters()).device
         check_runs_in_parts(self.dense)
@@ -90,21 +97,27 @@ class Walk:
         self._look()
 
     @torch.inference_mode()
-    def moments(self, kind: str, rule: TokenRule | None, weight: float = 1.0, kept: Tensor | None = None) -> list[Moments]:
-        """Of the inputs of this block's layer that mixes heads or neurons, of those `kept` (None: all), with what its output lacks of the
-        dense model's stream without the others, prefix tokens counted `weight` times: of FOLDS folds of the images."""
+    def moments(self, kind: str, rule: TokenRule | None, weight: float = 1.0,
+                kept: Tensor | None = None) -> list[Moments]:
+        """Of the inputs of this block's layer that mixes heads or neurons, of those `kept` (None: all), with what its
+        output lacks of the dense model's stream without the others, prefix tokens counted `weight` times: of FOLDS
+        folds of the images."""
         wrapped, heads, prefix = self.model.blocks[self.at], kind == "heads", self.model.num_prefix_tokens
         block, seen, images = attention_block(wrapped), {}, 0
-        linear, norm, scale = mixing_layer(block, kind)[0], *((block.norm1, block.ls1) if heads else (block.norm2, block.ls2))
+        linear, norm, scale = mixing_layer(block,
+                                           kind)[0], *((block.norm1, block.ls1) if heads else (block.norm2, block.ls2))
         gone = torch.ones(linear.in_features, dtype=torch.bool, device=self.device)
         gone[slice(None) if kept is None else kept] = False
         lost = linear.weight.detach()[:, gone].float()
         folds = [Moments(linear.in_features - lost.shape[1], self.device, linear.out_features) for _ in range(FOLDS)]
         with hooks([norm.register_forward_pre_hook(lambda _, given: seen.update(own=given[0])),
-                    linear.register_forward_hook(lambda _, given, output: seen.update(inputs=given[0], output=output))]):
-            for entering, leaving, dense in zip(self.streams, self._run(wrapped, self.streams), self.half if heads else self.after):
+                    linear.register_forward_hook(lambda _, given,
+                                                 output: seen.update(inputs=given[0], output=output))]):
+            for entering, leaving, dense in zip(self.streams, self._run(wrapped, self.streams),
+                                                self.half if heads else self.after):
                 held, inputs, output = entering if heads else leaving, seen["inputs"], seen["output"]
-                lacks = _lacks(scale, rule, seen["own"], output, dense, prefix, held if isinstance(held, Merged) else None)
+                lacks = _lacks(scale, rule, seen["own"], output, dense, prefix,
+                               held if isinstance(held, Merged) else None)
                 if kept is not None:
                     lacks, inputs = lacks + F.linear(inputs[..., gone].float(), lost), inputs[..., kept]
                 weights = output.new_ones(output.shape[:2], dtype=torch.float32)
@@ -117,31 +130,37 @@ class Walk:
 
 
 def layers_to_refit(plan: CompressionPlan, every: bool, follow: bool = True) -> list[Layer]:
-    """The layers that are refitted: those that lose units, with follow every proj after the first of them; with `every`, all from the
-    first block on in which anything is cut."""
+    """The layers that are refitted: those that lose units, with follow every proj after the first of them; with
+    `every`, all from the first block on in which anything is cut."""
     cut = [layer for layer in layers_of(plan) if getattr(plan.blocks[layer[0]], layer[1]) is not None]
-    first = next((index for index, block in enumerate(plan.blocks) if dataclasses.replace(block, tokens=None) != BlockPlan()
+    first = next((index for index,
+                  block in enumerate(plan.blocks) if dataclasses.replace(block, tokens=None) != BlockPlan()
                   or not isinstance(block.tokens, (ReadOut, type(None)))), len(plan.blocks))
     return [layer for layer in layers_of(plan)
-            if layer in cut or (layer[0] >= first if every else follow and layer[1] == "heads" and layer > (cut or [layer])[0])]
+            if layer in cut
+            or (layer[0] >= first if every else follow and layer[1] == "heads" and layer > (cut or [layer])[0])]
 
 
-def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[Tensor, Tensor]], *, ridge: float | None = None,
-               costs: Mapping[Layer, Fisher] | None = None, every: bool = False, moments: Mapping[Layer, Moments] | None = None,
-               device: str | torch.device | None = None, amp: bool | None = False, progress: bool = True) -> nn.Module:
-    """compress(dense, plan) with proj and fc2 refitted in every block that loses heads or neurons (criteria.compensation.refit).
+def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[Tensor, Tensor]], *,
+               ridge: float | None = None, costs: Mapping[Layer, Fisher] | None = None, every: bool = False,
+               moments: Mapping[Layer, Moments] | None = None, device: str | torch.device | None = None,
+               amp: bool | None = False, progress: bool = True) -> nn.Module:
+    """compress(dense, plan) with proj and fc2 refitted in every block that loses heads or neurons
+    (criteria.compensation.refit).
 
-    Block after block, attention before MLP: a layer's inputs are those of the model with everything before it already cut and
-    refitted, tokens included. Its target is what would bring its block's stream to the dense model's on the same image and token, so
-    that errors are made good instead of piling up; where a token rule leaves no such token (`dense_rows`), its own output before its
-    cut. Every proj after the first cut is refitted too, for that reason; with `every`, all these layers from the first block on in which
-    anything is cut, also where only tokens are. costs (`fisher`) says how often prefix tokens count where others count once; None: as
-    often. ridge draws the weights to what they were; None chooses it for each layer by what misses least on images left out
-    (`choose_ridge`), so that few images change little.
+    Block after block, attention before MLP: a layer's inputs are those of the model with everything before it already
+    cut and refitted, tokens included. Its target is what would bring its block's stream to the dense model's on the
+    same image and token, so that errors are made good instead of piling up; where a token rule leaves no such token
+    (`dense_rows`), its own output before its cut. Every proj after the first cut is refitted too, for that reason; with
+    `every`, all these layers from the first block on in which anything is cut, also where only tokens are. costs
+    (`fisher`) says how often prefix tokens count where others count once; None: as often. ridge draws the weights to
+    what they were; None chooses it for each layer by what misses least on images left out (`choose_ridge`), so that few
+    images change little.
 
-    batches are gone through once (`Walk`). With `moments` of the dense model (`each_moments`) they are not read, what loses units
-    alone is refitted, to its own output, costs says nothing, and ridge None is RIDGE: quicker, and a little worse. A plan in which
-    nothing is to be refitted gives compress(dense, plan). Raises InputError as compress does, or without images.
+    batches are gone through once (`Walk`). With `moments` of the dense model (`each_moments`) they are not read, what
+    loses units alone is refitted, to its own output, costs says nothing, and ridge None is RIDGE: quicker, and a little
+    worse. A plan in which nothing is to be refitted gives compress(dense, plan). Raises InputError as compress does, or
+    without images.
     """
     device = torch.device(device) if device is not None else next(dense.parameters()).device
     merging = dataclasses.replace(plan, blocks=tuple(BlockPlan(tokens=block.tokens) for block in plan.blocks))
@@ -156,7 +175,8 @@ def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[
         if linear.bias is None and kept is None:
             continue                            # means could not be made good
         if linear.bias is None:
-            raise InputError(f"block {index}: its {'proj' if kind == 'heads' else 'fc2'} has no bias, which compensation needs")
+            raise InputError(f"block {index}: its {'proj' if kind == 'heads' else 'fc2'} has no bias, which "
+                             f"compensation needs")
         while walk and walk.at < index:
             walk.step()
         stay = (torch.arange(linear.in_features // width) if kept is None else torch.tensor(kept)).to(device)

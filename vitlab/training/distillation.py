@@ -7,9 +7,9 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.task import ClassificationTask, LogitDistillationTask
 from torch import Tensor, nn
 
-from vitlab.files import InputError
+from vitlab.measure.pixels import cross_entropy, divergence
 from vitlab.models.segmenter import Segmenter
-from vitlab.training.pixels import cross_entropy, divergence
+from vitlab.runtime.files import InputError
 from vitlab.training.recipes import Recipe
 
 
@@ -22,15 +22,17 @@ class HardDistillationTask(LogitDistillationTask):
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         logits = self.trainable_module(input)
         with torch.no_grad():
-            choice = self.teacher(self.teacher.normalize_input(input, self.student_mean, self.student_std)).argmax(dim=1)
+            choice = self.teacher(self.teacher.normalize_input(input, self.student_mean,
+                                                               self.student_std)).argmax(dim=1)
         task, distill = self.criterion(logits, target), F.cross_entropy(logits, choice)
         loss = self.task_loss_weight * task + self.distill_loss_weight * distill
         return {"loss": loss, "output": logits, "task_loss": task, "kd_loss": distill}
 
 
 class SoftDistillationTask(LogitDistillationTask):
-    """timm's soft distillation, of images (B, K) or of pixels (B, K, H, W), of which the KL's mean is taken; in float32 also under
-    autocast, where log-probabilities at a high temperature differ by less than bf16 can say (a CPU's does not see to it)."""
+    """timm's soft distillation, of images (B, K) or of pixels (B, K, H, W), of which the KL's mean is taken; in float32
+    also under autocast, where log-probabilities at a high temperature differ by less than bf16 can say (a CPU's does
+    not see to it)."""
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         logits = self.trainable_module(input)
@@ -44,19 +46,22 @@ class SoftDistillationTask(LogitDistillationTask):
 
 
 def make_task(model: nn.Module, teacher: nn.Module | None, recipe: Recipe, device: torch.device) -> nn.Module:
-    """The training task of a recipe. Soft (A8): (1 - alpha) * CE + alpha * tau^2 * KL(teacher || student at tau) / (B * classes);
-    timm's task divides by B, so its weight is alpha / classes. Of a Segmenter the loss is the mean over pixels, those to be ignored
-    left out of the cross-entropy. Raises InputError where the teacher is missing, or differs in classes, task or channels, or a recipe
-    mixes images that have masks.
+    """The training task of a recipe. Soft (A8): (1 - alpha) * CE + alpha * tau^2 * KL(teacher || student at tau) / (B *
+    classes); timm's task divides by B, so its weight is alpha / classes. Of a Segmenter the loss is the mean over
+    pixels, those to be ignored left out of the cross-entropy. Raises InputError where the teacher is missing, or
+    differs in classes, task or channels, or a recipe mixes images that have masks.
     """
     dense = isinstance(model, Segmenter)
     if dense and (recipe.mixup or recipe.cutmix):
-        raise InputError(f"recipe {recipe.name} mixes images (mixup, cutmix), which masks can't follow; one without is needed")
-    mixed = recipe.mixup or recipe.cutmix                               # targets are then probabilities, smoothed already
+        raise InputError(f"recipe {recipe.name} mixes images (mixup, cutmix), which masks can't follow; one without is "
+                         f"needed")
+    # targets are then probabilities, smoothed already
+    mixed = recipe.mixup or recipe.cutmix
     criterion = (SoftTargetCrossEntropy() if mixed else LabelSmoothingCrossEntropy(recipe.smoothing) if recipe.smoothing
                  else nn.CrossEntropyLoss())
     if dense:
-        criterion = partial(cross_entropy, smoothing=recipe.smoothing)  # a batch of which no pixel counts is no reason to skip the step
+        # a batch of which no pixel counts is no reason to skip the step
+        criterion = partial(cross_entropy, smoothing=recipe.smoothing)
     if recipe.distill == "none":
         return ClassificationTask(model, criterion, device=device, verbose=False)
     if teacher is None:
@@ -64,12 +69,14 @@ def make_task(model: nn.Module, teacher: nn.Module | None, recipe: Recipe, devic
     if teacher.num_classes != model.num_classes:
         raise InputError(f"the teacher has {teacher.num_classes} classes, the student {model.num_classes}")
     if isinstance(teacher, Segmenter) is not dense:
-        raise InputError("the teacher and the student are of different tasks: one gives a class for each pixel, the other for each image")
+        raise InputError("the teacher and the student are of different tasks: one gives a class for each pixel, the "
+                         "other for each image")
     if dense and teacher.img_size != model.img_size:
         raise InputError("the teacher is for images of {} x {}, the student for {} x {}; they see the same".format(
             *teacher.img_size, *model.img_size))
     if teacher.in_chans != model.in_chans:
-        raise InputError(f"the teacher takes images of {teacher.in_chans} channels, the student of {model.in_chans}; they see the same")
+        raise InputError(f"the teacher takes images of {teacher.in_chans} channels, the student of {model.in_chans}; "
+                         f"they see the same")
     soft = recipe.distill == "soft"
     kind = SoftDistillationTask if soft else HardDistillationTask
     task = kind(model, teacher.to(device).requires_grad_(False), criterion, task_loss_weight=1 - recipe.alpha,

@@ -3,10 +3,10 @@ import dataclasses
 import math
 
 from vitlab.criteria.units import UnitScores
-from vitlab.files import InputError
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import Select, TokenRule
-from vitlab.shape import ViTShape
+from vitlab.plan.rules import Select, TokenRule
+from vitlab.plan.shape import ViTShape
+from vitlab.runtime.files import InputError
 
 
 def _units(kept: tuple[int, ...] | None, scores: list[float], fraction: float) -> tuple[int, ...] | None:
@@ -19,7 +19,8 @@ def _units(kept: tuple[int, ...] | None, scores: list[float], fraction: float) -
 
 
 def _rules(plan: CompressionPlan, fraction: float) -> list[TokenRule | None]:
-    """Selections that drop `fraction` of the share they shall drop; merging in the last `fraction` of the blocks alone."""
+    """Selections that drop `fraction` of the share they shall drop; merging in the last `fraction` of the blocks
+    alone."""
     shape: ViTShape = plan.shape
     rules, entering = [], shape.num_tokens
     for index, (block, flow) in enumerate(zip(plan.blocks, plan.flows())):
@@ -36,14 +37,16 @@ def _rules(plan: CompressionPlan, fraction: float) -> list[TokenRule | None]:
 
 
 def partial_plan(plan: CompressionPlan, fraction: float, scores: UnitScores) -> CompressionPlan:
-    """The plan that cuts `fraction` of what `plan` cuts: of its heads and neurons those with the lowest scores first; tokens
-    by smaller selections, and merging in the last blocks first; a span is merged as a whole, once its first block is among them.
-    fraction 1 gives the plan itself; a larger one's cuts include a smaller one's. Raises InputError for a fraction out of (0, 1]."""
+    """The plan that cuts `fraction` of what `plan` cuts: of its heads and neurons those with the lowest scores first;
+    tokens by smaller selections, and merging in the last blocks first; a span is merged as a whole, once its first
+    block is among them. fraction 1 gives the plan itself; a larger one's cuts include a smaller one's. Raises
+    InputError for a fraction out of (0, 1]."""
     if not 0 < fraction <= 1:
         raise InputError(f"fraction is {fraction}; it must lie in (0, 1]")
     if fraction == 1:
         return plan
-    blocks = tuple(BlockPlan(heads=_units(block.heads, heads, fraction), neurons=_units(block.neurons, neurons, fraction), tokens=rule)
+    blocks = tuple(BlockPlan(heads=_units(block.heads, heads, fraction),
+                             neurons=_units(block.neurons, neurons, fraction), tokens=rule)
                    for block, heads, neurons, rule in zip(plan.blocks, scores.heads.tolist(), scores.neurons.tolist(),
                                                           _rules(plan, fraction)))
     return CompressionPlan(shape=plan.shape, blocks=blocks, made_by=plan.made_by | {"fraction": fraction})

@@ -1,6 +1,8 @@
-"""fit: the one training loop, for pretraining and fine-tuning, on one process or several, that goes on where it was stopped.
+"""fit: the one training loop, for pretraining and fine-tuning, on one process or several, that goes on where it was
+stopped.
 
-Every random number follows from the seed and the step (vitlab.data.order), and the state on the disk says which step is next.
+Every random number follows from the seed and the step (vitlab.data.order), and the state on the disk says which step is
+next.
 """
 import contextlib
 import dataclasses
@@ -15,12 +17,12 @@ from timm.utils import random_seed
 from torch import nn
 from tqdm.auto import tqdm
 
-from vitlab import parallel, signals
 from vitlab.data import ImageData
-from vitlab.files import InputError, append_line, locked, read_lines, write_lines
+from vitlab.measure.pixels import measured
 from vitlab.models import set_trainable
+from vitlab.runtime import parallel, signals
+from vitlab.runtime.files import InputError, append_line, locked, read_lines, write_lines
 from vitlab.training import states
-from vitlab.training.pixels import measured
 from vitlab.training.recipes import Engine, Recipe
 from vitlab.training.stepping import AVERAGE, Training
 
@@ -40,9 +42,11 @@ def fingerprint(content: Any, models: list[nn.Module]) -> str:
 def _marks(data: ImageData, recipe: Recipe, models: list[nn.Module], about: dict[str, Any]) -> dict[str, str]:
     """What a state must have been made from to be gone on from, by name."""
     settings = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in ("source", "expected", "command")}
-    if recipe.matrices_lr == 1:                                                     # as states were before there was such a factor
+    # as states were before there was such a factor
+    if recipe.matrices_lr == 1:
         del settings["matrices_lr"]
-    return {"recipe": fingerprint(settings, []), "data set": fingerprint(data.files("train"), []), "weights": fingerprint([], models),
+    return {"recipe": fingerprint(settings, []), "data set": fingerprint(data.files("train"), []),
+            "weights": fingerprint([], models),
             **({"moving average": fingerprint(AVERAGE, [])} if recipe.ema_decay else {}),
             **{name: str(value) for name, value in about.items()}}
 
@@ -52,19 +56,23 @@ def _resume(training: Training, folder: Path, marks: dict[str, str], changed_dat
     for path, state in states.newest(folder):
         known = state.get("marks")
         known = known if isinstance(known, dict) else {}
-        differ = [name for name in marks if known.get(name) != marks[name] and not (changed_data and name == "data set")]
+        differ = [name for name in marks if known.get(name) != marks[name]
+                  and not (changed_data and name == "data set")]
         if differ:
             only = differ == ["data set"]
             raise InputError(f"{path}: the state of another run (other {' and '.join(differ)}); "
-                             + ("--changed-data goes on with the images as they are now, or choose another folder" if only else
+                             + ("--changed-data goes on with the images as they are now, or choose another folder"
+                                if only else
                                 "choose another folder or remove it"))
         training.load(state, path)
-        if known.get("data set") != marks["data set"]:                                  # what was broken may have been repaired
+        # what was broken may have been repaired
+        if known.get("data set") != marks["data set"]:
             training.batches.broken = []
         break
     if parallel.is_first():
         log = folder / LOG
-        kept = [r for r in read_lines(log) if isinstance(r, dict) and isinstance(r.get("step"), int) and r["step"] <= training.step]
+        kept = [r for r in read_lines(log) if isinstance(r, dict) and isinstance(r.get("step"), int)
+                and r["step"] <= training.step]
         if log.exists():
             write_lines(log, kept)
 
@@ -73,19 +81,19 @@ def fit(model: nn.Module, data: ImageData, recipe: Recipe, folder: str | Path, *
         seed: int = 0, device: str | torch.device | None = None, limit: int | None = None, workers: int | None = None,
         engine: Engine | None = None, about: dict[str, Any] | None = None, changed_data: bool = False,
         progress: bool = True) -> list[dict[str, Any]]:
-    """Train `model` in place by `recipe`; returns the log, one record an epoch (epoch, step, loss, lr, train_slice_top1_pct,
-    of a Segmenter train_slice_miou_pct, seconds).
+    """Train `model` in place by `recipe`; returns the log, one record an epoch (epoch, step, loss, lr,
+    train_slice_top1_pct, of a Segmenter train_slice_miou_pct, seconds).
 
-    States go to folder/state-STEP-DIGEST.pt every engine.save_steps and after every epoch, the last engine.keep of them, and lines
-    to folder/log.jsonl; a run that was killed, called again with the same arguments, goes on from the newest whole state and ends
-    with the same weights, on a CPU bit for bit. Under torchrun every process calls it, and the batches of a step are divided
-    among them. limit: train on a slice of that many images. about: JSON-able, stored with each state. changed_data: go on though
-    the data set is another than it was. A step whose loss or gradient is not finite is left out, and its files are in the log; of
-    weights that are not, no state is written.
+    States go to folder/state-STEP-DIGEST.pt every engine.save_steps and after every epoch, the last engine.keep of
+    them, and lines to folder/log.jsonl; a run that was killed, called again with the same arguments, goes on from the
+    newest whole state and ends with the same weights, on a CPU bit for bit. Under torchrun every process calls it, and
+    the batches of a step are divided among them. limit: train on a slice of that many images. about: JSON-able, stored
+    with each state. changed_data: go on though the data set is another than it was. A step whose loss or gradient is
+    not finite is left out, and its files are in the log; of weights that are not, no state is written.
 
-    Raises InputError for a folder that holds another run's state or that another process works in, a missing teacher, or more
-    than engine.max_skipped such steps in a row, or weights that are not finite; signals.Stopped, with the state written, when asked
-    to stop.
+    Raises InputError for a folder that holds another run's state or that another process works in, a missing teacher,
+    or more than engine.max_skipped such steps in a row, or weights that are not finite; signals.Stopped, with the state
+    written, when asked to stop.
     """
     folder, device, engine = Path(folder), torch.device(device or next(model.parameters()).device), engine or Engine()
     with locked(folder) if parallel.is_first() else contextlib.nullcontext():
@@ -99,7 +107,8 @@ def fit(model: nn.Module, data: ImageData, recipe: Recipe, folder: str | Path, *
             parallel.wait()                                                         # nobody writes before all have read
             with signals.on_request(lambda: setattr(training, "asked", True)):
                 while training.epoch < recipe.epochs:
-                    _epoch(training, folder, {"marks": marks, "about": about or {}, "recipe": dataclasses.asdict(recipe), "seed": seed},
+                    _epoch(training, folder,
+                           {"marks": marks, "about": about or {}, "recipe": dataclasses.asdict(recipe), "seed": seed},
                            progress)
         finally:
             training.close()
@@ -126,13 +135,15 @@ def _epoch(training: Training, folder: Path, fixed: dict[str, Any], progress: bo
 
     def log(record: dict[str, Any]) -> None:
         if parallel.is_first():
-            append_line(folder / LOG, {"step": training.step, **record, "seconds": round(time.perf_counter() - began, 2)})
+            append_line(folder / LOG,
+                        {"step": training.step, **record, "seconds": round(time.perf_counter() - began, 2)})
 
     training.task.train()
     training.batches.begin(training.epoch, training.done * engine.accumulate)
     batches = iter(training.batches)
-    with contextlib.closing(batches), tqdm(total=training.steps, initial=training.done, desc=f"epoch {number}/{recipe.epochs}",
-                                           unit="step", disable=not progress, leave=False) as bar:
+    with contextlib.closing(batches), tqdm(total=training.steps, initial=training.done,
+                                           desc=f"epoch {number}/{recipe.epochs}", unit="step", disable=not progress,
+                                           leave=False) as bar:
         while training.done < training.steps:
             loss = training.take_step(batches)
             if training.fault is not None:
@@ -141,16 +152,18 @@ def _epoch(training: Training, folder: Path, fixed: dict[str, Any], progress: bo
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             over = training.done == training.steps
             if not over and training.done % engine.log_steps == 0 and training.fault is None:
-                log({"at_epoch": round(training.step / training.steps, 4), "loss": loss, "lr": training.optimizer.param_groups[0]["lr"]})
+                log({"at_epoch": round(training.step / training.steps, 4), "loss": loss,
+                     "lr": training.optimizer.param_groups[0]["lr"]})
             if not over and (training.asked or training.done % engine.save_steps == 0):
                 save()
                 if training.asked:
                     raise signals.Stopped
-    name, value = measured(training.average, training.slice, device=training.device, amp=training.dtype != "float32", progress=False)
+    name, value = measured(training.average, training.slice, device=training.device, amp=training.dtype != "float32",
+                           progress=False)
     losses = training.losses
     training.epoch, training.done, training.losses = number, 0, []
-    record = {"epoch": number, "loss": sum(losses) / len(losses) if losses else None, "lr": training.optimizer.param_groups[0]["lr"],
-              f"train_slice_{name}": value}
+    record = {"epoch": number, "loss": sum(losses) / len(losses) if losses else None,
+              "lr": training.optimizer.param_groups[0]["lr"], f"train_slice_{name}": value}
     broken = len(training.share_broken())
     record |= {"broken": broken} if broken else {}                                  # images left out so far
     log(record)
@@ -172,5 +185,6 @@ def _left_out(training: Training, loss: float, log: Any) -> None:
     log({"skipped": str(loss), "why": training.fault, "files": files})
     if training.skipped > training.engine.max_skipped:
         raise InputError(f"{training.fault} at epoch {training.epoch + 1}, step {training.done}, and was not finite in "
-                         f"{training.skipped} steps in a row; their files are in {LOG}. A smaller lr than {training.recipe.lr} or "
+                         f"{training.skipped} steps in a row; their files are in {LOG}. A smaller lr than "
+                         f"{training.recipe.lr} or "
                          "clip_grad may help")

@@ -3,8 +3,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from vitlab.files import InputError
 from vitlab.models import TRAINABLE
+from vitlab.runtime.files import InputError
 
 DISTILL, DTYPES = ("none", "soft", "hard"), ("float32", "bfloat16", "float16")
 
@@ -27,19 +27,23 @@ class Recipe:
     warmup_epochs: float = 0
     min_lr: float = 1e-6
     clip_grad: float | None = None
-    layer_decay: float | None = None            # factor of the learning rate from each block to the one before it, (0, 1]
+    # factor of the learning rate from each block to the one before it, (0, 1]
+    layer_decay: float | None = None
     matrices_lr: float = 1.0                    # factor of the learning rate for merge and reconstruct matrices, > 0
-    ema_decay: float | None = None              # weights become their moving average over the steps, (0, 1), at most (stepping.AVERAGE)
+    # weights become their moving average over the steps, (0, 1), at most (stepping.AVERAGE)
+    ema_decay: float | None = None
     smoothing: float = 0.0                      # label smoothing, [0, 1)
     mixup: float = 0.0                          # alpha of mixup; with cutmix, each batch has one of the two
     cutmix: float = 0.0                         # alpha of cutmix
-    repeats: int = 1                            # repeated augmentation: each image drawn is in so many places of an epoch
+    # repeated augmentation: each image drawn is in so many places of an epoch
+    repeats: int = 1
     distill: str = "none"                       # "none", "soft" (A8) or "hard"
     alpha: float = 1.0                          # weight of the distillation loss, [0, 1]
     tau: float = 20.0                           # temperature of soft distillation
     trainable: str = "all"                      # "all", "matrices" or "weights"
     drop_path: float = 0.0
-    dtype: str | None = None                    # a name of DTYPES; None: bfloat16 where the hardware has it (narrow models lose by it)
+    # a name of DTYPES; None: bfloat16 where the hardware has it (narrow models lose by it)
+    dtype: str | None = None
     augment: dict[str, Any] = field(default_factory=dict)      # options of timm's create_transform
 
     def __post_init__(self) -> None:
@@ -49,9 +53,10 @@ class Recipe:
                   "clip_grad": self.clip_grad is None or self.clip_grad > 0, "drop_path": 0 <= self.drop_path < 1,
                   "layer_decay": self.layer_decay is None or 0 < self.layer_decay <= 1, "repeats": self.repeats >= 1,
                   "matrices_lr": self.matrices_lr > 0,
-                  "ema_decay": self.ema_decay is None or 0 < self.ema_decay < 1, "mixup": self.mixup >= 0, "cutmix": self.cutmix >= 0,
-                  "dtype": self.dtype is None or self.dtype in DTYPES,
-                  "trainable": self.trainable in TRAINABLE, "smoothing": 0 <= self.smoothing < 1, "distill": self.distill in DISTILL}
+                  "ema_decay": self.ema_decay is None or 0 < self.ema_decay < 1, "mixup": self.mixup >= 0,
+                  "cutmix": self.cutmix >= 0, "dtype": self.dtype is None or self.dtype in DTYPES,
+                  "trainable": self.trainable in TRAINABLE, "smoothing": 0 <= self.smoothing < 1,
+                  "distill": self.distill in DISTILL}
         for name, good in checks.items():
             if not good:
                 raise InputError(f"recipe {self.name}: {name} is {getattr(self, name)!r}, out of its range")
@@ -70,7 +75,8 @@ class Recipe:
 class Engine:
     """How a recipe is run. But for rounding, none of it changes what comes out."""
 
-    accumulate: int = 1                         # batches of a step that follow each other, where one would need too much memory
+    # batches of a step that follow each other, where one would need too much memory
+    accumulate: int = 1
     compile: bool = False                       # torch.compile
     checkpointing: bool = False                 # keep no activations inside blocks: less memory, a third more time
     channels_last: bool = False                 # memory format of the images and of the patch embedding
@@ -104,49 +110,58 @@ def _published(name: str, teacher: str, alpha: float, expected: str) -> Recipe:
 RECIPES = {recipe.name: recipe for recipe in (
     _published("deit_tiny_pm", "deit_tiny_patch16_224", 0.8,
                "top-1 72.0 % at keep 0.7 (0.8 GMACs), 71.6 % at keep 0.6 (0.7); dense 72.2 % (1.3)"),
-    _published("deit_small_pm", "deit_small_patch16_224", 1.0, "top-1 79.6 % at keep 0.6 (3.0 GMACs); dense 79.8 % (4.6)"),
+    _published("deit_small_pm", "deit_small_patch16_224", 1.0, "top-1 79.6 % at keep 0.6 (3.0 GMACs); dense 79.8 % "
+                                                               "(4.6)"),
     _published("mae_base_pm", "vit_base_patch16_224.mae", 1.0, "top-1 83.6 % at keep 0.6 (10.4 GMACs)"),
     Recipe(name="deit", source="arXiv 2012.12877, table 9",
-           expected="top-1 72.2 % of deit_tiny_patch16_224, 79.8 % of deit_small, 81.8 % of deit_base (the paper's numbers)",
+           expected="top-1 72.2 % of deit_tiny_patch16_224, 79.8 % of deit_small, 81.8 % of deit_base (the paper's "
+                    "numbers)",
            command=_PRETRAIN.format("deit_tiny_patch16_224", "IMAGENET", "deit"),
-           epochs=300, batch_size=1024, lr=5e-4, lr_batch=512, weight_decay=0.05, warmup_epochs=5, min_lr=1e-5, smoothing=0.1,
-           mixup=0.8, cutmix=1.0, repeats=3, drop_path=0.1, ema_decay=0.99996,
+           epochs=300, batch_size=1024, lr=5e-4, lr_batch=512, weight_decay=0.05, warmup_epochs=5, min_lr=1e-5,
+           smoothing=0.1, mixup=0.8, cutmix=1.0, repeats=3, drop_path=0.1, ema_decay=0.99996,
            augment={"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "re_mode": "pixel", "color_jitter": 0.3}),
-    Recipe(name="digits", source="vitlab, chosen on a slice of train", expected="top-1 over 95 % on the digits' test split",
+    Recipe(name="digits", source="vitlab, chosen on a slice of train", expected="top-1 over 95 % on the digits' test "
+                                                                                "split",
            command=_PRETRAIN.format("vit_nano_patch4_32", "digits", "digits"),
-           epochs=40, batch_size=32, lr=1.5e-3, lr_batch=32, weight_decay=0.05, warmup_epochs=2, smoothing=0.05, clip_grad=1.0,
-           dtype="float32", augment=_DIGIT_AUGMENT),
-    Recipe(name="digits_pm", source="vitlab: methods A8, larger steps for 1,437 images", expected="within 1 point of the dense model",
+           epochs=40, batch_size=32, lr=1.5e-3, lr_batch=32, weight_decay=0.05, warmup_epochs=2, smoothing=0.05,
+           clip_grad=1.0, dtype="float32", augment=_DIGIT_AUGMENT),
+    Recipe(name="digits_pm", source="vitlab: methods A8, larger steps for 1,437 images",
+           expected="within 1 point of the dense model",
            command=_FINETUNE.format("RUN/dense", "digits", "digits_pm"),
-           epochs=12, batch_size=32, lr=3e-4, lr_batch=32, distill="soft", alpha=0.8, tau=4.0, clip_grad=1.0, dtype="float32",
-           augment=_DIGIT_AUGMENT),
+           epochs=12, batch_size=32, lr=3e-4, lr_batch=32, distill="soft", alpha=0.8, tau=4.0, clip_grad=1.0,
+           dtype="float32", augment=_DIGIT_AUGMENT),
     Recipe(name="segmenter", source="arXiv 2105.05633, section 4.1, with AdamW at small batches in place of SGD",
            expected="mIoU 38 % of a tiny and 46 % of a small Segmenter on ADE20K's val (the paper's numbers)",
            command=_SEGMENT.format("deit_tiny_patch16_224", "ADE20K", "segmenter"),
-           epochs=64, batch_size=8, lr=2e-4, lr_batch=8, weight_decay=0.01, warmup_epochs=1, drop_path=0.1, clip_grad=1.0),
+           epochs=64, batch_size=8, lr=2e-4, lr_batch=8, weight_decay=0.01, warmup_epochs=1, drop_path=0.1,
+           clip_grad=1.0),
     Recipe(name="camvid", source="vitlab, chosen on CamVid's val", expected="benchmarks/results/camvid.jsonl",
            command=_SEGMENT.format("deit_tiny_patch16_224", "CAMVID", "camvid"),
-           epochs=20, batch_size=8, lr=3e-4, lr_batch=8, weight_decay=0.01, warmup_epochs=1, drop_path=0.1, clip_grad=1.0),
-    Recipe(name="segmenter_pm", source="methods A8 for a class per pixel: tau 20, alpha 1 (arXiv 2503.23455, semantic segmentation)",
+           epochs=20, batch_size=8, lr=3e-4, lr_batch=8, weight_decay=0.01, warmup_epochs=1, drop_path=0.1,
+           clip_grad=1.0),
+    Recipe(name="segmenter_pm", source="methods A8 for a class per pixel: tau 20, alpha 1 (arXiv 2503.23455, semantic "
+                                       "segmentation)",
            expected="mIoU 51.7 % of a large Segmenter at keep 0.7 on ADE20K's val, 51.8 % dense (the paper's numbers)",
            command=_FINETUNE.format("RUN/dense", "ADE20K", "segmenter_pm"),
            epochs=16, batch_size=8, lr=1e-4, lr_batch=8, distill="soft", alpha=1.0, tau=20.0, clip_grad=1.0),
-    Recipe(name="camvid_pm", source="vitlab, chosen on CamVid's val: methods A8 per pixel at tau 1, matrices at a tenth of the rate",
+    Recipe(name="camvid_pm", source="vitlab, chosen on CamVid's val: methods A8 per pixel at tau 1, matrices at a "
+                                    "tenth of the rate",
            expected="benchmarks/results/camvid.jsonl", command=_FINETUNE.format("RUN/dense", "CAMVID", "camvid_pm"),
-           epochs=3, batch_size=4, lr=1e-4, lr_batch=4, warmup_epochs=0.2, matrices_lr=0.1, distill="soft", alpha=0.5, tau=1.0,
-           clip_grad=1.0),
-    Recipe(name="digit_scenes", source="vitlab, chosen on the scenes' val", expected="mIoU over 70 % on the scenes' val, from the digits",
+           epochs=3, batch_size=4, lr=1e-4, lr_batch=4, warmup_epochs=0.2, matrices_lr=0.1, distill="soft", alpha=0.5,
+           tau=1.0, clip_grad=1.0),
+    Recipe(name="digit_scenes", source="vitlab, chosen on the scenes' val",
+           expected="mIoU over 70 % on the scenes' val, from the digits",
            command=_SEGMENT.format("RUN/dense", "digit_scenes", "digit_scenes"),
-           epochs=12, batch_size=4, lr=1.5e-3, lr_batch=4, weight_decay=0.05, warmup_epochs=0.4, clip_grad=1.0, dtype="float32",
-           augment=_SCENE_AUGMENT),
+           epochs=12, batch_size=4, lr=1.5e-3, lr_batch=4, weight_decay=0.05, warmup_epochs=0.4, clip_grad=1.0,
+           dtype="float32", augment=_SCENE_AUGMENT),
     Recipe(name="digit_scenes_pm", source="vitlab: methods A8 per pixel, larger steps for small scenes",
-           expected="within 5 points of the dense Segmenter", command=_FINETUNE.format("RUN/dense", "digit_scenes", "digit_scenes_pm"),
-           epochs=2, batch_size=4, lr=5e-4, lr_batch=4, distill="soft", alpha=0.8, tau=4.0, clip_grad=1.0, dtype="float32",
-           augment=_SCENE_AUGMENT),
+           expected="within 5 points of the dense Segmenter",
+           command=_FINETUNE.format("RUN/dense", "digit_scenes", "digit_scenes_pm"), epochs=2, batch_size=4, lr=5e-4,
+           lr_batch=4, distill="soft", alpha=0.8, tau=4.0, clip_grad=1.0, dtype="float32", augment=_SCENE_AUGMENT),
     Recipe(name="cifar10", source="vitlab", expected="benchmarks/results/cifar10.jsonl",
            command=_PRETRAIN.format("vit_micro_patch4_32", "CIFAR10", "cifar10"),
-           epochs=16, batch_size=128, lr=1e-3, lr_batch=128, weight_decay=0.05, warmup_epochs=1, smoothing=0.1, clip_grad=1.0,
-           augment={"scale": (0.6, 1.0), "color_jitter": 0.0}),
+           epochs=16, batch_size=128, lr=1e-3, lr_batch=128, weight_decay=0.05, warmup_epochs=1, smoothing=0.1,
+           clip_grad=1.0, augment={"scale": (0.6, 1.0), "color_jitter": 0.0}),
     Recipe(name="cifar10_pm", source="vitlab: methods A8, fewer epochs", expected="benchmarks/results/cifar10.jsonl",
            command=_FINETUNE.format("RUN/dense", "CIFAR10", "cifar10_pm"),
            epochs=3, batch_size=128, lr=3e-4, lr_batch=128, distill="soft", alpha=0.8, tau=4.0, clip_grad=1.0,

@@ -1,4 +1,5 @@
-"""A short training of a compressed model on the dense model's output alone, without labels: methods A8 without the cross-entropy."""
+"""A short training of a compressed model on the dense model's output alone, without labels: methods A8 without the
+cross-entropy."""
 import copy
 import math
 import time
@@ -13,21 +14,22 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from vitlab.data import ImageData
-from vitlab.files import InputError
+from vitlab.measure.capture import Batches, frozen_eval
+from vitlab.measure.pixels import divergence, each_divergence, log_probabilities
 from vitlab.models import set_trainable
-from vitlab.training.capture import Batches, frozen_eval
-from vitlab.training.pixels import divergence, each_divergence, log_probabilities
+from vitlab.runtime.files import InputError
+from vitlab.runtime.uncertainty import standard_error, with_error
 from vitlab.training.stepping import gradient_norm
-from vitlab.uncertainty import standard_error, with_error
 
 LR, BATCH_SIZE = 2e-5, 32
 SKIPPED = 3                                 # steps in a row, not finite, that end the run
-WARMUP, PATIENCE = 0.05, 1 / 3              # shares of the run: until lr is reached, and without a better state until it stops
+# shares of the run: until lr is reached, and without a better state until it stops
+WARMUP, PATIENCE = 0.05, 1 / 3
 
 
 class Divergence:
-    """Mean KL(teacher || student) in nats, of a Segmenter over its patches, always over the same images, which are kept in memory with
-    the teacher's output."""
+    """Mean KL(teacher || student) in nats, of a Segmenter over its patches, always over the same images, which are kept
+    in memory with the teacher's output."""
 
     def __init__(self, teacher: nn.Module, batches: Batches, amp: bool | None = False) -> None:
         """Raises InputError where there is no image."""
@@ -54,25 +56,28 @@ class Divergence:
         return with_error(name, sum(found) / len(found), standard_error(found))
 
 
-def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Divergence, *, minutes: float | None = None,
-                steps: int | None = None, lr: float = LR, batch_size: int = BATCH_SIZE, seed: int = 0, amp: bool | None = False,
-                workers: int | None = None, progress: bool = True, split: str = "train",
+def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Divergence, *,
+                minutes: float | None = None, steps: int | None = None, lr: float = LR, batch_size: int = BATCH_SIZE,
+                seed: int = 0, amp: bool | None = False, workers: int | None = None, progress: bool = True,
+                split: str = "train",
                 on_better: Callable[[nn.Module, float], None] | None = None) -> list[dict[str, Any]]:
     """Train all of `model` in place on a split of data to give the teacher's class probabilities; labels are not read.
 
         loss = mean KL(teacher(x) || model(x)),  x an augmented image, the same for both
 
-    for at most `minutes`, or `steps`, with which the result does not depend on the clock, at a rate that rises to lr over the
-    first WARMUP of the run and falls to 0 as a cosine. After every epoch `apart`, whose images should not be among
-    those trained on, is measured; the best state is what remains, the one given included, and on_better(model, kl) is called
-    with each. It stops early after PATIENCE of the run without a better one. A step whose loss or gradient is not finite is left out,
-    and a warning names its files where they are known. Returns a record an epoch (epoch, steps, loss, kl, seconds); the first is of
-    the model as given. Raises InputError where SKIPPED steps in a row are not finite, the best state kept.
+    for at most `minutes`, or `steps`, with which the result does not depend on the clock, at a rate that rises to lr
+    over the first WARMUP of the run and falls to 0 as a cosine. After every epoch `apart`, whose images should not be
+    among those trained on, is measured; the best state is what remains, the one given included, and on_better(model,
+    kl) is called with each. It stops early after PATIENCE of the run without a better one. A step whose loss or
+    gradient is not finite is left out, and a warning names its files where they are known. Returns a record an epoch
+    (epoch, steps, loss, kl, seconds); the first is of the model as given. Raises InputError where SKIPPED steps in a
+    row are not finite, the best state kept.
     """
     if (minutes is None) == (steps is None):
         raise InputError("either minutes or steps are needed, not both")
     random_seed(seed)
-    batches = data.batches(split, model, batch_size=batch_size, training=True, seed=seed, workers=workers, augment=data.mild)
+    batches = data.batches(split, model, batch_size=batch_size, training=True, seed=seed, workers=workers,
+                           augment=data.mild)
     set_trainable(model, "all")
     optimizer = create_optimizer_v2(model, opt="adamw", lr=lr, weight_decay=0.0)
     log = [{"epoch": 0, "steps": 0, "loss": None, "kl": apart(model), "seconds": 0.0}]
@@ -84,7 +89,8 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Di
     try:
         with frozen_eval(teacher), tqdm(desc="self-distil", unit="step", total=steps, disable=not progress) as bar:
             while share() < 1 and share() - found_at <= PATIENCE:
-                model.eval()                    # as it is measured: a decoder's dropout keeps a short training from its target
+                # as it is measured: a decoder's dropout keeps a short training from its target
+                model.eval()
                 losses = []
                 for number, (images, _) in enumerate(batches):
                     over = share()
@@ -98,7 +104,8 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Di
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                     found = {"loss": float(loss.detach()), "gradient's norm": float(gradient_norm(model))}
-                    fault = next((f"the {what} of self-distillation is {v} at step {done + 1}" for what, v in found.items()
+                    fault = next((f"the {what} of self-distillation is {v} at step {done + 1}" for what,
+                                  v in found.items()
                                   if not math.isfinite(v)), None)
                     skipped = 0 if fault is None else skipped + 1
                     if fault is None:
@@ -109,8 +116,8 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Di
                     done += 1
                     bar.update()
                 least = min(record["kl"] for record in log)
-                log.append({"epoch": len(log), "steps": done, "loss": sum(losses) / max(1, len(losses)), "kl": apart(model),
-                            "seconds": round(time.monotonic() - began, 2)})
+                log.append({"epoch": len(log), "steps": done, "loss": sum(losses) / max(1, len(losses)),
+                            "kl": apart(model), "seconds": round(time.monotonic() - began, 2)})
                 if log[-1]["kl"] < least:
                     best, found_at = copy.deepcopy(model.state_dict()), share()
                     if on_better is not None:
@@ -126,6 +133,7 @@ def _left_out(fault: str, files: list[str], skipped: int, lr: float) -> None:
     """Warn of a step that is left out. Raises InputError where it is the last of SKIPPED in a row."""
     of = f" of {', '.join(files)}" if files else ""
     if skipped >= SKIPPED:
-        raise InputError(f"{fault}{of}, and was not finite in {skipped} steps in a row; a smaller lr than {lr} may help. The best state "
+        raise InputError(f"{fault}{of}, and was not finite in {skipped} steps in a row; a smaller lr than {lr} may "
+                         f"help. The best state "
                          "so far is kept")
     warnings.warn(f"{fault}{of}; the step is left out", stacklevel=3)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from vitlab.files import InputError, atomic_write
 from vitlab.models.weights import read_file
+from vitlab.runtime.files import InputError, atomic_write
 
 PATTERN = "state-*.pt"                          # state-STEP-DIGEST.pt
 
@@ -24,8 +24,8 @@ def paths(folder: str | Path) -> list[Path]:
 
 
 def write(folder: str | Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write the state after that step, and remove all but the newest `keep`. Raises OSError where the disk is full, with the
-    older ones whole."""
+    """Write the state after that step, and remove all but the newest `keep`. Raises OSError where the disk is full,
+    with the older ones whole."""
     folder, content = Path(folder), io.BytesIO()
     torch.save(state, content)
     path = folder / f"state-{step:09d}-{_digest(content.getbuffer())}.pt"
@@ -42,8 +42,8 @@ def tidy(folder: str | Path) -> None:
 
 
 def newest(folder: str | Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The whole states of a folder, newest first; each damaged one is passed over with a warning that names it. Raises InputError
-    where there are some and all are damaged."""
+    """The whole states of a folder, newest first; each damaged one is passed over with a warning that names it. Raises
+    InputError where there are some and all are damaged."""
     found, good = paths(folder), 0
     for path in found:
         try:

@@ -13,25 +13,28 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import random_seed
 from torch import Tensor, nn
 
-from vitlab import parallel
 from vitlab.data import ImageData
 from vitlab.data.order import seed_of
-from vitlab.files import InputError, first_line
+from vitlab.measure.evaluate import uses_bf16
 from vitlab.models import set_trainable
+from vitlab.models.checkpoint import not_finite
 from vitlab.models.weights import load_state
-from vitlab.training.checkpoint import not_finite
+from vitlab.runtime import parallel
+from vitlab.runtime.files import InputError, first_line
 from vitlab.training.distillation import make_task
-from vitlab.training.evaluate import uses_bf16
 from vitlab.training.recipes import Engine, Recipe
 
-# The moving average looks back over a tenth of the steps so far until decay's own window is shorter, as TensorFlow's with num_updates:
-# with the whole decay from the first step on, a run of less than 1 / (1 - decay) steps would end with nearly its first weights.
-AVERAGE = {"use_warmup": True, "warmup_gamma": 10.0, "warmup_power": 1.0}       # decay of step t = min(decay, (t - 1) / (t + 9))
+# The moving average looks back over a tenth of the steps so far until decay's own window is shorter, as TensorFlow's
+# with num_updates:
+# with the whole decay from the first step on, a run of less than 1 / (1 - decay) steps would end with nearly its first
+# weights.
+# decay of step t = min(decay, (t - 1) / (t + 9))
+AVERAGE = {"use_warmup": True, "warmup_gamma": 10.0, "warmup_power": 1.0}
 
 
 def _scale_matrices(optimizer: torch.optim.Optimizer, model: nn.Module, factor: float) -> None:
-    """Merge and reconstruct matrices in groups of their own, at `factor` times the learning rate: a token is a sum over as many patches
-    as the image has, each of whose weights AdamW moves by the whole rate in a step."""
+    """Merge and reconstruct matrices in groups of their own, at `factor` times the learning rate: a token is a sum over
+    as many patches as the image has, each of whose weights AdamW moves by the whole rate in a step."""
     matrices = {id(parameter) for name, parameter in model.named_parameters() if name.endswith("_matrix")}
     for group in list(optimizer.param_groups):
         of_rule = [parameter for parameter in group["params"] if id(parameter) in matrices]
@@ -48,17 +51,19 @@ def gradient_norm(model: nn.Module) -> Tensor:
 class Training:
     """What is trained and by what, and how far it is: `step` steps are done, `epoch` of them complete."""
 
-    def __init__(self, model: nn.Module, data: ImageData, recipe: Recipe, engine: Engine, teacher: nn.Module | None, seed: int,
-                 device: torch.device, limit: int | None, workers: int | None) -> None:
+    def __init__(self, model: nn.Module, data: ImageData, recipe: Recipe, engine: Engine, teacher: nn.Module | None,
+                 seed: int, device: torch.device, limit: int | None, workers: int | None) -> None:
         self.model, self.recipe, self.engine, self.seed, self.device = model, recipe, engine, seed, device
-        self.batches = data.batches("train", model, batch_size=self._batch_size(), training=True, limit=limit, seed=seed, workers=workers,
-                                    augment={"hflip": 0.5, **recipe.augment}, shared=True, turns=engine.accumulate, repeats=recipe.repeats)
+        self.batches = data.batches("train", model, batch_size=self._batch_size(), training=True, limit=limit,
+                                    seed=seed, workers=workers, augment={"hflip": 0.5, **recipe.augment}, shared=True,
+                                    turns=engine.accumulate, repeats=recipe.repeats)
         train = data.split("train")
         size = min(data.logged, len(train)) if hasattr(train, "__len__") else data.logged      # a stream has no length
         self.slice = data.batches("train", model, limit=size, seed=seed, workers=0, shared=True)
         self.steps = len(self.batches) // engine.accumulate                         # of an epoch
         if not self.steps:
-            raise InputError(f"{data.name}: too few images for one step of {parallel.world()} processes with {engine.accumulate} batches "
+            raise InputError(f"{data.name}: too few images for one step of {parallel.world()} processes with "
+                             f"{engine.accumulate} batches "
                              "each")
         self.dtype = recipe.dtype or ("bfloat16" if uses_bf16(device, None) else "float32")
         set_trainable(model, recipe.trainable)
@@ -67,8 +72,8 @@ class Training:
             model.to(memory_format=torch.channels_last)
         if recipe.ema_decay:
             task.setup_ema(recipe.ema_decay, **AVERAGE)
-        self.optimizer = create_optimizer_v2(model, opt=recipe.optimizer, lr=recipe.scaled_lr, weight_decay=recipe.weight_decay,
-                                             layer_decay=recipe.layer_decay)
+        self.optimizer = create_optimizer_v2(model, opt=recipe.optimizer, lr=recipe.scaled_lr,
+                                             weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay)
         if recipe.matrices_lr != 1:
             _scale_matrices(self.optimizer, model, recipe.matrices_lr)
         self.scheduler, _ = create_scheduler_v2(
@@ -76,7 +81,8 @@ class Training:
             min_lr=min(recipe.min_lr, recipe.scaled_lr), warmup_lr=recipe.scaled_lr / 100, step_on_epochs=False,
             updates_per_epoch=self.steps)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == "float16")
-        self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=model.num_classes) \
+        self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing,
+                           num_classes=model.num_classes) \
             if recipe.mixup or recipe.cutmix else None
         if engine.checkpointing:
             model.set_grad_checkpointing(True)
@@ -89,15 +95,18 @@ class Training:
         self.task = task
         self.epoch, self.done, self.skipped, self.asked = 0, 0, 0, False            # done: steps of the epoch under way
         self.fault: str | None = None                                               # why the last step was left out
-        self.losses: list[float] = []                                               # of these steps, those skipped left out
+        # of these steps, those skipped left out
+        self.losses: list[float] = []
         self.seconds = 0.0                                                          # that they took
 
     def _batch_size(self) -> int:
         """Images a batch of one process. Raises InputError where the recipe's do not divide."""
         parts = parallel.world() * self.engine.accumulate
         if self.recipe.batch_size % parts:
-            raise InputError(f"recipe {self.recipe.name}: a step of {self.recipe.batch_size} images does not divide by {parallel.world()} "
-                             f"processes times {self.engine.accumulate} batches; --batch-size takes a multiple of {parts}")
+            raise InputError(f"recipe {self.recipe.name}: a step of {self.recipe.batch_size} images does not divide by "
+                             f"{parallel.world()} "
+                             f"processes times {self.engine.accumulate} batches; --batch-size takes a multiple of "
+                             f"{parts}")
         return self.recipe.batch_size // parts
 
     @property
@@ -111,26 +120,32 @@ class Training:
         return self.model if ema is None else ema.module
 
     def close(self) -> None:
-        """Let go of the loaders, so that their processes end: they ignore requests to stop, and a traceback may keep all else."""
+        """Let go of the loaders, so that their processes end: they ignore requests to stop, and a traceback may keep
+        all else."""
         self.batches = self.slice = None
 
     def check_weights(self) -> None:
-        """Raises InputError where a weight is not finite: nothing is to be kept of them then, and no step brings them back."""
+        """Raises InputError where a weight is not finite: nothing is to be kept of them then, and no step brings them
+        back."""
         wrong = not_finite(self.model) or not_finite(self.average)
         if wrong is not None:
-            raise InputError(f"{wrong} is not finite after {self.step} steps, so no state of them is written; a smaller lr than "
+            raise InputError(f"{wrong} is not finite after {self.step} steps, so no state of them is written; a "
+                             f"smaller lr than "
                              f"{self.recipe.lr} or clip_grad may help, from the state before")
 
     def share_broken(self) -> list[str]:
-        """The images that could not be read so far, of all processes together, which each then knows. Raises InputError for too many."""
-        self.batches.broken = list(dict.fromkeys(path for paths in parallel.gather(self.batches.broken) for path in paths))
+        """The images that could not be read so far, of all processes together, which each then knows. Raises InputError
+        for too many."""
+        self.batches.broken = list(dict.fromkeys(path for paths in parallel.gather(self.batches.broken)
+                                                 for path in paths))
         self.batches.check_broken()
         return self.batches.broken
 
     def state(self) -> dict[str, Any]:
         ema = {"ema": self.average.state_dict()} if self.recipe.ema_decay else {}
-        return {"epoch": self.epoch, "done": self.done, "skipped": self.skipped, "losses": torch.tensor(self.losses, dtype=torch.float64),
-                "seconds": self.seconds, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+        return {"epoch": self.epoch, "done": self.done, "skipped": self.skipped,
+                "losses": torch.tensor(self.losses, dtype=torch.float64), "seconds": self.seconds,
+                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict(),
                 "broken": self.batches.broken, **ema}
 
@@ -157,7 +172,8 @@ class Training:
         if self.engine.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         if self.mixup is not None:
-            if len(images) % 2:                                                     # it mixes pairs; a broken image leaves one alone
+            # it mixes pairs; a broken image leaves one alone
+            if len(images) % 2:
                 images, targets = (torch.cat([v, v[-1:]]) for v in (images, targets))
             images, targets = self.mixup(images, targets)
         with torch.autocast(self.device.type, getattr(torch, self.dtype), enabled=self.dtype != "float32"):
@@ -167,7 +183,8 @@ class Training:
         try:
             return next(batches)
         except StopIteration:
-            raise InputError(f"the data ended after {self.done} of the {self.steps} steps of epoch {self.epoch + 1}; its number of images "
+            raise InputError(f"the data ended after {self.done} of the {self.steps} steps of epoch {self.epoch + 1}; "
+                             f"its number of images "
                              "is not what it says") from None
 
     def _agree(self, *values: float) -> list[float]:
@@ -184,15 +201,16 @@ class Training:
     def take_step(self, batches: Any) -> float:
         """One step on the next `accumulate` batches; returns its loss, the mean over all processes.
 
-        Where the loss or the norm of the gradient is not finite, `fault` says so, and nothing changes but the count of those skipped in a
-        row, of which a gradient that a lower loss scale may save (float16) is none, and that scale.
+        Where the loss or the norm of the gradient is not finite, `fault` says so, and nothing changes but the count of
+        those skipped in a row, of which a gradient that a lower loss scale may save (float16) is none, and that scale.
         """
         self.scheduler.step_update(self.step)
         turns, found = self.engine.accumulate, 0.0
         self.optimizer.zero_grad(set_to_none=True)
         for turn in range(turns):
             images, targets = self._next(batches)
-            random_seed(seed_of(self.seed, self.step, turn), parallel.rank())       # loaders draw as well, or not: after them
+            # loaders draw as well, or not: after them
+            random_seed(seed_of(self.seed, self.step, turn), parallel.rank())
             with contextlib.nullcontext() if turn + 1 == turns else self.task.no_sync():
                 loss = self._forward(images, targets) / turns
                 self.scaler.scale(loss).backward()

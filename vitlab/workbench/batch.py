@@ -1,8 +1,9 @@
-"""Run a batch file: Snakemake is the engine, papermill runs each notebook; here are the rules made for it and the summary read.
+"""Run a batch file: Snakemake is the engine, papermill runs each notebook; here are the rules made for it and the
+summary read.
 
-A run folder holds entries/NAME/ (all that an entry reads and writes), inputs/NAME.json (what it depends on), done/NAME.json
-(what it left), the Snakefile with its log, and summary.json. An entry's folder is its notebook's study: what the entries before
-it left there is linked in.
+A run folder holds entries/NAME/ (all that an entry reads and writes), inputs/NAME.json (what it depends on),
+done/NAME.json (what it left), the Snakefile with its log, and summary.json. An entry's folder is its notebook's study:
+what the entries before it left there is linked in.
 """
 import contextlib
 import importlib.util
@@ -19,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from vitlab.files import InputError, atomic_write, read_json
+from vitlab.runtime.files import InputError, atomic_write, read_json
 from vitlab.workbench import batch_file
 from vitlab.workbench.batch_entry import SUMMARY, dependencies, only_one
 from vitlab.workbench.batch_file import Entry
@@ -27,12 +28,13 @@ from vitlab.workbench.batch_file import Entry
 STATES = ("done", "up to date", "failed", "skipped")
 
 
-def run_batch(path: str | Path, out: str | Path, *, changes: dict[str, str] | None = None, cores: int = 1, executor: str | None = None,
-              extra: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Run what is not up to date of a batch file into the run folder `out`; returns the summary, also in out/summary.json.
+def run_batch(path: str | Path, out: str | Path, *, changes: dict[str, str] | None = None, cores: int = 1,
+              executor: str | None = None, extra: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Run what is not up to date of a batch file into the run folder `out`; returns the summary, also in
+    out/summary.json.
 
-    cores: entries at a time. executor, extra: Snakemake's own (an executor plugin, arguments). Raises InputError for whatever
-    is wrong in the file, before anything is started.
+    cores: entries at a time. executor, extra: Snakemake's own (an executor plugin, arguments). Raises InputError for
+    whatever is wrong in the file, before anything is started.
     """
     need_engine()
     entries, out = batch_file.read(path, changes), Path(out)
@@ -41,16 +43,19 @@ def run_batch(path: str | Path, out: str | Path, *, changes: dict[str, str] | No
         for name, needs in wanted.items():
             text = json.dumps(needs, indent=2, sort_keys=True) + "\n"
             place = out / "inputs" / f"{name}.json"
-            if not place.exists() or place.read_text() != text:             # the content decides, not the time of a file
+            # the content decides, not the time of a file
+            if not place.exists() or place.read_text() != text:
                 atomic_write(place, text)
-        listed = {e.name: {"notebook": str(e.notebook), "parameters": e.parameters, "after": list(e.after)} for e in entries}
+        listed = {e.name: {"notebook": str(e.notebook), "parameters": e.parameters, "after": list(e.after)}
+                  for e in entries}
         call = {"call": f"{time.time():.6f}", "file": str(path), "folder": str(Path.cwd()), "run": str(out),
                 "threads": None if executor else _threads(cores), "entries": listed}
         atomic_write(out / "batch.json", json.dumps(call, indent=2) + "\n")
         atomic_write(out / "Snakefile", snakefile(entries))
         many = ["--jobs", str(cores), "--executor", executor] if executor else ["--cores", str(cores)]
-        command = [sys.executable, "-m", "snakemake", "--snakefile", str(out / "Snakefile"), "--directory", str(out), *many,
-                   "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "--scheduler", "greedy", "--nolock", *extra]
+        command = [sys.executable, "-m", "snakemake", "--snakefile", str(out / "Snakefile"), "--directory", str(out),
+                   *many, "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "--scheduler", "greedy",
+                   "--nolock", *extra]
         try:
             code = _follow(command, out, list(wanted), call["call"], lock)
         finally:
@@ -58,14 +63,16 @@ def run_batch(path: str | Path, out: str | Path, *, changes: dict[str, str] | No
             atomic_write(out / SUMMARY, json.dumps(summary, indent=2) + "\n")
         if code and not any(e["state"] == "failed" for e in summary["entries"]):
             said = (out / "snakemake.log").read_text(errors="replace").strip().splitlines()
-            raise InputError(f"Snakemake ended with code {code}: {said[-1] if said else 'no word'} (see {out}/snakemake.log)")
+            raise InputError(f"Snakemake ended with code {code}: {said[-1] if said else 'no word'} (see "
+                             f"{out}/snakemake.log)")
     return summary
 
 
 def need_engine() -> None:
     """InputError where Snakemake is not installed."""
     if importlib.util.find_spec("snakemake") is None:
-        raise InputError("batches need Snakemake, and that Python 3.11 or newer: python -m pip install 'snakemake>=9.15'")
+        raise InputError("batches need Snakemake, and that Python 3.11 or newer: python -m pip install "
+                         "'snakemake>=9.15'")
 
 
 def _threads(cores: int) -> int:
@@ -80,14 +87,15 @@ def snakefile(entries: list[Entry]) -> str:
     rules = [f"rule _batch:\n    input: {json.dumps([f'done/{e.name}.json' for e in entries])}\n"]
     for entry in entries:
         needs = [f"inputs/{entry.name}.json", *(f"done/{name}.json" for name in entry.after)]
-        rules.append(f'rule:\n    name: "{entry.name}"\n    input: {json.dumps(needs)}\n    output: "done/{entry.name}.json"\n'
+        rules.append(f'rule:\n    name: "{entry.name}"\n    input: {json.dumps(needs)}\n    output: '
+                     f'"done/{entry.name}.json"\n'
                      f"    shell: {json.dumps(f'{command} {entry.name}')}\n")
     return "\n".join(rules)
 
 
 def _environment(out: Path) -> dict[str, str]:
-    """Ours; where a cache can't be written (a home that is read-only, or none), with a place in the run folder for what Snakemake and the
-    kernels keep."""
+    """Ours; where a cache can't be written (a home that is read-only, or none), with a place in the run folder for what
+    Snakemake and the kernels keep."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     with contextlib.suppress(OSError):
         cache.mkdir(parents=True, exist_ok=True)
@@ -98,8 +106,8 @@ def _environment(out: Path) -> dict[str, str]:
 
 
 def _follow(command: list[str], out: Path, names: list[str], call: str, lock: int) -> int:
-    """Run Snakemake, its words in snakemake.log, and say on stderr what becomes of each entry. Where this process is interrupted or
-    told to end, so are all that it started. Returns Snakemake's code."""
+    """Run Snakemake, its words in snakemake.log, and say on stderr what becomes of each entry. Where this process is
+    interrupted or told to end, so are all that it started. Returns Snakemake's code."""
     (out / "snakemake.log").unlink(missing_ok=True)
     told: dict[str, str] = {}
 
@@ -110,12 +118,14 @@ def _follow(command: list[str], out: Path, names: list[str], call: str, lock: in
                 if status["call"] == call and told.get(name) != status["state"]:
                     told[name] = status["state"]
                     ended = sum(state != "running" for state in told.values())
-                    print(f"[{ended} ended] {name}: {status['state']}" + (f": {status['error']}" if status["error"] else ""),
+                    print(f"[{ended} ended] {name}: {status['state']}"
+                          + (f": {status['error']}" if status["error"] else ""),
                           file=sys.stderr, flush=True)
 
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     with open(out / "snakemake.log", "ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, pass_fds=(lock,), env=_environment(out))
+        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, pass_fds=(lock,),
+                                   env=_environment(out))
     try:
         while process.poll() is None:
             tell()
@@ -143,7 +153,8 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def summarise(out: Path) -> dict[str, Any]:
-    """{"file", "counts", "entries"}: of each entry its state after the last call, seconds, and why where it is not done."""
+    """{"file", "counts", "entries"}: of each entry its state after the last call, seconds, and why where it is not
+    done."""
     batch, found = read_json(out / "batch.json"), {}
     for name, entry in batch["entries"].items():
         folder = out / "entries" / name
@@ -156,7 +167,8 @@ def summarise(out: Path) -> dict[str, Any]:
         elif now and status["state"] == "failed":
             state, why = "failed", status["error"]
         elif now:
-            state, why = "failed", "ended without a word: interrupted, killed or out of memory; the next call goes on with it"
+            state, why = "failed", "ended without a word: interrupted, killed or out of memory; " \
+                                   "the next call goes on with it"
         found[name] = {"name": name, "notebook": Path(entry["notebook"]).name, "state": state,
                        "seconds": status.get("seconds") if state != "skipped" else None, "why": why}
     counts = {state: sum(e["state"] == state for e in found.values()) for state in STATES}
@@ -164,7 +176,8 @@ def summarise(out: Path) -> dict[str, Any]:
 
 
 def plan_of(path: str | Path, out: str | Path, changes: dict[str, str] | None = None) -> list[dict[str, Any]]:
-    """What `run_batch` would do, nothing being written: of each entry its state ("would run" or "up to date") and why."""
+    """What `run_batch` would do, nothing being written: of each entry its state ("would run" or "up to date") and
+    why."""
     need_engine()
     found: dict[str, dict[str, Any]] = {}
     for name, needs in dependencies(batch_file.read(path, changes)).items():
@@ -172,7 +185,8 @@ def plan_of(path: str | Path, out: str | Path, changes: dict[str, str] | None = 
         had = read_json(made_for) if made_for.exists() else None
         first = next((other for other in needs["after"] if found[other]["state"] != "up to date"), None)
         changed = [key for key in needs if had is not None and had.get(key) != needs[key]]
-        why = "new" if had is None else f"{first} would run" if first else f"changed: {', '.join(changed)}" if changed else None
+        why = ("new" if had is None else f"{first} would run" if first
+               else f"changed: {', '.join(changed)}" if changed else None)
         if why is None and not (Path(out) / "done" / f"{name}.json").exists():
             why = "not finished"
         found[name] = {"name": name, "state": "would run" if why else "up to date", "why": why}

@@ -1,4 +1,5 @@
-"""One entry of a batch: what its result depends on, and its run in a folder of its own, in a process that Snakemake starts."""
+"""One entry of a batch: what its result depends on, and its run in a folder of its own, in a process that Snakemake
+starts."""
 import contextlib
 import fcntl
 import hashlib
@@ -15,16 +16,17 @@ from typing import Any
 
 import nbformat
 
-from vitlab.files import InputError, append_line, atomic_write, read_json, read_lines
+from vitlab.runtime.files import InputError, append_line, atomic_write, read_json, read_lines
 from vitlab.workbench import notebooks
 from vitlab.workbench.batch_file import REFERENCE, Entry
 
 RESULTS, SUMMARY = "results.jsonl", "summary.json"
-ENTRY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]*")          # a name of batch_file's with the choices of its grids: never a way out
+# a name of batch_file's with the choices of its grids: never a way out
+ENTRY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]*")
 OWN = ("inputs.json", "status.json", "log.txt", "figures", RESULTS)         # of an entry alone, not passed on
 SOURCE = Path(__file__).resolve().parents[1]
-SHOWING = ("plots", "cli.py", "options.py", "launching.py", "workbench/batch", "workbench/report.py", "workbench/explore",
-           "workbench/processes.py")
+SHOWING = ("plots", "cli.py", "options.py", "runtime/launching.py", "workbench/batch", "workbench/report.py",
+           "workbench/explore", "workbench/processes.py")
 # ... source that starts and draws, and changes no result
 WEIGHTS = (".safetensors", ".pt", ".pth")
 FIGURES = "png,svg,pdf"
@@ -32,8 +34,9 @@ FIGURES = "png,svg,pdf"
 
 @contextlib.contextmanager
 def only_one(path: Path, patience: float = 0) -> Generator[int]:
-    """Hold the lock of a file, waiting for it at most `patience` seconds; gives its descriptor, which child processes may share.
-    The system lets it go with the last process that holds it, however that ends. Raises InputError where another has it."""
+    """Hold the lock of a file, waiting for it at most `patience` seconds; gives its descriptor, which child processes
+    may share. The system lets it go with the last process that holds it, however that ends. Raises InputError where
+    another has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         os.set_inheritable(file.fileno(), True)
@@ -44,20 +47,23 @@ def only_one(path: Path, patience: float = 0) -> Generator[int]:
                 break
             except BlockingIOError:
                 if time.monotonic() >= deadline:
-                    raise InputError(f"{path.parent}: another process is at work there; wait for it, or end it") from None
+                    raise InputError(
+                        f"{path.parent}: another process is at work there; wait for it, or end it") from None
                 time.sleep(0.2)
         yield file.fileno()
 
 
 def dependencies(entries: list[Entry]) -> dict[str, dict[str, Any]]:
-    """{entry: what its result depends on}: code, notebook, parameters, the files they name, and all that of the entries before."""
+    """{entry: what its result depends on}: code, notebook, parameters, the files they name, and all that of the entries
+    before."""
     code, seen, found = _code(), {}, {}
     for entry in entries:
         files = {}
         for key, value in entry.parameters.items():
             if isinstance(value, str) and value not in ("", "digits") and not REFERENCE.search(value):
                 files[key] = seen[value] = seen[value] if value in seen else fingerprint(value)
-        found[entry.name] = {"code": code, "notebook": _digest(_code_cells(entry.notebook)), "parameters": entry.parameters,
+        found[entry.name] = {"code": code, "notebook": _digest(_code_cells(entry.notebook)),
+                             "parameters": entry.parameters,
                              "files": {key: value for key, value in files.items() if value},
                              "after": {name: _digest(found[name]) for name in entry.after}}
     return found
@@ -118,7 +124,8 @@ def run_entry(run: Path, name: str) -> int:
         lines = _prepare(folder, needs, [run / "entries" / other for other in entry["after"]])
 
         def say(state: str, error: str | None = None) -> None:
-            status = {"state": state, "call": batch["call"], "seconds": round(time.time() - began, 1), "error": error, "inherited": lines}
+            status = {"state": state, "call": batch["call"], "seconds": round(time.time() - began, 1), "error": error,
+                      "inherited": lines}
             atomic_write(folder / "status.json", json.dumps(status, indent=2) + "\n")
         say("running")
         with open(folder / "log.txt", "ab", buffering=0) as log:
@@ -127,7 +134,8 @@ def run_entry(run: Path, name: str) -> int:
         if batch["threads"]:
             os.environ.setdefault("OMP_NUM_THREADS", str(batch["threads"]))
         os.environ.setdefault("VITLAB_FIGURES", FIGURES)
-        given = {key: REFERENCE.sub(lambda match: str(run / "entries" / match[1]), value) if isinstance(value, str) else value
+        given = {key: REFERENCE.sub(lambda match: str(run / "entries" / match[1]), value) if isinstance(value, str)
+                 else value
                  for key, value in entry["parameters"].items()}
         if "run" in notebooks.declared(entry["notebook"]):
             given["run"] = str(folder)
@@ -146,8 +154,9 @@ def run_entry(run: Path, name: str) -> int:
 def _prepare(folder: Path, needs: dict[str, Any], before: list[Path]) -> int:
     """Make the folder ready; returns how many lines of its results are from the entries before it.
 
-    One that was made for the same inputs is kept, so that its trainings and searches go on; so is an unfinished one where only
-    the code changed, for that is how a fault is mended. Any other begins empty, but for what the entries before it left.
+    One that was made for the same inputs is kept, so that its trainings and searches go on; so is an unfinished one
+    where only the code changed, for that is how a fault is mended. Any other begins empty, but for what the entries
+    before it left.
     """
     status = read_json(folder / "status.json") if (folder / "status.json").exists() else {}
     had = read_json(folder / "inputs.json") if (folder / "inputs.json").exists() else None
@@ -168,11 +177,12 @@ def _prepare(folder: Path, needs: dict[str, Any], before: list[Path]) -> int:
 
 
 def _pass_on(source: Path, target: Path) -> None:
-    """Give what an entry left to the folder of one after it: weights are linked, for vitlab replaces such files and never writes
-    into them; all else is copied, so that nothing done there changes what was left."""
+    """Give what an entry left to the folder of one after it: weights are linked, for vitlab replaces such files and
+    never writes into them; all else is copied, so that nothing done there changes what was left."""
     for item in sorted(source.rglob("*")):
         place = item.relative_to(source)
-        if place.parts[0] in OWN or (len(place.parts) == 1 and place.suffix == ".ipynb") or item.name.startswith(".") or item.is_dir():
+        if place.parts[0] in OWN or (len(place.parts) == 1
+                                     and place.suffix == ".ipynb") or item.name.startswith(".") or item.is_dir():
             continue
         made = target / place
         made.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +195,8 @@ def _pass_on(source: Path, target: Path) -> None:
 
 def _own_files(folder: Path) -> dict[str, str | None]:
     """{weights, scores and plans that the entry wrote: fingerprint}."""
-    found = [p for p in sorted(folder.rglob("*")) if (p.suffix == ".safetensors" or p.name == "plan.json") and not p.is_symlink()]
+    found = [p for p in sorted(folder.rglob("*")) if (p.suffix == ".safetensors" or p.name == "plan.json")
+             and not p.is_symlink()]
     return {path.relative_to(folder).as_posix(): fingerprint(str(path)) for path in found}
 
 

@@ -1,4 +1,5 @@
-"""Batch files: a YAML file of notebooks with parameters, checked and multiplied out into entries (docs/batch.md has the format)."""
+"""Batch files: a YAML file of notebooks with parameters, checked and multiplied out into entries (docs/batch.md has the
+format)."""
 import itertools
 import re
 from collections.abc import Iterable
@@ -9,11 +10,12 @@ from typing import Any, NoReturn
 import yaml
 from yaml.constructor import ConstructorError
 
-from vitlab.files import BATCHES, InputError
+from vitlab.runtime.files import BATCHES, InputError
 from vitlab.workbench import notebooks
 
 MAX_BYTES, MAX_ENTRIES = 200_000, 5000
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")       # of entries and of values in their names: never a way out of a folder
+# of entries and of values in their names: never a way out of a folder
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 REFERENCE = re.compile(r"\{([^{}]*)\}")
 KEYS = ("notebook", "parameters", "after", "after_all", "grid")
 
@@ -43,8 +45,8 @@ class _Loader(yaml.SafeLoader):
 
 
 def _is_plain(value: Any, seen: set[int]) -> bool:
-    """Whether a value is a text, number or truth value, or lists and mappings of these, none in there twice (small files of those grow
-    without bound). seen: lists and mappings met so far."""
+    """Whether a value is a text, number or truth value, or lists and mappings of these, none in there twice (small
+    files of those grow without bound). seen: lists and mappings met so far."""
     if not isinstance(value, (list, dict)):
         return isinstance(value, (str, int, float, bool))
     if id(value) in seen:
@@ -77,7 +79,8 @@ class _File:
         try:
             if self.path.stat().st_size > MAX_BYTES:
                 self.fail(f"larger than {MAX_BYTES} bytes; a batch file is a few lines")
-            return yaml.load(self.path.read_text(encoding="utf-8"), Loader=_Loader)     # a SafeLoader: makes plain data alone
+            # a SafeLoader: makes plain data alone
+            return yaml.load(self.path.read_text(encoding="utf-8"), Loader=_Loader)
         except InputError:
             raise
         except OSError as error:
@@ -85,7 +88,8 @@ class _File:
         except yaml.MarkedYAMLError as error:
             line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
             self.fail(f"not valid YAML ({line}{error.problem})")
-        except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:    # dates and keys that can't be, deep nesting
+        # dates and keys that can't be, deep nesting
+        except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
             self.fail(f"not valid YAML ({str(error).splitlines()[0][:200]})")
 
     def _value(self, text: str, where: str) -> Any:
@@ -115,10 +119,12 @@ class _File:
         return value
 
     def parameters(self, value: Any, where: str) -> dict[str, Any]:
-        """Parameters: plain values, lists and mappings of them, and no `run`. None stands for one that is still to be given."""
+        """Parameters: plain values, lists and mappings of them, and no `run`. None stands for one that is still to be
+        given."""
         for key, given in self.mapping(value, where).items():
             if given is not None and not _is_plain(given, set()):
-                self.fail(f"{where}.{key}: a {type(given).__name__}; a text, number or truth value is needed, or a list or mapping of "
+                self.fail(f"{where}.{key}: a {type(given).__name__}; a text, number or truth value is needed, or a "
+                          f"list or mapping of "
                           "these, each written out")
             if key == "run":
                 self.fail(f"{where}.run: can't be set; it is the folder of each entry")
@@ -126,7 +132,8 @@ class _File:
 
     def name(self, value: Any, where: str) -> str:
         if not isinstance(value, str) or not NAME.fullmatch(value):
-            self.fail(f"{where}: {repr(value[:80]) if isinstance(value, str) else f'a {type(value).__name__}'} is no name; letters, "
+            self.fail(f"{where}: {repr(value[:80]) if isinstance(value, str) else f'a {type(value).__name__}'} is no "
+                      f"name; letters, "
                       "digits, '.', '_' and '-' make one, up to 100, a letter or digit first")
         return value
 
@@ -156,15 +163,18 @@ class _File:
         return path
 
     def grid(self, value: Any, where: str) -> dict[str, dict[str, dict[str, Any]]]:
-        """{axis: {label: parameters}}. An axis is a list of values of the parameter of its name, or named sets of parameters."""
+        """{axis: {label: parameters}}. An axis is a list of values of the parameter of its name, or named sets of
+        parameters."""
         axes = {}
         for axis, values in self.mapping(value, where).items():
             place = f"{where}.{self.name(axis, where)}"
             if isinstance(values, dict):
-                axes[axis] = {self.name(label, place): self.parameters(given, f"{place}.{label}") for label, given in values.items()}
+                axes[axis] = {self.name(label, place): self.parameters(given, f"{place}.{label}") for label,
+                              given in values.items()}
             elif isinstance(values, list):
                 sets = [self.parameters({axis: value}, where) for value in values]
-                axes[axis] = {self.name(str(s[axis]).lower() if isinstance(s[axis], bool) else str(s[axis]), place): s for s in sets}
+                axes[axis] = {self.name(str(s[axis]).lower() if isinstance(s[axis], bool) else str(s[axis]), place): s
+                              for s in sets}
             if not axes.get(axis) or len(axes[axis]) != len(values):
                 self.fail(f"{place}: a list of different values is needed, or a mapping of names to parameters")
         return axes
@@ -199,15 +209,18 @@ def _copy_name(name: str, choice: Iterable[tuple[str, str]]) -> str:
 def read(path: str | Path, changes: dict[str, str] | None = None) -> list[Entry]:
     """The entries of a batch file, each behind those it comes after.
 
-    changes: parameters (as text) that stand above the file's, for all notebooks that declare them; with a dotted key, one place
-    of the file. Raises InputError naming the file, the entry and the key for whatever is wrong; nothing was started then.
+    changes: parameters (as text) that stand above the file's, for all notebooks that declare them; with a dotted key,
+    one place of the file. Raises InputError naming the file, the entry and the key for whatever is wrong; nothing was
+    started then.
     """
     file = _File(find(path), changes or {})
-    bodies = {file.name(name, "entries"): file.mapping(body, f"entries.{name}", KEYS) for name, body in file.entries.items()}
+    bodies = {file.name(name, "entries"): file.mapping(body, f"entries.{name}", KEYS) for name,
+              body in file.entries.items()}
     after = {n: file.names(b.get("after"), f"entries.{n}.after") for n, b in bodies.items()}
     after_all = {n: file.names(b.get("after_all"), f"entries.{n}.after_all") for n, b in bodies.items()}
     grids = {n: file.grid(b.get("grid"), f"entries.{n}.grid") for n, b in bodies.items()}
-    axes: dict[str, dict[str, Any]] = {}                            # entry -> its axes, those of what it comes after first
+    # entry -> its axes, those of what it comes after first
+    axes: dict[str, dict[str, Any]] = {}
     copies: dict[str, list[tuple[dict[str, str], str]]] = {}        # entry -> (choice of labels, name) of each copy
     declared: dict[str, dict[str, Any]] = {}
     found: list[Entry] = []
@@ -217,8 +230,10 @@ def read(path: str | Path, changes: dict[str, str] | None = None) -> list[Entry]
         for other, given in [(other, axes[other]) for other in after[name]] + [("", own)]:
             for axis, sets in given.items():
                 if axes[name].setdefault(axis, sets) is not sets:
-                    file.fail(f"{where}.{f'after: {other} has' if other else 'grid:'} another axis {axis!r} than what it comes after")
-        if len(found) + len(list(itertools.islice(itertools.product(*axes[name].values()), MAX_ENTRIES + 1))) > MAX_ENTRIES:
+                    file.fail(f"{where}.{f'after: {other} has' if other else 'grid:'} another axis {axis!r} than what "
+                              f"it comes after")
+        if len(found) + len(list(itertools.islice(itertools.product(*axes[name].values()),
+                                                  MAX_ENTRIES + 1))) > MAX_ENTRIES:
             file.fail(f"{where}: more than {MAX_ENTRIES} entries")
         notebook = file.notebook(bodies[name].get("notebook"), f"{where}.notebook")
         declared[name] = _declared(file, notebook, where)
@@ -227,15 +242,19 @@ def read(path: str | Path, changes: dict[str, str] | None = None) -> list[Entry]
             choice = dict(zip(axes[name], labels))
             copy = _copy_name(name, choice.items())
             if len(copy) > 200:
-                file.fail(f"{where}: the name {copy[:80]}... is longer than 200 characters; name the values of its grid")
-            fitting = {other: [made for chosen, made in copies[other] if all(choice.get(a, c) == c for a, c in chosen.items())]
+                file.fail(f"{where}: the name {copy[:80]}... is longer than 200 characters; name the values of its "
+                          f"grid")
+            fitting = {other: [made for chosen,
+                               made in copies[other] if all(choice.get(a, c) == c for a, c in chosen.items())]
                        for other in after[name] + after_all[name]}
             chosen = {key: value for axis, label in choice.items() for key, value in axes[name][axis][label].items()}
             parameters = _parameters(file, where, bodies[name], declared[name], chosen)
-            found.append(Entry(name=copy, notebook=notebook, after=tuple(dict.fromkeys(itertools.chain(*fitting.values()))),
+            found.append(Entry(name=copy, notebook=notebook,
+                               after=tuple(dict.fromkeys(itertools.chain(*fitting.values()))),
                                parameters=_check(file, where, notebook, parameters, fitting)))
             copies[name].append((choice, copy))
-    shared = [(f"{where}{key}", key, list(bodies)) for where, given in (("defaults.", file.defaults), ("--set ", file.changes))
+    shared = [(f"{where}{key}", key, list(bodies)) for where,
+              given in (("defaults.", file.defaults), ("--set ", file.changes))
               for key in given]
     shared += [(f"entries.{name}.grid.{axis}", key, [n for n in bodies if axes[n].get(axis) is sets])
                for name, own in grids.items() for axis, sets in own.items() for given in sets.values() for key in given]
@@ -255,8 +274,10 @@ def _declared(file: _File, notebook: Path, where: str) -> dict[str, Any]:
         file.fail(f"{where}.notebook: {notebook} can't be read as a notebook ({str(error).splitlines()[0][:120]})")
 
 
-def _parameters(file: _File, where: str, body: dict[str, Any], declared: dict[str, Any], grid: dict[str, Any]) -> dict[str, Any]:
-    """Defaults, then the grid's, then the entry's own, then the changes; what several share goes to notebooks that declare it."""
+def _parameters(file: _File, where: str, body: dict[str, Any], declared: dict[str, Any],
+                grid: dict[str, Any]) -> dict[str, Any]:
+    """Defaults, then the grid's, then the entry's own, then the changes; what several share goes to notebooks that
+    declare it."""
     own = file.parameters(body.get("parameters"), f"{where}.parameters")
     for key in [key for key in file.changes if key in grid]:
         file.fail(f"--set {key}: {where} takes it from a grid")
@@ -266,8 +287,10 @@ def _parameters(file: _File, where: str, body: dict[str, Any], declared: dict[st
     return shared | own | {key: value for key, value in file.changes.items() if key in declared}
 
 
-def _check(file: _File, where: str, notebook: Path, parameters: dict[str, Any], upstream: dict[str, list[str]]) -> dict[str, Any]:
-    """The parameters with {NAME} resolved to the copy meant. InputError for one that is missing, unknown or of the wrong type."""
+def _check(file: _File, where: str, notebook: Path, parameters: dict[str, Any],
+           upstream: dict[str, list[str]]) -> dict[str, Any]:
+    """The parameters with {NAME} resolved to the copy meant. InputError for one that is missing, unknown or of the
+    wrong type."""
     for key, value in parameters.items():
         if value is None:
             file.fail(f"{where}: {key} has no value; give it with --set {key}=...")
@@ -275,7 +298,8 @@ def _check(file: _File, where: str, notebook: Path, parameters: dict[str, Any], 
     def resolved(match: re.Match) -> str:
         made = upstream.get(match[1], [])
         if len(made) != 1:
-            file.fail(f"{where}: {match[0]} is no single entry that it comes after; those are {', '.join(upstream) or 'none'}")
+            file.fail(f"{where}: {match[0]} is no single entry that it comes after; those are "
+                      f"{', '.join(upstream) or 'none'}")
         return "{" + made[0] + "}"
     parameters = {k: REFERENCE.sub(resolved, v) if isinstance(v, str) else v for k, v in parameters.items()}
     try:

@@ -1,4 +1,5 @@
-"""The step that refits a compressed model on a few images without labels: in closed form, then by a short self-distillation."""
+"""The step that refits a compressed model on a few images without labels: in closed form, then by a short
+self-distillation."""
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,16 +9,15 @@ import numpy as np
 from torch import nn
 
 from vitlab.data.parts import reported_on
-from vitlab.models import compress, shape_of
+from vitlab.measure.averaging import Batches
+from vitlab.measure.capture import need_classifier
+from vitlab.measure.moments import fisher
+from vitlab.models import checkpoint, compress, shape_of
+from vitlab.models.checkpoint import Checkpoint
 from vitlab.plan import CompressionPlan
-from vitlab.training import checkpoint
-from vitlab.training.averaging import Batches
-from vitlab.training.capture import need_classifier
-from vitlab.training.checkpoint import Checkpoint
+from vitlab.runtime.uncertainty import digits_of, plus_minus, standard_error
 from vitlab.training.compensate import compensate, layers_to_refit
-from vitlab.training.moments import fisher
 from vitlab.training.self_distillation import Divergence, self_distil
-from vitlab.uncertainty import digits_of, plus_minus, standard_error
 from vitlab.workbench.cutting import amp_of, measured_batches, open_dense
 from vitlab.workbench.steps import Source, open_matching, pick_device
 
@@ -29,24 +29,27 @@ CUT, REFITTED, THROUGHOUT = "cut", "refitted", "refitted throughout"            
 def warn_of_few(images: int) -> None:
     """Of images to refit on, in one line."""
     if images < ENOUGH:
-        warnings.warn(f"{images} images to refit on: of fewer than {ENOUGH} it is uncertain which form is the nearest, and a refit may "
+        warnings.warn(f"{images} images to refit on: of fewer than {ENOUGH} it is uncertain which form is the nearest, "
+                      f"and a refit may "
                       "be no nearer than the cut model; more images would tell", stacklevel=3)
 
 
 def forms_of(plan: CompressionPlan) -> tuple[str, ...]:
-    """As it is cut; what loses heads or neurons refitted, where anything does; all from the first cut or merging on, where that is more."""
+    """As it is cut; what loses heads or neurons refitted, where anything does; all from the first cut or merging on,
+    where that is more."""
     some, every = (layers_to_refit(plan, every) for every in (False, True))
     return CUT, *([REFITTED] if some else []), *([THROUGHOUT] if every != some else [])
 
 
 def in_form(form: str, dense: nn.Module, plan: CompressionPlan, batches: Batches, **settings: Any) -> nn.Module:
     """The plan's model in a form. settings: of `compensate`."""
-    return compress(dense, plan).eval() if form == CUT else compensate(dense, plan, batches, every=form == THROUGHOUT, **settings)
+    return compress(dense, plan).eval() if form == CUT else compensate(dense, plan, batches, every=form == THROUGHOUT,
+                                                                       **settings)
 
 
 def nearest(each: dict[Any, Sequence[float]]) -> Any:
-    """Of models by name, with each image's distance to the dense model: the first, unless a later one is nearer by more than the standard
-    error of that difference over images; so that little is left for the little that luck may be."""
+    """Of models by name, with each image's distance to the dense model: the first, unless a later one is nearer by more
+    than the standard error of that difference over images; so that little is left for the little that luck may be."""
     chosen, *others = each
     for name in others:
         gain = np.subtract(each[chosen], each[name])
@@ -54,19 +57,22 @@ def nearest(each: dict[Any, Sequence[float]]) -> Any:
     return chosen
 
 
-def calibrate(source: Source, data: str | Path, out: str | Path, plan: str | Path | CompressionPlan, *, images: int = 1000,
-              report_images: int = 256, ridge: float | None = None, minutes: float = 0, seed: int = 0, device: str | None = None,
-              class_map: str | Path | None = None, workers: int | None = None, progress: bool = True) -> Checkpoint:
-    """Compress a dense model by a plan, and bring its output near the dense one's on `images` of train, without labels: what is
-    left of heads and neurons, or all from the first cut on, is refitted in closed form (`compensate`), then everything is trained for at
-    most so many minutes (`self_distil`). Writes and returns the checkpoint in `out`; it is there after the closed form, and replaced by
-    better ones. Another call begins anew. ridge None: chosen for each layer by images left out.
+def calibrate(source: Source, data: str | Path, out: str | Path, plan: str | Path | CompressionPlan, *,
+              images: int = 1000, report_images: int = 256, ridge: float | None = None, minutes: float = 0,
+              seed: int = 0, device: str | None = None, class_map: str | Path | None = None, workers: int | None = None,
+              progress: bool = True) -> Checkpoint:
+    """Compress a dense model by a plan, and bring its output near the dense one's on `images` of train, without labels:
+    what is left of heads and neurons, or all from the first cut on, is refitted in closed form (`compensate`), then
+    everything is trained for at most so many minutes (`self_distil`). Writes and returns the checkpoint in `out`; it is
+    there after the closed form, and replaced by better ones. Another call begins anew. ridge None: chosen for each
+    layer by images left out.
 
-    Of train there are three parts without an image in common (`ImageData.parts`): one that is fitted and trained on; one, a tenth as
-    large and of CHOSEN_ON images at least, on which the nearest of `forms_of` the plan is chosen, and the state of the training; and
-    one of report_images: made_by says the mean KL(dense || compressed) in nats on it as kl_cut, kl_refitted (of the nearer of the
-    refitted forms) and, where a state of the training was chosen, kl_distilled, each with its standard error (kl_cut_se), `kept` being
-    the form that the checkpoint has. Raises InputError for a model without a classifier, which has no such distance.
+    Of train there are three parts without an image in common (`ImageData.parts`): one that is fitted and trained on;
+    one, a tenth as large and of CHOSEN_ON images at least, on which the nearest of `forms_of` the plan is chosen, and
+    the state of the training; and one of report_images: made_by says the mean KL(dense || compressed) in nats on it as
+    kl_cut, kl_refitted (of the nearer of the refitted forms) and, where a state of the training was chosen,
+    kl_distilled, each with its standard error (kl_cut_se), `kept` being the form that the checkpoint has. Raises
+    InputError for a model without a classifier, which has no such distance.
     """
     found, place = open_dense(source), pick_device(device)
     need_classifier(found.model, "calibrated models")
@@ -75,23 +81,29 @@ def calibrate(source: Source, data: str | Path, out: str | Path, plan: str | Pat
     parts = opened.parts(seed, calibrate=images, choose=max(CHOSEN_ON, images // 10), report=report_images)
     warn_of_few(parts.roles["calibrate"])
     plan = plan if isinstance(plan, CompressionPlan) else CompressionPlan.load(plan, shape_of(dense))
-    choosing, reporting = (Divergence(dense, measured_batches(dense, parts, role, workers), amp) for role in ("choose", "report"))
+    choosing, reporting = (Divergence(dense, measured_batches(dense, parts, role, workers), amp)
+                           for role in ("choose", "report"))
     batches = list(parts.batches("calibrate", dense, workers=workers))
     costs = fisher(dense, batches, seed=seed, amp=amp, progress=progress)
-    models = {form: in_form(form, dense, plan, batches, ridge=ridge, costs=costs, amp=amp, progress=progress) for form in forms_of(plan)}
+    models = {form: in_form(form, dense, plan, batches, ridge=ridge, costs=costs, amp=amp, progress=progress)
+              for form in forms_of(plan)}
     apart = {form: choosing.each(model) for form, model in models.items()}
-    best, refitted = (min(forms, key=lambda form: sum(apart[form])) for forms in (forms_of(plan), forms_of(plan)[1:] or (CUT,)))
+    best, refitted = (min(forms, key=lambda form: sum(apart[form]))
+                      for forms in (forms_of(plan), forms_of(plan)[1:] or (CUT,)))
     made_by = {"step": "calibrate", "data": opened.name, "images": parts.roles["calibrate"], "roles": parts.roles,
-               "ridge": "chosen for each layer" if ridge is None else ridge, "minutes": minutes, "seed": seed, "plan": plan.made_by,
-               "kept": best, **reporting.measured(models[CUT], "kl_cut"), **reporting.measured(models[refitted], "kl_refitted")}
+               "ridge": "chosen for each layer" if ridge is None else ridge, "minutes": minutes, "seed": seed,
+               "plan": plan.made_by, "kept": best, **reporting.measured(models[CUT], "kl_cut"),
+               **reporting.measured(models[refitted], "kl_refitted")}
 
     def keep(model: nn.Module, more: dict[str, Any]) -> None:
-        checkpoint.save(Path(out) / checkpoint.FOLDER, model, plan, classes=found.info.get("classes"), made_by=made_by | more)
+        checkpoint.save(Path(out) / checkpoint.FOLDER, model, plan, classes=found.info.get("classes"),
+                        made_by=made_by | more)
     keep(models[best], {})
     if minutes:
-        self_distil(models[best], dense, parts, choosing, minutes=minutes, seed=seed, amp=amp, workers=workers, progress=progress,
-                    split="calibrate",
-                    on_better=lambda model, _: keep(model, {"kept": "distilled", **reporting.measured(model, "kl_distilled")}))
+        self_distil(models[best], dense, parts, choosing, minutes=minutes, seed=seed, amp=amp, workers=workers,
+                    progress=progress, split="calibrate",
+                    on_better=lambda model,
+                    _: keep(model, {"kept": "distilled", **reporting.measured(model, "kl_distilled")}))
     return checkpoint.load(out)
 
 
@@ -101,5 +113,6 @@ def distances(made_by: dict[str, Any]) -> str:
         error = made_by.get(f"kl_{name}_se")
         return f"{name} {plus_minus(made_by[f'kl_{name}'], error, digits_of(error, 4))}"
     values = [one(name) for name in ("cut", "refitted", "distilled") if f"kl_{name}" in made_by]
-    return (f"KL(dense || compressed) in nats {reported_on(made_by['roles'])}, ± one standard error: {', '.join(values)}; "
+    return (f"KL(dense || compressed) in nats {reported_on(made_by['roles'])}, ± one standard error: "
+            f"{', '.join(values)}; "
             f"kept: {made_by['kept']}")

@@ -1,4 +1,5 @@
-"""What a model gives on a data set's images, gathered once and kept: what plans without labels are made from and measured by."""
+"""What a model gives on a data set's images, gathered once and kept: what plans without labels are made from and
+measured by."""
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -9,23 +10,22 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vitlab import cost
 from vitlab.criteria.compensation import Moments
 from vitlab.criteria.units import unit_criterion
 from vitlab.data.images import image_config
-from vitlab.files import atomic_write
+from vitlab.measure.capture import need_classifier, token_scores
+from vitlab.measure.moments import IMAGES as FISHER_IMAGES
+from vitlab.measure.moments import Fisher, Layer, each_moments, fisher, layers_of
+from vitlab.measure.objective import PlanObjective
+from vitlab.measure.units import by_moments as scores_by_moments
 from vitlab.models import shape_of
 from vitlab.models.support import encoder_of
 from vitlab.models.weights import read_file
-from vitlab.plan import CompressionPlan
-from vitlab.shape import POOL_TOKEN, ViTShape
-from vitlab.training.capture import need_classifier, token_scores
+from vitlab.plan import CompressionPlan, cost
+from vitlab.plan.shape import POOL_TOKEN, ViTShape
+from vitlab.runtime.files import atomic_write
 from vitlab.training.loop import fingerprint
-from vitlab.training.moments import IMAGES as FISHER_IMAGES
-from vitlab.training.moments import Fisher, Layer, each_moments, fisher, layers_of
-from vitlab.training.objective import PlanObjective
 from vitlab.training.self_distillation import Divergence
-from vitlab.training.units import by_moments as scores_by_moments
 from vitlab.workbench.cutting import amp_of, measured_batches, objective_on, open_dense
 from vitlab.workbench.pace import Pace
 from vitlab.workbench.searching import by_moments
@@ -52,15 +52,16 @@ def first_images(batches: Sequence[tuple[Tensor, Tensor]], count: int) -> list[t
 
 
 class LayerFiles(Mapping[Layer, Moments]):
-    """Moments in a file a layer, read when they are asked for: those of a ViT-L are 3.5 GB in memory. Covariances and means are kept, in
-    float32, and not sums, whose differences would be lost where means are large."""
+    """Moments in a file a layer, read when they are asked for: those of a ViT-L are 3.5 GB in memory. Covariances and
+    means are kept, in float32, and not sums, whose differences would be lost where means are large."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder, self.device = folder, device
 
     def keep(self, layer: Layer, moments: Moments) -> None:
         index, kind = layer
-        tensors = {"rows": moments.rows, "mean": moments.mean.float(), "covariance": moments.covariance(ridge=0).float()}
+        tensors = {"rows": moments.rows, "mean": moments.mean.float(),
+                   "covariance": moments.covariance(ridge=0).float()}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         atomic_write(self.folder / f"{index}.{kind}.safetensors", save(tensors))
 
@@ -82,25 +83,26 @@ class LayerFiles(Mapping[Layer, Moments]):
 
 
 class Gathered:
-    """Of a dense model with classes and the images of train: made when first needed, written into `folder`, and read from there where it
-    was made before of the same model and images."""
+    """Of a dense model with classes and the images of train: made when first needed, written into `folder`, and read
+    from there where it was made before of the same model and images."""
 
-    def __init__(self, source: Source, data: str | Path, folder: str | Path, *, images: int = 128, report_images: int | None = None,
-                 score_images: int = 1000, seed: int = 0, device: str | None = None, class_map: str | Path | None = None,
-                 workers: int | None = None, progress: bool = True) -> None:
-        """images: of train, to compare plans on; report_images: others to report on (None: as many); score_images: others, to score and
-        refit on (`ImageData.parts`). Scores and moments are made when first needed, so that `check` comes before them, written into
-        `folder`, and read where they were made before of the same model and images. Raises InputError for a compressed model, or one
-        without a classifier."""
-        self.found, self.folder, self.place, self.progress = open_dense(source), Path(folder), pick_device(device), progress
+    def __init__(self, source: Source, data: str | Path, folder: str | Path, *, images: int = 128,
+                 report_images: int | None = None, score_images: int = 1000, seed: int = 0, device: str | None = None,
+                 class_map: str | Path | None = None, workers: int | None = None, progress: bool = True) -> None:
+        """images: of train, to compare plans on; report_images: others to report on (None: as many); score_images:
+        others, to score and refit on (`ImageData.parts`). Scores and moments are made when first needed, so that
+        `check` comes before them, written into `folder`, and read where they were made before of the same model and
+        images. Raises InputError for a compressed model, or one without a classifier."""
+        self.found, self.folder, self.place, self.progress = open_dense(source), Path(folder), pick_device(
+            device), progress
         need_classifier(self.found.model, "offers")
         self.seed, self.shape = seed, shape_of(self.found.model)
         self.pace: Pace | None = None           # the bar of a whole that this is a part of
         self.opened = open_matching(data, self.found, class_map, labels=False)
         self.parts = self.opened.parts(seed, score=score_images, choose=images, report=report_images or images)
         counts = {role: count for role, count in self.parts.roles.items() if role != "shared"}
-        self.inputs = fingerprint([[self.parts.files(role) for role in counts], counts, seed, image_config(encoder_of(self.found.model)),
-                                   self.shape.stored()], [self.found.model])
+        self.inputs = fingerprint([[self.parts.files(role) for role in counts], counts, seed,
+                                   image_config(encoder_of(self.found.model)), self.shape.stored()], [self.found.model])
         self.model, self.workers, self.amp = self.found.model.to(self.place).eval(), workers, amp_of(self.found.model)
         self.read_out = self.shape.pool == POOL_TOKEN and self.shape.num_prefix_tokens > 0
 
@@ -110,20 +112,24 @@ class Gathered:
         return list(self.parts.batches("score", self.model, workers=self.workers))
 
     def shown(self, what: str, each: float, images: int | None = None) -> Iterable[tuple[Tensor, Tensor]]:
-        """These batches, of the first so many images, with a bar that says what they are gone through for, or on the bar of the whole;
-        `each` is what one of them costs, in forwards."""
+        """These batches, of the first so many images, with a bar that says what they are gone through for, or on the
+        bar of the whole; `each` is what one of them costs, in forwards."""
         batches = self.batches if images is None else first_images(self.batches, images)
-        return self.pace.over(batches, each) if self.pace else tqdm(batches, desc=what, unit="batch", disable=not self.progress)
+        return self.pace.over(batches, each) if self.pace else tqdm(batches, desc=what, unit="batch",
+                                                                    disable=not self.progress)
 
     @cached_property
     def scores(self) -> dict[str, Tensor]:
         """Of heads, neurons and tokens."""
-        found = self._kept("unit-scores", lambda: scores_by_moments(self.model, self.moments.items(), unit_criterion("fisher"), self.costs))
+        found = self._kept("unit-scores",
+                           lambda: scores_by_moments(self.model, self.moments.items(), unit_criterion("fisher"),
+                                                     self.costs))
         return found | self._kept("token-scores", self._of_tokens)
 
     def _of_tokens(self) -> dict[str, Tensor]:
         labelled = own_labels(self.model, self.shown("the model's own classes", TOKEN_COST, TOKEN_IMAGES), self.place)
-        return {"tokens": token_scores(self.model, labelled, device=self.place, progress=self.progress and not self.pace)}
+        return {"tokens": token_scores(self.model, labelled, device=self.place,
+                                       progress=self.progress and not self.pace)}
 
     @cached_property
     def costs(self) -> dict[Layer, Fisher]:
@@ -152,7 +158,8 @@ class Gathered:
     @cached_property
     def objective(self) -> PlanObjective:
         """On the images to choose on, of models refitted by the dense one's moments."""
-        return objective_on(self.model, self.parts, "choose", "distill_loss", self.place, self.workers, build=by_moments(self.moments))
+        return objective_on(self.model, self.parts, "choose", "distill_loss", self.place, self.workers,
+                            build=by_moments(self.moments))
 
     @cached_property
     def reporting(self) -> PlanObjective:
@@ -172,7 +179,9 @@ class Gathered:
         return {name: value.to(self.place) if what == "costs" else value for name, value in read_file(path).items()}
 
 
-def own_labels(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """The batches with the classes that the model itself gives, of a Segmenter a mask: labels for scores of images that have none."""
+def own_labels(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]],
+               device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """The batches with the classes that the model itself gives, of a Segmenter a mask: labels for scores of images that
+    have none."""
     with torch.no_grad():                       # not inference mode: a loss is computed with them
         return [(images, model(images.to(device)).argmax(dim=1).cpu()) for images, _ in batches]

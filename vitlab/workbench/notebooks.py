@@ -11,15 +11,18 @@ from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from vitlab.files import NOTEBOOKS, InputError, atomic_write
+from vitlab.runtime.files import NOTEBOOKS, InputError, atomic_write
 
-SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]    # the first of these an output has
-POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">"""
+# the first of these an output has
+SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]
+POLICY = """<meta http-equiv="Content-Security-Policy" """ \
+         """content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">"""
 ENCRYPTED = Config({"KernelManager": {"transport_encryption": "auto"}})        # else each kernel warns of plain TCP
 
 
 def declared(path: str | Path) -> dict[str, Any]:
-    """{parameter: default} of the cell tagged `parameters`. Raises InputError where there is no such notebook or cell."""
+    """{parameter: default} of the cell tagged `parameters`. Raises InputError where there is no such notebook or
+    cell."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such notebook")
@@ -50,42 +53,50 @@ def run(path: str | Path, out: str | Path, parameters: dict[str, Any] | None = N
     path, parameters = Path(path), parameters or {}
     check_parameters(path, parameters)
     target = Path(out) / path.name
-    names = (str(place).replace("{", "{{").replace("}", "}}") for place in (path, target))             # papermill formats them
+    # papermill formats them
+    names = (str(place).replace("{", "{{").replace("}", "}}") for place in (path, target))
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        papermill.execute_notebook(*names, parameters=parameters, kernel_name="python3", language="python", progress_bar=progress,
-                                   stdout_file=sys.stderr if progress else None, config=ENCRYPTED)
+        papermill.execute_notebook(*names, parameters=parameters, kernel_name="python3", language="python",
+                                   progress_bar=progress, stdout_file=sys.stderr if progress else None,
+                                   config=ENCRYPTED)
     except PapermillExecutionError as error:
-        raise InputError(f"{path.name}: cell {error.cell_index} failed: {error.ename}: {error.evalue} (see {target})") from None
+        raise InputError(
+            f"{path.name}: cell {error.cell_index} failed: {error.ename}: {error.evalue} (see {target})") from None
     return target
 
 
 def report(executed: str | Path, target: str | Path) -> Path:
-    """The executed notebook as one HTML page, without its code. It loads nothing from elsewhere and runs no script; a widget is
-    shown as its picture."""
-    exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True,
-                            config=Config({"NbConvertBase": {"display_data_priority": SHOWN}}))
+    """The executed notebook as one HTML page, without its code. It loads nothing from elsewhere and runs no script; a
+    widget is shown as its picture."""
+    exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True,
+                            embed_images=True, config=Config({"NbConvertBase": {"display_data_priority": SHOWN}}))
     html, _ = exporter.from_notebook_node(nbformat.read(executed, as_version=4),
-                                          resources={"metadata": {"name": f"vitlab: {Path(target).resolve().parent.name}"}})
-    html = re.sub(r"<script\b.*?</script>", "", html, flags=re.DOTALL)        # the exporter's own; in what data says they are escaped
+                                          resources={
+                                              "metadata": {"name": f"vitlab: {Path(target).resolve().parent.name}"}})
+    # the exporter's own; in what data says they are escaped
+    html = re.sub(r"<script\b.*?</script>", "", html, flags=re.DOTALL)
     atomic_write(target, html.replace("<head>", f"<head>{POLICY}", 1))
     return Path(target)
 
 
 def copy_all(folder: str | Path) -> list[Path]:
-    """Copies of the notebooks that come with vitlab, in a folder of one's own; returns them. Raises InputError, with nothing copied,
-    where one is there already that differs."""
+    """Copies of the notebooks that come with vitlab, in a folder of one's own; returns them. Raises InputError, with
+    nothing copied, where one is there already that differs."""
     copies = {Path(folder) / path.name: path.read_bytes() for path in sorted(NOTEBOOKS.glob("*.ipynb"))}
     changed = [str(path) for path, content in copies.items() if path.exists() and path.read_bytes() != content]
     if changed:
-        raise InputError(f"{', '.join(changed)}: there already, and not as it comes with vitlab; move it away, or choose another folder")
+        raise InputError(f"{', '.join(changed)}: there already, and not as it comes with vitlab; move it away, or "
+                         f"choose another folder")
     for path, content in copies.items():
         atomic_write(path, content)
     return list(copies)
 
 
-def run_all(names: list[str], out: str | Path, parameters: dict[str, dict[str, Any]], *, progress: bool = True) -> list[Path]:
-    """Run notebooks of this project by name, in order, into out/notebooks/; the last one also becomes out/report.html."""
+def run_all(names: list[str], out: str | Path, parameters: dict[str, dict[str, Any]], *,
+            progress: bool = True) -> list[Path]:
+    """Run notebooks of this project by name, in order, into out/notebooks/; the last one also becomes
+    out/report.html."""
     paths = [NOTEBOOKS / f"{name}.ipynb" for name in names]
     for path, name in zip(paths, names):
         check_parameters(path, parameters.get(name, {}))

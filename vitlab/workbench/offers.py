@@ -7,10 +7,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from vitlab import cost
-from vitlab.files import InputError, write_lines
-from vitlab.plan import CompressionPlan
+from vitlab.plan import CompressionPlan, cost
 from vitlab.plots import save_figure, trade_offs
+from vitlab.runtime.files import InputError, write_lines
 
 OFFERS, GMACS = "offers.jsonl", "GMACs per image"
 
@@ -23,21 +22,24 @@ class Offer:
     rule: str
     plan: CompressionPlan = field(repr=False)       # hundreds of lines
     gmacs: float
-    agree_pct: float                # images, of a Segmenter pixels, to which the dense model gives the same class, 0 to 100
+    # images, of a Segmenter pixels, to which the dense model gives the same class, 0 to 100
+    agree_pct: float
     distill_loss: float             # mean KL(dense || compressed), nats
     chosen_by: float                # the same on the images to choose on, by which plans and offers are compared
-    agree_se: float | None = None               # standard errors over images, in points and nats; None of a single image
+    # standard errors over images, in points and nats; None of a single image
+    agree_se: float | None = None
     distill_loss_se: float | None = None
 
 
 def worth_of(offer: Offer) -> dict[str, Any]:
     """The measures of an offer by name."""
-    return {name: value for name, value in vars(offer).items() if name not in ("rule", "plan", "gmacs") and value is not None}
+    return {name: value for name, value in vars(offer).items() if name not in ("rule", "plan", "gmacs")
+            and value is not None}
 
 
 def best_offer(offers: Sequence[Offer], gmacs: float) -> Offer:
-    """The one nearest to the dense model, on the images to choose on, among those that cost no more. Raises InputError where there
-    is none."""
+    """The one nearest to the dense model, on the images to choose on, among those that cost no more. Raises InputError
+    where there is none."""
     within = [offer for offer in offers if offer.gmacs <= gmacs]
     if not within:
         least = f"; {min(offer.gmacs for offer in offers):.4g} is the least" if offers else ""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vitlab.training.pixels import log_probabilities
+from vitlab.measure.pixels import log_probabilities
 
 
 def images_per_second(model: nn.Module, images: Tensor, amp: bool | None = False) -> float:
@@ -17,12 +17,14 @@ def images_per_second(model: nn.Module, images: Tensor, amp: bool | None = False
     with torch.inference_mode():
         for _ in range(2):
             began = time.perf_counter()
-            log_probabilities(model, images, amp).flatten()[0].item()                  # there when the device has got to it
+            # there when the device has got to it
+            log_probabilities(model, images, amp).flatten()[0].item()
     return len(images) / (time.perf_counter() - began)
 
 
 class Pace:
-    """A bar over all stages, in forwards of one image through the dense model: what is left of them says how long the whole will take."""
+    """A bar over all stages, in forwards of one image through the dense model: what is left of them says how long the
+    whole will take."""
 
     def __init__(self, what: str, stages: dict[str, float], rate: float, progress: bool = True) -> None:
         """stages: how many forwards each is worth, about; rate: forwards a second."""
@@ -32,7 +34,8 @@ class Pace:
                         bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left")
         if progress:
             shares = ", ".join(f"{name} {100 * each / self.total:.0f} %" for name, each in stages.items())
-            self.bar.write(f"{what}: {len(stages)} stages, about {self.seconds / 60:.1f} minutes at {rate:.0f} images a second ({shares})",
+            self.bar.write(f"{what}: {len(stages)} stages, about {self.seconds / 60:.1f} minutes at {rate:.0f} images "
+                           f"a second ({shares})",
                            file=sys.stderr)
 
     @property
@@ -45,14 +48,16 @@ class Pace:
         return self.total / self.rate
 
     def seconds_of(self, *stages: str) -> float:
-        """That some stages take, by what the ones before took; what was there already took nothing, and says nothing."""
+        """That some stages take, by what the ones before took; what was there already took nothing, and says
+        nothing."""
         passed, own = time.monotonic() - self.began, self.done - self.taken_over
         rate = own / passed if own > self.total / 10 else self.rate
         return sum(self.stages.get(name, 0) for name in stages) / rate
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Inside, this stage is under way; what it was thought to be worth is done after it. One that begins inside is its own."""
+        """Inside, this stage is under way; what it was thought to be worth is done after it. One that begins inside is
+        its own."""
         outer, self.at, self.named = self.named, self.at + 1, 0.0
         self.bar.set_description_str(f"{self.what} {self.at}/{len(self.stages)}, {name}")
         yield
@@ -66,7 +71,8 @@ class Pace:
         if self.named is not None:
             self.named += forwards
         self.done += forwards
-        self.bar.update(min(round(self.done), self.bar.total) - self.bar.n)     # a stage may be worth more than was thought
+        # a stage may be worth more than was thought
+        self.bar.update(min(round(self.done), self.bar.total) - self.bar.n)
 
     def over(self, batches: Sequence[tuple[Tensor, Any]], each: float) -> Iterable[tuple[Tensor, Any]]:
         """The batches, each image of which is worth so many forwards."""

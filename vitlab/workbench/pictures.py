@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vitlab.data import ImageData
 from vitlab.data.images import image_config
-from vitlab.shape import ViTShape
+from vitlab.plan.shape import ViTShape
 
 SHOWN = 224                                     # pixels a picture has at least, so that small inputs can be looked at
 
@@ -28,7 +28,8 @@ def sample_pictures(data: ImageData, shape: ViTShape, seed: int = 0) -> dict[str
 
 
 def as_input(picture: np.ndarray, model: nn.Module) -> Tensor:
-    """A picture (h, w, 3) in [0, 1] as the model's input (1, channels, H, W): resized to its size, normalised as its images."""
+    """A picture (h, w, 3) in [0, 1] as the model's input (1, channels, H, W): resized to its size, normalised as its
+    images."""
     config = image_config(model)
     channels, height, width = config["input_size"]
     image = Image.fromarray((picture * 255).round().astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)

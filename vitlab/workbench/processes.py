@@ -1,7 +1,9 @@
-"""Commands as processes of their own, which outlive the notebook that started them and are found again in their run folder.
+"""Commands as processes of their own, which outlive the notebook that started them and are found again in their run
+folder.
 
-RUN/process.json says what runs there, RUN/process.log holds its output. Between the notebook and the command stands a small
-runner (this module as a program): it waits for the command and writes down how it ended, whoever may be gone by then.
+RUN/process.json says what runs there, RUN/process.log holds its output. Between the notebook and the command stands a
+small runner (this module as a program): it waits for the command and writes down how it ended, whoever may be gone by
+then.
 """
 import contextlib
 import json
@@ -17,11 +19,12 @@ from typing import Any
 
 import psutil
 
-from vitlab.files import InputError, atomic_write, read_json
+from vitlab.runtime.files import InputError, atomic_write, read_json
 
 INFO, OUTPUT = "process.json", "process.log"
 GRACE = 20.0                    # seconds from the request to stop until the process is killed
-CLOCK = 2.0                     # seconds by which the start of one and the same process may seem to move as the clock is set
+# seconds by which the start of one and the same process may seem to move as the clock is set
+CLOCK = 2.0
 FIELDS = {"arguments": list, "folder": str, "pid": int, "created": float, "started": str}
 
 
@@ -29,11 +32,13 @@ FIELDS = {"arguments": list, "folder": str, "pid": int, "created": float, "start
 class State:
     """How a process is getting on."""
 
-    name: str                           # "running", "finished" (by itself, see exit_code), "stopped" (on request) or "died"
+    # "running", "finished" (by itself, see exit_code), "stopped" (on request) or "died"
+    name: str
     arguments: tuple[str, ...]          # of vitlab
     started: str                        # local time
     processes: int = 1                  # more than one: under torchrun
-    exit_code: int | None = None        # None while it runs, and where nothing was left to tell it; -9: killed by signal 9
+    # None while it runs, and where nothing was left to tell it; -9: killed by signal 9
+    exit_code: int | None = None
 
 
 def _record(run: str | Path) -> dict[str, Any]:
@@ -61,8 +66,8 @@ def command_line(arguments: Sequence[str], processes: int) -> list[str]:
 
 
 def _group(record: dict[str, Any]) -> list[int]:
-    """The living processes of a run: the runner, which leads the group and gave it its number, and all that came of it, what
-    torchrun started in groups of their own too.
+    """The living processes of a run: the runner, which leads the group and gave it its number, and all that came of it,
+    what torchrun started in groups of their own too.
 
     A number is given to another process once everything that bore it is gone: then it began at another time.
     """
@@ -80,7 +85,8 @@ def _group(record: dict[str, Any]) -> list[int]:
             continue
     for pid in list(found):
         with contextlib.suppress(psutil.NoSuchProcess):
-            found += [child.pid for child in psutil.Process(pid).children(recursive=True) if child.pid not in found and _alive(child.pid)]
+            found += [child.pid for child in psutil.Process(pid).children(recursive=True) if child.pid not in found
+                      and _alive(child.pid)]
     return found
 
 
@@ -108,9 +114,9 @@ def _count(record: dict[str, Any]) -> int:
 def start(arguments: Sequence[str], run: str | Path, *, folder: str | Path | None = None, processes: int = 1) -> State:
     """Start `vitlab ARGUMENTS` as a process of its own, with its output appended to run/process.log.
 
-    It goes on when the notebook is closed and the kernel restarted or killed. folder: where relative paths of the arguments
-    begin; None: the current one. processes: more than one are started by torchrun. Raises InputError where a process of this run
-    is still running.
+    It goes on when the notebook is closed and the kernel restarted or killed. folder: where relative paths of the
+    arguments begin; None: the current one. processes: more than one are started by torchrun. Raises InputError where a
+    process of this run is still running.
     """
     run, folder = Path(run).absolute(), Path(folder or Path.cwd()).absolute()
     if not arguments:
@@ -118,29 +124,32 @@ def start(arguments: Sequence[str], run: str | Path, *, folder: str | Path | Non
     if processes < 1:
         raise InputError(f"{processes} processes; at least 1 is needed")
     if (run / INFO).exists() and state(run).name == "running":
-        raise InputError(f"{run}: a process is running there since {state(run).started}; stop it first, or choose another folder")
+        raise InputError(f"{run}: a process is running there since {state(run).started}; stop it first, or choose "
+                         f"another folder")
     run.mkdir(parents=True, exist_ok=True)
     with open(run / OUTPUT, "ab") as output:
-        runner = subprocess.Popen([sys.executable, "-m", __name__, str(run)], cwd=folder, stdin=subprocess.PIPE, stdout=output,
-                                  stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        runner = subprocess.Popen([sys.executable, "-m", __name__, str(run)], cwd=folder, stdin=subprocess.PIPE,
+                                  stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                                  env={**os.environ, "PYTHONUNBUFFERED": "1"})
     _write(run, {"arguments": list(arguments), "folder": str(folder), "processes": processes, "pid": runner.pid,
                  "created": psutil.Process(runner.pid).create_time(), "started": time.strftime("%Y-%m-%d %H:%M:%S")})
     assert runner.stdin is not None                                             # it is a pipe
-    with contextlib.suppress(BrokenPipeError), runner.stdin as pipe:            # it is on record now: the runner may begin
+    # it is on record now: the runner may begin
+    with contextlib.suppress(BrokenPipeError), runner.stdin as pipe:
         pipe.write(b"\n")
     return state(run)
 
 
 def resume(run: str | Path) -> State:
-    """Give the same command again, in the same folder: training and searches go on where they were. Raises InputError where it
-    is still running, or nothing was ever started there."""
+    """Give the same command again, in the same folder: training and searches go on where they were. Raises InputError
+    where it is still running, or nothing was ever started there."""
     record = _record(run)
     return start(record["arguments"], run, folder=record["folder"], processes=_count(record))
 
 
 def stop(run: str | Path, *, grace: float = GRACE) -> State:
-    """End the process and all that it started: SIGTERM, and SIGKILL to what is left after `grace` seconds. Returns when all are
-    gone. Raises InputError where none is running."""
+    """End the process and all that it started: SIGTERM, and SIGKILL to what is left after `grace` seconds. Returns when
+    all are gone. Raises InputError where none is running."""
     if state(run).name != "running":
         raise InputError(f"{run}: no process is running there; the last one {state(run).name}")
     record, end = _record(run), time.monotonic() + grace
@@ -155,8 +164,10 @@ def stop(run: str | Path, *, grace: float = GRACE) -> State:
         request = signal.SIGKILL if time.monotonic() > end else None
         time.sleep(0.05)
     after = _record(run)
-    if after["pid"] == record["pid"] and not after.get("stopped"):              # unless the next one was started there meanwhile
-        _write(run, after | {"stopped": True})                                  # the runner was killed, or had not begun
+    # unless the next one was started there meanwhile
+    if after["pid"] == record["pid"] and not after.get("stopped"):
+        # the runner was killed, or had not begun
+        _write(run, after | {"stopped": True})
     return state(run)
 
 

@@ -1,4 +1,5 @@
-"""The report of a batch's run, or of one study: tables with conditions, figures, what failed; as page, notebook, CSV and LaTeX."""
+"""The report of a batch's run, or of one study: tables with conditions, figures, what failed; as page, notebook, CSV
+and LaTeX."""
 import os
 import tempfile
 from collections.abc import Sequence
@@ -8,26 +9,27 @@ from typing import Any
 
 from IPython.display import HTML, Image, display
 
-from vitlab.caveats import is_quick
-from vitlab.files import InputError, atomic_write, read_json, read_lines
-from vitlab.results import DIGITS, ResultRow, conditions_of, notes, read_rows, shown, titles, to_csv, to_latex
-from vitlab.shape import is_int
+from vitlab.plan.shape import is_int
+from vitlab.runtime.caveats import is_quick
+from vitlab.runtime.files import InputError, atomic_write, read_json, read_lines
+from vitlab.runtime.results import DIGITS, ResultRow, conditions_of, notes, read_rows, shown, titles, to_csv, to_latex
 from vitlab.workbench import notebooks
 from vitlab.workbench.batch_entry import ENTRY, RESULTS, SUMMARY
 
 PAGE, NOTEBOOK, CSV, LATEX = "report.html", "report.ipynb", "results.csv", "results.tex"
 QUICK, ABSOLUTE = "quick", ("throughput_img_s", "latency_ms")
-COLUMNS = ("model", "dataset", "split", "top1_pct", "top5_pct", "miou_pct", "loss", "gmacs", "params_m", "throughput_img_s", "latency_ms",
-           "ratio")
+COLUMNS = ("model", "dataset", "split", "top1_pct", "top5_pct", "miou_pct", "loss", "gmacs", "params_m",
+           "throughput_img_s", "latency_ms", "ratio")
 
 
 def report(run: str | Path) -> Path:
-    """Write run/report.ipynb, executed, run/report.html of it, and run/results.csv and .tex; returns the page. Raises InputError
-    for a folder that is no run."""
+    """Write run/report.ipynb, executed, run/report.html of it, and run/results.csv and .tex; returns the page. Raises
+    InputError for a folder that is no run."""
     run = Path(run)
     rows_of(run)
     with tempfile.TemporaryDirectory(dir=run, prefix=".report-") as folder:
-        executed = notebooks.run(notebooks.NOTEBOOKS / "91_report.ipynb", folder, {"run": str(run.resolve())}, progress=False)
+        executed = notebooks.run(notebooks.NOTEBOOKS / "91_report.ipynb", folder, {"run": str(run.resolve())},
+                                 progress=False)
         os.replace(executed, run / NOTEBOOK)
     return notebooks.report(run / NOTEBOOK, run / PAGE)
 
@@ -38,7 +40,8 @@ def entries_of(run: str | Path) -> list[dict[str, Any]]:
     if (run / SUMMARY).exists():
         return [entry | {"folder": run / "entries" / entry["name"]} for entry in _entries(run / SUMMARY)]
     if (run / RESULTS).exists():
-        return [{"name": run.resolve().name, "notebook": "", "state": "done", "seconds": None, "why": None, "folder": run}]
+        return [{"name": run.resolve().name, "notebook": "", "state": "done", "seconds": None, "why": None,
+                 "folder": run}]
     raise InputError(f"{run}: no run of a batch, which has a summary.json, and no study, which has a {RESULTS}")
 
 
@@ -47,7 +50,9 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     kinds = {"name": str, "notebook": str, "state": str, "seconds": (int, float, type(None)), "why": (str, type(None))}
     data = read_json(path)
     entries = data.get("entries") if isinstance(data, dict) else None
-    if not isinstance(entries, list) or not all(isinstance(e, dict) and all(k in e and isinstance(e[k], t) for k, t in kinds.items())
+    if not isinstance(entries,
+                      list) or not all(isinstance(e, dict)
+                                       and all(k in e and isinstance(e[k], t) for k, t in kinds.items())
                                                 and Path(e["notebook"]).name == e["notebook"] for e in entries):
         raise InputError(f"{path}: not the summary of a batch")
     for entry in entries:
@@ -57,7 +62,8 @@ def _entries(path: Path) -> list[dict[str, Any]]:
 
 
 def rows_of(run: str | Path) -> tuple[list[str], list[ResultRow]]:
-    """(entry, row) of every model that an entry measured; what entries before it measured of the same model is in the row too."""
+    """(entry, row) of every model that an entry measured; what entries before it measured of the same model is in the
+    row too."""
     labels, rows = [], []
     for entry in entries_of(run):
         folder = entry["folder"]
@@ -78,7 +84,8 @@ def _key(record: dict[str, Any]) -> tuple[Any, ...]:
 
 def conditions(rows: list[ResultRow]) -> tuple[str, list[str]]:
     """(what is the same in all rows that say it, what differs in each row), as text; a quick row begins with QUICK."""
-    flat = [{key: value for key, value in conditions_of(row).items() if key not in ("quick", "speed.quick")} for row in rows]
+    flat = [{key: value for key, value in conditions_of(row).items() if key not in ("quick", "speed.quick")}
+            for row in rows]
     values: dict[str, list[Any]] = {}
     for given in flat:
         for key, value in given.items():
@@ -88,7 +95,8 @@ def conditions(rows: list[ResultRow]) -> tuple[str, list[str]]:
     def text(given: dict[str, Any]) -> str:
         return ", ".join(f"{key} {value}" for key, value in given.items())
     own = [text({k: v for k, v in given.items() if k not in shared}) for given in flat]
-    return text(shared), [f"{QUICK}, {more}".removesuffix(", ") if is_quick(row) else more for row, more in zip(rows, own)]
+    return text(shared), [f"{QUICK}, {more}".removesuffix(", ") if is_quick(row) else more for row,
+                          more in zip(rows, own)]
 
 
 def summary_table(run: str | Path) -> HTML:
@@ -102,8 +110,8 @@ def summary_table(run: str | Path) -> HTML:
 
 
 def results_table(run: str | Path) -> HTML:
-    """Every row, with standard errors and the range of a ratio; a quick row says so. Conditions that differ between rows stand in the
-    row, the others below the table, with what ±, ratio and quick stand for."""
+    """Every row, with standard errors and the range of a ratio; a quick row says so. Conditions that differ between
+    rows stand in the row, the others below the table, with what ±, ratio and quick stand for."""
     labels, rows = rows_of(run)
     columns = measured(rows, COLUMNS)
     shared, own = conditions(rows)
@@ -114,8 +122,8 @@ def results_table(run: str | Path) -> HTML:
 
 
 def measured(rows: list[ResultRow], columns: tuple[str, ...]) -> tuple[str, ...]:
-    """The columns in which a row has something. Entries were timed in runs of their own, where the machine may have been slower: beside
-    a ratio stands no absolute speed, which is in the CSV."""
+    """The columns in which a row has something. Entries were timed in runs of their own, where the machine may have
+    been slower: beside a ratio stands no absolute speed, which is in the CSV."""
     found = tuple(c for c in columns if any(getattr(row, c) not in (None, "") for row in rows))
     return tuple(c for c in found if "ratio" not in found or c not in ABSOLUTE)
 
@@ -132,9 +140,12 @@ def show_figures(run: str | Path) -> None:
 
 
 def write_tables(run: str | Path) -> list[Path]:
-    """results.csv with everything, and results.tex with the columns that were measured, and in its caption what they stand for."""
+    """results.csv with everything, and results.tex with the columns that were measured, and in its caption what they
+    stand for."""
     labels, rows = rows_of(run)
-    columns = measured(rows, ("model", "top1_pct", "miou_pct", "gmacs", "params_m", "throughput_img_s", "latency_ms", "ratio"))
+    columns = measured(rows,
+                       ("model", "top1_pct", "miou_pct", "gmacs", "params_m", "throughput_img_s", "latency_ms",
+                        "ratio"))
     sets = ", ".join(dict.fromkeys(f"{row.dataset} {row.split}" for row in rows if row.dataset))
     atomic_write(Path(run) / CSV, to_csv(labels, rows))
     said = [sets, conditions(rows)[0], *notes(rows, columns).splitlines()]
@@ -150,7 +161,8 @@ def _link(run: str | Path, path: Path, text: str) -> str:
 
 
 def _table(head: list[str], lines: list[list[Any]], columns: Sequence[str] | None = None) -> HTML:
-    """Cells are escaped texts; a list is of links, which are HTML already. columns: what the titles in `head` are of, where they differ."""
+    """Cells are escaped texts; a list is of links, which are HTML already. columns: what the titles in `head` are of,
+    where they differ."""
     columns = columns or head
 
     def side(column: str) -> str:

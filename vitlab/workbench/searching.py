@@ -15,28 +15,37 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vitlab import parallel
-from vitlab.cost import mdc_macs
 from vitlab.criteria.compensation import Moments
 from vitlab.data import ImageData
 from vitlab.data.images import image_config
-from vitlab.files import InputError, atomic_write, read_json
+from vitlab.measure.capture import need_classifier, token_scores
+from vitlab.measure.latency import latency_table
+from vitlab.measure.moments import Layer, each_moments
+from vitlab.measure.objective import check_metric
+from vitlab.measure.units import unit_scores
 from vitlab.models import shape_of
 from vitlab.models.support import encoder_of
 from vitlab.plan import CompressionPlan
+from vitlab.plan.cost import mdc_macs
+from vitlab.runtime import parallel
+from vitlab.runtime.files import InputError, atomic_write, read_json
 from vitlab.search import Budget, SearchSpace, Study
 from vitlab.search.allocation import levels
 from vitlab.search.space import MAX_RATIO
 from vitlab.search.strategies import Settings
 from vitlab.search.token_dimensions import default_tokens
-from vitlab.training.capture import need_classifier, token_scores
 from vitlab.training.compensate import compensate
-from vitlab.training.latency import latency_table
 from vitlab.training.loop import fingerprint
-from vitlab.training.moments import Layer, each_moments
-from vitlab.training.objective import check_metric
-from vitlab.training.units import unit_scores
-from vitlab.workbench.cutting import UNIT_SCORES, amp_of, measured_batches, needs_images, objective_on, open_dense, read_units, write_units
+from vitlab.workbench.cutting import (
+    UNIT_SCORES,
+    amp_of,
+    measured_batches,
+    needs_images,
+    objective_on,
+    open_dense,
+    read_units,
+    write_units,
+)
 from vitlab.workbench.pace import images_per_second
 from vitlab.workbench.steps import Source, open_matching, pick_device, read_scores
 
@@ -64,25 +73,28 @@ def cost_function(space: SearchSpace, unit: str, model: nn.Module, *, batch_size
     return published
 
 
-def search(source: Source, data: str | Path, out: str | Path, *, limit: float | None = None, macs_ratio: float | None = None,
-           cost: str = "gmacs", units: tuple[str, ...] = ("neurons", "heads"), tokens: str | None = None,
-           token_settings: dict[str, Any] | None = None, max_ratio: float = MAX_RATIO,
+def search(source: Source, data: str | Path, out: str | Path, *, limit: float | None = None,
+           macs_ratio: float | None = None, cost: str = "gmacs", units: tuple[str, ...] = ("neurons", "heads"),
+           tokens: str | None = None, token_settings: dict[str, Any] | None = None, max_ratio: float = MAX_RATIO,
            read_out: bool = False, strategy: str = "gp", options: Settings | None = None, minutes: float | None = None,
            metric: str = "distill_loss", criterion: str = "hsic", compensated: bool = False, images: int = 1000,
-           score_images: int = 512, batch_size: int = 32, dtype: str = "float32", seed: int = 0, device: str | None = None,
-           class_map: str | Path | None = None, workers: int | None = None, progress: bool = True) -> Study:
-    """Search a plan under a budget: `limit` in the unit `cost`, or macs_ratio of the dense model's; out/ becomes the study.
+           score_images: int = 512, batch_size: int = 32, dtype: str = "float32", seed: int = 0,
+           device: str | None = None, class_map: str | Path | None = None, workers: int | None = None,
+           progress: bool = True) -> Study:
+    """Search a plan under a budget: `limit` in the unit `cost`, or macs_ratio of the dense model's; out/ becomes the
+    study.
 
-    Units are ranked by `criterion`, patches, where tokens merge, by gradient-weighted attention, both on score_images of
-    train; at most max_ratio of anything is cut. Policies are measured on `images` of train to choose on, and the best one once more
-    on as many to report on, of which none is among those that it was made from or chosen on (`ImageData.parts`): that is what it is
-    worth (`reported`), and stands in its plan, out/plan.json, as made_by "reported". With `compensated`, what is left of each cut layer
-    is refitted before measuring (`calibrate` does it for the plan found). A killed search goes on when called again; with options of
-    initial "sensitivity" each dimension is measured alone first, by the same objective. minutes: for the whole; what was found by then
-    is reported, and the same call goes on. None: all of options.evaluations. batch_size and dtype are those of a latency.
-    metric: the distance to the dense model's output, or top1_pct or miou_pct. tokens None or "": what the model can have
-    (`default_tokens`). Raises InputError for a model without classes, a budget that can't be met, or tokens that keep no grid where a
-    Segmenter needs it.
+    Units are ranked by `criterion`, patches, where tokens merge, by gradient-weighted attention, both on score_images
+    of train; at most max_ratio of anything is cut. Policies are measured on `images` of train to choose on, and the
+    best one once more on as many to report on, of which none is among those that it was made from or chosen on
+    (`ImageData.parts`): that is what it is worth (`reported`), and stands in its plan, out/plan.json, as made_by
+    "reported". With `compensated`, what is left of each cut layer is refitted before measuring (`calibrate` does it for
+    the plan found). A killed search goes on when called again; with options of initial "sensitivity" each dimension is
+    measured alone first, by the same objective. minutes: for the whole; what was found by then is reported, and the
+    same call goes on. None: all of options.evaluations. batch_size and dtype are those of a latency. metric: the
+    distance to the dense model's output, or top1_pct or miou_pct. tokens None or "": what the model can have
+    (`default_tokens`). Raises InputError for a model without classes, a budget that can't be met, or tokens that keep
+    no grid where a Segmenter needs it.
     """
     began, found, out = time.monotonic(), open_dense(source), Path(out)
     shape, place = shape_of(found.model), pick_device(device)
@@ -90,57 +102,67 @@ def search(source: Source, data: str | Path, out: str | Path, *, limit: float | 
     need_classifier(found.model, "searched models")
     check_metric(shape, metric)                                                 # before there is a study of it
     if shape.decoder and (tokens.startswith("select") or read_out):
-        raise InputError(f"{'read_out' if read_out else f'tokens {tokens!r}'}: a class for each pixel needs the whole grid; tokens that "
+        raise InputError(f"{'read_out' if read_out else f'tokens {tokens!r}'}: a class for each pixel needs the whole "
+                         f"grid; tokens that "
                          "merge (match, share or merge, also with _per_stage; merge_per_span) keep it")
-    space = SearchSpace(shape=shape, units=tuple(units), tokens=tokens, settings=token_settings or {}, max_ratio=max_ratio,
-                        read_out=read_out)
+    space = SearchSpace(shape=shape, units=tuple(units), tokens=tokens, settings=token_settings or {},
+                        max_ratio=max_ratio, read_out=read_out)
     labels = metric != "distill_loss" or space.by_place or bool(units) and criterion == "taylor"
     opened = open_matching(data, found, class_map, labels=labels)
     if (limit is None) == (macs_ratio is None):
         raise InputError("either a limit or a ratio of the dense model's cost is needed, not both")
-    price = parallel.after_first(lambda: cost_function(space, cost, found.model, batch_size=batch_size, dtype=dtype, device=place,
-                                                       progress=progress))       # a latency table is measured once, and kept
+    price = parallel.after_first(lambda: cost_function(space, cost, found.model, batch_size=batch_size, dtype=dtype,
+                                                       device=place,
+                                                       # a latency table is measured once, and kept
+                                                       progress=progress))
     uncut = float(price(np.zeros((1, space.size)))[0])
     limit = macs_ratio * uncut if limit is None else limit
-    budget = Budget(limit=limit, cost=price, max_ratio=space.max_ratio, size=space.size, groups=tuple(space.groups), unit=cost)
+    budget = Budget(limit=limit, cost=price, max_ratio=space.max_ratio, size=space.size, groups=tuple(space.groups),
+                    unit=cost)
     reads = space.by_place or compensated and space.units or space.units and needs_images(criterion)
     parts = opened.parts(seed, **({"score": score_images} if reads else {}), choose=images, report=images)
     content = [opened.files("train"), device, image_config(encoder_of(found.model)), shape.stored()]
-    about = {"data": opened.name, "metric": metric, "images": images, "criterion": criterion, "score_images": score_images,
-             "roles": parts.roles, "compensated": compensated, "inputs": fingerprint(content, [found.model])}
-    study = parallel.after_first(lambda: Study(out, space, budget, strategy=strategy, options=options, seed=seed, about=about))
+    about = {"data": opened.name, "metric": metric, "images": images, "criterion": criterion,
+             "score_images": score_images, "roles": parts.roles, "compensated": compensated,
+             "inputs": fingerprint(content, [found.model])}
+    study = parallel.after_first(lambda: Study(out, space, budget, strategy=strategy, options=options, seed=seed,
+                                               about=about))
     scores = parallel.after_first(lambda: _scores_of(study, found.model, parts, place, workers, progress))
     build = {}
     if compensated and space.units:
         scored = parts.batches("score", found.model, workers=workers)
         with parallel.alone():
-            build = {"build": by_moments(dict(each_moments(found.model.to(place), scored, space.units, amp=amp_of(found.model))))}
+            build = {"build": by_moments(dict(each_moments(found.model.to(place), scored, space.units,
+                                                           amp=amp_of(found.model))))}
     objective = objective_on(found.model, parts, "choose", metric, place, workers, **build)
     until = np.inf
     if progress or minutes is not None:
         rate = images_per_second(objective.dense, objective.batches[0][0][:32], objective.amp)
         each = objective.images * limit / uncut / rate
-        until = np.inf if minutes is None else began + 60 * minutes - 2 * each      # one that is under way, and the report
+        # one that is under way, and the report
+        until = np.inf if minutes is None else began + 60 * minutes - 2 * each
         _say_ahead(study, objective.images, each, minutes, progress)
     best = study.run(lambda policy: objective(space.plan(policy, **scores)), until=until, progress=progress)
-    made_by = {"method": "search", "strategy": strategy, "cost": cost, "limit": limit, "evaluation": best.index, "value": best.value,
-               "seed": seed, "units": list(units), "tokens": tokens}
+    made_by = {"method": "search", "strategy": strategy, "cost": cost, "limit": limit, "evaluation": best.index,
+               "value": best.value, "seed": seed, "units": list(units), "tokens": tokens}
     if parallel.is_first():
         plan = space.plan(best.policy, **scores, made_by=made_by | {"roles": parts.roles})
-        plan.save(out / PLAN)                                                   # it is there whatever becomes of the measuring
+        # it is there whatever becomes of the measuring
+        plan.save(out / PLAN)
         with parallel.alone():
             if (reported(out) or {}).get("evaluation") != best.index:
                 measures = objective.on(measured_batches(found.model, parts, "report", workers))(plan)
                 measures.pop("value")
-                atomic_write(out / REPORTED, json.dumps({"evaluation": best.index, "images": parts.roles["report"], **measures}) + "\n")
+                atomic_write(out / REPORTED,
+                             json.dumps({"evaluation": best.index, "images": parts.roles["report"], **measures}) + "\n")
         dataclasses.replace(plan, made_by=plan.made_by | {"reported": reported(out)}).save(out / PLAN)
     parallel.wait()
     return study
 
 
 def _say_ahead(study: Study, images: int, each: float, minutes: float | None, progress: bool) -> None:
-    """What a search is about to do, and how long that takes, in one line; a warning where a start takes longer than the time given. each:
-    seconds that a policy takes, about."""
+    """What a search is about to do, and how long that takes, in one line; a warning where a start takes longer than the
+    time given. each: seconds that a policy takes, about."""
     alone = 1 + sum(map(len, levels(study.space))) if study.options.initial == "sensitivity" else 0
     left = study.options.evaluations + alone - study.spent
     if left <= 0 or not parallel.is_first():
@@ -152,13 +174,15 @@ def _say_ahead(study: Study, images: int, each: float, minutes: float | None, pr
         tqdm.write(f"search: {left} policies to measure on {images} images, about {taken(left)} minutes"
                    + ("" if minutes is None else f"; it ends after {minutes:g} with what it has"), file=sys.stderr)
     if minutes is not None and (first := alone - study.spent) > 0 and first * each / parallel.world() > 60 * minutes:
-        warnings.warn(f"each dimension is measured alone first, which takes about {taken(first)} minutes, more than the {minutes:g} given; "
+        warnings.warn(f"each dimension is measured alone first, which takes about {taken(first)} minutes, more than "
+                      f"the {minutes:g} given; "
                       "another start, or fewer images, would take less", stacklevel=3)
 
 
 def reported(study: str | Path) -> dict[str, Any] | None:
-    """What a study's best plan is worth on images that it was not chosen on: evaluation (its number), images, and the measures of
-    `PlanObjective` with their errors. None where the search has not ended. Raises InputError for a file of something else."""
+    """What a study's best plan is worth on images that it was not chosen on: evaluation (its number), images, and the
+    measures of `PlanObjective` with their errors. None where the search has not ended. Raises InputError for a file of
+    something else."""
     path = Path(study) / REPORTED
     found = read_json(path) if path.is_file() else None
     if found is not None and not isinstance(found, dict):
@@ -175,7 +199,8 @@ def _scores_of(study: Study, model: nn.Module, parts: ImageData, device: torch.d
                progress: bool) -> dict[str, Tensor]:
     """The scores that a plan of this study needs, from its folder where they were made before, for this study."""
     about, scores = study.info["about"], {}
-    mark = {"made_for": " ".join(str(about[k]) for k in ("inputs", "criterion", "score_images")) + f" seed {study.seed}"}
+    mark = {"made_for": " ".join(str(about[k]) for k in ("inputs", "criterion", "score_images"))
+            + f" seed {study.seed}"}
     mark["made_for"] += f" images {parts.roles.get('score', 0)}"
 
     def batches():
@@ -184,11 +209,13 @@ def _scores_of(study: Study, model: nn.Module, parts: ImageData, device: torch.d
     def check(path: Path) -> None:
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("made_for") != mark["made_for"]:
-                raise InputError(f"{path}: scores of something else than this study; remove the file and they are made anew")
+                raise InputError(f"{path}: scores of something else than this study; remove the file and they are made "
+                                 f"anew")
     if study.space.units:
         path = study.folder / UNIT_SCORES
         if not path.exists():
-            made = unit_scores(model, batches(), criterion=about["criterion"], seed=study.seed, device=device, progress=progress)
+            made = unit_scores(model, batches(), criterion=about["criterion"], seed=study.seed, device=device,
+                               progress=progress)
             write_units(path, made, mark)
         units = read_units(path)
         check(path)
@@ -196,7 +223,9 @@ def _scores_of(study: Study, model: nn.Module, parts: ImageData, device: torch.d
     if study.space.by_place:
         path = study.folder / TOKEN_SCORES
         if not path.exists():
-            atomic_write(path, save({"token_scores": token_scores(model, batches(), device=device, progress=progress).contiguous()}, mark))
+            atomic_write(path,
+                         save({"token_scores": token_scores(model, batches(), device=device,
+                                                            progress=progress).contiguous()}, mark))
         scores["tokens"] = read_scores(path)[0]
         check(path)
     return scores

@@ -1,4 +1,5 @@
-"""Steps of segmentation that classification has not: a dense Segmenter from an encoder, and a folder of images made into overlays."""
+"""Steps of segmentation that classification has not: a dense Segmenter from an encoder, and a folder of images made
+into overlays."""
 import io
 import warnings
 from pathlib import Path
@@ -13,30 +14,31 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vitlab.cost import gmacs
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.data.folder import read_image, reason
 from vitlab.data.listing import images_in
 from vitlab.data.masks import open_scenes
 from vitlab.data.rgb import rgb
 from vitlab.data.scene_data import SceneData, measuring_transform
-from vitlab.files import InputError, atomic_write, from_root
+from vitlab.measure.capture import frozen_eval, token_places
+from vitlab.measure.evaluate import autocast
+from vitlab.models.checkpoint import Checkpoint
 from vitlab.models.segmenter import Segmenter, as_encoder
 from vitlab.models.windows import segment
 from vitlab.plan import CompressionPlan
+from vitlab.plan.cost import gmacs
+from vitlab.plan.rules import Match
+from vitlab.plan.shape import ViTShape
+from vitlab.plan.tokens import PRUNE_RATE, even_spans
 from vitlab.plots.base import to_image
 from vitlab.plots.colours import class_colours, overlaid
-from vitlab.rules import Match
+from vitlab.runtime.files import InputError, atomic_write, from_root
 from vitlab.search import SearchSpace
-from vitlab.shape import ViTShape
-from vitlab.tokens import PRUNE_RATE, even_spans
-from vitlab.training.capture import frozen_eval, token_places
-from vitlab.training.checkpoint import Checkpoint
-from vitlab.training.evaluate import autocast
 from vitlab.training.recipes import Engine, Recipe, recipe
 from vitlab.workbench.steps import Source, deployed, need_dense, open_model, pick_device, train_dense
 
-LOOKED_AT, LARGEST_SIDE = 16, 512               # images of train whose sizes say the encoder's, and its sides where they differ
+# images of train whose sizes say the encoder's, and its sides where they differ
+LOOKED_AT, LARGEST_SIDE = 16, 512
 MAX_RATIO, RATIOS = 0.5, 501                    # largest ratio of merging by content, and how many are tried
 
 
@@ -47,17 +49,18 @@ def scene_size(data: SceneData) -> tuple[int, int]:
     return sizes.pop() if len(sizes) == 1 else (LARGEST_SIDE, LARGEST_SIDE)
 
 
-def make_segmenter(source: Source, data: SceneData, *, img_size: tuple[int, int] | None = None, decoder: str | None = None,
-                   drop_path: float = 0.0, **args: Any) -> Segmenter:
-    """A dense Segmenter for a data set: `source` itself where it is one, else its blocks as encoder and a new decoder (a name of
-    DECODERS, default mask_transformer; args are its own); at img_size (height, width), default `scene_size`. Raises InputError for a
-    compressed model, another number of classes, or a decoder where there is one."""
+def make_segmenter(source: Source, data: SceneData, *, img_size: tuple[int, int] | None = None,
+                   decoder: str | None = None, drop_path: float = 0.0, **args: Any) -> Segmenter:
+    """A dense Segmenter for a data set: `source` itself where it is one, else its blocks as encoder and a new decoder
+    (a name of DECODERS, default mask_transformer; args are its own); at img_size (height, width), default `scene_size`.
+    Raises InputError for a compressed model, another number of classes, or a decoder where there is one."""
     data.need_labels()
     model = need_dense(open_model(source)).model
     if isinstance(model, Segmenter):
         data.check_fits(model.num_classes)
         if decoder is not None or args:
-            raise InputError(f"the model has a decoder already ({model.decoder_name}), which goes on training; a new one needs a model "
+            raise InputError(f"the model has a decoder already ({model.decoder_name}), which goes on training; a new "
+                             f"one needs a model "
                              "without")
     else:
         assert data.num_classes is not None                                     # as it has labels
@@ -69,11 +72,12 @@ def make_segmenter(source: Source, data: SceneData, *, img_size: tuple[int, int]
 
 
 def train_segmenter(source: Source, data: str | Path, out: str | Path, *,
-                    img_size: tuple[int, int] | None = None, decoder: str | None = None, settings: Recipe | str = "digit_scenes",
-                    seed: int = 0, device: str | torch.device | None = None, limit: int | None = None,
-                    workers: int | None = None, engine: Engine | None = None, changed_data: bool = False, progress: bool = True) -> Path:
-    """Train a dense Segmenter on images with masks (`make_segmenter`); returns the run folder (training/, checkpoint/). A killed run
-    goes on (`fit`)."""
+                    img_size: tuple[int, int] | None = None, decoder: str | None = None,
+                    settings: Recipe | str = "digit_scenes", seed: int = 0, device: str | torch.device | None = None,
+                    limit: int | None = None, workers: int | None = None, engine: Engine | None = None,
+                    changed_data: bool = False, progress: bool = True) -> Path:
+    """Train a dense Segmenter on images with masks (`make_segmenter`); returns the run folder (training/, checkpoint/).
+    A killed run goes on (`fit`)."""
     settings, opened = recipe(settings) if isinstance(settings, str) else settings, open_scenes(data)
     device = pick_device(device)
     random_seed(seed)
@@ -85,10 +89,11 @@ def train_segmenter(source: Source, data: str | Path, out: str | Path, *,
 @torch.inference_mode()
 def predict(source: Source, images: str | Path, out: str | Path, *, opacity: float = 0.55, amp: bool | None = False,
             device: str | None = None, progress: bool = True, **windows: Any) -> list[Path]:
-    """Segment every image of a folder, each as a whole (windows: those of `segment`), by the model's deployed form. Writes
-    out/NAME.png, the classes' colours over the image, and out/NAME_classes.png, a palette image of the class numbers; returns the
-    overlays. An image that can't be read is left out with a warning that names it. Raises InputError for another model, a folder
-    without images or of which none can be read, or an output that would take the place of an image or of another one's."""
+    """Segment every image of a folder, each as a whole (windows: those of `segment`), by the model's deployed form.
+    Writes out/NAME.png, the classes' colours over the image, and out/NAME_classes.png, a palette image of the class
+    numbers; returns the overlays. An image that can't be read is left out with a warning that names it. Raises
+    InputError for another model, a folder without images or of which none can be read, or an output that would take the
+    place of an image or of another one's."""
     found, folder, at = open_model(source), from_root(images), pick_device(device)
     if not isinstance(found.model, Segmenter):
         raise InputError("the model gives one class for an image; a Segmenter is needed (`vitlab segment` trains one)")
@@ -103,7 +108,8 @@ def predict(source: Source, images: str | Path, out: str | Path, *, opacity: flo
     for path in paths:
         for place in (f"{path.stem}.png", f"{path.stem}_classes.png"):
             if place in taken:
-                raise InputError(f"{images}: images named {taken[place]} and {path.stem}; both would be written to {place}")
+                raise InputError(f"{images}: images named {taken[place]} and {path.stem}; both would be written to "
+                                 f"{place}")
             taken[place] = path.stem
     model, colours, written = deployed(found).to(at), class_colours(found.model.num_classes), []
     transform = measuring_transform(model, whole=True)
@@ -133,10 +139,11 @@ def _write_png(path: Path, image: Image.Image) -> None:
     atomic_write(path, content.getvalue())
 
 
-def plans_at(scores: Tensor, shape: ViTShape, keep_rate: float, *, prune_rate: float = PRUNE_RATE) -> dict[str, CompressionPlan]:
-    """A plan by each token rule that keeps the grid, at a keep rate of Prune and Merge: merged and reconstructed in each block, over
-    spans of blocks (`even_spans`), sharing updates (nothing pruned); and merged by content, by the one ratio whose cost is at most that
-    of sharing updates. scores (L, n): of tokens, raw."""
+def plans_at(scores: Tensor, shape: ViTShape, keep_rate: float, *,
+             prune_rate: float = PRUNE_RATE) -> dict[str, CompressionPlan]:
+    """A plan by each token rule that keeps the grid, at a keep rate of Prune and Merge: merged and reconstructed in
+    each block, over spans of blocks (`even_spans`), sharing updates (nothing pruned); and merged by content, by the one
+    ratio whose cost is at most that of sharing updates. scores (L, n): of tokens, raw."""
     shared = prune_and_merge(scores, shape, keep_rate=keep_rate, prune_rate=0.0, share=True)
     space = SearchSpace(shape=shape, units=(), tokens="match", max_ratio=MAX_RATIO)
     ratios = np.linspace(0, MAX_RATIO, RATIOS)[:, None]
@@ -146,14 +153,15 @@ def plans_at(scores: Tensor, shape: ViTShape, keep_rate: float, *, prune_rate: f
             "Prune and Merge, spans": prune_and_merge(scores, shape, prune_rate=prune_rate,
                                                       spans=[(*span, keep_rate) for span in even_spans(shape.depth)]),
             "shared updates": shared,
-            "merging by content": space.plan([ratio], made_by={"method": "match", "ratio": ratio, "keep_rate": keep_rate})}
+            "merging by content": space.plan([ratio],
+                                             made_by={"method": "match", "ratio": ratio, "keep_rate": keep_rate})}
 
 
 @torch.inference_mode()
 def shown(data: SceneData, models: dict[str, Checkpoint], *, count: int = 3, split: str | None = None,
           **windows: Any) -> tuple[list[np.ndarray], list[np.ndarray], dict[str, list[np.ndarray]]]:
-    """(images (H, W, 3) in [0, 1], truths (H, W), {name: predictions (H, W)}) of the first `count` scenes of a split (None: the one to
-    choose on), for `plots.predictions`; each model in the form it is in."""
+    """(images (H, W, 3) in [0, 1], truths (H, W), {name: predictions (H, W)}) of the first `count` scenes of a split
+    (None: the one to choose on), for `plots.predictions`; each model in the form it is in."""
     scenes = data.split(split or data.choose_on)
     pairs = [scenes.scene(i) for i in range(min(count, len(scenes)))]
     predicted = {}
@@ -161,13 +169,16 @@ def shown(data: SceneData, models: dict[str, Checkpoint], *, count: int = 3, spl
         data.check_fits(found.model.num_classes)
         transform = measuring_transform(found.model, whole=True)
         with frozen_eval(found.model):
-            predicted[name] = [segment(found.model, transform(*pair)[0][None], **windows)[0].argmax(dim=0).numpy() for pair in pairs]
+            predicted[name] = [segment(found.model, transform(*pair)[0][None], **windows)[0].argmax(dim=0).numpy()
+                               for pair in pairs]
     return [np.asarray(image) / 255 for image, _ in pairs], [mask for _, mask in pairs], predicted
 
 
-def seen(found: Checkpoint, data: SceneData, index: int = 0, split: str | None = None) -> tuple[np.ndarray, dict[int, Tensor]]:
-    """(picture (h, w, 3) in [0, 1], {block: (n)}) for `plots.scene_regions`: a scene as the model takes it (the middle of a larger one),
-    and which token each patch went into in the blocks that merge by content, where there are any (`token_places`)."""
+def seen(found: Checkpoint, data: SceneData, index: int = 0,
+         split: str | None = None) -> tuple[np.ndarray, dict[int, Tensor]]:
+    """(picture (h, w, 3) in [0, 1], {block: (n)}) for `plots.scene_regions`: a scene as the model takes it (the middle
+    of a larger one), and which token each patch went into in the blocks that merge by content, where there are any
+    (`token_places`)."""
     config = resolve_model_data_config(found.model.encoder)
     x, _ = measuring_transform(found.model)(*data.split(split or data.choose_on).scene(index))
     matched = any(isinstance(block.tokens, Match) for block in found.plan.blocks)

@@ -16,30 +16,29 @@ from safetensors.torch import save
 from timm.utils import random_seed
 from torch import Tensor, nn
 
-from vitlab import cost, parallel, tokens
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.data import ImageData, open_data
 from vitlab.data.images import image_config, in_words
 from vitlab.data.masks import open_scenes
-from vitlab.files import NOTEBOOKS, InputError, atomic_write, first_line
-from vitlab.models import compress, deploy, shape_of
+from vitlab.measure import evaluate as evaluation
+from vitlab.measure import throughput as timing
+from vitlab.measure.capture import need_classifier, scored
+from vitlab.measure.confusion import check_appear
+from vitlab.measure.pixels import Segmentation, evaluate_scenes
+from vitlab.measure.units import unit_scores
+from vitlab.models import checkpoint, compress, deploy, shape_of
+from vitlab.models.checkpoint import Checkpoint
 from vitlab.models.create import create_model
+from vitlab.models.opening import Source, open_model
 from vitlab.models.segmenter import Segmenter
-from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.results import ResultRow, append_row
-from vitlab.shape import ViTShape
-from vitlab.training import checkpoint
-from vitlab.training import evaluate as evaluation
-from vitlab.training import throughput as timing
-from vitlab.training.capture import need_classifier, scored
-from vitlab.training.checkpoint import Checkpoint
-from vitlab.training.confusion import check_appear
+from vitlab.plan import BlockPlan, CompressionPlan, cost, tokens
+from vitlab.plan.shape import ViTShape
+from vitlab.runtime import parallel
+from vitlab.runtime.files import NOTEBOOKS, InputError, atomic_write, first_line
+from vitlab.runtime.results import ResultRow, append_row
 from vitlab.training.gradual import partial_plan
 from vitlab.training.loop import fit
-from vitlab.training.opening import Source, open_model
-from vitlab.training.pixels import Segmentation, evaluate_scenes
 from vitlab.training.recipes import Engine, Recipe, recipe
-from vitlab.training.units import unit_scores
 
 RESULTS, TRAINING = "results.jsonl", "training"
 
@@ -58,9 +57,10 @@ def pick_device(name: str | torch.device | None) -> torch.device:
     return device
 
 
-def open_matching(data: str | Path, found: Checkpoint, class_map: str | Path | None = None, *, labels: bool = True) -> ImageData:
-    """The data set, images with masks for a Segmenter, its classes numbered as those the checkpoint was trained on. Where they are
-    others, or it has no labels, it is refused; or, where `labels` are not needed, taken without."""
+def open_matching(data: str | Path, found: Checkpoint, class_map: str | Path | None = None, *,
+                  labels: bool = True) -> ImageData:
+    """The data set, images with masks for a Segmenter, its classes numbered as those the checkpoint was trained on.
+    Where they are others, or it has no labels, it is refused; or, where `labels` are not needed, taken without."""
     if isinstance(found.model, Segmenter):
         if class_map is not None:
             raise InputError("a class map is of class folders; masks have none")
@@ -82,16 +82,18 @@ def open_matching(data: str | Path, found: Checkpoint, class_map: str | Path | N
 
 
 def study_folder(path: str | Path) -> Path:
-    """A study's folder. In the notebooks' own folder, where JupyterLab starts them, a relative path is from the project's root."""
+    """A study's folder. In the notebooks' own folder, where JupyterLab starts them, a relative path is from the
+    project's root."""
     inside = Path.cwd() == NOTEBOOKS and not Path(path).is_absolute()
     return NOTEBOOKS.parent / path if inside else Path(path)
 
 
 def pretrain(model: str, data: str | Path, out: str | Path, *, settings: Recipe | str = "digits", seed: int = 0,
              device: str | torch.device | None = None, limit: int | None = None, class_map: str | Path | None = None,
-             workers: int | None = None, engine: Engine | None = None, changed_data: bool = False, progress: bool = True,
-             **model_args: Any) -> Path:
-    """Train a timm model from scratch; returns the run folder (training/, checkpoint/). A killed run goes on (`fit`)."""
+             workers: int | None = None, engine: Engine | None = None, changed_data: bool = False,
+             progress: bool = True, **model_args: Any) -> Path:
+    """Train a timm model from scratch; returns the run folder (training/, checkpoint/). A killed run goes on
+    (`fit`)."""
     settings, opened = recipe(settings) if isinstance(settings, str) else settings, open_data(data, class_map=class_map)
     opened.need_labels()
     device = pick_device(device)
@@ -100,20 +102,23 @@ def pretrain(model: str, data: str | Path, out: str | Path, *, settings: Recipe 
         model_args = {"num_classes": opened.num_classes, **model_args}
     if settings.drop_path:
         model_args["drop_path_rate"] = settings.drop_path
-    return train_dense("pretrain", create_model(model, **model_args), opened, out, settings, seed=seed, device=device, limit=limit,
-                       engine=engine, changed_data=changed_data, workers=workers, progress=progress)
+    return train_dense("pretrain", create_model(model, **model_args), opened, out, settings, seed=seed, device=device,
+                       limit=limit, engine=engine, changed_data=changed_data, workers=workers, progress=progress)
 
 
-def train_dense(step: str, model: nn.Module, data: ImageData, out: str | Path, settings: Recipe, *, seed: int, **how: Any) -> Path:
+def train_dense(step: str, model: nn.Module, data: ImageData, out: str | Path, settings: Recipe, *, seed: int,
+                **how: Any) -> Path:
     """Train a model that nothing is cut of (how: of `fit`) and save it as what `step` made; returns the run folder."""
     need_classifier(model, "trained models")
     log = fit(model, data, settings, Path(out) / TRAINING, seed=seed, **how)
     save_trained(out, model, CompressionPlan.empty(shape_of(model)), data,
-                 made_by={"step": step, "recipe": dataclasses.asdict(settings), "data": data.name, "seed": seed, "last_epoch": log[-1:]})
+                 made_by={"step": step, "recipe": dataclasses.asdict(settings), "data": data.name, "seed": seed,
+                          "last_epoch": log[-1:]})
     return Path(out)
 
 
-def save_trained(out: str | Path, model: nn.Module, plan: CompressionPlan, data: ImageData, made_by: dict[str, Any]) -> None:
+def save_trained(out: str | Path, model: nn.Module, plan: CompressionPlan, data: ImageData,
+                 made_by: dict[str, Any]) -> None:
     """The checkpoint of a training, written by the first process."""
     if parallel.is_first():
         checkpoint.save(Path(out) / checkpoint.FOLDER, model.cpu(), plan, classes=data.classes, made_by=made_by)
@@ -123,8 +128,8 @@ def save_trained(out: str | Path, model: nn.Module, plan: CompressionPlan, data:
 def score(source: Source, data: str | Path, out: str | Path, *, images: int = 512, batch_size: int | None = None,
           criterion: str = "gradient", absolute: str = "image", seed: int = 0, device: str | None = None,
           class_map: str | Path | None = None, workers: int | None = None, progress: bool = True) -> Tensor:
-    """Token scores (L, n) by a criterion on the images of train that are for scores (`ImageData.parts`), at most `images`, written to
-    `out` (safetensors). batch_size None: 64, of scenes 8."""
+    """Token scores (L, n) by a criterion on the images of train that are for scores (`ImageData.parts`), at most
+    `images`, written to `out` (safetensors). batch_size None: 64, of scenes 8."""
     found = open_model(source)
     if criterion in ("gradient", "hsic"):
         need_classifier(found.model, f"token scores by {criterion}")
@@ -132,9 +137,10 @@ def score(source: Source, data: str | Path, out: str | Path, *, images: int = 51
     batch_size = batch_size or opened.at_once(64)
     parts = opened.parts(seed, score=images)
     batches = parts.batches("score", found.model, batch_size=batch_size, seed=seed, workers=workers, shared=True)
-    scores, used = scored(found.model, batches, criterion=criterion, absolute=absolute, device=pick_device(device), progress=progress)
-    made_by = {"data": opened.name, "criterion": criterion, "batch_size": str(batch_size), "absolute": absolute, "seed": str(seed),
-               "images": str(used), **what_is_shared(parts)}
+    scores, used = scored(found.model, batches, criterion=criterion, absolute=absolute, device=pick_device(device),
+                          progress=progress)
+    made_by = {"data": opened.name, "criterion": criterion, "batch_size": str(batch_size), "absolute": absolute,
+               "seed": str(seed), "images": str(used), **what_is_shared(parts)}
     if parallel.is_first():
         atomic_write(out, save({"token_scores": scores.contiguous()}, metadata=made_by))
     return scores
@@ -152,7 +158,8 @@ def read_scores(path: str | Path) -> tuple[Tensor, dict[str, str]]:
     try:
         with safe_open(path, "pt") as file:
             if "token_scores" not in list(file.keys()):
-                raise InputError(f"{path}: holds no token_scores; `vitlab score` writes them (scores of units are for --unit-scores)")
+                raise InputError(f"{path}: holds no token_scores; `vitlab score` writes them (scores of units are for "
+                                 f"--unit-scores)")
             scores, made_by = file.get_tensor("token_scores"), file.metadata() or {}
     except SafetensorError as error:
         raise InputError(f"{path}: can't be read, it may be cut short ({error})") from None
@@ -163,12 +170,14 @@ def read_scores(path: str | Path) -> tuple[Tensor, dict[str, str]]:
 
 def prune(source: Source, scores: str | Path | None, out: str | Path, *, plan: str | Path | None = None,
           rule: str = "center", keep_rate: float | None = None, prune_rate: float = tokens.PRUNE_RATE,
-          boundary: str = tokens.BOUNDARY, weights: str = tokens.WEIGHTS, decay: float | None = None, share: bool = False,
-          spans: Sequence[Sequence[float]] | None = None, gmacs: float | None = None, macs_ratio: float | None = None) -> Checkpoint:
-    """Compress a dense model by its token scores, or by a plan file; writes and returns the checkpoint in `out`. decay: of scores
-    per block, None: the published one, spread over the depth. share: regions share their block's update (methods C1), without
-    matrices. spans: (first block, last block, keep rate) each, instead of keep_rate, of blocks through which tokens stay merged
-    (`prune_and_merge`). gmacs, macs_ratio: a budget (`limit_of`) instead of keep_rate, which is the largest that meets it then."""
+          boundary: str = tokens.BOUNDARY, weights: str = tokens.WEIGHTS, decay: float | None = None,
+          share: bool = False, spans: Sequence[Sequence[float]] | None = None, gmacs: float | None = None,
+          macs_ratio: float | None = None) -> Checkpoint:
+    """Compress a dense model by its token scores, or by a plan file; writes and returns the checkpoint in `out`. decay:
+    of scores per block, None: the published one, spread over the depth. share: regions share their block's update
+    (methods C1), without matrices. spans: (first block, last block, keep rate) each, instead of keep_rate, of blocks
+    through which tokens stay merged (`prune_and_merge`). gmacs, macs_ratio: a budget (`limit_of`) instead of keep_rate,
+    which is the largest that meets it then."""
     found = open_model(source)
     if (plan is None) == (scores is None):
         raise InputError("either token scores or a plan file is needed, not both")
@@ -182,8 +191,8 @@ def prune(source: Source, scores: str | Path | None, out: str | Path, *, plan: s
         assert scores is not None                                               # as is checked above
         values, source_of_scores = read_scores(scores)
         made_by, shape = {"scores": source_of_scores}, shape_of(found.model)
-        made_of = functools.partial(prune_and_merge, values, shape, rule=rule, prune_rate=prune_rate, boundary=boundary, weights=weights,
-                                    decay=decay, share=share, spans=spans)
+        made_of = functools.partial(prune_and_merge, values, shape, rule=rule, prune_rate=prune_rate, boundary=boundary,
+                                    weights=weights, decay=decay, share=share, spans=spans)
         if budget:
             limit = limit_of(shape, gmacs, macs_ratio)
             made_by = {**made_by, "gmacs": limit}
@@ -193,7 +202,8 @@ def prune(source: Source, scores: str | Path | None, out: str | Path, *, plan: s
 
 
 def limit_of(shape: ViTShape, gmacs: float | None, macs_ratio: float | None) -> float:
-    """A budget in GMACs: `gmacs`, or macs_ratio of the dense model's. Raises InputError where not one of the two is given."""
+    """A budget in GMACs: `gmacs`, or macs_ratio of the dense model's. Raises InputError where not one of the two is
+    given."""
     if gmacs is not None and macs_ratio is None:
         return gmacs
     if macs_ratio is not None and gmacs is None:
@@ -207,8 +217,10 @@ def _largest_keep_rate(price: Callable[[float], float], shape: ViTShape, limit: 
     rates = [min((centers + 0.5) / n, 1.0) for centers in range(1, n + 1)]     # in the middle of those with as many
     fit = bisect_right(rates, limit, key=price) if limit < dense else 0
     if not fit:
-        raise InputError(f"a budget of {limit:.6g} gmacs can't be met: keep rates reach from {price(rates[0]):.6g} (one patch is a center) "
-                         f"to below {dense:.6g} (the dense model's): ratios from {price(rates[0]) / dense:.3g} to below 1")
+        raise InputError(f"a budget of {limit:.6g} gmacs can't be met: keep rates reach from {price(rates[0]):.6g} "
+                         f"(one patch is a center) "
+                         f"to below {dense:.6g} (the dense model's): ratios from {price(rates[0]) / dense:.3g} to "
+                         f"below 1")
     return rates[fit - 1]
 
 
@@ -219,7 +231,8 @@ def need_dense(found: Checkpoint) -> Checkpoint:
     return found
 
 
-def apply_plan(found: Checkpoint, plan: CompressionPlan, out: str | Path, made_by: dict[str, Any] | None = None) -> Checkpoint:
+def apply_plan(found: Checkpoint, plan: CompressionPlan, out: str | Path,
+               made_by: dict[str, Any] | None = None) -> Checkpoint:
     """Compress a dense model by a plan; writes and returns the checkpoint in `out`."""
     small, info = compress(need_dense(found).model, plan), {"step": "prune", **(made_by or {}), **plan.made_by}
     checkpoint.save(Path(out) / checkpoint.FOLDER, small, plan, classes=found.info.get("classes"), made_by=info)
@@ -227,14 +240,15 @@ def apply_plan(found: Checkpoint, plan: CompressionPlan, out: str | Path, made_b
 
 
 def finetune(source: Source, teacher: Source | None, data: str | Path, out: str | Path, *,
-             plan: str | Path | CompressionPlan | None = None, steps: int = 1, settings: Recipe | str = "digits_pm", seed: int = 0,
-             device: str | None = None, limit: int | None = None, class_map: str | Path | None = None, workers: int | None = None,
-             engine: Engine | None = None, changed_data: bool = False, progress: bool = True) -> Path:
-    """Fine-tune a compressed model, or a dense one compressed by `plan` first, distilling from the dense one; returns the run
-    folder. A killed run goes on (`fit`). Raises InputError for a model or a teacher without classes.
+             plan: str | Path | CompressionPlan | None = None, steps: int = 1, settings: Recipe | str = "digits_pm",
+             seed: int = 0, device: str | None = None, limit: int | None = None, class_map: str | Path | None = None,
+             workers: int | None = None, engine: Engine | None = None, changed_data: bool = False,
+             progress: bool = True) -> Path:
+    """Fine-tune a compressed model, or a dense one compressed by `plan` first, distilling from the dense one; returns
+    the run folder. A killed run goes on (`fit`). Raises InputError for a model or a teacher without classes.
 
-    steps: prune and fine-tune in so many turns, each cutting an equal part of the plan (`partial_plan`, by weight magnitude)
-    and training for its share of the recipe's epochs, at least one. It needs `plan`.
+    steps: prune and fine-tune in so many turns, each cutting an equal part of the plan (`partial_plan`, by weight
+    magnitude) and training for its share of the recipe's epochs, at least one. It needs `plan`.
     """
     settings = recipe(settings) if isinstance(settings, str) else settings
     found = open_model(source)
@@ -263,7 +277,8 @@ def finetune(source: Source, teacher: Source | None, data: str | Path, out: str 
                   device=pick_device(device), limit=limit, engine=engine, changed_data=changed_data, workers=workers,
                   about={"plan": json.loads((final if plan is None else part).to_json())}, progress=progress)
     save_trained(out, model, final, opened,
-                 made_by={"step": "finetune", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed, "steps": steps,
+                 made_by={"step": "finetune", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed,
+                          "steps": steps,
                    "plan": final.made_by, "last_epoch": log[-1:]})
     return Path(out)
 
@@ -273,15 +288,16 @@ def deployed(found: Checkpoint) -> nn.Module:
     return found.model if checkpoint.is_deployed(found.model) else deploy(found.model)
 
 
-def evaluate(source: Source, data: str | Path, *, dense: Source | None = None, name: str | None = None, split: str = "held_out",
-             out: str | Path | None = None, batch_size: int | None = None, device: str | torch.device | None = None,
-             amp: bool | None = False, class_map: str | Path | None = None, crop_pct: float | None = None, limit: int | None = None,
-             seed: int = 0, workers: int | None = None, quick: bool = False, progress: bool = True, **windows: Any) -> ResultRow:
-    """Accuracy and cost of a model's deployed form; a row, appended to out/results.jsonl where `out` is given. dense: the model that it
-    was made from, of the same classes, to whose output the distance is measured on the same images. batch_size None: 64,
-    or of a Segmenter 1, so that images may differ in size. quick: the row says that it is of a quick run (`vitlab.caveats`). windows:
-    window, stride, scales and flip of `segment`, of a Segmenter alone; gmacs is of one window. Outputs are taken for one softmax over
-    the classes. Raises InputError for a model without classes.
+def evaluate(source: Source, data: str | Path, *, dense: Source | None = None, name: str | None = None,
+             split: str = "held_out", out: str | Path | None = None, batch_size: int | None = None,
+             device: str | torch.device | None = None, amp: bool | None = False, class_map: str | Path | None = None,
+             crop_pct: float | None = None, limit: int | None = None, seed: int = 0, workers: int | None = None,
+             quick: bool = False, progress: bool = True, **windows: Any) -> ResultRow:
+    """Accuracy and cost of a model's deployed form; a row, appended to out/results.jsonl where `out` is given. dense:
+    the model that it was made from, of the same classes, to whose output the distance is measured on the same images.
+    batch_size None: 64, or of a Segmenter 1, so that images may differ in size. quick: the row says that it is of a
+    quick run (`caveats`). windows: window, stride, scales and flip of `segment`, of a Segmenter alone; gmacs is of one
+    window. Outputs are taken for one softmax over the classes. Raises InputError for a model without classes.
     """
     found = open_model(source)
     need_classifier(found.model, "top-1, mIoU and loss")
@@ -290,15 +306,17 @@ def evaluate(source: Source, data: str | Path, *, dense: Source | None = None, n
     if dense is not None:
         original = open_model(dense).model
         if of_pixels or isinstance(original, Segmenter):
-            raise InputError("the distance to a dense model is measured of classifiers, and one of these is a Segmenter")
+            raise InputError("the distance to a dense model is measured of classifiers, and one of these is a "
+                             "Segmenter")
         if original.num_classes != model.num_classes:
-            raise InputError(f"the dense model has {original.num_classes} classes, this one {model.num_classes}; the one it was made from "
+            raise InputError(f"the dense model has {original.num_classes} classes, this one {model.num_classes}; the "
+                             f"one it was made from "
                              "is needed")
     if not of_pixels and windows:
         raise InputError(f"{next(iter(windows))} is of segmentation; the model gives one class for an image")
     whole: dict[str, Any] = {"whole": True} if of_pixels else {}
-    batches = opened.batches(split, model, batch_size=batch_size or (1 if of_pixels else 64), limit=limit, seed=seed, crop_pct=crop_pct,
-                             workers=workers, shared=True, **whole)
+    batches = opened.batches(split, model, batch_size=batch_size or (1 if of_pixels else 64), limit=limit, seed=seed,
+                             crop_pct=crop_pct, workers=workers, shared=True, **whole)
     if of_pixels:
         found_scenes = evaluate_scenes(model, batches, device=device, amp=amp, progress=progress, **windows)
         classes = opened.classes or []
@@ -306,45 +324,49 @@ def evaluate(source: Source, data: str | Path, *, dense: Source | None = None, n
         measures, more = _scene_measures(found_scenes, classes, windows)
     else:
         accuracy = evaluation.evaluate(model, batches, device=device, amp=amp, dense=original, progress=progress)
-        measures = {f.name: getattr(accuracy, f.name) for f in dataclasses.fields(accuracy) if f.name not in ("images", "broken")}
+        measures = {f.name: getattr(accuracy, f.name) for f in dataclasses.fields(accuracy)
+                    if f.name not in ("images", "broken")}
         more = {"images": accuracy.images, "broken": accuracy.broken}
         if accuracy.broken and parallel.is_first():
             print(f"{accuracy.broken} broken images left out", file=sys.stderr)
-    config = image_config(found.model.encoder if of_pixels else model) | ({} if crop_pct is None else {"crop_pct": crop_pct})
+    config = image_config(found.model.encoder if of_pixels
+                          else model) | ({} if crop_pct is None else {"crop_pct": crop_pct})
     row = ResultRow(
         model=name or str(source), dataset=opened.name, split=opened.held_out if split == "held_out" else split,
         **measures, gmacs=cost.gmacs(found.plan), params_m=cost.params(model)["total"] / 1e6,
-        conditions={"device": str(device), "dtype": "bfloat16" if amp else "float32", "limit": limit, "seed": seed, **more,
-                    "prepared": in_words(config, resized=not of_pixels),
+        conditions={"device": str(device), "dtype": "bfloat16" if amp else "float32", "limit": limit, "seed": seed,
+                    **more, "prepared": in_words(config, resized=not of_pixels),
                     "quick": quick, "form": "deployed", "plan": found.plan.made_by, "versions": checkpoint.versions()})
     if out is not None and parallel.is_first():
         append_row(Path(out) / RESULTS, row)
     return row
 
 
-def _scene_measures(found: Segmentation, classes: Sequence[str], windows: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _scene_measures(found: Segmentation, classes: Sequence[str],
+                    windows: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what a row says, its conditions) of a Segmenter that was measured."""
     scores = found.scores
     iou = {name: None if math.isnan(value) else value for name, value in zip(classes, scores.iou_pct)}
     return ({"miou_pct": scores.miou_pct, "miou_se": scores.miou_se, "pixel_accuracy_pct": scores.pixel_accuracy_pct,
              "loss": found.loss, "loss_se": found.loss_se},
-            {"images": found.images, "pixels": scores.pixels, "mean_accuracy_pct": scores.mean_accuracy_pct, "iou_pct": iou,
-             **({"windows": windows} if windows else {})})
+            {"images": found.images, "pixels": scores.pixels, "mean_accuracy_pct": scores.mean_accuracy_pct,
+             "iou_pct": iou, **({"windows": windows} if windows else {})})
 
 
 def throughput(sources: dict[str, Source], *, batch_size: int = 32, repeats: int = 10, dtype: str = "float32",
                device: str | torch.device | None = None, progress: bool = True, out: str | Path | None = None,
                like: ResultRow | None = None, quick: bool = False) -> list[ResultRow]:
-    """Speed of deployed models at `batch_size`, and their latency at batch 1; the first is the baseline, all in turn in this process.
-    A timm name stands for the architecture alone, with random weights.
+    """Speed of deployed models at `batch_size`, and their latency at batch 1; the first is the baseline, all in turn in
+    this process. A timm name stands for the architecture alone, with random weights.
 
-    Rows are appended to out/results.jsonl where `out` is given; `like` is a row that says of which dataset and split; quick: that they
-    are of a quick run (`vitlab.caveats`).
+    Rows are appended to out/results.jsonl where `out` is given; `like` is a row that says of which dataset and split;
+    quick: that they are of a quick run (`vitlab.runtime.caveats`).
     """
     device = pick_device(device)
     models = {n: deployed(open_model(s, pretrained=False)) for n, s in sources.items()}
     options: dict[str, Any] = {"repeats": repeats, "dtype": dtype, "device": device, "progress": progress}
-    speeds, single = timing.measure(models, batch_size=batch_size, **options), timing.measure(models, batch_size=1, **options)
+    speeds, single = timing.measure(models, batch_size=batch_size,
+                                    **options), timing.measure(models, batch_size=1, **options)
     conditions = timing.conditions(device, dtype, batch_size, repeats) | ({"quick": True} if quick else {})
     rows = [ResultRow(model=name, dataset=like.dataset if like else "", split=like.split if like else "",
                       throughput_img_s=speed.throughput_img_s, ratio=speed.ratio, latency_ms=single[name].latency_ms,

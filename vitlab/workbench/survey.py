@@ -1,6 +1,8 @@
-"""A survey of one model on one data set, without labels: curves of every rule, the plans and offers that follow, and models of them.
+"""A survey of one model on one data set, without labels: curves of every rule, the plans and offers that follow, and
+models of them.
 
-Each dimension of a rule is cut alone and measured once; from these curves `allocate` makes the plan of any budget, and a search starts.
+Each dimension of a rule is cut alone and measured once; from these curves `allocate` makes the plan of any budget, and
+a search starts.
 """
 import contextlib
 import dataclasses
@@ -12,36 +14,37 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from vitlab import cost
-from vitlab.files import InputError, append_line, read_lines, write_lines
-from vitlab.models import compress, deploy
-from vitlab.plan import CompressionPlan
+from vitlab.measure.objective import PlanObjective
+from vitlab.models import checkpoint, compress, deploy
+from vitlab.models.checkpoint import Checkpoint
+from vitlab.plan import CompressionPlan, cost
+from vitlab.runtime.files import InputError, append_line, read_lines, write_lines
 from vitlab.search import Budget, SearchSpace, Study
 from vitlab.search.allocation import allocate, levels
 from vitlab.search.sampling import Problem
 from vitlab.search.sensitivity import SENSITIVITY, curves_of, measure_alone
 from vitlab.search.strategies import Settings
-from vitlab.training import checkpoint
-from vitlab.training.checkpoint import Checkpoint
-from vitlab.training.objective import PlanObjective
 from vitlab.training.self_distillation import Divergence, self_distil
 from vitlab.workbench.calibrating import CUT, forms_of, in_form, nearest
 from vitlab.workbench.gathered import Gathered
 from vitlab.workbench.offers import Offer, worth_of
 
 # name: (units, tokens) of its search space
-RULES = {"merging by content": ((), "match_per_stage"), "shared updates": ((), "share_per_stage"), "neurons": (("neurons",), "none"),
-         "heads and neurons": (("heads", "neurons"), "none"), "all together": (("heads", "neurons"), "match_per_stage")}
+RULES = {"merging by content": ((), "match_per_stage"), "shared updates": ((), "share_per_stage"),
+         "neurons": (("neurons",), "none"), "heads and neurons": (("heads", "neurons"), "none"),
+         "all together": (("heads", "neurons"), "match_per_stage")}
 SINGLE = ("merging by content", "shared updates", "neurons")                   # rules that cut one thing alone
 RATIOS = (0.9, 0.75, 0.6, 0.45)
 MAX_RATIO, TOLERANCE = 0.75, 0.05
-TRIED_ON, REFIT_COST = 192, 5                   # images that a plan is refitted on to be compared; forwards that each takes, about
+# images that a plan is refitted on to be compared; forwards that each takes, about
+TRIED_ON, REFIT_COST = 192, 5
 POPULATION = 8                                  # of a search, before its first proposal
 DEPLOYED, TRAINED = "deployed", "self-distillation"                             # the latter a stage of `tonight`
 
 
 class Survey(Gathered):
-    """The curves of a model's rules on a data set, and the offers that follow from them; all of it is kept in `folder`."""
+    """The curves of a model's rules on a data set, and the offers that follow from them; all of it is kept in
+    `folder`."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         """As of `Gathered`."""
@@ -55,9 +58,12 @@ class Survey(Gathered):
             raise InputError(f"rule {rule!r} is not known; known are {list(RULES)}")
         units, tokens = RULES[rule]
         settings = {"prune_rate": 0.0} if tokens.startswith("share") else {}
-        space = SearchSpace(shape=self.shape, units=units, tokens=tokens, max_ratio=MAX_RATIO, read_out=self.read_out, settings=settings)
+        space = SearchSpace(shape=self.shape, units=units, tokens=tokens, max_ratio=MAX_RATIO, read_out=self.read_out,
+                            settings=settings)
         most = float(space.gmacs(np.zeros((1, space.size)))[0])
-        return Problem(space, Budget(limit=most * 0.99 if limit is None else limit, cost=space.gmacs, max_ratio=space.max_ratio,
+        return Problem(space,
+                       Budget(limit=most * 0.99 if limit is None else limit, cost=space.gmacs,
+                              max_ratio=space.max_ratio,
                                      size=space.size, groups=tuple(space.groups), tolerance=TOLERANCE))
 
     def _uncut(self, rule: str) -> float:
@@ -67,9 +73,11 @@ class Survey(Gathered):
 
     def check(self, gmacs: float, rules: Iterable[str] = tuple(RULES)) -> None:
         """InputError, before anything is measured, where no rule costs as little as `gmacs`."""
-        least = min(float(budget.cost(np.full((1, space.size), MAX_RATIO))[0]) for space, budget in map(self._problem, rules))
+        least = min(float(budget.cost(np.full((1, space.size), MAX_RATIO))[0]) for space,
+                    budget in map(self._problem, rules))
         if gmacs < least:
-            raise InputError(f"a budget of {gmacs:.4g} GMACs can't be met: with as much cut as may be, {least:.4g} are left")
+            raise InputError(f"a budget of {gmacs:.4g} GMACs can't be met: with as much cut as may be, {least:.4g} are "
+                             f"left")
 
     def _name(self, rule: str) -> str:
         """Of a rule's folder: other images or another model have another."""
@@ -114,8 +122,9 @@ class Survey(Gathered):
         return list(found.values())
 
     def plan(self, rule: str, gmacs: float) -> CompressionPlan:
-        """The plan of a rule that costs at most `gmacs`, of tokens alone the nearer of what the curves say and one ratio in the middle
-        blocks; nothing is cut where reading out is enough. Raises InputError where there is none."""
+        """The plan of a rule that costs at most `gmacs`, of tokens alone the nearer of what the curves say and one
+        ratio in the middle blocks; nothing is cut where reading out is enough. Raises InputError where there is
+        none."""
         if gmacs >= self._uncut(rule):
             space = self._problem(rule).space
             return space.plan(np.zeros(space.size), **self.scores)
@@ -137,8 +146,8 @@ class Survey(Gathered):
         return space.plan(ratios[within[0]]) if len(within) else None
 
     def offers(self, rules: Iterable[str] = tuple(RULES), ratios: Iterable[float] = RATIOS) -> Iterator[Offer]:
-        """An offer for each rule and each ratio of the dense model's GMACs, as they are measured; budgets that a rule can't meet
-        are left out."""
+        """An offer for each rule and each ratio of the dense model's GMACs, as they are measured; budgets that a rule
+        can't meet are left out."""
         dense = cost.gmacs(CompressionPlan.empty(self.shape))
         for rule in rules:
             self.curves(rule)
@@ -151,7 +160,8 @@ class Survey(Gathered):
 
     def _chosen_by(self, plan: CompressionPlan) -> float:
         """Distance to the dense model on the images to choose on, measured once."""
-        return self._row(plan, "chosen_by", lambda: {"chosen_by": self._worth(self.objective, plan)["distill_loss"]})["chosen_by"]
+        return self._row(plan, "chosen_by",
+                         lambda: {"chosen_by": self._worth(self.objective, plan)["distill_loss"]})["chosen_by"]
 
     def _row(self, plan: CompressionPlan, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What `measure` gives for a plan, among it `name`; kept in the survey's folder, and not measured again."""
@@ -170,35 +180,41 @@ class Survey(Gathered):
             found = self._worth(self.reporting, plan)
             return {name: found.get(name) for name in names}
         row = self._row(plan, "agree_pct", measured)
-        return Offer(rule=rule, plan=plan, gmacs=cost.gmacs(plan), chosen_by=self._chosen_by(plan), **{name: row[name] for name in names})
+        return Offer(rule=rule, plan=plan, gmacs=cost.gmacs(plan), chosen_by=self._chosen_by(plan),
+                     **{name: row[name] for name in names})
 
     def search(self, rule: str, gmacs: float, evaluations: int, until: float = np.inf) -> list[CompressionPlan]:
-        """The plans of a rule that a search finds, the nearest first, which starts from `plan`'s and the one of merging alone; it goes on
-        when it was killed. until: time.monotonic() at which it ends, whatever it has. Raises InputError."""
+        """The plans of a rule that a search finds, the nearest first, which starts from `plan`'s and the one of merging
+        alone; it goes on when it was killed. until: time.monotonic() at which it ends, whatever it has. Raises
+        InputError."""
         if gmacs >= self._uncut(rule):
             return [self.plan(rule, gmacs)]
         space, budget = problem = self._problem(rule, gmacs)
-        study = Study(self.folder / f"{self._name(rule)}-{gmacs:.6g}", space, budget, seed=self.seed, about={"inputs": self.inputs},
+        study = Study(self.folder / f"{self._name(rule)}-{gmacs:.6g}", space, budget, seed=self.seed,
+                      about={"inputs": self.inputs},
                       options=Settings(initial="sensitivity", evaluations=evaluations, population=POPULATION))
         if not (study.folder / SENSITIVITY).exists():
             write_lines(study.folder / SENSITIVITY, self.curves(rule))
         even, starts = self._even(gmacs) if space.tokens == "match_per_stage" else None, None
         with contextlib.suppress(InputError):                                   # stages may divide the blocks otherwise
             starts = None if even is None else problem.budget.project(space.policy(even)[None])[0]
-        study.run(lambda policy: self._measure(problem, policy), starts=starts, until=until, progress=self.progress and not self.pace)
+        study.run(lambda policy: self._measure(problem, policy), starts=starts, until=until,
+                  progress=self.progress and not self.pace)
         ranked = sorted(study.evaluations, key=lambda e: -e.value)
-        return [space.plan(e.policy, **self.scores, made_by={"method": "search", "rule": rule, "gmacs": gmacs, "evaluation": e.index})
+        return [space.plan(e.policy, **self.scores,
+                           made_by={"method": "search", "rule": rule, "gmacs": gmacs, "evaluation": e.index})
                 for e in ranked]
 
     def in_form(self, form: str, plan: CompressionPlan, images: int | None = None) -> nn.Module:
         """The plan's model, refitted on so many images (None: all that there are)."""
         if form == CUT:
             return in_form(form, self.found.model, plan, ())
-        return in_form(form, self.found.model, plan, self.shown(f"images for a model {form}", REFIT_COST, images), costs=self.costs,
-                       device=self.place, amp=self.amp, progress=self.progress and not self.pace)
+        return in_form(form, self.found.model, plan, self.shown(f"images for a model {form}", REFIT_COST, images),
+                       costs=self.costs, device=self.place, amp=self.amp, progress=self.progress and not self.pace)
 
     def _apart(self, plan: CompressionPlan, form: str) -> np.ndarray:
-        """Distance of each image to choose on, of a plan's model in a form, refitted on TRIED_ON images; measured once."""
+        """Distance of each image to choose on, of a plan's model in a form, refitted on TRIED_ON images; measured
+        once."""
         name = f"each, {form}"
 
         def measured() -> dict[str, Any]:
@@ -206,35 +222,38 @@ class Survey(Gathered):
         return np.array(self._row(plan, name, measured)[name])
 
     def best(self, plans: Iterable[CompressionPlan]) -> tuple[CompressionPlan, str]:
-        """(the plan to go on with, its form): of each plan the form with the least mean distance, and of these the `nearest`, so that the
-        first is what has to be beaten."""
+        """(the plan to go on with, its form): of each plan the form with the least mean distance, and of these the
+        `nearest`, so that the first is what has to be beaten."""
         plans = list(plans)
         each = [{form: self._apart(plan, form) for form in forms_of(plan)} for plan in plans]
         forms = [min(of_plan, key=lambda form, of_plan=of_plan: of_plan[form].mean()) for of_plan in each]
         chosen = nearest({number: of_plan[form] for number, (of_plan, form) in enumerate(zip(each, forms))})
         return plans[chosen], forms[chosen]
 
-    def ready(self, out: str | Path, plan: CompressionPlan, form: str | None = None, *, minutes: float = 0) -> Checkpoint:
-        """Refit a plan's model on all images to refit on, in the form given or else the `best` one, train it on for so many minutes
-        (`self_distil`), and write it to out/checkpoint and its deployed form to out/deployed; returns that. made_by says its distance as
-        that of `calibrate`."""
+    def ready(self, out: str | Path, plan: CompressionPlan, form: str | None = None, *,
+              minutes: float = 0) -> Checkpoint:
+        """Refit a plan's model on all images to refit on, in the form given or else the `best` one, train it on for so
+        many minutes (`self_distil`), and write it to out/checkpoint and its deployed form to out/deployed; returns
+        that. made_by says its distance as that of `calibrate`."""
         form, dense = form or self.best([plan])[1], self.found.model
         plan = dataclasses.replace(plan, made_by=plan.made_by | {"reported": worth_of(self.offer("", plan))})
         reporting = Divergence(dense, self.reporting.batches, self.amp)
         model = self.in_form(form, plan)
-        made_by = {"step": "calibrate", "data": self.opened.name, "images": self.parts.roles["score"], "roles": self.parts.roles,
-                   "ridge": "chosen for each layer", "minutes": minutes, "seed": self.seed, "plan": plan.made_by, "kept": form,
-                   **reporting.measured(compress(dense, plan).eval(), "kl_cut"),
+        made_by = {"step": "calibrate", "data": self.opened.name, "images": self.parts.roles["score"],
+                   "roles": self.parts.roles, "ridge": "chosen for each layer", "minutes": minutes, "seed": self.seed,
+                   "plan": plan.made_by, "kept": form, **reporting.measured(compress(dense, plan).eval(), "kl_cut"),
                    **(reporting.measured(model, "kl_refitted") if form != CUT else {})}
 
         def keep(model: nn.Module, more: dict[str, Any]) -> None:
-            checkpoint.save(Path(out) / checkpoint.FOLDER, model, plan, classes=self.found.info.get("classes"), made_by=made_by | more)
+            checkpoint.save(Path(out) / checkpoint.FOLDER, model, plan, classes=self.found.info.get("classes"),
+                            made_by=made_by | more)
         keep(model, {})
         if minutes:
             with self.pace.stage(TRAINED) if self.pace else contextlib.nullcontext():
-                self_distil(model, dense, self.parts, self.choosing, minutes=minutes, seed=self.seed, amp=self.amp, workers=self.workers,
-                            progress=self.progress, split="score",
-                            on_better=lambda better, _: keep(better, {"kept": "distilled", **reporting.measured(better, "kl_distilled")}))
+                self_distil(model, dense, self.parts, self.choosing, minutes=minutes, seed=self.seed, amp=self.amp,
+                            workers=self.workers, progress=self.progress, split="score",
+                            on_better=lambda better,
+                            _: keep(better, {"kept": "distilled", **reporting.measured(better, "kl_distilled")}))
         found = checkpoint.load(out)
         checkpoint.save(Path(out) / DEPLOYED, deploy(found.model), found.plan, classes=found.info.get("classes"),
                         made_by=found.info["made_by"] | {"step": "tonight"})

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from vitlab import cost
 from vitlab.data.images import image_config
-from vitlab.files import InputError, atomic_write, read_json
+from vitlab.models.checkpoint import Checkpoint
 from vitlab.models.support import encoder_of
-from vitlab.plan import CompressionPlan
-from vitlab.training.checkpoint import Checkpoint
+from vitlab.plan import CompressionPlan, cost
+from vitlab.runtime.files import InputError, atomic_write, read_json
 from vitlab.workbench.calibrating import warn_of_few
 from vitlab.workbench.cutting import open_dense
 from vitlab.workbench.gathered import FISHER_COST, FISHER_IMAGES, TOKEN_COST, TOKEN_IMAGES, moments_cost
@@ -25,33 +24,41 @@ from vitlab.workbench.survey import DEPLOYED, RATIOS, REFIT_COST, RULES, SINGLE,
 
 EVALUATIONS, FINALISTS = 40, 2                  # of the search; how many of its plans are refitted and compared
 LEAST = {"evaluations": 10, "finalists": 1, "images": 64}       # what the time may leave of them
-AT_MOST, AMOUNTS = 60, "amounts.json"           # minutes, where none are given: of a large model the amounts shrink; where that is kept
+# minutes, where none are given: of a large model the amounts shrink; where that is kept
+AT_MOST, AMOUNTS = 60, "amounts.json"
 SURVEY = "survey"
 SCORES, CURVES, OFFERED, SEARCH, COMPARED, REFIT = (
     "scores", "curves", "offers", "search", "refits of the best plans", "refit on all images")
 
 
-def stages_of(survey: Survey, rules: Sequence[str], budgets: int, evaluations: int, finalists: int, ratio: float) -> dict[str, float]:
+def stages_of(survey: Survey, rules: Sequence[str], budgets: int, evaluations: int, finalists: int,
+              ratio: float) -> dict[str, float]:
     """What each stage costs, about, in forwards of one image through the dense model."""
     shape, images, report, fitted = survey.shape, *(survey.parts.roles[role] for role in ("choose", "report", "score"))
     forward = 1e9 * cost.gmacs(CompressionPlan.empty(shape))
     elimination = 18 * shape.depth * (shape.num_neurons ** 3 + shape.embed_dim ** 3) / forward
-    kept = 0.7 * shape.num_neurons                                              # about, where one of many ridges is chosen
+    # about, where one of many ridges is chosen
+    kept = 0.7 * shape.num_neurons
     solves = 72 * shape.depth * (kept ** 3 / 3 + 4 * shape.embed_dim * kept ** 2) / forward
-    evaluation = images * ratio + solves / 24                                   # is refitted once, by the dense model's moments
-    return {SCORES: fitted * moments_cost(shape) + min(fitted, FISHER_IMAGES) * FISHER_COST + min(fitted, TOKEN_IMAGES) * TOKEN_COST
+    # is refitted once, by the dense model's moments
+    evaluation = images * ratio + solves / 24
+    return {SCORES: fitted * moments_cost(shape) + min(fitted, FISHER_IMAGES) * FISHER_COST
+            + min(fitted, TOKEN_IMAGES) * TOKEN_COST
             + elimination,
-            CURVES: survey.cuts(rules) * images * 0.55, OFFERED: budgets * len(rules) * (images + report + solves / 24) * 0.65,
+            CURVES: survey.cuts(rules) * images * 0.55,
+            OFFERED: budgets * len(rules) * (images + report + solves / 24) * 0.65,
             **({SEARCH: evaluations * evaluation} if evaluations else {}),
-            COMPARED: (1 + 2 * finalists) * (min(fitted, TRIED_ON) * REFIT_COST + solves), REFIT: fitted * REFIT_COST + solves}
+            COMPARED: (1 + 2 * finalists) * (min(fitted, TRIED_ON) * REFIT_COST + solves),
+            REFIT: fitted * REFIT_COST + solves}
 
 
 def _amounts(path: Path, asked: dict[str, Any], shrink: bool) -> dict[str, int]:
-    """Evaluations, finalists and images, as asked for or shrunk; once decided it stands in a file, so that the same call goes on with the
-    same ones however fast the machine is then."""
+    """Evaluations, finalists and images, as asked for or shrunk; once decided it stands in a file, so that the same
+    call goes on with the same ones however fast the machine is then."""
     known = read_json(path) if path.exists() else {}
     if not isinstance(known, dict) or known.get("asked") != asked:
-        known = {"asked": asked, "amounts": {name: min(asked[name], least) if shrink else asked[name] for name, least in LEAST.items()}}
+        known = {"asked": asked,
+                 "amounts": {name: min(asked[name], least) if shrink else asked[name] for name, least in LEAST.items()}}
         atomic_write(path, json.dumps(known))
     return known["amounts"]
 
@@ -61,21 +68,23 @@ def tonight(source: Source, data: str | Path, out: str | Path, *, gmacs: float |
             finalists: int = FINALISTS, minutes: float | None = None, images: int = 128, report_images: int = 256,
             score_images: int = 1000, seed: int = 0, device: str | None = None, class_map: str | Path | None = None,
             workers: int | None = None, progress: bool = True) -> Checkpoint:
-    """From a dense model and images without labels to a smaller model that is ready, in out/deployed; returns that checkpoint.
+    """From a dense model and images without labels to a smaller model that is ready, in out/deployed; returns that
+    checkpoint.
 
-    Offers of every rule at `ratios` of the dense GMACs (out/offers.jsonl, out/offers.png), plans compared on `images` of train and
-    reported on `report_images` others; a search of so many evaluations at the budget (`gmacs`, or macs_ratio of the dense model's), over
-    all that the rules cut together; its `finalists` and the best plan of one rule alone refitted on score_images others, and the nearest
-    of them (`Survey.best`) made ready; the best plan so far is out/plan.json. Numbered stages, and the time that the whole will take, are
-    said before it begins.
+    Offers of every rule at `ratios` of the dense GMACs (out/offers.jsonl, out/offers.png), plans compared on `images`
+    of train and reported on `report_images` others; a search of so many evaluations at the budget (`gmacs`, or
+    macs_ratio of the dense model's), over all that the rules cut together; its `finalists` and the best plan of one
+    rule alone refitted on score_images others, and the nearest of them (`Survey.best`) made ready; the best plan so far
+    is out/plan.json. Numbered stages, and the time that the whole will take, are said before it begins.
 
-    minutes: for the whole; where the amounts would take longer, there are fewer evaluations, finalists and images (LEAST), and what is
-    left of the time is self-distillation (`self_distil`). None: none of it, and fewer where they would take over AT_MOST minutes. All that
-    was measured is kept, and the same call goes on. Raises InputError for a budget that no rule meets.
+    minutes: for the whole; where the amounts would take longer, there are fewer evaluations, finalists and images
+    (LEAST), and what is left of the time is self-distillation (`self_distil`). None: none of it, and fewer where they
+    would take over AT_MOST minutes. All that was measured is kept, and the same call goes on. Raises InputError for a
+    budget that no rule meets.
     """
     began, found, out = time.monotonic(), open_dense(source), Path(out)
-    common = {"report_images": report_images, "score_images": score_images, "seed": seed, "device": device, "class_map": class_map,
-              "workers": workers, "progress": progress}
+    common = {"report_images": report_images, "score_images": score_images, "seed": seed, "device": device,
+              "class_map": class_map, "workers": workers, "progress": progress}
     survey = Survey(found, data, out / SURVEY, images=images, **common)
     dense = cost.gmacs(CompressionPlan.empty(survey.shape))
     limit = macs_ratio * dense if gmacs is None else gmacs
@@ -87,7 +96,8 @@ def tonight(source: Source, data: str | Path, out: str | Path, *, gmacs: float |
 
     def planned() -> dict[str, float]:
         return stages_of(survey, rules, len(ratios), evaluations, finalists, limit / dense)
-    like = torch.zeros(32, *image_config(encoder_of(survey.model))["input_size"])          # no photograph is read for it
+    # no photograph is read for it
+    like = torch.zeros(32, *image_config(encoder_of(survey.model))["input_size"])
     rate, stages = images_per_second(survey.model, like, survey.amp), planned()
     takes, most = sum(stages.values()) / rate / 60, AT_MOST if minutes is None else minutes
     asked = {"evaluations": evaluations, "finalists": finalists, "images": images, "minutes": minutes, "limit": limit,
@@ -98,9 +108,11 @@ def tonight(source: Source, data: str | Path, out: str | Path, *, gmacs: float |
         survey = Survey(found, data, out / SURVEY, images=amounts["images"], **common)
         stages = planned()
         needed = sum(stages.values()) / rate / 60
-        warnings.warn(f"all that was asked for would take about {takes:.0f} minutes, and there are {most:g}: {evaluations} evaluations, "
+        warnings.warn(f"all that was asked for would take about {takes:.0f} minutes, and there are {most:g}: "
+                      f"{evaluations} evaluations, "
                       f"{finalists} finalist{'s' * (finalists > 1)} and {amounts['images']} images to compare plans on"
-                      + (f" take about {needed:.0f}; fewer score_images, rules or ratios would take less" if needed > most else ""),
+                      + (f" take about {needed:.0f}; fewer score_images, rules or ratios would take less"
+                         if needed > most else ""),
                       stacklevel=2)
     end = float("inf") if minutes is None else began + 60 * minutes
     if minutes is not None:
@@ -114,13 +126,16 @@ def tonight(source: Source, data: str | Path, out: str | Path, *, gmacs: float |
         with survey.pace.stage(OFFERED):
             offers = list(survey.offers(rules, ratios))
             write_offers(out, offers)
-        best, alone = best_offer(offers, limit), [offer for offer in offers if offer.rule in SINGLE and offer.gmacs <= limit]
+        best, alone = best_offer(offers,
+                                 limit), [offer for offer in offers if offer.rule in SINGLE and offer.gmacs <= limit]
         plans = [best_offer(alone, limit).plan] if alone else []
-        best.plan.save(out / PLAN)                                              # the best so far, whatever becomes of the rest
+        # the best so far, whatever becomes of the rest
+        best.plan.save(out / PLAN)
         if evaluations:
             with survey.pace.stage(SEARCH):
                 rule = "all together" if "all together" in rules else best.rule
-                plans += survey.search(rule, limit, evaluations, end - survey.pace.seconds_of(COMPARED, REFIT))[:finalists]
+                plans += survey.search(rule, limit, evaluations,
+                                       end - survey.pace.seconds_of(COMPARED, REFIT))[:finalists]
         else:
             plans.append(best.plan)
         with survey.pace.stage(COMPARED):

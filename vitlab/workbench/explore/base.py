@@ -18,8 +18,8 @@ _TASKS: set[asyncio.Task] = set()               # a loop holds its tasks weakly
 
 
 class Explorer(ipywidgets.VBox):
-    """Widgets in a column. JupyterLab shows them; a page, a printer or a notebook run by papermill shows `figure()`, which is
-    what they show at that moment."""
+    """Widgets in a column. JupyterLab shows them; a page, a printer or a notebook run by papermill shows `figure()`,
+    which is what they show at that moment."""
 
     def __init__(self, children: Sequence[ipywidgets.Widget], figure: Callable[[], Figure]) -> None:
         super().__init__(list(children))
@@ -34,14 +34,15 @@ class Explorer(ipywidgets.VBox):
 
 
 class Cells(anywidget.AnyWidget):
-    """A picture under a grid of cells. Pointing at a cell outlines all cells of its group and shows its label; a click, or the
-    arrow keys, choose it."""
+    """A picture under a grid of cells. Pointing at a cell outlines all cells of its group and shows its label; a click,
+    or the arrow keys, choose it."""
 
     _esm = Path(__file__).parent / "cells.js"
     picture = traitlets.Bytes().tag(sync=True)              # PNG
     width = traitlets.Int(320).tag(sync=True)               # CSS pixels; the height follows from the picture
     alt = traitlets.Unicode().tag(sync=True)                # what the picture shows, in words
-    grid = traitlets.Tuple(traitlets.Int(), traitlets.Int(), default_value=(1, 1)).tag(sync=True)       # (rows, columns)
+    # (rows, columns)
+    grid = traitlets.Tuple(traitlets.Int(), traitlets.Int(), default_value=(1, 1)).tag(sync=True)
     groups = traitlets.List(traitlets.Int()).tag(sync=True)             # of each cell, row by row; [] : each by itself
     labels = traitlets.List(traitlets.Unicode()).tag(sync=True)         # of each cell; [] : none
     picked = traitlets.Int(-1).tag(sync=True)               # the chosen cell, -1: none
@@ -68,7 +69,8 @@ def show(picture: ipywidgets.Image, figure: Figure) -> None:
 
 
 def repeat(look: Callable[[], bool], seconds: float) -> asyncio.Task:
-    """Call `look` in the kernel's own event loop, at once and then every so many seconds, between the cells, until it gives False."""
+    """Call `look` in the kernel's own event loop, at once and then every so many seconds, between the cells, until it
+    gives False."""
     async def again() -> None:
         while look():
             await asyncio.sleep(seconds)

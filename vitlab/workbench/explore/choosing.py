@@ -1,4 +1,5 @@
-"""Choosing a picture in a notebook: from a list, a folder or an upload, decoded with the care that a stranger's file needs."""
+"""Choosing a picture in a notebook: from a list, a folder or an upload, decoded with the care that a stranger's file
+needs."""
 import html
 import io
 import itertools
@@ -15,8 +16,8 @@ from PIL import Image, ImageOps
 
 from vitlab.data.listing import images_below, is_image
 from vitlab.data.rgb import rgb
-from vitlab.files import InputError
-from vitlab.shape import ViTShape, require
+from vitlab.plan.shape import ViTShape, require
+from vitlab.runtime.files import InputError
 from vitlab.workbench.pictures import SHOWN
 
 MAX_BYTES = 10_000_000                          # of an image file; Jupyter's server takes no larger message
@@ -34,8 +35,9 @@ def fitted(image: Image.Image, shape: ViTShape) -> np.ndarray:
 
 
 def decode(name: str, content: bytes, shape: ViTShape) -> np.ndarray:
-    """`fitted` of an image file's content. Raises InputError that begins with `name` for more than MAX_BYTES, more pixels than
-    Pillow takes for a decompression bomb (seen in the header, before anything is unpacked), or what is no image of FORMATS."""
+    """`fitted` of an image file's content. Raises InputError that begins with `name` for more than MAX_BYTES, more
+    pixels than Pillow takes for a decompression bomb (seen in the header, before anything is unpacked), or what is no
+    image of FORMATS."""
     if len(content) > MAX_BYTES:
         raise InputError(f"{name}: a file of more than {MAX_BYTES / 1e6:.0f} MB, which is not read")
     try:
@@ -44,14 +46,15 @@ def decode(name: str, content: bytes, shape: ViTShape) -> np.ndarray:
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 return fitted(image, shape)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise InputError(f"{name}: more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels, which are not unpacked") from None
+        raise InputError(
+            f"{name}: more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels, which are not unpacked") from None
     except Exception:                           # a damaged file makes Pillow's decoders raise nearly anything
         raise InputError(f"{name}: can't be read as an image ({', '.join(FORMATS)})") from None
 
 
 class PictureChooser(ipywidgets.VBox):
-    """A picture out of a list, to which the images of a folder or an uploaded one are added. What can't be read is said in a
-    line of text, and the picture stays."""
+    """A picture out of a list, to which the images of a folder or an uploaded one are added. What can't be read is said
+    in a line of text, and the picture stays."""
 
     chosen = traitlets.Unicode()                # key of the picture
 
@@ -59,16 +62,19 @@ class PictureChooser(ipywidgets.VBox):
         require(bool(pictures), "no picture was given; one at least is needed to begin with")
         self.shape = shape
         self.known: dict[str, np.ndarray | Path] = {            # a Path is read once it is chosen
-            name: fitted(Image.fromarray((picture * 255).round().astype(np.uint8)), shape) for name, picture in pictures.items()}
+            name: fitted(Image.fromarray((picture * 255).round().astype(np.uint8)), shape) for name,
+            picture in pictures.items()}
         self.names = ipywidgets.Dropdown(options=list(self.known), description="picture", **WIDE)
         self.folder = ipywidgets.Text(description="folder", placeholder="path, Enter", continuous_update=False,
                                       style={"description_width": "60px"}, layout={"width": "200px"})
         self.upload = ipywidgets.FileUpload(accept="image/*", description=f"upload ≤ {MAX_BYTES / 1e6:.0f} MB",
                                             layout={"width": "185px"})
         self.message = ipywidgets.HTML()
-        super().__init__([ipywidgets.HBox([self.names, self.folder, self.upload], layout=WRAPPED), self.message], chosen=self.names.value)
+        super().__init__([ipywidgets.HBox([self.names, self.folder, self.upload], layout=WRAPPED), self.message],
+                         chosen=self.names.value)
         self.names.observe(self._named, "value")
-        self.folder.observe(lambda change: change.new and self._try(self._list, Path(os.path.expanduser(change.new))), "value")
+        self.folder.observe(lambda change: change.new and self._try(self._list, Path(os.path.expanduser(change.new))),
+                            "value")
         self.upload.observe(lambda change: change.new and self._try(self._take, change.new[0]), "value")
 
     @property
@@ -101,7 +107,8 @@ class PictureChooser(ipywidgets.VBox):
     def _list(self, folder: Path) -> None:
         """Offer the images of a folder and of the folders in it, or the one image that it is."""
         folder = folder.absolute()                              # a message says where a relative path was looked for
-        inside = (str(folder / name) for name in images_below(folder)) if folder.is_dir() else [str(folder)] * is_image(folder.name)
+        inside = (str(folder / name)
+                  for name in images_below(folder)) if folder.is_dir() else [str(folder)] * is_image(folder.name)
         found = list(itertools.islice(inside, MAX_LISTED))
         if not found:
             raise InputError(f"{folder}: no such folder, or no image in it or in its folders")

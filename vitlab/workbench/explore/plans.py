@@ -1,4 +1,5 @@
-"""Two plans side by side, and what a policy between them would cost and give, as the Gaussian process of a search expects."""
+"""Two plans side by side, and what a policy between them would cost and give, as the Gaussian process of a search
+expects."""
 import html
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +9,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from vitlab.files import InputError
 from vitlab.plan import CompressionPlan
 from vitlab.plots.training import compare_plans
+from vitlab.runtime.files import InputError
 from vitlab.search import SearchSpace, Study
 from vitlab.search.explain import Predict
 from vitlab.workbench.explore.base import Explorer, show
@@ -24,22 +25,26 @@ CELL = "padding-right: 2em; white-space: nowrap; line-height: 1.5"
 
 
 class Expectation:
-    """What a study expects of any policy: its cost, and what the Gaussian process of its search makes of all that was measured."""
+    """What a study expects of any policy: its cost, and what the Gaussian process of its search makes of all that was
+    measured."""
 
     def __init__(self, study: Study | str | Path) -> None:
-        """Raises InputError for a folder that holds no study, one with fewer than two evaluations, or one in milliseconds, whose
-        table the study alone has."""
+        """Raises InputError for a folder that holds no study, one with fewer than two evaluations, or one in
+        milliseconds, whose table the study alone has."""
         self.study: Watched = watch(study)
         self.space: SearchSpace = self.study.space
         evaluations = self.study.evaluations()
         if len(evaluations) < 2:
             raise InputError(f"{self.study.folder}: two evaluations are needed; there are {len(evaluations)}")
         if not isinstance(study, Study) and self.study.unit == "latency_ms":
-            raise InputError(f"{study}: its budget is in latency_ms, which is measured; the Study that searching.search returns is needed")
+            raise InputError(f"{study}: its budget is in latency_ms, which is measured; the Study that "
+                             f"searching.search returns is needed")
         self.cost = study.budget.cost if isinstance(study, Study) else cost_function(self.space, self.study.unit, None)
         self.best = max(evaluations, key=lambda e: e.value)
-        self.labels = {"value": self.study.label, **{name: label for name, label in MEASURES.items() if label != self.study.label}}
-        self.labels = {name: label for name, label in self.labels.items() if name == "value" or self._varies(evaluations, name)}
+        self.labels = {"value": self.study.label,
+                       **{name: label for name, label in MEASURES.items() if label != self.study.label}}
+        self.labels = {name: label for name,
+                       label in self.labels.items() if name == "value" or self._varies(evaluations, name)}
         self.beliefs: dict[str, Predict] = {name: self.study.belief(evaluations, name) for name in self.labels}
 
     @staticmethod
@@ -49,13 +54,15 @@ class Expectation:
         return None not in found and len(set(found)) > 1
 
     def __call__(self, policy: np.ndarray) -> dict[str, tuple[float, float]]:
-        """{measure: (mean, standard deviation)} for a policy (D), "value" among them; the measurement's own noise is left out."""
+        """{measure: (mean, standard deviation)} for a policy (D), "value" among them; the measurement's own noise is
+        left out."""
         return {name: tuple(float(v[0]) for v in belief(policy[None])) for name, belief in self.beliefs.items()}
 
     def plan(self, policy: np.ndarray) -> CompressionPlan:
         """A plan with the counts of a policy (D): how many stay is right, which ones is not asked."""
         shape = self.space.shape
-        return self.space.plan(policy, heads=torch.ones(shape.depth, shape.num_heads), neurons=torch.ones(shape.depth, shape.num_neurons),
+        return self.space.plan(policy, heads=torch.ones(shape.depth, shape.num_heads),
+                               neurons=torch.ones(shape.depth, shape.num_neurons),
                                tokens=torch.ones(shape.depth, shape.num_patches))
 
 
@@ -71,7 +78,8 @@ class Drag:
         choices += [(name, [i]) for i, name in enumerate(space.names)]
         wide = {"style": {"description_width": "7em"}, "layout": {"width": "24em"}}
         self.rates = ipywidgets.Dropdown(options=[label for label, _ in choices], description="drag", **wide)
-        self.slider = ipywidgets.FloatSlider(0, min=0, max=space.max_ratio, step=0.01, readout_format=".1%", description="cut", **wide)
+        self.slider = ipywidgets.FloatSlider(0, min=0, max=space.max_ratio, step=0.01, readout_format=".1%",
+                                             description="cut", **wide)
         self.back = ipywidgets.Button(description="back to the best", icon="undo")
         self._where, self._base = dict(choices), self.policy
         self.box = ipywidgets.HBox([self.rates, self.slider, self.back], layout={"flex_flow": "row wrap"})
@@ -88,7 +96,8 @@ class Drag:
     def _move(self) -> None:
         """The chosen rates all move by the same amount, as far as each may."""
         where, self.policy = self._where[self.rates.value], self._base.copy()
-        self.policy[where] = np.clip(self._base[where] + self.slider.value - self._base[where].mean(), 0, self.slider.max)
+        self.policy[where] = np.clip(self._base[where] + self.slider.value - self._base[where].mean(), 0,
+                                     self.slider.max)
         self.on_change()
 
     def _reset(self) -> None:
@@ -100,7 +109,8 @@ class Drag:
         """(what, measured of the best policy, expected of this one)."""
         asked, best = self.expectation, self.expectation.best
         price, limit = float(asked.cost(self.policy[None])[0]), asked.study.limit
-        found = [(f"cost ({asked.study.unit}), at most {limit:.4g}", f"{best.cost:.4g}", f"{price:.4g}, {price / limit:.1%} of the budget")]
+        found = [(f"cost ({asked.study.unit}), at most {limit:.4g}", f"{best.cost:.4g}",
+                  f"{price:.4g}, {price / limit:.1%} of the budget")]
         for name, (mean, deviation) in asked(self.policy).items():
             found.append((asked.labels[name], measured(asked.study, best, name), f"{mean:.4g} \u00b1 {deviation:.2g}"))
         return found
@@ -108,17 +118,18 @@ class Drag:
     def told(self) -> str:
         """The rows as an HTML table."""
         head = ("", f"best (number {self.expectation.best.index}), measured", f"{DRAGGED}, expected \u00b1 deviation")
-        lines = ["".join(f'<td style="{CELL}">{html.escape(value)}</td>' for value in row) for row in (head, *self.rows())]
+        lines = ["".join(f'<td style="{CELL}">{html.escape(value)}</td>' for value in row)
+                 for row in (head, *self.rows())]
         return f"<table><tr>{'</tr><tr>'.join(lines)}</tr></table>"
 
 
 def plan_explorer(plans: dict[str, CompressionPlan], study: Study | str | Path | None = None) -> Explorer:
     """Two plans side by side: heads, neurons and tokens kept in each block, and MACs by part, beside the dense model's.
 
-    With a study (or its folder) one of them can be dragged: from the best policy of the study the rate of one dimension, or of a
-    group (all blocks' neurons, heads or tokens by the same amount), is moved, and its cost and the expected value and top-1 are
-    told as mean +/- one standard deviation of the search's Gaussian process. Raises InputError for plans of different models,
-    and for what `Expectation` refuses.
+    With a study (or its folder) one of them can be dragged: from the best policy of the study the rate of one
+    dimension, or of a group (all blocks' neurons, heads or tokens by the same amount), is moved, and its cost and the
+    expected value and top-1 are told as mean +/- one standard deviation of the search's Gaussian process. Raises
+    InputError for plans of different models, and for what `Expectation` refuses.
     """
     expectation = None if study is None else Expectation(study)
     shapes = [*(plan.shape for plan in plans.values()), *([expectation.space.shape] if expectation else [])]
@@ -131,11 +142,13 @@ def plan_explorer(plans: dict[str, CompressionPlan], study: Study | str | Path |
     names = [*known, *([DRAGGED] if drag else [])]
     wide = {"style": {"description_width": "7em"}, "layout": {"width": "24em"}}
     left = ipywidgets.Dropdown(options=names, value=names[0], description="plan", **wide)
-    right = ipywidgets.Dropdown(options=names, value=DRAGGED if drag else names[min(1, len(names) - 1)], description="beside it", **wide)
+    right = ipywidgets.Dropdown(options=names, value=DRAGGED if drag else names[min(1, len(names) - 1)],
+                                description="beside it", **wide)
     text, picture = ipywidgets.HTML(), ipywidgets.Image(format="png", layout={"width": "100%", "max_width": "940px"})
 
     def chosen() -> dict[str, CompressionPlan]:
-        return {name: expectation.plan(drag.policy) if name == DRAGGED else known[name] for name in (left.value, right.value)}
+        return {name: expectation.plan(drag.policy) if name == DRAGGED else known[name]
+                for name in (left.value, right.value)}
 
     def figure() -> Figure:
         """The picture, and below it what the table says of the dragged plan where it is in there."""

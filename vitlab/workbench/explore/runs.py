@@ -1,4 +1,5 @@
-"""Runs as they go on: which there are, how far each is, and starting, stopping and resuming one as a process of its own."""
+"""Runs as they go on: which there are, how far each is, and starting, stopping and resuming one as a process of its
+own."""
 import asyncio
 import contextlib
 import html
@@ -15,11 +16,11 @@ import ipywidgets
 import torch
 from matplotlib.figure import Figure
 
-from vitlab.files import InputError, read_lines
-from vitlab.launching import TOGETHER
 from vitlab.plots.base import new_axes
 from vitlab.plots.search import incumbents
 from vitlab.plots.training import training_curves
+from vitlab.runtime.files import InputError, read_lines
+from vitlab.runtime.launching import TOGETHER
 from vitlab.search.study import JOURNAL, read_journal
 from vitlab.training.loop import LOG
 from vitlab.workbench import processes
@@ -31,17 +32,20 @@ SECONDS = 2.0                                   # between two looks at a run tha
 TAIL = 12                                       # lines of output shown
 RECENT = 20_000                                 # bytes of output that they are taken from
 # Of an epoch, of a classifier or a Segmenter, and of a step in one.
-LOGGED = (("epoch", "loss", "lr", "train_slice_top1_pct"), ("epoch", "loss", "lr", "train_slice_miou_pct"), ("at_epoch", "loss", "lr"))
+LOGGED = (("epoch", "loss", "lr", "train_slice_top1_pct"), ("epoch", "loss", "lr", "train_slice_miou_pct"),
+          ("at_epoch", "loss", "lr"))
 # The fields of the form, by command; each is a flag of it.
-COMMANDS = {"finetune": ("checkpoint", "teacher", "data", "recipe", "out"), "search": ("checkpoint", "data", "macs-ratio", "out"),
-            "pretrain": ("model", "data", "recipe", "out"), "segment": ("checkpoint", "data", "recipe", "out"),
-            "tonight": ("checkpoint", "data", "out")}
+COMMANDS = {"finetune": ("checkpoint", "teacher", "data", "recipe", "out"),
+            "search": ("checkpoint", "data", "macs-ratio", "out"), "pretrain": ("model", "data", "recipe", "out"),
+            "segment": ("checkpoint", "data", "recipe", "out"), "tonight": ("checkpoint", "data", "out")}
 EXAMPLES = {"checkpoint": "runs/demo/pruned", "teacher": "runs/demo/dense", "data": "digits, or a folder of images",
-            "recipe": "digits_pm", "macs-ratio": "0.6", "model": "vit_nano_patch4_32", "out": "runs/mine (a new folder)"}
+            "recipe": "digits_pm", "macs-ratio": "0.6", "model": "vit_nano_patch4_32", "out":
+            "runs/mine (a new folder)"}
 
 
 def find_runs(root: str | Path) -> list[Path]:
-    """The folders at and below `root` in which a process was started, a model trained or a search made, in order of their names."""
+    """The folders at and below `root` in which a process was started, a model trained or a search made, in order of
+    their names."""
     found: set[Path] = set()
     for folder, below, files in os.walk(root):
         here = Path(folder)
@@ -52,8 +56,8 @@ def find_runs(root: str | Path) -> list[Path]:
 
 
 def training_logs(run: str | Path) -> dict[str, list[dict[str, Any]]]:
-    """{stage: records} of what is trained in a run: each epoch's last, and those of steps in between; other lines, and damaged ones,
-    are left out."""
+    """{stage: records} of what is trained in a run: each epoch's last, and those of steps in between; other lines, and
+    damaged ones, are left out."""
     folder, logs = Path(run) / TRAINING, {}
     for path in sorted([*folder.glob(LOG), *folder.glob(f"*/{LOG}")], key=lambda p: (len(p.parent.name), p)):
         last = {}
@@ -71,8 +75,8 @@ def _is_number(value: Any) -> bool:
 
 
 def run_figure(run: str | Path | None) -> Figure:
-    """How far a run is: loss, top-1 and learning rate of a training, or the best so far of a search; None: no run. What can't be
-    read is said in place of it."""
+    """How far a run is: loss, top-1 and learning rate of a training, or the best so far of a search; None: no run. What
+    can't be read is said in place of it."""
     if run is None:
         return _words("no run was found")
     try:
@@ -110,12 +114,12 @@ def last_lines(path: str | Path) -> str:
 
 
 def runs_panel(root: str | Path = "runs") -> Explorer:
-    """The runs at and below `root`: choose one and see its state, its output, and its loss, top-1 and learning rate, or a
-    search's best so far, every two seconds while it goes on; stop it, resume it where it was, or start another.
+    """The runs at and below `root`: choose one and see its state, its output, and its loss, top-1 and learning rate, or
+    a search's best so far, every two seconds while it goes on; stop it, resume it where it was, or start another.
 
-    A run is a process of its own: it goes on when the notebook is closed or the kernel restarted, and a new panel finds it. The
-    watching ends with the run, or when the panel is closed. In the notebooks' own folder relative paths are from the project's
-    root.
+    A run is a process of its own: it goes on when the notebook is closed or the kernel restarted, and a new panel finds
+    it. The watching ends with the run, or when the panel is closed. In the notebooks' own folder relative paths are
+    from the project's root.
     """
     folder = study_folder(".").absolute()
     root, started = folder / root, []
@@ -175,8 +179,9 @@ def runs_panel(root: str | Path = "runs") -> Explorer:
     def end(_: object) -> None:
         """In a thread: a process may take its time to end, and the kernel has other work."""
         threading.Thread(target=_stop, args=(chosen.value,), daemon=True).start()
-    panel = Explorer([ipywidgets.HBox([chosen, stop, resume, again], layout={"flex_flow": "row wrap"}), told, message, picture, tail,
-                      ipywidgets.Accordion([start_form(begin)], titles=["start a run"])], lambda: run_figure(chosen.value))
+    panel = Explorer([ipywidgets.HBox([chosen, stop, resume, again], layout={"flex_flow": "row wrap"}), told, message,
+                      picture, tail, ipywidgets.Accordion([start_form(begin)], titles=["start a run"])],
+                     lambda: run_figure(chosen.value))
     chosen.observe(watch_on, "value")
     stop.on_click(end)
     resume.on_click(lambda _: attempt(lambda: processes.resume(chosen.value)))
@@ -186,13 +191,15 @@ def runs_panel(root: str | Path = "runs") -> Explorer:
 
 
 def start_form(begin: Callable[[list[str], str, int], None]) -> ipywidgets.VBox:
-    """Fields for a command, the command line that they make, and a button that calls begin(arguments, run folder, processes), of
-    which there is one for each GPU where the command takes several."""
+    """Fields for a command, the command line that they make, and a button that calls begin(arguments, run folder,
+    processes), of which there is one for each GPU where the command takes several."""
     wide = {"style": {"description_width": "7em"}, "layout": {"width": "36em"}}
     command = ipywidgets.Dropdown(options=list(COMMANDS), description="command", **wide)
-    fields = {name: ipywidgets.Text(placeholder=f"such as {example}", description=name, **wide) for name, example in EXAMPLES.items()}
+    fields = {name: ipywidgets.Text(placeholder=f"such as {example}", description=name, **wide) for name,
+              example in EXAMPLES.items()}
     more = ipywidgets.Text(placeholder="any other arguments, such as --epochs 3", description="more", **wide)
-    several = ipywidgets.BoundedIntText(max(1, torch.cuda.device_count()), min=1, max=64, description="processes", **wide)
+    several = ipywidgets.BoundedIntText(max(1, torch.cuda.device_count()), min=1, max=64, description="processes",
+                                        **wide)
     line, button = ipywidgets.HTML(), ipywidgets.Button(description="start", icon="rocket", button_style="primary")
 
     def count() -> int:
@@ -201,7 +208,8 @@ def start_form(begin: Callable[[list[str], str, int], None]) -> ipywidgets.VBox:
     def arguments() -> list[str]:
         """Raises ValueError for a quotation mark that is not closed."""
         given = [(name, fields[name].value.strip()) for name in COMMANDS[command.value]]
-        return [command.value, *(part for name, value in given if value for part in (f"--{name}", value)), *shlex.split(more.value)]
+        return [command.value, *(part for name, value in given if value for part in (f"--{name}", value)),
+                *shlex.split(more.value)]
 
     def write(*_: object) -> None:
         for name, field in fields.items():
@@ -220,7 +228,8 @@ def start_form(begin: Callable[[list[str], str, int], None]) -> ipywidgets.VBox:
 
 def _line(arguments: Sequence[str], count: int) -> str:
     """The command as it is typed."""
-    return shlex.join([*(["torchrun", "--nproc-per-node", str(count), "-m"] if count > 1 else []), "vitlab", *arguments])
+    return shlex.join([*(["torchrun", "--nproc-per-node", str(count), "-m"] if count > 1 else []), "vitlab",
+                       *arguments])
 
 
 def _has_loop() -> bool:
@@ -257,5 +266,6 @@ def _told(run: Path) -> tuple[str, str | None]:
 
 def _as_text(text: str) -> str:
     """Text as it is, in HTML."""
-    look = "white-space: pre-wrap; word-break: normal; overflow-wrap: anywhere; line-height: 1.35; font-size: 12px; margin: 0"
+    look = "white-space: pre-wrap; word-break: normal; overflow-wrap: anywhere; " \
+           "line-height: 1.35; font-size: 12px; margin: 0"
     return f'<pre style="{look}">{html.escape(text)}</pre>'

@@ -1,5 +1,5 @@
-"""Scene view: what a compressed model takes each pixel of a scene for, where it differs from the dense one, and which patches a
-block's tokens stand for."""
+"""Scene view: what a compressed model takes each pixel of a scene for, where it differs from the dense one, and which
+patches a block's tokens stand for."""
 import functools
 import html
 from collections.abc import Sequence
@@ -14,18 +14,17 @@ from matplotlib.figure import Figure
 from timm.data import resolve_model_data_config
 from torch import Tensor
 
-from vitlab import tokens
 from vitlab.data.layouts import IGNORE
 from vitlab.data.scene_data import SceneData, Scenes, measuring_transform
+from vitlab.measure.averaging import frozen_eval
+from vitlab.measure.confusion import confusion_matrix, scores_of
 from vitlab.models.segmenter import Segmenter, pad
-from vitlab.plan import CompressionPlan
+from vitlab.plan import CompressionPlan, tokens
+from vitlab.plan.shape import require
 from vitlab.plots.base import to_image
 from vitlab.plots.colours import GREY, class_colours, overlaid
 from vitlab.plots.scenes import OPACITY, OUTCOMES, difference, in_grey, scene_moment
 from vitlab.plots.tokens import bordered, tinted
-from vitlab.shape import require
-from vitlab.training.averaging import frozen_eval
-from vitlab.training.confusion import confusion_matrix, scores_of
 from vitlab.workbench.explore.base import Cells, Explorer, array_png
 from vitlab.workbench.explore.choosing import WIDE, WRAPPED
 from vitlab.workbench.explore.token_map import BY_PLACE, DRAWN, GIVEN, WIDTH, Maps
@@ -34,7 +33,8 @@ LATE = {"continuous_update": False}             # of a slider each of whose valu
 
 
 class Scene(NamedTuple):
-    """A scene as a model sees it: at the encoder's size, what is larger by its middle, what is smaller padded right and below."""
+    """A scene as a model sees it: at the encoder's size, what is larger by its middle, what is smaller padded right and
+    below."""
 
     x: Tensor                       # (1, 3, H, W), normalised
     truth: np.ndarray               # (H, W), IGNORE in the padding
@@ -45,7 +45,8 @@ class Scene(NamedTuple):
 class Views:
     """Scenes of a split and a model's predictions of them, dense and under plans, each made once."""
 
-    def __init__(self, model: Segmenter, scenes: Scenes, scores: Tensor | None, plan: CompressionPlan | None, **settings: Any) -> None:
+    def __init__(self, model: Segmenter, scenes: Scenes, scores: Tensor | None, plan: CompressionPlan | None,
+                 **settings: Any) -> None:
         self.model, self.scenes = model, scenes
         self.maps = Maps(model, lambda i: self.scene(i).x, scores, plan, **settings)
         config = resolve_model_data_config(model.encoder)
@@ -87,13 +88,15 @@ class Views:
 
 def _squares(entries: Sequence[tuple[str, Any]]) -> str:
     """A legend in HTML: (label, colour) each."""
-    return " &nbsp; ".join(f'<span style="color: {to_hex(colour)}">■</span>&nbsp;{html.escape(label)}' for label, colour in entries)
+    return " &nbsp; ".join(f'<span style="color: {to_hex(colour)}">■</span>&nbsp;{html.escape(label)}' for label,
+                           colour in entries)
 
 
 class SceneView(Explorer):
     """The widgets of `scene_view`; their values are the state, and `figure()` draws it."""
 
-    def __init__(self, views: Views, classes: Sequence[str], keep_rate: float, prune_rate: float, opacity: float) -> None:
+    def __init__(self, views: Views, classes: Sequence[str], keep_rate: float, prune_rate: float,
+                 opacity: float) -> None:
         rate = {"step": 0.01, "readout_format": ".2f", **WIDE}
         self.views, self.maps, self.classes, shape = views, views.maps, list(classes), views.maps.shape
         self.image = ipywidgets.IntSlider(0, 0, len(views.scenes) - 1, description="image", **LATE, **WIDE)
@@ -101,8 +104,10 @@ class SceneView(Explorer):
         self.block = ipywidgets.IntSlider(shape.depth // 2, 0, shape.depth - 1, description="block", **WIDE)
         self.opacity = ipywidgets.FloatSlider(opacity, min=0, max=1, description="opacity, [0, 1]", **rate)
         least = max(0.05, 1.01 / shape.num_patches)             # one patch has to stay, for all rounding
-        self.keep_rate = ipywidgets.FloatSlider(keep_rate, min=least, max=1, description="keep rate, (0, 1]", **LATE, **rate)
-        self.prune_rate = ipywidgets.FloatSlider(prune_rate, min=0, max=0.95, description="prune rate, [0, 1)", **LATE, **rate)
+        self.keep_rate = ipywidgets.FloatSlider(keep_rate, min=least, max=1, description="keep rate, (0, 1]", **LATE,
+                                                **rate)
+        self.prune_rate = ipywidgets.FloatSlider(prune_rate, min=0, max=0.95, description="prune rate, [0, 1)", **LATE,
+                                                 **rate)
         titles = {"compressed": "compressed", "dense": "dense", "difference": _squares(list(OUTCOMES.values())),
                   "regions": "tokens of the block; orange: pruned"}
         self.panels = {name: Cells(grid=shape.grid_size, width=WIDTH) for name in titles}
@@ -110,11 +115,13 @@ class SceneView(Explorer):
         for other in others:
             traitlets.link((first, "picked"), (other, "picked"))
         self.legend, self.line = ipywidgets.HTML(), ipywidgets.HTML()
-        boxes = [ipywidgets.VBox([ipywidgets.HTML(title if name == "difference" else f"<b>{title}</b>"), self.panels[name]],
+        boxes = [ipywidgets.VBox([ipywidgets.HTML(title if name == "difference" else f"<b>{title}</b>"),
+                                  self.panels[name]],
                                  layout=WIDE["layout"]) for name, title in titles.items()]
         controls = (self.image, self.rule, self.keep_rate, self.prune_rate, self.block, self.opacity)
         pairs = [*zip(controls[::2], controls[1::2]), *zip(boxes[::2], boxes[1::2])]
-        super().__init__([*(ipywidgets.HBox(list(pair), layout=WRAPPED) for pair in pairs), self.legend, self.line], self._figure)
+        super().__init__([*(ipywidgets.HBox(list(pair), layout=WRAPPED) for pair in pairs), self.legend, self.line],
+                         self._figure)
         for widget in controls:
             widget.observe(self._show, "value")
         self._show()
@@ -127,7 +134,9 @@ class SceneView(Explorer):
         self.prune_rate.disabled = self.rule.value not in BY_PLACE
         i, key, shape, block = self.image.value, self._key(), self.maps.shape, self.block.value
         scene, dense, compressed = self.views.scene(i), self.views.dense(i), self.views.compressed(i, *key)
-        seen, zoom, colours = self.maps.tokens(i, *key)[block], -(-DRAWN // max(shape.img_size)), class_colours(len(self.classes))
+        seen, zoom, colours = self.maps.tokens(i,
+                                               *key)[block], -(-DRAWN // max(shape.img_size)), class_colours(
+                                                   len(self.classes))
 
         grey = in_grey(scene.picture)
 
@@ -145,7 +154,8 @@ class SceneView(Explorer):
                 cells.picture, cells.groups, cells.labels = array_png(drawn[name]), seen.regions.tolist(), labels
                 cells.alt = f"{alts[name]}, image {i}, {self.rule.value}"
         found = sorted(set(np.unique(dense).tolist()) | set(np.unique(compressed).tolist()))
-        self.legend.value = _squares([("none", (GREY,) * 3) if k == IGNORE else (self.classes[k], colours[k]) for k in found])
+        self.legend.value = _squares([("none", (GREY,) * 3) if k == IGNORE else (self.classes[k], colours[k])
+                                      for k in found])
         self.line.value = html.escape(self._costs())
 
     def _costs(self) -> str:
@@ -157,24 +167,28 @@ class SceneView(Explorer):
     def _figure(self) -> Figure:
         i, key, block = self.image.value, self._key(), self.block.value
         scene, seen = self.views.scene(i), self.maps.tokens(i, *key)[block]
-        shown = [each[scene.inside] for each in (scene.picture, scene.truth, self.views.dense(i), self.views.compressed(i, *key))]
+        shown = [each[scene.inside]
+                 for each in (scene.picture, scene.truth, self.views.dense(i), self.views.compressed(i, *key))]
         return scene_moment(*shown, self.classes, self.maps.plan(*key), block, {block: torch.from_numpy(seen.regions)},
                             opacity=self.opacity.value, note=f"Image {i}. {self.rule.value}. {self._costs()}")
 
 
 def scene_view(model: Segmenter, data: SceneData, scores: Tensor | None = None, plan: CompressionPlan | None = None, *,
-               split: str | None = None, keep_rate: float = tokens.KEEP_RATE, prune_rate: float = 0.0, opacity: float = OPACITY,
-               boundary: str = tokens.BOUNDARY, weights: str = tokens.WEIGHTS) -> SceneView:
-    """Widgets that show what a token rule in the encoder of a dense Segmenter does to its prediction of a scene, and what it saves.
+               split: str | None = None, keep_rate: float = tokens.KEEP_RATE, prune_rate: float = 0.0,
+               opacity: float = OPACITY, boundary: str = tokens.BOUNDARY, weights: str = tokens.WEIGHTS) -> SceneView:
+    """Widgets that show what a token rule in the encoder of a dense Segmenter does to its prediction of a scene, and
+    what it saves.
 
-    The images are those of a split of the data (None: the one to choose on); of one that is larger than model.img_size the middle is
-    taken. scores: raw token scores (L, n); without them there are only the rules that need none. plan: shown first, beside the
-    rules. keep_rate, prune_rate, opacity of the masks: where the sliders start; boundary and weights: as in `prune_and_merge`. Of
-    merging by content keep_rate is the fraction of patches that is left after the last block that cuts.
+    The images are those of a split of the data (None: the one to choose on); of one that is larger than model.img_size
+    the middle is taken. scores: raw token scores (L, n); without them there are only the rules that need none. plan:
+    shown first, beside the rules. keep_rate, prune_rate, opacity of the masks: where the sliders start; boundary and
+    weights: as in `prune_and_merge`. Of merging by content keep_rate is the fraction of patches that is left after the
+    last block that cuts.
 
-    The difference is against the truth: right in both, wrong in both, lost and gained. A click or the pointer outlines on all four
-    pictures the patches that one token of the block stands for. Raises InputError for another kind of model, one whose encoder is
-    compressed already, data of another number of classes, a split that is not there, a plan or scores for another model.
+    The difference is against the truth: right in both, wrong in both, lost and gained. A click or the pointer outlines
+    on all four pictures the patches that one token of the block stands for. Raises InputError for another kind of
+    model, one whose encoder is compressed already, data of another number of classes, a split that is not there, a plan
+    or scores for another model.
     """
     require(isinstance(model, Segmenter), f"a {type(model).__name__} came in; a Segmenter is needed")
     data.check_fits(model.num_classes)

@@ -1,4 +1,5 @@
-"""A search, evaluation by evaluation: what it had measured, what its Gaussian process believed, and what it measured next."""
+"""A search, evaluation by evaluation: what it had measured, what its Gaussian process believed, and what it measured
+next."""
 import html
 import warnings
 from dataclasses import dataclass
@@ -8,15 +9,15 @@ import ipywidgets
 import numpy as np
 from matplotlib.figure import Figure
 
-from vitlab.files import InputError, read_json
+from vitlab.plan.shape import ViTShape
 from vitlab.plots.search import moment
+from vitlab.runtime.files import InputError, read_json
+from vitlab.runtime.uncertainty import error_name
 from vitlab.search import SearchSpace, Study
 from vitlab.search.acquisition import log_expected_improvement
 from vitlab.search.explain import Predict, believed
 from vitlab.search.strategies import Settings, incumbent
 from vitlab.search.study import INFO, Evaluation, read_journal
-from vitlab.shape import ViTShape
-from vitlab.uncertainty import error_name
 from vitlab.workbench.explore.base import Explorer, repeat, show
 
 METRICS = {"distill_loss": "minus the distance to the dense model (nats)", "top1_pct": "top-1 on a slice of train (%)",
@@ -43,7 +44,8 @@ class Watched:
         return evaluation.measures.get(error_name(self.metric if measure == "value" else measure))
 
     def evaluations(self) -> list[Evaluation]:
-        """All that is measured by now; a line that is being written is left for the next time. Raises InputError for a damaged one."""
+        """All that is measured by now; a line that is being written is left for the next time. Raises InputError for a
+        damaged one."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return read_journal(self.folder)
@@ -68,20 +70,21 @@ def watch(study: Study | str | Path) -> Watched:
     info = read_json(path)
     try:
         space = info["space"] | {"shape": ViTShape(**info["space"]["shape"]), "units": tuple(info["space"]["units"])}
-        return Watched(folder=path.parent, space=SearchSpace(**space), options=Settings(**info["settings"]), strategy=info["strategy"],
-                       limit=float(info["budget"]["limit"]), unit=info["budget"]["unit"],
-                       label=METRICS.get(info["about"].get("metric"), "value"), metric=str(info["about"].get("metric", "")))
+        return Watched(folder=path.parent, space=SearchSpace(**space), options=Settings(**info["settings"]),
+                       strategy=info["strategy"], limit=float(info["budget"]["limit"]), unit=info["budget"]["unit"],
+                       label=METRICS.get(info["about"].get("metric"), "value"),
+                       metric=str(info["about"].get("metric", "")))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{path}: no study ({error})") from None
 
 
 def study_explorer(study: Study | str | Path) -> Explorer:
-    """Scrub through a study, evaluation by evaluation, with the slider, its arrow keys or the play button: the best so far, the
-    Gaussian process (mean +/- 2 deviations) and log EI along one dimension, and what was measured next.
+    """Scrub through a study, evaluation by evaluation, with the slider, its arrow keys or the play button: the best so
+    far, the Gaussian process (mean +/- 2 deviations) and log EI along one dimension, and what was measured next.
 
-    The other dimensions are held at the best policy so far, and at the next one. "follow" looks at the journal every second and
-    moves to its end, for a search that is running; it ends when unchecked. Nothing is written. Raises InputError for a folder
-    that holds no study.
+    The other dimensions are held at the best policy so far, and at the next one. "follow" looks at the journal every
+    second and moves to its end, for a search that is running; it ends when unchecked. Nothing is written. Raises
+    InputError for a folder that holds no study.
     """
     found = watch(study)
     seen: list[Evaluation] = found.evaluations()
@@ -104,17 +107,20 @@ def study_explorer(study: Study | str | Path) -> Explorer:
                 beliefs[len(done)] = found.belief(done)
             predict = beliefs[len(done)]
             best = max(done, key=lambda e: e.value)
-            level = incumbent(predict, np.array([e.policy for e in done]), np.array([e.value for e in done]), found.options)
+            level = incumbent(predict, np.array([e.policy for e in done]), np.array([e.value for e in done]),
+                              found.options)
             held = {"others as in the best": best, **({"others as in the next": following} if following else {})}
             for name, evaluation in held.items():
                 moved = np.tile(np.array(evaluation.policy), (POINTS, 1))       # (G, D)
                 moved[:, index] = grid
                 mean, deviation = predict(moved)
-                lines[name] = (mean, deviation, log_expected_improvement(mean, deviation, level), evaluation.policy[index])
+                lines[name] = (mean, deviation, log_expected_improvement(mean, deviation, level),
+                               evaluation.policy[index])
             if following:
                 expected = tuple(float(v[0]) for v in predict(np.array(following.policy)[None]))
-        return moment([e.value for e in done], total=found.options.evaluations, label=found.label, dimension=dimension.value, grid=grid,
-                      lines=lines, expected=expected, then=following.value if following else None, errors=[found.error(e) for e in done])
+        return moment([e.value for e in done], total=found.options.evaluations, label=found.label,
+                      dimension=dimension.value, grid=grid, lines=lines, expected=expected,
+                      then=following.value if following else None, errors=[found.error(e) for e in done])
 
     def draw(*_: object) -> None:
         text.value = told(found, seen, place.value)
@@ -149,7 +155,8 @@ def study_explorer(study: Study | str | Path) -> Explorer:
 
 def measured(found: Watched, evaluation: Evaluation, measure: str = "value") -> str:
     """What was measured, with its standard error where one is known."""
-    value, error = evaluation.value if measure == "value" else evaluation.measures[measure], found.error(evaluation, measure)
+    value = evaluation.value if measure == "value" else evaluation.measures[measure]
+    error = found.error(evaluation, measure)
     return f"{value:.4g}" + ("" if error is None else f" \u00b1 {error:.2g}")
 
 
@@ -158,12 +165,15 @@ def told(found: Watched, seen: list[Evaluation], count: int) -> str:
     if not seen[:count]:
         return f"nothing was measured yet; {len(seen)} evaluations are in the journal"
     best = max(seen[:count], key=lambda e: e.value)
-    lines = [f"<b>{len(seen[:count])} of {found.options.evaluations}</b> evaluations by {html.escape(found.strategy)}; best so far "
-             f"<b>{measured(found, best)}</b> (number {best.index}, {best.cost:.4g} of {found.limit:.4g} {html.escape(found.unit)})"]
+    lines = [f"<b>{len(seen[:count])} of {found.options.evaluations}</b> evaluations by {html.escape(found.strategy)}; "
+             f"best so far "
+             f"<b>{measured(found, best)}</b> (number {best.index}, {best.cost:.4g} of {found.limit:.4g} "
+             f"{html.escape(found.unit)})"]
     if count < len(seen):
         following = seen[count]
         hoped = following.expected
         lines.append(f"next: number {following.index} by {html.escape(following.by)}, "
-                     + (f"expected {hoped['mean']:.4g} &plusmn; {hoped['deviation']:.2g}, log EI {hoped['log_ei']:.2f}, " if hoped else "")
+                     + (f"expected {hoped['mean']:.4g} &plusmn; {hoped['deviation']:.2g}, log EI "
+                        f"{hoped['log_ei']:.2f}, " if hoped else "")
                      + f"then measured {measured(found, following)}")
     return f'<div style="line-height: 1.5">{"<br>".join(lines)}</div>'

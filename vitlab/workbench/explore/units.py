@@ -1,4 +1,5 @@
-"""Heads and neurons: what each head scores, looks at and shares with the others, and which neurons of its block stay."""
+"""Heads and neurons: what each head scores, looks at and shares with the others, and which neurons of its block
+stay."""
 import functools
 from typing import Any
 
@@ -12,12 +13,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from vitlab.criteria.units import UnitScores
+from vitlab.measure.capture import attention_maps
 from vitlab.models import shape_of
 from vitlab.plan import CompressionPlan
+from vitlab.plan.shape import POOL_TOKEN, require
 from vitlab.plots.base import PALETTE
 from vitlab.plots.units import as_array, cut_heads, head_view, looked_at, over_grey, ranked_neurons, to_own_range
-from vitlab.shape import POOL_TOKEN, require
-from vitlab.training.capture import attention_maps
 from vitlab.workbench.cutting import open_dense
 from vitlab.workbench.explore.base import Cells, Explorer, array_png
 from vitlab.workbench.explore.choosing import WIDE, WRAPPED, PictureChooser
@@ -30,8 +31,9 @@ BINS = 64                                       # parts of the neurons' panel th
 
 
 def head_grid(heads: Any, plan: CompressionPlan, cell: tuple[int, int]) -> np.ndarray:
-    """Scores (L, H) as a picture of (L + 1) x (H + 1) cells of `cell` (width, height) pixels: the first row and column number
-    heads and blocks, the others are coloured in their block's range, with a cross where the plan cuts. Drawn in some ms."""
+    """Scores (L, H) as a picture of (L + 1) x (H + 1) cells of `cell` (width, height) pixels: the first row and column
+    number heads and blocks, the others are coloured in their block's range, with a cross where the plan cuts. Drawn in
+    some ms."""
     colours = (255 * colormaps["viridis"](to_own_range(as_array(heads)))[..., :3]).round().astype(int)
     (depth, count), (w, h), cut = colours.shape[:2], cell, set(cut_heads(plan))
     image = Image.new("RGB", ((count + 1) * w, (depth + 1) * h), "white")
@@ -47,13 +49,14 @@ def head_grid(heads: Any, plan: CompressionPlan, cell: tuple[int, int]) -> np.nd
             arm = 0.28 * min(w, h)
             for colour, width in (("black", h // 6), ("white", h // 14)):       # seen on bright and on dark ground
                 for sign in (-1, 1):
-                    draw.line((x + w / 2 - arm, y + h / 2 - sign * arm, x + w / 2 + arm, y + h / 2 + sign * arm), colour, width)
+                    draw.line((x + w / 2 - arm, y + h / 2 - sign * arm, x + w / 2 + arm, y + h / 2 + sign * arm),
+                              colour, width)
     return np.asarray(image) / 255
 
 
 def neuron_strip(scores: np.ndarray, kept: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Ranked scores (M) as columns of a picture of `size` (width, height) pixels, in the palette's blue where `kept` and orange
-    where cut; a black line stands at the number kept. Drawn in some ms."""
+    """Ranked scores (M) as columns of a picture of `size` (width, height) pixels, in the palette's blue where `kept`
+    and orange where cut; a black line stands at the number kept. Drawn in some ms."""
     width, height = size
     index = np.arange(width) * len(scores) // width                             # the neuron of each column of pixels
     low, high = min(0.0, scores.min()), scores.max()
@@ -70,14 +73,15 @@ def neuron_strip(scores: np.ndarray, kept: np.ndarray, size: tuple[int, int]) ->
 class UnitsMap(Explorer):
     """The widgets of `units_map`. `heads.picked` is the cell of (L + 1) x (H + 1) that was chosen, numbers included."""
 
-    def __init__(self, model: nn.Module, scores: UnitScores, plan: CompressionPlan, chooser: PictureChooser, redundancy: Tensor | None):
+    def __init__(self, model: nn.Module, scores: UnitScores, plan: CompressionPlan, chooser: PictureChooser,
+                 redundancy: Tensor | None):
         self.model, self.scores, self.plan, self.chooser, self.redundancy = model, scores, plan, chooser, redundancy
         depth, count = plan.shape.depth, plan.shape.num_heads
         self.cut = set(cut_heads(plan))
         cell = (min(80, WIDTH // (count + 1)), min(30, WIDTH // (depth + 1)))
         grid = head_grid(scores.heads, plan, (SHARP * cell[0], SHARP * cell[1]))
-        self.heads = Cells(picture=array_png(grid), grid=(depth + 1, count + 1), width=cell[0] * (count + 1), labels=self._labels(),
-                           picked=count + 2, alt="Scores of blocks (down) by heads (across)")
+        self.heads = Cells(picture=array_png(grid), grid=(depth + 1, count + 1), width=cell[0] * (count + 1),
+                           labels=self._labels(), picked=count + 2, alt="Scores of blocks (down) by heads (across)")
         self.looks = Cells(grid=plan.shape.grid_size, width=WIDTH)
         self.neurons = Cells(width=WIDTH)
         self.titles = {name: ipywidgets.HTML() for name in ("looks", "neurons")}
@@ -98,7 +102,8 @@ class UnitsMap(Explorer):
         values, columns = as_array(self.scores.heads), self.plan.shape.num_heads + 1
         labels = [""] * columns
         for block, row in enumerate(values):
-            labels += [""] + [f"block {block}, head {head}: score {value:.4g}, {self._fate(block, head)}" for head, value in enumerate(row)]
+            labels += [""] + [f"block {block}, head {head}: score {value:.4g}, {self._fate(block, head)}" for head,
+                              value in enumerate(row)]
         return labels
 
     def _fate(self, block: int, head: int) -> str:
@@ -115,10 +120,12 @@ class UnitsMap(Explorer):
         self._show()
 
     def _attention(self, picture: str) -> Tensor:
-        """(L, H, n) what the class token of each head takes from each patch (the mean over patches, for a model that pools them)."""
+        """(L, H, n) what the class token of each head takes from each patch (the mean over patches, for a model that
+        pools them)."""
         shape = self.plan.shape
         maps = attention_maps(self.model, as_input(self.chooser.known[picture], self.model))[:, 0]      # (L, H, N, N)
-        rows = [looked_at(each, shape.num_prefix_tokens, average=shape.pool != POOL_TOKEN) for each in maps.flatten(0, 1)]
+        rows = [looked_at(each, shape.num_prefix_tokens, average=shape.pool != POOL_TOKEN)
+                for each in maps.flatten(0, 1)]
         return torch.stack(rows).unflatten(0, maps.shape[:2])
 
     def _show(self, change: Any = None) -> None:
@@ -127,13 +134,16 @@ class UnitsMap(Explorer):
         values = as_array(self.scores.heads[block])
         rank = 1 + int((values > values[head]).sum())
         name = f"block {block}, head {head}"
-        self.line.value = (f"{name.capitalize()} is {self._fate(block, head)}: score {values[head]:.4g}, place {rank} of {len(values)} in "
-                           f"its block. Its attention to a patch is at most {looks.max():.4f}, {looks.max() / looks.mean():.1f} x the "
+        self.line.value = (f"{name.capitalize()} is {self._fate(block, head)}: score {values[head]:.4g}, place {rank} "
+                           f"of {len(values)} in "
+                           f"its block. Its attention to a patch is at most {looks.max():.4f}, "
+                           f"{looks.max() / looks.mean():.1f} x the "
                            "mean.")
         self.titles["looks"].value = f"<b>attention of {name}</b>: bright is much"
         with self.looks.hold_sync():
             self.looks.picture = array_png(over_grey(self.chooser.picture, looks, shape))
-            self.looks.labels = [f"row {j // shape.grid_size[1]}, column {j % shape.grid_size[1]}: attention {value:.4f}, "
+            self.looks.labels = [f"row {j // shape.grid_size[1]}, column {j % shape.grid_size[1]}: attention "
+                                 f"{value:.4f}, "
                                  f"{value / looks.mean():.1f} x the mean" for j, value in enumerate(looks)]
             self.looks.alt = f"Attention of {name} on the picture {self.chooser.chosen}"
         self.shares.value = self._bars()
@@ -150,8 +160,10 @@ class UnitsMap(Explorer):
         for other in others:
             fate, value = self._fate(self.block, other), matrix[self.head, other]
             bar = f"background: {to_hex(PALETTE[fate == 'cut'])}; height: 12px; width: {100 * value / most:.1f}%"
-            rows.append(f'<div style="width: 90px">head {other}, {fate}</div><div><div style="{bar}"></div></div><div>{value:.3g}</div>')
-        return ('<div style="display: grid; grid-template-columns: auto 1fr 70px; column-gap: 8px; align-items: center; '
+            rows.append(f'<div style="width: 90px">head {other}, {fate}</div><div><div '
+                        f'style="{bar}"></div></div><div>{value:.3g}</div>')
+        return ('<div style="display: grid; grid-template-columns: auto 1fr 70px; column-gap: 8px; align-items: '
+                'center; '
                 f'line-height: 20px">{"".join(rows)}</div>')
 
     def _show_neurons(self) -> None:
@@ -163,24 +175,28 @@ class UnitsMap(Explorer):
         with self.neurons.hold_sync():
             self.neurons.picture = array_png(neuron_strip(values, kept, (SHARP * WIDTH, SHARP * STRIP)))
             self.neurons.grid = (1, len(edges) - 1)
-            self.neurons.labels = [f"places {a + 1} to {b}: score {values[a]:.3g} to {values[b - 1]:.3g}, {kept[a:b].sum()} kept"
+            self.neurons.labels = [f"places {a + 1} to {b}: score {values[a]:.3g} to {values[b - 1]:.3g}, "
+                                   f"{kept[a:b].sum()} kept"
                                    for a, b in zip(edges, edges[1:])]
-            self.neurons.alt = f"Neurons of block {self.block}, highest score first; {kept.sum()} of {len(kept)} are kept"
+            self.neurons.alt = (f"Neurons of block {self.block}, highest score first; "
+                                f"{kept.sum()} of {len(kept)} are kept")
 
     def _figure(self) -> Figure:
         looks = self.attention(self.chooser.chosen)[self.block, self.head]
         shared = None if self.redundancy is None else self.redundancy[self.block, self.head]
-        return head_view(self.scores.heads, self.scores.neurons, self.plan, self.chooser.picture, looks, shared, self.block, self.head)
+        return head_view(self.scores.heads, self.scores.neurons, self.plan, self.chooser.picture, looks, shared,
+                         self.block, self.head)
 
 
 def units_map(source: Source | nn.Module, scores: UnitScores, plan: CompressionPlan, pictures: dict[str, np.ndarray],
               redundancy: Tensor | None = None) -> UnitsMap:
-    """Widgets that show what the heads of a dense model score, look at and share, and which neurons of a block stay under a plan.
+    """Widgets that show what the heads of a dense model score, look at and share, and which neurons of a block stay
+    under a plan.
 
-    pictures: {name: (h, w, 3) in [0, 1]}, to which a folder's images or an upload can be added; redundancy: the HSIC between heads
-    (L, H, H), as `head_redundancy` gives it. A head is chosen in the grid by a click or the arrow keys; its attention is the class
-    token's, or the mean over patches where the model pools them. Raises InputError for a compressed model, a plan or scores for
-    another, or no picture.
+    pictures: {name: (h, w, 3) in [0, 1]}, to which a folder's images or an upload can be added; redundancy: the HSIC
+    between heads (L, H, H), as `head_redundancy` gives it. A head is chosen in the grid by a click or the arrow keys;
+    its attention is the class token's, or the mean over patches where the model pools them. Raises InputError for a
+    compressed model, a plan or scores for another, or no picture.
     """
     model = source if isinstance(source, nn.Module) else open_dense(source).model
     shape = shape_of(model)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vitlab import parallel
 from vitlab.criteria.hsic import at_least_float32
-from vitlab.files import InputError
+from vitlab.runtime import parallel
+from vitlab.runtime.files import InputError
 
-Batches = Iterable[tuple[Tensor, Tensor]]       # images (B, channels, height, width) and class numbers (B), or masks (B, height, width)
+# images (B, channels, height, width) and class numbers (B), or masks (B, height, width)
+Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 @contextlib.contextmanager
@@ -55,11 +56,12 @@ class Averages(NamedTuple):
 
 def averaged(model: nn.Module, batches: Batches, step: Callable[[Tensor, Tensor], tuple[Tensor, ...]], *, what: str,
              device: str | torch.device | None, progress: bool, at_least: int = 1) -> Averages:
-    """What step(images, targets) gives for each batch, averaged: each batch weighs as many images as it has, in float32 at least.
+    """What step(images, targets) gives for each batch, averaged: each batch weighs as many images as it has, in float32
+    at least.
 
-    model: in eval mode and frozen meanwhile. Under torchrun each process gives its share of the batches, and all get the mean over
-    all of them. at_least: images of a batch; smaller ones have no part. Raises InputError, on all processes, where there is no image,
-    or no batch is large enough.
+    model: in eval mode and frozen meanwhile. Under torchrun each process gives its share of the batches, and all get
+    the mean over all of them. at_least: images of a batch; smaller ones have no part. Raises InputError, on all
+    processes, where there is no image, or no batch is large enough.
     """
     device = torch.device(device) if device is not None else next(model.parameters()).device
     model.to(device)
@@ -74,7 +76,8 @@ def averaged(model: nn.Module, batches: Batches, step: Callable[[Tensor, Tensor]
             mean = tuple(m + (g - m) * (len(images) / seen) for m, g in zip(mean, given)) if mean else given
     images, count = parallel.total(torch.tensor([seen, count])).tolist()
     if not images:
-        raise InputError(f"{what}: a batch of {at_least - 1} has no images to compare; {at_least} at least are needed in one")
+        raise InputError(f"{what}: a batch of {at_least - 1} has no images to compare; {at_least} at least are needed "
+                         f"in one")
     return Averages(_over_processes(tuple(m.detach().cpu() for m in mean), seen, images), images, count)
 
 
@@ -86,7 +89,8 @@ def checked(batches: Batches, what: str) -> Batches:
     if not any(sizes):
         raise InputError(f"{what}: there is no image to score on")
     if not all(sizes):
-        raise InputError(f"{what}: {sum(map(bool, sizes))} batches for {len(sizes)} processes; smaller batches, more images or fewer "
+        raise InputError(f"{what}: {sum(map(bool, sizes))} batches for {len(sizes)} processes; smaller batches, more "
+                         f"images or fewer "
                          "processes are needed")
     return itertools.chain([first], rest)
 
@@ -95,6 +99,7 @@ def _over_processes(mean: tuple[Tensor, ...], seen: int, images: int) -> tuple[T
     """The mean over the images of all processes, of which this one has `seen`."""
     if parallel.world() == 1:
         return mean
-    made = next(filter(None, parallel.gather([(m.shape, m.dtype) for m in mean])))      # a process may have had no batch large enough
+    # a process may have had no batch large enough
+    made = next(filter(None, parallel.gather([(m.shape, m.dtype) for m in mean])))
     sums = [m.double() * seen for m in mean] or [torch.zeros(shape, dtype=torch.float64) for shape, _ in made]
     return tuple((parallel.total(s) / images).to(dtype) for s, (_, dtype) in zip(sums, made))

@@ -7,7 +7,6 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from vitlab.files import InputError, atomic_write
 from vitlab.models import attention_block, compress, shape_of
 from vitlab.models.create import architecture, rebuild
 from vitlab.models.merge import TokenBlock
@@ -15,7 +14,8 @@ from vitlab.models.published_segmenter import published_parts
 from vitlab.models.segmenter import Segmenter
 from vitlab.models.weights import load_state, read_file, state_of, unwrapped
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.rules import MergeReconstruct
+from vitlab.plan.rules import MergeReconstruct
+from vitlab.runtime.files import InputError, atomic_write
 
 NAMES = {"merge_matrix": "merge_matrix", "reconstruct_matrix": "recover_matrix", "token_mask": "token_mask"}
 
@@ -51,13 +51,14 @@ def load_published(path: str | Path, dense: nn.Module) -> tuple[nn.Module, Compr
     """
     content = read_file(path)
     if not is_published(content):
-        raise InputError(f"{path}: not a Prune and Merge checkpoint; it holds no blocks.i.attn.merge_matrix under \"model\"")
+        raise InputError(f"{path}: not a Prune and Merge checkpoint; it holds no blocks.i.attn.merge_matrix under "
+                         f"\"model\"")
     return _compressed(unwrapped(state_of(content, path), dense.state_dict(), path)[0], dense, path)
 
 
 def load_segmenter(path: str | Path) -> tuple[Segmenter, CompressionPlan]:
-    """(Segmenter, plan) of a published checkpoint.pth with variant.yml beside it: dense, or with merge and reconstruct matrices in the
-    blocks of its encoder, some or all. Raises InputError naming the file and key."""
+    """(Segmenter, plan) of a published checkpoint.pth with variant.yml beside it: dense, or with merge and reconstruct
+    matrices in the blocks of its encoder, some or all. Raises InputError naming the file and key."""
     model, state, path = published_parts(path)
     if any(key.endswith(".attn.merge_matrix") for key in state):
         return _compressed(state, model, path, "encoder.")
@@ -65,9 +66,10 @@ def load_segmenter(path: str | Path) -> tuple[Segmenter, CompressionPlan]:
     return model.eval(), CompressionPlan.empty(shape_of(model))
 
 
-def _compressed(state: dict[str, Tensor], dense: nn.Module, path: Path | str, where: str = "") -> tuple[nn.Module, CompressionPlan]:
-    """(compressed model, plan) of a published state dict, whose blocks' names begin with `where`; of an encoder's blocks some may have
-    no matrices."""
+def _compressed(state: dict[str, Tensor], dense: nn.Module, path: Path | str,
+                where: str = "") -> tuple[nn.Module, CompressionPlan]:
+    """(compressed model, plan) of a published state dict, whose blocks' names begin with `where`; of an encoder's
+    blocks some may have no matrices."""
     state, shape = dict(state), shape_of(dense)
     blocks, renamed = [], {}
     for index in range(shape.depth):
@@ -83,11 +85,13 @@ def _compressed(state: dict[str, Tensor], dense: nn.Module, path: Path | str, wh
         merge, reconstruct, mask = (matrices[k].float() for k in NAMES)
         tokens, rows = shape.num_tokens, reconstruct.shape[-1] if reconstruct.dim() else 0
         if merge.shape != (rows, tokens) or reconstruct.shape != (tokens, rows) or mask.flatten().shape != (tokens,):
-            raise InputError(f"{path}: {prefix}attn.merge_matrix {tuple(merge.shape)}, recover_matrix {tuple(reconstruct.shape)} and "
+            raise InputError(f"{path}: {prefix}attn.merge_matrix {tuple(merge.shape)}, recover_matrix "
+                             f"{tuple(reconstruct.shape)} and "
                              f"token_mask {tuple(mask.shape)} don't fit {tokens} tokens")
         blocks.append(BlockPlan(tokens=_rule(merge, mask.flatten(), shape.num_prefix_tokens, index, path)))
         renamed |= {f"{prefix}tokens.{k}": v.flatten() if k == "token_mask" else v for k, v in matrices.items()}
-    plan = CompressionPlan(shape=shape, blocks=tuple(blocks), made_by={"method": "prune_and_merge", "read_from": Path(path).name})
+    plan = CompressionPlan(shape=shape, blocks=tuple(blocks),
+                           made_by={"method": "prune_and_merge", "read_from": Path(path).name})
     model = compress(dense, plan)
     merging = {f"{where}blocks.{index}." for index, block in enumerate(blocks) if block.tokens is not None}
     for key, value in state.items():
@@ -98,7 +102,8 @@ def _compressed(state: dict[str, Tensor], dense: nn.Module, path: Path | str, wh
 
 
 def save_published(path: str | Path, model: nn.Module) -> None:
-    """Write a compressed model (training form, every block merged and reconstructed) in the published layout, atomically."""
+    """Write a compressed model (training form, every block merged and reconstructed) in the published layout,
+    atomically."""
     if not all(isinstance(b, TokenBlock) and b.span == 1 for b in model.blocks):
         raise InputError("the published layout has merge and reconstruct matrices in every block; this model has not")
     dense = shape_of(rebuild(architecture(model)))

@@ -1,33 +1,35 @@
-"""A model from wherever it is: a checkpoint or run folder, weights of others in a file or a folder, the Hugging Face hub, timm's names."""
+"""A model from wherever it is: a checkpoint or run folder, weights of others in a file or a folder, the Hugging Face
+hub, timm's names."""
 import warnings
 from pathlib import Path
 from typing import Any
 
-from vitlab.files import InputError, from_root
-from vitlab.models import encoder_of, shape_of
+from vitlab.models import checkpoint, encoder_of, shape_of
+from vitlab.models.checkpoint import Checkpoint
 from vitlab.models.create import create_model, from_weights, sized
 from vitlab.models.hub import CONFIG, HubConfig, check_settings, config_beside, download, set_settings, weights_in
+from vitlab.models.published import is_published, load_published, load_segmenter
 from vitlab.models.published_segmenter import VARIANT
 from vitlab.models.segmenter import Segmenter
 from vitlab.models.weights import SUFFIXES, is_weights, read_file, state_of
 from vitlab.plan import CompressionPlan
-from vitlab.training import checkpoint
-from vitlab.training.checkpoint import Checkpoint
-from vitlab.training.published import is_published, load_published, load_segmenter
+from vitlab.runtime.files import InputError, from_root
 
 Source = str | Path | Checkpoint            # where a model comes from, or one that is open already
 HUB, LOCAL = "hf-hub:", "local-dir:"        # what stands before timm's own sources
 
 
-def open_model(source: Source, *, model: str | None = None, num_classes: int | None = None, img_size: int | tuple[int, int] | None = None,
-               settings: dict[str, Any] | None = None, pretrained: bool = True, **args: Any) -> Checkpoint:
-    """A model from a checkpoint or run folder; a weights file together with the timm name `model`; a folder with config.json and weights
-    as timm writes them, also as local-dir:FOLDER; hf-hub:OWNER/NAME; or a timm name. One that is open already comes back as it is.
+def open_model(source: Source, *, model: str | None = None, num_classes: int | None = None,
+               img_size: int | tuple[int, int] | None = None, settings: dict[str, Any] | None = None,
+               pretrained: bool = True, **args: Any) -> Checkpoint:
+    """A model from a checkpoint or run folder; a weights file together with the timm name `model`; a folder with
+    config.json and weights as timm writes them, also as local-dir:FOLDER; hf-hub:OWNER/NAME; or a timm name. One that
+    is open already comes back as it is.
 
-    num_classes, img_size and args (timm's) are of a model that is built here; where they are not given, they are the weights' own.
-    settings: mean, std, crop_pct, crop_mode, interpolation of images, in place of those that config.json or else timm has (`SETTINGS`).
-    A published Prune and Merge .pth is recognised, and a published Segmenter's with its variant.yml beside it. Raises InputError for
-    anything else.
+    num_classes, img_size and args (timm's) are of a model that is built here; where they are not given, they are the
+    weights' own. settings: mean, std, crop_pct, crop_mode, interpolation of images, in place of those that config.json
+    or else timm has (`SETTINGS`). A published Prune and Merge .pth is recognised, and a published Segmenter's with its
+    variant.yml beside it. Raises InputError for anything else.
     """
     given = {**{k: v for k, v in {"num_classes": num_classes, "img_size": img_size}.items() if v is not None}, **args}
     found = _opened(source, model, given, pretrained)
@@ -61,7 +63,8 @@ def _opened(source: Source, model: str | None, args: dict[str, Any], pretrained:
     if path.is_file():
         raise InputError(f"{path}: not a weights file; one that ends in {', '.join(SUFFIXES)} is, or a run folder")
     if len(path.parts) > 2 or path.is_absolute():                                   # timm's names have one part, or two
-        raise InputError(f"{path}: no such run folder or weights file; 01_baseline and `vitlab pretrain` write the dense one of a study")
+        raise InputError(f"{path}: no such run folder or weights file; 01_baseline and `vitlab pretrain` write the "
+                         f"dense one of a study")
     built = create_model(source, pretrained=pretrained, **args)
     return Checkpoint(model=built, plan=CompressionPlan.empty(shape_of(built)), info={"made_by": {"timm": source}})
 
@@ -77,7 +80,8 @@ def _of_weights(path: Path, model: str | None, args: dict[str, Any]) -> Checkpoi
     """The model of a weights file, by what a config.json beside it says, and what it leaves open."""
     config = config_beside(path)
     if model is None and config is None:
-        raise InputError(f"{path}: a weights file needs the timm name of its model (--model NAME, or `model` in a notebook)")
+        raise InputError(f"{path}: a weights file needs the timm name of its model (--model NAME, or `model` in a "
+                         f"notebook)")
     config = config or HubConfig(name=model)
     name, saved = model or config.name, config.args if model in (None, config.name) else {}
     content = read_file(path)
@@ -98,4 +102,5 @@ def _of_weights(path: Path, model: str | None, args: dict[str, Any]) -> Checkpoi
 
 def is_others(path: Path) -> bool:
     """Whether a folder holds a model as timm writes it, and no checkpoint."""
-    return (path / CONFIG).is_file() and not any((path / place / checkpoint.INFO).is_file() for place in ("", checkpoint.FOLDER))
+    return (path / CONFIG).is_file() and not any((path / place / checkpoint.INFO).is_file()
+                                                 for place in ("", checkpoint.FOLDER))

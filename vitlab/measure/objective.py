@@ -1,4 +1,5 @@
-"""What a search measures: top-1 or mIoU, or the distance to the dense model's output, of really cut models on a fixed slice of train."""
+"""What a search measures: top-1 or mIoU, or the distance to the dense model's output, of really cut models on a fixed
+slice of train."""
 import copy
 from collections.abc import Callable, Iterable
 
@@ -6,15 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitlab.files import InputError
+from vitlab.measure.confusion import Confusion, scores_of_groups
+from vitlab.measure.evaluate import autocast, check_targets
+from vitlab.measure.pixels import at_targets, each_divergence, ignored, log_probabilities
 from vitlab.models import compress, deploy, shape_of
 from vitlab.models.support import embedded, runs_in_parts
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.shape import ViTShape
-from vitlab.training.confusion import Confusion, scores_of_groups
-from vitlab.training.evaluate import autocast, check_targets
-from vitlab.training.pixels import at_targets, each_divergence, ignored, log_probabilities
-from vitlab.uncertainty import ratio_error, share_error, standard_error, with_error
+from vitlab.plan.shape import ViTShape
+from vitlab.runtime.files import InputError
+from vitlab.runtime.uncertainty import ratio_error, share_error, standard_error, with_error
 
 METRICS = ("top1_pct", "miou_pct", "distill_loss")
 
@@ -34,23 +35,25 @@ def check_metric(shape: ViTShape, metric: str) -> None:
 
 
 class PlanObjective:
-    """plan -> {"value", "top1_pct" or "miou_pct", "distill_loss", "loss", "agree_pct"}, always on the same images, kept in memory, and
-    the standard error of each over images as "top1_se", "miou_se", "distill_loss_se", "loss_se", "agree_se", where one is known.
+    """plan -> {"value", "top1_pct" or "miou_pct", "distill_loss", "loss", "agree_pct"}, always on the same images, kept
+    in memory, and the standard error of each over images as "top1_se", "miou_se", "distill_loss_se", "loss_se",
+    "agree_se", where one is known.
 
-    value, larger is better: minus distill_loss, the mean of KL(dense || cut) in nats (of a Segmenter over its patches), which needs
-    no labels and changes with every policy where top-1 moves in steps of one image and is saturated on images that the model was
-    trained on; or top1_pct, or of a Segmenter miou_pct, in [0, 100]. agree_pct: of the images (pixels), those to which the dense model
-    gives the same class. All of it takes the outputs for one softmax over the classes. The cut model is built and deployed: that takes
-    about as long as a forward of one batch, and its own forward is faster than a masked one's.
+    value, larger is better: minus distill_loss, the mean of KL(dense || cut) in nats (of a Segmenter over its patches),
+    which needs no labels and changes with every policy where top-1 moves in steps of one image and is saturated on
+    images that the model was trained on; or top1_pct, or of a Segmenter miou_pct, in [0, 100]. agree_pct: of the images
+    (pixels), those to which the dense model gives the same class. All of it takes the outputs for one softmax over the
+    classes. The cut model is built and deployed: that takes about as long as a forward of one batch, and its own
+    forward is faster than a masked one's.
     """
 
     def __init__(self, dense: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, metric: str = "distill_loss",
                  device: str | torch.device = "cpu", amp: bool | None = False, labelled: bool = True,
                  build: Callable[[nn.Module, CompressionPlan], nn.Module] = compress) -> None:
-        """build: makes the cut model of the dense one and a plan, with the blocks before the first that is cut as they are. labelled:
-        whether targets say anything; where not, nothing that is measured by them is among the measures. Raises InputError for an unknown
-        metric, one by labels where there are none, or another task's, a compressed model, one without a classifier, targets that are no
-        class numbers, or no image."""
+        """build: makes the cut model of the dense one and a plan, with the blocks before the first that is cut as they
+        are. labelled: whether targets say anything; where not, nothing that is measured by them is among the measures.
+        Raises InputError for an unknown metric, one by labels where there are none, or another task's, a compressed
+        model, one without a classifier, targets that are no class numbers, or no image."""
         shape = shape_of(dense)
         check_metric(shape, metric)
         if shape.num_classes == 0:
@@ -58,7 +61,8 @@ class PlanObjective:
         if not labelled and metric != "distill_loss":
             raise InputError(f"metric {metric!r} needs labels, which these images have not; 'distill_loss' needs none")
         self.labelled = labelled
-        self.device, self.own, self.metric, self.amp, self.build = torch.device(device), own_metric(shape), metric, amp, build
+        self.device, self.own, self.metric, self.amp, self.build = torch.device(device), own_metric(
+            shape), metric, amp, build
         self.dense = copy.deepcopy(dense).to(self.device).eval()
         self._read(batches)
 
@@ -83,8 +87,8 @@ class PlanObjective:
         self._entering: tuple[int, list[Tensor]] | None = None
 
     def _begun(self, block: int) -> list[Tensor]:
-        """The images as they enter a block of the dense model. They are kept there, and go on from there to later blocks: cuts that are
-        measured block after block are computed from where they are."""
+        """The images as they enter a block of the dense model. They are kept there, and go on from there to later
+        blocks: cuts that are measured block after block are computed from where they are."""
         at, streams = self._entering or (0, [])
         with torch.inference_mode(), autocast(self.device, self.amp):
             if self._entering is None or block < at:
@@ -100,7 +104,8 @@ class PlanObjective:
 
     def measure(self, model: nn.Module, first: int = 0) -> dict[str, float]:
         """The same of a model that is built already, whose blocks before `first` are those of the dense model."""
-        found: dict[str, list[float]] = {"distance": [], "same": [], "right": [], "loss": [], "counted": [], "of": []}      # an image each
+        # an image each
+        found: dict[str, list[float]] = {"distance": [], "same": [], "right": [], "loss": [], "counted": [], "of": []}
         confusion, begun = None, self._begun(first) if first else [images for images, _ in self.batches]
         for (_, targets), expected, entering in zip(self.batches, self.expected, begun):
             with torch.inference_mode():
@@ -112,8 +117,9 @@ class PlanObjective:
                 confusion = confusion or Confusion(given.shape[1], ignored(targets))
                 confusion.add(chosen, targets)
             loss = F.nll_loss(given, targets, reduction="none", ignore_index=ignored(targets)).double()
-            for name, values in (("same", chosen == expected.argmax(dim=1)), ("right", chosen == targets), ("loss", loss),
-                                 ("counted", targets != ignored(targets)), ("of", torch.ones_like(targets))):
+            for name, values in (("same", chosen == expected.argmax(dim=1)), ("right", chosen == targets),
+                                 ("loss", loss), ("counted", targets != ignored(targets)),
+                                 ("of", torch.ones_like(targets))):
                 found[name] += values.reshape(size, -1).sum(dim=1).tolist()
         measures = self._with_errors(found)
         if confusion is not None:
@@ -126,10 +132,12 @@ class PlanObjective:
         count, total = len(found["of"]), {name: sum(values) for name, values in found.items()}
         measures = with_error("distill_loss", total["distance"] / count, standard_error(found["distance"]))
         if self.labelled:
-            measures |= with_error("loss", total["loss"] / total["counted"], ratio_error(found["loss"], found["counted"]))
+            measures |= with_error("loss", total["loss"] / total["counted"],
+                                   ratio_error(found["loss"], found["counted"]))
         if self.own == "top1_pct":
             if self.labelled:
                 measures |= with_error("top1_pct", 100 * total["right"] / count, share_error(total["right"], count))
             return measures | with_error("agree_pct", 100 * total["same"] / count, share_error(total["same"], count))
         error = ratio_error(found["same"], found["of"])
-        return measures | with_error("agree_pct", 100 * total["same"] / total["of"], None if error is None else 100 * error)
+        return measures | with_error("agree_pct", 100 * total["same"] / total["of"],
+                                     None if error is None else 100 * error)

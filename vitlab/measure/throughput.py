@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from vitlab.files import InputError
+from vitlab.runtime.files import InputError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4           # of mallopt(3)
 CONFIDENCE = 0.95                               # of the range of a ratio
-TIMING = ("models in turn in one process that keeps freed memory; ratio: median over the rounds of the first model's time by this one's; "
+TIMING = ("models in turn in one process that keeps freed memory; ratio: median over the rounds of the first model's "
+          "time by this one's; "
           "throughput: the first model's median, times the ratio")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -28,13 +29,15 @@ class Speed:
         ratio = median over the rounds of (first model's seconds / this one's)          1 for the first
         throughput = (images of a batch / median of the first model's seconds) * ratio
 
-    so that the quotient of two throughputs is that of their ratios, and neither goes with a machine whose speed drifts between rounds.
+    so that the quotient of two throughputs is that of their ratios, and neither goes with a machine whose speed drifts
+    between rounds.
     """
 
     throughput_img_s: float
     latency_ms: float               # one forward of the batch: batch / throughput
     ratio: float
-    ratio_min: float                # range in which the median lies (`median_range`); vitlab.results.noisy says whether 1 is in it
+    # range in which the median lies (`median_range`); vitlab.runtime.results.noisy says whether 1 is in it
+    ratio_min: float
     ratio_max: float
     peak_memory_mb: float | None    # on a GPU: its weights, the images, and what one forward holds at most
 
@@ -42,8 +45,9 @@ class Speed:
 def hold_memory() -> bool:
     """Keep freed memory in this process, where the C library is glibc; says whether it could.
 
-    Else large blocks go back to the system and come again as fresh pages, tens of thousands a forward; how many depends on what the
-    process allocated before, and with it a model's speed, by a fifth and more from process to process (docs/results.md).
+    Else large blocks go back to the system and come again as fresh pages, tens of thousands a forward; how many depends
+    on what the process allocated before, and with it a model's speed, by a fifth and more from process to process
+    (docs/results.md).
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -59,9 +63,9 @@ def conditions(device: torch.device, dtype: str, batch_size: int, repeats: int) 
 
 
 def median_range(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """(low, high): the narrowest pair of order statistics x_(k), x_(n+1-k) between which the median of what the n values are drawn from
-    lies with that confidence, whatever its distribution: 1 - 2 * P(Binomial(n, 1/2) < k). Of fewer than 6 values, at 0.95, no pair is
-    as sure as that, and the least and the largest are given."""
+    """(low, high): the narrowest pair of order statistics x_(k), x_(n+1-k) between which the median of what the n
+    values are drawn from lies with that confidence, whatever its distribution: 1 - 2 * P(Binomial(n, 1/2) < k). Of
+    fewer than 6 values, at 0.95, no pair is as sure as that, and the least and the largest are given."""
     ordered, n = sorted(values), len(values)
     outside, k = 2 * 0.5**n, 1                                  # chance that the median lies beyond x_(k) or x_(n+1-k)
     while k < (n + 1) // 2 and outside + 2 * math.comb(n, k) * 0.5**n <= 1 - confidence:
@@ -71,12 +75,13 @@ def median_range(values: Sequence[float], confidence: float = CONFIDENCE) -> tup
 
 
 def _peak_memory_mb(model: nn.Module, x: torch.Tensor) -> float:
-    """MiB on a GPU of the weights, the images and what one forward holds at most; other models that lie there, and the workspaces of
-    libraries, which a first forward must have made, are left out."""
+    """MiB on a GPU of the weights, the images and what one forward holds at most; other models that lie there, and the
+    workspaces of libraries, which a first forward must have made, are left out."""
     before = torch.cuda.memory_allocated(x.device)
     torch.cuda.reset_peak_memory_stats(x.device)
     model(x)
-    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in (*model.parameters(), *model.buffers(), x)}
+    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in (*model.parameters(), *model.buffers(), x)}
     return (torch.cuda.max_memory_allocated(x.device) - before + sum(held.values())) / 2**20
 
 
@@ -92,10 +97,11 @@ def _once(model: Callable, x: torch.Tensor, runs: int) -> float:
 
 
 @torch.inference_mode()
-def measure(models: dict[str, nn.Module], *, batch_size: int = 32, repeats: int = 10, warmup: int = 2, dtype: str = "float32",
-            device: str | torch.device = "cpu", min_seconds: float = 0.2, progress: bool = True) -> dict[str, Speed]:
-    """Speed of each model on random images, the first the baseline: warm-up, then `repeats` rounds through all models in turn (`Speed`
-    says what is made of them).
+def measure(models: dict[str, nn.Module], *, batch_size: int = 32, repeats: int = 10, warmup: int = 2,
+            dtype: str = "float32", device: str | torch.device = "cpu", min_seconds: float = 0.2,
+            progress: bool = True) -> dict[str, Speed]:
+    """Speed of each model on random images, the first the baseline: warm-up, then `repeats` rounds through all models
+    in turn (`Speed` says what is made of them).
 
     Each timing repeats the forward until it lasts min_seconds. Models are moved to device and dtype and stay there.
     Raises InputError for an unknown dtype, no model, or a size below 1.
@@ -129,5 +135,5 @@ def _speed(first: Sequence[float], seconds: Sequence[float], batch_size: int, pe
     ratios = [a / b for a, b in zip(first, seconds)]
     ratio, (low, high) = statistics.median(ratios), median_range(ratios)
     throughput = batch_size / statistics.median(first) * ratio
-    return Speed(throughput_img_s=throughput, latency_ms=1000 * batch_size / throughput, ratio=ratio, ratio_min=low, ratio_max=high,
-                 peak_memory_mb=peak_memory_mb)
+    return Speed(throughput_img_s=throughput, latency_ms=1000 * batch_size / throughput, ratio=ratio, ratio_min=low,
+                 ratio_max=high, peak_memory_mb=peak_memory_mb)

@@ -1,4 +1,5 @@
-"""Checkpoints: a folder with weights.safetensors, plan.json and checkpoint.json, from which alone the model is rebuilt."""
+"""Checkpoints: a folder with weights.safetensors, plan.json and checkpoint.json, from which alone the model is
+rebuilt."""
 import json
 import platform
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 import vitlab
-from vitlab.files import InputError, atomic_folder, existing_folder, read_json
 from vitlab.models import compress, deploy, encoder_of
 from vitlab.models.compress import check_agrees
 from vitlab.models.create import architecture, rebuild
@@ -21,7 +21,8 @@ from vitlab.models.hub import SETTINGS, check_settings, set_settings, settings_o
 from vitlab.models.segmenter import Segmenter, encoder_source, rebuild_segmenter, segmenter_source
 from vitlab.models.weights import check_fits, load_state, read_state
 from vitlab.plan import CompressionPlan
-from vitlab.shape import is_int
+from vitlab.plan.shape import is_int
+from vitlab.runtime.files import InputError, atomic_folder, existing_folder, read_json
 
 WEIGHTS, PLAN, INFO, FOLDER = "weights.safetensors", "plan.json", "checkpoint.json", "checkpoint"
 FORMAT, VERSION = "vitlab.checkpoint", 1
@@ -40,7 +41,8 @@ class Checkpoint:
 
 def not_finite(model: nn.Module) -> str | None:
     """Name of the first weight that holds a NaN or an infinity; None where there is none."""
-    return next((name for name, tensor in model.state_dict().items() if tensor.is_floating_point() and not tensor.isfinite().all()), None)
+    return next((name for name, tensor in model.state_dict().items() if tensor.is_floating_point()
+                 and not tensor.isfinite().all()), None)
 
 
 def versions() -> dict[str, str]:
@@ -59,8 +61,8 @@ def save(folder: str | Path, model: nn.Module, plan: CompressionPlan, *, classes
     """Write folder/ in one step: weights (safetensors), plan.json, checkpoint.json (model name, versions, made_by).
 
     model: any form of compress(dense, plan), the deployed too. An older checkpoint there is replaced as a whole.
-    Raises InputError where the model was not made by timm.create_model or was changed to one that it does not make, the plan is not the
-    one it was compressed by, or a weight is not finite.
+    Raises InputError where the model was not made by timm.create_model or was changed to one that it does not make, the
+    plan is not the one it was compressed by, or a weight is not finite.
     """
     folder = Path(folder)
     if not is_deployed(model):
@@ -98,7 +100,8 @@ def _check_rebuilt(info: dict[str, Any], plan: CompressionPlan, model: nn.Module
     with torch.random.fork_rng(devices=[]), torch.device("cpu" if info["deployed"] else "meta"):
         dense = _dense(info)
     made = _in_form(dense, plan, info["deployed"])
-    layers, now = ({name: repr(each) for name, each in m.named_modules() if not len(list(each.children())) and not isinstance(each, UNSEEN)}
+    layers, now = ({name: repr(each) for name,
+                    each in m.named_modules() if not len(list(each.children())) and not isinstance(each, UNSEEN)}
                    for m in (made, model))
     odd = next((f"{name} is {now.get(name)} in place of {layers.get(name)}" for name in {**layers, **now}
                 if layers.get(name) != now.get(name)), None)
@@ -107,7 +110,8 @@ def _check_rebuilt(info: dict[str, Any], plan: CompressionPlan, model: nn.Module
     except InputError as error:
         odd = odd or str(error)
     if odd is not None:
-        raise InputError(f"{folder}: not written, since {info['model']['name']} can't be built with what the model was changed to ({odd})")
+        raise InputError(f"{folder}: not written, since {info['model']['name']} can't be built with what the model was "
+                         f"changed to ({odd})")
 
 
 def _dense(info: dict[str, Any], most: int | None = None) -> nn.Module:
@@ -121,8 +125,8 @@ def _in_form(dense: nn.Module, plan: CompressionPlan, deployed: bool) -> nn.Modu
 
 
 def _check_size(info: dict[str, Any], plan: CompressionPlan, weights: Path) -> int:
-    """The most parameters that a model cut to these weights can have had. Raises InputError, before much memory or time is taken, where
-    a damaged file asks for a model that its plan can't be of."""
+    """The most parameters that a model cut to these weights can have had. Raises InputError, before much memory or time
+    is taken, where a damaged file asks for a model that its plan can't be of."""
     source = info.get("model")
     depth = source["args"].get("depth") if isinstance(source, dict) and isinstance(source.get("args"), dict) else None
     if is_int(depth) and depth > plan.shape.depth:
@@ -131,12 +135,13 @@ def _check_size(info: dict[str, Any], plan: CompressionPlan, weights: Path) -> i
 
 
 def _by_todays_names(state: dict[str, Tensor], model: nn.Module, plan: CompressionPlan) -> dict[str, Tensor]:
-    """The state with its tensors where they stand today: a span's reconstruct matrix once stood in its last block, and what the plan
-    says of shared updates in no file."""
+    """The state with its tensors where they stand today: a span's reconstruct matrix once stood in its last block, and
+    what the plan says of shared updates in no file."""
     blocks = ("" if encoder_of(model) is model else "encoder.") + "blocks"
     moved = {f"{blocks}.{i}.tokens.reconstruct_matrix": f"{blocks}.{i - place}.tokens.reconstruct_matrix"
              for i, (_, place) in enumerate(plan.rules()) if place}
-    planned = {name: value for name, value in model.state_dict().items() if name.endswith((".regions", ".weights", ".own", ".mask"))}
+    planned = {name: value for name,
+               value in model.state_dict().items() if name.endswith((".regions", ".weights", ".own", ".mask"))}
     return planned | {moved.get(name, name): value for name, value in state.items()}
 
 
@@ -145,7 +150,8 @@ def find(path: str | Path) -> Path:
     for folder in (existing_folder(path), existing_folder(Path(path) / FOLDER)):
         if (folder / INFO).is_file():
             return folder
-    raise InputError(f"{path}: not a checkpoint; a folder with {INFO}, {PLAN} and {WEIGHTS} is needed, or a run that holds one")
+    raise InputError(f"{path}: not a checkpoint; a folder with {INFO}, {PLAN} and {WEIGHTS} is needed, or a run that "
+                     f"holds one")
 
 
 def load(path: str | Path) -> Checkpoint:

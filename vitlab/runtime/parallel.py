@@ -1,8 +1,10 @@
-"""Several processes under torchrun: who this one is, and what all of them know together. Of a single process, nothing changes.
+"""Several processes under torchrun: who this one is, and what all of them know together. Of a single process, nothing
+changes.
 
     torchrun --nproc-per-node 2 -m vitlab finetune ...
 
-Whoever computes the same thing on each process needs nothing from here; whoever takes its share adds the shares up with `total`.
+Whoever computes the same thing on each process needs nothing from here; whoever takes its share adds the shares up with
+`total`.
 """
 import contextlib
 import os
@@ -14,10 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vitlab.files import InputError
+from vitlab.runtime.files import InputError
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=60)                 # that a process waits for the others: one may be measuring a large model
+# that a process waits for the others: one may be measuring a large model
+TIMEOUT = timedelta(minutes=60)
 _alone = 0                                      # how many `alone` are open
 
 
@@ -27,14 +30,16 @@ def launched() -> bool:
 
 
 def begin(device: str | None = None) -> None:
-    """Join the other processes: NCCL where each has a GPU of its own, else gloo. Raises InputError where a GPU is missing."""
+    """Join the other processes: NCCL where each has a GPU of its own, else gloo. Raises InputError where a GPU is
+    missing."""
     if not launched() or dist.is_initialized():
         return
     gpu = device != "cpu" and torch.cuda.is_available()
     if gpu:
         local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= count:
-            raise InputError(f"process {local} of this machine has no GPU, there are {count}; start at most {count} (--nproc-per-node), "
+            raise InputError(f"process {local} of this machine has no GPU, there are {count}; start at most {count} "
+                             f"(--nproc-per-node), "
                              "or give --device cpu")
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if gpu else "gloo", timeout=TIMEOUT)
@@ -87,7 +92,8 @@ def _place(tensor: Tensor) -> Tensor:
 
 
 def total(values: Tensor) -> Tensor:
-    """The sum of `values` over all processes, on its own device; in float64 where they are floats, so that the order says nothing."""
+    """The sum of `values` over all processes, on its own device; in float64 where they are floats, so that the order
+    says nothing."""
     if world() == 1:
         return values
     exact = _place(values.detach().to(torch.float64 if values.is_floating_point() else torch.int64, copy=True))

@@ -1,5 +1,5 @@
-"""A request to stop (SIGTERM, from a queue that wants its machine back, or from the runs panel) ends a command with an exit code of
-its own: nothing is lost, and the same command goes on."""
+"""A request to stop (SIGTERM, from a queue that wants its machine back, or from the runs panel) ends a command with an
+exit code of its own: nothing is lost, and the same command goes on."""
 import contextlib
 import signal
 import threading

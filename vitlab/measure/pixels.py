@@ -1,7 +1,7 @@
 """Where every pixel has a class: losses and distances of both tasks in one form, and the measuring of a Segmenter.
 
-Logits are (B, K) of images, (B, K, h, w) of patches or (B, K, H, W) of pixels; targets (B), or (B, H, W) with IGNORE where nothing
-counts.
+Logits are (B, K) of images, (B, K, h, w) of patches or (B, K, H, W) of pixels; targets (B), or (B, H, W) with IGNORE
+where nothing counts.
 """
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,17 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vitlab import parallel
 from vitlab.data.layouts import IGNORE
-from vitlab.files import InputError
+from vitlab.measure.confusion import Confusion, SegmentationScores
+from vitlab.measure.evaluate import Accuracy, autocast, check_targets, each_divergence, evaluate
 from vitlab.models.segmenter import Segmenter
 from vitlab.models.support import finished
 from vitlab.models.windows import segment
-from vitlab.training.confusion import Confusion, SegmentationScores
-from vitlab.training.evaluate import Accuracy, autocast, check_targets, each_divergence, evaluate
-from vitlab.uncertainty import ratio_error
+from vitlab.runtime import parallel
+from vitlab.runtime.files import InputError
+from vitlab.runtime.uncertainty import ratio_error
 
-NONE = -100                                     # torch's own number of a target that counts for nothing: no image has it
+# torch's own number of a target that counts for nothing: no image has it
+NONE = -100
 
 
 def ignored(targets: Tensor) -> int:
@@ -36,10 +37,13 @@ def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Te
 
 
 def each_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Each image's own (B); of pixels the mean over those of the image that count. Raises InputError as `check_targets` does."""
+    """Each image's own (B); of pixels the mean over those of the image that count. Raises InputError as `check_targets`
+    does."""
     check_targets(targets)
-    each = F.cross_entropy(logits, targets, reduction="none", ignore_index=ignored(targets))            # (B) or (B, H, W)
-    return each.reshape(len(each), -1).sum(dim=1) / (targets != ignored(targets)).reshape(len(each), -1).sum(dim=1).clamp(min=1)
+    # (B) or (B, H, W)
+    each = F.cross_entropy(logits, targets, reduction="none", ignore_index=ignored(targets))
+    return each.reshape(len(each),
+                        -1).sum(dim=1) / (targets != ignored(targets)).reshape(len(each), -1).sum(dim=1).clamp(min=1)
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
@@ -56,8 +60,8 @@ def log_probabilities(model: nn.Module, images: Tensor, amp: bool | None = False
 
 
 def at_targets(model: nn.Module, given: Tensor, targets: Tensor) -> Tensor:
-    """`log_probabilities` where the targets are: of patches, those of the pixels (the logits of pixels lie between those of patches,
-    and a number that is the same for all classes changes no softmax)."""
+    """`log_probabilities` where the targets are: of patches, those of the pixels (the logits of pixels lie between
+    those of patches, and a number that is the same for all classes changes no softmax)."""
     return given if targets.dim() == 1 else model.upsample(given, targets.shape[1:]).log_softmax(dim=1)
 
 
@@ -77,22 +81,25 @@ class Segmentation:
 
 
 @torch.inference_mode()
-def evaluate_scenes(model: Segmenter, batches: Iterable[tuple[Tensor, Tensor]], *, device: str | torch.device | None = None,
-                    amp: bool | None = False, window: int | tuple[int, int] | None = None, stride: int | tuple[int, int] | None = None,
+def evaluate_scenes(model: Segmenter, batches: Iterable[tuple[Tensor, Tensor]], *,
+                    device: str | torch.device | None = None, amp: bool | None = False,
+                    window: int | tuple[int, int] | None = None, stride: int | tuple[int, int] | None = None,
                     scales: Sequence[float] = (1.0,), flip: bool = False, progress: bool = True) -> Segmentation:
-    """One confusion matrix of all pixels, in eval mode, each image as a whole through `segment` (windows, scales and flips), float32
-    unless amp. Under torchrun each process gives its share of the batches, and all get the sum. Raises InputError where no pixel
-    counts, or as `segment` does.
+    """One confusion matrix of all pixels, in eval mode, each image as a whole through `segment` (windows, scales and
+    flips), float32 unless amp. Under torchrun each process gives its share of the batches, and all get the sum. Raises
+    InputError where no pixel counts, or as `segment` does.
     """
     device = torch.device(device) if device is not None else next(model.parameters()).device
     training = model.training
     model.to(device).eval()
-    confusion, losses, counts = Confusion(model.num_classes), [], []                # of each image: summed over its pixels, and how many
+    # of each image: summed over its pixels, and how many
+    confusion, losses, counts = Confusion(model.num_classes), [], []
     for x, masks in tqdm(batches, desc="evaluate", unit="batch", disable=not progress):
         check_targets(masks)
         masks = masks.to(device)
         with autocast(device, amp):
-            probabilities = segment(model, x.to(device), window=window, stride=stride, scales=scales, flip=flip, batch_size=max(8, len(x)))
+            probabilities = segment(model, x.to(device), window=window, stride=stride, scales=scales, flip=flip,
+                                    batch_size=max(8, len(x)))
         log = probabilities.float().clamp(min=torch.finfo(torch.float32).tiny).log()
         losses += F.nll_loss(log, masks, reduction="none", ignore_index=IGNORE).flatten(1).double().sum(dim=1).tolist()
         confusion.add(log.argmax(dim=1), masks)
@@ -100,8 +107,10 @@ def evaluate_scenes(model: Segmenter, batches: Iterable[tuple[Tensor, Tensor]], 
     model.train(training)
     losses, counts = ([value for each in parallel.gather(values) for value in each] for values in (losses, counts))
     if not sum(counts):
-        raise InputError("no pixel of the split counts: there are no images, or all that their masks hold is to be ignored")
-    return Segmentation(scores=confusion.scores(), loss=sum(losses) / sum(counts), images=len(counts), loss_se=ratio_error(losses, counts))
+        raise InputError("no pixel of the split counts: there are no images, or all that their masks hold is to be "
+                         "ignored")
+    return Segmentation(scores=confusion.scores(), loss=sum(losses) / sum(counts), images=len(counts),
+                        loss_se=ratio_error(losses, counts))
 
 
 def measured(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], **settings: object) -> tuple[str, float]:

@@ -9,15 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vitlab.caveats import caveat_of
-from vitlab.files import InputError, append_line, read_lines, write_lines
-from vitlab.uncertainty import digits_of, error_name, plus_minus
+from vitlab.runtime.caveats import caveat_of
+from vitlab.runtime.files import InputError, append_line, read_lines, write_lines
+from vitlab.runtime.uncertainty import digits_of, error_name, plus_minus
 
-ERRORS = {name: error_name(name) for name in ("top1_pct", "miou_pct", "loss", "distill_loss")}  # what each one's standard error is called
+# what each one's standard error is called
+ERRORS = {name: error_name(name) for name in ("top1_pct", "miou_pct", "loss", "distill_loss")}
 PLUS_MINUS = "±: one standard error over images"
 RATIO = "ratio: the baseline's time divided by the model's, in turn in one process, the median over rounds"
-SURE = 5                                        # rounds from which more have a range of 95 % (`vitlab.training.throughput.median_range`)
-COLUMNS = ("model", "top1_pct", "gmacs", "params_m", "ratio")       # no absolute speed: those of rows timed in several runs don't compare
+# rounds from which more have a range of 95 % (`vitlab.measure.throughput.median_range`)
+SURE = 5
+# no absolute speed: those of rows timed in several runs don't compare
+COLUMNS = ("model", "top1_pct", "gmacs", "params_m", "ratio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,8 @@ class ResultRow:
     throughput_img_s: float | None = None
     latency_ms: float | None = None         # one forward, batch 1 unless the conditions name another
     ratio: float | None = None              # throughput over the baseline's, measured in turn
-    top1_se: float | None = None            # standard errors over images: of top1_pct and miou_pct in points, of loss in nats
+    # standard errors over images: of top1_pct and miou_pct in points, of loss in nats
+    top1_se: float | None = None
     miou_se: float | None = None
     loss_se: float | None = None
     distill_loss: float | None = None       # distance to the dense model's output: mean KL(dense || model), nats
@@ -45,7 +49,8 @@ class ResultRow:
     conditions: dict[str, Any] = field(default_factory=dict)   # device, dtype, batch, threads, seed, versions
 
     def __post_init__(self) -> None:
-        kinds = {"model": (str, "text"), "dataset": (str, "text"), "split": (str, "text"), "conditions": (dict, "mapping")}
+        kinds = {"model": (str, "text"), "dataset": (str, "text"), "split": (str, "text"),
+                 "conditions": (dict, "mapping")}
         for name, value in vars(self).items():
             kind, what = kinds.get(name, ((int, float, type(None)), "number"))
             if isinstance(value, bool) or not isinstance(value, kind):
@@ -91,8 +96,8 @@ def read_rows(path: str | Path) -> list[ResultRow]:
     return [ResultRow(**row) for row in merged.values()]
 
 
-DIGITS = {"top1_pct": 2, "top5_pct": 2, "miou_pct": 2, "pixel_accuracy_pct": 2, "gmacs": 4, "params_m": 3, "throughput_img_s": 1,
-          "ratio": 2, "latency_ms": 2, "loss": 4, "agree_pct": 2, "distill_loss": 4}
+DIGITS = {"top1_pct": 2, "top5_pct": 2, "miou_pct": 2, "pixel_accuracy_pct": 2, "gmacs": 4, "params_m": 3,
+          "throughput_img_s": 1, "ratio": 2, "latency_ms": 2, "loss": 4, "agree_pct": 2, "distill_loss": 4}
 
 
 def format_cell(value: Any, column: str) -> str:
@@ -103,19 +108,22 @@ def format_cell(value: Any, column: str) -> str:
 
 
 def with_range(ratio: float, span: Sequence[float] | None) -> str:
-    """A throughput ratio with its range over the rounds of timing, marked where that holds 1: "1.60 (1.52 to 1.66)". A ratio of one round
-    has no range but the mark; a baseline, and a ratio whose range is not known, stand alone."""
+    """A throughput ratio with its range over the rounds of timing, marked where that holds 1: "1.60 (1.52 to 1.66)". A
+    ratio of one round has no range but the mark; a baseline, and a ratio whose range is not known, stand alone."""
     if span is None:
         return f"{ratio:.2f}"
-    return f"{ratio:.2f}" + (f" ({span[0]:.2f} to {span[1]:.2f})" if span[0] < span[1] else "") + (f", {NOISY}" if noisy(*span) else "")
+    return f"{ratio:.2f}" + (f" ({span[0]:.2f} to {span[1]:.2f})" if span[0] < span[1]
+                             else "") + (f", {NOISY}" if noisy(*span) else "")
 
 
 def ratio_words(speeds: Sequence[dict[str, Any]]) -> str:
-    """What the ratio is, and the range in brackets behind it, of speeds measured under these conditions; rows from before that range was
-    one of the median have the least and the largest round."""
-    ranged = [given for given in speeds if given.get("ratio_range") and given["ratio_range"][0] < given["ratio_range"][1]]
+    """What the ratio is, and the range in brackets behind it, of speeds measured under these conditions; rows from
+    before that range was one of the median have the least and the largest round."""
+    ranged = [given for given in speeds if given.get("ratio_range")
+              and given["ratio_range"][0] < given["ratio_range"][1]]
     sure = [given.get("repeats", 0) > SURE and "ratio:" in given.get("timing", "") for given in ranged]
-    words = (["where that median lies (95 %)"] if any(sure) else []) + (["the least and the largest round"] if not all(sure) else [])
+    words = (["where that median lies (95 %)"] if any(sure)
+             else []) + (["the least and the largest round"] if not all(sure) else [])
     return RATIO + (f"; in brackets {', or '.join(words)}" if words else "")
 
 
@@ -125,7 +133,8 @@ def speed_of(row: ResultRow) -> dict[str, Any]:
 
 
 def shown(row: ResultRow, column: str) -> str:
-    """A row's value as tables show it, with its standard error, or a ratio's range, where one is known: "79.54 ± 1.58"."""
+    """A row's value as tables show it, with its standard error, or a ratio's range, where one is known: "79.54 ±
+    1.58"."""
     value, error = getattr(row, column), getattr(row, ERRORS[column]) if column in ERRORS else None
     if column == "ratio" and value is not None:
         return with_range(value, speed_of(row).get("ratio_range"))
@@ -141,7 +150,8 @@ def in_words(measures: dict[str, Any]) -> str:
 
 
 def format_table(rows: list[ResultRow], columns: tuple[str, ...] = COLUMNS) -> str:
-    """Plain-text table, numbers right-aligned; '-' where nothing was measured. Columns of speed say of which batch (`titles`)."""
+    """Plain-text table, numbers right-aligned; '-' where nothing was measured. Columns of speed say of which batch
+    (`titles`)."""
     return aligned([titles(rows, columns), *([shown(r, c) for c in columns] for r in rows)])
 
 
@@ -153,11 +163,12 @@ def titles(rows: list[ResultRow], columns: tuple[str, ...]) -> list[str]:
 
 
 def notes(rows: list[ResultRow], columns: tuple[str, ...] = COLUMNS) -> str:
-    """What is said once below a table of rows: what ± stands for, what the ratio is (`titles` says of which batch), and the caveat of
-    quick runs and toy data."""
+    """What is said once below a table of rows: what ± stands for, what the ratio is (`titles` says of which batch), and
+    the caveat of quick runs and toy data."""
     known = any(getattr(row, ERRORS[name]) is not None for row in rows for name in columns if name in ERRORS)
     timed = "ratio" in columns and any(row.ratio is not None for row in rows)
-    lines = [PLUS_MINUS if known else "", ratio_words([speed_of(row) for row in rows]) if timed else "", caveat_of(rows)]
+    lines = [PLUS_MINUS if known else "", ratio_words([speed_of(row) for row in rows]) if timed else "",
+             caveat_of(rows)]
     return "\n".join(line for line in lines if line)
 
 
@@ -165,13 +176,16 @@ def conditions_of(row: ResultRow) -> dict[str, Any]:
     """The conditions as one flat mapping: what is nested under names joined by dots; what is None left out."""
     def flat(prefix: str, value: Any) -> dict[str, Any]:
         if isinstance(value, dict):
-            return {k: v for key, inner in value.items() for k, v in flat(f"{prefix}.{key}" if prefix else str(key), inner).items()}
-        return {} if value is None else {prefix: value if isinstance(value, (str, int, float, bool)) else json.dumps(value)}
+            return {k: v for key, inner in value.items() for k,
+                    v in flat(f"{prefix}.{key}" if prefix else str(key), inner).items()}
+        return {} if value is None else {prefix: value if isinstance(value, (str, int, float, bool))
+                                         else json.dumps(value)}
     return flat("", row.conditions)
 
 
 def to_csv(labels: list[str], rows: list[ResultRow]) -> str:
-    """CSV of the rows, each behind its label (the entry it is from): all that was measured, unrounded, and a column a condition."""
+    """CSV of the rows, each behind its label (the entry it is from): all that was measured, unrounded, and a column a
+    condition."""
     names = [f.name for f in dataclasses.fields(ResultRow) if f.name != "conditions"]
     conditions = [conditions_of(row) for row in rows]
     keys = list(dict.fromkeys(key for given in conditions for key in given))
@@ -194,32 +208,37 @@ NOISY = "too noisy to tell"
 
 
 def noisy(ratio_min: float, ratio_max: float) -> bool:
-    """Whether a ratio of that range may as well be 1: the range holds 1, or one round made it. The baseline's own, 1 to 1, is none."""
+    """Whether a ratio of that range may as well be 1: the range holds 1, or one round made it. The baseline's own, 1 to
+    1, is none."""
     return (ratio_min <= 1 <= ratio_max or ratio_min == ratio_max) and not ratio_min == ratio_max == 1
 
 
 def format_speeds(rows: list[ResultRow]) -> str:
-    """Plain-text table of measured speeds, the baseline first, each with the range of its ratio; what the numbers are below it."""
+    """Plain-text table of measured speeds, the baseline first, each with the range of its ratio; what the numbers are
+    below it."""
     measured = rows[0].conditions["speed"]
     cells = [["model", f"images/s (batch {measured['batch_size']})", "ratio", "range", "ms (batch 1)", ""]]
     for row in rows:
         low, high = row.conditions["speed"]["ratio_range"]
         cells.append([row.model, format_cell(row.throughput_img_s, "throughput_img_s"), format_cell(row.ratio, "ratio"),
-                      f"{low:.2f} to {high:.2f}", format_cell(row.latency_ms, "latency_ms"), NOISY if noisy(low, high) else ""])
+                      f"{low:.2f} to {high:.2f}", format_cell(row.latency_ms, "latency_ms"),
+                      NOISY if noisy(low, high) else ""])
     what = "where that median lies (95 %)" if measured["repeats"] > 5 else "the least and the largest of so few rounds"
-    return aligned(cells) + (f"\nratio: median over {measured['repeats']} rounds of the first model's time by this one's, in turn; range: "
+    return aligned(cells) + (f"\nratio: median over {measured['repeats']} rounds of the first model's time by this "
+                             f"one's, in turn; range: "
                              f"{what};\nimages/s: the first model's median, times the ratio; ms: the same at batch 1")
 
 
 def aligned(cells: list[list[str]]) -> str:
     """Plain-text table of a heading and rows, the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(line, widths))).rstrip() for line in cells]
+    lines = ["  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(line, widths))).rstrip()
+             for line in cells]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-         "±": r"$\pm$",
+LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+         ">": r"\textgreater{}", "±": r"$\pm$",
          **{c: f"\\{c}" for c in "&%$#_{}"}}
 
 
@@ -227,9 +246,10 @@ def to_latex(labels: list[str], rows: list[ResultRow], caption: str, columns: tu
     """A LaTeX table of the rows, each behind its label, for the package booktabs; everything in it is escaped."""
     def escaped(text: str) -> str:
         return "".join(LATEX.get(letter, letter) for letter in " ".join(text.split()))
-    lines = [["entry", *titles(rows, columns)], *([label, *(shown(r, c) for c in columns)] for label, r in zip(labels, rows))]
+    lines = [["entry", *titles(rows, columns)],
+             *([label, *(shown(r, c) for c in columns)] for label, r in zip(labels, rows))]
     head, *body = [" & ".join(map(escaped, line)) + r" \\" for line in lines]
     shape = "l" + "".join("r" if c in DIGITS else "l" for c in columns)
     return "\n".join([r"% needs \usepackage{booktabs}", r"\begin{table}", rf"\caption{{{escaped(caption)}}}",
-                      rf"\begin{{tabular}}{{{shape}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}",
-                      r"\end{table}", ""])
+                      rf"\begin{{tabular}}{{{shape}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule",
+                      r"\end{tabular}", r"\end{table}", ""])

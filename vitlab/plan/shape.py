@@ -3,7 +3,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from vitlab.files import InputError
+from vitlab.runtime.files import InputError
 
 POOL_TOKEN = "token"
 DECODERS = ("", "linear", "mask_transformer")
@@ -37,9 +37,11 @@ class ViTShape:
     num_classifiers: int = 1            # 2 for a distilled DeiT
     pool: str = POOL_TOKEN              # "token" needs prefix tokens alone; every other pooling needs all
     qk_norm: bool = False               # whether attention normalises queries and keys
-    decoder: str = ""                   # of DECODERS, gives every patch the logits of num_classes; "": a classifier, or nothing
+    # of DECODERS, gives every patch the logits of num_classes; "": a classifier, or nothing
+    decoder: str = ""
     decoder_depth: int = 0              # blocks of a mask transformer
-    class_token: bool | None = None     # whether the first prefix token is one, and no register; None: wherever there are prefix tokens
+    # whether the first prefix token is one, and no register; None: wherever there are prefix tokens
+    class_token: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("img_size", "patch_size"):
@@ -51,11 +53,13 @@ class ViTShape:
         for f in dataclasses.fields(self):
             if f.type in (int, "int"):
                 value, low = getattr(self, f.name), lowest.get(f.name, 1)
-                require(is_int(value) and value >= low, f"shape.{f.name} is {value!r}; an integer of at least {low} is needed")
+                require(is_int(value) and value >= low, f"shape.{f.name} is {value!r}; an integer of at least {low} is "
+                                                        f"needed")
         require(isinstance(self.qk_norm, bool), f"shape.qk_norm is {self.qk_norm!r}; true or false is needed")
         require(isinstance(self.pool, str), f"shape.pool is {self.pool!r}; a string is needed")
         require(self.decoder in DECODERS, f"shape.decoder is {self.decoder!r}; one of {list(DECODERS)} is needed")
-        require(self.class_token in (None, True, False), f"shape.class_token is {self.class_token!r}; true or false is needed")
+        require(self.class_token in (None, True, False), f"shape.class_token is {self.class_token!r}; true or false is "
+                                                         f"needed")
         object.__setattr__(self, "class_token", self.num_prefix_tokens > 0 and self.class_token is not False)
         require(self.num_patches > 0, f"shape: an image of {self.img_size} holds no patch of {self.patch_size}")
 

@@ -4,7 +4,7 @@
 """
 from dataclasses import dataclass
 
-from vitlab.shape import POOL_TOKEN, ViTShape, is_int, require
+from vitlab.plan.shape import POOL_TOKEN, ViTShape, is_int, require
 
 LARGEST = 3e38                              # of a float32
 PROTECT = 0.1                               # measured: docs/off_the_shelf.md
@@ -20,12 +20,14 @@ class Flow:
     carried: int                    # that go around the block
     after: int                      # that reach the next block
     queried: int | None = None      # of those in the attention, the ones that ask; None: all
-    pooled: int = 0                 # rows that are scaled for a weighted mean, and for what tokens keep of their own stream
+    # rows that are scaled for a weighted mean, and for what tokens keep of their own stream
+    pooled: int = 0
     merges: bool = False            # whether a merge matrix stands before the block
     reconstructs: bool = False      # whether a reconstruct matrix stands after it
     matched: bool = False           # whether tokens may stand for several patches from here on
     compared: int = 0               # pairs of tokens whose keys are multiplied, to find those that are alike
-    ranked_by: str = ""             # heads whose attention ranks tokens before the MLP: "kept", "all", or "" for no ranking
+    # heads whose attention ranks tokens before the MLP: "kept", "all", or "" for no ranking
+    ranked_by: str = ""
 
 
 def whole(entering: int) -> Flow:
@@ -35,7 +37,8 @@ def whole(entering: int) -> Flow:
 
 @dataclass(frozen=True, kw_only=True)
 class _Regions:
-    """What rules share whose patches go into regions by their place: `regions` (n) from 0, -1 for none, and `weights` (n)."""
+    """What rules share whose patches go into regions by their place: `regions` (n) from 0, -1 for none, and `weights`
+    (n)."""
 
     regions: tuple[int, ...]
     weights: tuple[float, ...]
@@ -46,7 +49,8 @@ class _Regions:
         return max(self.regions, default=-1) + 1
 
     def _check_regions(self) -> None:
-        """InputError where regions and weights are not one of each per patch, or regions are not numbered without a gap."""
+        """InputError where regions and weights are not one of each per patch, or regions are not numbered without a
+        gap."""
         n = len(self.regions)
         require(n == len(self.weights), f"{n} regions but {len(self.weights)} weights; one of each per patch is needed")
         require(all(is_int(r) and r >= -1 for r in self.regions), "regions must be integers of at least -1")
@@ -54,23 +58,27 @@ class _Regions:
                 f"regions must be numbered 0 to {self.num_merged - 1} without a gap")
 
     def _tokens(self, shape: ViTShape, entering: int, what: str) -> int:
-        """Tokens in the block. InputError where the rule is for another number of patches, or a block before has selected."""
+        """Tokens in the block. InputError where the rule is for another number of patches, or a block before has
+        selected."""
         require(len(self.regions) == shape.num_patches,
                 f"tokens.regions has {len(self.regions)} entries; the model has {shape.num_patches} patches")
         require(entering == shape.num_tokens,
-                f"tokens {what} by their place, but only {entering} of {shape.num_tokens} come in: a block before has selected")
+                f"tokens {what} by their place, but only {entering} of {shape.num_tokens} come in: a block before has "
+                f"selected")
         return shape.num_prefix_tokens + self.num_merged
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeReconstruct(_Regions):
-    """Token rule of Prune and Merge: merge before the block, reconstruct after it (methods A4 to A6), or, with a `span`, after the
-    last of so many blocks: those between run on the merged tokens, and have no token rule of their own in a plan.
+    """Token rule of Prune and Merge: merge before the block, reconstruct after it (methods A4 to A6), or, with a
+    `span`, after the last of so many blocks: those between run on the merged tokens, and have no token rule of their
+    own in a plan.
 
     The numbers are the matrices' starting values; trained matrices are weights and live in the checkpoint.
     """
 
-    regions: tuple[int, ...]            # per patch: which merged token it goes into, from 0; -1: none (pruned patches only)
+    # per patch: which merged token it goes into, from 0; -1: none (pruned patches only)
+    regions: tuple[int, ...]
     weights: tuple[float, ...]          # per patch: its entry in the merge matrix; 0 where pruned
     pruned: tuple[int, ...] = ()        # patches that skip the block, or the whole span, ascending
     trains: str = "both"                # "both" matrices or "reconstruct" alone
@@ -102,16 +110,17 @@ class MergeReconstruct(_Regions):
     def inside(self, shape: ViTShape, place: int) -> Flow:
         """The flow of the span's block number `place`, from 0."""
         tokens, last = shape.num_prefix_tokens + self.num_merged, place + 1 == self.span
-        return Flow(attended=tokens, in_mlp=tokens, carried=len(self.pruned), after=shape.num_tokens if last else tokens,
-                    merges=not place, reconstructs=last)
+        return Flow(attended=tokens, in_mlp=tokens, carried=len(self.pruned),
+                    after=shape.num_tokens if last else tokens, merges=not place, reconstructs=last)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharedUpdate(_Regions):
     """Token rule of methods C1: the tokens of a region go through the block as their mean, and share its update.
 
-    y_j = z_c + u_c + own * (x_j - z_c), z_c the weighted mean of region c and u_c = Block(z)_c - z_c: with own = 1 every token
-    keeps its own stream, with 0 all of a region become one. No matrices; a region of one token is the plain block.
+    y_j = z_c + u_c + own * (x_j - z_c), z_c the weighted mean of region c and u_c = Block(z)_c - z_c: with own = 1
+    every token keeps its own stream, with 0 all of a region become one. No matrices; a region of one token is the plain
+    block.
     """
 
     regions: tuple[int, ...]            # per patch: its region, from 0; -1: none, the patch skips the block
@@ -130,7 +139,8 @@ class SharedUpdate(_Regions):
             if region >= 0:
                 sums[region] += weight
         wrong = [index for index, total in enumerate(sums) if abs(total - 1) > 1e-4]
-        require(not wrong, f"the weights of region {wrong[0] if wrong else 0} sum to {sums[wrong[0]] if wrong else 1:.6g}; 1 is needed")
+        require(not wrong, f"the weights of region {wrong[0] if wrong else 0} sum to "
+                           f"{sums[wrong[0]] if wrong else 1:.6g}; 1 is needed")
         require(isinstance(self.own, (int, float)) and not isinstance(self.own, bool) and 0 <= self.own <= 1,
                 f"own is {self.own!r}; a number from 0 to 1 is needed")
         require(isinstance(self.proportional, bool), f"proportional is {self.proportional!r}; true or false is needed")
@@ -156,11 +166,12 @@ class SharedUpdate(_Regions):
 
 @dataclass(frozen=True, kw_only=True)
 class Select:
-    """Token rule of methods B3: between attention and MLP the tokens that the class token attends to most stay, each image
-    its own, and one token that is the plain mean of the others is appended."""
+    """Token rule of methods B3: between attention and MLP the tokens that the class token attends to most stay, each
+    image its own, and one token that is the plain mean of the others is appended."""
 
     kept: int                       # tokens that stay by rank, prefix tokens not counted
-    ranked_by: str = "kept"         # heads whose attention is averaged: "kept" ones, or "all": cut heads go on ranking, as
+    # heads whose attention is averaged: "kept" ones, or "all": cut heads go on ranking, as
+    ranked_by: str = "kept"
                                     # in the published code, where heads are masked
 
     kind = "select"
@@ -171,9 +182,11 @@ class Select:
 
     def flow(self, shape: ViTShape, entering: int) -> Flow:
         """InputError where not even two tokens would go (the mean of one is that one), or there is no class token."""
-        require(shape.class_token, f"tokens are selected {BY_CLASS_TOKEN}: a rule that merges, such as match, is needed")
+        require(shape.class_token, f"tokens are selected {BY_CLASS_TOKEN}: a rule that merges, such as match, is "
+                                   f"needed")
         others = entering - shape.num_prefix_tokens
-        require(self.kept <= others - 2, f"{self.kept} tokens are kept; at most {others - 2} of the {others} that come in beside the "
+        require(self.kept <= others - 2, f"{self.kept} tokens are kept; at most {others - 2} of the {others} that come "
+                                         f"in beside the "
                                          "prefix tokens is needed: two at least must go, as one takes their place")
         after = shape.num_prefix_tokens + self.kept + 1
         return Flow(attended=entering, in_mlp=after, carried=0, after=after, ranked_by=self.ranked_by)
@@ -181,34 +194,39 @@ class Select:
 
 @dataclass(frozen=True, kw_only=True)
 class Match:
-    """Token rule that merges by content, each image its own tokens (arXiv 2210.09461): between attention and MLP, tokens with
-    alike keys become one, weighted by how many patches they stand for. From its first block on, every block has this rule (the
-    last may read out)."""
+    """Token rule that merges by content, each image its own tokens (arXiv 2210.09461): between attention and MLP,
+    tokens with alike keys become one, weighted by how many patches they stand for. From its first block on, every block
+    has this rule (the last may read out)."""
 
     merged: int                     # tokens that go, 0 where the block only takes over what those before have merged
-    protect: float = PROTECT        # how much the class token's attention, in units of an even one, counts against being merged
+    # how much the class token's attention, in units of an even one, counts against being merged
+    protect: float = PROTECT
 
     kind = "match"
 
     def __post_init__(self) -> None:
-        require(is_int(self.merged) and self.merged >= 0, f"merged is {self.merged!r}; an integer of at least 0 is needed")
-        require(isinstance(self.protect, (int, float)) and not isinstance(self.protect, bool) and 0 <= self.protect < LARGEST,
+        require(is_int(self.merged) and self.merged >= 0, f"merged is {self.merged!r}; an integer of at least 0 is "
+                                                          f"needed")
+        require(isinstance(self.protect, (int, float)) and not isinstance(self.protect, bool)
+                and 0 <= self.protect < LARGEST,
                 f"protect is {self.protect!r}; a number of at least 0 is needed")
 
     def flow(self, shape: ViTShape, entering: int) -> Flow:
         """InputError where more than half of the tokens would go: every other one is there to be merged into."""
         count = entering - shape.num_prefix_tokens
-        require(self.merged <= count // 2, f"{self.merged} tokens are merged; at most half of the {count} beside the prefix tokens can be")
+        require(self.merged <= count // 2, f"{self.merged} tokens are merged; at most half of the {count} beside the "
+                                           f"prefix tokens can be")
         require(not self.protect or shape.class_token, f"tokens are protected {BY_CLASS_TOKEN}: protect 0 is needed")
         after, sources, targets = entering - self.merged, count - count // 2, count // 2
         return Flow(attended=entering, in_mlp=after, carried=0, after=after, matched=True,
-                    compared=sources * targets + entering if self.merged else 0, pooled=self.merged + targets if self.merged else 0)
+                    compared=sources * targets + entering if self.merged else 0,
+                    pooled=self.merged + targets if self.merged else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOut:
-    """Token rule of a last block that computes what the classifier reads, and no more: all tokens are attended to, but the prefix
-    tokens alone ask and go on. Exact for class-token pooling: what it leaves out, nothing looks at."""
+    """Token rule of a last block that computes what the classifier reads, and no more: all tokens are attended to, but
+    the prefix tokens alone ask and go on. Exact for class-token pooling: what it leaves out, nothing looks at."""
 
     kind = "read_out"
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from vitlab.criteria.hsic import at_least_float32, dependence, gaussian_kernels
-from vitlab.files import InputError
+from vitlab.measure.averaging import Batches, averaged, frozen_eval, hooks
+from vitlab.measure.pixels import cross_entropy, each_cross_entropy, logits_of
 from vitlab.models import attention_block, check_supported, is_merged, shape_of
 from vitlab.models.held import Merged
 from vitlab.models.match import MatchBlock
-from vitlab.training.averaging import Batches, averaged, frozen_eval, hooks
-from vitlab.training.pixels import cross_entropy, each_cross_entropy, logits_of
+from vitlab.runtime.files import InputError
 
 ABSOLUTE = ("batch", "image")
 Scored = tuple[Tensor, int]                     # token scores (L, n), how many images had a part in them
@@ -28,8 +28,9 @@ def need_classifier(model: nn.Module, what: str) -> None:
 
 
 class ValueGradient:
-    """Hooks on each block's qkv. In the backward pass, <V[b,j], dLoss/dV[b,j]> is summed over heads and width, and `found` gets for
-    each block, (N): its absolute value summed over the batch (absolute "image"), or that of its sum ("batch").
+    """Hooks on each block's qkv. In the backward pass, <V[b,j], dLoss/dV[b,j]> is summed over heads and width, and
+    `found` gets for each block, (N): its absolute value summed over the batch (absolute "image"), or that of its sum
+    ("batch").
 
     That equals the sum over queries i of dLoss/dA[i, j] * A[i, j] with A the softmax attention (O = A V is linear in
     A), so nothing of size N x N is kept and fused attention stays on. It holds where attention dropout is 0.
@@ -56,7 +57,8 @@ class ValueGradient:
         return forward
 
 
-def _by_gradient(model: nn.Module, batches: Batches, absolute: str, device: str | torch.device | None, progress: bool) -> Scored:
+def _by_gradient(model: nn.Module, batches: Batches, absolute: str, device: str | torch.device | None,
+                 progress: bool) -> Scored:
     """Gradient-weighted attention   (A1)."""
     need_classifier(model, "token scores")
     capture, each = ValueGradient(model, absolute), absolute == "image"
@@ -65,7 +67,9 @@ def _by_gradient(model: nn.Module, batches: Batches, absolute: str, device: str 
         logits = model(images)
         # No image's gradient depends on another's, so that of the summed losses holds each image's own.
         (each_cross_entropy(logits, targets).sum() if each else cross_entropy(logits, targets)).backward()
-        scores = torch.stack([found / (a.num_heads * len(found)) for found, a in zip(capture.found, capture.attentions)])      # (L, N)
+        # (L, N)
+        scores = torch.stack([found / (a.num_heads * len(found)) for found,
+                              a in zip(capture.found, capture.attentions)])
         return (scores / len(images) if each else scores,)
     with hooks(capture.handles), torch.enable_grad():
         found = averaged(model, batches, step, what="token scores", device=device, progress=progress)
@@ -74,13 +78,15 @@ def _by_gradient(model: nn.Module, batches: Batches, absolute: str, device: str 
 
 
 def _attention(attn: nn.Module, qkv: Tensor, queries: int | None = None) -> Tensor:
-    """Softmax attention of the first `queries` tokens (None: of all) to every token: qkv (B, N, 3 H d) -> (B, H, queries, N)."""
+    """Softmax attention of the first `queries` tokens (None: of all) to every token: qkv (B, N, 3 H d) -> (B, H,
+    queries, N)."""
     q, k, _ = qkv.unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)       # each (B, H, N, d)
     q, k = attn.q_norm(q[:, :, :queries]), attn.k_norm(k)
     return (q * attn.scale @ k.mT).softmax(dim=-1)
 
 
-def _attention_hooks(model: nn.Module, found: list, reduce: Callable[[Tensor], Tensor], queries: int | None = None) -> list:
+def _attention_hooks(model: nn.Module, found: list, reduce: Callable[[Tensor], Tensor],
+                     queries: int | None = None) -> list:
     """Handles of hooks that put reduce(attention of block l) into found[l]."""
     def hook(index: int, attn: nn.Module):
         def forward(module: nn.Module, inputs: tuple, qkv: Tensor) -> None:
@@ -93,19 +99,22 @@ def _by_class_attention(model: nn.Module, batches: Batches, absolute: str, devic
                         progress: bool) -> Scored:
     """The class token's attention, averaged over heads and images."""
     if model.cls_token is None:
-        raise InputError("the criterion class_attention needs a class token; the model has none: gradient and hsic need none")
+        raise InputError("the criterion class_attention needs a class token; the model has none: gradient and hsic "
+                         "need none")
     rows: list[Any] = [None] * len(model.blocks)                                # (N) each, of the hooks
 
     def step(images: Tensor, targets: Tensor) -> tuple[Tensor]:
         model(images)
         return (torch.stack(rows),)                                             # (L, N)
     # The class token is the first of the prefix tokens in every supported family.
-    with hooks(_attention_hooks(model, rows, lambda a: at_least_float32(a).mean(dim=(0, 1, 2)), queries=1)), torch.no_grad():
+    with hooks(_attention_hooks(model, rows, lambda a: at_least_float32(a).mean(dim=(0, 1, 2)),
+                                queries=1)), torch.no_grad():
         found = averaged(model, batches, step, what="token scores", device=device, progress=progress)
     return found.values[0][:, model.num_prefix_tokens:], found.images
 
 
-def _by_hsic(model: nn.Module, batches: Batches, absolute: str, device: str | torch.device | None, progress: bool) -> Scored:
+def _by_hsic(model: nn.Module, batches: Batches, absolute: str, device: str | torch.device | None,
+             progress: bool) -> Scored:
     """Dependence of the softmax output on what enters the block at each patch   (B1)."""
     need_classifier(model, "token scores by hsic")
     prefix, depth = model.num_prefix_tokens, len(model.blocks)
@@ -120,7 +129,8 @@ def _by_hsic(model: nn.Module, batches: Batches, absolute: str, device: str | to
         probabilities = at_least_float32(logits_of(model, images)).softmax(dim=1).flatten(1)
         return (torch.stack([dependence(k, probabilities) for k in kernels]) / len(images)**2,)         # (L, n)
     with hooks([b.register_forward_pre_hook(hook(i)) for i, b in enumerate(model.blocks)]), torch.no_grad():
-        found = averaged(model, batches, step, what="token scores by hsic", device=device, progress=progress, at_least=2)
+        found = averaged(model, batches, step, what="token scores by hsic", device=device, progress=progress,
+                         at_least=2)
     return found.values[0] * found.batch**2, found.images
 
 
@@ -129,11 +139,12 @@ TOKEN_CRITERIA = {"gradient": _by_gradient, "class_attention": _by_class_attenti
 
 def token_scores(model: nn.Module, batches: Batches, *, criterion: str = "gradient", absolute: str = "image",
                  device: str | torch.device | None = None, progress: bool = True) -> Tensor:
-    """Scores s (L, n) of every patch in every block, higher is kept. model: dense, taken in eval mode. Each image counts alike,
-    however the images come in batches. B: images in a batch (the mean where they differ), H heads, N tokens.
+    """Scores s (L, n) of every patch in every block, higher is kept. model: dense, taken in eval mode. Each image
+    counts alike, however the images come in batches. B: images in a batch (the mean where they differ), H heads, N
+    tokens.
 
-    criterion "gradient": gradient-weighted attention (A1). absolute "image": with Loss_b each image's own loss (of pixels the mean
-    over those of the image that count),
+    criterion "gradient": gradient-weighted attention (A1). absolute "image": with Loss_b each image's own loss (of
+    pixels the mean over those of the image that count),
 
         s_l[j] = mean over images b of | sum over h, i of dLoss_b/dA[b,h,i,j] * A[b,h,i,j] | / (H * N)
 
@@ -141,17 +152,19 @@ def token_scores(model: nn.Module, batches: Batches, *, criterion: str = "gradie
 
         s_l[j] += | sum over b, h, i of dLoss/dA[b,h,i,j] * A[b,h,i,j] | / (B * H * N)
 
-    summed over batches, one of b images weighing b / B (1 where all are as large). Images of a batch cancel in it, so it depends on
-    the batch size and on which images share a batch, and those of a smaller last batch, of which fewer cancel, still count for more
-    than others (measured on DeiT-tiny: docs/prune_and_merge.md). The other criteria have no use for absolute.
+    summed over batches, one of b images weighing b / B (1 where all are as large). Images of a batch cancel in it, so
+    it depends on the batch size and on which images share a batch, and those of a smaller last batch, of which fewer
+    cancel, still count for more than others (measured on DeiT-tiny: docs/prune_and_merge.md). The other criteria have
+    no use for absolute.
 
     criterion "class_attention": s_l[j] = mean over images and heads of A[b,h,0,j], the class token's attention, 0 to 1.
 
-    criterion "hsic": s_l[j] = HSIC(X_j, softmax output), X_j (B x D) what enters block l at patch j (B1), of each batch. HSIC grows
-    with the square of the batch, so batches of b images weigh b (B / b)^2; one of a single image has nothing to say.
+    criterion "hsic": s_l[j] = HSIC(X_j, softmax output), X_j (B x D) what enters block l at patch j (B1), of each
+    batch. HSIC grows with the square of the batch, so batches of b images weigh b (B / b)^2; one of a single image has
+    nothing to say.
 
-    Raises InputError for an unknown criterion, where the family can't be handled, there is no batch (for hsic of two images), no
-    classifier (or for class_attention no class token), or the model's tokens are merged already.
+    Raises InputError for an unknown criterion, where the family can't be handled, there is no batch (for hsic of two
+    images), no classifier (or for class_attention no class token), or the model's tokens are merged already.
     """
     return scored(model, batches, criterion=criterion, absolute=absolute, device=device, progress=progress)[0]
 
@@ -185,13 +198,14 @@ def attention_maps(model: nn.Module, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def token_places(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
-    """Which token each patch went into, for plots: {block: (B, n), from 0} of every block from the first that merges by content
-    on. Raises InputError for a model in which none does."""
+    """Which token each patch went into, for plots: {block: (B, n), from 0} of every block from the first that merges by
+    content on. Raises InputError for a model in which none does."""
     found = {}
 
     def hook(index: int):
         def forward(block: MatchBlock, inputs: tuple, given: Merged | Tensor) -> None:
-            given = given if isinstance(given, Merged) else block.merged(*inputs)       # a last block has given the grid back
+            # a last block has given the grid back
+            given = given if isinstance(given, Merged) else block.merged(*inputs)
             if isinstance(given, Merged):
                 found[index] = given.places.cpu()
         return forward

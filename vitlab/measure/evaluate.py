@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from vitlab import parallel
-from vitlab.files import InputError
-from vitlab.uncertainty import share_error, standard_error
+from vitlab.runtime import parallel
+from vitlab.runtime.files import InputError
+from vitlab.runtime.uncertainty import share_error, standard_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,8 @@ class Accuracy:
     broken: int
     top1_se: float | None = None        # standard errors over images: of top1_pct in points, of loss in nats
     loss_se: float | None = None
-    distill_loss: float | None = None   # where there is a dense model: mean KL(dense || model), nats, and its standard error
+    # where there is a dense model: mean KL(dense || model), nats, and its standard error
+    distill_loss: float | None = None
     distill_loss_se: float | None = None
 
 
@@ -45,11 +46,13 @@ def cpu_has_bf16() -> bool:
 
 
 def check_targets(targets: torch.Tensor) -> None:
-    """InputError where targets are not one class number an image (B) or a pixel (B, H, W). Outputs are measured as one softmax: of
-    a model that gives several labels an image (trained by binary cross-entropy on targets (B, K)), its top-1, cross-entropy and
-    distance to the dense model would mean nothing."""
-    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool or targets.dim() not in (1, 3):
-        raise InputError(f"targets are {targets.dtype} {tuple(targets.shape)}; one class number an image (B), or a pixel (B, H, W), is "
+    """InputError where targets are not one class number an image (B) or a pixel (B, H, W). Outputs are measured as one
+    softmax: of a model that gives several labels an image (trained by binary cross-entropy on targets (B, K)), its
+    top-1, cross-entropy and distance to the dense model would mean nothing."""
+    numbers = targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool
+    if numbers or targets.dim() not in (1, 3):
+        raise InputError(f"targets are {targets.dtype} {tuple(targets.shape)}; one class number an image (B), or a "
+                         f"pixel (B, H, W), is "
                          "needed: outputs are measured as one softmax, and several labels an image are not")
 
 
@@ -60,10 +63,11 @@ def each_divergence(given: torch.Tensor, expected: torch.Tensor) -> torch.Tensor
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], *, device: str | torch.device | None = None,
-             amp: bool | None = False, dense: nn.Module | None = None, progress: bool = True) -> Accuracy:
-    """Exact counts over all readable images, in eval mode, float32 unless amp. dense: a model whose output the distance is measured to.
-    Raises InputError where there is no image, or for targets that are not class numbers.
+def evaluate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], *,
+             device: str | torch.device | None = None, amp: bool | None = False, dense: nn.Module | None = None,
+             progress: bool = True) -> Accuracy:
+    """Exact counts over all readable images, in eval mode, float32 unless amp. dense: a model whose output the distance
+    is measured to. Raises InputError where there is no image, or for targets that are not class numbers.
 
     Under torchrun each process gives its share of the batches, and all get the counts of all of them.
     """
@@ -86,11 +90,12 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tenso
     model.train(training)
     counts = torch.tensor([top1, top5, len(getattr(batches, "broken", ()))], dtype=torch.int64)
     top1, top5, broken = parallel.total(counts).tolist()
-    losses, distances = ([value for each in parallel.gather(values) for value in each] for values in (losses, distances))
+    losses, distances = ([value for each in parallel.gather(values) for value in each]
+                         for values in (losses, distances))
     if not losses:
         raise InputError("no image of the split could be read")
     count, classes = len(losses), max(parallel.gather(classes))
-    return Accuracy(top1_pct=100 * top1 / count, top5_pct=100 * top5 / count if classes >= 5 else None, loss=sum(losses) / count,
-                    images=count, broken=broken, top1_se=share_error(top1, count), loss_se=standard_error(losses),
-                    distill_loss=sum(distances) / count if distances else None,
+    return Accuracy(top1_pct=100 * top1 / count, top5_pct=100 * top5 / count if classes >= 5 else None,
+                    loss=sum(losses) / count, images=count, broken=broken, top1_se=share_error(top1, count),
+                    loss_se=standard_error(losses), distill_loss=sum(distances) / count if distances else None,
                     distill_loss_se=standard_error(distances) if distances else None)

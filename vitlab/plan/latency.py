@@ -1,4 +1,4 @@
-"""Latency of any counts, predicted from a table of what the parts of a block take; vitlab.training.latency measures one.
+"""Latency of any counts, predicted from a table of what the parts of a block take; vitlab.measure.latency measures one.
 
 A model's latency is the sum of its parts', each interpolated in what was measured of it, as in the latency tables of
 ProxylessNAS (Cai et al., 2018, arXiv 1812.00332), for the form that vitlab deploys.
@@ -11,45 +11,53 @@ from typing import Any
 import numpy as np
 from scipy.interpolate import RegularGridInterpolator
 
-from vitlab.cost import Counts, previous
-from vitlab.files import InputError, atomic_write, read_json
-from vitlab.shape import POOL_TOKEN, ViTShape, require
+from vitlab.plan.cost import Counts, previous
+from vitlab.plan.shape import POOL_TOKEN, ViTShape, require
+from vitlab.runtime.files import InputError, atomic_write, read_json
 
-FORMAT, VERSION = "vitlab.latency", 2
-AXES = {"stem": ("tokens",), "attention": ("tokens", "heads"), "select": ("tokens", "ranking heads"), "mlp": ("tokens", "neurons"),
-        "fold": ("rows", "columns"), "carry": ("rows",), "pool": ("tokens",), "match": ("tokens",), "head": ("tokens",),
-        "read_out": ("tokens", "heads")}
-OPTIONAL = {"select", "match", "read_out"}      # a model without a class token selects none; one of few patches matches none
+FORMAT, VERSION = "vitlab.plan.latency", 2
+AXES = {"stem": ("tokens",), "attention": ("tokens", "heads"), "select": ("tokens", "ranking heads"),
+        "mlp": ("tokens", "neurons"), "fold": ("rows", "columns"), "carry": ("rows",), "pool": ("tokens",),
+        "match": ("tokens",), "head": ("tokens",), "read_out": ("tokens", "heads")}
+# a model without a class token selects none; one of few patches matches none
+OPTIONAL = {"select", "match", "read_out"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LatencyTable:
     """Milliseconds of each part of a model for one batch, by what it depends on (AXES).
 
-    stem: embedding of patches and positions; attention, mlp: the halves of a block, with norm and residual; select: ranking
-    and choice of tokens; pool: means of regions, and what their tokens share; match: merging alike tokens; read_out: an attention
-    in which the prefix tokens alone ask; fold: a matrix (rows, columns) over the tokens;
+    stem: embedding of patches and positions; attention, mlp: the halves of a block, with norm and residual; select:
+    ranking and choice of tokens; pool: means of regions, and what their tokens share; match: merging alike tokens;
+    read_out: an attention in which the prefix tokens alone ask; fold: a matrix (rows, columns) over the tokens;
     carry: tokens split off before a block and joined again after it; head: norm, pooling, classifier.
     """
 
     shape: ViTShape                             # of the dense model
-    conditions: dict[str, Any]                  # machine, device, dtype, batch_size, threads, ...: what the times hold for
+    # machine, device, dtype, batch_size, threads, ...: what the times hold for
+    conditions: dict[str, Any]
     axes: dict[str, tuple[np.ndarray, ...]]     # per part and axis: counts, integers, ascending
-    ms: dict[str, np.ndarray]                   # per part: (len of axis, ...) times; no "select" where none can be selected
-    scale: float = 1.0                          # whole models' time over the sum of their parts': memory is fetched anew
+    # per part: (len of axis, ...) times; no "select" where none can be selected
+    ms: dict[str, np.ndarray]
+    # whole models' time over the sum of their parts': memory is fetched anew
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         require(set(AXES) - OPTIONAL <= set(self.ms) <= set(AXES) and set(self.axes) == set(self.ms),
                 f"the table holds the parts {sorted(self.ms)}; {sorted(AXES)} are needed")
         for part, ms in self.ms.items():
             axes = [np.asarray(axis) for axis in self.axes[part]]
-            require(len(axes) == len(AXES[part]) and all(a.ndim == 1 and len(a) and (np.diff(a) > 0).all() for a in axes),
+            require(len(axes) == len(AXES[part])
+                    and all(a.ndim == 1 and len(a) and (np.diff(a) > 0).all() for a in axes),
                     f"{part}: an ascending axis of {' and of '.join(AXES[part])} is needed")
-            require(ms.shape == tuple(map(len, axes)), f"{part}: times are {ms.shape}; {tuple(map(len, axes))} is needed")
-        require(all(np.isfinite(v).all() and np.all(v > 0) for v in (*self.ms.values(), self.scale)), "times must be positive")
+            require(ms.shape == tuple(map(len, axes)), f"{part}: times are {ms.shape}; {tuple(map(len, axes))} is "
+                                                       f"needed")
+        require(all(np.isfinite(v).all() and np.all(v > 0) for v in (*self.ms.values(), self.scale)),
+                "times must be positive")
 
     def _at(self, part: str, where: np.ndarray, *counts: np.ndarray | int) -> np.ndarray:
-        """ms of `part`, linear in each axis between what was measured; 0 where not `where`. InputError outside the axes."""
+        """ms of `part`, linear in each axis between what was measured; 0 where not `where`. InputError outside the
+        axes."""
         wanted, *every = np.broadcast_arrays(where, *counts)
         ms, values = np.zeros(wanted.shape), [each[wanted] for each in every]
         if not wanted.any():
@@ -64,11 +72,13 @@ class LatencyTable:
     def by_part(self, counts: Counts) -> dict[str, np.ndarray]:
         """latency_ms (...) of one batch by part, for counts (..., L), in the deployed form (as in cost.macs_of).
 
-        Before a block that merges, and after one that reconstructs, stands a fold of (C_l + p_l) x (C_k + p_k), at the end of a
-        model one to the prefix tokens (class-token pooling) or to all. Raises InputError for counts that the table does not hold.
+        Before a block that merges, and after one that reconstructs, stands a fold of (C_l + p_l) x (C_k + p_k), at the
+        end of a model one to the prefix tokens (class-token pooling) or to all. Raises InputError for counts that the
+        table does not hold.
         """
         c = Counts(**dict(zip(vars(counts), np.broadcast_arrays(*vars(counts).values()))))
-        require(c.heads.shape[-1] == self.shape.depth, f"counts of {c.heads.shape[-1]} blocks; the table is for {self.shape.depth}")
+        require(c.heads.shape[-1] == self.shape.depth, f"counts of {c.heads.shape[-1]} blocks; the table is for "
+                                                       f"{self.shape.depth}")
         everything, always = self.shape.num_tokens, np.ones(c.heads.shape, dtype=bool)
         rows, state = c.attended + c.carried, c.in_mlp + c.carried              # that enter and leave each block
         wanted = self.shape.num_prefix_tokens if self.shape.pool == POOL_TOKEN else everything
@@ -78,15 +88,18 @@ class LatencyTable:
                  "read_out": self._at("read_out", ~asked, c.attended, c.heads),
                  "select": self._at("select", c.ranking > 0, c.attended, c.ranking),
                  "mlp": self._at("mlp", always, c.in_mlp, c.neurons),
-                 "fold": self._at("fold", c.merges | previous(c.reconstructs, False), rows, previous(state, everything)),
+                 "fold": self._at("fold", c.merges | previous(c.reconstructs, False), rows,
+                                  previous(state, everything)),
                  "carry": self._at("carry", c.carried > 0, rows),
                  "pool": self._at("pool", shares, c.attended),
                  "match": self._at("match", c.compared > 0, c.attended)}
         parts = {part: ms.sum(axis=-1) for part, ms in parts.items()}           # (...)
         parts["fold"] = parts["fold"] + self._at("fold", last, wanted, end)
         parts["stem"] = self._at("stem", always[..., 0], everything)
-        matched = (c.compared > 0).any(axis=-1) & asked[..., -1]                # given back by the last block, unless it reads out
-        left = np.where(shares[..., -1] | matched, everything, end)             # and one that shares an update leaves every token
+        # given back by the last block, unless it reads out
+        matched = (c.compared > 0).any(axis=-1) & asked[..., -1]
+        # and one that shares an update leaves every token
+        left = np.where(shares[..., -1] | matched, everything, end)
         parts["head"] = self._at("head", always[..., 0], np.where(last, wanted, left))
         return {part: self.scale * parts[part] for part in AXES}
 
@@ -98,7 +111,8 @@ class LatencyTable:
         """Write as JSON, atomically."""
         parts = {p: {"axes": [a.tolist() for a in self.axes[p]], "ms": ms.tolist()} for p, ms in self.ms.items()}
         atomic_write(path, json.dumps({"format": FORMAT, "version": VERSION, "shape": self.shape.stored(),
-                                       "conditions": self.conditions, "scale": self.scale, "parts": parts}, indent=1) + "\n")
+                                       "conditions": self.conditions, "scale": self.scale, "parts": parts}, indent=1)
+                     + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "LatencyTable":

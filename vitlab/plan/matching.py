@@ -1,8 +1,10 @@
-"""Merging by content, as pure functions: which tokens of an image are alike, what they become, and where each patch went.
+"""Merging by content, as pure functions: which tokens of an image are alike, what they become, and where each patch
+went.
 
-Bipartite soft matching of *Token Merging: Your ViT But Faster* (arXiv 2210.09461, section 3), with two additions: tokens that
-matter are protected, and every patch keeps its place, so that the whole grid can be given back. B images, n tokens (no prefix
-tokens among them), W width of what is compared, r tokens that go. Sources are the tokens 0, 2, 4, ..., targets the others.
+Bipartite soft matching of *Token Merging: Your ViT But Faster* (arXiv 2210.09461, section 3), with two additions:
+tokens that matter are protected, and every patch keeps its place, so that the whole grid can be given back. B images, n
+tokens (no prefix tokens among them), W width of what is compared, r tokens that go. Sources are the tokens 0, 2, 4,
+..., targets the others.
 """
 import torch
 import torch.fx
@@ -14,17 +16,20 @@ from torch import Tensor
 def match(keys: Tensor, merged: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Which sources go, and into which targets.
 
-    keys (B, n, W), compared by cosine; importance (B, n): a source goes the later the larger it is (cosine less importance
-    ranks them). Returns order (B, sources), first those that go, the most alike first, then those that stay, in order of place: what
-    stays alike is no matter of rounding then, nor are the halves of the next matching. And into (B, r), the target of each that goes.
+    keys (B, n, W), compared by cosine; importance (B, n): a source goes the later the larger it is (cosine less
+    importance ranks them). Returns order (B, sources), first those that go, the most alike first, then those that stay,
+    in order of place: what stays alike is no matter of rounding then, nor are the halves of the next matching. And into
+    (B, r), the target of each that goes.
     """
     alike = F.normalize(keys, dim=-1)
     best, partner = (alike[:, ::2] @ alike[:, 1::2].transpose(1, 2)).max(dim=-1)
     if importance is not None:
         best = best - importance[:, ::2]
-    # Ranks by comparing all pairs, equals in order of place: no runtime sorts them otherwise, and none lacks the operators.
+    # Ranks by comparing all pairs, equals in order of place: no runtime sorts them otherwise, and none lacks the
+    # operators.
     first, place = best[:, :, None], torch.arange(best.shape[1], device=best.device)
-    rank = ((best[:, None] > first) | ((best[:, None] == first) & (place < place[:, None]))).sum(dim=2)         # (B, sources)
+    # (B, sources)
+    rank = ((best[:, None] > first) | ((best[:, None] == first) & (place < place[:, None]))).sum(dim=2)
     stays = rank >= merged
     where = torch.where(stays, merged + stays.cumsum(dim=1) - 1, rank)
     order = torch.zeros_like(where).scatter(1, where, place.expand_as(where))
@@ -44,13 +49,15 @@ def merge(x: Tensor, sizes: Tensor, order: Tensor, into: Tensor) -> tuple[Tensor
     """
     batch, count, dim = x.shape
     gone, targets = into.shape[1], count // 2
-    sources = x.reshape(-1, dim).index_select(0, _flat(2 * order, count)).unflatten(0, (-1, order.shape[1]))  # (B, sources, D)
+    # (B, sources, D)
+    sources = x.reshape(-1, dim).index_select(0, _flat(2 * order, count)).unflatten(0, (-1, order.shape[1]))
     weight, where = sizes[:, ::2].gather(1, order), _flat(into, targets)
     total = sizes[:, 1::2].reshape(-1).index_add(0, where, weight[:, :gone].reshape(-1))
     summed = (x[:, 1::2] * sizes[:, 1::2, None]).flatten(0, 1).index_add(
         0, where, (sources[:, :gone] * weight[:, :gone, None]).flatten(0, 1))
     means = (summed / total[:, None]).unflatten(0, (batch, targets)).to(x.dtype)
-    return torch.cat([sources[:, gone:], means], dim=1), torch.cat([weight[:, gone:], total.unflatten(0, (batch, targets))], dim=1)
+    return torch.cat([sources[:, gone:], means],
+                     dim=1), torch.cat([weight[:, gone:], total.unflatten(0, (batch, targets))], dim=1)
 
 
 @torch.fx.wrap
@@ -69,5 +76,6 @@ def new_places(order: Tensor, into: Tensor, count: int) -> Tensor:
 def give_back(x: Tensor, places: Tensor, num_prefix_tokens: int) -> Tensor:
     """Every patch takes the value of the token it went into: x (B, P + K, D), places (B, n) -> (B, P + n, D)."""
     prefix, rest = x.split((num_prefix_tokens, x.shape[1] - num_prefix_tokens), dim=1)
-    given = rest.reshape(-1, x.shape[2]).index_select(0, _flat(places, rest.shape[1])).unflatten(0, (-1, places.shape[1]))
+    given = rest.reshape(-1,
+                         x.shape[2]).index_select(0, _flat(places, rest.shape[1])).unflatten(0, (-1, places.shape[1]))
     return torch.cat([prefix, given], dim=1)

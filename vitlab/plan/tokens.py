@@ -11,42 +11,47 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from vitlab.files import InputError
-from vitlab.rules import MergeReconstruct, SharedUpdate
-from vitlab.shape import is_int, require
+from vitlab.plan.rules import MergeReconstruct, SharedUpdate
+from vitlab.plan.shape import is_int, require
+from vitlab.runtime.files import InputError
 
-DECAY, DECAY_DEPTH = {"center": 0.025, "merge": 0.015}, 12      # per block, of the normalised scores (A2); in as many blocks
+# per block, of the normalised scores (A2); in as many blocks
+DECAY, DECAY_DEPTH = {"center": 0.025, "merge": 0.015}, 12
 PRUNE_RATE, KEEP_RATE = 0.1, 0.6                # published settings
 BOUNDARY, WEIGHTS = "grid", "score"             # the better ones on measured accuracy: docs/prune_and_merge.md
 SPANS = 3                                       # of blocks that run on the same merged tokens
 
 
 def even_spans(depth: int, count: int = SPANS) -> list[tuple[int, int]]:
-    """(first, last) blocks of `count` spans of as equal a length as can be, after the first sixth of the blocks, which stay whole: what
-    is alike is not known there yet."""
+    """(first, last) blocks of `count` spans of as equal a length as can be, after the first sixth of the blocks, which
+    stay whole: what is alike is not known there yet."""
     edges = np.linspace(depth // 6, depth, min(count, depth - depth // 6) + 1).round().astype(int).tolist()
     return [(first, after - 1) for first, after in zip(edges, edges[1:])]
 
 
 def check_spans(spans: Sequence[Sequence[float]], depth: int, rated: bool = True) -> None:
-    """InputError naming the span that is no (first block, last block, keep rate), or without the rate where not `rated`, out of the
-    model, or not after the one before."""
+    """InputError naming the span that is no (first block, last block, keep rate), or without the rate where not
+    `rated`, out of the model, or not after the one before."""
     form = "(first block, last block, keep rate)" if rated else "(first block, last block)"
     require(len(spans) > 0, f"no span is given; {form} of one at least is needed")
     end = -1
     for span in spans:
         require(isinstance(span, (tuple, list)) and len(span) == 2 + rated and is_int(span[0]) and is_int(span[1])
-                and isinstance(span[-1], (int, float)) and not isinstance(span[-1], bool), f"span {span!r} is not {form}")
+                and isinstance(span[-1], (int, float)) and not isinstance(span[-1], bool),
+                f"span {span!r} is not {form}")
         first, last = span[:2]
-        require(0 <= first <= last < depth, f"span {first}-{last}: its blocks must lie from 0 to {depth - 1}, the first not after the last")
-        require(first > end, f"span {first}-{last} begins before the one that ends with block {end} is over; spans must ascend and "
+        require(0 <= first <= last < depth, f"span {first}-{last}: its blocks must lie from 0 to {depth - 1}, the "
+                                            f"first not after the last")
+        require(first > end, f"span {first}-{last} begins before the one that ends with block {end} is over; spans "
+                             f"must ascend and "
                              "have no block in common")
         end = last
 
 
 def decay_of(rule: str, depth: int) -> float:
-    """The published decay per block of a rule; where there are other than 12 blocks, the one with which the last block's factor is
-    theirs, 1 - 11 * 0.025 = 0.725 (center): decay * 11 / (depth - 1). One block has none. Raises InputError for an unknown rule."""
+    """The published decay per block of a rule; where there are other than 12 blocks, the one with which the last
+    block's factor is theirs, 1 - 11 * 0.025 = 0.725 (center): decay * 11 / (depth - 1). One block has none. Raises
+    InputError for an unknown rule."""
     require(rule in DECAY, f"rule {rule!r} is not known; known are {sorted(DECAY)}")
     return DECAY[rule] * ((DECAY_DEPTH - 1) / (depth - 1)) if depth > 1 else 0.0
 
@@ -110,7 +115,8 @@ def _regions_reference(centers: list[int], n: int, columns: int) -> Tensor:
 
 
 def _regions_grid(centers: list[int], n: int, columns: int) -> Tensor:
-    """Every patch to the center nearest on the grid (Voronoi cells); a tie goes to the center that is first in raster."""
+    """Every patch to the center nearest on the grid (Voronoi cells); a tie goes to the center that is first in
+    raster."""
     patch = torch.arange(n)
     center = torch.tensor(centers)
     dy = patch[:, None] // columns - center // columns                          # (n, C)
@@ -149,7 +155,8 @@ def merge_rule(scores: Tensor, unpruned: Tensor, centers: Tensor, *, columns: in
     1 / size, the only one with which a constant region stays constant through reconstruct @ merge, too.
     """
     n = len(scores)
-    require(rule != "center" or boundary in BOUNDARIES, f"boundary {boundary!r} is not known; known are {sorted(BOUNDARIES)}")
+    require(rule != "center" or boundary in BOUNDARIES, f"boundary {boundary!r} is not known; known are "
+                                                        f"{sorted(BOUNDARIES)}")
     require(weights in WEIGHTINGS, f"weights {weights!r} is not known; known are {sorted(WEIGHTINGS)}")
     if bool(centers.all()):
         return None
@@ -179,13 +186,15 @@ def merge_rule(scores: Tensor, unpruned: Tensor, centers: Tensor, *, columns: in
             divisor = t[centers][slot]                                          # regions are numbered by their center
         else:
             divisor = per_region(t) / per_region(t > 0)
-        none = ~(per_region(t) > 0)                                             # all scores of a region 0: the plain mean
+        # all scores of a region 0: the plain mean
+        none = ~(per_region(t) > 0)
         entry = torch.where(none, 1 / per_region(torch.ones(n)), t / torch.where(none, 1, divisor))
     entry = torch.where(unpruned, entry, 0)
     if not (literal and rule == "merge"):
         regions = torch.where(unpruned, regions, -1)
     return MergeReconstruct(regions=tuple(regions.tolist()), weights=tuple(entry.tolist()),
-                            pruned=tuple((~unpruned).nonzero().flatten().tolist()), trains="both" if rule == "center" else "reconstruct")
+                            pruned=tuple((~unpruned).nonzero().flatten().tolist()),
+                            trains="both" if rule == "center" else "reconstruct")
 
 
 def shared(rule: MergeReconstruct | None, own: float = 1.0, proportional: bool = True) -> SharedUpdate | None:
@@ -211,7 +220,8 @@ def merge_matrix(rule: MergeReconstruct, num_prefix_tokens: int, dtype: torch.dt
 
 def reconstruct_matrix(merge: Tensor) -> Tensor:
     """Pseudo-inverse (N, C) of a merge matrix (C, N) (A5). Its rows have disjoint supports, so they are orthogonal and
-    the pseudo-inverse is the transpose with column c divided by ||row c||^2 (a row of zeros gives a column of zeros)."""
+    the pseudo-inverse is the transpose with column c divided by ||row c||^2 (a row of zeros gives a column of
+    zeros)."""
     norm = merge.square().sum(dim=1)
     return merge.T / torch.where(norm > 0, norm, 1)
 
@@ -241,8 +251,8 @@ def fold(reconstruct: Tensor, carried: Tensor, merge: Tensor, carry_next: Tensor
 def select(x: Tensor, ranking: Tensor, kept: int, num_prefix_tokens: int) -> Tensor:
     """The `kept` best tokens of each image and the plain mean of the others (methods B3).
 
-    x (B, N, D), ranking (B, N), higher stays; prefix tokens always stay, first and in order. Returns (B, P + kept + 1, D),
-    the mean last; it is summed in float32 at least.
+    x (B, N, D), ranking (B, N), higher stays; prefix tokens always stay, first and in order. Returns (B, P + kept + 1,
+    D), the mean last; it is summed in float32 at least.
     """
     prefix, others = x.split((num_prefix_tokens, x.shape[1] - num_prefix_tokens), dim=1)
     order = ranking[:, num_prefix_tokens:].topk(others.shape[1], dim=1).indices            # (B, n)

@@ -17,21 +17,20 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vitlab import tokens
-from vitlab.cost import counts_of
 from vitlab.criteria.planning import prune_and_merge
-from vitlab.files import InputError, cache_folder
-from vitlab.latency import AXES, LatencyTable
+from vitlab.measure.throughput import DTYPES, _once, conditions, hold_memory, measure
 from vitlab.models import compress, deploy, encoder_of, shape_of
 from vitlab.models.attention import PrefixAttention, attention_as
 from vitlab.models.match import MatchBlock
 from vitlab.models.segmenter import Segmenter
 from vitlab.models.share import SharedUpdateBlock
 from vitlab.models.shrink import keep_heads, keep_neurons
-from vitlab.plan import CompressionPlan
-from vitlab.rules import Match, SharedUpdate
-from vitlab.shape import ViTShape, require
-from vitlab.training.throughput import DTYPES, _once, conditions, hold_memory, measure
+from vitlab.plan import CompressionPlan, tokens
+from vitlab.plan.cost import counts_of
+from vitlab.plan.latency import AXES, LatencyTable
+from vitlab.plan.rules import Match, SharedUpdate
+from vitlab.plan.shape import ViTShape, require
+from vitlab.runtime.files import InputError, cache_folder
 
 
 def grid_axes(shape: ViTShape) -> dict[str, tuple[np.ndarray, ...]]:
@@ -55,12 +54,14 @@ def grid_axes(shape: ViTShape) -> dict[str, tuple[np.ndarray, ...]]:
 
 def _whole_models(model: nn.Module, shape: ViTShape) -> list[tuple[CompressionPlan, nn.Module]]:
     """Four deployed models that `scale` is fitted on: heads and neurons at random, tokens merged in two of them. Random
-    counts are rarely a multiple of what the processor takes at once; round ones run faster, and the scale would be too low."""
+    counts are rarely a multiple of what the processor takes at once; round ones run faster, and the scale would be too
+    low."""
     plans, chance = [], random.Random(0)
     for keep_rate in (1.0, 0.8, 1.0, 0.6):
         scores = torch.rand(shape.depth, shape.num_patches, generator=torch.Generator().manual_seed(0)) + 0.1
         plan = prune_and_merge(scores, shape, keep_rate=keep_rate, prune_rate=(1 - keep_rate) / 2)
-        units = [{"heads": tuple(range(chance.randint(1, shape.num_heads))), "neurons": tuple(range(chance.randint(1, shape.num_neurons)))}
+        units = [{"heads": tuple(range(chance.randint(1, shape.num_heads))),
+                  "neurons": tuple(range(chance.randint(1, shape.num_neurons)))}
                  for _ in plan.blocks]
         blocks = (dataclasses.replace(block, **kept) for block, kept in zip(plan.blocks, units))
         plans.append(dataclasses.replace(plan, blocks=tuple(blocks)))
@@ -73,19 +74,25 @@ def _even_regions(patches: int, count: int) -> SharedUpdate:
     return SharedUpdate(regions=regions, weights=tuple(1 / regions.count(r) for r in regions))
 
 
-def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]], batch: int) -> Iterator[tuple[str, tuple, Callable, Tensor]]:
-    """(part, place in its grid, function, its input) of every time in the table; blocks are copies of the model's first."""
-    like, prefix, dim, generator = next(model.parameters()), model.num_prefix_tokens, model.embed_dim, torch.Generator().manual_seed(0)
+def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]],
+            batch: int) -> Iterator[tuple[str, tuple, Callable, Tensor]]:
+    """(part, place in its grid, function, its input) of every time in the table; blocks are copies of the model's
+    first."""
+    like, prefix, dim, generator = next(model.parameters()), model.num_prefix_tokens, model.embed_dim, torch.Generator(
+        ).manual_seed(0)
     image = torch.randn(batch, model.in_chans, *model.patch_embed.img_size, generator=generator).to(like)
     numbers = torch.randn(batch * int(axes["stem"][0][0]) * dim, generator=generator).to(like)
-    by_heads, by_neurons = ({count: copy.deepcopy(model.blocks[0]) for count in axes[part][1]} for part in ("attention", "mlp"))
+    by_heads, by_neurons = ({count: copy.deepcopy(model.blocks[0]) for count in axes[part][1]}
+                            for part in ("attention", "mlp"))
     for count, block in by_heads.items():
         keep_heads(block.attn, range(count))
     for count, block in by_neurons.items():
         keep_neurons(block.mlp, range(count))
-    asking = {count: attention_as(PrefixAttention, block.attn, num_prefix_tokens=prefix) for count, block in by_heads.items()}
+    asking = {count: attention_as(PrefixAttention, block.attn, num_prefix_tokens=prefix) for count,
+              block in by_heads.items()}
     folds = {(rows, n): torch.ones(int(rows), int(n)).to(like) for rows in axes["fold"][0] for n in axes["fold"][1]}
-    pools = {n: SharedUpdateBlock(nn.Identity(), _even_regions(model.patch_embed.num_patches, int(n - prefix)), prefix).to(like)
+    pools = {n: SharedUpdateBlock(nn.Identity(), _even_regions(model.patch_embed.num_patches, int(n - prefix)),
+                                  prefix).to(like)
              for n in axes["pool"][0]}
 
     plain = copy.deepcopy(model.blocks[0])
@@ -108,19 +115,21 @@ def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]], batch: in
            "carry": lambda x, n: torch.cat(x.tensor_split(2, dim=1), dim=1),
            "pool": lambda x, n: pools[n](x),
            "match": match,
-           "read_out": lambda x, n, heads: x[:, :prefix] + (b := by_heads[heads]).drop_path1(b.ls1(asking[heads](b.norm1(x)))),
-           "head": lambda x, n: model.forward_head(encoder.norm(x))}
+           "read_out": lambda x, n,
+           heads: x[:, :prefix] + (b := by_heads[heads]).drop_path1(b.ls1(asking[heads](b.norm1(x)))), "head": lambda x,
+           n: model.forward_head(encoder.norm(x))}
     for part, grid in axes.items():
         for place in np.ndindex(*map(len, grid)):
             counts = [axis[i] for axis, i in zip(grid, place)]
-            n = int(axes["stem"][0][0] if part == "pool" else counts[AXES[part].index("columns") if part == "fold" else 0])
+            n = int(axes["stem"][0][0] if part == "pool"
+                    else counts[AXES[part].index("columns") if part == "fold" else 0])
             yield (part, place, lambda x, piece=run[part], counts=counts: piece(x, *counts),
                    image if part == "stem" else numbers[:batch * n * dim].view(batch, n, dim))      # (B, n, D)
 
 
 def conditions_of(model: nn.Module, batch_size: int, dtype: str, device: str | torch.device) -> dict[str, Any]:
-    """What a table holds for, beside the ViTShape: machine, device, dtype, batch, threads, torch, a block's modules, and what
-    a decoder was given."""
+    """What a table holds for, beside the ViTShape: machine, device, dtype, batch, threads, torch, a block's modules,
+    and what a decoder was given."""
     if dtype not in DTYPES or batch_size < 1:
         raise InputError(f"dtype {dtype!r}, batch_size {batch_size}; one of {sorted(DTYPES)} and at least 1 are needed")
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -137,8 +146,8 @@ def measure_table(model: nn.Module, *, batch_size: int = 32, dtype: str = "float
     """Time every part of a dense model at every place of its grid, and four whole models for the scale.
 
     Medians over `repeats` rounds through all places in turn, so that drift of the machine spreads evenly; each timing
-    repeats the part until it lasts min_seconds. The model itself stays as it is. Raises InputError for a model that can't be
-    handled, an unknown dtype, or a size below 1.
+    repeats the part until it lasts min_seconds. The model itself stays as it is. Raises InputError for a model that
+    can't be handled, an unknown dtype, or a size below 1.
     """
     shape, found = shape_of(model), conditions_of(model, batch_size, dtype, device)
     require(repeats >= 1, f"repeats is {repeats}; at least 1 is needed")
@@ -152,7 +161,8 @@ def measure_table(model: nn.Module, *, batch_size: int = 32, dtype: str = "float
         _once(piece, x, 1)                                                      # warm-up
         runs.append(max(1, round(min_seconds / _once(piece, x, 1))))
     seconds: list[list[float]] = [[] for _ in pieces]
-    with tqdm(total=repeats * len(pieces), desc=f"latency table, batch {batch_size}", unit="timing", disable=not progress) as bar:
+    with tqdm(total=repeats * len(pieces), desc=f"latency table, batch {batch_size}", unit="timing",
+              disable=not progress) as bar:
         for _ in range(repeats):
             for (_, _, piece, x), count, times in zip(pieces, runs, seconds):
                 times.append(_once(piece, x, count))
@@ -170,8 +180,8 @@ def latency_table(model: nn.Module, *, batch_size: int = 32, dtype: str = "float
                   cache: str | Path | None = None, **settings: Any) -> LatencyTable:
     """The table of `measure_table` (settings go there), read where it was measured before under the same conditions.
 
-    cache: folder; None: $VITLAB_CACHE, or ~/.cache/vitlab. A file there that is damaged or of other conditions is measured
-    anew with a warning that names it.
+    cache: folder; None: $VITLAB_CACHE, or ~/.cache/vitlab. A file there that is damaged or of other conditions is
+    measured anew with a warning that names it.
     """
     shape, found = shape_of(model), conditions_of(model, batch_size, dtype, device)
     key = hashlib.sha256(json.dumps([shape.stored(), found], sort_keys=True).encode()).hexdigest()[:16]
@@ -188,7 +198,8 @@ def latency_table(model: nn.Module, *, batch_size: int = 32, dtype: str = "float
     try:
         table.save(path)
     except OSError as error:
-        warnings.warn(f"{path}: the table could not be kept ({error.strerror}); it will be measured again", stacklevel=2)
+        warnings.warn(f"{path}: the table could not be kept ({error.strerror}); it will be measured again",
+                      stacklevel=2)
     return table
 
 
@@ -204,12 +215,12 @@ class PredictionError:
     largest: float
 
 
-def prediction_error(table: LatencyTable, models: dict[str, tuple[CompressionPlan, nn.Module]], *, device: str | torch.device = "cpu",
-                     repeats: int = 5, **settings: Any) -> PredictionError:
+def prediction_error(table: LatencyTable, models: dict[str, tuple[CompressionPlan, nn.Module]], *,
+                     device: str | torch.device = "cpu", repeats: int = 5, **settings: Any) -> PredictionError:
     """Measure deployed models {name: (plan, model)} at the table's batch and dtype, against what it predicts.
 
-    settings go to throughput.measure. Raises InputError where a plan is for another shape, or where device, threads or torch
-    are not what the table was measured with.
+    settings go to throughput.measure. Raises InputError where a plan is for another shape, or where device, threads or
+    torch are not what the table was measured with.
     """
     batch, dtype = table.conditions["batch_size"], table.conditions["dtype"]
     for name, now in conditions(torch.device(device), dtype, batch, 1).items():

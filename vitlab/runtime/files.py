@@ -14,7 +14,7 @@ LOCK, WAIT = ".lock", 8.0                       # seconds that a folder may stil
 
 def _shipped(name: str) -> Path:
     """A folder that comes with vitlab: inside the package where that was installed, beside it in a checkout."""
-    inside = Path(__file__).resolve().parent / name
+    inside = Path(__file__).resolve().parents[1] / name
     return inside if inside.is_dir() else inside.parents[1] / name
 
 
@@ -22,19 +22,21 @@ NOTEBOOKS, BATCHES = _shipped("notebooks"), _shipped("batches")
 
 
 def from_root(path: str | Path) -> Path:
-    """`path` with ~ as the home folder; in the notebooks' own folder, where JupyterLab starts their kernels, a relative path that is
-    not there is from the project's root, as the folder of a study is."""
+    """`path` with ~ as the home folder; in the notebooks' own folder, where JupyterLab starts their kernels, a relative
+    path that is not there is from the project's root, as the folder of a study is."""
     path = Path(path).expanduser()
     return NOTEBOOKS.parent / path if not path.is_absolute() and not path.exists() and Path.cwd() == NOTEBOOKS else path
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: $VITLAB_CACHE, or ~/.cache/vitlab. Raises RuntimeError where there is no home."""
+    """Where what can be made again is kept: $VITLAB_CACHE, or ~/.cache/vitlab. Raises RuntimeError where there is no
+    home."""
     return Path(os.environ.get("VITLAB_CACHE") or Path.home() / ".cache" / "vitlab")
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong; the message names what, where, and what would be right. A notebook shows it alone."""
+    """Something the user gave is wrong; the message names what, where, and what would be right. A notebook shows it
+    alone."""
 
     def _render_traceback_(self) -> list[str]:
         """What IPython prints in place of a traceback."""
@@ -79,7 +81,8 @@ def first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def locked(folder: str | Path) -> Generator[None]:
-    """Hold `folder` for this process: a second one that wants it is refused. A process that dies, however, lets go of it.
+    """Hold `folder` for this process: a second one that wants it is refused. A process that dies, however, lets go of
+    it.
 
     Raises InputError naming the folder where another process holds it.
     """
@@ -90,7 +93,8 @@ def locked(folder: str | Path) -> Generator[None]:
         with FileLock(folder / LOCK, timeout=WAIT, thread_local=False):
             yield
     except Timeout:
-        raise InputError(f"{folder}: another process works in this folder; wait for it, stop it, or choose another folder") from None
+        raise InputError(f"{folder}: another process works in this folder; wait for it, stop it, or choose another "
+                         f"folder") from None
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Scores of every head and neuron of a model over a data set; the criteria themselves are in vitlab.criteria.units.
 
-*Multi-Dimensional Vision Transformer Compression via Dependency Guided Gaussian Process Search* (Hou and Kung, CVPRW 2022,
-arXiv 2201.00043), methods B1 and B2.
+*Multi-Dimensional Vision Transformer Compression via Dependency Guided Gaussian Process Search* (Hou and Kung, CVPRW
+2022, arXiv 2201.00043), methods B1 and B2.
 """
 import itertools
 from collections.abc import Callable, Iterable, Mapping
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vitlab import parallel
 from vitlab.criteria.compensation import Moments
 from vitlab.criteria.hsic import CHUNK, at_least_float32, shared_dependence
 from vitlab.criteria.units import (
@@ -22,27 +21,30 @@ from vitlab.criteria.units import (
     head_kernels,
     unit_criterion,
 )
-from vitlab.files import InputError
+from vitlab.measure.averaging import Batches, averaged, frozen_eval, hooks
+from vitlab.measure.capture import need_classifier
+from vitlab.measure.moments import KINDS, Fisher, Layer, each_moments, fisher, mixing_layer
+from vitlab.measure.pixels import each_cross_entropy, logits_of
 from vitlab.models import shape_of
 from vitlab.models.support import plain_linear
-from vitlab.training.averaging import Batches, averaged, frozen_eval, hooks
-from vitlab.training.capture import need_classifier
-from vitlab.training.moments import KINDS, Fisher, Layer, each_moments, fisher, mixing_layer
-from vitlab.training.pixels import each_cross_entropy, logits_of
+from vitlab.runtime import parallel
+from vitlab.runtime.files import InputError
 
 
 def _unit_hooks(model: nn.Module, see: Callable[[str, int, Tensor], None], kinds: tuple[str, ...] = KINDS) -> list:
-    """Handles of hooks that call see(kind, block, units), units (B, N, U, d) on the way into the linear that mixes them:
-    head outputs into attn.proj, hidden units after the activation (d = 1) into mlp.fc2.
+    """Handles of hooks that call see(kind, block, units), units (B, N, U, d) on the way into the linear that mixes
+    them: head outputs into attn.proj, hidden units after the activation (d = 1) into mlp.fc2.
     """
     def hook(kind: str, index: int, count: int):
         def before(module: nn.Module, inputs: tuple) -> tuple[Tensor]:
             x = inputs[0]
-            if torch.is_grad_enabled() and not x.requires_grad:     # the first block: the graph begins here, not at the image
+            # the first block: the graph begins here, not at the image
+            if torch.is_grad_enabled() and not x.requires_grad:
                 x = x.detach().requires_grad_()
             units = x.unflatten(2, (count, -1))                                 # (B, N, U d) -> (B, N, U, d)
             see(kind, index, units)
-            return (units.flatten(2),)                                          # through `units`, so that its gradient exists
+            # through `units`, so that its gradient exists
+            return (units.flatten(2),)
         return before
     handles = []
     for index, block in enumerate(model.blocks):
@@ -57,8 +59,10 @@ def _unit_weights(block: nn.Module) -> dict[str, Tensor]:
     heads, d = block.attn.num_heads, block.attn.head_dim
     for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
         plain_linear(linear)
-    qkv = block.attn.qkv.weight.detach().unflatten(0, (3, heads, d)).transpose(0, 1).flatten(1)      # (3 H d, D) -> (H, 3 d D)
-    proj = block.attn.proj.weight.detach().unflatten(1, (heads, d)).transpose(0, 1).flatten(1)       # (D, H d) -> (H, D d)
+    # (3 H d, D) -> (H, 3 d D)
+    qkv = block.attn.qkv.weight.detach().unflatten(0, (3, heads, d)).transpose(0, 1).flatten(1)
+    # (D, H d) -> (H, D d)
+    proj = block.attn.proj.weight.detach().unflatten(1, (heads, d)).transpose(0, 1).flatten(1)
     return {"heads": torch.cat([qkv, proj], dim=1),
             "neurons": torch.cat([block.mlp.fc1.weight.detach(), block.mlp.fc2.weight.detach().T], dim=1)}
 
@@ -67,8 +71,8 @@ def _over_images(model: nn.Module, batches: Batches, criterion: UnitCriterion, s
                  device: str | torch.device | None, progress: bool) -> tuple[Tensor, Tensor, int]:
     """(head scores (L, H), neuron scores (L, M), images that had a part in them) of a criterion that reads activations.
 
-    HSIC of b images grows with b^2: head scores are averaged over b^2, and B^2 put back, B the mean batch. Neuron scores are scaled
-    to [0, 1] in each batch.
+    HSIC of b images grows with b^2: head scores are averaged over b^2, and B^2 put back, B the mean batch. Neuron
+    scores are scaled to [0, 1] in each batch.
     """
     found: dict[str, list] = {kind: [None] * len(model.blocks) for kind in KINDS}
     needs_gradient, dependent = criterion.needs == "gradients", criterion.needs == "output"
@@ -91,13 +95,14 @@ def _over_images(model: nn.Module, batches: Batches, criterion: UnitCriterion, s
             each_cross_entropy(logits, targets).sum().backward()                # each image's own loss
         return tuple(torch.stack(found[kind]) for kind in KINDS)
     with hooks(_unit_hooks(model, see)), torch.set_grad_enabled(needs_gradient):
-        mean = averaged(model, batches, step, what=what, device=device, progress=progress, at_least=2 if dependent else 1)
+        mean = averaged(model, batches, step, what=what, device=device, progress=progress,
+                        at_least=2 if dependent else 1)
     heads, neurons = mean.values
     return heads * mean.batch**2 if dependent else heads, neurons, mean.images
 
 
-def _by_moments(model: nn.Module, batches: Batches, criterion: UnitCriterion, seed: int, device: str | torch.device | None,
-                progress: bool, made_by: dict[str, str]) -> UnitScores:
+def _by_moments(model: nn.Module, batches: Batches, criterion: UnitCriterion, seed: int,
+                device: str | torch.device | None, progress: bool, made_by: dict[str, str]) -> UnitScores:
     """Scores from second moments of what each linear that mixes units takes in, over all tokens of all images."""
     device, images = torch.device(device or next(model.parameters()).device), 0
 
@@ -121,8 +126,8 @@ def _by_moments(model: nn.Module, batches: Batches, criterion: UnitCriterion, se
 
 def by_moments(model: nn.Module, moments: Iterable[tuple[Layer, Moments]], criterion: UnitCriterion,
                costs: Mapping[Layer, Fisher] | None = None) -> dict[str, Tensor]:
-    """{"heads": (L, H), "neurons": (L, M)} scores by a criterion that needs moments, of every layer that mixes units; errors of its output
-    count by what they cost (`fisher`), or all alike."""
+    """{"heads": (L, H), "neurons": (L, M)} scores by a criterion that needs moments, of every layer that mixes units;
+    errors of its output count by what they cost (`fisher`), or all alike."""
     found: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     for (index, kind), own in moments:
         linear, width = mixing_layer(model.blocks[index], kind)
@@ -132,18 +137,20 @@ def by_moments(model: nn.Module, moments: Iterable[tuple[Layer, Moments]], crite
     return {kind: torch.stack(scores) for kind, scores in found.items()}
 
 
-def unit_scores(model: nn.Module, batches: Batches, *, criterion: str = "hsic", relevance_weight: float = RELEVANCE_WEIGHT,
-                magnitude_weight: float = MAGNITUDE_WEIGHT, redundancy_weight: float = REDUNDANCY_WEIGHT, chunk: int = CHUNK,
-                seed: int = 0, device: str | torch.device | None = None, progress: bool = True) -> UnitScores:
+def unit_scores(model: nn.Module, batches: Batches, *, criterion: str = "hsic",
+                relevance_weight: float = RELEVANCE_WEIGHT, magnitude_weight: float = MAGNITUDE_WEIGHT,
+                redundancy_weight: float = REDUNDANCY_WEIGHT, chunk: int = CHUNK, seed: int = 0,
+                device: str | torch.device | None = None, progress: bool = True) -> UnitScores:
     """Scores of every head (L, H) and neuron (L, M) of a dense model, higher is kept. model: taken in eval mode.
 
     criterion, a name of vitlab.criteria.units.UNIT_CRITERIA:
-    "hsic": the published scores of each batch (B2), with the three weights, averaged over images: a batch of b weighs b, its HSIC
-    (B / b)^2, B the mean batch, and one of a single image has nothing to say. Of the activations only the kernels (B x B a unit)
-    and magnitudes are kept until the softmax output is known: L (M + H) B^2 numbers; temporaries are those of `chunk` neurons.
-    "reconstruction": the place in a greedy elimination, by second moments of what proj and fc2 take in, over all images.
-    "fisher": the same, errors of a layer's output counted by what they cost at the model's own (`training.moments.fisher`).
-    "activation", "taylor": means over all images. "weight", "random" (uniform, from seed): the batches are not read.
+    "hsic": the published scores of each batch (B2), with the three weights, averaged over images: a batch of b weighs
+    b, its HSIC (B / b)^2, B the mean batch, and one of a single image has nothing to say. Of the activations only the
+    kernels (B x B a unit) and magnitudes are kept until the softmax output is known: L (M + H) B^2 numbers; temporaries
+    are those of `chunk` neurons. "reconstruction": the place in a greedy elimination, by second moments of what proj
+    and fc2 take in, over all images. "fisher": the same, errors of a layer's output counted by what they cost at the
+    model's own (`training.moments.fisher`). "activation", "taylor": means over all images. "weight", "random" (uniform,
+    from seed): the batches are not read.
 
     Raises InputError for an unknown criterion, a compressed model, a family that can't be handled, no image (for hsic
     no two in a batch), no classifier where the output is needed, or a chunk below 1.
@@ -170,7 +177,8 @@ def unit_scores(model: nn.Module, batches: Batches, *, criterion: str = "hsic", 
         made_by |= {"relevance_weight": str(relevance_weight), "magnitude_weight": str(magnitude_weight),
                     "redundancy_weight": str(redundancy_weight)}
         settings = {"heads": {"redundancy_weight": redundancy_weight},
-                    "neurons": {"relevance_weight": relevance_weight, "magnitude_weight": magnitude_weight, "chunk": chunk}}
+                    "neurons": {"relevance_weight": relevance_weight, "magnitude_weight": magnitude_weight,
+                                "chunk": chunk}}
     heads, neurons, images = _over_images(model, batches, chosen, settings, what, device, progress)
     return UnitScores(heads=heads, neurons=neurons, made_by=made_by | {"images": str(images)})
 

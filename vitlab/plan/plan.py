@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vitlab.files import InputError, atomic_write, read_json
-from vitlab.rules import TOKEN_RULES, Flow, MergeReconstruct, TokenRule, whole
-from vitlab.shape import ViTShape, is_int, require
+from vitlab.plan.rules import TOKEN_RULES, Flow, MergeReconstruct, TokenRule, whole
+from vitlab.plan.shape import ViTShape, is_int, require
+from vitlab.runtime.files import InputError, atomic_write, read_json
 
 FORMAT, VERSION = "vitlab.plan", 1
 
@@ -60,7 +60,8 @@ class CompressionPlan:
 
     def check_fits(self, shape: ViTShape) -> None:
         """InputError naming every size in which the model and the plan differ (classifier, decoder and pooling may)."""
-        free = ("num_classes", "num_classifiers", "pool", "in_chans", "qk_norm", "decoder", "decoder_depth", "class_token")
+        free = ("num_classes", "num_classifiers", "pool", "in_chans", "qk_norm", "decoder", "decoder_depth",
+                "class_token")
         wrong = [f"{f.name} {getattr(shape, f.name)} (plan: {getattr(self.shape, f.name)})"
                  for f in dataclasses.fields(shape)
                  if f.name not in free and getattr(shape, f.name) != getattr(self.shape, f.name)]
@@ -69,16 +70,18 @@ class CompressionPlan:
             dataclasses.replace(self, shape=dataclasses.replace(self.shape, class_token=False))
 
     def rules(self) -> list[tuple[TokenRule | None, int]]:
-        """The token rule that each block runs by, and its place in the blocks of that rule: (None, 0) where all tokens stay,
-        (rule, 0), and (rule, 1), (rule, 2) ... in the blocks of a span after its first. InputError naming the block of a span that
-        runs past the last block or holds another rule."""
+        """The token rule that each block runs by, and its place in the blocks of that rule: (None, 0) where all tokens
+        stay, (rule, 0), and (rule, 1), (rule, 2) ... in the blocks of a span after its first. InputError naming the
+        block of a span that runs past the last block or holds another rule."""
         rules, last = [], len(self.blocks)
         for index, block in enumerate(self.blocks):
             rule, place = rules[-1] if rules else (None, 0)
             inside, span = place + 1 < getattr(rule, "span", 1), getattr(block.tokens, "span", 1)
-            require(not inside or block.tokens is None, f"block {index}: it stays merged in the span that begins in block "
+            require(not inside or block.tokens is None, f"block {index}: it stays merged in the span that begins in "
+                                                        f"block "
                     f"{index - place - 1}, and can have no token rule of its own; null is needed")
-            require(index + span <= last, f"block {index}: tokens stay merged for {span} blocks from here, but {last - index} "
+            require(index + span <= last, f"block {index}: tokens stay merged for {span} blocks from here, but "
+                                          f"{last - index} "
                     f"{'is' if index + 1 == last else 'are'} left; a span of at most {last - index} is needed")
             rules.append((rule, place + 1) if inside else (block.tokens, 0))
         return rules
@@ -106,9 +109,11 @@ class CompressionPlan:
     def _check_follows(self, flow: Flow, before: Flow) -> None:
         """InputError where a block can't take what the one before it gives."""
         what = "selected" if flow.ranked_by else "matched"
-        require(not (before.reconstructs and (flow.ranked_by or flow.compared)), f"tokens are {what} right after a block that merged: "
+        require(not (before.reconstructs and (flow.ranked_by or flow.compared)), f"tokens are {what} right after a "
+                                                                                 f"block that merged: "
                 "those of a region rank alike there but for rounding; a block without a token rule must stand between")
-        require(flow.matched or not before.matched or flow.queried is not None, "tokens were merged by content before: from there on "
+        require(flow.matched or not before.matched or flow.queried is not None, "tokens were merged by content before: "
+                                                                                "from there on "
                 'every block needs rule "match" (merged 0 where none are to go), the last one that or "read_out"')
         require(before.matched or not flow.matched or before.after == self.shape.num_tokens,
                 "tokens are matched, but a block before has selected some: one of the two rules is needed, not both")
@@ -157,8 +162,8 @@ class CompressionPlan:
 
     @classmethod
     def load(cls, path: str | Path, shape: ViTShape | None = None) -> "CompressionPlan":
-        """Read and check, also that it is for a model of `shape`, whose classifier or decoder and pooling it then has: its cost is that
-        model's. InputError names the file, the block and the field."""
+        """Read and check, also that it is for a model of `shape`, whose classifier or decoder and pooling it then has:
+        its cost is that model's. InputError names the file, the block and the field."""
         plan = cls.from_json(read_json(path), str(path))
         try:
             plan.check_fits(shape or plan.shape)
@@ -171,7 +176,8 @@ class CompressionPlan:
 def _build(cls: Any, data: Any, where: str) -> Any:
     require(isinstance(data, dict), f"{where} must be an object")
     known = {f.name: f for f in dataclasses.fields(cls)}
-    needed = {n for n, f in known.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    needed = {n for n,
+              f in known.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
     require(not set(data) - set(known), f"{where}: unknown {sorted(set(data) - set(known))}; known are {sorted(known)}")
     require(not needed - set(data), f"{where}: {sorted(needed - set(data))} missing")
     try:

@@ -1,4 +1,5 @@
-"""Cost of a (shape, plan): multiply-adds (MACs) per image, by part, as exact integers; and a model's parameters by part.
+"""Cost of a (shape, plan): multiply-adds (MACs) per image, by part, as exact integers; and a model's parameters by
+part.
 
 One MAC is two FLOPs; the papers write FLOPs for MACs. Everything that is multiplied counts, the merge, reconstruct and
 fold products too; form "published" leaves those out, as the tables of arXiv 2503.23455 do. Counts may have leading
@@ -9,12 +10,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import nn
 
-from vitlab.files import InputError
 from vitlab.plan import CompressionPlan
-from vitlab.shape import POOL_TOKEN, ViTShape
+from vitlab.plan.shape import POOL_TOKEN, ViTShape
+from vitlab.runtime.files import InputError
 
 FORMS = ("deployed", "training", "published")
-PARTS = ("patch_embed", "qkv", "attention", "proj", "mlp", "select", "merge", "reconstruct", "fold", "classifier", "decoder")
+PARTS = ("patch_embed", "qkv", "attention", "proj", "mlp", "select", "merge", "reconstruct", "fold", "classifier",
+         "decoder")
 SELECT_IN = (3, 6, 9)                           # blocks that select tokens in arXiv 2201.00043, from 0
 
 
@@ -30,11 +32,14 @@ class Counts:
     merges: np.ndarray              # bool: a merge matrix stands before the block
     reconstructs: np.ndarray        # bool: a reconstruct matrix stands after it
     ranking: np.ndarray             # heads whose attention ranks tokens before the MLP; 0 where none are selected
-    # Rows scaled for a mean of tokens, and for what a token keeps of its own; pairs of tokens whose keys are multiplied.
+    # Rows scaled for a mean of tokens, and for what a token keeps of its own; pairs of tokens whose keys are
+    # multiplied.
     pooled: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
     compared: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
-    queried: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))    # tokens that ask in the attention; empty: all in it
-    ranks_anew: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=bool))     # bool: the ranking has weights of its own
+    # tokens that ask in the attention; empty: all in it
+    queried: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    # bool: the ranking has weights of its own
+    ranks_anew: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=bool))
 
     def __post_init__(self) -> None:
         if not self.queried.size:
@@ -60,26 +65,29 @@ def previous(values: np.ndarray, first: int) -> np.ndarray:
 
 
 def _head_macs(shape: ViTShape) -> int:
-    """MACs of what follows the encoder: a classifier D K for each there is; a linear decoder n D K; a mask transformer of L blocks on
-    the n patches and K classes, n D^2 + L (n + K) (12 D^2 + 2 (n + K) D) + (n + K) D^2 + n D K (arXiv 2105.05633)."""
+    """MACs of what follows the encoder: a classifier D K for each there is; a linear decoder n D K; a mask transformer
+    of L blocks on the n patches and K classes, n D^2 + L (n + K) (12 D^2 + 2 (n + K) D) + (n + K) D^2 + n D K (arXiv
+    2105.05633)."""
     n, dim, classes = shape.num_patches, shape.embed_dim, shape.num_classes
     if shape.decoder == "linear":
         return n * dim * classes
     if shape.decoder:
         rows = n + classes
-        return n * dim**2 + shape.decoder_depth * rows * (12 * dim**2 + 2 * rows * dim) + rows * dim**2 + n * dim * classes
+        return n * dim**2 + shape.decoder_depth * rows * (12 * dim**2
+                                                          + 2 * rows * dim) + rows * dim**2 + n * dim * classes
     return dim * classes * shape.num_classifiers
 
 
 def macs_of(shape: ViTShape, counts: Counts, form: str = "deployed") -> dict[str, np.ndarray]:
     """MACs per image (...) by part (PARTS), and their sum under "total". Raises InputError for an unknown form.
 
-    Per block with C tokens in the attention, Q of them asking (all, but for a block that reads out), C' in the MLP, attention
-    width w = heads * d, M neurons: qkv 3 C D w, attention 2 Q C w, proj Q w D, mlp 2 C' D M; a ranking by heads of width r C r, or,
-    with weights of its own, 2 D r + C heads D (q/k norm: D r + C D r + C r); regions that share an update scale each of their n
-    patches, n D; matching r of n tokens compares (n / 2)^2 keys and the class token's with all, w each, and scales r + n / 2 rows.
-    form "training" adds C N D for each merge and each reconstruct; "deployed" adds the folded products instead:
-    (C_l + p_l) (C_k + p_k) D between two blocks, p tokens carried around them. Inside a span no matrix stands between two blocks.
+    Per block with C tokens in the attention, Q of them asking (all, but for a block that reads out), C' in the MLP,
+    attention width w = heads * d, M neurons: qkv 3 C D w, attention 2 Q C w, proj Q w D, mlp 2 C' D M; a ranking by
+    heads of width r C r, or, with weights of its own, 2 D r + C heads D (q/k norm: D r + C D r + C r); regions that
+    share an update scale each of their n patches, n D; matching r of n tokens compares (n / 2)^2 keys and the class
+    token's with all, w each, and scales r + n / 2 rows. form "training" adds C N D for each merge and each reconstruct;
+    "deployed" adds the folded products instead: (C_l + p_l) (C_k + p_k) D between two blocks, p tokens carried around
+    them. Inside a span no matrix stands between two blocks.
     """
     if form not in FORMS:
         raise InputError(f"form {form!r} is not known; known are {list(FORMS)}")
@@ -91,7 +99,8 @@ def macs_of(shape: ViTShape, counts: Counts, form: str = "deployed") -> dict[str
     blocks = {"qkv": 3 * c.attended * dim * width, "attention": 2 * c.queried * c.attended * width,
               "proj": c.queried * width * dim,
               "mlp": 2 * c.in_mlp * dim * c.neurons, "select": ranking}
-    parts = {name: blocks[name].sum(axis=-1) if name in blocks else np.zeros(width.shape[:-1], dtype=np.int64) for name in PARTS}
+    parts = {name: blocks[name].sum(axis=-1) if name in blocks else np.zeros(width.shape[:-1], dtype=np.int64)
+             for name in PARTS}
     parts["patch_embed"] += shape.num_patches * shape.patch_size[0] * shape.patch_size[1] * shape.in_chans * dim
     parts["decoder" if shape.decoder else "classifier"] += _head_macs(shape)
     if form != "published":
@@ -122,8 +131,9 @@ def mdc_macs(shape: ViTShape, heads: np.ndarray, neurons: np.ndarray, rho: np.nd
              select_in: tuple[int, ...] = SELECT_IN) -> np.ndarray:
     """MACs (...) as arXiv 2201.00043 counts them (methods B5): heads, neurons (..., L) kept, rho (...) in [0, 1).
 
-    heads * (4 D d N_l + 2 N_l^2 d) + 2 N'_l D M per block, N_l and N'_l tokens before and after the block's own selection,
-    int(N (1 - rho)^k) after k of them. Patch embedding, classifier, ranking and the appended mean are left out.
+    heads * (4 D d N_l + 2 N_l^2 d) + 2 N'_l D M per block, N_l and N'_l tokens before and after the block's own
+    selection, int(N (1 - rho)^k) after k of them. Patch embedding, classifier, ranking and the appended mean are left
+    out.
     """
     ratios = 1 - np.asarray(rho, dtype=np.float64)[..., None]
     done = np.cumsum([block in select_in for block in range(shape.depth)])      # selections up to and with each block
@@ -134,10 +144,12 @@ def mdc_macs(shape: ViTShape, heads: np.ndarray, neurons: np.ndarray, rho: np.nd
 
 
 def params(model: nn.Module) -> dict[str, int]:
-    """Parameters of a timm vision transformer by part, and their sum under "total"; fold matrices count as parameters."""
+    """Parameters of a timm vision transformer by part, and their sum under "total"; fold matrices count as
+    parameters."""
     def part(name: str) -> str:
         for key, word in (("decoder.", "decoder"), (".rank", "select"), (".attn.", "attention"), (".mlp.", "mlp"),
-                          (".tokens.", "merge and reconstruct"), ("fold.", "fold"), ("patch_embed", "patch_embed"), ("head", "classifier")):
+                          (".tokens.", "merge and reconstruct"), ("fold.", "fold"), ("patch_embed", "patch_embed"),
+                          ("head", "classifier")):
             if key in name:
                 return word
         return "norms and embeddings"

@@ -1,8 +1,8 @@
 """What goes into the layers that mix heads or neurons, and what an error in their outputs costs: both without labels.
 
-To second order KL(p(y | x) || p'(y | x)) = e^T F e / 2 for an error e of a layer's output, with the Fisher information F = E[g g^T], g
-the gradient of log p(y | x) by that output and y drawn from the model's own p (Martens and Grosse, ICML 2015, arXiv 1503.05671, section
-2; there of weights). D outputs of a layer, P prefix tokens.
+To second order KL(p(y | x) || p'(y | x)) = e^T F e / 2 for an error e of a layer's output, with the Fisher information
+F = E[g g^T], g the gradient of log p(y | x) by that output and y drawn from the model's own p (Martens and Grosse, ICML
+2015, arXiv 1503.05671, section 2; there of weights). D outputs of a layer, P prefix tokens.
 """
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,19 +11,21 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vitlab import parallel
 from vitlab.criteria.compensation import Moments
+from vitlab.measure.averaging import frozen_eval, hooks
+from vitlab.measure.evaluate import autocast
+from vitlab.measure.pixels import logits_of
 from vitlab.models import attention_block
 from vitlab.models.support import check_runs_in_parts, embedded, encoder_of
 from vitlab.plan import CompressionPlan
-from vitlab.training.averaging import frozen_eval, hooks
-from vitlab.training.evaluate import autocast
-from vitlab.training.pixels import logits_of
+from vitlab.runtime import parallel
 
 KINDS = ("heads", "neurons")
 Layer = tuple[int, str]                         # (block, one of KINDS): its proj or fc2
-IMAGES, AT_ONCE = 256, 16                       # that gradients are averaged over, and that go through the model together
-HEAVIEST = 50.0                                 # prefix tokens cost up to 1e4 times more, but are few; 50 to 1,000 are alike (docs/log.md)
+# that gradients are averaged over, and that go through the model together
+IMAGES, AT_ONCE = 256, 16
+# prefix tokens cost up to 1e4 times more, but are few; 50 to 1,000 are alike (docs/log.md)
+HEAVIEST = 50.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,38 +52,46 @@ def layers_of(model: nn.Module | CompressionPlan, kinds: Iterable[str] = KINDS) 
 
 
 def fisher(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, images: int = IMAGES, seed: int = 0,
-           device: str | torch.device | None = None, amp: bool | None = False, progress: bool = True) -> dict[Layer, Fisher]:
-    """Of every layer of a model with classes, averaged over the first `images`; nothing where there is no image. Memory: what autograd
-    keeps of AT_ONCE images. Under torchrun each process gives its share."""
+           device: str | torch.device | None = None, amp: bool | None = False,
+           progress: bool = True) -> dict[Layer, Fisher]:
+    """Of every layer of a model with classes, averaged over the first `images`; nothing where there is no image.
+    Memory: what autograd keeps of AT_ONCE images. Under torchrun each process gives its share."""
     device = torch.device(device) if device is not None else next(model.parameters()).device
     prefix, draws = encoder_of(model).num_prefix_tokens, torch.Generator(device=device).manual_seed(seed)
-    linears = {(index, kind): mixing_layer(attention_block(model.blocks[index]), kind)[0] for index, kind in layers_of(model)}
-    metrics = {layer: torch.zeros(linear.out_features, linear.out_features, device=device) for layer, linear in linears.items()}
-    squares = {layer: torch.zeros(2, device=device) for layer in linears}                       # of prefix tokens, of others
+    linears = {(index, kind): mixing_layer(attention_block(model.blocks[index]), kind)[0] for index,
+               kind in layers_of(model)}
+    metrics = {layer: torch.zeros(linear.out_features, linear.out_features, device=device) for layer,
+               linear in linears.items()}
+    # of prefix tokens, of others
+    squares = {layer: torch.zeros(2, device=device) for layer in linears}
 
     def hook(layer: Layer):
         def forward(_: nn.Module, given: tuple, output: Tensor) -> Tensor:
-            if not output.requires_grad:                    # the first of all layers: the graph begins here, not at the image
+            # the first of all layers: the graph begins here, not at the image
+            if not output.requires_grad:
                 output = output.detach().requires_grad_()
 
             def backward(gradient: Tensor) -> None:
                 rows = gradient.detach().float()                                # (B, N, D)
                 metrics[layer] += rows.flatten(0, 1).T @ rows.flatten(0, 1)
                 each = rows.square().sum(dim=2)
-                parts = [part.mean(dim=1).sum() if part.shape[1] else part.sum() for part in (each[:, :prefix], each[:, prefix:])]
+                parts = [part.mean(dim=1).sum() if part.shape[1] else part.sum()
+                         for part in (each[:, :prefix], each[:, prefix:])]
                 squares[layer] += torch.stack(parts)
             output.register_hook(backward)
             return output
         return forward
     seen, wanted = 0, -(-images // parallel.world())
-    with frozen_eval(model), hooks([linear.register_forward_hook(hook(layer)) for layer, linear in linears.items()]), torch.enable_grad(), \
+    with frozen_eval(model), hooks([linear.register_forward_hook(hook(layer)) for layer,
+                                    linear in linears.items()]), torch.enable_grad(), \
             tqdm(total=wanted, desc="what errors cost", unit="image", disable=not progress) as bar:
         for x in (part for batch, _ in batches for part in batch.split(AT_ONCE)):
             if seen >= wanted:
                 break
             with autocast(device, amp):
                 logits = logits_of(model, x.to(device))
-            given = logits.float().log_softmax(dim=1).movedim(1, -1).flatten(0, -2)             # a row an image, or a patch
+            # a row an image, or a patch
+            given = logits.float().log_softmax(dim=1).movedim(1, -1).flatten(0, -2)
             drawn = torch.multinomial(given.detach().exp(), 1, generator=draws)
             given.gather(1, drawn).sum().backward()
             seen += len(x)
@@ -97,9 +107,9 @@ def fisher(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, images
 @torch.inference_mode()
 def each_moments(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], kinds: Iterable[str] = KINDS, *,
                  device: str | torch.device | None = None, amp: bool | None = False) -> Iterator[tuple[Layer, Moments]]:
-    """Moments of the inputs of every layer that mixes units of some kinds, over all tokens of all images, block after block. Memory: all
-    tokens of all images, and the moments of one block. Under torchrun each process gives its share of the batches. Raises InputError for a
-    model with a forward of its own."""
+    """Moments of the inputs of every layer that mixes units of some kinds, over all tokens of all images, block after
+    block. Memory: all tokens of all images, and the moments of one block. Under torchrun each process gives its share
+    of the batches. Raises InputError for a model with a forward of its own."""
     device, model = torch.device(device) if device is not None else next(model.parameters()).device, encoder_of(model)
     check_runs_in_parts(model)
     streams = []
@@ -117,5 +127,6 @@ def each_moments(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], kin
                 with autocast(device, amp):
                     streams[place] = block(x)
         for layer, moments in found.items():
-            moments.rows, moments.sum, moments.products = map(parallel.total, (moments.rows, moments.sum, moments.products))
+            moments.rows, moments.sum, moments.products = map(parallel.total,
+                                                              (moments.rows, moments.sum, moments.products))
             yield layer, moments

@@ -1,4 +1,5 @@
-"""How a command is begun and ended: on record in its run folder, gone on with, as one of several processes, its errors in one line."""
+"""How a command is begun and ended: on record in its run folder, gone on with, as one of several processes, its errors
+in one line."""
 import argparse
 import contextlib
 import json
@@ -8,7 +9,7 @@ import sys
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
-from vitlab.files import LOCK, InputError, atomic_write, read_json
+from vitlab.runtime.files import LOCK, InputError, atomic_write, read_json
 
 TOGETHER = ("pretrain", "segment", "finetune", "score", "evaluate", "search")              # take several processes
 RESUMABLE, COMMAND = ("pretrain", "segment", "finetune", "search", "tonight"), "command.json"
@@ -16,7 +17,8 @@ GOES_ON = "the states written so far are kept, and the same command goes on from
 KEPT = {                                        # what is on the disk of a command that was stopped
     "pretrain": GOES_ON, "segment": GOES_ON, "finetune": GOES_ON,
     "search": "the scores, and each policy that was measured, are kept, and the same command goes on",
-    "tonight": "the scores, curves, offers and policies finished so far are kept, and the same command goes on; a calibration begins anew",
+    "tonight": "the scores, curves, offers and policies finished so far are kept, and the same command goes on; a "
+               "calibration begins anew",
     "calibrate": "the best model so far, where there is one, is in the run folder; the same command begins anew",
     "predict": "the overlays written so far are kept; the same command begins anew",
     "batch": "the entries that were finished are kept, and the same command goes on",
@@ -41,10 +43,12 @@ def recorded(run: str, parser: argparse.ArgumentParser) -> argparse.Namespace:
     if not isinstance(arguments, list) or not all(isinstance(a, str) for a in arguments) or not isinstance(folder, str):
         raise InputError(f"{path}: no record of a command")
     if not arguments or arguments[0] not in RESUMABLE:
-        raise InputError(f"{path}: {arguments[0] if arguments else 'nothing'!r} can't be gone on with; {', '.join(RESUMABLE)} can")
+        raise InputError(f"{path}: {arguments[0] if arguments else 'nothing'!r} can't be gone on with; "
+                         f"{', '.join(RESUMABLE)} can")
     args = parser.parse_args(arguments)
     if not Path(folder).is_dir() or (Path(folder) / args.out).resolve() != Path(run).resolve():
-        raise InputError(f"{path}: the run was begun in {folder} as {args.out} and has been moved since; give its command again")
+        raise InputError(f"{path}: the run was begun in {folder} as {args.out} and has been moved since; give its "
+                         f"command again")
     os.chdir(folder)
     return args
 
@@ -53,9 +57,10 @@ def join(args: argparse.Namespace) -> None:
     """Where torchrun started several processes: be one of them. The first one alone prints."""
     if not _several():
         return
-    from vitlab import parallel
+    from vitlab.runtime import parallel
     if args.command not in TOGETHER:
-        raise InputError(f"`{args.command}` runs in one process; start it without torchrun ({', '.join(TOGETHER)} take several)")
+        raise InputError(f"`{args.command}` runs in one process; start it without torchrun ({', '.join(TOGETHER)} take "
+                         f"several)")
     parallel.begin(args.device)
     if not parallel.is_first():
         sys.stdout, args.quiet = open(os.devnull, "w"), True
@@ -66,7 +71,7 @@ def leave(error: BaseException | None = None) -> None:
     if not _several():
         return
     if error is None:
-        from vitlab import parallel
+        from vitlab.runtime import parallel
         parallel.end()
     else:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -75,7 +80,8 @@ def leave(error: BaseException | None = None) -> None:
 
 @contextlib.contextmanager
 def on_record(path: Path, given: Sequence[str]) -> Generator[None]:
-    """Write the command into its run folder; where it is refused, the one that began the run stands there again, or nothing."""
+    """Write the command into its run folder; where it is refused, the one that began the run stands there again, or
+    nothing."""
     before, fresh = path.read_bytes() if path.is_file() else None, not path.parent.exists()
     atomic_write(path, json.dumps({"arguments": list(given), "folder": str(Path.cwd())}) + "\n")
     try:
@@ -94,7 +100,8 @@ def kept_of(command: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """A message in one line, with what can't be printed (control characters in names of files, say) written as escapes."""
+    """A message in one line, with what can't be printed (control characters in names of files, say) written as
+    escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.splitlines()))
 
 
