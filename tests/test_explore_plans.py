@@ -10,7 +10,7 @@ from test_explore_study import SHAPE, SPACE, made_study, objective
 
 from vitlab.plan import BlockPlan, CompressionPlan, cost
 from vitlab.plan.rules import Select
-from vitlab.plots.training import compare_plans
+from vitlab.plots.plans import compare_plans
 from vitlab.runtime.files import InputError
 from vitlab.search.sampling import Problem
 from vitlab.search.strategies import predictor

@@ -4,11 +4,12 @@ from vitlab.plots.class_iou import class_iou_bars
 from vitlab.plots.colours import class_colours, coloured, overlaid
 from vitlab.plots.cuts import sensitivity, sensitivity_curves
 from vitlab.plots.fronts import front, pareto
+from vitlab.plots.plans import compare_plans, cost_by_part, kept_counts, plan_bars
 from vitlab.plots.scenes import difference, outcomes, predictions, scene_moment, scene_regions
 from vitlab.plots.search import acquisition, gp_slices, incumbents, moment, parallel_coordinates
-from vitlab.plots.tokens import kept_counts, matched_map, merge_map, score_maps
-from vitlab.plots.training import accuracy_against_cost, compare_plans, cost_by_part, trade_offs, training_curves
-from vitlab.plots.units import head_rollouts, plan_bars, redundancy_matrices, rollout, unit_scores
+from vitlab.plots.tokens import matched_map, merge_map, score_maps
+from vitlab.plots.training import accuracy_against_cost, trade_offs, training_curves
+from vitlab.plots.units import head_rollouts, redundancy_matrices, rollout, unit_scores
 
 __all__ = ["accuracy_against_cost", "acquisition", "class_colours", "class_iou_bars", "coloured", "compare_plans",
            "cost_by_part", "difference", "front", "gp_slices", "head_rollouts", "incumbents", "kept_counts",

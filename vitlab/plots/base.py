@@ -1,25 +1,33 @@
 """The house look of figures, and the one helper that saves them."""
+import itertools
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-PALETTE = sns.color_palette("colorblind")
-# environment: formats that figures are saved in, such as "png,svg,pdf"; batches set it
-FORMATS = "VITLAB_FIGURES"
+PALETTE, MARKERS = sns.color_palette("colorblind"), "osD^v<>pX*"
+FORMATS = "VITLAB_FIGURES"      # environment: formats that figures are saved in, such as "png,svg,pdf"; batches set it
 UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}        # the same figure gives the same file
 DESCRIBED = ("png", "svg")                  # formats whose metadata have a description
+PICTURES = {"framed": True, "xticks": [], "yticks": []}                 # of `new_axes` that show images
+OVER_ALL = (("black", 4.0), ("white", 1.6))         # a mark's colour and width, below and above: seen on any ground
 
 
-def style() -> None:
-    """Set seaborn's theme and the colour-blind-safe palette; called by every plot."""
-    sns.set_theme(style="ticks", context="notebook", palette=PALETTE, rc={"figure.dpi": 100, "savefig.dpi": 160,
-                                                                          "axes.titlesize": "medium",
-                                                                          "svg.hashsalt": "vitlab", "pdf.fonttype": 42})
+def look(index: int) -> dict[str, Any]:
+    """Colour and marker of the so-manyeth line of a figure."""
+    return {"color": PALETTE[index % len(PALETTE)], "marker": MARKERS[index % len(MARKERS)]}
+
+
+def as_array(x: Any) -> np.ndarray:
+    """A tensor (of any device and float type), array or list as a float64 array."""
+    return x.detach().cpu().double().numpy() if isinstance(x, Tensor) else np.asarray(x, dtype=np.float64)
 
 
 def save_figure(figure: Figure, folder: str | Path, name: str, caption: str = "",
@@ -37,8 +45,7 @@ def save_figure(figure: Figure, folder: str | Path, name: str, caption: str = ""
 
 
 def _hold_legends(figure: Figure) -> None:
-    """Fix where the figure's own legends stand: saved together with what lies below the figure, they would move over
-    it."""
+    """Saved together with what lies below the figure, its own legends would move over it."""
     if figure.legends:
         figure.canvas.draw()                    # lays it out
         figure.set_layout_engine("none")
@@ -55,9 +62,44 @@ def to_image(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.n
     return image.clip(0, 1)
 
 
-def new_axes(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
-    """A grid of axes (rows, columns), always two-dimensional; width and height of one in inches."""
+def style() -> None:
+    """Set seaborn's theme and the colour-blind-safe palette."""
+    sns.set_theme(style="ticks", context="notebook", palette=PALETTE, rc={"figure.dpi": 100, "savefig.dpi": 160,
+                                                                          "axes.titlesize": "medium",
+                                                                          "svg.hashsalt": "vitlab", "pdf.fonttype": 42})
+
+
+def new_axes(rows: int, columns: int, width: float, height: float, *, framed: bool = False,
+             **settings: Any) -> tuple[Figure, np.ndarray]:
+    """A grid of axes (rows, columns), always two-dimensional; width and height of one in inches. Unless framed, they
+    have no line above and to the right. settings: of each of the axes."""
     style()
     figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False,
-                                layout="constrained")
+                                layout="constrained", subplot_kw=settings)
+    if not framed:
+        sns.despine(fig=figure)
     return figure, axes
+
+
+def legend_above(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:
+    """One legend for the whole figure, above its axes, so that it covers no data."""
+    widths = [8 + len(name) for name in names]                                  # in letters; about 105 fit into a row
+    columns = len(names) if sum(widths) <= 105 else max(1, 105 // max(widths))
+    figure.legend(handles, names, loc="outside upper center", ncols=columns, frameon=False, fontsize="small")
+
+
+def bars(axis: Axes, heights: Mapping[str, Any]) -> None:
+    """A group of bars at each place, one for each of `heights` (places)."""
+    width = 0.8 / max(len(heights), 1)
+    for index, (name, each) in enumerate(heights.items()):
+        places = np.arange(len(each)) + (index - (len(heights) - 1) / 2) * width
+        axis.bar(places, each, width, color=look(index)["color"], label=name, linewidth=0)
+
+
+def stack(axis: Axes, parts: Mapping[str, np.ndarray], colours: Sequence[Any] = PALETTE, lying: bool = False) -> None:
+    """A bar at each place, of `parts` (places) one upon the other, or lying behind the other."""
+    ends, draw, from_ = 0.0, (axis.barh if lying else axis.bar), ("left" if lying else "bottom")
+    for (part, each), colour in zip(parts.items(), itertools.cycle(colours)):
+        draw(range(len(each)), each, 0.7, color=colour, label=part.replace("_", " "), edgecolor="white",
+             linewidth=0.5, **{from_: ends})
+        ends = ends + each

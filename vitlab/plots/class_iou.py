@@ -4,12 +4,10 @@ from textwrap import fill
 from typing import Any
 
 import numpy as np
-import seaborn as sns
 from matplotlib.figure import Figure
 
 from vitlab.plan.shape import require
-from vitlab.plots.base import PALETTE, new_axes
-from vitlab.plots.units import as_array, legend_above
+from vitlab.plots.base import as_array, bars, legend_above, new_axes
 from vitlab.runtime.uncertainty import plus_minus
 
 PER_ROW = 45                                    # classes in one row of bars, so that their names can be read
@@ -21,17 +19,16 @@ def class_iou_bars(ious: Mapping[str, Any], classes: Sequence[str], *, by: str |
     with the standard errors {model: points} that are known.
 
     ious {model: (K) in per cent, NaN for a class in neither the truth nor the prediction}. by: the model by whose IoU
-    classes are sorted, the highest first; None: in the order of their numbers. A class that is NaN for all models is
-    left out; below it is named, and so are those that are NaN for some. Raises InputError for no model, another number
-    of classes, a value out of [0, 100], no class that is left, or an unknown model in `by`.
+    classes are sorted, the highest first; None: by number. A class that is NaN for all models is left out; below it is
+    named, and so are those that are NaN for some. Raises InputError for what does not fit.
     """
     require(len(ious) > 0, "no model was given")
     values = {name: as_array(each) for name, each in ious.items()}
     for name, each in values.items():
-        require(each.shape == (len(classes),), f"{name}: IoU of {each.shape}; one of each of {len(classes)} classes is "
-                                               f"needed")
-        require(bool(((each >= 0) & (each <= 100) | np.isnan(each)).all()), f"{name}: an IoU is not in [0, 100] per "
-                                                                            f"cent")
+        require(each.shape == (len(classes),),
+                f"{name}: IoU of {each.shape}; one of each of {len(classes)} classes is needed")
+        require(bool(((each >= 0) & (each <= 100) | np.isnan(each)).all()),
+                f"{name}: an IoU is not in [0, 100] per cent")
     require(by is None or by in values, f"by is {by!r}; known are {list(values)}")
     gone = np.isnan(np.stack(list(values.values()))).all(axis=0)                # (K)
     left = [i for i in range(len(classes)) if not gone[i]]
@@ -42,13 +39,10 @@ def class_iou_bars(ious: Mapping[str, Any], classes: Sequence[str], *, by: str |
     some = -(-len(left) // rows)                                                # classes in a row
     turned, longest = some > 12, max(len(classes[i]) for i in left)
     figure, axes = new_axes(rows, 1, 9.4, 2.5 + (0.07 if turned else 0.03) * longest)
-    width = 0.8 / len(values)
     for row, axis in enumerate(axes[:, 0]):
         chosen = left[row * some:(row + 1) * some]
-        for index, (name, each) in enumerate(values.items()):
-            places = np.arange(len(chosen)) + (index - (len(values) - 1) / 2) * width
-            axis.bar(places, each[chosen], width, color=PALETTE[index % len(PALETTE)], linewidth=0,
-                     label=f"{name}: mIoU {plus_minus(np.nanmean(each), (errors or {}).get(name), 1)}%")
+        bars(axis, {f"{name}: mIoU {plus_minus(np.nanmean(each), (errors or {}).get(name), 1)}%": each[chosen]
+                    for name, each in values.items()})
         axis.set_xticks(range(len(chosen)), [classes[i] for i in chosen], rotation=90 if turned else 35, fontsize=9,
                         ha="center" if turned else "right", rotation_mode=None if turned else "anchor")
         axis.set(ylabel="IoU (%)", ylim=(0, 100), xlim=(-0.6, some - 0.4))
@@ -60,5 +54,4 @@ def class_iou_bars(ious: Mapping[str, Any], classes: Sequence[str], *, by: str |
     notes = [f"{what}: {', '.join(classes[i] for i in np.flatnonzero(which))}" for what, which in absent if which.any()]
     if notes:
         figure.supxlabel(fill(f"in neither truth nor prediction, {'; '.join(notes)}", 120), fontsize=9, color="0.3")
-    sns.despine(fig=figure)
     return figure

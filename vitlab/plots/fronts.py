@@ -3,24 +3,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import seaborn as sns
 from matplotlib.figure import Figure
 
-from vitlab.plots.base import PALETTE, new_axes
+from vitlab.plots.base import PALETTE, as_array, legend_above, look, new_axes
 from vitlab.plots.points import Point, error_bars
-from vitlab.plots.units import MARKERS, as_array, legend_above
 
 
 def front(costs: Any, values: Any) -> list[int]:
     """Indices of the points that no other dominates, by rising cost: lower cost and higher value are better.
 
-    costs, values (P,). A point is dominated where another is no worse in both and better in one, so equal points stand
-    or fall together. A point that is not finite is left out.
+    costs, values (P,). Dominated is what another is no worse than in both and better in one, so equal points stand or
+    fall together. A point that is not finite is left out.
     """
     costs, values = as_array(costs), as_array(values)
     kept: list[int] = []
-    # by cost, then by value, the highest first
-    for i in np.lexsort((-values, costs)):
+    for i in np.lexsort((-values, costs)):                  # by cost, then by value, the highest first
         if not (np.isfinite(costs[i]) and np.isfinite(values[i])):
             continue
         if not kept or values[i] > values[kept[-1]] or (values[i] == values[kept[-1]] and costs[i] == costs[kept[-1]]):
@@ -40,8 +37,7 @@ def pareto(points: dict[str, Sequence[Sequence[Any]]], *, cost_label: str, value
         place = as_array([point[:2] for point in made]).reshape(-1, 2)
         error_bars(axis, place[:, 0], place[:, 1], [point.error for point in made],
                    ecolor=PALETTE[index % len(PALETTE)], alpha=0.6)
-        axis.plot(place[:, 0], place[:, 1], marker=MARKERS[index % len(MARKERS)], color=PALETTE[index % len(PALETTE)],
-                  markersize=6, alpha=0.75, linestyle="none", label=name)
+        axis.plot(place[:, 0], place[:, 1], markersize=6, alpha=0.75, linestyle="none", label=name, **look(index))
     if len(steps):
         steps = np.vstack([steps, [np.nanmax(cloud[np.isfinite(cloud).all(axis=1), 0]), steps[-1, 1]]])
         axis.plot(steps[:, 0], steps[:, 1], drawstyle="steps-post", color="0.3", linewidth=1.5, zorder=1.5,
@@ -50,5 +46,4 @@ def pareto(points: dict[str, Sequence[Sequence[Any]]], *, cost_label: str, value
     axis.set(xlabel=cost_label, ylabel=f"{value_label}\nbars: one standard error" if known else value_label)
     axis.margins(0.06)
     legend_above(figure, *axis.get_legend_handles_labels())
-    sns.despine(fig=figure)
     return figure

@@ -1,5 +1,4 @@
-"""Measured models as points of a figure: a line through them, how sure each is, and a mark where a speed-up is too
-noisy to tell."""
+"""Measured models as points of a figure: a line through them, how sure each is, what is too noisy to tell."""
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +20,6 @@ class Point(NamedTuple):
 
     @property
     def noisy(self) -> bool:
-        """Whether it has a range, and that is `noisy`."""
         return self.span is not None and noisy(*self.span)
 
 
@@ -51,8 +49,7 @@ def draw_points(axis: Axes, points: Iterable[Sequence[Any]], label: str, **look:
 
 
 def legend_beside(axes: Sequence[Axes], points: Iterable[Sequence[Any]] = ()) -> None:
-    """One legend to the right of a row of panels, of what is drawn in any of them; points: all of them, whose bars it
-    explains."""
+    """One legend to the right of a row of panels, of what is drawn in any of them; it explains the bars of points."""
     drawn = {(line.get_label(), line.get_marker(), line.get_color()): line for axis in axes
              for line in axis.get_legend_handles_labels()[0]}
     made = [Point(*point) for point in points]

@@ -14,9 +14,9 @@ from torch import Tensor
 from vitlab.plan import CompressionPlan
 from vitlab.plan.rules import Match, MergeReconstruct, Select, SharedUpdate
 from vitlab.plan.shape import ViTShape, require
-from vitlab.plots.base import PALETTE, new_axes
+from vitlab.plots.base import PALETTE, PICTURES, new_axes
 from vitlab.plots.colours import GREY, IGNORE, check_mask, class_colours, coloured, overlaid
-from vitlab.plots.tokens import _draw_borders, region_means, tinted
+from vitlab.plots.tokens import draw_borders, region_means, tinted
 from vitlab.runtime.files import InputError
 
 OPACITY = 0.6                                   # of a mask over its image
@@ -34,12 +34,10 @@ def outcomes(truth: Any, before: Any, after: Any, num_classes: int, ignore: int 
     truth, before, after: class numbers (H, W); where the truth is `ignore`, nothing counts. Raises InputError where
     sizes differ, or a class is out of range.
     """
-    truth, before, after = (check_mask(each, num_classes, what, ignore)
-                            for each,
-                            what in ((truth, "the truth"), (before, "the first prediction"),
-                                     (after, "the second prediction")))
-    require(truth.shape == before.shape == after.shape, f"the truth is {truth.shape}, the predictions {before.shape} "
-                                                        f"and {after.shape}")
+    given = {"the truth": truth, "the first prediction": before, "the second prediction": after}
+    truth, before, after = (check_mask(each, num_classes, what, ignore) for what, each in given.items())
+    require(truth.shape == before.shape == after.shape,
+            f"the truth is {truth.shape}, the predictions {before.shape} and {after.shape}")
     was, still = before == truth, after == truth
     found = np.select([was & still, was, still], [RIGHT, LOST, GAINED], WRONG)
     return np.where(truth == ignore, ignore, found)
@@ -68,8 +66,7 @@ def _share(hit: np.ndarray, truth: np.ndarray, ignore: int) -> str:
 
 def _class_handles(masks: Sequence[np.ndarray], classes: Sequence[str], ignore: int) -> list[Patch]:
     """A square per class that occurs in one of the masks, and for ignored pixels."""
-    found, colours = np.unique(np.concatenate([np.unique(mask)
-                                               for mask in masks])).tolist(), class_colours(len(classes))
+    found, colours = sorted(set().union(*(np.unique(mask).tolist() for mask in masks))), class_colours(len(classes))
     return [Patch(color=(GREY,) * 3 if i == ignore else colours[i], label="ignored" if i == ignore else classes[i])
             for i in found]
 
@@ -90,17 +87,15 @@ def _legend(figure: Figure, handles: Sequence[Patch], place: str, title: str = "
 
 def _bare(axis: Axes, image: np.ndarray, title: str = "", below: str = "") -> None:
     axis.imshow(image, interpolation="nearest")
-    axis.set(xticks=[], yticks=[])
     axis.set_title(title, fontsize=10)
     axis.set_xlabel(below, fontsize=9)
 
 
 def _checked(truths: Sequence[Any], predicted: Mapping[str, Sequence[Any]], count: int, num_classes: int,
              ignore: int) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
-    """Masks of so many images as integers. Raises InputError where there is no image or model, a number of masks or a
-    size differs, or a class is out of range."""
-    require(count > 0 and len(predicted) > 0, f"{count} images and {len(predicted)} models; one of each at least is "
-                                              f"needed")
+    """Masks of so many images as integers. Raises InputError for what does not fit."""
+    require(count > 0 and len(predicted) > 0,
+            f"{count} images and {len(predicted)} models; one of each at least is needed")
     found = {}
     for name, masks in {"truth": truths, **predicted}.items():
         require(len(masks) == count, f"{name}: {len(masks)} masks for {count} images")
@@ -108,6 +103,20 @@ def _checked(truths: Sequence[Any], predicted: Mapping[str, Sequence[Any]], coun
         for i, (mask, truth) in enumerate(zip(found[name], found["truth"])):
             require(mask.shape == truth.shape, f"{name}, image {i}: {mask.shape}, its truth {truth.shape}")
     return found.pop("truth"), found
+
+
+def _predicted(image: np.ndarray, truth: np.ndarray, mask: np.ndarray, colours: np.ndarray, opacity: float,
+               ignore: int) -> tuple[np.ndarray, str]:
+    """A prediction over its image, and the share of it that is right."""
+    return overlaid(in_grey(image), mask, colours, opacity, ignore), f"{_share(mask == truth, truth, ignore)} right"
+
+
+def _changed(truth: np.ndarray, before: np.ndarray, after: np.ndarray, num_classes: int,
+             ignore: int) -> tuple[np.ndarray, str]:
+    """`outcomes` in colours, and the shares that are lost and gained."""
+    found = outcomes(truth, before, after, num_classes, ignore)
+    lost, gained = (_share(found == each, truth, ignore) for each in (LOST, GAINED))
+    return outcomes_coloured(found, ignore), f"lost {lost}, gained {gained}"
 
 
 def predictions(images: Sequence[np.ndarray], truths: Sequence[np.ndarray],
@@ -124,23 +133,19 @@ def predictions(images: Sequence[np.ndarray], truths: Sequence[np.ndarray],
     truths, shown = _checked(truths, predicted, len(images), len(classes), ignore)
     (first, dense), *others = shown.items()
     models, against = list(shown), [f"{name} against {first}" for name, _ in others]
-    rows = [["image", "truth", *models, *against]] if len(models) < 3 else [["image", *models],
-                                                                            ["truth", None, *against]]
+    rows = [["image", "truth", *models, *against]]
+    if len(models) > 2:
+        rows = [["image", *models], ["truth", None, *against]]
     colours, columns = class_colours(len(classes)), len(rows[0])
     wide = min(3.2, 9.6 / columns)
     high = wide * max(image.shape[0] / image.shape[1] for image in images) + 0.3
-    figure, axes = new_axes(len(images) * len(rows), columns, wide, high)
+    figure, axes = new_axes(len(images) * len(rows), columns, wide, high, **PICTURES)
     for index, (image, truth) in enumerate(zip(images, truths)):
-        grey = in_grey(image)
-        panels = {"image": (image, ""), "truth": (overlaid(grey, truth, colours, opacity, ignore), "")}
+        panels = {"image": (image, ""), "truth": (overlaid(in_grey(image), truth, colours, opacity, ignore), "")}
         for name, masks in shown.items():
-            panels[name] = overlaid(grey, masks[index], colours, opacity,
-                                    ignore), f"{_share(masks[index] == truth, truth, ignore)} right"
+            panels[name] = _predicted(image, truth, masks[index], colours, opacity, ignore)
         for title, (_, masks) in zip(against, others):
-            found = outcomes(truth, dense[index], masks[index], len(classes), ignore)
-            panels[title] = (outcomes_coloured(found, ignore),
-                             f"lost {_share(found == LOST, truth, ignore)}, gained "
-                             f"{_share(found == GAINED, truth, ignore)}")
+            panels[title] = _changed(truth, dense[index], masks[index], len(classes), ignore)
         for line, names in zip(axes[index * len(rows):], rows):
             for axis, name in zip(line, names):
                 if name is None:
@@ -148,12 +153,8 @@ def predictions(images: Sequence[np.ndarray], truths: Sequence[np.ndarray],
                 else:
                     titled = index == 0 or len(rows) > 1
                     _bare(axis, panels[name][0], fill(name, int(11 * wide)) if titled else "", panels[name][1])
-    legends = 0.0
-    if others:
-        legends += _legend(figure, _outcome_handles(), "upper")
-    legends += _legend(figure,
-                       _class_handles([*truths, *(mask for masks in shown.values() for mask in masks)], classes,
-                                      ignore), "lower")
+    legends = _legend(figure, _outcome_handles(), "upper") if others else 0.0
+    legends += _legend(figure, _class_handles(sum(shown.values(), truths), classes, ignore), "lower")
     titles = 0.35 * (len(images) * len(rows) if len(rows) > 1 else 1)
     figure.set_figheight(high * len(axes) + titles + legends)
     return figure
@@ -164,8 +165,7 @@ def fitted_to(image: np.ndarray, shape: ViTShape) -> np.ndarray:
     last row and column, so that the patch grid divides it. Raises InputError for a larger one."""
     missing = [side - given for side, given in zip(shape.img_size, image.shape)]
     require(min(missing) >= 0, f"the image is {image.shape[0]} x {image.shape[1]}, the model's {shape.img_size[0]} x "
-                               f"{shape.img_size[1]}; "
-                               "no larger one is needed")
+                               f"{shape.img_size[1]}; no larger one is needed")
     return np.pad(image, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge")
 
 
@@ -175,15 +175,15 @@ def regions_of(plan: CompressionPlan, block: int, places: Mapping[int, Any] | No
     places {block: (n)}: what `token_places` gives of one image, for rules by content. Raises InputError for a block
     that is not there, or one by content without places.
     """
-    require(0 <= block < plan.shape.depth, f"block {block} is not there; the model has blocks 0 to "
-                                           f"{plan.shape.depth - 1}")
+    require(0 <= block < plan.shape.depth,
+            f"block {block} is not there; the model has blocks 0 to {plan.shape.depth - 1}")
     rule, n = plan.rules()[block][0], plan.shape.num_patches               # inside a span, that of its first block
     if isinstance(rule, (MergeReconstruct, SharedUpdate)):
         return torch.tensor(rule.regions), np.isin(np.arange(n), rule.pruned)
     if places is not None and block in places:
         regions = torch.as_tensor(places[block])
-        require(tuple(regions.shape) == (n,), f"places of block {block} are {tuple(regions.shape)}; one of each of {n} "
-                                              f"patches is needed")
+        require(tuple(regions.shape) == (n,),
+                f"places of block {block} are {tuple(regions.shape)}; one of each of {n} patches is needed")
         return regions, np.zeros(n, dtype=bool)
     if isinstance(rule, Select) or isinstance(rule, Match) and any(
             isinstance(each.tokens, Match) and each.tokens.merged for each in plan.blocks[:block + 1]):
@@ -197,7 +197,7 @@ def _draw_regions(axis: Axes, image: np.ndarray, regions: Tensor, pruned: np.nda
     height, width = image.shape[:2]
     title = f"block {block}: {len(regions)} patches in {int(regions.max()) + 1} tokens"
     _bare(axis, tinted(fitted_to(image, shape), pruned, shape)[:height, :width], title)
-    _draw_borders(axis, regions.reshape(shape.grid_size).numpy(), shape.img_size, 1.0 if len(regions) < FINE else 0.6)
+    draw_borders(axis, regions.reshape(shape.grid_size).numpy(), shape.img_size, 1.0 if len(regions) < FINE else 0.6)
     axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
 
 
@@ -215,20 +215,16 @@ def scene_regions(image: np.ndarray, plan: CompressionPlan, blocks: Sequence[int
     whole, columns = fitted_to(image, shape), min(len(blocks), 3)
     wide = 9.6 / max(columns, 2)
     grid = (1, 2) if len(blocks) == 1 else (2 * -(-len(blocks) // columns), columns)
-    figure, axes = new_axes(*grid, wide, wide * height / width + 0.2)
+    figure, axes = new_axes(*grid, wide, wide * height / width + 0.2, **PICTURES)
     # (blocks or more, 2)
     pairs = axes if len(blocks) == 1 else axes.reshape(-1, 2, columns).transpose(0, 2, 1).reshape(-1, 2)
-    for axis in axes.flat:
+    for axis in pairs[len(blocks):].flat:
         axis.set_axis_off()
-    orange = False
-    for block, (above, below) in zip(blocks, pairs):
-        regions, pruned = regions_of(plan, block, places)
-        orange = orange or bool(pruned.any())
-        for axis in (above, below):
-            axis.set_axis_on()
+    seen = [regions_of(plan, block, places) for block in blocks]
+    for block, (regions, pruned), (above, below) in zip(blocks, seen, pairs):
         _draw_regions(above, image, regions, pruned, shape, block)
         _bare(below, region_means(whole, regions, shape)[:height, :width])
-    if orange:
+    if any(pruned.any() for _, pruned in seen):
         _legend(figure, [Patch(color=PALETTE[1], alpha=0.55, label="pruned: goes around the block")], "upper")
         figure.set_figheight(figure.get_figheight() + 0.4)
     return figure
@@ -245,17 +241,15 @@ def scene_moment(image: np.ndarray, truth: Any, dense: Any, compressed: Any, cla
     require(image.shape[:2] == truth.shape, f"the image is {image.shape}, its truth {truth.shape}")
     regions, pruned = regions_of(plan, block, places)
     wide, high = 3.2, 3.2 * image.shape[0] / image.shape[1] + 0.4
-    figure, axes = new_axes(2, 3, wide, high)
-    grey, colours = in_grey(image), class_colours(len(classes))
-    found = outcomes(truth, dense, compressed, len(classes), ignore)
-    _bare(axes[0, 0], image, "image")
-    _bare(axes[0, 1], overlaid(grey, truth, colours, opacity, ignore), "truth")
+    figure, axes = new_axes(2, 3, wide, high, **PICTURES)
+    colours = class_colours(len(classes))
+    panels = {"image": (image, ""), "truth": (overlaid(in_grey(image), truth, colours, opacity, ignore), ""),
+              "dense": _predicted(image, truth, dense, colours, opacity, ignore),
+              "compressed": _predicted(image, truth, compressed, colours, opacity, ignore),
+              "compressed against dense": _changed(truth, dense, compressed, len(classes), ignore)}
+    for axis, (title, (shown, below)) in zip(axes.flat[[0, 1, 3, 4, 5]], panels.items()):
+        _bare(axis, shown, title, below)
     _draw_regions(axes[0, 2], image, regions, pruned, plan.shape, block)
-    for axis, name, mask in ((axes[1, 0], "dense", dense), (axes[1, 1], "compressed", compressed)):
-        _bare(axis, overlaid(grey, mask, colours, opacity, ignore), name, f"{_share(mask == truth, truth, ignore)} "
-                                                                          f"right")
-    _bare(axes[1, 2], outcomes_coloured(found, ignore), "compressed against dense",
-          f"lost {_share(found == LOST, truth, ignore)}, gained {_share(found == GAINED, truth, ignore)}")
     legends = _legend(figure, _outcome_handles(), "upper")
     legends += _legend(figure, _class_handles([truth, dense, compressed], classes, ignore), "lower",
                        fill(note, int(13 * 3 * wide)))

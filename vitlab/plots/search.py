@@ -16,9 +16,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from vitlab.plan.shape import require
-from vitlab.plots.base import PALETTE, new_axes, style
+from vitlab.plots.base import MARKERS, PALETTE, as_array, legend_above, new_axes, style
 from vitlab.plots.points import error_bars
-from vitlab.plots.units import MARKERS, as_array, legend_above
 
 # natural logarithms below the highest that an axis of log EI reaches; the measured are far below
 DEPTH = 15

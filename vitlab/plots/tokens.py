@@ -3,6 +3,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -12,30 +13,17 @@ from torch import Tensor
 from vitlab.plan import CompressionPlan, tokens
 from vitlab.plan.rules import MergeReconstruct
 from vitlab.plan.shape import ViTShape
-from vitlab.plots.base import PALETTE, new_axes
+from vitlab.plots.base import PALETTE, PICTURES, new_axes
 
 
 def score_maps(scores: Tensor, shape: ViTShape, blocks: Sequence[int]) -> Figure:
     """One heat map per block of the scores (L, n) on the patch grid, each block scaled to its own maximum."""
-    figure, axes = new_axes(1, len(blocks), 2.3, 2.6)
+    figure, axes = new_axes(1, len(blocks), 2.3, 2.6, **PICTURES)
     for axis, block in zip(axes[0], blocks):
         values = scores[block].reshape(shape.grid_size).numpy()
         image = axis.imshow(values / values.max(), cmap="viridis", vmin=0, vmax=1)
-        axis.set(title=f"block {block}", xticks=[], yticks=[])
+        axis.set_title(f"block {block}")
     figure.colorbar(image, ax=list(axes[0]), label="score / block's largest", shrink=0.8)
-    return figure
-
-
-def kept_counts(plans: dict[str, CompressionPlan]) -> Figure:
-    """Tokens that enter each block's attention, one line per plan, with the dense model's count."""
-    figure, axes = new_axes(1, 1, 6.4, 3.4)
-    axis, shape = axes[0, 0], next(iter(plans.values())).shape
-    axis.axhline(shape.num_tokens, color="0.5", linestyle="--", label="dense")
-    for (name, plan), marker in zip(plans.items(), "osD^v<>pX*" * len(plans)):
-        axis.plot(range(shape.depth), plan.tokens_per_block(), marker=marker, label=name)
-    axis.set(xlabel="block", ylabel="tokens in the block", xticks=range(shape.depth), ylim=(0, shape.num_tokens * 1.05))
-    axis.legend(frameon=False, loc="lower left", ncols=2)
-    figure.get_axes()[0].spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -45,22 +33,20 @@ def _upscaled(patches: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return patches.repeat(size[0] // rows, axis=0).repeat(size[1] // columns, axis=1)
 
 
-def _draw_borders(axis, regions: np.ndarray, size: tuple[int, int], thickness: float = 1.0) -> None:
-    """Lines where neighbouring patches belong to different regions; thickness 1: two points."""
-    rows, columns = regions.shape
-    dy, dx = size[0] / rows, size[1] / columns
-    segments = [((x + 1, x + 1), (y, y + 1)) for y in range(rows) for x in range(columns - 1)
-                if regions[y, x] != regions[y, x + 1]]
-    segments += [((x, x + 1), (y + 1, y + 1)) for y in range(rows - 1) for x in range(columns)
-                 if regions[y, x] != regions[y + 1, x]]
-    lines = [np.stack([np.array(xs) * dx - 0.5, np.array(ys) * dy - 0.5], axis=1) for xs, ys in segments]
+def draw_borders(axis: Axes, regions: np.ndarray, size: tuple[int, int], thickness: float = 1.0) -> None:
+    """Lines where neighbouring patches belong to different regions (rows, columns); thickness 1: two points."""
+    patch = np.array(size[::-1]) / regions.shape[::-1]                          # its width and height
+    ends = [((x + 1, y), (x + 1, y + 1)) for y, x in np.argwhere(regions[:, 1:] != regions[:, :-1])]
+    ends += [((x, y + 1), (x + 1, y + 1)) for y, x in np.argwhere(regions[1:] != regions[:-1])]
+    lines = np.reshape(ends, (-1, 2, 2)) * patch - 0.5
     for colour, width in (("black", 2.0), ("white", 0.9)):                      # seen on bright and on dark ground
         axis.add_collection(LineCollection(lines, colors=colour, linewidths=thickness * width))
 
 
 def _as_patches(image: np.ndarray, shape: ViTShape) -> tuple[Tensor, tuple[int, int, int, int]]:
     """An image (h, w, 3) as patches (n, ph pw 3), and (rows, height, columns, width) of the grid and its patches."""
-    (gh, gw), (ph, pw) = shape.grid_size, (image.shape[0] // shape.grid_size[0], image.shape[1] // shape.grid_size[1])
+    gh, gw = shape.grid_size
+    ph, pw = image.shape[0] // gh, image.shape[1] // gw
     patches = image[:gh * ph, :gw * pw].reshape(gh, ph, gw, pw, 3).transpose(0, 2, 1, 3, 4).reshape(gh * gw, -1)
     return torch.from_numpy(patches.copy()).double(), (gh, ph, gw, pw)
 
@@ -82,11 +68,8 @@ def _as_image(x: Tensor, grid: tuple[int, int, int, int]) -> np.ndarray:
 
 
 def through_matrices(image: np.ndarray, rule: MergeReconstruct, shape: ViTShape) -> tuple[np.ndarray, np.ndarray]:
-    """(region means, what reconstruct @ merge gives back) of the image's patches, as images; pruned patches as they
-    are.
-
-    Pixels of a patch are treated as its token's features, so the second picture shows what the matrices keep.
-    """
+    """(region means, what reconstruct @ merge gives back) of the image's patches, their pixels taken as the token's
+    features, as images; pruned patches as they are."""
     x, grid = _as_patches(image, shape)
     merge = tokens.merge_matrix(rule, 0, torch.float64)                         # (C, n), no prefix rows
     mask = tokens.token_mask(rule, 0)[:, None]
@@ -95,11 +78,8 @@ def through_matrices(image: np.ndarray, rule: MergeReconstruct, shape: ViTShape)
 
 
 def through_means(image: np.ndarray, regions: Tensor, weights: Tensor, shape: ViTShape) -> np.ndarray:
-    """The image with every patch replaced by the mean patch of its region, pixel by pixel; a region of one patch stays
-    as it is.
-
-    regions (n) from 0 without a gap, -1 for a patch by itself; weights (n), which sum to 1 in each region.
-    """
+    """The image with every patch replaced by the mean patch of its region, pixel by pixel: regions (n) from 0 without a
+    gap, -1 for a patch by itself; weights (n), which sum to 1 in each region."""
     x, grid = _as_patches(image, shape)
     inside = (regions >= 0).nonzero().flatten()
     share = x.new_zeros(int(regions.max()) + 1, len(x))                         # (C, n)
@@ -115,8 +95,7 @@ def tinted(image: np.ndarray, patches: np.ndarray, shape: ViTShape) -> np.ndarra
 
 
 def bordered(image: np.ndarray, regions: np.ndarray, shape: ViTShape) -> np.ndarray:
-    """The image (h, w, 3) with a line, one pixel of white between two of black, where regions (n) change: in some
-    ms."""
+    """The image (h, w, 3) with a line, a pixel of white between two of black, where regions (n) change: in some ms."""
     labels = _upscaled(regions.reshape(shape.grid_size), image.shape[:2])
     line = np.zeros(labels.shape, dtype=bool)
     line[:, 1:] |= labels[:, 1:] != labels[:, :-1]
@@ -127,31 +106,27 @@ def bordered(image: np.ndarray, regions: np.ndarray, shape: ViTShape) -> np.ndar
 
 
 def merge_map(image: np.ndarray, plan: CompressionPlan, blocks: Sequence[int]) -> Figure:
-    """Per block, a row: the image with region borders and pruned patches dimmed, region means, and the reconstruction.
+    """Per block, a row: the image with region borders and pruned patches in orange, region means, and the
+    reconstruction. image (h, w, 3) in [0, 1], h and w multiples of the grid.
 
-    image (h, w, 3) in [0, 1], h and w multiples of the grid. Pruned patches are tinted in the palette's orange.
     The pseudo-inverse scales a patch by its weight over the squared norm of its region's weights, so the reconstruction
     of pixels is darker or brighter than the image where the weights of a region differ.
     """
-    figure, axes = new_axes(len(blocks), 3, 2.7, 2.75)
+    figure, axes = new_axes(len(blocks), 3, 2.7, 2.75, **PICTURES)
     shape = plan.shape
-    for row, block in enumerate(blocks):
-        rule = plan.rules()[block][0]
-        titles = ("regions (orange: pruned)", "region means", "reconstruct @ merge")
-        for axis, title in zip(axes[row], titles):
-            axis.set(xticks=[], yticks=[], title=title if row == 0 else "")
+    for axis, title in zip(axes[0], ("regions (orange: pruned)", "region means", "reconstruct @ merge")):
+        axis.set_title(title)
+    for line, block in zip(axes, blocks):
+        rule, shown = plan.rules()[block][0], [image] * 3
+        if rule is not None:
+            pruned = np.isin(np.arange(shape.num_patches), rule.pruned)
+            shown = [tinted(image, pruned, shape), *through_matrices(image, rule, shape)]
+        for axis, each in zip(line, shown):
+            axis.imshow(each)
+        if rule is not None:
+            draw_borders(line[0], np.array(rule.regions).reshape(shape.grid_size), image.shape[:2])
         count = shape.num_patches if rule is None else rule.num_merged
-        axes[row, 0].set_ylabel(f"block {block}\n{count} of {shape.num_patches} patches")
-        if rule is None:
-            for axis in axes[row]:
-                axis.imshow(image)
-            continue
-        pruned = np.isin(np.arange(shape.num_patches), rule.pruned)
-        means, back = through_matrices(image, rule, shape)
-        axes[row, 0].imshow(tinted(image, pruned, shape))
-        _draw_borders(axes[row, 0], np.array(rule.regions).reshape(shape.grid_size), image.shape[:2])
-        axes[row, 1].imshow(means)
-        axes[row, 2].imshow(back)
+        line[0].set_ylabel(f"block {block}\n{count} of {shape.num_patches} patches")
     return figure
 
 
@@ -161,13 +136,13 @@ def matched_map(images: Sequence[np.ndarray], places: dict[int, Tensor], shape: 
 
     images: (h, w, 3) each, in [0, 1], h and w multiples of the grid.
     """
-    figure, axes = new_axes(len(images), 1 + len(places), 1.75, 1.8)
+    figure, axes = new_axes(len(images), 1 + len(places), 1.75, 1.8, **PICTURES)
     titles = ["image"] + [f"block {block}: {int(each[0].max()) + 1} tokens" for block, each in places.items()]
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title)
     for row, (image, line) in enumerate(zip(images, axes)):
-        for axis, title in zip(line, titles):
-            axis.set(xticks=[], yticks=[], title=title if row == 0 else "")
         line[0].imshow(image)
         for axis, each in zip(line[1:], places.values()):
             axis.imshow(region_means(image, each[row], shape))
-            _draw_borders(axis, each[row].reshape(shape.grid_size).numpy(), image.shape[:2])
+            draw_borders(axis, each[row].reshape(shape.grid_size).numpy(), image.shape[:2])
     return figure

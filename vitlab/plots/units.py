@@ -18,26 +18,11 @@ from torch import Tensor
 
 from vitlab.plan import CompressionPlan
 from vitlab.plan.shape import POOL_TOKEN, ViTShape, require
-from vitlab.plots.base import PALETTE, new_axes
-
-MARKERS = "osD^v<>pX*"
-
-
-def as_array(x: Any) -> np.ndarray:
-    """A tensor (of any device and float type), array or list as a float64 array."""
-    return x.detach().cpu().double().numpy() if isinstance(x, Tensor) else np.asarray(x, dtype=np.float64)
-
-
-def legend_above(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:
-    """One legend for the whole figure, above its axes, so that it covers no data."""
-    widths = [8 + len(name) for name in names]                                  # in letters; about 105 fit into a row
-    columns = len(names) if sum(widths) <= 105 else max(1, 105 // max(widths))
-    figure.legend(handles, names, loc="outside upper center", ncols=columns, frameon=False, fontsize="small")
+from vitlab.plots.base import OVER_ALL, PALETTE, PICTURES, as_array, new_axes
 
 
 def to_own_range(rows: np.ndarray, highest: float = 1.0) -> np.ndarray:
-    """(L, K) with each row's range, from its least to its quantile `highest`, moved to [0, 1]; a row of equal values
-    becomes 0."""
+    """(L, K), the range of each row from its least to its quantile `highest` moved to [0, 1]; equal values become 0."""
     low, high = rows.min(axis=1, keepdims=True), np.quantile(rows, highest, axis=1, keepdims=True)
     return ((rows - low) / np.where(high > low, high - low, 1)).clip(0, 1)
 
@@ -60,10 +45,8 @@ def cut_heads(plan: CompressionPlan) -> list[tuple[int, int]]:
 def _cross_cut(axis: Axes, plan: CompressionPlan) -> None:
     """A cross on each head that the plan cuts, on a heat map of blocks by heads."""
     cut = cut_heads(plan)
-    for colour, width in (("black", 4.0), ("white", 1.6)):                      # seen on bright and on dark ground
-        if cut:
-            axis.scatter([head for _, head in cut], [row for row, _ in cut], marker="x", s=36, color=colour,
-                         linewidths=width)
+    for colour, width in OVER_ALL if cut else ():
+        axis.scatter(*zip(*((head, row) for row, head in cut)), marker="x", s=36, color=colour, linewidths=width)
 
 
 def unit_scores(heads: Any, neurons: Any, plan: CompressionPlan | None = None) -> Figure:
@@ -74,14 +57,13 @@ def unit_scores(heads: Any, neurons: Any, plan: CompressionPlan | None = None) -
     neurons kept (a count: a plan made from other scores may keep others than the leftmost).
     """
     heads, neurons = as_array(heads), as_array(neurons)
-    require(len(heads) == len(neurons), f"heads have {len(heads)} blocks, neurons {len(neurons)}; the same number is "
-                                        f"needed")
+    require(len(heads) == len(neurons),
+            f"heads have {len(heads)} blocks, neurons {len(neurons)}; the same number is needed")
     if plan is not None:
         shape, given = plan.shape, (*heads.shape, neurons.shape[1])
         needed = (shape.depth, shape.num_heads, shape.num_neurons)
         require(given == needed, f"scores are for {given} (blocks, heads, neurons); the plan is for {needed}")
-    depth = len(heads)
-    figure, (axes,) = new_axes(1, 2, 4.8, min(max(1.7 + 0.22 * depth, 2.7), 6.5))
+    figure, (axes,) = new_axes(1, 2, 4.8, min(max(1.7 + 0.22 * len(heads), 2.7), 6.5), framed=True)
     ranked = -np.sort(-neurons, axis=1)                                         # (L, M), highest first
     shown = (to_own_range(heads), to_own_range(ranked, 0.99))
     for axis, values, label in zip(axes, shown, ("head", "neurons, highest score first")):
@@ -91,8 +73,8 @@ def unit_scores(heads: Any, neurons: Any, plan: CompressionPlan | None = None) -
     if plan is not None:
         _cross_cut(axes[0], plan)
         kept = [neurons.shape[1] if block.neurons is None else len(block.neurons) for block in plan.blocks]
-        for colour, width in (("black", 4.0), ("white", 1.6)):                  # seen on bright and on dark ground
-            lines = [((count - 0.5, row - 0.5), (count - 0.5, row + 0.5)) for row, count in enumerate(kept)]
+        lines = [((count - 0.5, row - 0.5), (count - 0.5, row + 0.5)) for row, count in enumerate(kept)]
+        for colour, width in OVER_ALL:
             axes[1].add_collection(LineCollection(lines, colors=colour, linewidths=width, clip_on=False), autolim=False)
         axes[0].set_title("cross: cut")
         axes[1].set_title("line: number kept")
@@ -100,12 +82,10 @@ def unit_scores(heads: Any, neurons: Any, plan: CompressionPlan | None = None) -
 
 
 def redundancy_matrices(matrices: Any, blocks: Sequence[int]) -> Figure:
-    """One heat map per chosen block of the HSIC between its heads, from matrices (L, H, H); the diagonal is grey.
-
-    Colour is the value within the block's own range off the diagonal; the title gives that range.
-    """
+    """One heat map per chosen block of the HSIC between its heads, from matrices (L, H, H); the diagonal is grey, the
+    others are coloured within the block's own range, which stands in the title."""
     columns = min(len(blocks), 4)
-    figure, axes = new_axes(-(-len(blocks) // columns), columns, 2.3, 2.3)
+    figure, axes = new_axes(-(-len(blocks) // columns), columns, 2.3, 2.3, framed=True)
     for axis in axes.flat[len(blocks):]:
         axis.set_visible(False)
     for axis, block in zip(axes.flat, blocks):
@@ -138,18 +118,15 @@ def rollout(attention: Tensor, num_prefix_tokens: int, kept: Sequence[Sequence[i
     reads them all.
     """
     depth, _, count, _ = attention.shape
-    require(average or num_prefix_tokens > 0, "rollout reads the class token's row, and there is no prefix token; "
-                                              "average=True reads all")
+    require(average or num_prefix_tokens > 0,
+            "rollout reads the class token's row, and there is no prefix token; average=True reads all")
     require(kept is None or len(kept) == depth, f"kept has {len(kept or ())} blocks; the attention has {depth}")
-    identity = torch.eye(count, dtype=torch.float64, device=attention.device)
-    result = identity
+    result = identity = torch.eye(count, dtype=torch.float64, device=attention.device)
     for index, block in enumerate(attention):                                   # (H, N, N)
         chosen = block if kept is None else block[list(kept[index])]
-        if len(chosen) == 0:
-            continue
-        # the paper's 0.5 goes with the normalisation
-        mixed = chosen.double().mean(dim=0) + identity
-        result = (mixed / mixed.sum(dim=1, keepdim=True)) @ result
+        if len(chosen):
+            mixed = chosen.double().mean(dim=0) + identity              # the paper's 0.5 goes with the normalisation
+            result = (mixed / mixed.sum(dim=1, keepdim=True)) @ result
     return looked_at(result, num_prefix_tokens, average=average)
 
 
@@ -169,26 +146,24 @@ def head_rollouts(pictures: dict[str, np.ndarray], attention: dict[str, Tensor],
     its own range; below it stands its largest value over its mean (1: it is flat). A model that pools over patches
     (shape.pool) is read by the mean over their rows.
     """
-    require(pictures.keys() == attention.keys(), f"pictures are of {list(pictures)}, attention of {list(attention)}; "
-                                                 f"the same are needed")
+    require(pictures.keys() == attention.keys(),
+            f"pictures are of {list(pictures)}, attention of {list(attention)}; the same are needed")
     plan.check_fits(shape)
     every = range(shape.num_heads)
     kept = [list(every) if block.heads is None else list(block.heads) for block in plan.blocks]
     cut = [[head for head in every if head not in heads] for heads in kept]
-    figure, axes = new_axes(len(pictures), 3, 3.0, 2.9)
+    figure, axes = new_axes(len(pictures), 3, 3.0, 2.9, **PICTURES)
+    needed = (shape.depth, shape.num_heads, shape.num_tokens, shape.num_tokens)
     for row, (name, picture) in zip(axes, pictures.items()):
-        size, needed = tuple(attention[name].shape), (shape.depth, shape.num_heads, shape.num_tokens, shape.num_tokens)
+        size = tuple(attention[name].shape)
         require(size == needed, f"attention of {name} is {size}; {needed} is needed")
         covered = [side * g * p / i for side, g, p,
                    i in zip(picture.shape, shape.grid_size, shape.patch_size, shape.img_size)]
-        for axis, heads in zip(row, (None, kept, cut)):
-            axis.set(xticks=[], yticks=[])
-            if heads is not None and not any(heads):
+        row[0].imshow(picture)
+        for axis, heads in zip(row[1:], (kept, cut)):
+            if not any(heads):
                 axis.text(0.5, 0.5, "no head is cut", transform=axis.transAxes, ha="center", va="center")
                 axis.set_aspect("equal")
-                continue
-            if heads is None:
-                axis.imshow(picture)
                 continue
             axis.imshow(picture.mean(axis=2), cmap="gray", vmin=0, vmax=1)      # grey: the only colours are the map's
             given = rollout(attention[name], shape.num_prefix_tokens, heads,
@@ -227,7 +202,7 @@ def head_view(heads: Any, neurons: Any, plan: CompressionPlan, picture: np.ndarr
     picture (h, w, 3) in [0, 1]; attention (n) of the head to the patches; shared (H), the HSIC with each head of the
     block, or None. Blue is kept, orange is cut.
     """
-    figure, axes = new_axes(2, 2, 4.7, 3.3)
+    figure, axes = new_axes(2, 2, 4.7, 3.3, framed=True)
     (scores, looks), (bars, ranks) = axes
     _score_map(scores, to_own_range(as_array(heads)), "head").axes.set(
         ylabel="block", title="score in block's range; cross: cut")
@@ -249,27 +224,4 @@ def head_view(heads: Any, neurons: Any, plan: CompressionPlan, picture: np.ndarr
     ranks.set(xlabel="neuron, highest score first", ylabel="score", title=f"{kept.sum()} of {len(kept)} neurons kept")
     sns.despine(ax=bars)
     sns.despine(ax=ranks)
-    return figure
-
-
-def plan_bars(plans: dict[str, CompressionPlan]) -> Figure:
-    """What stays per block, in percent of the dense model: heads, neurons, tokens in the attention; a bar per plan."""
-    figure, axes = new_axes(3, 1, 9.4, 1.8)
-    width = 0.8 / max(len(plans), 1)
-    for index, (name, plan) in enumerate(plans.items()):
-        shape = plan.shape
-        heads = [shape.num_heads if b.heads is None else len(b.heads) for b in plan.blocks]
-        neurons = [shape.num_neurons if b.neurons is None else len(b.neurons) for b in plan.blocks]
-        counts = ((heads, shape.num_heads), (neurons, shape.num_neurons), (plan.tokens_per_block(), shape.num_tokens))
-        places = np.arange(shape.depth) + (index - (len(plans) - 1) / 2) * width
-        for axis, (kept, whole) in zip(axes[:, 0], counts):
-            axis.bar(places, 100 * np.array(kept) / whole, width, color=PALETTE[index % len(PALETTE)], label=name,
-                     linewidth=0)
-    depth = max((plan.shape.depth for plan in plans.values()), default=1)
-    for axis, label in zip(axes[:, 0], ("heads\nkept (%)", "neurons\nkept (%)", "tokens in\nattention (%)")):
-        axis.set(ylabel=label, ylim=(0, 100), xlim=(-0.6, depth - 0.4), xticks=range(depth), yticks=(0, 50, 100))
-    axes[-1, 0].set_xlabel("block")
-    handles, names = axes[0, 0].get_legend_handles_labels()
-    legend_above(figure, handles, names)
-    sns.despine(fig=figure)
     return figure

@@ -2,7 +2,7 @@
 import asyncio
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,22 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 _TASKS: set[asyncio.Task] = set()               # a loop holds its tasks weakly
+
+
+def sized(label: str, width: str) -> dict[str, dict[str, str]]:
+    """Settings of a control: the width of its label, and its own."""
+    return {"style": {"description_width": label}, "layout": {"width": width}}
+
+
+def row(*widgets: ipywidgets.Widget) -> ipywidgets.HBox:
+    """Side by side, and below each other in a narrow window."""
+    return ipywidgets.HBox(widgets, layout={"flex_flow": "row wrap"})
+
+
+def observe(widgets: Iterable[ipywidgets.Widget], function: Callable[..., object], name: str = "value") -> None:
+    """Call the function whenever one of them changes."""
+    for widget in widgets:
+        widget.observe(function, name)
 
 
 class Explorer(ipywidgets.VBox):
@@ -33,6 +49,18 @@ class Explorer(ipywidgets.VBox):
             plt.close(figure)
 
 
+class Canvas(ipywidgets.Image):
+    """A figure as wide as the page."""
+
+    def __init__(self) -> None:
+        super().__init__(format="png", layout={"width": "100%", "max_width": "940px"})
+
+    def show(self, figure: Figure) -> None:
+        """Show a figure, and let go of it."""
+        self.value = figure_png(figure)
+        plt.close(figure)
+
+
 class Cells(anywidget.AnyWidget):
     """A picture under a grid of cells. Pointing at a cell outlines all cells of its group and shows its label; a click,
     or the arrow keys, choose it."""
@@ -41,8 +69,7 @@ class Cells(anywidget.AnyWidget):
     picture = traitlets.Bytes().tag(sync=True)              # PNG
     width = traitlets.Int(320).tag(sync=True)               # CSS pixels; the height follows from the picture
     alt = traitlets.Unicode().tag(sync=True)                # what the picture shows, in words
-    # (rows, columns)
-    grid = traitlets.Tuple(traitlets.Int(), traitlets.Int(), default_value=(1, 1)).tag(sync=True)
+    grid = traitlets.Tuple(traitlets.Int(), traitlets.Int(), default_value=(1, 1)).tag(sync=True)    # (rows, columns)
     groups = traitlets.List(traitlets.Int()).tag(sync=True)             # of each cell, row by row; [] : each by itself
     labels = traitlets.List(traitlets.Unicode()).tag(sync=True)         # of each cell; [] : none
     picked = traitlets.Int(-1).tag(sync=True)               # the chosen cell, -1: none
@@ -62,15 +89,8 @@ def array_png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def show(picture: ipywidgets.Image, figure: Figure) -> None:
-    """Put a figure into a picture, and let go of it."""
-    picture.value = figure_png(figure)
-    plt.close(figure)
-
-
 def repeat(look: Callable[[], bool], seconds: float) -> asyncio.Task:
-    """Call `look` in the kernel's own event loop, at once and then every so many seconds, between the cells, until it
-    gives False."""
+    """Call `look` in the kernel's event loop, at once and then every so many seconds, until it gives False."""
     async def again() -> None:
         while look():
             await asyncio.sleep(seconds)

@@ -12,26 +12,19 @@ from typing import Any
 import ipywidgets
 import numpy as np
 import traitlets
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vitlab.data.listing import images_below, is_image
 from vitlab.data.rgb import rgb
 from vitlab.plan.shape import ViTShape, require
 from vitlab.runtime.files import InputError
-from vitlab.workbench.pictures import SHOWN
+from vitlab.workbench.explore.base import row, sized
+from vitlab.workbench.pictures import fitted
 
 MAX_BYTES = 10_000_000                          # of an image file; Jupyter's server takes no larger message
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")        # none that Pillow needs another program for
 MAX_LISTED = 1000                               # images of a folder
-WIDE = {"style": {"description_width": "125px"}, "layout": {"width": "400px"}}         # of a control, two in a row
-WRAPPED = {"flex_flow": "row wrap"}             # of a row, whose second half goes below the first in a narrow window
-
-
-def fitted(image: Image.Image, shape: ViTShape) -> np.ndarray:
-    """The middle of an image as (h, w, 3) in [0, 1], of a size that the patch grid divides."""
-    scale = max(1, SHOWN // shape.img_size[0])
-    height, width = (g * p * scale for g, p in zip(shape.grid_size, shape.patch_size))
-    return np.asarray(ImageOps.fit(rgb(image), (width, height), Image.Resampling.BICUBIC)) / 255
+WIDE = sized("125px", "400px")                  # of a control, two in a row
 
 
 def decode(name: str, content: bytes, shape: ViTShape) -> np.ndarray:
@@ -44,7 +37,7 @@ def decode(name: str, content: bytes, shape: ViTShape) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                return fitted(image, shape)
+                return fitted(rgb(image), shape)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise InputError(
             f"{name}: more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels, which are not unpacked") from None
@@ -62,16 +55,15 @@ class PictureChooser(ipywidgets.VBox):
         require(bool(pictures), "no picture was given; one at least is needed to begin with")
         self.shape = shape
         self.known: dict[str, np.ndarray | Path] = {            # a Path is read once it is chosen
-            name: fitted(Image.fromarray((picture * 255).round().astype(np.uint8)), shape) for name,
-            picture in pictures.items()}
+            name: fitted(Image.fromarray((picture * 255).round().astype(np.uint8)), shape)
+            for name, picture in pictures.items()}
         self.names = ipywidgets.Dropdown(options=list(self.known), description="picture", **WIDE)
         self.folder = ipywidgets.Text(description="folder", placeholder="path, Enter", continuous_update=False,
-                                      style={"description_width": "60px"}, layout={"width": "200px"})
+                                      **sized("60px", "200px"))
         self.upload = ipywidgets.FileUpload(accept="image/*", description=f"upload ≤ {MAX_BYTES / 1e6:.0f} MB",
                                             layout={"width": "185px"})
         self.message = ipywidgets.HTML()
-        super().__init__([ipywidgets.HBox([self.names, self.folder, self.upload], layout=WRAPPED), self.message],
-                         chosen=self.names.value)
+        super().__init__([row(self.names, self.folder, self.upload), self.message], chosen=self.names.value)
         self.names.observe(self._named, "value")
         self.folder.observe(lambda change: change.new and self._try(self._list, Path(os.path.expanduser(change.new))),
                             "value")

@@ -1,20 +1,20 @@
 """Two plans side by side, and what a policy between them would cost and give, as the Gaussian process of a search
 expects."""
 import html
-from collections.abc import Callable
 from pathlib import Path
 
 import ipywidgets
 import numpy as np
 import torch
+import traitlets
 from matplotlib.figure import Figure
 
 from vitlab.plan import CompressionPlan
-from vitlab.plots.training import compare_plans
+from vitlab.plots.plans import compare_plans
 from vitlab.runtime.files import InputError
 from vitlab.search import SearchSpace, Study
 from vitlab.search.explain import Predict
-from vitlab.workbench.explore.base import Explorer, show
+from vitlab.workbench.explore.base import Canvas, Explorer, observe, row, sized
 from vitlab.workbench.explore.study import Watched, measured, watch
 from vitlab.workbench.searching import cost_function
 
@@ -22,6 +22,7 @@ DENSE, DRAGGED = "dense", "dragged"
 MEASURES = {"top1_pct": "top-1 on a slice of train (%)", "miou_pct": "mIoU on a slice of train (%)",
             "agree_pct": "classified as by the dense model (%)"}
 CELL = "padding-right: 2em; white-space: nowrap; line-height: 1.5"
+WIDE = sized("7em", "24em")
 
 
 class Expectation:
@@ -41,21 +42,16 @@ class Expectation:
                              f"searching.search returns is needed")
         self.cost = study.budget.cost if isinstance(study, Study) else cost_function(self.space, self.study.unit, None)
         self.best = max(evaluations, key=lambda e: e.value)
-        self.labels = {"value": self.study.label,
-                       **{name: label for name, label in MEASURES.items() if label != self.study.label}}
-        self.labels = {name: label for name,
-                       label in self.labels.items() if name == "value" or self._varies(evaluations, name)}
+        self.labels = {"value": self.study.label}
+        for name, label in MEASURES.items():
+            found = [e.measures.get(name) for e in evaluations]                 # without labels, top-1 is 0 throughout
+            if label != self.study.label and None not in found and len(set(found)) > 1:
+                self.labels[name] = label
         self.beliefs: dict[str, Predict] = {name: self.study.belief(evaluations, name) for name in self.labels}
 
-    @staticmethod
-    def _varies(evaluations: list, measure: str) -> bool:
-        """Whether every evaluation has it and not all the same: without labels, top-1 is 0 throughout."""
-        found = [e.measures.get(measure) for e in evaluations]
-        return None not in found and len(set(found)) > 1
-
     def __call__(self, policy: np.ndarray) -> dict[str, tuple[float, float]]:
-        """{measure: (mean, standard deviation)} for a policy (D), "value" among them; the measurement's own noise is
-        left out."""
+        """{measure: (mean, standard deviation)} for a policy (D), "value" among them, without the measurement's noise.
+        """
         return {name: tuple(float(v[0]) for v in belief(policy[None])) for name, belief in self.beliefs.items()}
 
     def plan(self, policy: np.ndarray) -> CompressionPlan:
@@ -66,44 +62,41 @@ class Expectation:
                                tokens=torch.ones(shape.depth, shape.num_patches))
 
 
-class Drag:
+class Drag(ipywidgets.HBox):
     """Controls that move one policy: a choice of rates, a slider, and the way back to the study's best."""
+
+    policy = traitlets.Any()                    # (D)
 
     def __init__(self, expectation: Expectation) -> None:
         space, self.expectation = expectation.space, expectation
-        self.policy = np.array(expectation.best.policy)                         # (D)
-        self.on_change: Callable[[], None] = lambda: None
         groups = {group: [i for i, g in enumerate(space.groups) if g == group] for group in space.groups}
         choices = [(f"{group}, all blocks", where) for group, where in groups.items() if len(where) > 1]
         choices += [(name, [i]) for i, name in enumerate(space.names)]
-        wide = {"style": {"description_width": "7em"}, "layout": {"width": "24em"}}
-        self.rates = ipywidgets.Dropdown(options=[label for label, _ in choices], description="drag", **wide)
+        self.rates = ipywidgets.Dropdown(options=[label for label, _ in choices], description="drag", **WIDE)
         self.slider = ipywidgets.FloatSlider(0, min=0, max=space.max_ratio, step=0.01, readout_format=".1%",
-                                             description="cut", **wide)
-        self.back = ipywidgets.Button(description="back to the best", icon="undo")
-        self._where, self._base = dict(choices), self.policy
-        self.box = ipywidgets.HBox([self.rates, self.slider, self.back], layout={"flex_flow": "row wrap"})
-        self.rates.observe(lambda _: self._take_hold(), "value")
-        self.slider.observe(lambda _: self._move(), "value")
-        self.back.on_click(lambda _: self._reset())
-        self._take_hold()
+                                             description="cut", **WIDE)
+        back = ipywidgets.Button(description="back to the best", icon="undo")
+        super().__init__([self.rates, self.slider, back], layout={"flex_flow": "row wrap"})
+        self._where = dict(choices)
+        self.rates.observe(self._take_hold, "value")
+        self.slider.observe(self._move, "value")
+        back.on_click(self._reset)
+        self._reset()
 
-    def _take_hold(self) -> None:
+    def _take_hold(self, *_: object) -> None:
         """From now on the slider moves the chosen rates from where they are."""
         self._base = self.policy
         self.slider.value = float(self._base[self._where[self.rates.value]].mean())
 
-    def _move(self) -> None:
+    def _move(self, *_: object) -> None:
         """The chosen rates all move by the same amount, as far as each may."""
-        where, self.policy = self._where[self.rates.value], self._base.copy()
-        self.policy[where] = np.clip(self._base[where] + self.slider.value - self._base[where].mean(), 0,
-                                     self.slider.max)
-        self.on_change()
+        where, moved = self._where[self.rates.value], self._base.copy()
+        moved[where] = np.clip(moved[where] + self.slider.value - moved[where].mean(), 0, self.slider.max)
+        self.policy = moved
 
-    def _reset(self) -> None:
+    def _reset(self, *_: object) -> None:
         self.policy = np.array(self.expectation.best.policy)
         self._take_hold()
-        self.on_change()
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(what, measured of the best policy, expected of this one)."""
@@ -118,8 +111,8 @@ class Drag:
     def told(self) -> str:
         """The rows as an HTML table."""
         head = ("", f"best (number {self.expectation.best.index}), measured", f"{DRAGGED}, expected \u00b1 deviation")
-        lines = ["".join(f'<td style="{CELL}">{html.escape(value)}</td>' for value in row)
-                 for row in (head, *self.rows())]
+        lines = ["".join(f'<td style="{CELL}">{html.escape(value)}</td>' for value in line)
+                 for line in (head, *self.rows())]
         return f"<table><tr>{'</tr><tr>'.join(lines)}</tr></table>"
 
 
@@ -140,11 +133,10 @@ def plan_explorer(plans: dict[str, CompressionPlan], study: Study | str | Path |
     known = {**plans, DENSE: CompressionPlan.empty(shapes[0])}
     drag = Drag(expectation) if expectation else None
     names = [*known, *([DRAGGED] if drag else [])]
-    wide = {"style": {"description_width": "7em"}, "layout": {"width": "24em"}}
-    left = ipywidgets.Dropdown(options=names, value=names[0], description="plan", **wide)
+    left = ipywidgets.Dropdown(options=names, value=names[0], description="plan", **WIDE)
     right = ipywidgets.Dropdown(options=names, value=DRAGGED if drag else names[min(1, len(names) - 1)],
-                                description="beside it", **wide)
-    text, picture = ipywidgets.HTML(), ipywidgets.Image(format="png", layout={"width": "100%", "max_width": "940px"})
+                                description="beside it", **WIDE)
+    text, picture = ipywidgets.HTML(), Canvas()
 
     def chosen() -> dict[str, CompressionPlan]:
         return {name: expectation.plan(drag.policy) if name == DRAGGED else known[name]
@@ -157,10 +149,9 @@ def plan_explorer(plans: dict[str, CompressionPlan], study: Study | str | Path |
 
     def draw(*_: object) -> None:
         text.value = drag.told() if drag else ""
-        show(picture, compare_plans(chosen()))
-    for widget in (left, right):
-        widget.observe(draw, "value")
+        picture.show(compare_plans(chosen()))
+    observe([left, right], draw)
     if drag:
-        drag.on_change = draw
+        drag.observe(draw, "policy")
     draw()
-    return Explorer([ipywidgets.HBox([left, right]), *([drag.box] if drag else []), text, picture], figure)
+    return Explorer([row(left, right), *([drag] if drag else []), text, picture], figure)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import ipywidgets
 import numpy as np
 import torch
-import traitlets
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from timm.data import resolve_model_data_config
@@ -25,9 +24,9 @@ from vitlab.plots.base import to_image
 from vitlab.plots.colours import GREY, class_colours, overlaid
 from vitlab.plots.scenes import OPACITY, OUTCOMES, difference, in_grey, scene_moment
 from vitlab.plots.tokens import bordered, tinted
-from vitlab.workbench.explore.base import Cells, Explorer, array_png
-from vitlab.workbench.explore.choosing import WIDE, WRAPPED
-from vitlab.workbench.explore.token_map import BY_PLACE, DRAWN, GIVEN, WIDTH, Maps
+from vitlab.workbench.explore.base import row
+from vitlab.workbench.explore.choosing import WIDE
+from vitlab.workbench.explore.token_map import Maps, RuleExplorer, enlarged
 
 LATE = {"continuous_update": False}             # of a slider each of whose values runs the model
 
@@ -88,84 +87,50 @@ class Views:
 
 def _squares(entries: Sequence[tuple[str, Any]]) -> str:
     """A legend in HTML: (label, colour) each."""
-    return " &nbsp; ".join(f'<span style="color: {to_hex(colour)}">■</span>&nbsp;{html.escape(label)}' for label,
-                           colour in entries)
+    return " &nbsp; ".join(f'<span style="color: {to_hex(colour)}">■</span>&nbsp;{html.escape(label)}'
+                           for label, colour in entries)
 
 
-class SceneView(Explorer):
+class SceneView(RuleExplorer):
     """The widgets of `scene_view`; their values are the state, and `figure()` draws it."""
 
     def __init__(self, views: Views, classes: Sequence[str], keep_rate: float, prune_rate: float,
                  opacity: float) -> None:
-        rate = {"step": 0.01, "readout_format": ".2f", **WIDE}
-        self.views, self.maps, self.classes, shape = views, views.maps, list(classes), views.maps.shape
+        titles = {"compressed": "<b>compressed</b>", "dense": "<b>dense</b>",
+                  "difference": _squares(list(OUTCOMES.values())),
+                  "regions": "<b>tokens of the block; orange: pruned</b>"}
+        super().__init__(views.maps, titles, keep_rate, prune_rate, **LATE)
+        self.views, self.classes, self.legend = views, list(classes), ipywidgets.HTML()
         self.image = ipywidgets.IntSlider(0, 0, len(views.scenes) - 1, description="image", **LATE, **WIDE)
-        self.rule = ipywidgets.Dropdown(options=self.maps.rules, description="rule", **WIDE)
-        self.block = ipywidgets.IntSlider(shape.depth // 2, 0, shape.depth - 1, description="block", **WIDE)
-        self.opacity = ipywidgets.FloatSlider(opacity, min=0, max=1, description="opacity, [0, 1]", **rate)
-        least = max(0.05, 1.01 / shape.num_patches)             # one patch has to stay, for all rounding
-        self.keep_rate = ipywidgets.FloatSlider(keep_rate, min=least, max=1, description="keep rate, (0, 1]", **LATE,
-                                                **rate)
-        self.prune_rate = ipywidgets.FloatSlider(prune_rate, min=0, max=0.95, description="prune rate, [0, 1)", **LATE,
-                                                 **rate)
-        titles = {"compressed": "compressed", "dense": "dense", "difference": _squares(list(OUTCOMES.values())),
-                  "regions": "tokens of the block; orange: pruned"}
-        self.panels = {name: Cells(grid=shape.grid_size, width=WIDTH) for name in titles}
-        first, *others = self.panels.values()
-        for other in others:
-            traitlets.link((first, "picked"), (other, "picked"))
-        self.legend, self.line = ipywidgets.HTML(), ipywidgets.HTML()
-        boxes = [ipywidgets.VBox([ipywidgets.HTML(title if name == "difference" else f"<b>{title}</b>"),
-                                  self.panels[name]],
-                                 layout=WIDE["layout"]) for name, title in titles.items()]
-        controls = (self.image, self.rule, self.keep_rate, self.prune_rate, self.block, self.opacity)
-        pairs = [*zip(controls[::2], controls[1::2]), *zip(boxes[::2], boxes[1::2])]
-        super().__init__([*(ipywidgets.HBox(list(pair), layout=WRAPPED) for pair in pairs), self.legend, self.line],
-                         self._figure)
-        for widget in controls:
-            widget.observe(self._show, "value")
-        self._show()
-
-    def _key(self) -> tuple[str, float, float]:
-        return self.rule.value, self.keep_rate.value, self.prune_rate.value if self.rule.value in BY_PLACE else 0.0
+        self.opacity = ipywidgets.FloatSlider(opacity, min=0, max=1, description="opacity, [0, 1]", step=0.01,
+                                              readout_format=".2f", **WIDE)
+        controls = [row(self.image, self.rule), row(self.keep_rate, self.prune_rate), row(self.block, self.opacity)]
+        self.begin([*controls, *self.rows, self.legend], self.image, self.opacity)
 
     def _show(self, change: Any = None) -> None:
-        self.keep_rate.disabled = self.rule.value == GIVEN
-        self.prune_rate.disabled = self.rule.value not in BY_PLACE
-        i, key, shape, block = self.image.value, self._key(), self.maps.shape, self.block.value
+        i, key, shape, block = self.image.value, self.key(), self.maps.shape, self.block.value
         scene, dense, compressed = self.views.scene(i), self.views.dense(i), self.views.compressed(i, *key)
-        seen, zoom, colours = self.maps.tokens(i,
-                                               *key)[block], -(-DRAWN // max(shape.img_size)), class_colours(
-                                                   len(self.classes))
-
-        grey = in_grey(scene.picture)
-
-        def large(image: np.ndarray) -> np.ndarray:
-            return image.repeat(zoom, 0).repeat(zoom, 1)
-        drawn = {"compressed": large(overlaid(grey, compressed, colours, self.opacity.value)),
-                 "dense": large(overlaid(grey, dense, colours, self.opacity.value)),
-                 "difference": large(difference(scene.truth, dense, compressed, len(self.classes))),
-                 "regions": bordered(tinted(large(scene.picture), seen.aside, shape), seen.regions, shape)}
+        seen, colours, grey = self.maps.tokens(i, *key)[block], class_colours(len(self.classes)), in_grey(scene.picture)
+        drawn = {"compressed": enlarged(overlaid(grey, compressed, colours, self.opacity.value)),
+                 "dense": enlarged(overlaid(grey, dense, colours, self.opacity.value)),
+                 "difference": enlarged(difference(scene.truth, dense, compressed, len(self.classes))),
+                 "regions": bordered(tinted(enlarged(scene.picture), seen.aside, shape), seen.regions, shape)}
         alts = {"compressed": "Prediction of the compressed model", "dense": "Prediction of the dense model",
                 "difference": "What the compressed model loses and gains", "regions": f"Tokens of block {block}"}
-        labels = seen.labels(shape)
-        for name, cells in self.panels.items():
-            with cells.hold_sync():
-                cells.picture, cells.groups, cells.labels = array_png(drawn[name]), seen.regions.tolist(), labels
-                cells.alt = f"{alts[name]}, image {i}, {self.rule.value}"
+        self.draw(drawn, {name: f"{alt}, image {i}, {self.rule.value}" for name, alt in alts.items()}, seen)
         found = sorted(set(np.unique(dense).tolist()) | set(np.unique(compressed).tolist()))
         self.legend.value = _squares([("none", (GREY,) * 3) if k == IGNORE else (self.classes[k], colours[k])
                                       for k in found])
         self.line.value = html.escape(self._costs())
 
     def _costs(self) -> str:
-        i, key, block = self.image.value, self._key(), self.block.value
+        i, key, block = self.image.value, self.key(), self.block.value
         before, after = (self.views.miou_pct(i, mask) for mask in (self.views.dense(i), self.views.compressed(i, *key)))
         return (f"{self.maps.costs(self.maps.plan(*key), block, self.maps.tokens(i, *key)[block])} "
                 f"mIoU of this image: dense {before:.1f}%, compressed {after:.1f}%.")
 
     def _figure(self) -> Figure:
-        i, key, block = self.image.value, self._key(), self.block.value
+        i, key, block = self.image.value, self.key(), self.block.value
         scene, seen = self.views.scene(i), self.maps.tokens(i, *key)[block]
         shown = [each[scene.inside]
                  for each in (scene.picture, scene.truth, self.views.dense(i), self.views.compressed(i, *key))]

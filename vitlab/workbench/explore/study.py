@@ -18,7 +18,7 @@ from vitlab.search.acquisition import log_expected_improvement
 from vitlab.search.explain import Predict, believed
 from vitlab.search.strategies import Settings, incumbent
 from vitlab.search.study import INFO, Evaluation, read_journal
-from vitlab.workbench.explore.base import Explorer, repeat, show
+from vitlab.workbench.explore.base import Canvas, Explorer, observe, repeat, row, sized
 
 METRICS = {"distill_loss": "minus the distance to the dense model (nats)", "top1_pct": "top-1 on a slice of train (%)",
            "miou_pct": "mIoU on a slice of train (%)"}
@@ -44,8 +44,7 @@ class Watched:
         return evaluation.measures.get(error_name(self.metric if measure == "value" else measure))
 
     def evaluations(self) -> list[Evaluation]:
-        """All that is measured by now; a line that is being written is left for the next time. Raises InputError for a
-        damaged one."""
+        """All that is measured by now, without a line that is being written. Raises InputError for a damaged one."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return read_journal(self.folder)
@@ -89,16 +88,15 @@ def study_explorer(study: Study | str | Path) -> Explorer:
     found = watch(study)
     seen: list[Evaluation] = found.evaluations()
     beliefs: dict[int, Predict] = {}
-    wide = {"style": {"description_width": "7em"}, "layout": {"width": "30em"}}
+    wide = sized("7em", "30em")
     place = ipywidgets.IntSlider(len(seen), 0, max(len(seen), 1), description="evaluations", **wide)
     play = ipywidgets.Play(value=len(seen), min=0, max=max(len(seen), 1), interval=600, description="play")
     dimension = ipywidgets.Dropdown(options=found.space.names, description="along", **wide)
     follow = ipywidgets.Checkbox(False, description="follow the running search", indent=False)
-    text, picture = ipywidgets.HTML(), ipywidgets.Image(format="png", layout={"width": "100%", "max_width": "940px"})
+    text, picture = ipywidgets.HTML(), Canvas()
     ipywidgets.jslink((play, "value"), (place, "value"))
 
     def figure() -> Figure:
-        """The moment that the widgets stand at."""
         done, following = seen[:place.value], seen[place.value] if place.value < len(seen) else None
         index, grid = dimension.index, np.linspace(0, found.space.max_ratio, POINTS)
         lines, expected = {}, None
@@ -124,7 +122,7 @@ def study_explorer(study: Study | str | Path) -> Explorer:
 
     def draw(*_: object) -> None:
         text.value = told(found, seen, place.value)
-        show(picture, figure())
+        picture.show(figure())
 
     def look() -> bool:
         """Read on, move to the end, and say whether to look again."""
@@ -142,14 +140,10 @@ def study_explorer(study: Study | str | Path) -> Explorer:
             place.value = len(seen)
         return follow.value and explorer.comm is not None
 
-    def on_follow(change: dict) -> None:
-        if change["new"]:
-            repeat(look, SECONDS)
-    for widget in (place, dimension):
-        widget.observe(draw, "value")
-    follow.observe(on_follow, "value")
+    observe([place, dimension], draw)
+    follow.observe(lambda change: change.new and repeat(look, SECONDS), "value")
     draw()
-    explorer = Explorer([ipywidgets.HBox([place, play, follow]), dimension, text, picture], figure)
+    explorer = Explorer([row(place, play, follow), dimension, text, picture], figure)
     return explorer
 
 
@@ -166,11 +160,9 @@ def told(found: Watched, seen: list[Evaluation], count: int) -> str:
         return f"nothing was measured yet; {len(seen)} evaluations are in the journal"
     best = max(seen[:count], key=lambda e: e.value)
     lines = [f"<b>{len(seen[:count])} of {found.options.evaluations}</b> evaluations by {html.escape(found.strategy)}; "
-             f"best so far "
-             f"<b>{measured(found, best)}</b> (number {best.index}, {best.cost:.4g} of {found.limit:.4g} "
+             f"best so far <b>{measured(found, best)}</b> (number {best.index}, {best.cost:.4g} of {found.limit:.4g} "
              f"{html.escape(found.unit)})"]
-    if count < len(seen):
-        following = seen[count]
+    for following in seen[count:count + 1]:
         hoped = following.expected
         lines.append(f"next: number {following.index} by {html.escape(following.by)}, "
                      + (f"expected {hoped['mean']:.4g} &plusmn; {hoped['deviation']:.2g}, log EI "

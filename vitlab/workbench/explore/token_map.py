@@ -27,13 +27,12 @@ from vitlab.plots.tokens import bordered, through_matrices, through_means, tinte
 from vitlab.search import SearchSpace
 from vitlab.search.token_dimensions import default_tokens
 from vitlab.workbench.cutting import open_dense
-from vitlab.workbench.explore.base import Cells, Explorer, array_png
-from vitlab.workbench.explore.choosing import WIDE, WRAPPED, PictureChooser
+from vitlab.workbench.explore.base import Cells, Explorer, array_png, observe, row
+from vitlab.workbench.explore.choosing import WIDE, PictureChooser
 from vitlab.workbench.pictures import as_input
 from vitlab.workbench.steps import Source
 
-# of a picture on the page, in CSS pixels, and of its drawing with borders, at least
-WIDTH, DRAWN = 380, 448
+WIDTH, DRAWN = 380, 448         # of a picture on the page, in CSS pixels, and of its drawing with borders, at least
 GIVEN = "the given plan"
 BY_PLACE = {"Prune and Merge, one budget for all": {"rule": "center"},
             "Prune and Merge, a budget per block": {"rule": "merge"},
@@ -56,8 +55,8 @@ class Tokens(NamedTuple):
             if self.aside[j] and not self.weights[j]:
                 return "pruned, it skips the block"
             return "a token by itself" if sizes[region] == 1 else f"one token of {sizes[region]} patches"
-        return [f"row {j // columns}, column {j % columns}: {fate(j, region)}" for j,
-                region in enumerate(self.regions.tolist())]
+        return [f"row {j // columns}, column {j % columns}: {fate(j, region)}"
+                for j, region in enumerate(self.regions.tolist())]
 
 
 @torch.no_grad()
@@ -90,8 +89,8 @@ class Maps:
     def __init__(self, model: nn.Module, taken: Callable[[Any], Tensor], scores: Tensor | None,
                  plan: CompressionPlan | None, **settings: Any) -> None:
         """taken: the model's input (1, channels, H, W) of a picture, by its key."""
-        self.model, self.shape, self.taken, self.scores, self.given, self.settings = model, shape_of(
-            model), taken, scores, plan, settings
+        self.model, self.shape, self.taken = model, shape_of(model), taken
+        self.scores, self.given, self.settings = scores, plan, settings
         self.dense_gmacs = gmacs(CompressionPlan.empty(self.shape))
         if plan is not None:
             plan.check_fits(self.shape)
@@ -117,19 +116,15 @@ class Maps:
 
     def _by_image(self, picture: Any, *key: Any) -> dict[int, Tokens]:
         """Of the blocks that match or select, for which the model is run."""
-        plan = self.plan(*key)
-        matches = any(map(_matches, plan.blocks))
-        if not matches and not any(isinstance(block.tokens, Select) for block in plan.blocks):
-            return {}
-        x, small, found = self.taken(picture), self.compressed(*key), {}
-        if matches:
-            for block, places in token_places(small, x).items():
+        blocks, found = self.plan(*key).blocks, {}
+        if any(map(_matches, blocks)):
+            for block, places in token_places(self.compressed(*key), self.taken(picture)).items():
                 regions = places[0].numpy()
                 found[block] = Tokens(regions, 1 / np.bincount(regions)[regions], np.zeros(len(regions), dtype=bool))
-            return found
-        for block, shares in selected(small, x, self.shape).items():
-            weights, regions = (each.numpy() for each in shares.max(dim=0))
-            found[block] = Tokens(regions, weights, np.bincount(regions)[regions] > 1)
+        elif any(isinstance(block.tokens, Select) for block in blocks):
+            for block, shares in selected(self.compressed(*key), self.taken(picture), self.shape).items():
+                weights, regions = (each.numpy() for each in shares.max(dim=0))
+                found[block] = Tokens(regions, weights, np.bincount(regions)[regions] > 1)
         return found
 
     def _tokens(self, picture: Any, *key: Any) -> list[Tokens]:
@@ -138,10 +133,10 @@ class Maps:
         by_image = self._by_image(picture, *key)
         latest, found = Tokens(np.arange(n), np.ones(n), np.zeros(n, dtype=bool)), []
         for index, (rule, _) in enumerate(plan.rules()):
-            latest = by_image.get(index, latest)
-            by_place = isinstance(rule, (MergeReconstruct, SharedUpdate))
-            found.append(Tokens(np.array(rule.regions), np.array(rule.weights), np.isin(np.arange(n), rule.pruned))
-                         if by_place else latest)
+            latest = seen = by_image.get(index, latest)
+            if isinstance(rule, (MergeReconstruct, SharedUpdate)):
+                seen = Tokens(np.array(rule.regions), np.array(rule.weights), np.isin(np.arange(n), rule.pruned))
+            found.append(seen)
         return found
 
     def costs(self, plan: CompressionPlan, block: int, seen: Tokens) -> str:
@@ -150,8 +145,8 @@ class Maps:
         counts = f"{flow.attended} of {whole} tokens" if flow.attended == flow.in_mlp else (
             f"of {whole} tokens {flow.attended} in the attention, {flow.in_mlp} in the MLP")
         inside, aside = seen.regions[~seen.aside], int(seen.aside.sum())
-        merged, what = len(inside) - len(set(inside.tolist())), "averaged into one token" if seen.weights[
-            seen.aside].any() else "pruned"
+        merged = len(inside) - len(set(inside.tolist()))
+        what = "averaged into one token" if seen.weights[seen.aside].any() else "pruned"
         fates = [f"{count} {'patch' if count == 1 else 'patches'} {fate}"
                  for count, fate in ((merged, "merged into others"), (aside, what)) if count]
         text = (f"Block {block}: {'; '.join([counts, *fates])}. "
@@ -163,49 +158,78 @@ class Maps:
         return text
 
 
-class TokenMap(Explorer):
-    """The widgets of `token_map`; their values are the state, and `figure()` draws it."""
+def enlarged(image: np.ndarray) -> np.ndarray:
+    """An image (h, w, 3) of DRAWN pixels at least, each repeated."""
+    zoom = -(-DRAWN // max(image.shape[:2]))
+    return image.repeat(zoom, 0).repeat(zoom, 1)
 
-    def __init__(self, maps: Maps, chooser: PictureChooser, keep_rate: float, prune_rate: float) -> None:
-        rate = {"step": 0.01, "readout_format": ".2f", **WIDE}
-        self.maps, self.chooser, shape = maps, chooser, maps.shape
+
+class RuleExplorer(Explorer):
+    """Controls of a token rule, its rates and the block looked at; panels of cells that point at the same tokens; and a
+    line of text."""
+
+    def __init__(self, maps: Maps, titles: dict[str, str], keep_rate: float, prune_rate: float,
+                 **rates: bool) -> None:
+        """titles: {panel: its title, as HTML}; rates: of the sliders of rates."""
+        super().__init__([], self._figure)
+        self.maps, shape, rates = maps, maps.shape, {"step": 0.01, "readout_format": ".2f", **WIDE, **rates}
         least = max(0.05, 1.01 / shape.num_patches)             # one patch has to stay, for all rounding
         self.rule = ipywidgets.Dropdown(options=maps.rules, description="rule", **WIDE)
         self.block = ipywidgets.IntSlider(shape.depth // 2, 0, shape.depth - 1, description="block", **WIDE)
-        self.keep_rate = ipywidgets.FloatSlider(keep_rate, min=least, max=1, description="keep rate, (0, 1]", **rate)
-        self.prune_rate = ipywidgets.FloatSlider(prune_rate, min=0, max=0.95, description="prune rate, [0, 1)", **rate)
-        self.left, self.right = (Cells(grid=shape.grid_size, width=WIDTH) for _ in range(2))
-        traitlets.link((self.left, "picked"), (self.right, "picked"))
+        self.keep_rate = ipywidgets.FloatSlider(keep_rate, min=least, max=1, description="keep rate, (0, 1]", **rates)
+        self.prune_rate = ipywidgets.FloatSlider(prune_rate, min=0, max=0.95, description="prune rate, [0, 1)", **rates)
+        self.panels = {name: Cells(grid=shape.grid_size, width=WIDTH) for name in titles}
+        first, *others = self.panels.values()
+        for other in others:
+            traitlets.link((first, "picked"), (other, "picked"))
+        boxes = [ipywidgets.VBox([ipywidgets.HTML(title), cells], layout=WIDE["layout"])
+                 for title, cells in zip(titles.values(), self.panels.values())]
+        self.rows = [row(*pair) for pair in zip(boxes[::2], boxes[1::2])]
         self.line = ipywidgets.HTML()
-        titles = ("tokens of the block; orange: pruned or averaged", "what merging keeps of the picture")
-        panels = [ipywidgets.VBox([ipywidgets.HTML(f"<b>{title}</b>"), cells], layout=WIDE["layout"])
-                  for title, cells in zip(titles, (self.left, self.right))]
-        rows = [ipywidgets.HBox(row, layout=WRAPPED)
-                for row in ([self.rule, self.block], [self.keep_rate, self.prune_rate], panels)]
-        super().__init__([chooser, *rows, self.line], self._figure)
-        for widget in (self.rule, self.block, self.keep_rate, self.prune_rate):
-            widget.observe(self._show, "value")
-        chooser.observe(self._show, "chosen")
+
+    def begin(self, widgets: list[ipywidgets.Widget], *controls: ipywidgets.Widget) -> None:
+        """Show these widgets, one below the other, and look again at whatever is chosen next."""
+        self.children = [*widgets, self.line]
+        observe([self.rule, self.block, self.keep_rate, self.prune_rate, *controls], self._show)
         self._show()
+
+    def key(self) -> tuple[str, float, float]:
+        """What a plan is known by."""
+        return self.rule.value, self.keep_rate.value, self.prune_rate.value if self.rule.value in BY_PLACE else 0.0
+
+    def draw(self, images: dict[str, np.ndarray], alts: dict[str, str], seen: Tokens) -> None:
+        """Show images in the panels, whose cells are the tokens seen."""
+        self.keep_rate.disabled = self.rule.value == GIVEN
+        self.prune_rate.disabled = self.rule.value not in BY_PLACE
+        labels = seen.labels(self.maps.shape)
+        for name, cells in self.panels.items():
+            with cells.hold_sync():
+                cells.picture, cells.groups, cells.labels = array_png(images[name]), seen.regions.tolist(), labels
+                cells.alt = alts[name]
+
+
+class TokenMap(RuleExplorer):
+    """The widgets of `token_map`; their values are the state, and `figure()` draws it."""
+
+    def __init__(self, maps: Maps, chooser: PictureChooser, keep_rate: float, prune_rate: float) -> None:
+        titles = {"left": "<b>tokens of the block; orange: pruned or averaged</b>",
+                  "right": "<b>what merging keeps of the picture</b>"}
+        super().__init__(maps, titles, keep_rate, prune_rate)
+        self.chooser, (self.left, self.right) = chooser, self.panels.values()
+        chooser.observe(self._show, "chosen")
+        self.begin([chooser, row(self.rule, self.block), row(self.keep_rate, self.prune_rate), *self.rows])
 
     def _state(self) -> tuple[CompressionPlan, int, Tokens, np.ndarray]:
         """(plan, block, its tokens, picture) of what is chosen."""
-        key = (self.rule.value, self.keep_rate.value, self.prune_rate.value if self.rule.value in BY_PLACE else 0.0)
-        plan, block = self.maps.plan(*key), self.block.value
-        return plan, block, self.maps.tokens(self.chooser.chosen, *key)[block], self.chooser.picture
+        key, block = self.key(), self.block.value
+        return self.maps.plan(*key), block, self.maps.tokens(self.chooser.chosen, *key)[block], self.chooser.picture
 
     def _show(self, change: Any = None) -> None:
-        self.keep_rate.disabled = self.rule.value == GIVEN
-        self.prune_rate.disabled = self.rule.value not in BY_PLACE
         plan, block, seen, picture = self._state()
-        zoom, labels = -(-DRAWN // max(picture.shape[:2])), seen.labels(self.maps.shape)
-        drawn = bordered(tinted(picture.repeat(zoom, 0).repeat(zoom, 1), seen.aside, self.maps.shape), seen.regions,
-                         self.maps.shape)
-        for cells, image, what in ((self.left, drawn, "Tokens"),
-                                   (self.right, _kept(picture, plan, block, seen), "What is kept")):
-            with cells.hold_sync():
-                cells.picture, cells.groups, cells.labels = array_png(image), seen.regions.tolist(), labels
-                cells.alt = f"{what} of the picture {self.chooser.chosen} in block {block}, {self.rule.value}"
+        where = f"of the picture {self.chooser.chosen} in block {block}, {self.rule.value}"
+        self.draw({"left": bordered(tinted(enlarged(picture), seen.aside, plan.shape), seen.regions, plan.shape),
+                   "right": _kept(picture, plan, block, seen)},
+                  {"left": f"Tokens {where}", "right": f"What is kept {where}"}, seen)
         self.line.value = html.escape(self.maps.costs(plan, block, seen))
 
     def _figure(self) -> Figure:

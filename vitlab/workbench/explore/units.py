@@ -20,8 +20,8 @@ from vitlab.plan.shape import POOL_TOKEN, require
 from vitlab.plots.base import PALETTE
 from vitlab.plots.units import as_array, cut_heads, head_view, looked_at, over_grey, ranked_neurons, to_own_range
 from vitlab.workbench.cutting import open_dense
-from vitlab.workbench.explore.base import Cells, Explorer, array_png
-from vitlab.workbench.explore.choosing import WIDE, WRAPPED, PictureChooser
+from vitlab.workbench.explore.base import Cells, Explorer, array_png, row
+from vitlab.workbench.explore.choosing import WIDE, PictureChooser
 from vitlab.workbench.pictures import as_input
 from vitlab.workbench.steps import Source
 
@@ -92,7 +92,7 @@ class UnitsMap(Explorer):
                 ipywidgets.HTML("<b>dependence on the block's other heads</b> (HSIC)"), self.shares]
         right = [self.titles["looks"], self.looks, self.titles["neurons"], self.neurons]
         columns = [ipywidgets.VBox(column, layout=WIDE["layout"]) for column in (left, right)]
-        super().__init__([chooser, self.line, ipywidgets.HBox(columns, layout=WRAPPED)], self._figure)
+        super().__init__([chooser, self.line, row(*columns)], self._figure)
         self.heads.observe(self._pick, "picked")
         chooser.observe(self._show, "chosen")
         self._show()
@@ -101,9 +101,9 @@ class UnitsMap(Explorer):
         """What to say of each cell of the grid; of the numbers nothing."""
         values, columns = as_array(self.scores.heads), self.plan.shape.num_heads + 1
         labels = [""] * columns
-        for block, row in enumerate(values):
-            labels += [""] + [f"block {block}, head {head}: score {value:.4g}, {self._fate(block, head)}" for head,
-                              value in enumerate(row)]
+        for block, scores in enumerate(values):
+            labels += [""] + [f"block {block}, head {head}: score {value:.4g}, {self._fate(block, head)}"
+                              for head, value in enumerate(scores)]
         return labels
 
     def _fate(self, block: int, head: int) -> str:
@@ -112,12 +112,12 @@ class UnitsMap(Explorer):
     def _pick(self, change: Any) -> None:
         """The head of the chosen cell; a cell that is none leaves it as it was."""
         columns = self.plan.shape.num_heads + 1
-        row, column = divmod(change.new, columns)
-        if row < 1 or column < 1:
+        line, column = divmod(change.new, columns)
+        if line < 1 or column < 1:
             self.heads.picked = (self.block + 1) * columns + self.head + 1
-            return
-        self.block, self.head = row - 1, column - 1
-        self._show()
+        else:
+            self.block, self.head = line - 1, column - 1
+            self._show()
 
     def _attention(self, picture: str) -> Tensor:
         """(L, H, n) what the class token of each head takes from each patch (the mean over patches, for a model that
@@ -135,16 +135,13 @@ class UnitsMap(Explorer):
         rank = 1 + int((values > values[head]).sum())
         name = f"block {block}, head {head}"
         self.line.value = (f"{name.capitalize()} is {self._fate(block, head)}: score {values[head]:.4g}, place {rank} "
-                           f"of {len(values)} in "
-                           f"its block. Its attention to a patch is at most {looks.max():.4f}, "
-                           f"{looks.max() / looks.mean():.1f} x the "
-                           "mean.")
+                           f"of {len(values)} in its block. Its attention to a patch is at most {looks.max():.4f}, "
+                           f"{looks.max() / looks.mean():.1f} x the mean.")
         self.titles["looks"].value = f"<b>attention of {name}</b>: bright is much"
         with self.looks.hold_sync():
             self.looks.picture = array_png(over_grey(self.chooser.picture, looks, shape))
             self.looks.labels = [f"row {j // shape.grid_size[1]}, column {j % shape.grid_size[1]}: attention "
-                                 f"{value:.4f}, "
-                                 f"{value / looks.mean():.1f} x the mean" for j, value in enumerate(looks)]
+                                 f"{value:.4f}, {value / looks.mean():.1f} x the mean" for j, value in enumerate(looks)]
             self.looks.alt = f"Attention of {name} on the picture {self.chooser.chosen}"
         self.shares.value = self._bars()
         self._show_neurons()
@@ -160,11 +157,10 @@ class UnitsMap(Explorer):
         for other in others:
             fate, value = self._fate(self.block, other), matrix[self.head, other]
             bar = f"background: {to_hex(PALETTE[fate == 'cut'])}; height: 12px; width: {100 * value / most:.1f}%"
-            rows.append(f'<div style="width: 90px">head {other}, {fate}</div><div><div '
-                        f'style="{bar}"></div></div><div>{value:.3g}</div>')
+            rows.append(f'<div style="width: 90px">head {other}, {fate}</div><div><div style="{bar}"></div></div>'
+                        f'<div>{value:.3g}</div>')
         return ('<div style="display: grid; grid-template-columns: auto 1fr 70px; column-gap: 8px; align-items: '
-                'center; '
-                f'line-height: 20px">{"".join(rows)}</div>')
+                f'center; line-height: 20px">{"".join(rows)}</div>')
 
     def _show_neurons(self) -> None:
         values, kept = ranked_neurons(self.scores.neurons, self.plan, self.block)
@@ -176,8 +172,7 @@ class UnitsMap(Explorer):
             self.neurons.picture = array_png(neuron_strip(values, kept, (SHARP * WIDTH, SHARP * STRIP)))
             self.neurons.grid = (1, len(edges) - 1)
             self.neurons.labels = [f"places {a + 1} to {b}: score {values[a]:.3g} to {values[b - 1]:.3g}, "
-                                   f"{kept[a:b].sum()} kept"
-                                   for a, b in zip(edges, edges[1:])]
+                                   f"{kept[a:b].sum()} kept" for a, b in zip(edges, edges[1:])]
             self.neurons.alt = (f"Neurons of block {self.block}, highest score first; "
                                 f"{kept.sum()} of {len(kept)} are kept")
 
