@@ -1,6 +1,8 @@
 """vitlab.runtime.files: what a kill, an error or a damaged file may and may not do."""
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -159,3 +161,15 @@ def test_a_cut_last_line_is_left_out_of_reading(tmp_path):
     with open(path, "ab") as file:
         file.write(b'{"epoch": 1, "te\xc3')      # cut inside a UTF-8 character
     assert files.read_lines(path) == RECORDS[:1]
+
+
+def test_what_a_killed_process_left_of_a_folder_goes_with_the_next_write_and_what_a_living_one_fills_stays(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = tmp_path / f".run.1.{ended.pid}.tmp"
+    for folder in (left, tmp_path / f".run.1.{os.getppid()}.tmp", tmp_path / f".other.{ended.pid}.tmp"):
+        folder.mkdir()
+        (folder / "half").write_text("half")
+    with files.atomic_folder(tmp_path / "run.1"):
+        assert not left.exists()
+    assert names(tmp_path) == sorted([f".run.1.{os.getppid()}.tmp", f".other.{ended.pid}.tmp", "run.1"])

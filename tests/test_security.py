@@ -29,7 +29,7 @@ from vitlab.plan import CompressionPlan
 from vitlab.runtime.files import InputError
 from vitlab.runtime.results import ResultRow, append_row, to_csv, to_latex
 from vitlab.search.study import read_journal
-from vitlab.workbench import batch_file, cutting, report, steps
+from vitlab.workbench import batch_checks, batch_file, cutting, report, steps
 from vitlab.workbench.explore import choosing
 
 ROOT = Path(__file__).parents[1]
@@ -177,7 +177,7 @@ def test_the_source_has_no_call_that_could_run_what_a_file_holds():
                      or given.get("trust_remote_code", "False") != "False")
             found += [f"{path.name}:{call.lineno} {name}"] if wrong else []
     assert not found and loads == 3                             # it sees those there are
-    assert issubclass(batch_file._Loader, yaml.SafeLoader)
+    assert issubclass(batch_checks._Loader, yaml.SafeLoader)
 
 
 # ---- Names stay in their folder

@@ -1,5 +1,6 @@
 """Files that survive a kill: write beside the target, flush, rename; and the one error a user's input can cause."""
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
 
 LOCK, WAIT = ".lock", 8.0                       # seconds that a folder may still be held
@@ -23,24 +25,28 @@ NOTEBOOKS, BATCHES = _shipped("notebooks"), _shipped("batches")
 
 def from_root(path: str | Path) -> Path:
     """`path` with ~ as the home folder; in the notebooks' own folder, where JupyterLab starts their kernels, a relative
-    path that is not there is from the project's root, as the folder of a study is."""
+    path that is not there is from the project's root."""
     path = Path(path).expanduser()
     return NOTEBOOKS.parent / path if not path.is_absolute() and not path.exists() and Path.cwd() == NOTEBOOKS else path
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: $VITLAB_CACHE, or ~/.cache/vitlab. Raises RuntimeError where there is no
-    home."""
+    """Where what can be made again is kept: $VITLAB_CACHE, or ~/.cache/vitlab. RuntimeError where there is no home."""
     return Path(os.environ.get("VITLAB_CACHE") or Path.home() / ".cache" / "vitlab")
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong; the message names what, where, and what would be right. A notebook shows it
-    alone."""
+    """Something the user gave is wrong; the message names what, where, and what would be right."""
 
     def _render_traceback_(self) -> list[str]:
         """What IPython prints in place of a traceback."""
         return [f"InputError: {self}"]
+
+
+def _beside(path: Path) -> Path:
+    """Where this process writes what is to take the place of `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def atomic_write(path: str | Path, content: str | bytes | memoryview) -> None:
@@ -48,9 +54,7 @@ def atomic_write(path: str | Path, content: str | bytes | memoryview) -> None:
 
     Raises OSError (disk full, no permission) with the old content still whole.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(Path(path))
     try:
         with open(temporary, "wb") as file:
             file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
@@ -81,11 +85,7 @@ def first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def locked(folder: str | Path) -> Generator[None]:
-    """Hold `folder` for this process: a second one that wants it is refused. A process that dies, however, lets go of
-    it.
-
-    Raises InputError naming the folder where another process holds it.
-    """
+    """Hold `folder` for this process, which lets go of it however it ends. Raises InputError where another holds it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -93,17 +93,20 @@ def locked(folder: str | Path) -> Generator[None]:
         with FileLock(folder / LOCK, timeout=WAIT, thread_local=False):
             yield
     except Timeout:
-        raise InputError(f"{folder}: another process works in this folder; wait for it, stop it, or choose another "
-                         f"folder") from None
+        raise InputError(
+            f"{folder}: another process works in this folder; wait for it, stop it, or choose another folder") from None
 
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Generator[Path]:
-    """Give a temporary folder to fill; on a clean exit it takes the place of `path`, on an error it is removed."""
+    """Give a temporary folder to fill; on a clean exit it takes the place of `path`, on an error it is removed, and
+    after a kill by the next one who writes there."""
     path = existing_folder(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = _beside(path)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        owner = left.name.split(".")[-2]
+        if left == temporary or owner.isdecimal() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary

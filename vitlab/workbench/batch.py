@@ -1,15 +1,12 @@
-"""Run a batch file: Snakemake is the engine, papermill runs each notebook; here are the rules made for it and the
-summary read.
+"""Run a batch file: Snakemake is the engine (its rules are in the Snakefile beside this), papermill runs each notebook.
 
 A run folder holds entries/NAME/ (all that an entry reads and writes), inputs/NAME.json (what it depends on),
-done/NAME.json (what it left), the Snakefile with its log, and summary.json. An entry's folder is its notebook's study:
+done/NAME.json (what it left), batch.json, snakemake.log and summary.json. An entry's folder is its notebook's study:
 what the entries before it left there is linked in.
 """
 import contextlib
 import importlib.util
-import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -20,10 +17,9 @@ from typing import Any
 
 import psutil
 
-from vitlab.runtime.files import InputError, atomic_write, read_json
+from vitlab.runtime.files import InputError, read_json
 from vitlab.workbench import batch_file
-from vitlab.workbench.batch_entry import SUMMARY, dependencies, only_one
-from vitlab.workbench.batch_file import Entry
+from vitlab.workbench.batch_entry import SUMMARY, dependencies, maybe_json, only_one, write_json
 
 STATES = ("done", "up to date", "failed", "skipped")
 
@@ -41,30 +37,28 @@ def run_batch(path: str | Path, out: str | Path, *, changes: dict[str, str] | No
     with only_one(out / ".lock", patience=5) as lock:
         wanted = dependencies(entries)
         for name, needs in wanted.items():
-            text = json.dumps(needs, indent=2, sort_keys=True) + "\n"
             place = out / "inputs" / f"{name}.json"
-            # the content decides, not the time of a file
-            if not place.exists() or place.read_text() != text:
-                atomic_write(place, text)
+            if maybe_json(place) != needs:              # the content decides, not the time of a file
+                write_json(place, needs)
         listed = {e.name: {"notebook": str(e.notebook), "parameters": e.parameters, "after": list(e.after)}
                   for e in entries}
-        call = {"call": f"{time.time():.6f}", "file": str(path), "folder": str(Path.cwd()), "run": str(out),
-                "threads": None if executor else _threads(cores), "entries": listed}
-        atomic_write(out / "batch.json", json.dumps(call, indent=2) + "\n")
-        atomic_write(out / "Snakefile", snakefile(entries))
+        call = f"{time.time():.6f}"
+        write_json(out / "batch.json", {
+            "call": call, "file": str(path), "folder": str(Path.cwd()), "run": str(out),
+            "threads": None if executor else _threads(cores), "entries": listed})
         many = ["--jobs", str(cores), "--executor", executor] if executor else ["--cores", str(cores)]
-        command = [sys.executable, "-m", "snakemake", "--snakefile", str(out / "Snakefile"), "--directory", str(out),
-                   *many, "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "--scheduler", "greedy",
-                   "--nolock", *extra]
+        command = [sys.executable, "-m", "snakemake", "--snakefile", str(Path(__file__).with_name("Snakefile")),
+                   "--directory", str(out), *many, "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime",
+                   "--scheduler", "greedy", "--nolock", *extra]
         try:
-            code = _follow(command, out, list(wanted), call["call"], lock)
+            code = _follow(command, out, list(wanted), call, lock)
         finally:
             summary = summarise(out)
-            atomic_write(out / SUMMARY, json.dumps(summary, indent=2) + "\n")
+            write_json(out / SUMMARY, summary)
         if code and not any(e["state"] == "failed" for e in summary["entries"]):
             said = (out / "snakemake.log").read_text(errors="replace").strip().splitlines()
-            raise InputError(f"Snakemake ended with code {code}: {said[-1] if said else 'no word'} (see "
-                             f"{out}/snakemake.log)")
+            raise InputError(
+                f"Snakemake ended with code {code}: {said[-1] if said else 'no word'} (see {out}/snakemake.log)")
     return summary
 
 
@@ -79,18 +73,6 @@ def _threads(cores: int) -> int:
     """Of each of so many entries that run at a time."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, here // cores)
-
-
-def snakefile(entries: list[Entry]) -> str:
-    """One rule per entry: from its inputs and what is done before it to its done marker."""
-    command = f"{shlex.quote(sys.executable)} -m vitlab.workbench.batch_entry".replace("{", "{{").replace("}", "}}")
-    rules = [f"rule _batch:\n    input: {json.dumps([f'done/{e.name}.json' for e in entries])}\n"]
-    for entry in entries:
-        needs = [f"inputs/{entry.name}.json", *(f"done/{name}.json" for name in entry.after)]
-        rules.append(f'rule:\n    name: "{entry.name}"\n    input: {json.dumps(needs)}\n    output: '
-                     f'"done/{entry.name}.json"\n'
-                     f"    shell: {json.dumps(f'{command} {entry.name}')}\n")
-    return "\n".join(rules)
 
 
 def _environment(out: Path) -> dict[str, str]:
@@ -118,9 +100,8 @@ def _follow(command: list[str], out: Path, names: list[str], call: str, lock: in
                 if status["call"] == call and told.get(name) != status["state"]:
                     told[name] = status["state"]
                     ended = sum(state != "running" for state in told.values())
-                    print(f"[{ended} ended] {name}: {status['state']}"
-                          + (f": {status['error']}" if status["error"] else ""),
-                          file=sys.stderr, flush=True)
+                    print(f"[{ended} ended] {name}: {status['state']}{': ' if status['error'] else ''}"
+                          f"{status['error'] or ''}", file=sys.stderr, flush=True)
 
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     with open(out / "snakemake.log", "ab") as log:
@@ -153,12 +134,11 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def summarise(out: Path) -> dict[str, Any]:
-    """{"file", "counts", "entries"}: of each entry its state after the last call, seconds, and why where it is not
-    done."""
+    """{"file", "counts", "entries"}: of each entry its state after the last call, seconds, and why it is not done."""
     batch, found = read_json(out / "batch.json"), {}
     for name, entry in batch["entries"].items():
         folder = out / "entries" / name
-        status = read_json(folder / "status.json") if (folder / "status.json").exists() else {}
+        status = maybe_json(folder / "status.json") or {}
         now = status.get("call") == batch["call"]
         stopped = [other for other in entry["after"] if found[other]["state"] in ("failed", "skipped")]
         state, why = "skipped", f"{stopped[0]} {found[stopped[0]]['state']}" if stopped else "not started"
@@ -167,8 +147,8 @@ def summarise(out: Path) -> dict[str, Any]:
         elif now and status["state"] == "failed":
             state, why = "failed", status["error"]
         elif now:
-            state, why = "failed", "ended without a word: interrupted, killed or out of memory; " \
-                                   "the next call goes on with it"
+            state = "failed"
+            why = "ended without a word: interrupted, killed or out of memory; the next call goes on with it"
         found[name] = {"name": name, "notebook": Path(entry["notebook"]).name, "state": state,
                        "seconds": status.get("seconds") if state != "skipped" else None, "why": why}
     counts = {state: sum(e["state"] == state for e in found.values()) for state in STATES}
@@ -176,13 +156,11 @@ def summarise(out: Path) -> dict[str, Any]:
 
 
 def plan_of(path: str | Path, out: str | Path, changes: dict[str, str] | None = None) -> list[dict[str, Any]]:
-    """What `run_batch` would do, nothing being written: of each entry its state ("would run" or "up to date") and
-    why."""
+    """What `run_batch` would do, nothing being written: of each entry "would run" or "up to date", and why."""
     need_engine()
     found: dict[str, dict[str, Any]] = {}
     for name, needs in dependencies(batch_file.read(path, changes)).items():
-        made_for = Path(out) / "entries" / name / "inputs.json"
-        had = read_json(made_for) if made_for.exists() else None
+        had = maybe_json(Path(out) / "entries" / name / "inputs.json")
         first = next((other for other in needs["after"] if found[other]["state"] != "up to date"), None)
         changed = [key for key in needs if had is not None and had.get(key) != needs[key]]
         why = ("new" if had is None else f"{first} would run" if first

@@ -2,6 +2,7 @@
 starts."""
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -16,18 +17,16 @@ from typing import Any
 
 import nbformat
 
-from vitlab.runtime.files import InputError, append_line, atomic_write, read_json, read_lines
+from vitlab.runtime.files import InputError, atomic_write, read_json, read_lines, write_lines
 from vitlab.workbench import notebooks
 from vitlab.workbench.batch_file import REFERENCE, Entry
 
 RESULTS, SUMMARY = "results.jsonl", "summary.json"
-# a name of batch_file's with the choices of its grids: never a way out
-ENTRY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]*")
+ENTRY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]*")      # a name of batch_file's with the choices of its grids
 OWN = ("inputs.json", "status.json", "log.txt", "figures", RESULTS)         # of an entry alone, not passed on
 SOURCE = Path(__file__).resolve().parents[1]
 SHOWING = ("plots", "cli.py", "options.py", "runtime/launching.py", "workbench/batch", "workbench/report.py",
-           "workbench/explore", "workbench/processes.py")
-# ... source that starts and draws, and changes no result
+           "workbench/explore", "workbench/processes.py")       # source that starts and draws, and changes no result
 WEIGHTS = (".safetensors", ".pt", ".pth")
 FIGURES = "png,svg,pdf"
 
@@ -35,8 +34,7 @@ FIGURES = "png,svg,pdf"
 @contextlib.contextmanager
 def only_one(path: Path, patience: float = 0) -> Generator[int]:
     """Hold the lock of a file, waiting for it at most `patience` seconds; gives its descriptor, which child processes
-    may share. The system lets it go with the last process that holds it, however that ends. Raises InputError where
-    another has it."""
+    may share: the last of them lets go of it, however it ends. Raises InputError where another has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         os.set_inheritable(file.fileno(), True)
@@ -53,18 +51,26 @@ def only_one(path: Path, patience: float = 0) -> Generator[int]:
         yield file.fileno()
 
 
+def maybe_json(path: Path) -> Any:
+    """`read_json`; None where there is no such file."""
+    return read_json(path) if path.exists() else None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a JSON file."""
+    atomic_write(path, json.dumps(content, indent=2) + "\n")
+
+
 def dependencies(entries: list[Entry]) -> dict[str, dict[str, Any]]:
     """{entry: what its result depends on}: code, notebook, parameters, the files they name, and all that of the entries
     before."""
-    code, seen, found = _code(), {}, {}
+    code, print_of, found = _code(), functools.lru_cache(maxsize=None)(fingerprint), {}
     for entry in entries:
-        files = {}
-        for key, value in entry.parameters.items():
-            if isinstance(value, str) and value not in ("", "digits") and not REFERENCE.search(value):
-                files[key] = seen[value] = seen[value] if value in seen else fingerprint(value)
-        found[entry.name] = {"code": code, "notebook": _digest(_code_cells(entry.notebook)),
-                             "parameters": entry.parameters,
-                             "files": {key: value for key, value in files.items() if value},
+        named = {key: value for key, value in entry.parameters.items()
+                 if isinstance(value, str) and value not in ("", "digits") and not REFERENCE.search(value)}
+        cells = [cell.source for cell in nbformat.read(entry.notebook, as_version=4).cells if cell.cell_type == "code"]
+        found[entry.name] = {"code": code, "notebook": _digest(cells), "parameters": entry.parameters,
+                             "files": {key: print_of(value) for key, value in named.items() if print_of(value)},
                              "after": {name: _digest(found[name]) for name in entry.after}}
     return found
 
@@ -77,10 +83,6 @@ def _code() -> str:
     """Of vitlab's source, but what only starts and draws."""
     paths = {path.relative_to(SOURCE).as_posix(): path for path in sorted(SOURCE.rglob("*.py"))}
     return _digest({name: path.read_text() for name, path in paths.items() if not name.startswith(SHOWING)})
-
-
-def _code_cells(notebook: Path) -> list[str]:
-    return [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
 
 
 def fingerprint(place: str) -> str | None:
@@ -124,9 +126,8 @@ def run_entry(run: Path, name: str) -> int:
         lines = _prepare(folder, needs, [run / "entries" / other for other in entry["after"]])
 
         def say(state: str, error: str | None = None) -> None:
-            status = {"state": state, "call": batch["call"], "seconds": round(time.time() - began, 1), "error": error,
-                      "inherited": lines}
-            atomic_write(folder / "status.json", json.dumps(status, indent=2) + "\n")
+            write_json(folder / "status.json", {"state": state, "call": batch["call"], "error": error,
+                                                "seconds": round(time.time() - began, 1), "inherited": lines})
         say("running")
         with open(folder / "log.txt", "ab", buffering=0) as log:
             os.dup2(log.fileno(), 1)
@@ -135,8 +136,7 @@ def run_entry(run: Path, name: str) -> int:
             os.environ.setdefault("OMP_NUM_THREADS", str(batch["threads"]))
         os.environ.setdefault("VITLAB_FIGURES", FIGURES)
         given = {key: REFERENCE.sub(lambda match: str(run / "entries" / match[1]), value) if isinstance(value, str)
-                 else value
-                 for key, value in entry["parameters"].items()}
+                 else value for key, value in entry["parameters"].items()}
         if "run" in notebooks.declared(entry["notebook"]):
             given["run"] = str(folder)
         try:
@@ -147,7 +147,10 @@ def run_entry(run: Path, name: str) -> int:
             say("failed", kind + " ".join(str(error).split())[:600])
             return 1
         say("done")
-        atomic_write(run / "done" / f"{name}.json", json.dumps(_own_files(folder), indent=2) + "\n")
+        own = [path for path in sorted(folder.rglob("*")) if not path.is_symlink()
+               and (path.suffix == ".safetensors" or path.name == "plan.json")]
+        write_json(run / "done" / f"{name}.json",
+                   {path.relative_to(folder).as_posix(): fingerprint(str(path)) for path in own})
     return 0
 
 
@@ -158,22 +161,20 @@ def _prepare(folder: Path, needs: dict[str, Any], before: list[Path]) -> int:
     where only the code changed, for that is how a fault is mended. Any other begins empty, but for what the entries
     before it left.
     """
-    status = read_json(folder / "status.json") if (folder / "status.json").exists() else {}
-    had = read_json(folder / "inputs.json") if (folder / "inputs.json").exists() else None
-    unfinished = status.get("state") in ("running", "failed")
-    ignored = ("code", "notebook", "after") if unfinished else ()
-    if had is not None and all(had.get(key) == value for key, value in needs.items() if key not in ignored):
-        atomic_write(folder / "inputs.json", json.dumps(needs, indent=2))
-        return status.get("inherited", 0)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for other in before:
-        _pass_on(other, folder)
-    rows = {json.dumps(row): row for other in before for row in read_lines(other / RESULTS)}
-    for row in rows.values():
-        append_line(folder / RESULTS, row)
-    atomic_write(folder / "inputs.json", json.dumps(needs, indent=2))
-    return len(rows)
+    status, had = maybe_json(folder / "status.json") or {}, maybe_json(folder / "inputs.json")
+    ignored = ("code", "notebook", "after") if status.get("state") in ("running", "failed") else ()
+    lines = status.get("inherited", 0)
+    if had is None or any(had.get(key) != value for key, value in needs.items() if key not in ignored):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for other in before:
+            _pass_on(other, folder)
+        rows = {json.dumps(row): row for other in before for row in read_lines(other / RESULTS)}
+        lines = len(rows)
+        if rows:
+            write_lines(folder / RESULTS, rows.values())
+    write_json(folder / "inputs.json", needs)
+    return lines
 
 
 def _pass_on(source: Path, target: Path) -> None:
@@ -181,8 +182,8 @@ def _pass_on(source: Path, target: Path) -> None:
     never writes into them; all else is copied, so that nothing done there changes what was left."""
     for item in sorted(source.rglob("*")):
         place = item.relative_to(source)
-        if place.parts[0] in OWN or (len(place.parts) == 1
-                                     and place.suffix == ".ipynb") or item.name.startswith(".") or item.is_dir():
+        executed = len(place.parts) == 1 and place.suffix == ".ipynb"
+        if item.is_dir() or executed or place.parts[0] in OWN or item.name.startswith("."):
             continue
         made = target / place
         made.parent.mkdir(parents=True, exist_ok=True)
@@ -191,13 +192,6 @@ def _pass_on(source: Path, target: Path) -> None:
             made.symlink_to(os.path.relpath(item.resolve(), made.parent.resolve()))
         else:
             shutil.copyfile(item, made)
-
-
-def _own_files(folder: Path) -> dict[str, str | None]:
-    """{weights, scores and plans that the entry wrote: fingerprint}."""
-    found = [p for p in sorted(folder.rglob("*")) if (p.suffix == ".safetensors" or p.name == "plan.json")
-             and not p.is_symlink()]
-    return {path.relative_to(folder).as_posix(): fingerprint(str(path)) for path in found}
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg
 POLICY = """<meta http-equiv="Content-Security-Policy" """ \
          """content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">"""
 ENCRYPTED = Config({"KernelManager": {"transport_encryption": "auto"}})        # else each kernel warns of plain TCP
+QUIET = "--log-level=CRITICAL"                  # else a kernel that is interrupted tells of its closed sockets
 
 
 def declared(path: str | Path) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def run(path: str | Path, out: str | Path, parameters: dict[str, Any] | None = N
     try:
         papermill.execute_notebook(*names, parameters=parameters, kernel_name="python3", language="python",
                                    progress_bar=progress, stdout_file=sys.stderr if progress else None,
-                                   config=ENCRYPTED)
+                                   config=ENCRYPTED, extra_arguments=[QUIET])
     except PapermillExecutionError as error:
         raise InputError(
             f"{path.name}: cell {error.cell_index} failed: {error.ename}: {error.evalue} (see {target})") from None

@@ -7,7 +7,6 @@ import math
 import os
 import shlex
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,10 @@ from vitlab.plots.search import incumbents
 from vitlab.plots.training import training_curves
 from vitlab.runtime.files import InputError, read_lines
 from vitlab.runtime.launching import TOGETHER
-from vitlab.search.study import JOURNAL, read_journal
+from vitlab.search.study import JOURNAL
 from vitlab.training.loop import LOG
 from vitlab.workbench import processes
-from vitlab.workbench.explore.base import Explorer, repeat, show
+from vitlab.workbench.explore.base import Canvas, Explorer, observe, repeat, row, sized
 from vitlab.workbench.explore.study import watch
 from vitlab.workbench.steps import TRAINING, study_folder
 
@@ -39,18 +38,16 @@ COMMANDS = {"finetune": ("checkpoint", "teacher", "data", "recipe", "out"),
             "search": ("checkpoint", "data", "macs-ratio", "out"), "pretrain": ("model", "data", "recipe", "out"),
             "segment": ("checkpoint", "data", "recipe", "out"), "tonight": ("checkpoint", "data", "out")}
 EXAMPLES = {"checkpoint": "runs/demo/pruned", "teacher": "runs/demo/dense", "data": "digits, or a folder of images",
-            "recipe": "digits_pm", "macs-ratio": "0.6", "model": "vit_nano_patch4_32", "out":
-            "runs/mine (a new folder)"}
+            "recipe": "digits_pm", "macs-ratio": "0.6", "model": "vit_nano_patch4_32",
+            "out": "runs/mine (a new folder)"}
 
 
 def find_runs(root: str | Path) -> list[Path]:
-    """The folders at and below `root` in which a process was started, a model trained or a search made, in order of
-    their names."""
-    found: set[Path] = set()
+    """The folders at and below `root` in which a process was started, a model trained or a search made, by name."""
+    found = []
     for folder, below, files in os.walk(root):
-        here = Path(folder)
         if processes.INFO in files or JOURNAL in files or TRAINING in below:
-            found.add(here)
+            found.append(Path(folder))
         below[:] = [name for name in below if name != TRAINING and not name.startswith(".")]
     return sorted(found)
 
@@ -77,25 +74,19 @@ def _is_number(value: Any) -> bool:
 def run_figure(run: str | Path | None) -> Figure:
     """How far a run is: loss, top-1 and learning rate of a training, or the best so far of a search; None: no run. What
     can't be read is said in place of it."""
-    if run is None:
-        return _words("no run was found")
+    text = "no run was found" if run is None else "nothing is logged yet"
     try:
-        logs = training_logs(run)
+        logs = {} if run is None else training_logs(run)
         if logs:
             return training_curves(logs)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                                     # a line that is being written
-            seen = read_journal(run)
-        if not seen:
-            return _words("nothing is logged yet")
-        found = watch(run)
-        return incumbents({found.strategy: [[e.value for e in seen]]}, label=found.label,
-                          errors={found.strategy: [found.error(e) for e in seen]})
+        if run is not None and (Path(run) / JOURNAL).exists():
+            found = watch(run)
+            seen = found.evaluations()
+            if seen:
+                return incumbents({found.strategy: [[e.value for e in seen]]}, label=found.label,
+                                  errors={found.strategy: [found.error(e) for e in seen]})
     except InputError as error:
-        return _words(str(error))
-
-
-def _words(text: str) -> Figure:
+        text = str(error)
     figure, axes = new_axes(1, 1, 9.0, 1.0)
     axes[0, 0].text(0.5, 0.5, text, ha="center", va="center", wrap=True)
     axes[0, 0].set_axis_off()
@@ -123,12 +114,11 @@ def runs_panel(root: str | Path = "runs") -> Explorer:
     """
     folder = study_folder(".").absolute()
     root, started = folder / root, []
-    chosen = ipywidgets.Dropdown(description="run", layout={"width": "28em"}, style={"description_width": "3em"})
+    chosen = ipywidgets.Dropdown(description="run", **sized("3em", "28em"))
     stop = ipywidgets.Button(description="stop", icon="stop", layout={"width": "7em"})
     resume = ipywidgets.Button(description="resume", icon="play", layout={"width": "7em"})
     again = ipywidgets.Button(description="look again", icon="refresh", layout={"width": "9em"})
-    told, tail, message = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
-    picture = ipywidgets.Image(format="png", layout={"width": "100%", "max_width": "940px"})
+    told, tail, message, picture = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML(), Canvas()
     shown: list[Any] = []                       # what the picture was drawn from
     watching: list[asyncio.Task] = []
 
@@ -141,14 +131,15 @@ def runs_panel(root: str | Path = "runs") -> Explorer:
         drawn_from = [run, *_stamp(run)]
         if drawn_from != shown:
             shown[:] = drawn_from
-            show(picture, run_figure(run))
+            picture.show(run_figure(run))
         stop.disabled, resume.disabled = state != "running", state in (None, "running")
         return state == "running" and panel.comm is not None
 
     def watch_on(*_: object) -> None:
-        """Look now, and again and again while the run goes on."""
-        if look() and _has_loop() and all(task.done() for task in watching):
-            watching[:] = [repeat(look, SECONDS)]
+        """Look now, and again and again while the run goes on; a script, unlike a kernel, has no loop to do so in."""
+        if look() and all(task.done() for task in watching):
+            with contextlib.suppress(RuntimeError):
+                watching[:] = [repeat(look, SECONDS)]
 
     def find(wanted: Path | None) -> None:
         """Look for runs again; the wanted one is shown, else the first that is running, else the first."""
@@ -179,8 +170,8 @@ def runs_panel(root: str | Path = "runs") -> Explorer:
     def end(_: object) -> None:
         """In a thread: a process may take its time to end, and the kernel has other work."""
         threading.Thread(target=_stop, args=(chosen.value,), daemon=True).start()
-    panel = Explorer([ipywidgets.HBox([chosen, stop, resume, again], layout={"flex_flow": "row wrap"}), told, message,
-                      picture, tail, ipywidgets.Accordion([start_form(begin)], titles=["start a run"])],
+    panel = Explorer([row(chosen, stop, resume, again), told, message, picture, tail,
+                      ipywidgets.Accordion([start_form(begin)], titles=["start a run"])],
                      lambda: run_figure(chosen.value))
     chosen.observe(watch_on, "value")
     stop.on_click(end)
@@ -193,10 +184,10 @@ def runs_panel(root: str | Path = "runs") -> Explorer:
 def start_form(begin: Callable[[list[str], str, int], None]) -> ipywidgets.VBox:
     """Fields for a command, the command line that they make, and a button that calls begin(arguments, run folder,
     processes), of which there is one for each GPU where the command takes several."""
-    wide = {"style": {"description_width": "7em"}, "layout": {"width": "36em"}}
+    wide = sized("7em", "36em")
     command = ipywidgets.Dropdown(options=list(COMMANDS), description="command", **wide)
-    fields = {name: ipywidgets.Text(placeholder=f"such as {example}", description=name, **wide) for name,
-              example in EXAMPLES.items()}
+    fields = {name: ipywidgets.Text(placeholder=f"such as {example}", description=name, **wide)
+              for name, example in EXAMPLES.items()}
     more = ipywidgets.Text(placeholder="any other arguments, such as --epochs 3", description="more", **wide)
     several = ipywidgets.BoundedIntText(max(1, torch.cuda.device_count()), min=1, max=64, description="processes",
                                         **wide)
@@ -219,8 +210,7 @@ def start_form(begin: Callable[[list[str], str, int], None]) -> ipywidgets.VBox:
         except ValueError as error:
             line.value, button.disabled = f"<b>more: {html.escape(str(error))}</b>", True
         several.layout.display = None if command.value in TOGETHER else "none"
-    for widget in (command, more, several, *fields.values()):
-        widget.observe(write, "value")
+    observe([command, more, several, *fields.values()], write)
     button.on_click(lambda _: begin(arguments(), fields["out"].value.strip(), count()))
     write()
     return ipywidgets.VBox([command, *fields.values(), more, several, line, button])
@@ -230,14 +220,6 @@ def _line(arguments: Sequence[str], count: int) -> str:
     """The command as it is typed."""
     return shlex.join([*(["torchrun", "--nproc-per-node", str(count), "-m"] if count > 1 else []), "vitlab",
                        *arguments])
-
-
-def _has_loop() -> bool:
-    """Whether there is an event loop to look again in: a kernel's, but not a script's."""
-    try:
-        return asyncio.get_running_loop() is not None
-    except RuntimeError:
-        return False
 
 
 def _stop(run: Path) -> None:
