@@ -1,5 +1,4 @@
-"""What stands beside a number that was made in a hurry, or on toy data: in figures, tables and reports, from one
-place."""
+"""What stands beside a number that was made in a hurry, or on toy data: in figures, tables and reports."""
 from collections.abc import Iterable
 from typing import Any
 
@@ -7,8 +6,7 @@ TOYS = ("digits", "digit_scenes")               # embedded data sets: to see tha
 
 
 def caveat(data: str = "", quick: bool = False) -> str:
-    """The sentence for results on a data set (its name), made with a notebook's quick settings or not; "" where there
-    is none."""
+    """The sentence for results on a data set (its name), made with a notebook's quick settings or not; or ""."""
     toy = data in TOYS
     if quick:
         return f"quick{', toy data' if toy else ''}: says nothing about quality"
@@ -21,8 +19,7 @@ def with_caveat(text: str, data: str = "", quick: bool = False) -> str:
 
 
 def caveat_of(rows: Iterable[Any]) -> str:
-    """The sentence for a table of result rows: one quick row, or one on toy data, is enough, for rows are read beside
-    each other."""
+    """The sentence for a table of result rows, which are read beside each other: one such row is enough."""
     rows = list(rows)
     toys = [row.dataset for row in rows if row.dataset in TOYS]
     return caveat(toys[0] if toys else "", any(is_quick(row) for row in rows))

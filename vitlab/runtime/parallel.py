@@ -3,8 +3,7 @@ changes.
 
     torchrun --nproc-per-node 2 -m vitlab finetune ...
 
-Whoever computes the same thing on each process needs nothing from here; whoever takes its share adds the shares up with
-`total`.
+Who computes the same on each process needs nothing from here; who takes a share adds the shares up with `total`.
 """
 import contextlib
 import os
@@ -19,8 +18,7 @@ from torch import Tensor
 from vitlab.runtime.files import InputError
 
 T = TypeVar("T")
-# that a process waits for the others: one may be measuring a large model
-TIMEOUT = timedelta(minutes=60)
+TIMEOUT = timedelta(minutes=60)                 # of waiting for the others: one may be measuring a large model
 _alone = 0                                      # how many `alone` are open
 
 
@@ -30,8 +28,7 @@ def launched() -> bool:
 
 
 def begin(device: str | None = None) -> None:
-    """Join the other processes: NCCL where each has a GPU of its own, else gloo. Raises InputError where a GPU is
-    missing."""
+    """Join the other processes: NCCL where each has a GPU of its own, else gloo. InputError where a GPU is missing."""
     if not launched() or dist.is_initialized():
         return
     gpu = device != "cpu" and torch.cuda.is_available()
@@ -39,8 +36,7 @@ def begin(device: str | None = None) -> None:
         local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= count:
             raise InputError(f"process {local} of this machine has no GPU, there are {count}; start at most {count} "
-                             f"(--nproc-per-node), "
-                             "or give --device cpu")
+                             "(--nproc-per-node), or give --device cpu")
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if gpu else "gloo", timeout=TIMEOUT)
 
@@ -87,16 +83,12 @@ def alone() -> Generator[None]:
         _alone -= 1
 
 
-def _place(tensor: Tensor) -> Tensor:
-    return tensor.cuda() if dist.get_backend() == "nccl" else tensor.cpu()
-
-
 def total(values: Tensor) -> Tensor:
-    """The sum of `values` over all processes, on its own device; in float64 where they are floats, so that the order
-    says nothing."""
+    """The sum of `values` over all processes, on its device; of floats in float64, so that the order says nothing."""
     if world() == 1:
         return values
-    exact = _place(values.detach().to(torch.float64 if values.is_floating_point() else torch.int64, copy=True))
+    exact = values.detach().to(torch.float64 if values.is_floating_point() else torch.int64, copy=True)
+    exact = exact.cuda() if dist.get_backend() == "nccl" else exact.cpu()
     dist.all_reduce(exact)
     return exact.to(values.device, values.dtype)
 

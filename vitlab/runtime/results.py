@@ -13,14 +13,12 @@ from vitlab.runtime.caveats import caveat_of
 from vitlab.runtime.files import InputError, append_line, read_lines, write_lines
 from vitlab.runtime.uncertainty import digits_of, error_name, plus_minus
 
-# what each one's standard error is called
-ERRORS = {name: error_name(name) for name in ("top1_pct", "miou_pct", "loss", "distill_loss")}
+ERRORS = {name: error_name(name) for name in ("top1_pct", "miou_pct", "loss", "distill_loss")}      # their fields
 PLUS_MINUS = "±: one standard error over images"
 RATIO = "ratio: the baseline's time divided by the model's, in turn in one process, the median over rounds"
-# rounds from which more have a range of 95 % (`vitlab.measure.throughput.median_range`)
-SURE = 5
-# no absolute speed: those of rows timed in several runs don't compare
-COLUMNS = ("model", "top1_pct", "gmacs", "params_m", "ratio")
+SURE = 5                        # more rounds have a range of 95 % (`vitlab.measure.throughput.median_range`)
+COLUMNS = ("model", "top1_pct", "gmacs", "params_m", "ratio")   # absolute speeds of several runs don't compare
+NOISY = "too noisy to tell"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +75,7 @@ def write_rows(path: str | Path, rows: list[ResultRow]) -> None:
 
 def read_rows(path: str | Path) -> list[ResultRow]:
     """The rows of a results.jsonl, in order of first appearance. Rows of the same (model, dataset, split) become one:
-    what was measured later stands (a row may hold accuracy alone, a later one speed alone)."""
+    what was measured later stands."""
     merged: dict[tuple, dict[str, Any]] = {}
     known = {f.name for f in dataclasses.fields(ResultRow)}
     for record in read_lines(path):
@@ -110,20 +108,16 @@ def format_cell(value: Any, column: str) -> str:
 def with_range(ratio: float, span: Sequence[float] | None) -> str:
     """A throughput ratio with its range over the rounds of timing, marked where that holds 1: "1.60 (1.52 to 1.66)". A
     ratio of one round has no range but the mark; a baseline, and a ratio whose range is not known, stand alone."""
-    if span is None:
-        return f"{ratio:.2f}"
-    return f"{ratio:.2f}" + (f" ({span[0]:.2f} to {span[1]:.2f})" if span[0] < span[1]
-                             else "") + (f", {NOISY}" if noisy(*span) else "")
+    low, high = span or (1, 1)
+    return f"{ratio:.2f}" + f" ({low:.2f} to {high:.2f})" * (low < high) + f", {NOISY}" * noisy(low, high)
 
 
 def ratio_words(speeds: Sequence[dict[str, Any]]) -> str:
     """What the ratio is, and the range in brackets behind it, of speeds measured under these conditions; rows from
     before that range was one of the median have the least and the largest round."""
-    ranged = [given for given in speeds if given.get("ratio_range")
-              and given["ratio_range"][0] < given["ratio_range"][1]]
-    sure = [given.get("repeats", 0) > SURE and "ratio:" in given.get("timing", "") for given in ranged]
-    words = (["where that median lies (95 %)"] if any(sure)
-             else []) + (["the least and the largest round"] if not all(sure) else [])
+    sure = [given.get("repeats", 0) > SURE and "ratio:" in given.get("timing", "") for given in speeds
+            if given.get("ratio_range") and given["ratio_range"][0] < given["ratio_range"][1]]
+    words = ["where that median lies (95 %)"] * any(sure) + ["the least and the largest round"] * (not all(sure))
     return RATIO + (f"; in brackets {', or '.join(words)}" if words else "")
 
 
@@ -133,8 +127,7 @@ def speed_of(row: ResultRow) -> dict[str, Any]:
 
 
 def shown(row: ResultRow, column: str) -> str:
-    """A row's value as tables show it, with its standard error, or a ratio's range, where one is known: "79.54 ±
-    1.58"."""
+    """A row's value as tables show it, with its standard error or a ratio's range where known: "79.54 ± 1.58"."""
     value, error = getattr(row, column), getattr(row, ERRORS[column]) if column in ERRORS else None
     if column == "ratio" and value is not None:
         return with_range(value, speed_of(row).get("ratio_range"))
@@ -150,8 +143,7 @@ def in_words(measures: dict[str, Any]) -> str:
 
 
 def format_table(rows: list[ResultRow], columns: tuple[str, ...] = COLUMNS) -> str:
-    """Plain-text table, numbers right-aligned; '-' where nothing was measured. Columns of speed say of which batch
-    (`titles`)."""
+    """Plain-text table, numbers right-aligned; '-' where nothing was measured."""
     return aligned([titles(rows, columns), *([shown(r, c) for c in columns] for r in rows)])
 
 
@@ -163,8 +155,8 @@ def titles(rows: list[ResultRow], columns: tuple[str, ...]) -> list[str]:
 
 
 def notes(rows: list[ResultRow], columns: tuple[str, ...] = COLUMNS) -> str:
-    """What is said once below a table of rows: what ± stands for, what the ratio is (`titles` says of which batch), and
-    the caveat of quick runs and toy data."""
+    """What is said once below a table of rows: what ± stands for, what the ratio is, and the caveat of quick runs and
+    toy data."""
     known = any(getattr(row, ERRORS[name]) is not None for row in rows for name in columns if name in ERRORS)
     timed = "ratio" in columns and any(row.ratio is not None for row in rows)
     lines = [PLUS_MINUS if known else "", ratio_words([speed_of(row) for row in rows]) if timed else "",
@@ -176,16 +168,14 @@ def conditions_of(row: ResultRow) -> dict[str, Any]:
     """The conditions as one flat mapping: what is nested under names joined by dots; what is None left out."""
     def flat(prefix: str, value: Any) -> dict[str, Any]:
         if isinstance(value, dict):
-            return {k: v for key, inner in value.items() for k,
-                    v in flat(f"{prefix}.{key}" if prefix else str(key), inner).items()}
-        return {} if value is None else {prefix: value if isinstance(value, (str, int, float, bool))
-                                         else json.dumps(value)}
+            return {k: v for key, inner in value.items() for k, v in flat(f"{prefix}{key}.", inner).items()}
+        plain = isinstance(value, (str, int, float, bool))
+        return {} if value is None else {prefix[:-1]: value if plain else json.dumps(value)}
     return flat("", row.conditions)
 
 
 def to_csv(labels: list[str], rows: list[ResultRow]) -> str:
-    """CSV of the rows, each behind its label (the entry it is from): all that was measured, unrounded, and a column a
-    condition."""
+    """CSV of the rows, each behind its label: all that was measured, unrounded, and a column a condition."""
     names = [f.name for f in dataclasses.fields(ResultRow) if f.name != "conditions"]
     conditions = [conditions_of(row) for row in rows]
     keys = list(dict.fromkeys(key for given in conditions for key in given))
@@ -204,18 +194,13 @@ def to_csv(labels: list[str], rows: list[ResultRow]) -> str:
     return text.getvalue()
 
 
-NOISY = "too noisy to tell"
-
-
 def noisy(ratio_min: float, ratio_max: float) -> bool:
-    """Whether a ratio of that range may as well be 1: the range holds 1, or one round made it. The baseline's own, 1 to
-    1, is none."""
+    """Whether a ratio of that range may as well be 1: it holds 1, or one round made it. 1 to 1 is a baseline's."""
     return (ratio_min <= 1 <= ratio_max or ratio_min == ratio_max) and not ratio_min == ratio_max == 1
 
 
 def format_speeds(rows: list[ResultRow]) -> str:
-    """Plain-text table of measured speeds, the baseline first, each with the range of its ratio; what the numbers are
-    below it."""
+    """Plain-text table of measured speeds, the baseline first, with ranges of the ratios; below, what these are."""
     measured = rows[0].conditions["speed"]
     cells = [["model", f"images/s (batch {measured['batch_size']})", "ratio", "range", "ms (batch 1)", ""]]
     for row in rows:
@@ -224,9 +209,9 @@ def format_speeds(rows: list[ResultRow]) -> str:
                       f"{low:.2f} to {high:.2f}", format_cell(row.latency_ms, "latency_ms"),
                       NOISY if noisy(low, high) else ""])
     what = "where that median lies (95 %)" if measured["repeats"] > 5 else "the least and the largest of so few rounds"
-    return aligned(cells) + (f"\nratio: median over {measured['repeats']} rounds of the first model's time by this "
-                             f"one's, in turn; range: "
-                             f"{what};\nimages/s: the first model's median, times the ratio; ms: the same at batch 1")
+    return aligned(cells) + (
+        f"\nratio: median over {measured['repeats']} rounds of the first model's time by this one's, in turn; range: "
+        f"{what};\nimages/s: the first model's median, times the ratio; ms: the same at batch 1")
 
 
 def aligned(cells: list[list[str]]) -> str:
@@ -238,8 +223,7 @@ def aligned(cells: list[list[str]]) -> str:
 
 
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
-         ">": r"\textgreater{}", "±": r"$\pm$",
-         **{c: f"\\{c}" for c in "&%$#_{}"}}
+         ">": r"\textgreater{}", "±": r"$\pm$", **{c: f"\\{c}" for c in "&%$#_{}"}}
 
 
 def to_latex(labels: list[str], rows: list[ResultRow], caption: str, columns: tuple[str, ...] = COLUMNS) -> str:

@@ -74,8 +74,8 @@ def overlap(a: tuple[float, float], b: tuple[float, float]) -> bool:
 
 def plus_minus(value: float, error: float | None, digits: int) -> str:
     """"79.5 ± 1.6" with so many digits; "79.5" where no error is known."""
-    # never -0.0
-    return f"{round(value, digits) + 0.0:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+    shown = round(value, digits) + 0.0                                          # never -0.0
+    return f"{shown:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def digits_of(error: float | None, least: int) -> int:
@@ -84,8 +84,7 @@ def digits_of(error: float | None, least: int) -> int:
 
 
 def with_error(name: str, value: float, error: float | None) -> dict[str, float]:
-    """{name: value, name_se: error} of one measure, `name` with its "_pct" left out in the second; without it where
-    none is known."""
+    """{name: value, name_se: error} of one measure, the second where it is known."""
     return {name: value} | ({} if error is None else {error_name(name): error})
 
 

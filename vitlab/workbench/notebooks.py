@@ -13,8 +13,7 @@ from traitlets.config import Config
 
 from vitlab.runtime.files import NOTEBOOKS, InputError, atomic_write
 
-# the first of these an output has
-SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]
+SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]    # the first there is
 POLICY = """<meta http-equiv="Content-Security-Policy" """ \
          """content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">"""
 ENCRYPTED = Config({"KernelManager": {"transport_encryption": "auto"}})        # else each kernel warns of plain TCP
@@ -22,8 +21,7 @@ QUIET = "--log-level=CRITICAL"                  # else a kernel that is interrup
 
 
 def declared(path: str | Path) -> dict[str, Any]:
-    """{parameter: default} of the cell tagged `parameters`. Raises InputError where there is no such notebook or
-    cell."""
+    """{parameter: default} of the cell tagged `parameters`. Raises InputError without such a notebook or cell."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such notebook")
@@ -48,14 +46,11 @@ def check_parameters(path: str | Path, given: dict[str, Any]) -> None:
 
 def run(path: str | Path, out: str | Path, parameters: dict[str, Any] | None = None, *, progress: bool = True) -> Path:
     """Execute a notebook; returns the executed copy, out/NAME.ipynb. Parameters are checked before anything starts.
-
-    Raises InputError naming the cell and its error where one fails; the copy up to there is kept.
-    """
+    Raises InputError naming the cell and its error where one fails; the copy up to there is kept."""
     path, parameters = Path(path), parameters or {}
     check_parameters(path, parameters)
     target = Path(out) / path.name
-    # papermill formats them
-    names = (str(place).replace("{", "{{").replace("}", "}}") for place in (path, target))
+    names = (str(place).replace("{", "{{").replace("}", "}}") for place in (path, target))     # papermill formats them
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         papermill.execute_notebook(*names, parameters=parameters, kernel_name="python3", language="python",
@@ -70,13 +65,12 @@ def run(path: str | Path, out: str | Path, parameters: dict[str, Any] | None = N
 def report(executed: str | Path, target: str | Path) -> Path:
     """The executed notebook as one HTML page, without its code. It loads nothing from elsewhere and runs no script; a
     widget is shown as its picture."""
+    name = f"vitlab: {Path(target).resolve().parent.name}"
     exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True,
                             embed_images=True, config=Config({"NbConvertBase": {"display_data_priority": SHOWN}}))
     html, _ = exporter.from_notebook_node(nbformat.read(executed, as_version=4),
-                                          resources={
-                                              "metadata": {"name": f"vitlab: {Path(target).resolve().parent.name}"}})
-    # the exporter's own; in what data says they are escaped
-    html = re.sub(r"<script\b.*?</script>", "", html, flags=re.DOTALL)
+                                          resources={"metadata": {"name": name}})
+    html = re.sub(r"<script\b.*?</script>", "", html, flags=re.DOTALL)          # its own; those in data are escaped
     atomic_write(target, html.replace("<head>", f"<head>{POLICY}", 1))
     return Path(target)
 
@@ -88,7 +82,7 @@ def copy_all(folder: str | Path) -> list[Path]:
     changed = [str(path) for path, content in copies.items() if path.exists() and path.read_bytes() != content]
     if changed:
         raise InputError(f"{', '.join(changed)}: there already, and not as it comes with vitlab; move it away, or "
-                         f"choose another folder")
+                         "choose another folder")
     for path, content in copies.items():
         atomic_write(path, content)
     return list(copies)
@@ -96,8 +90,7 @@ def copy_all(folder: str | Path) -> list[Path]:
 
 def run_all(names: list[str], out: str | Path, parameters: dict[str, dict[str, Any]], *,
             progress: bool = True) -> list[Path]:
-    """Run notebooks of this project by name, in order, into out/notebooks/; the last one also becomes
-    out/report.html."""
+    """Run notebooks of this project by name, in order, into out/notebooks/; the last also becomes out/report.html."""
     paths = [NOTEBOOKS / f"{name}.ipynb" for name in names]
     for path, name in zip(paths, names):
         check_parameters(path, parameters.get(name, {}))

@@ -1,5 +1,4 @@
-"""Commands as processes of their own, which outlive the notebook that started them and are found again in their run
-folder.
+"""Commands as processes of their own, which outlive the notebook that started them and are found in their run folder.
 
 RUN/process.json says what runs there, RUN/process.log holds its output. Between the notebook and the command stands a
 small runner (this module as a program): it waits for the command and writes down how it ended, whoever may be gone by
@@ -23,8 +22,7 @@ from vitlab.runtime.files import InputError, atomic_write, read_json
 
 INFO, OUTPUT = "process.json", "process.log"
 GRACE = 20.0                    # seconds from the request to stop until the process is killed
-# seconds by which the start of one and the same process may seem to move as the clock is set
-CLOCK = 2.0
+CLOCK = 2.0                     # seconds by which the start of a process may seem to move as the clock is set
 FIELDS = {"arguments": list, "folder": str, "pid": int, "created": float, "started": str}
 
 
@@ -32,13 +30,11 @@ FIELDS = {"arguments": list, "folder": str, "pid": int, "created": float, "start
 class State:
     """How a process is getting on."""
 
-    # "running", "finished" (by itself, see exit_code), "stopped" (on request) or "died"
-    name: str
+    name: str                           # "running", "finished" (by itself), "stopped" (on request) or "died"
     arguments: tuple[str, ...]          # of vitlab
     started: str                        # local time
     processes: int = 1                  # more than one: under torchrun
-    # None while it runs, and where nothing was left to tell it; -9: killed by signal 9
-    exit_code: int | None = None
+    exit_code: int | None = None        # None while it runs, or is not known; -9: killed by signal 9
 
 
 def _record(run: str | Path) -> dict[str, Any]:
@@ -66,23 +62,15 @@ def command_line(arguments: Sequence[str], processes: int) -> list[str]:
 
 
 def _group(record: dict[str, Any]) -> list[int]:
-    """The living processes of a run: the runner, which leads the group and gave it its number, and all that came of it,
-    what torchrun started in groups of their own too.
-
-    A number is given to another process once everything that bore it is gone: then it began at another time.
-    """
+    """The living processes of a run: the runner, which leads a group of its number, all of that group, and what came of
+    them in other groups, as under torchrun. Another process that was given the number began at another time."""
     leader, found = record["pid"], []
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):     # the runner alone was killed: what it started may be there
         if abs(psutil.Process(leader).create_time() - record["created"]) > CLOCK:
             return []
-    except psutil.NoSuchProcess:
-        pass                            # the runner alone was killed: what it started may still be there
     for pid in psutil.pids():
-        try:
-            if os.getpgid(pid) == leader and _alive(pid):
-                found.append(pid)
-        except (ProcessLookupError, PermissionError):
-            continue
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            found += [pid] * (os.getpgid(pid) == leader and _alive(pid))
     for pid in list(found):
         with contextlib.suppress(psutil.NoSuchProcess):
             found += [child.pid for child in psutil.Process(pid).children(recursive=True) if child.pid not in found
@@ -124,8 +112,8 @@ def start(arguments: Sequence[str], run: str | Path, *, folder: str | Path | Non
     if processes < 1:
         raise InputError(f"{processes} processes; at least 1 is needed")
     if (run / INFO).exists() and state(run).name == "running":
-        raise InputError(f"{run}: a process is running there since {state(run).started}; stop it first, or choose "
-                         f"another folder")
+        raise InputError(
+            f"{run}: a process is running there since {state(run).started}; stop it first, or choose another folder")
     run.mkdir(parents=True, exist_ok=True)
     with open(run / OUTPUT, "ab") as output:
         runner = subprocess.Popen([sys.executable, "-m", __name__, str(run)], cwd=folder, stdin=subprocess.PIPE,
@@ -134,15 +122,13 @@ def start(arguments: Sequence[str], run: str | Path, *, folder: str | Path | Non
     _write(run, {"arguments": list(arguments), "folder": str(folder), "processes": processes, "pid": runner.pid,
                  "created": psutil.Process(runner.pid).create_time(), "started": time.strftime("%Y-%m-%d %H:%M:%S")})
     assert runner.stdin is not None                                             # it is a pipe
-    # it is on record now: the runner may begin
-    with contextlib.suppress(BrokenPipeError), runner.stdin as pipe:
+    with contextlib.suppress(BrokenPipeError), runner.stdin as pipe:            # on record now: the runner may begin
         pipe.write(b"\n")
     return state(run)
 
 
 def resume(run: str | Path) -> State:
-    """Give the same command again, in the same folder: training and searches go on where they were. Raises InputError
-    where it is still running, or nothing was ever started there."""
+    """Give the same command again, in the same folder, where it goes on. InputError where it runs, or none was."""
     record = _record(run)
     return start(record["arguments"], run, folder=record["folder"], processes=_count(record))
 
@@ -164,9 +150,8 @@ def stop(run: str | Path, *, grace: float = GRACE) -> State:
         request = signal.SIGKILL if time.monotonic() > end else None
         time.sleep(0.05)
     after = _record(run)
-    # unless the next one was started there meanwhile
+    # the runner was killed, or had not begun; unless the next one was started there meanwhile
     if after["pid"] == record["pid"] and not after.get("stopped"):
-        # the runner was killed, or had not begun
         _write(run, after | {"stopped": True})
     return state(run)
 

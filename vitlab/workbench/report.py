@@ -1,5 +1,4 @@
-"""The report of a batch's run, or of one study: tables with conditions, figures, what failed; as page, notebook, CSV
-and LaTeX."""
+"""The report of a batch's run, or of a study: tables, figures, what failed; as page, notebook, CSV and LaTeX."""
 import os
 import tempfile
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from vitlab.runtime.caveats import is_quick
 from vitlab.runtime.files import InputError, atomic_write, read_json, read_lines
 from vitlab.runtime.results import DIGITS, ResultRow, conditions_of, notes, read_rows, shown, titles, to_csv, to_latex
 from vitlab.workbench import notebooks
-from vitlab.workbench.batch_entry import ENTRY, RESULTS, SUMMARY
+from vitlab.workbench.batch_entry import ENTRY, RESULTS, SUMMARY, maybe_json
 
 PAGE, NOTEBOOK, CSV, LATEX = "report.html", "report.ipynb", "results.csv", "results.tex"
 QUICK, ABSOLUTE = "quick", ("throughput_img_s", "latency_ms")
@@ -50,10 +49,9 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     kinds = {"name": str, "notebook": str, "state": str, "seconds": (int, float, type(None)), "why": (str, type(None))}
     data = read_json(path)
     entries = data.get("entries") if isinstance(data, dict) else None
-    if not isinstance(entries,
-                      list) or not all(isinstance(e, dict)
-                                       and all(k in e and isinstance(e[k], t) for k, t in kinds.items())
-                                                and Path(e["notebook"]).name == e["notebook"] for e in entries):
+    if not isinstance(entries, list) or not all(
+            isinstance(e, dict) and all(k in e and isinstance(e[k], t) for k, t in kinds.items())
+            and Path(e["notebook"]).name == e["notebook"] for e in entries):
         raise InputError(f"{path}: not the summary of a batch")
     for entry in entries:
         if not ENTRY.fullmatch(entry["name"]):
@@ -62,41 +60,36 @@ def _entries(path: Path) -> list[dict[str, Any]]:
 
 
 def rows_of(run: str | Path) -> tuple[list[str], list[ResultRow]]:
-    """(entry, row) of every model that an entry measured; what entries before it measured of the same model is in the
-    row too."""
+    """(entry, row) of every model that an entry measured, with what entries before it measured of the same model."""
     labels, rows = [], []
     for entry in entries_of(run):
         folder = entry["folder"]
-        status = read_json(folder / "status.json") if (folder / "status.json").exists() else {}
+        status = maybe_json(folder / "status.json")
+        status = {} if status is None else status
         if not isinstance(status, dict) or not is_int(status.get("inherited", 0)):
             raise InputError(f"{folder / 'status.json'}: not the status of an entry")
         found = read_rows(folder / RESULTS)
-        own = {_key(record) for record in read_lines(folder / RESULTS)[status.get("inherited", 0):]}
+        own = {(record.get("model"), record.get("dataset", ""), record.get("split", ""))
+               for record in read_lines(folder / RESULTS)[status.get("inherited", 0):]}
         found = [row for row in found if (row.model, row.dataset, row.split) in own]
         labels += [entry["name"]] * len(found)
         rows += found
     return labels, rows
 
 
-def _key(record: dict[str, Any]) -> tuple[Any, ...]:
-    return record.get("model"), record.get("dataset", ""), record.get("split", "")
-
-
 def conditions(rows: list[ResultRow]) -> tuple[str, list[str]]:
     """(what is the same in all rows that say it, what differs in each row), as text; a quick row begins with QUICK."""
     flat = [{key: value for key, value in conditions_of(row).items() if key not in ("quick", "speed.quick")}
             for row in rows]
-    values: dict[str, list[Any]] = {}
-    for given in flat:
-        for key, value in given.items():
-            values.setdefault(key, []).append(value)
+    keys = dict.fromkeys(key for given in flat for key in given)
+    values = {key: [given[key] for given in flat if key in given] for key in keys}
     shared = {key: found[0] for key, found in values.items() if all(value == found[0] for value in found)}
 
     def text(given: dict[str, Any]) -> str:
         return ", ".join(f"{key} {value}" for key, value in given.items())
     own = [text({k: v for k, v in given.items() if k not in shared}) for given in flat]
-    return text(shared), [f"{QUICK}, {more}".removesuffix(", ") if is_quick(row) else more for row,
-                          more in zip(rows, own)]
+    return text(shared), [f"{QUICK}, {more}".removesuffix(", ") if is_quick(row) else more
+                          for row, more in zip(rows, own)]
 
 
 def summary_table(run: str | Path) -> HTML:
@@ -140,12 +133,9 @@ def show_figures(run: str | Path) -> None:
 
 
 def write_tables(run: str | Path) -> list[Path]:
-    """results.csv with everything, and results.tex with the columns that were measured, and in its caption what they
-    stand for."""
+    """results.csv with everything; results.tex with the columns that were measured, its caption says of what."""
     labels, rows = rows_of(run)
-    columns = measured(rows,
-                       ("model", "top1_pct", "miou_pct", "gmacs", "params_m", "throughput_img_s", "latency_ms",
-                        "ratio"))
+    columns = measured(rows, tuple(c for c in COLUMNS if c not in ("dataset", "split", "top5_pct", "loss")))
     sets = ", ".join(dict.fromkeys(f"{row.dataset} {row.split}" for row in rows if row.dataset))
     atomic_write(Path(run) / CSV, to_csv(labels, rows))
     said = [sets, conditions(rows)[0], *notes(rows, columns).splitlines()]
@@ -163,15 +153,9 @@ def _link(run: str | Path, path: Path, text: str) -> str:
 def _table(head: list[str], lines: list[list[Any]], columns: Sequence[str] | None = None) -> HTML:
     """Cells are escaped texts; a list is of links, which are HTML already. columns: what the titles in `head` are of,
     where they differ."""
-    columns = columns or head
-
-    def side(column: str) -> str:
-        return f'style="text-align: {"right" if column in DIGITS else "left"}"'
-
-    def title(text: str, column: str) -> str:
-        return f"<th {side(column)}>{escape(text)}</th>"
-
-    def cell(value: Any, column: str) -> str:
-        return f"<td {side(column)}>{' '.join(value) if isinstance(value, list) else escape(value)}</td>"
-    rows = "".join("<tr>" + "".join(map(cell, line, columns)) + "</tr>" for line in lines)
-    return HTML(f"<table><tr>{''.join(map(title, head, columns))}</tr>{rows}</table>")
+    def row(kind: str, line: list[Any]) -> str:
+        cells = [f'<{kind} style="text-align: {"right" if column in DIGITS else "left"}">'
+                 f"{' '.join(value) if isinstance(value, list) else escape(value)}</{kind}>"
+                 for value, column in zip(line, columns or head)]
+        return f"<tr>{''.join(cells)}</tr>"
+    return HTML(f"<table>{row('th', head)}{''.join(row('td', line) for line in lines)}</table>")
