@@ -22,7 +22,8 @@ from vitlab.plots.tokens import bordered, through_matrices, through_means, tinte
 from vitlab.runtime.files import InputError
 from vitlab.workbench.explore import choosing
 from vitlab.workbench.explore.choosing import PictureChooser
-from vitlab.workbench.explore.token_map import GIVEN, selected, token_map
+from vitlab.workbench.explore.maps import GIVEN, selected
+from vitlab.workbench.explore.token_map import token_map
 from vitlab.workbench.pictures import as_input
 
 CENTER, MERGE, SHARE = "Prune and Merge, one budget for all", "Prune and Merge, a budget per block", "shared updates"

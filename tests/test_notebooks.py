@@ -2,13 +2,19 @@
 browser."""
 import ast
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import lab
 import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
 from vitlab.cli import DEMO
@@ -89,6 +95,25 @@ def test_a_failing_cell_is_named_with_its_error(tmp_path):
     with pytest.raises(InputError, match=r"90_results.ipynb: cell \d+ failed: AssertionError: no results in"):
         notebooks.run(notebooks.NOTEBOOKS / "90_results.ipynb", tmp_path, {"run": str(tmp_path / "empty")},
                       progress=False)
+
+
+def test_of_an_interrupted_notebook_the_kernel_tells_nothing(tmp_path):
+    """Its sockets are closed while a cell is at work: of that it wrote a traceback."""
+    cells = ['started: str = ""  # path', "import time\nopen(started, 'w').close()\ntime.sleep(600)"]
+    made = [new_code_cell(cells[0], metadata={"tags": ["parameters"]}), new_code_cell(cells[1])]
+    nbformat.write(new_notebook(cells=made), tmp_path / "wait.ipynb")
+    code = ("import sys\nfrom vitlab.workbench import notebooks\ntry:\n"
+            "    notebooks.run('wait.ipynb', 'out', {'started': sys.argv[1]}, progress=False)\n"
+            "except KeyboardInterrupt:\n    print('interrupted', file=sys.stderr)")
+    started = tmp_path / "started"
+    process = subprocess.Popen([sys.executable, "-c", code, str(started)], cwd=tmp_path, stderr=subprocess.PIPE,
+                               text=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])})
+    deadline = time.monotonic() + 300
+    while not started.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=120)[1] == "interrupted\n"
 
 
 @pytest.fixture(scope="module")

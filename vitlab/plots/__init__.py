@@ -3,8 +3,8 @@ from vitlab.plots.base import save_figure, to_image
 from vitlab.plots.class_iou import class_iou_bars
 from vitlab.plots.colours import class_colours, coloured, overlaid
 from vitlab.plots.cuts import sensitivity, sensitivity_curves
-from vitlab.plots.fronts import front, pareto
 from vitlab.plots.plans import compare_plans, cost_by_part, kept_counts, plan_bars
+from vitlab.plots.points import front, pareto
 from vitlab.plots.scenes import difference, outcomes, predictions, scene_moment, scene_regions
 from vitlab.plots.search import acquisition, gp_slices, incumbents, moment, parallel_coordinates
 from vitlab.plots.tokens import matched_map, merge_map, score_maps

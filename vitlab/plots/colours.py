@@ -72,18 +72,14 @@ def _all_colours() -> np.ndarray:
 
 
 def class_colours(num_classes: int) -> np.ndarray:
-    """(K, 3) sRGB in [0, 1], one a class, the same in every run; those of fewer classes are the first of those of more.
-
-    Raises InputError unless 1 <= num_classes <= 255.
-    """
+    """(K, 3) sRGB in [0, 1], one a class, of 1 to 255; the same in every run, whatever classes come after them."""
     require(is_int(num_classes) and 1 <= num_classes <= MOST, f"num_classes is {num_classes!r}; an integer from 1 to "
                                                               f"{MOST} is needed")
     return _all_colours()[:num_classes].copy()
 
 
 def check_mask(mask: Any, num_classes: int, what: str, ignore: int = IGNORE) -> np.ndarray:
-    """A mask as integers (H, W). Raises InputError that begins with `what` for another shape, kind of number, or a
-    class out of range."""
+    """A mask as integers (H, W). InputError that begins with `what` for another kind, or a class out of range."""
     mask = np.asarray(mask)
     require(mask.ndim == 2 and mask.dtype.kind in "iu", f"{what}: {mask.dtype} of {mask.shape}; integers (H, W) are "
                                                         f"needed")
@@ -94,18 +90,14 @@ def check_mask(mask: Any, num_classes: int, what: str, ignore: int = IGNORE) -> 
 
 
 def coloured(mask: Any, colours: np.ndarray, ignore: int = IGNORE) -> np.ndarray:
-    """(H, W, 3) in [0, 1] of a mask (H, W): each class in its colour (K, 3), ignored pixels grey. Raises InputError for
-    a class without a colour."""
+    """(H, W, 3) in [0, 1] of a mask (H, W): each class in its colour (K, 3), ignored pixels grey."""
     mask = check_mask(mask, len(colours), "a mask", ignore)
     table = np.concatenate([colours, [[GREY] * 3]])
     return table[np.where(mask == ignore, len(colours), mask)]
 
 
 def overlaid(image: np.ndarray, mask: Any, colours: np.ndarray, opacity: float, ignore: int = IGNORE) -> np.ndarray:
-    """An image (H, W, 3) in [0, 1] under a mask (H, W): (1 - opacity) image + opacity `coloured`, opacity in [0, 1].
-
-    Raises InputError for an opacity out of range, sizes that differ, or a class without a colour.
-    """
+    """An image (H, W, 3) in [0, 1] under a mask (H, W): (1 - opacity) image + opacity `coloured`, opacity in [0, 1]."""
     require(0 <= opacity <= 1, f"opacity is {opacity}; it must lie in [0, 1]")
     cover = coloured(mask, colours, ignore)
     require(image.shape == cover.shape, f"the image is {image.shape}, its mask {cover.shape[:2]}")

@@ -44,8 +44,7 @@ def sensitivity(drops: dict[str, dict[str, Sequence[float]]], *, label: str,
 
 
 def sensitivity_curves(rows: Sequence[dict[str, Any]], *, loss_label: str, saved_label: str) -> Figure:
-    """What a dimension loses when it is cut alone against what that saves: an axis per group of dimensions, a line per
-    block.
+    """What a dimension loses when it is cut alone against what that saves: a panel per group, a line per block.
 
     rows: of each cut its dimension ("neurons 3"), loss and saved, in the units that the labels name, and loss_se, one
     standard error, where it is known. Every line begins at (0, 0). Later blocks are darker; a dimension of no block is

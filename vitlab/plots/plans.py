@@ -79,13 +79,9 @@ def compare_plans(plans: Mapping[str, CompressionPlan], note: str = "") -> Figur
 
 
 def cost_by_part(bars: Mapping[str, Mapping[str, int]]) -> Figure:
-    """MACs per image by part, a stacked bar for each of `bars`, such as the resolutions a model works at: on the left
-    in 10^9 or 10^6, on the right in per cent of its bar's sum. What grows with the square of the tokens stands at the
-    bottom.
-
-    bars {label: {part: MACs}}, as `cost.macs` gives them; "total" is not drawn, and parts of no bar are left out.
-    Raises InputError for no bar, one that sums to 0, or a negative number.
-    """
+    """MACs per image by part, a stacked bar for each of `bars` {label: {part: MACs}}, such as the resolutions a model
+    works at: left in 10^9 or 10^6, right in per cent of its sum. What grows with the square of the tokens stands at
+    the bottom. Raises InputError for no bar, one that sums to 0, or a negative number."""
     require(len(bars) > 0, "no bar was given")
     names = list(dict.fromkeys(part for parts in bars.values() for part in parts if part != "total" and parts[part]))
     names.sort(key=lambda part: part != GROWS)

@@ -29,11 +29,7 @@ FINE = 400                                      # patches from which borders are
 
 def outcomes(truth: Any, before: Any, after: Any, num_classes: int, ignore: int = IGNORE) -> np.ndarray:
     """(H, W) of RIGHT (before and after), WRONG (in both), LOST (right before alone), GAINED (right after alone) or
-    `ignore`.
-
-    truth, before, after: class numbers (H, W); where the truth is `ignore`, nothing counts. Raises InputError where
-    sizes differ, or a class is out of range.
-    """
+    `ignore`, of class numbers (H, W); where the truth is `ignore`, nothing counts."""
     given = {"the truth": truth, "the first prediction": before, "the second prediction": after}
     truth, before, after = (check_mask(each, num_classes, what, ignore) for what, each in given.items())
     require(truth.shape == before.shape == after.shape,
@@ -161,8 +157,8 @@ def predictions(images: Sequence[np.ndarray], truths: Sequence[np.ndarray],
 
 
 def fitted_to(image: np.ndarray, shape: ViTShape) -> np.ndarray:
-    """A scene (h, w, 3), at most as large as the model's images, continued at the right and bottom to their size by its
-    last row and column, so that the patch grid divides it. Raises InputError for a larger one."""
+    """A scene (h, w, 3) continued at the right and bottom to the size of the model's images by its last row and column,
+    so that the patch grid divides it. Raises InputError for a larger one."""
     missing = [side - given for side, given in zip(shape.img_size, image.shape)]
     require(min(missing) >= 0, f"the image is {image.shape[0]} x {image.shape[1]}, the model's {shape.img_size[0]} x "
                                f"{shape.img_size[1]}; no larger one is needed")
@@ -172,8 +168,7 @@ def fitted_to(image: np.ndarray, shape: ViTShape) -> np.ndarray:
 def regions_of(plan: CompressionPlan, block: int, places: Mapping[int, Any] | None = None) -> tuple[Tensor, np.ndarray]:
     """(region (n) of each patch in a block, from 0, or -1 for none; whether it is pruned (n)).
 
-    places {block: (n)}: what `token_places` gives of one image, for rules by content. Raises InputError for a block
-    that is not there, or one by content without places.
+    places {block: (n)}: what `token_places` gives of one image, which rules by content need.
     """
     require(0 <= block < plan.shape.depth,
             f"block {block} is not there; the model has blocks 0 to {plan.shape.depth - 1}")
@@ -207,8 +202,7 @@ def scene_regions(image: np.ndarray, plan: CompressionPlan, blocks: Sequence[int
     token, pruned patches in orange; below (of one block: beside it), each token in its mean colour.
 
     image (h, w, 3) in [0, 1], at the model's own scale and no larger than its images. places {block: (n)} of the image,
-    for blocks that merge by content (`token_places`). Raises InputError as `regions_of` and `fitted_to` do, or for no
-    block.
+    for blocks that merge by content (`token_places`).
     """
     require(len(blocks) > 0, "no block was named; one at least is needed")
     shape, (height, width) = plan.shape, image.shape[:2]
@@ -233,9 +227,8 @@ def scene_regions(image: np.ndarray, plan: CompressionPlan, blocks: Sequence[int
 def scene_moment(image: np.ndarray, truth: Any, dense: Any, compressed: Any, classes: Sequence[str],
                  plan: CompressionPlan, block: int, places: Mapping[int, Any] | None = None, *,
                  opacity: float = OPACITY, note: str = "", ignore: int = IGNORE) -> Figure:
-    """One scene under one plan: the image, its truth and the tokens of a block; the dense model's prediction, the
-    compressed one's, and what is lost and gained. note: lines below. The rest, and what raises, as in `predictions` and
-    `scene_regions`."""
+    """One scene under one plan: the image, its truth and the tokens of a block; both predictions, and what is lost and
+    gained. note: lines below. The rest as in `predictions` and `scene_regions`."""
     (truth,), shown = _checked([truth], {"dense": [dense], "compressed": [compressed]}, 1, len(classes), ignore)
     (dense,), (compressed,) = shown.values()
     require(image.shape[:2] == truth.shape, f"the image is {image.shape}, its truth {truth.shape}")

@@ -131,11 +131,8 @@ def merge_map(image: np.ndarray, plan: CompressionPlan, blocks: Sequence[int]) -
 
 
 def matched_map(images: Sequence[np.ndarray], places: dict[int, Tensor], shape: ViTShape) -> Figure:
-    """Per image, a row: the image, then for each block of `places` (B, n) what its patches are once tokens were merged
-    by content: those that became one token have its mean colour, and a border around them wherever they lie.
-
-    images: (h, w, 3) each, in [0, 1], h and w multiples of the grid.
-    """
+    """Per image (h, w, 3), a row: the image, then for each block of `places` (B, n) what its patches are once tokens
+    were merged by content: those that became one token have its mean colour, and a border wherever they lie."""
     figure, axes = new_axes(len(images), 1 + len(places), 1.75, 1.8, **PICTURES)
     titles = ["image"] + [f"block {block}: {int(each[0].max()) + 1} tokens" for block, each in places.items()]
     for axis, title in zip(axes[0], titles):

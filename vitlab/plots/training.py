@@ -16,9 +16,8 @@ LINES = ("-", "--", "-.", ":")
 
 
 def training_curves(logs: dict[str, Sequence[dict[str, Any]]]) -> Figure:
-    """Loss, top-1 on the train slice, and learning rate against epochs, one line per run; in between, where they were
-    logged, the loss and the rate of single steps, pale. A band is one standard error of what was measured on the slice,
-    where the log has it."""
+    """Loss, top-1 on the train slice, and learning rate against epochs, one line per run; pale in between, what single
+    steps logged. A band is one standard error of what was measured on the slice."""
     figure, axes = new_axes(1, 3, 3.6, 3.0)
     scenes = any("train_slice_miou_pct" in record for log in logs.values() for record in log)
     measure, title = ("train_slice_miou_pct", "mIoU") if scenes else ("train_slice_top1_pct", "top-1")
@@ -43,10 +42,9 @@ def training_curves(logs: dict[str, Sequence[dict[str, Any]]]) -> Figure:
 
 
 def accuracy_against_cost(rows: Sequence[ResultRow], value: str = "top1_pct") -> Figure:
-    """Top-1, or another of VALUES, against GMACs, and against the throughput over the baseline's in the same run where
-    that was measured; each point is named, and a row looks the same in both. Bars, where they are known: one standard
-    error, and the range of the ratio over its rounds. Absolute speeds of two runs don't compare, and are not drawn.
-    Raises InputError for another value."""
+    """Top-1, or another of VALUES, against GMACs, and where it was measured against the throughput over the baseline's
+    in the same run (absolute speeds of two runs don't compare); a named point a row. Bars: one standard error, and the
+    range of the ratio. Raises InputError for another value."""
     require(value in VALUES, f"value {value!r} is not known; known are {list(VALUES)}")
     fields = {"gmacs": "GMACs per image, deployed"}
     timed = [speed_of(row) for row in rows if row.ratio is not None]

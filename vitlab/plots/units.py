@@ -53,8 +53,8 @@ def unit_scores(heads: Any, neurons: Any, plan: CompressionPlan | None = None) -
     """Two heat maps: scores of heads (L, H), and of neurons (L, M) sorted within each block; higher is kept.
 
     Colour is the score within its block's own range; of neurons up to their 99th percentile, as a few outliers would
-    leave the rest dark. With a plan, its cut heads carry a cross and a line in each block's row stands at the number of
-    neurons kept (a count: a plan made from other scores may keep others than the leftmost).
+    leave the rest dark. With a plan, its cut heads carry a cross, and a line stands at the number of neurons kept (a
+    count: a plan made from other scores may keep others than the leftmost).
     """
     heads, neurons = as_array(heads), as_array(neurons)
     require(len(heads) == len(neurons),
@@ -112,10 +112,9 @@ def rollout(attention: Tensor, num_prefix_tokens: int, kept: Sequence[Sequence[i
     patch.
 
     attention (L, H, N, N), rows sum to 1; kept: the heads to use, per block (None: all). Per block A is the mean over
-    these heads; the rollout is the product over blocks of A + I with rows normalised, the last block leftmost. Returns
-    (n,): row 0 (the class token) over the N - num_prefix_tokens patches, float64; with the prefix tokens it sums to 1.
-    A block with no head in kept is the identity. average: the mean over the patches' rows instead, for a model that
-    reads them all.
+    these heads, 0 without any; the rollout is the product over blocks of A + I with rows normalised, the last leftmost.
+    Returns (n,): row 0 (the class token), or the mean over the patches' rows (average), over the N - num_prefix_tokens
+    patches, float64; with the prefix tokens it sums to 1.
     """
     depth, _, count, _ = attention.shape
     require(average or num_prefix_tokens > 0,
@@ -131,8 +130,7 @@ def rollout(attention: Tensor, num_prefix_tokens: int, kept: Sequence[Sequence[i
 
 
 def looked_at(attention: Tensor, num_prefix_tokens: int, *, average: bool = False) -> Tensor:
-    """What the class token (row 0) takes from each patch, of attention (N, N); average: the mean over the patches' rows
-    instead, for a model that pools over patches. Returns (n,)."""
+    """(n) What the class token (row 0) takes from each patch, of attention (N, N); average: the mean of their rows."""
     row = attention[num_prefix_tokens:].mean(dim=0) if average else attention[0]
     return row[num_prefix_tokens:]
 
@@ -140,11 +138,9 @@ def looked_at(attention: Tensor, num_prefix_tokens: int, *, average: bool = Fals
 def head_rollouts(pictures: dict[str, np.ndarray], attention: dict[str, Tensor], plan: CompressionPlan,
                   shape: ViTShape) -> Figure:
     """A row per picture: the picture, and over it in grey the rollout of the heads that the plan keeps and of those it
-    cuts.
+    cuts, coloured within the map's own range; below, its largest value over its mean (1: it is flat).
 
-    pictures {name: (h, w, 3) in [0, 1]}; attention {name: (L, H, N, N)} of the dense model. Each map is coloured within
-    its own range; below it stands its largest value over its mean (1: it is flat). A model that pools over patches
-    (shape.pool) is read by the mean over their rows.
+    pictures {name: (h, w, 3) in [0, 1]}; attention {name: (L, H, N, N)} of the dense model.
     """
     require(pictures.keys() == attention.keys(),
             f"pictures are of {list(pictures)}, attention of {list(attention)}; the same are needed")

@@ -76,8 +76,7 @@ def _threads(cores: int) -> int:
 
 
 def _environment(out: Path) -> dict[str, str]:
-    """Ours; where a cache can't be written (a home that is read-only, or none), with a place in the run folder for what
-    Snakemake and the kernels keep."""
+    """Ours; where no cache can be written (a home that is read-only, or none), with one in the run folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     with contextlib.suppress(OSError):
         cache.mkdir(parents=True, exist_ok=True)

@@ -141,8 +141,7 @@ class BatchFile:
         return path
 
     def grid(self, value: Any, where: str) -> dict[str, dict[str, dict[str, Any]]]:
-        """{axis: {label: parameters}}. An axis is a list of values of the parameter of its name, or named sets of
-        parameters."""
+        """{axis: {label: parameters}}: values of the parameter of the axis' name, or named sets of parameters."""
         axes = {}
         for axis, values in self.mapping(value, where).items():
             place, sets = f"{where}.{self.name(axis, where)}", []

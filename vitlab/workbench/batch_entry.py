@@ -62,8 +62,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def dependencies(entries: list[Entry]) -> dict[str, dict[str, Any]]:
-    """{entry: what its result depends on}: code, notebook, parameters, the files they name, and all that of the entries
-    before."""
+    """{entry: what its result depends on}: code, notebook, parameters, files they name, all that came before."""
     code, print_of, found = _code(), functools.lru_cache(maxsize=None)(fingerprint), {}
     for entry in entries:
         named = {key: value for key, value in entry.parameters.items()
@@ -158,8 +157,7 @@ def _prepare(folder: Path, needs: dict[str, Any], before: list[Path]) -> int:
     """Make the folder ready; returns how many lines of its results are from the entries before it.
 
     One that was made for the same inputs is kept, so that its trainings and searches go on; so is an unfinished one
-    where only the code changed, for that is how a fault is mended. Any other begins empty, but for what the entries
-    before it left.
+    where only the code changed, for that is how a fault is mended. Any other gets what the entries before it left.
     """
     status, had = maybe_json(folder / "status.json") or {}, maybe_json(folder / "inputs.json")
     ignored = ("code", "notebook", "after") if status.get("state") in ("running", "failed") else ()

@@ -62,8 +62,8 @@ class Canvas(ipywidgets.Image):
 
 
 class Cells(anywidget.AnyWidget):
-    """A picture under a grid of cells. Pointing at a cell outlines all cells of its group and shows its label; a click,
-    or the arrow keys, choose it."""
+    """A picture under a grid of cells. One that is pointed at outlines its group and shows its label; a click, or the
+    arrow keys, choose it."""
 
     _esm = Path(__file__).parent / "cells.js"
     picture = traitlets.Bytes().tag(sync=True)              # PNG

@@ -29,8 +29,7 @@ WIDE = sized("125px", "400px")                  # of a control, two in a row
 
 def decode(name: str, content: bytes, shape: ViTShape) -> np.ndarray:
     """`fitted` of an image file's content. Raises InputError that begins with `name` for more than MAX_BYTES, more
-    pixels than Pillow takes for a decompression bomb (seen in the header, before anything is unpacked), or what is no
-    image of FORMATS."""
+    pixels (seen before anything is unpacked) than Pillow allows, or what is no image of FORMATS."""
     if len(content) > MAX_BYTES:
         raise InputError(f"{name}: a file of more than {MAX_BYTES / 1e6:.0f} MB, which is not read")
     try:
@@ -46,8 +45,7 @@ def decode(name: str, content: bytes, shape: ViTShape) -> np.ndarray:
 
 
 class PictureChooser(ipywidgets.VBox):
-    """A picture out of a list, to which the images of a folder or an uploaded one are added. What can't be read is said
-    in a line of text, and the picture stays."""
+    """A picture out of a list, to which a folder's images or an upload are added. What can't be read is said."""
 
     chosen = traitlets.Unicode()                # key of the picture
 

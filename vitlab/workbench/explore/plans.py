@@ -26,12 +26,10 @@ WIDE = sized("7em", "24em")
 
 
 class Expectation:
-    """What a study expects of any policy: its cost, and what the Gaussian process of its search makes of all that was
-    measured."""
+    """What a study expects of any policy: its cost, and what its Gaussian process makes of all that was measured."""
 
     def __init__(self, study: Study | str | Path) -> None:
-        """Raises InputError for a folder that holds no study, one with fewer than two evaluations, or one in
-        milliseconds, whose table the study alone has."""
+        """Raises InputError for a folder without two evaluations of a study, or of one in milliseconds."""
         self.study: Watched = watch(study)
         self.space: SearchSpace = self.study.space
         evaluations = self.study.evaluations()
@@ -50,8 +48,7 @@ class Expectation:
         self.beliefs: dict[str, Predict] = {name: self.study.belief(evaluations, name) for name in self.labels}
 
     def __call__(self, policy: np.ndarray) -> dict[str, tuple[float, float]]:
-        """{measure: (mean, standard deviation)} for a policy (D), "value" among them, without the measurement's noise.
-        """
+        """{measure: (mean, standard deviation)} for a policy (D), "value" among them, without its noise."""
         return {name: tuple(float(v[0]) for v in belief(policy[None])) for name, belief in self.beliefs.items()}
 
     def plan(self, policy: np.ndarray) -> CompressionPlan:
@@ -119,10 +116,9 @@ class Drag(ipywidgets.HBox):
 def plan_explorer(plans: dict[str, CompressionPlan], study: Study | str | Path | None = None) -> Explorer:
     """Two plans side by side: heads, neurons and tokens kept in each block, and MACs by part, beside the dense model's.
 
-    With a study (or its folder) one of them can be dragged: from the best policy of the study the rate of one
-    dimension, or of a group (all blocks' neurons, heads or tokens by the same amount), is moved, and its cost and the
-    expected value and top-1 are told as mean +/- one standard deviation of the search's Gaussian process. Raises
-    InputError for plans of different models, and for what `Expectation` refuses.
+    With a study (or its folder) one of them can be dragged: from the study's best policy the rate of one dimension, or
+    of a group (all blocks' by the same amount), is moved, and its cost and expected value and top-1 are told as mean
+    +/- one standard deviation. Raises InputError for plans of different models, and for what `Expectation` refuses.
     """
     expectation = None if study is None else Expectation(study)
     shapes = [*(plan.shape for plan in plans.values()), *([expectation.space.shape] if expectation else [])]

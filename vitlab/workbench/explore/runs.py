@@ -53,8 +53,7 @@ def find_runs(root: str | Path) -> list[Path]:
 
 
 def training_logs(run: str | Path) -> dict[str, list[dict[str, Any]]]:
-    """{stage: records} of what is trained in a run: each epoch's last, and those of steps in between; other lines, and
-    damaged ones, are left out."""
+    """{stage: records} of what is trained in a run: each epoch's last, and those of steps; no damaged line."""
     folder, logs = Path(run) / TRAINING, {}
     for path in sorted([*folder.glob(LOG), *folder.glob(f"*/{LOG}")], key=lambda p: (len(p.parent.name), p)):
         last = {}
@@ -72,8 +71,7 @@ def _is_number(value: Any) -> bool:
 
 
 def run_figure(run: str | Path | None) -> Figure:
-    """How far a run is: loss, top-1 and learning rate of a training, or the best so far of a search; None: no run. What
-    can't be read is said in place of it."""
+    """A run's training curves, or the best so far of its search; None: no run. What can't be read is said instead."""
     text = "no run was found" if run is None else "nothing is logged yet"
     try:
         logs = {} if run is None else training_logs(run)
@@ -105,12 +103,11 @@ def last_lines(path: str | Path) -> str:
 
 
 def runs_panel(root: str | Path = "runs") -> Explorer:
-    """The runs at and below `root`: choose one and see its state, its output, and its loss, top-1 and learning rate, or
-    a search's best so far, every two seconds while it goes on; stop it, resume it where it was, or start another.
+    """The runs at and below `root`: see one's state, output, and training curves or a search's best so far, every two
+    seconds while it goes on; stop it, resume it where it was, or start another.
 
-    A run is a process of its own: it goes on when the notebook is closed or the kernel restarted, and a new panel finds
-    it. The watching ends with the run, or when the panel is closed. In the notebooks' own folder relative paths are
-    from the project's root.
+    A run is a process of its own: it outlives the notebook and the kernel, and a new panel finds it. In the notebooks'
+    own folder relative paths are from the project's root.
     """
     folder = study_folder(".").absolute()
     root, started = folder / root, []
@@ -182,8 +179,7 @@ def runs_panel(root: str | Path = "runs") -> Explorer:
 
 
 def start_form(begin: Callable[[list[str], str, int], None]) -> ipywidgets.VBox:
-    """Fields for a command, the command line that they make, and a button that calls begin(arguments, run folder,
-    processes), of which there is one for each GPU where the command takes several."""
+    """Fields for a command, the line they make, and a button that calls begin(arguments, run folder, processes)."""
     wide = sized("7em", "36em")
     command = ipywidgets.Dropdown(options=list(COMMANDS), description="command", **wide)
     fields = {name: ipywidgets.Text(placeholder=f"such as {example}", description=name, **wide)

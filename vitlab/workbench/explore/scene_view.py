@@ -26,14 +26,14 @@ from vitlab.plots.scenes import OPACITY, OUTCOMES, difference, in_grey, scene_mo
 from vitlab.plots.tokens import bordered, tinted
 from vitlab.workbench.explore.base import row
 from vitlab.workbench.explore.choosing import WIDE
-from vitlab.workbench.explore.token_map import Maps, RuleExplorer, enlarged
+from vitlab.workbench.explore.maps import Maps
+from vitlab.workbench.explore.token_map import RuleExplorer, enlarged
 
 LATE = {"continuous_update": False}             # of a slider each of whose values runs the model
 
 
 class Scene(NamedTuple):
-    """A scene as a model sees it: at the encoder's size, what is larger by its middle, what is smaller padded right and
-    below."""
+    """A scene as a model sees it: at the encoder's size, cut to its middle or padded right and below."""
 
     x: Tensor                       # (1, 3, H, W), normalised
     truth: np.ndarray               # (H, W), IGNORE in the padding
@@ -144,16 +144,9 @@ def scene_view(model: Segmenter, data: SceneData, scores: Tensor | None = None, 
     """Widgets that show what a token rule in the encoder of a dense Segmenter does to its prediction of a scene, and
     what it saves.
 
-    The images are those of a split of the data (None: the one to choose on); of one that is larger than model.img_size
-    the middle is taken. scores: raw token scores (L, n); without them there are only the rules that need none. plan:
-    shown first, beside the rules. keep_rate, prune_rate, opacity of the masks: where the sliders start; boundary and
-    weights: as in `prune_and_merge`. Of merging by content keep_rate is the fraction of patches that is left after the
-    last block that cuts.
-
-    The difference is against the truth: right in both, wrong in both, lost and gained. A click or the pointer outlines
-    on all four pictures the patches that one token of the block stands for. Raises InputError for another kind of
-    model, one whose encoder is compressed already, data of another number of classes, a split that is not there, a plan
-    or scores for another model.
+    The images are those of a split of the data (None: the one to choose on), of larger ones the middle. The difference
+    is against the truth: right in both, wrong in both, lost and gained. opacity: of the masks, where its slider starts;
+    the other arguments are `token_map`'s. Raises InputError for what doesn't fit the model, or one that is compressed.
     """
     require(isinstance(model, Segmenter), f"a {type(model).__name__} came in; a Segmenter is needed")
     data.check_fits(model.num_classes)

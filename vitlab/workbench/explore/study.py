@@ -51,10 +51,8 @@ class Watched:
 
     def belief(self, evaluations: list[Evaluation], measure: str = "value") -> Predict:
         """policies (P, D) -> (mean, deviation), (P) each, by the Gaussian process that the search would ask after these
-        evaluations, two at least; fitted to what the objective maximises, or to another of its measures.
-
-        In a batch, proposals that were not measured when the next one was made count with what was expected of them.
-        """
+        evaluations, two at least; of what it maximises, or of another measure. In a batch, proposals that were not
+        measured when the next one was made count with what was expected of them."""
         def known(e: Evaluation) -> float:
             if measure != "value":
                 return e.measures[measure]
@@ -78,12 +76,11 @@ def watch(study: Study | str | Path) -> Watched:
 
 
 def study_explorer(study: Study | str | Path) -> Explorer:
-    """Scrub through a study, evaluation by evaluation, with the slider, its arrow keys or the play button: the best so
-    far, the Gaussian process (mean +/- 2 deviations) and log EI along one dimension, and what was measured next.
+    """Scrub through a study, evaluation by evaluation: the best so far, the Gaussian process (mean +/- 2 deviations)
+    and log EI along one dimension, the others held at the best policy so far and at the next, and what came next.
 
-    The other dimensions are held at the best policy so far, and at the next one. "follow" looks at the journal every
-    second and moves to its end, for a search that is running; it ends when unchecked. Nothing is written. Raises
-    InputError for a folder that holds no study.
+    "follow" looks at the journal every second and moves to its end, for a search that is running. Nothing is written.
+    Raises InputError for a folder that holds no study.
     """
     found = watch(study)
     seen: list[Evaluation] = found.evaluations()

@@ -31,9 +31,8 @@ BINS = 64                                       # parts of the neurons' panel th
 
 
 def head_grid(heads: Any, plan: CompressionPlan, cell: tuple[int, int]) -> np.ndarray:
-    """Scores (L, H) as a picture of (L + 1) x (H + 1) cells of `cell` (width, height) pixels: the first row and column
-    number heads and blocks, the others are coloured in their block's range, with a cross where the plan cuts. Drawn in
-    some ms."""
+    """Scores (L, H) as a picture of (L + 1) x (H + 1) cells of (width, height) pixels: numbers of heads and blocks,
+    then colours in the block's range, with a cross where the plan cuts. Drawn in some ms."""
     colours = (255 * colormaps["viridis"](to_own_range(as_array(heads)))[..., :3]).round().astype(int)
     (depth, count), (w, h), cut = colours.shape[:2], cell, set(cut_heads(plan))
     image = Image.new("RGB", ((count + 1) * w, (depth + 1) * h), "white")
@@ -55,8 +54,8 @@ def head_grid(heads: Any, plan: CompressionPlan, cell: tuple[int, int]) -> np.nd
 
 
 def neuron_strip(scores: np.ndarray, kept: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Ranked scores (M) as columns of a picture of `size` (width, height) pixels, in the palette's blue where `kept`
-    and orange where cut; a black line stands at the number kept. Drawn in some ms."""
+    """Ranked scores (M) as columns of a picture of (width, height) pixels, blue where `kept` and orange where cut, a
+    black line at the number kept. Drawn in some ms."""
     width, height = size
     index = np.arange(width) * len(scores) // width                             # the neuron of each column of pixels
     low, high = min(0.0, scores.min()), scores.max()
@@ -120,8 +119,7 @@ class UnitsMap(Explorer):
             self._show()
 
     def _attention(self, picture: str) -> Tensor:
-        """(L, H, n) what the class token of each head takes from each patch (the mean over patches, for a model that
-        pools them)."""
+        """(L, H, n) what the class token of each head, or the mean over patches, takes from each patch."""
         shape = self.plan.shape
         maps = attention_maps(self.model, as_input(self.chooser.known[picture], self.model))[:, 0]      # (L, H, N, N)
         rows = [looked_at(each, shape.num_prefix_tokens, average=shape.pool != POOL_TOKEN)
@@ -185,13 +183,12 @@ class UnitsMap(Explorer):
 
 def units_map(source: Source | nn.Module, scores: UnitScores, plan: CompressionPlan, pictures: dict[str, np.ndarray],
               redundancy: Tensor | None = None) -> UnitsMap:
-    """Widgets that show what the heads of a dense model score, look at and share, and which neurons of a block stay
-    under a plan.
+    """Widgets that show what the heads of a dense model score, look at and share, and which neurons a plan keeps.
 
     pictures: {name: (h, w, 3) in [0, 1]}, to which a folder's images or an upload can be added; redundancy: the HSIC
-    between heads (L, H, H), as `head_redundancy` gives it. A head is chosen in the grid by a click or the arrow keys;
-    its attention is the class token's, or the mean over patches where the model pools them. Raises InputError for a
-    compressed model, a plan or scores for another, or no picture.
+    between heads (L, H, H), as `head_redundancy` gives it. The attention shown is the class token's, or the mean over
+    patches where the model pools them. Raises InputError for a compressed model, a plan or scores for another, or no
+    picture.
     """
     model = source if isinstance(source, nn.Module) else open_dense(source).model
     shape = shape_of(model)
