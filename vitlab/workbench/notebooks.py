@@ -16,8 +16,8 @@ from vitlab.runtime.files import NOTEBOOKS, InputError, atomic_write
 SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]    # the first there is
 POLICY = """<meta http-equiv="Content-Security-Policy" """ \
          """content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">"""
-ENCRYPTED = Config({"KernelManager": {"transport_encryption": "auto"}})        # else each kernel warns of plain TCP
-QUIET = "--log-level=CRITICAL"                  # else a kernel that is interrupted tells of its closed sockets
+ENCRYPTED = Config({"KernelManager": {"transport_encryption": "auto"},         # else each kernel warns of plain TCP,
+                    "NotebookClient": {"extra_arguments": ["--log-level=CRITICAL"]}})      # interrupted of its sockets
 
 
 def declared(path: str | Path) -> dict[str, Any]:
@@ -46,7 +46,9 @@ def check_parameters(path: str | Path, given: dict[str, Any]) -> None:
 
 def run(path: str | Path, out: str | Path, parameters: dict[str, Any] | None = None, *, progress: bool = True) -> Path:
     """Execute a notebook; returns the executed copy, out/NAME.ipynb. Parameters are checked before anything starts.
-    Raises InputError naming the cell and its error where one fails; the copy up to there is kept."""
+
+    Raises InputError naming the cell and its error where one fails; the copy up to there is kept.
+    """
     path, parameters = Path(path), parameters or {}
     check_parameters(path, parameters)
     target = Path(out) / path.name
@@ -55,7 +57,7 @@ def run(path: str | Path, out: str | Path, parameters: dict[str, Any] | None = N
     try:
         papermill.execute_notebook(*names, parameters=parameters, kernel_name="python3", language="python",
                                    progress_bar=progress, stdout_file=sys.stderr if progress else None,
-                                   config=ENCRYPTED, extra_arguments=[QUIET])
+                                   config=ENCRYPTED)
     except PapermillExecutionError as error:
         raise InputError(
             f"{path.name}: cell {error.cell_index} failed: {error.ename}: {error.evalue} (see {target})") from None
@@ -90,7 +92,8 @@ def copy_all(folder: str | Path) -> list[Path]:
 
 def run_all(names: list[str], out: str | Path, parameters: dict[str, dict[str, Any]], *,
             progress: bool = True) -> list[Path]:
-    """Run notebooks of this project by name, in order, into out/notebooks/; the last also becomes out/report.html."""
+    """Run notebooks of this project by name, in order, into out/notebooks/; the last one also becomes
+    out/report.html."""
     paths = [NOTEBOOKS / f"{name}.ipynb" for name in names]
     for path, name in zip(paths, names):
         check_parameters(path, parameters.get(name, {}))
