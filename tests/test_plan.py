@@ -75,6 +75,8 @@ def test_shape_counts_whole_patches_by_rows_and_columns():
 def test_regions_with_a_gap_are_refused():
     with pytest.raises(InputError, match="gap"):
         MergeReconstruct(regions=(0, 2), weights=(1.0, 1.0))
+    with pytest.raises(InputError, match="gap"):                                # at once: a file may say any number
+        MergeReconstruct(regions=(0, 10**15), weights=(1.0, 1.0))
 
 
 def test_a_rule_for_another_number_of_patches_is_refused_by_block():

@@ -55,7 +55,7 @@ class _Regions:
         n = len(self.regions)
         require(n == len(self.weights), f"{n} regions but {len(self.weights)} weights; one of each per patch is needed")
         require(all(is_int(r) and r >= -1 for r in self.regions), "regions must be integers of at least -1")
-        require(set(self.regions) - {-1} == set(range(self.num_merged)),
+        require(self.num_merged <= n and set(self.regions) - {-1} == set(range(self.num_merged)),
                 f"regions must be numbered 0 to {self.num_merged - 1} without a gap")
         require(all(is_number(w, low, high) for w in self.weights), f"weights must be {what}")
         object.__setattr__(self, "regions", tuple(self.regions))

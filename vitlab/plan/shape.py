@@ -48,17 +48,15 @@ class ViTShape:
     num_classifiers: int = 1            # 2 for a distilled DeiT
     pool: str = POOL_TOKEN              # "token" needs prefix tokens alone; every other pooling needs all
     qk_norm: bool = False               # whether attention normalises queries and keys
-    # of DECODERS, gives every patch the logits of num_classes; "": a classifier, or nothing
-    decoder: str = ""
+    decoder: str = ""                   # of DECODERS: logits of each patch; "": a classifier, or nothing
     decoder_depth: int = 0              # blocks of a mask transformer
-    # whether the first prefix token is one, and no register; None: wherever there are prefix tokens
-    class_token: bool | None = None
+    class_token: bool | None = None     # whether the first prefix token is one; None: where there are prefix tokens
 
     def __post_init__(self) -> None:
         for name in ("img_size", "patch_size"):
             value = getattr(self, name)
             require(isinstance(value, (tuple, list)) and len(value) == 2 and all(is_int(v) and v > 0 for v in value),
-                     f"shape.{name} is {value!r}; two positive integers are needed")
+                    f"shape.{name} is {value!r}; two positive integers are needed")
             object.__setattr__(self, name, tuple(value))
         lowest = {"num_prefix_tokens": 0, "num_classes": 0, "decoder_depth": 0}
         for f in dataclasses.fields(self):

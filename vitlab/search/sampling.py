@@ -1,7 +1,7 @@
 """Feasible policies at random, alone and around others. D dimensions, P policies, G groups.
 
-The numbers of the draws were chosen with benchmarks/search_quality.py in sight (docs/search.md), as a whole; none of
-them was tuned alone.
+The numbers of the draws are those of the tables of docs/search.md (benchmarks/search_quality.py), which compare the
+search as a whole; no table tells what each is worth.
 """
 import dataclasses
 from collections.abc import Callable

@@ -15,12 +15,13 @@ INITIAL = {"varied": varied_policies, "random": random_policies,
            "sensitivity": varied_policies}      # and half the population from what each dimension loses alone
 STRATEGIES = {"gp": None, "random": random_policies, "uniform": uniform_policies}
 BLOCKS = 20                     # of `population` policies, drawn until enough are new; then a space counts as used up
-LEADERS = 5                     # best policies that candidates are drawn around; chosen as sampling's numbers were
+LEADERS = 5                     # best policies that candidates are drawn around; as the numbers of `sampling`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How the search goes on. "published" in SETTINGS has the numbers of arXiv 2201.00043."""
+    """How the search goes on. "published" in SETTINGS has the numbers of arXiv 2201.00043; the defaults are those of
+    the tables of docs/search.md, and the population was chosen with the first of these in sight."""
 
     source: str = "vitlab"
     population: int = 10                        # policies before the first proposal of the Gaussian process
