@@ -6,6 +6,7 @@ import math
 import pytest
 
 from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.plan.cost import gmacs
 from vitlab.plan.rules import PROTECT, Match, MergeReconstruct, Select, SharedUpdate
 from vitlab.plan.shape import ViTShape
 from vitlab.runtime.files import InputError
@@ -28,6 +29,14 @@ def test_plan_comes_back_from_json_equal():
     assert CompressionPlan.from_json(as_data()) == PLAN
     empty = CompressionPlan.empty(SHAPE)
     assert CompressionPlan.from_json(json.loads(empty.to_json())) == empty
+
+
+def test_a_plan_is_shown_in_one_line_of_blocks_counts_and_gmacs():
+    assert repr(PLAN) == (f"CompressionPlan(3 blocks: heads 2 to 3 of 3, neurons 3 to 41 of 41, tokens 7 to 17 of 17; "
+                          f"{gmacs(PLAN):.4g} of {gmacs(CompressionPlan.empty(SHAPE)):.4g} GMACs)")
+    alike = CompressionPlan(shape=SHAPE, blocks=(BlockPlan(heads=(0, 2)),) * 3)
+    assert f"{[alike]}".startswith("[CompressionPlan(3 blocks: heads 2 of 3, neurons 41, tokens 17; ")
+    assert max(len(repr(plan)) for plan in (PLAN, SELECTING, MATCHING, SHARING)) < 150
 
 
 def test_plan_comes_back_from_its_file_equal(tmp_path):
@@ -66,6 +75,8 @@ def test_shape_counts_whole_patches_by_rows_and_columns():
 def test_regions_with_a_gap_are_refused():
     with pytest.raises(InputError, match="gap"):
         MergeReconstruct(regions=(0, 2), weights=(1.0, 1.0))
+    with pytest.raises(InputError, match="gap"):                                # at once: a file may say any number
+        MergeReconstruct(regions=(0, 10**15), weights=(1.0, 1.0))
 
 
 def test_a_rule_for_another_number_of_patches_is_refused_by_block():

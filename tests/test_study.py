@@ -242,7 +242,7 @@ def test_a_journal_of_another_number_of_dimensions_is_refused_by_line(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / JOURNAL).read_text().splitlines()]
     lines[2]["policy"].append(0.1)
     (tmp_path / JOURNAL).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(InputError, match="line 3 has 6 dimensions, the space 5"):
+    with pytest.raises(InputError, match="line 3: a policy of 6 numbers; this space has 5 dimensions"):
         study(tmp_path)
 
 

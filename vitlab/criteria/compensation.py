@@ -17,10 +17,8 @@ from torch import Tensor
 from vitlab.runtime.files import InputError
 
 RIDGE = 1e-3                                # times the mean variance of the inputs that stay
-# of these a refit's is chosen; most layers take 0.1 to 1
-RIDGES = (1e-3, 1e-2, 0.1, 0.3, 1, 3, math.inf)
-# inputs that leave an elimination before its matrices take it over; says nothing of the order
-STEP = 256
+RIDGES = (1e-3, 1e-2, 0.1, 0.3, 1, 3, math.inf)     # of these a refit's is chosen; most layers take 0.1 to 1
+STEP = 256          # inputs that leave an elimination before its matrices take it over; says nothing of the order
 
 
 class Moments:

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from vitlab.runtime.files import InputError
 
-# units at a time: temporaries of CHUNK * B * (2 N + 2 B) numbers stay in the cache
-CHUNK = 48
+CHUNK = 48                                  # units at a time: CHUNK * B * (2 N + 2 B) numbers stay in the cache
 WIDEST, NARROWER = 16.0, 4                  # sigma of the widest of five Gaussians; each other one is half as wide
 
 
@@ -68,8 +67,8 @@ def relevance(x: Tensor, probabilities: Tensor, chunk: int = CHUNK) -> Tensor:
     y (B, classes). Returns (U), not negative; no 1/B^2 factor (B1). Raises InputError for other shapes.
     """
     if x.dim() != 3 or probabilities.dim() != 2 or x.shape[1] != len(probabilities):
-        raise InputError(f"units are {tuple(x.shape)} and outputs {tuple(probabilities.shape)}; (U, B, N) and (B, "
-                         f"classes) are needed")
+        raise InputError(f"units are {tuple(x.shape)} and outputs {tuple(probabilities.shape)}; (U, B, N) and "
+                         "(B, classes) are needed")
     return torch.cat([dependence(gaussian_kernels(part), probabilities) for part in x.split(chunk)])
 
 

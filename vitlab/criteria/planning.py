@@ -10,21 +10,6 @@ from vitlab.plan.shape import ViTShape, require
 from vitlab.runtime.files import InputError
 
 
-def _span_rule(normal: Tensor, first: int, last: int, keep_rate: float, prune_rate: float, rule: str,
-               **how: str | int) -> MergeReconstruct | None:
-    """The token rule of the span of blocks first to last by the mean of their normalised scores, with thresholds of its
-    own."""
-    scores = normal[first:last + 1].mean(dim=0)                                 # (n)
-    try:
-        # (A3)
-        unpruned, centers = tokens.choose(scores[None], rule=rule, keep_rate=keep_rate, prune_rate=prune_rate)
-    except InputError as error:
-        raise InputError(f"span {first}-{last}: {error}") from None
-    # (A4)
-    made = tokens.merge_rule(scores, unpruned[0], centers[0], rule=rule, **how)
-    return None if made is None else dataclasses.replace(made, span=last + 1 - first)
-
-
 def prune_and_merge(scores: Tensor, shape: ViTShape, *, rule: str = "center", keep_rate: float | None = None,
                     prune_rate: float = tokens.PRUNE_RATE, boundary: str = tokens.BOUNDARY,
                     weights: str = tokens.WEIGHTS, decay: float | None = None, share: bool = False,
@@ -41,25 +26,30 @@ def prune_and_merge(scores: Tensor, shape: ViTShape, *, rule: str = "center", ke
     own; in blocks outside spans all tokens stay. keep_rate=1 with prune_rate=0 gives the plan that cuts nothing. Raises
     InputError for values out of range.
     """
-    if tuple(scores.shape) != (shape.depth, shape.num_patches):
-        raise InputError(f"token scores are {tuple(scores.shape)}; the model has {shape.depth} blocks of "
-                         f"{shape.num_patches} patches")
+    require(tuple(scores.shape) == (shape.depth, shape.num_patches), f"token scores are {tuple(scores.shape)}; the "
+            f"model has {shape.depth} blocks of {shape.num_patches} patches")
     decay = tokens.decay_of(rule, shape.depth) if decay is None else decay
     normal = tokens.normalise_scores(scores, decay)                             # (A2)
-    how = {"columns": shape.grid_size[1], "boundary": boundary, "weights": weights}
+
+    def rules_of(scores: Tensor, keep_rate: float) -> list[MergeReconstruct | None]:
+        """Of blocks that share thresholds (A3, A4): scores (L, n)."""
+        unpruned, centers = tokens.choose(scores, rule=rule, keep_rate=keep_rate, prune_rate=prune_rate)
+        return [tokens.merge_rule(*layer, rule=rule, columns=shape.grid_size[1], boundary=boundary, weights=weights)
+                for layer in zip(scores, unpruned, centers)]
     if spans is None:
         keep_rate = tokens.KEEP_RATE if keep_rate is None else keep_rate
-        # (A3)
-        unpruned, centers = tokens.choose(normal, rule=rule, keep_rate=keep_rate, prune_rate=prune_rate)
-        # (A4)
-        rules = [tokens.merge_rule(*layer, rule=rule, **how) for layer in zip(normal, unpruned, centers)]
+        rules = rules_of(normal, keep_rate)
     else:
         require(keep_rate is None, f"keep_rate is {keep_rate}, but each span has its own; one of the two is needed")
         require(not share, "regions share the update of one block; spans, which stay merged, need share off")
         tokens.check_spans(spans, shape.depth)
         rules = [None] * shape.depth
         for first, last, rate in spans:
-            rules[first] = _span_rule(normal, first, last, rate, prune_rate, rule, **how)
+            try:
+                made, = rules_of(normal[first:last + 1].mean(dim=0, keepdim=True), rate)
+            except InputError as error:
+                raise InputError(f"span {first}-{last}: {error}") from None
+            rules[first] = made and dataclasses.replace(made, span=last + 1 - first)
     blocks = [BlockPlan(tokens=tokens.shared(merged) if share else merged) for merged in rules]
     made_by = {"method": "prune_and_merge", "rule": rule,
                **({"keep_rate": keep_rate} if spans is None else {"spans": [list(span) for span in spans]}),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vitlab.criteria.compensation import reconstruction
 from vitlab.criteria.hsic import CHUNK, at_least_float32, dependence, gaussian_kernels, shared_dependence, units_first
+from vitlab.plan.shape import check_known
 from vitlab.runtime.files import InputError
 
 RELEVANCE_WEIGHT, MAGNITUDE_WEIGHT, REDUNDANCY_WEIGHT = 0.1, 0.9, 0.1       # published
@@ -32,8 +33,7 @@ class UnitScores:
     def __post_init__(self) -> None:
         if self.heads.dim() != 2 or self.neurons.dim() != 2 or len(self.heads) != len(self.neurons):
             raise InputError(f"head scores are {tuple(self.heads.shape)} and neuron scores "
-                             f"{tuple(self.neurons.shape)}; "
-                             "(L, H) and (L, M) are needed")
+                             f"{tuple(self.neurons.shape)}; (L, H) and (L, M) are needed")
 
 
 def _min_max(values: Tensor) -> Tensor:
@@ -158,6 +158,5 @@ UNIT_CRITERIA = {
 
 def unit_criterion(name: str) -> UnitCriterion:
     """The criterion of that name. Raises InputError, listing the known ones, for any other."""
-    if name not in UNIT_CRITERIA:
-        raise InputError(f"criterion {name!r} is not known; known are {sorted(UNIT_CRITERIA)}")
+    check_known("criterion", name, UNIT_CRITERIA)
     return UNIT_CRITERIA[name]

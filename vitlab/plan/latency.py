@@ -34,13 +34,10 @@ class LatencyTable:
     """
 
     shape: ViTShape                             # of the dense model
-    # machine, device, dtype, batch_size, threads, ...: what the times hold for
-    conditions: dict[str, Any]
+    conditions: dict[str, Any]                  # machine, device, dtype, batch_size, ...: what the times hold for
     axes: dict[str, tuple[np.ndarray, ...]]     # per part and axis: counts, integers, ascending
-    # per part: (len of axis, ...) times; no "select" where none can be selected
-    ms: dict[str, np.ndarray]
-    # whole models' time over the sum of their parts': memory is fetched anew
-    scale: float = 1.0
+    ms: dict[str, np.ndarray]                   # per part: (len of axis, ...) times; without the parts there are not
+    scale: float = 1.0                          # whole models' time over the sum of their parts'
 
     def __post_init__(self) -> None:
         require(set(AXES) - OPTIONAL <= set(self.ms) <= set(AXES) and set(self.axes) == set(self.ms),
@@ -50,8 +47,8 @@ class LatencyTable:
             require(len(axes) == len(AXES[part])
                     and all(a.ndim == 1 and len(a) and (np.diff(a) > 0).all() for a in axes),
                     f"{part}: an ascending axis of {' and of '.join(AXES[part])} is needed")
-            require(ms.shape == tuple(map(len, axes)), f"{part}: times are {ms.shape}; {tuple(map(len, axes))} is "
-                                                       f"needed")
+            require(ms.shape == tuple(map(len, axes)),
+                    f"{part}: times are {ms.shape}; {tuple(map(len, axes))} is needed")
         require(all(np.isfinite(v).all() and np.all(v > 0) for v in (*self.ms.values(), self.scale)),
                 "times must be positive")
 
@@ -77,8 +74,8 @@ class LatencyTable:
         table does not hold.
         """
         c = Counts(**dict(zip(vars(counts), np.broadcast_arrays(*vars(counts).values()))))
-        require(c.heads.shape[-1] == self.shape.depth, f"counts of {c.heads.shape[-1]} blocks; the table is for "
-                                                       f"{self.shape.depth}")
+        require(c.heads.shape[-1] == self.shape.depth,
+                f"counts of {c.heads.shape[-1]} blocks; the table is for {self.shape.depth}")
         everything, always = self.shape.num_tokens, np.ones(c.heads.shape, dtype=bool)
         rows, state = c.attended + c.carried, c.in_mlp + c.carried              # that enter and leave each block
         wanted = self.shape.num_prefix_tokens if self.shape.pool == POOL_TOKEN else everything
@@ -96,9 +93,8 @@ class LatencyTable:
         parts = {part: ms.sum(axis=-1) for part, ms in parts.items()}           # (...)
         parts["fold"] = parts["fold"] + self._at("fold", last, wanted, end)
         parts["stem"] = self._at("stem", always[..., 0], everything)
-        # given back by the last block, unless it reads out
+        # Every token is left by a block that shares an update, and given back after matching, unless it is read out.
         matched = (c.compared > 0).any(axis=-1) & asked[..., -1]
-        # and one that shares an update leaves every token
         left = np.where(shares[..., -1] | matched, everything, end)
         parts["head"] = self._at("head", always[..., 0], np.where(last, wanted, left))
         return {part: self.scale * parts[part] for part in AXES}

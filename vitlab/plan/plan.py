@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vitlab.plan.rules import TOKEN_RULES, Flow, MergeReconstruct, TokenRule, whole
 from vitlab.plan.shape import ViTShape, is_int, require
 from vitlab.runtime.files import InputError, atomic_write, read_json
@@ -45,13 +47,25 @@ class CompressionPlan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))
         require(len(self.blocks) == self.shape.depth,
-                 f"the plan has {len(self.blocks)} blocks; the model has {self.shape.depth}")
+                f"the plan has {len(self.blocks)} blocks; the model has {self.shape.depth}")
         for index, block in enumerate(self.blocks):
             try:
                 block.check(self.shape)
             except InputError as error:
                 raise InputError(f"block {index}: {error}") from None
         self.flows()
+
+    def __repr__(self) -> str:
+        """One line: how many blocks, the least and the most that stay in one, and GMACs of the dense model's."""
+        from vitlab.plan import cost  # which counts plans
+
+        def told(counts: np.ndarray, total: int) -> str:
+            low, high = int(counts.min()), int(counts.max())
+            return f"{total}" if low == total else f"{low}{f' to {high}' if high > low else ''} of {total}"
+        counts, shape = cost.counts_of(self), self.shape
+        return (f"CompressionPlan({shape.depth} blocks: heads {told(counts.heads, shape.num_heads)}, "
+                f"neurons {told(counts.neurons, shape.num_neurons)}, tokens {told(counts.in_mlp, shape.num_tokens)}; "
+                f"{cost.gmacs(self):.4g} of {cost.gmacs(CompressionPlan.empty(shape)):.4g} GMACs)")
 
     @classmethod
     def empty(cls, shape: ViTShape) -> "CompressionPlan":
@@ -77,11 +91,11 @@ class CompressionPlan:
         for index, block in enumerate(self.blocks):
             rule, place = rules[-1] if rules else (None, 0)
             inside, span = place + 1 < getattr(rule, "span", 1), getattr(block.tokens, "span", 1)
-            require(not inside or block.tokens is None, f"block {index}: it stays merged in the span that begins in "
-                                                        f"block "
-                    f"{index - place - 1}, and can have no token rule of its own; null is needed")
-            require(index + span <= last, f"block {index}: tokens stay merged for {span} blocks from here, but "
-                                          f"{last - index} "
+            require(not inside or block.tokens is None,
+                    f"block {index}: it stays merged in the span that begins in block {index - place - 1}, and can "
+                    "have no token rule of its own; null is needed")
+            require(index + span <= last,
+                    f"block {index}: tokens stay merged for {span} blocks from here, but {last - index} "
                     f"{'is' if index + 1 == last else 'are'} left; a span of at most {last - index} is needed")
             rules.append((rule, place + 1) if inside else (block.tokens, 0))
         return rules
@@ -109,12 +123,12 @@ class CompressionPlan:
     def _check_follows(self, flow: Flow, before: Flow) -> None:
         """InputError where a block can't take what the one before it gives."""
         what = "selected" if flow.ranked_by else "matched"
-        require(not (before.reconstructs and (flow.ranked_by or flow.compared)), f"tokens are {what} right after a "
-                                                                                 f"block that merged: "
-                "those of a region rank alike there but for rounding; a block without a token rule must stand between")
-        require(flow.matched or not before.matched or flow.queried is not None, "tokens were merged by content before: "
-                                                                                "from there on "
-                'every block needs rule "match" (merged 0 where none are to go), the last one that or "read_out"')
+        require(not (before.reconstructs and (flow.ranked_by or flow.compared)),
+                f"tokens are {what} right after a block that merged: those of a region rank alike there but for "
+                "rounding; a block without a token rule must stand between")
+        require(flow.matched or not before.matched or flow.queried is not None,
+                "tokens were merged by content before: from there on every block needs rule \"match\" (merged 0 where "
+                "none are to go), the last one that or \"read_out\"")
         require(before.matched or not flow.matched or before.after == self.shape.num_tokens,
                 "tokens are matched, but a block before has selected some: one of the two rules is needed, not both")
 
@@ -147,7 +161,7 @@ class CompressionPlan:
         try:
             require(isinstance(data, dict) and data.get("format") == FORMAT, f'"format" must be "{FORMAT}"')
             require(data.get("version") == VERSION,
-                     f"version {data.get('version')!r} is not known; this vitlab reads version {VERSION}")
+                        f"version {data.get('version')!r} is not known; this vitlab reads version {VERSION}")
             require(isinstance(data.get("blocks"), list), '"blocks" must be a list')
             require(isinstance(data.get("made_by", {}), dict), '"made_by" must be an object')
             shape = _build(ViTShape, data.get("shape"), "shape")
@@ -167,24 +181,20 @@ class CompressionPlan:
         plan = cls.from_json(read_json(path), str(path))
         try:
             plan.check_fits(shape or plan.shape)
-            plan = dataclasses.replace(plan, shape=shape or plan.shape)
+            return dataclasses.replace(plan, shape=shape or plan.shape)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-        return plan
 
 
 def _build(cls: Any, data: Any, where: str) -> Any:
     require(isinstance(data, dict), f"{where} must be an object")
     known = {f.name: f for f in dataclasses.fields(cls)}
-    needed = {n for n,
-              f in known.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    needed = {n for n, f in known.items() if f.default is f.default_factory is dataclasses.MISSING}
     require(not set(data) - set(known), f"{where}: unknown {sorted(set(data) - set(known))}; known are {sorted(known)}")
     require(not needed - set(data), f"{where}: {sorted(needed - set(data))} missing")
     try:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
-    except (TypeError, AttributeError) as error:
-        raise InputError(f"{where}: {error}") from None
-    except InputError as error:
+    except (TypeError, AttributeError, InputError) as error:
         raise InputError(f"{where}: {error}") from None
 
 
@@ -194,7 +204,7 @@ def _block_from_json(data: Any, where: str) -> BlockPlan:
     tokens = data.get("tokens")
     if tokens is not None:
         require(isinstance(tokens, dict) and isinstance(tokens.get("kind"), str) and tokens["kind"] in TOKEN_RULES,
-                 f"{where}: tokens.kind must be one of {sorted(TOKEN_RULES)}")
+                f"{where}: tokens.kind must be one of {sorted(TOKEN_RULES)}")
         kind = TOKEN_RULES[tokens["kind"]]
         data["tokens"] = _build(kind, {k: v for k, v in tokens.items() if k != "kind"}, f"{where}: tokens")
     for name in ("heads", "neurons"):

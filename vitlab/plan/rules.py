@@ -4,9 +4,13 @@
 """
 from dataclasses import dataclass
 
-from vitlab.plan.shape import POOL_TOKEN, ViTShape, is_int, require
+import numpy as np
 
-LARGEST = 3e38                              # of a float32
+from vitlab.plan.shape import POOL_TOKEN, ViTShape, is_int, is_number, require
+from vitlab.runtime.files import InputError
+
+LARGEST = 3e38                              # about that of a float32
+ROUNDING = 1e-4                             # of weights that sum to 1, in float32 over a thousand patches
 PROTECT = 0.1                               # measured: docs/off_the_shelf.md
 BY_CLASS_TOKEN = "by the class token's attention; the model has no class token"
 
@@ -20,14 +24,12 @@ class Flow:
     carried: int                    # that go around the block
     after: int                      # that reach the next block
     queried: int | None = None      # of those in the attention, the ones that ask; None: all
-    # rows that are scaled for a weighted mean, and for what tokens keep of their own stream
-    pooled: int = 0
+    pooled: int = 0                 # rows scaled for a weighted mean, and for what tokens keep of their own stream
     merges: bool = False            # whether a merge matrix stands before the block
     reconstructs: bool = False      # whether a reconstruct matrix stands after it
     matched: bool = False           # whether tokens may stand for several patches from here on
     compared: int = 0               # pairs of tokens whose keys are multiplied, to find those that are alike
-    # heads whose attention ranks tokens before the MLP: "kept", "all", or "" for no ranking
-    ranked_by: str = ""
+    ranked_by: str = ""             # heads whose attention ranks tokens before the MLP: "kept", "all"; "": no ranking
 
 
 def whole(entering: int) -> Flow:
@@ -37,25 +39,27 @@ def whole(entering: int) -> Flow:
 
 @dataclass(frozen=True, kw_only=True)
 class _Regions:
-    """What rules share whose patches go into regions by their place: `regions` (n) from 0, -1 for none, and `weights`
-    (n)."""
+    """What rules share whose patches go into regions by their place."""
 
-    regions: tuple[int, ...]
-    weights: tuple[float, ...]
+    regions: tuple[int, ...]        # per patch: which token it goes into, from 0 without a gap; -1: none, it is pruned
+    weights: tuple[float, ...]      # per patch: its weight in that token
 
     @property
     def num_merged(self) -> int:
         """How many tokens the patches become (prefix tokens not counted)."""
         return max(self.regions, default=-1) + 1
 
-    def _check_regions(self) -> None:
-        """InputError where regions and weights are not one of each per patch, or regions are not numbered without a
-        gap."""
+    def _check_regions(self, low: float, high: float, what: str) -> None:
+        """InputError where regions and weights, from low to high, are not one of each per patch, or regions are not
+        numbered without a gap."""
         n = len(self.regions)
         require(n == len(self.weights), f"{n} regions but {len(self.weights)} weights; one of each per patch is needed")
         require(all(is_int(r) and r >= -1 for r in self.regions), "regions must be integers of at least -1")
-        require(set(self.regions) - {-1} == set(range(self.num_merged)),
+        require(self.num_merged <= n and set(self.regions) - {-1} == set(range(self.num_merged)),
                 f"regions must be numbered 0 to {self.num_merged - 1} without a gap")
+        require(all(is_number(w, low, high) for w in self.weights), f"weights must be {what}")
+        object.__setattr__(self, "regions", tuple(self.regions))
+        object.__setattr__(self, "weights", tuple(map(float, self.weights)))
 
     def _tokens(self, shape: ViTShape, entering: int, what: str) -> int:
         """Tokens in the block. InputError where the rule is for another number of patches, or a block before has
@@ -64,7 +68,7 @@ class _Regions:
                 f"tokens.regions has {len(self.regions)} entries; the model has {shape.num_patches} patches")
         require(entering == shape.num_tokens,
                 f"tokens {what} by their place, but only {entering} of {shape.num_tokens} come in: a block before has "
-                f"selected")
+                "selected")
         return shape.num_prefix_tokens + self.num_merged
 
 
@@ -74,12 +78,9 @@ class MergeReconstruct(_Regions):
     `span`, after the last of so many blocks: those between run on the merged tokens, and have no token rule of their
     own in a plan.
 
-    The numbers are the matrices' starting values; trained matrices are weights and live in the checkpoint.
+    Weights are the merge matrix's starting values, 0 where pruned; trained matrices live in the checkpoint.
     """
 
-    # per patch: which merged token it goes into, from 0; -1: none (pruned patches only)
-    regions: tuple[int, ...]
-    weights: tuple[float, ...]          # per patch: its entry in the merge matrix; 0 where pruned
     pruned: tuple[int, ...] = ()        # patches that skip the block, or the whole span, ascending
     trains: str = "both"                # "both" matrices or "reconstruct" alone
     span: int = 1                       # blocks that run on the merged tokens, this one the first
@@ -87,20 +88,16 @@ class MergeReconstruct(_Regions):
     kind = "merge_reconstruct"
 
     def __post_init__(self) -> None:
-        self._check_regions()
+        self._check_regions(-LARGEST, LARGEST, "finite numbers")
         n, pruned = len(self.regions), set(self.pruned)
-        require(all(isinstance(w, (int, float)) and not isinstance(w, bool) and abs(w) < LARGEST
-                     for w in self.weights), "weights must be finite numbers")
         require(all(is_int(j) and 0 <= j < n for j in self.pruned) and list(self.pruned) == sorted(pruned),
-                 f"pruned must be patches from 0 to {n - 1}, ascending without repeats")
+                f"pruned must be patches from 0 to {n - 1}, ascending without repeats")
         for j, (region, weight) in enumerate(zip(self.regions, self.weights)):
             require(j in pruned or region >= 0, f"patch {j} is in no region and not pruned")
             require(j not in pruned or weight == 0, f"patch {j} is pruned; its weight must be 0, not {weight}")
         require(self.trains in ("both", "reconstruct"), f"trains is {self.trains!r}; 'both' or 'reconstruct' is needed")
         require(is_int(self.span) and self.span >= 1, f"span is {self.span!r}; an integer of at least 1 is needed")
-        for name in ("regions", "pruned"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
+        object.__setattr__(self, "pruned", tuple(self.pruned))
 
     def flow(self, shape: ViTShape, entering: int) -> Flow:
         """InputError where the rule is for another number of patches, or a block before has selected tokens."""
@@ -119,33 +116,22 @@ class SharedUpdate(_Regions):
     """Token rule of methods C1: the tokens of a region go through the block as their mean, and share its update.
 
     y_j = z_c + u_c + own * (x_j - z_c), z_c the weighted mean of region c and u_c = Block(z)_c - z_c: with own = 1
-    every token keeps its own stream, with 0 all of a region become one. No matrices; a region of one token is the plain
-    block.
+    every token keeps its own stream, with 0 all of a region become one. Weights sum to 1 in each region. No matrices; a
+    region of one token is the plain block.
     """
 
-    regions: tuple[int, ...]            # per patch: its region, from 0; -1: none, the patch skips the block
-    weights: tuple[float, ...]          # per patch: its share of the region's mean; they sum to 1 in each region
     own: float = 1.0                    # how much of its own stream a token keeps, [0, 1]
     proportional: bool = False          # whether a region counts in the attention as often as it has tokens
 
     kind = "shared_update"
 
     def __post_init__(self) -> None:
-        self._check_regions()
-        require(all(isinstance(w, (int, float)) and not isinstance(w, bool) and 0 <= w <= 1 for w in self.weights),
-                "weights must be numbers from 0 to 1")
-        sums = [0.0] * self.num_merged
-        for region, weight in zip(self.regions, self.weights):
-            if region >= 0:
-                sums[region] += weight
-        wrong = [index for index, total in enumerate(sums) if abs(total - 1) > 1e-4]
-        require(not wrong, f"the weights of region {wrong[0] if wrong else 0} sum to "
-                           f"{sums[wrong[0]] if wrong else 1:.6g}; 1 is needed")
-        require(isinstance(self.own, (int, float)) and not isinstance(self.own, bool) and 0 <= self.own <= 1,
-                f"own is {self.own!r}; a number from 0 to 1 is needed")
+        self._check_regions(0, 1, "numbers from 0 to 1")
+        sums = np.bincount(np.array(self.regions, dtype=int) + 1, self.weights, self.num_merged + 1)[1:]
+        for region in np.flatnonzero(abs(sums - 1) > ROUNDING):
+            raise InputError(f"the weights of region {region} sum to {sums[region]:.6g}; 1 is needed")
+        require(is_number(self.own, 0, 1), f"own is {self.own!r}; a number from 0 to 1 is needed")
         require(isinstance(self.proportional, bool), f"proportional is {self.proportional!r}; true or false is needed")
-        object.__setattr__(self, "regions", tuple(self.regions))
-        object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -170,9 +156,8 @@ class Select:
     image its own, and one token that is the plain mean of the others is appended."""
 
     kept: int                       # tokens that stay by rank, prefix tokens not counted
-    # heads whose attention is averaged: "kept" ones, or "all": cut heads go on ranking, as
-    ranked_by: str = "kept"
-                                    # in the published code, where heads are masked
+    ranked_by: str = "kept"         # heads whose attention is averaged; "all": cut ones too, as published, where heads
+                                    # are masked
 
     kind = "select"
 
@@ -182,12 +167,11 @@ class Select:
 
     def flow(self, shape: ViTShape, entering: int) -> Flow:
         """InputError where not even two tokens would go (the mean of one is that one), or there is no class token."""
-        require(shape.class_token, f"tokens are selected {BY_CLASS_TOKEN}: a rule that merges, such as match, is "
-                                   f"needed")
+        require(shape.class_token,
+                f"tokens are selected {BY_CLASS_TOKEN}: a rule that merges, such as match, is needed")
         others = entering - shape.num_prefix_tokens
         require(self.kept <= others - 2, f"{self.kept} tokens are kept; at most {others - 2} of the {others} that come "
-                                         f"in beside the "
-                                         "prefix tokens is needed: two at least must go, as one takes their place")
+                "in beside the prefix tokens is needed: two at least must go, as one takes their place")
         after = shape.num_prefix_tokens + self.kept + 1
         return Flow(attended=entering, in_mlp=after, carried=0, after=after, ranked_by=self.ranked_by)
 
@@ -199,23 +183,20 @@ class Match:
     has this rule (the last may read out)."""
 
     merged: int                     # tokens that go, 0 where the block only takes over what those before have merged
-    # how much the class token's attention, in units of an even one, counts against being merged
-    protect: float = PROTECT
+    protect: float = PROTECT        # what the class token's attention, 1 where even, counts against being merged
 
     kind = "match"
 
     def __post_init__(self) -> None:
-        require(is_int(self.merged) and self.merged >= 0, f"merged is {self.merged!r}; an integer of at least 0 is "
-                                                          f"needed")
-        require(isinstance(self.protect, (int, float)) and not isinstance(self.protect, bool)
-                and 0 <= self.protect < LARGEST,
-                f"protect is {self.protect!r}; a number of at least 0 is needed")
+        require(is_int(self.merged) and self.merged >= 0,
+                f"merged is {self.merged!r}; an integer of at least 0 is needed")
+        require(is_number(self.protect, 0, LARGEST), f"protect is {self.protect!r}; a number of at least 0 is needed")
 
     def flow(self, shape: ViTShape, entering: int) -> Flow:
         """InputError where more than half of the tokens would go: every other one is there to be merged into."""
         count = entering - shape.num_prefix_tokens
-        require(self.merged <= count // 2, f"{self.merged} tokens are merged; at most half of the {count} beside the "
-                                           f"prefix tokens can be")
+        require(self.merged <= count // 2,
+                f"{self.merged} tokens are merged; at most half of the {count} beside the prefix tokens can be")
         require(not self.protect or shape.class_token, f"tokens are protected {BY_CLASS_TOKEN}: protect 0 is needed")
         after, sources, targets = entering - self.merged, count - count // 2, count // 2
         return Flow(attended=entering, in_mlp=after, carried=0, after=after, matched=True,

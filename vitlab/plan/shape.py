@@ -1,5 +1,6 @@
 """ViTShape: the sizes of a vision transformer, as checked plain data."""
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -15,9 +16,19 @@ def require(condition: bool | None, message: str) -> None:
         raise InputError(message)
 
 
+def check_known(what: str, name: str, known: Collection[str]) -> None:
+    """InputError that lists the known names where this is none of them."""
+    require(name in known, f"{what} {name!r} is not known; known are {sorted(known)}")
+
+
 def is_int(value: Any) -> TypeGuard[int]:
     """An integer that is not a bool (JSON's true is no number)."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any, low: float, high: float) -> bool:
+    """A number from low to high, and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,29 +48,27 @@ class ViTShape:
     num_classifiers: int = 1            # 2 for a distilled DeiT
     pool: str = POOL_TOKEN              # "token" needs prefix tokens alone; every other pooling needs all
     qk_norm: bool = False               # whether attention normalises queries and keys
-    # of DECODERS, gives every patch the logits of num_classes; "": a classifier, or nothing
-    decoder: str = ""
+    decoder: str = ""                   # of DECODERS: logits of each patch; "": a classifier, or nothing
     decoder_depth: int = 0              # blocks of a mask transformer
-    # whether the first prefix token is one, and no register; None: wherever there are prefix tokens
-    class_token: bool | None = None
+    class_token: bool | None = None     # whether the first prefix token is one; None: where there are prefix tokens
 
     def __post_init__(self) -> None:
         for name in ("img_size", "patch_size"):
             value = getattr(self, name)
             require(isinstance(value, (tuple, list)) and len(value) == 2 and all(is_int(v) and v > 0 for v in value),
-                     f"shape.{name} is {value!r}; two positive integers are needed")
+                    f"shape.{name} is {value!r}; two positive integers are needed")
             object.__setattr__(self, name, tuple(value))
         lowest = {"num_prefix_tokens": 0, "num_classes": 0, "decoder_depth": 0}
         for f in dataclasses.fields(self):
             if f.type in (int, "int"):
                 value, low = getattr(self, f.name), lowest.get(f.name, 1)
-                require(is_int(value) and value >= low, f"shape.{f.name} is {value!r}; an integer of at least {low} is "
-                                                        f"needed")
+                require(is_int(value) and value >= low,
+                        f"shape.{f.name} is {value!r}; an integer of at least {low} is needed")
         require(isinstance(self.qk_norm, bool), f"shape.qk_norm is {self.qk_norm!r}; true or false is needed")
         require(isinstance(self.pool, str), f"shape.pool is {self.pool!r}; a string is needed")
         require(self.decoder in DECODERS, f"shape.decoder is {self.decoder!r}; one of {list(DECODERS)} is needed")
-        require(self.class_token in (None, True, False), f"shape.class_token is {self.class_token!r}; true or false is "
-                                                         f"needed")
+        require(self.class_token in (None, True, False),
+                f"shape.class_token is {self.class_token!r}; true or false is needed")
         object.__setattr__(self, "class_token", self.num_prefix_tokens > 0 and self.class_token is not False)
         require(self.num_patches > 0, f"shape: an image of {self.img_size} holds no patch of {self.patch_size}")
 

@@ -5,6 +5,7 @@ written as methods A2 to A5 and A7 number them. n patches in raster order on a g
 N = P + n tokens, C tokens after merging (prefix included).
 """
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -12,11 +13,10 @@ import torch.fx
 from torch import Tensor
 
 from vitlab.plan.rules import MergeReconstruct, SharedUpdate
-from vitlab.plan.shape import is_int, require
+from vitlab.plan.shape import check_known, is_int, require
 from vitlab.runtime.files import InputError
 
-# per block, of the normalised scores (A2); in as many blocks
-DECAY, DECAY_DEPTH = {"center": 0.025, "merge": 0.015}, 12
+DECAY, DECAY_DEPTH = {"center": 0.025, "merge": 0.015}, 12      # published, per block (A2), in as many blocks
 PRUNE_RATE, KEEP_RATE = 0.1, 0.6                # published settings
 BOUNDARY, WEIGHTS = "grid", "score"             # the better ones on measured accuracy: docs/prune_and_merge.md
 SPANS = 3                                       # of blocks that run on the same merged tokens
@@ -40,11 +40,10 @@ def check_spans(spans: Sequence[Sequence[float]], depth: int, rated: bool = True
                 and isinstance(span[-1], (int, float)) and not isinstance(span[-1], bool),
                 f"span {span!r} is not {form}")
         first, last = span[:2]
-        require(0 <= first <= last < depth, f"span {first}-{last}: its blocks must lie from 0 to {depth - 1}, the "
-                                            f"first not after the last")
+        require(0 <= first <= last < depth,
+                f"span {first}-{last}: its blocks must lie from 0 to {depth - 1}, the first not after the last")
         require(first > end, f"span {first}-{last} begins before the one that ends with block {end} is over; spans "
-                             f"must ascend and "
-                             "have no block in common")
+                             "must ascend and have no block in common")
         end = last
 
 
@@ -52,7 +51,7 @@ def decay_of(rule: str, depth: int) -> float:
     """The published decay per block of a rule; where there are other than 12 blocks, the one with which the last
     block's factor is theirs, 1 - 11 * 0.025 = 0.725 (center): decay * 11 / (depth - 1). One block has none. Raises
     InputError for an unknown rule."""
-    require(rule in DECAY, f"rule {rule!r} is not known; known are {sorted(DECAY)}")
+    check_known("rule", rule, DECAY)
     return DECAY[rule] * ((DECAY_DEPTH - 1) / (depth - 1)) if depth > 1 else 0.0
 
 
@@ -80,7 +79,7 @@ def choose(scores: Tensor, *, rule: str = "center", keep_rate: float = KEEP_RATE
     patches but no center gets its best-scoring one, since every unpruned patch needs a row to go into.
     """
     depth, n = scores.shape
-    require(rule in DECAY, f"rule {rule!r} is not known; known are {sorted(DECAY)}")
+    check_known("rule", rule, DECAY)
     require(0 <= prune_rate < 1, f"prune_rate is {prune_rate}; it must lie in [0, 1)")
     n_prune, n_keep = int(n * prune_rate), int(n * keep_rate) if 0 < keep_rate <= 1 else 0
     require(n_keep >= 1, f"keep_rate is {keep_rate}; with {n} patches it must lie in [{1 / n:.4g}, 1]")
@@ -97,52 +96,57 @@ def choose(scores: Tensor, *, rule: str = "center", keep_rate: float = KEEP_RATE
     return unpruned, centers
 
 
-def _regions_reference(centers: list[int], n: int, columns: int) -> Tensor:
+def _regions_reference(centers: Tensor, n: int, columns: int) -> Tensor:
     """Raster runs from center to center, the published boundary (A4). The line of a center is taken from its token
     index (c + 1), class token first: that off-by-one is the published code's, and kept because results rest on it."""
-    regions = torch.empty(n, dtype=torch.long)
-    start = 0
-    for row, center in enumerate(centers):
-        end = n
-        if row + 1 < len(centers):
-            r = (center + centers[row + 1] + 1) // 2 + 1                        # ceil(mean) + 1
-            if (center + 1) // columns < (r - 1) // columns:
-                r = ((center + 1) // columns + 1) * columns + 1
-            end = r - 1
-        regions[start:end] = row
-        start = end
-    return regions
+    begins = torch.zeros(n, dtype=torch.long)
+    for center, following in pairwise(centers.tolist()):
+        middle, next_line = (center + following + 1) // 2, ((center + 1) // columns + 1) * columns      # rounded up
+        begins[min(middle, next_line)] = 1
+    return begins.cumsum(dim=0)
 
 
-def _regions_grid(centers: list[int], n: int, columns: int) -> Tensor:
+def _regions_grid(centers: Tensor, n: int, columns: int) -> Tensor:
     """Every patch to the center nearest on the grid (Voronoi cells); a tie goes to the center that is first in
     raster."""
     patch = torch.arange(n)
-    center = torch.tensor(centers)
-    dy = patch[:, None] // columns - center // columns                          # (n, C)
-    dx = patch[:, None] % columns - center % columns
+    dy = patch[:, None] // columns - centers // columns                         # (n, C)
+    dx = patch[:, None] % columns - centers % columns
     return (dy * dy + dx * dx).argmin(dim=1)
 
 
-def _regions_runs(centers: list[int], unpruned: Tensor, keep_empty: bool) -> Tensor:
+def _regions_runs(centers: Tensor, unpruned: Tensor, keep_empty: bool) -> Tensor:
     """Rule `merge`: each center alone, and each run of patches between centers together (A4). A run in which every
     patch is pruned is a row of zeros in the published code (keep_empty), which attention still sees as a token."""
-    n, is_center = len(unpruned), set(centers)
-    regions, row, start = torch.full((n,), -1), -1, 0
-    for end in sorted(is_center) + [n]:
-        run = unpruned[start:end]
-        if len(run) and (keep_empty or bool(run.any())):
-            row += 1
-            regions[start:end] = row
-        if end < n:
-            row += 1
-            regions[end] = row
-        start = end + 1
-    return regions
+    begins = torch.zeros(len(unpruned) + 1, dtype=torch.long)
+    begins[centers] = begins[centers + 1] = 1                                   # a center, and what follows one
+    runs = begins[:-1].cumsum(dim=0) - begins[0]
+    there = torch.zeros(int(runs.max()) + 1, dtype=torch.bool)
+    there[runs if keep_empty else runs[unpruned]] = True
+    return torch.where(there[runs], (there.cumsum(dim=0) - 1)[runs], -1)
 
 
 BOUNDARIES = {"reference": _regions_reference, "grid": _regions_grid}
 WEIGHTINGS = ("reference", "score", "uniform")
+
+
+def _weights(scores: Tensor, unpruned: Tensor, centers: Tensor, regions: Tensor, rule: str, weights: str) -> Tensor:
+    """The entry of each patch in the row of its region (n), 0 where pruned; where all scores of a region are 0, the
+    plain mean's."""
+    slot = regions.clamp(min=0)
+
+    def per_region(values: Tensor) -> Tensor:
+        """Sum over each region's unpruned patches, given back to all its patches: (n) -> (n)."""
+        sums = torch.zeros(int(regions.max()) + 1, dtype=torch.double)
+        return sums.index_add_(0, slot[unpruned], values[unpruned].double())[slot]
+    t = torch.where(unpruned, scores, 0).double()
+    total, entry = per_region(t), 1 / per_region(torch.ones(len(t)))
+    if weights != "uniform":
+        divisor = total
+        if weights == "reference":                                              # regions are numbered by their center
+            divisor = t[centers][slot] if rule == "center" else total / per_region(t > 0)
+        entry = torch.where(total > 0, t / torch.where(total > 0, divisor, 1), entry)
+    return torch.where(unpruned, entry, 0)
 
 
 def merge_rule(scores: Tensor, unpruned: Tensor, centers: Tensor, *, columns: int, rule: str = "center",
@@ -154,44 +158,18 @@ def merge_rule(scores: Tensor, unpruned: Tensor, centers: Tensor, *, columns: in
     (rule "merge"), with t the scores of unpruned patches; "score" the same made to sum to 1 in each region; "uniform"
     1 / size, the only one with which a constant region stays constant through reconstruct @ merge, too.
     """
-    n = len(scores)
-    require(rule != "center" or boundary in BOUNDARIES, f"boundary {boundary!r} is not known; known are "
-                                                        f"{sorted(BOUNDARIES)}")
-    require(weights in WEIGHTINGS, f"weights {weights!r} is not known; known are {sorted(WEIGHTINGS)}")
+    check_known("weights", weights, WEIGHTINGS)
+    if rule == "center":
+        check_known("boundary", boundary, BOUNDARIES)
     if bool(centers.all()):
         return None
-    index = centers.nonzero().flatten().tolist()
-    literal = weights == "reference"
-    if not index:
-        regions = torch.full((n,), -1)
-    elif rule == "center":
-        regions = BOUNDARIES[boundary](index, n, columns)
-    else:
-        regions = _regions_runs(index, unpruned, keep_empty=literal)
-    t = torch.where(unpruned, scores, 0).double()
-    count, slot = int(regions.max()) + 1, regions.clamp(min=0)
-
-    def per_region(values: Tensor) -> Tensor:
-        """Sum over each region, given back to its patches: (n) -> (n)."""
-        return torch.zeros(count, dtype=torch.double).index_add_(0, slot[unpruned], values[unpruned].double())[slot]
-
-    if not index:
-        entry = torch.zeros(n)
-    elif weights == "uniform":
-        entry = 1 / per_region(torch.ones(n))
-    else:
-        if weights == "score":
-            divisor = per_region(t)
-        elif rule == "center":
-            divisor = t[centers][slot]                                          # regions are numbered by their center
-        else:
-            divisor = per_region(t) / per_region(t > 0)
-        # all scores of a region 0: the plain mean
-        none = ~(per_region(t) > 0)
-        entry = torch.where(none, 1 / per_region(torch.ones(n)), t / torch.where(none, 1, divisor))
-    entry = torch.where(unpruned, entry, 0)
-    if not (literal and rule == "merge"):
-        regions = torch.where(unpruned, regions, -1)
+    n, index, empty = len(scores), centers.nonzero().flatten(), rule == "merge" and weights == "reference"
+    regions, entry = torch.full((n,), -1), torch.zeros(n)
+    if len(index):
+        regions = (BOUNDARIES[boundary](index, n, columns) if rule == "center"
+                   else _regions_runs(index, unpruned, keep_empty=empty))
+        entry = _weights(scores, unpruned, index, regions, rule, weights)
+        regions = regions if empty else torch.where(unpruned, regions, -1)
     return MergeReconstruct(regions=tuple(regions.tolist()), weights=tuple(entry.tolist()),
                             pruned=tuple((~unpruned).nonzero().flatten().tolist()),
                             trains="both" if rule == "center" else "reconstruct")
@@ -201,10 +179,9 @@ def shared(rule: MergeReconstruct | None, own: float = 1.0, proportional: bool =
     """The same regions, sharing the block's update (methods C1); weights are made to sum to 1 in each region."""
     if rule is None:
         return None
-    sums = torch.zeros(rule.num_merged, dtype=torch.double)
     regions, weights = torch.tensor(rule.regions), torch.tensor(rule.weights, dtype=torch.double)
-    sums.index_add_(0, regions[regions >= 0], weights[regions >= 0])
-    weights = torch.where(regions >= 0, weights / sums[regions.clamp(min=0)] if rule.num_merged else weights, 0)
+    sums = torch.zeros(rule.num_merged + 1, dtype=torch.double).index_add_(0, regions + 1, weights)     # pruned first
+    weights = torch.where(regions >= 0, weights / sums[regions + 1], 0)
     return SharedUpdate(regions=rule.regions, weights=tuple(weights.tolist()), own=own, proportional=proportional)
 
 

@@ -5,12 +5,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from vitlab.runtime.files import InputError
+from vitlab.plan.shape import require
 from vitlab.search.budget import Budget
+from vitlab.search.sampling import members
 from vitlab.search.space import SearchSpace
 
-STEPS = 40                                      # ratios of a dimension that are tried, evenly from 0 to the most
-LEVELS = 4                                      # ratios at which a dimension is measured
+STEPS = 40                      # ratios of a dimension that are tried, evenly from 0: 1.25 % of a block at MAX_RATIO
+LEVELS = 4                      # ratios at which a dimension is measured: each is an evaluation (docs/search.md)
+
+Curve = Sequence[tuple[float, float]]           # (ratio > 0, loss >= 0) of a dimension that is cut alone
 
 
 def _steps(space: SearchSpace) -> list[np.ndarray]:
@@ -22,44 +25,40 @@ def _steps(space: SearchSpace) -> list[np.ndarray]:
 def levels(space: SearchSpace, count: int = LEVELS) -> list[list[float]]:
     """Up to `count` ratios at which each dimension (D) is measured alone: evenly from above 0 to the most it may cut;
     of few heads, every number that may go."""
-    return [[float(steps[place])
-             for place in sorted({-(-part * (len(steps) - 1) // count) for part in range(1, count + 1)} - {0})]
-            for steps in _steps(space)]
+    def of(steps: np.ndarray) -> list[float]:
+        places = -(-np.arange(count + 1) * (len(steps) - 1) // count)           # rounded up
+        return steps[np.unique(places)[1:]].tolist()
+    return [of(steps) for steps in _steps(space)]
 
 
-def _loss(curve: Sequence[tuple[float, float]]) -> Callable[[np.ndarray], np.ndarray]:
+def _loss(curve: Curve) -> Callable[[np.ndarray], np.ndarray]:
     """Ratios -> losses between those measured (Fritsch and Carlson's monotone cubics); never falling, so that noise
     makes no cut a gain; NaN beyond the last. 0 in a dimension that can't be cut."""
-    known = np.array([(0.0, 0.0), *sorted(curve)])
-    if len(known) == 1:
+    if not len(curve):
         return np.zeros_like
-    return PchipInterpolator(known[:, 0], np.maximum.accumulate(known[:, 1]), extrapolate=False)
+    ratios, losses = np.array([(0.0, 0.0), *sorted(curve)]).T
+    return PchipInterpolator(ratios, np.maximum.accumulate(losses), extrapolate=False)
 
 
-def summed_losses(curves: Sequence[Sequence[tuple[float, float]]],
-                  groups: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
+def summed_losses(space: SearchSpace, curves: Sequence[Curve]) -> Callable[[np.ndarray], np.ndarray]:
     """What the dimensions of each group, in order of first appearance, lose together by their curves: policies (P, D)
     -> (P, G); beyond a curve's end, what it loses there."""
     losses, ends = [_loss(curve) for curve in curves], [max(curve, default=(0.0, 0.0))[0] for curve in curves]
-    # (D, G)
-    members = np.array([[group == name for name in dict.fromkeys(groups)] for group in groups], dtype=float)
+    member = members(space).T.copy()                                            # (D, G)
 
     def summed(policies: np.ndarray) -> np.ndarray:
-        return np.stack([loss(np.minimum(ratios, end)) for loss, end, ratios in zip(losses, ends, policies.T)],
-                        axis=1) @ members
+        return np.stack([loss(ratios) for loss, ratios in zip(losses, np.minimum(policies, ends).T)], axis=1) @ member
     return summed
 
 
-def allocate(space: SearchSpace, budget: Budget, curves: Sequence[Sequence[tuple[float, float]]]) -> np.ndarray:
+def allocate(space: SearchSpace, budget: Budget, curves: Sequence[Curve]) -> np.ndarray:
     """The policy (D) that meets the budget with about the least sum of losses.
 
-    curves: of each dimension (D) its (ratio > 0, loss >= 0) when it is cut alone. From nothing cut, the step with
-    the least added loss per cost saved is taken again and again; all steps ahead in a dimension are compared, which
-    walks along the lower convex hull of its curve. Costs are those of whole policies, as what a head costs depends on
-    the tokens. Raises InputError where the budget can't be met.
+    From nothing cut, the step with the least added loss per cost saved is taken again and again; all steps ahead in a
+    dimension are compared, which walks along the lower convex hull of its curve. Costs are those of whole policies, as
+    what a head costs depends on the tokens. Raises InputError where the budget can't be met.
     """
-    if len(curves) != space.size:
-        raise InputError(f"there are {len(curves)} curves; this space has {space.size} dimensions")
+    require(len(curves) == space.size, f"there are {len(curves)} curves; this space has {space.size} dimensions")
     steps = _steps(space)
     where, ratios = np.repeat(np.arange(space.size), list(map(len, steps))), np.concatenate(steps)      # (S) each
     losses = np.concatenate([_loss(curve)(ratios) for curve, ratios in zip(curves, steps)])
@@ -70,9 +69,8 @@ def allocate(space: SearchSpace, budget: Budget, curves: Sequence[Sequence[tuple
         tried[np.arange(len(ratios)), where] = ratios
         costs, added = budget.cost(tried), losses - lost[where]
         usable = (ratios > policy[where]) & (costs < cost) & np.isfinite(added)
-        if not usable.any():
-            raise InputError(f"a budget of {budget.limit:.6g} {budget.unit} can't be met by what was measured; "
-                             f"{cost:.6g} is the least")
+        require(usable.any(), f"a budget of {budget.limit:.6g} {budget.unit} can't be met by what was measured; "
+                              f"{cost:.6g} is the least")
         chosen = int(np.argmin(np.divide(added, cost - costs, out=np.full(len(ratios), np.inf), where=usable)))
         if costs[chosen] <= budget.limit:                                       # the last step: any that loses least
             fits = np.where(usable & (costs <= budget.limit), added, np.inf)
@@ -80,9 +78,7 @@ def allocate(space: SearchSpace, budget: Budget, curves: Sequence[Sequence[tuple
         policy, cost = tried[chosen], float(costs[chosen])
         lost[where[chosen]] = losses[chosen]
     projected, meets = budget.project(policy[None])
-    if not meets[0]:
-        raise InputError(f"the policy from what was measured costs {cost:.6g} {budget.unit}, which can't be brought to "
-                         f"within "
-                         f"{budget.tolerance:.1%} below {budget.limit:.6g}; a larger tolerance, or more dimensions, "
-                         f"would do")
+    require(meets[0], f"the policy from what was measured costs {cost:.6g} {budget.unit}, which can't be brought to "
+                      f"within {budget.tolerance:.1%} below {budget.limit:.6g}; a larger tolerance, or more "
+                      "dimensions, would do")
     return projected[0]

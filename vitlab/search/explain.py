@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from vitlab.runtime.files import InputError, read_lines
+from vitlab.plan.shape import require
+from vitlab.runtime.files import read_lines
 from vitlab.search.sampling import Problem
 from vitlab.search.sensitivity import SENSITIVITY, trend_of
 from vitlab.search.strategies import predictor
@@ -36,8 +37,8 @@ def slices(study: Study, points: int = 41) -> Slices:
     """Fitted to all evaluations; the other ratios stay those of the best policy, so the budget is left on the way.
     Raises InputError where fewer than two policies were measured."""
     space = study.space
-    if len(study.evaluations) < 2:
-        raise InputError(f"{study.folder}: two evaluations are needed; there are {len(study.evaluations)}")
+    require(len(study.evaluations) > 1,
+            f"{study.folder}: two evaluations are needed; there are {len(study.evaluations)}")
     predict = believed(study, np.array([e.policy for e in study.evaluations]),
                        np.array([e.value for e in study.evaluations]))
     grid = np.linspace(0, space.max_ratio, points)

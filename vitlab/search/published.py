@@ -1,7 +1,7 @@
 """The policies that arXiv 2201.00043 published for 60 % fewer MACs (its public repository; methods B7), as data."""
 import numpy as np
 
-from vitlab.runtime.files import InputError
+from vitlab.plan.shape import check_known
 
 # L neuron ratios, L head ratios, rho: the space of neurons, heads and one selection ratio, ranked by all heads.
 POLICIES = {
@@ -19,6 +19,5 @@ POLICIES = {
 
 def published_policy(name: str) -> np.ndarray:
     """The 25 ratios of that name. Raises InputError that lists the known ones."""
-    if name not in POLICIES:
-        raise InputError(f"policy {name!r} is not known; known are {sorted(POLICIES)}")
+    check_known("policy", name, POLICIES)
     return np.array(POLICIES[name])

@@ -1,4 +1,8 @@
-"""Feasible policies at random, alone and around others. D dimensions, P policies."""
+"""Feasible policies at random, alone and around others. D dimensions, P policies, G groups.
+
+The numbers of the draws are those of the tables of docs/search.md (benchmarks/search_quality.py), which compare the
+search as a whole; no table tells what each is worth.
+"""
 import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,6 +16,8 @@ ATTEMPTS = 10                                   # rounds of drawing before a spa
 STEP_SIZES = (0.02, 0.5)                        # of a local step, fractions of max_ratio
 MOVED = 6                                       # dimensions that a local step moves on average
 EXTREME = 0.15                                  # chance that a moved ratio goes to 0 or to its most instead
+CONCENTRATION = 0.6                             # of the groups' shares (Dirichlet): below 1 few groups carry the most
+TREND, NOISE, POWER = 0.8, (0.5, 1.5), 3        # of the shares over blocks: slope, and noise to a power below 3
 
 
 class Problem(NamedTuple):
@@ -28,10 +34,9 @@ def _feasible(problem: Problem, drawn: np.ndarray) -> np.ndarray:
 
 def _feasible_even(problem: Problem, points: np.ndarray) -> np.ndarray:
     """Feasible policies from points in the space's even coordinates, projected in these."""
-    space, budget = problem.space, problem.budget
+    space, budget = problem
     in_even = dataclasses.replace(budget, cost=lambda points: budget.cost(space.from_even(points)))
-    projected, meets = in_even.project(points)
-    return space.from_even(projected[meets])
+    return space.from_even(_feasible(Problem(space, in_even), points))
 
 
 def _until(problem: Problem, count: int, draw: Callable[[int], np.ndarray],
@@ -45,23 +50,24 @@ def _until(problem: Problem, count: int, draw: Callable[[int], np.ndarray],
     return found
 
 
+def members(space: SearchSpace) -> np.ndarray:
+    """1 where a dimension is of a group, in order of first appearance, else 0: (G, D)."""
+    return np.array([[float(group == name) for group in space.groups] for name in dict.fromkeys(space.groups)])
+
+
 def random_policies(problem: Problem, count: int, rng: np.random.Generator) -> np.ndarray:
     """Every ratio uniform in its box, then projected: the published population (methods B6), up to (count, D)."""
-    size = (count, problem.space.size)
-    return _until(problem, count, lambda n: rng.uniform(0, problem.space.max_ratio, (n, size[1])))
+    space = problem.space
+    return _until(problem, count, lambda n: rng.uniform(0, space.max_ratio, (n, space.size)))
 
 
 def uniform_policies(problem: Problem, count: int, rng: np.random.Generator) -> np.ndarray:
     """One ratio per group (neurons, heads, tokens), the same in every block: all groups alike first, then each group
     alone, then at random."""
-    groups = np.array(problem.space.groups)
-    names = list(dict.fromkeys(groups))
-    member = np.array([groups == name for name in names], dtype=float)          # (groups, D)
-
-    def draw(weights: np.ndarray) -> np.ndarray:
-        return weights @ member * problem.space.max_ratio
-    first = _feasible(problem, draw(np.concatenate([np.ones((1, len(names))), np.eye(len(names))])))
-    more = _until(problem, count, lambda n: draw(rng.uniform(0, 1, (n, len(names)))))
+    member, most = members(problem.space), problem.space.max_ratio
+    number = len(member)
+    first = _feasible(problem, np.concatenate([np.ones((1, number)), np.eye(number)]) @ member * most)
+    more = _until(problem, count, lambda n: rng.uniform(0, 1, (n, number)) @ member * most)
     return np.concatenate([first, more])[:count]
 
 
@@ -72,20 +78,18 @@ def varied_policies(problem: Problem, count: int, rng: np.random.Generator) -> n
     Ratios that are uniform in the box all lie near the middle of every group and never try tokens, say, alone; and with
     few heads they cut some in nearly every block (SearchSpace.even).
     """
-    space = problem.space
-    groups, names = np.array(space.groups), list(dict.fromkeys(space.groups))
-    depth_of = np.concatenate([np.linspace(-1, 1, (groups == name).sum()) for name in names])   # first block to last
+    space, groups = problem.space, members(problem.space).astype(bool)
 
     def draw(n: int) -> np.ndarray:
-        share = rng.dirichlet(np.full(len(names), 0.6), n)                      # (n, groups)
+        shares = rng.dirichlet(np.full(len(groups), CONCENTRATION), n)          # (n, G)
         policies = np.empty((n, space.size))
-        for g, name in enumerate(names):
-            mine = groups == name
-            trend = 1 + rng.uniform(-0.8, 0.8, (n, 1)) * depth_of[mine]
-            noise = rng.uniform(0.5, 1.5, (n, mine.sum())) ** rng.integers(0, 3, (n, 1))
-            policies[:, mine] = share[:, [g]] * trend * noise
+        for mine, share in zip(groups, shares.T):
+            blocks = np.linspace(-1, 1, mine.sum())                             # first to last
+            trend = 1 + rng.uniform(-TREND, TREND, (n, 1)) * blocks
+            noise = rng.uniform(*NOISE, (n, len(blocks))) ** rng.integers(0, POWER, (n, 1))
+            policies[:, mine] = share[:, None] * trend * noise
         return np.clip(policies * space.max_ratio, 0, space.max_ratio)
-    uniform = uniform_policies(problem, min(max(1, count // 2), len(names) + 1), rng)
+    uniform = uniform_policies(problem, min(max(1, count // 2), len(groups) + 1), rng)
     return np.concatenate([uniform, _until(problem, max(count - len(uniform), 0), draw, _feasible_even)])
 
 

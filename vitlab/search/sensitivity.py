@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from vitlab.plan.shape import require
 from vitlab.runtime import parallel
 from vitlab.runtime.files import InputError, append_line, read_lines
-from vitlab.search.allocation import allocate, levels, summed_losses
+from vitlab.search.allocation import Curve, allocate, levels, summed_losses
 from vitlab.search.sampling import Problem, neighbours
 
 SENSITIVITY = "sensitivity.jsonl"
-# weights of losses, in policies to begin with: of one group, of all but one
-DEARER, NEVER = 3, 1e6
+DEARER = 3                      # weight of a group's losses in a start; not tuned, enough to move the cut elsewhere
+NEVER = 1e6                     # the same of groups that are not to be cut: above any ratio of two losses
 
 
 def _known(path: Path, wanted: list[tuple[str, float]]) -> dict[tuple[str, float], dict[str, Any]]:
@@ -24,9 +25,8 @@ def _known(path: Path, wanted: list[tuple[str, float]]) -> dict[tuple[str, float
                 if np.isfinite([row["value"], row["loss"], row["saved"]]).all()}
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: holds something else than the cuts of this study ({error!r}); remove it") from None
-    odd = sorted(rows.keys() - set(wanted), key=str)
-    if odd:
-        raise InputError(f"{path}: {odd[0][0]} by {odd[0][1]} is no cut of this study; remove the file")
+    for name, ratio in sorted(rows.keys() - set(wanted), key=str):
+        raise InputError(f"{path}: {name} by {ratio} is no cut of this study; remove the file")
     return rows
 
 
@@ -41,38 +41,33 @@ def measure_alone(problem: Problem, objective: Callable[[np.ndarray], dict[str, 
     finite.
     """
     space, budget = problem
-    at = [(d, ratio) for d, ratios in enumerate(levels(space)) for ratio in ratios]
-    policies = np.zeros((len(at) + 1, space.size))
-    for row, (d, ratio) in enumerate(at, start=1):
-        policies[row, d] = ratio
-    wanted, costs = [("", 0.0), *((space.names[d], ratio) for d, ratio in at)], budget.cost(policies)
-    known = _known(path, wanted)
-    todo = [row for row, key in enumerate(wanted) if key not in known]
-    together = parallel.world()
-    first = [row for row in todo if row == 0]                                   # losses are differences to nothing cut
+    cuts = [("", 0.0), *((name, ratio) for name, ratios in zip(space.names, levels(space)) for ratio in ratios)]
+    policies = np.array([[ratio * (name == cut) for name in space.names] for cut, ratio in cuts])
+    costs, known = budget.cost(policies), _known(path, cuts)
+
     # Block after block: what comes before a cut is the same for all cuts of a block, and an objective may keep it.
-    rest = sorted((row for row in todo if row), key=lambda row: int(wanted[row][0].split(" ")[-1])
-                  if " " in wanted[row][0] else 0)
-    groups = [group for group in (first, *(rest[i:i + together] for i in range(0, len(rest), together))) if group]
-    for group in tqdm(groups, desc=f"sensitivity {label}".strip(), unit="cut",
-                      disable=not progress or not groups):
+    todo = [row for row in range(1, len(cuts)) if cuts[row] not in known]
+    todo.sort(key=lambda row: int(cuts[row][0].partition(" ")[2] or 0))
+    together = parallel.world()
+    groups = [[0]] * (cuts[0] not in known) + [todo[i:i + together] for i in range(0, len(todo), together)]
+    for group in tqdm(groups, desc=f"sensitivity {label}".strip(), unit="cut", disable=not progress or not groups):
         mine, found = parallel.rank(), {}
         if mine < len(group):
             with parallel.alone():
                 found = dict(objective(policies[group[mine]]))
         for row, given in zip(group, parallel.gather(found)):
-            key, value = wanted[row], float(given.pop("value", np.nan))
-            if not np.isfinite(value):
-                raise InputError(f"the objective gave {value} for {key[0] or 'nothing cut'}; a finite value is needed")
-            loss = max(0.0, known[wanted[0]]["value"] - value) if row else 0.0
-            known[key] = {"dimension": key[0], "ratio": key[1], "value": value, "loss": loss,
-                          "saved": float(costs[0] - costs[row]), **({"measures": given} if given else {})}
+            (name, ratio), value = cuts[row], float(given.pop("value", np.nan))
+            require(np.isfinite(value), f"the objective gave {value} for {name or 'nothing cut'}; a finite value is "
+                                        f"needed")
+            loss = max(0.0, known[cuts[0]]["value"] - value) if row else 0.0
+            known[name, ratio] = {"dimension": name, "ratio": ratio, "value": value, "loss": loss,
+                                  "saved": float(costs[0] - costs[row]), **({"measures": given} if given else {})}
             if parallel.is_first():
-                append_line(path, known[key])
-    return [known[key] for key in wanted]
+                append_line(path, known[name, ratio])
+    return [known[cut] for cut in cuts]
 
 
-def curves_of(problem: Problem, rows: list[dict[str, Any]]) -> list[list[tuple[float, float]]]:
+def curves_of(problem: Problem, rows: list[dict[str, Any]]) -> list[Curve]:
     """(ratio, loss) of each dimension (D)."""
     return [[(row["ratio"], row["loss"]) for row in rows if row["dimension"] == name] for name in problem.space.names]
 
@@ -80,7 +75,7 @@ def curves_of(problem: Problem, rows: list[dict[str, Any]]) -> list[list[tuple[f
 def trend_of(problem: Problem, rows: list[dict[str, Any]]) -> Callable[[np.ndarray], np.ndarray]:
     """Policies (P, D) -> (P, G), minus what each group of dimensions loses by the rows: the `trend` of a search that
     measured them."""
-    losses = summed_losses(curves_of(problem, rows), problem.space.groups)
+    losses = summed_losses(problem.space, curves_of(problem, rows))
     return lambda policies: -losses(policies)
 
 
@@ -88,20 +83,20 @@ def start_policies(problem: Problem, rows: list[dict[str, Any]], count: int, see
     """Up to `count` policies (K, D) to begin with: the one that `allocate` makes of the rows; those that cut one group
     alone, where that is enough, as a search should find nothing that is worse; those where one group's losses weigh
     DEARER times as much, as groups cut together lose otherwise than alone; and others near these."""
-    curves, groups = curves_of(problem, rows), problem.space.groups
-    names = list(dict.fromkeys(groups))
+    curves, groups = curves_of(problem, rows), np.array(problem.space.groups)
 
-    def allocated(weights: dict[str, float]) -> np.ndarray:
-        return allocate(*problem, [[(ratio, loss * weights.get(group, 1)) for ratio, loss in curve]
-                                   for curve, group in zip(curves, groups)])
-    made = [allocated({})]                                                      # says why there is none
-    for name in names if len(names) > 1 else ():
+    def allocated(weights: np.ndarray | int = 1) -> np.ndarray:
+        weights = np.broadcast_to(weights, len(groups))
+        return allocate(*problem, [[(ratio, loss * weight) for ratio, loss in curve]
+                                   for curve, weight in zip(curves, weights.tolist())])
+    made, several = [allocated()], list(dict.fromkeys(groups.tolist()))         # the first says why there is none
+    for name in several if len(several) > 1 else ():
         with contextlib.suppress(InputError):
-            alone = allocated({other: NEVER for other in names if other != name})
-            made += [] if alone[[group != name for group in groups]].any() else [alone]
-    for name in names if len(names) > 1 else ():
+            alone = allocated(np.where(groups == name, 1, NEVER))
+            made += [] if alone[groups != name].any() else [alone]
+    for name in several if len(several) > 1 else ():
         with contextlib.suppress(InputError):
-            made.append(allocated({name: DEARER}))
+            made.append(allocated(np.where(groups == name, DEARER, 1)))
     first = np.array(made)[np.sort(np.unique(made, axis=0, return_index=True)[1])][:count]
     missing = count - len(first)
     return np.concatenate([first,

@@ -6,20 +6,22 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import nnls
 
-from vitlab.runtime.files import InputError
+from vitlab.plan.shape import check_known, require
 from vitlab.search.acquisition import log_expected_improvement
 from vitlab.search.sampling import Problem, neighbours, random_policies, uniform_policies, varied_policies
 from vitlab.search.surrogate import Surrogate
 
 INITIAL = {"varied": varied_policies, "random": random_policies,
            "sensitivity": varied_policies}      # and half the population from what each dimension loses alone
-BLOCKS = 20                                     # of `population` policies, drawn until enough are new
-LEADERS = 5                                     # best policies so far that candidates are drawn around
+STRATEGIES = {"gp": None, "random": random_policies, "uniform": uniform_policies}
+BLOCKS = 20                     # of `population` policies, drawn until enough are new; then a space counts as used up
+LEADERS = 5                     # best policies that candidates are drawn around; as the numbers of `sampling`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How the search goes on. "published" in SETTINGS has the numbers of arXiv 2201.00043."""
+    """How the search goes on. "published" in SETTINGS has the numbers of arXiv 2201.00043; the defaults are those of
+    the tables of docs/search.md, and the population was chosen with the first of these in sight."""
 
     source: str = "vitlab"
     population: int = 10                        # policies before the first proposal of the Gaussian process
@@ -31,14 +33,12 @@ class Settings:
     batch: int = 1                              # proposals at a time, for parallel evaluation
 
     def __post_init__(self) -> None:
-        if self.initial not in INITIAL:
-            raise InputError(f"initial {self.initial!r} is not known; known are {sorted(INITIAL)}")
+        check_known("initial", self.initial, INITIAL)
         lowest = {"population": 2, "evaluations": 1, "candidates": 10, "refinements": 0, "batch": 1}
         for name, low in lowest.items():
-            if getattr(self, name) < low:
-                raise InputError(f"{name} is {getattr(self, name)}; at least {low} is needed")
-        if self.noise is not None and not self.noise > 0:
-            raise InputError(f"noise is {self.noise}; a positive variance, or None to fit it, is needed")
+            require(getattr(self, name) >= low, f"{name} is {getattr(self, name)}; at least {low} is needed")
+        require(self.noise is None or self.noise > 0,
+                f"noise is {self.noise}; a positive variance, or None to fit it, is needed")
 
 
 SETTINGS = {"default": Settings(),
@@ -48,8 +48,7 @@ SETTINGS = {"default": Settings(),
 
 def settings(name: str) -> Settings:
     """By name. Raises InputError that lists the known ones."""
-    if name not in SETTINGS:
-        raise InputError(f"search settings {name!r} are not known; known are {sorted(SETTINGS)}")
+    require(name in SETTINGS, f"search settings {name!r} are not known; known are {sorted(SETTINGS)}")
     return SETTINGS[name]
 
 
@@ -64,9 +63,10 @@ class Proposal:
 
 def _fresh(problem: Problem, policies: np.ndarray, seen: set[tuple[int, ...]]) -> np.ndarray:
     """Without those already measured, and without repeats."""
-    keys = problem.space.keys(policies) if len(policies) else []
-    first = {key: i for i, key in reversed(list(enumerate(keys))) if key not in seen}
-    return policies[sorted(first.values())]
+    first: dict[tuple[int, ...], int] = {}
+    for place, key in enumerate(problem.space.keys(policies) if len(policies) else ()):
+        first.setdefault(key, place)
+    return policies[[place for key, place in first.items() if key not in seen]]
 
 
 Trend = Callable[[np.ndarray], np.ndarray]      # policies (P, D) -> (P, G), whose weighted sum is about the objective
@@ -94,31 +94,40 @@ def incumbent(predict: Callable, policies: np.ndarray, values: np.ndarray, optio
     return float((predict(policies)[0] if options.noise is None else values).max())
 
 
-def _gaussian_process(problem: Problem, policies: np.ndarray, values: np.ndarray, options: Settings, count: int,
-                      rng: np.random.Generator, trend: Trend | None = None) -> list[Proposal]:
-    """The feasible policies with the largest log EI; each proposal of a batch is believed to come out at its mean."""
-    space, proposals = problem.space, []
-    for _ in range(count):
-        predict = predictor(problem, policies, values, options, trend)
-        best = incumbent(predict, policies, values, options)
+def _improving(problem: Problem, policies: np.ndarray, values: np.ndarray, options: Settings, rng: np.random.Generator,
+               trend: Trend | None) -> Proposal | None:
+    """The feasible policy with the largest log EI of those drawn: half as the population is, half near the leaders,
+    then, refined, near the best of them. None where no drawn one is new."""
+    predict, seen = predictor(problem, policies, values, options, trend), set(problem.space.keys(policies))
+    best, half = incumbent(predict, policies, values, options), options.candidates // 2
 
-        def acquisition(p: np.ndarray, predict: Callable = predict, best: float = best) -> np.ndarray:
-            return log_expected_improvement(*predict(p), best)
-        leaders, seen = policies[np.argsort(-values)[:LEADERS]], set(space.keys(policies))
-        half = options.candidates // 2
-        pool = _fresh(problem, np.concatenate([INITIAL[options.initial](problem, half, rng),
-                                               neighbours(problem, leaders, half, rng)]), seen)
-        for _ in range(options.refinements if len(pool) else 0):
-            top = pool[np.argsort(-acquisition(pool))[:LEADERS]]
-            pool = _fresh(problem, np.concatenate([top, neighbours(problem, top, half // 2, rng)]), seen)
-        if not len(pool):
+    def log_ei(p: np.ndarray) -> np.ndarray:
+        return log_expected_improvement(*predict(p), best)
+    leaders = policies[np.argsort(-values)[:LEADERS]]
+    pool = _fresh(problem, np.concatenate([INITIAL[options.initial](problem, half, rng),
+                                           neighbours(problem, leaders, half, rng)]), seen)
+    if not len(pool):
+        return None
+    for _ in range(options.refinements):
+        top = pool[np.argsort(-log_ei(pool))[:LEADERS]]
+        pool = _fresh(problem, np.concatenate([top, neighbours(problem, top, half // 2, rng)]), seen)
+    scores = log_ei(pool)
+    chosen = pool[int(scores.argmax())]
+    mean, deviation = (float(v[0]) for v in predict(chosen[None]))
+    return Proposal(policy=chosen, by="gp", expected={"log_ei": float(scores.max()), "mean": mean,
+                                                      "deviation": deviation})
+
+
+def _gaussian_process(problem: Problem, policies: np.ndarray, values: np.ndarray, options: Settings, count: int,
+                      seed: int, trend: Trend | None) -> list[Proposal]:
+    """Up to `count`, each believed to come out at its mean when the next is proposed."""
+    rng, proposals = np.random.default_rng([1, seed, len(policies)]), []
+    while len(proposals) < count:
+        found = _improving(problem, policies, values, options, rng, trend)
+        if found is None:
             break
-        scores = acquisition(pool)
-        chosen = pool[int(scores.argmax())]
-        mean, deviation = (float(v[0]) for v in predict(chosen[None]))
-        proposals.append(Proposal(policy=chosen, by="gp", expected={"log_ei": float(scores.max()), "mean": mean,
-                                                                    "deviation": deviation}))
-        policies, values = np.concatenate([policies, chosen[None]]), np.append(values, mean)
+        proposals.append(found)
+        policies, values = np.vstack([policies, found.policy]), np.append(values, found.expected["mean"])
     return proposals
 
 
@@ -130,29 +139,23 @@ def propose(strategy: str, problem: Problem, policies: np.ndarray, values: np.nd
     function of its arguments, so a search that was killed proposes the same again. Fewer, or none, where nothing
     feasible is left that was not measured. Raises InputError for an unknown strategy.
     """
-    if strategy not in STRATEGIES:
-        raise InputError(f"strategy {strategy!r} is not known; known are {sorted(STRATEGIES)}")
-    done, proposals = len(policies), []
-    draw, by = (INITIAL[options.initial], "population") if strategy == "gp" else (STRATEGIES[strategy], strategy)
-    if strategy == "gp" and done >= options.population:
-        proposals = _gaussian_process(problem, policies, values, options, count, np.random.default_rng([1, seed, done]),
-                                      trend)
-    first, seen = done // options.population, set(problem.space.keys(policies)) if done else set()
+    check_known("strategy", strategy, STRATEGIES)
+    done, by_gp, space = len(policies), strategy == "gp", problem.space
+    draw, by = (INITIAL[options.initial], "population") if by_gp else (STRATEGIES[strategy], strategy)
+    filled = by_gp and done >= options.population
+    proposals = _gaussian_process(problem, policies, values, options, count, seed, trend) if filled else []
+    seen = set(space.keys(policies)) if done else set()
 
     def add(drawn: np.ndarray, by: str) -> None:
-        fresh = _fresh(problem, drawn, seen | {problem.space.keys(p.policy)[0] for p in proposals})
+        fresh = _fresh(problem, drawn, seen | {space.keys(p.policy)[0] for p in proposals})
         proposals.extend(Proposal(policy=policy, by=by, expected={}) for policy in fresh[:count - len(proposals)])
     if start is not None and done < options.population:
         add(start, "sensitivity")
     # the same blocks every time, whatever was measured of them already
+    first = done // options.population
     for block in range(first, first + BLOCKS):
-        if len(proposals) == count:
-            break
-        add(draw(problem, options.population, np.random.default_rng([0, seed, block])), by)
-    if strategy == "gp" and not proposals and 2 <= done < options.population:           # the population can't be filled
-        proposals = _gaussian_process(problem, policies, values, options, count, np.random.default_rng([1, seed, done]),
-                                      trend)
+        if len(proposals) < count:
+            add(draw(problem, options.population, np.random.default_rng([0, seed, block])), by)
+    if by_gp and not filled and not proposals and done >= 2:                    # the population can't be filled
+        proposals = _gaussian_process(problem, policies, values, options, count, seed, trend)
     return proposals
-
-
-STRATEGIES = {"gp": None, "random": random_policies, "uniform": uniform_policies}

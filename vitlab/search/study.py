@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from vitlab.plan.shape import check_known, require
 from vitlab.runtime import parallel
 from vitlab.runtime.files import InputError, append_line, atomic_write, locked, read_json, read_lines
 from vitlab.search.budget import Budget
@@ -23,6 +24,8 @@ from vitlab.search.strategies import STRATEGIES, Proposal, Settings, propose
 
 INFO, JOURNAL = "study.json", "journal.jsonl"
 FORMAT, VERSION = "vitlab.study", 1
+
+Objective = Callable[[np.ndarray], dict[str, float]]    # a policy (D) -> {"value": larger is better, ...other measures}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +66,7 @@ def read_journal(folder: str | Path, *, repair: bool = False) -> list[Evaluation
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             if number + 1 < len(lines):
                 raise InputError(f"{path}: line {number + 1} is damaged ({error}); remove it and those after it, and "
-                                 f"the search "
-                                 "goes on from there") from None
+                                 "the search goes on from there") from None
             warnings.warn(f"{path}: the last line was cut short and is measured again", stacklevel=2)
             if repair:
                 atomic_write(path, "".join(kept + "\n" for kept in lines[:-1]))
@@ -82,14 +84,12 @@ class Study:
     def __init__(self, folder: str | Path, space: SearchSpace, budget: Budget, *, strategy: str = "gp",
                  options: Settings | None = None, seed: int = 0, about: dict[str, Any] | None = None) -> None:
         """about: what the objective measures, stored and compared when the study is opened again."""
-        if strategy not in STRATEGIES:
-            raise InputError(f"strategy {strategy!r} is not known; known are {sorted(STRATEGIES)}")
-        if seed < 0:
-            raise InputError(f"seed is {seed}; at least 0 is needed")
+        check_known("strategy", strategy, STRATEGIES)
+        require(seed >= 0, f"seed is {seed}; at least 0 is needed")
         self.folder, self.space, self.budget, self.strategy, self.seed = Path(folder), space, budget, strategy, seed
         self.options = options or Settings()
-        if self.options.initial == "sensitivity" and strategy != "gp":
-            raise InputError(f'initial "sensitivity" is a start of strategy "gp", not {strategy!r}')
+        require(self.options.initial != "sensitivity" or strategy == "gp",
+                f'initial "sensitivity" is a start of strategy "gp", not {strategy!r}')
         info = {"format": FORMAT, "version": VERSION, "strategy": strategy, "seed": seed,
                 "budget": {"limit": budget.limit, "unit": budget.unit, "tolerance": budget.tolerance},
                 "space": dataclasses.asdict(space) | {"shape": space.shape.stored()},
@@ -97,11 +97,6 @@ class Study:
         self.info = json.loads(json.dumps(info, default=str))
         self._check_same()
         self.evaluations = read_journal(self.folder, repair=True)
-        wrong = [e for e in self.evaluations if len(e.policy) != space.size]
-        if wrong:
-            raise InputError(f"{self.folder / JOURNAL}: line {wrong[0].index + 1} has {len(wrong[0].policy)} "
-                             f"dimensions, "
-                             f"the space {space.size}")
         for found in self.evaluations:
             try:
                 space.check(found.policy)
@@ -109,45 +104,37 @@ class Study:
                 raise InputError(f"{self.folder / JOURNAL}: line {found.index + 1}: {error}") from None
 
     def _check_same(self) -> None:
+        """Writes what is searched; InputError where the folder says otherwise, or does not say it."""
         path = self.folder / INFO
         if path.exists():
-            known = read_json(path)
-            differ = self._differences(known)
-            if differ:
-                raise InputError(f"{path}: another study ({'; '.join(differ)}); choose another folder, or remove "
-                                 f"{self.folder}")
+            differ = self._differences(read_json(path))
+            require(not differ, f"{path}: another study ({'; '.join(differ)}); choose another folder, or remove "
+                                f"{self.folder}")
         for name in (JOURNAL, SENSITIVITY):
-            if not path.exists() and (self.folder / name).exists():
-                raise InputError(f"{self.folder / name}: a journal without {INFO}, which says what was searched; "
-                                 f"choose another folder, "
-                                 f"or remove {self.folder}")
+            require(path.exists() or not (self.folder / name).exists(),
+                    f"{self.folder / name}: a journal without {INFO}, which says what was searched; choose another "
+                    f"folder, or remove {self.folder}")
         atomic_write(path, json.dumps(self.info, indent=2) + "\n")
 
     def _differences(self, known: Any) -> list[str]:
-        """What this study has otherwise than a read study.json: "budget.limit 0.5, now 0.6"."""
+        """What this study has otherwise than a read study.json, but for how long it shall go on: "budget.limit 0.5, now
+        0.6"."""
         if not isinstance(known, dict) or (known.get("format"), known.get("version")) != (FORMAT, VERSION):
             return [f"no {FORMAT} of version {VERSION}"]
-        was, now, found = self._comparable(known), self._comparable(self.info), []
-        for key in now:
-            if isinstance(now[key], dict) and isinstance(was.get(key), dict):
-                found += [f"{key}.{k} {was[key].get(k)}, now {now[key].get(k)}" for k in sorted({*now[key], *was[key]})
-                          if was[key].get(k) != now[key].get(k)]
-            elif was.get(key) != now[key]:
-                found.append(f"{key} {was.get(key)}, now {now[key]}")
+        found = []
+        for key, now in self.info.items():
+            was = known.get(key)
+            if isinstance(now, dict) and isinstance(was, dict):
+                found += [f"{key}.{k} {was.get(k)}, now {now.get(k)}" for k in sorted({*now, *was})
+                          if was.get(k) != now.get(k) and (key, k) != ("settings", "evaluations")]
+            elif was != now:
+                found.append(f"{key} {was}, now {now}")
         return found
-
-    @staticmethod
-    def _comparable(info: dict[str, Any]) -> dict[str, Any]:
-        """All but how long it shall go on."""
-        settings = info.get("settings")
-        return info | {"settings": {k: v for k, v in settings.items() if k != "evaluations"}
-                       if isinstance(settings, dict) else None}
 
     @property
     def best(self) -> Evaluation:
         """The first evaluation with the largest value. Raises InputError where nothing was measured."""
-        if not self.evaluations:
-            raise InputError(f"{self.folder}: nothing was measured yet")
+        require(self.evaluations, f"{self.folder}: nothing was measured yet")
         return max(self.evaluations, key=lambda e: e.value)
 
     @property
@@ -157,8 +144,8 @@ class Study:
         alone = read_lines(self.folder / SENSITIVITY) if self.options.initial == "sensitivity" else []
         return len(self.evaluations) + len(alone)
 
-    def run(self, objective: Callable[[np.ndarray], dict[str, float]], *, starts: np.ndarray | None = None,
-            until: float = np.inf, progress: bool = True) -> Evaluation:
+    def run(self, objective: Objective, *, starts: np.ndarray | None = None, until: float = np.inf,
+            progress: bool = True) -> Evaluation:
         """Measure until there are settings.evaluations of them, or time.monotonic() is `until`, but one at least;
         returns the best. With initial "sensitivity" each dimension is measured alone before the first
         (`measure_alone`), and the population begins with what follows from it, and with `starts` (K, D). Under torchrun
@@ -166,14 +153,12 @@ class Study:
 
         Raises InputError where another process searches in this folder."""
         with locked(self.folder) if parallel.is_first() else contextlib.nullcontext():
-            if len(read_journal(self.folder)) != len(self.evaluations):
-                raise InputError(f"{self.folder / JOURNAL}: another process has searched here meanwhile; open the "
-                                 f"study again")
+            require(len(read_journal(self.folder)) == len(self.evaluations),
+                    f"{self.folder / JOURNAL}: another process has searched here meanwhile; open the study again")
             parallel.wait()
             return self._run(objective, starts, until, progress)
 
-    def _run(self, objective: Callable[[np.ndarray], dict[str, float]], start: np.ndarray | None, until: float,
-             progress: bool) -> Evaluation:
+    def _run(self, objective: Objective, start: np.ndarray | None, until: float, progress: bool) -> Evaluation:
         problem, total, batch = Problem(self.space, self.budget), self.options.evaluations, self.options.batch
         trend = None
         if self.options.initial == "sensitivity" and len(self.evaluations) < total:
@@ -181,34 +166,35 @@ class Study:
             trend, made = trend_of(problem, rows), start_policies(problem, rows, self.options.population // 2,
                                                                   self.seed)
             start = made if start is None else np.concatenate([made[:1], start, made[1:]])
-        known = dict(zip(self._keys(), self.evaluations))
+        known = dict(zip(self.space.keys([e.policy for e in self.evaluations]) if self.evaluations else (),
+                         self.evaluations))
+
+        def goes_on() -> bool:
+            return len(self.evaluations) < total and (parallel.gather(time.monotonic() < until)[0]
+                                                      or not self.evaluations)
         with tqdm(total=total, initial=len(self.evaluations), desc=f"search ({self.strategy})", unit="policy",
                   disable=not progress) as bar:
-            def goes_on() -> bool:
-                return len(self.evaluations) < total and (parallel.gather(time.monotonic() < until)[0]
-                                                          or not self.evaluations)
             while goes_on():
-                done = len(self.evaluations)
-                first = done - done % batch                     # the batch that a kill may have left half done
-                seen = self.evaluations[:first]
-                proposals = propose(self.strategy, problem,
-                                    np.array([e.policy for e in seen]).reshape(-1, self.space.size),
-                                    np.array([e.value for e in seen]), self.options, min(batch, total - first),
-                                    self.seed, start, trend)
-                if not proposals[done - first:]:
+                done = len(self.evaluations) % batch            # of a batch that a kill may have left half done
+                seen = self.evaluations[:len(self.evaluations) - done]
+                policies = np.array([e.policy for e in seen]).reshape(-1, self.space.size)
+                pending = propose(self.strategy, problem, policies, np.array([e.value for e in seen]), self.options,
+                                  min(batch, total - len(seen)), self.seed, start, trend)[done:]
+                if not pending:
                     self._nothing_left()
                     break
-                pending = proposals[done - first:]
                 for at in range(0, len(pending), parallel.world()):
                     if not goes_on():
                         break
                     for found in self._measure(pending[at:at + parallel.world()], objective, known):
-                        self._keep(found)
+                        if parallel.is_first():
+                            append_line(self.folder / JOURNAL, dataclasses.asdict(found))
+                        self.evaluations.append(found)
                         bar.update()
                         bar.set_postfix(best=f"{self.best.value:.4g}", refresh=False)
         return self.best
 
-    def _measure(self, proposals: list[Proposal], objective: Callable[[np.ndarray], dict[str, float]],
+    def _measure(self, proposals: list[Proposal], objective: Objective,
                  known: dict[tuple[int, ...], Evaluation]) -> Iterator[Evaluation]:
         """Measure up to as many proposals as there are processes, one each; those known already take what was found
         then."""
@@ -217,31 +203,19 @@ class Study:
         if mine < len(proposals) and keys[mine] not in known:
             with parallel.alone():
                 measures = {k: float(v) for k, v in objective(proposals[mine].policy).items()}
-        for proposal, key, given, seconds in zip(proposals, keys,
-                                                 *zip(*parallel.gather((measures, time.perf_counter() - began)))):
+        for proposal, key, (given, seconds) in zip(proposals, keys,
+                                                   parallel.gather((measures, time.perf_counter() - began))):
             index = len(self.evaluations)
             given = {"value": known[key].value, **known[key].measures} if key in known else dict(given)
             value = given.pop("value", float("nan"))
-            if not np.isfinite(value):
-                raise InputError(f"the objective gave {value} for policy {index}; a finite value is needed")
+            require(np.isfinite(value), f"the objective gave {value} for policy {index}; a finite value is needed")
             known[key] = Evaluation(index=index, policy=tuple(proposal.policy.tolist()), value=value,
                                     cost=float(self.budget.cost(proposal.policy[None])[0]), by=proposal.by,
                                     measures=given, expected=proposal.expected, seconds=round(seconds, 3))
             yield known[key]
 
-    def _keep(self, found: Evaluation) -> None:
-        """To the journal, which the first process writes."""
-        if parallel.is_first():
-            append_line(self.folder / JOURNAL, dataclasses.asdict(found))
-        self.evaluations.append(found)
-
     def _nothing_left(self) -> None:
         why = (f"no other policy was found within {self.budget.tolerance:.1%} below {self.budget.limit:.6g} "
-               f"{self.budget.unit}; a larger "
-               "tolerance, or more dimensions, would give more")
-        if not self.evaluations:
-            raise InputError(why)
+               f"{self.budget.unit}; a larger tolerance, or more dimensions, would give more")
+        require(self.evaluations, why)
         warnings.warn(f"the search ends after {len(self.evaluations)} evaluations: {why}", stacklevel=3)
-
-    def _keys(self) -> list[tuple[int, ...]]:
-        return self.space.keys([e.policy for e in self.evaluations]) if self.evaluations else []

@@ -1,4 +1,5 @@
-"""The Gaussian process of the search: scikit-learn's, a Matern kernel with a length scale per dimension."""
+"""The Gaussian process of the search: scikit-learn's, a Matern kernel with a length scale per dimension (Rasmussen and
+Williams, *Gaussian Processes for Machine Learning*, 2006, sections 4.2 and 5.1)."""
 import warnings
 
 import numpy as np
@@ -6,10 +7,12 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
-SMOOTHNESS = 2.5                                # nu of the Matern kernel
-LENGTH_BOUNDS = (0.1, 30.0)                     # in boxes; at the upper end a dimension no longer counts
-NOISE_BOUNDS = (1e-6, 1.0)                      # variance, of standardised values
-JITTER = 1e-10
+SMOOTHNESS = 2.5                # nu of the Matern kernel: twice differentiable, the book's usual choice beside 1.5
+LENGTH_BOUNDS = (0.1, 30.0)     # in boxes: below, a policy says nothing of any other; above, a dimension doesn't count
+AMPLITUDE_BOUNDS = (1e-2, 1e2)  # variance, of standardised values: theirs is 1
+NOISE_BOUNDS = (1e-6, 1.0)      # the same: from a thousandth of their deviation to all of it
+NOISE = 1e-2                    # where its fit begins
+JITTER = 1e-10                  # scikit-learn's default
 
 
 class Surrogate:
@@ -17,11 +20,11 @@ class Surrogate:
 
     def __init__(self, x: np.ndarray, values: np.ndarray, *, noise: float | None = None) -> None:
         """noise: variance of the standardised values; None fits it."""
-        dimensions = x.shape[1]
-        kernel = ConstantKernel(1.0, (1e-2, 1e2)) * Matern(np.full(dimensions, np.sqrt(dimensions) / 2), LENGTH_BOUNDS,
-                                                           nu=SMOOTHNESS)
+        # Lengths begin at half the diagonal of the box, as distances in it grow with sqrt(D).
+        lengths = np.full(x.shape[1], np.sqrt(x.shape[1]) / 2)
+        kernel = ConstantKernel(1.0, AMPLITUDE_BOUNDS) * Matern(lengths, LENGTH_BOUNDS, nu=SMOOTHNESS)
         if noise is None:
-            kernel = kernel + WhiteKernel(1e-2, NOISE_BOUNDS)
+            kernel = kernel + WhiteKernel(NOISE, NOISE_BOUNDS)
         self.fits_noise = noise is None
         self.process = GaussianProcessRegressor(kernel, alpha=JITTER if noise is None else noise, normalize_y=True)
         with warnings.catch_warnings():
