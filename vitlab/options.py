@@ -421,8 +421,10 @@ def build_parser() -> Parser:
     p = add("notebooks", "Copy the notebooks that come with vitlab into a folder of yours.")
     p.add_argument("folder", type=given, metavar="FOLDER", help="files that were changed there are never replaced")
 
-    p = add("demo", "Run the notebooks on the embedded digits: baseline, scores, prune and merge, search, fine-tune, "
-                    "table.")
+    p = add("demo", "Run the notebooks on the embedded digits: dense model, scores, prune and merge, search, "
+                    "calibration, table.")
     p.add_argument("--out", type=given, default="runs/demo", metavar="RUN", help="default: runs/demo")
+    p.add_argument("--everything", action="store_true", help="every notebook: a quarter of an hour in place of five "
+                                                             "minutes")
     p.add_argument("--quick", action="store_true", help="a few steps of each, to see that it runs")
     return parser

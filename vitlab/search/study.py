@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from vitlab.runtime import parallel
 from vitlab.runtime.files import InputError, append_line, atomic_write, locked, read_json, read_lines
