@@ -41,7 +41,7 @@ def test_there_are_notebooks_and_the_demo_runs_them_in_order():
     assert list(DEMO) == sorted(DEMO)
     assert set(DEMO) <= set(names) and names[0].startswith("00_")
     assert [name for name in DEMO if name in STORY] == list(STORY)
-    for name, parameters in STORY.items():
+    for name, parameters in [*STORY.items(), *DEMO.items()]:
         notebooks.check_parameters(notebooks.NOTEBOOKS / f"{name}.ipynb", parameters)
 
 
@@ -79,7 +79,8 @@ BARS = "from tqdm import tqdm\nfrom vitlab.search.study import tqdm as ours\nass
 
 def test_a_bar_of_an_executed_notebook_stands_where_it_ended(tmp_path):
     parameters = nbformat.v4.new_code_cell("x: int = 1", metadata={"tags": ["parameters"]})
-    nbformat.write(nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(BARS)]), tmp_path / "bar.ipynb")
+    cells = [parameters, nbformat.v4.new_code_cell(BARS)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "bar.ipynb")
     executed = nbformat.read(notebooks.run(tmp_path / "bar.ipynb", tmp_path / "out", progress=False), as_version=4)
     shown, = executed.cells[-1].outputs
     assert shown.output_type == "stream" and "6/6" in shown.text and "0/6" not in shown.text
@@ -184,7 +185,7 @@ def test_every_figure_and_row_of_a_quick_run_says_so(demo):
                          text in said.items() if "quick, toy data: says nothing about quality" not in text]
     rows = read_rows(demo / "results.jsonl") + read_rows(demo / "segmenter" / "results.jsonl")
     assert rows and all(row.conditions["quick"] for row in rows)
-    for name in DEMO[1:]:
+    for name in list(DEMO)[1:]:
         cells = json.loads((demo / "notebooks" / f"{name}.ipynb").read_text())["cells"]
         printed = "".join(text for c in cells for o in c.get("outputs", []) for text in o.get("text", []))
         assert "±" not in printed or "quick, toy data" in printed, name

@@ -423,8 +423,7 @@ def build_parser() -> Parser:
 
     p = add("demo", "Run the notebooks on the embedded digits: dense model, scores, prune and merge, search, "
                     "calibration, table.")
-    p.add_argument("--out", type=given, default="runs/demo", metavar="RUN", help="default: runs/demo")
-    p.add_argument("--everything", action="store_true", help="every notebook: a quarter of an hour in place of five "
-                                                             "minutes")
+    p.add_argument("--out", type=given, metavar="RUN", help="default: runs/demo, or runs/demo-all with --everything")
+    p.add_argument("--everything", action="store_true", help="every notebook: twenty minutes in place of five")
     p.add_argument("--quick", action="store_true", help="a few steps of each, to see that it runs")
     return parser

@@ -30,7 +30,7 @@ def share_cores() -> None:
 
 def load_in_words(load: float | None = None, cores: int | None = None) -> str:
     """How busy the machine is: the mean number of running processes over the last minute, beside the cores."""
-    import psutil                               # not at the top: this module is the first that `vitlab` loads
+    import psutil  # not at the top: this module is the first that `vitlab` loads
     load, cores = psutil.getloadavg()[0] if load is None else load, cores or available_cores()
     over = load > cores
     return f"load {load:.1f} on {cores} core(s)" + (": more than there are, so everything takes longer than it says, "

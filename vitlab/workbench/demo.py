@@ -4,36 +4,38 @@ import sys
 import time
 from pathlib import Path
 
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import InputError, existing_folder
 
-# The main story, under five minutes on two quiet cores, and the parameters that make it shorter than the whole.
+# The main story, under five minutes on two quiet cores, with parameters that make it so; and all of it.
 STORY: dict[str, dict[str, str]] = {
     "00_check_setup": {}, "01_baseline": {}, "02_token_scores": {}, "03_prune_and_merge": {},
     "06_search": {"strategies": "gp", "other_ratios": ""}, "08_tonight": {}, "90_results": {}}
-EVERYTHING = ("00_check_setup", "01_baseline", "02_token_scores", "03_prune_and_merge", "04_finetune",
-              "05_heads_and_neurons", "06_search", "07_prune_what_was_found", "08_tonight", "09_segmentation",
-              "90_results")
+EVERYTHING: dict[str, dict[str, str]] = {
+    "00_check_setup": {}, "01_baseline": {"recipe_name": "digits"}, "02_token_scores": {}, "03_prune_and_merge": {},
+    "04_finetune": {}, "05_heads_and_neurons": {}, "06_search": {}, "07_prune_what_was_found": {}, "08_tonight": {},
+    "09_segmentation": {}, "90_results": {}}
 EMBEDDED = ("digits", "digit_scenes")
 
 
-def demo(out: str | Path = "runs/demo", *, everything: bool = False, quick: bool = False) -> Path:
+def demo(out: str | Path | None = None, *, everything: bool = False, quick: bool = False) -> Path:
     """Run the notebooks on the embedded digits and print their table; returns the report, out/report.html.
 
     Five minutes on two cores: dense model, scores, prune and merge, one search, calibration, deployed model.
-    everything: every notebook, a quarter of an hour. quick: a few steps of each, to see that it runs. Executed copies
-    go to out/notebooks/. Trainings and searches that are there already are gone on with.
+    everything: every notebook, with a dense model that is trained for longer: twenty minutes. quick: a few steps of
+    each, to see that it runs. out: runs/demo, or runs/demo-all with everything. Executed copies go to out/notebooks/;
+    trainings and searches that are there already are gone on with.
     """
     from vitlab.runtime.results import format_table, notes, read_rows
     from vitlab.workbench import notebooks, steps
-    names, began = EVERYTHING if everything else tuple(STORY), time.monotonic()
-    for number, name in enumerate(names, 1):
-        label, start = f"[{number}/{len(names)}] {name}", time.monotonic()
-        parameters = _parameters(out, quick) | ({} if everything else STORY[name])
-        notebooks.run(notebooks.NOTEBOOKS / f"{name}.ipynb", Path(out) / "notebooks", parameters,
+    out, began = Path(out or f"runs/demo{'-all' if everything else ''}"), time.monotonic()
+    chosen = EVERYTHING if everything else STORY
+    for number, (name, parameters) in enumerate(chosen.items(), 1):
+        label, start = f"[{number}/{len(chosen)}] {name}", time.monotonic()
+        notebooks.run(notebooks.NOTEBOOKS / f"{name}.ipynb", out / "notebooks", _parameters(out, quick) | parameters,
                       progress={"desc": label, "leave": False, "disable": None})    # on a terminal, while it runs
         print(f"{label:32s} {time.monotonic() - start:4.0f} s", file=sys.stderr, flush=True)
-    page = notebooks.report(Path(out) / "notebooks" / f"{names[-1]}.ipynb", Path(out) / "report.html")
-    rows = read_rows(Path(out) / steps.RESULTS)
+    page = notebooks.report(out / "notebooks" / f"{next(reversed(chosen))}.ipynb", out / "report.html")
+    rows = read_rows(out / steps.RESULTS)
     print(format_table(rows), notes(rows), sep="\n")
     print(f"{(time.monotonic() - began) / 60:.1f} minutes; report: {page}; notebooks as they ran: {out}/notebooks")
     return page
@@ -46,9 +48,10 @@ def _parameters(out: str | Path, quick: bool) -> dict[str, str | bool]:
 def made(study: Path, name: str, *, by: str, data: str, quick: bool = False) -> Path:
     """study/name, which the notebook `by` makes. Where it is not there yet and the data set is an embedded one, that
     notebook is run first, on the digits, and this is said. Raises InputError naming it for any other data set."""
-    from vitlab.models.checkpoint import INFO, find
+    from vitlab.models.checkpoint import FOLDER, INFO
     path = study / name
-    if not path.is_file() and not (find(path) / INFO).is_file():        # a training that was killed leaves a folder
+    there = (path, existing_folder(path / FOLDER) / INFO)           # a training that was killed leaves a folder alone
+    if not any(each.is_file() for each in there):
         if data not in EMBEDDED:
             raise InputError(f"{path}: not there yet; {by} makes it: run that notebook first, with the same run and "
                              f"data")
