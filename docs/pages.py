@@ -1,5 +1,5 @@
-"""What `make docs` (mkdocs.yml) makes a site of: the pages where they lie in this repository, so that links between them
-hold there and on GitHub alike, and the notebooks as `make demo` ran them, where it did."""
+"""What `make docs` (mkdocs.yml) makes a site of: the pages where they lie in this repository, so that links between
+them hold there and on GitHub alike, and the notebooks as `make demo` ran them, where it did."""
 import logging
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""vitlab: makes vision transformers smaller and faster, and shows why that works."""
+"""vitlab: makes vision transformers cheaper and faster, and shows why that works."""
 import importlib
 from typing import TYPE_CHECKING, Any
 
