@@ -105,8 +105,8 @@ def fit(model: nn.Module, data: ImageData, recipe: Recipe, folder: str | Path, *
         try:
             _resume(training, folder, marks, changed_data)
             if progress and training.step and parallel.is_first():
-                tqdm.write(f"{folder}: goes on after {training.epoch} of {recipe.epochs} epochs and {training.done} of "
-                           f"{training.steps} steps")
+                within = f" and {training.done} of {training.steps} steps" if training.done else ""
+                tqdm.write(f"{folder}: goes on after {training.epoch} of {recipe.epochs} epochs{within}")
             parallel.wait()                                                         # nobody writes before all have read
             with signals.on_request(lambda: setattr(training, "asked", True)):
                 while training.epoch < recipe.epochs:

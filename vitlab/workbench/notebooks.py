@@ -61,7 +61,8 @@ def run(path: str | Path, out: str | Path, parameters: dict[str, Any] | None = N
     try:
         papermill.execute_notebook(*names, parameters=parameters, kernel_name="python3", language="python",
                                    progress_bar=progress, stdout_file=sys.stderr if progress is True else None,
-                                   config=ENCRYPTED, coalesce_streams=True)     # bars as they ended
+                                   config=ENCRYPTED, coalesce_streams=True,     # bars as they ended
+                                   extra_arguments=["--log-level=ERROR"])       # a kernel says that its parent left
     except PapermillExecutionError as error:
         raise InputError(
             f"{path.name}: cell {error.cell_index} failed: {error.ename}: {error.evalue} (see {target})") from None
