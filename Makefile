@@ -4,11 +4,16 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 RUN    ?= runs/demo
+# threads that wait sleep: beside other work, spinning costs far more than it saves (vitlab/runtime/cores.py)
+export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lab lint clean chromium
+.PHONY: demo demo-all test lab docs lint clean chromium
 
-demo: $(READY)          ## the main job on the embedded digits, into runs/demo
+demo: $(READY)          ## the main story on the embedded digits, five minutes: runs/demo
 	$(BIN)/vitlab demo --out $(RUN)
+
+demo-all: $(READY)      ## every notebook: runs/demo-all
+	$(BIN)/vitlab demo --everything --out $(RUN)-all
 
 test: $(READY) chromium ## all tests
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
@@ -19,7 +24,11 @@ chromium:               ## for the test in a browser: Debian's, where it is miss
 	  || echo "no chromium here: the browser test will be skipped"
 
 lab: $(READY)           ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/08_tonight.ipynb
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_check_setup.ipynb
+
+docs: $(READY)          ## the pages, the reference and the notebooks (as `make demo` ran them, where it did) as a site: site/
+	@test -x $(BIN)/mkdocs || { echo "the documentation needs Python 3.11 or newer: skipped"; exit 0; } \
+	  && NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: $(READY)          ## ruff, and the types of the public face (pyproject.toml says which files)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Write the tables of the README and docs/ from benchmarks/results/, so that no number in them is typed.
+"""Write the tables of docs/ from benchmarks/results/, so that no number in them is typed.
 
     python benchmarks/tables.py
 """
@@ -12,7 +12,7 @@ from vitlab.runtime.results import ratio_words, with_range
 from vitlab.runtime.uncertainty import error_name, plus_minus, share_error
 
 HERE = Path(__file__).parent
-PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "prune_and_merge.md", HERE.parent / "docs" / "search.md",
+PAGES = (HERE.parent / "docs" / "prune_and_merge.md", HERE.parent / "docs" / "search.md",
          HERE.parent / "docs" / "off_the_shelf.md", HERE.parent / "docs" / "results.md",
          HERE.parent / "docs" / "scale.md", HERE.parent / "docs" / "segmentation.md", HERE.parent / "docs" / "log.md")
 

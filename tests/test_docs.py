@@ -1,4 +1,4 @@
-"""What the README shows is what benchmarks/results holds, and its code runs."""
+"""What the pages show is what benchmarks/results holds, and the code of the README runs."""
 import importlib.util
 import re
 import shlex
@@ -12,25 +12,26 @@ import vitlab
 from vitlab.criteria.units import UNIT_CRITERIA
 from vitlab.data import DATA_SETS
 from vitlab.options import build_parser
+from vitlab.plan.cost import gmacs
 from vitlab.search.token_dimensions import TOKEN_DIMENSIONS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_tables_of_readme_and_docs_are_the_measured_ones():
+def test_the_tables_of_docs_are_the_measured_ones():
     spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
     pages = [page.read_text(encoding="utf-8") for page in tables.PAGES]
-    assert pages[0] == README
     assert all(any(f"<!-- table: {name} -->" in page for page in pages) for name in tables.TABLES)
     for page in pages:
         assert tables.render(page) == page, "run: python benchmarks/tables.py"
 
 
-def test_the_commands_in_the_readme_are_ones_that_vitlab_takes():
-    commands = [shlex.split(line, comments=True) for line in README.replace("\\\n", " ").splitlines()
+def test_the_commands_in_the_readme_and_step_by_step_are_ones_that_vitlab_takes():
+    text = README + (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines()
                 if line.startswith("vitlab ")]
     assert {command[1] for command in commands} >= {"score", "prune", "search", "finetune", "evaluate", "throughput"}
     for command in commands:
@@ -83,14 +84,21 @@ def test_the_examples_of_a_page_run_one_after_the_other(page, tmp_path, monkeypa
             each.update(kept)
 
 
-def test_the_lines_of_code_in_the_readme_run(tmp_path, monkeypatch):
+def test_the_lines_of_code_in_the_readme_run_as_they_stand(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, how = re.findall(r"```python\n(.*?)```", README, flags=re.S)[:2]
-    small = code.replace("deit_tiny_patch16_224", "vit_nano_patch4_32").replace("pretrained=True", "num_classes=10")
-    names: dict = {"vitlab": vitlab, "model": vitlab.create_model("vit_nano_patch4_32", num_classes=10)}
-    exec(compile(how.replace("IMAGES", "digits").replace("512", "32"), "README", "exec"), names)
-    exec(compile(small, "README", "exec"), names)
-    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    names: dict = {}
+    exec(compile(code, "README", "exec"), names)
+    promised, whole = map(float, re.search(r"# ([\d.]+) GMACs in place of ([\d.]+)", code).groups())
+    assert round(gmacs(names["plan"]), 1) == promised
+    assert round(gmacs(vitlab.CompressionPlan.empty(names["plan"].shape)), 2) == whole
+    x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        expected, fast = names["small"](x), names["fast"](x)
+        expected, fast = vitlab.compress(names["model"], names["plan"])(x), names["fast"](x)
     assert float((fast - expected).abs().max() / expected.abs().max()) < 1e-4      # float32, another order of products
+
+
+def test_the_reference_holds_the_whole_public_face():
+    page = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^::: vitlab\.(\w+)$", page, flags=re.M)) == vitlab.__all__

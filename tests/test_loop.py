@@ -275,9 +275,10 @@ def test_worker_processes_change_nothing(easy, tmp_path, undisturbed):
     assert equal(weights(model), undisturbed[0]) and timeless(log) == undisturbed[1]
 
 
-def test_a_resumed_run_with_worker_processes_ends_with_the_weights_of_an_undisturbed_one(easy, tmp_path, monkeypatch):
+def test_a_resumed_run_with_worker_processes_ends_with_the_weights_of_an_undisturbed_one(easy, tmp_path, monkeypatch,
+                                                                                         capsys):
     """Folders are read by workers unless told otherwise; their random numbers must not depend on the epoch they started
-    in."""
+    in. Where it goes on is said."""
     recipe, settings = small_recipe(**LIVELY | {"epochs": 2}), {**QUIET, "workers": 2, "seed": 3}
     whole, parts = lively_model(), lively_model()
     log = fit(whole, easy, recipe, tmp_path / "whole", **settings)
@@ -290,7 +291,10 @@ def test_a_resumed_run_with_worker_processes_ends_with_the_weights_of_an_undistu
         patch.setattr(states, "write", stopping)
         with pytest.raises(Stop):
             fit(lively_model(), easy, recipe, tmp_path / "parts", **settings)
-    again = fit(parts, easy, recipe, tmp_path / "parts", **settings)
+    capsys.readouterr()
+    again = fit(parts, easy, recipe, tmp_path / "parts", **settings | {"progress": True})
+    said = [line for line in capsys.readouterr().out.splitlines() if "goes on" in line]
+    assert said == [f"{tmp_path / 'parts'}: goes on after 1 of 2 epochs"]
     assert timeless(again) == timeless(log)
     assert equal(weights(parts), weights(whole))
 

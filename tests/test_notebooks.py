@@ -17,10 +17,12 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
-from vitlab.cli import DEMO
 from vitlab.runtime.files import InputError
 from vitlab.runtime.results import read_rows
 from vitlab.workbench import notebooks
+from vitlab.workbench.demo import EVERYTHING as DEMO
+from vitlab.workbench.demo import STORY, made
+from vitlab.workbench.demo import demo as run_demo
 
 PATHS = sorted(notebooks.NOTEBOOKS.glob("*.ipynb"))
 MAX_CELL, MAX_NOTEBOOK = 15, 90            # lines, from the notebook rules
@@ -44,6 +46,51 @@ def test_there_are_notebooks_and_the_demo_runs_them_in_order():
     names = [p.stem for p in PATHS]
     assert list(DEMO) == sorted(DEMO)
     assert set(DEMO) <= set(names) and names[0].startswith("00_")
+    assert [name for name in DEMO if name in STORY] == list(STORY)
+    for name, parameters in [*STORY.items(), *DEMO.items()]:
+        notebooks.check_parameters(notebooks.NOTEBOOKS / f"{name}.ipynb", parameters)
+
+
+def test_no_notebook_of_the_short_demo_needs_one_that_is_not_in_it():
+    left: set[str] = {"results.jsonl"}
+    for name in STORY:
+        source = "".join(c.source for c in code_cells(notebooks.NOTEBOOKS / f"{name}.ipynb"))
+        makers = set(re.findall(r'by="(\w+)"', source))
+        assert makers <= left | {"results.jsonl"}, name
+        left.add(name)
+
+
+def test_what_a_notebook_needs_is_made_by_the_notebook_that_it_names(tmp_path, monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(notebooks, "run", lambda path, out, parameters, progress: ran.append((path.stem, parameters)))
+    for name, by in (("dense", "01_baseline"), ("scores.safetensors", "02_token_scores")):
+        assert made(tmp_path, name, by=by, data="digits", quick=True) == tmp_path / name
+        assert ran.pop() == (by, {"run": str(tmp_path), "quick": True})
+        assert f"{tmp_path / name} is not there yet: running {by}, which makes it" in capsys.readouterr().out
+        with pytest.raises(InputError, match=f"{name}: not there yet; {by} makes it"):      # of images of one's own
+            made(tmp_path, name, by=by, data="IMAGES")
+    (tmp_path / "dense" / "training").mkdir(parents=True)                   # of a training that was killed
+    made(tmp_path, "dense", by="01_baseline", data="digits")
+    assert ran.pop()[0] == "01_baseline"
+    (tmp_path / "dense" / "checkpoint").mkdir()
+    for path in (tmp_path / "dense" / "checkpoint" / "checkpoint.json", tmp_path / "scores.safetensors"):
+        path.write_text("{}")
+    made(tmp_path, "dense", by="01_baseline", data="digits")
+    made(tmp_path, "scores.safetensors", by="02_token_scores", data="IMAGES")
+    assert ran == []
+
+
+BARS = "from tqdm import tqdm\nfrom vitlab.search.study import tqdm as ours\nassert ours is tqdm\nlist(ours(range(6)))"
+
+
+def test_a_bar_of_an_executed_notebook_stands_where_it_ended(tmp_path):
+    parameters = nbformat.v4.new_code_cell("x: int = 1", metadata={"tags": ["parameters"]})
+    cells = [parameters, nbformat.v4.new_code_cell(BARS)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "bar.ipynb")
+    executed = nbformat.read(notebooks.run(tmp_path / "bar.ipynb", tmp_path / "out", progress=False), as_version=4)
+    shown, = executed.cells[-1].outputs
+    assert shown.output_type == "stream" and "6/6" in shown.text and "0/6" not in shown.text
+    assert not executed.metadata.get("widgets")
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
@@ -119,7 +166,7 @@ def test_of_an_interrupted_notebook_the_kernel_tells_nothing(tmp_path):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
-    notebooks.run_all(list(DEMO), out, {n: {"run": str(out), "quick": True} for n in DEMO}, progress=False)
+    run_demo(out, everything=True, quick=True)
     return out
 
 
@@ -163,7 +210,7 @@ def test_every_figure_and_row_of_a_quick_run_says_so(demo):
                          text in said.items() if "quick, toy data: says nothing about quality" not in text]
     rows = read_rows(demo / "results.jsonl") + read_rows(demo / "segmenter" / "results.jsonl")
     assert rows and all(row.conditions["quick"] for row in rows)
-    for name in DEMO[1:]:
+    for name in list(DEMO)[1:]:
         cells = json.loads((demo / "notebooks" / f"{name}.ipynb").read_text())["cells"]
         printed = "".join(text for c in cells for o in c.get("outputs", []) for text in o.get("text", []))
         assert "±" not in printed or "quick, toy data" in printed, name

@@ -1,11 +1,15 @@
 """What a plain pip install gives: a wheel is built, and run from an empty folder."""
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
+import psutil
 import pytest
 
 from vitlab.runtime.files import BATCHES, NOTEBOOKS, InputError
@@ -51,6 +55,28 @@ def test_an_installed_vitlab_finds_its_notebooks_and_batch_files_from_any_folder
     assert said.startswith(str(installed)) and "would run" in said
     assert {p.name: p.read_bytes()
             for p in (tmp_path / "mine").iterdir()} == {p.name: p.read_bytes() for p in NOTEBOOKS.glob("*.ipynb")}
+
+
+DEMO = ("from vitlab.workbench import demo; demo.STORY = {'00_check_setup': {}, '90_results': {}}; "
+        "from vitlab.cli import main; raise SystemExit(main(['demo', '--quick']))")
+
+
+def test_the_demo_of_an_installed_vitlab_is_a_line_a_notebook_and_ends_with_one_when_interrupted(installed, tmp_path):
+    """Its first notebook, and the start of another; a study would take minutes."""
+    demo = subprocess.Popen([sys.executable, "-c", DEMO], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(installed)},
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    assert re.fullmatch(r"\[1/2\] 00_check_setup +\d+ s\n", demo.stderr.readline())
+    kernels: list[psutil.Process] = []
+    while not kernels and demo.poll() is None:
+        time.sleep(0.05)
+        kernels = psutil.Process(demo.pid).children(recursive=True)
+    os.killpg(demo.pid, signal.SIGINT)
+    out, error = demo.communicate(timeout=120)
+    assert (demo.returncode, out) == (130, "")
+    assert error == "vitlab demo: interrupted; the same command begins anew; its trainings and searches go on\n"
+    assert not psutil.wait_procs(kernels, timeout=20)[1]
+    assert (tmp_path / "runs" / "demo" / "notebooks" / "00_check_setup.ipynb").is_file()
 
 
 def test_notebooks_that_were_changed_are_not_replaced(tmp_path):

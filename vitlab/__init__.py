@@ -1,7 +1,10 @@
-"""vitlab: makes vision transformers smaller and faster, and shows why that works."""
+"""vitlab: makes vision transformers cheaper and faster, and shows why that works."""
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from vitlab.runtime.cores import share_cores
+
+share_cores()                   # before torch is imported: it reads the environment once
 __version__ = "0.1.0"
 _PUBLIC = {"compress": "vitlab.models", "deploy": "vitlab.models", "shape_of": "vitlab.models",
            "set_trainable": "vitlab.models", "CompressionPlan": "vitlab.plan", "InputError": "vitlab.runtime.files",

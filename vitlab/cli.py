@@ -15,9 +15,6 @@ from vitlab.runtime import signals
 from vitlab.runtime.files import InputError
 from vitlab.runtime.launching import COMMAND, LOST, RESUMABLE, join, kept_of, leave, lost, on_record, one_line, recorded
 
-DEMO = ("00_check_setup", "01_baseline", "02_token_scores", "03_prune_and_merge", "04_finetune", "05_heads_and_neurons",
-        "06_search", "07_prune_what_was_found", "08_tonight", "09_segmentation", "90_results")
-
 
 def _recipe(args: argparse.Namespace) -> Any:
     from vitlab.training.recipes import recipe
@@ -311,12 +308,8 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from vitlab.runtime.results import format_table, notes, read_rows
-    from vitlab.workbench import notebooks, steps
-    parameters = {n: {"run": args.out} | ({"quick": True} if args.quick else {}) for n in DEMO}
-    notebooks.run_all(list(DEMO), args.out, parameters)
-    rows = read_rows(f"{args.out}/{steps.RESULTS}")
-    print(format_table(rows), notes(rows), f"report: {args.out}/report.html", sep="\n")
+    from vitlab.workbench.demo import demo
+    demo(args.out, everything=args.everything, quick=args.quick)
 
 
 COMMANDS = {"pretrain": _pretrain, "segment": _segment, "score": _score, "prune": _prune, "search": _search,

@@ -154,7 +154,7 @@ def _window_options(parser: argparse.ArgumentParser) -> None:
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="vitlab", description="Make vision transformers smaller and faster, and see why it works.")
+    parser = Parser(prog="vitlab", description="Make vision transformers cheaper and faster, and see why it works.")
     parser.add_argument("--version", action="version", version=f"vitlab {vitlab.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
@@ -290,7 +290,7 @@ def build_parser() -> Parser:
     p.add_argument("--out", type=given, required=True, metavar="STUDY", help="folder of the study")
     _run_options(p)
 
-    p = add("tonight", "From a dense model and images without labels to a smaller model that is ready: offers, search, "
+    p = add("tonight", "From a dense model and images without labels to a cheaper model that is ready: offers, search, "
                        "calibration.")
     _model_options(p)
     _data_options(p)
@@ -421,8 +421,9 @@ def build_parser() -> Parser:
     p = add("notebooks", "Copy the notebooks that come with vitlab into a folder of yours.")
     p.add_argument("folder", type=given, metavar="FOLDER", help="files that were changed there are never replaced")
 
-    p = add("demo", "Run the notebooks on the embedded digits: baseline, scores, prune and merge, search, fine-tune, "
-                    "table.")
-    p.add_argument("--out", type=given, default="runs/demo", metavar="RUN", help="default: runs/demo")
+    p = add("demo", "Run the notebooks on the embedded digits: dense model, scores, prune and merge, search, "
+                    "calibration, table.")
+    p.add_argument("--out", type=given, metavar="RUN", help="default: runs/demo, or runs/demo-all with --everything")
+    p.add_argument("--everything", action="store_true", help="every notebook: twenty minutes in place of five")
     p.add_argument("--quick", action="store_true", help="a few steps of each, to see that it runs")
     return parser

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from vitlab.data.order import PlainOrder, TrainingOrder, ignore_requests
 from vitlab.runtime import parallel
+from vitlab.runtime.cores import available_cores
 from vitlab.runtime.files import InputError, first_line
 
 MAX_WORKERS = 8
@@ -60,11 +61,6 @@ def _end_processes() -> None:
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
-
-
-def available_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_workers() -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.measure.throughput import DTYPES, _once, conditions, hold_memory, measure

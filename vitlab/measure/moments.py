@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from vitlab.criteria.compensation import Moments
 from vitlab.measure.averaging import frozen_eval, hooks

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from vitlab.data.layouts import IGNORE
 from vitlab.measure.confusion import Confusion, SegmentationScores

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from vitlab.criteria.compensation import Moments
 from vitlab.criteria.hsic import CHUNK, at_least_float32, shared_dependence

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from timm.utils import random_seed
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from vitlab.data import ImageData
 from vitlab.measure.pixels import measured
@@ -104,6 +104,9 @@ def fit(model: nn.Module, data: ImageData, recipe: Recipe, folder: str | Path, *
         training = Training(model, data, recipe, engine, teacher, seed, device, limit, workers)
         try:
             _resume(training, folder, marks, changed_data)
+            if progress and training.step and parallel.is_first():
+                within = f" and {training.done} of {training.steps} steps" if training.done else ""
+                tqdm.write(f"{folder}: goes on after {training.epoch} of {recipe.epochs} epochs{within}")
             parallel.wait()                                                         # nobody writes before all have read
             with signals.on_request(lambda: setattr(training, "asked", True)):
                 while training.epoch < recipe.epochs:

@@ -11,7 +11,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.utils import random_seed
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from vitlab.data import ImageData
 from vitlab.measure.capture import Batches, frozen_eval

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from vitlab.criteria.units import UNIT_CRITERIA, UnitScores, unit_criterion
 from vitlab.data import ImageData

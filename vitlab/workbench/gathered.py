@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from vitlab.criteria.compensation import Moments
 from vitlab.criteria.units import unit_criterion

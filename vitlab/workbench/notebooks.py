@@ -44,8 +44,10 @@ def check_parameters(path: str | Path, given: dict[str, Any]) -> None:
             raise InputError(f"{path}: {name} is {value!r}; a {type(default).__name__} such as {default!r} is needed")
 
 
-def run(path: str | Path, out: str | Path, parameters: dict[str, Any] | None = None, *, progress: bool = True) -> Path:
+def run(path: str | Path, out: str | Path, parameters: dict[str, Any] | None = None, *,
+        progress: bool | dict[str, Any] = True) -> Path:
     """Execute a notebook; returns the executed copy, out/NAME.ipynb. Parameters are checked before anything starts.
+    progress: a bar over the cells, and what they print; settings of a bar (tqdm's): that bar alone.
 
     Raises InputError naming the cell and its error where one fails; the copy up to there is kept.
     """
@@ -56,8 +58,9 @@ def run(path: str | Path, out: str | Path, parameters: dict[str, Any] | None = N
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         papermill.execute_notebook(*names, parameters=parameters, kernel_name="python3", language="python",
-                                   progress_bar=progress, stdout_file=sys.stderr if progress else None,
-                                   config=ENCRYPTED)
+                                   progress_bar=progress, stdout_file=sys.stderr if progress is True else None,
+                                   config=ENCRYPTED, coalesce_streams=True,     # bars as they ended
+                                   extra_arguments=["--log-level=ERROR"])       # a kernel says that its parent left
     except PapermillExecutionError as error:
         raise InputError(
             f"{path.name}: cell {error.cell_index} failed: {error.ename}: {error.evalue} (see {target})") from None
@@ -88,18 +91,3 @@ def copy_all(folder: str | Path) -> list[Path]:
     for path, content in copies.items():
         atomic_write(path, content)
     return list(copies)
-
-
-def run_all(names: list[str], out: str | Path, parameters: dict[str, dict[str, Any]], *,
-            progress: bool = True) -> list[Path]:
-    """Run notebooks of this project by name, in order, into out/notebooks/; the last one also becomes
-    out/report.html."""
-    paths = [NOTEBOOKS / f"{name}.ipynb" for name in names]
-    for path, name in zip(paths, names):
-        check_parameters(path, parameters.get(name, {}))
-    executed = []
-    for number, (path, name) in enumerate(zip(paths, names), 1):
-        print(f"[{number}/{len(paths)}] {name}", file=sys.stderr, flush=True)
-        executed.append(run(path, Path(out) / "notebooks", parameters.get(name, {}), progress=progress))
-    report(executed[-1], Path(out) / "report.html")
-    return executed

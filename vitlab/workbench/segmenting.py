@@ -12,7 +12,7 @@ from timm.data import resolve_model_data_config
 from timm.layers import DropPath
 from timm.utils import random_seed
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.data.folder import read_image, reason
