@@ -38,8 +38,8 @@ def installed(tmp_path_factory):
 
 
 def names(folder: Path) -> set[str]:
-    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix in (".py", ".js", ".ipynb", ".yaml")
-            and ".ipynb_checkpoints" not in p.parts}
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if ".ipynb_checkpoints" not in p.parts
+            and (p.suffix in (".py", ".js", ".ipynb", ".yaml") or p.name == "Snakefile")}
 
 
 def test_the_wheel_holds_every_module_notebook_and_batch_file(installed):
