@@ -488,8 +488,8 @@ STUDY = [
      f"{JOURNAL}: line 2: neurons 0 is 7.0; it must lie in [0, 0.5]"),
     ("A measure that is a text", line(JOURNAL, 2, lambda r: r.update(measures={"top1_pct": "x"})), f"{JOURNAL}: line 2 "
                                                                                                    f"is damaged"),
-    ("A policy of too many dimensions", line(JOURNAL, 2, lambda r: r["policy"].append(0.1)), f"{JOURNAL}: line 2 has 6 "
-                                                                                             f"dimensions"),
+    ("A policy of too many dimensions", line(JOURNAL, 2, lambda r: r["policy"].append(0.1)), f"{JOURNAL}: line 2: a "
+                                                                                             f"policy of 6 numbers"),
     ("Cuts of another study", less(CUTS, 2, lambda r: r.update(dimension="heads 77")), f"{CUTS}: heads 77 by "),
     ("A row of the cuts that is none", less(CUTS, 2, "3"), f"{CUTS}: holds something else than the cuts of this study"),
     ("A row of the cuts without its loss", less(CUTS, 2, lambda r: r.pop("loss") and r), f"{CUTS}: holds something "

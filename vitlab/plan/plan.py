@@ -161,7 +161,7 @@ class CompressionPlan:
         try:
             require(isinstance(data, dict) and data.get("format") == FORMAT, f'"format" must be "{FORMAT}"')
             require(data.get("version") == VERSION,
-                        f"version {data.get('version')!r} is not known; this vitlab reads version {VERSION}")
+                    f"version {data.get('version')!r} is not known; this vitlab reads version {VERSION}")
             require(isinstance(data.get("blocks"), list), '"blocks" must be a list')
             require(isinstance(data.get("made_by", {}), dict), '"made_by" must be an object')
             shape = _build(ViTShape, data.get("shape"), "shape")
