@@ -36,8 +36,7 @@ def columns(name: str, features: Any) -> tuple[str, str | None]:
             said = ", ".join(f"{key} ({getattr(feature, 'dtype', type(feature).__name__)})" for key,
                              feature in features.items())
             raise InputError(f"{name}: which column holds the {what} can't be told; its columns are {said}; an Image "
-                             f"and a ClassLabel, or "
-                             f"integers named {LABEL_NAMES[0]}, are known")
+                             f"and a ClassLabel, or integers named {LABEL_NAMES[0]}, are known")
     return chosen[0], chosen[1]
 
 

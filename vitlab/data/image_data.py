@@ -193,8 +193,7 @@ class ImageData:
         if not isinstance(images, Images):
             if parallel.joined() and not (shared and split in ("train", *SHARES)):
                 raise InputError(f"{self.name}: a stream, whose images can't be divided exactly among processes; for "
-                                 f"this, start one "
-                                 "process, or give a folder or tar files")
+                                 "this, start one process, or give a folder or tar files")
 
             def reopen(seed: int) -> DataLoader:
                 # batch_size: each of the loader's processes fills whole batches

@@ -58,8 +58,7 @@ def _collate(samples: list[Any]) -> list[Tensor] | InputError:
     sizes = sorted({tuple(mask.shape) for _, mask in samples})
     if len(sizes) > 1:
         return InputError(f"images of {' and '.join(f'{h} x {w}' for h, w in sizes[:2])} in one batch; images that "
-                          f"differ in size are "
-                          "evaluated in batches of 1")
+                          "differ in size are evaluated in batches of 1")
     return default_collate(samples)
 
 
@@ -108,8 +107,7 @@ class SceneData(ImageData):
         """The data set itself. Raises InputError where its images have no masks."""
         if not self.labelled:
             raise InputError(f"{self.name}: images without masks, which this step needs; train/images/ and "
-                             f"train/masks/, the same of val "
-                             "and test, and classes.txt have them")
+                             "train/masks/, the same of val and test, and classes.txt have them")
         return self
 
     def _first(self, names: tuple[str, ...], what: str) -> str:

@@ -73,8 +73,7 @@ def _unlabelled(folder: Path, split: Path, groups: Groups, class_map: str | Path
     """Images without labels. Raises InputError where there is none, or for a class map."""
     if not any(map(len, groups.values())):
         raise InputError(f"{folder}: holds none of {', '.join(f'{name}/' for name in SPLITS)}; put one folder per "
-                         f"class in each, or give a "
-                         "folder of images alone where labels are not needed")
+                         "class in each, or give a folder of images alone where labels are not needed")
     if class_map is not None:
         raise InputError(f"{split}: images without class folders; a class map says nothing of them")
     above = [name for name in SPLITS if (folder.parent / name).is_dir()]

@@ -90,8 +90,7 @@ def checked(batches: Batches, what: str) -> Batches:
         raise InputError(f"{what}: there is no image to score on")
     if not all(sizes):
         raise InputError(f"{what}: {sum(map(bool, sizes))} batches for {len(sizes)} processes; smaller batches, more "
-                         f"images or fewer "
-                         "processes are needed")
+                         "images or fewer processes are needed")
     return itertools.chain([first], rest)
 
 

@@ -17,8 +17,7 @@ from vitlab.runtime.files import InputError
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4           # of mallopt(3)
 CONFIDENCE = 0.95                               # of the range of a ratio
 TIMING = ("models in turn in one process that keeps freed memory; ratio: median over the rounds of the first model's "
-          "time by this one's; "
-          "throughput: the first model's median, times the ratio")
+          "time by this one's; throughput: the first model's median, times the ratio")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -147,8 +147,7 @@ def _own_sizes(state: dict[str, Tensor], model: nn.Module, args: dict[str, Any],
     elif not any(name.startswith("head") for name in state):
         if args.get("num_classes"):
             raise InputError(f"{path}: holds no classifier, so num_classes can't be {args['num_classes']}; without it "
-                             f"the model gives "
-                             "features")
+                             "the model gives features")
         own["num_classes"] = 0
     if ANCHOR in state and state[ANCHOR].dim() == 4:
         own["in_chans"] = state[ANCHOR].shape[1]
@@ -174,8 +173,7 @@ def _placed(state: dict[str, Tensor], model: nn.Module, kernel: tuple[int, int],
         return {**state, "pos_embed": own["pos_embed"]}, None, []
     if not side or side ** 2 != patches:
         raise InputError(f"{path}: does not fit the model: its position embeddings are of {patches} patches, which "
-                         f"make no square; give "
-                         "the img_size, height and width, that they are of")
+                         "make no square; give the img_size, height and width, that they are of")
     size, notes = None, []
     if not asked:
         size = side * kernel[0], side * kernel[1]

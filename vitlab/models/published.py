@@ -86,8 +86,7 @@ def _compressed(state: dict[str, Tensor], dense: nn.Module, path: Path | str,
         tokens, rows = shape.num_tokens, reconstruct.shape[-1] if reconstruct.dim() else 0
         if merge.shape != (rows, tokens) or reconstruct.shape != (tokens, rows) or mask.flatten().shape != (tokens,):
             raise InputError(f"{path}: {prefix}attn.merge_matrix {tuple(merge.shape)}, recover_matrix "
-                             f"{tuple(reconstruct.shape)} and "
-                             f"token_mask {tuple(mask.shape)} don't fit {tokens} tokens")
+                             f"{tuple(reconstruct.shape)} and token_mask {tuple(mask.shape)} don't fit {tokens} tokens")
         blocks.append(BlockPlan(tokens=_rule(merge, mask.flatten(), shape.num_prefix_tokens, index, path)))
         renamed |= {f"{prefix}tokens.{k}": v.flatten() if k == "token_mask" else v for k, v in matrices.items()}
     plan = CompressionPlan(shape=shape, blocks=tuple(blocks),

@@ -204,10 +204,8 @@ class Segmenter(nn.Module):
         prefix = self.encoder.num_prefix_tokens
         if tokens.shape[1] != prefix + grid[0] * grid[1]:
             raise InputError(f"the encoder gives {tokens.shape[1]} tokens for {prefix} prefix tokens and a grid of "
-                             f"{grid[0]} x {grid[1]}; "
-                             "dense prediction needs the whole grid: a plan that neither selects nor reads out, and "
-                             "`as_encoder` before "
-                             "`deploy`")
+                             f"{grid[0]} x {grid[1]}; dense prediction needs the whole grid: a plan that neither "
+                             "selects nor reads out, and `as_encoder` before `deploy`")
         # the final norm of models that pool by average
         patches = self.encoder.fc_norm(tokens[:, prefix:])
         return self.decoder(patches).transpose(1, 2).unflatten(2, grid)

@@ -53,8 +53,7 @@ def plain_linear(linear: nn.Module) -> nn.Linear:
     weights are not all that it does."""
     if type(linear) is not nn.Linear:
         raise InputError(f"a {type(linear).__module__}.{type(linear).__name__} stands for a Linear there, whose "
-                         f"weights are needed; merge "
-                         "adapters into the weights, or compress before they are added")
+                         "weights are needed; merge adapters into the weights, or compress before they are added")
     return linear
 
 

@@ -138,8 +138,7 @@ def unwrapped(state: dict[str, Tensor], own: dict[str, Tensor],
     best, *more = averages if len(averages) == 1 else (best, *more)
     if more:
         raise InputError(f"{path}: the weights below {best!r} and {more[0]!r} fit alike; save those that are meant in "
-                         f"a file of "
-                         "their own")
+                         "a file of their own")
     others = tuple(p for p in prefixes if p != best and p.startswith(best))
     inner = {name: value for name,
              value in state.items() if name.startswith(best) and not (others and name.startswith(others))}

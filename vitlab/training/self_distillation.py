@@ -134,6 +134,5 @@ def _left_out(fault: str, files: list[str], skipped: int, lr: float) -> None:
     of = f" of {', '.join(files)}" if files else ""
     if skipped >= SKIPPED:
         raise InputError(f"{fault}{of}, and was not finite in {skipped} steps in a row; a smaller lr than {lr} may "
-                         f"help. The best state "
-                         "so far is kept")
+                         "help. The best state so far is kept")
     warnings.warn(f"{fault}{of}; the step is left out", stacklevel=3)
