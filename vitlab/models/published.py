@@ -103,7 +103,7 @@ def _compressed(state: dict[str, Tensor], dense: nn.Module, path: Path | str,
 def save_published(path: str | Path, model: nn.Module) -> None:
     """Write a compressed model (training form, every block merged and reconstructed) in the published layout,
     atomically."""
-    if not all(isinstance(b, TokenBlock) and b.span == 1 for b in model.blocks):
+    if not all(isinstance(b, TokenBlock) and b.rule.span == 1 for b in model.blocks):
         raise InputError("the published layout has merge and reconstruct matrices in every block; this model has not")
     dense = shape_of(rebuild(architecture(model)))
     for index, block in enumerate(attention_block(b) for b in model.blocks):
