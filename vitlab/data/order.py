@@ -4,12 +4,23 @@ import contextlib
 import random
 import signal
 from collections.abc import Iterator, Sized
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.utils import random_seed
 from torch.utils.data import Sampler
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shuffled:
+    """How training draws its images: in an order of each epoch's own, augmented; the last partial step is left out."""
+
+    augment: dict[str, Any] = field(default_factory=dict)      # options of timm's create_transform; of scenes `AUGMENT`
+    turns: int = 1                              # batches of a step, in each process
+    repeats: int = 1                            # times in a row that an image drawn is taken (arXiv 1901.09335)
 
 
 def seed_of(*numbers: int) -> int:
@@ -57,12 +68,11 @@ class PlainOrder(Sampler):
 
 
 class TrainingOrder(Sampler):
-    """Shuffled batches of one process in an epoch, the last partial step left out. (image, (seed, epoch, place in the
-    epoch)) each: the three give its random numbers, where it is read (`drawing`).
+    """Batches of one process in an epoch, as `Shuffled` says. (image, (seed, epoch, place in the epoch)) each: the
+    three give its random numbers, where it is read (`drawing`).
 
-    A step is `turns` batches of each process. `repeats`: each image drawn is taken so many times in a row (Hoffer et
-    al., arXiv 1901.09335), the epoch staying as long as it was. epoch and start (batches left out at the front) are set
-    before each epoch; going through it once moves on to the next.
+    epoch and start (batches left out at the front) are set before each epoch; going through it once moves on to the
+    next. With `repeats` an epoch stays as long as it was.
     """
 
     def __init__(self, images: Sized, batch_size: int, *, seed: int, turns: int = 1, repeats: int = 1, rank: int = 0,

@@ -13,7 +13,7 @@ from timm.utils import random_seed
 from torch import nn
 from tqdm.auto import tqdm
 
-from vitlab.data import ImageData
+from vitlab.data import ImageData, Shuffled
 from vitlab.measure.capture import Batches, frozen_eval
 from vitlab.measure.pixels import divergence, each_divergence, log_probabilities
 from vitlab.models import set_trainable
@@ -76,8 +76,8 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Di
     if (minutes is None) == (steps is None):
         raise InputError("either minutes or steps are needed, not both")
     random_seed(seed)
-    batches = data.batches(split, model, batch_size=batch_size, training=True, seed=seed, workers=workers,
-                           augment=data.mild)
+    batches = data.batches(split, model, batch_size=batch_size, training=Shuffled(augment=data.mild), seed=seed,
+                           workers=workers)
     set_trainable(model, "all")
     optimizer = create_optimizer_v2(model, opt="adamw", lr=lr, weight_decay=0.0)
     log = [{"epoch": 0, "steps": 0, "loss": None, "kl": apart(model), "seconds": 0.0}]

@@ -13,7 +13,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import random_seed
 from torch import Tensor, nn
 
-from vitlab.data import ImageData
+from vitlab.data import ImageData, Shuffled
 from vitlab.data.order import seed_of
 from vitlab.measure.evaluate import uses_bf16
 from vitlab.models import set_trainable
@@ -54,9 +54,9 @@ class Training:
     def __init__(self, model: nn.Module, data: ImageData, recipe: Recipe, engine: Engine, teacher: nn.Module | None,
                  seed: int, device: torch.device, limit: int | None, workers: int | None) -> None:
         self.model, self.recipe, self.engine, self.seed, self.device = model, recipe, engine, seed, device
-        self.batches = data.batches("train", model, batch_size=self._batch_size(), training=True, limit=limit,
-                                    seed=seed, workers=workers, augment={"hflip": 0.5, **recipe.augment}, shared=True,
-                                    turns=engine.accumulate, repeats=recipe.repeats)
+        drawn = Shuffled(augment={"hflip": 0.5, **recipe.augment}, turns=engine.accumulate, repeats=recipe.repeats)
+        self.batches = data.batches("train", model, batch_size=self._batch_size(), training=drawn, limit=limit,
+                                    seed=seed, workers=workers, shared=True)
         train = data.split("train")
         size = min(data.logged, len(train)) if hasattr(train, "__len__") else data.logged      # a stream has no length
         self.slice = data.batches("train", model, limit=size, seed=seed, workers=0, shared=True)
