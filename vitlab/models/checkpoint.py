@@ -94,15 +94,21 @@ def _check_config(config: Any, classes: Any) -> None:
         raise InputError('"classes" must be a list of names or null')
 
 
+def _layers(model: nn.Module) -> dict[str, Any]:
+    """What is set of its layers besides weights: each innermost one in words, and the numbers of all (attn.scale)."""
+    seen = {name: each for name, each in model.named_modules() if not isinstance(each, UNSEEN)}
+    numbers = {f"{name}.{key}": value for name, each in seen.items() for key, value in vars(each).items()
+               if isinstance(value, float)}
+    return {name: repr(each) for name, each in seen.items() if next(each.children(), None) is None} | numbers
+
+
 def _check_rebuilt(info: dict[str, Any], plan: CompressionPlan, model: nn.Module, folder: Path) -> None:
     """InputError where what a checkpoint says of a model does not build it: some layer was replaced by another."""
     # A deployed form is computed from numbers, which the meta device has not.
     with torch.random.fork_rng(devices=[]), torch.device("cpu" if info["deployed"] else "meta"):
         dense = _dense(info)
     made = _in_form(dense, plan, info["deployed"])
-    layers, now = ({name: repr(each) for name,
-                    each in m.named_modules() if not len(list(each.children())) and not isinstance(each, UNSEEN)}
-                   for m in (made, model))
+    layers, now = _layers(made), _layers(model)
     odd = next((f"{name} is {now.get(name)} in place of {layers.get(name)}" for name in {**layers, **now}
                 if layers.get(name) != now.get(name)), None)
     try:
