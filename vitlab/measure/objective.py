@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlab.measure.confusion import Confusion, scores_of_groups
-from vitlab.measure.evaluate import autocast, check_targets
-from vitlab.measure.pixels import at_targets, each_divergence, ignored, log_probabilities
+from vitlab.measure.evaluate import autocast, check_targets, each_divergence
+from vitlab.measure.pixels import at_targets, ignored, log_probabilities
 from vitlab.models import compress, deploy, shape_of
 from vitlab.models.support import embedded, runs_in_parts
 from vitlab.plan import BlockPlan, CompressionPlan

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from vitlab.data.layouts import IGNORE
 from vitlab.measure.confusion import Confusion, SegmentationScores
-from vitlab.measure.evaluate import Accuracy, autocast, check_targets, each_divergence, evaluate
+from vitlab.measure.evaluate import Accuracy, autocast, check_targets, evaluate
 from vitlab.models.segmenter import Segmenter
 from vitlab.models.support import finished
 from vitlab.models.windows import segment
@@ -63,11 +63,6 @@ def at_targets(model: nn.Module, given: Tensor, targets: Tensor) -> Tensor:
     """`log_probabilities` where the targets are: of patches, those of the pixels (the logits of pixels lie between
     those of patches, and a number that is the same for all classes changes no softmax)."""
     return given if targets.dim() == 1 else model.upsample(given, targets.shape[1:]).log_softmax(dim=1)
-
-
-def divergence(given: Tensor, expected: Tensor) -> Tensor:
-    """`each_divergence`, summed over images."""
-    return each_divergence(given, expected).sum()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from vitlab.data import ImageData, Shuffled
 from vitlab.measure.capture import Batches, frozen_eval
-from vitlab.measure.pixels import divergence, each_divergence, log_probabilities
+from vitlab.measure.evaluate import each_divergence
+from vitlab.measure.pixels import log_probabilities
 from vitlab.models import set_trainable
 from vitlab.runtime.files import InputError
 from vitlab.runtime.uncertainty import standard_error, with_error
@@ -100,7 +101,7 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Di
                         group["lr"] = lr * min(1, (over + 1e-3) / WARMUP) * (1 + math.cos(math.pi * over)) / 2
                     with torch.no_grad():
                         expected = log_probabilities(teacher, images, amp)
-                    loss = divergence(log_probabilities(model, images, amp), expected) / len(images)
+                    loss = each_divergence(log_probabilities(model, images, amp), expected).sum() / len(images)
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                     found = {"loss": float(loss.detach()), "gradient's norm": float(gradient_norm(model))}
