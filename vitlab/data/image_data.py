@@ -24,14 +24,6 @@ from vitlab.runtime.files import InputError
 SIZED = 10_000
 
 
-def _known_by(path: str) -> str:
-    """Path and size of a file; the name alone of what is none."""
-    try:
-        return f"{path} {os.stat(path).st_size}"
-    except OSError:
-        return path
-
-
 class Renumbered:
     """A reader whose class i is number numbers[i]."""
 
@@ -98,8 +90,8 @@ class ImageData:
             raise InputError(f"{what}: their order differs, number {number} is {self.classes[number]!r} here and "
                              f"{known[number]!r} there")
         numbers, found = [list(known).index(name) for name in self.classes], copy.copy(self)
-        found.splits = {name: Images(Renumbered(images.reader, numbers), images.indices) for name,
-                        images in self.splits.items()}
+        found.splits = {name: Images(Renumbered(images.reader, numbers), images.indices)
+                        for name, images in self.splits.items()}
         found.classes = list(known)
         return found
 
@@ -142,8 +134,8 @@ class ImageData:
             found.roles, found.limits = dict(limits), limits
         else:
             made = part(len(train), seed, limits)
-            found.splits = {role: type(train)(train.reader, [train.indices[i] for i in own]) for role,
-                            own in made.indices.items()}
+            found.splits = {role: type(train)(train.reader, [train.indices[i] for i in own])
+                            for role, own in made.indices.items()}
             found.roles, said = {role: len(own) for role, own in made.indices.items()}, made.said
         if said:
             found.roles = {**found.roles, "shared": list(said)}
@@ -160,8 +152,10 @@ class ImageData:
         named = [self.name, *(classes if type(images) is Images and classes != sorted(classes) else [])]
         if not isinstance(images, Images):
             return named
-        step = -(-len(images) // SIZED)
-        return [*named, *(images.path(i) if i % step else _known_by(images.path(i)) for i in range(len(images)))]
+        step, paths = -(-len(images) // SIZED), [images.path(i) for i in range(len(images))]
+        sized = (f"{path} {os.stat(path).st_size}" if not i % step and os.path.exists(path) else path
+                 for i, path in enumerate(paths))
+        return [*named, *sized]
 
     def check_fits(self, num_classes: int) -> None:
         """InputError where the class numbers can't be the classifier's."""

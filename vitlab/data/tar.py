@@ -63,8 +63,8 @@ class TarReader:
 
     def __init__(self, path: Path, classes: dict[str, list[tuple[str, Member]]], numbers: dict[str, int]) -> None:
         self.path = path
-        self.samples = [(name, member, numbers[label]) for label, members in classes.items() for name,
-                        member in members]
+        self.samples = [(name, member, numbers[label]) for label, members in classes.items()
+                        for name, member in members]
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -61,8 +61,8 @@ class PlanObjective:
         if not labelled and metric != "distill_loss":
             raise InputError(f"metric {metric!r} needs labels, which these images have not; 'distill_loss' needs none")
         self.labelled = labelled
-        self.device, self.own, self.metric, self.amp, self.build = torch.device(device), own_metric(
-            shape), metric, amp, build
+        self.device, self.own, self.metric = torch.device(device), own_metric(shape), metric
+        self.amp, self.build = amp, build
         self.dense = copy.deepcopy(dense).to(self.device).eval()
         self._read(batches)
 

@@ -40,10 +40,9 @@ def each_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Each image's own (B); of pixels the mean over those of the image that count. Raises InputError as `check_targets`
     does."""
     check_targets(targets)
-    # (B) or (B, H, W)
-    each = F.cross_entropy(logits, targets, reduction="none", ignore_index=ignored(targets))
-    return each.reshape(len(each),
-                        -1).sum(dim=1) / (targets != ignored(targets)).reshape(len(each), -1).sum(dim=1).clamp(min=1)
+    each = F.cross_entropy(logits, targets, reduction="none", ignore_index=ignored(targets))    # (B) or (B, H, W)
+    losses, counted = (v.reshape(len(v), -1).sum(dim=1) for v in (each, targets != ignored(targets)))
+    return losses / counted.clamp(min=1)
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from vitlab.models.compress import check_agrees
 from vitlab.models.create import architecture, rebuild
 from vitlab.models.fold import FoldedBlock
 from vitlab.models.hub import SETTINGS, check_settings, set_settings, settings_of
-from vitlab.models.segmenter import Segmenter, encoder_source, rebuild_segmenter, segmenter_source
+from vitlab.models.segmenter import Segmenter, rebuild_segmenter, segmenter_source
 from vitlab.models.weights import check_fits, load_state, read_state
 from vitlab.plan import CompressionPlan
 from vitlab.plan.shape import is_int
@@ -67,12 +67,10 @@ def save(folder: str | Path, model: nn.Module, plan: CompressionPlan, *, classes
     folder = Path(folder)
     if not is_deployed(model):
         check_agrees(model, plan)
-    of_pixels = isinstance(model, Segmenter)
-    source = encoder_source(model.encoder) if of_pixels else architecture(model)
-    decoder = {"segmenter": segmenter_source(model)} if of_pixels else {}
-    info = {"format": FORMAT, "version": VERSION, "model": source, **decoder, "deployed": is_deployed(model),
-            "config": settings_of(encoder_of(model)),
-            "classes": classes, "made_by": made_by or {}, "versions": versions()}
+    decoder = {"segmenter": segmenter_source(model)} if isinstance(model, Segmenter) else {}
+    info = {"format": FORMAT, "version": VERSION, "model": architecture(encoder_of(model)), **decoder,
+            "deployed": is_deployed(model), "config": settings_of(encoder_of(model)), "classes": classes,
+            "made_by": made_by or {}, "versions": versions()}
     wrong = not_finite(model)
     if wrong is not None:
         raise InputError(f"{folder}: not written, since {wrong} is not finite")
@@ -82,16 +80,6 @@ def save(folder: str | Path, model: nn.Module, plan: CompressionPlan, *, classes
         plan.save(temporary / PLAN)
         (temporary / INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     return folder
-
-
-def _check_config(config: Any, classes: Any) -> None:
-    """InputError where the image settings or class names of a checkpoint.json are of the wrong kind."""
-    try:
-        check_settings(config)
-    except InputError as error:
-        raise InputError(f'"config" must hold {", ".join(SETTINGS)} of images: {error}') from None
-    if classes is not None and not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
-        raise InputError('"classes" must be a list of names or null')
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
@@ -146,9 +134,22 @@ def _by_todays_names(state: dict[str, Tensor], model: nn.Module, plan: Compressi
     blocks = ("" if encoder_of(model) is model else "encoder.") + "blocks"
     moved = {f"{blocks}.{i}.tokens.reconstruct_matrix": f"{blocks}.{i - place}.tokens.reconstruct_matrix"
              for i, (_, place) in enumerate(plan.rules()) if place}
-    planned = {name: value for name,
-               value in model.state_dict().items() if name.endswith((".regions", ".weights", ".own", ".mask"))}
+    planned = {name: value for name, value in model.state_dict().items()
+               if name.endswith((".regions", ".weights", ".own", ".mask"))}
     return planned | {moved.get(name, name): value for name, value in state.items()}
+
+
+def _check_info(info: dict[str, Any], config: Any) -> None:
+    """InputError where what a checkpoint.json says besides the model is of the wrong kind."""
+    try:
+        check_settings(config)
+    except InputError as error:
+        raise InputError(f'"config" must hold {", ".join(SETTINGS)} of images: {error}') from None
+    classes = info.get("classes")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
+        raise InputError('"classes" must be a list of names or null')
+    if not isinstance(info.get("deployed", False), bool):
+        raise InputError('"deployed" must be true or false')
 
 
 def find(path: str | Path) -> Path:
@@ -171,9 +172,7 @@ def load(path: str | Path) -> Checkpoint:
         raise InputError(f"{where}: not a {FORMAT} of version {VERSION}")
     config, plan = info.get("config") or {}, CompressionPlan.load(folder / PLAN)
     try:
-        _check_config(config, info.get("classes"))
-        if not isinstance(info.get("deployed", False), bool):
-            raise InputError('"deployed" must be true or false')
+        _check_info(info, config)
         dense = _dense(info, _check_size(info, plan, folder / WEIGHTS))
     except InputError as error:
         raise InputError(f"{where}: {error}") from None

@@ -105,9 +105,8 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Di
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                     found = {"loss": float(loss.detach()), "gradient's norm": float(gradient_norm(model))}
-                    fault = next((f"the {what} of self-distillation is {v} at step {done + 1}" for what,
-                                  v in found.items()
-                                  if not math.isfinite(v)), None)
+                    fault = next((f"the {what} of self-distillation is {value} at step {done + 1}"
+                                  for what, value in found.items() if not math.isfinite(value)), None)
                     skipped = 0 if fault is None else skipped + 1
                     if fault is None:
                         losses.append(found["loss"])
