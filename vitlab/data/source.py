@@ -11,13 +11,9 @@ from vitlab.data.streams import TIMM_PREFIXES, open_timm
 from vitlab.data.tar import TarReader, find_tars, read_tar
 from vitlab.runtime.files import InputError, from_root
 
-
-def _open_digits() -> ImageData:
-    return ImageData("digits", {name: Images(DigitsReader(name)) for name in ("train", "test")}, list(CLASSES),
-                     len(CLASSES))
-
-
-DATA_SETS: dict[str, Callable[[], ImageData]] = {"digits": _open_digits}
+DATA_SETS: dict[str, Callable[[], ImageData]] = {
+    "digits": lambda: ImageData("digits", {name: Images(DigitsReader(name)) for name in ("train", "test")},
+                                list(CLASSES), len(CLASSES))}
 
 
 def open_data(data: str | Path, *, class_map: str | Path | None = None) -> ImageData:

@@ -16,7 +16,7 @@ import vitlab
 from vitlab.models import compress, deploy, encoder_of
 from vitlab.models.compress import check_agrees
 from vitlab.models.create import architecture, rebuild
-from vitlab.models.fold import FoldedBlock
+from vitlab.models.deploy import FoldedBlock
 from vitlab.models.hub import SETTINGS, check_settings, set_settings, settings_of
 from vitlab.models.segmenter import Segmenter, rebuild_segmenter, segmenter_source
 from vitlab.models.weights import check_fits, load_state, read_state

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitlab.models.create import rebuild
 from vitlab.models.decoders import DECODERS
-from vitlab.models.fold import Fold
+from vitlab.models.deploy import Fold
 from vitlab.models.support import attention_block, check_supported, is_merged
 from vitlab.plan.shape import is_int
 from vitlab.runtime.files import InputError

@@ -7,7 +7,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from vitlab.models.fold import Fold, FoldedBlock
+from vitlab.models.deploy import Fold, FoldedBlock
 from vitlab.models.read_out import ReadOutBlock
 from vitlab.models.select import SelectBlock
 from vitlab.plan.shape import POOL_TOKEN
