@@ -41,6 +41,11 @@ def hooks(handles: list) -> Iterator[None]:
             handle.remove()
 
 
+def begun(x: Tensor) -> Tensor:
+    """x itself, or, where no graph leads to it (in the first block: it need not begin at the image), its start."""
+    return x if x.requires_grad else x.detach().requires_grad_()
+
+
 class Averages(NamedTuple):
     """Means over images, (L, ...) each, and what they were taken over."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlab.criteria.hsic import at_least_float32, dependence, gaussian_kernels
-from vitlab.measure.averaging import Averages, Batches, averaged, frozen_eval, hooks
+from vitlab.measure.averaging import Averages, Batches, averaged, begun, frozen_eval, hooks
 from vitlab.measure.pixels import cross_entropy, each_cross_entropy, logits_of
 from vitlab.models import attention_block, check_supported, is_merged, shape_of
 from vitlab.models.held import Merged
@@ -45,9 +45,7 @@ class ValueGradient:
 
     def _hook(self, index: int):
         def forward(module: nn.Module, inputs: tuple, qkv: Tensor) -> Tensor:
-            if not qkv.requires_grad:                       # the first block: the graph begins here, not at the image
-                qkv = qkv.detach().requires_grad_()
-            width = self.attentions[index].attn_dim
+            qkv, width = begun(qkv), self.attentions[index].attn_dim
             value = qkv.detach()[..., 2 * width:]                               # (B, N, H d)
 
             def backward(grad: Tensor) -> None:

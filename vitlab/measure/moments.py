@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vitlab.criteria.compensation import Moments
-from vitlab.measure.averaging import frozen_eval, hooks
+from vitlab.measure.averaging import begun, frozen_eval, hooks
 from vitlab.measure.evaluate import autocast
 from vitlab.measure.pixels import logits_of
 from vitlab.models import attention_block
@@ -66,9 +66,7 @@ def fisher(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, images
 
     def hook(layer: Layer):
         def forward(_: nn.Module, given: tuple, output: Tensor) -> Tensor:
-            # the first of all layers: the graph begins here, not at the image
-            if not output.requires_grad:
-                output = output.detach().requires_grad_()
+            output = begun(output)
 
             def backward(gradient: Tensor) -> None:
                 rows = gradient.detach().float()                                # (B, N, D)
