@@ -1,6 +1,6 @@
 """Splits of images with masks, and their batches: what Images, Batches and ImageData are for classes."""
 from collections.abc import Iterator
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -21,18 +21,9 @@ AUGMENT = ("scale", "hflip", "color_jitter")
 REPORT_ON, CHOOSE_ON = ("test", "val", "validation"), ("val", "validation")
 
 
-class SceneReader(Protocol):
-    """Indexable (RGB image, mask (H, W) uint8 of class numbers and 255) pairs."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, i: int) -> tuple[Image.Image, np.ndarray]: ...
-
-    def filename(self, i: int) -> str: ...
-
-
 class Scenes(Images):
-    """A split, or a slice of one; a key may carry what its random numbers follow from, as that of Images."""
+    """A split, or a slice of one, of a reader that gives (RGB image, mask (H, W) uint8 of class numbers and 255); a key
+    may carry what its random numbers follow from, as that of Images."""
 
     def scene(self, i: int) -> tuple[Image.Image, np.ndarray]:
         """(RGB image, mask (H, W) uint8), untransformed. Raises InputError naming a file that is wrong."""

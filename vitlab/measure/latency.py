@@ -1,4 +1,4 @@
-"""The latency table of a model, measured once on this machine and kept; and how well it predicts whole models."""
+"""The latency table of a model, measured once on this machine and kept."""
 import copy
 import dataclasses
 import hashlib
@@ -8,7 +8,6 @@ import random
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vitlab.criteria.planning import prune_and_merge
-from vitlab.measure.throughput import DTYPES, _once, conditions, hold_memory, measure
+from vitlab.measure.throughput import DTYPES, _once, conditions, hold_memory
 from vitlab.models import compress, deploy, encoder_of, shape_of
 from vitlab.models.attention import PrefixAttention, attention_as
 from vitlab.models.match import MatchBlock
@@ -203,37 +202,3 @@ def latency_table(model: nn.Module, *, batch_size: int = 32, dtype: str = "float
         warnings.warn(f"{path}: the table could not be kept ({error.strerror}); it will be measured again",
                       stacklevel=2)
     return table
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PredictionError:
-    """Predicted and measured latency_ms of whole models, arrays in the order of names."""
-
-    names: tuple[str, ...]
-    predicted_ms: np.ndarray
-    measured_ms: np.ndarray
-    relative: np.ndarray            # predicted / measured - 1: above 0, the model is faster than was said
-    median: float                   # of the relative errors without their signs
-    largest: float
-
-
-def prediction_error(table: LatencyTable, models: dict[str, tuple[CompressionPlan, nn.Module]], *,
-                     device: str | torch.device = "cpu", repeats: int = 5, **settings: Any) -> PredictionError:
-    """Measure deployed models {name: (plan, model)} at the table's batch and dtype, against what it predicts.
-
-    settings go to throughput.measure. Raises InputError where a plan is for another shape, or where device, threads or
-    torch are not what the table was measured with.
-    """
-    batch, dtype = table.conditions["batch_size"], table.conditions["dtype"]
-    for name, now in conditions(torch.device(device), dtype, batch, 1).items():
-        was = table.conditions.get(name, now)
-        require(was == now, f"the table was measured with {name} {was!r}; now it is {now!r}")
-    for plan, _ in models.values():
-        plan.check_fits(table.shape)
-    speeds = measure({name: model for name, (_, model) in models.items()}, batch_size=batch, dtype=dtype, device=device,
-                     repeats=repeats, **settings)
-    measured = np.array([speed.latency_ms for speed in speeds.values()])
-    predicted = np.array([table.predict(counts_of(plan)) for plan, _ in models.values()])
-    relative = predicted / measured - 1
-    return PredictionError(names=tuple(models), predicted_ms=predicted, measured_ms=measured, relative=relative,
-                           median=float(np.median(abs(relative))), largest=float(abs(relative).max()))
