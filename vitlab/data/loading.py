@@ -14,7 +14,7 @@ import torch
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
-from vitlab.data.order import PlainOrder, Shuffled, TrainingOrder, ignore_requests
+from vitlab.data.order import Shuffled, TrainingOrder, ignore_requests, plain_order
 from vitlab.runtime import parallel
 from vitlab.runtime.files import InputError, first_line
 
@@ -25,14 +25,14 @@ KILLED = re.compile(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (.*)")
 
 def load(images: Sized, batch_size: int, *, training: Shuffled | None = None, seed: int = 0, workers: int | None = None,
          embedded: bool = False, shared: bool = False,
-         collate: Callable[[list], Any] | None = None) -> tuple[DataLoader, PlainOrder | TrainingOrder]:
+         collate: Callable[[list], Any] | None = None) -> tuple[DataLoader, list[range] | TrainingOrder]:
     """(loader, its order) of images that have their transform; the settings are those of `ImageData.batches`. embedded:
     small, and read by this process where workers is None."""
     if workers is None:
         workers = 0 if embedded else default_workers()
     rank, world = (parallel.rank(), parallel.world()) if shared else (0, 1)
     if training is None:
-        order = PlainOrder(images, batch_size, rank, world)
+        order = plain_order(images, batch_size, rank, world)
     else:
         batch_size = min(batch_size, max(1, len(images) // (world * training.turns)))
         order = TrainingOrder(images, batch_size, seed=seed, turns=training.turns, repeats=training.repeats, rank=rank,

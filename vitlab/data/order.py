@@ -53,18 +53,10 @@ def ignore_requests(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-class PlainOrder(Sampler):
-    """All images once, in their order; whole batches go round the processes."""
-
-    def __init__(self, images: Sized, batch_size: int, rank: int = 0, world: int = 1) -> None:
-        self.places, self.batch_size = range(len(images)), batch_size
-        self.starts = self.places[::batch_size][rank::world]
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (list(self.places[first:first + self.batch_size]) for first in self.starts)
+def plain_order(images: Sized, batch_size: int, rank: int = 0, world: int = 1) -> list[range]:
+    """The images of each batch of one process: all once, in their order; whole batches go round the processes."""
+    places = range(len(images))
+    return [places[first:first + batch_size] for first in places[::batch_size][rank::world]]
 
 
 class TrainingOrder(Sampler):
