@@ -17,8 +17,9 @@ import torch
 from off_the_shelf import CROP
 
 from vitlab.criteria.compensation import RIDGE
+from vitlab.measure.evaluate import each_divergence
 from vitlab.measure.moments import fisher
-from vitlab.measure.pixels import each_divergence, log_probabilities
+from vitlab.measure.pixels import log_probabilities
 from vitlab.measure.units import unit_scores
 from vitlab.models import compress, deploy
 from vitlab.plan import cost

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.measure.capture import token_scores
-from vitlab.measure.evaluate import uses_bf16
-from vitlab.measure.pixels import each_divergence, log_probabilities
+from vitlab.measure.evaluate import each_divergence, uses_bf16
+from vitlab.measure.pixels import log_probabilities
 from vitlab.measure.throughput import conditions, measure
 from vitlab.models import compress, deploy
 from vitlab.plan import CompressionPlan, cost

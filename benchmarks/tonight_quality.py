@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from vitlab.measure.pixels import each_divergence, log_probabilities
+from vitlab.measure.evaluate import each_divergence
+from vitlab.measure.pixels import log_probabilities
 from vitlab.models import deploy
 from vitlab.plan import CompressionPlan, cost
 from vitlab.runtime.files import InputError, append_line, read_lines, write_lines

@@ -17,7 +17,7 @@ from training_fixtures import NAME, SIZE, compressed, full_plan, images, logits,
 
 import vitlab
 from vitlab.data import open_data
-from vitlab.models import checkpoint, compress, deploy, shape_of
+from vitlab.models import attention_block, checkpoint, compress, deploy, shape_of
 from vitlab.models.checkpoint import INFO, PLAN, WEIGHTS
 from vitlab.models.create import create_model
 from vitlab.models.segmenter import Segmenter, set_norm_eps
@@ -153,6 +153,14 @@ def test_a_model_not_made_by_timm_is_refused(tmp_path):
     model, plan = make("dense")
     del model.pretrained_cfg
     with pytest.raises(InputError, match="not made by timm.create_model"):
+        checkpoint.save(tmp_path / "c", model, plan)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_number_of_a_layer_that_was_changed_is_refused_by_its_name(tmp_path):
+    model, plan = make("compressed")
+    attention_block(model.blocks[1]).attn.scale *= 2
+    with pytest.raises(InputError, match=r"blocks\.1\.(block\.)?attn\.scale is .* in place of"):
         checkpoint.save(tmp_path / "c", model, plan)
     assert not (tmp_path / "c").exists()
 

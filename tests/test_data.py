@@ -12,7 +12,7 @@ from PIL import Image, features
 from sklearn.datasets import load_digits
 from training_fixtures import one_thread, tiny, write_folder, write_grey  # noqa: F401
 
-from vitlab.data import open_data
+from vitlab.data import Shuffled, open_data
 from vitlab.runtime.files import InputError
 
 
@@ -356,7 +356,8 @@ def test_greyscale_palette_and_transparent_images_come_as_three_channels(tmp_pat
 
 def test_training_batches_are_shuffled_anew_each_pass_and_drop_the_last_partial_batch(tmp_path):
     data = open_data(write_folder(tmp_path, {"train": 11}))                     # 33 images: 6 batches of 5, 3 left over
-    batches = data.batches("train", tiny(), batch_size=5, training=True, workers=0, augment={"color_jitter": 0.0})
+    batches = data.batches("train", tiny(), batch_size=5, workers=0,
+                           training=Shuffled(augment={"color_jitter": 0.0}))
     torch.manual_seed(0)
     first, second = list(batches), list(batches)
     assert len(batches) == 6 and [len(x) for x, _ in first] == [5] * 6
@@ -376,7 +377,7 @@ def test_evaluation_batches_keep_the_last_partial_batch_and_the_order(tmp_path):
 
 def test_a_training_split_smaller_than_the_batch_is_one_batch_and_not_none(tmp_path):
     data = open_data(write_folder(tmp_path, {"train": 2}))
-    assert [len(x) for x, _ in data.batches("train", tiny(), batch_size=64, training=True, workers=0)] == [6]
+    assert [len(x) for x, _ in data.batches("train", tiny(), batch_size=64, training=Shuffled(), workers=0)] == [6]
 
 
 def test_images_come_in_the_models_size_mean_and_deviation(tmp_path):

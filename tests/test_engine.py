@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from training_fixtures import images, one_thread, small_recipe, tiny, token_plan, write_easy_folder  # noqa: F401
 
-from vitlab.data import Batches, open_data
+from vitlab.data import Batches, Shuffled, open_data
 from vitlab.data import order as order_of_images
 from vitlab.data.order import TrainingOrder, drawing, seed_of
 from vitlab.measure.evaluate import evaluate
@@ -238,7 +238,7 @@ def test_repeated_augmentation_takes_each_image_several_times_in_a_row_drawn_ane
     assert len(epoch) == 48 and len({i for i, _ in epoch}) == 16
     assert all(len({i for i, _ in epoch[k:k + 3]}) == 1
                for k in range(0, 48, 3)) and len({seed for _, seed in epoch}) == 48
-    batches = data.batches("train", tiny(), batch_size=6, training=True, repeats=3, seed=1, workers=0)
+    batches = data.batches("train", tiny(), batch_size=6, training=Shuffled(repeats=3), seed=1, workers=0)
     x, _ = next(iter(batches))
     assert not torch.equal(x[0], x[1]) and not torch.equal(x[1], x[2])
 
@@ -276,7 +276,7 @@ def test_an_epoch_makes_no_seed_before_its_image_is_read(data, monkeypatch):
     made = []
     monkeypatch.setattr(order_of_images, "seed_of", lambda *numbers: (made.append(numbers), seed_of(*numbers))[1])
     assert len([key for batch in TrainingOrder(range(4000), 8, seed=1) for key in batch]) == 4000 and made == [(1, 0)]
-    next(iter(data.batches("train", tiny(), batch_size=6, training=True, seed=1, workers=0)))
+    next(iter(data.batches("train", tiny(), batch_size=6, training=Shuffled(), seed=1, workers=0)))
     assert len(made) == 2 + 6
 
 

@@ -12,8 +12,8 @@ from training_fixtures import full_plan, one_thread, tiny, token_plan  # noqa: F
 
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.measure import latency
-from vitlab.measure.latency import grid_axes, latency_table, measure_table, prediction_error
-from vitlab.models import compress, deploy, shape_of
+from vitlab.measure.latency import grid_axes, latency_table, measure_table
+from vitlab.models import shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.cost import Counts, counts_of
 from vitlab.plan.latency import AXES, LatencyTable
@@ -339,38 +339,6 @@ def test_a_model_without_prefix_tokens_has_no_time_of_selection():
 def test_what_cant_be_measured_is_refused(change, words):
     with pytest.raises(InputError, match=words):
         measure_table(tiny(), **{**FAST, **change})
-
-
-def test_the_error_of_a_prediction_is_against_the_measured_model(monkeypatch):
-    dense = tiny()
-    plans = {"dense": CompressionPlan.empty(shape_of(dense)), "tokens": token_plan(dense), "all": full_plan(dense)}
-    models = {name: (plan, deploy(compress(dense, plan))) for name, plan in plans.items()}
-    table = made(shape_of(dense), **latency.conditions_of(dense, 2, "float32", "cpu"))
-    predicted = np.array([by_hand(plan) for plan in plans.values()])
-    factors = np.array([0.8, 1.0, 1.25])                                                    # measured over predicted
-
-    def fake(given, *, batch_size, dtype, **settings):
-        assert list(given) == list(models) and (batch_size, dtype) == (2, "float32")
-        return {name: type("Speed", (), {"latency_ms": ms}) for name, ms in zip(given, predicted * factors)}
-    monkeypatch.setattr(latency, "measure", fake)
-    error = prediction_error(table, models)
-    np.testing.assert_allclose(error.predicted_ms, predicted, rtol=1e-9)
-    np.testing.assert_allclose(error.relative, [0.25, 0.0, -0.2], atol=1e-9)
-    assert error.names == tuple(models) and error.median == pytest.approx(0.2) and error.largest == pytest.approx(0.25)
-
-
-def test_an_error_is_measured_for_real_and_only_under_the_tables_conditions():
-    dense = tiny()
-    plan = token_plan(dense)
-    table = measure_table(dense, **FAST)
-    models = {"tokens": (plan, deploy(compress(dense, plan)))}
-    error = prediction_error(table, models, repeats=1, min_seconds=0.0, progress=False)
-    assert error.measured_ms.shape == (1,) and error.measured_ms[0] > 0 and np.isfinite(error.relative).all()
-    other = dataclasses.replace(table, conditions={**table.conditions, "threads": 97})
-    with pytest.raises(InputError, match="threads 97; now it is 1"):
-        prediction_error(other, models)
-    with pytest.raises(InputError, match="another model"):
-        prediction_error(made(SHAPE, **table.conditions), models)
 
 
 def test_regions_that_share_an_update_take_the_time_of_their_means_and_no_fold():

@@ -18,7 +18,7 @@ from test_data_sources import write_shards, write_tars
 from training_fixtures import one_thread, tiny, write_easy_folder, write_folder, write_grey  # noqa: F401
 
 from vitlab import cli
-from vitlab.data import open_data
+from vitlab.data import Shuffled, open_data
 from vitlab.data.folder import read_class_map
 from vitlab.data.images import Images
 from vitlab.data.listing import ENDINGS, images_below, images_in
@@ -167,7 +167,7 @@ def test_a_strip_that_would_be_resized_to_gigabytes_is_left_out_by_name_and_size
     strip = tmp_path / "val" / "ant" / "strip.png"
     Image.new("1", size).save(strip)
     assert strip.stat().st_size < 5000
-    for training in (False, True):
+    for training in (None, Shuffled()):
         batches = open_data(tmp_path).batches("val", tiny(), workers=0, training=training)
         with pytest.warns(UserWarning, match=f"strip.png: can't be read as an image .{size[0]} x {size[1]} pixels; the "
                                              f"long side may be"):
@@ -398,7 +398,7 @@ class Zeros:
 
 
 def end_by_an_error() -> None:
-    loader, _ = load(Zeros(), 2, training=False, seed=0, workers=1, embedded=False, shared=False, turns=1, repeats=1)
+    loader, _ = load(Zeros(), 2, workers=1)
     batches = iter(loader)
     next(batches)
     raise ValueError("a fault of the program")

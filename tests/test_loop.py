@@ -17,7 +17,7 @@ import torch
 from training_fixtures import compressed, one_thread, small_recipe, tiny, write_easy_folder, write_folder  # noqa: F401
 
 import vitlab
-from vitlab.data import Batches, open_data
+from vitlab.data import Batches, Shuffled, open_data
 from vitlab.measure.evaluate import evaluate
 from vitlab.runtime.files import InputError, read_lines
 from vitlab.training import loop, states
@@ -442,8 +442,8 @@ def test_an_epoch_of_which_every_step_was_left_out_has_no_loss(easy, tmp_path, m
 
 def data_order(data, folder) -> list[list[str]]:
     """The files of each step that a run of this data reads, known by opening its batches as images."""
-    batches = data.batches("train", tiny(), batch_size=16, training=True, seed=0, workers=0, shared=True, turns=1,
-                           augment=small_recipe().augment | {"hflip": 0.0})
+    batches = data.batches("train", tiny(), batch_size=16, seed=0, workers=0, shared=True,
+                           training=Shuffled(augment=small_recipe().augment | {"hflip": 0.0}))
     dataset, found = batches.loader.dataset, []
     for epoch in range(3):
         batches.begin(epoch)

@@ -13,6 +13,7 @@ from training_fixtures import one_thread, tiny  # noqa: F401
 from vitlab.data.joint import evaluation_transform, training_transform
 from vitlab.data.layouts import CAMVID, CITYSCAPES, LAYOUTS, PASCAL_CONTEXT
 from vitlab.data.masks import open_scenes
+from vitlab.data.order import Shuffled
 from vitlab.data.scene_data import SceneData, Scenes
 from vitlab.runtime.files import InputError
 
@@ -433,9 +434,9 @@ def same(a: list, b: list) -> bool:
     return len(a) == len(b) and all(torch.equal(p, q) for left, right in zip(a, b) for p, q in zip(left, right))
 
 
-def batches(training: bool = True, **settings):
-    settings = {"batch_size": 4, "limit": 14, "seed": 5, "workers": 0, **settings}
-    return open_scenes("digit_scenes").batches("train", Model(), training=training, **settings)
+def batches(**settings):
+    settings = {"batch_size": 4, "limit": 14, "seed": 5, "workers": 0, "training": Shuffled(), **settings}
+    return open_scenes("digit_scenes").batches("train", Model(), **settings)
 
 
 def test_evaluation_batches_hold_every_image_once_in_order_with_int64_masks():
@@ -453,7 +454,7 @@ def test_training_batches_are_crops_of_the_models_size_whatever_whole_says():
     assert {(x.shape, y.shape) for x, y in batches()} == {((4, 3, 32, 32), (4, 32, 32))}
     data, model = open_scenes("digit_scenes"), Model(img_size=(24, 40))
     for whole in (False, True):
-        x, y = next(iter(data.batches("train", model, batch_size=4, limit=14, training=True, workers=0, whole=whole)))
+        x, y = next(iter(data.batches("train", model, batch_size=4, limit=14, training=Shuffled(), whole=whole)))
         assert x.shape == (4, 3, 24, 40) and y.shape == (4, 24, 40)
 
 
@@ -473,7 +474,7 @@ def test_without_training_an_image_is_its_middle_at_the_models_size_and_what_is_
 
 def test_scenes_are_not_resized_so_a_crop_share_is_refused():
     with pytest.raises(InputError, match="digit_scenes: crop_pct is 0.9, but scenes are taken as they are"):
-        batches(training=False, crop_pct=0.9)
+        batches(training=None, crop_pct=0.9)
 
 
 def test_training_goes_on_in_the_middle_of_an_epoch_bit_for_bit():
@@ -489,7 +490,7 @@ def test_training_goes_on_in_the_middle_of_an_epoch_bit_for_bit():
 
 
 def test_repeats_take_an_image_several_times_in_a_row_each_with_random_numbers_of_its_own():
-    found = batches(repeats=2)
+    found = batches(training=Shuffled(repeats=2))
     names = [found.names(0, batch) for batch in range(3)]
     assert all(four[0] == four[1] and four[2] == four[3] for four in names)
     images = next(iter(found))[0]
@@ -514,7 +515,7 @@ def test_two_processes_share_the_batches_of_one(monkeypatch):
     def places(rank: int, world: int, training: bool) -> list:
         monkeypatch.setattr("vitlab.runtime.parallel.rank", lambda: rank)
         monkeypatch.setattr("vitlab.runtime.parallel.world", lambda: world)
-        return list(batches(training, shared=True, batch_size=3))
+        return list(batches(training=Shuffled() if training else None, shared=True, batch_size=3))
     one = places(0, 1, False)
     halves = places(0, 2, False), places(1, 2, False)
     assert same([b for pair in itertools.zip_longest(*halves) for b in pair if b is not None], one)
@@ -548,7 +549,7 @@ def test_images_that_differ_in_size_are_evaluated_one_by_one(tmp_path):
         list(data.batches("val", Model(2), batch_size=2, workers=0, whole=True))
     assert [tuple(y.shape) for _,
             y in data.batches("val", Model(2), batch_size=1, workers=0, whole=True)] == [(1, 11, 13), (1, 7, 9)]
-    for training in (True, False):
+    for training in (Shuffled(), None):
         found = data.batches("val", Model(2, (8, 16)), batch_size=2, training=training, workers=0)
         assert [tuple(y.shape) for _, y in found] == [(2, 8, 16)]
 

@@ -10,10 +10,10 @@ from segmenting_fixtures import CLASSES, batches, given, masks, pictures, small
 from test_segmenter import upsampled_slowly
 from training_fixtures import images, one_thread, tiny  # noqa: F401
 
+from vitlab.measure.evaluate import each_divergence
 from vitlab.measure.pixels import (
     at_targets,
     cross_entropy,
-    divergence,
     each_cross_entropy,
     evaluate_scenes,
     log_probabilities,
@@ -84,13 +84,14 @@ def kl(given: list[float], expected: list[float]) -> float:
 def test_divergence_is_the_sum_over_images_of_kl_and_of_patches_their_mean():
     given, expected = (numbers(3, 5, seed=s).log_softmax(1) for s in (0, 1))
     wanted = sum(kl(g, e) for g, e in zip(given.tolist(), expected.tolist()))
-    assert float(divergence(given, expected)) == pytest.approx(wanted, rel=EXACT)
+    assert float(each_divergence(given, expected).sum()) == pytest.approx(wanted, rel=EXACT)
     given, expected = (numbers(3, 5, 2, 7, seed=s).log_softmax(1) for s in (0, 1))
     wanted = sum(kl(g, e) for g, e in zip(pixels_of(given), pixels_of(expected))) / 14
-    assert float(divergence(given, expected)) == pytest.approx(wanted, rel=EXACT)
-    assert float(divergence(given, given)) == 0
+    assert float(each_divergence(given, expected).sum()) == pytest.approx(wanted, rel=EXACT)
+    assert float(each_divergence(given, given).sum()) == 0
     # which is which matters
-    assert float(divergence(given, expected)) != pytest.approx(float(divergence(expected, given)), rel=1e-3)
+    other = float(each_divergence(expected, given).sum())
+    assert float(each_divergence(given, expected).sum()) != pytest.approx(other, rel=1e-3)
 
 
 @pytest.mark.parametrize("size", [(24, 40), (19, 37)])

@@ -16,7 +16,7 @@ from test_masks import folder as mask_folder
 from training_fixtures import one_thread, tiny, write_folder  # noqa: F401
 
 import vitlab
-from vitlab.data import open_data
+from vitlab.data import Shuffled, open_data
 from vitlab.data.folder import read_image
 from vitlab.data.masks import open_scenes
 from vitlab.data.rgb import grey, rgb
@@ -379,9 +379,8 @@ def test_a_model_of_one_channel_takes_grey_images_with_the_mean_of_the_means(tmp
     # a level of rounding
     assert np.abs((x[0, 0].numpy() * 0.3 + 0.5) * 255 - luma).max() <= 1.01
     assert grey(Image.fromarray(shown)).mode == "L"
-    batches = open_data(tmp_path).batches("train", model, training=True, workers=0,
-                                          augment={"color_jitter": 0.4, "re_prob": 1.0,
-                                                                                            "auto_augment": "rand-m9-mstd0.5-inc1"})  # noqa: E501
+    batches = open_data(tmp_path).batches("train", model, workers=0, training=Shuffled(augment={
+        "color_jitter": 0.4, "re_prob": 1.0, "auto_augment": "rand-m9-mstd0.5-inc1"}))
     assert next(iter(batches))[0].shape == (1, 1, 32, 32)
     assert as_input(sample_pictures(open_data(tmp_path), vitlab.shape_of(model))["data"], model).shape == (1, 1, 32, 32)
 

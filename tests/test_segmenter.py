@@ -14,9 +14,9 @@ from timm.layers import resample_abs_pos_embed
 from timm.optim import create_optimizer_v2
 
 from vitlab.models import compress, deploy, shape_of
-from vitlab.models.create import create_model
+from vitlab.models.create import architecture, rebuild
 from vitlab.models.decoders import DECODERS, MaskTransformer
-from vitlab.models.segmenter import Segmenter, as_encoder, create_encoder, encoder_source, rebuild_encoder
+from vitlab.models.segmenter import Segmenter, as_encoder
 from vitlab.models.windows import segment, slide, windows
 from vitlab.plan import BlockPlan, CompressionPlan, cost, tokens
 from vitlab.plan.rules import Match, ReadOut, Select
@@ -220,24 +220,11 @@ def test_as_encoder_has_no_classifier_no_pooling_and_the_same_tokens_and_leaves_
 
 def test_an_encoder_is_built_again_from_its_source(tiny_vit, family, images):
     encoder = as_encoder(tiny_vit(family))
-    again = rebuild_encoder(encoder_source(encoder))
+    again = as_encoder(rebuild(architecture(encoder)))
     again.load_state_dict(encoder.state_dict())
     with torch.no_grad():
         assert torch.equal(again.eval().forward_features(images(encoder)), encoder.forward_features(images(encoder)))
     assert again.global_pool == ""
-
-
-def test_create_encoder_rounds_the_size_up_to_the_patch_and_resamples_positions_by_timms_function(tmp_path):
-    dense = create_model("vit_nano_patch4_32", depth=2)
-    torch.save(dense.state_dict(), tmp_path / "weights.pth")
-    encoder = create_encoder("vit_nano_patch4_32", img_size=(41, 50), weights=tmp_path / "weights.pth", depth=2)
-    assert tuple(encoder.patch_embed.img_size) == (44, 52) and not encoder.training
-    wanted = resample_abs_pos_embed(dense.pos_embed.detach(), [11, 13], [8, 8])
-    assert torch.equal(encoder.pos_embed, wanted) and encoder.pos_embed.shape == (1, 144, 64)
-    assert torch.equal(encoder.blocks[1].mlp.fc2.weight, dense.blocks[1].mlp.fc2.weight)
-    assert tuple(create_encoder("vit_nano_patch4_32", img_size=30, depth=1).patch_embed.img_size) == (32, 32)
-    with pytest.raises(InputError, match="'vit_nanno': no such file or folder, and no timm model"):
-        create_encoder("vit_nanno", img_size=32)
 
 
 def test_other_families_are_refused():

@@ -52,8 +52,7 @@ def find_splits(root: Path) -> dict[str, Path]:
         inside = [split for split in SPLITS if (root / name / split).is_dir()]
         if "train" in inside[:len(inside) - 1] or inside and len(entries(root)[1]) == 1:
             raise InputError(f"{root}: one folder too high; {name}/ in it holds "
-                             f"{' and '.join(f'{split}/' for split in inside)}: "
-                             f"give {root / name}")
+                             f"{' and '.join(f'{split}/' for split in inside)}: give {root / name}")
     return splits
 
 
@@ -140,8 +139,7 @@ def class_numbers(root: Path, folders: dict[str, Iterable[str]],
             unknown = sorted(set(classes) - set(numbers), key=natural)
             if unknown and len(unknown) == len(set(classes)):
                 raise InputError(f"{path}: a class map of none of the classes of {root / split}; it names "
-                                 f"{next(iter(numbers))!r}, "
-                                 f"they are {unknown[0]!r}"
+                                 f"{next(iter(numbers))!r}, they are {unknown[0]!r}"
                                  + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""))
             if unknown:
                 raise InputError(f"{root / split / unknown[0]}: not in the class map {path}"

@@ -33,11 +33,10 @@ def columns(name: str, features: Any) -> tuple[str, str | None]:
     for found, usual, what in ((images, IMAGE_NAMES, "images"), (labels, LABEL_NAMES, "classes")):
         chosen.append(found[0] if len(found) == 1 else next((key for key in usual if key in found), None))
         if chosen[-1] is None and (found or what == "images" or any(key in features for key in LABEL_NAMES)):
-            said = ", ".join(f"{key} ({getattr(feature, 'dtype', type(feature).__name__)})" for key,
-                             feature in features.items())
+            said = ", ".join(f"{key} ({getattr(feature, 'dtype', type(feature).__name__)})"
+                             for key, feature in features.items())
             raise InputError(f"{name}: which column holds the {what} can't be told; its columns are {said}; an Image "
-                             f"and a ClassLabel, or "
-                             f"integers named {LABEL_NAMES[0]}, are known")
+                             f"and a ClassLabel, or integers named {LABEL_NAMES[0]}, are known")
     return chosen[0], chosen[1]
 
 
@@ -61,9 +60,9 @@ class HuggingFaceReader:
 
     def __init__(self, dataset: Any, name: str, image: str, label: str | None) -> None:
         from datasets import Image
-        dataset = dataset.select_columns([image] if label is None else [image, label])
-        self.dataset, self.name, self.image, self.label = dataset.cast_column(image,
-                                                                              Image(decode=False)), name, image, label
+        self.dataset = dataset.select_columns([image] if label is None else [image, label]).cast_column(
+            image, Image(decode=False))
+        self.name, self.image, self.label = name, image, label
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -103,5 +102,5 @@ def open_hugging_face(name: str, root: str | None) -> tuple[dict[str, HuggingFac
         raise InputError(f"{name}: has none of the splits {', '.join(SPLITS)}; it has {sorted(found)}")
     image, label = columns(name, next(iter(splits.values())).features)
     names = {split: getattr(dataset.features.get(label), "names", None) for split, dataset in splits.items()}
-    return {split: HuggingFaceReader(dataset, f"{name}/{split}", image, label) for split,
-            dataset in splits.items()}, agreed(name, names)
+    readers = {split: HuggingFaceReader(dataset, f"{name}/{split}", image, label) for split, dataset in splits.items()}
+    return readers, agreed(name, names)

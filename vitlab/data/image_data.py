@@ -14,6 +14,7 @@ from torchvision.transforms import Compose
 from vitlab.data.folder import HELD_OUT_NAMES
 from vitlab.data.images import Batches, Images, image_config
 from vitlab.data.loading import default_workers, ending_with_this_process, load
+from vitlab.data.order import Shuffled
 from vitlab.data.parts import SHARES, STREAM, part
 from vitlab.data.rgb import grey, rgb
 from vitlab.runtime import parallel
@@ -21,14 +22,6 @@ from vitlab.runtime.files import InputError
 
 # images of a split whose sizes tell it from another: a stat of each of a million takes long
 SIZED = 10_000
-
-
-def _known_by(path: str) -> str:
-    """Path and size of a file; the name alone of what is none."""
-    try:
-        return f"{path} {os.stat(path).st_size}"
-    except OSError:
-        return path
 
 
 class Renumbered:
@@ -97,8 +90,8 @@ class ImageData:
             raise InputError(f"{what}: their order differs, number {number} is {self.classes[number]!r} here and "
                              f"{known[number]!r} there")
         numbers, found = [list(known).index(name) for name in self.classes], copy.copy(self)
-        found.splits = {name: Images(Renumbered(images.reader, numbers), images.indices) for name,
-                        images in self.splits.items()}
+        found.splits = {name: Images(Renumbered(images.reader, numbers), images.indices)
+                        for name, images in self.splits.items()}
         found.classes = list(known)
         return found
 
@@ -141,8 +134,8 @@ class ImageData:
             found.roles, found.limits = dict(limits), limits
         else:
             made = part(len(train), seed, limits)
-            found.splits = {role: type(train)(train.reader, [train.indices[i] for i in own]) for role,
-                            own in made.indices.items()}
+            found.splits = {role: type(train)(train.reader, [train.indices[i] for i in own])
+                            for role, own in made.indices.items()}
             found.roles, said = {role: len(own) for role, own in made.indices.items()}, made.said
         if said:
             found.roles = {**found.roles, "shared": list(said)}
@@ -159,8 +152,10 @@ class ImageData:
         named = [self.name, *(classes if type(images) is Images and classes != sorted(classes) else [])]
         if not isinstance(images, Images):
             return named
-        step = -(-len(images) // SIZED)
-        return [*named, *(images.path(i) if i % step else _known_by(images.path(i)) for i in range(len(images)))]
+        step, paths = -(-len(images) // SIZED), [images.path(i) for i in range(len(images))]
+        sized = (f"{path} {os.stat(path).st_size}" if not i % step and os.path.exists(path) else path
+                 for i, path in enumerate(paths))
+        return [*named, *sized]
 
     def check_fits(self, num_classes: int) -> None:
         """InputError where the class numbers can't be the classifier's."""
@@ -171,43 +166,38 @@ class ImageData:
                              "fine-tune it for these classes, or give a class_index.json that maps class folders to "
                              "its numbers")
 
-    def batches(self, split: str, model: nn.Module, *, batch_size: int = 64, training: bool = False,
+    def batches(self, split: str, model: nn.Module, *, batch_size: int = 64, training: Shuffled | None = None,
                 limit: int | None = None, seed: int = 0, workers: int | None = None, crop_pct: float | None = None,
-                augment: dict[str, Any] | None = None, shared: bool = False, turns: int = 1,
-                repeats: int = 1) -> Batches:
+                shared: bool = False) -> Batches:
         """Batches for this model (its input size, mean, deviation, interpolation), through timm's transforms.
 
-        training shuffles, augments (augment: options of timm's create_transform) and leaves out the last partial step
-        of `turns` batches; without it the order is the split's own. shared: each process takes its share of the
-        batches. workers None: none for small embedded data, else one a core, up to 8, divided among the processes of
-        this machine.
+        training: how images are drawn; None: in the split's own order. limit, seed: of a slice (`split`). shared: each
+        process takes its share of the batches. workers None: none for small embedded data, else one a core, up to 8,
+        divided among the processes of this machine.
         """
         self.check_fits(model.num_classes)
-        images, limit = self.split(split, limit, seed), self.limits.get(split) if limit is None else limit
-        config = image_config(model)
-        if crop_pct is not None:
-            config["crop_pct"] = crop_pct
-        settings = {"is_training": training,
-                    **{k: config.get(k) for k in ("interpolation", "mean", "std", "crop_pct", "crop_mode")},
-                    **(augment or {})}
-        if not isinstance(images, Images):
-            if parallel.joined() and not (shared and split in ("train", *SHARES)):
-                raise InputError(f"{self.name}: a stream, whose images can't be divided exactly among processes; for "
-                                 f"this, start one "
-                                 "process, or give a folder or tar files")
+        images, config = self.split(split, limit, seed), image_config(model)
+        size = config["input_size"]
+        settings = {name: config.get(name) for name in ("interpolation", "mean", "std", "crop_pct", "crop_mode")}
+        settings |= {} if crop_pct is None else {"crop_pct": crop_pct}
+        settings |= {"is_training": False} if training is None else {"is_training": True, **training.augment}
+        if isinstance(images, Images):
+            images.transform, images.channels = create_transform(size, **settings), size[0]
+            loader, order = load(images, batch_size, training=training, seed=seed, workers=workers, shared=shared,
+                                 embedded=self.name == "digits")
+            return Batches(loader, images, order)
+        if parallel.joined() and not (shared and split in ("train", *SHARES)):
+            raise InputError(f"{self.name}: a stream, whose images can't be divided exactly among processes; for this, "
+                             "start one process, or give a folder or tar files")
 
-            def reopen(seed: int) -> DataLoader:
-                # batch_size: each of the loader's processes fills whole batches
-                ending_with_this_process()
-                opened = images.open(batch_size=batch_size, seed=seed)
-                made = create_loader(opened, input_size=config["input_size"], batch_size=batch_size,
-                                     num_workers=default_workers() if workers is None else workers,
-                                     use_prefetcher=False, persistent_workers=False,
-                                     pin_memory=torch.cuda.is_available(), device=torch.device("cpu"), **settings)
-                opened.transform = Compose([rgb if config["input_size"][0] == 3 else grey, opened.transform])
-                return made
-            return Batches(reopen(seed), None, limit=limit, reopen=reopen, seed=seed, name=self.name)
-        images.transform, images.channels = create_transform(config["input_size"], **settings), config["input_size"][0]
-        loader, order = load(images, batch_size, training=training, seed=seed, workers=workers,
-                             embedded=self.name == "digits", shared=shared, turns=turns, repeats=repeats)
-        return Batches(loader, images, order)
+        def reopen(seed: int) -> DataLoader:
+            ending_with_this_process()
+            opened = images.open(batch_size=batch_size, seed=seed)      # each loader process fills whole batches
+            made = create_loader(opened, input_size=size, batch_size=batch_size, use_prefetcher=False,
+                                 num_workers=default_workers() if workers is None else workers,
+                                 persistent_workers=False, pin_memory=torch.cuda.is_available(),
+                                 device=torch.device("cpu"), **settings)
+            opened.transform = Compose([rgb if size[0] == 3 else grey, opened.transform])
+            return made
+        return Batches(reopen(seed), None, limit=self.limits.get(split) if limit is None else limit, reopen=reopen,
+                       seed=seed, name=self.name)

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from vitlab.data.folder import read_image, reason
 from vitlab.data.loading import received
-from vitlab.data.order import PlainOrder, TrainingOrder, drawing, seed_of
+from vitlab.data.order import TrainingOrder, drawing, seed_of
 from vitlab.data.rgb import rgb
 from vitlab.runtime.files import InputError
 
@@ -115,7 +115,7 @@ class Batches:
     none that can be read.
     """
 
-    def __init__(self, loader: Any, images: Images | None, order: PlainOrder | TrainingOrder | None = None,
+    def __init__(self, loader: Any, images: Images | None, order: list[range] | TrainingOrder | None = None,
                  limit: int | None = None, reopen: Callable[[int], Any] | None = None, seed: int = 0,
                  name: str | None = None) -> None:
         self.loader, self.images, self.order, self.name, self.broken = loader, images, order, name, []

@@ -63,13 +63,17 @@ def matched(images: list[Path], mask_of: Callable[[Path], Path]) -> Pairs:
     return pairs
 
 
+def _by_stem(images: Path, masks: Path) -> Pairs:
+    """The images in a folder, each with the mask of its name in another."""
+    return matched(_listed(images), lambda image: masks / f"{image.stem}.png")
+
+
 def _numbered(count: int) -> dict[int, int]:
     return {i: i for i in range(count)} | {IGNORE: IGNORE}
 
 
 def _ade20k_pairs(root: Path) -> dict[str, Pairs]:
-    return {name: matched(_listed(root / "images" / folder), lambda image,
-                          f=folder: root / "annotations" / f / f"{image.stem}.png")
+    return {name: _by_stem(root / "images" / folder, root / "annotations" / folder)
             for name, folder in (("train", "training"), ("val", "validation")) if (root / "images" / folder).is_dir()}
 
 
@@ -119,9 +123,7 @@ def _folder_splits(root: Path) -> list[str]:
 
 
 def _folder_pairs(root: Path) -> dict[str, Pairs]:
-    return {name: matched(_listed(root / name / "images"), lambda image,
-                          n=name: root / n / "masks" / f"{image.stem}.png")
-            for name in _folder_splits(root)}
+    return {name: _by_stem(root / name / "images", root / name / "masks") for name in _folder_splits(root)}
 
 
 def read_classes(root: Path) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import torch
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
-from vitlab.data.order import PlainOrder, TrainingOrder, ignore_requests
+from vitlab.data.order import Shuffled, TrainingOrder, ignore_requests, plain_order
 from vitlab.runtime import parallel
 from vitlab.runtime.cores import available_cores
 from vitlab.runtime.files import InputError, first_line
@@ -24,23 +24,25 @@ RAISED = re.compile(r"Caught (\w+) in DataLoader worker process")               
 KILLED = re.compile(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (.*)")
 
 
-def load(images: Sized, batch_size: int, *, training: bool, seed: int, workers: int | None, embedded: bool,
-         shared: bool, turns: int, repeats: int,
-         collate: Callable[[list], Any] | None = None) -> tuple[DataLoader, PlainOrder | TrainingOrder]:
+def load(images: Sized, batch_size: int, *, training: Shuffled | None = None, seed: int = 0, workers: int | None = None,
+         embedded: bool = False, shared: bool = False,
+         collate: Callable[[list], Any] | None = None) -> tuple[DataLoader, list[range] | TrainingOrder]:
     """(loader, its order) of images that have their transform; the settings are those of `ImageData.batches`. embedded:
     small, and read by this process where workers is None."""
     if workers is None:
         workers = 0 if embedded else default_workers()
     rank, world = (parallel.rank(), parallel.world()) if shared else (0, 1)
-    if training:
-        batch_size = min(batch_size, max(1, len(images) // (world * turns)))
-        order = TrainingOrder(images, batch_size, seed=seed, turns=turns, repeats=repeats, rank=rank, world=world)
+    if training is None:
+        order = plain_order(images, batch_size, rank, world)
     else:
-        order = PlainOrder(images, batch_size, rank, world)
+        batch_size = min(batch_size, max(1, len(images) // (world * training.turns)))
+        order = TrainingOrder(images, batch_size, seed=seed, turns=training.turns, repeats=training.repeats, rank=rank,
+                              world=world)
     if workers:
         ending_with_this_process()
-    return DataLoader(images, batch_sampler=order, num_workers=workers, persistent_workers=training and workers > 0,
-                      collate_fn=collate, pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_requests), order
+    return DataLoader(images, batch_sampler=order, num_workers=workers, pin_memory=torch.cuda.is_available(),
+                      persistent_workers=training is not None and workers > 0, collate_fn=collate,
+                      worker_init_fn=ignore_requests), order
 
 
 @functools.cache

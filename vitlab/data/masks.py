@@ -157,8 +157,7 @@ def _pictures(root: Path) -> list[Path]:
     found = [] if splits and below == root else [below / name for name in images_below(below)]
     if not found:
         raise InputError(f"{root}: has none of the layouts {sorted(LAYOUTS)}; the simplest is train/images/, "
-                         f"train/masks/, the same of val "
-                         "and test, and classes.txt with a name a line")
+                         "train/masks/, the same of val and test, and classes.txt with a name a line")
     return found
 
 
@@ -215,8 +214,7 @@ def open_scenes(data: str | Path, layout: str | None = None) -> SceneData:
     ids = chosen.ids(len(classes))
     if name == "folder" and len(classes) == 2 and _is_binary([mask for found in pairs.values() for _, mask in found]):
         warnings.warn(f"{root}: its masks hold 0 and {IGNORE} alone, so {IGNORE} is taken for {classes[1]!r} and no "
-                      f"pixel is ignored; in a "
-                      f"data set with ids 0 and 1, {IGNORE} is ignored", stacklevel=2)
+                      f"pixel is ignored; in a data set with ids 0 and 1, {IGNORE} is ignored", stacklevel=2)
         ids = {0: 0, IGNORE: 1}
     splits = {split: Scenes(MaskReader(found, ids)) for split, found in pairs.items()}
     return SceneData(root.resolve().name, splits, list(classes))

@@ -4,12 +4,23 @@ import contextlib
 import random
 import signal
 from collections.abc import Iterator, Sized
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.utils import random_seed
 from torch.utils.data import Sampler
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shuffled:
+    """How training draws its images: in an order of each epoch's own, augmented; the last partial step is left out."""
+
+    augment: dict[str, Any] = field(default_factory=dict)      # options of timm's create_transform; of scenes `AUGMENT`
+    turns: int = 1                              # batches of a step, in each process
+    repeats: int = 1                            # times in a row that an image drawn is taken (arXiv 1901.09335)
 
 
 def seed_of(*numbers: int) -> int:
@@ -42,27 +53,18 @@ def ignore_requests(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-class PlainOrder(Sampler):
-    """All images once, in their order; whole batches go round the processes."""
-
-    def __init__(self, images: Sized, batch_size: int, rank: int = 0, world: int = 1) -> None:
-        self.places, self.batch_size = range(len(images)), batch_size
-        self.starts = self.places[::batch_size][rank::world]
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (list(self.places[first:first + self.batch_size]) for first in self.starts)
+def plain_order(images: Sized, batch_size: int, rank: int = 0, world: int = 1) -> list[range]:
+    """The images of each batch of one process: all once, in their order; whole batches go round the processes."""
+    places = range(len(images))
+    return [places[first:first + batch_size] for first in places[::batch_size][rank::world]]
 
 
 class TrainingOrder(Sampler):
-    """Shuffled batches of one process in an epoch, the last partial step left out. (image, (seed, epoch, place in the
-    epoch)) each: the three give its random numbers, where it is read (`drawing`).
+    """Batches of one process in an epoch, as `Shuffled` says. (image, (seed, epoch, place in the epoch)) each: the
+    three give its random numbers, where it is read (`drawing`).
 
-    A step is `turns` batches of each process. `repeats`: each image drawn is taken so many times in a row (Hoffer et
-    al., arXiv 1901.09335), the epoch staying as long as it was. epoch and start (batches left out at the front) are set
-    before each epoch; going through it once moves on to the next.
+    epoch and start (batches left out at the front) are set before each epoch; going through it once moves on to the
+    next. With `repeats` an epoch stays as long as it was.
     """
 
     def __init__(self, images: Sized, batch_size: int, *, seed: int, turns: int = 1, repeats: int = 1, rank: int = 0,

@@ -1,6 +1,6 @@
 """Splits of images with masks, and their batches: what Images, Batches and ImageData are for classes."""
 from collections.abc import Iterator
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -11,7 +11,7 @@ from vitlab.data.image_data import ImageData
 from vitlab.data.images import Batches, Images, image_config
 from vitlab.data.joint import JointTransform, evaluation_transform, training_transform
 from vitlab.data.loading import load, received
-from vitlab.data.order import drawing
+from vitlab.data.order import Shuffled, drawing
 from vitlab.runtime.files import InputError
 
 AT_ONCE = 8                                     # images of a batch that is only measured
@@ -21,18 +21,9 @@ AUGMENT = ("scale", "hflip", "color_jitter")
 REPORT_ON, CHOOSE_ON = ("test", "val", "validation"), ("val", "validation")
 
 
-class SceneReader(Protocol):
-    """Indexable (RGB image, mask (H, W) uint8 of class numbers and 255) pairs."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, i: int) -> tuple[Image.Image, np.ndarray]: ...
-
-    def filename(self, i: int) -> str: ...
-
-
 class Scenes(Images):
-    """A split, or a slice of one; a key may carry what its random numbers follow from, as that of Images."""
+    """A split, or a slice of one, of a reader that gives (RGB image, mask (H, W) uint8 of class numbers and 255); a key
+    may carry what its random numbers follow from, as that of Images."""
 
     def scene(self, i: int) -> tuple[Image.Image, np.ndarray]:
         """(RGB image, mask (H, W) uint8), untransformed. Raises InputError naming a file that is wrong."""
@@ -58,8 +49,7 @@ def _collate(samples: list[Any]) -> list[Tensor] | InputError:
     sizes = sorted({tuple(mask.shape) for _, mask in samples})
     if len(sizes) > 1:
         return InputError(f"images of {' and '.join(f'{h} x {w}' for h, w in sizes[:2])} in one batch; images that "
-                          f"differ in size are "
-                          "evaluated in batches of 1")
+                          "differ in size are evaluated in batches of 1")
     return default_collate(samples)
 
 
@@ -108,8 +98,7 @@ class SceneData(ImageData):
         """The data set itself. Raises InputError where its images have no masks."""
         if not self.labelled:
             raise InputError(f"{self.name}: images without masks, which this step needs; train/images/ and "
-                             f"train/masks/, the same of val "
-                             "and test, and classes.txt have them")
+                             "train/masks/, the same of val and test, and classes.txt have them")
         return self
 
     def _first(self, names: tuple[str, ...], what: str) -> str:
@@ -137,33 +126,28 @@ class SceneData(ImageData):
         if self.num_classes not in (None, num_classes):
             raise InputError(f"{self.name}: {self.num_classes} classes, but the model's decoder has {num_classes}")
 
-    def batches(self, split: str, model: nn.Module, *, batch_size: int = 8, training: bool = False,
+    def batches(self, split: str, model: nn.Module, *, batch_size: int = AT_ONCE, training: Shuffled | None = None,
                 limit: int | None = None, seed: int = 0, workers: int | None = None, whole: bool = False,
-                crop_pct: float | None = None, augment: dict[str, Any] | None = None, shared: bool = False,
-                turns: int = 1, repeats: int = 1) -> SceneBatches:
-        """Batches for a Segmenter (its encoder's mean and deviation, and its size of images).
+                crop_pct: float | None = None, shared: bool = False) -> SceneBatches:
+        """As of any data set, for a Segmenter (its encoder's mean and deviation, and its size of images).
 
-        training shuffles, augments (`training_transform`, with options `augment`), crops and leaves out the last
-        partial step of `turns` batches, each image taken `repeats` times in a row. Without it images are normalised
-        alone, in the split's own order: the middle of each, or, with `whole`, each at its own size, and a batch takes
-        only images of one size. shared: each process takes its share of the batches. Raises InputError for a crop_pct,
-        as scenes are not resized, or an option of classifiers' alone. workers None: none for the embedded set, else one
-        a core, up to 8, divided among the processes of this machine.
+        training crops and augments (`training_transform`, with AUGMENT alone). Without it images are normalised alone:
+        the middle of each, or, with `whole`, each at its own size, and a batch takes only images of one size. Raises
+        InputError for a crop_pct, as scenes are not resized.
         """
         if crop_pct is not None:
             raise InputError(f"{self.name}: crop_pct is {crop_pct}, but scenes are taken as they are, not resized and "
-                             f"cropped")
-        odd = sorted(set(augment or {}) - set(AUGMENT))
-        if odd:
-            raise InputError(f"{self.name}: augmentation {odd[0]!r} can't be done to an image and its mask; "
-                             f"{', '.join(AUGMENT)} can")
+                             "cropped")
         self.check_fits(model.num_classes)
         images = self.split(split, limit, seed)
-        if training:
-            config = _config(model)
-            images.transform = training_transform(model.img_size, config["mean"], config["std"], **(augment or {}))
-        else:
+        if training is None:
             images.transform = measuring_transform(model, whole)
-        loader, order = load(images, batch_size, training=training, seed=seed, workers=workers, embedded=self.embedded,
-                             shared=shared, turns=turns, repeats=repeats, collate=_collate)
+        else:
+            odd, config = sorted(set(training.augment) - set(AUGMENT)), _config(model)
+            if odd:
+                raise InputError(f"{self.name}: augmentation {odd[0]!r} can't be done to an image and its mask; "
+                                 f"{', '.join(AUGMENT)} can")
+            images.transform = training_transform(model.img_size, config["mean"], config["std"], **training.augment)
+        loader, order = load(images, batch_size, training=training, seed=seed, workers=workers, shared=shared,
+                             embedded=self.embedded, collate=_collate)
         return SceneBatches(loader, images, order)

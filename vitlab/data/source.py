@@ -11,13 +11,9 @@ from vitlab.data.streams import TIMM_PREFIXES, open_timm
 from vitlab.data.tar import TarReader, find_tars, read_tar
 from vitlab.runtime.files import InputError, from_root
 
-
-def _open_digits() -> ImageData:
-    return ImageData("digits", {name: Images(DigitsReader(name)) for name in ("train", "test")}, list(CLASSES),
-                     len(CLASSES))
-
-
-DATA_SETS: dict[str, Callable[[], ImageData]] = {"digits": _open_digits}
+DATA_SETS: dict[str, Callable[[], ImageData]] = {
+    "digits": lambda: ImageData("digits", {name: Images(DigitsReader(name)) for name in ("train", "test")},
+                                list(CLASSES), len(CLASSES))}
 
 
 def open_data(data: str | Path, *, class_map: str | Path | None = None) -> ImageData:
@@ -73,8 +69,7 @@ def _unlabelled(folder: Path, split: Path, groups: Groups, class_map: str | Path
     """Images without labels. Raises InputError where there is none, or for a class map."""
     if not any(map(len, groups.values())):
         raise InputError(f"{folder}: holds none of {', '.join(f'{name}/' for name in SPLITS)}; put one folder per "
-                         f"class in each, or give a "
-                         "folder of images alone where labels are not needed")
+                         "class in each, or give a folder of images alone where labels are not needed")
     if class_map is not None:
         raise InputError(f"{split}: images without class folders; a class map says nothing of them")
     above = [name for name in SPLITS if (folder.parent / name).is_dir()]

@@ -117,7 +117,9 @@ def _open_splits(name: str, root: str | None) -> tuple[dict[str, Images | Stream
             if name.startswith("wds/"):
                 options |= _shard_options(root, split)
             elif name.startswith("hfids/"):
-                options |= dict(zip(("input_key", "target_key"), columns(name, _features(name, root))))
+                from datasets import load_dataset_builder
+                known = load_dataset_builder(name.removeprefix("hfids/"), cache_dir=root).info.features
+                options |= dict(zip(("input_key", "target_key"), columns(name, known)))
             opening = partial(create_dataset, name, root=root, split=split, is_training=split == "train")
             opened = opening(**(options if not name.startswith("torch/") else {}))
         except InputError:
@@ -135,8 +137,3 @@ def _open_splits(name: str, root: str | None) -> tuple[dict[str, Images | Stream
     if not splits:
         raise InputError(f"{name}: timm could not open it ({'; '.join(errors)})")
     return splits, agreed(name, names)
-
-
-def _features(name: str, root: str | None) -> Any:
-    from datasets import load_dataset_builder
-    return load_dataset_builder(name.removeprefix("hfids/"), cache_dir=root).info.features

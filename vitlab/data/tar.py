@@ -40,8 +40,7 @@ def read_tar(path: Path) -> dict[str, list[tuple[str, Member]]]:
         for kind, tool in UNPACKED_BY.items():
             with contextlib.suppress(tarfile.TarError, OSError, EOFError), tarfile.open(path, mode=f"r:{kind}"):
                 raise InputError(f"{path}: compressed ({kind}), so that its images can't be read one by one; give a "
-                                 f"plain tar file: "
-                                 f"{tool} < {path.name} > plain.tar") from None
+                                 f"plain tar file: {tool} < {path.name} > plain.tar") from None
         raise InputError(f"{path}: can't be read as a tar file ({error})") from None
     if not found:
         raise InputError(f"{path}: holds no images; they must lie in CLASS/ in it")
@@ -64,8 +63,8 @@ class TarReader:
 
     def __init__(self, path: Path, classes: dict[str, list[tuple[str, Member]]], numbers: dict[str, int]) -> None:
         self.path = path
-        self.samples = [(name, member, numbers[label]) for label, members in classes.items() for name,
-                        member in members]
+        self.samples = [(name, member, numbers[label]) for label, members in classes.items()
+                        for name, member in members]
 
     def __len__(self) -> int:
         return len(self.samples)

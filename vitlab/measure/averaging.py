@@ -41,6 +41,11 @@ def hooks(handles: list) -> Iterator[None]:
             handle.remove()
 
 
+def begun(x: Tensor) -> Tensor:
+    """x itself, or, where no graph leads to it (in the first block: it need not begin at the image), its start."""
+    return x if x.requires_grad else x.detach().requires_grad_()
+
+
 class Averages(NamedTuple):
     """Means over images, (L, ...) each, and what they were taken over."""
 
@@ -90,8 +95,7 @@ def checked(batches: Batches, what: str) -> Batches:
         raise InputError(f"{what}: there is no image to score on")
     if not all(sizes):
         raise InputError(f"{what}: {sum(map(bool, sizes))} batches for {len(sizes)} processes; smaller batches, more "
-                         f"images or fewer "
-                         "processes are needed")
+                         "images or fewer processes are needed")
     return itertools.chain([first], rest)
 
 

@@ -4,13 +4,14 @@
 HSIC as in *Multi-Dimensional Vision Transformer Compression* (arXiv 2201.00043), methods B1.
 """
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitlab.criteria.hsic import at_least_float32, dependence, gaussian_kernels
-from vitlab.measure.averaging import Batches, averaged, frozen_eval, hooks
+from vitlab.measure.averaging import Averages, Batches, averaged, begun, frozen_eval, hooks
 from vitlab.measure.pixels import cross_entropy, each_cross_entropy, logits_of
 from vitlab.models import attention_block, check_supported, is_merged, shape_of
 from vitlab.models.held import Merged
@@ -44,9 +45,7 @@ class ValueGradient:
 
     def _hook(self, index: int):
         def forward(module: nn.Module, inputs: tuple, qkv: Tensor) -> Tensor:
-            if not qkv.requires_grad:                       # the first block: the graph begins here, not at the image
-                qkv = qkv.detach().requires_grad_()
-            width = self.attentions[index].attn_dim
+            qkv, width = begun(qkv), self.attentions[index].attn_dim
             value = qkv.detach()[..., 2 * width:]                               # (B, N, H d)
 
             def backward(grad: Tensor) -> None:
@@ -57,8 +56,7 @@ class ValueGradient:
         return forward
 
 
-def _by_gradient(model: nn.Module, batches: Batches, absolute: str, device: str | torch.device | None,
-                 progress: bool) -> Scored:
+def _by_gradient(model: nn.Module, average: Callable[..., Averages], absolute: str) -> Scored:
     """Gradient-weighted attention   (A1)."""
     need_classifier(model, "token scores")
     capture, each = ValueGradient(model, absolute), absolute == "image"
@@ -67,12 +65,11 @@ def _by_gradient(model: nn.Module, batches: Batches, absolute: str, device: str 
         logits = model(images)
         # No image's gradient depends on another's, so that of the summed losses holds each image's own.
         (each_cross_entropy(logits, targets).sum() if each else cross_entropy(logits, targets)).backward()
-        # (L, N)
-        scores = torch.stack([found / (a.num_heads * len(found)) for found,
-                              a in zip(capture.found, capture.attentions)])
+        scores = torch.stack([found / (a.num_heads * len(found))
+                              for found, a in zip(capture.found, capture.attentions)])          # (L, N)
         return (scores / len(images) if each else scores,)
     with hooks(capture.handles), torch.enable_grad():
-        found = averaged(model, batches, step, what="token scores", device=device, progress=progress)
+        found = average(step, what="token scores")
     scores = found.values[0][:, model.num_prefix_tokens:]
     return (scores if each else scores * found.batches / found.batch), found.images
 
@@ -95,8 +92,7 @@ def _attention_hooks(model: nn.Module, found: list, reduce: Callable[[Tensor], T
     return [b.attn.qkv.register_forward_hook(hook(i, b.attn)) for i, b in enumerate(model.blocks)]
 
 
-def _by_class_attention(model: nn.Module, batches: Batches, absolute: str, device: str | torch.device | None,
-                        progress: bool) -> Scored:
+def _by_class_attention(model: nn.Module, average: Callable[..., Averages], absolute: str) -> Scored:
     """The class token's attention, averaged over heads and images."""
     if model.cls_token is None:
         raise InputError("the criterion class_attention needs a class token; the model has none: gradient and hsic "
@@ -107,14 +103,13 @@ def _by_class_attention(model: nn.Module, batches: Batches, absolute: str, devic
         model(images)
         return (torch.stack(rows),)                                             # (L, N)
     # The class token is the first of the prefix tokens in every supported family.
-    with hooks(_attention_hooks(model, rows, lambda a: at_least_float32(a).mean(dim=(0, 1, 2)),
-                                queries=1)), torch.no_grad():
-        found = averaged(model, batches, step, what="token scores", device=device, progress=progress)
+    handles = _attention_hooks(model, rows, lambda a: at_least_float32(a).mean(dim=(0, 1, 2)), queries=1)
+    with hooks(handles), torch.no_grad():
+        found = average(step, what="token scores")
     return found.values[0][:, model.num_prefix_tokens:], found.images
 
 
-def _by_hsic(model: nn.Module, batches: Batches, absolute: str, device: str | torch.device | None,
-             progress: bool) -> Scored:
+def _by_hsic(model: nn.Module, average: Callable[..., Averages], absolute: str) -> Scored:
     """Dependence of the softmax output on what enters the block at each patch   (B1)."""
     need_classifier(model, "token scores by hsic")
     prefix, depth = model.num_prefix_tokens, len(model.blocks)
@@ -129,8 +124,7 @@ def _by_hsic(model: nn.Module, batches: Batches, absolute: str, device: str | to
         probabilities = at_least_float32(logits_of(model, images)).softmax(dim=1).flatten(1)
         return (torch.stack([dependence(k, probabilities) for k in kernels]) / len(images)**2,)         # (L, n)
     with hooks([b.register_forward_pre_hook(hook(i)) for i, b in enumerate(model.blocks)]), torch.no_grad():
-        found = averaged(model, batches, step, what="token scores by hsic", device=device, progress=progress,
-                         at_least=2)
+        found = average(step, what="token scores by hsic", at_least=2)
     return found.values[0] * found.batch**2, found.images
 
 
@@ -179,7 +173,8 @@ def scored(model: nn.Module, batches: Batches, *, criterion: str, absolute: str,
         raise InputError(f"absolute {absolute!r} is not known; known are {list(ABSOLUTE)}")
     if is_merged(model):
         raise InputError("token scores are of the dense model; this one merges tokens already")
-    return TOKEN_CRITERIA[criterion](model, batches, absolute, device, progress)
+    average = partial(averaged, model, batches, device=device, progress=progress)
+    return TOKEN_CRITERIA[criterion](model, average, absolute)
 
 
 @torch.no_grad()

@@ -73,8 +73,8 @@ def scores_of_groups(matrices: Tensor) -> SegmentationScores:
 def check_appear(scores: SegmentationScores, classes: Sequence[str]) -> None:
     """Warns of classes without a pixel in the truth. Raises InputError where there is but one with any: whatever says
     that class everywhere would be perfect."""
-    absent, found = [classes[i] for i in scores.absent], [name for i,
-                                                          name in enumerate(classes) if i not in scores.absent]
+    absent = [classes[i] for i in scores.absent]
+    found = [name for i, name in enumerate(classes) if i not in scores.absent]
     if len(found) < 2 <= len(classes):
         raise InputError(f"every pixel that counts is of class {found[0] if found else None!r}, so that mIoU would say "
                          f"nothing; check what "
@@ -92,8 +92,8 @@ class Confusion:
     Memory is that of GROUPS matrices, however many images there are."""
 
     def __init__(self, num_classes: int, ignore: int = IGNORE) -> None:
-        self.matrices, self.ignore, self.images = torch.zeros(GROUPS, num_classes, num_classes,
-                                                              dtype=torch.int64), ignore, 0
+        self.matrices = torch.zeros(GROUPS, num_classes, num_classes, dtype=torch.int64)
+        self.ignore, self.images = ignore, 0
 
     @property
     def matrix(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""The latency table of a model, measured once on this machine and kept; and how well it predicts whole models."""
+"""The latency table of a model, measured once on this machine and kept."""
 import copy
 import dataclasses
 import hashlib
@@ -8,7 +8,6 @@ import random
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vitlab.criteria.planning import prune_and_merge
-from vitlab.measure.throughput import DTYPES, _once, conditions, hold_memory, measure
+from vitlab.measure.throughput import DTYPES, _once, conditions, hold_memory
 from vitlab.models import compress, deploy, encoder_of, shape_of
 from vitlab.models.attention import PrefixAttention, attention_as
 from vitlab.models.match import MatchBlock
 from vitlab.models.segmenter import Segmenter
 from vitlab.models.share import SharedUpdateBlock
 from vitlab.models.shrink import keep_heads, keep_neurons
+from vitlab.models.support import embedded
 from vitlab.plan import CompressionPlan, tokens
 from vitlab.plan.cost import counts_of
 from vitlab.plan.latency import AXES, LatencyTable
@@ -78,24 +78,34 @@ def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]],
             batch: int) -> Iterator[tuple[str, tuple, Callable, Tensor]]:
     """(part, place in its grid, function, its input) of every time in the table; blocks are copies of the model's
     first."""
-    like, prefix, dim, generator = next(model.parameters()), model.num_prefix_tokens, model.embed_dim, torch.Generator(
-        ).manual_seed(0)
-    image = torch.randn(batch, model.in_chans, *model.patch_embed.img_size, generator=generator).to(like)
-    numbers = torch.randn(batch * int(axes["stem"][0][0]) * dim, generator=generator).to(like)
-    by_heads, by_neurons = ({count: copy.deepcopy(model.blocks[0]) for count in axes[part][1]}
-                            for part in ("attention", "mlp"))
+    encoder, prefix, dim, patches = encoder_of(model), model.num_prefix_tokens, model.embed_dim, model.patch_embed
+    everything, like = int(axes["stem"][0][0]), next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(batch, model.in_chans, *patches.img_size, generator=generator).to(like)
+    numbers = torch.randn(batch * everything * dim, generator=generator).to(like)
+    plain = copy.deepcopy(model.blocks[0])
+    by_heads, by_neurons = ({count: copy.deepcopy(plain) for count in axes[part][1]} for part in ("attention", "mlp"))
     for count, block in by_heads.items():
         keep_heads(block.attn, range(count))
     for count, block in by_neurons.items():
         keep_neurons(block.mlp, range(count))
-    asking = {count: attention_as(PrefixAttention, block.attn, num_prefix_tokens=prefix) for count,
-              block in by_heads.items()}
+    asking = {heads: attention_as(PrefixAttention, block.attn, num_prefix_tokens=prefix)
+              for heads, block in by_heads.items()}
     folds = {(rows, n): torch.ones(int(rows), int(n)).to(like) for rows in axes["fold"][0] for n in axes["fold"][1]}
-    pools = {n: SharedUpdateBlock(nn.Identity(), _even_regions(model.patch_embed.num_patches, int(n - prefix)),
-                                  prefix).to(like)
+    pools = {n: SharedUpdateBlock(nn.Identity(), _even_regions(patches.num_patches, int(n - prefix)), prefix).to(like)
              for n in axes["pool"][0]}
 
-    plain = copy.deepcopy(model.blocks[0])
+    def attention(x: Tensor, n: int, heads: int) -> Tensor:
+        block = by_heads[heads]
+        return x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
+
+    def read_out(x: Tensor, n: int, heads: int) -> Tensor:
+        block = by_heads[heads]
+        return x[:, :prefix] + block.drop_path1(block.ls1(asking[heads](block.norm1(x))))
+
+    def mlp(x: Tensor, n: int, neurons: int) -> Tensor:
+        block = by_neurons[neurons]
+        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
     def match(x: Tensor, n: int) -> Tensor:
         """Half of what can be merged is; keys are as wide as all heads."""
@@ -106,23 +116,14 @@ def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]],
         width = min(int(heads) * by_heads[heads].attn.head_dim, dim)
         row = x[:, :1, :width] @ x[:, :, :width].transpose(1, 2)
         return tokens.select(x, row.softmax(dim=2)[:, 0], int(n - prefix) // 2, prefix)
-    encoder = encoder_of(model)
-    run = {"stem": lambda x, n: encoder.norm_pre(encoder._pos_embed(encoder.patch_embed(x))),
-           "attention": lambda x, n, heads: x + (b := by_heads[heads]).drop_path1(b.ls1(b.attn(b.norm1(x)))),
-           "select": select,
-           "mlp": lambda x, n, neurons: x + (b := by_neurons[neurons]).drop_path2(b.ls2(b.mlp(b.norm2(x)))),
-           "fold": lambda x, rows, n: torch.matmul(folds[rows, n], x),
-           "carry": lambda x, n: torch.cat(x.tensor_split(2, dim=1), dim=1),
-           "pool": lambda x, n: pools[n](x),
-           "match": match,
-           "read_out": lambda x, n,
-           heads: x[:, :prefix] + (b := by_heads[heads]).drop_path1(b.ls1(asking[heads](b.norm1(x)))), "head": lambda x,
-           n: model.forward_head(encoder.norm(x))}
+    run = {"stem": lambda x, n: embedded(encoder, x), "attention": attention, "select": select, "mlp": mlp,
+           "fold": lambda x, rows, n: torch.matmul(folds[rows, n], x), "pool": lambda x, n: pools[n](x),
+           "carry": lambda x, n: torch.cat(x.tensor_split(2, dim=1), dim=1), "match": match, "read_out": read_out,
+           "head": lambda x, n: model.forward_head(encoder.norm(x))}
     for part, grid in axes.items():
         for place in np.ndindex(*map(len, grid)):
             counts = [axis[i] for axis, i in zip(grid, place)]
-            n = int(axes["stem"][0][0] if part == "pool"
-                    else counts[AXES[part].index("columns") if part == "fold" else 0])
+            n = everything if part == "pool" else int(counts[AXES[part].index("columns") if part == "fold" else 0])
             yield (part, place, lambda x, piece=run[part], counts=counts: piece(x, *counts),
                    image if part == "stem" else numbers[:batch * n * dim].view(batch, n, dim))      # (B, n, D)
 
@@ -201,37 +202,3 @@ def latency_table(model: nn.Module, *, batch_size: int = 32, dtype: str = "float
         warnings.warn(f"{path}: the table could not be kept ({error.strerror}); it will be measured again",
                       stacklevel=2)
     return table
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PredictionError:
-    """Predicted and measured latency_ms of whole models, arrays in the order of names."""
-
-    names: tuple[str, ...]
-    predicted_ms: np.ndarray
-    measured_ms: np.ndarray
-    relative: np.ndarray            # predicted / measured - 1: above 0, the model is faster than was said
-    median: float                   # of the relative errors without their signs
-    largest: float
-
-
-def prediction_error(table: LatencyTable, models: dict[str, tuple[CompressionPlan, nn.Module]], *,
-                     device: str | torch.device = "cpu", repeats: int = 5, **settings: Any) -> PredictionError:
-    """Measure deployed models {name: (plan, model)} at the table's batch and dtype, against what it predicts.
-
-    settings go to throughput.measure. Raises InputError where a plan is for another shape, or where device, threads or
-    torch are not what the table was measured with.
-    """
-    batch, dtype = table.conditions["batch_size"], table.conditions["dtype"]
-    for name, now in conditions(torch.device(device), dtype, batch, 1).items():
-        was = table.conditions.get(name, now)
-        require(was == now, f"the table was measured with {name} {was!r}; now it is {now!r}")
-    for plan, _ in models.values():
-        plan.check_fits(table.shape)
-    speeds = measure({name: model for name, (_, model) in models.items()}, batch_size=batch, dtype=dtype, device=device,
-                     repeats=repeats, **settings)
-    measured = np.array([speed.latency_ms for speed in speeds.values()])
-    predicted = np.array([table.predict(counts_of(plan)) for plan, _ in models.values()])
-    relative = predicted / measured - 1
-    return PredictionError(names=tuple(models), predicted_ms=predicted, measured_ms=measured, relative=relative,
-                           median=float(np.median(abs(relative))), largest=float(abs(relative).max()))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vitlab.criteria.compensation import Moments
-from vitlab.measure.averaging import frozen_eval, hooks
+from vitlab.measure.averaging import begun, frozen_eval, hooks
 from vitlab.measure.evaluate import autocast
 from vitlab.measure.pixels import logits_of
 from vitlab.models import attention_block
@@ -58,18 +58,15 @@ def fisher(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, images
     Memory: what autograd keeps of AT_ONCE images. Under torchrun each process gives its share."""
     device = torch.device(device) if device is not None else next(model.parameters()).device
     prefix, draws = encoder_of(model).num_prefix_tokens, torch.Generator(device=device).manual_seed(seed)
-    linears = {(index, kind): mixing_layer(attention_block(model.blocks[index]), kind)[0] for index,
-               kind in layers_of(model)}
-    metrics = {layer: torch.zeros(linear.out_features, linear.out_features, device=device) for layer,
-               linear in linears.items()}
-    # of prefix tokens, of others
-    squares = {layer: torch.zeros(2, device=device) for layer in linears}
+    linears = {(index, kind): mixing_layer(attention_block(model.blocks[index]), kind)[0]
+               for index, kind in layers_of(model)}
+    metrics = {layer: torch.zeros(linear.out_features, linear.out_features, device=device)
+               for layer, linear in linears.items()}
+    squares = {layer: torch.zeros(2, device=device) for layer in linears}       # of prefix tokens, of others
 
     def hook(layer: Layer):
         def forward(_: nn.Module, given: tuple, output: Tensor) -> Tensor:
-            # the first of all layers: the graph begins here, not at the image
-            if not output.requires_grad:
-                output = output.detach().requires_grad_()
+            output = begun(output)
 
             def backward(gradient: Tensor) -> None:
                 rows = gradient.detach().float()                                # (B, N, D)
@@ -82,8 +79,8 @@ def fisher(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, images
             return output
         return forward
     seen, wanted = 0, -(-images // parallel.world())
-    with frozen_eval(model), hooks([linear.register_forward_hook(hook(layer)) for layer,
-                                    linear in linears.items()]), torch.enable_grad(), \
+    handles = [linear.register_forward_hook(hook(layer)) for layer, linear in linears.items()]
+    with frozen_eval(model), hooks(handles), torch.enable_grad(), \
             tqdm(total=wanted, desc="what errors cost", unit="image", disable=not progress) as bar:
         for x in (part for batch, _ in batches for part in batch.split(AT_ONCE)):
             if seen >= wanted:

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlab.measure.confusion import Confusion, scores_of_groups
-from vitlab.measure.evaluate import autocast, check_targets
-from vitlab.measure.pixels import at_targets, each_divergence, ignored, log_probabilities
+from vitlab.measure.evaluate import autocast, check_targets, each_divergence
+from vitlab.measure.pixels import at_targets, ignored, log_probabilities
 from vitlab.models import compress, deploy, shape_of
 from vitlab.models.support import embedded, runs_in_parts
 from vitlab.plan import BlockPlan, CompressionPlan
@@ -61,8 +61,8 @@ class PlanObjective:
         if not labelled and metric != "distill_loss":
             raise InputError(f"metric {metric!r} needs labels, which these images have not; 'distill_loss' needs none")
         self.labelled = labelled
-        self.device, self.own, self.metric, self.amp, self.build = torch.device(device), own_metric(
-            shape), metric, amp, build
+        self.device, self.own, self.metric = torch.device(device), own_metric(shape), metric
+        self.amp, self.build = amp, build
         self.dense = copy.deepcopy(dense).to(self.device).eval()
         self._read(batches)
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from vitlab.data.layouts import IGNORE
 from vitlab.measure.confusion import Confusion, SegmentationScores
-from vitlab.measure.evaluate import Accuracy, autocast, check_targets, each_divergence, evaluate
+from vitlab.measure.evaluate import Accuracy, autocast, check_targets, evaluate
 from vitlab.models.segmenter import Segmenter
 from vitlab.models.support import finished
 from vitlab.models.windows import segment
@@ -40,10 +40,9 @@ def each_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Each image's own (B); of pixels the mean over those of the image that count. Raises InputError as `check_targets`
     does."""
     check_targets(targets)
-    # (B) or (B, H, W)
-    each = F.cross_entropy(logits, targets, reduction="none", ignore_index=ignored(targets))
-    return each.reshape(len(each),
-                        -1).sum(dim=1) / (targets != ignored(targets)).reshape(len(each), -1).sum(dim=1).clamp(min=1)
+    each = F.cross_entropy(logits, targets, reduction="none", ignore_index=ignored(targets))    # (B) or (B, H, W)
+    losses, counted = (v.reshape(len(v), -1).sum(dim=1) for v in (each, targets != ignored(targets)))
+    return losses / counted.clamp(min=1)
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
@@ -63,11 +62,6 @@ def at_targets(model: nn.Module, given: Tensor, targets: Tensor) -> Tensor:
     """`log_probabilities` where the targets are: of patches, those of the pixels (the logits of pixels lie between
     those of patches, and a number that is the same for all classes changes no softmax)."""
     return given if targets.dim() == 1 else model.upsample(given, targets.shape[1:]).log_softmax(dim=1)
-
-
-def divergence(given: Tensor, expected: Tensor) -> Tensor:
-    """`each_divergence`, summed over images."""
-    return each_divergence(given, expected).sum()
 
 
 @dataclass(frozen=True, kw_only=True)

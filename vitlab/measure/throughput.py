@@ -1,6 +1,5 @@
 """Throughput and latency, measured in turn in one run, so that a ratio holds where the machine's speed drifts."""
 import ctypes
-import math
 import platform
 import statistics
 import time
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from scipy.special import bdtr
 from torch import nn
 from tqdm import tqdm
 
@@ -17,8 +17,7 @@ from vitlab.runtime.files import InputError
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4           # of mallopt(3)
 CONFIDENCE = 0.95                               # of the range of a ratio
 TIMING = ("models in turn in one process that keeps freed memory; ratio: median over the rounds of the first model's "
-          "time by this one's; "
-          "throughput: the first model's median, times the ratio")
+          "time by this one's; throughput: the first model's median, times the ratio")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -67,11 +66,8 @@ def median_range(values: Sequence[float], confidence: float = CONFIDENCE) -> tup
     values are drawn from lies with that confidence, whatever its distribution: 1 - 2 * P(Binomial(n, 1/2) < k). Of
     fewer than 6 values, at 0.95, no pair is as sure as that, and the least and the largest are given."""
     ordered, n = sorted(values), len(values)
-    outside, k = 2 * 0.5**n, 1                                  # chance that the median lies beyond x_(k) or x_(n+1-k)
-    while k < (n + 1) // 2 and outside + 2 * math.comb(n, k) * 0.5**n <= 1 - confidence:
-        outside += 2 * math.comb(n, k) * 0.5**n
-        k += 1
-    return ordered[k - 1], ordered[n - k]
+    inner = sum(2 * bdtr(k, n, 0.5) <= 1 - confidence for k in range(1, (n + 1) // 2))      # pairs inside the outermost
+    return ordered[inner], ordered[n - 1 - inner]
 
 
 def _peak_memory_mb(model: nn.Module, x: torch.Tensor) -> float:

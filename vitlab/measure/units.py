@@ -21,7 +21,7 @@ from vitlab.criteria.units import (
     head_kernels,
     unit_criterion,
 )
-from vitlab.measure.averaging import Batches, averaged, frozen_eval, hooks
+from vitlab.measure.averaging import Batches, averaged, begun, frozen_eval, hooks
 from vitlab.measure.capture import need_classifier
 from vitlab.measure.moments import KINDS, Fisher, Layer, each_moments, fisher, mixing_layer
 from vitlab.measure.pixels import each_cross_entropy, logits_of
@@ -37,14 +37,10 @@ def _unit_hooks(model: nn.Module, see: Callable[[str, int, Tensor], None], kinds
     """
     def hook(kind: str, index: int, count: int):
         def before(module: nn.Module, inputs: tuple) -> tuple[Tensor]:
-            x = inputs[0]
-            # the first block: the graph begins here, not at the image
-            if torch.is_grad_enabled() and not x.requires_grad:
-                x = x.detach().requires_grad_()
+            x = begun(inputs[0]) if torch.is_grad_enabled() else inputs[0]
             units = x.unflatten(2, (count, -1))                                 # (B, N, U d) -> (B, N, U, d)
             see(kind, index, units)
-            # through `units`, so that its gradient exists
-            return (units.flatten(2),)
+            return (units.flatten(2),)                                          # so that `units` has a gradient
         return before
     handles = []
     for index, block in enumerate(model.blocks):

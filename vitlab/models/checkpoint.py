@@ -16,9 +16,9 @@ import vitlab
 from vitlab.models import compress, deploy, encoder_of
 from vitlab.models.compress import check_agrees
 from vitlab.models.create import architecture, rebuild
-from vitlab.models.fold import FoldedBlock
+from vitlab.models.deploy import FoldedBlock
 from vitlab.models.hub import SETTINGS, check_settings, set_settings, settings_of
-from vitlab.models.segmenter import Segmenter, encoder_source, rebuild_segmenter, segmenter_source
+from vitlab.models.segmenter import Segmenter, rebuild_segmenter, segmenter_source
 from vitlab.models.weights import check_fits, load_state, read_state
 from vitlab.plan import CompressionPlan
 from vitlab.plan.shape import is_int
@@ -67,12 +67,10 @@ def save(folder: str | Path, model: nn.Module, plan: CompressionPlan, *, classes
     folder = Path(folder)
     if not is_deployed(model):
         check_agrees(model, plan)
-    of_pixels = isinstance(model, Segmenter)
-    source = encoder_source(model.encoder) if of_pixels else architecture(model)
-    decoder = {"segmenter": segmenter_source(model)} if of_pixels else {}
-    info = {"format": FORMAT, "version": VERSION, "model": source, **decoder, "deployed": is_deployed(model),
-            "config": settings_of(encoder_of(model)),
-            "classes": classes, "made_by": made_by or {}, "versions": versions()}
+    decoder = {"segmenter": segmenter_source(model)} if isinstance(model, Segmenter) else {}
+    info = {"format": FORMAT, "version": VERSION, "model": architecture(encoder_of(model)), **decoder,
+            "deployed": is_deployed(model), "config": settings_of(encoder_of(model)), "classes": classes,
+            "made_by": made_by or {}, "versions": versions()}
     wrong = not_finite(model)
     if wrong is not None:
         raise InputError(f"{folder}: not written, since {wrong} is not finite")
@@ -84,14 +82,12 @@ def save(folder: str | Path, model: nn.Module, plan: CompressionPlan, *, classes
     return folder
 
 
-def _check_config(config: Any, classes: Any) -> None:
-    """InputError where the image settings or class names of a checkpoint.json are of the wrong kind."""
-    try:
-        check_settings(config)
-    except InputError as error:
-        raise InputError(f'"config" must hold {", ".join(SETTINGS)} of images: {error}') from None
-    if classes is not None and not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
-        raise InputError('"classes" must be a list of names or null')
+def _layers(model: nn.Module) -> dict[str, Any]:
+    """What is set of its layers besides weights: each innermost one in words, and the numbers of all (attn.scale)."""
+    seen = {name: each for name, each in model.named_modules() if not isinstance(each, UNSEEN)}
+    numbers = {f"{name}.{key}": value for name, each in seen.items() for key, value in vars(each).items()
+               if isinstance(value, float)}
+    return {name: repr(each) for name, each in seen.items() if next(each.children(), None) is None} | numbers
 
 
 def _check_rebuilt(info: dict[str, Any], plan: CompressionPlan, model: nn.Module, folder: Path) -> None:
@@ -100,9 +96,7 @@ def _check_rebuilt(info: dict[str, Any], plan: CompressionPlan, model: nn.Module
     with torch.random.fork_rng(devices=[]), torch.device("cpu" if info["deployed"] else "meta"):
         dense = _dense(info)
     made = _in_form(dense, plan, info["deployed"])
-    layers, now = ({name: repr(each) for name,
-                    each in m.named_modules() if not len(list(each.children())) and not isinstance(each, UNSEEN)}
-                   for m in (made, model))
+    layers, now = _layers(made), _layers(model)
     odd = next((f"{name} is {now.get(name)} in place of {layers.get(name)}" for name in {**layers, **now}
                 if layers.get(name) != now.get(name)), None)
     try:
@@ -140,9 +134,22 @@ def _by_todays_names(state: dict[str, Tensor], model: nn.Module, plan: Compressi
     blocks = ("" if encoder_of(model) is model else "encoder.") + "blocks"
     moved = {f"{blocks}.{i}.tokens.reconstruct_matrix": f"{blocks}.{i - place}.tokens.reconstruct_matrix"
              for i, (_, place) in enumerate(plan.rules()) if place}
-    planned = {name: value for name,
-               value in model.state_dict().items() if name.endswith((".regions", ".weights", ".own", ".mask"))}
+    planned = {name: value for name, value in model.state_dict().items()
+               if name.endswith((".regions", ".weights", ".own", ".mask"))}
     return planned | {moved.get(name, name): value for name, value in state.items()}
+
+
+def _check_info(info: dict[str, Any], config: Any) -> None:
+    """InputError where what a checkpoint.json says besides the model is of the wrong kind."""
+    try:
+        check_settings(config)
+    except InputError as error:
+        raise InputError(f'"config" must hold {", ".join(SETTINGS)} of images: {error}') from None
+    classes = info.get("classes")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
+        raise InputError('"classes" must be a list of names or null')
+    if not isinstance(info.get("deployed", False), bool):
+        raise InputError('"deployed" must be true or false')
 
 
 def find(path: str | Path) -> Path:
@@ -165,9 +172,7 @@ def load(path: str | Path) -> Checkpoint:
         raise InputError(f"{where}: not a {FORMAT} of version {VERSION}")
     config, plan = info.get("config") or {}, CompressionPlan.load(folder / PLAN)
     try:
-        _check_config(config, info.get("classes"))
-        if not isinstance(info.get("deployed", False), bool):
-            raise InputError('"deployed" must be true or false')
+        _check_info(info, config)
         dense = _dense(info, _check_size(info, plan, folder / WEIGHTS))
     except InputError as error:
         raise InputError(f"{where}: {error}") from None

@@ -1,9 +1,9 @@
 """compress(model, plan): a timm model with its heads, neurons and tokens cut as the plan says (methods A6, B8)."""
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 from timm.layers import Attention
+from timm.models.vision_transformer import Block
 from torch import nn
 
 from vitlab.models.attention import attention_as
@@ -13,7 +13,7 @@ from vitlab.models.read_out import ReadOutBlock
 from vitlab.models.select import SelectBlock
 from vitlab.models.share import SharedUpdateBlock
 from vitlab.models.shrink import keep_heads, keep_neurons
-from vitlab.models.support import attention_block, encoder_of, shape_before_cutting, shape_of
+from vitlab.models.support import attention_block, check_supported, encoder_of, shape_of, sizes_of
 from vitlab.models.tokens_cut import as_tokens_cut, without_tokens_cut
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.rules import Match, MergeReconstruct, ReadOut, Select, SharedUpdate, TokenRule
@@ -21,85 +21,53 @@ from vitlab.plan.shape import ViTShape
 from vitlab.runtime.files import InputError
 
 TRAINABLE = ("all", "matrices", "weights")
-
-
-TOKEN_BLOCKS: dict[str, Any] = {SharedUpdate.kind: SharedUpdateBlock, Select.kind: SelectBlock, Match.kind: MatchBlock,
-                                ReadOut.kind: ReadOutBlock}
-
-
-def _token_rule_agrees(block: nn.Module, rule: TokenRule | None, place: int, num_prefix_tokens: int) -> bool:
-    """Whether a block of a training form is wrapped as the rule says: its kind, and what does not train."""
-    if rule is None:
-        return attention_block(block) is block
-    if isinstance(rule, MergeReconstruct):
-        return isinstance(block, TokenBlock) and block.agrees(rule, num_prefix_tokens, place)
-    if not isinstance(block, TOKEN_BLOCKS[rule.kind]):
-        return False
-    if isinstance(rule, Select):
-        return (block.kept, block.ranked_by) == (rule.kept, rule.ranked_by)
-    return block.rule == rule
+TOKEN_BLOCKS: dict[str, Any] = {MergeReconstruct.kind: TokenBlock, SharedUpdate.kind: SharedUpdateBlock,
+                                Select.kind: SelectBlock, Match.kind: MatchBlock, ReadOut.kind: ReadOutBlock}
 
 
 def check_agrees(model: nn.Module, plan: CompressionPlan) -> None:
     """InputError naming the sizes, or the first block, in which a compressed model (training form) differs from the
     plan."""
-    plan.check_fits(shape_before_cutting(model, plan.shape))
+    check_supported(model)
+    plan.check_fits(sizes_of(model, plan.shape.num_heads, plan.shape.num_neurons))
     for index, (block, cut, (rule, place)) in enumerate(zip(model.blocks, plan.blocks, plan.rules())):
         inner = attention_block(block)
-        units = (inner.attn.num_heads, inner.mlp.fc2.in_features) == (
-            plan.shape.num_heads if cut.heads is None else len(cut.heads),
-            plan.shape.num_neurons if cut.neurons is None else len(cut.neurons))
-        if not units or not _token_rule_agrees(block, rule, place, plan.shape.num_prefix_tokens):
+        expected = (plan.shape.num_heads if cut.heads is None else len(cut.heads),
+                    plan.shape.num_neurons if cut.neurons is None else len(cut.neurons),
+                    Block if rule is None else TOKEN_BLOCKS[rule.kind], rule, place)
+        if expected != (inner.attn.num_heads, inner.mlp.fc2.in_features, type(block), getattr(block, "rule", None),
+                        getattr(block, "place", 0)):
             raise InputError(f"block {index} of the model is not what the plan says; the plan it was compressed by is "
-                             f"needed")
+                             "needed")
 
 
-def _relative(kept: tuple[int, ...] | None, before: tuple[int, ...], what: str) -> list[int] | None:
-    """Where the units that stay (None: all) stand among those still there; None where nothing more is cut."""
-    missing = sorted(set(kept or ()) - set(before))
-    if missing:
-        raise InputError(f"{what} {missing[0]} should stay, but the model has lost it already")
-    return None if kept is None or kept == before else [before.index(unit) for unit in kept]
-
-
-def _wrapped(block: nn.Module, now: tuple[TokenRule | None, int], was: tuple[TokenRule | None, int], heads_gone: bool,
-             num_prefix_tokens: int) -> nn.Module:
-    """The block as its token rule and place there (CompressionPlan.rules) say; as it is where they stay the same."""
-    inner, rule = attention_block(block), now[0]
-    if isinstance(block, SelectBlock) and isinstance(rule, Select) and block.ranked_by == rule.ranked_by:
-        block.kept = rule.kept
-        return block
-    if now == was:
-        return block
-    inner.attn = attention_as(Attention, inner.attn)
-    if rule is None:
-        return inner
-    if heads_gone and getattr(rule, "ranked_by", None) == "all":
-        raise InputError("all heads should rank tokens, but the model has lost some already")
-    if isinstance(rule, MergeReconstruct):
-        block = TokenBlock(inner, rule, num_prefix_tokens, now[1])
-    else:
-        block = TOKEN_BLOCKS[rule.kind](inner, rule, num_prefix_tokens)
-    return block.to(inner.norm1.weight.device, inner.norm1.weight.dtype).train(inner.training)
-
-
-def _cut(block: nn.Module, cut: BlockPlan, was: BlockPlan, rules: Sequence[tuple[TokenRule | None, int]],
-         shape: ViTShape) -> nn.Module:
-    """One block, in place; returned because a token rule wraps it. rules: by which it shall run, and by which it
-    did."""
-    inner, every = attention_block(block), {"heads": tuple(range(shape.num_heads)),
-                                            "neurons": tuple(range(shape.num_neurons))}
-    there = {name: all_of if getattr(was, name) is None else getattr(was, name) for name, all_of in every.items()}
-    for name, all_of in every.items():
-        if getattr(cut, name) is None and there[name] != all_of:
-            raise InputError(f"all {name} should stay, but the model has lost some already")
-    block = _wrapped(block, *rules, there["heads"] != every["heads"], shape.num_prefix_tokens)
-    heads, neurons = (_relative(getattr(cut, name), there[name], name) for name in ("heads", "neurons"))
-    if heads is not None:
-        keep_heads(inner.attn, heads)
-    if neurons is not None:
-        keep_neurons(inner.mlp, neurons)
+def _cut_tokens(block: nn.Module, now: tuple[TokenRule | None, int], was: tuple[TokenRule | None, int],
+                heads_gone: bool, num_prefix_tokens: int) -> nn.Module:
+    """The block by its rule and place there (CompressionPlan.rules); what trains in it stays where both do."""
+    inner, (rule, place) = attention_block(block), now
+    if isinstance(block, SelectBlock) and isinstance(rule, Select) and block.rule.ranked_by == rule.ranked_by:
+        block.rule = rule                       # its heads that rank stay
+    elif now != was:
+        if heads_gone and getattr(rule, "ranked_by", None) == "all":
+            raise InputError("all heads should rank tokens, but the model has lost some already")
+        inner.attn = attention_as(Attention, inner.attn)
+        where = (place,) if place else ()       # of one block alone everywhere but in a span
+        block = inner if rule is None else TOKEN_BLOCKS[rule.kind](inner, rule, num_prefix_tokens, *where)
+        block = block.to(inner.norm1.weight.device, inner.norm1.weight.dtype).train(inner.training)
     return block
+
+
+def _cut_units(block: nn.Module, cut: BlockPlan, was: BlockPlan, shape: ViTShape) -> None:
+    """Heads and neurons leave timm's Block, in place; those that `was` cut have left it before."""
+    for name, count, keep, part in (("heads", shape.num_heads, keep_heads, block.attn),
+                                    ("neurons", shape.num_neurons, keep_neurons, block.mlp)):
+        before, after = (range(count) if kept is None else kept for kept in (getattr(was, name), getattr(cut, name)))
+        gone = sorted(set(after) - set(before))
+        if gone:
+            raise InputError((f"all {name} should stay, but the model has lost some" if getattr(cut, name) is None else
+                              f"{name} {gone[0]} should stay, but the model has lost it") + " already")
+        if len(after) < len(before):
+            keep(part, [before.index(unit) for unit in after])
 
 
 def _check_whole_grid(plan: CompressionPlan) -> None:
@@ -130,10 +98,11 @@ def compress(model: nn.Module, plan: CompressionPlan, *, before: CompressionPlan
         _check_whole_grid(plan)
         return model.with_encoder(compress(model.encoder, plan, before=before))
     model = without_tokens_cut(copy.deepcopy(model))
-    for index, (block, cut, was,
-                *rules) in enumerate(zip(model.blocks, plan.blocks, before.blocks, plan.rules(), before.rules())):
+    for index, (cut, now, was, ruled) in enumerate(zip(plan.blocks, plan.rules(), before.blocks, before.rules())):
+        gone = was.heads is not None and len(was.heads) < plan.shape.num_heads
         try:
-            model.blocks[index] = _cut(block, cut, was, rules, plan.shape)
+            model.blocks[index] = _cut_tokens(model.blocks[index], now, ruled, gone, plan.shape.num_prefix_tokens)
+            _cut_units(attention_block(model.blocks[index]), cut, was, plan.shape)
         except InputError as error:
             raise InputError(f"block {index}: {error}") from None
     if isinstance(model.blocks[-1], MatchBlock):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vitlab.models.hub import downloading
 from vitlab.models.support import attention_block, check_supported, classes_of
 from vitlab.models.weights import ANCHOR, by_timms_names, check_fits, read_state, unwrapped
-from vitlab.plan.shape import is_int
+from vitlab.plan.shape import POOL_TOKEN, is_int
 from vitlab.runtime.files import InputError, first_line
 
 PREFIXES = ("cls_token", "dist_token", "reg_token")                                      # before the patches
@@ -147,8 +147,7 @@ def _own_sizes(state: dict[str, Tensor], model: nn.Module, args: dict[str, Any],
     elif not any(name.startswith("head") for name in state):
         if args.get("num_classes"):
             raise InputError(f"{path}: holds no classifier, so num_classes can't be {args['num_classes']}; without it "
-                             f"the model gives "
-                             "features")
+                             "the model gives features")
         own["num_classes"] = 0
     if ANCHOR in state and state[ANCHOR].dim() == 4:
         own["in_chans"] = state[ANCHOR].shape[1]
@@ -161,8 +160,8 @@ def _placed(state: dict[str, Tensor], model: nn.Module, kernel: tuple[int, int],
             path: str | Path) -> tuple[dict[str, Tensor], tuple[int, int] | None, list[str]]:
     """(the state with position embeddings of the images' size, that size where it is the weights' own and not the
     model's, what is to be said of it). kernel: the file's patches. asked: the model's size was asked for."""
-    embedded, prefix, grid = state.get(
-        "pos_embed"), 0 if model.no_embed_class else model.num_prefix_tokens, model.patch_embed.grid_size
+    embedded, grid = state.get("pos_embed"), model.patch_embed.grid_size
+    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     patches = embedded.shape[1] - prefix if embedded is not None and embedded.dim() == 3 else grid[0] * grid[1]
     if patches == grid[0] * grid[1]:
         return state, None, []
@@ -174,8 +173,7 @@ def _placed(state: dict[str, Tensor], model: nn.Module, kernel: tuple[int, int],
         return {**state, "pos_embed": own["pos_embed"]}, None, []
     if not side or side ** 2 != patches:
         raise InputError(f"{path}: does not fit the model: its position embeddings are of {patches} patches, which "
-                         f"make no square; give "
-                         "the img_size, height and width, that they are of")
+                         "make no square; give the img_size, height and width, that they are of")
     size, notes = None, []
     if not asked:
         size = side * kernel[0], side * kernel[1]
@@ -198,6 +196,8 @@ def architecture(model: nn.Module) -> dict[str, Any]:
     # stands.
     now = {"num_classes": classes_of(model), "depth": sum(hasattr(attention_block(b), "attn") for b in model.blocks),
            "fc_norm": not isinstance(model.fc_norm, nn.Identity)}
+    if hasattr(model, "dist_token") and not model.global_pool:
+        now["global_pool"] = POOL_TOKEN         # of an encoder; timm builds a distilled DeiT with no other
     args = {k: list(v) if isinstance(v, tuple) else v for k, v in {**get_model_args(model), **now}.items()}
     odd = next((k for k, v in args.items() if not isinstance(v, (str, int, float, list, dict, type(None)))), None)
     if odd is not None:

@@ -61,8 +61,7 @@ class MaskTransformer(nn.Module):
         super().__init__()
         if embed_dim % head_dim or depth < 1:
             raise InputError(f"a mask transformer of {depth} blocks, {embed_dim} wide, with heads of {head_dim}: at "
-                             f"least one block is "
-                             "needed, and a width that the heads divide")
+                             "least one block is needed, and a width that the heads divide")
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()      # also where it is built without memory
         self.num_classes = num_classes
         self.proj_dec = nn.Linear(embed_dim, embed_dim)

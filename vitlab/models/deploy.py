@@ -9,7 +9,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from vitlab.models.fold import Fold, FoldedBlock
+from vitlab.models.held import unmasked
 from vitlab.models.merge import TokenBlock
 from vitlab.models.support import attention_block, check_supported, encoder_of
 from vitlab.plan import tokens
@@ -17,13 +17,32 @@ from vitlab.plan.shape import POOL_TOKEN
 from vitlab.runtime.files import InputError
 
 
-def _taken_in(block: nn.Module, eye: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """(merge, carried indices, whether all tokens are taken in as they are) of a block that is not inside a span, in
-    float64."""
-    if isinstance(block, TokenBlock):
-        skipping = torch.tensor(block.tokens.skipping, dtype=torch.long, device=eye.device)
-        return block.tokens.merge_matrix.detach().double(), skipping, False
-    return eye, torch.empty(0, dtype=torch.long, device=eye.device), True
+class Fold(nn.Module):
+    """A fixed matrix (C', C) over the tokens: (B, C, D) -> (B, C', D)."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("matrix", matrix)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        return torch.matmul(self.matrix, unmasked(x, attn_mask, is_causal, "a deployed model"))
+
+
+class FoldedBlock(nn.Module):
+    """fold, then timm's Block on the first `num_tokens` rows; the rows after them skip it and are carried along."""
+
+    def __init__(self, block: nn.Module, matrix: Tensor | None, num_tokens: int, num_carried: int) -> None:
+        super().__init__()
+        self.fold = nn.Identity() if matrix is None else Fold(matrix)
+        self.block = block
+        self.num_tokens, self.num_carried = num_tokens, num_carried
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        x = self.fold(unmasked(x, attn_mask, is_causal, "a deployed model"))            # (B, C + p, D)
+        if not self.num_carried:
+            return self.block(x)
+        merged, carried = x.split((self.num_tokens, self.num_carried), dim=1)
+        return torch.cat([self.block(merged), carried], dim=1)
 
 
 def deploy(model: nn.Module) -> nn.Module:
@@ -49,16 +68,15 @@ def deploy(model: nn.Module) -> nn.Module:
     give, carried, plain = eye, none, True
     folded: list[nn.Module] = []
     for block in model.blocks:
-        matrix = None
-        # another goes on with what the one before left
-        if not isinstance(block, TokenBlock) or block.tokens is not None:
-            merge, skipping, identity = _taken_in(block, eye)
-            if not (plain and identity):
+        matrix, merging = None, isinstance(block, TokenBlock)
+        if not merging or block.tokens is not None:         # else it goes on with what the one before left
+            merge = block.tokens.merge_matrix.detach().double() if merging else eye
+            skipping = torch.tensor(block.tokens.skipping).to(none) if merging else none
+            if merging or not plain:
                 matrix = tokens.fold(give, carried, merge, skipping).to(weight.dtype)
-            give = eye if identity else block.tokens.reconstruct_matrix.detach().double()
-        inner = attention_block(block) if isinstance(block, TokenBlock) else block
-        folded.append(FoldedBlock(inner, matrix, len(merge), len(skipping)))
-        carried, plain = skipping, identity
+            give = block.tokens.reconstruct_matrix.detach().double() if merging else eye
+        folded.append(FoldedBlock(attention_block(block) if merging else block, matrix, len(merge), len(skipping)))
+        carried, plain = skipping, not merging
     if not plain:
         wanted = eye[:model.num_prefix_tokens] if model.global_pool == POOL_TOKEN else eye
         folded.append(Fold(tokens.fold(give, carried, wanted, none).to(weight.dtype)))

@@ -138,8 +138,7 @@ class HoldingBlock(nn.Module):
         if not isinstance(x, Held):
             if self.takes_held:
                 raise InputError("merged tokens should come in, but all tokens did: a hook on the block before has "
-                                 "changed what it gives; "
-                                 "hook a part inside the block instead")
+                                 "changed what it gives; hook a part inside the block instead")
             return unmasked(x, attn_mask, is_causal, what)
         return dataclasses.replace(x, x=unmasked(x.x, attn_mask, is_causal, what))
 
@@ -153,8 +152,7 @@ class HoldingBlock(nn.Module):
             held.whole()
         elif self._backward_hooks or self._backward_pre_hooks:
             raise InputError("a backward hook on a block that hands on merged tokens would never be called; hook a "
-                             "part inside the block "
-                             "instead")
+                             "part inside the block instead")
         return held
 
 
@@ -164,5 +162,4 @@ def check_reentrant(x: Tensor | Held) -> None:
     x = x.x if isinstance(x, Held) else x
     if isinstance(x, Tensor) and x.requires_grad and not torch.is_grad_enabled():
         raise InputError("re-entrant checkpointing loses the gradient of merged tokens between blocks; "
-                         "use_reentrant=False is needed "
-                         "(timm.layers.set_reentrant_ckpt(False))")
+                         "use_reentrant=False is needed (timm.layers.set_reentrant_ckpt(False))")

@@ -39,26 +39,14 @@ class TokenBlock(HoldingBlock):
 
     def __init__(self, block: nn.Module, rule: MergeReconstruct, num_prefix_tokens: int, place: int = 0) -> None:
         super().__init__()
-        self.block, self.place, self.span, self.takes_held = block, place, rule.span, place > 0
+        self.block, self.rule, self.place, self.takes_held = block, rule, place, place > 0
         self.tokens = None if place else MergeReconstructTokens(rule, num_prefix_tokens)
-
-    @property
-    def reconstructs(self) -> bool:
-        """Whether all N tokens leave it."""
-        return self.place + 1 == self.span
 
     def forward(self, x: Tensor | Spanned, attn_mask: Tensor | None = None,
                 is_causal: bool = False) -> Tensor | Spanned:
         x = self.received(x, attn_mask, is_causal, "a block that merges tokens")
-        if self.span > 1:
+        if self.rule.span > 1:
             check_reentrant(x)
         given = x if self.tokens is None else self.tokens(x)
-        return self.handed_on(Spanned(self.block(given.x), given.aside, given.reconstruct), self.reconstructs)
-
-    def agrees(self, rule: MergeReconstruct, num_prefix_tokens: int, place: int) -> bool:
-        """Whether it is what the rule makes: its place, the number of merged tokens, and the mask, which does not
-        train."""
-        if (self.place, self.span) != (place, rule.span) or self.tokens is None:
-            return (self.place, self.span) == (place, rule.span)
-        count, mask = num_prefix_tokens + rule.num_merged, tokens.token_mask(rule, num_prefix_tokens)
-        return len(self.tokens.merge_matrix) == count and torch.equal(self.tokens.token_mask.cpu() > 0, mask)
+        given = Spanned(self.block(given.x), given.aside, given.reconstruct)
+        return self.handed_on(given, gives_back=self.place + 1 == self.rule.span)

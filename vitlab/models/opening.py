@@ -51,7 +51,8 @@ def _opened(source: Source, model: str | None, args: dict[str, Any], pretrained:
     if source.startswith(HUB):
         return _of_weights(weights_in(download(source.removeprefix(HUB))), None, args)
     path = from_root(source.removeprefix(LOCAL))
-    if source.startswith(LOCAL) or is_others(path):
+    ours = any((path / place / checkpoint.INFO).is_file() for place in ("", checkpoint.FOLDER))
+    if source.startswith(LOCAL) or (path / CONFIG).is_file() and not ours:
         return _of_weights(weights_in(path), None, args)
     if path.is_dir():
         return _as_it_is(checkpoint.load(path), path, args)
@@ -98,9 +99,3 @@ def _of_weights(path: Path, model: str | None, args: dict[str, Any]) -> Checkpoi
     classes = config.classes if config.classes is not None and len(config.classes) == built.num_classes else None
     made_by = {"read_from": path.name, **({"notes": notes} if notes else {})}
     return Checkpoint(model=built, plan=plan, info={"classes": classes, "made_by": made_by})
-
-
-def is_others(path: Path) -> bool:
-    """Whether a folder holds a model as timm writes it, and no checkpoint."""
-    return (path / CONFIG).is_file() and not any((path / place / checkpoint.INFO).is_file()
-                                                 for place in ("", checkpoint.FOLDER))

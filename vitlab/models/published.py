@@ -86,8 +86,7 @@ def _compressed(state: dict[str, Tensor], dense: nn.Module, path: Path | str,
         tokens, rows = shape.num_tokens, reconstruct.shape[-1] if reconstruct.dim() else 0
         if merge.shape != (rows, tokens) or reconstruct.shape != (tokens, rows) or mask.flatten().shape != (tokens,):
             raise InputError(f"{path}: {prefix}attn.merge_matrix {tuple(merge.shape)}, recover_matrix "
-                             f"{tuple(reconstruct.shape)} and "
-                             f"token_mask {tuple(mask.shape)} don't fit {tokens} tokens")
+                             f"{tuple(reconstruct.shape)} and token_mask {tuple(mask.shape)} don't fit {tokens} tokens")
         blocks.append(BlockPlan(tokens=_rule(merge, mask.flatten(), shape.num_prefix_tokens, index, path)))
         renamed |= {f"{prefix}tokens.{k}": v.flatten() if k == "token_mask" else v for k, v in matrices.items()}
     plan = CompressionPlan(shape=shape, blocks=tuple(blocks),
@@ -104,7 +103,7 @@ def _compressed(state: dict[str, Tensor], dense: nn.Module, path: Path | str,
 def save_published(path: str | Path, model: nn.Module) -> None:
     """Write a compressed model (training form, every block merged and reconstructed) in the published layout,
     atomically."""
-    if not all(isinstance(b, TokenBlock) and b.span == 1 for b in model.blocks):
+    if not all(isinstance(b, TokenBlock) and b.rule.span == 1 for b in model.blocks):
         raise InputError("the published layout has merge and reconstruct matrices in every block; this model has not")
     dense = shape_of(rebuild(architecture(model)))
     for index, block in enumerate(attention_block(b) for b in model.blocks):

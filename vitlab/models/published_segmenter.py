@@ -11,12 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from timm.data.constants import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_INCEPTION_MEAN,
-    IMAGENET_INCEPTION_STD,
-)
+from timm.data import constants
 from torch import Tensor
 
 from vitlab.models.create import rebuild
@@ -27,8 +22,8 @@ from vitlab.plan.shape import is_int
 from vitlab.runtime.files import InputError
 
 VARIANT = "variant.yml"
-STATISTICS = {"deit": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-              "vit": (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD)}
+STATISTICS = {"deit": (constants.IMAGENET_DEFAULT_MEAN, constants.IMAGENET_DEFAULT_STD),
+              "vit": (constants.IMAGENET_INCEPTION_MEAN, constants.IMAGENET_INCEPTION_STD)}
 # timm's, by net_kwargs.distilled
 NAMES = {False: "vit_base_patch16_224", True: "deit_base_distilled_patch16_224"}
 UNUSED = ("encoder.head.", "encoder.head_dist.")

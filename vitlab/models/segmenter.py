@@ -7,16 +7,15 @@ section 3). B images, n patches in raster order on a grid of h x w, P prefix tok
 import copy
 import reprlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitlab.models.create import architecture, create_model, rebuild
+from vitlab.models.create import rebuild
 from vitlab.models.decoders import DECODERS
-from vitlab.models.fold import Fold
+from vitlab.models.deploy import Fold
 from vitlab.models.support import attention_block, check_supported, is_merged
 from vitlab.plan.shape import is_int
 from vitlab.runtime.files import InputError
@@ -48,34 +47,6 @@ def as_encoder(model: nn.Module) -> nn.Module:
     return model
 
 
-def create_encoder(name: str, *, img_size: int | tuple[int, int], weights: str | Path | None = None,
-                   pretrained: bool = False, **args: Any) -> nn.Module:
-    """`create_model` without classifier and pooling, for images of img_size (pixels, or height and width).
-
-    A side that is no multiple of the patch is rounded up to one, as the images will be padded. timm resamples the
-    position embeddings. num_classes (among args) must be that of the weights. Raises what create_model raises.
-    """
-    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    with torch.device("meta"):                  # the patch's size alone, without memory
-        patch = create_model(name, **args).patch_embed.patch_size
-    return as_encoder(create_model(name, weights=weights, pretrained=pretrained, img_size=multiple(size, patch),
-                                   **args))
-
-
-def encoder_source(encoder: nn.Module) -> dict[str, Any]:
-    """`architecture` of an encoder, from which `rebuild_encoder` builds the same dense one again, with random
-    weights."""
-    source = architecture(encoder)
-    # timm builds a distilled DeiT with no other
-    pool = {"global_pool": "token"} if hasattr(encoder, "dist_token") else {}
-    return {**source, "args": {**source["args"], **pool}}
-
-
-def rebuild_encoder(source: dict[str, Any], most: int | None = None) -> nn.Module:
-    """The dense encoder of an `encoder_source`; raises what `rebuild` raises."""
-    return as_encoder(rebuild(source, most))
-
-
 def set_norm_eps(encoder: nn.Module, eps: float) -> None:
     """Set the epsilon of all its LayerNorms: published Segmenters have 1e-5, timm's models 1e-6."""
     for norm in encoder.modules():
@@ -94,14 +65,14 @@ def pad(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def segmenter_source(model: "Segmenter") -> dict[str, Any]:
-    """What `rebuild_segmenter` needs beside the `encoder_source`."""
+    """What `rebuild_segmenter` needs beside the `architecture` of the encoder."""
     return {"num_classes": model.num_classes, "decoder": model.decoder_name, "args": model.decoder_args,
             "norm_eps": getattr(model.encoder.norm, "eps", None)}
 
 
 def rebuild_segmenter(encoder: Any, source: Any, most: int | None = None) -> "Segmenter":
-    """The dense Segmenter of an `encoder_source` and a `segmenter_source`, with random weights. Raises InputError
-    naming what is wrong, and, before any memory is taken, where it would have more than `most` parameters."""
+    """The dense Segmenter of an encoder's `architecture` and a `segmenter_source`, with random weights. Raises
+    InputError naming what is wrong, and, before memory is taken, where it would have more than `most` parameters."""
     numbers = {"head_dim": lambda v: is_int(v) and 1 <= v <= LARGEST,
                "depth": lambda v: is_int(v) and 1 <= v <= DEEPEST, "drop": _is_rate, "drop_path": _is_rate}
     known = {"num_classes": lambda v: is_int(v) and 2 <= v <= LARGEST,
@@ -114,7 +85,7 @@ def rebuild_segmenter(encoder: Any, source: Any, most: int | None = None) -> "Se
             raise InputError(f'"segmenter": {name} is {given}, which no Segmenter can be built from')
 
     def build() -> Segmenter:
-        return Segmenter(rebuild_encoder(encoder, most), source["num_classes"], source["decoder"], **source["args"])
+        return Segmenter(as_encoder(rebuild(encoder, most)), source["num_classes"], source["decoder"], **source["args"])
     if most is not None:
         with torch.device("meta"):              # sizes alone, without memory
             count = sum(p.numel() for p in build().parameters())
@@ -131,10 +102,9 @@ class Segmenter(nn.Module):
     """Images (B, 3, H, W), normalised -> logits (B, K, H, W): padded to a multiple of the patch at the right and
     bottom, encoded, decoded patch by patch, upsampled bilinearly, cropped.
 
-    encoder: a supported timm model in any form (dense, compressed, deployed), best made by `create_encoder` or
-    `as_encoder`. decoder: a name in DECODERS; args are its own. num_classes: K, at least 2. Raises InputError for
-    another decoder, argument or family, and in the forward for an image of a size that the encoder is not for, or an
-    encoder that gives no whole grid.
+    encoder: a supported timm model in any form (dense, compressed, deployed), best made by `as_encoder`. decoder: a
+    name in DECODERS; args are its own. num_classes: K, at least 2. Raises InputError for another decoder, argument or
+    family, and in the forward for an image of a size that the encoder is not for, or one that gives no whole grid.
     """
 
     def __init__(self, encoder: nn.Module, num_classes: int, decoder: str = "mask_transformer", **args: Any) -> None:
@@ -204,10 +174,8 @@ class Segmenter(nn.Module):
         prefix = self.encoder.num_prefix_tokens
         if tokens.shape[1] != prefix + grid[0] * grid[1]:
             raise InputError(f"the encoder gives {tokens.shape[1]} tokens for {prefix} prefix tokens and a grid of "
-                             f"{grid[0]} x {grid[1]}; "
-                             "dense prediction needs the whole grid: a plan that neither selects nor reads out, and "
-                             "`as_encoder` before "
-                             "`deploy`")
+                             f"{grid[0]} x {grid[1]}; dense prediction needs the whole grid: a plan that neither "
+                             "selects nor reads out, and `as_encoder` before `deploy`")
         # the final norm of models that pool by average
         patches = self.encoder.fc_norm(tokens[:, prefix:])
         return self.decoder(patches).transpose(1, 2).unflatten(2, grid)

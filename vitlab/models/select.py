@@ -48,13 +48,12 @@ class SelectBlock(nn.Module):
         self.register_buffer("rank_bias", None if bias is None else bias[:2 * attn.attn_dim].detach().clone())
         if not every:
             block.attn = attention_as(KeyedAttention, attn)
-        self.block, self.num_prefix_tokens = block, num_prefix_tokens
-        self.kept, self.ranked_by = rule.kept, rule.ranked_by
+        self.block, self.rule, self.num_prefix_tokens = block, rule, num_prefix_tokens
 
     def attend(self, normed: Tensor) -> tuple[Tensor, Tensor]:
         """(the attention's output (B, N, D), what ranks the tokens (B, N), higher stays) for x (B, N, D), normed."""
         attn = self.block.attn
-        if self.ranked_by == "kept":
+        if self.rule.ranked_by == "kept":
             return attn(normed)[:2]
         with torch.no_grad():                                                   # a choice has no gradient
             ranking = class_attention(attn, normed, self.rank_weight, self.rank_bias)
@@ -66,5 +65,5 @@ class SelectBlock(nn.Module):
         block = self.block
         attended, ranking = self.attend(block.norm1(x))
         x = x + block.drop_path1(block.ls1(attended))
-        x = tokens.select(x, ranking, self.kept, self.num_prefix_tokens)
+        x = tokens.select(x, ranking, self.rule.kept, self.num_prefix_tokens)
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))

@@ -53,8 +53,7 @@ def plain_linear(linear: nn.Module) -> nn.Linear:
     weights are not all that it does."""
     if type(linear) is not nn.Linear:
         raise InputError(f"a {type(linear).__module__}.{type(linear).__name__} stands for a Linear there, whose "
-                         f"weights are needed; merge "
-                         "adapters into the weights, or compress before they are added")
+                         "weights are needed; merge adapters into the weights, or compress before they are added")
     return linear
 
 
@@ -104,7 +103,7 @@ def classes_of(model: nn.Module) -> int:
     return model.head.out_features if isinstance(model.head, nn.Linear) else model.num_classes
 
 
-def _shape(model: nn.Module, num_heads: int, num_neurons: int) -> ViTShape:
+def sizes_of(model: nn.Module, num_heads: int, num_neurons: int) -> ViTShape:
     """Sizes of a model whose dense form has so many heads and neurons in each block; of a Segmenter with its
     decoder's."""
     whole, model = model, encoder_of(model)
@@ -126,11 +125,4 @@ def shape_of(model: nn.Module) -> ViTShape:
     sizes = {(b.attn.num_heads, b.mlp.fc2.in_features) for b in map(attention_block, model.blocks)}
     if is_merged(model) or len(sizes) > 1:
         raise InputError("the model is already compressed; the dense one is needed here")
-    return _shape(model, *sizes.pop())
-
-
-def shape_before_cutting(model: nn.Module, plan_shape: ViTShape) -> ViTShape:
-    """Sizes of the dense form of a model that was compressed by a plan for `plan_shape`. Raises InputError for a family
-    that can't be handled; whether the rest agrees is for the caller to check."""
-    check_supported(model)
-    return _shape(model, plan_shape.num_heads, plan_shape.num_neurons)
+    return sizes_of(model, *sizes.pop())

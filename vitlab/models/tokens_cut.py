@@ -7,7 +7,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from vitlab.models.fold import Fold, FoldedBlock
+from vitlab.models.deploy import Fold, FoldedBlock
 from vitlab.models.read_out import ReadOutBlock
 from vitlab.models.select import SelectBlock
 from vitlab.plan.shape import POOL_TOKEN
@@ -27,8 +27,7 @@ class ImageSize:
         height, width = inputs[0].shape[-2:]
         if (height, width) != self.size:
             raise InputError(f"an image of {height} x {width} came in; the plan is for {self.size[0]} x {self.size[1]} "
-                             f"(another size "
-                             "needs its own plan)")
+                             "(another size needs its own plan)")
 
 
 class TokensCut:
@@ -50,8 +49,7 @@ class TokensCut:
         pool_type = self.global_pool if pool_type is None else pool_type
         if self.gives_prefix_alone and pool_type != POOL_TOKEN:
             raise InputError(f"the model pools by {pool_type!r}, but only its prefix tokens are left at the end; "
-                             f"{POOL_TOKEN!r} is "
-                             "needed, or the dense model compressed for this pooling")
+                             f"{POOL_TOKEN!r} is needed, or the dense model compressed for this pooling")
         return super().pool(x, pool_type)
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
@@ -61,8 +59,7 @@ class TokensCut:
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         if not self.keeps_grid:
             raise InputError("there is no token grid between the blocks of a deployed model, or after tokens were "
-                             "selected or read out; "
-                             "take intermediates from the training form of a plan that merges")
+                             "selected or read out; take intermediates from the training form of a plan that merges")
         return super().forward_intermediates(*args, **kwargs)
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:

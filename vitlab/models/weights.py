@@ -93,8 +93,8 @@ def _named(path: Path, said: str) -> str:
 
 
 def _is_state(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(t, Tensor) and isinstance(k, str) for k,
-                                                           t in value.items())
+    return isinstance(value, dict) and bool(value) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
 
 
 def state_of(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
@@ -138,13 +138,12 @@ def unwrapped(state: dict[str, Tensor], own: dict[str, Tensor],
     best, *more = averages if len(averages) == 1 else (best, *more)
     if more:
         raise InputError(f"{path}: the weights below {best!r} and {more[0]!r} fit alike; save those that are meant in "
-                         f"a file of "
-                         "their own")
+                         "a file of their own")
     others = tuple(p for p in prefixes if p != best and p.startswith(best))
-    inner = {name: value for name,
-             value in state.items() if name.startswith(best) and not (others and name.startswith(others))}
-    return {name.removeprefix(best): value for name,
-            value in inner.items()}, [name for name in state if name not in inner]
+    inner = {name: value for name, value in state.items()
+             if name.startswith(best) and not (others and name.startswith(others))}
+    left = [name for name in state if name not in inner]
+    return {name.removeprefix(best): value for name, value in inner.items()}, left
 
 
 def by_timms_names(state: dict[str, Tensor], model: VisionTransformer,

@@ -27,12 +27,10 @@ def windows(size: tuple[int, int], window: tuple[int, int], stride: tuple[int, i
     """
     if any(not 1 <= w <= side for w, side in zip(window, size)):
         raise InputError(f"a window of {window[0]} x {window[1]} in an image of {size[0]} x {size[1]}; each side must "
-                         f"lie in "
-                         f"[1, {size[0]}] and [1, {size[1]}]")
+                         f"lie in [1, {size[0]}] and [1, {size[1]}]")
     if any(not 1 <= s <= w for s, w in zip(stride, window)):
         raise InputError(f"a stride of {stride[0]} x {stride[1]} for windows of {window[0]} x {window[1]}; to cover "
-                         f"every pixel it must "
-                         f"lie in [1, {window[0]}] and [1, {window[1]}]")
+                         f"every pixel it must lie in [1, {window[0]}] and [1, {window[1]}]")
     return [(top, left) for top in starts(size[0], window[0], stride[0])
             for left in starts(size[1], window[1], stride[1])]
 

@@ -54,8 +54,8 @@ def _lacks(scale: nn.Module, rule: TokenRule | None, stream: Tensor, given: Tens
     wanted = dense[:, :prefix] if wanted is None else wanted
     gamma = getattr(scale, "gamma", torch.ones(1, device=given.device))
     through = gamma.abs() > SMALL_GAMMA * gamma.abs().max()
-    lacks = ((wanted - stream[:, :wanted.shape[1]]) / torch.where(through, gamma,
-                                                                  1) - given[:, :wanted.shape[1]]) * through
+    rows, divisor = slice(wanted.shape[1]), torch.where(through, gamma, 1)
+    lacks = ((wanted - stream[:, rows]) / divisor - given[:, rows]) * through
     return F.pad(lacks, (0, 0, 0, given.shape[1] - lacks.shape[1]))
 
 
@@ -104,15 +104,15 @@ class Walk:
         folds of the images."""
         wrapped, heads, prefix = self.model.blocks[self.at], kind == "heads", self.model.num_prefix_tokens
         block, seen, images = attention_block(wrapped), {}, 0
-        linear, norm, scale = mixing_layer(block,
-                                           kind)[0], *((block.norm1, block.ls1) if heads else (block.norm2, block.ls2))
+        linear, _ = mixing_layer(block, kind)
+        norm, scale = (block.norm1, block.ls1) if heads else (block.norm2, block.ls2)
         gone = torch.ones(linear.in_features, dtype=torch.bool, device=self.device)
         gone[slice(None) if kept is None else kept] = False
         lost = linear.weight.detach()[:, gone].float()
         folds = [Moments(linear.in_features - lost.shape[1], self.device, linear.out_features) for _ in range(FOLDS)]
-        with hooks([norm.register_forward_pre_hook(lambda _, given: seen.update(own=given[0])),
-                    linear.register_forward_hook(lambda _, given,
-                                                 output: seen.update(inputs=given[0], output=output))]):
+        handles = [norm.register_forward_pre_hook(lambda _, given: seen.update(own=given[0])),
+                   linear.register_forward_hook(lambda _, given, out: seen.update(inputs=given[0], output=out))]
+        with hooks(handles):
             for entering, leaving, dense in zip(self.streams, self._run(wrapped, self.streams),
                                                 self.half if heads else self.after):
                 held, inputs, output = entering if heads else leaving, seen["inputs"], seen["output"]
@@ -133,8 +133,8 @@ def layers_to_refit(plan: CompressionPlan, every: bool, follow: bool = True) -> 
     """The layers that are refitted: those that lose units, with follow every proj after the first of them; with
     `every`, all from the first block on in which anything is cut."""
     cut = [layer for layer in layers_of(plan) if getattr(plan.blocks[layer[0]], layer[1]) is not None]
-    first = next((index for index,
-                  block in enumerate(plan.blocks) if dataclasses.replace(block, tokens=None) != BlockPlan()
+    first = next((index for index, block in enumerate(plan.blocks)
+                  if dataclasses.replace(block, tokens=None) != BlockPlan()
                   or not isinstance(block.tokens, (ReadOut, type(None)))), len(plan.blocks))
     return [layer for layer in layers_of(plan)
             if layer in cut

@@ -7,40 +7,34 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.task import ClassificationTask, LogitDistillationTask
 from torch import Tensor, nn
 
-from vitlab.measure.pixels import cross_entropy, divergence
+from vitlab.measure.evaluate import each_divergence
+from vitlab.measure.pixels import cross_entropy
 from vitlab.models.segmenter import Segmenter
 from vitlab.runtime.files import InputError
 from vitlab.training.recipes import Recipe
 
 
-class HardDistillationTask(LogitDistillationTask):
-    """loss = (1 - alpha) * CE(student, label) + alpha * CE(student, teacher's top class).
-
-    Touvron et al., arXiv 2012.12877, equation 3, on the student's one output.
-    """
-
-    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        logits = self.trainable_module(input)
-        with torch.no_grad():
-            choice = self.teacher(self.teacher.normalize_input(input, self.student_mean,
-                                                               self.student_std)).argmax(dim=1)
-        task, distill = self.criterion(logits, target), F.cross_entropy(logits, choice)
-        loss = self.task_loss_weight * task + self.distill_loss_weight * distill
-        return {"loss": loss, "output": logits, "task_loss": task, "kd_loss": distill}
-
-
-class SoftDistillationTask(LogitDistillationTask):
+class DistillationTask(LogitDistillationTask):
     """timm's soft distillation, of images (B, K) or of pixels (B, K, H, W), of which the KL's mean is taken; in float32
     also under autocast, where log-probabilities at a high temperature differ by less than bf16 can say (a CPU's does
-    not see to it)."""
+    not see to it). Or, if `hard`, with the teacher's top class (Touvron et al., arXiv 2012.12877, equation 3, on the
+    student's one output):
+
+        loss = (1 - alpha) * CE(student, label) + alpha * CE(student, teacher's top class)
+    """
+
+    hard = False
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         logits = self.trainable_module(input)
         with torch.no_grad():
             expected = self.teacher(self.teacher.normalize_input(input, self.student_mean, self.student_std))
         task = self.criterion(logits, target)
-        given, expected = ((each.float() / self.temperature).log_softmax(dim=1) for each in (logits, expected))
-        distill = divergence(given, expected) / len(logits) * self.temperature**2
+        if self.hard:
+            distill = F.cross_entropy(logits, expected.argmax(dim=1))
+        else:
+            given, expected = ((each.float() / self.temperature).log_softmax(dim=1) for each in (logits, expected))
+            distill = each_divergence(given, expected).sum() / len(logits) * self.temperature**2
         loss = self.task_loss_weight * task + self.distill_loss_weight * distill
         return {"loss": loss, "output": logits, "task_loss": task, "kd_loss": distill}
 
@@ -55,13 +49,12 @@ def make_task(model: nn.Module, teacher: nn.Module | None, recipe: Recipe, devic
     if dense and (recipe.mixup or recipe.cutmix):
         raise InputError(f"recipe {recipe.name} mixes images (mixup, cutmix), which masks can't follow; one without is "
                          f"needed")
-    # targets are then probabilities, smoothed already
-    mixed = recipe.mixup or recipe.cutmix
-    criterion = (SoftTargetCrossEntropy() if mixed else LabelSmoothingCrossEntropy(recipe.smoothing) if recipe.smoothing
-                 else nn.CrossEntropyLoss())
-    if dense:
-        # a batch of which no pixel counts is no reason to skip the step
+    if dense:                                   # a batch of which no pixel counts is no reason to skip the step
         criterion = partial(cross_entropy, smoothing=recipe.smoothing)
+    elif recipe.mixup or recipe.cutmix:         # targets are probabilities, smoothed already
+        criterion = SoftTargetCrossEntropy()
+    else:
+        criterion = LabelSmoothingCrossEntropy(recipe.smoothing) if recipe.smoothing else nn.CrossEntropyLoss()
     if recipe.distill == "none":
         return ClassificationTask(model, criterion, device=device, verbose=False)
     if teacher is None:
@@ -77,11 +70,11 @@ def make_task(model: nn.Module, teacher: nn.Module | None, recipe: Recipe, devic
     if teacher.in_chans != model.in_chans:
         raise InputError(f"the teacher takes images of {teacher.in_chans} channels, the student of {model.in_chans}; "
                          f"they see the same")
-    soft = recipe.distill == "soft"
-    kind = SoftDistillationTask if soft else HardDistillationTask
-    task = kind(model, teacher.to(device).requires_grad_(False), criterion, task_loss_weight=1 - recipe.alpha,
-                distill_loss_weight=recipe.alpha / model.num_classes if soft else recipe.alpha,
-                temperature=recipe.tau, device=device, verbose=False)
+    hard = recipe.distill == "hard"
+    task = DistillationTask(model, teacher.to(device).requires_grad_(False), criterion, temperature=recipe.tau,
+                            task_loss_weight=1 - recipe.alpha, device=device, verbose=False,
+                            distill_loss_weight=recipe.alpha if hard else recipe.alpha / model.num_classes)
+    task.hard = hard
     if model.in_chans == 1:                     # grey images, as `image_config` normalises them
         for owner, names in ((task, ("student_mean", "student_std")), (task.teacher, ("mean_kd", "std_kd"))):
             for name in names:

@@ -189,5 +189,4 @@ def _left_out(training: Training, loss: float, log: Any) -> None:
     if training.skipped > training.engine.max_skipped:
         raise InputError(f"{training.fault} at epoch {training.epoch + 1}, step {training.done}, and was not finite in "
                          f"{training.skipped} steps in a row; their files are in {LOG}. A smaller lr than "
-                         f"{training.recipe.lr} or "
-                         "clip_grad may help")
+                         f"{training.recipe.lr} or clip_grad may help")

@@ -13,9 +13,10 @@ from timm.utils import random_seed
 from torch import nn
 from tqdm import tqdm
 
-from vitlab.data import ImageData
+from vitlab.data import ImageData, Shuffled
 from vitlab.measure.capture import Batches, frozen_eval
-from vitlab.measure.pixels import divergence, each_divergence, log_probabilities
+from vitlab.measure.evaluate import each_divergence
+from vitlab.measure.pixels import log_probabilities
 from vitlab.models import set_trainable
 from vitlab.runtime.files import InputError
 from vitlab.runtime.uncertainty import standard_error, with_error
@@ -76,8 +77,8 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Di
     if (minutes is None) == (steps is None):
         raise InputError("either minutes or steps are needed, not both")
     random_seed(seed)
-    batches = data.batches(split, model, batch_size=batch_size, training=True, seed=seed, workers=workers,
-                           augment=data.mild)
+    batches = data.batches(split, model, batch_size=batch_size, training=Shuffled(augment=data.mild), seed=seed,
+                           workers=workers)
     set_trainable(model, "all")
     optimizer = create_optimizer_v2(model, opt="adamw", lr=lr, weight_decay=0.0)
     log = [{"epoch": 0, "steps": 0, "loss": None, "kl": apart(model), "seconds": 0.0}]
@@ -100,13 +101,12 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Di
                         group["lr"] = lr * min(1, (over + 1e-3) / WARMUP) * (1 + math.cos(math.pi * over)) / 2
                     with torch.no_grad():
                         expected = log_probabilities(teacher, images, amp)
-                    loss = divergence(log_probabilities(model, images, amp), expected) / len(images)
+                    loss = each_divergence(log_probabilities(model, images, amp), expected).sum() / len(images)
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                     found = {"loss": float(loss.detach()), "gradient's norm": float(gradient_norm(model))}
-                    fault = next((f"the {what} of self-distillation is {v} at step {done + 1}" for what,
-                                  v in found.items()
-                                  if not math.isfinite(v)), None)
+                    fault = next((f"the {what} of self-distillation is {value} at step {done + 1}"
+                                  for what, value in found.items() if not math.isfinite(value)), None)
                     skipped = 0 if fault is None else skipped + 1
                     if fault is None:
                         losses.append(found["loss"])
@@ -134,6 +134,5 @@ def _left_out(fault: str, files: list[str], skipped: int, lr: float) -> None:
     of = f" of {', '.join(files)}" if files else ""
     if skipped >= SKIPPED:
         raise InputError(f"{fault}{of}, and was not finite in {skipped} steps in a row; a smaller lr than {lr} may "
-                         f"help. The best state "
-                         "so far is kept")
+                         "help. The best state so far is kept")
     warnings.warn(f"{fault}{of}; the step is left out", stacklevel=3)

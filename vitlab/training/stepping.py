@@ -13,7 +13,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import random_seed
 from torch import Tensor, nn
 
-from vitlab.data import ImageData
+from vitlab.data import ImageData, Shuffled
 from vitlab.data.order import seed_of
 from vitlab.measure.evaluate import uses_bf16
 from vitlab.models import set_trainable
@@ -54,17 +54,16 @@ class Training:
     def __init__(self, model: nn.Module, data: ImageData, recipe: Recipe, engine: Engine, teacher: nn.Module | None,
                  seed: int, device: torch.device, limit: int | None, workers: int | None) -> None:
         self.model, self.recipe, self.engine, self.seed, self.device = model, recipe, engine, seed, device
-        self.batches = data.batches("train", model, batch_size=self._batch_size(), training=True, limit=limit,
-                                    seed=seed, workers=workers, augment={"hflip": 0.5, **recipe.augment}, shared=True,
-                                    turns=engine.accumulate, repeats=recipe.repeats)
+        drawn = Shuffled(augment={"hflip": 0.5, **recipe.augment}, turns=engine.accumulate, repeats=recipe.repeats)
+        self.batches = data.batches("train", model, batch_size=self._batch_size(), training=drawn, limit=limit,
+                                    seed=seed, workers=workers, shared=True)
         train = data.split("train")
         size = min(data.logged, len(train)) if hasattr(train, "__len__") else data.logged      # a stream has no length
         self.slice = data.batches("train", model, limit=size, seed=seed, workers=0, shared=True)
         self.steps = len(self.batches) // engine.accumulate                         # of an epoch
         if not self.steps:
             raise InputError(f"{data.name}: too few images for one step of {parallel.world()} processes with "
-                             f"{engine.accumulate} batches "
-                             "each")
+                             f"{engine.accumulate} batches each")
         self.dtype = recipe.dtype or ("bfloat16" if uses_bf16(device, None) else "float32")
         set_trainable(model, recipe.trainable)
         task = make_task(model.to(device), teacher, recipe, device)
@@ -104,9 +103,8 @@ class Training:
         parts = parallel.world() * self.engine.accumulate
         if self.recipe.batch_size % parts:
             raise InputError(f"recipe {self.recipe.name}: a step of {self.recipe.batch_size} images does not divide by "
-                             f"{parallel.world()} "
-                             f"processes times {self.engine.accumulate} batches; --batch-size takes a multiple of "
-                             f"{parts}")
+                             f"{parallel.world()} processes times {self.engine.accumulate} batches; --batch-size takes "
+                             f"a multiple of {parts}")
         return self.recipe.batch_size // parts
 
     @property
@@ -130,8 +128,7 @@ class Training:
         wrong = not_finite(self.model) or not_finite(self.average)
         if wrong is not None:
             raise InputError(f"{wrong} is not finite after {self.step} steps, so no state of them is written; a "
-                             f"smaller lr than "
-                             f"{self.recipe.lr} or clip_grad may help, from the state before")
+                             f"smaller lr than {self.recipe.lr} or clip_grad may help, from the state before")
 
     def share_broken(self) -> list[str]:
         """The images that could not be read so far, of all processes together, which each then knows. Raises InputError
@@ -184,8 +181,7 @@ class Training:
             return next(batches)
         except StopIteration:
             raise InputError(f"the data ended after {self.done} of the {self.steps} steps of epoch {self.epoch + 1}; "
-                             f"its number of images "
-                             "is not what it says") from None
+                             "its number of images is not what it says") from None
 
     def _agree(self, *values: float) -> list[float]:
         """The mean of each value over all processes; to be asked to stop is passed on along with them."""

@@ -56,7 +56,7 @@ def selected(model: nn.Module, x: Tensor, shape: ViTShape) -> dict[int, Tensor]:
             nonlocal shares
             ranking = block.attend(block.block.norm1(inputs[0]))[1].cpu()
             # what is done to tokens, done to one-hot rows
-            shares = tokens.select(shares, ranking, block.kept, prefix)
+            shares = tokens.select(shares, ranking, block.rule.kept, prefix)
             found[index] = shares[0, prefix:, prefix:]
         return before
     selecting = [(i, block) for i, block in enumerate(model.blocks) if isinstance(block, SelectBlock)]
