@@ -84,7 +84,7 @@ def test_a_bar_of_an_executed_notebook_stands_where_it_ended(tmp_path):
     executed = nbformat.read(notebooks.run(tmp_path / "bar.ipynb", tmp_path / "out", progress=False), as_version=4)
     shown, = executed.cells[-1].outputs
     assert shown.output_type == "stream" and "6/6" in shown.text and "0/6" not in shown.text
-    modules = (Path(notebooks.__file__).parents[1]).rglob("*.py")           # bars of text: a widget's is kept as it began
+    modules = Path(notebooks.__file__).parents[1].rglob("*.py")         # a widget is kept as it was first shown
     assert not [path for path in modules if re.search(r"tqdm\.(auto|notebook)", path.read_text(encoding="utf-8"))]
 
 
