@@ -20,8 +20,8 @@ def share_cores() -> None:
     """Let OpenMP's threads sleep while they wait for each other, and start no more of them than a container has cores;
     what the environment says already stays. It holds where torch is imported afterwards.
 
-    Beside other work a thread that spins uses up its turns, and its core is taken from it when the others come: the
-    steps of a small model were measured 4 to 12 times slower so than with threads that sleep.
+    Beside other work a thread that spins uses up its turns, and has none when the others come: steps of a small model
+    took 2 to 18 times as long so as with threads that sleep (docs/scale.md, "Beside other work").
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if (cores := available_cores()) < (os.cpu_count() or 1):
