@@ -15,7 +15,7 @@ from vitlab.plan.rules import PROTECT, Match, Select
 from vitlab.runtime.files import InputError
 from vitlab.search.strategies import Settings
 from vitlab.search.token_dimensions import default_tokens, token_dimensions
-from vitlab.workbench import cutting, searching, steps, tonight
+from vitlab.workbench import comparing, cutting, scoring, searching, steps, tonight
 
 FEW = {"device": "cpu", "progress": False, "workers": 0}
 KINDS = {"no prefix token": {"class_token": False, "global_pool": "avg"},
@@ -68,7 +68,7 @@ def test_what_ranks_by_the_class_token_is_refused_by_name_with_what_needs_none(f
     for run in (lambda: searching.search(found, data, tmp_path / "s", macs_ratio=0.8, tokens="select", images=16,
                                          score_images=16, **FEW),
                 lambda: cutting.prune_units(found,
-                                            cutting.score_units(found, data, tmp_path / "u", criterion="weight", **FEW),
+                                            scoring.score_units(found, data, tmp_path / "u", criterion="weight", **FEW),
                                             tmp_path / "p", rho=0.3)):
         with pytest.raises(InputError, match="tokens are selected by the class token.*has no class token: match, "
                                              "share, merge or none"):
@@ -85,13 +85,13 @@ def test_a_plan_of_a_model_with_a_class_token_is_refused_where_it_ranks_by_it_an
 
 
 def test_scores_cuts_and_a_search_that_name_no_rule_run(found, data, tmp_path):
-    scores = cutting.score_units(found, data, tmp_path / "units", criterion="weight", **FEW)
+    scores = scoring.score_units(found, data, tmp_path / "units", criterion="weight", **FEW)
     small = cutting.prune_units(found, scores, tmp_path / "pruned", head_ratio=0.4)
     assert small.plan.blocks[0].heads is not None and small.plan.blocks[0].tokens is None
-    rows = cutting.sensitivity(found, data, tmp_path / "s", criteria=(), ratio=0.4, images=16, score_images=16, **FEW)
+    rows = comparing.sensitivity(found, data, tmp_path / "s", criteria=(), ratio=0.4, images=16, score_images=16, **FEW)
     assert {(r["criterion"], r["block"]) for r in rows if r["dimension"] == "tokens"} == {("alike keys", 0),
                                                                                           ("alike keys", 1)}
-    study = searching.search(found, data, tmp_path / "search", macs_ratio=0.75, options=SHORT, images=16,
+    study = searching.search(found, data, tmp_path / "search", macs_ratio=0.75, settings=SHORT, images=16,
                              score_images=16, **FEW)
     plan = study.space.plan(study.best.policy, **{k: getattr(scores, k) for k in ("heads", "neurons")})
     assert study.space.tokens == "match" and {type(b.tokens) for b in plan.blocks} <= {type(None), Match}

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from test_floors import FLOORS
+from vitlab.options import build_parser
 
 import vitlab
 from vitlab.criteria.units import UNIT_CRITERIA
 from vitlab.data import DATA_SETS
-from vitlab.options import build_parser
 from vitlab.search.token_dimensions import TOKEN_DIMENSIONS
 
 ROOT = Path(__file__).parents[1]

@@ -22,6 +22,7 @@ from vitlab import cli
 from vitlab.models import checkpoint, compress, shape_of
 from vitlab.models.published import save_published
 from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import InputError
 from vitlab.workbench import steps
 
@@ -254,7 +255,7 @@ def test_weights_without_a_classifier_are_no_classifier(tmp_path):
                                          "features"):
         steps.open_model(path, model=NAME, num_classes=5, **SIZE)
     with pytest.raises(InputError, match="need a classifier or decoder; the model has num_classes=0"):
-        steps.evaluate(steps.open_model(path, model=NAME, **SIZE), "digits", device="cpu")
+        steps.evaluate(steps.open_model(path, model=NAME, **SIZE), "digits", config=RunConfig(device="cpu"))
 
 
 def test_a_published_checkpoint_says_its_sizes_too(tmp_path):

@@ -15,13 +15,14 @@ from vitlab.models import checkpoint, shape_of
 from vitlab.plan import CompressionPlan
 from vitlab.plan.cost import counts_of, gmacs, macs
 from vitlab.plan.rules import ReadOut
+from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import InputError, read_lines
 from vitlab.search import SearchSpace
 from vitlab.search.allocation import levels
 from vitlab.search.published import POLICIES
 from vitlab.search.sensitivity import SENSITIVITY
 from vitlab.search.strategies import Settings
-from vitlab.workbench import calibrating, cutting, searching, steps
+from vitlab.workbench import calibrating, comparing, cutting, scoring, searching, steps, training
 
 FEW = {"device": "cpu", "progress": False, "workers": 0}
 SHORT = Settings(population=3, evaluations=5, candidates=20, refinements=1)
@@ -39,10 +40,11 @@ def data(tmp_path):
 
 def test_unit_scores_are_written_and_read_back(tmp_path, data):
     found = dense_checkpoint()
-    made = cutting.score_units(found, data, tmp_path / "u.safetensors", images=32, batch_size=16, **FEW)
-    read = cutting.read_units(tmp_path / "u.safetensors")
+    made = scoring.score_units(found, data, tmp_path / "u.safetensors", images=32, **FEW,
+                               config=RunConfig(batch_size=16))
+    read = scoring.read_units(tmp_path / "u.safetensors")
     assert torch.equal(made.heads, read.heads) and torch.equal(made.neurons, read.neurons)
-    other = cutting.score_units(found, data, tmp_path / "v.safetensors", criterion="weight", **FEW)
+    other = scoring.score_units(found, data, tmp_path / "v.safetensors", criterion="weight", **FEW)
     assert not torch.equal(made.neurons, other.neurons)
 
 
@@ -66,7 +68,8 @@ def test_bad_unit_scores_are_refused_by_name_or_size(tmp_path, name, write, says
 
 def test_ratios_cut_the_lowest_scores_of_every_block_and_the_file_shrinks(tmp_path, data):
     found = dense_checkpoint()
-    scores = cutting.score_units(found, data, tmp_path / "u.safetensors", images=32, batch_size=16, **FEW)
+    scores = scoring.score_units(found, data, tmp_path / "u.safetensors", images=32, **FEW,
+                                 config=RunConfig(batch_size=16))
     small = cutting.prune_units(found, tmp_path / "u.safetensors", tmp_path / "out", head_ratio=0.4, neuron_ratio=0.5,
                                 rho=0.25)
     for index, block in enumerate(small.plan.blocks):
@@ -112,8 +115,8 @@ def budgeted(way: str, found: steps.Checkpoint, folder: Path, **amount: float) -
         return cutting.prune_units(found, scores, folder, **amount).plan
     save_file({"token_scores": torch.rand(shape.depth, shape.num_patches, generator=draw) + 0.1},
               folder.parent / "s.safetensors")
-    return steps.prune(found, folder.parent / "s.safetensors", folder, prune_rate=0.0, share=way == "share",
-                       **amount).plan
+    return cutting.prune_tokens(found, folder.parent / "s.safetensors", folder, prune_rate=0.0, share=way == "share",
+                                **amount).plan
 
 
 WAYS = ("match", "match and read out", "units", "merge", "share")
@@ -135,7 +138,7 @@ def test_an_amount_may_be_a_budget_of_which_as_much_is_used_as_counts_allow(tmp_
         assert 0 <= 0.8 * dense - gmacs(plan) < one and max(counts) - min(counts) <= 1
         return
     else:
-        scores, _ = steps.read_scores(tmp_path / "s.safetensors")
+        scores, _ = scoring.read_scores(tmp_path / "s.safetensors")
         every = [gmacs(prune_and_merge(scores, shape, keep_rate=(centers + 0.5) / shape.num_patches, prune_rate=0.0,
                                        share=way == "share"))
                  for centers in range(1, shape.num_patches)]
@@ -262,7 +265,7 @@ def test_a_search_ends_before_the_policy_and_the_report_that_its_minutes_leave_n
     monkeypatch.setattr(searching.Study, "run", lambda self, *args, until,
                         **settings: ends.append(until) or plain(self, *args, **settings))
     began = searching.time.monotonic()
-    searching.search(dense_checkpoint(), data, tmp_path / "s", macs_ratio=0.7, options=SHORT, images=24,
+    searching.search(dense_checkpoint(), data, tmp_path / "s", macs_ratio=0.7, settings=SHORT, images=24,
                      criterion="weight", minutes=5, **FEW)
     # two of 0.7 s less, from when the command began
     assert 300 - 1.4 <= ends[0] - began < 301
@@ -276,8 +279,8 @@ def test_a_search_never_reads_the_held_out_split(tmp_path, data, monkeypatch):
         read.append(split)
         return whole(self, split, *args, **settings)
     monkeypatch.setattr(cutting.ImageData, "batches", watched)
-    searching.search(dense_checkpoint(), data, tmp_path / "s", macs_ratio=0.7, tokens="merge", options=SHORT, images=24,
-                     score_images=32, **FEW)
+    searching.search(dense_checkpoint(), data, tmp_path / "s", macs_ratio=0.7, tokens="merge", settings=SHORT,
+                     images=24, score_images=32, **FEW)
     assert set(read) == {"score", "choose", "report"}                           # parts of train
 
 
@@ -296,7 +299,7 @@ def test_scores_of_something_else_in_the_folder_of_a_study_are_refused(tmp_path,
     options = {"macs_ratio": 0.7, "options": SHORT, "images": 24, "score_images": 32, **FEW}
     searching.search(dense_checkpoint(), data, tmp_path / "other", criterion="random", **options)
     (tmp_path / "s").mkdir()
-    (tmp_path / "s" / cutting.UNIT_SCORES).write_bytes((tmp_path / "other" / cutting.UNIT_SCORES).read_bytes())
+    (tmp_path / "s" / scoring.UNIT_SCORES).write_bytes((tmp_path / "other" / scoring.UNIT_SCORES).read_bytes())
     with pytest.raises(InputError, match="unit_scores.safetensors: scores of something else than this study"):
         searching.search(dense_checkpoint(), data, tmp_path / "s", **options)
 
@@ -312,7 +315,7 @@ def test_scores_of_something_else_in_the_folder_of_a_study_are_refused(tmp_path,
 ])
 def test_what_can_not_be_searched_is_refused(tmp_path, data, settings, says):
     with pytest.raises(InputError, match=says):
-        searching.search(dense_checkpoint(), data, tmp_path / "s", options=SHORT, images=24, score_images=32, **FEW,
+        searching.search(dense_checkpoint(), data, tmp_path / "s", settings=SHORT, images=24, score_images=32, **FEW,
                          **settings)
 
 
@@ -328,9 +331,8 @@ def test_published_count_is_a_budget_of_its_own(tmp_path, data):
 
 def test_sensitivity_cuts_one_dimension_of_one_block_at_a_time(tmp_path, data):
     found = dense_checkpoint()
-    rows = cutting.sensitivity(found, data, tmp_path, criteria=("weight", "random"), ratio=0.5, images=24,
-                               score_images=32,
-                                 metric="distill_loss", **FEW)
+    rows = comparing.sensitivity(found, data, tmp_path, criteria=("weight", "random"), ratio=0.5, images=24,
+                                 score_images=32, metric="distill_loss", **FEW)
     assert {(r["criterion"], r["dimension"], r["block"]) for r in rows} == (
         {(c, d, b) for c in ("weight", "random") for d in ("neurons", "heads") for b in (0, 1)}
         | {("class attention", "tokens", b) for b in (0, 1)})
@@ -343,34 +345,36 @@ def test_sensitivity_cuts_one_dimension_of_one_block_at_a_time(tmp_path, data):
     # Tokens that leave after the last block's attention can no longer reach the class token; float32 rounding is left.
     assert abs(drops.pop(("class attention", "tokens", 1))) < 1e-6
     assert all(drop > 1e-6 for drop in drops.values())                          # any other cut moves the output
-    assert json.loads(json.dumps(rows)) == read_lines(tmp_path / cutting.SENSITIVITY)
+    assert json.loads(json.dumps(rows)) == read_lines(tmp_path / comparing.SENSITIVITY)
 
 
 def test_fine_tuning_by_a_plan_in_steps_ends_at_the_plan_and_keeps_training_between(tmp_path, data):
     found = dense_checkpoint()
-    study = searching.search(found, data, tmp_path / "s", macs_ratio=0.6, options=SHORT, images=24, score_images=32,
+    study = searching.search(found, data, tmp_path / "s", macs_ratio=0.6, settings=SHORT, images=24, score_images=32,
                              **FEW)
     plan = study.folder / searching.PLAN
-    once = steps.finetune(found, found, data, tmp_path / "once", plan=plan, settings=small_recipe(), **FEW)
-    turns = steps.finetune(found, found, data, tmp_path / "turns", plan=plan, steps=2, settings=small_recipe(), **FEW)
+    once = training.finetune(found, data, tmp_path / "once", teacher=found, plan=plan, recipe=small_recipe(), **FEW)
+    turns = training.finetune(found, data, tmp_path / "turns", teacher=found, plan=plan, steps=2,
+                              recipe=small_recipe(), **FEW)
     for run in (once, turns):
         tuned = checkpoint.load(run)
         assert tuned.plan.blocks == CompressionPlan.load(plan).blocks
         assert macs(tuned.plan)["total"] < macs(CompressionPlan.empty(tuned.plan.shape))["total"]
     assert len(read_lines(tmp_path / "turns/training/step-1/log.jsonl")) == 1       # 2 epochs in 2 turns
-    again = steps.finetune(found, found, data, tmp_path / "turns", plan=plan, steps=2, settings=small_recipe(), **FEW)
+    again = training.finetune(found, data, tmp_path / "turns", teacher=found, plan=plan, steps=2,
+                              recipe=small_recipe(), **FEW)
     assert torch.equal(logits(checkpoint.load(again).model), logits(checkpoint.load(turns).model))
     with pytest.raises(InputError, match="needs the dense model and a plan"):
-        steps.finetune(found, found, data, tmp_path / "x", steps=2, settings=small_recipe(), **FEW)
+        training.finetune(found, data, tmp_path / "x", teacher=found, steps=2, recipe=small_recipe(), **FEW)
 
 
 def test_calibration_writes_the_refitted_model_of_the_plan(tmp_path, data):
     found = dense_checkpoint()
-    study = searching.search(found, data, tmp_path / "s", macs_ratio=0.6, compensated=True, criterion="reconstruction",
-                             options=SHORT, images=24, score_images=32, **FEW)
+    study = searching.search(found, data, tmp_path / "s", macs_ratio=0.6, compensate=True, criterion="reconstruction",
+                             settings=SHORT, images=24, score_images=32, **FEW)
     plan = study.folder / searching.PLAN
     made = calibrating.calibrate(found, data, tmp_path / "out", plan, images=32, **FEW)
-    plain = steps.prune(found, None, tmp_path / "plain", plan=plan)
+    plain = cutting.prune_plan(found, plan, tmp_path / "plain")
     assert made.plan.blocks == plain.plan.blocks and macs(made.plan) == macs(plain.plan)
     x, _ = next(iter(steps.open_data(data).batches("val", found.model, workers=0)))
     wanted = logits(found.model, x)
@@ -380,6 +384,6 @@ def test_calibration_writes_the_refitted_model_of_the_plan(tmp_path, data):
 def test_a_compensated_search_measures_other_models_than_a_plain_one(tmp_path, data):
     options = {"macs_ratio": 0.6, "options": SHORT, "metric": "distill_loss", "images": 24, "score_images": 32, **FEW}
     plain = searching.search(dense_checkpoint(), data, tmp_path / "a", **options)
-    better = searching.search(dense_checkpoint(), data, tmp_path / "b", compensated=True, **options)
+    better = searching.search(dense_checkpoint(), data, tmp_path / "b", compensate=True, **options)
     assert plain.evaluations[0].policy == better.evaluations[0].policy
     assert better.evaluations[0].value > plain.evaluations[0].value

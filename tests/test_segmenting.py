@@ -23,13 +23,14 @@ from vitlab.models.windows import segment
 from vitlab.plan import BlockPlan, CompressionPlan, cost
 from vitlab.plan.rules import Match
 from vitlab.plots.colours import class_colours
+from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import InputError, read_lines
 from vitlab.runtime.results import read_rows
 from vitlab.search.strategies import Settings
 from vitlab.training import states
 from vitlab.training.loop import LOG
 from vitlab.training.recipes import Engine
-from vitlab.workbench import calibrating, cutting, searching, segmenting, steps, tonight
+from vitlab.workbench import calibrating, comparing, cutting, scoring, searching, segmenting, steps, tonight, training
 
 DATA, NAMES = "digit_scenes", ["background", *"0123456789"]
 HERE = {"device": "cpu", "progress": False, "workers": 0}
@@ -51,11 +52,13 @@ def way(tmp_path_factory):
     """The folder of a study in which each step was done once."""
     out = tmp_path_factory.mktemp("way")
     train(out / "dense")
-    steps.score(out / "dense", DATA, out / "tokens.safetensors", images=6, batch_size=3, **HERE)
-    steps.prune(out / "dense", out / "tokens.safetensors", out / "pruned", keep_rate=0.5)
-    steps.finetune(out / "pruned", out / "dense", DATA, out / "tuned", limit=8,
-                   settings=RECIPE.replace(epochs=1, distill="soft", alpha=0.8, tau=4.0), **HERE)
-    cutting.score_units(out / "dense", DATA, out / "units.safetensors", images=6, batch_size=3, **HERE)
+    scoring.score_tokens(out / "dense", DATA, out / "tokens.safetensors", images=6, **HERE,
+                         config=RunConfig(batch_size=3))
+    cutting.prune_tokens(out / "dense", out / "tokens.safetensors", out / "pruned", keep_rate=0.5)
+    training.finetune(out / "pruned", DATA, out / "tuned", teacher=out / "dense", images=8,
+                      recipe=RECIPE.replace(epochs=1, distill="soft", alpha=0.8, tau=4.0), **HERE)
+    scoring.score_units(out / "dense", DATA, out / "units.safetensors", images=6, **HERE,
+                        config=RunConfig(batch_size=3))
     cutting.prune_units(out / "dense", out / "units.safetensors", out / "half", neuron_ratio=0.5)
     return out
 
@@ -95,21 +98,21 @@ def test_a_step_in_turns_and_one_at_once_train_alike(tmp_path):
     source = opened(Segmenter(small(num_classes=11, img_size=(32, 32)).encoder, 11, "linear"))
     logs = []
     for name, engine in (("once", Engine()), ("turns", Engine(accumulate=2, checkpointing=True))):
-        segmenting.train_segmenter(source, DATA, tmp_path / name, settings=one, limit=8, engine=engine, **HERE)
+        segmenting.train_segmenter(source, DATA, tmp_path / name, recipe=one, images=8, engine=engine, **HERE)
         logs.append([record["loss"] for record in read_lines(tmp_path / name / "training" / LOG)])
     assert logs[0] == pytest.approx(logs[1], rel=1e-5)                  # float32 sums in another order
 
 
 def test_a_segmenter_goes_on_training_at_another_size_with_its_own_decoder(way, tmp_path):
     segmenting.train_segmenter(way / "dense", DATA, tmp_path / "run", img_size=(33, 50),
-                               settings=RECIPE.replace(epochs=1), limit=8, **HERE)
+                               recipe=RECIPE.replace(epochs=1), images=8, **HERE)
     found, before = checkpoint.load(tmp_path / "run").model, checkpoint.load(way / "dense").model
     assert found.img_size == (40, 56) and found.decoder_name == "mask_transformer"
     moved = (found.decoder.cls_emb - before.decoder.cls_emb).detach().abs().max()
     # 2 steps of AdamW at 3e-3 from where it was, not from the start
     assert 0 < float(moved) < 0.05
     # images that are larger than its windows, and all of each
-    row = steps.evaluate(tmp_path / "run", DATA, limit=2, **HERE)
+    row = steps.evaluate(tmp_path / "run", DATA, images=2, **HERE)
     assert (row.conditions["images"], row.conditions["pixels"]) == (2, 2 * 64 * 96)
 
 
@@ -144,15 +147,14 @@ def test_what_no_segmenter_can_be_made_of_is_refused(way):
                          ({"augment": {"ratio": (0.9, 1.1)}}, "augmentation 'ratio' can't be done to an image and its "
                                                               "mask; scale, hflip")):
         with pytest.raises(InputError, match=says):
-            segmenting.train_segmenter(encoder(), DATA, way / "none", settings=RECIPE.replace(**change), limit=8,
-                                       **HERE)
+            segmenting.train_segmenter(encoder(), DATA, way / "none", recipe=RECIPE.replace(**change), images=8, **HERE)
 
 
 # ---------------------------------------------------------------- from scores to a smaller model
 
 def test_scores_prune_and_distil_a_segmenter_as_a_classifier(way):
     dense, pruned, tuned = (checkpoint.load(way / name) for name in ("dense", "pruned", "tuned"))
-    assert steps.read_scores(way / "tokens.safetensors")[0].shape == (2, 16)
+    assert scoring.read_scores(way / "tokens.safetensors")[0].shape == (2, 16)
     assert [block.tokens.num_merged
             for block in pruned.plan.blocks] == [block.tokens.num_merged for block in tuned.plan.blocks]
     assert pruned.plan.shape == shape_of(dense.model) and cost.gmacs(pruned.plan) < cost.gmacs(dense.plan)
@@ -173,7 +175,7 @@ def test_calibration_brings_a_cut_segmenter_nearer_to_the_dense_one_on_images_se
 
 def test_a_search_proposes_merging_by_content_and_its_plan_fits_the_budget(way, tmp_path):
     study = searching.search(way / "dense", DATA, tmp_path / "study", macs_ratio=0.9, images=4, score_images=4,
-                             options=SEARCH, compensated=True, metric="miou_pct", **HERE)
+                             settings=SEARCH, compensate=True, metric="miou_pct", **HERE)
     plan = CompressionPlan.load(tmp_path / "study" / "plan.json", shape_of(checkpoint.load(way / "dense").model))
     assert len(study.evaluations) == 3 and study.info["about"]["metric"] == "miou_pct"
     assert any(isinstance(block.tokens, Match) for block in plan.blocks) and plan.shape.decoder == "mask_transformer"
@@ -197,8 +199,8 @@ def test_a_search_by_latency_keeps_to_the_table_of_the_segmenter(way, tmp_path, 
     monkeypatch.setattr(latency, "measure_table", lambda model, *, batch_size, dtype, device, progress: made(
         # times that are the same every time
         shape_of(model), **latency.conditions_of(model, batch_size, dtype, device)))
-    study = searching.search(way / "dense", DATA, tmp_path / "study", macs_ratio=0.8, cost="latency_ms", images=4,
-                             score_images=4, options=SEARCH, metric="distill_loss", tokens="share", **HERE)
+    study = searching.search(way / "dense", DATA, tmp_path / "study", macs_ratio=0.8, images=4, score_images=4,
+                             settings=SEARCH, metric="distill_loss", tokens="share", **HERE)
     plan = CompressionPlan.load(tmp_path / "study" / "plan.json")
     table = made(plan.shape)
     dense = float(table.predict(cost.counts_of(CompressionPlan.empty(plan.shape))))
@@ -207,7 +209,7 @@ def test_a_search_by_latency_keeps_to_the_table_of_the_segmenter(way, tmp_path, 
 
 
 def test_where_cutting_hurts_is_measured_in_each_block_and_tokens_merge_by_content(way, tmp_path):
-    rows = cutting.sensitivity(way / "dense", DATA, tmp_path, criteria=("weight",), images=4, score_images=4, **HERE)
+    rows = comparing.sensitivity(way / "dense", DATA, tmp_path, criteria=("weight",), images=4, score_images=4, **HERE)
     assert {(row["dimension"], row["block"]) for row in rows} == {(d, b) for d in ("heads", "neurons", "tokens")
                                                                   for b in (0, 1)}
     assert all(row["metric"] == "distill_loss" and row["drop_se"] >= 0 and row["gmacs_removed"] > 0 for row in rows)
@@ -226,7 +228,7 @@ def test_photographs_without_masks_are_enough_for_a_smaller_segmenter_tonight(wa
     Image.fromarray(chance.integers(0, 256, (20, 70, 3), dtype=np.uint8)).save(photographs / "flat.png")
     made = tonight.tonight(way / "dense", photographs, tmp_path / "out", macs_ratio=0.9,
                            rules=("merging by content", "neurons"), ratios=(0.95,), evaluations=3, images=5,
-                           score_images=10, seed=1, **HERE)
+                           score_images=10, **HERE, config=RunConfig(seed=1))
     dense = checkpoint.load(way / "dense")
     assert cost.gmacs(made.plan) <= 0.9 * cost.gmacs(dense.plan) and made.plan.shape.decoder == "mask_transformer"
     rows = list(read_lines(tmp_path / "out" / tonight.OFFERS))
@@ -252,8 +254,8 @@ def test_photographs_without_masks_are_enough_for_a_smaller_segmenter_tonight(wa
                  lambda: searching.search(way / "dense", photographs, tmp_path / "other", criterion="taylor", **few),
                  lambda: searching.search(way / "dense", photographs, tmp_path / "other",
                                           **{**few, "metric": "miou_pct"}),
-                 lambda: segmenting.train_segmenter(encoder(), photographs, tmp_path),
-                 lambda: steps.score(way / "dense", photographs, tmp_path / "tokens.safetensors", **HERE)):
+                 lambda: segmenting.train_segmenter(encoder(), photographs, tmp_path, recipe="digit_scenes"),
+                 lambda: scoring.score_tokens(way / "dense", photographs, tmp_path / "tokens.safetensors", **HERE)):
         with pytest.raises(InputError, match="photographs: images without masks, which this step needs; train/images/"):
             step()
     (photographs / "03.png").write_bytes(b"no image")
@@ -265,7 +267,7 @@ def test_photographs_without_masks_are_enough_for_a_smaller_segmenter_tonight(wa
 
 @pytest.mark.parametrize("name", ["dense", "tuned", "half"])
 def test_a_row_says_what_the_deployed_form_is_worth_on_whole_images_and_what_it_costs(way, tmp_path, name):
-    row = steps.evaluate(way / name, DATA, out=tmp_path, limit=4, **HERE)
+    row = steps.evaluate(way / name, DATA, out=tmp_path, images=4, **HERE)
     found = checkpoint.load(way / name)
     model = deploy(found.model)
     worth = evaluate_scenes(model,
@@ -289,15 +291,15 @@ def test_a_row_says_what_the_deployed_form_is_worth_on_whole_images_and_what_it_
 
 def test_windows_scales_and_flips_are_measured_and_said(way):
     windows = {"stride": (16, 24), "scales": (1.0, 1.5), "flip": True}
-    plain, row = (steps.evaluate(way / "dense", DATA, limit=2, **more, **HERE) for more in ({}, windows))
+    plain, row = (steps.evaluate(way / "dense", DATA, images=2, **more, **HERE) for more in ({}, windows))
     model = checkpoint.load(way / "dense").model
     batches = open_scenes(DATA).batches("test", model, limit=2, batch_size=1, whole=True, workers=0)
     assert row.miou_pct == evaluate_scenes(model, batches, progress=False, **windows).scores.miou_pct
     assert row.conditions["windows"] == windows and row.loss != plain.loss and row.gmacs == plain.gmacs
     with pytest.raises(InputError, match="flip is of segmentation; the model gives one class for an image"):
-        steps.evaluate(encoder(), "digits", limit=2, flip=True, **HERE)
+        steps.evaluate(encoder(), "digits", images=2, **HERE, windows=steps.Windows(flip=True))
     with pytest.raises(InputError, match="crop_pct is 0.9, but scenes"):
-        steps.evaluate(way / "dense", DATA, crop_pct=0.9, **HERE)
+        steps.evaluate(way / "dense", DATA, crop=0.9, **HERE)
 
 
 def test_scenes_of_other_classes_than_the_segmenter_was_trained_on_are_refused(way, tmp_path):
@@ -314,8 +316,8 @@ def test_a_plan_made_for_a_classifier_costs_with_the_decoder_once_a_segmenter_is
     shape = dataclasses.replace(shape_of(dense), decoder="", decoder_depth=0, num_classes=10, pool="token")
     plan = CompressionPlan(shape=shape, blocks=(BlockPlan(neurons=tuple(range(48))), token_plan(dense).blocks[1]))
     plan.save(tmp_path / "plan.json")
-    steps.prune(way / "dense", None, tmp_path / "cut", plan=tmp_path / "plan.json")
-    row = steps.evaluate(tmp_path / "cut", DATA, limit=1, **HERE)
+    cutting.prune_plan(way / "dense", tmp_path / "plan.json", tmp_path / "cut")
+    row = steps.evaluate(tmp_path / "cut", DATA, images=1, **HERE)
     assert row.gmacs == counted_macs(deploy(compress(dense, plan))) / 1e9
 
 
@@ -338,8 +340,8 @@ def photos(tmp_path):
 def test_predictions_are_the_classes_of_the_deployed_model_and_their_colours_over_the_image(way, photos, tmp_path, name,
                                                                                             windows):
     with pytest.warns(UserWarning) as said:
-        written = segmenting.predict(way / name, photos, tmp_path / "out", opacity=0.25, device="cpu", progress=False,
-                                     **windows)
+        written = segmenting.predict(way / name, photos, tmp_path / "out", opacity=0.25, **windows,
+                                     config=RunConfig(device="cpu", quiet=True))
     assert written == [tmp_path / "out" / "a.png", tmp_path / "out" / "b.png"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.png", "a_classes.png", "b.png", "b_classes.png"}
     text, = (str(warning.message) for warning in said)
@@ -364,7 +366,7 @@ def test_predictions_are_the_classes_of_the_deployed_model_and_their_colours_ove
 
 def test_what_cant_be_predicted_is_refused_before_anything_is_written(way, photos, tmp_path):
     def predict(source=way / "dense", images=photos, **more):
-        return segmenting.predict(source, images, tmp_path / "out", device="cpu", progress=False, **more)
+        return segmenting.predict(source, images, tmp_path / "out", **more, config=RunConfig(device="cpu", quiet=True))
     with pytest.raises(InputError, match="gives one class for an image; a Segmenter is needed"):
         predict(encoder())
     with pytest.raises(InputError, match="nowhere: no such folder of images"):
@@ -390,11 +392,11 @@ def test_an_image_is_never_overwritten_by_its_own_prediction_nor_by_anothers(way
     for out in (photos, photos / ".." / "photos"):
         with pytest.raises(InputError, match="photos: the predictions would be written over the images; choose another "
                                              "folder"):
-            segmenting.predict(way / "dense", photos, out, device="cpu", progress=False)
+            segmenting.predict(way / "dense", photos, out, config=RunConfig(device="cpu", quiet=True))
     assert (photos / "a.png").read_bytes() == before and not list(photos.glob("*_classes.png"))
     shutil.copy(photos / "b.jpg", photos / "a_classes.jpg")
     with pytest.raises(InputError, match="images named a and a_classes; both would be written to a_classes.png"):
-        segmenting.predict(way / "dense", photos, tmp_path / "out", device="cpu", progress=False)
+        segmenting.predict(way / "dense", photos, tmp_path / "out", config=RunConfig(device="cpu", quiet=True))
 
 
 # ---------------------------------------------------------------- by commands alone
@@ -444,7 +446,7 @@ def test_a_compressed_segmenter_is_saved_and_opened_by_its_run_folder(tmp_path):
     dense = small(num_classes=11, img_size=(64, 96))
     for make in (units_plan, match_plan, token_plan):
         plan = make(dense)
-        made = steps.apply_plan(opened(dense, classes=NAMES), plan, tmp_path / make.__name__)
+        made = cutting.apply_plan(opened(dense, classes=NAMES), plan, tmp_path / make.__name__)
         again = steps.open_model(tmp_path / make.__name__)
         x = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
         assert torch.equal(logits(again.model, x), logits(compress(dense, plan), x))

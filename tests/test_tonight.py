@@ -15,7 +15,7 @@ from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.cost import gmacs
 from vitlab.plan.rules import Match, ReadOut, SharedUpdate
 from vitlab.runtime.files import InputError, read_lines
-from vitlab.workbench import calibrating, gathered, steps, tonight
+from vitlab.workbench import calibrating, steps, tonight
 from vitlab.workbench.pace import Pace
 
 FEW = {"device": "cpu", "progress": False, "workers": 0}

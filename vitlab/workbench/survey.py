@@ -24,8 +24,8 @@ from vitlab.search.allocation import allocate, levels
 from vitlab.search.sampling import Problem
 from vitlab.search.sensitivity import SENSITIVITY, curves_of, measure_alone
 from vitlab.search.strategies import Settings
-from vitlab.training.self_distillation import Divergence, self_distil
-from vitlab.workbench.calibrating import CUT, forms_of, in_form, nearest
+from vitlab.training.self_distillation import Divergence
+from vitlab.workbench.calibrating import CUT, forms_of, in_form, nearest, write_best
 from vitlab.workbench.gathered import Gathered
 from vitlab.workbench.offers import Offer, worth_of
 
@@ -109,7 +109,7 @@ class Survey(Gathered):
             if not path.exists():
                 write_lines(path, self._known(rule))
             self._curves[rule] = measure_alone(problem, lambda policy: self._measure(problem, policy), path, label=rule,
-                                               progress=self.progress and not self.pace)
+                                               progress=self.config.progress and not self.pace)
         return self._curves[rule]
 
     def _known(self, rule: str) -> list[dict[str, Any]]:
@@ -190,7 +190,7 @@ class Survey(Gathered):
         if gmacs >= self._uncut(rule):
             return [self.plan(rule, gmacs)]
         space, budget = problem = self._problem(rule, gmacs)
-        study = Study(self.folder / f"{self._name(rule)}-{gmacs:.6g}", space, budget, seed=self.seed,
+        study = Study(self.folder / f"{self._name(rule)}-{gmacs:.6g}", space, budget, seed=self.config.seed,
                       about={"inputs": self.inputs},
                       options=Settings(initial="sensitivity", evaluations=evaluations, population=POPULATION))
         if not (study.folder / SENSITIVITY).exists():
@@ -199,7 +199,7 @@ class Survey(Gathered):
         with contextlib.suppress(InputError):                                   # stages may divide the blocks otherwise
             starts = None if even is None else problem.budget.project(space.policy(even)[None])[0]
         study.run(lambda policy: self._measure(problem, policy), starts=starts, until=until,
-                  progress=self.progress and not self.pace)
+                  progress=self.config.progress and not self.pace)
         ranked = sorted(study.evaluations, key=lambda e: -e.value)
         return [space.plan(e.policy, **self.scores,
                            made_by={"method": "search", "rule": rule, "gmacs": gmacs, "evaluation": e.index})
@@ -210,7 +210,8 @@ class Survey(Gathered):
         if form == CUT:
             return in_form(form, self.found.model, plan, ())
         return in_form(form, self.found.model, plan, self.shown(f"images for a model {form}", REFIT_COST, images),
-                       costs=self.costs, device=self.place, amp=self.amp, progress=self.progress and not self.pace)
+                       costs=self.costs, device=self.place, amp=self.amp,
+                       progress=self.config.progress and not self.pace)
 
     def _apart(self, plan: CompressionPlan, form: str) -> np.ndarray:
         """Distance of each image to choose on, of a plan's model in a form, refitted on TRIED_ON images; measured
@@ -240,20 +241,14 @@ class Survey(Gathered):
         reporting = Divergence(dense, self.reporting.batches, self.amp)
         model = self.in_form(form, plan)
         made_by = {"step": "calibrate", "data": self.opened.name, "images": self.parts.roles["score"],
-                   "roles": self.parts.roles, "ridge": "chosen for each layer", "minutes": minutes, "seed": self.seed,
-                   "plan": plan.made_by, "kept": form, **reporting.measured(compress(dense, plan).eval(), "kl_cut"),
+                   "roles": self.parts.roles, "ridge": "chosen for each layer", "minutes": minutes,
+                   "seed": self.config.seed, "plan": plan.made_by, "kept": form,
+                   **reporting.measured(compress(dense, plan).eval(), "kl_cut"),
                    **(reporting.measured(model, "kl_refitted") if form != CUT else {})}
-
-        def keep(model: nn.Module, more: dict[str, Any]) -> None:
-            checkpoint.save(Path(out) / checkpoint.FOLDER, model, plan, classes=self.found.info.get("classes"),
-                            made_by=made_by | more)
-        keep(model, {})
-        if minutes:
-            with self.pace.stage(TRAINED) if self.pace else contextlib.nullcontext():
-                self_distil(model, dense, self.parts, self.choosing, minutes=minutes, seed=self.seed, amp=self.amp,
-                            workers=self.workers, progress=self.progress, split="score",
-                            on_better=lambda better,
-                            _: keep(better, {"kept": "distilled", **reporting.measured(better, "kl_distilled")}))
+        with self.pace.stage(TRAINED) if self.pace and minutes else contextlib.nullcontext():
+            write_best(out, self.found, model, plan, made_by, reporting, minutes, self.parts, self.choosing,
+                       split="score", seed=self.config.seed, amp=self.amp, workers=self.config.workers,
+                       progress=self.config.progress)
         found = checkpoint.load(out)
         checkpoint.save(Path(out) / DEPLOYED, deploy(found.model), found.plan, classes=found.info.get("classes"),
                         made_by=found.info["made_by"] | {"step": "tonight"})

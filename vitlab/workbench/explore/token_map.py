@@ -26,11 +26,10 @@ from vitlab.plots import matched_map, merge_map
 from vitlab.plots.tokens import bordered, through_matrices, through_means, tinted
 from vitlab.search import SearchSpace
 from vitlab.search.token_dimensions import default_tokens
-from vitlab.workbench.cutting import open_dense
 from vitlab.workbench.explore.base import Cells, Explorer, array_png
 from vitlab.workbench.explore.choosing import WIDE, WRAPPED, PictureChooser
 from vitlab.workbench.pictures import as_input
-from vitlab.workbench.steps import Source
+from vitlab.workbench.steps import Source, open_dense
 
 # of a picture on the page, in CSS pixels, and of its drawing with borders, at least
 WIDTH, DRAWN = 380, 448
