@@ -62,7 +62,7 @@ def table(args: argparse.Namespace) -> None:
     """Dense, keep 0.7 and 0.6, off the shelf and fine-tuned, with the default boundary; speeds in one run."""
     dense, run = steps.open_model(args.run / "dense"), args.run
     (run / steps.RESULTS).unlink(missing_ok=True)
-    options = {"out": run, "workers": args.workers, "batch_size": 250, "progress": False}
+    options = {"out": run, "config": RunConfig(workers=args.workers, batch_size=250, quiet=True)}
     first = steps.evaluate(dense, args.data, name="dense", **options)
     scoring.score_tokens(dense, args.data, run / "scores.safetensors", config=RunConfig(workers=args.workers))
     models = {"dense": dense}

@@ -50,7 +50,7 @@ def table(run: Path, data: str, workers: int, no_speed: bool) -> None:
     dense = steps.open_model(run / "dense")
     results = run / "joint"
     (results / steps.RESULTS).unlink(missing_ok=True)
-    options = {"out": results, "workers": workers, "batch_size": 250, "progress": False}
+    options = {"out": results, "config": RunConfig(workers=workers, batch_size=250, quiet=True)}
     first, models = steps.evaluate(dense, data, name="dense", **options), {"dense": dense}
     for name in SPACES:
         for stage, words in (("pruned", "off the shelf"), ("finetuned", "fine-tuned")):

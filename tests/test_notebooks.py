@@ -11,10 +11,10 @@ import nbformat
 import pytest
 from PIL import Image
 
-from vitlab.cli import DEMO
 from vitlab.runtime.files import InputError
 from vitlab.runtime.results import read_rows
 from vitlab.workbench import notebooks
+from vitlab.workbench.plain import DEMO
 
 PATHS = sorted(notebooks.NOTEBOOKS.glob("*.ipynb"))
 MAX_CELL, MAX_NOTEBOOK = 15, 90            # lines, from the notebook rules

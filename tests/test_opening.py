@@ -376,7 +376,7 @@ def test_settings_that_can_not_be_are_refused(settings, says):
 @pytest.mark.filterwarnings("ignore:.*resampled")
 def test_evaluate_takes_settings_and_says_which_it_used(tmp_path, capsys):
     folder, _ = hub_folder(tmp_path / "m", tiny(num_classes=10), label_names=None)
-    rest = ["--data", "digits", "--limit", "8", "--device", "cpu", "--quiet"]
+    rest = ["--data", "digits", "--images", "8", "--device", "cpu", "--quiet"]
     assert cli.main(["evaluate", "--checkpoint", str(folder), *rest, "--std", "0.5", "--crop-pct", "0.9"]) == 0
     assert "32 x 32, nearest, squash crop 0.9, mean 0.1 0.2 0.3, std 0.5 0.5 0.5" in capsys.readouterr().out
     assert cli.main(["evaluate", "--checkpoint", str(folder), "--img-size", "16", *rest]) == 0

@@ -332,6 +332,6 @@ def test_a_spreadsheet_takes_no_text_of_the_csv_for_a_formula(formula):
 
 
 def test_names_that_are_no_text_and_control_characters_are_printed_as_escapes(dense, capsys):
-    assert cli.main(["prune", "--checkpoint", "dense", "--plan", "a\x1b[2J\nb\udcff.json", "--out", "out"]) == 2
+    assert cli.main(["prune", "plan", "--checkpoint", "dense", "--plan", "a\x1b[2J\nb\udcff.json", "--out", "out"]) == 2
     line, = capsys.readouterr().err.splitlines()
     assert "a\\x1b[2J b\\udcff.json: no such file" in line

@@ -225,7 +225,7 @@ def test_what_calibration_is_fitted_on_chosen_by_and_reported_on_has_no_image_in
         seen.setdefault(split, set()).update(made.images.path(i) for i in range(len(made.images)))
         return made
     monkeypatch.setattr(ImageData, "batches", watched)
-    few = {"workers": 0, "progress": False}
+    few = {"config": RunConfig(workers=0, quiet=True)}
     calibrating.calibrate(found, pictures, tmp_path / "out", token_plan(found.model), images=14, minutes=0.001, **few)
     scoring.score_units(found, pictures, tmp_path / "u.safetensors", images=14, **few)
     assert set(seen) == {"calibrate", "choose", "report",
@@ -272,7 +272,7 @@ def test_the_form_that_stays_is_the_nearest_on_images_to_choose_on(pictures, tmp
 
 
 def test_steps_that_need_labels_refuse_images_without(pictures, tmp_path):
-    found, few = dense_checkpoint(), {"workers": 0, "progress": False}
+    found, few = dense_checkpoint(), {"config": RunConfig(workers=0, quiet=True)}
     for step in (lambda: steps.evaluate(found, pictures, **few),
                  lambda: scoring.score_tokens(found, pictures, tmp_path / "s.safetensors", **few),
                  lambda: training.finetune(found, pictures, tmp_path / "f", teacher=None, **few),

@@ -1,5 +1,6 @@
 """The steps: what is opened, refused and written; the notebooks and commands test that they work together."""
 import argparse
+import dataclasses
 import json
 
 import pytest
@@ -78,11 +79,13 @@ def test_bad_scores_are_refused_by_name_or_size(tmp_path, write, says):
 def test_score_records_what_made_it_and_is_reproducible(tmp_path):
     dense = tiny(num_classes=10)
     found = steps.Checkpoint(model=dense, plan=CompressionPlan.empty(shape_of(dense)), info={})
-    options = {"images": 20, "batch_size": 8, "device": "cpu", "progress": False}
+    here = RunConfig(batch_size=8, device="cpu", quiet=True)
+    options = {"images": 20, "config": here}
     first = scoring.score_tokens(found, "digits", tmp_path / "a.safetensors", **options)
     again, made_by = (scoring.score_tokens(found, "digits", tmp_path / "b.safetensors", **options),
                       scoring.read_scores(tmp_path / "b.safetensors"))
-    other = scoring.score_tokens(found, "digits", tmp_path / "c.safetensors", **options, config=RunConfig(seed=1))
+    other = scoring.score_tokens(found, "digits", tmp_path / "c.safetensors", images=20,
+                                 config=dataclasses.replace(here, seed=1))
     assert torch.equal(first, again) and torch.equal(first, made_by[0]) and not torch.equal(first, other)
     assert made_by[1] == {"data": "digits", "criterion": "gradient", "images": "20", "batch_size": "8",
                           "absolute": "image", "seed": "0"}

@@ -78,11 +78,10 @@ def _list(value: Callable[[str], Any]) -> Callable[[str], tuple]:
     return lambda text: tuple(value(part.strip()) for part in text.split(","))
 
 
-def _setting(text: str) -> tuple[str, str]:
-    key, sign, value = text.partition("=")
-    if not key.strip() or not sign:
+def _setting(text: str) -> str:
+    if not text.partition("=")[0].strip() or "=" not in text:
         raise ValueError(f"{text!r} is not KEY=VALUE")
-    return key.strip(), value
+    return text
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -97,5 +96,5 @@ Names = Annotated[Sequence[str], _read(_list(_name), "LIST")]
 Ratios = Annotated[Sequence[float], _read(_list(_within(float, 1e-3, 1, "a fraction from 0.001 to 1")), "LIST")]
 Units = Annotated[Sequence[str], _read(lambda text: tuple(filter(lambda unit: unit not in ("", "none"),
                                                                  _list(str)(text))), "LIST")]
-Setting = Annotated[tuple[str, str], _read(_setting, "KEY=VALUE")]
+Setting = Annotated[str, _read(_setting, "KEY=VALUE")]
 Words = Annotated[Sequence[str], _read(_words, "ARGS", allow_leading_hyphen=True)]

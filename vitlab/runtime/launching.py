@@ -71,8 +71,8 @@ def checked(words: Sequence[str], commands: Collection[str]) -> tuple[str, dict[
         check_source(values.get(flag, "dense"))
     data = values.get("--data", TOYS[0])
     if data not in TOYS and not data.startswith(SCHEMES) and not from_root(data).exists():
-        raise InputError(f"{data}: no such folder; give 'digits', or a folder with {', '.join(SPLITS)}, or a timm data "
-                         f"set such as hfds/NAME")
+        raise InputError(f"{data}: no such folder; give 'digits', or a folder that holds {', '.join(SPLITS)}, or a "
+                         f"timm data set such as hfds/NAME")
     if "--out" in values:
         check_out(values["--out"], wants_file=name.startswith("score "))
         if name.split()[0] not in ("score", "evaluate", "predict", "throughput"):

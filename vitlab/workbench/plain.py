@@ -38,10 +38,11 @@ def batch(file: str, *, out: Annotated[str | None, Parameter(metavar="RUN")] = N
     from vitlab.workbench import batch as batches
     run = out or f"runs/{Path(file).stem}"
     check_out(run, wants_file=False)
+    given = {key.strip(): value for key, _, value in (change.partition("=") for change in changes)}
     if dry_run:
-        print(batches.format_summary(batches.plan_of(file, run, dict(changes))))
+        print(batches.format_summary(batches.plan_of(file, run, given)))
         return 0
-    summary = batches.run_batch(file, run, changes=dict(changes), cores=cores, executor=executor,
+    summary = batches.run_batch(file, run, changes=given, cores=cores, executor=executor,
                                 extra=tuple(snakemake))
     print(batches.format_summary(summary["entries"]))
     counts = ", ".join(f"{count} {state}" for state, count in summary["counts"].items() if count)

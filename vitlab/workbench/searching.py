@@ -91,6 +91,8 @@ def _cost_of(gmacs: float | None, macs_ratio: float | None, latency_ms: float | 
         raise InputError("published_count is of multiply-adds; it goes with gmacs or macs_ratio, not latency_ms")
     if published and tokens not in (None, "select"):
         raise InputError(f"published_count is of one selection ratio; it goes with tokens select, not {tokens}")
+    if latency_ms is None and (config.batch_size or config.dtype):
+        raise InputError("batch_size and dtype are those of a latency; they go with latency_ms")
     return "latency_ms" if latency_ms is not None else "published_gmacs" if published else "gmacs"
 
 
