@@ -34,7 +34,8 @@ def test_the_commands_in_the_readme_are_ones_that_vitlab_takes():
                 if line.startswith("vitlab ")]
     assert {command[1] for command in commands} >= {"score", "prune", "search", "finetune", "evaluate", "throughput"}
     for command in commands:
-        cli.build().parse_args(command[1:], exit_on_error=False, print_error=False)             # raises for another option
+        cli.build().parse_args(command[1:], exit_on_error=False,
+                               print_error=False)             # raises for another option
 
 
 def test_every_file_that_the_readme_names_is_there():

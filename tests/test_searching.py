@@ -290,7 +290,8 @@ def test_another_model_data_or_budget_in_the_same_folder_is_refused(tmp_path, da
     options = {"settings": SHORT, "images": 24, "score_images": 32, "config": FEW}
     searching.search(dense_checkpoint(), data, tmp_path / "s", macs_ratio=0.7, **options)
     for change, named in (({"found": dense_checkpoint(seed=1)}, "about"), ({"macs_ratio": 0.8}, "budget"),
-                          ({"config": dataclasses.replace(FEW, seed=2)}, "seed"), ({"tokens": "none"}, "space"), ({"metric": "top1_pct"}, "about"),
+                          ({"config": dataclasses.replace(FEW, seed=2)}, "seed"), ({"tokens": "none"}, "space"),
+                          ({"metric": "top1_pct"}, "about"),
                           ({"strategy": "random"}, "strategy")):
         found = change.pop("found", dense_checkpoint())
         with pytest.raises(InputError, match=rf"another study \(.*{named}[. ].*, now "):

@@ -14,10 +14,9 @@ from vitlab.runtime import launching, signals
 from vitlab.runtime.files import InputError
 from vitlab.runtime.launching import one_line
 
-COMMANDS = {
+COMMANDS = {                                                    # module of vitlab.workbench : function, and one line
     "pretrain": ("training:pretrain", "Train a timm model from scratch."),
-    "segment": ("segmenting:train_segmenter",
-                "Train a dense Segmenter: a model's blocks as encoder, and a decoder that gives every pixel a class."),
+    "segment": ("segmenting:train_segmenter", "Train a dense Segmenter: a model's blocks as encoder, and a decoder."),
     "score": "Score tokens, or heads and neurons, on images of train.",
     "score tokens": ("scoring:score_tokens", "Score the tokens of every block on images of train."),
     "score units": ("scoring:score_units", "Score heads and neurons on images of train."),
@@ -27,25 +26,17 @@ COMMANDS = {
     "prune match": ("cutting:prune_match", "Merge tokens by content; needs neither scores nor images."),
     "prune plan": ("cutting:prune_plan", "Compress by a plan file, as it is."),
     "search": ("searching:search", "Search how much to cut in each block under a budget; a killed search goes on."),
-    "tonight": ("tonight:tonight", "From a dense model and images without labels to a smaller model that is ready: "
-                                   "offers, search, calibration."),
-    "calibrate": ("calibrating:calibrate", "Compress by a plan and refit what is left, without labels: closed form, "
-                                           "then a short self-distillation."),
+    "tonight": ("tonight:tonight", "From a dense model and images without labels to a smaller model that is ready."),
+    "calibrate": ("calibrating:calibrate", "Compress by a plan and refit what is left, without labels."),
     "finetune": ("training:finetune", "Fine-tune a compressed model, distilling from the dense one."),
-    "evaluate": ("steps:evaluate", "Top-1, top-5 and loss on the held-out split, of a Segmenter mIoU, with GMACs and "
-                                   "parameters."),
+    "evaluate": ("steps:evaluate", "Top-1 and loss, or mIoU, on the held-out split, with GMACs and parameters."),
     "predict": ("segmenting:predict", "Segment a folder of images: class numbers and an overlay of each, as PNG."),
-    "throughput": ("steps:throughput",
-                   "Images per second of deployed models, the first the baseline, measured in turn."),
+    "throughput": ("steps:throughput", "Images per second of deployed models in turn, the first the baseline."),
     "recipes": ("plain:recipes", "List the named recipes with source, expected number and command."),
-    "batch": ("plain:batch", "Run a batch file of notebooks with parameters; what is up to date is not repeated, a "
-                             "failed or killed one goes on."),
-    "report": ("report:report", "One page of a batch's run, or a study's: tables with conditions, figures, failures; "
-                                "the table as CSV and LaTeX."),
-    "notebooks": ("notebooks:copy_all", "Copy the notebooks that come with vitlab into a folder of yours; files that "
-                                        "were changed there are never replaced."),
-    "demo": ("plain:demo", "Run the notebooks on the embedded digits: baseline, scores, prune and merge, search, "
-                           "fine-tune, table."),
+    "batch": ("plain:batch", "Run a batch file of notebooks; what is up to date is not repeated."),
+    "report": ("report:report", "One page of a batch's run, or a study's; its table as CSV and LaTeX."),
+    "notebooks": ("notebooks:copy_all", "Copy the notebooks into a folder; files changed there are never replaced."),
+    "demo": ("plain:demo", "Run the notebooks on the embedded digits, from the baseline to the table."),
 }
 
 
@@ -58,15 +49,12 @@ def resume(run: str, /) -> int:
     return main(launching.recorded(run), fresh=False)
 
 
-def _shown(default: Any) -> Any:
-    return ",".join(map(str, default)) if isinstance(default, tuple) else default
-
-
 def build() -> App:
     """All commands; none of their modules is imported before its command is asked for."""
+    flags = Parameter(negative=(), show_default=lambda x: ",".join(map(str, x)) if isinstance(x, tuple) else x)
     app = App(name="vitlab", help="Make vision transformers smaller and faster, and see why it works.",
               version=vitlab.__version__, help_flags="--help", version_flags="--version", help_format="plaintext",
-              default_parameter=Parameter(negative=(), show_default=_shown), result_action="return_value")
+              default_parameter=flags, result_action="return_value")
     for name, entry in COMMANDS.items():
         group, _, last = name.rpartition(" ")
         if isinstance(entry, str):
@@ -96,6 +84,11 @@ def execute(words: Sequence[str], *, fresh: bool) -> int:
     return result if isinstance(result, int) else 0
 
 
+def _loader_fault(error: BaseException) -> str | None:
+    from vitlab.data.loading import fault
+    return fault(error)
+
+
 def main(argv: Sequence[str] | None = None, *, fresh: bool = True) -> int:
     """Run a command; 0 when done, 1 where an entry of a batch failed, 2 for wrong input (one line on stderr), 75 when
     asked to stop (SIGTERM), 130 when interrupted."""
@@ -112,7 +105,7 @@ def main(argv: Sequence[str] | None = None, *, fresh: bool = True) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (InputError, OSError, RuntimeError, MemoryError, signals.Stopped, KeyboardInterrupt) as error:
-        code, what = launching.ending(error, name)
+        code, what = launching.ending(error, name, _loader_fault)
         print(f"vitlab {name}: {one_line(what)}".replace("vitlab :", "vitlab:"), file=sys.stderr)
         if code == 1:
             time.sleep(launching.LOST)          # torchrun reports the first that ends
@@ -121,7 +114,3 @@ def main(argv: Sequence[str] | None = None, *, fresh: bool = True) -> int:
         return code
     finally:
         warnings.formatwarning = before
-
-
-if __name__ == "__main__":
-    sys.exit(main())

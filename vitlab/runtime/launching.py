@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from pathlib import Path
 
 from vitlab.runtime import signals
@@ -38,7 +38,7 @@ def _several() -> bool:
 
 def name_of(words: Sequence[str], commands: Collection[str]) -> str:
     """The command that words begin with, of two words where it is one of several; "" where there is none."""
-    known = [" ".join(words[:count]) for count in (2, 1) if " ".join(words[:count]) in (*commands, "resume")]
+    known = [" ".join(words[:count]) for count in (2, 1) if " ".join(words[:count]) in [*commands, "resume"]]
     return known[0] if known else ""
 
 
@@ -52,7 +52,7 @@ def checked(words: Sequence[str], commands: Collection[str]) -> tuple[str, dict[
     """(command, `values_of` its words). Raises InputError for what can be told before anything is imported: another
     command, a path that is not there, a place that can't be written to, a model that would be replaced."""
     name, values = name_of(words, commands), values_of(words)
-    one_of = [each for each in commands if each.startswith(f"{name} ")] if name else [*commands]
+    one_of = [each for each in commands if each.startswith(f"{name} ")] if name else [*commands, "resume"]
     if not name or one_of:
         last = [each.removeprefix(f"{name} ") for each in one_of if name or " " not in each]
         word = words[bool(name)] if len(words) > bool(name) else None
@@ -181,8 +181,9 @@ def on_record(name: str, values: dict[str, str], words: Sequence[str]) -> Genera
         raise
 
 
-def ending(error: BaseException, name: str) -> tuple[int, str]:
-    """(exit code, what is said) of a command that an error or a request ended; raises an error that is ours."""
+def ending(error: BaseException, name: str, loader_fault: Callable[[BaseException], str | None]) -> tuple[int, str]:
+    """(exit code, what is said) of a command that an error or a request ended; raises an error that is ours.
+    loader_fault: what happened to a loader process, which torch may say at any time."""
     kept = KEPT.get(name, NOTHING_KEPT)
     if isinstance(error, signals.Stopped):
         return signals.EXIT_CODE, f"stopped on request; {kept}"
@@ -195,8 +196,7 @@ def ending(error: BaseException, name: str) -> tuple[int, str]:
     if isinstance(error, MemoryError) or any(words in str(error) for words in ("out of memory",
                                                                                "can't allocate memory")):
         return 2, f"out of memory; a smaller batch or model needs less ({str(error) or 'no memory'})"[:300]
-    from vitlab.data.loading import fault
-    if (died := fault(error)) is not None:
+    if (died := loader_fault(error)) is not None:
         return 2, died
     if _several() and any(word in str(error).lower() for word in ("gloo", "nccl", "connection closed")):
         return 1, "another process of this run ended, and so does this one; what went wrong is in its error"

@@ -96,7 +96,8 @@ def _cost_of(gmacs: float | None, macs_ratio: float | None, latency_ms: float | 
     return "latency_ms" if latency_ms is not None else "published_gmacs" if published else "gmacs"
 
 
-def search(source: Source, data: Data, out: Annotated[str | Path, Parameter(metavar="STUDY")], *, gmacs: Gmacs = None,
+def search(source: Source, data: Data,
+           out: Annotated[str | Path, Parameter(metavar="STUDY", help="folder of the study")], *, gmacs: Gmacs = None,
            macs_ratio: MacsRatio = None,
            latency_ms: Annotated[Positive | None, Parameter(metavar="MS")] = None, published_count: bool = False,
            units: Units = ("neurons", "heads"), tokens: Annotated[str | None, Parameter(metavar="NAME")] = None,
