@@ -3,7 +3,7 @@ hub, timm's names."""
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -17,10 +17,10 @@ from vitlab.models.segmenter import Segmenter
 from vitlab.models.weights import SUFFIXES, is_weights, read_file, state_of
 from vitlab.plan import CompressionPlan
 from vitlab.runtime.files import InputError, from_root
-from vitlab.runtime.kinds import Count, Crop
+from vitlab.runtime.kinds import Count, Crop, Or, flag
 
 HUB, LOCAL = "hf-hub:", "local-dir:"        # what stands before timm's own sources
-_Floats = Annotated[tuple[float, ...] | None, Parameter(consume_multiple=True, metavar="X...")]
+_Floats = Annotated[tuple[float, ...] | None, flag(consume_multiple=True, metavar="X...")]
 
 
 @Parameter(name="*")
@@ -41,15 +41,15 @@ class ModelSource:
         interpolation: bicubic, bilinear, ...
     """
 
-    checkpoint: Annotated[str, Parameter(metavar="SOURCE")]
-    model: Annotated[str | None, Parameter(metavar="NAME")] = None
+    checkpoint: Annotated[str, flag(metavar="SOURCE")]
+    model: Annotated[str | None, flag(metavar="NAME")] = None
     num_classes: Count | None = None
-    img_size: Annotated[Count | None, Parameter(metavar="PIXELS")] = None
+    img_size: Annotated[Count | None, flag(metavar="PIXELS")] = None
     mean: _Floats = None
     std: _Floats = None
     crop_pct: Crop | None = None
-    crop_mode: Annotated[str | None, Parameter(metavar="NAME")] = None
-    interpolation: Annotated[str | None, Parameter(metavar="NAME")] = None
+    crop_mode: Annotated[str | None, flag(metavar="NAME")] = None
+    interpolation: Annotated[str | None, flag(metavar="NAME")] = None
 
     def __str__(self) -> str:
         return self.checkpoint
@@ -63,11 +63,8 @@ class ModelSource:
                           settings=settings)
 
 
-if TYPE_CHECKING:
-    Source = str | Path | Checkpoint | ModelSource          # where a model comes from, or one that is open already
-    Other = str | Path | Checkpoint                         # a second model
-else:                                                       # what the command line makes of its flags
-    Source, Other = ModelSource, str
+Source = Or[ModelSource, str, Path, Checkpoint]         # where a model comes from, or one that is open already
+Other = Or[str, Path, Checkpoint]                       # a second model
 
 
 def open_model(source: Source, *, model: str | None = None, num_classes: int | None = None,

@@ -3,9 +3,23 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import CoercionError, Parameter
+
+if TYPE_CHECKING:
+    from typing import Union as Or
+else:
+    class Or:
+        """Or[File, CompressionPlan]: one or the other in Python, the first on the command line."""
+
+        def __class_getitem__(cls, kinds: tuple) -> Any:
+            return kinds[0]
+
+
+def flag(metavar: str, **options: Any) -> Parameter:
+    """A flag, its value shown as `metavar`; cyclopts 4, the last for Python 3.10, shows the type."""
+    return Parameter(**options, **({"metavar": metavar} if hasattr(Parameter, "metavar") else {}))
 
 
 def _read(value: Callable[[str], Any], metavar: str, **options: Any) -> Parameter:
@@ -15,7 +29,7 @@ def _read(value: Callable[[str], Any], metavar: str, **options: Any) -> Paramete
             return value(tokens[0].value)
         except ValueError as error:
             raise CoercionError(msg=str(error), token=tokens[0], target_type=str) from None
-    return Parameter(converter=convert, metavar=metavar, **options)
+    return flag(converter=convert, metavar=metavar, **options)
 
 
 def _within(kind: type, low: float, high: float, what: str) -> Callable[[str], Any]:
@@ -47,14 +61,14 @@ Pixels = tuple[Count, Count]                                                    
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 _Path = str | Path
-File = Annotated[_Path, Parameter(metavar="FILE")]
-Folder = Annotated[_Path, Parameter(metavar="FOLDER")]
-Run = Annotated[_Path, Parameter(metavar="RUN", help="run folder; where it says so, a killed run goes on there")]
-Data = Annotated[_Path, Parameter(metavar="DATA", help=(
+File = Annotated[_Path, flag(metavar="FILE")]
+Folder = Annotated[_Path, flag(metavar="FOLDER")]
+Run = Annotated[_Path, flag(metavar="RUN", help="run folder; where it says so, a killed run goes on there")]
+Data = Annotated[_Path, flag(metavar="DATA", help=(
     "'digits' (embedded), a folder with train/ and val/, validation/ or test/, or hfds/NAME, wds/NAME, ...; where "
     "labels are not needed, also a folder of images alone; a split may be a tar file. Of a Segmenter: 'digit_scenes' "
     "(embedded), or the folder of ADE20K, Cityscapes, PASCAL Context, CamVid, or of images and masks"))]
-ClassMap = Annotated[_Path | None, Parameter(metavar="FILE", help=(
+ClassMap = Annotated[_Path | None, flag(metavar="FILE", help=(
     "JSON of class folder: class number, or a text of one name a line [default: DATA/class_index.json]"))]
 Gmacs = Annotated[Positive | None, Parameter(help="budget: 10^9 multiply-adds per image")]
 MacsRatio = Annotated[Ratio | None, Parameter(help="budget: fraction of the dense model's multiply-adds")]

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from cyclopts import Parameter
 
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.criteria.units import UnitScores
@@ -18,7 +17,7 @@ from vitlab.plan.cost import macs
 from vitlab.plan.shape import ViTShape
 from vitlab.runtime.config import RunConfig, flags
 from vitlab.runtime.files import InputError
-from vitlab.runtime.kinds import File, Gmacs, MacsRatio, Rate, Ratio, Run, Spans
+from vitlab.runtime.kinds import File, Gmacs, MacsRatio, Or, Rate, Ratio, Run, Spans, flag
 from vitlab.search import Budget, SearchSpace
 from vitlab.search.published import published_policy
 from vitlab.workbench.scoring import read_scores, read_units
@@ -30,7 +29,7 @@ Quiet = Annotated[RunConfig, flags("quiet")]
 
 def prune_tokens(source: Source, scores: File, out: Run, *, rule: Literal["center", "merge"] = "center",
                  keep_rate: Rate | None = None, spans: Spans | None = None, prune_rate: Rate = tokens.PRUNE_RATE,
-                 decay: Annotated[Rate | None, Parameter(metavar="D")] = None,
+                 decay: Annotated[Rate | None, flag(metavar="D")] = None,
                  boundary: Literal["grid", "reference"] | None = None,
                  weights: Literal["score", "uniform", "reference"] = tokens.WEIGHTS, share: bool = False,
                  gmacs: Gmacs = None, macs_ratio: MacsRatio = None, config: Quiet = RunConfig()) -> Checkpoint:
@@ -84,8 +83,8 @@ def prune_plan(source: Source, plan: Plan, out: Run, *, config: Quiet = RunConfi
 
 
 def prune_units(source: Source,
-                scores: Annotated[str | Path | UnitScores, Parameter(metavar="FILE", accepts_keys=False)], out: Run, *,
-                policy: Annotated[str | None, Parameter(metavar="NAME")] = None, head_ratio: Ratio = 0.0,
+                scores: Or[File, UnitScores], out: Run, *,
+                policy: Annotated[str | None, flag(metavar="NAME")] = None, head_ratio: Ratio = 0.0,
                 neuron_ratio: Ratio = 0.0, rho: Ratio = 0.0, gmacs: Gmacs = None, macs_ratio: MacsRatio = None,
                 config: Quiet = RunConfig()) -> Checkpoint:
     """Compress a dense model by unit scores: the same ratios in every block and rho in the selecting blocks, or a

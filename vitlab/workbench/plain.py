@@ -4,7 +4,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from vitlab.runtime.kinds import Count, Folder, Setting, Words
+from vitlab.runtime.kinds import Count, Folder, Setting, Words, flag
 
 DEMO = ("00_check_setup", "01_baseline", "02_token_scores", "03_prune_and_merge", "04_finetune", "05_heads_and_neurons",
         "06_search", "07_prune_what_was_found", "08_tonight", "09_segmentation", "90_results")
@@ -17,9 +17,9 @@ def recipes() -> str:
                      for r in RECIPES.values())
 
 
-def batch(file: str, *, out: Annotated[str | None, Parameter(metavar="RUN")] = None,
+def batch(file: str, *, out: Annotated[str | None, flag(metavar="RUN")] = None,
           changes: Annotated[tuple[Setting, ...], Parameter(name="--set")] = (), cores: Count = 1,
-          executor: Annotated[str | None, Parameter(metavar="NAME")] = None, snakemake: Words = (),
+          executor: Annotated[str | None, flag(metavar="NAME")] = None, snakemake: Words = (),
           dry_run: bool = False) -> int:
     """Run a batch file, and say what became of its entries; 1 where one failed.
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from cyclopts import Parameter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -18,11 +17,11 @@ from vitlab.models.weights import read_file
 from vitlab.runtime import parallel
 from vitlab.runtime.config import MEASURE, RunConfig
 from vitlab.runtime.files import InputError, atomic_write
-from vitlab.runtime.kinds import ClassMap, Count, Data
+from vitlab.runtime.kinds import ClassMap, Count, Data, flag
 from vitlab.workbench.steps import open_dense, open_matching, pick_device
 
 UNIT_SCORES = "unit_scores.safetensors"
-ScoresFile = Annotated[str | Path, Parameter(metavar="FILE", help="scores file, .safetensors")]
+ScoresFile = Annotated[str | Path, flag(metavar="FILE", help="scores file, .safetensors")]
 
 
 def score_tokens(source: Source, data: Data, out: ScoresFile, *, criterion: str = "gradient",

@@ -40,9 +40,11 @@ from vitlab.runtime.kinds import (
     MacsRatio,
     MaxRatio,
     Minutes,
+    Or,
     Positive,
     Several,
     Units,
+    flag,
 )
 from vitlab.search import Budget, SearchSpace, Study
 from vitlab.search.allocation import levels
@@ -97,16 +99,16 @@ def _cost_of(gmacs: float | None, macs_ratio: float | None, latency_ms: float | 
 
 
 def search(source: Source, data: Data,
-           out: Annotated[str | Path, Parameter(metavar="STUDY", help="folder of the study")], *, gmacs: Gmacs = None,
+           out: Annotated[str | Path, flag(metavar="STUDY", help="folder of the study")], *, gmacs: Gmacs = None,
            macs_ratio: MacsRatio = None,
-           latency_ms: Annotated[Positive | None, Parameter(metavar="MS")] = None, published_count: bool = False,
-           units: Units = ("neurons", "heads"), tokens: Annotated[str | None, Parameter(metavar="NAME")] = None,
+           latency_ms: Annotated[Positive | None, flag(metavar="MS")] = None, published_count: bool = False,
+           units: Units = ("neurons", "heads"), tokens: Annotated[str | None, flag(metavar="NAME")] = None,
            token_settings: Annotated[dict[str, Any] | None, Parameter(parse=False)] = None,
            max_ratio: MaxRatio = MAX_RATIO, read_out: bool = False, strategy: str = "gp",
-           settings: Annotated[str | Settings, Parameter(metavar="NAME", accepts_keys=False)] = "default",
+           settings: Annotated[Or[str, Settings], flag(metavar="NAME")] = "default",
            evaluations: Count | None = None, population: Several | None = None,
            start: Literal["varied", "random", "sensitivity"] | None = None,
-           parallel: Annotated[Count | None, Parameter(metavar="K")] = None, minutes: Minutes | None = None,
+           parallel: Annotated[Count | None, flag(metavar="K")] = None, minutes: Minutes | None = None,
            metric: Literal["top1_pct", "miou_pct", "distill_loss"] = "distill_loss", criterion: str = "hsic",
            compensate: bool = False, images: Count = 1000, score_images: Count = 512, class_map: ClassMap = None,
            config: RunConfig = RunConfig()) -> Study:

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from cyclopts import Parameter
 from PIL import Image
 from timm.data import resolve_model_data_config
 from timm.layers import DropPath
@@ -36,7 +35,7 @@ from vitlab.plots.base import to_image
 from vitlab.plots.colours import class_colours, overlaid
 from vitlab.runtime.config import RunConfig, flags
 from vitlab.runtime.files import InputError, atomic_write, from_root
-from vitlab.runtime.kinds import Data, Folder, Pixels, Rate, Run
+from vitlab.runtime.kinds import Data, Folder, Pixels, Rate, Run, flag
 from vitlab.search import SearchSpace
 from vitlab.training.recipes import Engine
 from vitlab.workbench.steps import Windows, deployed, need_dense, pick_device
@@ -77,7 +76,7 @@ def make_segmenter(source: Source, data: SceneData, *, img_size: tuple[int, int]
 
 
 def train_segmenter(source: Annotated[Source, flags(but=("img_size",))], data: Data, out: Run, *,
-                    img_size: Annotated[Pixels | None, Parameter(metavar="HEIGHT WIDTH")] = None,
+                    img_size: Annotated[Pixels | None, flag(metavar="HEIGHT WIDTH")] = None,
                     decoder: Literal["mask_transformer", "linear"] | None = None, recipe: Trained = "segmenter",
                     changes: Annotated[Changes, DENSE] = Changes(), images: Images = None, engine: Engine = Engine(),
                     changed_data: ChangedData = False, config: RunConfig = RunConfig()) -> Path:

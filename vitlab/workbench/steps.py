@@ -30,12 +30,12 @@ from vitlab.plan import BlockPlan, CompressionPlan, cost
 from vitlab.runtime import parallel
 from vitlab.runtime.config import RunConfig, flags
 from vitlab.runtime.files import NOTEBOOKS, InputError, first_line
-from vitlab.runtime.kinds import ClassMap, Count, Data, Pixels, Positive, Run
+from vitlab.runtime.kinds import ClassMap, Count, Data, File, Or, Pixels, Positive, Run, flag
 from vitlab.runtime.results import ResultRow, append_row
 
 RESULTS, TRAINING = "results.jsonl", "training"
 WIDE = 192                                      # models at least this wide gain by bf16 where the hardware has it
-Plan = Annotated[str | Path | CompressionPlan, Parameter(metavar="FILE", accepts_keys=False)]
+Plan = Or[File, CompressionPlan]
 Rows = Annotated[Run | None, Parameter(help="append what was measured to RUN/results.jsonl")]
 
 
@@ -130,9 +130,9 @@ class Windows:
         flip: and over each turned left to right
     """
 
-    window: Annotated[Pixels | None, Parameter(metavar="HEIGHT WIDTH")] = None
-    stride: Annotated[Pixels | None, Parameter(metavar="HEIGHT WIDTH")] = None
-    scales: Annotated[tuple[Positive, ...] | None, Parameter(consume_multiple=True, metavar="X...")] = None
+    window: Annotated[Pixels | None, flag(metavar="HEIGHT WIDTH")] = None
+    stride: Annotated[Pixels | None, flag(metavar="HEIGHT WIDTH")] = None
+    scales: Annotated[tuple[Positive, ...] | None, flag(consume_multiple=True, metavar="X...")] = None
     flip: bool = False
 
     def given(self) -> dict[str, Any]:
@@ -140,7 +140,7 @@ class Windows:
         return {name: value for name, value in vars(self).items() if value}
 
 
-def evaluate(source: Source, data: Data, *, dense: Annotated[Other | None, Parameter(metavar="SOURCE")] = None,
+def evaluate(source: Source, data: Data, *, dense: Annotated[Other | None, flag(metavar="SOURCE")] = None,
              split: str = "held_out", images: Count | None = None, name: str | None = None,
              windows: Windows = Windows(), class_map: ClassMap = None, out: Rows = None,
              config: RunConfig = RunConfig(), crop: Annotated[float | None, Parameter(parse=False)] = None,
@@ -215,7 +215,7 @@ def _scene_measures(found: Segmentation, classes: Sequence[str],
              "iou_pct": iou, **({"windows": windows} if windows else {})})
 
 
-def throughput(sources: Annotated[Sequence[str] | dict[str, Other], Parameter(name="SOURCE", accepts_keys=False)], *,
+def throughput(sources: Annotated[Or[tuple[str, ...], Sequence[str], dict[str, Other]], Parameter(name="SOURCE")], *,
                repeats: Count = 10, out: Rows = None,
                config: Annotated[RunConfig, flags("device", "batch_size", "dtype", "quiet")] = RunConfig(),
                like: Annotated[ResultRow | None, Parameter(parse=False)] = None,

@@ -19,14 +19,14 @@ from vitlab.plan import CompressionPlan
 from vitlab.runtime import parallel
 from vitlab.runtime.config import RunConfig, flags
 from vitlab.runtime.files import InputError
-from vitlab.runtime.kinds import ClassMap, Count, Data, Factor, Positive, Run
+from vitlab.runtime.kinds import ClassMap, Count, Data, Factor, Or, Positive, Run, flag
 from vitlab.training import recipes
 from vitlab.training.gradual import partial_plan
 from vitlab.training.loop import fit
 from vitlab.training.recipes import Engine, Recipe
 from vitlab.workbench.steps import TRAINING, Plan, need_dense, open_matching, pick_device
 
-Trained = Annotated[str | Recipe, Parameter(metavar="NAME", accepts_keys=False,
+Trained = Annotated[Or[str, Recipe], flag(metavar="NAME",
                                            help="named recipe; `vitlab recipes` lists them")]
 Images = Annotated[Count | None, Parameter(help="train on a slice of this many images")]
 ChangedData = Annotated[bool, Parameter(help="go on though the data set is another than it was")]
@@ -62,9 +62,9 @@ def changed(recipe: Recipe | str, changes: Changes, config: RunConfig) -> Recipe
     return found.replace(**vars(changes), batch_size=config.batch_size, dtype=config.dtype)
 
 
-def pretrain(*, model: Annotated[str, Parameter(metavar="NAME")], data: Data, out: Run, recipe: Trained = "digits",
+def pretrain(*, model: Annotated[str, flag(metavar="NAME")], data: Data, out: Run, recipe: Trained = "digits",
              changes: Annotated[Changes, DENSE] = Changes(), images: Images = None,
-             img_size: Annotated[Count | None, Parameter(metavar="PIXELS")] = None, class_map: ClassMap = None,
+             img_size: Annotated[Count | None, flag(metavar="PIXELS")] = None, class_map: ClassMap = None,
              engine: Engine = Engine(), changed_data: ChangedData = False, config: RunConfig = RunConfig(),
              model_args: Annotated[dict[str, Any] | None, Parameter(parse=False)] = None) -> Path:
     """Train a timm model from scratch; returns the run folder (training/, checkpoint/). A killed run goes on (`fit`).
@@ -105,9 +105,9 @@ def save_trained(out: str | Path, model: nn.Module, plan: CompressionPlan, data:
 
 
 def finetune(source: Source, data: Data, out: Run, *,
-             teacher: Annotated[Other | None, Parameter(metavar="SOURCE")] = None,
-             teacher_model: Annotated[str | None, Parameter(metavar="NAME")] = None, plan: Plan | None = None,
-             steps: Annotated[Count, Parameter(metavar="K")] = 1, recipe: Trained = "deit_tiny_pm",
+             teacher: Annotated[Other | None, flag(metavar="SOURCE")] = None,
+             teacher_model: Annotated[str | None, flag(metavar="NAME")] = None, plan: Plan | None = None,
+             steps: Annotated[Count, flag(metavar="K")] = 1, recipe: Trained = "deit_tiny_pm",
              changes: Changes = Changes(), images: Images = None, class_map: ClassMap = None, engine: Engine = Engine(),
              changed_data: ChangedData = False, config: RunConfig = RunConfig()) -> Path:
     """Fine-tune a compressed model, or a dense one compressed by `plan` first, distilling from the dense one; returns
