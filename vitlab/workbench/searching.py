@@ -11,19 +11,15 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from cyclopts import Parameter
-from safetensors import safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from vitlab.criteria.compensation import Moments
-from vitlab.data import ImageData
 from vitlab.data.images import image_config
-from vitlab.measure.capture import need_classifier, token_scores
+from vitlab.measure.capture import need_classifier
 from vitlab.measure.latency import latency_table
 from vitlab.measure.moments import Layer, each_moments
 from vitlab.measure.objective import check_metric
-from vitlab.measure.units import unit_scores
 from vitlab.models import shape_of
 from vitlab.models.opening import Source
 from vitlab.models.support import encoder_of
@@ -55,10 +51,10 @@ from vitlab.search.token_dimensions import default_tokens
 from vitlab.training.compensate import compensate as refitted
 from vitlab.training.loop import fingerprint
 from vitlab.workbench.pace import images_per_second
-from vitlab.workbench.scoring import UNIT_SCORES, needs_images, read_scores, read_units, write_units
+from vitlab.workbench.scoring import needs_images, scores_of
 from vitlab.workbench.steps import amp_of, measured_batches, objective_on, open_dense, open_matching, pick_device
 
-TOKEN_SCORES, PLAN, REPORTED = "token_scores.safetensors", "plan.json", "reported.json"
+PLAN, REPORTED = "plan.json", "reported.json"
 COSTS = ("gmacs", "published_gmacs", "latency_ms")
 
 
@@ -100,9 +96,9 @@ def _cost_of(gmacs: float | None, macs_ratio: float | None, latency_ms: float | 
 
 def search(source: Source, data: Data,
            out: Annotated[str | Path, flag(metavar="STUDY", help="folder of the study")], *, gmacs: Gmacs = None,
-           macs_ratio: MacsRatio = None,
-           latency_ms: Annotated[Positive | None, flag(metavar="MS")] = None, published_count: bool = False,
-           units: Units = ("neurons", "heads"), tokens: Annotated[str | None, flag(metavar="NAME")] = None,
+           macs_ratio: MacsRatio = None, latency_ms: Annotated[Positive | None, flag(metavar="MS")] = None,
+           published_count: bool = False, units: Units = ("neurons", "heads"),
+           tokens: Annotated[str | None, flag(metavar="NAME")] = None,
            token_settings: Annotated[dict[str, Any] | None, Parameter(parse=False)] = None,
            max_ratio: MaxRatio = MAX_RATIO, read_out: bool = False, strategy: str = "gp",
            settings: Annotated[Or[str, Settings], flag(metavar="NAME")] = "default",
@@ -187,7 +183,7 @@ def search(source: Source, data: Data,
              "inputs": fingerprint(content, [found.model])}
     study = processes.after_first(lambda: Study(out, space, budget, strategy=strategy, options=options, seed=seed,
                                                about=about))
-    scores = processes.after_first(lambda: _scores_of(study, found.model, parts, place, workers, progress))
+    scores = processes.after_first(lambda: scores_of(study, found.model, parts, place, workers, progress))
     build = {}
     if compensate and space.units:
         scored = parts.batches("score", found.model, workers=workers)
@@ -207,8 +203,7 @@ def search(source: Source, data: Data,
                "value": best.value, "seed": seed, "units": list(units), "tokens": tokens}
     if processes.is_first():
         plan = space.plan(best.policy, **scores, made_by=made_by | {"roles": parts.roles})
-        # it is there whatever becomes of the measuring
-        plan.save(out / PLAN)
+        plan.save(out / PLAN)                   # it is there whatever becomes of the measuring
         with processes.alone():
             if (reported(out) or {}).get("evaluation") != best.index:
                 measures = objective.on(measured_batches(found.model, parts, "report", workers))(plan)
@@ -253,39 +248,3 @@ def reported(study: str | Path) -> dict[str, Any] | None:
 def by_moments(moments: Mapping[Layer, Moments]) -> Callable[[nn.Module, CompressionPlan], nn.Module]:
     """compress with closed-form compensation, from moments of the dense model."""
     return lambda dense, plan: refitted(dense, plan, (), moments=moments, progress=False)
-
-
-def _scores_of(study: Study, model: nn.Module, parts: ImageData, device: torch.device, workers: int | None,
-               progress: bool) -> dict[str, Tensor]:
-    """The scores that a plan of this study needs, from its folder where they were made before, for this study."""
-    about, scores = study.info["about"], {}
-    mark = {"made_for": " ".join(str(about[k]) for k in ("inputs", "criterion", "score_images"))
-            + f" seed {study.seed}"}
-    mark["made_for"] += f" images {parts.roles.get('score', 0)}"
-
-    def batches():
-        return parts.batches("score", model, workers=workers) if "score" in parts.roles else ()
-
-    def check(path: Path) -> None:
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("made_for") != mark["made_for"]:
-                raise InputError(f"{path}: scores of something else than this study; remove the file and they are made "
-                                 f"anew")
-    if study.space.units:
-        path = study.folder / UNIT_SCORES
-        if not path.exists():
-            made = unit_scores(model, batches(), criterion=about["criterion"], seed=study.seed, device=device,
-                               progress=progress)
-            write_units(path, made, mark)
-        units = read_units(path)
-        check(path)
-        scores |= {"heads": units.heads, "neurons": units.neurons}
-    if study.space.by_place:
-        path = study.folder / TOKEN_SCORES
-        if not path.exists():
-            atomic_write(path,
-                         save({"token_scores": token_scores(model, batches(), device=device,
-                                                            progress=progress).contiguous()}, mark))
-        scores["tokens"] = read_scores(path)[0]
-        check(path)
-    return scores

@@ -38,6 +38,7 @@ from vitlab.runtime.files import InputError, atomic_write, from_root
 from vitlab.runtime.kinds import Data, Folder, Pixels, Rate, Run, flag
 from vitlab.search import SearchSpace
 from vitlab.training.recipes import Engine
+from vitlab.workbench.cutting import least_ratio
 from vitlab.workbench.steps import Windows, deployed, need_dense, pick_device
 from vitlab.workbench.training import DENSE, ChangedData, Changes, Images, Trained, changed, train_dense
 
@@ -161,9 +162,8 @@ def plans_at(scores: Tensor, shape: ViTShape, keep_rate: float, *,
     ratio whose cost is at most that of sharing updates. scores (L, n): of tokens, raw."""
     shared = prune_and_merge(scores, shape, keep_rate=keep_rate, prune_rate=0.0, share=True)
     space = SearchSpace(shape=shape, units=(), tokens="match", max_ratio=MAX_RATIO)
-    ratios = np.linspace(0, MAX_RATIO, RATIOS)[:, None]
-    within = np.flatnonzero(space.gmacs(ratios) <= gmacs(shared))
-    ratio = float(ratios[within[0] if len(within) else -1, 0])
+    found = least_ratio(space, gmacs(shared), RATIOS)
+    ratio = MAX_RATIO if found is None else found
     return {"Prune and Merge": prune_and_merge(scores, shape, keep_rate=keep_rate, prune_rate=prune_rate),
             "Prune and Merge, spans": prune_and_merge(scores, shape, prune_rate=prune_rate,
                                                       spans=[(*span, keep_rate) for span in even_spans(shape.depth)]),

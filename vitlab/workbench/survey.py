@@ -26,6 +26,7 @@ from vitlab.search.sensitivity import SENSITIVITY, curves_of, measure_alone
 from vitlab.search.strategies import Settings
 from vitlab.training.self_distillation import Divergence
 from vitlab.workbench.calibrating import CUT, forms_of, in_form, nearest, write_best
+from vitlab.workbench.cutting import least_ratio
 from vitlab.workbench.gathered import Gathered
 from vitlab.workbench.offers import Offer, worth_of
 
@@ -34,17 +35,14 @@ RULES = {"merging by content": ((), "match_per_stage"), "shared updates": ((), "
          "neurons": (("neurons",), "none"), "heads and neurons": (("heads", "neurons"), "none"),
          "all together": (("heads", "neurons"), "match_per_stage")}
 SINGLE = ("merging by content", "shared updates", "neurons")                   # rules that cut one thing alone
-RATIOS = (0.9, 0.75, 0.6, 0.45)
-MAX_RATIO, TOLERANCE = 0.75, 0.05
-# images that a plan is refitted on to be compared; forwards that each takes, about
-TRIED_ON, REFIT_COST = 192, 5
+RATIOS, MAX_RATIO, TOLERANCE = (0.9, 0.75, 0.6, 0.45), 0.75, 0.05
+TRIED_ON, REFIT_COST = 192, 5                   # images that a plan is refitted on to be compared; forwards of each
 POPULATION = 8                                  # of a search, before its first proposal
 DEPLOYED, TRAINED = "deployed", "self-distillation"                             # the latter a stage of `tonight`
 
 
 class Survey(Gathered):
-    """The curves of a model's rules on a data set, and the offers that follow from them; all of it is kept in
-    `folder`."""
+    """The curves of a model's rules on a data set, and the offers that follow; all of it is kept in `folder`."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         """As of `Gathered`."""
@@ -61,20 +59,19 @@ class Survey(Gathered):
         space = SearchSpace(shape=self.shape, units=units, tokens=tokens, max_ratio=MAX_RATIO, read_out=self.read_out,
                             settings=settings)
         most = float(space.gmacs(np.zeros((1, space.size)))[0])
-        return Problem(space,
-                       Budget(limit=most * 0.99 if limit is None else limit, cost=space.gmacs,
-                              max_ratio=space.max_ratio,
-                                     size=space.size, groups=tuple(space.groups), tolerance=TOLERANCE))
+        return Problem(space, Budget(limit=most * 0.99 if limit is None else limit, cost=space.gmacs,
+                                     max_ratio=space.max_ratio, size=space.size, groups=tuple(space.groups),
+                                     tolerance=TOLERANCE))
 
     def _uncut(self, rule: str) -> float:
         """GMACs where nothing is cut."""
-        space, budget = self._problem(rule)
-        return float(budget.cost(np.zeros((1, space.size)))[0])
+        space = self._problem(rule).space
+        return float(space.gmacs(np.zeros((1, space.size)))[0])
 
     def check(self, gmacs: float, rules: Iterable[str] = tuple(RULES)) -> None:
         """InputError, before anything is measured, where no rule costs as little as `gmacs`."""
-        least = min(float(budget.cost(np.full((1, space.size), MAX_RATIO))[0]) for space,
-                    budget in map(self._problem, rules))
+        least = min(float(budget.cost(np.full((1, space.size), MAX_RATIO))[0])
+                    for space, budget in map(self._problem, rules))
         if gmacs < least:
             raise InputError(f"a budget of {gmacs:.4g} GMACs can't be met: with as much cut as may be, {least:.4g} are "
                              f"left")
@@ -123,8 +120,7 @@ class Survey(Gathered):
 
     def plan(self, rule: str, gmacs: float) -> CompressionPlan:
         """The plan of a rule that costs at most `gmacs`, of tokens alone the nearer of what the curves say and one
-        ratio in the middle blocks; nothing is cut where reading out is enough. Raises InputError where there is
-        none."""
+        ratio in the middle blocks; nothing is cut where reading out is enough. InputError where there is none."""
         if gmacs >= self._uncut(rule):
             space = self._problem(rule).space
             return space.plan(np.zeros(space.size), **self.scores)
@@ -141,9 +137,8 @@ class Survey(Gathered):
     def _even(self, gmacs: float) -> CompressionPlan | None:
         """Merging by content with one ratio in the middle half of the blocks; None where that is not enough."""
         space = SearchSpace(shape=self.shape, units=(), tokens="match", max_ratio=MAX_RATIO, read_out=self.read_out)
-        ratios = np.linspace(0, MAX_RATIO, 400)[:, None]
-        within = np.flatnonzero(space.gmacs(ratios) <= gmacs)
-        return space.plan(ratios[within[0]]) if len(within) else None
+        ratio = least_ratio(space, gmacs, 400)
+        return None if ratio is None else space.plan([ratio])
 
     def offers(self, rules: Iterable[str] = tuple(RULES), ratios: Iterable[float] = RATIOS) -> Iterator[Offer]:
         """An offer for each rule and each ratio of the dense model's GMACs, as they are measured; budgets that a rule

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from cyclopts import Parameter
 
 from vitlab.data.images import image_config
 from vitlab.models.checkpoint import Checkpoint
@@ -17,6 +18,7 @@ from vitlab.runtime.config import RUN, RunConfig
 from vitlab.runtime.files import InputError, atomic_write, read_json
 from vitlab.runtime.kinds import ClassMap, Count, Data, Gmacs, MacsRatio, Minutes, Names, Natural, Ratios, Run
 from vitlab.workbench.calibrating import warn_of_few
+from vitlab.workbench.cutting import limit_of
 from vitlab.workbench.gathered import FISHER_COST, FISHER_IMAGES, TOKEN_COST, TOKEN_IMAGES, moments_cost
 from vitlab.workbench.offers import OFFERS, Offer, best_offer, offers_figure, worth_of, write_offers  # noqa: F401 - its own face
 from vitlab.workbench.pace import Pace, images_per_second
@@ -24,6 +26,7 @@ from vitlab.workbench.searching import PLAN
 from vitlab.workbench.steps import open_dense
 from vitlab.workbench.survey import DEPLOYED, RATIOS, REFIT_COST, RULES, SINGLE, TRAINED, TRIED_ON, Survey  # noqa: F401 - its own face
 
+MACS_RATIO = 0.6                                # the budget where none is given
 EVALUATIONS, FINALISTS = 40, 2                  # of the search; how many of its plans are refitted and compared
 LEAST = {"evaluations": 10, "finalists": 1, "images": 64}       # what the time may leave of them
 # minutes, where none are given: of a large model the amounts shrink; where that is kept
@@ -65,7 +68,9 @@ def _amounts(path: Path, asked: dict[str, Any], shrink: bool) -> dict[str, int]:
     return known["amounts"]
 
 
-def tonight(source: Source, data: Data, out: Run, *, gmacs: Gmacs = None, macs_ratio: MacsRatio = 0.6,
+def tonight(source: Source, data: Data, out: Run, *, gmacs: Gmacs = None,
+            macs_ratio: Annotated[MacsRatio, Parameter(help="budget: fraction of the dense model's multiply-adds "
+                                                            f"(default: {MACS_RATIO})")] = None,
             rules: Names = tuple(RULES), ratios: Ratios = RATIOS, evaluations: Natural = EVALUATIONS,
             finalists: Count = FINALISTS, minutes: Minutes | None = None, images: Count = 128,
             report_images: Count = 256, score_images: Count = 1000, class_map: ClassMap = None,
@@ -101,7 +106,7 @@ def tonight(source: Source, data: Data, out: Run, *, gmacs: Gmacs = None, macs_r
                               "config": config}
     survey = Survey(found, data, out / SURVEY, images=images, **common)
     dense = cost.gmacs(CompressionPlan.empty(survey.shape))
-    limit = macs_ratio * dense if gmacs is None else gmacs
+    limit = limit_of(survey.shape, gmacs, MACS_RATIO if gmacs is None and macs_ratio is None else macs_ratio)
     survey.check(limit, rules)
     if finalists < 1:
         raise InputError(f"finalists is {finalists}; at least 1 plan is needed to be made ready")

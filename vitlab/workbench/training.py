@@ -14,7 +14,7 @@ from vitlab.measure.capture import need_classifier
 from vitlab.measure.units import unit_scores
 from vitlab.models import checkpoint, compress, shape_of
 from vitlab.models.create import create_model
-from vitlab.models.opening import Other, Source, open_model
+from vitlab.models.opening import ModelSource, Other, Source, open_model
 from vitlab.plan import CompressionPlan
 from vitlab.runtime import parallel
 from vitlab.runtime.config import RunConfig, flags
@@ -78,8 +78,8 @@ def pretrain(*, model: Annotated[str, flag(metavar="NAME")], data: Data, out: Ru
     device = pick_device(config.device)
     random_seed(config.seed)
     args = {"img_size": img_size, "num_classes": opened.num_classes, "drop_path_rate": settings.drop_path or None}
-    given = {name: value for name, value in args.items() if value is not None}
-    built = create_model(model, **{**given, **(model_args or {})})
+    given: dict[str, Any] = {name: value for name, value in args.items() if value is not None}
+    built = create_model(model, **(given | (model_args or {})))
     return train_dense("pretrain", built, opened, out, settings, config, device=device, images=images, engine=engine,
                        changed_data=changed_data)
 
@@ -160,6 +160,6 @@ def _teacher(teacher: Other, model: str | None, source: Source) -> checkpoint.Ch
     if folder and model:
         raise InputError(f"{teacher} is a folder and says itself which model it holds; --teacher-model is for weights "
                          f"files")
-    alike = {} if folder or not hasattr(source, "img_size") else {"num_classes": source.num_classes,
-                                                                  "img_size": source.img_size}
-    return open_model(teacher, model=model, **alike)
+    if folder or not isinstance(source, ModelSource):
+        return open_model(teacher, model=model)
+    return open_model(teacher, model=model, num_classes=source.num_classes, img_size=source.img_size)
