@@ -27,7 +27,7 @@ from vitlab.measure.capture import token_scores
 from vitlab.measure.evaluate import uses_bf16
 from vitlab.measure.pixels import each_divergence, log_probabilities
 from vitlab.measure.throughput import conditions, measure
-from vitlab.models import compress, deploy
+from vitlab.models import compress, deploy, shape_of
 from vitlab.plan import CompressionPlan, cost
 from vitlab.plots import save_figure, trade_offs
 from vitlab.runtime.caveats import caveat
@@ -80,7 +80,7 @@ class Bench:
         self.args, self.dense = args, steps.open_model(args.weights, model=args.model)
         self.model = self.dense.model.eval()
         wanted = {"auto": None, "bfloat16": True, "float32": False}[args.dtype]
-        self.shape, self.amp = steps.shape_of(self.model), uses_bf16(torch.device("cpu"), wanted)
+        self.shape, self.amp = shape_of(self.model), uses_bf16(torch.device("cpu"), wanted)
         self.dtype = "bfloat16" if self.amp else "float32"
         self.path = args.run / "rows.jsonl"
         self.rows = {(r["name"], r["seed"]): r for r in (read_lines(self.path) if self.path.exists() else [])}

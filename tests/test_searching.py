@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from training_fixtures import logits, one_thread, small_recipe, tiny, write_easy_folder  # noqa: F401
 
 from vitlab.criteria.planning import prune_and_merge
+from vitlab.data import ImageData
 from vitlab.measure.objective import PlanObjective
 from vitlab.models import checkpoint, shape_of
 from vitlab.plan import CompressionPlan
@@ -275,12 +276,12 @@ def test_a_search_ends_before_the_policy_and_the_report_that_its_minutes_leave_n
 
 def test_a_search_never_reads_the_held_out_split(tmp_path, data, monkeypatch):
     read = []
-    whole = searching.ImageData.batches
+    whole = ImageData.batches
 
     def watched(self, split, *args, **settings):
         read.append(split)
         return whole(self, split, *args, **settings)
-    monkeypatch.setattr(searching.ImageData, "batches", watched)
+    monkeypatch.setattr(ImageData, "batches", watched)
     searching.search(dense_checkpoint(), data, tmp_path / "s", macs_ratio=0.7, tokens="merge", settings=SHORT,
                      images=24, score_images=32, config=FEW)
     assert set(read) == {"score", "choose", "report"}                           # parts of train

@@ -443,7 +443,7 @@ def test_a_segmenter_is_trained_gone_on_with_pruned_measured_and_asked_by_comman
                                for name in NAMES) in out
     out = run("predict", "--checkpoint", "tuned", "--folder", str(photos), "--stride", "16", "28", "--out", "seen",
               "--device", "cpu", "--quiet")
-    assert out == "2 images: seen\n" and len(list((tmp_path / "seen").iterdir())) == 4
+    assert out == "2 files: seen/a.png to b.png\n" and len(list((tmp_path / "seen").iterdir())) == 4
     out = run("search", "--checkpoint", "dense", "--data", DATA, "--macs-ratio", "0.9", "--evaluations", "2",
               "--population", "2", "--images", "4", "--criterion", "weight", "--out", "study", *QUIET)
     assert "best of 2" in out
