@@ -21,7 +21,7 @@ from vitlab.measure.evaluate import each_divergence
 from vitlab.measure.moments import fisher
 from vitlab.measure.pixels import log_probabilities
 from vitlab.measure.units import unit_scores
-from vitlab.models import compress, deploy
+from vitlab.models import compress, deploy, shape_of
 from vitlab.plan import cost
 from vitlab.runtime.files import InputError, append_line, read_lines
 from vitlab.runtime.uncertainty import standard_error
@@ -64,7 +64,7 @@ def main() -> None:
            _ in steps.open_matching(args.val, dense).batches("held_out", model, crop_pct=CROP, workers=1, limit=images)]
     with torch.inference_mode():
         expected = [log_probabilities(model, x, False) for x in val]
-    space = SearchSpace(shape=steps.shape_of(model), units=("heads", "neurons"), tokens="match_per_stage",
+    space = SearchSpace(shape=shape_of(model), units=("heads", "neurons"), tokens="match_per_stage",
                         max_ratio=0.75, read_out=True)
     for limit in gmacs:
         budget = Budget(limit=limit, cost=cost_function(space, "gmacs", model), max_ratio=space.max_ratio,

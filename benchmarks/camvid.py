@@ -26,9 +26,10 @@ from vitlab.models.checkpoint import Checkpoint
 from vitlab.plan import CompressionPlan, cost
 from vitlab.plots import predictions, save_figure, scene_regions, trade_offs
 from vitlab.runtime.caveats import caveat
+from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import append_line, atomic_write, read_lines, write_lines
 from vitlab.training.recipes import recipe
-from vitlab.workbench import steps
+from vitlab.workbench import scoring, steps, training
 from vitlab.workbench.segmenting import plans_at, seen, shown
 
 RESULTS = Path(__file__).parent / "results" / "camvid.jsonl"
@@ -59,8 +60,9 @@ class Bench:
         path = self.args.run / "scores.safetensors"
         if self._scores is None:
             if not path.exists():
-                steps.score(self.dense, self.args.data, path, images=SCORED, batch_size=BATCH, workers=1)
-            self._scores = steps.read_scores(path)[0]
+                scoring.score_tokens(self.dense, self.args.data, path, images=SCORED,
+                                     config=RunConfig(batch_size=BATCH, workers=1))
+            self._scores = scoring.read_scores(path)[0]
         return self._scores
 
     def models(self) -> Iterator[tuple[str, str, CompressionPlan | None]]:
@@ -98,8 +100,8 @@ class Bench:
             if plan is not None and (name, "tuned",
                                      split) not in self.rows and (split == "val" or (run / "checkpoint").exists()):
                 if not (run / "checkpoint").exists():
-                    steps.finetune(self.dense, self.dense, self.args.data, run, plan=plan, settings=settings, workers=1,
-                                   limit=self.args.limit, progress=False)
+                    training.finetune(self.dense, self.args.data, run, teacher=self.dense, plan=plan, recipe=settings,
+                                      images=self.args.limit, config=RunConfig(workers=1, quiet=True))
                 self.add(name, family, "tuned", split, steps.open_model(run).model, plan)
 
     def speed(self) -> None:

@@ -15,8 +15,9 @@ from vitlab.data import open_data
 from vitlab.measure.evaluate import evaluate
 from vitlab.models import compress, deploy, shape_of
 from vitlab.plan.cost import gmacs
+from vitlab.runtime.config import RunConfig
 from vitlab.runtime.results import ResultRow, format_table, read_rows, write_rows
-from vitlab.workbench import steps
+from vitlab.workbench import cutting, scoring, steps, training
 
 KEEP_RATES, SEEDS, SLICE = (0.7, 0.6, 0.5), (0, 1, 2), 2500
 CHOICES = (("reference", "reference"), ("reference", "score"), ("grid", "reference"), ("grid", "score"),
@@ -36,8 +37,9 @@ def boundaries(args: argparse.Namespace) -> None:
     rows, tops = [], {}
     for absolute in ("image", "batch"):
         for seed in SEEDS:
-            scores = steps.score(dense, args.data, args.run / f"scores-{absolute}-{seed}.safetensors",
-                                 absolute=absolute, seed=seed, workers=args.workers, progress=False)
+            scores = scoring.score_tokens(dense, args.data, args.run / f"scores-{absolute}-{seed}.safetensors",
+                                          absolute=absolute,
+                                          config=RunConfig(seed=seed, workers=args.workers, quiet=True))
             for choice in CHOICES:
                 for keep in KEEP_RATES:
                     plan = prune_and_merge(scores, shape, keep_rate=keep, boundary=choice[0], weights=choice[1])
@@ -60,20 +62,20 @@ def table(args: argparse.Namespace) -> None:
     """Dense, keep 0.7 and 0.6, off the shelf and fine-tuned, with the default boundary; speeds in one run."""
     dense, run = steps.open_model(args.run / "dense"), args.run
     (run / steps.RESULTS).unlink(missing_ok=True)
-    options = {"out": run, "workers": args.workers, "batch_size": 250, "progress": False}
+    options = {"out": run, "config": RunConfig(workers=args.workers, batch_size=250, quiet=True)}
     first = steps.evaluate(dense, args.data, name="dense", **options)
-    steps.score(dense, args.data, run / "scores.safetensors", workers=args.workers)
+    scoring.score_tokens(dense, args.data, run / "scores.safetensors", config=RunConfig(workers=args.workers))
     models = {"dense": dense}
     for keep in KEEP_RATES[:2]:
-        small = steps.prune(dense, run / "scores.safetensors", run / f"pruned-{keep}", keep_rate=keep)
+        small = cutting.prune_tokens(dense, run / "scores.safetensors", run / f"pruned-{keep}", keep_rate=keep)
         models[f"keep {keep}, off the shelf"] = small
         steps.evaluate(small, args.data, name=f"keep {keep}, off the shelf", **options)
-        steps.finetune(run / f"pruned-{keep}", dense, args.data, run / f"finetuned-{keep}", settings="cifar10_pm",
-                       workers=args.workers)
+        training.finetune(run / f"pruned-{keep}", args.data, run / f"finetuned-{keep}", teacher=dense,
+                          recipe="cifar10_pm", config=RunConfig(workers=args.workers))
         models[f"keep {keep}, fine-tuned"] = steps.open_model(run / f"finetuned-{keep}")
         steps.evaluate(models[f"keep {keep}, fine-tuned"], args.data, name=f"keep {keep}, fine-tuned", **options)
     if not args.no_speed:
-        steps.throughput(models, batch_size=128, repeats=15, out=run, like=first)
+        steps.throughput(models, repeats=15, out=run, like=first, config=RunConfig(batch_size=128))
     rows = read_rows(run / steps.RESULTS)
     print(format_table(rows))
     write("cifar10", rows)

@@ -11,10 +11,11 @@ benchmarks/results/joint.jsonl. A killed run goes on.
 import argparse
 from pathlib import Path
 
+from vitlab.runtime.config import RunConfig
 from vitlab.runtime.results import format_table, read_rows, write_rows
 from vitlab.search.strategies import Settings
 from vitlab.training.recipes import recipe
-from vitlab.workbench import searching, steps
+from vitlab.workbench import cutting, searching, steps, training
 
 MACS_RATIO, EVALUATIONS, EPOCHS, IMAGES = 0.6, 60, 2, 25_000
 SPACES = {                                              # name: (units, tokens)
@@ -35,26 +36,28 @@ def one(run: Path, name: str, data: str, workers: int) -> None:
     units, tokens = SPACES[name]
     dense, place = steps.open_model(run / "dense"), folder(run, name)
     study = searching.search(dense, data, place / "study", macs_ratio=MACS_RATIO, units=units, tokens=tokens,
-                             metric="distill_loss", options=Settings(evaluations=EVALUATIONS), workers=0)
+                             metric="distill_loss", settings=Settings(evaluations=EVALUATIONS),
+                             config=RunConfig(workers=0))
     print(name, study.best.index, study.best.value, study.best.measures, flush=True)
     plan = place / "study" / searching.PLAN
-    steps.prune(dense, None, place / "pruned", plan=plan)
-    steps.finetune(dense, dense, data, place / "finetuned", plan=plan,
-                   settings=recipe("cifar10_pm").replace(epochs=EPOCHS), limit=IMAGES, workers=workers)
+    cutting.prune_plan(dense, plan, place / "pruned")
+    training.finetune(dense, data, place / "finetuned", teacher=dense, plan=plan,
+                      recipe=recipe("cifar10_pm").replace(epochs=EPOCHS), images=IMAGES,
+                      config=RunConfig(workers=workers))
 
 
 def table(run: Path, data: str, workers: int, no_speed: bool) -> None:
     dense = steps.open_model(run / "dense")
     results = run / "joint"
     (results / steps.RESULTS).unlink(missing_ok=True)
-    options = {"out": results, "workers": workers, "batch_size": 250, "progress": False}
+    options = {"out": results, "config": RunConfig(workers=workers, batch_size=250, quiet=True)}
     first, models = steps.evaluate(dense, data, name="dense", **options), {"dense": dense}
     for name in SPACES:
         for stage, words in (("pruned", "off the shelf"), ("finetuned", "fine-tuned")):
             models[f"{name}, {words}"] = steps.open_model(folder(run, name) / stage)
             steps.evaluate(models[f"{name}, {words}"], data, name=f"{name}, {words}", **options)
     if not no_speed:
-        steps.throughput(models, batch_size=128, repeats=15, out=results, like=first)
+        steps.throughput(models, repeats=15, out=results, like=first, config=RunConfig(batch_size=128))
     rows = read_rows(results / steps.RESULTS)
     print(format_table(rows))
     write_rows(Path(__file__).parent / "results" / "joint.jsonl", rows)

@@ -27,10 +27,11 @@ from vitlab.measure.capture import token_scores
 from vitlab.measure.evaluate import each_divergence, uses_bf16
 from vitlab.measure.pixels import log_probabilities
 from vitlab.measure.throughput import conditions, measure
-from vitlab.models import compress, deploy
+from vitlab.models import compress, deploy, shape_of
 from vitlab.plan import CompressionPlan, cost
 from vitlab.plots import save_figure, trade_offs
 from vitlab.runtime.caveats import caveat
+from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import InputError, append_line, atomic_write, read_lines, write_lines
 from vitlab.runtime.uncertainty import share_error, standard_error
 from vitlab.search import SearchSpace
@@ -79,7 +80,7 @@ class Bench:
         self.args, self.dense = args, steps.open_model(args.weights, model=args.model)
         self.model = self.dense.model.eval()
         wanted = {"auto": None, "bfloat16": True, "float32": False}[args.dtype]
-        self.shape, self.amp = steps.shape_of(self.model), uses_bf16(torch.device("cpu"), wanted)
+        self.shape, self.amp = shape_of(self.model), uses_bf16(torch.device("cpu"), wanted)
         self.dtype = "bfloat16" if self.amp else "float32"
         self.path = args.run / "rows.jsonl"
         self.rows = {(r["name"], r["seed"]): r for r in (read_lines(self.path) if self.path.exists() else [])}
@@ -110,8 +111,8 @@ class Bench:
 
     def survey(self, seed: int) -> Survey:
         if seed not in self.surveys:
-            self.surveys = {seed: Survey(self.dense, self.args.cal, self.args.run / "survey", images=IMAGES, seed=seed,
-                                         workers=1, progress=False)}
+            self.surveys = {seed: Survey(self.dense, self.args.cal, self.args.run / "survey", images=IMAGES,
+                                         config=RunConfig(seed=seed, workers=1, quiet=True))}
         return self.surveys[seed]
 
     def add(self, name: str, family: str, seed: int,
@@ -202,7 +203,7 @@ class Bench:
             for name, plan, _ in self.searched(rule, self.args.search_seeds[0], (0.75,)):
                 def make(plan: CompressionPlan = plan, name: str = name) -> tuple[nn.Module, float, CompressionPlan]:
                     found = calibrate(self.dense, self.args.cal, self.args.run / f"{name} {seed}", plan,
-                                      minutes=self.args.minutes, seed=seed, workers=1)
+                                      minutes=self.args.minutes, config=RunConfig(seed=seed, workers=1))
                     return deploy(found.model), cost.gmacs(plan), plan
                 self.add(f"{name}, calibrated", f"{rule}, calibrated", seed, make)
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from vitlab.measure.evaluate import evaluate, uses_bf16
 from vitlab.measure.pixels import log_probabilities
-from vitlab.models import compress, deploy
+from vitlab.models import compress, deploy, shape_of
 from vitlab.models.match import size_mask
 from vitlab.plan import CompressionPlan, cost, matching
 from vitlab.runtime.files import write_lines
@@ -104,7 +104,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     found = steps.open_model(args.weights, model=NAME)
     dense, amp = found.model.eval(), uses_bf16(torch.device("cpu"), None)
-    shape = steps.shape_of(dense)
+    shape = shape_of(dense)
     cal = [x for x,
            _ in steps.open_matching(args.cal, found).batches("train", dense, limit=1000, batch_size=BATCH, workers=1)]
     val = list(steps.open_matching(args.val, found).batches("held_out", dense, crop_pct=CROP, workers=1))

@@ -27,6 +27,7 @@ from vitlab.measure.evaluate import each_divergence
 from vitlab.measure.pixels import log_probabilities
 from vitlab.models import deploy
 from vitlab.plan import CompressionPlan, cost
+from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import InputError, append_line, read_lines, write_lines
 from vitlab.runtime.uncertainty import standard_error
 from vitlab.workbench.calibrating import CUT
@@ -103,8 +104,8 @@ def main() -> None:
             continue
         few, data = {"images": 8, "score_images": 16} if args.quick else {}, drawn(Path(args.cal), count, seed,
                                                                                    args.run)
-        survey = Survey(found, data, args.run / f"survey-{count}-{seed}", report_images=256, seed=seed,
-                        device=args.device, workers=0, progress=False, **few)
+        survey = Survey(found, data, args.run / f"survey-{count}-{seed}", report_images=256, **few,
+                        config=RunConfig(seed=seed, device=args.device, workers=0, quiet=True))
         for limit in limits:
             began = time.perf_counter()
             for what, (plan, form) in compared(survey, limit, 4 if args.quick else EVALUATIONS):

@@ -212,7 +212,7 @@ entries:
 
 
 def call(folder: Path) -> list[str]:
-    return [sys.executable, "-m", "vitlab.cli", "batch", str(folder / "batch.yaml"), "--out", str(folder / "out")]
+    return [sys.executable, "-m", "vitlab", "batch", str(folder / "batch.yaml"), "--out", str(folder / "out")]
 
 
 def homeless() -> dict[str, str]:

@@ -12,12 +12,13 @@ from vitlab.models import compress, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.cost import gmacs
 from vitlab.plan.rules import PROTECT, Match, Select
+from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import InputError
 from vitlab.search.strategies import Settings
 from vitlab.search.token_dimensions import default_tokens, token_dimensions
-from vitlab.workbench import cutting, searching, steps, tonight
+from vitlab.workbench import comparing, cutting, scoring, searching, steps, tonight
 
-FEW = {"device": "cpu", "progress": False, "workers": 0}
+FEW = RunConfig(device="cpu", quiet=True, workers=0)
 KINDS = {"no prefix token": {"class_token": False, "global_pool": "avg"},
          "registers alone": {"class_token": False, "reg_tokens": 3, "global_pool": "avg"}}
 SHORT = Settings(population=2, evaluations=2, candidates=20, refinements=1)
@@ -66,9 +67,10 @@ def test_what_ranks_by_the_class_token_is_refused_by_name_with_what_needs_none(f
     with pytest.raises(InputError, match="class_attention needs a class token; the model has none: gradient and hsic"):
         token_scores(found.model, batches, criterion="class_attention", progress=False)
     for run in (lambda: searching.search(found, data, tmp_path / "s", macs_ratio=0.8, tokens="select", images=16,
-                                         score_images=16, **FEW),
+                                         score_images=16, config=FEW),
                 lambda: cutting.prune_units(found,
-                                            cutting.score_units(found, data, tmp_path / "u", criterion="weight", **FEW),
+                                            scoring.score_units(found, data, tmp_path / "u", criterion="weight",
+                                                                config=FEW),
                                             tmp_path / "p", rho=0.3)):
         with pytest.raises(InputError, match="tokens are selected by the class token.*has no class token: match, "
                                              "share, merge or none"):
@@ -85,14 +87,15 @@ def test_a_plan_of_a_model_with_a_class_token_is_refused_where_it_ranks_by_it_an
 
 
 def test_scores_cuts_and_a_search_that_name_no_rule_run(found, data, tmp_path):
-    scores = cutting.score_units(found, data, tmp_path / "units", criterion="weight", **FEW)
+    scores = scoring.score_units(found, data, tmp_path / "units", criterion="weight", config=FEW)
     small = cutting.prune_units(found, scores, tmp_path / "pruned", head_ratio=0.4)
     assert small.plan.blocks[0].heads is not None and small.plan.blocks[0].tokens is None
-    rows = cutting.sensitivity(found, data, tmp_path / "s", criteria=(), ratio=0.4, images=16, score_images=16, **FEW)
+    rows = comparing.sensitivity(found, data, tmp_path / "s", criteria=(), ratio=0.4, images=16, score_images=16,
+                                 config=FEW)
     assert {(r["criterion"], r["block"]) for r in rows if r["dimension"] == "tokens"} == {("alike keys", 0),
                                                                                           ("alike keys", 1)}
-    study = searching.search(found, data, tmp_path / "search", macs_ratio=0.75, options=SHORT, images=16,
-                             score_images=16, **FEW)
+    study = searching.search(found, data, tmp_path / "search", macs_ratio=0.75, settings=SHORT, images=16,
+                             score_images=16, config=FEW)
     plan = study.space.plan(study.best.policy, **{k: getattr(scores, k) for k in ("heads", "neurons")})
     assert study.space.tokens == "match" and {type(b.tokens) for b in plan.blocks} <= {type(None), Match}
     images = torch.randn(2, 3, *plan.shape.img_size, generator=torch.Generator().manual_seed(0))
@@ -103,6 +106,6 @@ def test_scores_cuts_and_a_search_that_name_no_rule_run(found, data, tmp_path):
 def test_tonight_gives_a_model_that_no_register_ranks_for(found, data, tmp_path):
     dense = gmacs(CompressionPlan.empty(shape_of(found.model)))
     made = tonight.tonight(found, data, tmp_path / "t", macs_ratio=0.7, rules=("merging by content",), ratios=(),
-                           evaluations=0, images=16, score_images=16, **FEW)
+                           evaluations=0, images=16, score_images=16, config=FEW)
     assert gmacs(made.plan) <= 0.7 * dense
     assert {block.tokens.protect for block in made.plan.blocks if isinstance(block.tokens, Match)} == {0.0}

@@ -196,13 +196,13 @@ def make_world(root: Path) -> None:
 
 
 TWO = "entries:\n  w: {notebook: write.ipynb}\n  r: {notebook: read.ipynb, after: w}\n"
-PRUNE = "prune --checkpoint dense --plan plan.json --out out"
-MERGE = "prune --checkpoint dense --scores scores.safetensors --out out"
-CUT = "prune --checkpoint dense --unit-scores units.safetensors --neuron-ratio 0.25 --out out"
-MATCH = "prune --checkpoint dense --out out --match 0.25"
-EVALUATE = "evaluate --checkpoint {} --data digits --limit 8 --quiet --device cpu --out out"
+PRUNE = "prune plan --checkpoint dense --plan plan.json --out out"
+MERGE = "prune tokens --checkpoint dense --scores scores.safetensors --out out"
+CUT = "prune units --checkpoint dense --scores units.safetensors --neuron-ratio 0.25 --out out"
+MATCH = "prune match --checkpoint dense --out out --ratio 0.25"
+EVALUATE = "evaluate --checkpoint {} --data digits --images 8 --quiet --device cpu --out out"
 IMAGES = "evaluate --checkpoint two --data images --quiet --device cpu --workers 0 --out out"
-WEIGHTS = "prune --checkpoint dense.pth --model vit_nano_patch4_32 --match 0.25 --out out"
+WEIGHTS = "prune match --checkpoint dense.pth --model vit_nano_patch4_32 --ratio 0.25 --out out"
 SEARCH = ("search --checkpoint dense --data digits --macs-ratio 0.9 --units neurons --tokens none --population 2 "
           "--images 16 "
           "--criterion weight --quiet --device cpu --out study")
@@ -212,8 +212,8 @@ TRAIN = "pretrain --model vit_nano_patch4_32 --data digits --device cpu --quiet 
 TUNE = "finetune --checkpoint pruned --data digits --recipe digits_pm --device cpu --quiet --out out"
 
 SEGMENT = "segment --checkpoint dense --data scenes --epochs 1 --batch-size 2 --workers 0 --device cpu --quiet --out out"  # noqa: E501
-PREDICT = "predict --checkpoint seg --images pictures --device cpu --quiet --out out"
-PIXELS = "evaluate --checkpoint seg --data digit_scenes --limit 2 --workers 0 --quiet --device cpu --out out"
+PREDICT = "predict --checkpoint seg --folder pictures --device cpu --quiet --out out"
+PIXELS = "evaluate --checkpoint seg --data digit_scenes --images 2 --workers 0 --quiet --device cpu --out out"
 MASKS = "evaluate --checkpoint two-seg --data scenes --workers 0 --quiet --device cpu --out out"
 ASK_PIXELS = "search --checkpoint seg --data digit_scenes --macs-ratio 0.9 --images 4 --quiet --device cpu --out out"
 
@@ -689,14 +689,17 @@ REPORT = [
 ]
 
 COMMANDS = [
-    ("No command", "", "COMMAND"),
-    ("A command unheard of", "frobnicate", "frobnicate"),
-    ("A flag unheard of", f"{MATCH} --speed 3", "--speed"),
-    ("A flag is missing", "prune --keep-rate 0.5", "--checkpoint"),
-    ("A flag without value", "prune --checkpoint", "--checkpoint"),
-    ("An empty text for a path", ["prune", "--checkpoint", "", "--match", "0.2", "--out", "out"], "an empty text names "
+    ("No command", "", "a COMMAND is needed"),
+    ("A command unheard of", "frobnicate", "'frobnicate' is no COMMAND: one of pretrain, "),
+    ("A command misspelt", "finetuen", "'finetuen' is no COMMAND, finetune is near"),
+    ("A command of several, without which", "prune --checkpoint dense", "'--checkpoint' is no COMMAND: one of tokens, units, match, plan (see vitlab prune --help)"),
+    ("A flag unheard of", f"{MATCH} --speed 3", "Unknown option: --speed"),
+    ("A flag misspelt", f"{MERGE} --keeprate 0.5", "Unknown option: --keeprate. Did you mean --keep-rate? (see vitlab prune tokens --help)"),
+    ("A flag is missing", "prune tokens --keep-rate 0.5", "--checkpoint"),
+    ("A flag without value", "prune match --checkpoint", "--checkpoint"),
+    ("An empty text for a path", ["prune", "match", "--checkpoint", "", "--ratio", "0.2", "--out", "out"], "an empty text names "
                                                                                                   "nothing"),
-    ("A path with a NUL", ["prune", "--checkpoint", "dense", "--match", "0.2", "--out", "o\0"], "'o\\x00': a NUL is in "
+    ("A path with a NUL", ["prune", "match", "--checkpoint", "dense", "--ratio", "0.2", "--out", "o\0"], "'o\\x00': a NUL is in "
                                                                                                 "no name"),
     ("A name of 5,000 letters", MATCH.replace(" out ", f" {'x' * 5000} "), "File name too long"),
     ("A number that is a text", f"{MERGE} --keep-rate half", "'half' is not a fraction from 0 to 1"),
@@ -708,35 +711,29 @@ COMMANDS = [
     ("A span of a block that the model lacks", f"{MERGE} --spans 2-5:0.5", "span 2-5: its blocks must lie from 0 to 4"),
     ("Spans with a block in common", f"{MERGE} --spans 0-2:0.5,2-4:0.5", "span 2-4 begins before the one that ends "
                                                                          "with block 2 is over"),
-    ("Spans and a keep rate", f"{MERGE} --spans 0-2:0.5 --keep-rate 0.5", "--spans does not go with --keep-rate: each "
-                                                                          "span has its own"),
+    ("Spans and a keep rate", f"{MERGE} --spans 0-2:0.5 --keep-rate 0.5", "spans do not go with a keep rate: each span has its own"),
     ("Reading out of a span", f"{ASK} --macs-ratio 0.9 --tokens merge_per_span --read-out", "read_out: the last block "
                                                                                             "stays merged in"),
     ("Matrices that learn at no rate", f"{TUNE} --matrices-lr 0", "'0' is not a number from 1e-6"),
     ("A count of zero", f"{TRAIN} --epochs 0", "'0' is not an integer of at least 1"),
     ("A count with a fraction", f"{TRAIN} --epochs 1.5", "'1.5' is not an integer of at least 1"),
     ("A seed below zero", f"{TRAIN} --seed -1", "'-1' is not an integer from 0"),
-    ("A choice unheard of", f"{MERGE} --rule best", "'best'"),
-    ("Two flags that exclude each other", f"{PRUNE} --scores scores.safetensors", "--scores"),
-    ("A rate beside a plan", f"{PRUNE} --keep-rate 0.5", "--keep-rate does not go with --plan: the plan says it all"),
-    ("A rate beside merging by content", f"{MATCH} --keep-rate 0.5", "--keep-rate does not go with --match"),
-    ("Reading out beside a plan", f"{PRUNE} --read-out", "--read-out goes with --match"),
-    ("A decay beside a plan", f"{PRUNE} --decay 0.1", "--decay does not go with --plan: the plan says it all"),
-    ("A boundary for a rule that has none", f"{MERGE} --rule merge --boundary grid", "--boundary is for rule center"),
-    ("Ratios of units for scores of tokens", f"{MERGE} --head-ratio 0.5", "--head-ratio cuts by --unit-scores"),
-    ("Rates of tokens for scores of units", f"{CUT} --keep-rate 0.5", "--keep-rate merges by --scores of tokens"),
-    ("Scores of units without a ratio", CUT.replace("--neuron-ratio 0.25 ", ""), "--unit-scores needs --policy NAME, "
-                                                                                 "or --head-ratio"),
+    ("A choice unheard of", f"{MERGE} --rule best", '"best" for --rule. Choose from: "center", "merge"'),
+    ("A flag twice", f"{MATCH} --ratio 0.5", "--ratio specified multiple times"),
+    ("A flag of another command", f"{PRUNE} --keep-rate 0.5", "Unknown option: --keep-rate (see vitlab prune plan"),
+    ("Two budgets to cut to", f"{MATCH.replace('--ratio 0.25', '')} --gmacs 1 --macs-ratio 0.5", "one of the three is needed"),
+    ("A boundary for a rule that has none", f"{MERGE} --rule merge --boundary grid", "boundary is of rule center"),
+    ("Scores of units without a ratio", CUT.replace("--neuron-ratio 0.25 ", ""), "nothing says how much is cut; a policy, head_ratio"),
     ("A policy unheard of", CUT.replace("--neuron-ratio 0.25", "--policy best"), "best"),
     ("A policy for another model", CUT.replace("--neuron-ratio 0.25", "--policy deit_small_60"),
      "deit_small_60 is for 12 blocks; the model has 5"),
     ("A policy and ratios", f"{CUT} --policy deit_small_60", "give the policy or ratios, not both"),
     ("A model without a classifier, to evaluate", EVALUATE.format("features"), f"top-1, mIoU and loss {FEATURES}"),
-    ("A model without a classifier, to score by its loss", "score --checkpoint features --data digits --images 8 --out "
+    ("A model without a classifier, to score by its loss", "score tokens --checkpoint features --data digits --images 8 --out "
                                                            "s.safetensors",
      f"token scores by gradient {FEATURES}"),
-    ("A model without a classifier, to score by its output", "score --checkpoint features --data digits --images 8 "
-                                                             "--of units --out "
+    ("A model without a classifier, to score by its output", "score units --checkpoint features --data digits --images 8 "
+                                                             "--out "
      "s.safetensors", f"scores by hsic {FEATURES}"),
     ("A model without a classifier, to search", f"{ASK.replace('dense', 'features')} --macs-ratio 0.6",
      f"searched models {FEATURES}"),
@@ -764,8 +761,8 @@ COMMANDS = [
                                                                              "ends in"),
     ("An image size below one patch", f"{TRAIN} --img-size 3", "vit_nano_patch4_32: an image of (3, 3) holds no patch "
                                                                "of (4, 4)"),
-    ("A device unheard of", f"{TRAIN} --device gpu9", "device 'gpu9' can't be used here"),
-    ("A device that can't compute", f"{TRAIN} --device meta", "device 'meta' can't compute"),
+    ("A device unheard of", TRAIN.replace("cpu", "gpu9"), "device 'gpu9' can't be used here"),
+    ("A device that can't compute", TRAIN.replace("cpu", "meta"), "device 'meta' can't compute"),
     ("A recipe unheard of", f"{TRAIN} --recipe best", "recipe 'best' is not known; known are ["),
     ("A data set unheard of", TRAIN.replace("digits", "nowhere"),
      "nowhere: no such folder; give 'digits', or a folder"),
@@ -779,20 +776,19 @@ COMMANDS = [
     ("Loader processes below zero", f"{TRAIN} --workers -1", "'-1' is not an integer from 0 to 256"),
     ("A batch larger than the memory", "throughput dense --batch-size 1000000000 --device cpu --quiet",
      "out of memory"),
-    ("A criterion of tokens unheard of", "score --checkpoint dense --data digits --images 8 --criterion x --out "
+    ("A criterion of tokens unheard of", "score tokens --checkpoint dense --data digits --images 8 --criterion x --out "
                                          "s.safetensors", "'x'"),
-    ("A criterion of units unheard of", "score --checkpoint dense --data digits --of units --criterion x --out "
+    ("A criterion of units unheard of", "score units --checkpoint dense --data digits --criterion x --out "
                                         "s.safetensors", "'x'"),
-    ("One image where two are needed", "score --checkpoint dense --data digits --of units --images 1 --out "
+    ("One image where two are needed", "score units --checkpoint dense --data digits --images 1 --out "
                                        "s.safetensors --quiet", "image"),
-    ("A flag of tokens for units", "score --checkpoint dense --data digits --of units --absolute batch --out "
-                                   "s.safetensors",
-     "--absolute is for tokens"),
-    ("Scores of a compressed model", "score --checkpoint pruned --data digits --images 8 --out s.safetensors",
+    ("A flag of tokens for units", "score units --checkpoint dense --data digits --absolute batch --out "
+                                   "s.safetensors", "Unknown option: --absolute"),
+    ("Scores of a compressed model", "score tokens --checkpoint pruned --data digits --images 8 --out s.safetensors",
      "token scores are of the dense model"),
     ("No budget", ASK, "--gmacs"),
     ("A budget below zero", f"{ASK} --gmacs -1", "'-1' is not a positive number"),
-    ("Two budgets", f"{ASK} --gmacs 1 --latency-ms 3", "--latency-ms"),
+    ("Two budgets", f"{ASK} --gmacs 1 --latency-ms 3", "one of the three is needed"),
     ("A budget that can't be met", f"{ASK} --gmacs 0.000001", "gmacs"),
     ("A ratio of nothing as budget", f"{ASK} --macs-ratio 0", "0"),
     ("Search settings unheard of", f"{ASK} --gmacs 1 --settings best", "'best' are not known; known are ['default', "
@@ -805,9 +801,8 @@ COMMANDS = [
     ("Token dimensions unheard of", f"{ASK} --macs-ratio 0.6 --tokens best", "'best'"),
     ("Nothing to search", f"{ASK} --macs-ratio 0.6 --units none --tokens none", "nothing is searched: neither heads "
                                                                                 "nor neurons nor"),
-    ("A type for a budget of multiply-adds", f"{ASK} --gmacs 1 --dtype bfloat16", "they go with --latency-ms"),
-    ("The published count with a latency", f"{ASK} --latency-ms 1 --published-count", "--published-count goes with "
-                                                                                      "--gmacs"),
+    ("A type for a budget of multiply-adds", f"{ASK} --gmacs 1 --dtype bfloat16", "are those of a latency"),
+    ("The published count with a latency", f"{ASK} --latency-ms 1 --published-count", "published_count is of multiply-adds"),
     ("A teacher that is not there", f"{TUNE} --teacher nowhere", "'nowhere': no such file or folder"),
     ("Steps without a plan", f"{TUNE} --steps 2", "pruning in several steps needs the dense model and a plan"),
     ("A plan for a compressed model", f"{TUNE} --plan plan.json", "the model is already compressed"),
@@ -818,9 +813,9 @@ COMMANDS = [
      "plan.json: is a file; a run folder is needed"),
     ("A run folder below a file", MATCH.replace("--out out", "--out plan.json/a/b"), "plan.json is a file, not a "
                                                                                      "folder"),
-    ("A folder where the scores' file should be", "score --checkpoint dense --data digits --out dense",
+    ("A folder where the scores' file should be", "score tokens --checkpoint dense --data digits --out dense",
      "dense: is a folder; a file"),
-    ("Scores under another ending", "score --checkpoint dense --data digits --out s.txt", "s.txt: scores are written "
+    ("Scores under another ending", "score units --checkpoint dense --data digits --out s.txt", "s.txt: scores are written "
                                                                                           "as .safetensors"),
     ("A batch file that is not there", "batch nowhere.yaml", "nowhere.yaml: can't be read (No such file or directory)"),
     ("A batch file that is a folder", "batch dense", "dense: can't be read (Is a directory)"),
@@ -855,8 +850,7 @@ SEGMENTERS = [          # what is wrong, how it is made, the command, what the l
                                                                                       "each pixel needs the whole grid"),  # noqa: E501
     ("A folder of classes where masks are needed", None, PIXELS.replace("digit_scenes", "images"), "images: has none "
                                                                                                    "of the layouts"),
-    ("A data set unheard of", None, PIXELS.replace("digit_scenes", "nowhere"), "'nowhere': no such folder; give one of "
-                                                                               "['digit_scenes']"),
+    ("A data set unheard of", None, PIXELS.replace("digit_scenes", "nowhere"), "nowhere: no such folder"),
     ("No list of classes", gone("scenes/classes.txt"), SEGMENT, "classes.txt"),
     ("An image without its mask", gone("scenes/train/masks/1.png"), SEGMENT, "scenes/train/"),
     ("No masks", gone("scenes/train/masks"), SEGMENT, "scenes/train/"),
@@ -885,8 +879,7 @@ SEGMENTERS = [          # what is wrong, how it is made, the command, what the l
                                                                                         "compressed; the dense one"),
     ("A recipe whose augmentation can't be done to masks", None, f"{SEGMENT} --recipe deit",
      "augmentation 'auto_augment' can't be done to an image and its mask; scale, hflip, color_jitter can"),
-    ("A class map for masks", None, f"{SEGMENT} --class-map plan.json", "--class-map is of class folders; masks have "
-                                                                        "none"),
+    ("A class map for masks", None, f"{SEGMENT} --class-map plan.json", "Unknown option: --class-map"),
     ("The trained model would replace its encoder", None, SEGMENT.replace("--out out", "--out dense"),
      "--out dense would replace dense"),
     ("A crop for scenes, which are not resized", None, f"{PIXELS} --crop-pct 0.9", "crop_pct is 0.9, but scenes are "

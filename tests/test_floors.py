@@ -12,7 +12,6 @@ FLOORS = [                                              # lowest first
     {"measure"},
     {"training"},
     {"workbench"},
-    {"options"},
     {"cli"},                                            # the commands call the workbench's steps
     {"__main__"},
 ]

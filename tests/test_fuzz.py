@@ -313,7 +313,8 @@ def test_a_class_map_is_refused_or_numbers_from_zero(data):
 # ---- The command line
 
 WORDS = ["prune", "evaluate", "score", "search", "batch", "report", "--checkpoint", "--plan", "--out", "--data",
-         "--match", "--scores", "--gmacs", "--model", "--set", "--dry-run", "--seed", "--limit", "--num-classes"]
+         "--ratio", "match", "tokens", "--scores", "--gmacs", "--model", "--set", "--dry-run", "--seed",
+         "--images", "--num-classes"]
 VALUES = ["nowhere", "out", "..", ".", "/dev/null", "plan.json", "0", "-1", "nan", "1e999", "x" * 300, "", "\0",
           "\udcff", "a\nb", "\x1b[2J", "--", "-", "a=b", "=", "a.b=1", "checkpoint", "digits", "checkpoint/plan.json",
           "é", "~", "C:\\x", "%s", "{a}"]

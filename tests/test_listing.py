@@ -26,6 +26,7 @@ from vitlab.data.loading import fault, load
 from vitlab.data.masks import open_scenes
 from vitlab.models import checkpoint, shape_of
 from vitlab.plan import CompressionPlan
+from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import InputError
 from vitlab.workbench import steps
 from vitlab.workbench.segmenting import predict
@@ -136,7 +137,8 @@ def test_every_ending_is_an_image_everywhere_and_notes_of_systems_are_none(mixed
     assert packed.classes == ["1"] and len(packed.split("train")) == count
     for flat in (folder, folder / "1"):
         assert len(open_data(flat).split("train")) == len(open_scenes(flat).split("train")) == count
-    assert len(predict(opened(small()), folder / "1", tmp_path / "out", device="cpu", progress=False)) == count
+    assert len(predict(opened(small()), folder / "1", tmp_path / "out",
+                       config=RunConfig(device="cpu", quiet=True))) == count
     assert open_scenes(flat).split("train").scene(0)[0].size == (32, 32)
 
 

@@ -22,6 +22,7 @@ from vitlab import cli
 from vitlab.models import checkpoint, compress, shape_of
 from vitlab.models.published import save_published
 from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import InputError
 from vitlab.workbench import steps
 
@@ -254,7 +255,7 @@ def test_weights_without_a_classifier_are_no_classifier(tmp_path):
                                          "features"):
         steps.open_model(path, model=NAME, num_classes=5, **SIZE)
     with pytest.raises(InputError, match="need a classifier or decoder; the model has num_classes=0"):
-        steps.evaluate(steps.open_model(path, model=NAME, **SIZE), "digits", device="cpu")
+        steps.evaluate(steps.open_model(path, model=NAME, **SIZE), "digits", config=RunConfig(device="cpu"))
 
 
 def test_a_published_checkpoint_says_its_sizes_too(tmp_path):
@@ -375,7 +376,7 @@ def test_settings_that_can_not_be_are_refused(settings, says):
 @pytest.mark.filterwarnings("ignore:.*resampled")
 def test_evaluate_takes_settings_and_says_which_it_used(tmp_path, capsys):
     folder, _ = hub_folder(tmp_path / "m", tiny(num_classes=10), label_names=None)
-    rest = ["--data", "digits", "--limit", "8", "--device", "cpu", "--quiet"]
+    rest = ["--data", "digits", "--images", "8", "--device", "cpu", "--quiet"]
     assert cli.main(["evaluate", "--checkpoint", str(folder), *rest, "--std", "0.5", "--crop-pct", "0.9"]) == 0
     assert "32 x 32, nearest, squash crop 0.9, mean 0.1 0.2 0.3, std 0.5 0.5 0.5" in capsys.readouterr().out
     assert cli.main(["evaluate", "--checkpoint", str(folder), "--img-size", "16", *rest]) == 0

@@ -21,7 +21,7 @@ from vitlab.runtime.signals import EXIT_CODE
 from vitlab.workbench import processes
 from vitlab.workbench.processes import INFO, OUTPUT, resume, start, state, stop
 
-ENDLESS = ["--epochs", "100000", "--limit", "8", "--batch-size", "8"]      # a training that only a test ends
+ENDLESS = ["--epochs", "100000", "--images", "8", "--batch-size", "8"]      # a training that only a test ends
 
 
 def until(condition: Callable[[], bool], seconds: float = 300) -> None:
@@ -180,7 +180,8 @@ def test_another_process_that_was_given_the_number_is_not_taken_for_the_run_nor_
 
 def test_relative_paths_begin_where_the_run_was_first_started(run, training, monkeypatch, tmp_path):
     (tmp_path / "project").mkdir()
-    start(["score", "--checkpoint", "../dense", "--data", "../data", "--criterion", "class_attention", "--images", "4",
+    start(["score", "tokens", "--checkpoint", "../dense", "--data", "../data", "--criterion", "class_attention",
+           "--images", "4",
            "--workers", "0", "--out", "scores.safetensors"], run, folder=tmp_path / "project")
     until(lambda: state(run).name != "running")
     assert (tmp_path / "project" / "scores.safetensors").exists(), (run / OUTPUT).read_text()

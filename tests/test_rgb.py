@@ -20,6 +20,7 @@ from vitlab.data import Shuffled, open_data
 from vitlab.data.folder import read_image
 from vitlab.data.masks import open_scenes
 from vitlab.data.rgb import grey, rgb
+from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import InputError
 from vitlab.workbench.explore.choosing import decode
 from vitlab.workbench.pictures import as_input, sample_pictures
@@ -334,7 +335,7 @@ def test_predictions_and_explorers_see_the_pictures_that_a_folder_gives(tmp_path
     write(tmp_path / "plain" / "side.png", shown)
     write(tmp_path / "plain" / "wide.png", level)
     for name in ("photos", "plain"):
-        predict(opened(small()), tmp_path / name, tmp_path / f"{name} out", device="cpu", progress=False)
+        predict(opened(small()), tmp_path / name, tmp_path / f"{name} out", config=RunConfig(device="cpu", quiet=True))
     for name in ("side.png", "side_classes.png", "wide.png", "wide_classes.png"):
         assert np.array_equal(*(np.asarray(Image.open(tmp_path / f"{folder} out" / name))
                                 for folder in ("photos", "plain")))

@@ -10,20 +10,22 @@ from safetensors.torch import load_file, save_file
 from training_fixtures import logits, one_thread, small_recipe, tiny, write_easy_folder  # noqa: F401
 
 from vitlab.criteria.planning import prune_and_merge
+from vitlab.data import ImageData
 from vitlab.measure.objective import PlanObjective
 from vitlab.models import checkpoint, shape_of
 from vitlab.plan import CompressionPlan
 from vitlab.plan.cost import counts_of, gmacs, macs
 from vitlab.plan.rules import ReadOut
+from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import InputError, read_lines
 from vitlab.search import SearchSpace
 from vitlab.search.allocation import levels
 from vitlab.search.published import POLICIES
 from vitlab.search.sensitivity import SENSITIVITY
 from vitlab.search.strategies import Settings
-from vitlab.workbench import calibrating, cutting, searching, steps
+from vitlab.workbench import calibrating, comparing, cutting, scoring, searching, steps, training
 
-FEW = {"device": "cpu", "progress": False, "workers": 0}
+FEW = RunConfig(device="cpu", quiet=True, workers=0)
 SHORT = Settings(population=3, evaluations=5, candidates=20, refinements=1)
 
 
@@ -39,10 +41,11 @@ def data(tmp_path):
 
 def test_unit_scores_are_written_and_read_back(tmp_path, data):
     found = dense_checkpoint()
-    made = cutting.score_units(found, data, tmp_path / "u.safetensors", images=32, batch_size=16, **FEW)
-    read = cutting.read_units(tmp_path / "u.safetensors")
+    made = scoring.score_units(found, data, tmp_path / "u.safetensors", images=32,
+                               config=dataclasses.replace(FEW, batch_size=16))
+    read = scoring.read_units(tmp_path / "u.safetensors")
     assert torch.equal(made.heads, read.heads) and torch.equal(made.neurons, read.neurons)
-    other = cutting.score_units(found, data, tmp_path / "v.safetensors", criterion="weight", **FEW)
+    other = scoring.score_units(found, data, tmp_path / "v.safetensors", criterion="weight", config=FEW)
     assert not torch.equal(made.neurons, other.neurons)
 
 
@@ -66,7 +69,8 @@ def test_bad_unit_scores_are_refused_by_name_or_size(tmp_path, name, write, says
 
 def test_ratios_cut_the_lowest_scores_of_every_block_and_the_file_shrinks(tmp_path, data):
     found = dense_checkpoint()
-    scores = cutting.score_units(found, data, tmp_path / "u.safetensors", images=32, batch_size=16, **FEW)
+    scores = scoring.score_units(found, data, tmp_path / "u.safetensors", images=32,
+                                 config=dataclasses.replace(FEW, batch_size=16))
     small = cutting.prune_units(found, tmp_path / "u.safetensors", tmp_path / "out", head_ratio=0.4, neuron_ratio=0.5,
                                 rho=0.25)
     for index, block in enumerate(small.plan.blocks):
@@ -112,8 +116,8 @@ def budgeted(way: str, found: steps.Checkpoint, folder: Path, **amount: float) -
         return cutting.prune_units(found, scores, folder, **amount).plan
     save_file({"token_scores": torch.rand(shape.depth, shape.num_patches, generator=draw) + 0.1},
               folder.parent / "s.safetensors")
-    return steps.prune(found, folder.parent / "s.safetensors", folder, prune_rate=0.0, share=way == "share",
-                       **amount).plan
+    return cutting.prune_tokens(found, folder.parent / "s.safetensors", folder, prune_rate=0.0, share=way == "share",
+                                **amount).plan
 
 
 WAYS = ("match", "match and read out", "units", "merge", "share")
@@ -135,7 +139,7 @@ def test_an_amount_may_be_a_budget_of_which_as_much_is_used_as_counts_allow(tmp_
         assert 0 <= 0.8 * dense - gmacs(plan) < one and max(counts) - min(counts) <= 1
         return
     else:
-        scores, _ = steps.read_scores(tmp_path / "s.safetensors")
+        scores, _ = scoring.read_scores(tmp_path / "s.safetensors")
         every = [gmacs(prune_and_merge(scores, shape, keep_rate=(centers + 0.5) / shape.num_patches, prune_rate=0.0,
                                        share=way == "share"))
                  for centers in range(1, shape.num_patches)]
@@ -170,7 +174,7 @@ def test_two_amounts_are_refused(tmp_path, way, amount, named):
 
 def test_a_search_leaves_a_plan_that_meets_the_budget_and_goes_on_where_it_was_killed(tmp_path, data):
     found = dense_checkpoint()
-    options = {"macs_ratio": 0.7, "options": SHORT, "images": 24, "score_images": 32, **FEW}
+    options = {"macs_ratio": 0.7, "settings": SHORT, "images": 24, "score_images": 32, "config": FEW}
     study = searching.search(found, data, tmp_path / "a", **options)
     plan = CompressionPlan.load(tmp_path / "a" / searching.PLAN)
     limit = 0.7 * gmacs(CompressionPlan.empty(plan.shape))
@@ -187,7 +191,7 @@ def test_a_search_leaves_a_plan_that_meets_the_budget_and_goes_on_where_it_was_k
     assert said["distill_loss"] != study.best.measures["distill_loss"] and said["distill_loss_se"] > 0
     assert plan.made_by["roles"]["choose"] == 7 and study.info["about"]["metric"] == "distill_loss"
     killed = searching.search(found, data, tmp_path / "b",
-                              **options | {"options": dataclasses.replace(SHORT, evaluations=2)})
+                              **options | {"settings": dataclasses.replace(SHORT, evaluations=2)})
     assert len(killed.evaluations) == 2
     again = searching.search(found, data, tmp_path / "b", **options)
     assert [(e.policy, e.value, e.by)
@@ -199,9 +203,9 @@ def test_a_search_leaves_a_plan_that_meets_the_budget_and_goes_on_where_it_was_k
 def test_a_search_from_sensitivity_begins_in_the_budget_and_goes_on_where_it_was_killed(tmp_path, data, monkeypatch,
                                                                                         compensated):
     found, options = dense_checkpoint(), {"macs_ratio": 0.7,
-                                          "options": dataclasses.replace(SHORT, initial="sensitivity"), "images": 24,
-                                          "score_images": 32, "metric": "distill_loss", "compensated": compensated,
-                                          **FEW}
+                                          "settings": dataclasses.replace(SHORT, initial="sensitivity"), "images": 24,
+                                          "score_images": 32, "metric": "distill_loss", "compensate": compensated,
+                                          "config": FEW}
     study = searching.search(found, data, tmp_path / "a", **options)
     # half of 3 of the population
     assert [e.by for e in study.evaluations] == ["sensitivity"] + ["population"] * 2 + ["gp"] * 2
@@ -231,11 +235,13 @@ def test_a_search_from_sensitivity_begins_in_the_budget_and_goes_on_where_it_was
 @pytest.mark.parametrize("initial", ["varied", "sensitivity"])
 def test_a_search_says_what_it_will_do_and_keeps_to_the_minutes_it_is_given(tmp_path, data, capsys, monkeypatch,
                                                                             initial):
-    options = {"macs_ratio": 0.7, "options": dataclasses.replace(SHORT, initial=initial), "images": 24,
-               "score_images": 32, "criterion": "weight", **FEW}
+    options = {"macs_ratio": 0.7, "settings": dataclasses.replace(SHORT, initial=initial), "images": 24,
+               "score_images": 32, "criterion": "weight", "config": FEW}
     # 7 images at 0.7 of the cost: 70 s a policy
     monkeypatch.setattr(searching, "images_per_second", lambda *args: 0.07)
     cuts = 1 + sum(map(len, levels(searching.SearchSpace(shape=shape_of(tiny()))))) if initial == "sensitivity" else 0
+
+    shown = dataclasses.replace(FEW, quiet=False)
 
     def said(**changes) -> tuple[str, str]:
         captured = capsys.readouterr()
@@ -248,11 +254,11 @@ def test_a_search_says_what_it_will_do_and_keeps_to_the_minutes_it_is_given(tmp_
                                              f"the 1 given"):
             searching.search(dense_checkpoint(), data, tmp_path / "s", **options, minutes=1)
     assert len(read_lines(tmp_path / "s/journal.jsonl")) == 1 and searching.reported(tmp_path / "s")["evaluation"] == 0
-    out, err = said(progress=True, minutes=100)
+    out, err = said(config=shown, minutes=100)
     assert out == ""
     assert f"search: 4 policies to measure on 7 images, about {4 * 70 / 60:.1f} minutes; it ends after 100 with" in err
     assert len(read_lines(tmp_path / "s/journal.jsonl")) == 5
-    assert "to measure" not in "".join(said(progress=True))                     # nothing is left
+    assert "to measure" not in "".join(said(config=shown))                     # nothing is left
 
 
 def test_a_search_ends_before_the_policy_and_the_report_that_its_minutes_leave_no_room_for(tmp_path, data, monkeypatch):
@@ -262,30 +268,31 @@ def test_a_search_ends_before_the_policy_and_the_report_that_its_minutes_leave_n
     monkeypatch.setattr(searching.Study, "run", lambda self, *args, until,
                         **settings: ends.append(until) or plain(self, *args, **settings))
     began = searching.time.monotonic()
-    searching.search(dense_checkpoint(), data, tmp_path / "s", macs_ratio=0.7, options=SHORT, images=24,
-                     criterion="weight", minutes=5, **FEW)
+    searching.search(dense_checkpoint(), data, tmp_path / "s", macs_ratio=0.7, settings=SHORT, images=24,
+                     criterion="weight", minutes=5, config=FEW)
     # two of 0.7 s less, from when the command began
     assert 300 - 1.4 <= ends[0] - began < 301
 
 
 def test_a_search_never_reads_the_held_out_split(tmp_path, data, monkeypatch):
     read = []
-    whole = cutting.ImageData.batches
+    whole = ImageData.batches
 
     def watched(self, split, *args, **settings):
         read.append(split)
         return whole(self, split, *args, **settings)
-    monkeypatch.setattr(cutting.ImageData, "batches", watched)
-    searching.search(dense_checkpoint(), data, tmp_path / "s", macs_ratio=0.7, tokens="merge", options=SHORT, images=24,
-                     score_images=32, **FEW)
+    monkeypatch.setattr(ImageData, "batches", watched)
+    searching.search(dense_checkpoint(), data, tmp_path / "s", macs_ratio=0.7, tokens="merge", settings=SHORT,
+                     images=24, score_images=32, config=FEW)
     assert set(read) == {"score", "choose", "report"}                           # parts of train
 
 
 def test_another_model_data_or_budget_in_the_same_folder_is_refused(tmp_path, data):
-    options = {"options": SHORT, "images": 24, "score_images": 32, **FEW}
+    options = {"settings": SHORT, "images": 24, "score_images": 32, "config": FEW}
     searching.search(dense_checkpoint(), data, tmp_path / "s", macs_ratio=0.7, **options)
     for change, named in (({"found": dense_checkpoint(seed=1)}, "about"), ({"macs_ratio": 0.8}, "budget"),
-                          ({"seed": 2}, "seed"), ({"tokens": "none"}, "space"), ({"metric": "top1_pct"}, "about"),
+                          ({"config": dataclasses.replace(FEW, seed=2)}, "seed"), ({"tokens": "none"}, "space"),
+                          ({"metric": "top1_pct"}, "about"),
                           ({"strategy": "random"}, "strategy")):
         found = change.pop("found", dense_checkpoint())
         with pytest.raises(InputError, match=rf"another study \(.*{named}[. ].*, now "):
@@ -293,27 +300,26 @@ def test_another_model_data_or_budget_in_the_same_folder_is_refused(tmp_path, da
 
 
 def test_scores_of_something_else_in_the_folder_of_a_study_are_refused(tmp_path, data):
-    options = {"macs_ratio": 0.7, "options": SHORT, "images": 24, "score_images": 32, **FEW}
+    options = {"macs_ratio": 0.7, "settings": SHORT, "images": 24, "score_images": 32, "config": FEW}
     searching.search(dense_checkpoint(), data, tmp_path / "other", criterion="random", **options)
     (tmp_path / "s").mkdir()
-    (tmp_path / "s" / cutting.UNIT_SCORES).write_bytes((tmp_path / "other" / cutting.UNIT_SCORES).read_bytes())
+    (tmp_path / "s" / scoring.UNIT_SCORES).write_bytes((tmp_path / "other" / scoring.UNIT_SCORES).read_bytes())
     with pytest.raises(InputError, match="unit_scores.safetensors: scores of something else than this study"):
         searching.search(dense_checkpoint(), data, tmp_path / "s", **options)
 
 
 @pytest.mark.parametrize(("settings", "says"), [
-    ({}, "either a limit or a ratio"), ({"limit": 1.0, "macs_ratio": 0.5}, "either a limit or a ratio"),
-    ({"macs_ratio": 0.01}, "can't be met"), ({"limit": 99.0}, "can't be met"),
-    ({"limit": 1e-3, "cost": "joules"}, "joules"),
-    ({"macs_ratio": 0.7, "tokens": "merge", "cost": "published_gmacs"}, "one selection ratio"),
+    ({}, "one of the three is needed"), ({"gmacs": 1.0, "macs_ratio": 0.5}, "one of the three is needed"),
+    ({"macs_ratio": 0.01}, "can't be met"), ({"gmacs": 99.0}, "can't be met"),
+    ({"macs_ratio": 0.7, "tokens": "merge", "published_count": True}, "one selection ratio"),
     ({"macs_ratio": 0.7, "tokens": "melt"}, "melt"), ({"macs_ratio": 0.7, "strategy": "luck"}, "luck"),
     ({"macs_ratio": 0.7, "metric": "joy"}, "joy"), ({"macs_ratio": 0.7, "criterion": "looks"}, "looks"),
     ({"macs_ratio": 0.7, "units": (), "tokens": "none"}, "nothing is searched"),
 ])
 def test_what_can_not_be_searched_is_refused(tmp_path, data, settings, says):
     with pytest.raises(InputError, match=says):
-        searching.search(dense_checkpoint(), data, tmp_path / "s", options=SHORT, images=24, score_images=32, **FEW,
-                         **settings)
+        searching.search(dense_checkpoint(), data, tmp_path / "s", settings=SHORT, images=24, score_images=32,
+                         config=FEW, **settings)
 
 
 def test_published_count_is_a_budget_of_its_own(tmp_path, data):
@@ -328,9 +334,8 @@ def test_published_count_is_a_budget_of_its_own(tmp_path, data):
 
 def test_sensitivity_cuts_one_dimension_of_one_block_at_a_time(tmp_path, data):
     found = dense_checkpoint()
-    rows = cutting.sensitivity(found, data, tmp_path, criteria=("weight", "random"), ratio=0.5, images=24,
-                               score_images=32,
-                                 metric="distill_loss", **FEW)
+    rows = comparing.sensitivity(found, data, tmp_path, criteria=("weight", "random"), ratio=0.5, images=24,
+                                 score_images=32, metric="distill_loss", config=FEW)
     assert {(r["criterion"], r["dimension"], r["block"]) for r in rows} == (
         {(c, d, b) for c in ("weight", "random") for d in ("neurons", "heads") for b in (0, 1)}
         | {("class attention", "tokens", b) for b in (0, 1)})
@@ -343,34 +348,37 @@ def test_sensitivity_cuts_one_dimension_of_one_block_at_a_time(tmp_path, data):
     # Tokens that leave after the last block's attention can no longer reach the class token; float32 rounding is left.
     assert abs(drops.pop(("class attention", "tokens", 1))) < 1e-6
     assert all(drop > 1e-6 for drop in drops.values())                          # any other cut moves the output
-    assert json.loads(json.dumps(rows)) == read_lines(tmp_path / cutting.SENSITIVITY)
+    assert json.loads(json.dumps(rows)) == read_lines(tmp_path / comparing.SENSITIVITY)
 
 
 def test_fine_tuning_by_a_plan_in_steps_ends_at_the_plan_and_keeps_training_between(tmp_path, data):
     found = dense_checkpoint()
-    study = searching.search(found, data, tmp_path / "s", macs_ratio=0.6, options=SHORT, images=24, score_images=32,
-                             **FEW)
+    study = searching.search(found, data, tmp_path / "s", macs_ratio=0.6, settings=SHORT, images=24, score_images=32,
+                             config=FEW)
     plan = study.folder / searching.PLAN
-    once = steps.finetune(found, found, data, tmp_path / "once", plan=plan, settings=small_recipe(), **FEW)
-    turns = steps.finetune(found, found, data, tmp_path / "turns", plan=plan, steps=2, settings=small_recipe(), **FEW)
+    once = training.finetune(found, data, tmp_path / "once", teacher=found, plan=plan, recipe=small_recipe(),
+                             config=FEW)
+    turns = training.finetune(found, data, tmp_path / "turns", teacher=found, plan=plan, steps=2,
+                              recipe=small_recipe(), config=FEW)
     for run in (once, turns):
         tuned = checkpoint.load(run)
         assert tuned.plan.blocks == CompressionPlan.load(plan).blocks
         assert macs(tuned.plan)["total"] < macs(CompressionPlan.empty(tuned.plan.shape))["total"]
     assert len(read_lines(tmp_path / "turns/training/step-1/log.jsonl")) == 1       # 2 epochs in 2 turns
-    again = steps.finetune(found, found, data, tmp_path / "turns", plan=plan, steps=2, settings=small_recipe(), **FEW)
+    again = training.finetune(found, data, tmp_path / "turns", teacher=found, plan=plan, steps=2,
+                              recipe=small_recipe(), config=FEW)
     assert torch.equal(logits(checkpoint.load(again).model), logits(checkpoint.load(turns).model))
     with pytest.raises(InputError, match="needs the dense model and a plan"):
-        steps.finetune(found, found, data, tmp_path / "x", steps=2, settings=small_recipe(), **FEW)
+        training.finetune(found, data, tmp_path / "x", teacher=found, steps=2, recipe=small_recipe(), config=FEW)
 
 
 def test_calibration_writes_the_refitted_model_of_the_plan(tmp_path, data):
     found = dense_checkpoint()
-    study = searching.search(found, data, tmp_path / "s", macs_ratio=0.6, compensated=True, criterion="reconstruction",
-                             options=SHORT, images=24, score_images=32, **FEW)
+    study = searching.search(found, data, tmp_path / "s", macs_ratio=0.6, compensate=True, criterion="reconstruction",
+                             settings=SHORT, images=24, score_images=32, config=FEW)
     plan = study.folder / searching.PLAN
-    made = calibrating.calibrate(found, data, tmp_path / "out", plan, images=32, **FEW)
-    plain = steps.prune(found, None, tmp_path / "plain", plan=plan)
+    made = calibrating.calibrate(found, data, tmp_path / "out", plan, images=32, config=FEW)
+    plain = cutting.prune_plan(found, plan, tmp_path / "plain")
     assert made.plan.blocks == plain.plan.blocks and macs(made.plan) == macs(plain.plan)
     x, _ = next(iter(steps.open_data(data).batches("val", found.model, workers=0)))
     wanted = logits(found.model, x)
@@ -378,8 +386,9 @@ def test_calibration_writes_the_refitted_model_of_the_plan(tmp_path, data):
 
 
 def test_a_compensated_search_measures_other_models_than_a_plain_one(tmp_path, data):
-    options = {"macs_ratio": 0.6, "options": SHORT, "metric": "distill_loss", "images": 24, "score_images": 32, **FEW}
+    options = {"macs_ratio": 0.6, "settings": SHORT, "metric": "distill_loss", "images": 24, "score_images": 32,
+               "config": FEW}
     plain = searching.search(dense_checkpoint(), data, tmp_path / "a", **options)
-    better = searching.search(dense_checkpoint(), data, tmp_path / "b", compensated=True, **options)
+    better = searching.search(dense_checkpoint(), data, tmp_path / "b", compensate=True, **options)
     assert plain.evaluations[0].policy == better.evaluations[0].policy
     assert better.evaluations[0].value > plain.evaluations[0].value

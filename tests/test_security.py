@@ -29,7 +29,7 @@ from vitlab.plan import CompressionPlan
 from vitlab.runtime.files import InputError
 from vitlab.runtime.results import ResultRow, append_row, to_csv, to_latex
 from vitlab.search.study import read_journal
-from vitlab.workbench import batch_checks, batch_file, cutting, report, steps
+from vitlab.workbench import batch_checks, batch_file, report, scoring, steps
 from vitlab.workbench.explore import choosing
 
 ROOT = Path(__file__).parents[1]
@@ -90,8 +90,8 @@ READERS = {         # every way in for a file: its name, and what reads it
     "weights, .bin": ("w.bin", lambda path: steps.open_model(path, model="vit_nano_patch4_32")),
     "weights, .safetensors": ("w.safetensors", lambda path: steps.open_model(path, model="vit_nano_patch4_32")),
     "training state": ("state-000000001-00.pt", read_file),
-    "scores of tokens": ("s.safetensors", steps.read_scores),
-    "scores of units": ("u.safetensors", cutting.read_units),
+    "scores of tokens": ("s.safetensors", scoring.read_scores),
+    "scores of units": ("u.safetensors", scoring.read_units),
     "plan": ("plan.json", CompressionPlan.load),
     "batch file": ("batch.yaml", batch_file.read),
     "class map": ("map.json", lambda path: open_data("train", class_map=path)),
@@ -332,6 +332,6 @@ def test_a_spreadsheet_takes_no_text_of_the_csv_for_a_formula(formula):
 
 
 def test_names_that_are_no_text_and_control_characters_are_printed_as_escapes(dense, capsys):
-    assert cli.main(["prune", "--checkpoint", "dense", "--plan", "a\x1b[2J\nb\udcff.json", "--out", "out"]) == 2
+    assert cli.main(["prune", "plan", "--checkpoint", "dense", "--plan", "a\x1b[2J\nb\udcff.json", "--out", "out"]) == 2
     line, = capsys.readouterr().err.splitlines()
     assert "a\\x1b[2J b\\udcff.json: no such file" in line

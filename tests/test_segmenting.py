@@ -23,16 +23,17 @@ from vitlab.models.windows import segment
 from vitlab.plan import BlockPlan, CompressionPlan, cost
 from vitlab.plan.rules import Match
 from vitlab.plots.colours import class_colours
+from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import InputError, read_lines
 from vitlab.runtime.results import read_rows
 from vitlab.search.strategies import Settings
 from vitlab.training import states
 from vitlab.training.loop import LOG
 from vitlab.training.recipes import Engine
-from vitlab.workbench import calibrating, cutting, searching, segmenting, steps, tonight
+from vitlab.workbench import calibrating, comparing, cutting, scoring, searching, segmenting, steps, tonight, training
 
 DATA, NAMES = "digit_scenes", ["background", *"0123456789"]
-HERE = {"device": "cpu", "progress": False, "workers": 0}
+HERE = RunConfig(device="cpu", quiet=True, workers=0)
 RECIPE = small_recipe(epochs=3, batch_size=4, lr=3e-3, lr_batch=4, drop_path=0.1, augment={"scale": (0.8, 1.2)})
 SEARCH = Settings(population=2, evaluations=3, candidates=10, refinements=1)
 
@@ -43,7 +44,7 @@ def encoder():
 
 
 def train(out, **more):
-    return segmenting.train_segmenter(encoder(), DATA, out, **{"settings": RECIPE, "limit": 8, **HERE, **more})
+    return segmenting.train_segmenter(encoder(), DATA, out, **{"recipe": RECIPE, "images": 8, "config": HERE, **more})
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +52,13 @@ def way(tmp_path_factory):
     """The folder of a study in which each step was done once."""
     out = tmp_path_factory.mktemp("way")
     train(out / "dense")
-    steps.score(out / "dense", DATA, out / "tokens.safetensors", images=6, batch_size=3, **HERE)
-    steps.prune(out / "dense", out / "tokens.safetensors", out / "pruned", keep_rate=0.5)
-    steps.finetune(out / "pruned", out / "dense", DATA, out / "tuned", limit=8,
-                   settings=RECIPE.replace(epochs=1, distill="soft", alpha=0.8, tau=4.0), **HERE)
-    cutting.score_units(out / "dense", DATA, out / "units.safetensors", images=6, batch_size=3, **HERE)
+    scoring.score_tokens(out / "dense", DATA, out / "tokens.safetensors", images=6,
+                         config=dataclasses.replace(HERE, batch_size=3))
+    cutting.prune_tokens(out / "dense", out / "tokens.safetensors", out / "pruned", keep_rate=0.5)
+    training.finetune(out / "pruned", DATA, out / "tuned", teacher=out / "dense", images=8,
+                      recipe=RECIPE.replace(epochs=1, distill="soft", alpha=0.8, tau=4.0), config=HERE)
+    scoring.score_units(out / "dense", DATA, out / "units.safetensors", images=6,
+                        config=dataclasses.replace(HERE, batch_size=3))
     cutting.prune_units(out / "dense", out / "units.safetensors", out / "half", neuron_ratio=0.5)
     return out
 
@@ -86,7 +89,7 @@ def test_a_training_that_was_cut_off_ends_with_the_same_weights(way, tmp_path):
     found, wanted = (checkpoint.load(folder).model.state_dict() for folder in (tmp_path / "run", way / "dense"))
     assert all(torch.equal(value, found[name]) for name, value in wanted.items())
     with pytest.raises(InputError, match="the state of another run .other recipe"):
-        train(tmp_path / "run", settings=RECIPE.replace(lr=1e-4))
+        train(tmp_path / "run", recipe=RECIPE.replace(lr=1e-4))
 
 
 def test_a_step_in_turns_and_one_at_once_train_alike(tmp_path):
@@ -95,21 +98,21 @@ def test_a_step_in_turns_and_one_at_once_train_alike(tmp_path):
     source = opened(Segmenter(small(num_classes=11, img_size=(32, 32)).encoder, 11, "linear"))
     logs = []
     for name, engine in (("once", Engine()), ("turns", Engine(accumulate=2, checkpointing=True))):
-        segmenting.train_segmenter(source, DATA, tmp_path / name, settings=one, limit=8, engine=engine, **HERE)
+        segmenting.train_segmenter(source, DATA, tmp_path / name, recipe=one, images=8, engine=engine, config=HERE)
         logs.append([record["loss"] for record in read_lines(tmp_path / name / "training" / LOG)])
     assert logs[0] == pytest.approx(logs[1], rel=1e-5)                  # float32 sums in another order
 
 
 def test_a_segmenter_goes_on_training_at_another_size_with_its_own_decoder(way, tmp_path):
     segmenting.train_segmenter(way / "dense", DATA, tmp_path / "run", img_size=(33, 50),
-                               settings=RECIPE.replace(epochs=1), limit=8, **HERE)
+                               recipe=RECIPE.replace(epochs=1), images=8, config=HERE)
     found, before = checkpoint.load(tmp_path / "run").model, checkpoint.load(way / "dense").model
     assert found.img_size == (40, 56) and found.decoder_name == "mask_transformer"
     moved = (found.decoder.cls_emb - before.decoder.cls_emb).detach().abs().max()
     # 2 steps of AdamW at 3e-3 from where it was, not from the start
     assert 0 < float(moved) < 0.05
     # images that are larger than its windows, and all of each
-    row = steps.evaluate(tmp_path / "run", DATA, limit=2, **HERE)
+    row = steps.evaluate(tmp_path / "run", DATA, images=2, config=HERE)
     assert (row.conditions["images"], row.conditions["pixels"]) == (2, 2 * 64 * 96)
 
 
@@ -144,15 +147,15 @@ def test_what_no_segmenter_can_be_made_of_is_refused(way):
                          ({"augment": {"ratio": (0.9, 1.1)}}, "augmentation 'ratio' can't be done to an image and its "
                                                               "mask; scale, hflip")):
         with pytest.raises(InputError, match=says):
-            segmenting.train_segmenter(encoder(), DATA, way / "none", settings=RECIPE.replace(**change), limit=8,
-                                       **HERE)
+            segmenting.train_segmenter(encoder(), DATA, way / "none", recipe=RECIPE.replace(**change), images=8,
+                                       config=HERE)
 
 
 # ---------------------------------------------------------------- from scores to a smaller model
 
 def test_scores_prune_and_distil_a_segmenter_as_a_classifier(way):
     dense, pruned, tuned = (checkpoint.load(way / name) for name in ("dense", "pruned", "tuned"))
-    assert steps.read_scores(way / "tokens.safetensors")[0].shape == (2, 16)
+    assert scoring.read_scores(way / "tokens.safetensors")[0].shape == (2, 16)
     assert [block.tokens.num_merged
             for block in pruned.plan.blocks] == [block.tokens.num_merged for block in tuned.plan.blocks]
     assert pruned.plan.shape == shape_of(dense.model) and cost.gmacs(pruned.plan) < cost.gmacs(dense.plan)
@@ -165,7 +168,7 @@ def test_scores_prune_and_distil_a_segmenter_as_a_classifier(way):
 
 def test_calibration_brings_a_cut_segmenter_nearer_to_the_dense_one_on_images_set_apart(way, tmp_path):
     made = calibrating.calibrate(way / "dense", DATA, tmp_path / "out", way / "half" / "checkpoint" / "plan.json",
-                                 images=24, **HERE)
+                                 images=24, config=HERE)
     said = made.info["made_by"]
     assert 0 < said["kl_refitted"] < said["kl_cut"] and made.info["classes"] == NAMES and said["images"] == 24
     assert isinstance(checkpoint.load(tmp_path / "out").model, Segmenter)
@@ -173,7 +176,7 @@ def test_calibration_brings_a_cut_segmenter_nearer_to_the_dense_one_on_images_se
 
 def test_a_search_proposes_merging_by_content_and_its_plan_fits_the_budget(way, tmp_path):
     study = searching.search(way / "dense", DATA, tmp_path / "study", macs_ratio=0.9, images=4, score_images=4,
-                             options=SEARCH, compensated=True, metric="miou_pct", **HERE)
+                             settings=SEARCH, compensate=True, metric="miou_pct", config=HERE)
     plan = CompressionPlan.load(tmp_path / "study" / "plan.json", shape_of(checkpoint.load(way / "dense").model))
     assert len(study.evaluations) == 3 and study.info["about"]["metric"] == "miou_pct"
     assert any(isinstance(block.tokens, Match) for block in plan.blocks) and plan.shape.decoder == "mask_transformer"
@@ -185,10 +188,10 @@ def test_a_search_proposes_merging_by_content_and_its_plan_fits_the_budget(way, 
         "agree_se"] > 0
     for wrong in ({"tokens": "select"}, {"tokens": "select_per_stage"}, {"read_out": True}):
         with pytest.raises(InputError, match="a class for each pixel needs the whole grid; tokens that merge"):
-            searching.search(way / "dense", DATA, tmp_path / "other", macs_ratio=0.9, **wrong, **HERE)
+            searching.search(way / "dense", DATA, tmp_path / "other", macs_ratio=0.9, **wrong, config=HERE)
     with pytest.raises(InputError, match="metric 'top1_pct' is of another task"):
         searching.search(way / "dense", DATA, tmp_path / "other", macs_ratio=0.9, metric="top1_pct", images=4,
-                         score_images=4, **HERE)
+                         score_images=4, config=HERE)
     assert not (tmp_path / "other").exists()
 
 
@@ -197,22 +200,24 @@ def test_a_search_by_latency_keeps_to_the_table_of_the_segmenter(way, tmp_path, 
     monkeypatch.setattr(latency, "measure_table", lambda model, *, batch_size, dtype, device, progress: made(
         # times that are the same every time
         shape_of(model), **latency.conditions_of(model, batch_size, dtype, device)))
-    study = searching.search(way / "dense", DATA, tmp_path / "study", macs_ratio=0.8, cost="latency_ms", images=4,
-                             score_images=4, options=SEARCH, metric="distill_loss", tokens="share", **HERE)
+    shape = shape_of(checkpoint.load(way / "dense").model)
+    table = made(shape)
+    dense = float(table.predict(cost.counts_of(CompressionPlan.empty(shape))))
+    study = searching.search(way / "dense", DATA, tmp_path / "study", latency_ms=0.8 * dense, images=4, score_images=4,
+                             settings=SEARCH, metric="distill_loss", tokens="share", config=HERE)
     plan = CompressionPlan.load(tmp_path / "study" / "plan.json")
-    table = made(plan.shape)
-    dense = float(table.predict(cost.counts_of(CompressionPlan.empty(plan.shape))))
     assert 0 < float(table.predict(cost.counts_of(plan))) <= 0.8 * dense * (1 + 1e-9)           # float64
     assert study.budget.unit == "latency_ms" and len(study.evaluations) == 3
 
 
 def test_where_cutting_hurts_is_measured_in_each_block_and_tokens_merge_by_content(way, tmp_path):
-    rows = cutting.sensitivity(way / "dense", DATA, tmp_path, criteria=("weight",), images=4, score_images=4, **HERE)
+    rows = comparing.sensitivity(way / "dense", DATA, tmp_path, criteria=("weight",), images=4, score_images=4,
+                                 config=HERE)
     assert {(row["dimension"], row["block"]) for row in rows} == {(d, b) for d in ("heads", "neurons", "tokens")
                                                                   for b in (0, 1)}
     assert all(row["metric"] == "distill_loss" and row["drop_se"] >= 0 and row["gmacs_removed"] > 0 for row in rows)
     for block in (0, 1):
-        plan = cutting._match_in(shape_of(checkpoint.load(way / "dense").model), block, 0.25)
+        plan = comparing._match_in(shape_of(checkpoint.load(way / "dense").model), block, 0.25)
         assert [None if b.tokens is None else b.tokens.merged
                 for b in plan.blocks] == ([4, 0] if block == 0 else [None, 4])
 
@@ -226,7 +231,7 @@ def test_photographs_without_masks_are_enough_for_a_smaller_segmenter_tonight(wa
     Image.fromarray(chance.integers(0, 256, (20, 70, 3), dtype=np.uint8)).save(photographs / "flat.png")
     made = tonight.tonight(way / "dense", photographs, tmp_path / "out", macs_ratio=0.9,
                            rules=("merging by content", "neurons"), ratios=(0.95,), evaluations=3, images=5,
-                           score_images=10, seed=1, **HERE)
+                           score_images=10, config=dataclasses.replace(HERE, seed=1))
     dense = checkpoint.load(way / "dense")
     assert cost.gmacs(made.plan) <= 0.9 * cost.gmacs(dense.plan) and made.plan.shape.decoder == "mask_transformer"
     rows = list(read_lines(tmp_path / "out" / tonight.OFFERS))
@@ -243,29 +248,32 @@ def test_photographs_without_masks_are_enough_for_a_smaller_segmenter_tonight(wa
         assert row["agree_se"] == pytest.approx(100 * abs(shares[0] - shares[1]) / 2)
     offers = [tonight.Offer(rule="neurons", plan=made.plan, gmacs=0.1, agree_pct=90.0, distill_loss=0.1, chosen_by=0.1)]
     assert tonight.offers_figure(offers).axes[0].get_ylabel() == "pixels classified as by the dense model (%)"
-    few = {"macs_ratio": 0.9, "metric": "distill_loss", "images": 4, "score_images": 4, "options": SEARCH, **HERE}
+    few = {"macs_ratio": 0.9, "metric": "distill_loss", "images": 4, "score_images": 4, "settings": SEARCH,
+           "config": HERE}
     study = searching.search(way / "dense", photographs, tmp_path / "study", **few)
     assert [e.value for e in study.evaluations] == [-e.measures["distill_loss"]
                                                     for e in study.evaluations] and len(study.evaluations) == 3
-    for step in (lambda: steps.evaluate(way / "dense", photographs, **HERE),
+    for step in (lambda: steps.evaluate(way / "dense", photographs, config=HERE),
                  lambda: searching.search(way / "dense", photographs, tmp_path / "other", tokens="share", **few),
                  lambda: searching.search(way / "dense", photographs, tmp_path / "other", criterion="taylor", **few),
                  lambda: searching.search(way / "dense", photographs, tmp_path / "other",
                                           **{**few, "metric": "miou_pct"}),
-                 lambda: segmenting.train_segmenter(encoder(), photographs, tmp_path),
-                 lambda: steps.score(way / "dense", photographs, tmp_path / "tokens.safetensors", **HERE)):
+                 lambda: segmenting.train_segmenter(encoder(), photographs, tmp_path, recipe="digit_scenes"),
+                 lambda: scoring.score_tokens(way / "dense", photographs, tmp_path / "tokens.safetensors",
+                                              config=HERE)):
         with pytest.raises(InputError, match="photographs: images without masks, which this step needs; train/images/"):
             step()
     (photographs / "03.png").write_bytes(b"no image")
     with pytest.raises(InputError, match="03.png: can't be read as an image"):
-        tonight.tonight(way / "dense", photographs, tmp_path / "out", macs_ratio=0.9, images=5, score_images=10, **HERE)
+        tonight.tonight(way / "dense", photographs, tmp_path / "out", macs_ratio=0.9, images=5, score_images=10,
+                        config=HERE)
 
 
 # ---------------------------------------------------------------- evaluation
 
 @pytest.mark.parametrize("name", ["dense", "tuned", "half"])
 def test_a_row_says_what_the_deployed_form_is_worth_on_whole_images_and_what_it_costs(way, tmp_path, name):
-    row = steps.evaluate(way / name, DATA, out=tmp_path, limit=4, **HERE)
+    row = steps.evaluate(way / name, DATA, out=tmp_path, images=4, config=HERE)
     found = checkpoint.load(way / name)
     model = deploy(found.model)
     worth = evaluate_scenes(model,
@@ -289,24 +297,25 @@ def test_a_row_says_what_the_deployed_form_is_worth_on_whole_images_and_what_it_
 
 def test_windows_scales_and_flips_are_measured_and_said(way):
     windows = {"stride": (16, 24), "scales": (1.0, 1.5), "flip": True}
-    plain, row = (steps.evaluate(way / "dense", DATA, limit=2, **more, **HERE) for more in ({}, windows))
+    plain, row = (steps.evaluate(way / "dense", DATA, images=2, windows=steps.Windows(**more), config=HERE)
+                  for more in ({}, windows))
     model = checkpoint.load(way / "dense").model
     batches = open_scenes(DATA).batches("test", model, limit=2, batch_size=1, whole=True, workers=0)
     assert row.miou_pct == evaluate_scenes(model, batches, progress=False, **windows).scores.miou_pct
     assert row.conditions["windows"] == windows and row.loss != plain.loss and row.gmacs == plain.gmacs
     with pytest.raises(InputError, match="flip is of segmentation; the model gives one class for an image"):
-        steps.evaluate(encoder(), "digits", limit=2, flip=True, **HERE)
+        steps.evaluate(encoder(), "digits", images=2, config=HERE, windows=steps.Windows(flip=True))
     with pytest.raises(InputError, match="crop_pct is 0.9, but scenes"):
-        steps.evaluate(way / "dense", DATA, crop_pct=0.9, **HERE)
+        steps.evaluate(way / "dense", DATA, crop=0.9, config=HERE)
 
 
 def test_scenes_of_other_classes_than_the_segmenter_was_trained_on_are_refused(way, tmp_path):
     found = checkpoint.load(way / "dense")
     other = dataclasses.replace(found, info={**found.info, "classes": [*NAMES[:-1], "ten"]})
     with pytest.raises(InputError, match="its classes are not the model's"):
-        steps.evaluate(other, DATA, **HERE)
+        steps.evaluate(other, DATA, config=HERE)
     with pytest.raises(InputError, match="a class map is of class folders; masks have none"):
-        steps.evaluate(found, DATA, class_map=tmp_path / "map.json", **HERE)
+        steps.evaluate(found, DATA, class_map=tmp_path / "map.json", config=HERE)
 
 
 def test_a_plan_made_for_a_classifier_costs_with_the_decoder_once_a_segmenter_is_cut_by_it(way, tmp_path):
@@ -314,8 +323,8 @@ def test_a_plan_made_for_a_classifier_costs_with_the_decoder_once_a_segmenter_is
     shape = dataclasses.replace(shape_of(dense), decoder="", decoder_depth=0, num_classes=10, pool="token")
     plan = CompressionPlan(shape=shape, blocks=(BlockPlan(neurons=tuple(range(48))), token_plan(dense).blocks[1]))
     plan.save(tmp_path / "plan.json")
-    steps.prune(way / "dense", None, tmp_path / "cut", plan=tmp_path / "plan.json")
-    row = steps.evaluate(tmp_path / "cut", DATA, limit=1, **HERE)
+    cutting.prune_plan(way / "dense", tmp_path / "plan.json", tmp_path / "cut")
+    row = steps.evaluate(tmp_path / "cut", DATA, images=1, config=HERE)
     assert row.gmacs == counted_macs(deploy(compress(dense, plan))) / 1e9
 
 
@@ -338,8 +347,8 @@ def photos(tmp_path):
 def test_predictions_are_the_classes_of_the_deployed_model_and_their_colours_over_the_image(way, photos, tmp_path, name,
                                                                                             windows):
     with pytest.warns(UserWarning) as said:
-        written = segmenting.predict(way / name, photos, tmp_path / "out", opacity=0.25, device="cpu", progress=False,
-                                     **windows)
+        written = segmenting.predict(way / name, photos, tmp_path / "out", opacity=0.25,
+                                     windows=steps.Windows(**windows), config=RunConfig(device="cpu", quiet=True))
     assert written == [tmp_path / "out" / "a.png", tmp_path / "out" / "b.png"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.png", "a_classes.png", "b.png", "b_classes.png"}
     text, = (str(warning.message) for warning in said)
@@ -364,7 +373,7 @@ def test_predictions_are_the_classes_of_the_deployed_model_and_their_colours_ove
 
 def test_what_cant_be_predicted_is_refused_before_anything_is_written(way, photos, tmp_path):
     def predict(source=way / "dense", images=photos, **more):
-        return segmenting.predict(source, images, tmp_path / "out", device="cpu", progress=False, **more)
+        return segmenting.predict(source, images, tmp_path / "out", **more, config=RunConfig(device="cpu", quiet=True))
     with pytest.raises(InputError, match="gives one class for an image; a Segmenter is needed"):
         predict(encoder())
     with pytest.raises(InputError, match="nowhere: no such folder of images"):
@@ -390,11 +399,11 @@ def test_an_image_is_never_overwritten_by_its_own_prediction_nor_by_anothers(way
     for out in (photos, photos / ".." / "photos"):
         with pytest.raises(InputError, match="photos: the predictions would be written over the images; choose another "
                                              "folder"):
-            segmenting.predict(way / "dense", photos, out, device="cpu", progress=False)
+            segmenting.predict(way / "dense", photos, out, config=RunConfig(device="cpu", quiet=True))
     assert (photos / "a.png").read_bytes() == before and not list(photos.glob("*_classes.png"))
     shutil.copy(photos / "b.jpg", photos / "a_classes.jpg")
     with pytest.raises(InputError, match="images named a and a_classes; both would be written to a_classes.png"):
-        segmenting.predict(way / "dense", photos, tmp_path / "out", device="cpu", progress=False)
+        segmenting.predict(way / "dense", photos, tmp_path / "out", config=RunConfig(device="cpu", quiet=True))
 
 
 # ---------------------------------------------------------------- by commands alone
@@ -410,7 +419,7 @@ def test_a_segmenter_is_trained_gone_on_with_pruned_measured_and_asked_by_comman
     def run(*argv: str) -> str:
         assert cli.main(list(argv)) == 0
         return capsys.readouterr().out
-    short = ["--epochs", "1", "--limit", "8", "--batch-size", "4", *QUIET]
+    short = ["--epochs", "1", "--images", "8", "--batch-size", "4", *QUIET]
     assert run("segment", "--checkpoint", "encoder", "--data", DATA, "--decoder", "linear", "--img-size", "30", "50",
                "--out", "dense", *short) == "checkpoint: dense/checkpoint\n"
     model = checkpoint.load("dense").model
@@ -419,11 +428,11 @@ def test_a_segmenter_is_trained_gone_on_with_pruned_measured_and_asked_by_comman
     run("resume", "dense")
     assert (tmp_path / "dense/checkpoint/weights.safetensors").read_bytes() == weights
     assert json.loads((tmp_path / "dense/command.json").read_text())["arguments"][0] == "segment"
-    out = run("prune", "--checkpoint", "dense", "--match", "0.25", "--out", "small")
+    out = run("prune", "match", "--checkpoint", "dense", "--ratio", "0.25", "--out", "small")
     assert "GMACs deployed" in out
     run("finetune", "--checkpoint", "small", "--teacher", "dense", "--data", DATA, "--recipe", "segmenter_pm", "--out",
         "tuned", *short)
-    out = run("evaluate", "--checkpoint", "tuned", "--data", DATA, "--limit", "2", "--out", "rows", "--mean", "0.4",
+    out = run("evaluate", "--checkpoint", "tuned", "--data", DATA, "--images", "2", "--out", "rows", "--mean", "0.4",
               *QUIET)
     row, = read_rows("rows/results.jsonl")
     assert "miou_pct" in out and "top1_pct" not in out and f"{row.miou_pct:.2f}" in out
@@ -432,9 +441,9 @@ def test_a_segmenter_is_trained_gone_on_with_pruned_measured_and_asked_by_comman
     iou = row.conditions["iou_pct"]
     assert "IoU: " + ", ".join(f"{name} {'-' if iou[name] is None else format(iou[name], '.1f')}"
                                for name in NAMES) in out
-    out = run("predict", "--checkpoint", "tuned", "--images", str(photos), "--stride", "16", "28", "--out", "seen",
+    out = run("predict", "--checkpoint", "tuned", "--folder", str(photos), "--stride", "16", "28", "--out", "seen",
               "--device", "cpu", "--quiet")
-    assert out == "2 images: seen\n" and len(list((tmp_path / "seen").iterdir())) == 4
+    assert out == "2 files: seen/a.png to b.png\n" and len(list((tmp_path / "seen").iterdir())) == 4
     out = run("search", "--checkpoint", "dense", "--data", DATA, "--macs-ratio", "0.9", "--evaluations", "2",
               "--population", "2", "--images", "4", "--criterion", "weight", "--out", "study", *QUIET)
     assert "best of 2" in out
@@ -444,7 +453,7 @@ def test_a_compressed_segmenter_is_saved_and_opened_by_its_run_folder(tmp_path):
     dense = small(num_classes=11, img_size=(64, 96))
     for make in (units_plan, match_plan, token_plan):
         plan = make(dense)
-        made = steps.apply_plan(opened(dense, classes=NAMES), plan, tmp_path / make.__name__)
+        made = cutting.apply_plan(opened(dense, classes=NAMES), plan, tmp_path / make.__name__)
         again = steps.open_model(tmp_path / make.__name__)
         x = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
         assert torch.equal(logits(again.model, x), logits(compress(dense, plan), x))

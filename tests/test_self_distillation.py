@@ -16,9 +16,10 @@ from vitlab.measure.moments import fisher
 from vitlab.models import compress, shape_of
 from vitlab.models.checkpoint import Checkpoint
 from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import InputError
 from vitlab.training.self_distillation import Divergence, self_distil
-from vitlab.workbench import calibrating, cutting, steps
+from vitlab.workbench import calibrating, scoring, steps, training
 
 SHORT = {"workers": 0, "progress": False, "batch_size": 8, "lr": 2e-4}
 
@@ -199,8 +200,8 @@ def test_calibration_takes_images_without_labels_and_says_what_it_gained(picture
     found = dense_checkpoint()
     plan = token_plan(found.model) if cuts == "tokens" else CompressionPlan(
         shape=shape_of(found.model), blocks=(BlockPlan(neurons=tuple(range(60))),) * 2)
-    made = calibrating.calibrate(found, pictures, tmp_path / "out", plan, images=40, minutes=0.03, workers=0,
-                                 progress=False)
+    made = calibrating.calibrate(found, pictures, tmp_path / "out", plan, images=40, minutes=0.03,
+                                 config=RunConfig(workers=0, quiet=True))
     made_by = made.info["made_by"]
     assert (made_by["images"], made_by["minutes"], made_by["kept"]) == (28, 0.03, "distilled")
     assert made_by["roles"] == {"calibrate": 28, "choose": 6, "report": 6, "shared": [
@@ -224,9 +225,9 @@ def test_what_calibration_is_fitted_on_chosen_by_and_reported_on_has_no_image_in
         seen.setdefault(split, set()).update(made.images.path(i) for i in range(len(made.images)))
         return made
     monkeypatch.setattr(ImageData, "batches", watched)
-    few = {"workers": 0, "progress": False}
+    few = {"config": RunConfig(workers=0, quiet=True)}
     calibrating.calibrate(found, pictures, tmp_path / "out", token_plan(found.model), images=14, minutes=0.001, **few)
-    cutting.score_units(found, pictures, tmp_path / "u.safetensors", images=14, **few)
+    scoring.score_units(found, pictures, tmp_path / "u.safetensors", images=14, **few)
     assert set(seen) == {"calibrate", "choose", "report",
                          "score"} and sum(map(len, seen.values())) == 40 == len(set.union(*seen.values()))
 
@@ -248,7 +249,8 @@ def test_the_form_that_stays_is_the_nearest_on_images_to_choose_on(pictures, tmp
     monkeypatch.setattr(calibrating, "compensate", noted)
     monkeypatch.setattr(Divergence, "each", lambda self, model: [value] * 6 if (value := next(measured, None))
                         else each(self, model))
-    made = calibrating.calibrate(found, pictures, tmp_path / "out", plan, images=14, workers=0, progress=False)
+    made = calibrating.calibrate(found, pictures, tmp_path / "out", plan, images=14,
+                                 config=RunConfig(workers=0, quiet=True))
     made_by, kept = made.info["made_by"], min(values, key=values.get)
     assert made_by["kept"] == kept and f"kept: {kept}" in calibrating.distances(
         made_by) and "kl_distilled" not in made_by
@@ -270,14 +272,14 @@ def test_the_form_that_stays_is_the_nearest_on_images_to_choose_on(pictures, tmp
 
 
 def test_steps_that_need_labels_refuse_images_without(pictures, tmp_path):
-    found, few = dense_checkpoint(), {"workers": 0, "progress": False}
+    found, few = dense_checkpoint(), {"config": RunConfig(workers=0, quiet=True)}
     for step in (lambda: steps.evaluate(found, pictures, **few),
-                 lambda: steps.score(found, pictures, tmp_path / "s.safetensors", **few),
-                 lambda: steps.finetune(found, None, pictures, tmp_path / "f", **few),
-                 lambda: steps.pretrain("vit_nano_patch4_32", pictures, tmp_path / "p", **few),
-                 lambda: cutting.score_units(found, pictures, tmp_path / "u.safetensors", criterion="taylor", **few)):
+                 lambda: scoring.score_tokens(found, pictures, tmp_path / "s.safetensors", **few),
+                 lambda: training.finetune(found, pictures, tmp_path / "f", teacher=None, **few),
+                 lambda: training.pretrain(model="vit_nano_patch4_32", data=pictures, out=tmp_path / "p", **few),
+                 lambda: scoring.score_units(found, pictures, tmp_path / "u.safetensors", criterion="taylor", **few)):
         with pytest.raises(InputError, match=f"{pictures.name}: images without labels"):
             step()
-    assert steps.score(found, pictures, tmp_path / "s.safetensors", criterion="class_attention", images=8,
-                       **few).shape == (2, 16)
-    assert len(cutting.score_units(found, pictures, tmp_path / "u.safetensors", images=8, **few).heads) == 2
+    assert scoring.score_tokens(found, pictures, tmp_path / "s.safetensors", criterion="class_attention", images=8,
+                                **few).shape == (2, 16)
+    assert len(scoring.score_units(found, pictures, tmp_path / "u.safetensors", images=8, **few).heads) == 2

@@ -14,11 +14,12 @@ from vitlab.models import checkpoint, compress, deploy, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.cost import gmacs
 from vitlab.plan.rules import Match, ReadOut, SharedUpdate
+from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import InputError, read_lines
 from vitlab.workbench import calibrating, gathered, steps, tonight
 from vitlab.workbench.pace import Pace
 
-FEW = {"device": "cpu", "progress": False, "workers": 0}
+FEW = RunConfig(device="cpu", quiet=True, workers=0)
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def photographs(tmp_path):
 
 @pytest.fixture
 def survey(dense, photographs, tmp_path):
-    return tonight.Survey(dense, photographs, tmp_path / "survey", images=16, score_images=24, **FEW)
+    return tonight.Survey(dense, photographs, tmp_path / "survey", images=16, score_images=24, config=FEW)
 
 
 def test_offers_meet_their_budget_and_say_what_they_are_worth(survey, dense):
@@ -90,7 +91,7 @@ def test_scores_moments_and_offers_are_kept_as_they_are_made(survey, dense, phot
     with monkeypatch.context() as patched:
         for name in ("scores_by_moments", "token_scores", "each_moments", "own_labels", "fisher"):
             patched.setattr(gathered, name, never)
-        again = tonight.Survey(dense, photographs, tmp_path / "survey", images=16, score_images=24, **FEW)
+        again = tonight.Survey(dense, photographs, tmp_path / "survey", images=16, score_images=24, config=FEW)
         assert again.scores.keys() == survey.scores.keys() and again.reporting.images == 7
     assert again.objective(plan) == survey.objective(plan)                     # moments and scores came back to the bit
     monkeypatch.setattr(PlanObjective, "__call__", never)
@@ -104,7 +105,7 @@ def test_a_killed_tonight_keeps_what_it_had(dense, photographs, tmp_path, monkey
         raise KeyboardInterrupt
     monkeypatch.setattr(gathered, "token_scores", killed)
     with pytest.raises(KeyboardInterrupt):
-        tonight.tonight(dense, photographs, tmp_path / "out", images=16, **FEW)
+        tonight.tonight(dense, photographs, tmp_path / "out", images=16, config=FEW)
     kept = sorted(path.name.rsplit("-", 1)[0] for path in (tmp_path / "out" / tonight.SURVEY).iterdir()
                   if path.is_file())
     assert kept == ["amounts.json", "costs", "unit-scores"]
@@ -112,7 +113,7 @@ def test_a_killed_tonight_keeps_what_it_had(dense, photographs, tmp_path, monkey
 
 def test_a_budget_that_no_rule_meets_is_refused_before_anything_is_scored(dense, photographs, tmp_path):
     with pytest.raises(InputError, match="a budget of 1e-05 GMACs can't be met"):
-        tonight.tonight(dense, photographs, tmp_path / "out", gmacs=1e-5, images=16, **FEW)
+        tonight.tonight(dense, photographs, tmp_path / "out", gmacs=1e-5, images=16, config=FEW)
     assert not (tmp_path / "out").exists()
 
 
@@ -127,10 +128,10 @@ def test_a_cut_is_measured_once_for_all_rules_and_not_again_after_a_kill(survey,
     rows = survey.curves("all together")
     heads = [row for row in rows if row["dimension"].startswith("heads")]
     assert len(cuts) - before == len(heads) > 0                 # neurons, tokens and the uncut model were known
-    again = tonight.Survey(dense, photographs, tmp_path / "survey", images=16, score_images=24, **FEW)
+    again = tonight.Survey(dense, photographs, tmp_path / "survey", images=16, score_images=24, config=FEW)
     before = len(cuts)
     assert again.curves("all together") == rows and len(cuts) == before
-    other = tonight.Survey(dense, photographs, tmp_path / "survey", images=5, score_images=24, **FEW)
+    other = tonight.Survey(dense, photographs, tmp_path / "survey", images=5, score_images=24, config=FEW)
     other.curves("neurons")
     assert len(cuts) > before                                   # other images, other curves
 
@@ -198,7 +199,7 @@ def test_the_best_offer_is_the_nearest_within_the_budget(survey):
 
 def test_from_images_alone_to_a_deployed_model(dense, photographs, tmp_path):
     found = tonight.tonight(dense, photographs, tmp_path / "out", macs_ratio=0.6, rules=("merging by content",),
-                            ratios=(0.8,), evaluations=3, images=16, score_images=24, **FEW)
+                            ratios=(0.8,), evaluations=3, images=16, score_images=24, config=FEW)
     assert gmacs(found.plan) <= 0.6 * gmacs(CompressionPlan.empty(found.plan.shape))
     read = checkpoint.load(tmp_path / "out" / tonight.DEPLOYED)
     x = torch.randn(2, 3, *found.plan.shape.img_size, generator=torch.Generator().manual_seed(0))
@@ -236,7 +237,7 @@ def test_a_time_that_is_too_little_is_said_and_there_are_fewer_evaluations_and_i
             pytest.warns(UserWarning, match="^24 images to refit on: of fewer than 100 it is uncertain which form is "
                                             "the nearest"):
         found = tonight.tonight(dense, photographs, tmp_path / "out", evaluations=30, images=100, minutes=0.01, **SMALL,
-                                **FEW)
+                                config=FEW)
     assert given == [100, 64] and searched == [10]
     assert len(read_lines(next((tmp_path / "out").rglob("journal.jsonl")))) == 1            # its time was over
     assert found.info["made_by"]["minutes"] == 0 and "kl_distilled" not in found.info["made_by"]
@@ -247,12 +248,12 @@ def test_what_is_left_of_the_time_is_self_distillation_and_stages_are_said_befor
                                                                                   monkeypatch, capsys):
     trained, plain = [], Pace.stage
     stages: list = []
-    monkeypatch.setattr("vitlab.workbench.survey.self_distil", lambda *args, minutes,
+    monkeypatch.setattr("vitlab.workbench.calibrating.self_distil", lambda *args, minutes,
                         **settings: trained.append(minutes))
     monkeypatch.setattr(Pace, "stage", lambda self, name: stages.append(name) or plain(self, name))
     began = time.monotonic()
     tonight.tonight(dense, photographs, tmp_path / "out", evaluations=2, images=16, minutes=100, **SMALL,
-                    **FEW | {"progress": True})
+                    config=dataclasses.replace(FEW, quiet=False))
     passed, err = (time.monotonic() - began) / 60, capsys.readouterr().err
     # less what the rest took, and the last refit may yet
     assert len(trained) == 1 and 100 - 2 * passed < trained[0] < 100
@@ -260,7 +261,7 @@ def test_what_is_left_of_the_time_is_self_distillation_and_stages_are_said_befor
     said = re.search(r"tonight: 7 stages, about 100.0 minutes at \d+ images a second \((.*)\)", err).group(1)
     assert re.findall(r"([a-z -]+) \d+ %", said.replace(", ", ",")) == stages and stages[-1] == "self-distillation"
     assert re.findall(r"tonight (\d)/7, ([a-z -]+):", err)[-1] == ("7", "self-distillation")
-    again = tonight.tonight(dense, photographs, tmp_path / "out", evaluations=2, images=16, **SMALL, **FEW)
+    again = tonight.tonight(dense, photographs, tmp_path / "out", evaluations=2, images=16, **SMALL, config=FEW)
     assert len(trained) == 1 and again.info["made_by"]["minutes"] == 0          # without a time, none of it
     assert capsys.readouterr() == ("", "")
 
@@ -271,7 +272,7 @@ def test_a_compressed_model_or_an_unknown_rule_is_refused(survey, dense, photogr
     plan = survey.plan("merging by content", 0.7 * gmacs(CompressionPlan.empty(survey.shape)))
     small = steps.Checkpoint(model=compress(dense.model, plan), plan=plan, info={})
     with pytest.raises(InputError, match="already compressed"):
-        tonight.Survey(small, photographs, tmp_path / "other", **FEW)
+        tonight.Survey(small, photographs, tmp_path / "other", config=FEW)
 
 
 def test_the_same_folder_takes_another_number_of_evaluations(survey):
@@ -282,7 +283,7 @@ def test_the_same_folder_takes_another_number_of_evaluations(survey):
 
 def test_images_prepared_otherwise_are_another_survey(survey, dense, photographs, tmp_path):
     dense.model.pretrained_cfg = dense.model.pretrained_cfg | {"std": (0.3, 0.3, 0.3)}
-    again = tonight.Survey(dense, photographs, tmp_path / "survey", images=16, score_images=24, **FEW)
+    again = tonight.Survey(dense, photographs, tmp_path / "survey", images=16, score_images=24, config=FEW)
     assert again.inputs != survey.inputs
 
 
@@ -300,10 +301,10 @@ def test_what_takes_too_long_is_shrunk_and_said(dense, photographs, tmp_path, mo
     with pytest.warns(UserWarning, match="would take about .* minutes, and there are 60: 1 evaluations, 1 finalist and "
                                          "16 images"):
         made = tonight.tonight(dense, photographs, tmp_path / "out", macs_ratio=0.6, rules=("merging by content",),
-                               ratios=(), images=16, score_images=24, evaluations=1, **FEW)
+                               ratios=(), images=16, score_images=24, evaluations=1, config=FEW)
     assert CompressionPlan.load(tmp_path / "out" / tonight.PLAN, made.plan.shape).blocks == made.plan.blocks
     with pytest.raises(InputError, match="finalists is 0"):
-        tonight.tonight(dense, photographs, tmp_path / "out", finalists=0, **FEW)
+        tonight.tonight(dense, photographs, tmp_path / "out", finalists=0, config=FEW)
 
 
 def test_forms_that_refit_the_same_layers_are_one(dense):
@@ -319,7 +320,7 @@ def test_forms_that_refit_the_same_layers_are_one(dense):
 def test_a_model_with_one_head_has_no_curve_of_heads(photographs, tmp_path):
     model = tiny(num_heads=1)
     found = steps.Checkpoint(model=model, plan=CompressionPlan.empty(shape_of(model)), info={})
-    survey = tonight.Survey(found, photographs, tmp_path / "one", images=16, score_images=24, **FEW)
+    survey = tonight.Survey(found, photographs, tmp_path / "one", images=16, score_images=24, config=FEW)
     plan = survey.plan("all together", 0.7 * gmacs(CompressionPlan.empty(survey.shape)))
     assert all(block.heads is None for block in plan.blocks)
 

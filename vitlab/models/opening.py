@@ -1,8 +1,11 @@
 """A model from wherever it is: a checkpoint or run folder, weights of others in a file or a folder, the Hugging Face
 hub, timm's names."""
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 from vitlab.models import checkpoint, encoder_of, shape_of
 from vitlab.models.checkpoint import Checkpoint
@@ -14,9 +17,54 @@ from vitlab.models.segmenter import Segmenter
 from vitlab.models.weights import SUFFIXES, is_weights, read_file, state_of
 from vitlab.plan import CompressionPlan
 from vitlab.runtime.files import InputError, from_root
+from vitlab.runtime.kinds import Count, Crop, Or, flag
 
-Source = str | Path | Checkpoint            # where a model comes from, or one that is open already
 HUB, LOCAL = "hf-hub:", "local-dir:"        # what stands before timm's own sources
+_Floats = Annotated[tuple[float, ...] | None, flag(consume_multiple=True, metavar="X...")]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """What `open_model` takes, as one: the flags of a model on the command line.
+
+    Args:
+        checkpoint: checkpoint or run folder, a weights file such as .pth or .safetensors (with --model), a folder of
+            such with its config.json, hf-hub:OWNER/NAME, or a timm name
+        model: timm name of the model that a weights file is for
+        num_classes: classes of the classifier (default: the weights' own)
+        img_size: side of the images; position embeddings of another are resampled (default: the weights' own)
+        mean: of the channels, in pixels from 0 to 1 (default: as config.json beside the weights says, or else timm)
+        std: deviation of the channels
+        crop_pct: crop size over resize size
+        crop_mode: center, squash or border
+        interpolation: bicubic, bilinear, ...
+    """
+
+    checkpoint: Annotated[str, flag(metavar="SOURCE")]
+    model: Annotated[str | None, flag(metavar="NAME")] = None
+    num_classes: Count | None = None
+    img_size: Annotated[Count | None, flag(metavar="PIXELS")] = None
+    mean: _Floats = None
+    std: _Floats = None
+    crop_pct: Crop | None = None
+    crop_mode: Annotated[str | None, flag(metavar="NAME")] = None
+    interpolation: Annotated[str | None, flag(metavar="NAME")] = None
+
+    def __str__(self) -> str:
+        return self.checkpoint
+
+    def open(self) -> Checkpoint:
+        if Path(self.checkpoint).is_dir() and self.model:
+            raise InputError(f"{self.checkpoint} is a folder and says itself which model it holds; --model is for "
+                             f"weights files")
+        settings = {name: getattr(self, name) for name in ("mean", "std", "crop_pct", "crop_mode", "interpolation")}
+        return open_model(self.checkpoint, model=self.model, num_classes=self.num_classes, img_size=self.img_size,
+                          settings=settings)
+
+
+Source = Or[ModelSource, str, Path, Checkpoint]         # where a model comes from, or one that is open already
+Other = Or[str, Path, Checkpoint]                       # a second model
 
 
 def open_model(source: Source, *, model: str | None = None, num_classes: int | None = None,
@@ -32,6 +80,8 @@ def open_model(source: Source, *, model: str | None = None, num_classes: int | N
     variant.yml beside it. Raises InputError for anything else.
     """
     given = {**{k: v for k, v in {"num_classes": num_classes, "img_size": img_size}.items() if v is not None}, **args}
+    if isinstance(source, ModelSource):
+        return source.open()
     found = _opened(source, model, given, pretrained)
     settings = check_settings(settings or {})
     odd = next((name for name in settings if name not in ("mean", "std") and isinstance(found.model, Segmenter)), None)
@@ -42,7 +92,7 @@ def open_model(source: Source, *, model: str | None = None, num_classes: int | N
     return found
 
 
-def _opened(source: Source, model: str | None, args: dict[str, Any], pretrained: bool) -> Checkpoint:
+def _opened(source: Other, model: str | None, args: dict[str, Any], pretrained: bool) -> Checkpoint:
     if isinstance(source, Checkpoint):
         return _as_it_is(source, "the checkpoint", args)
     source = str(source)

@@ -1,15 +1,17 @@
 """How a command is begun and ended: on record in its run folder, gone on with, as one of several processes, its errors
 in one line."""
-import argparse
 import contextlib
+import difflib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from pathlib import Path
 
-from vitlab.runtime.files import LOCK, InputError, atomic_write, read_json
+from vitlab.runtime import signals
+from vitlab.runtime.caveats import TOYS
+from vitlab.runtime.files import LOCK, InputError, atomic_write, from_root, read_json
 
 TOGETHER = ("pretrain", "segment", "finetune", "score", "evaluate", "search")              # take several processes
 RESUMABLE, COMMAND = ("pretrain", "segment", "finetune", "search", "tonight"), "command.json"
@@ -25,6 +27,7 @@ KEPT = {                                        # what is on the disk of a comma
     "demo": "the same command begins anew; its trainings and searches go on",
 }
 NOTHING_KEPT = "nothing of it is kept, and the same command begins anew"
+SCHEMES, SPLITS = ("hfds/", "hfids/", "tfds/", "wds/", "torch/"), ("train/", "val/", "validation/", "test/")
 LOST = 15.0                                     # seconds that a process waits to be ended after another one was
 
 
@@ -33,37 +36,117 @@ def _several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def recorded(run: str, parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command that began a run; its folder becomes the current one. Raises InputError naming the file."""
+def name_of(words: Sequence[str], commands: Collection[str]) -> str:
+    """The command that words begin with, of two words where it is one of several; "" where there is none."""
+    known = [" ".join(words[:count]) for count in (2, 1) if " ".join(words[:count]) in [*commands, "resume"]]
+    return known[0] if known else ""
+
+
+def values_of(words: Sequence[str]) -> dict[str, str]:
+    """{flag: the word after it, or after its =}."""
+    found = {word: after for word, after in zip(words, [*words[1:], ""]) if word.startswith("--")}
+    return {**found, **{word.partition("=")[0]: word.partition("=")[2] for word in found if "=" in word}}
+
+
+def checked(words: Sequence[str], commands: Collection[str]) -> tuple[str, dict[str, str]]:
+    """(command, `values_of` its words). Raises InputError for what can be told before anything is imported: another
+    command, a path that is not there, a place that can't be written to, a model that would be replaced."""
+    name, values = name_of(words, commands), values_of(words)
+    one_of = [each for each in commands if each.startswith(f"{name} ")] if name else [*commands, "resume"]
+    if not name or one_of:
+        last = [each.removeprefix(f"{name} ") for each in one_of if name or " " not in each]
+        word = words[bool(name)] if len(words) > bool(name) else None
+        near = difflib.get_close_matches(word or "", last, n=1)
+        raise InputError(f"{'a COMMAND is needed' if word is None else f'{word!r} is no COMMAND'}"
+                         f"{f', {near[0]} is near' if near else ''}: one of {', '.join(last)} "
+                         f"(see {f'vitlab {name}'.strip()} --help)")
+    for word in words:
+        if not word.strip() or "\0" in word:
+            raise InputError(f"{word!r}: a NUL is in no name" if word.strip() else "an empty text names nothing")
+    for flag in ("--plan", "--scores", "--class-map"):
+        if flag in values and not Path(values[flag]).exists():
+            writer = "`vitlab score` writes it" if flag == "--scores" else "a file is needed"
+            raise InputError(f"{values[flag]}: no such file; {writer} ({flag})")
+    for flag in ("--checkpoint", "--teacher", "--dense"):
+        check_source(values.get(flag, "dense"))
+    data = values.get("--data", TOYS[0])
+    if data not in TOYS and not data.startswith(SCHEMES) and not from_root(data).exists():
+        raise InputError(f"{data}: no such folder; give 'digits', or a folder that holds {', '.join(SPLITS)}, or a "
+                         f"timm data set such as hfds/NAME")
+    if "--out" in values:
+        check_out(values["--out"], wants_file=name.startswith("score "))
+        if name.split()[0] not in ("score", "evaluate", "predict", "throughput"):
+            check_apart(values)
+    return name, values
+
+
+def check_source(source: str) -> None:
+    """InputError for a model that can only be a file or folder, and is not there."""
+    path = from_root(source.removeprefix("local-dir:"))
+    if not path.exists() and (path.is_absolute() or len(path.parts) > 2 or source.startswith(("local-dir:", "."))):
+        raise InputError(f"{source}: no such run folder or weights file; 01_baseline and `vitlab pretrain` write the "
+                         f"dense one of a study")
+
+
+def check_out(out: str, wants_file: bool) -> None:
+    """OSError or InputError where `out` is of the wrong kind or nothing can be written to it."""
+    if wants_file and Path(out).is_dir():
+        raise InputError(f"{out}: is a folder; a file to write the scores to is needed")
+    if wants_file and Path(out).suffix != ".safetensors":
+        raise InputError(f"{out}: scores are written as .safetensors; a name that ends so is needed")
+    if not wants_file and Path(out).is_file():
+        raise InputError(f"{out}: is a file; a run folder is needed")
+    folder = Path(out).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() and folder != Path(out).absolute():
+        raise InputError(f"{out}: {folder} is a file, not a folder")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{out}: {folder} can't be written to")
+
+
+def check_apart(values: dict[str, str]) -> None:
+    """InputError where the result would take the place of a model that the command reads."""
+    out = Path(values["--out"]).resolve()
+    for given in filter(None, (values.get(flag) for flag in ("--checkpoint", "--teacher", "--dense"))):
+        if Path(given).is_dir() and out in (Path(given).resolve(), Path(given).resolve().parent):
+            raise InputError(f"--out {values['--out']} would replace {given}, which is read; choose another folder")
+
+
+def recorded(run: str) -> list[str]:
+    """The words of the command that began a run; its folder becomes the current one. Raises InputError naming the
+    file."""
     path = Path(run) / COMMAND
     if not path.is_file():
         raise InputError(f"{path}: no such file; {', '.join(RESUMABLE)} write it into their run folder")
     record = read_json(path)
-    arguments, folder = (record.get("arguments"), record.get("folder")) if isinstance(record, dict) else (None, None)
-    if not isinstance(arguments, list) or not all(isinstance(a, str) for a in arguments) or not isinstance(folder, str):
+    words, folder = (record.get("arguments"), record.get("folder")) if isinstance(record, dict) else (None, None)
+    if not isinstance(words, list) or not all(isinstance(a, str) for a in words) or not isinstance(folder, str):
         raise InputError(f"{path}: no record of a command")
-    if not arguments or arguments[0] not in RESUMABLE:
-        raise InputError(f"{path}: {arguments[0] if arguments else 'nothing'!r} can't be gone on with; "
+    if not words or words[0] not in RESUMABLE:
+        raise InputError(f"{path}: {words[0] if words else 'nothing'!r} can't be gone on with; "
                          f"{', '.join(RESUMABLE)} can")
-    args = parser.parse_args(arguments)
-    if not Path(folder).is_dir() or (Path(folder) / args.out).resolve() != Path(run).resolve():
-        raise InputError(f"{path}: the run was begun in {folder} as {args.out} and has been moved since; give its "
-                         f"command again")
+    out = values_of(words).get("--out", "")
+    if not Path(folder).is_dir() or (Path(folder) / out).resolve() != Path(run).resolve():
+        raise InputError(f"{path}: the run was begun in {folder} as {out} and has been moved since; give its command "
+                         f"again")
     os.chdir(folder)
-    return args
+    return words
 
 
-def join(args: argparse.Namespace) -> None:
-    """Where torchrun started several processes: be one of them. The first one alone prints."""
+def join(name: str, values: dict[str, str]) -> bool:
+    """Where torchrun started several processes: be one of them. The first one alone prints; True for the others."""
     if not _several():
-        return
+        return False
     from vitlab.runtime import parallel
-    if args.command not in TOGETHER:
-        raise InputError(f"`{args.command}` runs in one process; start it without torchrun ({', '.join(TOGETHER)} take "
-                         f"several)")
-    parallel.begin(args.device)
-    if not parallel.is_first():
-        sys.stdout, args.quiet = open(os.devnull, "w"), True
+    if name.split()[0] not in TOGETHER:
+        raise InputError(f"`{name}` runs in one process; start it without torchrun "
+                         f"({', '.join(TOGETHER)} take several)")
+    parallel.begin(values.get("--device"))
+    if parallel.is_first():
+        return False
+    sys.stdout = open(os.devnull, "w")
+    return True
 
 
 def leave(error: BaseException | None = None) -> None:
@@ -79,11 +162,15 @@ def leave(error: BaseException | None = None) -> None:
 
 
 @contextlib.contextmanager
-def on_record(path: Path, given: Sequence[str]) -> Generator[None]:
-    """Write the command into its run folder; where it is refused, the one that began the run stands there again, or
-    nothing."""
+def on_record(name: str, values: dict[str, str], words: Sequence[str]) -> Generator[None]:
+    """Write a command that can be gone on with into its run folder; where it is refused, the one that began the run
+    stands there again, or nothing."""
+    if name not in RESUMABLE or int(os.environ.get("RANK", "0")):
+        yield
+        return
+    path = Path(values["--out"]) / COMMAND
     before, fresh = path.read_bytes() if path.is_file() else None, not path.parent.exists()
-    atomic_write(path, json.dumps({"arguments": list(given), "folder": str(Path.cwd())}) + "\n")
+    atomic_write(path, json.dumps({"arguments": list(words), "folder": str(Path.cwd())}) + "\n")
     try:
         yield
     except (InputError, OSError):
@@ -94,17 +181,30 @@ def on_record(path: Path, given: Sequence[str]) -> Generator[None]:
         raise
 
 
-def kept_of(command: str) -> str:
-    """What a command that was stopped leaves, and what the same command does with it."""
-    return KEPT.get(command, NOTHING_KEPT)
+def ending(error: BaseException, name: str, loader_fault: Callable[[BaseException], str | None]) -> tuple[int, str]:
+    """(exit code, what is said) of a command that an error or a request ended; raises an error that is ours.
+    loader_fault: what happened to a loader process, which torch may say at any time."""
+    kept = KEPT.get(name, NOTHING_KEPT)
+    if isinstance(error, signals.Stopped):
+        return signals.EXIT_CODE, f"stopped on request; {kept}"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, f"interrupted; {kept}"
+    if isinstance(error, InputError):
+        return 2, str(error)
+    if isinstance(error, OSError):
+        return 2, f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")
+    if isinstance(error, MemoryError) or any(words in str(error) for words in ("out of memory",
+                                                                               "can't allocate memory")):
+        return 2, f"out of memory; a smaller batch or model needs less ({str(error) or 'no memory'})"[:300]
+    if (died := loader_fault(error)) is not None:
+        return 2, died
+    if _several() and any(word in str(error).lower() for word in ("gloo", "nccl", "connection closed")):
+        return 1, "another process of this run ended, and so does this one; what went wrong is in its error"
+    leave(error)
+    raise error
 
 
 def one_line(text: str) -> str:
     """A message in one line, with what can't be printed (control characters in names of files, say) written as
     escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.splitlines()))
-
-
-def lost(error: RuntimeError) -> bool:
-    """Whether it says no more than that another process is gone."""
-    return _several() and any(word in str(error).lower() for word in ("gloo", "nccl", "connection closed"))

@@ -1,10 +1,13 @@
 """Training recipes: settings with their source, the number to expect, and the command that runs them."""
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 from vitlab.models import TRAINABLE
 from vitlab.runtime.files import InputError
+from vitlab.runtime.kinds import Count, Natural
 
 DISTILL, DTYPES = ("none", "soft", "hard"), ("float32", "bfloat16", "float16")
 
@@ -71,19 +74,30 @@ class Recipe:
         return self.lr * self.batch_size / self.lr_batch
 
 
+@Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """How a recipe is run. But for rounding, none of it changes what comes out."""
+    """How a recipe is run. But for rounding, none of it changes what comes out.
 
-    # batches of a step that follow each other, where one would need too much memory
-    accumulate: int = 1
-    compile: bool = False                       # torch.compile
-    checkpointing: bool = False                 # keep no activations inside blocks: less memory, a third more time
-    channels_last: bool = False                 # memory format of the images and of the patch embedding
-    save_steps: int = 1000                      # a state on the disk so often within an epoch, and at its end
-    keep: int = 2                               # states that stay on the disk
-    log_steps: int = 100                        # a line in the log so often within an epoch
-    max_skipped: int = 10                       # steps in a row whose loss may be not finite: they are left out
+    Args:
+        accumulate: batches of a step that follow each other, where one would need too much memory
+        compile: compile the model (torch.compile)
+        checkpointing: keep no activations inside blocks: less memory, a third more time
+        channels_last: memory format of the images and of the patch embedding
+        save_steps: a state on the disk so often within an epoch, and at its end
+        keep: states that stay on the disk
+        log_steps: a line in the log so often within an epoch
+        max_skipped: steps in a row whose loss may be not finite: they are left out
+    """
+
+    accumulate: Count = 1
+    compile: bool = False
+    checkpointing: Annotated[bool, Parameter(name="--grad-checkpointing")] = False
+    channels_last: bool = False
+    save_steps: Count = 1000
+    keep: Count = 2
+    log_steps: Count = 100
+    max_skipped: Natural = 10
 
     def __post_init__(self) -> None:
         lowest = {"accumulate": 1, "save_steps": 1, "keep": 1, "log_steps": 1, "max_skipped": 0}

@@ -25,8 +25,8 @@ RESULTS, SUMMARY = "results.jsonl", "summary.json"
 ENTRY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]*")      # a name of batch_file's with the choices of its grids
 OWN = ("inputs.json", "status.json", "log.txt", "figures", RESULTS)         # of an entry alone, not passed on
 SOURCE = Path(__file__).resolve().parents[1]
-SHOWING = ("plots", "cli.py", "options.py", "runtime/launching.py", "workbench/batch", "workbench/report.py",
-           "workbench/explore", "workbench/processes.py")
+SHOWING = ("plots", "cli.py", "workbench/said.py", "workbench/plain.py", "runtime/launching.py", "workbench/batch",
+           "workbench/report.py", "workbench/explore", "workbench/processes.py")
 # ... source that starts and draws, and changes no result
 WEIGHTS = (".safetensors", ".pt", ".pth")
 FIGURES = "png,svg,pdf"

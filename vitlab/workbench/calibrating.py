@@ -3,9 +3,10 @@ self-distillation."""
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from cyclopts import Parameter
 from torch import nn
 
 from vitlab.data.parts import reported_on
@@ -14,12 +15,14 @@ from vitlab.measure.capture import need_classifier
 from vitlab.measure.moments import fisher
 from vitlab.models import checkpoint, compress, shape_of
 from vitlab.models.checkpoint import Checkpoint
+from vitlab.models.opening import Source
 from vitlab.plan import CompressionPlan
+from vitlab.runtime.config import RUN, RunConfig
+from vitlab.runtime.kinds import ClassMap, Count, Data, Minutes, Run
 from vitlab.runtime.uncertainty import digits_of, plus_minus, standard_error
 from vitlab.training.compensate import compensate, layers_to_refit
 from vitlab.training.self_distillation import Divergence, self_distil
-from vitlab.workbench.cutting import amp_of, measured_batches, open_dense
-from vitlab.workbench.steps import Source, open_matching, pick_device
+from vitlab.workbench.steps import Plan, amp_of, measured_batches, open_dense, open_matching, pick_device
 
 CHOSEN_ON = 50                                  # images at least, on which a form or a state is chosen
 ENOUGH = 100                                    # images to refit on, below which it is said
@@ -57,10 +60,9 @@ def nearest(each: dict[Any, Sequence[float]]) -> Any:
     return chosen
 
 
-def calibrate(source: Source, data: str | Path, out: str | Path, plan: str | Path | CompressionPlan, *,
-              images: int = 1000, report_images: int = 256, ridge: float | None = None, minutes: float = 0,
-              seed: int = 0, device: str | None = None, class_map: str | Path | None = None, workers: int | None = None,
-              progress: bool = True) -> Checkpoint:
+def calibrate(source: Source, data: Data, out: Run, plan: Plan, *, images: Count = 1000, report_images: Count = 256,
+              ridge: Annotated[float | None, Parameter(parse=False)] = None, minutes: Minutes = 0,
+              class_map: ClassMap = None, config: Annotated[RunConfig, RUN] = RunConfig()) -> Checkpoint:
     """Compress a dense model by a plan, and bring its output near the dense one's on `images` of train, without labels:
     what is left of heads and neurons, or all from the first cut on, is refitted in closed form (`compensate`), then
     everything is trained for at most so many minutes (`self_distil`). Writes and returns the checkpoint in `out`; it is
@@ -73,38 +75,49 @@ def calibrate(source: Source, data: str | Path, out: str | Path, plan: str | Pat
     kl_cut, kl_refitted (of the nearer of the refitted forms) and, where a state of the training was chosen,
     kl_distilled, each with its standard error (kl_cut_se), `kept` being the form that the checkpoint has. Raises
     InputError for a model without a classifier, which has no such distance.
+
+    Args:
+        plan: a plan.json by which a dense SOURCE is compressed
+        images: of train, that it is fitted on, at most; others to choose and to report on
+        report_images: others, to report on, at most
+        minutes: self-distillation afterwards, at most so long
     """
-    found, place = open_dense(source), pick_device(device)
+    found, place, workers, progress = open_dense(source), pick_device(config.device), config.workers, config.progress
     need_classifier(found.model, "calibrated models")
     dense, amp = found.model.to(place), amp_of(found.model)
     opened = open_matching(data, found, class_map, labels=False)
-    parts = opened.parts(seed, calibrate=images, choose=max(CHOSEN_ON, images // 10), report=report_images)
+    parts = opened.parts(config.seed, calibrate=images, choose=max(CHOSEN_ON, images // 10), report=report_images)
     warn_of_few(parts.roles["calibrate"])
     plan = plan if isinstance(plan, CompressionPlan) else CompressionPlan.load(plan, shape_of(dense))
     choosing, reporting = (Divergence(dense, measured_batches(dense, parts, role, workers), amp)
                            for role in ("choose", "report"))
     batches = list(parts.batches("calibrate", dense, workers=workers))
-    costs = fisher(dense, batches, seed=seed, amp=amp, progress=progress)
+    costs = fisher(dense, batches, seed=config.seed, amp=amp, progress=progress)
     models = {form: in_form(form, dense, plan, batches, ridge=ridge, costs=costs, amp=amp, progress=progress)
               for form in forms_of(plan)}
     apart = {form: choosing.each(model) for form, model in models.items()}
     best, refitted = (min(forms, key=lambda form: sum(apart[form]))
                       for forms in (forms_of(plan), forms_of(plan)[1:] or (CUT,)))
     made_by = {"step": "calibrate", "data": opened.name, "images": parts.roles["calibrate"], "roles": parts.roles,
-               "ridge": "chosen for each layer" if ridge is None else ridge, "minutes": minutes, "seed": seed,
+               "ridge": "chosen for each layer" if ridge is None else ridge, "minutes": minutes, "seed": config.seed,
                "plan": plan.made_by, "kept": best, **reporting.measured(models[CUT], "kl_cut"),
                **reporting.measured(models[refitted], "kl_refitted")}
+    write_best(out, found, models[best], plan, made_by, reporting, minutes, parts, choosing, split="calibrate",
+               seed=config.seed, amp=amp, workers=workers, progress=progress)
+    return checkpoint.load(out)
 
+
+def write_best(out: str | Path, found: Checkpoint, model: nn.Module, plan: CompressionPlan, made_by: dict[str, Any],
+               reporting: Divergence, minutes: float, *args: Any, **how: Any) -> None:
+    """Write a plan's model of the dense one that was found; then train it for so many minutes (args and how: of
+    `self_distil`), and write each that is nearer, with its distance on the images to report on."""
     def keep(model: nn.Module, more: dict[str, Any]) -> None:
         checkpoint.save(Path(out) / checkpoint.FOLDER, model, plan, classes=found.info.get("classes"),
                         made_by=made_by | more)
-    keep(models[best], {})
+    keep(model, {})
     if minutes:
-        self_distil(models[best], dense, parts, choosing, minutes=minutes, seed=seed, amp=amp, workers=workers,
-                    progress=progress, split="calibrate",
-                    on_better=lambda model,
-                    _: keep(model, {"kept": "distilled", **reporting.measured(model, "kl_distilled")}))
-    return checkpoint.load(out)
+        self_distil(model, found.model, *args, minutes=minutes, **how, on_better=lambda better, _: keep(
+            better, {"kept": "distilled", **reporting.measured(better, "kl_distilled")}))
 
 
 def distances(made_by: dict[str, Any]) -> str:

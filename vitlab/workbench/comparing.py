@@ -1,23 +1,107 @@
-"""What measured cuts say of criteria, and no more: over blocks and seeds, with intervals, and no best one that noise
-could have made.
+"""Where cutting hurts, measured, and what that says of criteria, and no more: over blocks and seeds, with intervals,
+and no best one that noise could have made.
 
-Rows are those of `cutting.sensitivity`, of one seed or several, each with its "seed".
+Rows are those of `sensitivity`, of one seed or several, each with its "seed".
 """
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from pandas.io.formats.style import Styler
+from tqdm import tqdm
 
-from vitlab.runtime.files import InputError
+from vitlab.criteria.units import UNIT_CRITERIA
+from vitlab.measure.capture import need_classifier
+from vitlab.measure.units import unit_scores
+from vitlab.models import shape_of
+from vitlab.models.opening import Source
+from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.plan.cost import macs
+from vitlab.plan.rules import PROTECT, Match, Select
+from vitlab.plan.shape import ViTShape
+from vitlab.runtime.config import RunConfig
+from vitlab.runtime.files import InputError, append_line
 from vitlab.runtime.results import ResultRow
 from vitlab.runtime.uncertainty import error_name, interval, overlap, plus_minus, standard_error
+from vitlab.search import SearchSpace
+from vitlab.search.token_dimensions import default_tokens
+from vitlab.workbench.steps import objective_on, open_dense, open_matching, pick_device
 
+SENSITIVITY = "sensitivity.jsonl"
 Z = 1.96                                        # standard errors from a mean to the ends of its interval of 95 %
 UNTOLD = " (can't be told from 0)"
 POINTS = {"top1_pct": "top-1", "miou_pct": "mIoU"}
 RANDOM = "random"                               # the criterion that knows nothing
+
+
+def sensitivity(source: Source, data: str | Path, out: str | Path, *, criteria: Sequence[str] = tuple(UNIT_CRITERIA),
+                ratio: float = 0.25, images: int = 1000, score_images: int = 512, metric: str = "distill_loss",
+                class_map: str | Path | None = None, config: RunConfig = RunConfig()) -> list[dict[str, Any]]:
+    """Cut one dimension of one block by `ratio`, by each criterion, and measure on the images of train to choose on, at
+    most `images`, others than the score_images at most that the scores are of (`ImageData.parts`).
+
+    Returns a row per cut: criterion, dimension ("heads", "neurons" or "tokens"), block, drop (dense value less the cut
+    one's, of `metric`), drop_se (of the cut one's value), gmacs_removed and drop_per_gmac. Rows go to
+    out/sensitivity.jsonl as they are measured; another call begins anew. Tokens are selected in that block alone
+    (criterion "class attention"), or, where the grid is needed or there is no class token, merged there by content
+    (criterion "alike keys").
+    """
+    found = open_dense(source)
+    shape = shape_of(found.model)
+    need_classifier(found.model, "losses by cuts")
+    opened, device = open_matching(data, found, class_map,
+                                   labels=metric != "distill_loss" or "taylor" in criteria), pick_device(config.device)
+    parts = opened.parts(config.seed, score=score_images, choose=images)
+    objective = objective_on(found.model, parts, "choose", metric, device, config.workers)
+    empty = CompressionPlan.empty(shape)
+    dense, whole, rows = objective(empty)["value"], macs(empty)["total"], []
+    batches = list(parts.batches("score", found.model, workers=config.workers))
+    path = Path(out) / SENSITIVITY
+    path.unlink(missing_ok=True)
+    bar = tqdm(total=shape.depth * (2 * len(criteria) + 1), desc="sensitivity", unit="cut", disable=config.quiet)
+
+    def measure(criterion: str, dimension: str, block: int, plan: CompressionPlan) -> None:
+        removed = (whole - macs(plan)["total"]) / 1e9
+        if removed > 0:
+            measures = objective(plan)
+            drop = dense - measures["value"]
+            rows.append({"criterion": criterion, "dimension": dimension, "block": block, "ratio": ratio, "drop": drop,
+                         "drop_se": measures.get(error_name(metric)), "gmacs_removed": removed,
+                         "drop_per_gmac": drop / removed, "metric": metric})
+            append_line(path, rows[-1])
+        bar.update()
+    for criterion in criteria:
+        bar.set_postfix(criterion=criterion)
+        scores = unit_scores(found.model, batches, criterion=criterion, seed=config.seed, device=device, progress=False)
+        for unit in ("neurons", "heads"):
+            space = SearchSpace(shape=shape, units=(unit,), tokens="none", max_ratio=max(ratio, 0.5))
+            # One head is the least that can be cut, so it is one where the ratio is less than that.
+            cut = max(ratio, 0.5 / shape.num_heads) if unit == "heads" else ratio
+            for block, policy in enumerate(np.eye(shape.depth) * cut):
+                measure(criterion, unit, block, space.plan(policy, heads=scores.heads, neurons=scores.neurons))
+    by, cut_tokens = ("class attention", _select_in) if default_tokens(shape) == "select" else ("alike keys", _match_in)
+    for block in range(shape.depth):
+        measure(by, "tokens", block, cut_tokens(shape, block, ratio))
+    bar.close()
+    return rows
+
+
+def _select_in(shape: ViTShape, block: int, ratio: float) -> CompressionPlan:
+    """The plan that selects tokens in one block."""
+    kept = max(1, int(shape.num_tokens * (1 - ratio)) - shape.num_prefix_tokens)
+    return CompressionPlan(shape=shape, blocks=tuple(BlockPlan(tokens=Select(kept=kept) if index == block else None)
+                                                     for index in range(shape.depth)))
+
+
+def _match_in(shape: ViTShape, block: int, ratio: float) -> CompressionPlan:
+    """The plan that merges tokens by content in one block, and gives them back at the end."""
+    merged = min(int(shape.num_patches * ratio), shape.num_patches // 2)
+    protect = PROTECT if shape.class_token else 0.0
+    rules = [None] * block + [Match(merged=merged if index == block else 0, protect=protect)
+                              for index in range(block, shape.depth)]
+    return CompressionPlan(shape=shape, blocks=tuple(BlockPlan(tokens=rule) for rule in rules))
 
 
 def clear_lowest(values: Sequence[float], errors: Sequence[float | None]) -> int | None:

@@ -1,131 +1,119 @@
-"""Steps on heads and neurons: score, cut by ratios, find out where cutting hurts."""
-import dataclasses
-from collections.abc import Iterable
+"""Steps that cut: by scores of tokens or of units, by content, or by a plan file."""
+import functools
+from bisect import bisect_right
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
-from safetensors.torch import save
-from torch import Tensor, nn
-from tqdm import tqdm
 
-from vitlab.criteria.units import UNIT_CRITERIA, UnitScores, unit_criterion
-from vitlab.data import ImageData
-from vitlab.measure.capture import need_classifier
-from vitlab.measure.objective import PlanObjective
-from vitlab.measure.units import unit_scores
-from vitlab.models import shape_of
+from vitlab.criteria.planning import prune_and_merge
+from vitlab.criteria.units import UnitScores
+from vitlab.models import checkpoint, compress, shape_of
 from vitlab.models.checkpoint import Checkpoint
-from vitlab.models.weights import read_file
-from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.models.opening import Source, open_model
+from vitlab.plan import CompressionPlan, cost, tokens
 from vitlab.plan.cost import macs
-from vitlab.plan.rules import PROTECT, Match, Select
 from vitlab.plan.shape import ViTShape
-from vitlab.runtime import parallel
-from vitlab.runtime.files import InputError, append_line, atomic_write
-from vitlab.runtime.uncertainty import error_name
+from vitlab.runtime.config import RunConfig, flags
+from vitlab.runtime.files import InputError
+from vitlab.runtime.kinds import File, Gmacs, MacsRatio, Or, Rate, Ratio, Run, Spans, flag
 from vitlab.search import Budget, SearchSpace
 from vitlab.search.published import published_policy
-from vitlab.search.token_dimensions import default_tokens
-from vitlab.workbench.steps import (
-    Source,
-    apply_plan,
-    limit_of,
-    need_dense,
-    open_matching,
-    open_model,
-    pick_device,
-    what_is_shared,
-)
+from vitlab.workbench.scoring import read_scores, read_units
+from vitlab.workbench.steps import Plan, need_dense, open_dense
 
-UNIT_SCORES, SENSITIVITY = "unit_scores.safetensors", "sensitivity.jsonl"
-CLOSE = 1e-3                                # of a budget: nearer to it no more is given back
-# models at least this wide gain by bf16 where the hardware has it; narrower ones lose
-WIDE = 192
+CLOSE = 1e-3                                    # of a budget: nearer to it no more is given back
+Quiet = Annotated[RunConfig, flags("quiet")]
 
 
-def amp_of(model: nn.Module) -> bool | None:
-    """What `amp` is where a model is only measured: None, bf16 where the hardware has it, for a wide one."""
-    return None if model.embed_dim >= WIDE else False
+def prune_tokens(source: Source, scores: File, out: Run, *, rule: Literal["center", "merge"] = "center",
+                 keep_rate: Rate | None = None, spans: Spans | None = None, prune_rate: Rate = tokens.PRUNE_RATE,
+                 decay: Annotated[Rate | None, flag(metavar="D")] = None,
+                 boundary: Literal["grid", "reference"] | None = None,
+                 weights: Literal["score", "uniform", "reference"] = tokens.WEIGHTS, share: bool = False,
+                 gmacs: Gmacs = None, macs_ratio: MacsRatio = None, config: Quiet = RunConfig()) -> Checkpoint:
+    """Compress a dense model by its token scores; writes and returns the checkpoint in `out`. spans: (first block, last
+    block, keep rate) each, of blocks through which tokens stay merged (`prune_and_merge`). gmacs, macs_ratio: a budget
+    (`limit_of`) instead of keep_rate, which is the largest that meets it then.
+
+    Args:
+        scores: of tokens, from `vitlab score tokens`
+        rule: how regions are made
+        keep_rate: fraction of patches that become centers (default: 0.6)
+        spans: instead of --keep-rate: blocks through which tokens stay merged, as in 3-5:0.7,6-11:0.5; all stay in the
+            others
+        prune_rate: fraction of patches that skip a block, or a span
+        decay: that each block's scores lose of their factor to the one before, below 1 / (blocks - 1) (default: the
+            published one of the rule, spread over the depth)
+        boundary: regions of rule center: 2-D cells, or raster runs as published (default: grid)
+        weights: entries of the merge matrix; reference: as published
+        share: regions share their block's update and keep their own streams, without matrices (methods C1)
+    """
+    found = open_model(source)
+    if rule == "merge" and boundary is not None:
+        raise InputError("boundary is of rule center; rule merge has none")
+    if spans is not None and (share or keep_rate is not None):
+        raise InputError(f"spans do not go with {'share' if share else 'a keep rate: each span has its own'}")
+    (values, source_of_scores), shape = read_scores(scores), shape_of(found.model)
+    made_by: dict[str, Any] = {"scores": source_of_scores}
+    made_of = functools.partial(prune_and_merge, values, shape, rule=rule, prune_rate=prune_rate,
+                                boundary=boundary or tokens.BOUNDARY, weights=weights, decay=decay, share=share,
+                                spans=spans)
+    if gmacs is not None or macs_ratio is not None:
+        if keep_rate is not None or spans is not None:
+            raise InputError(f"a budget finds the keep rate, but a {'rate for each span' if spans else 'keep rate'} is "
+                             f"given; one of the two is needed")
+        limit = limit_of(shape, gmacs, macs_ratio)
+        made_by["gmacs"] = limit
+        keep_rate = _largest_keep_rate(lambda rate: cost.gmacs(made_of(keep_rate=rate)), shape, limit)
+    return apply_plan(found, made_of(keep_rate=keep_rate), out, made_by)
 
 
-def open_dense(source: Source) -> Checkpoint:
-    return need_dense(open_model(source))
+def prune_plan(source: Source, plan: Plan, out: Run, *, config: Quiet = RunConfig()) -> Checkpoint:
+    """Compress a dense model by a plan; writes and returns the checkpoint in `out`.
 
-
-def needs_images(criterion: str) -> bool:
-    """Whether scores by a criterion of units are of images. Raises InputError for one that is not known."""
-    return unit_criterion(criterion).needs not in ("weights", "nothing")
-
-
-def score_units(source: Source, data: str | Path, out: str | Path, *, criterion: str = "hsic", images: int = 512,
-                batch_size: int | None = None, seed: int = 0, device: str | None = None,
-                class_map: str | Path | None = None, workers: int | None = None, progress: bool = True) -> UnitScores:
-    """Scores of heads and neurons by a criterion on the images of train that are for scores (`ImageData.parts`), at
-    most `images`, written to `out` (safetensors)."""
+    Args:
+        plan: a plan.json to apply as it is
+    """
+    if isinstance(plan, CompressionPlan):
+        return apply_plan(open_model(source), plan, out)
     found = open_dense(source)
-    if unit_criterion(criterion).needs in ("output", "gradients"):
-        need_classifier(found.model, f"scores by {criterion}")
-    opened = open_matching(data, found, class_map, labels=criterion == "taylor")
-    batch_size = batch_size or opened.at_once(64)
-    batches, words = (), {}
-    if needs_images(criterion):
-        parts = opened.parts(seed, score=images)
-        batches = parts.batches("score", found.model, batch_size=batch_size, seed=seed, workers=workers, shared=True)
-        words = what_is_shared(parts)
-    scores = unit_scores(found.model, batches, criterion=criterion, seed=seed, device=pick_device(device),
-                         progress=progress)
-    made_by = {**words, **scores.made_by, "data": opened.name, "batch_size": str(batch_size), "seed": str(seed)}
-    if parallel.is_first():
-        write_units(out, scores, made_by)
-    return dataclasses.replace(scores, made_by=made_by)
+    return apply_plan(found, CompressionPlan.load(plan, shape_of(found.model)), out, {"from_plan": Path(plan).name})
 
 
-def write_units(path: str | Path, scores: UnitScores, metadata: dict[str, str]) -> None:
-    """Write what `read_units` reads, atomically."""
-    atomic_write(path,
-                 save({"head_scores": scores.heads.contiguous(), "neuron_scores": scores.neurons.contiguous()},
-                      metadata))
-
-
-def read_units(path: str | Path) -> UnitScores:
-    """Unit scores from a file. Raises InputError naming it."""
-    if Path(path).suffix != ".safetensors":
-        raise InputError(f"{path}: not a .safetensors file; `vitlab score --of units` writes one")
-    tensors = read_file(path)
-    missing = sorted({"head_scores", "neuron_scores"} - set(tensors))
-    if missing:
-        raise InputError(f"{path}: holds no {missing[0]}; `vitlab score --of units` writes them")
-    for name in ("head_scores", "neuron_scores"):
-        if not tensors[name].isfinite().all():
-            raise InputError(f"{path}: {name} must be finite")
-    odd = [name for name in ("head_scores", "neuron_scores")
-           if tensors[name].dtype not in (torch.float32, torch.float64)]
-    if odd:
-        raise InputError(f"{path}: {odd[0]} are {tensors[odd[0]].dtype}; float32 is needed")
-    return UnitScores(heads=tensors["head_scores"], neurons=tensors["neuron_scores"],
-                      made_by={"read_from": Path(path).name})
-
-
-def prune_units(source: Source, scores: str | Path | UnitScores, out: str | Path, *, policy: str | None = None,
-                head_ratio: float = 0.0, neuron_ratio: float = 0.0, rho: float = 0.0, gmacs: float | None = None,
-                macs_ratio: float | None = None) -> Checkpoint:
+def prune_units(source: Source,
+                scores: Or[File, UnitScores], out: Run, *,
+                policy: Annotated[str | None, flag(metavar="NAME")] = None, head_ratio: Ratio = 0.0,
+                neuron_ratio: Ratio = 0.0, rho: Ratio = 0.0, gmacs: Gmacs = None, macs_ratio: MacsRatio = None,
+                config: Quiet = RunConfig()) -> Checkpoint:
     """Compress a dense model by unit scores: the same ratios in every block and rho in the selecting blocks, or a
     published policy by name (tokens then ranked by all heads, as it was), or, by a budget (`limit_of`), heads and
-    neurons alike, as nearly as whole heads allow. Writes and returns the checkpoint in `out`."""
+    neurons alike, as nearly as whole heads allow. Writes and returns the checkpoint in `out`.
+
+    Args:
+        scores: of heads and neurons, from `vitlab score units`
+        policy: published ratios, deit_small_60 or deit_base_60
+        head_ratio: fraction of heads cut in every block
+        neuron_ratio: fraction of neurons cut in every block
+        rho: fraction of tokens dropped by each of three selections
+    """
+    budget, ratios = gmacs is not None or macs_ratio is not None, bool(head_ratio or neuron_ratio or rho)
+    if not budget and policy is None and not ratios:
+        raise InputError("nothing says how much is cut; a policy, head_ratio, neuron_ratio or rho, or a budget is "
+                         "needed")
     found = open_dense(source)
     scores = scores if isinstance(scores, UnitScores) else read_units(scores)
     shape = shape_of(found.model)
-    if gmacs is not None or macs_ratio is not None:
-        if policy is not None or head_ratio or neuron_ratio or rho:
+    if budget:
+        if policy is not None or ratios:
             raise InputError("a budget says how much is cut, and so does a policy or a ratio; one of the two is needed")
         limit, space = limit_of(shape, gmacs, macs_ratio), SearchSpace(shape=shape, tokens="none", max_ratio=0.999)
-        plan = space.plan(_within(space, limit), heads=scores.heads, neurons=scores.neurons,
+        plan = space.plan(even_within(space, limit), heads=scores.heads, neurons=scores.neurons,
                           made_by={"method": "budget", "gmacs": limit, "scores": scores.made_by})
         return apply_plan(found, plan, out)
     if policy is not None:
-        if head_ratio or neuron_ratio or rho:
+        if ratios:
             raise InputError("a policy says all ratios; give the policy or ratios, not both")
         vector, settings = published_policy(policy), {"ranked_by": "all"}
         if len(vector) != 2 * shape.depth + 1:
@@ -140,7 +128,29 @@ def prune_units(source: Source, scores: str | Path | UnitScores, out: str | Path
     return apply_plan(found, plan, out)
 
 
-def _within(space: SearchSpace, limit: float) -> np.ndarray:
+def prune_match(source: Source, out: Run, *, ratio: Ratio | None = None, gmacs: Gmacs = None,
+                macs_ratio: MacsRatio = None, read_out: bool = False, config: Quiet = RunConfig()) -> Checkpoint:
+    """Compress a dense model by merging tokens by content, the same ratio in each block of the middle half, or the
+    least that meets a budget (`limit_of`); no images are needed. Writes and returns the checkpoint in `out`.
+
+    Args:
+        ratio: fraction of the tokens that are merged in each block of the middle half
+        read_out: the last block computes what the classifier reads alone
+    """
+    if sum(amount is not None for amount in (ratio, gmacs, macs_ratio)) != 1:
+        raise InputError("how much is merged is a ratio of the tokens, or a budget in GMACs or as a ratio of the dense "
+                         "model's; one of the "
+                         "three is needed")
+    found = open_dense(source)
+    shape, made_by = shape_of(found.model), {"method": "match"}
+    space = SearchSpace(shape=shape, units=(), tokens="match", read_out=read_out, max_ratio=max(0.5, ratio or 0))
+    if ratio is None:
+        limit = limit_of(shape, gmacs, macs_ratio)
+        ratio, made_by = float(even_within(space, limit)[0]), made_by | {"gmacs": limit}
+    return apply_plan(found, space.plan([ratio], made_by=made_by | {"ratio": ratio, "read_out": read_out}), out)
+
+
+def even_within(space: SearchSpace, limit: float) -> np.ndarray:
     """The policy, its ratios alike as far as counts allow, that costs most of those within `limit` GMACs; nothing is
     cut where reading out is enough. Raises InputError naming the range where there is none."""
     nothing = np.zeros((1, space.size))
@@ -151,100 +161,40 @@ def _within(space: SearchSpace, limit: float) -> np.ndarray:
     return budget.project(np.full((1, space.size), space.max_ratio / 2))[0][0]
 
 
-def prune_match(source: Source, out: str | Path, *, ratio: float | None = None, gmacs: float | None = None,
-                macs_ratio: float | None = None, read_out: bool = False) -> Checkpoint:
-    """Compress a dense model by merging tokens by content, the same ratio in each block of the middle half, or the
-    least that meets a budget (`limit_of`); no images are needed. Writes and returns the checkpoint in `out`."""
-    if sum(amount is not None for amount in (ratio, gmacs, macs_ratio)) != 1:
-        raise InputError("how much is merged is a ratio of the tokens, or a budget in GMACs or as a ratio of the dense "
-                         "model's; one of the "
-                         "three is needed")
-    found = open_dense(source)
-    shape, made_by = shape_of(found.model), {"method": "match"}
-    space = SearchSpace(shape=shape, units=(), tokens="match", read_out=read_out, max_ratio=max(0.5, ratio or 0))
-    if ratio is None:
-        limit = limit_of(shape, gmacs, macs_ratio)
-        ratio, made_by = float(_within(space, limit)[0]), made_by | {"gmacs": limit}
-    return apply_plan(found, space.plan([ratio], made_by=made_by | {"ratio": ratio, "read_out": read_out}), out)
+def least_ratio(space: SearchSpace, limit: float, tried: int) -> float | None:
+    """The least of so many ratios, the same in all dimensions, that costs at most `limit` GMACs; None where none
+    does."""
+    ratios = np.linspace(0, space.max_ratio, tried)
+    within = np.flatnonzero(space.gmacs(ratios[:, None].repeat(space.size, axis=1)) <= limit)
+    return float(ratios[within[0]]) if len(within) else None
 
 
-def objective_on(model: nn.Module, parts: ImageData, role: str, metric: str, device: torch.device, workers: int | None,
-                 **settings: Any) -> PlanObjective:
-    """On the images of a role of train: "choose" to compare plans, "report" to say what the chosen one is worth. Never
-    on the held-out split. settings go to PlanObjective."""
-    return PlanObjective(model, measured_batches(model, parts, role, workers), metric=metric, device=device,
-                         amp=amp_of(model), labelled=parts.labelled, **settings)
+def limit_of(shape: ViTShape, gmacs: float | None, macs_ratio: float | None) -> float:
+    """A budget in GMACs: `gmacs`, or macs_ratio of the dense model's. Raises InputError where not one of the two is
+    given."""
+    if gmacs is not None and macs_ratio is None:
+        return gmacs
+    if macs_ratio is not None and gmacs is None:
+        return macs_ratio * cost.gmacs(CompressionPlan.empty(shape))
+    raise InputError("a budget is either in GMACs or a ratio of the dense model's; one of the two is needed")
 
 
-def measured_batches(model: nn.Module, parts: ImageData, role: str,
-                     workers: int | None) -> Iterable[tuple[Tensor, Tensor]]:
-    return parts.batches(role, model, batch_size=parts.at_once(128), workers=workers)
+def _largest_keep_rate(price: Callable[[float], float], shape: ViTShape, limit: float) -> float:
+    """The keep rate with the most centers whose price in GMACs, which grows with them, is at most `limit`."""
+    dense, n = cost.gmacs(CompressionPlan.empty(shape)), shape.num_patches
+    rates = [min((centers + 0.5) / n, 1.0) for centers in range(1, n + 1)]     # in the middle of those with as many
+    fit = bisect_right(rates, limit, key=price) if limit < dense else 0
+    if not fit:
+        raise InputError(f"a budget of {limit:.6g} gmacs can't be met: keep rates reach from {price(rates[0]):.6g} "
+                         f"(one patch is a center) "
+                         f"to below {dense:.6g} (the dense model's): ratios from {price(rates[0]) / dense:.3g} to "
+                         f"below 1")
+    return rates[fit - 1]
 
 
-def sensitivity(source: Source, data: str | Path, out: str | Path, *, criteria: tuple[str, ...] = tuple(UNIT_CRITERIA),
-                ratio: float = 0.25, images: int = 1000, score_images: int = 512, metric: str = "distill_loss",
-                seed: int = 0, device: str | torch.device | None = None, class_map: str | Path | None = None,
-                workers: int | None = None, progress: bool = True) -> list[dict[str, Any]]:
-    """Cut one dimension of one block by `ratio`, by each criterion, and measure on the images of train to choose on, at
-    most `images`, others than the score_images at most that the scores are of (`ImageData.parts`).
-
-    Returns a row per cut: criterion, dimension ("heads", "neurons" or "tokens"), block, drop (dense value less the cut
-    one's, of `metric`), drop_se (of the cut one's value), gmacs_removed and drop_per_gmac. Rows go to
-    out/sensitivity.jsonl as they are measured; another call begins anew. Tokens are selected in that block alone
-    (criterion "class attention"), or, where the grid is needed or there is no class token, merged there by content
-    (criterion "alike keys").
-    """
-    found = open_dense(source)
-    shape = shape_of(found.model)
-    need_classifier(found.model, "losses by cuts")
-    opened, device = open_matching(data, found, class_map,
-                                   labels=metric != "distill_loss" or "taylor" in criteria), pick_device(device)
-    parts = opened.parts(seed, score=score_images, choose=images)
-    objective = objective_on(found.model, parts, "choose", metric, device, workers)
-    empty = CompressionPlan.empty(shape)
-    dense, whole, rows = objective(empty)["value"], macs(empty)["total"], []
-    batches = list(parts.batches("score", found.model, workers=workers))
-    path = Path(out) / SENSITIVITY
-    path.unlink(missing_ok=True)
-    bar = tqdm(total=shape.depth * (2 * len(criteria) + 1), desc="sensitivity", unit="cut", disable=not progress)
-
-    def measure(criterion: str, dimension: str, block: int, plan: CompressionPlan) -> None:
-        removed = (whole - macs(plan)["total"]) / 1e9
-        if removed > 0:
-            measures = objective(plan)
-            drop = dense - measures["value"]
-            rows.append({"criterion": criterion, "dimension": dimension, "block": block, "ratio": ratio, "drop": drop,
-                         "drop_se": measures.get(error_name(metric)), "gmacs_removed": removed,
-                         "drop_per_gmac": drop / removed, "metric": metric})
-            append_line(path, rows[-1])
-        bar.update()
-    for criterion in criteria:
-        bar.set_postfix(criterion=criterion)
-        scores = unit_scores(found.model, batches, criterion=criterion, seed=seed, device=device, progress=False)
-        for unit in ("neurons", "heads"):
-            space = SearchSpace(shape=shape, units=(unit,), tokens="none", max_ratio=max(ratio, 0.5))
-            # One head is the least that can be cut, so it is one where the ratio is less than that.
-            cut = max(ratio, 0.5 / shape.num_heads) if unit == "heads" else ratio
-            for block, policy in enumerate(np.eye(shape.depth) * cut):
-                measure(criterion, unit, block, space.plan(policy, heads=scores.heads, neurons=scores.neurons))
-    by, cut_tokens = ("class attention", _select_in) if default_tokens(shape) == "select" else ("alike keys", _match_in)
-    for block in range(shape.depth):
-        measure(by, "tokens", block, cut_tokens(shape, block, ratio))
-    bar.close()
-    return rows
-
-
-def _select_in(shape: ViTShape, block: int, ratio: float) -> CompressionPlan:
-    """The plan that selects tokens in one block."""
-    kept = max(1, int(shape.num_tokens * (1 - ratio)) - shape.num_prefix_tokens)
-    return CompressionPlan(shape=shape, blocks=tuple(BlockPlan(tokens=Select(kept=kept) if index == block else None)
-                                                     for index in range(shape.depth)))
-
-
-def _match_in(shape: ViTShape, block: int, ratio: float) -> CompressionPlan:
-    """The plan that merges tokens by content in one block, and gives them back at the end."""
-    merged = min(int(shape.num_patches * ratio), shape.num_patches // 2)
-    protect = PROTECT if shape.class_token else 0.0
-    rules = [None] * block + [Match(merged=merged if index == block else 0, protect=protect)
-                              for index in range(block, shape.depth)]
-    return CompressionPlan(shape=shape, blocks=tuple(BlockPlan(tokens=rule) for rule in rules))
+def apply_plan(found: Checkpoint, plan: CompressionPlan, out: str | Path,
+               made_by: dict[str, Any] | None = None) -> Checkpoint:
+    """Compress a dense model by a plan; writes and returns the checkpoint in `out`."""
+    small, info = compress(need_dense(found).model, plan), {"step": "prune", **(made_by or {}), **plan.made_by}
+    checkpoint.save(Path(out) / checkpoint.FOLDER, small, plan, classes=found.info.get("classes"), made_by=info)
+    return checkpoint.load(out)

@@ -3,8 +3,10 @@
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
 from vitlab.runtime.files import InputError, existing_folder
+from vitlab.runtime.kinds import flag
 
 # The main story, under five minutes on two quiet cores, with parameters that make it so; and all of it.
 STORY: dict[str, dict[str, str]] = {
@@ -17,13 +19,17 @@ EVERYTHING: dict[str, dict[str, str]] = {
 EMBEDDED = ("digits", "digit_scenes")
 
 
-def demo(out: str | Path | None = None, *, everything: bool = False, quick: bool = False) -> Path:
+def demo(*, out: Annotated[str | Path | None, flag(metavar="RUN")] = None, everything: bool = False,
+         quick: bool = False) -> Path:
     """Run the notebooks on the embedded digits and print their table; returns the report, out/report.html.
 
-    Five minutes on two cores: dense model, scores, prune and merge, one search, calibration, deployed model.
-    everything: every notebook, with a dense model that is trained for longer: twenty minutes. quick: a few steps of
-    each, to see that it runs. out: runs/demo, or runs/demo-all with everything. Executed copies go to out/notebooks/;
-    trainings and searches that are there already are gone on with.
+    Five minutes on two cores: dense model, scores, prune and merge, one search, calibration, deployed model. Executed
+    copies go to out/notebooks/; trainings and searches that are there already are gone on with.
+
+    Args:
+        out: run folder (default: runs/demo, or runs/demo-all with --everything)
+        everything: every notebook, with a dense model that is trained for longer: twenty minutes
+        quick: a few steps of each, to see that it runs
     """
     from vitlab.runtime.results import format_table, notes, read_rows
     from vitlab.workbench import notebooks, steps
@@ -37,7 +43,7 @@ def demo(out: str | Path | None = None, *, everything: bool = False, quick: bool
     page = notebooks.report(out / "notebooks" / f"{next(reversed(chosen))}.ipynb", out / "report.html")
     rows = read_rows(out / steps.RESULTS)
     print(format_table(rows), notes(rows), sep="\n")
-    print(f"{(time.monotonic() - began) / 60:.1f} minutes; report: {page}; notebooks as they ran: {out}/notebooks")
+    print(f"{(time.monotonic() - began) / 60:.1f} minutes; notebooks as they ran: {out}/notebooks")
     return page
 
 

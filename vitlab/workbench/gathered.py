@@ -19,17 +19,18 @@ from vitlab.measure.moments import Fisher, Layer, each_moments, fisher, layers_o
 from vitlab.measure.objective import PlanObjective
 from vitlab.measure.units import by_moments as scores_by_moments
 from vitlab.models import shape_of
+from vitlab.models.opening import Source
 from vitlab.models.support import encoder_of
 from vitlab.models.weights import read_file
 from vitlab.plan import CompressionPlan, cost
 from vitlab.plan.shape import POOL_TOKEN, ViTShape
+from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import atomic_write
 from vitlab.training.loop import fingerprint
 from vitlab.training.self_distillation import Divergence
-from vitlab.workbench.cutting import amp_of, measured_batches, objective_on, open_dense
 from vitlab.workbench.pace import Pace
 from vitlab.workbench.searching import by_moments
-from vitlab.workbench.steps import Source, open_matching, pick_device
+from vitlab.workbench.steps import amp_of, measured_batches, objective_on, open_dense, open_matching, pick_device
 
 TOKEN_IMAGES = 128                              # that scores of tokens are of
 FISHER_COST, TOKEN_COST = 3, 4                  # forwards that an image takes, about
@@ -87,36 +88,36 @@ class Gathered:
     from there where it was made before of the same model and images."""
 
     def __init__(self, source: Source, data: str | Path, folder: str | Path, *, images: int = 128,
-                 report_images: int | None = None, score_images: int = 1000, seed: int = 0, device: str | None = None,
-                 class_map: str | Path | None = None, workers: int | None = None, progress: bool = True) -> None:
+                 report_images: int | None = None, score_images: int = 1000, class_map: str | Path | None = None,
+                 config: RunConfig = RunConfig()) -> None:
         """images: of train, to compare plans on; report_images: others to report on (None: as many); score_images:
         others, to score and refit on (`ImageData.parts`). Scores and moments are made when first needed, so that
         `check` comes before them, written into `folder`, and read where they were made before of the same model and
         images. Raises InputError for a compressed model, or one without a classifier."""
-        self.found, self.folder, self.place, self.progress = open_dense(source), Path(folder), pick_device(
-            device), progress
+        self.found, self.folder, self.place, self.config = open_dense(source), Path(folder), pick_device(
+            config.device), config
         need_classifier(self.found.model, "offers")
-        self.seed, self.shape = seed, shape_of(self.found.model)
+        self.shape = shape_of(self.found.model)
         self.pace: Pace | None = None           # the bar of a whole that this is a part of
         self.opened = open_matching(data, self.found, class_map, labels=False)
-        self.parts = self.opened.parts(seed, score=score_images, choose=images, report=report_images or images)
+        self.parts = self.opened.parts(config.seed, score=score_images, choose=images, report=report_images or images)
         counts = {role: count for role, count in self.parts.roles.items() if role != "shared"}
-        self.inputs = fingerprint([[self.parts.files(role) for role in counts], counts, seed,
+        self.inputs = fingerprint([[self.parts.files(role) for role in counts], counts, config.seed,
                                    image_config(encoder_of(self.found.model)), self.shape.stored()], [self.found.model])
-        self.model, self.workers, self.amp = self.found.model.to(self.place).eval(), workers, amp_of(self.found.model)
+        self.model, self.amp = self.found.model.to(self.place).eval(), amp_of(self.found.model)
         self.read_out = self.shape.pool == POOL_TOKEN and self.shape.num_prefix_tokens > 0
 
     @cached_property
     def batches(self) -> list[tuple[Tensor, Tensor]]:
         """Of the images to score and refit on."""
-        return list(self.parts.batches("score", self.model, workers=self.workers))
+        return list(self.parts.batches("score", self.model, workers=self.config.workers))
 
     def shown(self, what: str, each: float, images: int | None = None) -> Iterable[tuple[Tensor, Tensor]]:
         """These batches, of the first so many images, with a bar that says what they are gone through for, or on the
         bar of the whole; `each` is what one of them costs, in forwards."""
         batches = self.batches if images is None else first_images(self.batches, images)
         return self.pace.over(batches, each) if self.pace else tqdm(batches, desc=what, unit="batch",
-                                                                    disable=not self.progress)
+                                                                    disable=self.config.quiet)
 
     @cached_property
     def scores(self) -> dict[str, Tensor]:
@@ -129,14 +130,14 @@ class Gathered:
     def _of_tokens(self) -> dict[str, Tensor]:
         labelled = own_labels(self.model, self.shown("the model's own classes", TOKEN_COST, TOKEN_IMAGES), self.place)
         return {"tokens": token_scores(self.model, labelled, device=self.place,
-                                       progress=self.progress and not self.pace)}
+                                       progress=self.config.progress and not self.pace)}
 
     @cached_property
     def costs(self) -> dict[Layer, Fisher]:
         """What errors of every layer that mixes heads or neurons cost."""
         def made() -> dict[str, Tensor]:
             batches = self.shown("what errors cost", FISHER_COST, FISHER_IMAGES)
-            found = fisher(self.model, batches, seed=self.seed, amp=self.amp, progress=False)
+            found = fisher(self.model, batches, seed=self.config.seed, amp=self.amp, progress=False)
             return {f"{index}.{kind}.{name}": torch.as_tensor(value) for (index, kind), own in found.items()
                     for name, value in vars(own).items()}
         found: dict[Layer, dict[str, Any]] = {}
@@ -158,13 +159,13 @@ class Gathered:
     @cached_property
     def objective(self) -> PlanObjective:
         """On the images to choose on, of models refitted by the dense one's moments."""
-        return objective_on(self.model, self.parts, "choose", "distill_loss", self.place, self.workers,
+        return objective_on(self.model, self.parts, "choose", "distill_loss", self.place, self.config.workers,
                             build=by_moments(self.moments))
 
     @cached_property
     def reporting(self) -> PlanObjective:
         """The same on the images to report on."""
-        return self.objective.on(measured_batches(self.model, self.parts, "report", self.workers))
+        return self.objective.on(measured_batches(self.model, self.parts, "report", self.config.workers))
 
     @cached_property
     def choosing(self) -> Divergence:

@@ -82,7 +82,11 @@ def report(executed: str | Path, target: str | Path) -> Path:
 
 def copy_all(folder: str | Path) -> list[Path]:
     """Copies of the notebooks that come with vitlab, in a folder of one's own; returns them. Raises InputError, with
-    nothing copied, where one is there already that differs."""
+    nothing copied, where one is there already that differs.
+
+    Args:
+        folder: where they go
+    """
     copies = {Path(folder) / path.name: path.read_bytes() for path in sorted(NOTEBOOKS.glob("*.ipynb"))}
     changed = [str(path) for path, content in copies.items() if path.exists() and path.read_bytes() != content]
     if changed:

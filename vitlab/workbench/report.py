@@ -23,7 +23,11 @@ COLUMNS = ("model", "dataset", "split", "top1_pct", "top5_pct", "miou_pct", "los
 
 def report(run: str | Path) -> Path:
     """Write run/report.ipynb, executed, run/report.html of it, and run/results.csv and .tex; returns the page. Raises
-    InputError for a folder that is no run."""
+    InputError for a folder that is no run.
+
+    Args:
+        run: run folder of a batch, or a study with results.jsonl
+    """
     run = Path(run)
     rows_of(run)
     with tempfile.TemporaryDirectory(dir=run, prefix=".report-") as folder:

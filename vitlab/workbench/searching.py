@@ -6,50 +6,55 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
+from cyclopts import Parameter
+from torch import nn
 from tqdm import tqdm
 
 from vitlab.criteria.compensation import Moments
-from vitlab.data import ImageData
 from vitlab.data.images import image_config
-from vitlab.measure.capture import need_classifier, token_scores
+from vitlab.measure.capture import need_classifier
 from vitlab.measure.latency import latency_table
 from vitlab.measure.moments import Layer, each_moments
 from vitlab.measure.objective import check_metric
-from vitlab.measure.units import unit_scores
 from vitlab.models import shape_of
+from vitlab.models.opening import Source
 from vitlab.models.support import encoder_of
 from vitlab.plan import CompressionPlan
 from vitlab.plan.cost import mdc_macs
-from vitlab.runtime import parallel
+from vitlab.runtime import parallel as processes
+from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import InputError, atomic_write, read_json
+from vitlab.runtime.kinds import (
+    ClassMap,
+    Count,
+    Data,
+    Gmacs,
+    MacsRatio,
+    MaxRatio,
+    Minutes,
+    Or,
+    Positive,
+    Several,
+    Units,
+    flag,
+)
 from vitlab.search import Budget, SearchSpace, Study
 from vitlab.search.allocation import levels
 from vitlab.search.space import MAX_RATIO
 from vitlab.search.strategies import Settings
+from vitlab.search.strategies import settings as settings_of
 from vitlab.search.token_dimensions import default_tokens
-from vitlab.training.compensate import compensate
+from vitlab.training.compensate import compensate as refitted
 from vitlab.training.loop import fingerprint
-from vitlab.workbench.cutting import (
-    UNIT_SCORES,
-    amp_of,
-    measured_batches,
-    needs_images,
-    objective_on,
-    open_dense,
-    read_units,
-    write_units,
-)
 from vitlab.workbench.pace import images_per_second
-from vitlab.workbench.steps import Source, open_matching, pick_device, read_scores
+from vitlab.workbench.scoring import needs_images, scores_of
+from vitlab.workbench.steps import amp_of, measured_batches, objective_on, open_dense, open_matching, pick_device
 
-TOKEN_SCORES, PLAN, REPORTED = "token_scores.safetensors", "plan.json", "reported.json"
+PLAN, REPORTED = "plan.json", "reported.json"
 COSTS = ("gmacs", "published_gmacs", "latency_ms")
 
 
@@ -73,31 +78,83 @@ def cost_function(space: SearchSpace, unit: str, model: nn.Module, *, batch_size
     return published
 
 
-def search(source: Source, data: str | Path, out: str | Path, *, limit: float | None = None,
-           macs_ratio: float | None = None, cost: str = "gmacs", units: tuple[str, ...] = ("neurons", "heads"),
-           tokens: str | None = None, token_settings: dict[str, Any] | None = None, max_ratio: float = MAX_RATIO,
-           read_out: bool = False, strategy: str = "gp", options: Settings | None = None, minutes: float | None = None,
-           metric: str = "distill_loss", criterion: str = "hsic", compensated: bool = False, images: int = 1000,
-           score_images: int = 512, batch_size: int = 32, dtype: str = "float32", seed: int = 0,
-           device: str | None = None, class_map: str | Path | None = None, workers: int | None = None,
-           progress: bool = True) -> Study:
-    """Search a plan under a budget: `limit` in the unit `cost`, or macs_ratio of the dense model's; out/ becomes the
-    study.
+def _cost_of(gmacs: float | None, macs_ratio: float | None, latency_ms: float | None, published: bool,
+             tokens: str | None, config: RunConfig) -> str:
+    """The unit of a budget. Raises InputError where it is not one, or something that has nothing to do with it is
+    given."""
+    if sum(amount is not None for amount in (gmacs, macs_ratio, latency_ms)) != 1:
+        raise InputError("a budget is gmacs, macs_ratio or latency_ms (--gmacs, --macs-ratio, --latency-ms); one of "
+                         "the three is needed")
+    if published and latency_ms is not None:
+        raise InputError("published_count is of multiply-adds; it goes with gmacs or macs_ratio, not latency_ms")
+    if published and tokens not in (None, "select"):
+        raise InputError(f"published_count is of one selection ratio; it goes with tokens select, not {tokens}")
+    if latency_ms is None and (config.batch_size or config.dtype):
+        raise InputError("batch_size and dtype are those of a latency; they go with latency_ms")
+    return "latency_ms" if latency_ms is not None else "published_gmacs" if published else "gmacs"
+
+
+def search(source: Source, data: Data,
+           out: Annotated[str | Path, flag(metavar="STUDY", help="folder of the study")], *, gmacs: Gmacs = None,
+           macs_ratio: MacsRatio = None, latency_ms: Annotated[Positive | None, flag(metavar="MS")] = None,
+           published_count: bool = False, units: Units = ("neurons", "heads"),
+           tokens: Annotated[str | None, flag(metavar="NAME")] = None,
+           token_settings: Annotated[dict[str, Any] | None, Parameter(parse=False)] = None,
+           max_ratio: MaxRatio = MAX_RATIO, read_out: bool = False, strategy: str = "gp",
+           settings: Annotated[Or[str, Settings], flag(metavar="NAME")] = "default",
+           evaluations: Count | None = None, population: Several | None = None,
+           start: Literal["varied", "random", "sensitivity"] | None = None,
+           parallel: Annotated[Count | None, flag(metavar="K")] = None, minutes: Minutes | None = None,
+           metric: Literal["top1_pct", "miou_pct", "distill_loss"] = "distill_loss", criterion: str = "hsic",
+           compensate: bool = False, images: Count = 1000, score_images: Count = 512, class_map: ClassMap = None,
+           config: RunConfig = RunConfig()) -> Study:
+    """Search a plan under a budget; out/ becomes the study.
 
     Units are ranked by `criterion`, patches, where tokens merge, by gradient-weighted attention, both on score_images
     of train; at most max_ratio of anything is cut. Policies are measured on `images` of train to choose on, and the
     best one once more on as many to report on, of which none is among those that it was made from or chosen on
     (`ImageData.parts`): that is what it is worth (`reported`), and stands in its plan, out/plan.json, as made_by
-    "reported". With `compensated`, what is left of each cut layer is refitted before measuring (`calibrate` does it for
-    the plan found). A killed search goes on when called again; with options of initial "sensitivity" each dimension is
-    measured alone first, by the same objective. minutes: for the whole; what was found by then is reported, and the
-    same call goes on. None: all of options.evaluations. batch_size and dtype are those of a latency. metric: the
-    distance to the dense model's output, or top1_pct or miou_pct. tokens None or "": what the model can have
-    (`default_tokens`). Raises InputError for a model without classes, a budget that can't be met, or tokens that keep
-    no grid where a Segmenter needs it.
+    "reported". With `compensate`, what is left of each cut layer is refitted before measuring (`calibrate` does it for
+    the plan found). A killed search goes on when called again. None of `tokens`: what the model can have
+    (`default_tokens`). config.batch_size (32) and dtype (float32) are those of a latency. Raises InputError for a model
+    without classes, a budget that can't be met, or tokens that keep no grid where a Segmenter needs it.
+
+    Args:
+        latency_ms: budget: milliseconds of one batch on this machine, from a measured table
+        published_count: count multiply-adds, and rank tokens, as arXiv 2201.00043 does
+        units: neurons,heads or one of them or none
+        tokens: none, select, merge, share or match, the last four with _per_stage for ratios of their own, or
+            merge_per_span (default: select; match without a class token or of a Segmenter)
+        max_ratio: largest ratio; int(count * (1 - ratio)) stay, so of few heads one may go (0.5: as published)
+        read_out: the last block computes what a classifier on the class token reads, and no more: exact, fewer
+            multiply-adds
+        strategy: gp, random or uniform
+        settings: default or published
+        evaluations: policies measured in all (default: the settings')
+        population: policies before the Gaussian process proposes (default: the settings')
+        start: how the population is drawn; sensitivity: each dimension is measured alone first (default: the
+            settings')
+        parallel: policies proposed at a time (default: as many as there are processes)
+        minutes: for the whole, at most; what was found by then is reported, and the same command goes on (default: no
+            limit)
+        metric: top-1, of a Segmenter mIoU, or the distance to the dense model's output
+        criterion: that ranks heads and neurons
+        compensate: refit what is left of each cut layer before a policy is measured
+        images: of train, that policies are measured on, and as many others that the best is reported on, at most
+        score_images: others, to rank units and tokens on, at most
     """
+    cost, options = _cost_of(gmacs, macs_ratio, latency_ms, published_count, tokens, config), settings
+    if isinstance(options, str):
+        options = settings_of(options)
+    together = parallel or processes.world()
+    changes = {"evaluations": evaluations, "population": population, "initial": start,
+               "batch": together if together > 1 else None}
+    options = dataclasses.replace(options, **{name: value for name, value in changes.items() if value is not None})
+    if published_count:
+        token_settings = {"ranked_by": "all", **(token_settings or {})}
+    seed, workers, progress = config.seed, config.workers, config.progress
     began, found, out = time.monotonic(), open_dense(source), Path(out)
-    shape, place = shape_of(found.model), pick_device(device)
+    shape, place = shape_of(found.model), pick_device(config.device)
     tokens = tokens or default_tokens(shape)
     need_classifier(found.model, "searched models")
     check_metric(shape, metric)                                                 # before there is a study of it
@@ -109,29 +166,28 @@ def search(source: Source, data: str | Path, out: str | Path, *, limit: float | 
                         max_ratio=max_ratio, read_out=read_out)
     labels = metric != "distill_loss" or space.by_place or bool(units) and criterion == "taylor"
     opened = open_matching(data, found, class_map, labels=labels)
-    if (limit is None) == (macs_ratio is None):
-        raise InputError("either a limit or a ratio of the dense model's cost is needed, not both")
-    price = parallel.after_first(lambda: cost_function(space, cost, found.model, batch_size=batch_size, dtype=dtype,
+    price = processes.after_first(lambda: cost_function(space, cost, found.model, batch_size=config.batch_size or 32,
+                                                       dtype=config.dtype or "float32",
                                                        device=place,
                                                        # a latency table is measured once, and kept
                                                        progress=progress))
     uncut = float(price(np.zeros((1, space.size)))[0])
-    limit = macs_ratio * uncut if limit is None else limit
+    limit = next(a for a in (gmacs, latency_ms, (macs_ratio or 0) * uncut) if a is not None)
     budget = Budget(limit=limit, cost=price, max_ratio=space.max_ratio, size=space.size, groups=tuple(space.groups),
                     unit=cost)
-    reads = space.by_place or compensated and space.units or space.units and needs_images(criterion)
+    reads = space.by_place or compensate and space.units or space.units and needs_images(criterion)
     parts = opened.parts(seed, **({"score": score_images} if reads else {}), choose=images, report=images)
-    content = [opened.files("train"), device, image_config(encoder_of(found.model)), shape.stored()]
+    content = [opened.files("train"), config.device, image_config(encoder_of(found.model)), shape.stored()]
     about = {"data": opened.name, "metric": metric, "images": images, "criterion": criterion,
-             "score_images": score_images, "roles": parts.roles, "compensated": compensated,
+             "score_images": score_images, "roles": parts.roles, "compensated": compensate,
              "inputs": fingerprint(content, [found.model])}
-    study = parallel.after_first(lambda: Study(out, space, budget, strategy=strategy, options=options, seed=seed,
+    study = processes.after_first(lambda: Study(out, space, budget, strategy=strategy, options=options, seed=seed,
                                                about=about))
-    scores = parallel.after_first(lambda: _scores_of(study, found.model, parts, place, workers, progress))
+    scores = processes.after_first(lambda: scores_of(study, found.model, parts, place, workers, progress))
     build = {}
-    if compensated and space.units:
+    if compensate and space.units:
         scored = parts.batches("score", found.model, workers=workers)
-        with parallel.alone():
+        with processes.alone():
             build = {"build": by_moments(dict(each_moments(found.model.to(place), scored, space.units,
                                                            amp=amp_of(found.model))))}
     objective = objective_on(found.model, parts, "choose", metric, place, workers, **build)
@@ -145,18 +201,17 @@ def search(source: Source, data: str | Path, out: str | Path, *, limit: float | 
     best = study.run(lambda policy: objective(space.plan(policy, **scores)), until=until, progress=progress)
     made_by = {"method": "search", "strategy": strategy, "cost": cost, "limit": limit, "evaluation": best.index,
                "value": best.value, "seed": seed, "units": list(units), "tokens": tokens}
-    if parallel.is_first():
+    if processes.is_first():
         plan = space.plan(best.policy, **scores, made_by=made_by | {"roles": parts.roles})
-        # it is there whatever becomes of the measuring
-        plan.save(out / PLAN)
-        with parallel.alone():
+        plan.save(out / PLAN)                   # it is there whatever becomes of the measuring
+        with processes.alone():
             if (reported(out) or {}).get("evaluation") != best.index:
                 measures = objective.on(measured_batches(found.model, parts, "report", workers))(plan)
                 measures.pop("value")
                 atomic_write(out / REPORTED,
                              json.dumps({"evaluation": best.index, "images": parts.roles["report"], **measures}) + "\n")
         dataclasses.replace(plan, made_by=plan.made_by | {"reported": reported(out)}).save(out / PLAN)
-    parallel.wait()
+    processes.wait()
     return study
 
 
@@ -165,15 +220,15 @@ def _say_ahead(study: Study, images: int, each: float, minutes: float | None, pr
     time given. each: seconds that a policy takes, about."""
     alone = 1 + sum(map(len, levels(study.space))) if study.options.initial == "sensitivity" else 0
     left = study.options.evaluations + alone - study.spent
-    if left <= 0 or not parallel.is_first():
+    if left <= 0 or not processes.is_first():
         return
 
     def taken(policies: int) -> str:
-        return f"{policies * each / 60 / parallel.world():.1f}"
+        return f"{policies * each / 60 / processes.world():.1f}"
     if progress:
         tqdm.write(f"search: {left} policies to measure on {images} images, about {taken(left)} minutes"
                    + ("" if minutes is None else f"; it ends after {minutes:g} with what it has"), file=sys.stderr)
-    if minutes is not None and (first := alone - study.spent) > 0 and first * each / parallel.world() > 60 * minutes:
+    if minutes is not None and (first := alone - study.spent) > 0 and first * each / processes.world() > 60 * minutes:
         warnings.warn(f"each dimension is measured alone first, which takes about {taken(first)} minutes, more than "
                       f"the {minutes:g} given; "
                       "another start, or fewer images, would take less", stacklevel=3)
@@ -192,40 +247,4 @@ def reported(study: str | Path) -> dict[str, Any] | None:
 
 def by_moments(moments: Mapping[Layer, Moments]) -> Callable[[nn.Module, CompressionPlan], nn.Module]:
     """compress with closed-form compensation, from moments of the dense model."""
-    return lambda dense, plan: compensate(dense, plan, (), moments=moments, progress=False)
-
-
-def _scores_of(study: Study, model: nn.Module, parts: ImageData, device: torch.device, workers: int | None,
-               progress: bool) -> dict[str, Tensor]:
-    """The scores that a plan of this study needs, from its folder where they were made before, for this study."""
-    about, scores = study.info["about"], {}
-    mark = {"made_for": " ".join(str(about[k]) for k in ("inputs", "criterion", "score_images"))
-            + f" seed {study.seed}"}
-    mark["made_for"] += f" images {parts.roles.get('score', 0)}"
-
-    def batches():
-        return parts.batches("score", model, workers=workers) if "score" in parts.roles else ()
-
-    def check(path: Path) -> None:
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("made_for") != mark["made_for"]:
-                raise InputError(f"{path}: scores of something else than this study; remove the file and they are made "
-                                 f"anew")
-    if study.space.units:
-        path = study.folder / UNIT_SCORES
-        if not path.exists():
-            made = unit_scores(model, batches(), criterion=about["criterion"], seed=study.seed, device=device,
-                               progress=progress)
-            write_units(path, made, mark)
-        units = read_units(path)
-        check(path)
-        scores |= {"heads": units.heads, "neurons": units.neurons}
-    if study.space.by_place:
-        path = study.folder / TOKEN_SCORES
-        if not path.exists():
-            atomic_write(path,
-                         save({"token_scores": token_scores(model, batches(), device=device,
-                                                            progress=progress).contiguous()}, mark))
-        scores["tokens"] = read_scores(path)[0]
-        check(path)
-    return scores
+    return lambda dense, plan: refitted(dense, plan, (), moments=moments, progress=False)

@@ -3,7 +3,7 @@ into overlays."""
 import io
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from vitlab.data.scene_data import SceneData, measuring_transform
 from vitlab.measure.capture import frozen_eval, token_places
 from vitlab.measure.evaluate import autocast
 from vitlab.models.checkpoint import Checkpoint
+from vitlab.models.opening import Source, open_model
 from vitlab.models.segmenter import Segmenter, as_encoder
 from vitlab.models.windows import segment
 from vitlab.plan import CompressionPlan
@@ -32,10 +33,14 @@ from vitlab.plan.shape import ViTShape
 from vitlab.plan.tokens import PRUNE_RATE, even_spans
 from vitlab.plots.base import to_image
 from vitlab.plots.colours import class_colours, overlaid
+from vitlab.runtime.config import RunConfig, flags
 from vitlab.runtime.files import InputError, atomic_write, from_root
+from vitlab.runtime.kinds import Data, Folder, Pixels, Rate, Run, flag
 from vitlab.search import SearchSpace
-from vitlab.training.recipes import Engine, Recipe, recipe
-from vitlab.workbench.steps import Source, deployed, need_dense, open_model, pick_device, train_dense
+from vitlab.training.recipes import Engine
+from vitlab.workbench.cutting import least_ratio
+from vitlab.workbench.steps import Windows, deployed, need_dense, pick_device
+from vitlab.workbench.training import DENSE, ChangedData, Changes, Images, Trained, changed, train_dense
 
 # images of train whose sizes say the encoder's, and its sides where they differ
 LOOKED_AT, LARGEST_SIDE = 16, 512
@@ -71,57 +76,68 @@ def make_segmenter(source: Source, data: SceneData, *, img_size: tuple[int, int]
     return model
 
 
-def train_segmenter(source: Source, data: str | Path, out: str | Path, *,
-                    img_size: tuple[int, int] | None = None, decoder: str | None = None,
-                    settings: Recipe | str = "digit_scenes", seed: int = 0, device: str | torch.device | None = None,
-                    limit: int | None = None, workers: int | None = None, engine: Engine | None = None,
-                    changed_data: bool = False, progress: bool = True) -> Path:
+def train_segmenter(source: Annotated[Source, flags(but=("img_size",))], data: Data, out: Run, *,
+                    img_size: Annotated[Pixels | None, flag(metavar="HEIGHT WIDTH")] = None,
+                    decoder: Literal["mask_transformer", "linear"] | None = None, recipe: Trained = "segmenter",
+                    changes: Annotated[Changes, DENSE] = Changes(), images: Images = None, engine: Engine = Engine(),
+                    changed_data: ChangedData = False, config: RunConfig = RunConfig()) -> Path:
     """Train a dense Segmenter on images with masks (`make_segmenter`); returns the run folder (training/, checkpoint/).
-    A killed run goes on (`fit`)."""
-    settings, opened = recipe(settings) if isinstance(settings, str) else settings, open_scenes(data)
-    device = pick_device(device)
-    random_seed(seed)
+    A killed run goes on (`fit`).
+
+    Args:
+        img_size: pixels the encoder is for (default: those of the first images, 512 x 512 where they differ)
+        decoder: default: mask_transformer; where SOURCE is a Segmenter, its own goes on
+    """
+    settings, opened = changed(recipe, changes, config), open_scenes(data)
+    device = pick_device(config.device)
+    random_seed(config.seed)
     model = make_segmenter(source, opened, img_size=img_size, decoder=decoder, drop_path=settings.drop_path)
-    return train_dense("segment", model, opened, out, settings, seed=seed, device=device, limit=limit, engine=engine,
-                       changed_data=changed_data, workers=workers, progress=progress)
+    return train_dense("segment", model, opened, out, settings, config, device=device, images=images, engine=engine,
+                       changed_data=changed_data)
 
 
 @torch.inference_mode()
-def predict(source: Source, images: str | Path, out: str | Path, *, opacity: float = 0.55, amp: bool | None = False,
-            device: str | None = None, progress: bool = True, **windows: Any) -> list[Path]:
-    """Segment every image of a folder, each as a whole (windows: those of `segment`), by the model's deployed form.
+def predict(source: Source, folder: Folder, out: Folder, *, opacity: Rate = 0.55, windows: Windows = Windows(),
+            config: Annotated[RunConfig, flags("device", "dtype", "quiet")] = RunConfig()) -> list[Path]:
+    """Segment every image of a folder, each as a whole, by the model's deployed form.
     Writes out/NAME.png, the classes' colours over the image, and out/NAME_classes.png, a palette image of the class
     numbers; returns the overlays. An image that can't be read is left out with a warning that names it. Raises
     InputError for another model, a folder without images or of which none can be read, or an output that would take the
-    place of an image or of another one's."""
-    found, folder, at = open_model(source), from_root(images), pick_device(device)
+    place of an image or of another one's.
+
+    Args:
+        folder: of images; masks are not needed
+        out: folder for NAME.png (overlay) and NAME_classes.png
+        opacity: of the classes' colours over the image
+    """
+    found, inside, at = open_model(source), from_root(folder), pick_device(config.device)
     if not isinstance(found.model, Segmenter):
         raise InputError("the model gives one class for an image; a Segmenter is needed (`vitlab segment` trains one)")
-    if not folder.is_dir():
-        raise InputError(f"{images}: no such folder of images")
-    paths = images_in(folder)
+    if not inside.is_dir():
+        raise InputError(f"{folder}: no such folder of images")
+    paths = images_in(inside)
     if not paths:
-        raise InputError(f"{images}: holds no images")
-    if Path(out).resolve() == folder.resolve():
-        raise InputError(f"{images}: the predictions would be written over the images; choose another folder")
+        raise InputError(f"{folder}: holds no images")
+    if Path(out).resolve() == inside.resolve():
+        raise InputError(f"{folder}: the predictions would be written over the images; choose another folder")
     taken: dict[str, str] = {}
     for path in paths:
         for place in (f"{path.stem}.png", f"{path.stem}_classes.png"):
             if place in taken:
-                raise InputError(f"{images}: images named {taken[place]} and {path.stem}; both would be written to "
+                raise InputError(f"{folder}: images named {taken[place]} and {path.stem}; both would be written to "
                                  f"{place}")
             taken[place] = path.stem
     model, colours, written = deployed(found).to(at), class_colours(found.model.num_classes), []
     transform = measuring_transform(model, whole=True)
-    for path in tqdm(paths, desc="predict", unit="image", disable=not progress):
+    for path in tqdm(paths, desc="predict", unit="image", disable=config.quiet):
         try:
             image = rgb(read_image(path))
         except Exception as error:              # a damaged file makes Pillow's decoders raise nearly anything
             warnings.warn(f"{path}: can't be read as an image ({reason(path, error)}), left out", stacklevel=2)
             continue
         x, _ = transform(image, np.zeros((image.height, image.width), dtype=np.uint8))
-        with autocast(at, amp):
-            classes = segment(model, x[None].to(at), **windows)[0].argmax(dim=0).to(torch.uint8).cpu().numpy()
+        with autocast(at, config.dtype == "bfloat16"):
+            classes = segment(model, x[None].to(at), **windows.given())[0].argmax(dim=0).to(torch.uint8).cpu().numpy()
         shown = overlaid(np.asarray(image) / 255, classes, colours, opacity)
         flat = Image.fromarray(classes)
         flat.putpalette((colours * 255).round().astype(np.uint8).tobytes())
@@ -129,7 +145,7 @@ def predict(source: Source, images: str | Path, out: str | Path, *, opacity: flo
         _write_png(written[-1], Image.fromarray((shown * 255).round().astype(np.uint8)))
         _write_png(Path(out) / f"{path.stem}_classes.png", flat)
     if not written:
-        raise InputError(f"{images}: none of its {len(paths)} images can be read")
+        raise InputError(f"{folder}: none of its {len(paths)} images can be read")
     return written
 
 
@@ -146,9 +162,8 @@ def plans_at(scores: Tensor, shape: ViTShape, keep_rate: float, *,
     ratio whose cost is at most that of sharing updates. scores (L, n): of tokens, raw."""
     shared = prune_and_merge(scores, shape, keep_rate=keep_rate, prune_rate=0.0, share=True)
     space = SearchSpace(shape=shape, units=(), tokens="match", max_ratio=MAX_RATIO)
-    ratios = np.linspace(0, MAX_RATIO, RATIOS)[:, None]
-    within = np.flatnonzero(space.gmacs(ratios) <= gmacs(shared))
-    ratio = float(ratios[within[0] if len(within) else -1, 0])
+    found = least_ratio(space, gmacs(shared), RATIOS)
+    ratio = MAX_RATIO if found is None else found
     return {"Prune and Merge": prune_and_merge(scores, shape, keep_rate=keep_rate, prune_rate=prune_rate),
             "Prune and Merge, spans": prune_and_merge(scores, shape, prune_rate=prune_rate,
                                                       spans=[(*span, keep_rate) for span in even_spans(shape.depth)]),

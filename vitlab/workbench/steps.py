@@ -1,46 +1,42 @@
-"""The steps of a study, each from files to files: notebooks and the command line call these same functions."""
+"""What the steps of a study have in common, and the two that measure a model; each goes from files to files, and
+notebooks and the command line call these same functions."""
 import dataclasses
-import functools
-import json
 import math
 import sys
 import warnings
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from timm.utils import random_seed
+from cyclopts import Parameter
 from torch import Tensor, nn
 
-from vitlab.criteria.planning import prune_and_merge
 from vitlab.data import ImageData, open_data
 from vitlab.data.images import image_config, in_words
 from vitlab.data.masks import open_scenes
 from vitlab.measure import evaluate as evaluation
 from vitlab.measure import throughput as timing
-from vitlab.measure.capture import need_classifier, scored
+from vitlab.measure.capture import need_classifier
 from vitlab.measure.confusion import check_appear
+from vitlab.measure.objective import PlanObjective
 from vitlab.measure.pixels import Segmentation, evaluate_scenes
-from vitlab.measure.units import unit_scores
-from vitlab.models import checkpoint, compress, deploy, shape_of
+from vitlab.models import checkpoint, deploy
 from vitlab.models.checkpoint import Checkpoint
-from vitlab.models.create import create_model
-from vitlab.models.opening import Source, open_model
+from vitlab.models.opening import Other, Source, open_model
 from vitlab.models.segmenter import Segmenter
-from vitlab.plan import BlockPlan, CompressionPlan, cost, tokens
-from vitlab.plan.shape import ViTShape
+from vitlab.plan import BlockPlan, CompressionPlan, cost
 from vitlab.runtime import parallel
-from vitlab.runtime.files import NOTEBOOKS, InputError, atomic_write, first_line
+from vitlab.runtime.config import RunConfig, flags
+from vitlab.runtime.files import NOTEBOOKS, InputError, first_line
+from vitlab.runtime.kinds import ClassMap, Count, Data, File, Or, Pixels, Positive, Run, flag
 from vitlab.runtime.results import ResultRow, append_row
-from vitlab.training.gradual import partial_plan
-from vitlab.training.loop import fit
-from vitlab.training.recipes import Engine, Recipe, recipe
 
 RESULTS, TRAINING = "results.jsonl", "training"
+WIDE = 192                                      # models at least this wide gain by bf16 where the hardware has it
+Plan = Or[File, CompressionPlan]
+Rows = Annotated[Run | None, Parameter(help="append what was measured to RUN/results.jsonl")]
 
 
 def pick_device(name: str | torch.device | None) -> torch.device:
@@ -88,142 +84,6 @@ def study_folder(path: str | Path) -> Path:
     return NOTEBOOKS.parent / path if inside else Path(path)
 
 
-def pretrain(model: str, data: str | Path, out: str | Path, *, settings: Recipe | str = "digits", seed: int = 0,
-             device: str | torch.device | None = None, limit: int | None = None, class_map: str | Path | None = None,
-             workers: int | None = None, engine: Engine | None = None, changed_data: bool = False,
-             progress: bool = True, **model_args: Any) -> Path:
-    """Train a timm model from scratch; returns the run folder (training/, checkpoint/). A killed run goes on
-    (`fit`)."""
-    settings, opened = recipe(settings) if isinstance(settings, str) else settings, open_data(data, class_map=class_map)
-    opened.need_labels()
-    device = pick_device(device)
-    random_seed(seed)
-    if opened.num_classes is not None:
-        model_args = {"num_classes": opened.num_classes, **model_args}
-    if settings.drop_path:
-        model_args["drop_path_rate"] = settings.drop_path
-    return train_dense("pretrain", create_model(model, **model_args), opened, out, settings, seed=seed, device=device,
-                       limit=limit, engine=engine, changed_data=changed_data, workers=workers, progress=progress)
-
-
-def train_dense(step: str, model: nn.Module, data: ImageData, out: str | Path, settings: Recipe, *, seed: int,
-                **how: Any) -> Path:
-    """Train a model that nothing is cut of (how: of `fit`) and save it as what `step` made; returns the run folder."""
-    need_classifier(model, "trained models")
-    log = fit(model, data, settings, Path(out) / TRAINING, seed=seed, **how)
-    save_trained(out, model, CompressionPlan.empty(shape_of(model)), data,
-                 made_by={"step": step, "recipe": dataclasses.asdict(settings), "data": data.name, "seed": seed,
-                          "last_epoch": log[-1:]})
-    return Path(out)
-
-
-def save_trained(out: str | Path, model: nn.Module, plan: CompressionPlan, data: ImageData,
-                 made_by: dict[str, Any]) -> None:
-    """The checkpoint of a training, written by the first process."""
-    if parallel.is_first():
-        checkpoint.save(Path(out) / checkpoint.FOLDER, model.cpu(), plan, classes=data.classes, made_by=made_by)
-    parallel.wait()
-
-
-def score(source: Source, data: str | Path, out: str | Path, *, images: int = 512, batch_size: int | None = None,
-          criterion: str = "gradient", absolute: str = "image", seed: int = 0, device: str | None = None,
-          class_map: str | Path | None = None, workers: int | None = None, progress: bool = True) -> Tensor:
-    """Token scores (L, n) by a criterion on the images of train that are for scores (`ImageData.parts`), at most
-    `images`, written to `out` (safetensors). batch_size None: 64, of scenes 8."""
-    found = open_model(source)
-    if criterion in ("gradient", "hsic"):
-        need_classifier(found.model, f"token scores by {criterion}")
-    opened = open_matching(data, found, class_map, labels=criterion == "gradient")
-    batch_size = batch_size or opened.at_once(64)
-    parts = opened.parts(seed, score=images)
-    batches = parts.batches("score", found.model, batch_size=batch_size, seed=seed, workers=workers, shared=True)
-    scores, used = scored(found.model, batches, criterion=criterion, absolute=absolute, device=pick_device(device),
-                          progress=progress)
-    made_by = {"data": opened.name, "criterion": criterion, "batch_size": str(batch_size), "absolute": absolute,
-               "seed": str(seed), "images": str(used), **what_is_shared(parts)}
-    if parallel.is_first():
-        atomic_write(out, save({"token_scores": scores.contiguous()}, metadata=made_by))
-    return scores
-
-
-def what_is_shared(parts: ImageData) -> dict[str, str]:
-    """What the images of scores share with other roles, as metadata of the scores' file; empty where nothing."""
-    return {"shared": "; ".join(parts.roles["shared"])} if "shared" in parts.roles else {}
-
-
-def read_scores(path: str | Path) -> tuple[Tensor, dict[str, str]]:
-    """(scores (L, n), what made them). Raises InputError naming the file."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; `vitlab score` writes it")
-    try:
-        with safe_open(path, "pt") as file:
-            if "token_scores" not in list(file.keys()):
-                raise InputError(f"{path}: holds no token_scores; `vitlab score` writes them (scores of units are for "
-                                 f"--unit-scores)")
-            scores, made_by = file.get_tensor("token_scores"), file.metadata() or {}
-    except SafetensorError as error:
-        raise InputError(f"{path}: can't be read, it may be cut short ({error})") from None
-    if scores.dtype not in (torch.float32, torch.float64):
-        raise InputError(f"{path}: token_scores are {scores.dtype}; float32 is needed")
-    return scores, made_by
-
-
-def prune(source: Source, scores: str | Path | None, out: str | Path, *, plan: str | Path | None = None,
-          rule: str = "center", keep_rate: float | None = None, prune_rate: float = tokens.PRUNE_RATE,
-          boundary: str = tokens.BOUNDARY, weights: str = tokens.WEIGHTS, decay: float | None = None,
-          share: bool = False, spans: Sequence[Sequence[float]] | None = None, gmacs: float | None = None,
-          macs_ratio: float | None = None) -> Checkpoint:
-    """Compress a dense model by its token scores, or by a plan file; writes and returns the checkpoint in `out`. decay:
-    of scores per block, None: the published one, spread over the depth. share: regions share their block's update
-    (methods C1), without matrices. spans: (first block, last block, keep rate) each, instead of keep_rate, of blocks
-    through which tokens stay merged (`prune_and_merge`). gmacs, macs_ratio: a budget (`limit_of`) instead of keep_rate,
-    which is the largest that meets it then."""
-    found = open_model(source)
-    if (plan is None) == (scores is None):
-        raise InputError("either token scores or a plan file is needed, not both")
-    budget = gmacs is not None or macs_ratio is not None
-    if budget and (plan is not None or keep_rate is not None or spans is not None):
-        given = "a plan" if plan is not None else "a rate for each span" if spans is not None else "a keep rate"
-        raise InputError(f"a budget finds the keep rate, but {given} is given; one of the two is needed")
-    if plan is not None:
-        made, made_by = CompressionPlan.load(plan, shape_of(need_dense(found).model)), {"from_plan": Path(plan).name}
-    else:
-        assert scores is not None                                               # as is checked above
-        values, source_of_scores = read_scores(scores)
-        made_by, shape = {"scores": source_of_scores}, shape_of(found.model)
-        made_of = functools.partial(prune_and_merge, values, shape, rule=rule, prune_rate=prune_rate, boundary=boundary,
-                                    weights=weights, decay=decay, share=share, spans=spans)
-        if budget:
-            limit = limit_of(shape, gmacs, macs_ratio)
-            made_by = {**made_by, "gmacs": limit}
-            keep_rate = _largest_keep_rate(lambda rate: cost.gmacs(made_of(keep_rate=rate)), shape, limit)
-        made = made_of(keep_rate=keep_rate)
-    return apply_plan(found, made, out, made_by)
-
-
-def limit_of(shape: ViTShape, gmacs: float | None, macs_ratio: float | None) -> float:
-    """A budget in GMACs: `gmacs`, or macs_ratio of the dense model's. Raises InputError where not one of the two is
-    given."""
-    if gmacs is not None and macs_ratio is None:
-        return gmacs
-    if macs_ratio is not None and gmacs is None:
-        return macs_ratio * cost.gmacs(CompressionPlan.empty(shape))
-    raise InputError("a budget is either in GMACs or a ratio of the dense model's; one of the two is needed")
-
-
-def _largest_keep_rate(price: Callable[[float], float], shape: ViTShape, limit: float) -> float:
-    """The keep rate with the most centers whose price in GMACs, which grows with them, is at most `limit`."""
-    dense, n = cost.gmacs(CompressionPlan.empty(shape)), shape.num_patches
-    rates = [min((centers + 0.5) / n, 1.0) for centers in range(1, n + 1)]     # in the middle of those with as many
-    fit = bisect_right(rates, limit, key=price) if limit < dense else 0
-    if not fit:
-        raise InputError(f"a budget of {limit:.6g} gmacs can't be met: keep rates reach from {price(rates[0]):.6g} "
-                         f"(one patch is a center) "
-                         f"to below {dense:.6g} (the dense model's): ratios from {price(rates[0]) / dense:.3g} to "
-                         f"below 1")
-    return rates[fit - 1]
-
-
 def need_dense(found: Checkpoint) -> Checkpoint:
     """The checkpoint itself. Raises InputError where something of its model was cut already."""
     if any(block != BlockPlan() for block in found.plan.blocks):
@@ -231,56 +91,8 @@ def need_dense(found: Checkpoint) -> Checkpoint:
     return found
 
 
-def apply_plan(found: Checkpoint, plan: CompressionPlan, out: str | Path,
-               made_by: dict[str, Any] | None = None) -> Checkpoint:
-    """Compress a dense model by a plan; writes and returns the checkpoint in `out`."""
-    small, info = compress(need_dense(found).model, plan), {"step": "prune", **(made_by or {}), **plan.made_by}
-    checkpoint.save(Path(out) / checkpoint.FOLDER, small, plan, classes=found.info.get("classes"), made_by=info)
-    return checkpoint.load(out)
-
-
-def finetune(source: Source, teacher: Source | None, data: str | Path, out: str | Path, *,
-             plan: str | Path | CompressionPlan | None = None, steps: int = 1, settings: Recipe | str = "digits_pm",
-             seed: int = 0, device: str | None = None, limit: int | None = None, class_map: str | Path | None = None,
-             workers: int | None = None, engine: Engine | None = None, changed_data: bool = False,
-             progress: bool = True) -> Path:
-    """Fine-tune a compressed model, or a dense one compressed by `plan` first, distilling from the dense one; returns
-    the run folder. A killed run goes on (`fit`). Raises InputError for a model or a teacher without classes.
-
-    steps: prune and fine-tune in so many turns, each cutting an equal part of the plan (`partial_plan`, by weight
-    magnitude) and training for its share of the recipe's epochs, at least one. It needs `plan`.
-    """
-    settings = recipe(settings) if isinstance(settings, str) else settings
-    found = open_model(source)
-    dense = None if teacher is None else open_model(teacher)
-    if checkpoint.is_deployed(found.model):
-        raise InputError("a deployed model no longer trains; fine-tune the training form and deploy it afterwards")
-    if steps > 1 and plan is None:
-        raise InputError("pruning in several steps needs the dense model and a plan")
-    for each in (found, *([] if dense is None else [dense])):
-        need_classifier(each.model, "fine-tuned models and teachers")
-    opened = open_matching(data, found, class_map)
-    final, model, log = found.plan, found.model, []
-    if plan is not None:
-        need_dense(found)
-        final = plan if isinstance(plan, CompressionPlan) else CompressionPlan.load(plan, shape_of(model))
-        final.check_fits(shape_of(model))
-        scores, before = unit_scores(model, (), criterion="weight"), None
-    for step in range(1, steps + 1):
-        folder, turn = Path(out) / TRAINING, settings
-        if plan is not None:
-            part = partial_plan(final, step / steps, scores)
-            model, before = compress(model, part, before=before), part
-        if steps > 1:
-            folder, turn = folder / f"step-{step}", settings.replace(epochs=max(1, settings.epochs // steps))
-        log = fit(model, opened, turn, folder, teacher=None if dense is None else dense.model, seed=seed,
-                  device=pick_device(device), limit=limit, engine=engine, changed_data=changed_data, workers=workers,
-                  about={"plan": json.loads((final if plan is None else part).to_json())}, progress=progress)
-    save_trained(out, model, final, opened,
-                 made_by={"step": "finetune", "recipe": dataclasses.asdict(settings), "data": opened.name, "seed": seed,
-                          "steps": steps,
-                   "plan": final.made_by, "last_epoch": log[-1:]})
-    return Path(out)
+def open_dense(source: Source) -> Checkpoint:
+    return need_dense(open_model(source))
 
 
 def deployed(found: Checkpoint) -> nn.Module:
@@ -288,21 +100,70 @@ def deployed(found: Checkpoint) -> nn.Module:
     return found.model if checkpoint.is_deployed(found.model) else deploy(found.model)
 
 
-def evaluate(source: Source, data: str | Path, *, dense: Source | None = None, name: str | None = None,
-             split: str = "held_out", out: str | Path | None = None, batch_size: int | None = None,
-             device: str | torch.device | None = None, amp: bool | None = False, class_map: str | Path | None = None,
-             crop_pct: float | None = None, limit: int | None = None, seed: int = 0, workers: int | None = None,
-             quick: bool = False, progress: bool = True, **windows: Any) -> ResultRow:
+def amp_of(model: nn.Module) -> bool | None:
+    """What `amp` is where a model is only measured: None, bf16 where the hardware has it, for a wide one."""
+    return None if model.embed_dim >= WIDE else False
+
+
+def objective_on(model: nn.Module, parts: ImageData, role: str, metric: str, device: torch.device, workers: int | None,
+                 **settings: Any) -> PlanObjective:
+    """On the images of a role of train: "choose" to compare plans, "report" to say what the chosen one is worth. Never
+    on the held-out split. settings go to PlanObjective."""
+    return PlanObjective(model, measured_batches(model, parts, role, workers), metric=metric, device=device,
+                         amp=amp_of(model), labelled=parts.labelled, **settings)
+
+
+def measured_batches(model: nn.Module, parts: ImageData, role: str,
+                     workers: int | None) -> Iterable[tuple[Tensor, Tensor]]:
+    return parts.batches(role, model, batch_size=parts.at_once(128), workers=workers)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """Of a Segmenter, whose images may be larger than its encoder's.
+
+    Args:
+        window: height and width (default: the encoder's size)
+        stride: from window to window (default: the window)
+        scales: the mean over several sizes (default: 1)
+        flip: and over each turned left to right
+    """
+
+    window: Annotated[Pixels | None, flag(metavar="HEIGHT WIDTH")] = None
+    stride: Annotated[Pixels | None, flag(metavar="HEIGHT WIDTH")] = None
+    scales: Annotated[tuple[Positive, ...] | None, flag(consume_multiple=True, metavar="X...")] = None
+    flip: bool = False
+
+    def given(self) -> dict[str, Any]:
+        """Those that are given, as `segment` takes them."""
+        return {name: value for name, value in vars(self).items() if value}
+
+
+def evaluate(source: Source, data: Data, *, dense: Annotated[Other | None, flag(metavar="SOURCE")] = None,
+             split: str = "held_out", images: Count | None = None, name: str | None = None,
+             windows: Windows = Windows(), class_map: ClassMap = None, out: Rows = None,
+             config: RunConfig = RunConfig(), crop: Annotated[float | None, Parameter(parse=False)] = None,
+             quick: Annotated[bool, Parameter(parse=False)] = False) -> ResultRow:
     """Accuracy and cost of a model's deployed form; a row, appended to out/results.jsonl where `out` is given. dense:
     the model that it was made from, of the same classes, to whose output the distance is measured on the same images.
-    batch_size None: 64, or of a Segmenter 1, so that images may differ in size. quick: the row says that it is of a
-    quick run (`caveats`). windows: window, stride, scales and flip of `segment`, of a Segmenter alone; gmacs is of one
-    window. Outputs are taken for one softmax over the classes. Raises InputError for a model without classes.
+    config.batch_size None: 64, or of a Segmenter 1, so that images may differ in size; dtype None: float32. crop: of
+    its images, instead of the model's crop_pct. quick: the row says that it is of a quick run (`caveats`). gmacs is of
+    one window. Outputs are taken for one softmax over the classes. Raises InputError for a model without classes.
+
+    Args:
+        dense: the model it was made from: the distance to its output, too
+        split: the one that is held out, or another by its name
+        images: a slice of this many images
+        name: name in the result row (default: SOURCE)
     """
     found = open_model(source)
     need_classifier(found.model, "top-1, mIoU and loss")
-    opened, model, device = open_matching(data, found, class_map), deployed(found), pick_device(device)
-    amp, of_pixels, original = evaluation.uses_bf16(device, amp), isinstance(model, Segmenter), None
+    if config.dtype == "float16":
+        raise InputError("dtype float16 is of trainings and throughput; models are measured in float32 or bfloat16")
+    opened, model, device = open_matching(data, found, class_map), deployed(found), pick_device(config.device)
+    amp, of_pixels = evaluation.uses_bf16(device, config.dtype == "bfloat16"), isinstance(model, Segmenter)
+    original, given = None, windows.given()
     if dense is not None:
         original = open_model(dense).model
         if of_pixels or isinstance(original, Segmenter):
@@ -312,30 +173,31 @@ def evaluate(source: Source, data: str | Path, *, dense: Source | None = None, n
             raise InputError(f"the dense model has {original.num_classes} classes, this one {model.num_classes}; the "
                              f"one it was made from "
                              "is needed")
-    if not of_pixels and windows:
-        raise InputError(f"{next(iter(windows))} is of segmentation; the model gives one class for an image")
+    if not of_pixels and given:
+        raise InputError(f"{next(iter(given))} is of segmentation; the model gives one class for an image")
     whole: dict[str, Any] = {"whole": True} if of_pixels else {}
-    batches = opened.batches(split, model, batch_size=batch_size or (1 if of_pixels else 64), limit=limit, seed=seed,
-                             crop_pct=crop_pct, workers=workers, shared=True, **whole)
+    batches = opened.batches(split, model, batch_size=config.batch_size or (1 if of_pixels else 64), limit=images,
+                             seed=config.seed, crop_pct=crop, workers=config.workers, shared=True, **whole)
     if of_pixels:
-        found_scenes = evaluate_scenes(model, batches, device=device, amp=amp, progress=progress, **windows)
+        found_scenes = evaluate_scenes(model, batches, device=device, amp=amp, progress=config.progress, **given)
         classes = opened.classes or []
         check_appear(found_scenes.scores, classes)
-        measures, more = _scene_measures(found_scenes, classes, windows)
+        measures, more = _scene_measures(found_scenes, classes, given)
     else:
-        accuracy = evaluation.evaluate(model, batches, device=device, amp=amp, dense=original, progress=progress)
+        accuracy = evaluation.evaluate(model, batches, device=device, amp=amp, dense=original,
+                                       progress=config.progress)
         measures = {f.name: getattr(accuracy, f.name) for f in dataclasses.fields(accuracy)
                     if f.name not in ("images", "broken")}
         more = {"images": accuracy.images, "broken": accuracy.broken}
         if accuracy.broken and parallel.is_first():
             print(f"{accuracy.broken} broken images left out", file=sys.stderr)
-    config = image_config(found.model.encoder if of_pixels
-                          else model) | ({} if crop_pct is None else {"crop_pct": crop_pct})
+    prepared = image_config(found.model.encoder if of_pixels
+                            else model) | ({} if crop is None else {"crop_pct": crop})
     row = ResultRow(
         model=name or str(source), dataset=opened.name, split=opened.held_out if split == "held_out" else split,
         **measures, gmacs=cost.gmacs(found.plan), params_m=cost.params(model)["total"] / 1e6,
-        conditions={"device": str(device), "dtype": "bfloat16" if amp else "float32", "limit": limit, "seed": seed,
-                    **more, "prepared": in_words(config, resized=not of_pixels),
+        conditions={"device": str(device), "dtype": "bfloat16" if amp else "float32", "limit": images,
+                    "seed": config.seed, **more, "prepared": in_words(prepared, resized=not of_pixels),
                     "quick": quick, "form": "deployed", "plan": found.plan.made_by, "versions": checkpoint.versions()})
     if out is not None and parallel.is_first():
         append_row(Path(out) / RESULTS, row)
@@ -353,18 +215,25 @@ def _scene_measures(found: Segmentation, classes: Sequence[str],
              "iou_pct": iou, **({"windows": windows} if windows else {})})
 
 
-def throughput(sources: dict[str, Source], *, batch_size: int = 32, repeats: int = 10, dtype: str = "float32",
-               device: str | torch.device | None = None, progress: bool = True, out: str | Path | None = None,
-               like: ResultRow | None = None, quick: bool = False) -> list[ResultRow]:
-    """Speed of deployed models at `batch_size`, and their latency at batch 1; the first is the baseline, all in turn in
-    this process. A timm name stands for the architecture alone, with random weights.
+def throughput(sources: Annotated[Or[tuple[str, ...], Sequence[str], dict[str, Other]], Parameter(name="SOURCE")], *,
+               repeats: Count = 10, out: Rows = None,
+               config: Annotated[RunConfig, flags("device", "batch_size", "dtype", "quiet")] = RunConfig(),
+               like: Annotated[ResultRow | None, Parameter(parse=False)] = None,
+               quick: Annotated[bool, Parameter(parse=False)] = False) -> list[ResultRow]:
+    """Speed of deployed models at config.batch_size (32), and their latency at batch 1; the first is the baseline, all
+    in turn in this process. A timm name stands for the architecture alone, with random weights.
 
     Rows are appended to out/results.jsonl where `out` is given; `like` is a row that says of which dataset and split;
     quick: that they are of a quick run (`vitlab.runtime.caveats`).
+
+    Args:
+        sources: checkpoint or run folders, or timm names
+        repeats: rounds of all of them
     """
-    device = pick_device(device)
-    models = {n: deployed(open_model(s, pretrained=False)) for n, s in sources.items()}
-    options: dict[str, Any] = {"repeats": repeats, "dtype": dtype, "device": device, "progress": progress}
+    device, dtype, batch_size = pick_device(config.device), config.dtype or "float32", config.batch_size or 32
+    named = sources if isinstance(sources, dict) else {str(s): s for s in sources}
+    models = {name: deployed(open_model(each, pretrained=False)) for name, each in named.items()}
+    options: dict[str, Any] = {"repeats": repeats, "dtype": dtype, "device": device, "progress": config.progress}
     speeds, single = timing.measure(models, batch_size=batch_size,
                                     **options), timing.measure(models, batch_size=1, **options)
     conditions = timing.conditions(device, dtype, batch_size, repeats) | ({"quick": True} if quick else {})

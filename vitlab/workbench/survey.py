@@ -24,8 +24,9 @@ from vitlab.search.allocation import allocate, levels
 from vitlab.search.sampling import Problem
 from vitlab.search.sensitivity import SENSITIVITY, curves_of, measure_alone
 from vitlab.search.strategies import Settings
-from vitlab.training.self_distillation import Divergence, self_distil
-from vitlab.workbench.calibrating import CUT, forms_of, in_form, nearest
+from vitlab.training.self_distillation import Divergence
+from vitlab.workbench.calibrating import CUT, forms_of, in_form, nearest, write_best
+from vitlab.workbench.cutting import least_ratio
 from vitlab.workbench.gathered import Gathered
 from vitlab.workbench.offers import Offer, worth_of
 
@@ -34,17 +35,14 @@ RULES = {"merging by content": ((), "match_per_stage"), "shared updates": ((), "
          "neurons": (("neurons",), "none"), "heads and neurons": (("heads", "neurons"), "none"),
          "all together": (("heads", "neurons"), "match_per_stage")}
 SINGLE = ("merging by content", "shared updates", "neurons")                   # rules that cut one thing alone
-RATIOS = (0.9, 0.75, 0.6, 0.45)
-MAX_RATIO, TOLERANCE = 0.75, 0.05
-# images that a plan is refitted on to be compared; forwards that each takes, about
-TRIED_ON, REFIT_COST = 192, 5
+RATIOS, MAX_RATIO, TOLERANCE = (0.9, 0.75, 0.6, 0.45), 0.75, 0.05
+TRIED_ON, REFIT_COST = 192, 5                   # images that a plan is refitted on to be compared; forwards of each
 POPULATION = 8                                  # of a search, before its first proposal
 DEPLOYED, TRAINED = "deployed", "self-distillation"                             # the latter a stage of `tonight`
 
 
 class Survey(Gathered):
-    """The curves of a model's rules on a data set, and the offers that follow from them; all of it is kept in
-    `folder`."""
+    """The curves of a model's rules on a data set, and the offers that follow; all of it is kept in `folder`."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         """As of `Gathered`."""
@@ -61,20 +59,19 @@ class Survey(Gathered):
         space = SearchSpace(shape=self.shape, units=units, tokens=tokens, max_ratio=MAX_RATIO, read_out=self.read_out,
                             settings=settings)
         most = float(space.gmacs(np.zeros((1, space.size)))[0])
-        return Problem(space,
-                       Budget(limit=most * 0.99 if limit is None else limit, cost=space.gmacs,
-                              max_ratio=space.max_ratio,
-                                     size=space.size, groups=tuple(space.groups), tolerance=TOLERANCE))
+        return Problem(space, Budget(limit=most * 0.99 if limit is None else limit, cost=space.gmacs,
+                                     max_ratio=space.max_ratio, size=space.size, groups=tuple(space.groups),
+                                     tolerance=TOLERANCE))
 
     def _uncut(self, rule: str) -> float:
         """GMACs where nothing is cut."""
-        space, budget = self._problem(rule)
-        return float(budget.cost(np.zeros((1, space.size)))[0])
+        space = self._problem(rule).space
+        return float(space.gmacs(np.zeros((1, space.size)))[0])
 
     def check(self, gmacs: float, rules: Iterable[str] = tuple(RULES)) -> None:
         """InputError, before anything is measured, where no rule costs as little as `gmacs`."""
-        least = min(float(budget.cost(np.full((1, space.size), MAX_RATIO))[0]) for space,
-                    budget in map(self._problem, rules))
+        least = min(float(budget.cost(np.full((1, space.size), MAX_RATIO))[0])
+                    for space, budget in map(self._problem, rules))
         if gmacs < least:
             raise InputError(f"a budget of {gmacs:.4g} GMACs can't be met: with as much cut as may be, {least:.4g} are "
                              f"left")
@@ -109,7 +106,7 @@ class Survey(Gathered):
             if not path.exists():
                 write_lines(path, self._known(rule))
             self._curves[rule] = measure_alone(problem, lambda policy: self._measure(problem, policy), path, label=rule,
-                                               progress=self.progress and not self.pace)
+                                               progress=self.config.progress and not self.pace)
         return self._curves[rule]
 
     def _known(self, rule: str) -> list[dict[str, Any]]:
@@ -123,8 +120,7 @@ class Survey(Gathered):
 
     def plan(self, rule: str, gmacs: float) -> CompressionPlan:
         """The plan of a rule that costs at most `gmacs`, of tokens alone the nearer of what the curves say and one
-        ratio in the middle blocks; nothing is cut where reading out is enough. Raises InputError where there is
-        none."""
+        ratio in the middle blocks; nothing is cut where reading out is enough. InputError where there is none."""
         if gmacs >= self._uncut(rule):
             space = self._problem(rule).space
             return space.plan(np.zeros(space.size), **self.scores)
@@ -141,9 +137,8 @@ class Survey(Gathered):
     def _even(self, gmacs: float) -> CompressionPlan | None:
         """Merging by content with one ratio in the middle half of the blocks; None where that is not enough."""
         space = SearchSpace(shape=self.shape, units=(), tokens="match", max_ratio=MAX_RATIO, read_out=self.read_out)
-        ratios = np.linspace(0, MAX_RATIO, 400)[:, None]
-        within = np.flatnonzero(space.gmacs(ratios) <= gmacs)
-        return space.plan(ratios[within[0]]) if len(within) else None
+        ratio = least_ratio(space, gmacs, 400)
+        return None if ratio is None else space.plan([ratio])
 
     def offers(self, rules: Iterable[str] = tuple(RULES), ratios: Iterable[float] = RATIOS) -> Iterator[Offer]:
         """An offer for each rule and each ratio of the dense model's GMACs, as they are measured; budgets that a rule
@@ -190,7 +185,7 @@ class Survey(Gathered):
         if gmacs >= self._uncut(rule):
             return [self.plan(rule, gmacs)]
         space, budget = problem = self._problem(rule, gmacs)
-        study = Study(self.folder / f"{self._name(rule)}-{gmacs:.6g}", space, budget, seed=self.seed,
+        study = Study(self.folder / f"{self._name(rule)}-{gmacs:.6g}", space, budget, seed=self.config.seed,
                       about={"inputs": self.inputs},
                       options=Settings(initial="sensitivity", evaluations=evaluations, population=POPULATION))
         if not (study.folder / SENSITIVITY).exists():
@@ -199,7 +194,7 @@ class Survey(Gathered):
         with contextlib.suppress(InputError):                                   # stages may divide the blocks otherwise
             starts = None if even is None else problem.budget.project(space.policy(even)[None])[0]
         study.run(lambda policy: self._measure(problem, policy), starts=starts, until=until,
-                  progress=self.progress and not self.pace)
+                  progress=self.config.progress and not self.pace)
         ranked = sorted(study.evaluations, key=lambda e: -e.value)
         return [space.plan(e.policy, **self.scores,
                            made_by={"method": "search", "rule": rule, "gmacs": gmacs, "evaluation": e.index})
@@ -210,7 +205,8 @@ class Survey(Gathered):
         if form == CUT:
             return in_form(form, self.found.model, plan, ())
         return in_form(form, self.found.model, plan, self.shown(f"images for a model {form}", REFIT_COST, images),
-                       costs=self.costs, device=self.place, amp=self.amp, progress=self.progress and not self.pace)
+                       costs=self.costs, device=self.place, amp=self.amp,
+                       progress=self.config.progress and not self.pace)
 
     def _apart(self, plan: CompressionPlan, form: str) -> np.ndarray:
         """Distance of each image to choose on, of a plan's model in a form, refitted on TRIED_ON images; measured
@@ -240,20 +236,14 @@ class Survey(Gathered):
         reporting = Divergence(dense, self.reporting.batches, self.amp)
         model = self.in_form(form, plan)
         made_by = {"step": "calibrate", "data": self.opened.name, "images": self.parts.roles["score"],
-                   "roles": self.parts.roles, "ridge": "chosen for each layer", "minutes": minutes, "seed": self.seed,
-                   "plan": plan.made_by, "kept": form, **reporting.measured(compress(dense, plan).eval(), "kl_cut"),
+                   "roles": self.parts.roles, "ridge": "chosen for each layer", "minutes": minutes,
+                   "seed": self.config.seed, "plan": plan.made_by, "kept": form,
+                   **reporting.measured(compress(dense, plan).eval(), "kl_cut"),
                    **(reporting.measured(model, "kl_refitted") if form != CUT else {})}
-
-        def keep(model: nn.Module, more: dict[str, Any]) -> None:
-            checkpoint.save(Path(out) / checkpoint.FOLDER, model, plan, classes=self.found.info.get("classes"),
-                            made_by=made_by | more)
-        keep(model, {})
-        if minutes:
-            with self.pace.stage(TRAINED) if self.pace else contextlib.nullcontext():
-                self_distil(model, dense, self.parts, self.choosing, minutes=minutes, seed=self.seed, amp=self.amp,
-                            workers=self.workers, progress=self.progress, split="score",
-                            on_better=lambda better,
-                            _: keep(better, {"kept": "distilled", **reporting.measured(better, "kl_distilled")}))
+        with self.pace.stage(TRAINED) if self.pace and minutes else contextlib.nullcontext():
+            write_best(out, self.found, model, plan, made_by, reporting, minutes, self.parts, self.choosing,
+                       split="score", seed=self.config.seed, amp=self.amp, workers=self.config.workers,
+                       progress=self.config.progress)
         found = checkpoint.load(out)
         checkpoint.save(Path(out) / DEPLOYED, deploy(found.model), found.plan, classes=found.info.get("classes"),
                         made_by=found.info["made_by"] | {"step": "tonight"})

@@ -4,24 +4,29 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from cyclopts import Parameter
 
 from vitlab.data.images import image_config
 from vitlab.models.checkpoint import Checkpoint
+from vitlab.models.opening import Source
 from vitlab.models.support import encoder_of
 from vitlab.plan import CompressionPlan, cost
+from vitlab.runtime.config import RUN, RunConfig
 from vitlab.runtime.files import InputError, atomic_write, read_json
+from vitlab.runtime.kinds import ClassMap, Count, Data, Gmacs, MacsRatio, Minutes, Names, Natural, Ratios, Run
 from vitlab.workbench.calibrating import warn_of_few
-from vitlab.workbench.cutting import open_dense
+from vitlab.workbench.cutting import limit_of
 from vitlab.workbench.gathered import FISHER_COST, FISHER_IMAGES, TOKEN_COST, TOKEN_IMAGES, moments_cost
 from vitlab.workbench.offers import OFFERS, Offer, best_offer, offers_figure, worth_of, write_offers  # noqa: F401 - its own face
 from vitlab.workbench.pace import Pace, images_per_second
 from vitlab.workbench.searching import PLAN
-from vitlab.workbench.steps import Source
+from vitlab.workbench.steps import open_dense
 from vitlab.workbench.survey import DEPLOYED, RATIOS, REFIT_COST, RULES, SINGLE, TRAINED, TRIED_ON, Survey  # noqa: F401 - its own face
 
+MACS_RATIO = 0.6                                # the budget where none is given
 EVALUATIONS, FINALISTS = 40, 2                  # of the search; how many of its plans are refitted and compared
 LEAST = {"evaluations": 10, "finalists": 1, "images": 64}       # what the time may leave of them
 # minutes, where none are given: of a large model the amounts shrink; where that is kept
@@ -63,11 +68,13 @@ def _amounts(path: Path, asked: dict[str, Any], shrink: bool) -> dict[str, int]:
     return known["amounts"]
 
 
-def tonight(source: Source, data: str | Path, out: str | Path, *, gmacs: float | None = None, macs_ratio: float = 0.6,
-            rules: Sequence[str] = tuple(RULES), ratios: Sequence[float] = RATIOS, evaluations: int = EVALUATIONS,
-            finalists: int = FINALISTS, minutes: float | None = None, images: int = 128, report_images: int = 256,
-            score_images: int = 1000, seed: int = 0, device: str | None = None, class_map: str | Path | None = None,
-            workers: int | None = None, progress: bool = True) -> Checkpoint:
+def tonight(source: Source, data: Data, out: Run, *, gmacs: Gmacs = None,
+            macs_ratio: Annotated[MacsRatio, Parameter(help="budget: fraction of the dense model's multiply-adds "
+                                                            f"(default: {MACS_RATIO})")] = None,
+            rules: Names = tuple(RULES), ratios: Ratios = RATIOS, evaluations: Natural = EVALUATIONS,
+            finalists: Count = FINALISTS, minutes: Minutes | None = None, images: Count = 128,
+            report_images: Count = 256, score_images: Count = 1000, class_map: ClassMap = None,
+            config: Annotated[RunConfig, RUN] = RunConfig()) -> Checkpoint:
     """From a dense model and images without labels to a smaller model that is ready, in out/deployed; returns that
     checkpoint.
 
@@ -81,13 +88,25 @@ def tonight(source: Source, data: str | Path, out: str | Path, *, gmacs: float |
     (LEAST), and what is left of the time is self-distillation (`self_distil`). None: none of it, and fewer where they
     would take over AT_MOST minutes. All that was measured is kept, and the same call goes on. Raises InputError for a
     budget that no rule meets.
+
+    Args:
+        out: run folder; the model is in deployed/
+        rules: merging by content, shared updates, neurons, heads and neurons, all together, with commas between
+        ratios: fractions of the dense model's multiply-adds that each rule is offered at, beside the budget
+        evaluations: plans measured in the search at the budget; 0: none
+        finalists: plans of the search that are refitted and compared, beside the best of one rule alone
+        minutes: for the whole: fewer evaluations and images where it would take longer, and self-distillation in what
+            is left (default: as long as the amounts below take, about an hour at most, and none of it)
+        images: of train, that plans are compared on, at most
+        report_images: others, to report on, at most
+        score_images: others, to rank units and to refit on, at most
     """
     began, found, out = time.monotonic(), open_dense(source), Path(out)
-    common = {"report_images": report_images, "score_images": score_images, "seed": seed, "device": device,
-              "class_map": class_map, "workers": workers, "progress": progress}
+    common: dict[str, Any] = {"report_images": report_images, "score_images": score_images, "class_map": class_map,
+                              "config": config}
     survey = Survey(found, data, out / SURVEY, images=images, **common)
     dense = cost.gmacs(CompressionPlan.empty(survey.shape))
-    limit = macs_ratio * dense if gmacs is None else gmacs
+    limit = limit_of(survey.shape, gmacs, MACS_RATIO if gmacs is None and macs_ratio is None else macs_ratio)
     survey.check(limit, rules)
     if finalists < 1:
         raise InputError(f"finalists is {finalists}; at least 1 plan is needed to be made ready")
@@ -117,7 +136,7 @@ def tonight(source: Source, data: str | Path, out: str | Path, *, gmacs: float |
     end = float("inf") if minutes is None else began + 60 * minutes
     if minutes is not None:
         stages[TRAINED] = max(0.0, 60 * minutes * rate - sum(stages.values()))
-    with Pace("tonight", stages, rate, progress) as survey.pace:
+    with Pace("tonight", stages, rate, config.progress) as survey.pace:
         with survey.pace.stage(SCORES):
             _ = survey.scores
         with survey.pace.stage(CURVES):

@@ -15,12 +15,11 @@ from vitlab.plan import CompressionPlan, tokens
 from vitlab.plan.rules import MergeReconstruct
 from vitlab.plots import matched_map, merge_map
 from vitlab.plots.tokens import bordered, through_matrices, through_means, tinted
-from vitlab.workbench.cutting import open_dense
 from vitlab.workbench.explore.base import Cells, Explorer, array_png, observe, row
 from vitlab.workbench.explore.choosing import WIDE, PictureChooser
 from vitlab.workbench.explore.maps import BY_PLACE, GIVEN, Maps, Tokens
 from vitlab.workbench.pictures import as_input
-from vitlab.workbench.steps import Source
+from vitlab.workbench.steps import Source, open_dense
 
 WIDTH, DRAWN = 380, 448         # of a picture on the page, in CSS pixels, and of its drawing with borders, at least
 

@@ -19,11 +19,10 @@ from vitlab.plan import CompressionPlan
 from vitlab.plan.shape import POOL_TOKEN, require
 from vitlab.plots.base import PALETTE
 from vitlab.plots.units import as_array, cut_heads, head_view, looked_at, over_grey, ranked_neurons, to_own_range
-from vitlab.workbench.cutting import open_dense
 from vitlab.workbench.explore.base import Cells, Explorer, array_png, row
 from vitlab.workbench.explore.choosing import WIDE, PictureChooser
 from vitlab.workbench.pictures import as_input
-from vitlab.workbench.steps import Source
+from vitlab.workbench.steps import Source, open_dense
 
 WIDTH, STRIP = 380, 90                          # of a panel, and height of the neurons' one, in CSS pixels
 SHARP = 2                                       # drawn pixels for each of them
