@@ -151,8 +151,9 @@ def test_a_command_for_one_process_is_refused_by_name(place, monkeypatch, capsys
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(place / "error.json"))
-    arguments = ["calibrate", "--checkpoint", str(place / "dense"), "--plan", "p.json", "--data", "digits", "--out",
-                 str(place / "run")]
+    arguments = ["calibrate", "--checkpoint", str(place / "dense"), "--plan", str(place / "p.json"), "--data",
+                 "digits", "--out", str(place / "run")]
+    (place / "p.json").write_text("{}")
     assert main(arguments) == 2
     assert "`calibrate` runs in one process; start it without torchrun" in capsys.readouterr().err
     assert "`calibrate` runs in one process" in (place / "error.json").read_text()
