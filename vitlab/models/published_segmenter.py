@@ -16,9 +16,8 @@ from torch import Tensor
 
 from vitlab.models.create import rebuild
 from vitlab.models.decoders import NORM_EPS
-from vitlab.models.segmenter import Segmenter, as_encoder, set_norm_eps
+from vitlab.models.segmenter import Segmenter, as_encoder, is_rate, is_size, set_norm_eps
 from vitlab.models.weights import read_file, state_of
-from vitlab.plan.shape import is_int
 from vitlab.runtime.files import InputError
 
 VARIANT = "variant.yml"
@@ -28,7 +27,6 @@ STATISTICS = {"deit": (constants.IMAGENET_DEFAULT_MEAN, constants.IMAGENET_DEFAU
 NAMES = {False: "vit_base_patch16_224", True: "deit_base_distilled_patch16_224"}
 UNUSED = ("encoder.head.", "encoder.head_dist.")
 HEAD_DIM = 64                                   # of the decoder's heads, whatever the encoder's: d_model // 64 of them
-LARGEST = 2**16                                 # of any size, which bounds what a damaged variant.yml can ask for
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -64,23 +62,15 @@ def _taken(settings: dict[str, Any], where: str, checks: dict[str, Callable[[Any
                              f"from")
 
 
-def _size(value: Any) -> bool:
-    return is_int(value) and 0 < value <= LARGEST
-
-
-def _rate(value: Any) -> bool:
-    return isinstance(value, (int, float)) and 0 <= value < 1
-
-
 def _check(net: dict[str, Any], path: Path) -> None:
     where = f"{path}: net_kwargs"
     _taken(net, where, {
-        "image_size": lambda v: isinstance(v, list) and len(v) == 2 and all(map(_size, v)),
+        "image_size": lambda v: isinstance(v, list) and len(v) == 2 and all(map(is_size, v)),
         "decoder": lambda v: isinstance(v, dict), "normalization": lambda v: v in list(STATISTICS),
         "distilled": lambda v: v in (None, True, False),
-        **dict.fromkeys(("patch_size", "d_model", "n_layers", "n_heads", "n_cls"), _size),
-        **{name: lambda v: v is None or _rate(v) for name in ("drop_path_rate", "dropout")}})
-    kinds = {"linear": {}, "mask_transformer": {"n_layers": _size, "dropout": _rate, "drop_path_rate": _rate}}
+        **dict.fromkeys(("patch_size", "d_model", "n_layers", "n_heads", "n_cls"), is_size),
+        **{name: lambda v: v is None or is_rate(v) for name in ("drop_path_rate", "dropout")}})
+    kinds = {"linear": {}, "mask_transformer": {"n_layers": is_size, "dropout": is_rate, "drop_path_rate": is_rate}}
     _taken(net["decoder"], f"{where}.decoder", {"name": lambda v: v in list(kinds)})
     _taken(net["decoder"], f"{where}.decoder", kinds[net["decoder"]["name"]])
 

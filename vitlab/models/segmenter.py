@@ -25,12 +25,14 @@ DEEPEST = 64                                    # blocks of a decoder that it ma
 SHOWN = ("blocks", "patch_embed", "cls_token", "num_prefix_tokens", "embed_dim", "in_chans", "pretrained_cfg")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def is_size(value: Any) -> bool:
+    """Whether a file may ask for it."""
+    return is_int(value) and 1 <= value <= LARGEST
 
 
-def _is_rate(value: Any) -> bool:
-    return _is_number(value) and 0 <= value < 1
+def is_rate(value: Any) -> bool:
+    """Whether it is a number in [0, 1)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
 
 
 def as_encoder(model: nn.Module) -> nn.Module:
@@ -73,11 +75,11 @@ def segmenter_source(model: "Segmenter") -> dict[str, Any]:
 def rebuild_segmenter(encoder: Any, source: Any, most: int | None = None) -> "Segmenter":
     """The dense Segmenter of an encoder's `architecture` and a `segmenter_source`, with random weights. Raises
     InputError naming what is wrong, and, before memory is taken, where it would have more than `most` parameters."""
-    numbers = {"head_dim": lambda v: is_int(v) and 1 <= v <= LARGEST,
-               "depth": lambda v: is_int(v) and 1 <= v <= DEEPEST, "drop": _is_rate, "drop_path": _is_rate}
-    known = {"num_classes": lambda v: is_int(v) and 2 <= v <= LARGEST,
+    numbers = {"head_dim": is_size, "depth": lambda v: is_size(v) and v <= DEEPEST, "drop": is_rate,
+               "drop_path": is_rate}
+    known = {"num_classes": lambda v: is_size(v) and v >= 2,
              "decoder": lambda v: isinstance(v, str) and v in DECODERS,
-             "norm_eps": lambda v: v is None or _is_number(v) and 0 < v < 1,
+             "norm_eps": lambda v: v is None or is_rate(v) and v > 0,
              "args": lambda v: isinstance(v, dict) and all(k in numbers and numbers[k](n) for k, n in v.items())}
     for name, fits in known.items():
         if not isinstance(source, dict) or not fits(source.get(name)):

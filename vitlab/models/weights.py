@@ -99,7 +99,7 @@ def _is_state(value: Any) -> bool:
 
 def state_of(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
     """The state dict in what `read_file` gave: it itself, one INSIDE, or the only other one. Raises InputError naming
-    the file where there are several, or anything but tensors."""
+    the file where there are several, or anything but tensors that a parameter can be filled from."""
     inside = next((content[key] for key in INSIDE if isinstance(content.get(key), dict)), None)
     if inside is None:
         others = {key: value for key, value in content.items() if _is_state(value)}
@@ -111,16 +111,11 @@ def state_of(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
     if wrong or not inside:
         raise InputError(f"{path}: "
                          + (f"{wrong[0]!r} is not a tensor, or not its name" if wrong else "holds no weights"))
-    check_plain(inside, path)
-    return inside
-
-
-def check_plain(state: dict[str, Tensor], path: str | Path) -> None:
-    """InputError naming the first tensor that a parameter can't be filled from."""
-    for name, tensor in state.items():
+    for name, tensor in inside.items():
         if tensor.is_complex() or tensor.is_quantized or tensor.layout != torch.strided or tensor.is_meta:
             kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}".replace("torch.", "")
             raise InputError(f"{path}: {name!r} is {kind}; real numbers in a plain tensor are needed")
+    return inside
 
 
 def unwrapped(state: dict[str, Tensor], own: dict[str, Tensor],
