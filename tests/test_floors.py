@@ -10,7 +10,7 @@ FLOORS = [                                              # lowest first
     {"plan"},
     {"models", "criteria", "search", "data", "plots"},
     {"measure"},
-    {"training"},
+    {"training", "exporting"},
     {"workbench"},
     {"cli"},                                            # the commands call the workbench's steps
     {"__main__"},

@@ -10,7 +10,7 @@ _PUBLIC = {"compress": "vitlab.models", "deploy": "vitlab.models", "shape_of": "
            "set_trainable": "vitlab.models", "CompressionPlan": "vitlab.plan", "InputError": "vitlab.runtime.files",
            "create_model": "vitlab.models.create", "prune_and_merge": "vitlab.criteria.planning",
            "token_scores": "vitlab.measure.capture", "open_data": "vitlab.data",
-           "load": "vitlab.models.checkpoint", "save": "vitlab.models.checkpoint"}
+           "export": "vitlab.exporting.export", "load": "vitlab.models.checkpoint", "save": "vitlab.models.checkpoint"}
 __all__ = sorted(_PUBLIC)
 
 
@@ -21,6 +21,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:               # the same names, for editors and type checkers
     from vitlab.criteria.planning import prune_and_merge as prune_and_merge
     from vitlab.data import open_data as open_data
+    from vitlab.exporting.export import export as export
     from vitlab.measure.capture import token_scores as token_scores
     from vitlab.models import compress as compress
     from vitlab.models import deploy as deploy

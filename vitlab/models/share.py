@@ -24,14 +24,34 @@ class SharedUpdateBlock(nn.Module):
         sizes = torch.tensor((1,) * num_prefix_tokens + rule.sizes, dtype=torch.float64)
         proportional = rule.proportional and max(rule.sizes, default=1) > 1
         self.register_buffer("mask", size_mask(sizes[None], torch.float64) if proportional else None)
+        self.register_buffer("members", None, persistent=False)
+
+    def gather_members(self) -> None:
+        """From now on a region's mean is taken over its gathered patches, as the runtimes that files are for do right:
+        TensorRT drops the reduction of a scattered sum. members (C, largest region), as the patch after the last where
+        a region has fewer."""
+        regions, count = self.rule.regions, len(self.rule.regions)
+        of_region = [[patch for patch in range(count) if regions[patch] == number] for number in range(self.num_merged)]
+        largest = max(map(len, of_region), default=0)
+        self.members = torch.tensor([patches + [count] * (largest - len(patches)) for patches in of_region],
+                                    dtype=torch.long, device=self.regions.device)
+
+    def means(self, patches: Tensor) -> Tensor:
+        """Of each region, and 0 for the one that is none: (B, n, D) -> (B, C + 1, D)."""
+        exact = torch.promote_types(patches.dtype, torch.float32)               # a region may be many patches
+        weighed = self.weights.to(exact) * patches
+        if self.members is None:
+            means = weighed.new_zeros(patches.shape[0], self.num_merged + 1, patches.shape[2])
+            return means.index_add(1, self.regions, weighed).to(patches.dtype)
+        zero = torch.zeros_like(weighed[:, :1])
+        parts = torch.cat([weighed, zero], dim=1).index_select(1, self.members.flatten())
+        return torch.cat([parts.unflatten(1, self.members.shape).sum(dim=2), zero], dim=1).to(patches.dtype)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         x = unmasked(x, attn_mask, is_causal, "a block that merges tokens")
         prefix, patches = x[:, :self.num_prefix_tokens], x[:, self.num_prefix_tokens:]
-        exact = torch.promote_types(x.dtype, torch.float32)                     # a region may be many patches
-        means = patches.new_zeros(x.shape[0], self.num_merged + 1, x.shape[2], dtype=exact)
-        means = means.index_add(1, self.regions, self.weights.to(exact) * patches).to(x.dtype)
+        means = self.means(patches)
         regions = torch.cat([prefix, means[:, :-1]], dim=1)                     # (B, P + C, D)
         given = self.block(regions) if self.mask is None else self.block(regions, attn_mask=self.mask)
         given = torch.cat([given, torch.zeros_like(given[:, :1])], dim=1)

@@ -32,7 +32,7 @@ def match(keys: Tensor, merged: int, importance: Tensor | None = None) -> tuple[
     rank = ((best[:, None] > first) | ((best[:, None] == first) & (place < place[:, None]))).sum(dim=2)
     stays = rank >= merged
     where = torch.where(stays, merged + stays.cumsum(dim=1) - 1, rank)
-    order = torch.zeros_like(where).scatter(1, where, place.expand_as(where))
+    order = (where[:, None] == place[:, None]).mul(place).sum(dim=2)
     return order, partner.gather(1, order[:, :merged])
 
 
@@ -47,17 +47,17 @@ def merge(x: Tensor, sizes: Tensor, order: Tensor, into: Tensor) -> tuple[Tensor
 
     x (B, n, D), sizes (B, n) in patches. Returns (B, n - r, D) and (B, n - r): the sources that stay, then the targets.
     """
-    batch, count, dim = x.shape
-    gone, targets = into.shape[1], count // 2
+    count, gone, targets = x.shape[1], into.shape[1], x.shape[1] // 2
     # (B, sources, D)
-    sources = x.reshape(-1, dim).index_select(0, _flat(2 * order, count)).unflatten(0, (-1, order.shape[1]))
-    weight, where = sizes[:, ::2].gather(1, order), _flat(into, targets)
-    total = sizes[:, 1::2].reshape(-1).index_add(0, where, weight[:, :gone].reshape(-1))
-    summed = (x[:, 1::2] * sizes[:, 1::2, None]).flatten(0, 1).index_add(
-        0, where, (sources[:, :gone] * weight[:, :gone, None]).flatten(0, 1))
-    means = (summed / total[:, None]).unflatten(0, (batch, targets)).to(x.dtype)
-    return torch.cat([sources[:, gone:], means],
-                     dim=1), torch.cat([weight[:, gone:], total.unflatten(0, (batch, targets))], dim=1)
+    sources = x.reshape(-1, x.shape[2]).index_select(0, _flat(2 * order, count)).unflatten(0, (-1, order.shape[1]))
+    weight = sizes[:, ::2].gather(1, order)
+    # (B, targets, r): what of a source that goes arrives where. A product with it is what every runtime computes
+    # right; scattered sums are not (TensorRT drops the reduction), nor fast.
+    arriving = (into[:, None] == torch.arange(targets, device=x.device)[:, None]) * weight[:, None, :gone]
+    total = sizes[:, 1::2] + arriving.sum(dim=2)
+    summed = x[:, 1::2] * sizes[:, 1::2, None] + arriving @ sources[:, :gone].to(arriving.dtype)
+    means = (summed / total[:, :, None]).to(x.dtype)
+    return torch.cat([sources[:, gone:], means], dim=1), torch.cat([weight[:, gone:], total], dim=1)
 
 
 @torch.fx.wrap
@@ -66,10 +66,11 @@ def new_places(order: Tensor, into: Tensor, count: int) -> Tensor:
     batch, sources = order.shape
     stay = sources - into.shape[1]
     staying = torch.arange(stay, device=order.device).expand(batch, -1)
-    of_sources = torch.zeros_like(order).scatter(1, order, torch.cat([stay + into, staying], dim=1))
+    places = torch.cat([stay + into, staying], dim=1)
+    of_sources = (order[:, None] == torch.arange(sources, device=order.device)[:, None]).mul(places[:, None]).sum(dim=2)
     of_targets = torch.arange(stay, stay + count // 2, device=order.device).expand(batch, -1)
     token = torch.arange(count, device=order.device)
-    return torch.cat([of_sources, of_targets], dim=1)[:, token // 2 + token % 2 * sources]
+    return torch.cat([of_sources, of_targets], dim=1).index_select(1, token // 2 + token % 2 * sources)
 
 
 @torch.fx.wrap

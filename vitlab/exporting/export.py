@@ -1,0 +1,110 @@
+"""From a compressed model to a file that its runtime runs as PyTorch runs the model."""
+import copy
+import json
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vitlab.data.images import image_config
+from vitlab.exporting.runtimes import RUNTIMES, Runtime, needed, traced
+from vitlab.models import checkpoint, deploy
+from vitlab.models.merge import TokenBlock
+from vitlab.models.share import SharedUpdateBlock
+from vitlab.models.support import encoder_of
+from vitlab.plan import CompressionPlan
+from vitlab.runtime.files import InputError
+
+BATCHES = (1, 2, 5)                             # sizes that a file is verified at
+# Largest difference, as a share of the outputs' range: float32 in another order of operations stays below 1e-4 through
+# 12 to 24 blocks. What merges by content may take another of two tokens that are alike to rounding: then few images
+# differ more, and these must be no more than FEW of them.
+SAME, FEW = 1e-3, 0.1
+
+
+def exported_form(model: nn.Module) -> nn.Module:
+    """A copy as it is written: deployed, on the CPU, in float32, of operations that every runtime computes right."""
+    has_matrices = any(isinstance(module, TokenBlock) for module in model.modules())
+    found = (deploy(model) if has_matrices else copy.deepcopy(model)).cpu().float().eval().requires_grad_(False)
+    for module in found.modules():
+        if isinstance(module, SharedUpdateBlock):
+            module.gather_members()
+    return found
+
+
+def runtime_of(path: str | Path, to: str | None) -> tuple[str, Runtime]:
+    """(name, runtime) that a file is for: `to`, or by its ending. Raises InputError for another, one that is not
+    installed, or a name that does not end as its files do."""
+    endings = {name: runtime.ending for name, runtime in RUNTIMES.items()}
+    if to is None:
+        fits = [name for name, ending in endings.items() if os.fspath(path).endswith(ending)]
+        if not fits:
+            raise InputError(f"{path}: what it is for can't be told by its ending; known are "
+                             + ", ".join(f"{ending} ({name})" for name, ending in endings.items()))
+        to = max(fits, key=lambda name: len(endings[name]))
+    if to not in RUNTIMES:
+        raise InputError(f"runtime {to!r} is not known; known are {list(RUNTIMES)}")
+    if not os.fspath(path).endswith(endings[to]):
+        raise InputError(f"{path}: files for {to} end in {endings[to]}")
+    for module in RUNTIMES[to].needs:
+        needed(module)
+    return to, RUNTIMES[to]
+
+
+def export(model: nn.Module, out: str | Path, *, to: str | None = None, images: Tensor | None = None,
+           plan: CompressionPlan | None = None, classes: list[str] | None = None) -> dict[str, Any]:
+    """Write a model's deployed form to the file `out` for a runtime (a name of RUNTIMES; None: by the ending), run it
+    there on images (B, channels, height, width), prepared for the model (None: random ones), in batches of several
+    sizes, and compare with PyTorch; returns what the file says of itself, also stored in it:
+
+    images: size, mean, std, interpolation, crop_pct, crop_mode; classes; plan; versions; verified: largest difference
+    as a share of the outputs' range, and the share of images of the same class (of a Segmenter: pixels), in percent.
+    Raises InputError for an unknown runtime, or one that gives other outputs: then no file is left.
+    """
+    name, runtime = runtime_of(out, to)
+    model, config = exported_form(model), image_config(encoder_of(model))
+    if images is None:
+        images = torch.randn(sum(BATCHES), *config["input_size"], generator=torch.Generator().manual_seed(0))
+    images = images.cpu().float()
+    if images.dim() != 4 or tuple(images.shape[1:]) != tuple(config["input_size"]) or len(images) < 2:
+        raise InputError(f"images are {tuple(images.shape)}; at least 2 of {tuple(config['input_size'])} are needed")
+    about: dict[str, Any] = {
+        "images": {key: config[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")},
+        "classes": classes, "plan": None if plan is None else json.loads(plan.to_json()), "runtime": name,
+        "versions": checkpoint.versions()}
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")         # of converters, about themselves
+        file = Path(folder) / out.name
+        program = traced(model, images[:2])
+        runtime.write(program, file, about)
+        about["verified"] = verify(model, runtime, file, images)
+        runtime.write(program, file, about)
+        for ending in (*runtime.beside, runtime.ending):                        # the one that names the others last
+            part = file.with_name(file.name.removesuffix(runtime.ending) + ending)
+            part.replace(out.with_name(part.name))
+    return about
+
+
+def verify(model: nn.Module, runtime: Runtime, file: Path, images: Tensor) -> dict[str, Any]:
+    """A file's outputs beside the model's, on images in batches of each of BATCHES. Raises InputError where they are
+    others."""
+    run = runtime.open(file, None)
+    with torch.inference_mode():
+        expected = model(images).numpy()
+    found = [np.concatenate([run(np.ascontiguousarray(part.numpy())) for part in images.split(size)])
+             for size in BATCHES]
+    scale = max(float(np.ptp(expected)), float(np.finfo(np.float32).tiny))
+    each = np.stack([np.abs(one - expected).reshape(len(images), -1).max(axis=1) for one in found]) / scale
+    largest, agree = float(each.max()), 100 * float(np.mean([one.argmax(1) == expected.argmax(1) for one in found]))
+    said = {"batch_sizes": list(BATCHES), "images": len(images), "largest_difference": largest, "agree_pct": agree}
+    if not np.isfinite(each).all() or (each > SAME).mean() > FEW:
+        raise InputError(f"{file.name}: its outputs are not the model's: they differ by up to {largest:.3g} of their "
+                         f"range, and {agree:.1f} % of the classes agree; nothing was written")
+    return said
