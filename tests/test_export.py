@@ -14,6 +14,7 @@ from PIL import Image
 from test_timm_client import RULES, dense, made, pictures
 
 from vitlab import InputError, compress, export, shape_of
+from vitlab.cli import main
 from vitlab.exporting import export as exporting
 from vitlab.exporting import runtimes
 from vitlab.models import checkpoint
@@ -93,6 +94,22 @@ def test_a_file_whose_outputs_are_others_is_not_left_behind(tmp_path, monkeypatc
     with pytest.raises(InputError, match="outputs are not the model's"):
         export(made("registers", "place", "deployed"), tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_writes_a_file_and_says_what_was_seen(tmp_path, capsys):
+    model = dense("vit")
+    plan = CompressionPlan.empty(shape_of(model))
+    checkpoint.save(tmp_path / "run", model, plan, classes=list("abcdefg"))
+    assert main(["export", "--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "a.onnx")]) == 0
+    assert re.search(r"a.onnx: runs in onnx as in PyTorch on 2 images, in batches of 1, 2, 5: outputs differ by at "
+                     r"most \d.*e-\d+ of their range, 100.0 % of classes agree", capsys.readouterr().out)
+    about = runtimes.RUNTIMES["onnx"].about(tmp_path / "a.onnx")
+    assert about["classes"] == list("abcdefg") and about["plan"] == json.loads(plan.to_json())
+    for words, said in ((["--out", str(tmp_path / "a.bin")], "a.bin: what it is for"),
+                        (["--out", str(tmp_path)], "is a folder"),
+                        (["--out", str(tmp_path / "a.onnx"), "--to", "pt2"], "end in .pt2")):
+        assert main(["export", "--checkpoint", str(tmp_path / "run"), *words]) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("out, to, words", [

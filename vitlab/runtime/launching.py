@@ -48,6 +48,9 @@ def values_of(words: Sequence[str]) -> dict[str, str]:
     return {**found, **{word.partition("=")[0]: word.partition("=")[2] for word in found if "=" in word}}
 
 
+FILES = {"score tokens": ".safetensors", "score units": ".safetensors", "export": ""}     # command: its file's ending
+
+
 def checked(words: Sequence[str], commands: Collection[str]) -> tuple[str, dict[str, str]]:
     """(command, `values_of` its words). Raises InputError for what can be told before anything is imported: another
     command, a path that is not there, a place that can't be written to, a model that would be replaced."""
@@ -74,8 +77,8 @@ def checked(words: Sequence[str], commands: Collection[str]) -> tuple[str, dict[
         raise InputError(f"{data}: no such folder; give 'digits', or a folder that holds {', '.join(SPLITS)}, or a "
                          f"timm data set such as hfds/NAME")
     if "--out" in values:
-        check_out(values["--out"], wants_file=name.startswith("score "))
-        if name.split()[0] not in ("score", "evaluate", "predict", "throughput"):
+        check_out(values["--out"], ending=FILES.get(name))
+        if name.split()[0] not in ("score", "evaluate", "predict", "throughput", "export"):
             check_apart(values)
     return name, values
 
@@ -88,13 +91,14 @@ def check_source(source: str) -> None:
                          f"dense one of a study")
 
 
-def check_out(out: str, wants_file: bool) -> None:
-    """OSError or InputError where `out` is of the wrong kind or nothing can be written to it."""
-    if wants_file and Path(out).is_dir():
-        raise InputError(f"{out}: is a folder; a file to write the scores to is needed")
-    if wants_file and Path(out).suffix != ".safetensors":
-        raise InputError(f"{out}: scores are written as .safetensors; a name that ends so is needed")
-    if not wants_file and Path(out).is_file():
+def check_out(out: str, ending: str | None = None) -> None:
+    """OSError or InputError where `out` is of the wrong kind or nothing can be written to it. ending: of a file; None:
+    a run folder is written."""
+    if ending is not None and Path(out).is_dir():
+        raise InputError(f"{out}: is a folder; a file to write {'the scores' if ending else 'the model'} to is needed")
+    if ending is not None and not out.endswith(ending):
+        raise InputError(f"{out}: scores are written as {ending}; a name that ends so is needed")
+    if ending is None and Path(out).is_file():
         raise InputError(f"{out}: is a file; a run folder is needed")
     folder = Path(out).absolute()
     while not folder.exists():

@@ -34,7 +34,7 @@ def batch(file: str, *, out: Annotated[str | None, flag(metavar="RUN")] = None,
     from vitlab.runtime.launching import check_out
     from vitlab.workbench import batch as batches
     run = out or f"runs/{Path(file).stem}"
-    check_out(run, wants_file=False)
+    check_out(run)
     given = {key.strip(): value for key, _, value in (change.partition("=") for change in changes)}
     if dry_run:
         print(batches.format_summary(batches.plan_of(file, run, given)))
