@@ -100,11 +100,12 @@ def test_tokens_without_any_direction_are_matched_too():
 
 # ---- merge
 
+@pytest.mark.parametrize("by_product", [False, True])
 @pytest.mark.parametrize("n, gone", COUNTS)
-def test_merging_is_the_mean_weighted_by_sizes(n, gone):
+def test_merging_is_the_mean_weighted_by_sizes(n, gone, by_product):
     x, sizes = drawn(3, n, 5, seed=n), drawn(3, n, seed=2).abs().mul(7).ceil()
     order, into = matching.match(drawn(3, n, 3, seed=4), gone)
-    merged, new_sizes = matching.merge(x, sizes, order, into)
+    merged, new_sizes = matching.merge(x, sizes, order, into, by_product)
     assert merged.shape == (3, n - gone, 5) and new_sizes.shape == (3, n - gone)
     for b in range(3):
         for token, inside in enumerate(merged_sets([frozenset([j]) for j in range(n)], order[b], into[b])):

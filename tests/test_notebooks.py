@@ -167,7 +167,7 @@ def test_of_an_interrupted_notebook_the_kernel_tells_nothing(tmp_path):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
-    run_demo(out, everything=True, quick=True)
+    run_demo(out=out, everything=True, quick=True)
     return out
 
 

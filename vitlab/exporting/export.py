@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vitlab.data.images import image_config
 from vitlab.exporting.runtimes import RUNTIMES, Runtime, needed, traced
 from vitlab.models import checkpoint, deploy
+from vitlab.models.match import MatchBlock
 from vitlab.models.merge import TokenBlock
 from vitlab.models.share import SharedUpdateBlock
 from vitlab.models.support import encoder_of
@@ -34,6 +35,8 @@ def exported_form(model: nn.Module) -> nn.Module:
     for module in found.modules():
         if isinstance(module, SharedUpdateBlock):
             module.gather_members()
+        elif isinstance(module, MatchBlock):
+            module.by_product = True
     return found
 
 

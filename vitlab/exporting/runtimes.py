@@ -1,4 +1,5 @@
 """Runtimes beside PyTorch's own: how a traced model is written for each, and how such a file is run."""
+import importlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -34,7 +35,7 @@ class Runtime:
 def needed(name: str) -> ModuleType:
     """A module of the extra. Raises InputError where it is not installed."""
     try:
-        return __import__(name)
+        return importlib.import_module(name)
     except ImportError as error:
         raise InputError(f"{name} can't be imported ({error}); python -m pip install 'vitlab[export]'") from None
 

@@ -23,6 +23,9 @@ class MatchBlock(HoldingBlock):
     gives all N tokens. Static shapes; fused attention stays on.
     """
 
+    # how sources are added to their targets (`matching.merge`); files for other runtimes set it
+    by_product = False
+
     def __init__(self, block: nn.Module, rule: Match, num_prefix_tokens: int, gives_back: bool = False) -> None:
         super().__init__()
         if rule.merged:
@@ -56,6 +59,6 @@ class MatchBlock(HoldingBlock):
         sizes = torch.ones_like(row, dtype=torch.float32) if sizes is None else sizes
         importance = row[:, prefix:] * x.shape[1] * self.rule.protect if self.rule.protect else None
         order, into = matching.match(keys[:, prefix:], self.rule.merged, importance)
-        merged, merged_sizes = matching.merge(x[:, prefix:], sizes[:, prefix:], order, into)
+        merged, merged_sizes = matching.merge(x[:, prefix:], sizes[:, prefix:], order, into, self.by_product)
         return (torch.cat([x[:, :prefix], merged], dim=1), torch.cat([sizes[:, :prefix], merged_sizes], dim=1),
                 matching.new_places(order, into, count))

@@ -42,20 +42,29 @@ def _flat(index: Tensor, count: int) -> Tensor:
 
 
 @torch.fx.wrap
-def merge(x: Tensor, sizes: Tensor, order: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
+def merge(x: Tensor, sizes: Tensor, order: Tensor, into: Tensor, by_product: bool = False) -> tuple[Tensor, Tensor]:
     """Each source that goes is averaged into its target, weighted by how many patches both stand for.
 
     x (B, n, D), sizes (B, n) in patches. Returns (B, n - r, D) and (B, n - r): the sources that stay, then the targets.
+    by_product: sources are added to their targets by a product with a matrix of zeros and sizes, r n / 2 D
+    multiply-adds more, for runtimes that compute scattered sums wrongly (TensorRT drops the reduction).
     """
-    count, gone, targets = x.shape[1], into.shape[1], x.shape[1] // 2
+    batch, count, dim = x.shape
+    gone, targets = into.shape[1], count // 2
     # (B, sources, D)
-    sources = x.reshape(-1, x.shape[2]).index_select(0, _flat(2 * order, count)).unflatten(0, (-1, order.shape[1]))
-    weight = sizes[:, ::2].gather(1, order)
-    # (B, targets, r): what of a source that goes arrives where. A product with it is what every runtime computes
-    # right; scattered sums are not (TensorRT drops the reduction), nor fast.
-    arriving = (into[:, None] == torch.arange(targets, device=x.device)[:, None]) * weight[:, None, :gone]
-    total = sizes[:, 1::2] + arriving.sum(dim=2)
-    summed = x[:, 1::2] * sizes[:, 1::2, None] + arriving @ sources[:, :gone].to(arriving.dtype)
+    sources = x.reshape(-1, dim).index_select(0, _flat(2 * order, count)).unflatten(0, (-1, order.shape[1]))
+    weight, of_target = sizes[:, ::2].gather(1, order), x[:, 1::2] * sizes[:, 1::2, None]
+    if by_product:
+        arriving = into[:, None] == torch.arange(targets, device=x.device)[:, None]         # (B, targets, r)
+        arriving = arriving.to(of_target.dtype) * weight[:, None, :gone]
+        total = sizes[:, 1::2] + arriving.sum(dim=2)
+        summed = of_target + arriving @ sources[:, :gone].to(arriving.dtype)
+    else:
+        where = _flat(into, targets)
+        total = sizes[:, 1::2].reshape(-1).index_add(0, where, weight[:, :gone].reshape(-1)).unflatten(
+            0, (batch, targets))
+        summed = of_target.flatten(0, 1).index_add(0, where, (sources[:, :gone] * weight[:, :gone, None]).flatten(0, 1)
+                                                   ).unflatten(0, (batch, targets))
     means = (summed / total[:, :, None]).to(x.dtype)
     return torch.cat([sources[:, gone:], means], dim=1), torch.cat([weight[:, gone:], total], dim=1)
 

@@ -17,7 +17,7 @@ SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg
 POLICY = """<meta http-equiv="Content-Security-Policy" """ \
          """content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">"""
 ENCRYPTED = Config({"KernelManager": {"transport_encryption": "auto"},         # else each kernel warns of plain TCP,
-                    "NotebookClient": {"extra_arguments": ["--log-level=CRITICAL"]}})      # interrupted of its sockets
+                    "NotebookClient": {"extra_arguments": ["--log-level=CRITICAL"]}})      # of sockets, and that its parent left
 
 
 def declared(path: str | Path) -> dict[str, Any]:
@@ -59,8 +59,7 @@ def run(path: str | Path, out: str | Path, parameters: dict[str, Any] | None = N
     try:
         papermill.execute_notebook(*names, parameters=parameters, kernel_name="python3", language="python",
                                    progress_bar=progress, stdout_file=sys.stderr if progress is True else None,
-                                   config=ENCRYPTED, coalesce_streams=True,     # bars as they ended
-                                   extra_arguments=["--log-level=ERROR"])       # a kernel says that its parent left
+                                   config=ENCRYPTED, coalesce_streams=True)     # bars as they ended
     except PapermillExecutionError as error:
         raise InputError(
             f"{path.name}: cell {error.cell_index} failed: {error.ename}: {error.evalue} (see {target})") from None
