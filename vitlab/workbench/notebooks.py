@@ -16,8 +16,9 @@ from vitlab.runtime.files import NOTEBOOKS, InputError, atomic_write
 SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]    # the first there is
 POLICY = """<meta http-equiv="Content-Security-Policy" """ \
          """content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">"""
-ENCRYPTED = Config({"KernelManager": {"transport_encryption": "auto"},         # else each kernel warns of plain TCP,
-                    "NotebookClient": {"extra_arguments": ["--log-level=CRITICAL"]}})      # of sockets, and that its parent left
+# else each kernel warns of plain TCP, and tells of its sockets and its parent's end when it is interrupted
+ENCRYPTED = Config({"KernelManager": {"transport_encryption": "auto"},
+                    "NotebookClient": {"extra_arguments": ["--log-level=CRITICAL"]}})
 
 
 def declared(path: str | Path) -> dict[str, Any]:
