@@ -43,16 +43,17 @@ def browser() -> str | None:
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
-def copies(folder: Path, run: Path, quick: bool) -> list[str]:
-    """The project's notebooks in `folder`, with `run` as their study; their names, in order."""
+def copies(folder: Path, run: Path, quick: bool, **more: str) -> list[str]:
+    """The project's notebooks in `folder`, with `run` as their study, and more of their parameters; their names, in
+    order."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         notebook, known = nbformat.read(path, as_version=4), declared(path)
         cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
-        for name, value in (("run", str(run)), ("quick", quick)):
+        for name, value in (("run", str(run)), ("quick", quick), *more.items()):
             if name in known:
                 cell.source = re.sub(rf"^({name}: \w+ = )[^#]*",
-                                     rf"\g<1>{json.dumps(value) if name == 'run' else value}  ", cell.source,
+                                     rf"\g<1>{json.dumps(value) if isinstance(value, str) else value}  ", cell.source,
                                      flags=re.M)
         nbformat.write(notebook, folder / path.name)
     return [path.name for path in sorted(folder.glob("*.ipynb"))]
