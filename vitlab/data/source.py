@@ -7,9 +7,10 @@ from vitlab.data.folder import SPLITS, FolderReader, check_classes, class_number
 from vitlab.data.groups import Groups, groups_of
 from vitlab.data.image_data import ImageData
 from vitlab.data.images import Images
-from vitlab.data.streams import TIMM_PREFIXES, open_timm
+from vitlab.data.streams import open_timm
 from vitlab.data.tar import TarReader, find_tars, read_tar
 from vitlab.runtime.files import InputError, from_root
+from vitlab.runtime.kinds import TIMM_PREFIXES
 
 DATA_SETS: dict[str, Callable[[], ImageData]] = {
     "digits": lambda: ImageData("digits", {name: Images(DigitsReader(name)) for name in ("train", "test")},

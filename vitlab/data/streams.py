@@ -17,7 +17,6 @@ from vitlab.data.images import Images, Stream
 from vitlab.data.listing import ENDINGS
 from vitlab.runtime.files import InputError, first_line, read_json
 
-TIMM_PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
 SPLITS = ("train", "validation", "test")
 # fields that hold the class's number
 LABELS = ("label", "labels", "fine_label", "cls", "class", "class_id", "target")

@@ -60,6 +60,7 @@ Minutes = Annotated[float, _read(_within(float, 0, 1e6, "a number of minutes fro
 Pixels = tuple[Count, Count]                                                    # height and width
 Dtype = Literal["float32", "bfloat16", "float16"]
 
+TIMM_PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")                  # data that timm opens by name
 _Path = str | Path
 File = Annotated[_Path, flag(metavar="FILE")]
 Folder = Annotated[_Path, flag(metavar="FOLDER")]

@@ -12,6 +12,7 @@ from pathlib import Path
 from vitlab.runtime import signals
 from vitlab.runtime.caveats import TOYS
 from vitlab.runtime.files import LOCK, InputError, atomic_write, from_root, read_json
+from vitlab.runtime.kinds import TIMM_PREFIXES
 
 TOGETHER = ("pretrain", "segment", "finetune", "score", "evaluate", "search")              # take several processes
 RESUMABLE, COMMAND = ("pretrain", "segment", "finetune", "search", "tonight"), "command.json"
@@ -27,7 +28,7 @@ KEPT = {                                        # what is on the disk of a comma
     "demo": "the same command begins anew; its trainings and searches go on",
 }
 NOTHING_KEPT = "nothing of it is kept, and the same command begins anew"
-SCHEMES, SPLITS = ("hfds/", "hfids/", "tfds/", "wds/", "torch/"), ("train/", "val/", "validation/", "test/")
+SPLITS = ("train/", "val/", "validation/", "test/")
 LOST = 15.0                                     # seconds that a process waits to be ended after another one was
 
 
@@ -73,7 +74,7 @@ def checked(words: Sequence[str], commands: Collection[str]) -> tuple[str, dict[
     for flag in ("--checkpoint", "--teacher", "--dense"):
         check_source(values.get(flag, "dense"))
     data = values.get("--data", TOYS[0])
-    if data not in TOYS and not data.startswith(SCHEMES) and not from_root(data).exists():
+    if data not in TOYS and not data.startswith(TIMM_PREFIXES) and not from_root(data).exists():
         raise InputError(f"{data}: no such folder; give 'digits', or a folder that holds {', '.join(SPLITS)}, or a "
                          f"timm data set such as hfds/NAME")
     if "--out" in values:
