@@ -14,8 +14,9 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import nbformat
@@ -43,14 +44,15 @@ def browser() -> str | None:
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
-def copies(folder: Path, run: Path, quick: bool, **more: str) -> list[str]:
-    """The project's notebooks in `folder`, with `run` as their study, and more of their parameters; their names, in
-    order."""
+def copies(folder: Path, run: Path, quick: bool, more: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+           ) -> list[str]:
+    """The project's notebooks in `folder`, with `run` as their study and the parameters that `more` has for each by
+    its name; their names, in order."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         notebook, known = nbformat.read(path, as_version=4), declared(path)
         cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
-        for name, value in (("run", str(run)), ("quick", quick), *more.items()):
+        for name, value in (("run", str(run)), ("quick", quick), *more.get(path.stem, {}).items()):
             if name in known:
                 cell.source = re.sub(rf"^({name}: \w+ = )[^#]*",
                                      rf"\g<1>{json.dumps(value) if isinstance(value, str) else value}  ", cell.source,

@@ -250,7 +250,7 @@ def test_a_changed_parameter_changes_the_result(demo, tmp_path):
 def opened(demo, tmp_path_factory):
     root = tmp_path_factory.mktemp("lab")
     shutil.copytree(demo, root / "run")                         # what is trained and searched there is found again
-    lab.copies(root, root / "run", quick=True, **DEMO["01_baseline"])
+    lab.copies(root, root / "run", quick=True, more=DEMO)
     with lab.lab(root) as found:
         yield found
 
