@@ -54,6 +54,12 @@ class Moments:
             setattr(found, name, value + getattr(other, name))
         return found
 
+    def uncentred(self) -> "Moments":
+        """As if all means were 0: for a layer without a bias, which can't make them good."""
+        found = copy.copy(self)
+        found.sum, found.lack = torch.zeros_like(self.sum), torch.zeros_like(self.lack)
+        return found
+
     @property
     def mean(self) -> Tensor:
         return self.sum / self.rows

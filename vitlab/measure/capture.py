@@ -3,7 +3,8 @@
 *Efficient Token Compression for Vision Transformer with Spatial Information Preserved* (arXiv 2503.23455), methods A1;
 HSIC as in *Multi-Dimensional Vision Transformer Compression* (arXiv 2201.00043), methods B1.
 """
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from vitlab.criteria.hsic import at_least_float32, dependence, gaussian_kernels
 from vitlab.measure.averaging import Averages, Batches, averaged, begun, frozen_eval, hooks
 from vitlab.measure.pixels import cross_entropy, each_cross_entropy, logits_of
 from vitlab.models import attention_block, check_supported, is_merged, shape_of
+from vitlab.models.attention import SeenAttention, attention_as
 from vitlab.models.held import Merged
 from vitlab.models.match import MatchBlock
 from vitlab.runtime.files import InputError
@@ -28,32 +30,44 @@ def need_classifier(model: nn.Module, what: str) -> None:
         raise InputError(f"{what} need a classifier or decoder; the model has num_classes=0")
 
 
+@contextlib.contextmanager
+def seen(model: nn.Module, see: Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Tensor]) -> Iterator[None]:
+    """Inside, see(block, queries, keys, values, mask), (B, H, N, d) each as they are multiplied, and what is added to
+    the logits, is called on the way through each attention; what it gives goes on in place of the values."""
+    blocks = [attention_block(block) for block in model.blocks]
+    own = [block.attn for block in blocks]
+    try:
+        for index, block in enumerate(blocks):
+            block.attn = attention_as(SeenAttention, block.attn, shown=partial(see, index))
+        yield
+    finally:
+        for block, attention in zip(blocks, own):
+            block.attn = attention
+
+
 class ValueGradient:
-    """Hooks on each block's qkv. In the backward pass, <V[b,j], dLoss/dV[b,j]> is summed over heads and width, and
-    `found` gets for each block, (N): its absolute value summed over the batch (absolute "image"), or that of its sum
-    ("batch").
+    """Looks at each block's values on their way (`seen`). In the backward pass, <V[b,j], dLoss/dV[b,j]> is summed over
+    heads and width, and `found` gets for each block, (N): its absolute value summed over the batch (absolute "image"),
+    or that of its sum ("batch").
 
     That equals the sum over queries i of dLoss/dA[i, j] * A[i, j] with A the softmax attention (O = A V is linear in
     A), so nothing of size N x N is kept and fused attention stays on. It holds where attention dropout is 0.
     """
 
     def __init__(self, model: nn.Module, absolute: str) -> None:
-        self.absolute = absolute
-        self.attentions = [attention_block(b).attn for b in model.blocks]
-        self.found: list[Any] = [None] * len(self.attentions)
-        self.handles = [a.qkv.register_forward_hook(self._hook(i)) for i, a in enumerate(self.attentions)]
+        self.absolute, self.heads = absolute, [attention_block(b).attn.num_heads for b in model.blocks]
+        self.found: list[Any] = [None] * len(self.heads)
 
-    def _hook(self, index: int):
-        def forward(module: nn.Module, inputs: tuple, qkv: Tensor) -> Tensor:
-            qkv, width = begun(qkv), self.attentions[index].attn_dim
-            value = qkv.detach()[..., 2 * width:]                               # (B, N, H d)
+    def __call__(self, index: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        value = begun(value)
+        rows = value.detach().transpose(1, 2).flatten(2)                        # (B, N, H d)
 
-            def backward(grad: Tensor) -> None:
-                product = (at_least_float32(value) * at_least_float32(grad[..., 2 * width:])).sum(dim=2)        # (B, N)
-                self.found[index] = product.abs().sum(dim=0) if self.absolute == "image" else product.sum(dim=0).abs()
-            qkv.register_hook(backward)
-            return qkv
-        return forward
+        def backward(grad: Tensor) -> None:
+            gradient = at_least_float32(grad.transpose(1, 2).flatten(2))
+            product = (at_least_float32(rows) * gradient).sum(dim=2)            # (B, N)
+            self.found[index] = product.abs().sum(dim=0) if self.absolute == "image" else product.sum(dim=0).abs()
+        value.register_hook(backward)
+        return value
 
 
 def _by_gradient(model: nn.Module, average: Callable[..., Averages], absolute: str) -> Scored:
@@ -65,31 +79,26 @@ def _by_gradient(model: nn.Module, average: Callable[..., Averages], absolute: s
         logits = model(images)
         # No image's gradient depends on another's, so that of the summed losses holds each image's own.
         (each_cross_entropy(logits, targets).sum() if each else cross_entropy(logits, targets)).backward()
-        scores = torch.stack([found / (a.num_heads * len(found))
-                              for found, a in zip(capture.found, capture.attentions)])          # (L, N)
+        scores = torch.stack([found / (heads * len(found))
+                              for found, heads in zip(capture.found, capture.heads)])           # (L, N)
         return (scores / len(images) if each else scores,)
-    with hooks(capture.handles), torch.enable_grad():
+    with seen(model, capture), torch.enable_grad():
         found = average(step, what="token scores")
     scores = found.values[0][:, model.num_prefix_tokens:]
     return (scores if each else scores * found.batches / found.batch), found.images
 
 
-def _attention(attn: nn.Module, qkv: Tensor, queries: int | None = None) -> Tensor:
-    """Softmax attention of the first `queries` tokens (None: of all) to every token: qkv (B, N, 3 H d) -> (B, H,
-    queries, N)."""
-    q, k, _ = qkv.unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)       # each (B, H, N, d)
-    q, k = attn.q_norm(q[:, :, :queries]), attn.k_norm(k)
-    return (q * attn.scale @ k.mT).softmax(dim=-1)
+def _seen_attention(model: nn.Module, found: list, reduce: Callable[[Tensor], Tensor],
+                    queries: int | None = None) -> contextlib.AbstractContextManager[None]:
+    """Inside, found[l] becomes reduce(softmax attention of block l (B, H, queries, N)), of the first `queries` tokens
+    (None: of all) to every token."""
+    scales = [block.attn.scale for block in model.blocks]
 
-
-def _attention_hooks(model: nn.Module, found: list, reduce: Callable[[Tensor], Tensor],
-                     queries: int | None = None) -> list:
-    """Handles of hooks that put reduce(attention of block l) into found[l]."""
-    def hook(index: int, attn: nn.Module):
-        def forward(module: nn.Module, inputs: tuple, qkv: Tensor) -> None:
-            found[index] = reduce(_attention(attn, qkv, queries))
-        return forward
-    return [b.attn.qkv.register_forward_hook(hook(i, b.attn)) for i, b in enumerate(model.blocks)]
+    def see(index: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        logits = query[:, :, :queries] * scales[index] @ key.mT
+        found[index] = reduce((logits if mask is None else logits + mask[..., :queries, :]).softmax(dim=-1))
+        return value
+    return seen(model, see)
 
 
 def _by_class_attention(model: nn.Module, average: Callable[..., Averages], absolute: str) -> Scored:
@@ -103,8 +112,8 @@ def _by_class_attention(model: nn.Module, average: Callable[..., Averages], abso
         model(images)
         return (torch.stack(rows),)                                             # (L, N)
     # The class token is the first of the prefix tokens in every supported family.
-    handles = _attention_hooks(model, rows, lambda a: at_least_float32(a).mean(dim=(0, 1, 2)), queries=1)
-    with hooks(handles), torch.no_grad():
+    look = _seen_attention(model, rows, lambda a: at_least_float32(a).mean(dim=(0, 1, 2)), queries=1)
+    with look, torch.no_grad():
         found = average(step, what="token scores")
     return found.values[0][:, model.num_prefix_tokens:], found.images
 
@@ -186,7 +195,7 @@ def attention_maps(model: nn.Module, images: Tensor) -> Tensor:
     """
     shape_of(model)
     found: list[Any] = [None] * len(model.blocks)
-    with hooks(_attention_hooks(model, found, Tensor.cpu)), frozen_eval(model):
+    with _seen_attention(model, found, Tensor.cpu), frozen_eval(model):
         model(images.to(next(model.parameters()).device))
     return torch.stack(found)
 

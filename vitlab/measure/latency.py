@@ -20,11 +20,11 @@ from vitlab.criteria.planning import prune_and_merge
 from vitlab.measure.throughput import DTYPES, _once, conditions, hold_memory
 from vitlab.models import compress, deploy, encoder_of, shape_of
 from vitlab.models.attention import PrefixAttention, attention_as
+from vitlab.models.families import also_taken, attention_input, attention_update, embedded, mlp_update
 from vitlab.models.match import MatchBlock
 from vitlab.models.segmenter import Segmenter
 from vitlab.models.share import SharedUpdateBlock
-from vitlab.models.shrink import keep_heads, keep_neurons
-from vitlab.models.support import embedded
+from vitlab.models.shrink import keep_units
 from vitlab.plan import CompressionPlan, tokens
 from vitlab.plan.cost import counts_of
 from vitlab.plan.latency import AXES, LatencyTable
@@ -37,13 +37,18 @@ def grid_axes(shape: ViTShape) -> dict[str, tuple[np.ndarray, ...]]:
     """The counts at which each part is measured: evenly spread from the fewest that can be to all."""
     def spread(low: int, high: int, count: int) -> np.ndarray:
         return np.unique(np.linspace(low, high, count).round().astype(np.int64))
-    few, everything = max(1, shape.num_prefix_tokens), shape.num_tokens
+    everything, tokens = shape.num_tokens, shape.cuts("tokens")
+    few = max(1, shape.num_prefix_tokens) if tokens else everything
     count, rows = spread(few, everything, 6), spread(few, everything, 4)
-    heads = spread(1, shape.num_heads, shape.num_heads if shape.num_heads <= 6 else 5)
+    heads = spread(1 if shape.cuts("heads") else shape.num_heads, shape.num_heads,
+                   shape.num_heads if shape.num_heads <= 6 else 5)
+    neurons = spread(1 if shape.cuts("neurons") else shape.num_neurons, shape.num_neurons, 5)
     whole = np.array([everything])
-    axes = {"stem": (whole,), "attention": (count, heads), "mlp": (count, spread(1, shape.num_neurons, 5)),
+    axes = {"stem": (whole,), "attention": (count, heads), "mlp": (count, neurons),
             "fold": (rows, rows), "carry": (rows,), "pool": (rows,), "head": (whole if shape.decoder else count,)}
-    if shape.class_token and shape.num_patches > 1:                             # one stays, one is left for the mean
+    if not tokens:
+        return axes
+    if shape.class_token and not shape.rotary and shape.num_patches > 1:        # one stays, one is left for the mean
         axes["select"] = (spread(shape.num_prefix_tokens + 2, everything, 4), heads)
     if shape.num_prefix_tokens:
         axes["read_out"] = axes["attention"]
@@ -79,33 +84,36 @@ def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]],
     """(part, place in its grid, function, its input) of every time in the table; blocks are copies of the model's
     first."""
     encoder, prefix, dim, patches = encoder_of(model), model.num_prefix_tokens, model.embed_dim, model.patch_embed
-    everything, like = int(axes["stem"][0][0]), next(model.parameters())
+    everything, like, also = int(axes["stem"][0][0]), next(model.parameters()), also_taken(encoder, 0)
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(batch, model.in_chans, *patches.img_size, generator=generator).to(like)
     numbers = torch.randn(batch * everything * dim, generator=generator).to(like)
     plain = copy.deepcopy(model.blocks[0])
     by_heads, by_neurons = ({count: copy.deepcopy(plain) for count in axes[part][1]} for part in ("attention", "mlp"))
     for count, block in by_heads.items():
-        keep_heads(block.attn, range(count))
+        keep_units(block, "heads", range(count))
     for count, block in by_neurons.items():
-        keep_neurons(block.mlp, range(count))
+        keep_units(block, "neurons", range(count))
     asking = {heads: attention_as(PrefixAttention, block.attn, num_prefix_tokens=prefix)
               for heads, block in by_heads.items()}
     folds = {(rows, n): torch.ones(int(rows), int(n)).to(like) for rows in axes["fold"][0] for n in axes["fold"][1]}
     pools = {n: SharedUpdateBlock(nn.Identity(), _even_regions(patches.num_patches, int(n - prefix)), prefix).to(like)
              for n in axes["pool"][0]}
 
+    def by_place(n: int) -> dict[str, Any]:
+        return {"rope": also["rope"][..., :n - prefix, :]} if "rope" in also else also
+
     def attention(x: Tensor, n: int, heads: int) -> Tensor:
         block = by_heads[heads]
-        return x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
+        return x + attention_update(block, block.attn(attention_input(block, x), **by_place(n)))
 
     def read_out(x: Tensor, n: int, heads: int) -> Tensor:
         block = by_heads[heads]
-        return x[:, :prefix] + block.drop_path1(block.ls1(asking[heads](block.norm1(x))))
+        return x[:, :prefix] + attention_update(block, asking[heads](attention_input(block, x), **by_place(n)))
 
     def mlp(x: Tensor, n: int, neurons: int) -> Tensor:
         block = by_neurons[neurons]
-        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return x + mlp_update(block, x)
 
     def match(x: Tensor, n: int) -> Tensor:
         """Half of what can be merged is; keys are as wide as all heads."""

@@ -16,7 +16,8 @@ from vitlab.measure.averaging import begun, frozen_eval, hooks
 from vitlab.measure.evaluate import autocast
 from vitlab.measure.pixels import logits_of
 from vitlab.models import attention_block
-from vitlab.models.support import check_runs_in_parts, embedded, encoder_of
+from vitlab.models.families import also_taken, embedded, mixing_layer
+from vitlab.models.support import check_runs_in_parts, encoder_of
 from vitlab.plan import CompressionPlan
 from vitlab.runtime import parallel
 
@@ -39,11 +40,6 @@ class Fisher:
         """R (D, D) with R^T R = F: |R e|^2 is what an error e costs."""
         values, vectors = torch.linalg.eigh(self.metric.double())
         return values.clamp(min=0).sqrt()[:, None] * vectors.T
-
-
-def mixing_layer(block: nn.Module, kind: str) -> tuple[nn.Linear, int]:
-    """(the linear that mixes the heads or neurons of timm's Block, how many inputs a unit has)."""
-    return (block.attn.proj, block.attn.head_dim) if kind == "heads" else (block.mlp.fc2, 1)
 
 
 def layers_of(model: nn.Module | CompressionPlan, kinds: Iterable[str] = KINDS) -> list[Layer]:
@@ -114,7 +110,7 @@ def each_moments(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], kin
         with autocast(device, amp):
             streams.append(embedded(model, images.to(device)))
     for index, block in enumerate(model.blocks):
-        found, handles = {}, []
+        found, handles, also = {}, [], also_taken(model, index)
         for kind in kinds:
             linear = mixing_layer(attention_block(block), kind)[0]
             found[index, kind] = own = Moments(linear.in_features, device)
@@ -122,7 +118,7 @@ def each_moments(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], kin
         with hooks(handles):
             for place, x in enumerate(streams):
                 with autocast(device, amp):
-                    streams[place] = block(x)
+                    streams[place] = block(x, **also)
         for layer, moments in found.items():
             moments.rows, moments.sum, moments.products = map(parallel.total,
                                                               (moments.rows, moments.sum, moments.products))

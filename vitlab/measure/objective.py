@@ -11,7 +11,8 @@ from vitlab.measure.confusion import Confusion, scores_of_groups
 from vitlab.measure.evaluate import autocast, check_targets, each_divergence
 from vitlab.measure.pixels import at_targets, ignored, log_probabilities
 from vitlab.models import compress, deploy, shape_of
-from vitlab.models.support import embedded, runs_in_parts
+from vitlab.models.families import embedded, run_block
+from vitlab.models.support import runs_in_parts
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.shape import ViTShape
 from vitlab.runtime.files import InputError
@@ -93,8 +94,8 @@ class PlanObjective:
         with torch.inference_mode(), autocast(self.device, self.amp):
             if self._entering is None or block < at:
                 at, streams = 0, [embedded(self.dense, images) for images, _ in self.batches]
-            for each in self.dense.blocks[at:block]:
-                streams = [each(x) for x in streams]
+            for index in range(at, block):
+                streams = [run_block(self.dense, index, x) for x in streams]
         self._entering = block, streams
         return streams
 

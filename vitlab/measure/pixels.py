@@ -14,8 +14,8 @@ from tqdm import tqdm
 from vitlab.data.layouts import IGNORE
 from vitlab.measure.confusion import Confusion, SegmentationScores
 from vitlab.measure.evaluate import Accuracy, autocast, check_targets, evaluate
+from vitlab.models.families import finished
 from vitlab.models.segmenter import Segmenter
-from vitlab.models.support import finished
 from vitlab.models.windows import segment
 from vitlab.runtime import parallel
 from vitlab.runtime.files import InputError

@@ -23,9 +23,10 @@ from vitlab.criteria.units import (
 )
 from vitlab.measure.averaging import Batches, averaged, begun, frozen_eval, hooks
 from vitlab.measure.capture import need_classifier
-from vitlab.measure.moments import KINDS, Fisher, Layer, each_moments, fisher, mixing_layer
+from vitlab.measure.moments import KINDS, Fisher, Layer, each_moments, fisher
 from vitlab.measure.pixels import each_cross_entropy, logits_of
 from vitlab.models import shape_of
+from vitlab.models.families import making_layers, mixing_layer
 from vitlab.models.support import plain_linear
 from vitlab.runtime import parallel
 from vitlab.runtime.files import InputError
@@ -51,16 +52,18 @@ def _unit_hooks(model: nn.Module, see: Callable[[str, int, Tensor], None], kinds
 
 
 def _unit_weights(block: nn.Module) -> dict[str, Tensor]:
-    """All weights (U, K) that leave with each unit: rows of qkv and columns of proj, rows of fc1 and columns of fc2."""
-    heads, d = block.attn.num_heads, block.attn.head_dim
-    for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
-        plain_linear(linear)
-    # (3 H d, D) -> (H, 3 d D)
-    qkv = block.attn.qkv.weight.detach().unflatten(0, (3, heads, d)).transpose(0, 1).flatten(1)
-    # (D, H d) -> (H, D d)
-    proj = block.attn.proj.weight.detach().unflatten(1, (heads, d)).transpose(0, 1).flatten(1)
-    return {"heads": torch.cat([qkv, proj], dim=1),
-            "neurons": torch.cat([block.mlp.fc1.weight.detach(), block.mlp.fc2.weight.detach().T], dim=1)}
+    """All weights (U, K) that leave with each unit: rows of the layers that make it, columns of the one that mixes
+    it."""
+    found = {}
+    for kind in KINDS:
+        mixing, width = mixing_layer(block, kind)
+        # (parts U width, D) -> (U, parts width D)
+        rows = [plain_linear(linear).weight.detach().unflatten(0, (parts, -1, width)).transpose(0, 1).flatten(1)
+                for linear, parts in making_layers(block, kind)]
+        # (D, U width) -> (U, D width)
+        columns = plain_linear(mixing).weight.detach().unflatten(1, (-1, width)).transpose(0, 1).flatten(1)
+        found[kind] = torch.cat([*rows, columns], dim=1)
+    return found
 
 
 def _over_images(model: nn.Module, batches: Batches, criterion: UnitCriterion, settings: dict[str, dict], what: str,

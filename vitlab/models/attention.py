@@ -1,46 +1,110 @@
-"""timm's Attention for blocks that cut tokens: with what tokens are compared by, or asked by the prefix tokens alone.
+"""timm's attentions for blocks that cut tokens, or heads that timm's own forward can't miss: what tokens are compared
+by, prefix tokens that ask alone, what is seen inside.
 
 Each is the same module with the same parts, all of them called: what wraps, hooks, quantises or adapts a part goes on
 working.
 """
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
 import torch.nn.functional as F
-from timm.layers import Attention
-from torch import Tensor
+from timm.layers import apply_rot_embed_cat
+from torch import Tensor, nn
+
+from vitlab.models.families import ATTENTIONS, kind_of
 
 
-class TokenAttention(Attention):
-    """What the kinds below share."""
+class TokenAttention(nn.Module):
+    """What the kinds below share; each stands before one of timm's attentions (`attention_as`)."""
 
-    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, H, N, d) of x (B, N, D), normed."""
-        query, key, value = self.qkv(x).unflatten(2, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.q_norm(query), self.k_norm(key), value
+    def _projected(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, N, d) of x (B, N, D), normed and turned by rope ([B, ][H or 1, ]n, 2 d), and
+        the keys as they are before they are turned."""
+        if getattr(self, "q_proj", None) is not None:
+            parts = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        else:
+            stacked = self.qkv(x)
+            if getattr(self, "q_bias", None) is not None:
+                stacked = stacked + torch.cat([self.q_bias, self.k_bias, self.v_bias])
+            parts = stacked.chunk(3, dim=2)
+        query, key, value = (part.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for part in parts)
+        query, key = (getattr(self, name, nn.Identity())(part) for name, part in (("q_norm", query), ("k_norm", key)))
+        plain, prefix = key, 0 if rope is None else self.num_prefix_tokens
+        if rope is not None:
+            rope = self._of_kept(rope)
+            query, key = (torch.cat([part[:, :, :prefix], apply_rot_embed_cat(
+                part[:, :, prefix:], rope, half=self.rotate_half)], dim=2).type_as(value) for part in (query, key))
+        return query, key, value, plain
 
-    def _mixed(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def _of_kept(self, by_head: Tensor) -> Tensor:
+        """Of what there is for every head, (..., H, N, W), the part of those that are left; of one for all, all."""
+        kept = getattr(self, "kept_heads", None)
+        for_all = kept is None or by_head.dim() < 3 or by_head.shape[-3] == 1
+        return by_head if for_all else by_head.index_select(-3, kept)
+
+    def _mixed(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+               is_causal: bool = False) -> Tensor:
         """Softmax attention of queries (B, H, Q, d) over keys and values (B, H, N, d), with an additive mask: (B, Q,
         D)."""
-        if self.fused_attn:
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask,
+        if self.fused_attn or is_causal:
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal,
                                                    dropout_p=self.attn_drop.p if self.training else 0.0)
         # whoever wants to see the maps turns fusing off
         else:
             logits = query * self.scale @ key.transpose(2, 3)
             mixed = self.attn_drop((logits if mask is None else logits + mask).softmax(dim=-1)) @ value
-        return self.proj_drop(self.proj(self.norm(mixed.transpose(1, 2).flatten(2))))
+        mixed = getattr(self, "norm", nn.Identity())(mixed.transpose(1, 2).flatten(2))
+        return self.proj_drop(self.proj(mixed))
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        # the classes are made here, where pickle can't find them
+        return _empty, (type(self).__mro__[1], kind_of(self, ATTENTIONS)), self.__dict__
+
+
+class OwnAttention(TokenAttention):
+    """timm's attention for any number of heads."""
+
+    def forward(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False,
+                shared_rel_pos_bias: Tensor | None = None, shared_rel_pos: Tensor | None = None) -> Tensor:
+        query, key, value, _ = self._projected(x, rope)
+        shared = shared_rel_pos if shared_rel_pos_bias is None else shared_rel_pos_bias
+        for bias in (self._own_bias(), None if shared is None else self._of_kept(shared)):
+            if bias is not None:
+                attn_mask = bias if attn_mask is None else attn_mask + bias
+        return self._mixed(query, key, value, attn_mask, is_causal)
+
+    def _own_bias(self) -> Tensor | None:
+        """What this block alone adds to the logits for every two places, (1, H', N, N) of the heads it has."""
+        if getattr(self, "rel_pos", None) is not None:
+            return self.rel_pos.get_bias()
+        return None if getattr(self, "relative_position_bias_table", None) is None else self._get_rel_pos_bias()
+
+
+class SeenAttention(OwnAttention):
+    """timm's attention that shows its queries, keys and values (B, H, N, d) and what is added to its logits to `shown`,
+    which gives back the values to go on with."""
+
+    shown: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+    def _mixed(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+               is_causal: bool = False) -> Tensor:
+        return super()._mixed(query, key, self.shown(query, key, value, mask), mask, is_causal)
 
 
 class KeyedAttention(TokenAttention):
     """Attention that also gives what tokens are compared and ranked by."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None,
-                is_causal: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
+                rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(output (B, N, D), the class token's row of the softmax without the mask, averaged over heads (B, N), keys
         (B, N, H d))."""
-        query, key, value = self._projected(x)
+        query, key, value, plain = self._projected(x, rope)
         out = self._mixed(query, key, value, attn_mask)
-        query, key = query.detach(), key.detach()                               # a choice has no gradient
+        query, key, plain = query.detach(), key.detach(), plain.detach()        # a choice has no gradient
         row = (query[:, :, :1] * self.scale @ key.transpose(2, 3)).softmax(dim=-1).mean(dim=1)[:, 0]
-        return out, row, key.transpose(1, 2).flatten(2)
+        return out, row, plain.transpose(1, 2).flatten(2)
 
 
 class PrefixAttention(TokenAttention):
@@ -48,13 +112,29 @@ class PrefixAttention(TokenAttention):
 
     num_prefix_tokens: int
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        query, key, value = self._projected(x)
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
+                rope: Tensor | None = None) -> Tensor:
+        query, key, value, _ = self._projected(x, rope)
         return self._mixed(query[:, :, :self.num_prefix_tokens], key, value, attn_mask)
 
 
-def attention_as(kind: type[Attention], attention: Attention, **more: int) -> Attention:
-    """The same attention, parts and settings, as another kind of it."""
-    found = kind.__new__(kind)
-    found.__dict__.update({**attention.__dict__, **more})
+@functools.cache
+def _class_of(kind: type[TokenAttention], timms: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (kind, timms), {"__doc__": kind.__doc__, "__module__": __name__})
+
+
+def _empty(kind: type[TokenAttention], timms: type[nn.Module]) -> Any:
+    made = _class_of(kind, timms)
+    return made.__new__(made)
+
+
+def attention_as(kind: type[TokenAttention] | None, attention: nn.Module, **more: Any) -> Any:
+    """The same attention, parts and settings, as another kind of it. kind None: timm's own, or OwnAttention where heads
+    have left that its forward can't miss."""
+    timms = kind_of(attention, ATTENTIONS)
+    if kind is None and getattr(attention, "kept_heads", None) is not None:
+        kind = OwnAttention
+    found = timms.__new__(timms) if kind is None else _empty(kind, timms)
+    width = attention.proj.in_features // attention.num_heads
+    found.__dict__.update({"head_dim": width, **attention.__dict__, **more})
     return found

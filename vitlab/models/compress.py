@@ -2,8 +2,6 @@
 import copy
 from typing import Any
 
-from timm.layers import Attention
-from timm.models.vision_transformer import Block
 from torch import nn
 
 from vitlab.models.attention import attention_as
@@ -12,8 +10,8 @@ from vitlab.models.merge import MergeReconstructTokens, TokenBlock
 from vitlab.models.read_out import ReadOutBlock
 from vitlab.models.select import SelectBlock
 from vitlab.models.share import SharedUpdateBlock
-from vitlab.models.shrink import keep_heads, keep_neurons
-from vitlab.models.support import attention_block, check_supported, encoder_of, shape_of, sizes_of
+from vitlab.models.shrink import keep_units
+from vitlab.models.support import attention_block, check_supported, encoder_of, shape_of, sizes_of, units_of
 from vitlab.models.tokens_cut import as_tokens_cut, without_tokens_cut
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.rules import Match, MergeReconstruct, ReadOut, Select, SharedUpdate, TokenRule
@@ -34,9 +32,8 @@ def check_agrees(model: nn.Module, plan: CompressionPlan) -> None:
         inner = attention_block(block)
         expected = (plan.shape.num_heads if cut.heads is None else len(cut.heads),
                     plan.shape.num_neurons if cut.neurons is None else len(cut.neurons),
-                    Block if rule is None else TOKEN_BLOCKS[rule.kind], rule, place)
-        if expected != (inner.attn.num_heads, inner.mlp.fc2.in_features, type(block), getattr(block, "rule", None),
-                        getattr(block, "place", 0)):
+                    type(inner) if rule is None else TOKEN_BLOCKS[rule.kind], rule, place)
+        if expected != (*units_of(inner), type(block), getattr(block, "rule", None), getattr(block, "place", 0)):
             raise InputError(f"block {index} of the model is not what the plan says; the plan it was compressed by is "
                              "needed")
 
@@ -50,24 +47,24 @@ def _cut_tokens(block: nn.Module, now: tuple[TokenRule | None, int], was: tuple[
     elif now != was:
         if heads_gone and getattr(rule, "ranked_by", None) == "all":
             raise InputError("all heads should rank tokens, but the model has lost some already")
-        inner.attn = attention_as(Attention, inner.attn)
+        inner.attn = attention_as(None, inner.attn)
         where = (place,) if place else ()       # of one block alone everywhere but in a span
         block = inner if rule is None else TOKEN_BLOCKS[rule.kind](inner, rule, num_prefix_tokens, *where)
-        block = block.to(inner.norm1.weight.device, inner.norm1.weight.dtype).train(inner.training)
+        like = inner.attn.proj.weight
+        block = block.to(like.device, like.dtype).train(inner.training)
     return block
 
 
 def _cut_units(block: nn.Module, cut: BlockPlan, was: BlockPlan, shape: ViTShape) -> None:
     """Heads and neurons leave timm's Block, in place; those that `was` cut have left it before."""
-    for name, count, keep, part in (("heads", shape.num_heads, keep_heads, block.attn),
-                                    ("neurons", shape.num_neurons, keep_neurons, block.mlp)):
+    for name, count in (("heads", shape.num_heads), ("neurons", shape.num_neurons)):
         before, after = (range(count) if kept is None else kept for kept in (getattr(was, name), getattr(cut, name)))
         gone = sorted(set(after) - set(before))
         if gone:
             raise InputError((f"all {name} should stay, but the model has lost some" if getattr(cut, name) is None else
                               f"{name} {gone[0]} should stay, but the model has lost it") + " already")
         if len(after) < len(before):
-            keep(part, [before.index(unit) for unit in after])
+            keep_units(block, name, [before.index(unit) for unit in after])
 
 
 def _check_whole_grid(plan: CompressionPlan) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import resample_abs_pos_embed
+from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_model_args, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from vitlab.models.families import MODELS, kind_of
 from vitlab.models.hub import downloading
 from vitlab.models.support import attention_block, check_supported, classes_of
 from vitlab.models.weights import ANCHOR, by_timms_names, check_fits, read_state, unwrapped
@@ -88,7 +89,7 @@ def _built(name: str, args: dict[str, Any], pretrained: bool = False) -> nn.Modu
 def _sizes(name: str, args: dict[str, Any]) -> nn.Module:
     """Names and sizes of a model's tensors alone, without memory."""
     with torch.device("meta"):
-        return _built(name, {**args, "weight_init": "skip"})
+        return _built(name, args)
 
 
 def from_weights(name: str, state: dict[str, Tensor], path: str | Path, args: dict[str, Any],
@@ -118,7 +119,9 @@ def sized(name: str, state: dict[str, Tensor], path: str | Path, args: dict[str,
     if is_int(saved.get("depth")) and saved["depth"] > len(state):
         raise InputError(f"{path}: {len(state)} tensors are no model of {saved['depth']} blocks")
     model = _sizes(name, {**saved, **args})
-    model.pos_embed = None                      # then timm's conversion leaves the file's as it is
+    plain = isinstance(model, VisionTransformer)
+    if plain:
+        model.pos_embed = None                  # then timm's conversion leaves the file's as it is
     state, others = unwrapped(state, model.state_dict(), path)
     patch = model.patch_embed.patch_size
     kernel = next(((v.shape[-2], v.shape[-1]) for k, v in state.items() if k in KERNELS and v.dim() == 4), patch)
@@ -131,6 +134,8 @@ def sized(name: str, state: dict[str, Tensor], path: str | Path, args: dict[str,
     notes = [f"left out, since the model has no such part: {', '.join(left)}"] if left else []
     notes += [f"patch embedding resampled from {_by(kernel)} to {_by(patch)} pixels"] if kernel != patch else []
     asked, args = "img_size" in args, {**saved, **_own_sizes(state, model, args, path), **args}
+    if not plain:                               # the size of images is the model's, and timm's conversion resampled
+        return args, state, notes
     state, size, more = _placed(state, _sizes(name, args), kernel, asked, path)
     return {**args, **({} if size is None else {"img_size": size})}, state, notes + more
 
@@ -149,9 +154,10 @@ def _own_sizes(state: dict[str, Tensor], model: nn.Module, args: dict[str, Any],
             raise InputError(f"{path}: holds no classifier, so num_classes can't be {args['num_classes']}; without it "
                              "the model gives features")
         own["num_classes"] = 0
-    if ANCHOR in state and state[ANCHOR].dim() == 4:
+    if ANCHOR in state and state[ANCHOR].dim() == 4 and type(model.patch_embed) is PatchEmbed:
         own["in_chans"] = state[ANCHOR].shape[1]
-    if "fc_norm.weight" in state and "norm.weight" not in state and isinstance(model.fc_norm, nn.Identity):
+    if (isinstance(model, VisionTransformer) and isinstance(model.fc_norm, nn.Identity)
+            and "fc_norm.weight" in state and "norm.weight" not in state):
         own["global_pool"] = "avg"              # a fine-tuned MAE's
     return own
 
@@ -194,8 +200,10 @@ def architecture(model: nn.Module) -> dict[str, Any]:
         raise InputError("the model was not made by timm.create_model, so its name is not known; make it there")
     # What timm does not keep an account of: blocks and classifiers that were changed by hand, and where the last norm
     # stands.
-    now = {"num_classes": classes_of(model), "depth": sum(hasattr(attention_block(b), "attn") for b in model.blocks),
-           "fc_norm": not isinstance(model.fc_norm, nn.Identity)}
+    now: dict[str, Any] = {"num_classes": classes_of(model),
+                           "depth": sum(hasattr(attention_block(b), "attn") for b in model.blocks)}
+    known = inspect.signature(kind_of(model, MODELS)).parameters
+    now |= {name: not isinstance(model.fc_norm, nn.Identity) for name in ("fc_norm", "use_fc_norm") if name in known}
     if hasattr(model, "dist_token") and not model.global_pool:
         now["global_pool"] = POOL_TOKEN         # of an encoder; timm builds a distilled DeiT with no other
     args = {k: list(v) if isinstance(v, tuple) else v for k, v in {**get_model_args(model), **now}.items()}
@@ -206,9 +214,9 @@ def architecture(model: nn.Module) -> dict[str, Any]:
 
 
 def check_args(args: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a model that a file names. InputError for one that is not timm's VisionTransformer's, so that a
-    file can't make it read other files or download."""
-    odd = sorted(set(args) - set(inspect.signature(VisionTransformer.__init__).parameters))
+    """The arguments of a model that a file names. InputError for one that no family of timm's has, so that a file can't
+    make it read other files or download."""
+    odd = sorted(set(args).difference(*(inspect.signature(kind).parameters for kind in MODELS)))
     if odd:
         raise InputError(f"model argument {odd[0]!r} is not one of a vision transformer's")
     return args

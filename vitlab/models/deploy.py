@@ -9,7 +9,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from vitlab.models.held import unmasked
+from vitlab.models.families import rotates_by_head
+from vitlab.models.held import turned, unmasked
 from vitlab.models.merge import TokenBlock
 from vitlab.models.support import attention_block, check_supported, encoder_of
 from vitlab.plan import tokens
@@ -24,25 +25,31 @@ class Fold(nn.Module):
         super().__init__()
         self.register_buffer("matrix", matrix)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
+                rope: Tensor | None = None) -> Tensor:
         return torch.matmul(self.matrix, unmasked(x, attn_mask, is_causal, "a deployed model"))
 
 
 class FoldedBlock(nn.Module):
     """fold, then timm's Block on the first `num_tokens` rows; the rows after them skip it and are carried along."""
 
-    def __init__(self, block: nn.Module, matrix: Tensor | None, num_tokens: int, num_carried: int) -> None:
+    def __init__(self, block: nn.Module, matrix: Tensor | None, num_tokens: int, num_carried: int,
+                 rotation: nn.Module | None = None) -> None:
         super().__init__()
         self.fold = nn.Identity() if matrix is None else Fold(matrix)
-        self.block = block
+        # the rest of the grid, after the last block: of a model whose rotations are counted by its blocks
+        self.block, self.rotation, self.unfold = block, rotation, None
         self.num_tokens, self.num_carried = num_tokens, num_carried
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
+                rope: Tensor | None = None) -> Tensor:
         x = self.fold(unmasked(x, attn_mask, is_causal, "a deployed model"))            # (B, C + p, D)
         if not self.num_carried:
-            return self.block(x)
-        merged, carried = x.split((self.num_tokens, self.num_carried), dim=1)
-        return torch.cat([self.block(merged), carried], dim=1)
+            x = self.block(x, **turned(rope, self.rotation))
+        else:
+            merged, carried = x.split((self.num_tokens, self.num_carried), dim=1)
+            x = torch.cat([self.block(merged, **turned(rope, self.rotation)), carried], dim=1)
+        return x if self.unfold is None else self.unfold(x)
 
 
 def deploy(model: nn.Module) -> nn.Module:
@@ -75,10 +82,15 @@ def deploy(model: nn.Module) -> nn.Module:
             if merging or not plain:
                 matrix = tokens.fold(give, carried, merge, skipping).to(weight.dtype)
             give = block.tokens.reconstruct_matrix.detach().double() if merging else eye
-        folded.append(FoldedBlock(attention_block(block) if merging else block, matrix, len(merge), len(skipping)))
+        folded.append(FoldedBlock(attention_block(block) if merging else block, matrix, len(merge), len(skipping),
+                                  block.rotation if merging else None))
         carried, plain = skipping, not merging
     if not plain:
         wanted = eye[:model.num_prefix_tokens] if model.global_pool == POOL_TOKEN else eye
-        folded.append(Fold(tokens.fold(give, carried, wanted, none).to(weight.dtype)))
-    model.blocks = nn.Sequential(*folded)
+        last = Fold(tokens.fold(give, carried, wanted, none).to(weight.dtype))
+        if rotates_by_head(model):
+            folded[-1].unfold = last
+        else:
+            folded.append(last)
+    model.blocks = nn.Sequential(*folded) if isinstance(model.blocks, nn.Sequential) else nn.ModuleList(folded)
     return model.requires_grad_(False)

@@ -6,7 +6,7 @@ for.
 """
 import dataclasses
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from vitlab.models.families import ROTARY, kind_of
 from vitlab.plan import matching
 from vitlab.runtime.files import InputError
 
@@ -154,6 +155,47 @@ class HoldingBlock(nn.Module):
             raise InputError("a backward hook on a block that hands on merged tokens would never be called; hook a "
                              "part inside the block instead")
         return held
+
+
+def turned(rope: Tensor | None, by: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+    """What a block that turns queries and keys by place is given beside its tokens, of its merged tokens `by`; nothing
+    for others."""
+    return {} if rope is None else {"rope": rope if by is None else by(rope)}
+
+
+class RegionRotation(nn.Module):
+    """Rotations of regions: the means of their patches' rotations ([H, ]n, 2 d) -> ([H, ]C, 2 d), gathered, so that no
+    product is to be computed."""
+
+    def __init__(self, regions: Sequence[int]) -> None:
+        super().__init__()
+        members = [[patch for patch, region in enumerate(regions) if region == number]
+                   for number in range(max(regions, default=-1) + 1)]
+        largest = max(map(len, members), default=0)
+        padded = [patches + patches[:1] * (largest - len(patches)) for patches in members]
+        shares = [[1 / len(patches)] * len(patches) + [0.0] * (largest - len(patches)) for patches in members]
+        self.register_buffer("members", torch.tensor(padded, dtype=torch.long), persistent=False)
+        self.register_buffer("shares", torch.tensor(shares)[:, :, None], persistent=False)
+
+    @classmethod
+    def of(cls, block: nn.Module, regions: Sequence[int]) -> "RegionRotation | None":
+        """None for a block that turns nothing."""
+        return cls(regions) if kind_of(getattr(block, "attn", block), ROTARY) else None
+
+    def forward(self, rope: Tensor) -> Tensor:
+        if not len(self.members):
+            return rope[..., :0, :]
+        rows = rope.index_select(-2, self.members.flatten()).unflatten(-2, self.members.shape)
+        return (rows * self.shares.to(rope)).sum(dim=-2)
+
+
+def rotation_of(merged: "Merged", rope: Tensor) -> Tensor:
+    """Rotations of merged tokens (B, 1 or H, N - P, 2 d): the means of those of the patches ([H, ]n, 2 d) that went
+    into each."""
+    numbers = torch.arange(merged.x.shape[1] - merged.num_prefix_tokens, device=rope.device)
+    shares = (merged.places[:, None] == numbers[:, None]).to(rope)                      # (B, N - P, n)
+    shares = shares / merged.sizes[:, merged.num_prefix_tokens:, None].to(rope)
+    return torch.matmul(shares[:, None], rope)
 
 
 def check_reentrant(x: Tensor | Held) -> None:

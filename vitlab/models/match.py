@@ -1,9 +1,12 @@
 """Blocks whose tokens are merged by content, each image its own (vitlab.plan.matching), with proportional attention."""
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from vitlab.models.attention import KeyedAttention, attention_as
-from vitlab.models.held import HoldingBlock, Merged, check_reentrant
+from vitlab.models.families import attention_input, attention_update, mlp_update
+from vitlab.models.held import HoldingBlock, Merged, check_reentrant, rotation_of, turned
 from vitlab.plan import matching
 from vitlab.plan.rules import Match
 
@@ -32,25 +35,27 @@ class MatchBlock(HoldingBlock):
             block.attn = attention_as(KeyedAttention, block.attn)
         self.block, self.rule, self.num_prefix_tokens, self.gives_back = block, rule, num_prefix_tokens, gives_back
 
-    def forward(self, x: Tensor | Merged, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor | Merged:
-        given = self.merged(self.received(x, attn_mask, is_causal, "a block that merges tokens"))
+    def forward(self, x: Tensor | Merged, attn_mask: Tensor | None = None, is_causal: bool = False,
+                rope: Tensor | None = None) -> Tensor | Merged:
+        given = self.merged(self.received(x, attn_mask, is_causal, "a block that merges tokens"), rope)
         return self.handed_on(given, self.gives_back) if isinstance(given, Merged) else given
 
-    def merged(self, given: Tensor | Merged) -> Tensor | Merged:
+    def merged(self, given: Tensor | Merged, rope: Tensor | None = None) -> Tensor | Merged:
         """What leaves the block before tokens are given back."""
         block, rule = self.block, self.rule
         whole = not isinstance(given, Merged)
         x, sizes = (given, None) if whole else (given.x, given.sizes)
         check_reentrant(x)
         mask = None if whole else size_mask(sizes, x.dtype)
+        by_place = turned(rope, None if whole else partial(rotation_of, given))
         if not rule.merged:
-            x = block(x) if whole else block(x, attn_mask=mask)
+            x = block(x, **by_place) if whole else block(x, attn_mask=mask, **by_place)
             return x if whole else Merged(x, sizes, given.places, self.num_prefix_tokens)
-        attended, row, keys = block.attn(block.norm1(x), attn_mask=mask)
-        x = x + block.drop_path1(block.ls1(attended))
+        attended, row, keys = block.attn(attention_input(block, x), attn_mask=mask, **by_place)
+        x = x + attention_update(block, attended)
         x, sizes, places = self.merge(x, sizes, row, keys)
         places = places if whole else places.gather(1, given.places)
-        return Merged(x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), sizes, places, self.num_prefix_tokens)
+        return Merged(x + mlp_update(block, x), sizes, places, self.num_prefix_tokens)
 
     def merge(self, x: Tensor, sizes: Tensor | None, row: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(x (B, N - r, D), sizes (B, N - r), where each patch token went (B, N - P)), for x (B, N, D), the class

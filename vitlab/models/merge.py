@@ -6,7 +6,7 @@ several.
 import torch
 from torch import Tensor, nn
 
-from vitlab.models.held import HoldingBlock, Spanned, check_reentrant
+from vitlab.models.held import HoldingBlock, RegionRotation, Spanned, check_reentrant, turned
 from vitlab.plan import tokens
 from vitlab.plan.rules import MergeReconstruct
 
@@ -41,12 +41,13 @@ class TokenBlock(HoldingBlock):
         super().__init__()
         self.block, self.rule, self.place, self.takes_held = block, rule, place, place > 0
         self.tokens = None if place else MergeReconstructTokens(rule, num_prefix_tokens)
+        self.rotation = RegionRotation.of(block, rule.regions)
 
-    def forward(self, x: Tensor | Spanned, attn_mask: Tensor | None = None,
-                is_causal: bool = False) -> Tensor | Spanned:
+    def forward(self, x: Tensor | Spanned, attn_mask: Tensor | None = None, is_causal: bool = False,
+                rope: Tensor | None = None) -> Tensor | Spanned:
         x = self.received(x, attn_mask, is_causal, "a block that merges tokens")
         if self.rule.span > 1:
             check_reentrant(x)
         given = x if self.tokens is None else self.tokens(x)
-        given = Spanned(self.block(given.x), given.aside, given.reconstruct)
+        given = Spanned(self.block(given.x, **turned(rope, self.rotation)), given.aside, given.reconstruct)
         return self.handed_on(given, gives_back=self.place + 1 == self.rule.span)

@@ -1,9 +1,12 @@
 """A last block that computes what a classifier on the prefix tokens reads, and no more; the same logits for fewer
 MACs."""
+from functools import partial
+
 from torch import Tensor, nn
 
 from vitlab.models.attention import PrefixAttention, attention_as
-from vitlab.models.held import HoldingBlock, Merged
+from vitlab.models.families import attention_input, attention_update, mlp_update
+from vitlab.models.held import HoldingBlock, Merged, rotation_of, turned
 from vitlab.models.match import size_mask
 from vitlab.plan.rules import ReadOut
 
@@ -17,9 +20,12 @@ class ReadOutBlock(HoldingBlock):
         block.attn = attention_as(PrefixAttention, block.attn, num_prefix_tokens=num_prefix_tokens)
         self.block, self.rule, self.num_prefix_tokens = block, rule, num_prefix_tokens
 
-    def forward(self, x: Tensor | Merged, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor | Merged, attn_mask: Tensor | None = None, is_causal: bool = False,
+                rope: Tensor | None = None) -> Tensor:
         x = self.received(x, attn_mask, is_causal, "a block that reads out")
-        x, mask = (x.x, size_mask(x.sizes, x.x.dtype)) if isinstance(x, Merged) else (x, None)
-        block = self.block
-        x = x[:, :self.num_prefix_tokens] + block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=mask)))
-        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        by_place, mask = turned(rope), None
+        if isinstance(x, Merged):
+            by_place, mask, x = turned(rope, partial(rotation_of, x)), size_mask(x.sizes, x.x.dtype), x.x
+        attended = self.block.attn(attention_input(self.block, x), attn_mask=mask, **by_place)
+        x = x[:, :self.num_prefix_tokens] + attention_update(self.block, attended)
+        return x + mlp_update(self.block, x)

@@ -5,6 +5,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from vitlab.models.attention import KeyedAttention, attention_as
+from vitlab.models.families import attention_input, attention_update, mlp_update
 from vitlab.models.held import unmasked
 from vitlab.models.support import plain_linear
 from vitlab.plan import tokens
@@ -42,10 +43,10 @@ class SelectBlock(nn.Module):
     def __init__(self, block: nn.Module, rule: Select, num_prefix_tokens: int) -> None:
         super().__init__()
         attn, every = block.attn, rule.ranked_by == "all"
-        qkv = plain_linear(attn.qkv) if every else None
-        rows, bias = (qkv.weight[:2 * attn.attn_dim], qkv.bias) if every else (None, None)
+        qkv, width = plain_linear(attn.qkv) if every else None, attn.proj.in_features
+        rows, bias = (qkv.weight[:2 * width], qkv.bias) if every else (None, None)
         self.register_buffer("rank_weight", None if rows is None else rows.detach().clone())
-        self.register_buffer("rank_bias", None if bias is None else bias[:2 * attn.attn_dim].detach().clone())
+        self.register_buffer("rank_bias", None if bias is None else bias[:2 * width].detach().clone())
         if not every:
             block.attn = attention_as(KeyedAttention, attn)
         self.block, self.rule, self.num_prefix_tokens = block, rule, num_prefix_tokens
@@ -63,7 +64,7 @@ class SelectBlock(nn.Module):
         """(B, N, D) -> (B, P + kept + 1, D)."""
         x = unmasked(x, attn_mask, is_causal, "a block that selects tokens")
         block = self.block
-        attended, ranking = self.attend(block.norm1(x))
-        x = x + block.drop_path1(block.ls1(attended))
+        attended, ranking = self.attend(attention_input(block, x))
+        x = x + attention_update(block, attended)
         x = tokens.select(x, ranking, self.rule.kept, self.num_prefix_tokens)
-        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return x + mlp_update(block, x)

@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor, nn
 
-from vitlab.models.held import unmasked
+from vitlab.models.held import RegionRotation, turned, unmasked
 from vitlab.models.match import size_mask
 from vitlab.plan.rules import SharedUpdate
 
@@ -25,6 +25,7 @@ class SharedUpdateBlock(nn.Module):
         proportional = rule.proportional and max(rule.sizes, default=1) > 1
         self.register_buffer("mask", size_mask(sizes[None], torch.float64) if proportional else None)
         self.register_buffer("members", None, persistent=False)
+        self.rotation = RegionRotation.of(block, rule.regions)
 
     def gather_members(self) -> None:
         """From now on a region's mean is taken over its gathered patches, as the runtimes that files are for do right:
@@ -47,13 +48,15 @@ class SharedUpdateBlock(nn.Module):
         parts = torch.cat([weighed, zero], dim=1).index_select(1, self.members.flatten())
         return torch.cat([parts.unflatten(1, self.members.shape).sum(dim=2), zero], dim=1).to(patches.dtype)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
+                rope: Tensor | None = None) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         x = unmasked(x, attn_mask, is_causal, "a block that merges tokens")
         prefix, patches = x[:, :self.num_prefix_tokens], x[:, self.num_prefix_tokens:]
         means = self.means(patches)
         regions = torch.cat([prefix, means[:, :-1]], dim=1)                     # (B, P + C, D)
-        given = self.block(regions) if self.mask is None else self.block(regions, attn_mask=self.mask)
+        mask = {} if self.mask is None else {"attn_mask": self.mask}
+        given = self.block(regions, **mask, **turned(rope, self.rotation))
         given = torch.cat([given, torch.zeros_like(given[:, :1])], dim=1)
         same = given[:, self.num_prefix_tokens:].index_select(1, self.regions)                  # (B, n, D) Block(z)_c
         # what sets a token apart; all of it outside regions

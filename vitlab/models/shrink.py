@@ -1,42 +1,54 @@
-"""Heads and neurons that really leave the weights of timm's own Attention and Mlp (methods B8), in place."""
+"""Heads and neurons that really leave the weights of timm's own attention and MLP (methods B8), in place."""
 from collections.abc import Sequence
 
 import torch
-from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 
+from vitlab.models.attention import OwnAttention, TokenAttention, attention_as
+from vitlab.models.families import HEADS_COUNTED, head_vectors, kind_of, making_layers, mixing_layer
 from vitlab.models.support import plain_linear
-from vitlab.runtime.files import InputError
 
 
-@torch.no_grad()
-def _keep(linear: nn.Linear, *, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
-    """Keep some output rows or input columns of a Linear."""
-    plain_linear(linear)
-    if rows is not None:
-        linear.weight = nn.Parameter(linear.weight[rows].clone(), requires_grad=linear.weight.requires_grad)
-        if linear.bias is not None:
-            linear.bias = nn.Parameter(linear.bias[rows].clone(), requires_grad=linear.bias.requires_grad)
-        linear.out_features = len(rows)
-    if columns is not None:
-        linear.weight = nn.Parameter(linear.weight[:, columns].clone(), requires_grad=linear.weight.requires_grad)
-        linear.in_features = len(columns)
+def _kept(parameter: Tensor, dim: int, index: Tensor) -> Tensor:
+    found = parameter.detach().index_select(dim, index).clone()
+    return nn.Parameter(found, requires_grad=parameter.requires_grad) if isinstance(parameter, nn.Parameter) else found
 
 
-def keep_heads(attn: Attention, kept: Sequence[int]) -> None:
-    """Shrink qkv (3 H d rows) and proj (H d columns) to the kept heads; q/k norms are per d and stay as they are."""
-    if not isinstance(attn.norm, nn.Identity):
-        raise InputError("heads of an attention with an output norm can't be cut: it mixes the heads")
-    device = attn.qkv.weight.device
-    width = (torch.tensor(kept, device=device)[:, None] * attn.head_dim
-             + torch.arange(attn.head_dim, device=device)).flatten()             # (H' d)
-    _keep(attn.qkv, rows=torch.cat([width + part * attn.attn_dim for part in range(3)]))
-    _keep(attn.proj, columns=width)
-    attn.num_heads, attn.attn_dim = len(kept), len(width)
+def _keep_rows(linear: nn.Linear, rows: Tensor, parts: int) -> None:
+    """Keep the same output rows of each of the parts that a Linear stacks."""
+    total = plain_linear(linear).out_features // parts
+    rows = torch.cat([rows + part * total for part in range(parts)])
+    linear.weight = _kept(linear.weight, 0, rows)
+    if linear.bias is not None:
+        linear.bias = _kept(linear.bias, 0, rows)
+    linear.out_features = len(rows)
 
 
-def keep_neurons(mlp: Mlp, kept: Sequence[int]) -> None:
-    """Shrink fc1 (M rows) and fc2 (M columns) to the kept neurons."""
-    index = torch.tensor(kept, device=mlp.fc1.weight.device)
-    _keep(mlp.fc1, rows=index)
-    _keep(mlp.fc2, columns=index)
+def keep_units(block: nn.Module, kind: str, kept: Sequence[int]) -> None:
+    """Shrink a block to some of its heads or neurons: the rows that make them and the columns that mix them; q/k norms
+    are per d and stay as they are."""
+    mixing, width = mixing_layer(block, kind)
+    units = torch.tensor(kept, device=plain_linear(mixing).weight.device)
+    index = (units[:, None] * width + torch.arange(width, device=units.device)).flatten()       # (U' width)
+    for linear, parts in making_layers(block, kind):
+        _keep_rows(linear, index, parts)
+    mixing.weight, mixing.in_features = _kept(mixing.weight, 1, index), len(index)
+    if kind == "heads":
+        _count_heads(block, units, index)
+
+
+def _count_heads(block: nn.Module, heads: Tensor, index: Tensor) -> None:
+    """What an attention itself knows of its heads: how many there are, their biases, and, where its model has
+    something for each head, which of the model's they are."""
+    attn = block.attn
+    for name, dim in head_vectors(attn).items():
+        setattr(attn, name, _kept(getattr(attn, name), dim, heads if dim else index))
+    for name, count in (("num_heads", len(heads)), ("num_kv_heads", len(heads)), ("attn_dim", len(index)),
+                        ("kv_dim", len(index))):
+        if hasattr(attn, name):
+            setattr(attn, name, count)
+    before = getattr(attn, "kept_heads", None)
+    if kind_of(attn, HEADS_COUNTED):
+        if not isinstance(attn, TokenAttention):
+            attn = block.attn = attention_as(OwnAttention, attn)
+        attn.register_buffer("kept_heads", heads if before is None else before[heads], persistent=False)

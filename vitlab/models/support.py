@@ -1,11 +1,24 @@
 """Which timm models vitlab takes, and the one place where their sizes and blocks are read."""
-from timm.layers import Attention, Mlp, PatchEmbed
-from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor, nn
+from timm.layers import AttentionPoolLatent
+from torch import nn
 
-from vitlab.models.attention import KeyedAttention, PrefixAttention
+from vitlab.models import families
+from vitlab.models.attention import TokenAttention
+from vitlab.models.families import ATTENTIONS, BLOCKS, HIDDEN, MODELS, PATCHES, kind_of, mixing_layer
 from vitlab.plan.shape import ViTShape
 from vitlab.runtime.files import InputError
+
+KINDS = (*BLOCKS, *ATTENTIONS, *HIDDEN)
+# why others stay out
+OTHERS = {"SwinTransformer": "its windows are cut out of a grid that halves from stage to stage",
+          "SwinTransformerV2": "its windows are cut out of a grid that halves from stage to stage",
+          "Hiera": "its tokens are pooled from stage to stage",
+          "MultiScaleVit": "its tokens are pooled by its attention",
+          "Twins": "its attention is within windows and on pooled tokens", "Xcit": "it attends to channels, not tokens",
+          "VisionTransformerSAM": "its attention is within windows", "NaFlexVit": "its images have any size",
+          "Cait": "its heads are mixed before and after the softmax",
+          "Levit": "its tokens are pooled by its attention, and batch norms take the place of layer norms",
+          "VOLO": "its outlook attention is over neighbours on the grid"}
 
 
 def encoder_of(model: nn.Module) -> nn.Module:
@@ -13,23 +26,12 @@ def encoder_of(model: nn.Module) -> nn.Module:
     return getattr(model, "encoder", model)
 
 
-def embedded(model: nn.Module, images: Tensor) -> Tensor:
-    """What goes into the first block (B, N, D), by timm's own parts."""
-    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
-
-
-def finished(model: nn.Module, x: Tensor, block: int) -> Tensor:
-    """The logits of what goes into a block."""
-    for each in model.blocks[block:]:
-        x = each(x)
-    return model.forward_head(model.norm(x))
-
-
 def runs_in_parts(model: nn.Module) -> bool:
-    """Whether `embedded` and `finished` together are what the model does: timm's own forward, and no hook on the
-    whole."""
-    own = all(getattr(type(model), name) is getattr(VisionTransformer, name)
-              for name in ("forward", "forward_features", "__call__"))
+    """Whether `families.embedded` and `finished` together are what the model does: timm's own forward, and no hook on
+    the whole."""
+    timms = kind_of(model, MODELS)
+    own = timms is not None and all(getattr(type(model), name) is getattr(timms, name)
+                                    for name in ("forward", "forward_features", "__call__"))
     return own and "forward" not in vars(model) and not model._forward_hooks and not model._forward_pre_hooks
 
 
@@ -42,7 +44,7 @@ def check_runs_in_parts(model: nn.Module) -> None:
 
 
 def attention_block(block: nn.Module) -> nn.Module:
-    """timm's own Block, whether plain or inside wrappers of vitlab."""
+    """timm's own block, whether plain or inside wrappers of vitlab."""
     while hasattr(block, "block"):
         block = block.block
     return block
@@ -65,25 +67,35 @@ def is_merged(model: nn.Module) -> bool:
 def refuse(model: nn.Module) -> str | None:
     """Why this model can't be handled, or None where it can."""
     name = type(model).__name__
-    if not isinstance(model, VisionTransformer):
-        return f"{name} is not a timm VisionTransformer; ViT, DeiT, DeiT-III, MAE and DINOv2 models are"
+    if kind_of(model, MODELS) is None:
+        why = next((OTHERS[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in OTHERS), "")
+        return (f"{name} is not one of timm's plain vision transformers"
+                + (f": {why}" if why else f"; {', '.join(kind.__name__ for kind in MODELS)} are"))
     if not len(model.blocks):
         return f"{name} has no blocks"
     for index, wrapped in enumerate(model.blocks):
         block = attention_block(wrapped)
-        if type(block) is not Block:
-            return f"{name} has a {type(block).__name__} at block {index}; timm's plain Block is needed"
-        if type(block.attn) not in (Attention, KeyedAttention, PrefixAttention):
-            return f"{name} has {type(block.attn).__name__} at block {index}; timm's plain Attention is needed"
-        if type(block.mlp) is not Mlp or not isinstance(block.mlp.norm, nn.Identity):
-            return f"{name} has {type(block.mlp).__name__} at block {index}; timm's plain Mlp is needed"
-        if block.attn.gate is not None:
-            return f"{name} has a gated attention at block {index}; timm's plain Attention is needed"
-    if type(model.patch_embed) is not PatchEmbed:
-        return f"{name} has {type(model.patch_embed).__name__}; timm's plain PatchEmbed is needed"
-    if model.attn_pool is not None:
-        return f"{name} pools by attention ({type(model.attn_pool).__name__}); class-token or average pooling is needed"
-    if type(model.patch_drop) is not nn.Identity:
+        if type(block) not in BLOCKS:
+            return f"{name} has a {type(block).__name__} at block {index}; attention, then an MLP is needed"
+        if type(block.attn) not in ATTENTIONS and not isinstance(block.attn, TokenAttention):
+            return f"{name} has {type(block.attn).__name__} at block {index}; one of timm's attentions is needed"
+        if getattr(block.attn, "gate", None) is not None:
+            return f"{name} has a gated attention at block {index}; one without a gate is needed"
+        if getattr(block.attn, "num_kv_groups", 1) > 1:
+            return f"{name} has heads that share keys and values at block {index}; keys and values of each are needed"
+        first = attention_block(model.blocks[0])
+        for part, like in ((block, first), (block.attn, first.attn), (block.mlp, first.mlp)):
+            if kind_of(part, KINDS) is not kind_of(like, KINDS):
+                return f"{name} has {type(part).__name__} at block {index}; all blocks of one kind are needed"
+        if type(block.mlp) not in HIDDEN:
+            return f"{name} has {type(block.mlp).__name__} at block {index}; one of timm's MLPs is needed"
+    if type(model.patch_embed) not in PATCHES:
+        return f"{name} has {type(model.patch_embed).__name__}; a patch embedding with a fixed grid is needed"
+    pool = getattr(model, "attn_pool", None)
+    if pool is not None and (type(pool) is not AttentionPoolLatent or pool.mlp is None
+                             or isinstance(pool.q, nn.Identity)):
+        return f"{name} pools by {type(pool).__name__}; timm's AttentionPoolLatent with its MLP is needed"
+    if not isinstance(getattr(model, "patch_drop", None), (nn.Identity, type(None))):
         return f"{name} drops patches in training (patch_drop_rate); create it with patch_drop_rate=0"
     return None
 
@@ -103,26 +115,40 @@ def classes_of(model: nn.Module) -> int:
     return model.head.out_features if isinstance(model.head, nn.Linear) else model.num_classes
 
 
+def units_of(block: nn.Module) -> tuple[int, int]:
+    """(heads, neurons) of a block."""
+    return block.attn.num_heads, mixing_layer(block, "neurons")[0].in_features
+
+
 def sizes_of(model: nn.Module, num_heads: int, num_neurons: int) -> ViTShape:
     """Sizes of a model whose dense form has so many heads and neurons in each block; of a Segmenter with its
     decoder's."""
     whole, model = model, encoder_of(model)
-    first, classifiers, embed = attention_block(model.blocks[0]), model.get_classifier(), model.patch_embed
+    blocks = [attention_block(block) for block in model.blocks]
+    first, classifiers, embed = blocks[0], model.get_classifier(), model.patch_embed
     decoder = {} if whole is model else {"decoder": whole.decoder_name, "decoder_depth": whole.decoder_depth}
-    return ViTShape(**decoder,
-        img_size=tuple(embed.img_size), patch_size=tuple(embed.patch_size), in_chans=model.in_chans,
-        embed_dim=model.embed_dim, depth=len(model.blocks),
-        num_heads=num_heads, head_dim=first.attn.head_dim, num_neurons=num_neurons,
+    pool = getattr(model, "attn_pool", None)
+    pooled = {} if pool is None else {"pool_neurons": pool.mlp.fc1.out_features,
+                                      "pool_prefix": bool(getattr(model, "pool_include_prefix", True))}
+    return ViTShape(**decoder, **pooled,
+        img_size=tuple(embed.img_size),
+        patch_size=tuple(side // count for side, count in zip(embed.img_size, embed.grid_size)),
+        in_chans=getattr(model, "in_chans", 3), embed_dim=model.embed_dim, depth=len(blocks),
+        num_heads=num_heads, head_dim=mixing_layer(first, "heads")[1], num_neurons=num_neurons,
+        gated=sum(parts for _, parts in families.making_layers(first, "neurons")) > 1,
         num_prefix_tokens=model.num_prefix_tokens, class_token=model.cls_token is not None,
         num_classes=classes_of(model) if whole is model else whole.num_classes,
         num_classifiers=len(classifiers) if isinstance(classifiers, tuple) else 1,
-        pool=model.global_pool, qk_norm=not isinstance(first.attn.q_norm, nn.Identity))
+        pool=model.global_pool, qk_norm=not isinstance(getattr(first.attn, "q_norm", nn.Identity()), nn.Identity),
+        rotary=0 if getattr(model, "rope", None) is None else num_heads if families.rotates_by_head(model) else 1,
+        fixed=tuple(dict.fromkeys(part for block in blocks for part in families.fixed_parts(block))),
+        stem_macs=families.stem_macs(embed))
 
 
 def shape_of(model: nn.Module) -> ViTShape:
     """Sizes of a dense supported model. Raises InputError for any other, a compressed one too."""
     check_supported(model)
-    sizes = {(b.attn.num_heads, b.mlp.fc2.in_features) for b in map(attention_block, model.blocks)}
+    sizes = {units_of(block) for block in map(attention_block, model.blocks)}
     if is_merged(model) or len(sizes) > 1:
         raise InputError("the model is already compressed; the dense one is needed here")
     return sizes_of(model, *sizes.pop())

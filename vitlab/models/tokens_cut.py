@@ -37,7 +37,7 @@ class TokensCut:
     def gives_prefix_alone(self) -> bool:
         """Whether no patch is left at the end: tokens are read out, or a deployed model is folded for class-token
         pooling."""
-        last, prefix = self.blocks[-1], self.num_prefix_tokens
+        last, prefix = getattr(self.blocks[-1], "unfold", None) or self.blocks[-1], self.num_prefix_tokens
         return isinstance(last, ReadOutBlock) or isinstance(last, Fold) and len(last.matrix) == prefix
 
     @property

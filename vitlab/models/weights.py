@@ -4,6 +4,7 @@ import datetime
 import pathlib
 import pickle
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from vitlab.models.families import MODELS, kind_of
 from vitlab.runtime.files import InputError, first_line
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".pth.tar", ".ckpt")
@@ -141,9 +143,9 @@ def unwrapped(state: dict[str, Tensor], own: dict[str, Tensor],
     return {name.removeprefix(best): value for name, value in inner.items()}, left
 
 
-def by_timms_names(state: dict[str, Tensor], model: VisionTransformer,
+def by_timms_names(state: dict[str, Tensor], model: nn.Module,
                    path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
-    """(the state under the names of timm's VisionTransformer, the names of what is left out: parts that only
+    """(the state under the names of timm's model, the names of what is left out: parts that only
     pre-training has) of any layout that timm converts; no position embedding is resampled. model: one of that
     architecture without pos_embed, on the meta device."""
     # what timm's conversion drops
@@ -151,7 +153,10 @@ def by_timms_names(state: dict[str, Tensor], model: VisionTransformer,
     # A DINOv2 training has its blocks in chunks: blocks.CHUNK.BLOCK.
     state = {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name): value for name, value in state.items()}
     try:
-        state = checkpoint_filter_fn(state, model, adapt_layer_scale=True)
+        if isinstance(model, VisionTransformer):
+            state = checkpoint_filter_fn(state, model, adapt_layer_scale=True)
+        else:
+            state = sys.modules[kind_of(model, MODELS).__module__].checkpoint_filter_fn(state, model)
     except Exception as error:                  # whatever tensors of other sizes make timm's conversion raise
         raise InputError(f"{path}: does not fit the model; it can't be converted ({first_line(error)})") from None
     own = model.state_dict()

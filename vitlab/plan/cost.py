@@ -36,6 +36,8 @@ class Counts:
     # multiplied.
     pooled: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
     compared: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
+    # pairs of a patch and a merged token whose rotation is the mean of its patches'
+    turned: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
     # tokens that ask in the attention; empty: all in it
     queried: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     # bool: the ranking has weights of its own
@@ -56,7 +58,8 @@ def counts_of(plan: CompressionPlan) -> Counts:
                   queried=np.array([f.attended if f.queried is None else f.queried for f in flows]),
                   neurons=np.array([shape.num_neurons if b.neurons is None else len(b.neurons) for b in plan.blocks]),
                   **{name: np.array([getattr(f, name) for f in flows])
-                     for name in ("attended", "in_mlp", "carried", "pooled", "compared", "merges", "reconstructs")})
+                     for name in ("attended", "in_mlp", "carried", "pooled", "compared", "turned", "merges",
+                                  "reconstructs")})
 
 
 def previous(values: np.ndarray, first: int) -> np.ndarray:
@@ -64,10 +67,17 @@ def previous(values: np.ndarray, first: int) -> np.ndarray:
     return np.concatenate([np.full_like(values[..., :1], first), values[..., :-1]], axis=-1)
 
 
+def rows_of(counts: Counts, everything: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that enter and that leave each block: all tokens where they only share an update."""
+    shares = (counts.pooled > 0) & (counts.compared == 0)
+    return tuple(np.where(shares, everything, tokens + counts.carried) for tokens in (counts.attended, counts.in_mlp))
+
+
 def _head_macs(shape: ViTShape) -> int:
     """MACs of what follows the encoder: a classifier D K for each there is; a linear decoder n D K; a mask transformer
     of L blocks on the n patches and K classes, n D^2 + L (n + K) (12 D^2 + 2 (n + K) D) + (n + K) D^2 + n D K (arXiv
-    2105.05633)."""
+    2105.05633). Before a classifier, an attention pool of m tokens with an MLP of M neurons: 2 m D (D + 1) + 2 D^2 +
+    2 D M."""
     n, dim, classes = shape.num_patches, shape.embed_dim, shape.num_classes
     if shape.decoder == "linear":
         return n * dim * classes
@@ -75,17 +85,21 @@ def _head_macs(shape: ViTShape) -> int:
         rows = n + classes
         return n * dim**2 + shape.decoder_depth * rows * (12 * dim**2
                                                           + 2 * rows * dim) + rows * dim**2 + n * dim * classes
-    return dim * classes * shape.num_classifiers
+    pooled = n + (shape.num_prefix_tokens if shape.pool_prefix else 0)
+    pool = 2 * dim * (pooled * (dim + 1) + dim + shape.pool_neurons) if shape.pool_neurons else 0
+    return dim * classes * shape.num_classifiers + pool
 
 
 def macs_of(shape: ViTShape, counts: Counts, form: str = "deployed") -> dict[str, np.ndarray]:
     """MACs per image (...) by part (PARTS), and their sum under "total". Raises InputError for an unknown form.
 
     Per block with C tokens in the attention, Q of them asking (all, but for a block that reads out), C' in the MLP,
-    attention width w = heads * d, M neurons: qkv 3 C D w, attention 2 Q C w, proj Q w D, mlp 2 C' D M; a ranking by
+    attention width w = heads * d, M neurons: qkv 3 C D w, attention 2 Q C w, proj Q w D, mlp 2 C' D M (3 where neurons
+    are gated); a ranking by
     heads of width r C r, or, with weights of its own, 2 D r + C heads D (q/k norm: D r + C D r + C r); regions that
     share an update scale each of their n patches, n D; matching r of n tokens compares (n / 2)^2 keys and the class
-    token's with all, w each, and scales r + n / 2 rows. form "training" adds C N D for each merge and each reconstruct;
+    token's with all, w each, and scales r + n / 2 rows; where tokens are turned by place, a product of patches and
+    merged tokens 2 d wide. form "training" adds C N D for each merge and each reconstruct;
     "deployed" adds the folded products instead: (C_l + p_l) (C_k + p_k) D between two blocks, p tokens carried around
     them. Inside a span no matrix stands between two blocks.
     """
@@ -98,19 +112,22 @@ def macs_of(shape: ViTShape, counts: Counts, form: str = "deployed") -> dict[str
     ranking = np.where(c.ranks_anew, anew, c.attended * wide)
     blocks = {"qkv": 3 * c.attended * dim * width, "attention": 2 * c.queried * c.attended * width,
               "proj": c.queried * width * dim,
-              "mlp": 2 * c.in_mlp * dim * c.neurons, "select": ranking}
+              "mlp": (3 if shape.gated else 2) * c.in_mlp * dim * c.neurons, "select": ranking}
     parts = {name: blocks[name].sum(axis=-1) if name in blocks else np.zeros(width.shape[:-1], dtype=np.int64)
              for name in PARTS}
-    parts["patch_embed"] += shape.num_patches * shape.patch_size[0] * shape.patch_size[1] * shape.in_chans * dim
+    pixels = shape.patch_size[0] * shape.patch_size[1] * shape.in_chans
+    parts["patch_embed"] += shape.stem_macs or shape.num_patches * pixels * dim
     parts["decoder" if shape.decoder else "classifier"] += _head_macs(shape)
     if form != "published":
-        parts["merge"] = c.pooled.sum(axis=-1) * dim + (c.compared * width).sum(axis=-1)
+        turning = 2 * shape.head_dim * shape.rotary
+        parts["merge"] = (c.pooled.sum(axis=-1) * dim + (c.compared * width).sum(axis=-1)
+                          + c.turned.sum(axis=-1) * turning)
     if form == "training":
         parts["reconstruct"] = (c.reconstructs * c.attended).sum(axis=-1) * everything * dim
         parts["merge"] = parts["merge"] + (c.merges * c.attended).sum(axis=-1) * everything * dim
     if form == "deployed":
-        state = c.in_mlp + c.carried                                            # rows that leave each block
-        folds = (c.merges | previous(c.reconstructs, False)) * (c.attended + c.carried) * previous(state, everything)
+        entering, state = rows_of(c, everything)
+        folds = (c.merges | previous(c.reconstructs, False)) * entering * previous(state, everything)
         rows = shape.num_prefix_tokens if shape.pool == POOL_TOKEN else everything
         parts["fold"] = (folds.sum(axis=-1) + c.reconstructs[..., -1] * rows * state[..., -1]) * dim
     parts["total"] = sum(parts.values())

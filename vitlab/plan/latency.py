@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.interpolate import RegularGridInterpolator
 
-from vitlab.plan.cost import Counts, previous
+from vitlab.plan.cost import Counts, previous, rows_of
 from vitlab.plan.shape import POOL_TOKEN, ViTShape, require
 from vitlab.runtime.files import InputError, atomic_write, read_json
 
@@ -77,7 +77,7 @@ class LatencyTable:
         require(c.heads.shape[-1] == self.shape.depth,
                 f"counts of {c.heads.shape[-1]} blocks; the table is for {self.shape.depth}")
         everything, always = self.shape.num_tokens, np.ones(c.heads.shape, dtype=bool)
-        rows, state = c.attended + c.carried, c.in_mlp + c.carried              # that enter and leave each block
+        rows, state = rows_of(c, everything)
         wanted = self.shape.num_prefix_tokens if self.shape.pool == POOL_TOKEN else everything
         last, end = c.reconstructs[..., -1], state[..., -1]
         asked, shares = c.queried == c.attended, (c.pooled > 0) & (c.compared == 0)
@@ -95,7 +95,7 @@ class LatencyTable:
         parts["stem"] = self._at("stem", always[..., 0], everything)
         # Every token is left by a block that shares an update, and given back after matching, unless it is read out.
         matched = (c.compared > 0).any(axis=-1) & asked[..., -1]
-        left = np.where(shares[..., -1] | matched, everything, end)
+        left = np.where(matched, everything, end)
         parts["head"] = self._at("head", always[..., 0], np.where(last, wanted, left))
         return {part: self.scale * parts[part] for part in AXES}
 

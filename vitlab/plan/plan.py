@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vitlab.plan.rules import TOKEN_RULES, Flow, MergeReconstruct, TokenRule, whole
-from vitlab.plan.shape import ViTShape, is_int, require
+from vitlab.plan.shape import FAMILY, ViTShape, is_int, require
 from vitlab.runtime.files import InputError, atomic_write, read_json
 
 FORMAT, VERSION = "vitlab.plan", 1
@@ -31,6 +31,8 @@ class BlockPlan:
             kept = getattr(self, name)
             if kept is None:
                 continue
+            if len(kept) < count:
+                shape.check_cut(name)
             require(len(kept) > 0, f"{name} is empty; at least one must stay")
             require(all(is_int(k) and 0 <= k < count for k in kept), f"{name} must be integers from 0 to {count - 1}")
             require(list(kept) == sorted(set(kept)), f"{name} must ascend without repeats")
@@ -75,13 +77,15 @@ class CompressionPlan:
     def check_fits(self, shape: ViTShape) -> None:
         """InputError naming every size in which the model and the plan differ (classifier, decoder and pooling may)."""
         free = ("num_classes", "num_classifiers", "pool", "in_chans", "qk_norm", "decoder", "decoder_depth",
-                "class_token")
+                "class_token", *FAMILY)
         wrong = [f"{f.name} {getattr(shape, f.name)} (plan: {getattr(self.shape, f.name)})"
                  for f in dataclasses.fields(shape)
                  if f.name not in free and getattr(shape, f.name) != getattr(self.shape, f.name)]
         require(not wrong, "the plan is for another model; this one has " + ", ".join(wrong))
-        if self.shape.class_token and not shape.class_token:                    # refuses what ranks by one
-            dataclasses.replace(self, shape=dataclasses.replace(self.shape, class_token=False))
+        # refuses what ranks by a class token that is not there, and cuts what can't be cut
+        dataclasses.replace(self, shape=dataclasses.replace(
+            self.shape, fixed=shape.fixed, rotary=shape.rotary,
+            class_token=self.shape.class_token and shape.class_token))
 
     def rules(self) -> list[tuple[TokenRule | None, int]]:
         """The token rule that each block runs by, and its place in the blocks of that rule: (None, 0) where all tokens
@@ -105,6 +109,8 @@ class CompressionPlan:
         flows, before = [], whole(self.shape.num_tokens)
         for index, (rule, place) in enumerate(self.rules()):
             try:
+                if rule is not None:
+                    self.shape.check_cut("tokens")
                 if rule is None:
                     flow = whole(before.after)
                 elif place and isinstance(rule, MergeReconstruct):              # it alone has a span

@@ -29,6 +29,7 @@ class Flow:
     reconstructs: bool = False      # whether a reconstruct matrix stands after it
     matched: bool = False           # whether tokens may stand for several patches from here on
     compared: int = 0               # pairs of tokens whose keys are multiplied, to find those that are alike
+    turned: int = 0                 # pairs of a patch and the merged token that takes its rotation over
     ranked_by: str = ""             # heads whose attention ranks tokens before the MLP: "kept", "all"; "": no ranking
 
 
@@ -169,6 +170,8 @@ class Select:
         """InputError where not even two tokens would go (the mean of one is that one), or there is no class token."""
         require(shape.class_token,
                 f"tokens are selected {BY_CLASS_TOKEN}: a rule that merges, such as match, is needed")
+        require(not shape.rotary, "selected tokens would lose the places by which this model turns queries and keys: a "
+                "rule that merges, such as match, is needed")
         others = entering - shape.num_prefix_tokens
         require(self.kept <= others - 2, f"{self.kept} tokens are kept; at most {others - 2} of the {others} that come "
                 "in beside the prefix tokens is needed: two at least must go, as one takes their place")
@@ -199,7 +202,8 @@ class Match:
                 f"{self.merged} tokens are merged; at most half of the {count} beside the prefix tokens can be")
         require(not self.protect or shape.class_token, f"tokens are protected {BY_CLASS_TOKEN}: protect 0 is needed")
         after, sources, targets = entering - self.merged, count - count // 2, count // 2
-        return Flow(attended=entering, in_mlp=after, carried=0, after=after, matched=True,
+        turned = shape.num_patches * count if shape.rotary and entering < shape.num_tokens else 0
+        return Flow(attended=entering, in_mlp=after, carried=0, after=after, matched=True, turned=turned,
                     compared=sources * targets + entering if self.merged else 0,
                     pooled=self.merged + targets if self.merged else 0)
 
@@ -215,8 +219,9 @@ class ReadOut:
         """InputError for a model that pools other tokens too."""
         require(shape.pool == POOL_TOKEN and shape.num_prefix_tokens > 0,
                 f"only prefix tokens are read out, but the model pools by {shape.pool!r}; {POOL_TOKEN!r} is needed")
-        prefix = shape.num_prefix_tokens
-        return Flow(attended=entering, queried=prefix, in_mlp=prefix, carried=0, after=prefix)
+        prefix, merged = shape.num_prefix_tokens, entering < shape.num_tokens
+        return Flow(attended=entering, queried=prefix, in_mlp=prefix, carried=0, after=prefix,
+                    turned=shape.num_patches * (entering - prefix) if shape.rotary and merged else 0)
 
 
 TOKEN_RULES = {rule.kind: rule for rule in (MergeReconstruct, SharedUpdate, Select, Match, ReadOut)}

@@ -7,6 +7,8 @@ from typing import Any, TypeGuard
 from vitlab.runtime.files import InputError
 
 POOL_TOKEN = "token"
+FAMILY = ("gated", "rotary", "pool_neurons", "pool_prefix", "stem_macs", "fixed")     # of other families
+PARTS = ("heads", "neurons", "tokens")
 DECODERS = ("", "linear", "mask_transformer")
 
 
@@ -51,6 +53,12 @@ class ViTShape:
     decoder: str = ""                   # of DECODERS: logits of each patch; "": a classifier, or nothing
     decoder_depth: int = 0              # blocks of a mask transformer
     class_token: bool | None = None     # whether the first prefix token is one; None: where there are prefix tokens
+    gated: bool = False                 # whether a neuron has a gate beside its value
+    rotary: int = 0                     # rotations of queries and keys by place: 1 for all heads, H for each its own
+    pool_neurons: int = 0               # of an attention pool's MLP; 0: another pooling
+    pool_prefix: bool = True            # whether an attention pool looks at prefix tokens
+    stem_macs: int = 0                  # of a patch embedding that is more than a convolution; 0: it is one
+    fixed: tuple[str, ...] = ()         # what can't be cut: "heads", "neurons" or "tokens", each with its reason
 
     def __post_init__(self) -> None:
         for name in ("img_size", "patch_size"):
@@ -58,13 +66,19 @@ class ViTShape:
             require(isinstance(value, (tuple, list)) and len(value) == 2 and all(is_int(v) and v > 0 for v in value),
                     f"shape.{name} is {value!r}; two positive integers are needed")
             object.__setattr__(self, name, tuple(value))
-        lowest = {"num_prefix_tokens": 0, "num_classes": 0, "decoder_depth": 0}
+        object.__setattr__(self, "fixed", tuple(self.fixed))
+        lowest = dict.fromkeys(("num_prefix_tokens", "num_classes", "decoder_depth", "rotary", "pool_neurons",
+                                "stem_macs"), 0)
         for f in dataclasses.fields(self):
             if f.type in (int, "int"):
                 value, low = getattr(self, f.name), lowest.get(f.name, 1)
                 require(is_int(value) and value >= low,
                         f"shape.{f.name} is {value!r}; an integer of at least {low} is needed")
-        require(isinstance(self.qk_norm, bool), f"shape.qk_norm is {self.qk_norm!r}; true or false is needed")
+        for name in ("qk_norm", "gated", "pool_prefix"):
+            require(isinstance(getattr(self, name), bool),
+                    f"shape.{name} is {getattr(self, name)!r}; true or false is needed")
+        require(all(isinstance(part, str) and part.split(":")[0] in PARTS for part in self.fixed),
+                f"shape.fixed is {self.fixed!r}; texts that begin with one of {list(PARTS)} are needed")
         require(isinstance(self.pool, str), f"shape.pool is {self.pool!r}; a string is needed")
         require(self.decoder in DECODERS, f"shape.decoder is {self.decoder!r}; one of {list(DECODERS)} is needed")
         require(self.class_token in (None, True, False),
@@ -73,9 +87,20 @@ class ViTShape:
         require(self.num_patches > 0, f"shape: an image of {self.img_size} holds no patch of {self.patch_size}")
 
     def stored(self) -> dict[str, Any]:
-        """As JSON holds it; a class token is not spoken of where the number of prefix tokens says it."""
-        fields = dataclasses.asdict(self)
-        return {k: v for k, v in fields.items() if k != "class_token" or v != (self.num_prefix_tokens > 0)}
+        """As JSON holds it; what a plain vision transformer has none of is not spoken of, nor a class token where the
+        number of prefix tokens says it."""
+        usual = {f.name: f.default for f in dataclasses.fields(self) if f.name in FAMILY}
+        usual["class_token"] = self.num_prefix_tokens > 0
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in usual or v != usual[k]}
+
+    def cuts(self, part: str) -> bool:
+        """Whether heads, neurons or tokens can be cut."""
+        return not any(each.startswith(part) for each in self.fixed)
+
+    def check_cut(self, part: str) -> None:
+        """InputError with the reason where they can't."""
+        why = next((each.partition(": ")[2] for each in self.fixed if each.startswith(part)), None)
+        require(why is None, f"{part} of this model can't be cut: {why}")
 
     @property
     def grid_size(self) -> tuple[int, int]:

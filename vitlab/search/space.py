@@ -39,7 +39,14 @@ class SearchSpace:
         if odd:
             raise InputError(f"units {odd[0]!r} are not known; known are {list(UNITS)}")
         require(0 < self.max_ratio < 1, f"max_ratio is {self.max_ratio}; it must lie in (0, 1)")
-        object.__setattr__(self, "units", tuple(u for u in UNITS if u in self.units))
+        # what the model can't lose is not searched
+        object.__setattr__(self, "units", tuple(u for u in UNITS if u in self.units and self.shape.cuts(u)))
+        if not self.shape.cuts("tokens"):
+            object.__setattr__(self, "tokens", "none")
+            object.__setattr__(self, "read_out", False)
+        require(not (self.shape.rotary and self.tokens.startswith("select")),
+                f"tokens {self.tokens!r}: selected tokens would lose the places that this model turns its queries and "
+                "keys by; 'match' merges them")
         tokens = token_dimensions(self.tokens, self.shape, self.settings)
         object.__setattr__(self, "_tokens", tokens)
         if self.read_out:

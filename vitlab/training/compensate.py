@@ -13,11 +13,12 @@ from tqdm import tqdm
 from vitlab.criteria.compensation import RIDGE, Moments, choose_ridge, columns, refit
 from vitlab.measure.averaging import hooks
 from vitlab.measure.evaluate import autocast
-from vitlab.measure.moments import Fisher, Layer, layers_of, mixing_layer
+from vitlab.measure.moments import Fisher, Layer, layers_of
 from vitlab.models import attention_block, compress
+from vitlab.models.families import POST_NORM, also_taken, embedded, layer_scale, mixing_layer
 from vitlab.models.held import Held, Merged
-from vitlab.models.shrink import keep_heads, keep_neurons
-from vitlab.models.support import check_runs_in_parts, embedded, encoder_of, plain_linear
+from vitlab.models.shrink import keep_units
+from vitlab.models.support import check_runs_in_parts, encoder_of, plain_linear
 from vitlab.plan import BlockPlan, CompressionPlan, tokens
 from vitlab.plan.rules import Match, ReadOut, Select, SharedUpdate, TokenRule
 from vitlab.runtime.files import InputError
@@ -44,7 +45,7 @@ def dense_rows(rule: TokenRule | None, dense: Tensor, rows: int, merged: Merged 
     return dense if whole and dense.shape[1] == rows else None
 
 
-def _lacks(scale: nn.Module, rule: TokenRule | None, stream: Tensor, given: Tensor, dense: Tensor, prefix: int,
+def _lacks(gamma: Tensor | None, rule: TokenRule | None, stream: Tensor, given: Tensor, dense: Tensor, prefix: int,
            merged: Merged | None) -> Tensor:
     """What the layer's output `given` (B, rows, D) lacks to bring its block's stream (before the addition) to the dense
     model's (B, N, D): (d - x) / gamma - given; 0 in rows that are not the dense model's, or where LayerScale lets
@@ -52,7 +53,7 @@ def _lacks(scale: nn.Module, rule: TokenRule | None, stream: Tensor, given: Tens
     wanted = dense_rows(rule, dense, given.shape[1], merged)
     # prefix tokens come first, whatever the rule
     wanted = dense[:, :prefix] if wanted is None else wanted
-    gamma = getattr(scale, "gamma", torch.ones(1, device=given.device))
+    gamma = torch.ones(1, device=given.device) if gamma is None else gamma
     through = gamma.abs() > SMALL_GAMMA * gamma.abs().max()
     rows, divisor = slice(wanted.shape[1]), torch.where(through, gamma, 1)
     lacks = ((wanted - stream[:, rows]) / divisor - given[:, rows]) * through
@@ -78,15 +79,17 @@ class Walk:
         self._look()
 
     def _run(self, block: nn.Module, streams: Iterable[Tensor | Held]) -> Iterator[Tensor | Held]:
+        also = also_taken(self.model, self.at)
         for x in streams:
             with autocast(self.device, self.amp):
-                y = block(x)
+                y = block(x, **also)
             yield y                             # out here: what is made of it is in float32
 
     def _look(self) -> None:
         """The dense model's stream after this block's attention, and after the block."""
         original, self.half = self.dense.blocks[self.at], []
-        with hooks([original.norm2.register_forward_pre_hook(lambda _, given: self.half.append(given[0]))]):
+        second = original.mlp if isinstance(original, POST_NORM) else original.norm2
+        with hooks([second.register_forward_pre_hook(lambda _, given: self.half.append(given[0]))]):
             self.after = list(self._run(original, self.after))
 
     @torch.inference_mode()
@@ -105,7 +108,7 @@ class Walk:
         wrapped, heads, prefix = self.model.blocks[self.at], kind == "heads", self.model.num_prefix_tokens
         block, seen, images = attention_block(wrapped), {}, 0
         linear, _ = mixing_layer(block, kind)
-        norm, scale = (block.norm1, block.ls1) if heads else (block.norm2, block.ls2)
+        norm = block.norm1 if heads else block.norm2
         gone = torch.ones(linear.in_features, dtype=torch.bool, device=self.device)
         gone[slice(None) if kept is None else kept] = False
         lost = linear.weight.detach()[:, gone].float()
@@ -116,8 +119,10 @@ class Walk:
             for entering, leaving, dense in zip(self.streams, self._run(wrapped, self.streams),
                                                 self.half if heads else self.after):
                 held, inputs, output = entering if heads else leaving, seen["inputs"], seen["output"]
-                lacks = _lacks(scale, rule, seen["own"], output, dense, prefix,
+                lacks = _lacks(layer_scale(block, kind), rule, seen["own"], output, dense, prefix,
                                held if isinstance(held, Merged) else None)
+                if isinstance(block, POST_NORM):                                # a norm stands before the addition
+                    lacks = torch.zeros_like(lacks)
                 if kept is not None:
                     lacks, inputs = lacks + F.linear(inputs[..., gone].float(), lost), inputs[..., kept]
                 weights = output.new_ones(output.shape[:2], dtype=torch.float32)
@@ -172,11 +177,6 @@ def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[
         block, cut = attention_block(model.blocks[index]), plan.blocks[index]
         linear, width = mixing_layer(block, kind)
         kept = getattr(cut, kind)
-        if linear.bias is None and kept is None:
-            continue                            # means could not be made good
-        if linear.bias is None:
-            raise InputError(f"block {index}: its {'proj' if kind == 'heads' else 'fc2'} has no bias, which "
-                             f"compensation needs")
         while walk and walk.at < index:
             walk.step()
         stay = (torch.arange(linear.in_features // width) if kept is None else torch.tensor(kept)).to(device)
@@ -187,16 +187,17 @@ def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[
             inputs = None if kept is None else columns(stay, width)
             folds = walk.moments(kind, rules[index], costs[index, kind].prefix_weight if costs else 1.0, inputs)
             weight, stay = weight if kept is None else weight[:, inputs], torch.arange(len(stay), device=device)
+        if linear.bias is None:
+            folds = [fold.uncentred() for fold in folds]
         try:
             strength = ridge if ridge is not None else RIDGE if by_moments else choose_ridge(weight, folds, stay, width)
             weight, gained = refit(weight, functools.reduce(Moments.plus, folds), stay, width, strength)
         except InputError as error:
             raise InputError(f"block {index}: {error}") from None
-        if kind == "heads" and kept is not None:
-            keep_heads(block.attn, kept)
-        elif kept is not None:
-            keep_neurons(block.mlp, kept)
+        if kept is not None:
+            keep_units(block, kind, kept)
         with torch.no_grad():
             linear.weight.copy_(weight)
-            linear.bias.add_(gained)
+            if linear.bias is not None:
+                linear.bias.add_(gained)
     return model

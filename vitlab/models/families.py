@@ -1,0 +1,165 @@
+"""How timm's families of vision transformers differ from each other, and nowhere else is it said: their kinds of model,
+block, attention and MLP, where heads, neurons, norms and scales are in them, and what of them can't be cut.
+
+A family is added by its classes here (CONTRIBUTING.md). B images, N tokens, P prefix tokens, D width, H heads of width
+d, M neurons.
+"""
+from typing import Any
+
+import torch
+from timm.layers import Attention, AttentionRope, GluMlp, HybridEmbed, Mlp, PatchEmbed, SwiGLU
+from timm.models import beit, eva, vision_transformer, vision_transformer_relpos, vitamin
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+MODELS = (vision_transformer.VisionTransformer, eva.Eva, beit.Beit, vision_transformer_relpos.VisionTransformerRelPos)
+POST_NORM = (vision_transformer.ResPostBlock, eva.EvaBlockPostNorm, vision_transformer_relpos.ResPostRelPosBlock)
+BLOCKS = (vision_transformer.Block, eva.EvaBlock, beit.Block, vision_transformer_relpos.RelPosBlock, *POST_NORM)
+# of those, the ones that turn queries and keys by their tokens' places
+ROTARY = (eva.EvaAttention, AttentionRope)
+RELATIVE = (beit.Attention, vision_transformer_relpos.RelPosAttention)
+ATTENTIONS = (Attention, *ROTARY, *RELATIVE)
+# of those, the ones whose forward needs as many heads as the model has
+HEADS_COUNTED = (*ROTARY, beit.Attention)
+PATCHES = (PatchEmbed, HybridEmbed)
+# per kind of MLP: the linears whose rows are neurons, with how many rows a neuron has in each, and the one that mixes
+# them
+HIDDEN: dict[type[nn.Module], tuple[dict[str, int], str]] = {
+    Mlp: ({"fc1": 1}, "fc2"), GluMlp: ({"fc1": 2}, "fc2"), SwiGLU: ({"fc1_g": 1, "fc1_x": 1}, "fc2"),
+    vitamin.GeGluMlp: ({"w0": 1, "w1": 1}, "w2")}
+
+# ---- Model
+
+
+def kind_of(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> type[nn.Module] | None:
+    """timm's class of a model, block or layer, that its own class goes back to; None where it is none of these."""
+    return next((kind for kind in type(module).__mro__ if kind in kinds), None)
+
+
+def embedded(model: nn.Module, images: Tensor) -> Tensor:
+    """What goes into the first block (B, N, D), by timm's own parts."""
+    if isinstance(model, vision_transformer.VisionTransformer):
+        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+    if isinstance(model, eva.Eva):
+        return model.norm_pre(model._pos_embed(model.patch_embed(images))[0])
+    x = model.patch_embed(images)
+    if model.cls_token is not None:
+        x = torch.cat([model.cls_token.expand(len(x), -1, -1), x], dim=1)
+    position = getattr(model, "pos_embed", None)
+    return getattr(model, "pos_drop", nn.Identity())(x if position is None else x + position)
+
+
+def also_taken(model: nn.Module, block: int) -> dict[str, Any]:
+    """What a block takes beside its tokens: rotations by place, or a bias by distance that all blocks share."""
+    if getattr(model, "rope", None) is not None:
+        grid = model.patch_embed.grid_size
+        like = model.patch_embed.proj.weight.new_zeros(1, *grid, model.embed_dim)
+        rope = model._pos_embed(like if model.dynamic_img_size else like.flatten(1, 2))[1]
+        return {"rope": rope[block] if model.rope_mixed else rope}
+    if getattr(model, "rel_pos_bias", None) is not None:
+        return {"shared_rel_pos_bias": model.rel_pos_bias()}
+    if getattr(model, "shared_rel_pos", None) is not None:
+        return {"shared_rel_pos": model.shared_rel_pos.get_bias()}
+    return {}
+
+
+def run_block(model: nn.Module, block: int, x: Any) -> Any:
+    """What a block makes of what enters it, as the model runs it."""
+    return model.blocks[block](x, **also_taken(model, block))
+
+
+def finished(model: nn.Module, x: Tensor, block: int) -> Tensor:
+    """The logits of what goes into a block."""
+    for index in range(block, len(model.blocks)):
+        x = run_block(model, index, x)
+    return model.forward_head(model.norm(x))
+
+
+def rotates_by_head(model: nn.Module) -> bool:
+    """Whether each head has rotations of its own, in every block."""
+    return bool(getattr(model, "rope_mixed", False))
+
+
+def stem_macs(embed: nn.Module) -> int:
+    """MACs per image of a patch embedding that is more than one convolution; 0 for a plain one."""
+    if type(embed) is PatchEmbed:
+        return 0
+    moved = {name: tensor.to("meta") for name, tensor in embed.state_dict().items()}
+    images = torch.empty(1, getattr(embed, "in_chans", 3), *embed.img_size, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        torch.func.functional_call(embed, moved, images)
+    return counter.get_total_flops() // 2
+
+# ---- Block
+
+
+def attention_input(block: nn.Module, x: Tensor) -> Tensor:
+    """What goes into the attention (B, N, D) of a block."""
+    return x if isinstance(block, POST_NORM) else block.norm1(x)
+
+
+def _scaled(block: nn.Module, number: int, update: Tensor) -> Tensor:
+    """An update by the block's LayerScale, a module or a parameter, or its norm where that comes last; then stochastic
+    depth."""
+    gamma = getattr(block, f"gamma_{number}", None)
+    if isinstance(block, POST_NORM):
+        update = getattr(block, f"norm{number}")(update)
+    elif gamma is not None:
+        update = gamma * update
+    return getattr(block, f"drop_path{number}")(getattr(block, f"ls{number}", nn.Identity())(update))
+
+
+def attention_update(block: nn.Module, attended: Tensor) -> Tensor:
+    """What is added to the stream for the attention's output (B, Q, D)."""
+    return _scaled(block, 1, attended)
+
+
+def mlp_update(block: nn.Module, x: Tensor) -> Tensor:
+    """What the MLP adds to the stream x (B, N, D)."""
+    return _scaled(block, 2, block.mlp(x if isinstance(block, POST_NORM) else block.norm2(x)))
+
+
+def layer_scale(block: nn.Module, kind: str) -> Tensor | None:
+    """Factors (D) of what the attention ("heads") or the MLP ("neurons") adds; None where there are none."""
+    number = 1 if kind == "heads" else 2
+    found = getattr(block, f"gamma_{number}", None)
+    return getattr(getattr(block, f"ls{number}", None), "gamma", None) if found is None else found
+
+# ---- Heads and neurons
+
+
+def mixing_layer(block: nn.Module, kind: str) -> tuple[nn.Linear, int]:
+    """(the linear that mixes the heads or neurons of a block, how many inputs a unit has)."""
+    if kind == "heads":
+        return block.attn.proj, block.attn.proj.in_features // block.attn.num_heads
+    return getattr(block.mlp, HIDDEN[type(block.mlp)][1]), 1
+
+
+def making_layers(block: nn.Module, kind: str) -> list[tuple[nn.Linear, int]]:
+    """The linears whose rows make the heads or neurons of a block, with how many parts each stacks: of 3, rows are
+    queries, keys and values of all heads, one after the other."""
+    if kind == "neurons":
+        return [(getattr(block.mlp, name), parts) for name, parts in HIDDEN[type(block.mlp)][0].items()]
+    attn = block.attn
+    split = [getattr(attn, f"{name}_proj", None) for name in "qkv"]
+    return [(layer, 3 if layer is attn.qkv else 1) for layer in (attn.qkv, *split) if layer is not None]
+
+
+def head_vectors(attn: nn.Module) -> dict[str, int]:
+    """Names of an attention's own tensors that have a part for every head, and in which dimension."""
+    found = dict.fromkeys(("q_bias", "k_bias", "v_bias"), 0) | {"relative_position_bias_table": 1}
+    return {name: dim for name, dim in found.items() if getattr(attn, name, None) is not None}
+
+
+def fixed_parts(block: nn.Module) -> tuple[str, ...]:
+    """What of a block can't be cut, each "heads", "neurons" or "tokens" with the reason."""
+    attn, mlp, found = block.attn, block.mlp, []
+    if not isinstance(getattr(attn, "norm", None), (nn.Identity, type(None))):
+        found.append("heads: a norm over all of them follows")
+    elif isinstance(attn, vision_transformer_relpos.RelPosAttention):
+        found.append("heads: their biases by distance are made together")
+    if not isinstance(getattr(mlp, "norm", None), (nn.Identity, type(None))) and type(mlp) is not vitamin.GeGluMlp:
+        found.append("neurons: a norm over all of them follows")
+    if isinstance(attn, RELATIVE):
+        found.append("tokens: attention has a bias for every two places")
+    return tuple(found)
