@@ -51,7 +51,7 @@ def _of_plan(plan: CompressionPlan) -> str:
 
 def _of_calibration(made_by: dict[str, Any]) -> list[str]:
     """Of a model that was refitted, how far it is from the dense one; before, where that was reported."""
-    if "kl_cut" not in made_by:
+    if "distance_cut" not in made_by:
         return []
     before = made_by.get("plan", {}).get("reported") if made_by["step"] == "tonight" else None
     first = [] if before is None else [f"before calibration, {reported_on(made_by['roles'])}: {in_words(before)}"]
