@@ -32,8 +32,8 @@ def check_metric(shape: ViTShape, metric: str) -> None:
     if metric not in METRICS:
         raise InputError(f"metric {metric!r} is not known; known are {list(METRICS)}")
     if metric not in (own, "distill_loss"):
-        known = " and ".join(map(repr, dict.fromkeys((own, "distill_loss"))))
-        raise InputError(f"metric {metric!r} is of another task; for this model {known} are there")
+        known = f"{own!r} and 'distill_loss' are" if own != "distill_loss" else "'distill_loss' is"
+        raise InputError(f"metric {metric!r} is of another task; for this model {known}")
 
 
 class PlanObjective:

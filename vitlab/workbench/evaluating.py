@@ -88,6 +88,12 @@ class Features:
         return dataclasses.replace(found, model=model)
 
 
+def beside(dense: Checkpoint) -> dict[str, Any]:
+    """How `evaluate` is to measure what is made from a model: by labels, or without a classifier by the distance to
+    it."""
+    return {} if output_of(dense.model).labelled else {"dense": dense}
+
+
 Measured = tuple[dict[str, Any], dict[str, Any]]
 IN_ROWS = ("images", "broken", "agree_pct", "agree_se")         # of what is measured, what stands in the conditions
 
@@ -128,7 +134,11 @@ def read_embeddings(path: Path, data: ImageData) -> Tensor:
     tensors = list(read_file(path).values())
     if len(tensors) != 1 or tensors[0].dim() != 2 or not tensors[0].is_floating_point():
         raise InputError(f"{path}: holds {len(tensors)} tensors; one of floats, (classes, width), is needed")
-    data.check_fits(len(tensors[0]))
+    try:
+        data.check_fits(len(tensors[0]))
+    except InputError:
+        raise InputError(f"{path}: embeddings of {len(tensors[0])} classes; {data.name} has "
+                         f"{data.num_classes}") from None
     return tensors[0].float()
 
 

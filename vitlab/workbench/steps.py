@@ -27,7 +27,7 @@ from vitlab.runtime.config import RunConfig, flags
 from vitlab.runtime.files import NOTEBOOKS, InputError, first_line
 from vitlab.runtime.kinds import ClassMap, Count, Data, File, Or, Run, flag
 from vitlab.runtime.results import ResultRow, append_row
-from vitlab.workbench.evaluating import Features, Windows, of_classes, of_features, of_scenes
+from vitlab.workbench.evaluating import Features, Windows, beside, of_classes, of_features, of_scenes  # noqa: F401
 
 RESULTS, TRAINING = "results.jsonl", "training"
 WIDE = 192                                      # models at least this wide gain by bf16 where the hardware has it
