@@ -92,8 +92,8 @@ def features_of(model: nn.Module, batches: Batches, *, dense: nn.Module | None =
 
 def evaluate_features(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, tell: Tell | None = None,
                       dense: nn.Module | None = None, **settings: object) -> Likeness:
-    """Top-1 of the classes that `tell` says, and the distance and agreement with a dense model, where they are given.
-    settings: of `features_of`. Raises InputError where there is no image, or no two to be neighbours."""
+    """Top-1 of the classes that `tell` says, and the distance and agreement with a dense model, where they are given;
+    of one image no agreement. settings: of `features_of`. Raises InputError where there is no image."""
     training = model.training
     vectors, targets, apart, expected = features_of(model, batches, dense=dense, what="evaluate", **settings)
     model.train(training)
@@ -103,7 +103,8 @@ def evaluate_features(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
         right = int((tell(vectors) == targets).sum())
         measures |= {"top1_pct": 100 * right / count, "top1_se": share_error(right, count)}
     if dense is not None:
+        measures |= {"distill_loss": float(apart.double().mean()), "distill_loss_se": standard_error(apart.numpy())}
+    if dense is not None and count > 1:
         same = int(same_neighbours(vectors, expected).sum())
-        measures |= {"distill_loss": float(apart.double().mean()), "distill_loss_se": standard_error(apart.numpy()),
-                     "agree_pct": 100 * same / count, "agree_se": share_error(same, count)}
+        measures |= {"agree_pct": 100 * same / count, "agree_se": share_error(same, count)}
     return Likeness(images=count, broken=broken, **measures)
