@@ -1,6 +1,7 @@
 """Models without a classifier: distances, gradients and neighbours of features against slow oracles, and every step of
 a study on them."""
 import copy
+import dataclasses
 import json
 import math
 
@@ -26,6 +27,7 @@ from vitlab.models.segmenter import Segmenter, as_encoder
 from vitlab.plan import CompressionPlan
 from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import InputError, read_lines
+from vitlab.runtime.results import ResultRow, format_table
 from vitlab.training.distillation import make_task
 from vitlab.training.self_distillation import Divergence, self_distil
 from vitlab.workbench import calibrating, comparing, scoring, searching, steps, training
@@ -353,3 +355,15 @@ def test_the_command_gives_top1_by_neighbours(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "top1_pct: 5 nearest neighbours among 1437 images of train" in said
     assert "distill_loss: 1 - cosine of pooled features" in said and "agree_pct 100.00 ± " in said
+
+
+def test_tables_and_differences_are_of_the_distance_where_there_is_no_top1():
+    near, far = (ResultRow(model=name, distill_loss=value, distill_loss_se=0.01, gmacs=1.0)
+                 for name, value in (("near", 0.1), ("far", 0.3)))
+    head, _, *lines = format_table([near, far]).splitlines()
+    assert head.split()[:3] == ["model", "distill_loss", "gmacs"] and "0.1000 ± 0.0100" in lines[0]
+    assert comparing.difference(near, far) == "-0.2000 ± 0.0141 of distance"
+    told = ResultRow(model="dense", top1_pct=50.0, gmacs=2.0)
+    assert format_table([told, near]).split()[:4] == ["model", "top1_pct", "distill_loss", "gmacs"]
+    assert "distill_loss" not in format_table([dataclasses.replace(near, top1_pct=40.0), told])
+    assert comparing.difference(near, told) == "nothing that both have"
