@@ -280,7 +280,7 @@ def folder(tmp_path_factory):
     return root
 
 
-@each_kind
+@pytest.mark.parametrize("kind", ["token", "patches"])
 def test_every_step_takes_a_model_without_a_classifier_and_images_without_labels(kind, folder, tmp_path):
     found, few = opened(kind), {"config": QUIET}
     scores = scoring.score_tokens(found, folder, tmp_path / "s.safetensors", images=8, **few)
