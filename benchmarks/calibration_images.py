@@ -17,9 +17,9 @@ import torch
 from off_the_shelf import CROP
 
 from vitlab.criteria.compensation import RIDGE
+from vitlab.measure.distance import outputs
 from vitlab.measure.evaluate import each_divergence
 from vitlab.measure.moments import fisher
-from vitlab.measure.pixels import log_probabilities
 from vitlab.measure.units import unit_scores
 from vitlab.models import compress, deploy, shape_of
 from vitlab.plan import cost
@@ -63,7 +63,7 @@ def main() -> None:
     val = [x for x,
            _ in steps.open_matching(args.val, dense).batches("held_out", model, crop_pct=CROP, workers=1, limit=images)]
     with torch.inference_mode():
-        expected = [log_probabilities(model, x, False) for x in val]
+        expected = [outputs(model, x, False) for x in val]
     space = SearchSpace(shape=shape_of(model), units=("heads", "neurons"), tokens="match_per_stage",
                         max_ratio=0.75, read_out=True)
     for limit in gmacs:
@@ -81,7 +81,7 @@ def main() -> None:
                             "progress": False}
                 small = deploy(compensate(model, plan, batches, **settings) if count else compress(model, plan))
                 with torch.inference_mode():
-                    distances = torch.cat([each_divergence(log_probabilities(small, x, False), e) for x,
+                    distances = torch.cat([each_divergence(outputs(small, x, False), e) for x,
                                            e in zip(val, expected)]).tolist()
                 row = {"model": args.model, "gmacs_limit": limit, "gmacs": cost.gmacs(plan), "ridge": name,
                        "refitted_on": count, "seed": args.seed, "distill_loss": float(np.mean(distances)),

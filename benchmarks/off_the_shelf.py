@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.measure.capture import token_scores
+from vitlab.measure.distance import outputs
 from vitlab.measure.evaluate import each_divergence, uses_bf16
-from vitlab.measure.pixels import log_probabilities
 from vitlab.measure.throughput import conditions, measure
 from vitlab.models import compress, deploy, shape_of
 from vitlab.plan import CompressionPlan, cost
@@ -98,7 +98,7 @@ class Bench:
     @torch.inference_mode()
     def classes(self, model: nn.Module, images: Tensor) -> Tensor:
         """Log-probabilities (B, K)."""
-        return log_probabilities(model, images, self.amp)
+        return outputs(model, images, self.amp)
 
     def each(self, model: nn.Module) -> tuple[list[int], list[float]]:
         """(right or not, KL(dense || model) in nats) of each image of VAL."""

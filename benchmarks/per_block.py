@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitlab.measure.distance import outputs
 from vitlab.measure.evaluate import evaluate, uses_bf16
-from vitlab.measure.pixels import log_probabilities
 from vitlab.models import compress, deploy, shape_of
 from vitlab.models.match import size_mask
 from vitlab.plan import CompressionPlan, cost, matching
@@ -83,10 +83,10 @@ def learn(model: nn.Module, dense: nn.Module, images: list[Tensor], apart: list[
                                             amp), torch.optim.Adam(own, lr=LR), time.monotonic()
     best, state = distance(model), copy.deepcopy(model.state_dict())
     with torch.no_grad():
-        expected = [log_probabilities(dense, x, amp) for x in images]
+        expected = [outputs(dense, x, amp) for x in images]
     while time.monotonic() - began < 60 * minutes:
         for x, target in zip(images, expected):
-            loss = F.kl_div(log_probabilities(model, x, amp), target, reduction="batchmean", log_target=True)
+            loss = F.kl_div(outputs(model, x, amp), target, reduction="batchmean", log_target=True)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

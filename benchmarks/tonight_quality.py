@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from vitlab.measure.distance import outputs
 from vitlab.measure.evaluate import each_divergence
-from vitlab.measure.pixels import log_probabilities
 from vitlab.models import deploy
 from vitlab.plan import CompressionPlan, cost
 from vitlab.runtime.config import RunConfig
@@ -50,7 +50,7 @@ class Validation:
 
     @torch.inference_mode()
     def given(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-        return log_probabilities(model, images, False)
+        return outputs(model, images, False)
 
     def right(self, given: list[torch.Tensor]) -> np.ndarray:
         return torch.cat([(g.argmax(dim=1) == y).double() for g, (_, y) in zip(given, self.batches)]).cpu().numpy()

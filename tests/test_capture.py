@@ -477,12 +477,6 @@ def test_no_batch_is_refused_and_leaves_the_model_as_it_was(tiny_vit):
     assert state_of(model) == before
 
 
-def test_a_model_without_a_classifier_is_refused(tiny_vit, images):
-    model = tiny_vit("deit", num_classes=0)
-    with pytest.raises(InputError, match="num_classes=0"):
-        token_scores(model, batches_for(model, images), progress=False)
-
-
 def test_an_unknown_absolute_is_refused_and_the_known_ones_listed(tiny_vit, images):
     model = tiny_vit("deit")
     with pytest.raises(InputError, match="batch.*image"):

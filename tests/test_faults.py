@@ -207,7 +207,6 @@ SEARCH = ("search --checkpoint dense --data digits --macs-ratio 0.9 --units neur
           "--images 16 "
           "--criterion weight --quiet --device cpu --out study")
 ASK = "search --checkpoint dense --data digits --images 16 --criterion weight --quiet --device cpu --out out"
-FEATURES = "need a classifier or decoder; the model has num_classes=0"
 TRAIN = "pretrain --model vit_nano_patch4_32 --data digits --device cpu --quiet --out out"
 TUNE = "finetune --checkpoint pruned --data digits --recipe digits_pm --device cpu --quiet --out out"
 
@@ -728,24 +727,18 @@ COMMANDS = [
     ("A policy for another model", CUT.replace("--neuron-ratio 0.25", "--policy deit_small_60"),
      "deit_small_60 is for 12 blocks; the model has 5"),
     ("A policy and ratios", f"{CUT} --policy deit_small_60", "give the policy or ratios, not both"),
-    ("A model without a classifier, to evaluate", EVALUATE.format("features"), f"top-1, mIoU and loss {FEATURES}"),
-    ("A model without a classifier, to score by its loss", "score tokens --checkpoint features --data digits --images 8 --out "
-                                                           "s.safetensors",
-     f"token scores by gradient {FEATURES}"),
-    ("A model without a classifier, to score by its output", "score units --checkpoint features --data digits --images 8 "
-                                                             "--out "
-     "s.safetensors", f"scores by hsic {FEATURES}"),
-    ("A model without a classifier, to search", f"{ASK.replace('dense', 'features')} --macs-ratio 0.6",
-     f"searched models {FEATURES}"),
-    ("A model without a classifier, tonight", "tonight --checkpoint features --data digits --images 8 --device cpu "
-                                              "--quiet --out out",
-     f"offers {FEATURES}"),
-    ("A model without a classifier, to calibrate", "calibrate --checkpoint features --data digits --images 8 --plan "
-                                                   "plan.json --device cpu "
-     "--quiet --out out", f"calibrated models {FEATURES}"),
-    ("A model without a classifier, to fine-tune", TUNE.replace("pruned", "features"), f"fine-tuned models and "
-                                                                                       f"teachers {FEATURES}"),
-    ("A teacher without a classifier", f"{TUNE} --teacher features", f"fine-tuned models and teachers {FEATURES}"),
+    ("A model without a classifier, to evaluate", EVALUATE.format("features"), "the model has no classifier; the model it was made from (dense) says how far its features are from that one's, knn and classes what classes they tell"),
+    ("A model without a classifier, to search by top-1", f"{ASK.replace('dense', 'features')} --macs-ratio 0.6 --metric top1_pct",
+     "metric 'top1_pct' is of another task; for this model 'distill_loss' is"),
+    ("A model without a classifier, to fine-tune without a teacher", TUNE.replace("pruned", "features"),
+     "a model without a classifier learns a teacher's features; the dense model is needed as teacher"),
+    ("A teacher without a classifier", f"{TUNE} --teacher features", "the teacher has 0 classes, the student 10"),
+    ("Features by neighbours and by embeddings", f"{EVALUATE.format('features')} --knn --classes scores.safetensors",
+     "knn and classes both give a top-1; one of them is needed"),
+    ("More neighbours than images", f"{EVALUATE.format('features')} --knn --neighbours 2000",
+     "2000 nearest neighbours of 1437 images; so many at most can be asked for"),
+    ("Embeddings of other classes", f"{EVALUATE.format('features')} --classes scores.safetensors",
+     "scores.safetensors: embeddings of 5 classes; digits has 10"),
     ("A model that is compressed already", MATCH.replace("dense", "pruned"), "the model is already compressed; the "
                                                                              "dense one is needed"),
     ("A model unheard of", MATCH.replace("dense", "resnet5"), "'resnet5': no such file or folder, and no timm model; "

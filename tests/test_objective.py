@@ -230,12 +230,6 @@ def test_batches_without_images_are_refused(sample):
         PlanObjective(model, [(batches[0][0][:0], batches[0][1][:0])])(CompressionPlan.empty(shape_of(model)))
 
 
-def test_a_model_without_a_classifier_is_refused(tiny_vit, images):
-    model = tiny_vit("deit", num_classes=0)
-    with pytest.raises(InputError, match="classifier"):
-        PlanObjective(model, [(images(model, 3), torch.tensor([0, 1, 2]))])
-
-
 # ---------------------------------------------------------------- a class for each pixel
 
 def slow_pixels(model, plan: CompressionPlan, found: list) -> dict[str, float]:

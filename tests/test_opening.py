@@ -254,7 +254,7 @@ def test_weights_without_a_classifier_are_no_classifier(tmp_path):
     with pytest.raises(InputError, match="holds no classifier, so num_classes can't be 5; without it the model gives "
                                          "features"):
         steps.open_model(path, model=NAME, num_classes=5, **SIZE)
-    with pytest.raises(InputError, match="need a classifier or decoder; the model has num_classes=0"):
+    with pytest.raises(InputError, match="the model has no classifier; the model it was made from"):
         steps.evaluate(steps.open_model(path, model=NAME, **SIZE), "digits", config=RunConfig(device="cpu"))
 
 

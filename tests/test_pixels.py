@@ -10,15 +10,9 @@ from segmenting_fixtures import CLASSES, batches, given, masks, pictures, small
 from test_segmenter import upsampled_slowly
 from training_fixtures import images, one_thread, tiny  # noqa: F401
 
+from vitlab.measure.distance import at_targets, cross_entropy, each_cross_entropy, outputs
 from vitlab.measure.evaluate import each_divergence
-from vitlab.measure.pixels import (
-    at_targets,
-    cross_entropy,
-    each_cross_entropy,
-    evaluate_scenes,
-    log_probabilities,
-    measured,
-)
+from vitlab.measure.pixels import evaluate_scenes, measured
 from vitlab.runtime.files import InputError
 
 EXACT = 1e-12           # float64, sums in another order
@@ -98,7 +92,7 @@ def test_divergence_is_the_sum_over_images_of_kl_and_of_patches_their_mean():
 @torch.no_grad()
 def test_log_probabilities_are_of_patches_and_at_targets_those_of_the_models_own_pixels(size):
     model, x = small(), pictures(2, size)
-    found = log_probabilities(model, x)
+    found = outputs(model, x)
     assert found.shape == (2, CLASSES, 3, 5) and found.dtype == torch.float32
     torch.testing.assert_close(found, model.patch_logits(x).log_softmax(1))
     torch.testing.assert_close(at_targets(model, found, masks(2, size)), model(x).log_softmax(1), atol=FLOAT32,
@@ -108,7 +102,7 @@ def test_log_probabilities_are_of_patches_and_at_targets_those_of_the_models_own
 @torch.no_grad()
 def test_of_a_classifier_both_are_the_log_softmax_of_its_logits():
     model, x = tiny(), images(3)
-    found = log_probabilities(model, x)
+    found = outputs(model, x)
     torch.testing.assert_close(found, model(x).log_softmax(1))
     assert at_targets(model, found, torch.tensor([0, 1, 2])) is found
 

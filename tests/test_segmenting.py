@@ -170,7 +170,8 @@ def test_calibration_brings_a_cut_segmenter_nearer_to_the_dense_one_on_images_se
     made = calibrating.calibrate(way / "dense", DATA, tmp_path / "out", way / "half" / "checkpoint" / "plan.json",
                                  images=24, config=HERE)
     said = made.info["made_by"]
-    assert 0 < said["kl_refitted"] < said["kl_cut"] and made.info["classes"] == NAMES and said["images"] == 24
+    assert 0 < said["distance_refitted"] < said["distance_cut"]
+    assert made.info["classes"] == NAMES and said["images"] == 24
     assert isinstance(checkpoint.load(tmp_path / "out").model, Segmenter)
 
 

@@ -84,8 +84,8 @@ def test_training_brings_the_model_nearer_to_the_teacher_on_images_set_apart(par
     teacher.train().register_forward_hook(lambda module, *_: modes.append(module.training))
     log = self_distil(model, teacher, parts, divergence, steps=24, **SHORT)
     assert len(modes) == 24 and not any(modes) and teacher.training            # asked in eval mode, and left as it was
-    least = min(record["kl"] for record in log)
-    assert divergence(model) == pytest.approx(least, rel=1e-5) and least < 0.8 * log[0]["kl"]
+    least = min(record["distance"] for record in log)
+    assert divergence(model) == pytest.approx(least, rel=1e-5) and least < 0.8 * log[0]["distance"]
     assert [record["steps"] for record in log] == list(range(0, 25, 2))         # 20 images in batches of 8: 2 an epoch
     assert not torch.equal(model.blocks[0].tokens.merge_matrix,
                            before["blocks.0.tokens.merge_matrix"]) and not model.training
@@ -96,7 +96,7 @@ def test_the_same_seed_and_steps_train_the_same_model_and_another_seed_another(p
     def trained(seed: int) -> list[tuple[float, float]]:
         model, teacher = models()
         log = self_distil(model, teacher, parts, divergence_of(teacher, parts), steps=4, seed=seed, **SHORT)
-        return [(record["loss"], record["kl"]) for record in log[1:]]
+        return [(record["loss"], record["distance"]) for record in log[1:]]
     assert trained(0) == trained(0) != trained(1)
 
 
@@ -173,8 +173,8 @@ def test_training_on_scenes_brings_a_cut_segmenter_nearer_to_the_dense_one(make)
     model, data = compress(teacher, make(teacher)), halves(open_scenes("digit_scenes"), 24)
     divergence = Divergence(teacher, data.batches("val", teacher, workers=0))
     log = self_distil(model, teacher, data, divergence, steps=24, **{**SHORT, "lr": 3e-4})
-    assert divergence(model) == pytest.approx(min(record["kl"] for record in log), rel=1e-5)
-    assert divergence(model) < 0.8 * log[0]["kl"]
+    assert divergence(model) == pytest.approx(min(record["distance"] for record in log), rel=1e-5)
+    assert divergence(model) < 0.8 * log[0]["distance"]
     assert not model.training and not teacher.decoder.training
 
 
@@ -211,9 +211,9 @@ def test_calibration_takes_images_without_labels_and_says_what_it_gained(picture
     apart = Divergence(outspoken(), reporting.batches("report", outspoken(), workers=0))
     for name, model in (("distilled", made.model), ("cut", compress(found.model, plan))):
         each = apart.each(model)
-        assert made_by[f"kl_{name}"] == pytest.approx(sum(each) / 6, rel=1e-4)
+        assert made_by[f"distance_{name}"] == pytest.approx(sum(each) / 6, rel=1e-4)
         spread = sum((value - sum(each) / 6) ** 2 for value in each) / 5
-        assert made_by[f"kl_{name}_se"] == pytest.approx((spread / 6) ** 0.5, rel=1e-3)
+        assert made_by[f"distance_{name}_se"] == pytest.approx((spread / 6) ** 0.5, rel=1e-3)
 
 
 def test_what_calibration_is_fitted_on_chosen_by_and_reported_on_has_no_image_in_common(pictures, tmp_path,
@@ -253,7 +253,7 @@ def test_the_form_that_stays_is_the_nearest_on_images_to_choose_on(pictures, tmp
                                  config=RunConfig(workers=0, quiet=True))
     made_by, kept = made.info["made_by"], min(values, key=values.get)
     assert made_by["kept"] == kept and f"kept: {kept}" in calibrating.distances(
-        made_by) and "kl_distilled" not in made_by
+        made_by) and "distance_distilled" not in made_by
     assert set(given) == {form == "refitted throughout" for form in forms[1:]}
     parts = open_data(pictures).parts(0, calibrate=14, choose=50, report=256)
     fitted_on = list(parts.batches("calibrate", outspoken(), workers=0))
@@ -267,7 +267,7 @@ def test_the_form_that_stays_is_the_nearest_on_images_to_choose_on(pictures, tmp
     assert torch.equal(logits(made.model), logits(models[kept]))
     apart = Divergence(outspoken(), parts.batches("report", outspoken(), workers=0))
     refitted = kept if kept != "cut" else forms[1]                              # the nearer one of those refitted
-    for name, form in (("kl_cut", "cut"), ("kl_refitted", refitted)):
+    for name, form in (("distance_cut", "cut"), ("distance_refitted", refitted)):
         assert made_by[name] == pytest.approx(float(np.mean(apart.each(models[form]))), rel=1e-6)
 
 

@@ -204,7 +204,7 @@ def test_from_images_alone_to_a_deployed_model(dense, photographs, tmp_path):
     read = checkpoint.load(tmp_path / "out" / tonight.DEPLOYED)
     x = torch.randn(2, 3, *found.plan.shape.img_size, generator=torch.Generator().manual_seed(0))
     assert torch.equal(logits(read.model, x),
-                       logits(found.model, x)) and np.isfinite(found.info["made_by"]["kl_refitted_se"])
+                       logits(found.model, x)) and np.isfinite(found.info["made_by"]["distance_refitted_se"])
     worth, roles = found.plan.made_by["reported"], found.info["made_by"]["roles"]
     assert {"agree_pct", "agree_se", "distill_loss", "distill_loss_se",
             "chosen_by"} == set(worth) and roles["report"] == 7
@@ -240,7 +240,7 @@ def test_a_time_that_is_too_little_is_said_and_there_are_fewer_evaluations_and_i
                                 config=FEW)
     assert given == [100, 64] and searched == [10]
     assert len(read_lines(next((tmp_path / "out").rglob("journal.jsonl")))) == 1            # its time was over
-    assert found.info["made_by"]["minutes"] == 0 and "kl_distilled" not in found.info["made_by"]
+    assert found.info["made_by"]["minutes"] == 0 and "distance_distilled" not in found.info["made_by"]
     assert gmacs(found.plan) <= 0.6 * gmacs(CompressionPlan.empty(found.plan.shape))
 
 

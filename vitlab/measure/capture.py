@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitlab.criteria.hsic import at_least_float32, dependence, gaussian_kernels
 from vitlab.measure.averaging import Averages, Batches, averaged, begun, frozen_eval, hooks
-from vitlab.measure.pixels import cross_entropy, each_cross_entropy, logits_of
+from vitlab.measure.distance import output_of
 from vitlab.models import attention_block, check_supported, is_merged, shape_of
 from vitlab.models.attention import SeenAttention, attention_as
 from vitlab.models.held import Merged
@@ -22,12 +22,6 @@ from vitlab.runtime.files import InputError
 
 ABSOLUTE = ("batch", "image")
 Scored = tuple[Tensor, int]                     # token scores (L, n), how many images had a part in them
-
-
-def need_classifier(model: nn.Module, what: str) -> None:
-    """InputError where the model gives no class probabilities."""
-    if model.num_classes == 0:
-        raise InputError(f"{what} need a classifier or decoder; the model has num_classes=0")
 
 
 @contextlib.contextmanager
@@ -72,13 +66,12 @@ class ValueGradient:
 
 def _by_gradient(model: nn.Module, average: Callable[..., Averages], absolute: str) -> Scored:
     """Gradient-weighted attention   (A1)."""
-    need_classifier(model, "token scores")
-    capture, each = ValueGradient(model, absolute), absolute == "image"
+    capture, each, output = ValueGradient(model, absolute), absolute == "image", output_of(model)
+    draws = torch.Generator().manual_seed(0)
 
     def step(images: Tensor, targets: Tensor) -> tuple[Tensor]:
-        logits = model(images)
         # No image's gradient depends on another's, so that of the summed losses holds each image's own.
-        (each_cross_entropy(logits, targets).sum() if each else cross_entropy(logits, targets)).backward()
+        output.loss(model, images, targets, draws, each=each).backward()
         scores = torch.stack([found / (heads * len(found))
                               for found, heads in zip(capture.found, capture.heads)])           # (L, N)
         return (scores / len(images) if each else scores,)
@@ -119,9 +112,8 @@ def _by_class_attention(model: nn.Module, average: Callable[..., Averages], abso
 
 
 def _by_hsic(model: nn.Module, average: Callable[..., Averages], absolute: str) -> Scored:
-    """Dependence of the softmax output on what enters the block at each patch   (B1)."""
-    need_classifier(model, "token scores by hsic")
-    prefix, depth = model.num_prefix_tokens, len(model.blocks)
+    """Dependence of the output on what enters the block at each patch   (B1)."""
+    prefix, depth, output = model.num_prefix_tokens, len(model.blocks), output_of(model)
     kernels: list[Any] = [None] * depth                                         # (n, B, B) each, of the hooks
 
     def hook(index: int):
@@ -130,8 +122,8 @@ def _by_hsic(model: nn.Module, average: Callable[..., Averages], absolute: str) 
         return before
 
     def step(images: Tensor, targets: Tensor) -> tuple[Tensor]:
-        probabilities = at_least_float32(logits_of(model, images)).softmax(dim=1).flatten(1)
-        return (torch.stack([dependence(k, probabilities) for k in kernels]) / len(images)**2,)         # (L, n)
+        given = output.dependent(output.raw(model, images))
+        return (torch.stack([dependence(k, given) for k in kernels]) / len(images)**2,)         # (L, n)
     with hooks([b.register_forward_pre_hook(hook(i)) for i, b in enumerate(model.blocks)]), torch.no_grad():
         found = average(step, what="token scores by hsic", at_least=2)
     return found.values[0] * found.batch**2, found.images
@@ -151,7 +143,8 @@ def token_scores(model: nn.Module, batches: Batches, *, criterion: str = "gradie
 
         s_l[j] = mean over images b of | sum over h, i of dLoss_b/dA[b,h,i,j] * A[b,h,i,j] | / (H * N)
 
-    which no batch has a part in. absolute "batch": the published form, of each batch's mean loss,
+    which no batch has a part in. Without a classifier Loss_b is that of `distance.Features`, needs no labels, and is
+    drawn with a fixed seed. absolute "batch": the published form, of each batch's mean loss,
 
         s_l[j] += | sum over b, h, i of dLoss/dA[b,h,i,j] * A[b,h,i,j] | / (B * H * N)
 
@@ -162,12 +155,12 @@ def token_scores(model: nn.Module, batches: Batches, *, criterion: str = "gradie
 
     criterion "class_attention": s_l[j] = mean over images and heads of A[b,h,0,j], the class token's attention, 0 to 1.
 
-    criterion "hsic": s_l[j] = HSIC(X_j, softmax output), X_j (B x D) what enters block l at patch j (B1), of each
-    batch. HSIC grows with the square of the batch, so batches of b images weigh b (B / b)^2; one of a single image has
-    nothing to say.
+    criterion "hsic": s_l[j] = HSIC(X_j, softmax output), without a classifier that with unit features, X_j (B x D)
+    what enters block l at patch j (B1), of each batch. HSIC grows with the square of the batch, so batches of b images
+    weigh b (B / b)^2; one of a single image has nothing to say.
 
     Raises InputError for an unknown criterion, where the family can't be handled, there is no batch (for hsic of two
-    images), no classifier (or for class_attention no class token), or the model's tokens are merged already.
+    images), for class_attention no class token, or the model's tokens are merged already.
     """
     return scored(model, batches, criterion=criterion, absolute=absolute, device=device, progress=progress)[0]
 

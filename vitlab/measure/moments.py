@@ -2,7 +2,8 @@
 
 To second order KL(p(y | x) || p'(y | x)) = e^T F e / 2 for an error e of a layer's output, with the Fisher information
 F = E[g g^T], g the gradient of log p(y | x) by that output and y drawn from the model's own p (Martens and Grosse, ICML
-2015, arXiv 1503.05671, section 2; there of weights). D outputs of a layer, P prefix tokens.
+2015, arXiv 1503.05671, section 2; there of weights). The same holds of 1 - cosine with g that of z^T u, u the unit
+vector of the features and z ~ N(0, I) (`vitlab.measure.distance`). D outputs of a layer, P prefix tokens.
 """
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ from tqdm import tqdm
 
 from vitlab.criteria.compensation import Moments
 from vitlab.measure.averaging import begun, frozen_eval, hooks
+from vitlab.measure.distance import output_of
 from vitlab.measure.evaluate import autocast
-from vitlab.measure.pixels import logits_of
 from vitlab.models import attention_block
 from vitlab.models.families import also_taken, embedded, mixing_layer
 from vitlab.models.support import check_runs_in_parts, encoder_of
@@ -50,7 +51,7 @@ def layers_of(model: nn.Module | CompressionPlan, kinds: Iterable[str] = KINDS) 
 def fisher(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, images: int = IMAGES, seed: int = 0,
            device: str | torch.device | None = None, amp: bool | None = False,
            progress: bool = True) -> dict[Layer, Fisher]:
-    """Of every layer of a model with classes, averaged over the first `images`; nothing where there is no image.
+    """Of every layer of a model, averaged over the first `images`; nothing where there is no image.
     Memory: what autograd keeps of AT_ONCE images. Under torchrun each process gives its share."""
     device = torch.device(device) if device is not None else next(model.parameters()).device
     prefix, draws = encoder_of(model).num_prefix_tokens, torch.Generator(device=device).manual_seed(seed)
@@ -74,7 +75,7 @@ def fisher(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, images
             output.register_hook(backward)
             return output
         return forward
-    seen, wanted = 0, -(-images // parallel.world())
+    whole, seen, wanted = output_of(model), 0, -(-images // parallel.world())
     handles = [linear.register_forward_hook(hook(layer)) for layer, linear in linears.items()]
     with frozen_eval(model), hooks(handles), torch.enable_grad(), \
             tqdm(total=wanted, desc="what errors cost", unit="image", disable=not progress) as bar:
@@ -82,11 +83,8 @@ def fisher(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, images
             if seen >= wanted:
                 break
             with autocast(device, amp):
-                logits = logits_of(model, x.to(device))
-            # a row an image, or a patch
-            given = logits.float().log_softmax(dim=1).movedim(1, -1).flatten(0, -2)
-            drawn = torch.multinomial(given.detach().exp(), 1, generator=draws)
-            given.gather(1, drawn).sum().backward()
+                raw = whole.raw(model, x.to(device))
+            whole.drawn(whole.compared(raw.float()), draws).backward()
             seen += len(x)
             bar.update(len(x))
     found = {}

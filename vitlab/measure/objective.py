@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlab.measure.confusion import Confusion, scores_of_groups
-from vitlab.measure.evaluate import autocast, check_targets, each_divergence
-from vitlab.measure.pixels import at_targets, ignored, log_probabilities
+from vitlab.measure.distance import at_targets, ignored, output_of, outputs, pooled, same_neighbours
+from vitlab.measure.evaluate import autocast, check_targets
 from vitlab.models import compress, deploy, shape_of
 from vitlab.models.families import embedded, run_block
 from vitlab.models.support import runs_in_parts
@@ -22,8 +22,9 @@ METRICS = ("top1_pct", "miou_pct", "distill_loss")
 
 
 def own_metric(shape: ViTShape) -> str:
-    """What a model is worth by its labels: "miou_pct" with a decoder, else "top1_pct"."""
-    return "miou_pct" if shape.decoder else "top1_pct"
+    """What a model is worth by labels: "miou_pct" with a decoder, "top1_pct" with a classifier; "distill_loss" without,
+    as there is nothing else."""
+    return "miou_pct" if shape.decoder else "top1_pct" if shape.num_classes else "distill_loss"
 
 
 def check_metric(shape: ViTShape, metric: str) -> None:
@@ -32,7 +33,8 @@ def check_metric(shape: ViTShape, metric: str) -> None:
     if metric not in METRICS:
         raise InputError(f"metric {metric!r} is not known; known are {list(METRICS)}")
     if metric not in (own, "distill_loss"):
-        raise InputError(f"metric {metric!r} is of another task; for this model {own!r} and 'distill_loss' are")
+        known = f"{own!r} and 'distill_loss' are" if own != "distill_loss" else "'distill_loss' is"
+        raise InputError(f"metric {metric!r} is of another task; for this model {known}")
 
 
 class PlanObjective:
@@ -40,12 +42,13 @@ class PlanObjective:
     in memory, and the standard error of each over images as "top1_se", "miou_se", "distill_loss_se", "loss_se",
     "agree_se", where one is known.
 
-    value, larger is better: minus distill_loss, the mean of KL(dense || cut) in nats (of a Segmenter over its patches),
-    which needs no labels and changes with every policy where top-1 moves in steps of one image and is saturated on
-    images that the model was trained on; or top1_pct, or of a Segmenter miou_pct, in [0, 100]. agree_pct: of the images
-    (pixels), those to which the dense model gives the same class. All of it takes the outputs for one softmax over the
-    classes. The cut model is built and deployed: that takes about as long as a forward of one batch, and its own
-    forward is faster than a masked one's.
+    value, larger is better: minus distill_loss, the mean distance to the dense model's output (`output_of`: KL in nats,
+    of a Segmenter over its patches; without a classifier 1 - cosine), which needs no labels and changes with every
+    policy where top-1 moves in steps of one image and is saturated on images that the model was trained on; or
+    top1_pct, or of a Segmenter miou_pct, in [0, 100]. agree_pct: of the images (pixels), those to which the dense model
+    gives the same class, or without a classifier those with the same nearest neighbour among the images. Logits are
+    taken for one softmax over the classes. The cut model is built and deployed: that takes about as long as a forward
+    of one batch, and its own forward is faster than a masked one's.
     """
 
     def __init__(self, dense: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, metric: str = "distill_loss",
@@ -54,14 +57,13 @@ class PlanObjective:
         """build: makes the cut model of the dense one and a plan, with the blocks before the first that is cut as they
         are. labelled: whether targets say anything; where not, nothing that is measured by them is among the measures.
         Raises InputError for an unknown metric, one by labels where there are none, or another task's, a compressed
-        model, one without a classifier, targets that are no class numbers, or no image."""
+        model, targets that are no class numbers, or no image; without a classifier fewer than two."""
         shape = shape_of(dense)
         check_metric(shape, metric)
-        if shape.num_classes == 0:
-            raise InputError("a search measures a classifier; the model has num_classes=0")
         if not labelled and metric != "distill_loss":
             raise InputError(f"metric {metric!r} needs labels, which these images have not; 'distill_loss' needs none")
-        self.labelled = labelled
+        self.output = output_of(shape)
+        self.labelled = labelled and self.output.labelled
         self.device, self.own, self.metric = torch.device(device), own_metric(shape), metric
         self.amp, self.build = amp, build
         self.dense = copy.deepcopy(dense).to(self.device).eval()
@@ -79,12 +81,12 @@ class PlanObjective:
         self.images = sum(len(targets) for _, targets in self.batches)
         if not self.images:
             raise InputError("there is no image to search on")
-        for _, targets in self.batches:
+        for _, targets in self.batches if self.output.labelled else ():
             check_targets(targets)
         if not any((targets != ignored(targets)).any() for _, targets in self.batches):
             raise InputError("no pixel of the images to search on counts: all that their masks hold is to be ignored")
         with torch.inference_mode():
-            self.expected = [log_probabilities(self.dense, images, self.amp) for images, _ in self.batches]
+            self.expected = [outputs(self.dense, images, self.amp) for images, _ in self.batches]
         self._entering: tuple[int, list[Tensor]] | None = None
 
     def _begun(self, block: int) -> list[Tensor]:
@@ -107,11 +109,15 @@ class PlanObjective:
         """The same of a model that is built already, whose blocks before `first` are those of the dense model."""
         # an image each
         found: dict[str, list[float]] = {"distance": [], "same": [], "right": [], "loss": [], "counted": [], "of": []}
+        vectors: list[tuple[Tensor, Tensor]] = []       # of the model and the dense one, where neighbours are compared
         confusion, begun = None, self._begun(first) if first else [images for images, _ in self.batches]
         for (_, targets), expected, entering in zip(self.batches, self.expected, begun):
             with torch.inference_mode():
-                given = log_probabilities(model, entering, self.amp, first)
-                found["distance"] += each_divergence(given, expected).tolist()
+                given = outputs(model, entering, self.amp, first)
+                found["distance"] += self.output.apart(given, expected).tolist()
+                if not self.output.labelled:
+                    vectors.append((pooled(given), pooled(expected)))
+                    continue
                 given, expected = at_targets(model, given, targets), at_targets(model, expected, targets)
             chosen, size = given.argmax(dim=1), len(targets)
             if self.labelled and self.own == "miou_pct":
@@ -122,6 +128,8 @@ class PlanObjective:
                                  ("loss", loss), ("counted", targets != ignored(targets)),
                                  ("of", torch.ones_like(targets))):
                 found[name] += values.reshape(size, -1).sum(dim=1).tolist()
+        if vectors:
+            found["same"] = same_neighbours(*map(torch.cat, zip(*vectors))).tolist()
         measures = self._with_errors(found)
         if confusion is not None:
             scores = scores_of_groups(confusion.matrices)
@@ -130,12 +138,12 @@ class PlanObjective:
 
     def _with_errors(self, found: dict[str, list[float]]) -> dict[str, float]:
         """The measures of all images from what each of them gave, but for mIoU."""
-        count, total = len(found["of"]), {name: sum(values) for name, values in found.items()}
+        count, total = len(found["distance"]), {name: sum(values) for name, values in found.items()}
         measures = with_error("distill_loss", total["distance"] / count, standard_error(found["distance"]))
         if self.labelled:
             measures |= with_error("loss", total["loss"] / total["counted"],
                                    ratio_error(found["loss"], found["counted"]))
-        if self.own == "top1_pct":
+        if self.own != "miou_pct":
             if self.labelled:
                 measures |= with_error("top1_pct", 100 * total["right"] / count, share_error(total["right"], count))
             return measures | with_error("agree_pct", 100 * total["same"] / count, share_error(total["same"], count))

@@ -1,8 +1,4 @@
-"""Where every pixel has a class: losses and distances of both tasks in one form, and the measuring of a Segmenter.
-
-Logits are (B, K) of images, (B, K, h, w) of patches or (B, K, H, W) of pixels; targets (B), or (B, H, W) with IGNORE
-where nothing counts.
-"""
+"""What a Segmenter is worth, which gives a class for every pixel."""
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,55 +9,14 @@ from tqdm import tqdm
 
 from vitlab.data.layouts import IGNORE
 from vitlab.measure.confusion import Confusion, SegmentationScores
-from vitlab.measure.evaluate import Accuracy, autocast, check_targets, evaluate
-from vitlab.models.families import finished
+from vitlab.measure.distance import output_of
+from vitlab.measure.evaluate import autocast, check_targets, evaluate
+from vitlab.measure.features import evaluate_features
 from vitlab.models.segmenter import Segmenter
 from vitlab.models.windows import segment
 from vitlab.runtime import parallel
 from vitlab.runtime.files import InputError
 from vitlab.runtime.uncertainty import ratio_error
-
-# torch's own number of a target that counts for nothing: no image has it
-NONE = -100
-
-
-def ignored(targets: Tensor) -> int:
-    """The target that counts for nothing: IGNORE of pixels; of images, which have classes above it, none is."""
-    return IGNORE if targets.dim() > 1 else NONE
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Mean over images, or over all pixels that count; 0 where none does. smoothing: of labels, [0, 1)."""
-    total = F.cross_entropy(logits, targets, reduction="sum", ignore_index=ignored(targets), label_smoothing=smoothing)
-    return total / (targets != ignored(targets)).sum().clamp(min=1)
-
-
-def each_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Each image's own (B); of pixels the mean over those of the image that count. Raises InputError as `check_targets`
-    does."""
-    check_targets(targets)
-    each = F.cross_entropy(logits, targets, reduction="none", ignore_index=ignored(targets))    # (B) or (B, H, W)
-    losses, counted = (v.reshape(len(v), -1).sum(dim=1) for v in (each, targets != ignored(targets)))
-    return losses / counted.clamp(min=1)
-
-
-def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """Of the classes: (B, K) of a classifier, (B, K, h, w) of a Segmenter's patches, from which its pixels' follow."""
-    return (model.patch_logits if isinstance(model, Segmenter) else model)(images)
-
-
-def log_probabilities(model: nn.Module, images: Tensor, amp: bool | None = False, block: int = 0) -> Tensor:
-    """Of `logits_of`, float32. block above 0: of a classifier, from what enters that block in place of the images."""
-    device = next(model.parameters()).device
-    with autocast(device, amp):
-        logits = finished(model, images.to(device), block) if block else logits_of(model, images.to(device))
-    return logits.float().log_softmax(dim=1)
-
-
-def at_targets(model: nn.Module, given: Tensor, targets: Tensor) -> Tensor:
-    """`log_probabilities` where the targets are: of patches, those of the pixels (the logits of pixels lie between
-    those of patches, and a number that is the same for all classes changes no softmax)."""
-    return given if targets.dim() == 1 else model.upsample(given, targets.shape[1:]).log_softmax(dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +62,12 @@ def evaluate_scenes(model: Segmenter, batches: Iterable[tuple[Tensor, Tensor]], 
                         loss_se=ratio_error(losses, counts))
 
 
-def measured(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], **settings: object) -> tuple[str, float]:
-    """(name, value in per cent) of the one number that a training watches: top-1, or a Segmenter's mIoU."""
+def measured(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, teacher: nn.Module | None = None,
+             **settings: object) -> tuple[str, float]:
+    """(name, value) of the one number that a training watches: top-1 or a Segmenter's mIoU in per cent, or without a
+    classifier the distance to the teacher's features."""
     if isinstance(model, Segmenter):
         return "miou_pct", evaluate_scenes(model, batches, **settings).scores.miou_pct
-    accuracy: Accuracy = evaluate(model, batches, **settings)
-    return "top1_pct", accuracy.top1_pct
+    if output_of(model).labelled:
+        return "top1_pct", evaluate(model, batches, **settings).top1_pct
+    return "distill_loss", evaluate_features(model, batches, dense=teacher, **settings).distill_loss

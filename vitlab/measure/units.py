@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vitlab.criteria.compensation import Moments
-from vitlab.criteria.hsic import CHUNK, at_least_float32, shared_dependence
+from vitlab.criteria.hsic import CHUNK, shared_dependence
 from vitlab.criteria.units import (
     MAGNITUDE_WEIGHT,
     REDUNDANCY_WEIGHT,
@@ -22,9 +22,8 @@ from vitlab.criteria.units import (
     unit_criterion,
 )
 from vitlab.measure.averaging import Batches, averaged, begun, frozen_eval, hooks
-from vitlab.measure.capture import need_classifier
+from vitlab.measure.distance import output_of
 from vitlab.measure.moments import KINDS, Fisher, Layer, each_moments, fisher
-from vitlab.measure.pixels import each_cross_entropy, logits_of
 from vitlab.models import shape_of
 from vitlab.models.families import making_layers, mixing_layer
 from vitlab.models.support import plain_linear
@@ -75,6 +74,7 @@ def _over_images(model: nn.Module, batches: Batches, criterion: UnitCriterion, s
     """
     found: dict[str, list] = {kind: [None] * len(model.blocks) for kind in KINDS}
     needs_gradient, dependent = criterion.needs == "gradients", criterion.needs == "output"
+    output, draws = output_of(model), torch.Generator().manual_seed(0)
 
     def see(kind: str, index: int, units: Tensor) -> None:
         function = getattr(criterion, kind)
@@ -86,12 +86,13 @@ def _over_images(model: nn.Module, batches: Batches, criterion: UnitCriterion, s
 
     def step(images: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         if dependent:
-            probabilities = at_least_float32(logits_of(model, images)).softmax(dim=1).flatten(1)
-            heads, neurons = (torch.stack([score(probabilities) for score in found[kind]]) for kind in KINDS)
+            given = output.dependent(output.raw(model, images))
+            heads, neurons = (torch.stack([score(given) for score in found[kind]]) for kind in KINDS)
             return heads / len(images)**2, neurons
-        logits = model(images)
         if needs_gradient:
-            each_cross_entropy(logits, targets).sum().backward()                # each image's own loss
+            output.loss(model, images, targets, draws, each=True).backward()    # each image's own loss
+        else:
+            model(images)
         return tuple(torch.stack(found[kind]) for kind in KINDS)
     with hooks(_unit_hooks(model, see)), torch.set_grad_enabled(needs_gradient):
         mean = averaged(model, batches, step, what=what, device=device, progress=progress,
@@ -145,14 +146,14 @@ def unit_scores(model: nn.Module, batches: Batches, *, criterion: str = "hsic",
     criterion, a name of vitlab.criteria.units.UNIT_CRITERIA:
     "hsic": the published scores of each batch (B2), with the three weights, averaged over images: a batch of b weighs
     b, its HSIC (B / b)^2, B the mean batch, and one of a single image has nothing to say. Of the activations only the
-    kernels (B x B a unit) and magnitudes are kept until the softmax output is known: L (M + H) B^2 numbers; temporaries
-    are those of `chunk` neurons. "reconstruction": the place in a greedy elimination, by second moments of what proj
-    and fc2 take in, over all images. "fisher": the same, errors of a layer's output counted by what they cost at the
-    model's own (`training.moments.fisher`). "activation", "taylor": means over all images. "weight", "random" (uniform,
-    from seed): the batches are not read.
+    kernels (B x B a unit) and magnitudes are kept until the output (softmax, or unit features) is known: L (M + H) B^2
+    numbers; temporaries are those of `chunk` neurons. "reconstruction": the place in a greedy elimination, by second
+    moments of what proj and fc2 take in, over all images. "fisher": the same, errors of a layer's output counted by
+    what they cost at the model's own (`measure.moments.fisher`). "activation", "taylor": means over all images.
+    "weight", "random" (uniform, from seed): the batches are not read.
 
     Raises InputError for an unknown criterion, a compressed model, a family that can't be handled, no image (for hsic
-    no two in a batch), no classifier where the output is needed, or a chunk below 1.
+    no two in a batch), or a chunk below 1.
     """
     chosen, shape = unit_criterion(criterion), shape_of(model)
     if chunk < 1:
@@ -167,8 +168,6 @@ def unit_scores(model: nn.Module, batches: Batches, *, criterion: str = "hsic",
         weights = [_unit_weights(block) for block in model.blocks]
         return UnitScores(heads=torch.stack([chosen.heads(w["heads"]) for w in weights]).cpu(),
                           neurons=torch.stack([chosen.neurons(w["neurons"]) for w in weights]).cpu(), made_by=made_by)
-    if chosen.needs not in ("activations", "moments"):
-        need_classifier(model, what)
     if chosen.needs in ("moments", "fisher"):
         return _by_moments(model, batches, chosen, seed, device, progress, made_by)
     settings: dict[str, dict] = {"heads": {}, "neurons": {}}

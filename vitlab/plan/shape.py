@@ -108,6 +108,11 @@ class ViTShape:
         return self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1]
 
     @property
+    def needs_grid(self) -> bool:
+        """Whether every patch counts at the end: a decoder reads them, or nothing is pooled."""
+        return bool(self.decoder) or not self.pool
+
+    @property
     def num_patches(self) -> int:
         return self.grid_size[0] * self.grid_size[1]
 

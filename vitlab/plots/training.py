@@ -12,16 +12,19 @@ from vitlab.runtime.results import ResultRow, speed_of
 from vitlab.runtime.uncertainty import error_name
 
 VALUES = {"top1_pct": "top-1 (%)", "top5_pct": "top-5 (%)", "miou_pct": "mIoU (%)"}     # that costs are set against
+# what a training's log is measured by, on a slice of train
+SLICE = {"train_slice_top1_pct": "top-1 on a train slice (%)", "train_slice_miou_pct": "mIoU on a train slice (%)",
+         "train_slice_distill_loss": "distance to the teacher on a train slice"}
 LINES = ("-", "--", "-.", ":")
 
 
 def training_curves(logs: dict[str, Sequence[dict[str, Any]]]) -> Figure:
-    """Loss, top-1 on the train slice, and learning rate against epochs, one line per run; pale in between, what single
-    steps logged. A band is one standard error of what was measured on the slice."""
+    """Loss, what was measured on the train slice, and learning rate against epochs, one line per run; pale in between,
+    what single steps logged. A band is one standard error of what was measured on the slice."""
     figure, axes = new_axes(1, 3, 3.6, 3.0)
-    scenes = any("train_slice_miou_pct" in record for log in logs.values() for record in log)
-    measure, title = ("train_slice_miou_pct", "mIoU") if scenes else ("train_slice_top1_pct", "top-1")
-    fields = {"loss": "training loss", measure: f"{title} on a train slice (%)", "lr": "learning rate"}
+    there = {name for log in logs.values() for record in log for name in record}
+    measure = next((name for name in SLICE if name in there), next(iter(SLICE)))
+    fields = {"loss": "training loss", measure: SLICE[measure], "lr": "learning rate"}
     for axis, (field, label) in zip(axes[0], fields.items()):
         for (name, log), line in zip(logs.items(), LINES * len(logs)):
             epochs, steps = ([r for r in log if key in r and field in r] for key in ("epoch", "at_epoch"))

@@ -42,7 +42,7 @@ class ResultRow:
     top1_se: float | None = None
     miou_se: float | None = None
     loss_se: float | None = None
-    distill_loss: float | None = None       # distance to the dense model's output: mean KL(dense || model), nats
+    distill_loss: float | None = None       # mean distance to the dense model's output; which one, the conditions say
     distill_loss_se: float | None = None
     conditions: dict[str, Any] = field(default_factory=dict)   # device, dtype, batch, threads, seed, versions
 
@@ -142,8 +142,19 @@ def in_words(measures: dict[str, Any]) -> str:
     return ", ".join(one(name, value) for name, value in measures.items() if name in DIGITS)
 
 
+def with_distance(rows: list[ResultRow], columns: tuple[str, ...]) -> tuple[str, ...]:
+    """The columns, the distance behind top-1 where a row has only that (models without a classifier); alone where no
+    row has a top-1."""
+    if "top1_pct" not in columns or all(row.top1_pct is not None or row.distill_loss is None for row in rows):
+        return columns
+    left_out = () if any(row.top1_pct is not None for row in rows) else ("top1_pct", "top5_pct", "loss")
+    both = (each for name in columns for each in ((name, "distill_loss") if name == "top1_pct" else (name,)))
+    return tuple(name for name in dict.fromkeys(both) if name not in left_out)
+
+
 def format_table(rows: list[ResultRow], columns: tuple[str, ...] = COLUMNS) -> str:
-    """Plain-text table, numbers right-aligned; '-' where nothing was measured."""
+    """Plain-text table, numbers right-aligned; '-' where nothing was measured; `with_distance`."""
+    columns = with_distance(rows, columns)
     return aligned([titles(rows, columns), *([shown(r, c) for c in columns] for r in rows)])
 
 
@@ -157,6 +168,7 @@ def titles(rows: list[ResultRow], columns: tuple[str, ...]) -> list[str]:
 def notes(rows: list[ResultRow], columns: tuple[str, ...] = COLUMNS) -> str:
     """What is said once below a table of rows: what ± stands for, what the ratio is, and the caveat of quick runs and
     toy data."""
+    columns = with_distance(rows, columns)
     known = any(getattr(row, ERRORS[name]) is not None for row in rows for name in columns if name in ERRORS)
     timed = "ratio" in columns and any(row.ratio is not None for row in rows)
     lines = [PLUS_MINUS if known else "", ratio_words([speed_of(row) for row in rows]) if timed else "",

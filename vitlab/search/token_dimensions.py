@@ -220,9 +220,9 @@ TOKEN_DIMENSIONS = {                            # the class, and what a name fix
 
 
 def default_tokens(shape: ViTShape) -> str:
-    """The token dimensions of a search that names none: selection where a class token ranks tokens and no decoder needs
-    them all, else merging by content, which every model can have."""
-    return "select" if shape.class_token and not shape.decoder else "match"
+    """The token dimensions of a search that names none: selection where a class token ranks tokens and they need not
+    all be there at the end, else merging by content, which every model can have."""
+    return "select" if shape.class_token and not shape.needs_grid else "match"
 
 
 def token_dimensions(name: str, shape: ViTShape, settings: dict[str, Any]) -> NoTokens:

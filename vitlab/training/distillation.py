@@ -7,8 +7,8 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.task import ClassificationTask, LogitDistillationTask
 from torch import Tensor, nn
 
+from vitlab.measure.distance import Features, cross_entropy, output_of
 from vitlab.measure.evaluate import each_divergence
-from vitlab.measure.pixels import cross_entropy
 from vitlab.models.segmenter import Segmenter
 from vitlab.runtime.files import InputError
 from vitlab.training.recipes import Recipe
@@ -39,12 +39,32 @@ class DistillationTask(LogitDistillationTask):
         return {"loss": loss, "output": logits, "task_loss": task, "kd_loss": distill}
 
 
+class FeatureTask(LogitDistillationTask):
+    """timm's distillation, of features: the loss is the mean distance to the teacher's (`output_of`), in float32.
+    Labels are not read."""
+
+    features: Features
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        given, prefix = self.trainable_module(input), self.teacher.model.num_prefix_tokens
+        with torch.no_grad():
+            expected = self.teacher(self.teacher.normalize_input(input, self.student_mean, self.student_std))
+        loss = self.features.apart(*(self.features.compared(self.features.taken(each, prefix).float())
+                                     for each in (given, expected))).mean()
+        return {"loss": loss, "output": given, "kd_loss": loss}
+
+
 def make_task(model: nn.Module, teacher: nn.Module | None, recipe: Recipe, device: torch.device) -> nn.Module:
     """The training task of a recipe. Soft (A8): (1 - alpha) * CE + alpha * tau^2 * KL(teacher || student at tau) / (B *
     classes); timm's task divides by B, so its weight is alpha / classes. Of a Segmenter the loss is the mean over
-    pixels, those to be ignored left out of the cross-entropy. Raises InputError where the teacher is missing, or
-    differs in classes, task or channels, or a recipe mixes images that have masks.
+    pixels, those to be ignored left out of the cross-entropy. Without a classifier it is the distance to the teacher's
+    features alone, whatever the recipe's alpha and tau. Raises InputError where the teacher is missing, or differs in
+    classes, task, features or channels, or a recipe mixes images that have masks.
     """
+    features = not output_of(model).labelled
+    if features and recipe.distill != "soft":
+        raise InputError(f"recipe {recipe.name} has distill {recipe.distill!r}; the model has no classifier and learns "
+                         "the teacher's features, which is \"soft\"")
     dense = isinstance(model, Segmenter)
     if dense and (recipe.mixup or recipe.cutmix):
         raise InputError(f"recipe {recipe.name} mixes images (mixup, cutmix), which masks can't follow; one without is "
@@ -67,14 +87,18 @@ def make_task(model: nn.Module, teacher: nn.Module | None, recipe: Recipe, devic
     if dense and teacher.img_size != model.img_size:
         raise InputError("the teacher is for images of {} x {}, the student for {} x {}; they see the same".format(
             *teacher.img_size, *model.img_size))
+    if features and (type(output_of(teacher)), teacher.num_features) != (type(output_of(model)), model.num_features):
+        raise InputError(f"the teacher gives {teacher.num_features} features, pooled by {teacher.global_pool!r}, the "
+                         f"student {model.num_features}, pooled by {model.global_pool!r}; they are compared one by one")
     if teacher.in_chans != model.in_chans:
         raise InputError(f"the teacher takes images of {teacher.in_chans} channels, the student of {model.in_chans}; "
                          f"they see the same")
     hard = recipe.distill == "hard"
-    task = DistillationTask(model, teacher.to(device).requires_grad_(False), criterion, temperature=recipe.tau,
-                            task_loss_weight=1 - recipe.alpha, device=device, verbose=False,
-                            distill_loss_weight=recipe.alpha if hard else recipe.alpha / model.num_classes)
-    task.hard = hard
+    kind = FeatureTask if features else DistillationTask
+    task = kind(model, teacher.to(device).requires_grad_(False), criterion, temperature=recipe.tau,
+                task_loss_weight=1 - recipe.alpha, device=device, verbose=False,
+                distill_loss_weight=recipe.alpha if hard else recipe.alpha / max(1, model.num_classes))
+    task.hard, task.features = hard, output_of(model)
     if model.in_chans == 1:                     # grey images, as `image_config` normalises them
         for owner, names in ((task, ("student_mean", "student_std")), (task.teacher, ("mean_kd", "std_kd"))):
             for name in names:

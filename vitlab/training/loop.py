@@ -82,7 +82,7 @@ def fit(model: nn.Module, data: ImageData, recipe: Recipe, folder: str | Path, *
         engine: Engine | None = None, about: dict[str, Any] | None = None, changed_data: bool = False,
         progress: bool = True) -> list[dict[str, Any]]:
     """Train `model` in place by `recipe`; returns the log, one record an epoch (epoch, step, loss, lr,
-    train_slice_top1_pct, of a Segmenter train_slice_miou_pct, seconds).
+    train_slice_top1_pct, of a Segmenter train_slice_miou_pct, without a classifier train_slice_distill_loss, seconds).
 
     States go to folder/state-STEP-DIGEST.pt every engine.save_steps and after every epoch, the last engine.keep of
     them, and lines to folder/log.jsonl; a run that was killed, called again with the same arguments, goes on from the
@@ -161,8 +161,8 @@ def _epoch(training: Training, folder: Path, fixed: dict[str, Any], progress: bo
                 save()
                 if training.asked:
                     raise signals.Stopped
-    name, value = measured(training.average, training.slice, device=training.device, amp=training.dtype != "float32",
-                           progress=False)
+    name, value = measured(training.average, training.slice, teacher=training.teacher, device=training.device,
+                           amp=training.dtype != "float32", progress=False)
     losses = training.losses
     training.epoch, training.done, training.losses = number, 0, []
     record = {"epoch": number, "loss": sum(losses) / len(losses) if losses else None,
@@ -172,8 +172,9 @@ def _epoch(training: Training, folder: Path, fixed: dict[str, Any], progress: bo
     log(record)
     if progress:
         shown = "-" if record["loss"] is None else f"{record['loss']:.4f}"
-        tqdm.write(f"epoch {number:3d}/{recipe.epochs}  loss {shown}  {name.removesuffix('_pct')} on a train slice "
-                   f"{value:.2f} %  {time.perf_counter() - began:.0f} s")
+        said = f"{name.removesuffix('_pct')} on a train slice " + (
+            f"{value:.2f} %" if name.endswith("_pct") else f"{value:.4f}")
+        tqdm.write(f"epoch {number:3d}/{recipe.epochs}  loss {shown}  {said}  {time.perf_counter() - began:.0f} s")
     began = time.perf_counter()
     save()
     if training.must_stop() and number < recipe.epochs:

@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 from vitlab.data import ImageData, Shuffled
 from vitlab.measure.capture import Batches, frozen_eval
-from vitlab.measure.evaluate import each_divergence
-from vitlab.measure.pixels import log_probabilities
+from vitlab.measure.distance import output_of, outputs
 from vitlab.models import set_trainable
 from vitlab.runtime.files import InputError
 from vitlab.runtime.uncertainty import standard_error, with_error
@@ -29,23 +28,23 @@ WARMUP, PATIENCE = 0.05, 1 / 3
 
 
 class Divergence:
-    """Mean KL(teacher || student) in nats, of a Segmenter over its patches, always over the same images, which are kept
-    in memory with the teacher's output."""
+    """Mean distance of a model's output to the teacher's (`output_of`), always over the same images, which are kept in
+    memory with the teacher's output."""
 
     def __init__(self, teacher: nn.Module, batches: Batches, amp: bool | None = False) -> None:
         """Raises InputError where there is no image."""
-        self.amp, self.images = amp, [images for images, _ in batches]
+        self.amp, self.output, self.images = amp, output_of(teacher), [images for images, _ in batches]
         if not self.images:
             raise InputError("there is no image to compare with the dense model on")
         with torch.inference_mode(), frozen_eval(teacher):
-            self.expected = [log_probabilities(teacher, images, amp) for images in self.images]
+            self.expected = [outputs(teacher, images, amp) for images in self.images]
 
     @torch.inference_mode()
     def each(self, model: nn.Module) -> list[float]:
         """Of each image."""
         with frozen_eval(model):
             return [value for images, expected in zip(self.images, self.expected)
-                    for value in each_divergence(log_probabilities(model, images, self.amp), expected).tolist()]
+                    for value in self.output.apart(outputs(model, images, self.amp), expected).tolist()]
 
     def __call__(self, model: nn.Module) -> float:
         found = self.each(model)
@@ -62,17 +61,17 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Di
                 seed: int = 0, amp: bool | None = False, workers: int | None = None, progress: bool = True,
                 split: str = "train",
                 on_better: Callable[[nn.Module, float], None] | None = None) -> list[dict[str, Any]]:
-    """Train all of `model` in place on a split of data to give the teacher's class probabilities; labels are not read.
+    """Train all of `model` in place on a split of data to give the teacher's output; labels are not read.
 
-        loss = mean KL(teacher(x) || model(x)),  x an augmented image, the same for both
+        loss = mean distance(teacher(x), model(x)) (`output_of`),  x an augmented image, the same for both
 
     for at most `minutes`, or `steps`, with which the result does not depend on the clock, at a rate that rises to lr
     over the first WARMUP of the run and falls to 0 as a cosine. After every epoch `apart`, whose images should not be
     among those trained on, is measured; the best state is what remains, the one given included, and on_better(model,
-    kl) is called with each. It stops early after PATIENCE of the run without a better one. A step whose loss or
+    distance) is called with each. It stops early after PATIENCE of the run without a better one. A step whose loss or
     gradient is not finite is left out, and a warning names its files where they are known. Returns a record an epoch
-    (epoch, steps, loss, kl, seconds); the first is of the model as given. Raises InputError where SKIPPED steps in a
-    row are not finite, the best state kept.
+    (epoch, steps, loss, distance, seconds); the first is of the model as given. Raises InputError where SKIPPED steps
+    in a row are not finite, the best state kept.
     """
     if (minutes is None) == (steps is None):
         raise InputError("either minutes or steps are needed, not both")
@@ -81,7 +80,7 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Di
                            workers=workers)
     set_trainable(model, "all")
     optimizer = create_optimizer_v2(model, opt="adamw", lr=lr, weight_decay=0.0)
-    log = [{"epoch": 0, "steps": 0, "loss": None, "kl": apart(model), "seconds": 0.0}]
+    log = [{"epoch": 0, "steps": 0, "loss": None, "distance": apart(model), "seconds": 0.0}]
     best, found_at, done, skipped, began = copy.deepcopy(model.state_dict()), 0.0, 0, 0, time.monotonic()
 
     def share() -> float:
@@ -100,8 +99,8 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Di
                     for group in optimizer.param_groups:
                         group["lr"] = lr * min(1, (over + 1e-3) / WARMUP) * (1 + math.cos(math.pi * over)) / 2
                     with torch.no_grad():
-                        expected = log_probabilities(teacher, images, amp)
-                    loss = each_divergence(log_probabilities(model, images, amp), expected).sum() / len(images)
+                        expected = outputs(teacher, images, amp)
+                    loss = apart.output.apart(outputs(model, images, amp), expected).sum() / len(images)
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                     found = {"loss": float(loss.detach()), "gradient's norm": float(gradient_norm(model))}
@@ -115,14 +114,15 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Di
                         _left_out(fault, batches.names(len(log) - 1, number), skipped, lr)
                     done += 1
                     bar.update()
-                least = min(record["kl"] for record in log)
+                least = min(record["distance"] for record in log)
                 log.append({"epoch": len(log), "steps": done, "loss": sum(losses) / max(1, len(losses)),
-                            "kl": apart(model), "seconds": round(time.monotonic() - began, 2)})
-                if log[-1]["kl"] < least:
+                            "distance": apart(model), "seconds": round(time.monotonic() - began, 2)})
+                if log[-1]["distance"] < least:
                     best, found_at = copy.deepcopy(model.state_dict()), share()
                     if on_better is not None:
-                        on_better(model, log[-1]["kl"])
-                bar.set_postfix(kl=f"{log[-1]['kl']:.4f}", best=f"{min(least, log[-1]['kl']):.4f}")
+                        on_better(model, log[-1]["distance"])
+                bar.set_postfix(distance=f"{log[-1]['distance']:.4f}",
+                                best=f"{min(least, log[-1]['distance']):.4f}")
     finally:
         model.load_state_dict(best)
         model.eval()

@@ -66,7 +66,7 @@ class Training:
                              f"{engine.accumulate} batches each")
         self.dtype = recipe.dtype or ("bfloat16" if uses_bf16(device, None) else "float32")
         set_trainable(model, recipe.trainable)
-        task = make_task(model.to(device), teacher, recipe, device)
+        self.teacher, task = teacher, make_task(model.to(device), teacher, recipe, device)
         if engine.channels_last:
             model.to(memory_format=torch.channels_last)
         if recipe.ema_decay:
@@ -81,7 +81,7 @@ class Training:
             updates_per_epoch=self.steps)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == "float16")
         self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing,
-                           num_classes=model.num_classes) \
+                           num_classes=model.num_classes or data.num_classes or 1) \
             if recipe.mixup or recipe.cutmix else None
         if engine.checkpointing:
             model.set_grad_checkpointing(True)

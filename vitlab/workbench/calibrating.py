@@ -11,7 +11,6 @@ from torch import nn
 
 from vitlab.data.parts import reported_on
 from vitlab.measure.averaging import Batches
-from vitlab.measure.capture import need_classifier
 from vitlab.measure.moments import fisher
 from vitlab.models import checkpoint, compress, shape_of
 from vitlab.models.checkpoint import Checkpoint
@@ -71,10 +70,10 @@ def calibrate(source: Source, data: Data, out: Run, plan: Plan, *, images: Count
 
     Of train there are three parts without an image in common (`ImageData.parts`): one that is fitted and trained on;
     one, a tenth as large and of CHOSEN_ON images at least, on which the nearest of `forms_of` the plan is chosen, and
-    the state of the training; and one of report_images: made_by says the mean KL(dense || compressed) in nats on it as
-    kl_cut, kl_refitted (of the nearer of the refitted forms) and, where a state of the training was chosen,
-    kl_distilled, each with its standard error (kl_cut_se), `kept` being the form that the checkpoint has. Raises
-    InputError for a model without a classifier, which has no such distance.
+    the state of the training; and one of report_images: made_by says the mean distance to the dense model's output on
+    it, "distance" being which one, as distance_cut, distance_refitted (of the nearer of the refitted forms) and, where
+    a state of the training was chosen, distance_distilled, each with its standard error (distance_cut_se), `kept` being
+    the form that the checkpoint has.
 
     Args:
         plan: a plan.json by which a dense SOURCE is compressed
@@ -83,7 +82,6 @@ def calibrate(source: Source, data: Data, out: Run, plan: Plan, *, images: Count
         minutes: self-distillation afterwards, at most so long
     """
     found, place, workers, progress = open_dense(source), pick_device(config.device), config.workers, config.progress
-    need_classifier(found.model, "calibrated models")
     dense, amp = found.model.to(place), amp_of(found.model)
     opened = open_matching(data, found, class_map, labels=False)
     parts = opened.parts(config.seed, calibrate=images, choose=max(CHOSEN_ON, images // 10), report=report_images)
@@ -100,8 +98,9 @@ def calibrate(source: Source, data: Data, out: Run, plan: Plan, *, images: Count
                       for forms in (forms_of(plan), forms_of(plan)[1:] or (CUT,)))
     made_by = {"step": "calibrate", "data": opened.name, "images": parts.roles["calibrate"], "roles": parts.roles,
                "ridge": "chosen for each layer" if ridge is None else ridge, "minutes": minutes, "seed": config.seed,
-               "plan": plan.made_by, "kept": best, **reporting.measured(models[CUT], "kl_cut"),
-               **reporting.measured(models[refitted], "kl_refitted")}
+               "plan": plan.made_by, "kept": best,
+               "distance": reporting.output.distance, **reporting.measured(models[CUT], "distance_cut"),
+               **reporting.measured(models[refitted], "distance_refitted")}
     write_best(out, found, models[best], plan, made_by, reporting, minutes, parts, choosing, split="calibrate",
                seed=config.seed, amp=amp, workers=workers, progress=progress)
     return checkpoint.load(out)
@@ -117,15 +116,14 @@ def write_best(out: str | Path, found: Checkpoint, model: nn.Module, plan: Compr
     keep(model, {})
     if minutes:
         self_distil(model, found.model, *args, minutes=minutes, **how, on_better=lambda better, _: keep(
-            better, {"kept": "distilled", **reporting.measured(better, "kl_distilled")}))
+            better, {"kept": "distilled", **reporting.measured(better, "distance_distilled")}))
 
 
 def distances(made_by: dict[str, Any]) -> str:
     """What `calibrate` says of its model in one line: each distance with its standard error."""
     def one(name: str) -> str:
-        error = made_by.get(f"kl_{name}_se")
-        return f"{name} {plus_minus(made_by[f'kl_{name}'], error, digits_of(error, 4))}"
-    values = [one(name) for name in ("cut", "refitted", "distilled") if f"kl_{name}" in made_by]
-    return (f"KL(dense || compressed) in nats {reported_on(made_by['roles'])}, ± one standard error: "
-            f"{', '.join(values)}; "
+        error = made_by.get(f"distance_{name}_se")
+        return f"{name} {plus_minus(made_by[f'distance_{name}'], error, digits_of(error, 4))}"
+    values = [one(name) for name in ("cut", "refitted", "distilled") if f"distance_{name}" in made_by]
+    return (f"{made_by['distance']} {reported_on(made_by['roles'])}, ± one standard error: {', '.join(values)}; "
             f"kept: {made_by['kept']}")

@@ -13,7 +13,7 @@ from pandas.io.formats.style import Styler
 from tqdm import tqdm
 
 from vitlab.criteria.units import UNIT_CRITERIA
-from vitlab.measure.capture import need_classifier
+from vitlab.measure.distance import output_of
 from vitlab.measure.units import unit_scores
 from vitlab.models import shape_of
 from vitlab.models.opening import Source
@@ -23,7 +23,7 @@ from vitlab.plan.rules import PROTECT, Match, Select
 from vitlab.plan.shape import ViTShape
 from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import InputError, append_line
-from vitlab.runtime.results import ResultRow
+from vitlab.runtime.results import DIGITS, ResultRow
 from vitlab.runtime.uncertainty import error_name, interval, overlap, plus_minus, standard_error
 from vitlab.search import SearchSpace
 from vitlab.search.token_dimensions import default_tokens
@@ -32,7 +32,7 @@ from vitlab.workbench.steps import objective_on, open_dense, open_matching, pick
 SENSITIVITY = "sensitivity.jsonl"
 Z = 1.96                                        # standard errors from a mean to the ends of its interval of 95 %
 UNTOLD = " (can't be told from 0)"
-POINTS = {"top1_pct": "top-1", "miou_pct": "mIoU"}
+WHAT = {"top1_pct": "points of top-1", "miou_pct": "points of mIoU", "distill_loss": "of distance"}
 RANDOM = "random"                               # the criterion that knows nothing
 
 
@@ -50,9 +50,8 @@ def sensitivity(source: Source, data: str | Path, out: str | Path, *, criteria: 
     """
     found = open_dense(source)
     shape = shape_of(found.model)
-    need_classifier(found.model, "losses by cuts")
-    opened, device = open_matching(data, found, class_map,
-                                   labels=metric != "distill_loss" or "taylor" in criteria), pick_device(config.device)
+    labels = metric != "distill_loss" or output_of(shape).labelled and "taylor" in criteria
+    opened, device = open_matching(data, found, class_map, labels=labels), pick_device(config.device)
     parts = opened.parts(config.seed, score=score_images, choose=images)
     objective = objective_on(found.model, parts, "choose", metric, device, config.workers)
     empty = CompressionPlan.empty(shape)
@@ -115,12 +114,17 @@ def clear_lowest(values: Sequence[float], errors: Sequence[float | None]) -> int
     return None if any(overlap(ends[lowest], other) for i, other in enumerate(ends) if i != lowest) else lowest
 
 
-def difference(row: ResultRow, base: ResultRow, name: str = "top1_pct") -> str:
-    """A row's value less another's: "+1.20 ± 0.70 points of top-1 (can't be told from 0)". The error is that of two
-    draws of images, sqrt(e^2 + e'^2), as rows don't keep their images: of the same images the difference is surer."""
+def difference(row: ResultRow, base: ResultRow, name: str | None = None) -> str:
+    """A row's value less another's: "+1.20 ± 0.70 points of top-1 (can't be told from 0)", by default of the first of
+    WHAT that both have. The error is that of two draws of images, sqrt(e^2 + e'^2), as rows don't keep their images: of
+    the same images the difference is surer."""
+    name = name or next((each for each in WHAT if None not in (getattr(row, each), getattr(base, each))), None)
+    if name is None:
+        return "nothing that both have"
     value, errors = getattr(row, name) - getattr(base, name), [getattr(each, error_name(name)) for each in (row, base)]
     error = None if None in errors else float(np.hypot(*errors))
-    text = f"{value:+.2f}{'' if error is None else f' ± {error:.2f}'} points of {POINTS[name]}"
+    digits = DIGITS[name]
+    text = f"{value:+.{digits}f}{'' if error is None else f' ± {error:.{digits}f}'} {WHAT[name]}"
     return text + (UNTOLD if error is not None and abs(value) <= Z * error else "")
 
 

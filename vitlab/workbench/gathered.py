@@ -13,7 +13,8 @@ from tqdm import tqdm
 from vitlab.criteria.compensation import Moments
 from vitlab.criteria.units import unit_criterion
 from vitlab.data.images import image_config
-from vitlab.measure.capture import need_classifier, token_scores
+from vitlab.measure.capture import token_scores
+from vitlab.measure.distance import output_of
 from vitlab.measure.moments import IMAGES as FISHER_IMAGES
 from vitlab.measure.moments import Fisher, Layer, each_moments, fisher, layers_of
 from vitlab.measure.objective import PlanObjective
@@ -84,7 +85,7 @@ class LayerFiles(Mapping[Layer, Moments]):
 
 
 class Gathered:
-    """Of a dense model with classes and the images of train: made when first needed, written into `folder`, and read
+    """Of a dense model and the images of train: made when first needed, written into `folder`, and read
     from there where it was made before of the same model and images."""
 
     def __init__(self, source: Source, data: str | Path, folder: str | Path, *, images: int = 128,
@@ -93,11 +94,11 @@ class Gathered:
         """images: of train, to compare plans on; report_images: others to report on (None: as many); score_images:
         others, to score and refit on (`ImageData.parts`). Scores and moments are made when first needed, so that
         `check` comes before them, written into `folder`, and read where they were made before of the same model and
-        images. Raises InputError for a compressed model, or one without a classifier."""
+        images. Raises InputError for a compressed model."""
         self.found, self.folder, self.place, self.config = open_dense(source), Path(folder), pick_device(
             config.device), config
-        need_classifier(self.found.model, "offers")
         self.shape = shape_of(self.found.model)
+        self.output = output_of(self.shape)
         self.pace: Pace | None = None           # the bar of a whole that this is a part of
         self.opened = open_matching(data, self.found, class_map, labels=False)
         self.parts = self.opened.parts(config.seed, score=score_images, choose=images, report=report_images or images)
@@ -128,7 +129,8 @@ class Gathered:
         return found | self._kept("token-scores", self._of_tokens)
 
     def _of_tokens(self) -> dict[str, Tensor]:
-        labelled = own_labels(self.model, self.shown("the model's own classes", TOKEN_COST, TOKEN_IMAGES), self.place)
+        shown = self.shown("what the model itself says", TOKEN_COST, TOKEN_IMAGES)
+        labelled = own_labels(self.model, shown, self.place)
         return {"tokens": token_scores(self.model, labelled, device=self.place,
                                        progress=self.config.progress and not self.pace)}
 
@@ -182,7 +184,7 @@ class Gathered:
 
 def own_labels(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]],
                device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """The batches with the classes that the model itself gives, of a Segmenter a mask: labels for scores of images that
-    have none."""
+    """The batches with what the model itself says in place of labels, for scores of images that have none."""
+    output = output_of(model)
     with torch.no_grad():                       # not inference mode: a loss is computed with them
-        return [(images, model(images.to(device)).argmax(dim=1).cpu()) for images, _ in batches]
+        return [(images, output.own_targets(model, images.to(device)).cpu()) for images, _ in batches]

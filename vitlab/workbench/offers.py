@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from vitlab.measure.distance import output_of
 from vitlab.plan import CompressionPlan, cost
 from vitlab.plots import save_figure, trade_offs
 from vitlab.runtime.files import InputError, write_lines
@@ -22,9 +23,9 @@ class Offer:
     rule: str
     plan: CompressionPlan = field(repr=False)       # hundreds of lines
     gmacs: float
-    # images, of a Segmenter pixels, to which the dense model gives the same class, 0 to 100
+    # images, of a Segmenter pixels, of which the dense model says the same (`output_of`), 0 to 100
     agree_pct: float
-    distill_loss: float             # mean KL(dense || compressed), nats
+    distill_loss: float             # mean distance to the dense model
     chosen_by: float                # the same on the images to choose on, by which plans and offers are compared
     # standard errors over images, in points and nats; None of a single image
     agree_se: float | None = None
@@ -61,7 +62,7 @@ def offers_figure(offers: Sequence[Offer]) -> Figure:
     for offer in offers:
         lines.setdefault(offer.rule, []).append((offer.gmacs, offer.agree_pct, offer.agree_se))
     shape = offers[0].plan.shape
-    label = f"{'pixels' if shape.decoder else 'images'} classified as by the dense model (%)"
+    label = f"{output_of(shape).agreement} (%)"
     figure = trade_offs({GMACS: lines}, label, {GMACS: (cost.gmacs(CompressionPlan.empty(shape)), 100.0)})
     axis, = figure.axes
     low, high = axis.get_ylim()

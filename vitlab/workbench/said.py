@@ -51,7 +51,7 @@ def _of_plan(plan: CompressionPlan) -> str:
 
 def _of_calibration(made_by: dict[str, Any]) -> list[str]:
     """Of a model that was refitted, how far it is from the dense one; before, where that was reported."""
-    if "kl_cut" not in made_by:
+    if "distance_cut" not in made_by:
         return []
     before = made_by.get("plan", {}).get("reported") if made_by["step"] == "tonight" else None
     first = [] if before is None else [f"before calibration, {reported_on(made_by['roles'])}: {in_words(before)}"]
@@ -71,6 +71,9 @@ def _of_row(row: ResultRow) -> str:
     measured += ("loss",) if row.distill_loss is None else ("distill_loss", "loss")
     lines = [format_table([row], ("model", "dataset", "split", *measured, "gmacs", "params_m")),
              f"± one standard error over {row.conditions['images']} images, {row.conditions['prepared']}"]
+    more, kinds = row.conditions, {"top1": "top1_pct", "distance": "distill_loss"}
+    lines += [f"{name}: {more[key]}" for key, name in kinds.items() if key in more]
+    lines += [in_words({name: more[name] for name in ("agree_pct", "agree_se")})] if "agree_pct" in more else []
     if row.miou_pct is not None:
         iou = row.conditions["iou_pct"].items()
         lines.append("IoU: " + ", ".join(f"{name} {'-' if value is None else f'{value:.1f}'}" for name, value in iou))

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from vitlab.criteria.units import UnitScores, unit_criterion
 from vitlab.data import ImageData
-from vitlab.measure.capture import need_classifier, scored, token_scores
+from vitlab.measure.capture import scored, token_scores
+from vitlab.measure.distance import output_of
 from vitlab.measure.units import unit_scores
 from vitlab.models.opening import Source, open_model
 from vitlab.models.weights import read_file
@@ -38,9 +39,8 @@ def score_tokens(source: Source, data: Data, out: ScoresFile, *, criterion: str 
         images: of train, at most
     """
     found = open_model(source)
-    if criterion in ("gradient", "hsic"):
-        need_classifier(found.model, f"token scores by {criterion}")
-    opened = open_matching(data, found, class_map, labels=criterion == "gradient")
+    opened = open_matching(data, found, class_map,
+                           labels=criterion == "gradient" and output_of(found.model).labelled)
     batch_size, parts = config.batch_size or opened.at_once(64), opened.parts(config.seed, score=images)
     batches = parts.batches("score", found.model, batch_size=batch_size, seed=config.seed, workers=config.workers,
                             shared=True)
@@ -64,11 +64,10 @@ def score_units(source: Source, data: Data, out: ScoresFile, *, criterion: str =
         images: of train, at most
     """
     found = open_dense(source)
-    if unit_criterion(criterion).needs in ("output", "gradients"):
-        need_classifier(found.model, f"scores by {criterion}")
-    opened = open_matching(data, found, class_map, labels=criterion == "taylor")
+    reads = needs_images(criterion)
+    opened = open_matching(data, found, class_map, labels=criterion == "taylor" and output_of(found.model).labelled)
     batch_size, batches, words = config.batch_size or opened.at_once(64), (), {}
-    if needs_images(criterion):
+    if reads:
         parts = opened.parts(config.seed, score=images)
         batches = parts.batches("score", found.model, batch_size=batch_size, seed=config.seed, workers=config.workers,
                                 shared=True)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from vitlab.criteria.compensation import Moments
 from vitlab.data.images import image_config
-from vitlab.measure.capture import need_classifier
+from vitlab.measure.distance import output_of
 from vitlab.measure.latency import latency_table
 from vitlab.measure.moments import Layer, each_moments
 from vitlab.measure.objective import check_metric
@@ -116,8 +116,8 @@ def search(source: Source, data: Data,
     (`ImageData.parts`): that is what it is worth (`reported`), and stands in its plan, out/plan.json, as made_by
     "reported". With `compensate`, what is left of each cut layer is refitted before measuring (`calibrate` does it for
     the plan found). A killed search goes on when called again. None of `tokens`: what the model can have
-    (`default_tokens`). config.batch_size (32) and dtype (float32) are those of a latency. Raises InputError for a model
-    without classes, a budget that can't be met, or tokens that keep no grid where a Segmenter needs it.
+    (`default_tokens`). config.batch_size (32) and dtype (float32) are those of a latency. Raises InputError for a
+    budget that can't be met, or tokens that keep no grid where it is needed.
 
     Args:
         latency_ms: budget: milliseconds of one batch on this machine, from a measured table
@@ -156,19 +156,18 @@ def search(source: Source, data: Data,
     began, found, out = time.monotonic(), open_dense(source), Path(out)
     shape, place = shape_of(found.model), pick_device(config.device)
     tokens = tokens or default_tokens(shape)
-    need_classifier(found.model, "searched models")
     check_metric(shape, metric)                                                 # before there is a study of it
-    if shape.decoder and (tokens.startswith("select") or read_out):
-        raise InputError(f"{'read_out' if read_out else f'tokens {tokens!r}'}: a class for each pixel needs the whole "
-                         f"grid; tokens that "
+    if shape.needs_grid and (tokens.startswith("select") or read_out):
+        why = "a class for each pixel" if shape.decoder else "a model that pools nothing"
+        raise InputError(f"{'read_out' if read_out else f'tokens {tokens!r}'}: {why} needs the whole grid; tokens that "
                          "merge (match, share or merge, also with _per_stage; merge_per_span) keep it")
     space = SearchSpace(shape=shape, units=tuple(units), tokens=tokens, settings=token_settings or {},
                         max_ratio=max_ratio, read_out=read_out)
-    labels = metric != "distill_loss" or space.by_place or bool(units) and criterion == "taylor"
+    by_loss = space.by_place or bool(units) and criterion == "taylor"
+    labels = metric != "distill_loss" or by_loss and output_of(shape).labelled
     opened = open_matching(data, found, class_map, labels=labels)
     price = processes.after_first(lambda: cost_function(space, cost, found.model, batch_size=config.batch_size or 32,
-                                                       dtype=config.dtype or "float32",
-                                                       device=place,
+                                                       dtype=config.dtype or "float32", device=place,
                                                        # a latency table is measured once, and kept
                                                        progress=progress))
     uncut = float(price(np.zeros((1, space.size)))[0])
@@ -200,7 +199,8 @@ def search(source: Source, data: Data,
         _say_ahead(study, objective.images, each, minutes, progress)
     best = study.run(lambda policy: objective(space.plan(policy, **scores)), until=until, progress=progress)
     made_by = {"method": "search", "strategy": strategy, "cost": cost, "limit": limit, "evaluation": best.index,
-               "value": best.value, "seed": seed, "units": list(units), "tokens": tokens}
+               "value": best.value, "seed": seed, "units": list(units), "tokens": tokens,
+               "distance": output_of(shape).distance}
     if processes.is_first():
         plan = space.plan(best.policy, **scores, made_by=made_by | {"roles": parts.roles})
         plan.save(out / PLAN)                   # it is there whatever becomes of the measuring

@@ -39,7 +39,8 @@ from vitlab.runtime.kinds import Data, Folder, Pixels, Rate, Run, flag
 from vitlab.search import SearchSpace
 from vitlab.training.recipes import Engine
 from vitlab.workbench.cutting import least_ratio
-from vitlab.workbench.steps import Windows, deployed, need_dense, pick_device
+from vitlab.workbench.evaluating import Windows
+from vitlab.workbench.steps import deployed, need_dense, pick_device
 from vitlab.workbench.training import DENSE, ChangedData, Changes, Images, Trained, changed, train_dense
 
 # images of train whose sizes say the encoder's, and its sides where they differ

@@ -1,11 +1,8 @@
 """What the steps of a study have in common, and the two that measure a model; each goes from files to files, and
 notebooks and the command line call these same functions."""
-import dataclasses
-import math
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,10 +15,8 @@ from vitlab.data.images import image_config, in_words
 from vitlab.data.masks import open_scenes
 from vitlab.measure import evaluate as evaluation
 from vitlab.measure import throughput as timing
-from vitlab.measure.capture import need_classifier
-from vitlab.measure.confusion import check_appear
+from vitlab.measure.distance import output_of
 from vitlab.measure.objective import PlanObjective
-from vitlab.measure.pixels import Segmentation, evaluate_scenes
 from vitlab.models import checkpoint, deploy
 from vitlab.models.checkpoint import Checkpoint
 from vitlab.models.opening import Other, Source, open_model
@@ -30,8 +25,9 @@ from vitlab.plan import BlockPlan, CompressionPlan, cost
 from vitlab.runtime import parallel
 from vitlab.runtime.config import RunConfig, flags
 from vitlab.runtime.files import NOTEBOOKS, InputError, first_line
-from vitlab.runtime.kinds import ClassMap, Count, Data, File, Or, Pixels, Positive, Run, flag
+from vitlab.runtime.kinds import ClassMap, Count, Data, File, Or, Run, flag
 from vitlab.runtime.results import ResultRow, append_row
+from vitlab.workbench.evaluating import Features, Windows, beside, of_classes, of_features, of_scenes  # noqa: F401
 
 RESULTS, TRAINING = "results.jsonl", "training"
 WIDE = 192                                      # models at least this wide gain by bf16 where the hardware has it
@@ -118,38 +114,18 @@ def measured_batches(model: nn.Module, parts: ImageData, role: str,
     return parts.batches(role, model, batch_size=parts.at_once(128), workers=workers)
 
 
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class Windows:
-    """Of a Segmenter, whose images may be larger than its encoder's.
-
-    Args:
-        window: height and width (default: the encoder's size)
-        stride: from window to window (default: the window)
-        scales: the mean over several sizes (default: 1)
-        flip: and over each turned left to right
-    """
-
-    window: Annotated[Pixels | None, flag(metavar="HEIGHT WIDTH")] = None
-    stride: Annotated[Pixels | None, flag(metavar="HEIGHT WIDTH")] = None
-    scales: Annotated[tuple[Positive, ...] | None, flag(consume_multiple=True, metavar="X...")] = None
-    flip: bool = False
-
-    def given(self) -> dict[str, Any]:
-        """Those that are given, as `segment` takes them."""
-        return {name: value for name, value in vars(self).items() if value}
-
-
 def evaluate(source: Source, data: Data, *, dense: Annotated[Other | None, flag(metavar="SOURCE")] = None,
              split: str = "held_out", images: Count | None = None, name: str | None = None,
-             windows: Windows = Windows(), class_map: ClassMap = None, out: Rows = None,
-             config: RunConfig = RunConfig(), crop: Annotated[float | None, Parameter(parse=False)] = None,
+             features: Features = Features(), windows: Windows = Windows(), class_map: ClassMap = None,
+             out: Rows = None, config: RunConfig = RunConfig(),
+             crop: Annotated[float | None, Parameter(parse=False)] = None,
              quick: Annotated[bool, Parameter(parse=False)] = False) -> ResultRow:
     """Accuracy and cost of a model's deployed form; a row, appended to out/results.jsonl where `out` is given. dense:
-    the model that it was made from, of the same classes, to whose output the distance is measured on the same images.
-    config.batch_size None: 64, or of a Segmenter 1, so that images may differ in size; dtype None: float32. crop: of
-    its images, instead of the model's crop_pct. quick: the row says that it is of a quick run (`caveats`). gmacs is of
-    one window. Outputs are taken for one softmax over the classes. Raises InputError for a model without classes.
+    the model that it was made from, of the same classes, to whose output the distance (`output_of`) is measured on the
+    same images. config.batch_size None: 64, or of a Segmenter 1, so that images may differ in size; dtype None:
+    float32. crop: of its images, instead of the model's crop_pct. quick: the row says that it is of a quick run
+    (`caveats`). gmacs is of one window. Logits are taken for one softmax over the classes. Of a model without a
+    classifier, the distance, or top-1 as `features` say, is asked for.
 
     Args:
         dense: the model it was made from: the distance to its output, too
@@ -157,40 +133,38 @@ def evaluate(source: Source, data: Data, *, dense: Annotated[Other | None, flag(
         images: a slice of this many images
         name: name in the result row (default: SOURCE)
     """
-    found = open_model(source)
-    need_classifier(found.model, "top-1, mIoU and loss")
+    found, original = (each and features.seen(open_model(each)) for each in (source, dense))
+    classifies = output_of(found.model).labelled and not features.asked
+    if not classifies and not features.asked and dense is None:
+        raise InputError("the model has no classifier; the model it was made from (dense) says how far its features "
+                         "are from that one's, knn and classes what classes they tell")
     if config.dtype == "float16":
         raise InputError("dtype float16 is of trainings and throughput; models are measured in float32 or bfloat16")
-    opened, model, device = open_matching(data, found, class_map), deployed(found), pick_device(config.device)
+    opened = open_matching(data, found, class_map, labels=classifies or features.asked)
+    model, device = deployed(found), pick_device(config.device)
     amp, of_pixels = evaluation.uses_bf16(device, config.dtype == "bfloat16"), isinstance(model, Segmenter)
-    original, given = None, windows.given()
+    given, dense = windows.given(), original and original.model
     if dense is not None:
-        original = open_model(dense).model
-        if of_pixels or isinstance(original, Segmenter):
+        if of_pixels or isinstance(dense, Segmenter):
             raise InputError("the distance to a dense model is measured of classifiers, and one of these is a "
                              "Segmenter")
-        if original.num_classes != model.num_classes:
-            raise InputError(f"the dense model has {original.num_classes} classes, this one {model.num_classes}; the "
-                             f"one it was made from "
-                             "is needed")
+        if dense.num_classes != model.num_classes:
+            raise InputError(f"the dense model has {dense.num_classes} classes, this one {model.num_classes}; the one "
+                             "it was made from is needed")
     if not of_pixels and given:
         raise InputError(f"{next(iter(given))} is of segmentation; the model gives one class for an image")
     whole: dict[str, Any] = {"whole": True} if of_pixels else {}
     batches = opened.batches(split, model, batch_size=config.batch_size or (1 if of_pixels else 64), limit=images,
                              seed=config.seed, crop_pct=crop, workers=config.workers, shared=True, **whole)
+    how: dict[str, Any] = {"device": device, "amp": amp, "progress": config.progress}
     if of_pixels:
-        found_scenes = evaluate_scenes(model, batches, device=device, amp=amp, progress=config.progress, **given)
-        classes = opened.classes or []
-        check_appear(found_scenes.scores, classes)
-        measures, more = _scene_measures(found_scenes, classes, given)
+        measures, more = of_scenes(model, batches, opened.classes or [], given, **how)
+    elif classifies:
+        measures, more = of_classes(model, batches, dense, **how)
     else:
-        accuracy = evaluation.evaluate(model, batches, device=device, amp=amp, dense=original,
-                                       progress=config.progress)
-        measures = {f.name: getattr(accuracy, f.name) for f in dataclasses.fields(accuracy)
-                    if f.name not in ("images", "broken")}
-        more = {"images": accuracy.images, "broken": accuracy.broken}
-        if accuracy.broken and parallel.is_first():
-            print(f"{accuracy.broken} broken images left out", file=sys.stderr)
+        measures, more = of_features(model, batches, dense, opened, features, config.workers, **how)
+    if more.get("broken") and parallel.is_first():
+        print(f"{more['broken']} broken images left out", file=sys.stderr)
     prepared = image_config(found.model.encoder if of_pixels
                             else model) | ({} if crop is None else {"crop_pct": crop})
     row = ResultRow(
@@ -202,17 +176,6 @@ def evaluate(source: Source, data: Data, *, dense: Annotated[Other | None, flag(
     if out is not None and parallel.is_first():
         append_row(Path(out) / RESULTS, row)
     return row
-
-
-def _scene_measures(found: Segmentation, classes: Sequence[str],
-                    windows: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what a row says, its conditions) of a Segmenter that was measured."""
-    scores = found.scores
-    iou = {name: None if math.isnan(value) else value for name, value in zip(classes, scores.iou_pct)}
-    return ({"miou_pct": scores.miou_pct, "miou_se": scores.miou_se, "pixel_accuracy_pct": scores.pixel_accuracy_pct,
-             "loss": found.loss, "loss_se": found.loss_se},
-            {"images": found.images, "pixels": scores.pixels, "mean_accuracy_pct": scores.mean_accuracy_pct,
-             "iou_pct": iou, **({"windows": windows} if windows else {})})
 
 
 def throughput(sources: Annotated[Or[tuple[str, ...], Sequence[str], dict[str, Other]], Parameter(name="SOURCE")], *,

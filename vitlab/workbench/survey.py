@@ -237,9 +237,9 @@ class Survey(Gathered):
         model = self.in_form(form, plan)
         made_by = {"step": "calibrate", "data": self.opened.name, "images": self.parts.roles["score"],
                    "roles": self.parts.roles, "ridge": "chosen for each layer", "minutes": minutes,
-                   "seed": self.config.seed, "plan": plan.made_by, "kept": form,
-                   **reporting.measured(compress(dense, plan).eval(), "kl_cut"),
-                   **(reporting.measured(model, "kl_refitted") if form != CUT else {})}
+                   "seed": self.config.seed, "plan": plan.made_by, "kept": form, "distance": self.output.distance,
+                   **reporting.measured(compress(dense, plan).eval(), "distance_cut"),
+                   **(reporting.measured(model, "distance_refitted") if form != CUT else {})}
         with self.pace.stage(TRAINED) if self.pace and minutes else contextlib.nullcontext():
             write_best(out, self.found, model, plan, made_by, reporting, minutes, self.parts, self.choosing,
                        split="score", seed=self.config.seed, amp=self.amp, workers=self.config.workers,

@@ -10,7 +10,7 @@ from timm.utils import random_seed
 from torch import nn
 
 from vitlab.data import ImageData, open_data
-from vitlab.measure.capture import need_classifier
+from vitlab.measure.distance import output_of
 from vitlab.measure.units import unit_scores
 from vitlab.models import checkpoint, compress, shape_of
 from vitlab.models.create import create_model
@@ -87,7 +87,8 @@ def pretrain(*, model: Annotated[str, flag(metavar="NAME")], data: Data, out: Ru
 def train_dense(step: str, model: nn.Module, data: ImageData, out: str | Path, settings: Recipe, config: RunConfig, *,
                 images: int | None, **how: Any) -> Path:
     """Train a model that nothing is cut of (how: of `fit`) and save it as what `step` made; returns the run folder."""
-    need_classifier(model, "trained models")
+    if not output_of(model).labelled:
+        raise InputError("a model without a classifier is trained by a teacher's features; `vitlab finetune` does so")
     log = fit(model, data, settings, Path(out) / TRAINING, seed=config.seed, limit=images, workers=config.workers,
               progress=config.progress, **how)
     save_trained(out, model, CompressionPlan.empty(shape_of(model)), data,
@@ -100,7 +101,8 @@ def save_trained(out: str | Path, model: nn.Module, plan: CompressionPlan, data:
                  made_by: dict[str, Any]) -> None:
     """The checkpoint of a training, written by the first process."""
     if parallel.is_first():
-        checkpoint.save(Path(out) / checkpoint.FOLDER, model.cpu(), plan, classes=data.classes, made_by=made_by)
+        checkpoint.save(Path(out) / checkpoint.FOLDER, model.cpu(), plan, made_by=made_by,
+                        classes=data.classes if output_of(model).labelled else None)
     parallel.wait()
 
 
@@ -111,7 +113,8 @@ def finetune(source: Source, data: Data, out: Run, *,
              changes: Changes = Changes(), images: Images = None, class_map: ClassMap = None, engine: Engine = Engine(),
              changed_data: ChangedData = False, config: RunConfig = RunConfig()) -> Path:
     """Fine-tune a compressed model, or a dense one compressed by `plan` first, distilling from the dense one; returns
-    the run folder. A killed run goes on (`fit`). Raises InputError for a model or a teacher without classes.
+    the run folder. A killed run goes on (`fit`). A model without a classifier learns the features of its teacher, which
+    it needs, and no labels.
 
     steps: prune and fine-tune in so many turns, each cutting an equal part of the plan (`partial_plan`, by weight
     magnitude) and training for its share of the recipe's epochs, at least one. It needs `plan`.
@@ -129,9 +132,11 @@ def finetune(source: Source, data: Data, out: Run, *,
         raise InputError("a deployed model no longer trains; fine-tune the training form and deploy it afterwards")
     if steps > 1 and plan is None:
         raise InputError("pruning in several steps needs the dense model and a plan")
-    for each in (found.model, *([] if dense is None else [dense])):
-        need_classifier(each, "fine-tuned models and teachers")
-    opened = open_matching(data, found, class_map)
+    labels = output_of(found.model).labelled
+    if dense is None and not labels:
+        raise InputError("a model without a classifier learns a teacher's features; the dense model is needed as "
+                         "teacher")
+    opened = open_matching(data, found, class_map, labels=labels)
     final, model, log = found.plan, found.model, []
     if plan is not None:
         need_dense(found)

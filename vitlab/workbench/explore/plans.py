@@ -9,6 +9,7 @@ import torch
 import traitlets
 from matplotlib.figure import Figure
 
+from vitlab.measure.distance import output_of
 from vitlab.plan import CompressionPlan
 from vitlab.plots.plans import compare_plans
 from vitlab.runtime.files import InputError
@@ -20,7 +21,7 @@ from vitlab.workbench.searching import cost_function
 
 DENSE, DRAGGED = "dense", "dragged"
 MEASURES = {"top1_pct": "top-1 on a slice of train (%)", "miou_pct": "mIoU on a slice of train (%)",
-            "agree_pct": "classified as by the dense model (%)"}
+            "agree_pct": "{agreement} (%)"}
 CELL = "padding-right: 2em; white-space: nowrap; line-height: 1.5"
 WIDE = sized("7em", "24em")
 
@@ -43,6 +44,7 @@ class Expectation:
         self.labels = {"value": self.study.label}
         for name, label in MEASURES.items():
             found = [e.measures.get(name) for e in evaluations]                 # without labels, top-1 is 0 throughout
+            label = label.format(agreement=output_of(self.space.shape).agreement)
             if label != self.study.label and None not in found and len(set(found)) > 1:
                 self.labels[name] = label
         self.beliefs: dict[str, Predict] = {name: self.study.belief(evaluations, name) for name in self.labels}

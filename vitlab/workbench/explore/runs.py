@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from vitlab.plots.base import new_axes
 from vitlab.plots.search import incumbents
-from vitlab.plots.training import training_curves
+from vitlab.plots.training import SLICE, training_curves
 from vitlab.runtime.files import InputError, read_lines
 from vitlab.runtime.launching import TOGETHER
 from vitlab.search.study import JOURNAL
@@ -30,9 +30,8 @@ from vitlab.workbench.steps import TRAINING, study_folder
 SECONDS = 2.0                                   # between two looks at a run that goes on
 TAIL = 12                                       # lines of output shown
 RECENT = 20_000                                 # bytes of output that they are taken from
-# Of an epoch, of a classifier or a Segmenter, and of a step in one.
-LOGGED = (("epoch", "loss", "lr", "train_slice_top1_pct"), ("epoch", "loss", "lr", "train_slice_miou_pct"),
-          ("at_epoch", "loss", "lr"))
+# Of an epoch, by what it is measured on, and of a step in one.
+LOGGED = (*(("epoch", "loss", "lr", measure) for measure in SLICE), ("at_epoch", "loss", "lr"))
 # The fields of the form, by command; each is a flag of it.
 COMMANDS = {"finetune": ("checkpoint", "teacher", "data", "recipe", "out"),
             "search": ("checkpoint", "data", "macs-ratio", "out"), "pretrain": ("model", "data", "recipe", "out"),

@@ -9,6 +9,7 @@ import ipywidgets
 import numpy as np
 from matplotlib.figure import Figure
 
+from vitlab.measure.distance import output_of
 from vitlab.plan.shape import ViTShape
 from vitlab.plots.search import moment
 from vitlab.runtime.files import InputError, read_json
@@ -20,8 +21,8 @@ from vitlab.search.strategies import Settings, incumbent
 from vitlab.search.study import INFO, Evaluation, read_journal
 from vitlab.workbench.explore.base import Canvas, Explorer, observe, repeat, row, sized
 
-METRICS = {"distill_loss": "minus the distance to the dense model (nats)", "top1_pct": "top-1 on a slice of train (%)",
-           "miou_pct": "mIoU on a slice of train (%)"}
+METRICS = {"distill_loss": "minus the distance to the dense model ({unit})",
+           "top1_pct": "top-1 on a slice of train (%)", "miou_pct": "mIoU on a slice of train (%)"}
 POINTS = 61                                     # of the curves along a dimension
 SECONDS = 1.0                                   # between two looks at the journal of a search that is followed
 
@@ -66,11 +67,12 @@ def watch(study: Study | str | Path) -> Watched:
     path = (study.folder if isinstance(study, Study) else Path(study)) / INFO
     info = read_json(path)
     try:
-        space = info["space"] | {"shape": ViTShape(**info["space"]["shape"]), "units": tuple(info["space"]["units"])}
+        shape = ViTShape(**info["space"]["shape"])
+        label = METRICS.get(info["about"].get("metric"), "value").format(unit=output_of(shape).unit)
+        space = info["space"] | {"shape": shape, "units": tuple(info["space"]["units"])}
         return Watched(folder=path.parent, space=SearchSpace(**space), options=Settings(**info["settings"]),
                        strategy=info["strategy"], limit=float(info["budget"]["limit"]), unit=info["budget"]["unit"],
-                       label=METRICS.get(info["about"].get("metric"), "value"),
-                       metric=str(info["about"].get("metric", "")))
+                       label=label, metric=str(info["about"].get("metric", "")))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{path}: no study ({error})") from None
 
