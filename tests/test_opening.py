@@ -325,11 +325,10 @@ def edited(folder: Path, **change) -> None:
     (lambda f: edited(f, architecture="resnet18"), "resnet18: timm could not build it"),
     (lambda f: edited(f, pretrained_cfg=[3]), "config.json: not a config.json of timm's"),
     (lambda f: (f / "config.json").write_text("{"), "config.json: not valid JSON"),
-    (lambda f: (f / "config.json").write_text('{"model_type": "vit"}'), 'config.json: no model of timm\'s, which has '
-                                                                        'an "architecture"'),
+    (lambda f: (f / "config.json").write_text('{"model_type": 3}'), "or a config.json of timm or transformers beside"),
+    (lambda f: (f / "config.json").write_text('{"model_type": "swin"}'), "a swin of transformers can't be opened; th"),
     (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors or pytorch_model.bin beside config.json"),
-    (lambda f: (f / "model.safetensors").rename(f / "model.safetensors.index.json"), "its weights are in several "
-                                                                                     "files; save them in one"),
+    (lambda f: (f / "model.safetensors").rename(f / "model.safetensors.index.json"), "index.json: not valid JSON"),
 ])
 def test_a_damaged_folder_is_refused_by_name(change, says, tmp_path):
     folder, _ = hub_folder(tmp_path / "m")

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from vitlab.runtime.files import InputError, first_line
+from vitlab.runtime.files import InputError, first_line, read_json
 
+INDEX = ".index.json"
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".pth.tar", ".ckpt")
 # Where a training checkpoint has the weights; averages first.
 INSIDE = ("state_dict_ema", "ema_state_dict", "model_ema", "teacher", "state_dict", "model")
@@ -53,8 +54,33 @@ def read_file(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+    if path.name.endswith(INDEX):
+        return _read_shards(path)
     if re.search(r"-\d{5}-of-\d{5}\.", path.name):
         raise InputError(f"{path}: one of several files that only together hold a model; save it in one file")
+    return _read_one(path)
+
+
+def _read_shards(index: Path) -> dict[str, Any]:
+    """The tensors of all files that an index names beside it, each from the file that it says."""
+    content = read_json(index)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(file, str) and Path(file).name == file and
+                                               is_weights(Path(file)) for file in places.values()):
+        raise InputError(f"{index}: not an index whose \"weight_map\" says in which file beside it each tensor is")
+    state: dict[str, Any] = {}
+    for file in sorted(set(places.values())):
+        if not (index.parent / file).is_file():
+            raise InputError(f"{index.parent / file}: no such file, but {index.name} says that it has weights")
+        content = _read_one(index.parent / file)
+        missing = next((name for name, place in places.items() if place == file and name not in content), None)
+        if missing is not None:
+            raise InputError(f"{index.parent / file}: {missing} is missing")
+        state |= {name: content[name] for name, place in places.items() if place == file}
+    return state
+
+
+def _read_one(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -150,11 +176,13 @@ def by_timms_names(state: dict[str, Tensor], model: VisionTransformer,
     left = [name for name in state if name == "mask_token" or "pre_logits" in name]
     # A DINOv2 training has its blocks in chunks: blocks.CHUNK.BLOCK.
     state = {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name): value for name, value in state.items()}
+    own = model.state_dict()
+    if not set(state) - {*own, "pos_embed"} and ANCHOR in state and state[ANCHOR].shape == own[ANCHOR].shape:
+        return state, left                      # timm's names already
     try:
         state = checkpoint_filter_fn(state, model, adapt_layer_scale=True)
     except Exception as error:                  # whatever tensors of other sizes make timm's conversion raise
         raise InputError(f"{path}: does not fit the model; it can't be converted ({first_line(error)})") from None
-    own = model.state_dict()
     extra = [name for name in state if name.startswith(PRETRAINING) and name not in own]
     return {name: value for name, value in state.items() if name not in extra}, left + extra
 
