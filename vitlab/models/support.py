@@ -79,7 +79,7 @@ def refuse(model: nn.Module) -> str | None:
             return f"{name} has {type(block.mlp).__name__} at block {index}; timm's plain Mlp is needed"
         if block.attn.gate is not None:
             return f"{name} has a gated attention at block {index}; timm's plain Attention is needed"
-    if type(model.patch_embed) is not PatchEmbed:
+    if not isinstance(model.patch_embed, PatchEmbed):
         return f"{name} has {type(model.patch_embed).__name__}; timm's plain PatchEmbed is needed"
     if model.attn_pool is not None:
         return f"{name} pools by attention ({type(model.attn_pool).__name__}); class-token or average pooling is needed"

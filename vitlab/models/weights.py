@@ -22,6 +22,9 @@ INSIDE = ("state_dict_ema", "ema_state_dict", "model_ema", "teacher", "state_dic
 # every vision transformer has it; what stands before it stands before all its names
 ANCHOR = "patch_embed.proj.weight"
 CONVERTED = "visual.trunk."                     # OpenCLIP's prefix, which timm's own conversion needs
+# T2T-ViT's, as published
+RENAMED = ((r"tokens_to_token\.project\.", "patch_embed.proj."), (r"tokens_to_token\.", "patch_embed."),
+           (r"(\.attention[12]\.mlp\.)0\.", r"\1fc1."), (r"(\.attention[12]\.mlp\.)2\.", r"\1fc2."))
 # what only pre-training has a use for
 PRETRAINING = ("mask_token", "decoder", "dino_head.", "ibot_head.", "projector.", "predictor.")
 _NUMPY = np._core.multiarray
@@ -150,6 +153,8 @@ def unwrapped(state: dict[str, Tensor], own: dict[str, Tensor],
     whatever wraps models: DDP, torch.compile, Lightning, a student beside its teacher. own: the state of such a model;
     where the file holds several, the one that has most of its names and shapes is meant, of two the average (ema).
     Raises InputError where others have as many."""
+    for theirs, timms in RENAMED:
+        state = {re.sub(theirs, timms, name): value for name, value in state.items()}
     prefixes = sorted({name.removesuffix(ANCHOR).removesuffix(CONVERTED) for name in state
                        if name.endswith(ANCHOR)}) or [""]
     fits = {p: sum(p + name in state and state[p + name].shape == value.shape for name, value in own.items())
