@@ -206,7 +206,8 @@ def architecture(model: nn.Module) -> dict[str, Any]:
     """{"name", "args"} from which create_model builds the same (dense) model again."""
     name = getattr(model, "pretrained_cfg", {}).get("architecture")
     if not name:
-        raise InputError("the model was not made by timm.create_model, so its name is not known; make it there")
+        raise InputError("the model was not made by timm.create_model, so its name is not known; make it there (a "
+                         "class of your own under a name that timm.models.register_model gives it)")
     # What timm does not keep an account of: blocks and classifiers that were changed by hand, and where the last norm
     # stands.
     now = {"num_classes": classes_of(model), "depth": sum(hasattr(attention_block(b), "attn") for b in model.blocks),

@@ -1,4 +1,7 @@
 """Which timm models vitlab takes, and the one place where their sizes and blocks are read."""
+import copy
+from collections.abc import Callable
+
 from timm.layers import Attention, Mlp, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -11,6 +14,20 @@ from vitlab.runtime.files import InputError
 def encoder_of(model: nn.Module) -> nn.Module:
     """The vision transformer whose blocks are cut: of a Segmenter its encoder, else the model itself."""
     return getattr(model, "encoder", model)
+
+
+def replaced(model: nn.Module, at: str, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """A copy of a module, with another in place of the one at a path of attributes. InputError names those that may be
+    meant where there is none."""
+    try:
+        inner = model.get_submodule(at)
+    except AttributeError:
+        found = [name for name, each in model.named_modules() if name and hasattr(each, "patch_embed")]
+        raise InputError(f"{type(model).__name__} has no {at!r}; vision transformers stand at "
+                         f"{', '.join(found) or 'no place in it'}") from None
+    made = change(inner)
+    memo = {id(inner): made}                    # which the copy then has in its place, wherever it is used
+    return copy.deepcopy(model, memo)
 
 
 def embedded(model: nn.Module, images: Tensor) -> Tensor:
