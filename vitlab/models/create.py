@@ -214,7 +214,7 @@ def architecture(model: nn.Module) -> dict[str, Any]:
            "fc_norm": not isinstance(model.fc_norm, nn.Identity)}
     if hasattr(model, "dist_token") and not model.global_pool:
         now["global_pool"] = POOL_TOKEN         # of an encoder; timm builds a distilled DeiT with no other
-    args = {k: list(v) if isinstance(v, tuple) else v for k, v in {**get_model_args(model), **now}.items()}
+    args = {k: list(v) if isinstance(v, tuple) else v for k, v in sorted({**get_model_args(model), **now}.items())}
     odd = next((k for k, v in args.items() if not isinstance(v, (str, int, float, list, dict, type(None)))), None)
     if odd is not None:
         raise InputError(f"the model was made with {odd}={args[odd]!r}, which no file can hold")
