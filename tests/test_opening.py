@@ -20,11 +20,13 @@ from training_fixtures import NAME, SIZE, compressed, logits, one_thread, tiny  
 
 from vitlab import cli
 from vitlab.models import checkpoint, compress, shape_of
+from vitlab.models.hub import download
 from vitlab.models.published import save_published
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import InputError
 from vitlab.workbench import steps
+from vitlab.workbench.notebooks import NOTEBOOKS
 
 SETTINGS = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "crop_pct": 0.75, "crop_mode": "squash",
             "interpolation": "nearest"}
@@ -325,11 +327,10 @@ def edited(folder: Path, **change) -> None:
     (lambda f: edited(f, architecture="resnet18"), "resnet18: timm could not build it"),
     (lambda f: edited(f, pretrained_cfg=[3]), "config.json: not a config.json of timm's"),
     (lambda f: (f / "config.json").write_text("{"), "config.json: not valid JSON"),
-    (lambda f: (f / "config.json").write_text('{"model_type": "vit"}'), 'config.json: no model of timm\'s, which has '
-                                                                        'an "architecture"'),
+    (lambda f: (f / "config.json").write_text('{"model_type": 3}'), "or a config.json of timm or transformers beside"),
+    (lambda f: (f / "config.json").write_text('{"model_type": "swin"}'), "a swin of transformers can't be opened; th"),
     (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors or pytorch_model.bin beside config.json"),
-    (lambda f: (f / "model.safetensors").rename(f / "model.safetensors.index.json"), "its weights are in several "
-                                                                                     "files; save them in one"),
+    (lambda f: (f / "model.safetensors").rename(f / "model.safetensors.index.json"), "index.json: not valid JSON"),
 ])
 def test_a_damaged_folder_is_refused_by_name(change, says, tmp_path):
     folder, _ = hub_folder(tmp_path / "m")
@@ -381,6 +382,40 @@ def test_evaluate_takes_settings_and_says_which_it_used(tmp_path, capsys):
     assert "32 x 32, nearest, squash crop 0.9, mean 0.1 0.2 0.3, std 0.5 0.5 0.5" in capsys.readouterr().out
     assert cli.main(["evaluate", "--checkpoint", str(folder), "--img-size", "16", *rest]) == 0
     assert "16 x 16, nearest, squash crop 0.75" in capsys.readouterr().out
+
+
+def test_the_first_notebook_shows_how_a_model_takes_its_images(tmp_path, capsys):
+    folder, _ = hub_folder(tmp_path / "m")
+    names = {"checkpoint": str(folder), "image_settings": {"crop_pct": 0.9}}
+    known = {}
+    for cell in json.loads((NOTEBOOKS / "00_check_setup.ipynb").read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), known)
+        if "parameters" in cell["metadata"].get("tags", ()):
+            known.update(names)
+    said = capsys.readouterr().out
+    assert "images: 32 x 32, nearest, squash crop 0.9, mean 0.1 0.2 0.3, std 0.4 0.5 0.6" in said
+    assert "classes: 3 ['ant', 'bee', 'cat']" in said
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_of_a_model_of_transformers_on_the_hub_all_files_are_fetched(index, tmp_path, monkeypatch):
+    files = {"config.json": "{}", "preprocessor_config.json": "{}"}
+    shards = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    files |= {"model.safetensors.index.json": json.dumps({"weight_map": shards}), **dict.fromkeys(shards.values(), "")
+              } if index else {"model.safetensors": ""}
+    (tmp_path / "there").mkdir()
+    fetched = []
+
+    def downloaded(repository: str, file: str, revision: str | None = None) -> str:
+        if file not in files:
+            raise huggingface_hub.errors.EntryNotFoundError(file)
+        fetched.append(file)
+        (tmp_path / "there" / file).write_text(files[file])
+        return str(tmp_path / "there" / file)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", downloaded)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert download("me/ants") == tmp_path / "there" and set(fetched) == set(files)
 
 
 # ---- What is saved can be loaded

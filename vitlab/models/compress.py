@@ -11,7 +11,15 @@ from vitlab.models.read_out import ReadOutBlock
 from vitlab.models.select import SelectBlock
 from vitlab.models.share import SharedUpdateBlock
 from vitlab.models.shrink import keep_units
-from vitlab.models.support import attention_block, check_supported, encoder_of, shape_of, sizes_of, units_of
+from vitlab.models.support import (
+    attention_block,
+    check_supported,
+    encoder_of,
+    replaced,
+    shape_of,
+    sizes_of,
+    units_of,
+)
 from vitlab.models.tokens_cut import as_tokens_cut, without_tokens_cut
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.rules import Match, MergeReconstruct, ReadOut, Select, SharedUpdate, TokenRule
@@ -77,15 +85,19 @@ def _check_whole_grid(plan: CompressionPlan) -> None:
                              '"match")')
 
 
-def compress(model: nn.Module, plan: CompressionPlan, *, before: CompressionPlan | None = None) -> nn.Module:
+def compress(model: nn.Module, plan: CompressionPlan, *, before: CompressionPlan | None = None,
+             at: str = "") -> nn.Module:
     """A copy of `model`, compressed; still an instance of its class. The plan that cuts nothing gives bit-equal logits.
-    Of a Segmenter the encoder is compressed, the decoder stays.
+    Of a Segmenter the encoder is compressed, the decoder stays; of any other module the vision transformer that stands
+    in it at a path of attributes, as "backbone.encoder".
 
     model: a dense timm VisionTransformer, or, to cut further, one that was compressed by the plan `before` (training
     form, fine-tuned or not); matrices of a token rule that stays the same keep their trained values. Raises InputError
     where the family can't be handled, the model is not what was said, the plan is for other sizes, or keeps what is
     gone.
     """
+    if at:
+        return replaced(model, at, lambda inner: compress(inner, plan, before=before))
     if before is None:
         before = CompressionPlan.empty(shape_of(model))
     else:

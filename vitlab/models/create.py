@@ -12,6 +12,7 @@ import timm
 import torch
 from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_model_args, register_model
+from timm.models._input import update_model_args
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from vitlab.models.families import MODELS, kind_of
 from vitlab.models.hub import downloading
 from vitlab.models.support import attention_block, check_supported, classes_of
 from vitlab.models.weights import ANCHOR, by_timms_names, check_fits, read_state, unwrapped
-from vitlab.plan.shape import POOL_TOKEN, is_int
+from vitlab.plan.shape import POOL_TOKEN, is_int, is_number
 from vitlab.runtime.files import InputError, first_line
 
 PREFIXES = ("cls_token", "dist_token", "reg_token")                                      # before the patches
@@ -53,8 +54,9 @@ def create_model(name: str, *, weights: str | Path | None = None, pretrained: bo
     """A supported timm vision transformer in eval mode.
 
     weights: a file that `read_state` reads; sizes that args don't give are those of its tensors (`from_weights`).
-    pretrained downloads timm's own. args: timm's (num_classes, img_size, ...). Raises InputError for an unknown name
-    (with the nearest ones), a family that can't be handled, or weights that don't fit.
+    pretrained downloads timm's own. args: timm's (num_classes, img_size, ...), and norm_eps, the epsilon of all its
+    LayerNorms. Raises InputError for an unknown name (with the nearest ones), a family that can't be handled, or
+    weights that don't fit.
     """
     if weights is None:
         return _built(name, args, pretrained)
@@ -64,8 +66,19 @@ def create_model(name: str, *, weights: str | Path | None = None, pretrained: bo
     return model
 
 
+def set_norm_eps(model: nn.Module, eps: float) -> None:
+    """Set the epsilon of all its LayerNorms: timm's models have 1e-6, others' 1e-5 or 1e-12. `architecture` knows."""
+    if not is_number(eps, 0, 1):
+        raise InputError(f"norm_eps is {eps!r}; a number from 0 to 1 is needed")
+    for norm in model.modules():
+        if isinstance(norm, nn.LayerNorm):
+            norm.eps = eps
+    update_model_args(model, norm_eps=eps)
+
+
 def _built(name: str, args: dict[str, Any], pretrained: bool = False) -> nn.Module:
-    base = name.split(".")[0]
+    base, args = name.split(".")[0], dict(args)
+    eps = args.pop("norm_eps", None)
     if not timm.is_model(base):
         near = difflib.get_close_matches(base, timm.list_models(), n=3, cutoff=0.4)
         raise InputError(f"{name!r}: no such file or folder, and no timm model"
@@ -80,6 +93,8 @@ def _built(name: str, args: dict[str, Any], pretrained: bool = False) -> nn.Modu
     except Exception as error:                  # whatever arguments of other kinds, or a download, make timm raise
         raise InputError(f"{name}: timm could not build it ({first_line(error)})") from error
     check_supported(model)
+    if eps is not None:
+        set_norm_eps(model, eps)
     if not model.patch_embed.num_patches:
         raise InputError(f"{name}: an image of {model.patch_embed.img_size} holds no patch of "
                          f"{model.patch_embed.patch_size}")
@@ -197,7 +212,8 @@ def architecture(model: nn.Module) -> dict[str, Any]:
     """{"name", "args"} from which create_model builds the same (dense) model again."""
     name = getattr(model, "pretrained_cfg", {}).get("architecture")
     if not name:
-        raise InputError("the model was not made by timm.create_model, so its name is not known; make it there")
+        raise InputError("the model was not made by timm.create_model, so its name is not known; make it there (a "
+                         "class of your own under a name that timm.models.register_model gives it)")
     # What timm does not keep an account of: blocks and classifiers that were changed by hand, and where the last norm
     # stands.
     now: dict[str, Any] = {"num_classes": classes_of(model),
@@ -206,7 +222,7 @@ def architecture(model: nn.Module) -> dict[str, Any]:
     now |= {name: not isinstance(model.fc_norm, nn.Identity) for name in ("fc_norm", "use_fc_norm") if name in known}
     if hasattr(model, "dist_token") and not model.global_pool:
         now["global_pool"] = POOL_TOKEN         # of an encoder; timm builds a distilled DeiT with no other
-    args = {k: list(v) if isinstance(v, tuple) else v for k, v in {**get_model_args(model), **now}.items()}
+    args = {k: list(v) if isinstance(v, tuple) else v for k, v in sorted({**get_model_args(model), **now}.items())}
     odd = next((k for k, v in args.items() if not isinstance(v, (str, int, float, list, dict, type(None)))), None)
     if odd is not None:
         raise InputError(f"the model was made with {odd}={args[odd]!r}, which no file can hold")
@@ -216,7 +232,7 @@ def architecture(model: nn.Module) -> dict[str, Any]:
 def check_args(args: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a model that a file names. InputError for one that no family of timm's has, so that a file can't
     make it read other files or download."""
-    odd = sorted(set(args).difference(*(inspect.signature(kind).parameters for kind in MODELS)))
+    odd = sorted(set(args).difference({"norm_eps"}, *(inspect.signature(kind).parameters for kind in MODELS)))
     if odd:
         raise InputError(f"model argument {odd[0]!r} is not one of a vision transformer's")
     return args

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vitlab.models.families import rotates_by_head
 from vitlab.models.held import turned, unmasked
 from vitlab.models.merge import TokenBlock
-from vitlab.models.support import attention_block, check_supported, encoder_of
+from vitlab.models.support import attention_block, check_supported, encoder_of, replaced
 from vitlab.plan import tokens
 from vitlab.plan.shape import POOL_TOKEN
 from vitlab.runtime.files import InputError
@@ -52,15 +52,23 @@ class FoldedBlock(nn.Module):
         return x if self.unfold is None else self.unfold(x)
 
 
-def deploy(model: nn.Module) -> nn.Module:
+def deploy(model: nn.Module, *, at: str = "") -> nn.Module:
     """A copy of a compressed model in its folded form, in eval mode: the same logits (float32: 1e-4), fewer MACs.
 
     Shapes are static. With class-token pooling only the prefix tokens are reconstructed at the end, and
     forward_features returns those alone (all tokens where the last block merges none); with any other pooling the whole
     grid is. A model without merge and reconstruct matrices comes back as it is. The folded matrices no longer train. Of
-    a Segmenter the encoder is deployed; its decoder needs the whole grid, which is rebuilt once, before it. Raises
-    InputError for a family that can't be handled.
+    a Segmenter the encoder is deployed, of any other module the vision transformer at a path of attributes; what uses
+    its tokens needs the whole grid, which is rebuilt once, at the end. Raises InputError for a family that can't be
+    handled.
     """
+    if at:
+        return replaced(model, at, lambda inner: _deployed(inner, whole=True)).eval()
+    return _deployed(model, whole=False)
+
+
+def _deployed(model: nn.Module, whole: bool) -> nn.Module:
+    """whole: the last block gives the whole grid, whatever the model pools."""
     check_supported(model)
     if encoder_of(model) is not model:
         return model.with_encoder(deploy(model.encoder)).eval()
@@ -86,7 +94,7 @@ def deploy(model: nn.Module) -> nn.Module:
                                   block.rotation if merging else None))
         carried, plain = skipping, not merging
     if not plain:
-        wanted = eye[:model.num_prefix_tokens] if model.global_pool == POOL_TOKEN else eye
+        wanted = eye[:model.num_prefix_tokens] if model.global_pool == POOL_TOKEN and not whole else eye
         last = Fold(tokens.fold(give, carried, wanted, none).to(weight.dtype))
         if rotates_by_head(model):
             folded[-1].unfold = last

@@ -10,6 +10,7 @@ import torch
 from timm.layers import Attention, AttentionRope, GluMlp, HybridEmbed, Mlp, PatchEmbed, SwiGLU
 from timm.models import beit, eva, vision_transformer, vision_transformer_relpos, vitamin
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 MODELS = (vision_transformer.VisionTransformer, eva.Eva, beit.Beit, vision_transformer_relpos.VisionTransformerRelPos)
@@ -86,7 +87,7 @@ def stem_macs(embed: nn.Module) -> int:
         return 0
     moved = {name: tensor.to("meta") for name, tensor in embed.state_dict().items()}
     images = torch.empty(1, getattr(embed, "in_chans", 3), *embed.img_size, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         torch.func.functional_call(embed, moved, images)
     return counter.get_total_flops() // 2
 

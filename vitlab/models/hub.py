@@ -2,7 +2,7 @@
 beside weights."""
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from vitlab.runtime.files import InputError, first_line, read_json
 
 CONFIG, WAIT = "config.json", 5.0               # seconds in which the hub must answer
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")      # as timm looks for them
+INDICES = tuple(name + ".index.json" for name in WEIGHTS[:2])
+PREPARED = ("preprocessor_config.json", "processor_config.json")        # how transformers prepares images
 MOST = 3                                        # a mean or deviation of pixels from 0 to 1 is less
 CROPS, INTERPOLATIONS = ("center", "squash", "border"), ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box",
                                                          "random")
@@ -97,17 +99,10 @@ def config_beside(weights: Path) -> HubConfig | None:
 
 
 def weights_in(folder: Path) -> Path:
-    """The weights file of such a folder. Raises InputError where there is none, or no config.json that says whose it
-    is."""
-    found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    """The weights file of such a folder, or the index of several. Raises InputError where there is none."""
+    found = next((folder / name for name in (*WEIGHTS, *INDICES) if (folder / name).is_file()), None)
     if found is None:
-        shards = sorted(folder.glob("*.index.json"))
-        raise InputError(f"{folder}: " + (f"{shards[0].name} says that its weights are in several files; save them in "
-                                          f"one"
-                                          if shards else f"no {WEIGHTS[0]} or {WEIGHTS[1]} beside {CONFIG}"))
-    if config_beside(found) is None:
-        raise InputError(f"{folder / CONFIG}: no model of timm's, which has an \"architecture\"; give a weights file "
-                         f"and its model's name")
+        raise InputError(f"{folder}: no {WEIGHTS[0]} or {WEIGHTS[1]} beside {CONFIG}")
     return found
 
 
@@ -133,10 +128,19 @@ def download(name: str) -> Path:
         repository, revision = hf_split(name)
         with downloading():
             folder = Path(huggingface_hub.hf_hub_download(repository, CONFIG, revision=revision)).parent
-            for file in WEIGHTS[:2]:
-                with contextlib.suppress(huggingface_hub.errors.EntryNotFoundError):
-                    huggingface_hub.hf_hub_download(repository, file, revision=revision)
-                    break
+
+            def first(files: Iterable[str]) -> Path | None:
+                """The first of them that the repository has."""
+                for file in files:
+                    with contextlib.suppress(huggingface_hub.errors.EntryNotFoundError):
+                        return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))
+                return None
+
+            if "architecture" not in read_json(folder / CONFIG):
+                first(PREPARED)
+            index = first((WEIGHTS[0], INDICES[0], WEIGHTS[1], INDICES[1]))
+            for shard in set(read_json(index)["weight_map"].values()) if index and index.name in INDICES else ():
+                huggingface_hub.hf_hub_download(repository, shard, revision=revision)
     except Exception as error:                  # no such model, no access, no network, no disk
         raise InputError(f"hf-hub:{name}: can't be downloaded, and is not in the cache ({first_line(error)})") from None
     return folder

@@ -14,6 +14,7 @@ from vitlab.models.hub import CONFIG, HubConfig, check_settings, config_beside, 
 from vitlab.models.published import is_published, load_published, load_segmenter
 from vitlab.models.published_segmenter import VARIANT
 from vitlab.models.segmenter import Segmenter
+from vitlab.models.transformers_folder import config_of, converted
 from vitlab.models.weights import SUFFIXES, is_weights, read_file, state_of
 from vitlab.plan import CompressionPlan
 from vitlab.runtime.files import InputError, from_root
@@ -129,21 +130,25 @@ def _as_it_is(found: Checkpoint, where: str | Path, args: dict[str, Any]) -> Che
 
 def _of_weights(path: Path, model: str | None, args: dict[str, Any]) -> Checkpoint:
     """The model of a weights file, by what a config.json beside it says, and what it leaves open."""
-    config = config_beside(path)
-    if model is None and config is None:
+    theirs = config_of(path) if model is None else None
+    config = None if theirs else config_beside(path)
+    if model is None and config is None and theirs is None:
         raise InputError(f"{path}: a weights file needs the timm name of its model (--model NAME, or `model` in a "
-                         f"notebook)")
+                         f"notebook), or a {CONFIG} of timm or transformers beside it")
+    content = read_file(path)
+    state, notes = state_of(content, path), []
+    if theirs:
+        config, state, notes = converted(path, theirs, state, args.get("img_size"))
     config = config or HubConfig(name=model)
     name, saved = model or config.name, config.args if model in (None, config.name) else {}
-    content = read_file(path)
-    state = state_of(content, path)
     if is_published(content):
-        args, _, notes = sized(name, state, path, args, saved)
+        args, _, more = sized(name, state, path, args, saved)
         built, plan = load_published(path, create_model(name, **args))
     else:
-        built, notes = from_weights(name, state, path, args, saved)
+        built, more = from_weights(name, state, path, args, saved)
         plan = CompressionPlan.empty(shape_of(built))
     set_settings(built, config.settings)
+    notes = notes + more
     for note in notes:
         warnings.warn(f"{path}: {note}", stacklevel=2)
     classes = config.classes if config.classes is not None and len(config.classes) == built.num_classes else None

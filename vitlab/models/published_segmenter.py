@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vitlab.models.create import rebuild
 from vitlab.models.decoders import NORM_EPS
-from vitlab.models.segmenter import Segmenter, as_encoder, is_rate, is_size, set_norm_eps
+from vitlab.models.segmenter import Segmenter, as_encoder, is_rate, is_size
 from vitlab.models.weights import read_file, state_of
 from vitlab.runtime.files import InputError
 
@@ -99,7 +99,7 @@ def published_parts(path: str | Path) -> tuple[Segmenter, dict[str, Tensor], Pat
     if net["n_cls"] > most:
         raise InputError(f"{where}: net_kwargs.n_cls is {net['n_cls']}; {path} has {most} numbers in all")
     args = {"img_size": net["image_size"], "patch_size": net["patch_size"], "embed_dim": net["d_model"],
-            "depth": net["n_layers"], "num_heads": net["n_heads"], "num_classes": 0}
+            "depth": net["n_layers"], "num_heads": net["n_heads"], "num_classes": 0, "norm_eps": NORM_EPS}
     own = {"head_dim": net["d_model"] // max(1, net["d_model"] // HEAD_DIM)}
     if decoder["name"] == "mask_transformer":
         own |= {"depth": decoder["n_layers"], "drop": decoder["dropout"], "drop_path": decoder["drop_path_rate"]}
@@ -108,7 +108,6 @@ def published_parts(path: str | Path) -> tuple[Segmenter, dict[str, Tensor], Pat
         model = Segmenter(encoder, net["n_cls"], decoder["name"], **own)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    set_norm_eps(encoder, NORM_EPS)
     mean, std = STATISTICS[net["normalization"]]
     encoder.pretrained_cfg = {**encoder.pretrained_cfg, "mean": mean, "std": std}
     return model, state, path

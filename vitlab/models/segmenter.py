@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitlab.models.create import rebuild
+from vitlab.models.create import rebuild, set_norm_eps
 from vitlab.models.decoders import DECODERS
 from vitlab.models.deploy import Fold
 from vitlab.models.support import attention_block, check_supported, is_merged
@@ -47,13 +47,6 @@ def as_encoder(model: nn.Module) -> nn.Module:
     model.reset_classifier(0, "")
     model.global_pool = ""                      # a distilled DeiT's own reset leaves it
     return model
-
-
-def set_norm_eps(encoder: nn.Module, eps: float) -> None:
-    """Set the epsilon of all its LayerNorms: published Segmenters have 1e-5, timm's models 1e-6."""
-    for norm in encoder.modules():
-        if isinstance(norm, nn.LayerNorm):
-            norm.eps = eps
 
 
 def multiple(size: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:

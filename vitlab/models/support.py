@@ -1,4 +1,7 @@
 """Which timm models vitlab takes, and the one place where their sizes and blocks are read."""
+import copy
+from collections.abc import Callable
+
 from timm.layers import AttentionPoolLatent
 from torch import nn
 
@@ -24,6 +27,20 @@ OTHERS = {"SwinTransformer": "its windows are cut out of a grid that halves from
 def encoder_of(model: nn.Module) -> nn.Module:
     """The vision transformer whose blocks are cut: of a Segmenter its encoder, else the model itself."""
     return getattr(model, "encoder", model)
+
+
+def replaced(model: nn.Module, at: str, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """A copy of a module, with another in place of the one at a path of attributes. InputError names those that may be
+    meant where there is none."""
+    try:
+        inner = model.get_submodule(at)
+    except AttributeError:
+        found = [name for name, each in model.named_modules() if name and hasattr(each, "patch_embed")]
+        raise InputError(f"{type(model).__name__} has no {at!r}; vision transformers stand at "
+                         f"{', '.join(found) or 'no place in it'}") from None
+    made = change(inner)
+    memo = {id(inner): made}                    # which the copy then has in its place, wherever it is used
+    return copy.deepcopy(model, memo)
 
 
 def runs_in_parts(model: nn.Module) -> bool:
@@ -89,7 +106,7 @@ def refuse(model: nn.Module) -> str | None:
                 return f"{name} has {type(part).__name__} at block {index}; all blocks of one kind are needed"
         if type(block.mlp) not in HIDDEN:
             return f"{name} has {type(block.mlp).__name__} at block {index}; one of timm's MLPs is needed"
-    if type(model.patch_embed) not in PATCHES:
+    if not isinstance(model.patch_embed, PATCHES):
         return f"{name} has {type(model.patch_embed).__name__}; a patch embedding with a fixed grid is needed"
     pool = getattr(model, "attn_pool", None)
     if pool is not None and (type(pool) is not AttentionPoolLatent or pool.mlp is None

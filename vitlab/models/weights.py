@@ -15,14 +15,18 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from vitlab.models.families import MODELS, kind_of
-from vitlab.runtime.files import InputError, first_line
+from vitlab.runtime.files import InputError, first_line, read_json
 
+INDEX = ".index.json"
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".pth.tar", ".ckpt")
 # Where a training checkpoint has the weights; averages first.
 INSIDE = ("state_dict_ema", "ema_state_dict", "model_ema", "teacher", "state_dict", "model")
 # every vision transformer has it; what stands before it stands before all its names
 ANCHOR = "patch_embed.proj.weight"
 CONVERTED = "visual.trunk."                     # OpenCLIP's prefix, which timm's own conversion needs
+# T2T-ViT's, as published
+RENAMED = ((r"tokens_to_token\.project\.", "patch_embed.proj."), (r"tokens_to_token\.", "patch_embed."),
+           (r"(\.attention[12]\.mlp\.)0\.", r"\1fc1."), (r"(\.attention[12]\.mlp\.)2\.", r"\1fc2."))
 # what only pre-training has a use for
 PRETRAINING = ("mask_token", "decoder", "dino_head.", "ibot_head.", "projector.", "predictor.")
 _NUMPY = np._core.multiarray
@@ -55,8 +59,33 @@ def read_file(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+    if path.name.endswith(INDEX):
+        return _read_shards(path)
     if re.search(r"-\d{5}-of-\d{5}\.", path.name):
         raise InputError(f"{path}: one of several files that only together hold a model; save it in one file")
+    return _read_one(path)
+
+
+def _read_shards(index: Path) -> dict[str, Any]:
+    """The tensors of all files that an index names beside it, each from the file that it says."""
+    content = read_json(index)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(file, str) and Path(file).name == file and
+                                               is_weights(Path(file)) for file in places.values()):
+        raise InputError(f"{index}: not an index whose \"weight_map\" says in which file beside it each tensor is")
+    state: dict[str, Any] = {}
+    for file in sorted(set(places.values())):
+        if not (index.parent / file).is_file():
+            raise InputError(f"{index.parent / file}: no such file, but {index.name} says that it has weights")
+        content = _read_one(index.parent / file)
+        missing = next((name for name, place in places.items() if place == file and name not in content), None)
+        if missing is not None:
+            raise InputError(f"{index.parent / file}: {missing} is missing")
+        state |= {name: content[name] for name, place in places.items() if place == file}
+    return state
+
+
+def _read_one(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -126,6 +155,8 @@ def unwrapped(state: dict[str, Tensor], own: dict[str, Tensor],
     whatever wraps models: DDP, torch.compile, Lightning, a student beside its teacher. own: the state of such a model;
     where the file holds several, the one that has most of its names and shapes is meant, of two the average (ema).
     Raises InputError where others have as many."""
+    for theirs, timms in RENAMED:
+        state = {re.sub(theirs, timms, name): value for name, value in state.items()}
     prefixes = sorted({name.removesuffix(ANCHOR).removesuffix(CONVERTED) for name in state
                        if name.endswith(ANCHOR)}) or [""]
     fits = {p: sum(p + name in state and state[p + name].shape == value.shape for name, value in own.items())
@@ -152,6 +183,9 @@ def by_timms_names(state: dict[str, Tensor], model: nn.Module,
     left = [name for name in state if name == "mask_token" or "pre_logits" in name]
     # A DINOv2 training has its blocks in chunks: blocks.CHUNK.BLOCK.
     state = {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name): value for name, value in state.items()}
+    own = model.state_dict()
+    if not set(state) - {*own, "pos_embed"} and ANCHOR in state and state[ANCHOR].shape == own[ANCHOR].shape:
+        return state, left                      # timm's names already
     try:
         if isinstance(model, VisionTransformer):
             state = checkpoint_filter_fn(state, model, adapt_layer_scale=True)
@@ -159,7 +193,6 @@ def by_timms_names(state: dict[str, Tensor], model: nn.Module,
             state = sys.modules[kind_of(model, MODELS).__module__].checkpoint_filter_fn(state, model)
     except Exception as error:                  # whatever tensors of other sizes make timm's conversion raise
         raise InputError(f"{path}: does not fit the model; it can't be converted ({first_line(error)})") from None
-    own = model.state_dict()
     extra = [name for name in state if name.startswith(PRETRAINING) and name not in own]
     return {name: value for name, value in state.items() if name not in extra}, left + extra
 
