@@ -12,6 +12,7 @@ import torch
 from comparing import logits, relative
 from PIL import Image
 from test_timm_client import RULES, dense, made, pictures
+from training_fixtures import tiny
 
 from vitlab import InputError, compress, export, shape_of
 from vitlab.cli import main
@@ -75,6 +76,39 @@ def test_a_file_says_what_a_client_needs(to, written):
     assert about["verified"]["batch_sizes"] == [1, 2, 5]
 
 
+def test_a_file_is_written_once_and_what_was_verified_stands_in_it(tmp_path, monkeypatch):
+    calls, pt2 = [], runtimes.RUNTIMES["pt2"]
+    monkeypatch.setitem(runtimes.RUNTIMES, "pt2", runtimes.Runtime(**vars(pt2) | {
+        "write": lambda program, path: (calls.append(path), pt2.write(program, path))}))
+    about = export(made("registers", "units", "deployed"), tmp_path / "a.pt2")
+    told = {"vitlab.json": ""}
+    program = torch.export.load(tmp_path / "a.pt2", extra_files=told)           # as torch's own user reads it
+    assert len(calls) == 1 and json.loads(told["vitlab.json"])["verified"] == about["verified"]
+    x = pictures(made("registers", "units", "deployed"), 3)
+    assert relative(program.module()(x), logits(made("registers", "units", "deployed"), x)) < SAME
+
+
+def test_a_file_compiled_ahead_of_time_runs_for_any_batch_and_says_what_a_client_needs(tmp_path):
+    try:
+        runtimes.compiler()
+    except InputError as error:
+        pytest.skip(str(error))
+    model, out = tiny(depth=1), tmp_path / "a.aoti.pt2"
+    with torch._inductor.config.patch("aot_inductor.compile_wrapper_opt_level", "O0"):      # as quick as it can be
+        about = export(model, out)
+    assert runtimes.RUNTIMES["aoti"].about(out) == json.loads(json.dumps(about)) and about["runtime"] == "aoti"
+    run = runtimes.RUNTIMES["aoti"].open(out, 1)
+    for count in (1, 7):
+        x = pictures(model, count, seed=count)
+        assert relative(torch.from_numpy(run(x.numpy())), logits(model, x)) < SAME
+
+
+def test_without_a_compiler_it_is_said_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with pytest.raises(InputError, match="C.. compiler.*g.."):
+        export(None, tmp_path / "a.aoti.pt2")
+
+
 def test_a_file_that_another_wrote_says_nothing(tmp_path):
     from onnx import TensorProto, helper
     value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
@@ -83,6 +117,9 @@ def test_a_file_that_another_wrote_says_nothing(tmp_path):
         helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])])), path)
     with pytest.raises(InputError, match="vitlab did not write it"):
         runtimes.RUNTIMES["onnx"].about(path)
+    torch.export.save(torch.export.export(torch.nn.Identity(), (torch.zeros(2),)), tmp_path / "other.pt2")
+    with pytest.raises(InputError, match="vitlab did not write it"):
+        runtimes.RUNTIMES["pt2"].about(tmp_path / "other.pt2")
 
 
 def test_a_file_whose_outputs_are_others_is_not_left_behind(tmp_path, monkeypatch):
@@ -90,7 +127,7 @@ def test_a_file_whose_outputs_are_others_is_not_left_behind(tmp_path, monkeypatc
     other = runtimes.traced(exporting.exported_form(made("registers", "read out", "deployed")),
                             pictures(made("registers", "units", "deployed")))
     monkeypatch.setitem(runtimes.RUNTIMES, "onnx", runtimes.Runtime(
-        **vars(runtimes.RUNTIMES["onnx"]) | {"write": lambda program, path, about: write(other, path, about)}))
+        **vars(runtimes.RUNTIMES["onnx"]) | {"write": lambda program, path: write(other, path)}))
     with pytest.raises(InputError, match="outputs are not the model's"):
         export(made("registers", "place", "deployed"), tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlab.data.images import image_config
-from vitlab.exporting.runtimes import RUNTIMES, Runtime, needed, traced
+from vitlab.exporting.runtimes import RUNTIMES, Runtime, compiler, needed, traced
 from vitlab.models import checkpoint, deploy
 from vitlab.models.match import MatchBlock
 from vitlab.models.merge import TokenBlock
@@ -56,6 +56,8 @@ def runtime_of(path: str | Path, to: str | None) -> tuple[str, Runtime]:
         raise InputError(f"{path}: files for {to} end in {endings[to]}")
     for module in RUNTIMES[to].needs:
         needed(module)
+    if to == "aoti":
+        compiler()
     return to, RUNTIMES[to]
 
 
@@ -85,10 +87,9 @@ def export(model: nn.Module, out: str | Path, *, to: str | None = None, images: 
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")         # of converters, about themselves
         file = Path(folder) / out.name
-        program = traced(model, images[:2])
-        runtime.write(program, file, about)
+        runtime.write(traced(model, images[:2]), file)
         about["verified"] = verify(model, runtime, file, images)
-        runtime.write(program, file, about)
+        runtime.tell(file, about)
         for ending in (*runtime.beside, runtime.ending):                        # the one that names the others last
             part = file.with_name(file.name.removesuffix(runtime.ending) + ending)
             part.replace(out.with_name(part.name))
@@ -98,7 +99,7 @@ def export(model: nn.Module, out: str | Path, *, to: str | None = None, images: 
 def verify(model: nn.Module, runtime: Runtime, file: Path, images: Tensor) -> dict[str, Any]:
     """A file's outputs beside the model's, on images in batches of each of BATCHES. Raises InputError where they are
     others."""
-    run = runtime.open(file, None)
+    run = runtime.open(file, None, "float32")
     with torch.inference_mode():
         expected = model(images).numpy()
     found = [np.concatenate([run(np.ascontiguousarray(part.numpy())) for part in images.split(size)])

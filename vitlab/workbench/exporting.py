@@ -10,14 +10,13 @@ from vitlab.exporting.export import runtime_of
 from vitlab.models.opening import Source, open_model
 from vitlab.models.support import encoder_of
 from vitlab.runtime.config import RunConfig, flags
-from vitlab.runtime.files import InputError
-from vitlab.runtime.kinds import Count, Data, File
+from vitlab.runtime.kinds import Data, File, Several
 from vitlab.workbench.pictures import as_input
 from vitlab.workbench.steps import measured_batches, open_matching
 
 
 def export(source: Source, out: File, *, to: Literal["onnx", "openvino", "pt2", "aoti"] | None = None,
-           data: Data | None = None, images: Count = 64,
+           data: Data | None = None, images: Several = 64,
            config: Annotated[RunConfig, flags("workers", "seed", "quiet")] = RunConfig()) -> str:
     """Write a model's deployed form as a file for another runtime, and run it there as in PyTorch (`vitlab.export`);
     returns what came of it, in a line.
@@ -31,8 +30,6 @@ def export(source: Source, out: File, *, to: Literal["onnx", "openvino", "pt2", 
     """
     runtime_of(out, to)                         # before the model is opened
     found = open_model(source)
-    if images < 2:
-        raise InputError(f"{images} image: at least 2 are needed to verify a file on")
     if data is None:
         shown = torch.cat([as_input(np.asarray(each) / 255, encoder_of(found.model))
                            for each in load_sample_images().images])
