@@ -101,7 +101,7 @@ def search(source: Source, data: Data,
            published_count: bool = False, units: Units = ("neurons", "heads"),
            tokens: Annotated[str | None, flag(metavar="NAME")] = None,
            token_settings: Annotated[dict[str, Any] | None, Parameter(parse=False)] = None,
-           max_ratio: MaxRatio = MAX_RATIO, read_out: bool = False, strategy: str = "gp",
+           max_ratio: MaxRatio = MAX_RATIO, multiple: Count = 1, read_out: bool = False, strategy: str = "gp",
            settings: Annotated[Or[str, Settings], flag(metavar="NAME")] = "default",
            evaluations: Count | None = None, population: Several | None = None,
            start: Literal["varied", "random", "sensitivity"] | None = None,
@@ -128,8 +128,8 @@ def search(source: Source, data: Data,
         tokens: none, select, merge, share or match, the last four with _per_stage for ratios of their own, or
             merge_per_span (default: select; match without a class token or of a Segmenter)
         max_ratio: largest ratio; int(count * (1 - ratio)) stay, so of few heads one may go (0.5: as published)
-        read_out: the last block computes what a classifier on the class token reads, and no more: exact, fewer
-            multiply-adds
+        multiple: neurons that stay, and widths of heads, are so many, or a multiple: 8, 16 or 32, as kernels like
+        read_out: the last block computes what a classifier on the class token reads alone: exact, and cheaper
         strategy: gp, random or uniform
         settings: default or published
         evaluations: policies measured in all (default: the settings')
@@ -165,7 +165,7 @@ def search(source: Source, data: Data,
                          "grid; tokens that merge (match, share or merge, also with _per_stage; merge_per_span) keep "
                          "it")
     space = SearchSpace(shape=shape, units=tuple(units), tokens=tokens, settings=token_settings or {},
-                        max_ratio=max_ratio, read_out=read_out)
+                        max_ratio=max_ratio, read_out=read_out, multiple=multiple)
     labels = metric != "distill_loss" or space.by_place or bool(units) and criterion == "taylor"
     opened = open_matching(data, found, class_map, labels=labels)
     price = processes.after_first(lambda: cost_function(                        # a table is measured once, and kept
