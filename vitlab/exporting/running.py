@@ -1,12 +1,14 @@
 """How fast a model is where it will run: the ways in which `vitlab.measure` times a model, or a part of one."""
+import contextlib
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from vitlab.exporting.export import exported_form
-from vitlab.exporting.runtimes import RUNTIMES, compiler, needed, traced
+from vitlab.exporting.runtimes import RUNTIMES, NotHere, compiler, needed, traced
 from vitlab.measure.throughput import EAGER, Call, Way
 from vitlab.plan.shape import check_known
 from vitlab.runtime.files import InputError
@@ -26,6 +28,15 @@ def way_of(name: str) -> Way:
         return Way(name, torch.__version__, _compiled)
     modules = [needed(module) for module in RUNTIMES[FILES[name]].needs]
     return Way(name, (modules or [torch])[-1].__version__, _InFiles(name))
+
+
+def usable(names: Iterable[str]) -> list[str]:
+    """Those whose runtime is installed here."""
+    found = []
+    for name in names:
+        with contextlib.suppress(NotHere):
+            found.append(way_of(name).name)
+    return found
 
 
 def _compiled(module: nn.Module, x: Tensor) -> Call:

@@ -36,12 +36,16 @@ class Runtime:
     beside: tuple[str, ...] = ()                # endings of other files of it
 
 
+class NotHere(InputError):
+    """What a runtime needs is not installed."""
+
+
 def needed(name: str) -> ModuleType:
-    """A module of the extra. Raises InputError where it is not installed."""
+    """A module of the extra. Raises NotHere where it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise InputError(f"{name} can't be imported ({error}); python -m pip install 'vitlab[export]'") from None
+        raise NotHere(f"{name} can't be imported ({error}); python -m pip install 'vitlab[export]'") from None
 
 
 def _told(text: str | None, path: Path) -> dict[str, Any]:
@@ -165,13 +169,13 @@ RUNTIMES: Mapping[str, Runtime] = {
 
 
 def compiler() -> None:
-    """Raises InputError where there is no C++ compiler for what torch compiles."""
+    """Raises NotHere where there is no C++ compiler for what torch compiles."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
-        raise InputError("torch compiles by a C++ compiler, and none is found: install g++, or name one in CXX") \
+        raise NotHere("torch compiles by a C++ compiler, and none is found: install g++, or name one in CXX") \
             from None
 
 
