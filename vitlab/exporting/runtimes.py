@@ -34,6 +34,8 @@ class Runtime:
     tell: Callable[[Path, dict[str, Any]], None]        # sets what a file says of itself, its graph as it is
     about: Callable[[Path], dict[str, Any]]     # what it says
     beside: tuple[str, ...] = ()                # endings of other files of it
+    # the same in int8, its ranges from images (`int8`); None: it has no such files
+    write_int8: Callable[[ExportedProgram, Path, Tensor], None] | None = None
 
 
 class NotHere(InputError):
@@ -66,6 +68,25 @@ def _as_written(dtype: str, runtime: str) -> None:
                          "bfloat16 where the processor has it")
 
 
+def _write_onnx_int8(program: ExportedProgram, path: Path, images: Tensor) -> None:
+    """Weights and activations of the matrix products, by onnxruntime's static quantisation (QDQ); softmax, norms and
+    products of two activations stay in float32."""
+    tools, shapes = needed("onnxruntime.quantization"), needed("onnxruntime.quantization.shape_inference")
+    parts = iter([{INPUT: part.numpy()} for part in images.split(1)])
+
+    class Reader(tools.CalibrationDataReader):
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(parts, None)
+    whole = path.with_name("float32.onnx")
+    _write_onnx(program, whole)
+    shapes.quant_pre_process(whole, whole, skip_optimization=True, skip_symbolic_shape=True)
+    # 7 bits of weights: processors without VNNI add two products of 8 bits in 16, which overflows
+    tools.quantize_static(whole, path, Reader(), op_types_to_quantize=["MatMul", "Gemm"], per_channel=True,
+                          reduce_range=True, activation_type=tools.QuantType.QUInt8,
+                          weight_type=tools.QuantType.QInt8, extra_options={"MatMulConstBOnly": True})
+    whole.unlink()
+
+
 def _open_onnx(path: Path, threads: int | None, dtype: str = "float32") -> Run:
     _as_written(dtype, "onnxruntime")
     runtime = needed("onnxruntime")
@@ -89,8 +110,20 @@ def _about_onnx(path: Path) -> dict[str, Any]:
 
 
 def _write_openvino(program: ExportedProgram, path: Path) -> None:
+    _save_openvino(program, path)
+
+
+def _write_openvino_int8(program: ExportedProgram, path: Path, images: Tensor) -> None:
+    """Quantised by onnxruntime; OpenVINO reads that file and computes in int8, too."""
+    whole = path.with_name("int8.onnx")
+    _write_onnx_int8(program, whole, images)
+    _save_openvino(whole, path)
+    whole.unlink()
+
+
+def _save_openvino(made: ExportedProgram | Path, path: Path) -> None:
     openvino = needed("openvino")
-    model = openvino.convert_model(program)
+    model = openvino.convert_model(made)
     model.inputs[0].get_tensor().set_names({INPUT})
     model.outputs[0].get_tensor().set_names({OUTPUT})
     openvino.save_model(model, path, compress_to_fp16=False)
@@ -161,9 +194,10 @@ def _about_archive(path: Path) -> dict[str, Any]:
 
 
 RUNTIMES: Mapping[str, Runtime] = {
-    "onnx": Runtime(".onnx", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, _open_onnx, _tell_onnx, _about_onnx),
+    "onnx": Runtime(".onnx", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, _open_onnx, _tell_onnx, _about_onnx,
+                    write_int8=_write_onnx_int8),
     "openvino": Runtime(".xml", ("openvino",), _write_openvino, _open_openvino, _tell_openvino, _about_openvino,
-                        (".bin",)),
+                        (".bin",), write_int8=_write_openvino_int8),
     "pt2": Runtime(".pt2", (), torch.export.save, _open_pt2, _tell_archive, _about_archive),
     "aoti": Runtime(".aoti.pt2", (), _write_aoti, _open_aoti, _tell_archive, _about_archive)}
 
