@@ -114,7 +114,8 @@ def test_an_int8_file_holds_weights_in_a_byte_and_says_by_how_much_it_differs(to
     assert not [each.message for each in caplog.records if each.name == "root"]         # the tools' words on themselves
     made = [out] if to == "onnx" else [out, out.with_suffix(".bin")]
     assert sorted(tmp_path.iterdir()) == sorted(made)                           # nothing is left of what was between
-    assert made[-1].stat().st_size < whole / 2                                  # patches are embedded in float32
+    linear = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)  # 3 of 4 bytes less; graph and scales
+    assert whole - made[-1].stat().st_size > 2 * linear
     x = pictures(model, 3, seed=2)
     assert relative(torch.from_numpy(runtimes.RUNTIMES[to].open(out, 1)(x.numpy())), logits(model, x)) < 0.1
     if to == "onnx":
