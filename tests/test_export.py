@@ -134,12 +134,12 @@ def test_int8_is_refused_where_there_is_none_or_no_images_to_take_ranges_from(tm
     assert "data is needed" in capsys.readouterr().err
 
 
-SEGMENTERS = {"units": segmenting.units_plan, "match": segmenting.match_plan, "place": token_plan,
+SEGMENTERS = {"match": segmenting.match_plan, "place": token_plan,
               "share": lambda model: token_plan(model, share=True, prune_rate=0.0)}
 
 
-@pytest.mark.parametrize("decoder, rule, to", [("mask_transformer", "match", "onnx"), ("linear", "place", "onnx"), *(
-    (decoder, rule, "pt2") for decoder in ("linear", "mask_transformer") for rule in SEGMENTERS)])
+@pytest.mark.parametrize("decoder, rule, to", [("mask_transformer", "match", "onnx"), ("linear", "place", "pt2"),
+                                               ("mask_transformer", "share", "pt2")])
 def test_a_segmenter_gives_its_maps_for_any_batch(decoder, rule, to, tmp_path):
     model = segmenting.small(decoder)
     model = compress(model, SEGMENTERS[rule](model))
