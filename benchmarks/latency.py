@@ -1,10 +1,10 @@
 """How well the latency table predicts: 20 random plans of DeiT-Ti, predicted against measured as whole deployed models.
 
-    python benchmarks/latency.py [--quick]
+    python benchmarks/latency.py [--runtime torch] [--batch-size 32] [--quick]
 
 Random weights; heads and neurons at random in every block, and in a third of the plans each: tokens as they are,
-selected in blocks 3, 6 and 9, or merged. One row a model and one of the whole go to benchmarks/results/latency.jsonl
-(replaced). Run it with nothing else running.
+selected in blocks 3, 6 and 9, or merged. One row a model and one of the whole go to benchmarks/results/latency.jsonl,
+or of another runtime to latency_RUNTIME.jsonl (replaced). Run it with nothing else running.
 """
 import argparse
 import dataclasses
@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from vitlab.criteria.planning import prune_and_merge
+from vitlab.exporting.running import WAYS, way_of
 from vitlab.measure.latency import measure_table
-from vitlab.measure.throughput import conditions, measure
+from vitlab.measure.throughput import EAGER, conditions, measure
 from vitlab.models import compress, deploy, shape_of
 from vitlab.models.create import create_model
 from vitlab.plan import BlockPlan, CompressionPlan
@@ -26,7 +27,7 @@ from vitlab.plan.rules import Select
 from vitlab.plan.shape import ViTShape
 from vitlab.runtime.results import ResultRow, format_table, write_rows
 
-NAME, BATCH, DTYPE, MODELS = "deit_tiny_patch16_224", 32, "float32", 20
+NAME, DTYPE, MODELS = "deit_tiny_patch16_224", "float32", 20
 KINDS = ("whole", "select", "merge")
 
 
@@ -52,22 +53,26 @@ def random_plan(shape: ViTShape, kind: str, seed: int) -> CompressionPlan:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="three models, batch 2; writes nothing")
-    quick = parser.parse_args().quick
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batch, repeats, count = (2, 2, 3) if quick else (BATCH, 5, MODELS)
+    parser.add_argument("--runtime", default="torch", choices=WAYS)
+    parser.add_argument("--batch-size", type=int, default=32)
+    args = parser.parse_args()
+    quick, way = args.quick, way_of(args.runtime)
+    device = torch.device("cuda" if torch.cuda.is_available() and way.name in ("torch", "compiled") else "cpu")
+    batch, repeats, count = (2, 2, 3) if quick else (args.batch_size, 5, MODELS)
     dense = create_model(NAME)
     shape = shape_of(dense)
     plans = {f"{KINDS[i % 3]} {i}": random_plan(shape, KINDS[i % 3], seed=i) for i in range(count)}
     began = time.perf_counter()
-    table = measure_table(dense, batch_size=batch, dtype=DTYPE, device=device, repeats=repeats)
+    table = measure_table(dense, batch_size=batch, dtype=DTYPE, device=device, repeats=repeats, way=way)
     table_s = time.perf_counter() - began
     speeds = measure({name: deploy(compress(dense, plan)) for name, plan in plans.items()}, batch_size=batch,
-                     dtype=DTYPE, device=device, repeats=repeats)
+                     dtype=DTYPE, device=device, repeats=repeats, ways=(way,))
+    speeds = dict(zip(plans, speeds.values()))
     predicted = {name: float(table.predict(counts_of(plan))) for name, plan in plans.items()}
     # above 0: the model is faster than was said
     errors = {name: 100 * (predicted[name] / speed.latency_ms - 1) for name, speed in speeds.items()}
-    found = conditions(device, DTYPE, batch, repeats) | {"cpu": table.conditions["cpu"], "scale": table.scale,
-                                                         "table_s": table_s}
+    found = conditions(device, DTYPE, batch, repeats) | {"cpu": table.conditions["cpu"], "runtime": str(way),
+                                                         "scale": table.scale, "table_s": table_s}
     rows = [ResultRow(model=f"{NAME} {name}", gmacs=gmacs(plans[name]), latency_ms=speed.latency_ms, conditions=found
                       | {"predicted_ms": predicted[name], "error_pct": errors[name]})
             for name, speed in speeds.items()]
@@ -78,7 +83,8 @@ def main() -> None:
         "median_error_pct": median, "largest_error_pct": largest}))
     print(f"median {median:.1f} %, largest {largest:.1f} %; table in {table_s:.0f} s, scale {table.scale:.3f}")
     if not quick:
-        write_rows(Path(__file__).parent / "results" / "latency.jsonl", rows)
+        name = "latency" if way is EAGER else f"latency_{way.name}"
+        write_rows(Path(__file__).parent / "results" / f"{name}.jsonl", rows)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import segmenting_fixtures as segmenting
 import torch
 from comparing import logits, relative
 from PIL import Image
 from test_timm_client import RULES, dense, made, pictures
+from training_fixtures import tiny, token_plan
 
 from vitlab import InputError, compress, export, shape_of
 from vitlab.cli import main
@@ -75,6 +77,87 @@ def test_a_file_says_what_a_client_needs(to, written):
     assert about["verified"]["batch_sizes"] == [1, 2, 5]
 
 
+def test_a_file_is_written_once_and_what_was_verified_stands_in_it(tmp_path, monkeypatch):
+    calls, pt2 = [], runtimes.RUNTIMES["pt2"]
+    monkeypatch.setitem(runtimes.RUNTIMES, "pt2", runtimes.Runtime(**vars(pt2) | {
+        "write": lambda program, path: (calls.append(path), pt2.write(program, path))}))
+    about = export(made("registers", "units", "deployed"), tmp_path / "a.pt2")
+    told = {"vitlab.json": ""}
+    program = torch.export.load(tmp_path / "a.pt2", extra_files=told)           # as torch's own user reads it
+    assert len(calls) == 1 and json.loads(told["vitlab.json"])["verified"] == about["verified"]
+    x = pictures(made("registers", "units", "deployed"), 3)
+    assert relative(program.module()(x), logits(made("registers", "units", "deployed"), x)) < SAME
+
+
+def test_a_file_compiled_ahead_of_time_runs_for_any_batch_and_says_what_a_client_needs(tmp_path):
+    try:
+        runtimes.compiler()
+    except InputError as error:
+        pytest.skip(str(error))
+    model, out = tiny(depth=1), tmp_path / "a.aoti.pt2"
+    with torch._inductor.config.patch("aot_inductor.compile_wrapper_opt_level", "O0"):      # as quick as it can be
+        about = export(model, out)
+    assert runtimes.RUNTIMES["aoti"].about(out) == json.loads(json.dumps(about)) and about["runtime"] == "aoti"
+    run = runtimes.RUNTIMES["aoti"].open(out, 1)
+    for count in (1, 7):
+        x = pictures(model, count, seed=count)
+        assert relative(torch.from_numpy(run(x.numpy())), logits(model, x)) < SAME
+
+
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+def test_an_int8_file_holds_weights_in_a_byte_and_says_by_how_much_it_differs(to, tmp_path, caplog):
+    pytest.importorskip("openvino", reason="openvino, of the extra export, is not installed")
+    model, out = tiny(depth=1, embed_dim=96), tmp_path / FILES[to]
+    whole = sum(p.numel() for p in model.parameters()) * 4
+    about = export(model, out, images=pictures(model, 5), int8=pictures(model, 11, seed=1))
+    assert about["dtype"] == "int8" and 1e-4 < about["verified"]["largest_difference"] < 0.1
+    assert not [each.message for each in caplog.records if each.name == "root"]         # the tools' words on themselves
+    made = [out] if to == "onnx" else [out, out.with_suffix(".bin")]
+    assert sorted(tmp_path.iterdir()) == sorted(made)                           # nothing is left of what was between
+    linear = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)  # 3 of 4 bytes less; graph and scales
+    assert whole - made[-1].stat().st_size > 2 * linear
+    x = pictures(model, 3, seed=2)
+    assert relative(torch.from_numpy(runtimes.RUNTIMES[to].open(out, 1)(x.numpy())), logits(model, x)) < 0.1
+    if to == "onnx":
+        graph = onnx.load(out).graph
+        assert {tensor.data_type for tensor in graph.initializer} >= {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
+        assert not [node.op_type for node in graph.node if WRONG.search(node.op_type)]
+
+
+def test_int8_is_refused_where_there_is_none_or_no_images_to_take_ranges_from(tmp_path, capsys):
+    model = tiny(depth=1)
+    with pytest.raises(InputError, match="pt2 are not quantised; those for onnx, openvino are"):
+        export(model, tmp_path / "a.pt2", int8=pictures(model, 3))
+    with pytest.raises(InputError, match="at least 2 of"):
+        export(model, tmp_path / "a.onnx", int8=torch.zeros(3, 3, 7, 7))
+    assert main(["export", "--checkpoint", "no", "--out", str(tmp_path / "a.onnx"), "--int8"]) == 2
+    assert "data is needed" in capsys.readouterr().err
+
+
+SEGMENTERS = {"match": segmenting.match_plan, "place": token_plan,
+              "share": lambda model: token_plan(model, share=True, prune_rate=0.0)}
+
+
+@pytest.mark.parametrize("decoder, rule, to", [("mask_transformer", "match", "onnx"), ("linear", "place", "pt2"),
+                                               ("mask_transformer", "share", "pt2")])
+def test_a_segmenter_gives_its_maps_for_any_batch(decoder, rule, to, tmp_path):
+    model = segmenting.small(decoder)
+    model = compress(model, SEGMENTERS[rule](model))
+    about = export(model, tmp_path / FILES[to], images=segmenting.pictures(8), classes=list("abcde"))
+    x, run = segmenting.pictures(3, seed=1), runtimes.RUNTIMES[to].open(tmp_path / FILES[to], 1)
+    with torch.inference_mode():
+        expected = model.eval()(x)
+    found = torch.from_numpy(run(x.numpy()))
+    assert found.shape == expected.shape == (3, 5, 24, 40) and relative(found, expected) < SAME
+    assert about["verified"]["agree_pct"] > 99.9 and tuple(about["images"]["input_size"]) == (3, 24, 40)
+
+
+def test_without_a_compiler_it_is_said_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with pytest.raises(InputError, match="C.. compiler.*g.."):
+        export(None, tmp_path / "a.aoti.pt2")
+
+
 def test_a_file_that_another_wrote_says_nothing(tmp_path):
     from onnx import TensorProto, helper
     value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
@@ -83,6 +166,9 @@ def test_a_file_that_another_wrote_says_nothing(tmp_path):
         helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])])), path)
     with pytest.raises(InputError, match="vitlab did not write it"):
         runtimes.RUNTIMES["onnx"].about(path)
+    torch.export.save(torch.export.export(torch.nn.Identity(), (torch.zeros(2),)), tmp_path / "other.pt2")
+    with pytest.raises(InputError, match="vitlab did not write it"):
+        runtimes.RUNTIMES["pt2"].about(tmp_path / "other.pt2")
 
 
 def test_a_file_whose_outputs_are_others_is_not_left_behind(tmp_path, monkeypatch):
@@ -90,7 +176,7 @@ def test_a_file_whose_outputs_are_others_is_not_left_behind(tmp_path, monkeypatc
     other = runtimes.traced(exporting.exported_form(made("registers", "read out", "deployed")),
                             pictures(made("registers", "units", "deployed")))
     monkeypatch.setitem(runtimes.RUNTIMES, "onnx", runtimes.Runtime(
-        **vars(runtimes.RUNTIMES["onnx"]) | {"write": lambda program, path, about: write(other, path, about)}))
+        **vars(runtimes.RUNTIMES["onnx"]) | {"write": lambda program, path: write(other, path)}))
     with pytest.raises(InputError, match="outputs are not the model's"):
         export(made("registers", "place", "deployed"), tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ from training_fixtures import full_plan, one_thread, tiny, token_plan  # noqa: F
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.measure import latency
 from vitlab.measure.latency import grid_axes, latency_table, measure_table
+from vitlab.measure.throughput import Way
 from vitlab.models import shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.cost import Counts, counts_of
@@ -223,9 +224,9 @@ def measured(monkeypatch) -> list:
     """Every call of measure_table, which hands out a made table at once."""
     calls = []
 
-    def fake(model, *, batch_size, dtype, device, **settings) -> LatencyTable:
+    def fake(model, *, batch_size, dtype, device, way, **settings) -> LatencyTable:
         calls.append((batch_size, dtype, settings))
-        found = latency.conditions_of(model, batch_size, dtype, device)
+        found = latency.conditions_of(model, batch_size, dtype, device, way)
         return made(shape_of(model), scale=float(len(calls)), **found)
     monkeypatch.setattr(latency, "measure_table", fake)
     return calls
@@ -248,7 +249,9 @@ def test_a_table_is_measured_once_for_its_conditions_and_again_for_others(measur
         torch.set_num_threads(1)
         monkeypatch.setattr("platform.node", lambda: "another machine")
         latency_table(tiny(), batch_size=3, cache=tmp_path)
-        assert len(measured) == 7 and len(list(tmp_path.iterdir())) == 7
+        for way in (Way("other", "1.0", None), Way("other", "1.1", None), Way("other", "1.0", None)):
+            latency_table(tiny(), batch_size=3, cache=tmp_path, way=way)
+        assert len(measured) == 9 and len(list(tmp_path.iterdir())) == 9
 
 
 def test_segmenters_whose_decoders_have_other_heads_have_tables_of_their_own(measured, tmp_path):
@@ -301,6 +304,18 @@ def test_every_family_is_measured_on_its_grid_and_stays_as_it_was(family, tiny_v
     assert all((ms > 0).all() for ms in table.ms.values())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.training and model.blocks[0].attn.num_heads == shape.num_heads
+
+
+def test_parts_and_whole_models_are_timed_as_they_run_in_the_way_that_is_asked_for():
+    ready, ran = [], []
+
+    def prepare(module, x):
+        ready.append(module)
+        return lambda given: ran.append(module) or module(given)
+    table = measure_table(tiny(), **FAST, way=Way("other", "1.0", prepare))
+    # each once ready, and run: warm, to see how long it takes, in one round
+    assert len(ready) == sum(ms.size for ms in table.ms.values()) + 4 and len(ran) == 3 * len(ready)
+    assert table.conditions["runtime"] == "other 1.0"
 
 
 def test_each_piece_is_the_models_own_part(monkeypatch, tiny_vit):

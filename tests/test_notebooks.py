@@ -178,7 +178,8 @@ def test_all_notebooks_run_and_leave_their_artefacts(demo):
                  "search/gp/journal.jsonl", "search/random/plan.json",
                  "joint_finetuned/checkpoint/checkpoint.json", "tonight/offers.jsonl",
                  "tonight/deployed/weights.safetensors", "segmenter/dense/checkpoint/plan.json",
-                 "segmenter/scores.safetensors", "segmenter/tuned/checkpoint/weights.safetensors", "report.html"):
+                 "segmenter/scores.safetensors", "segmenter/tuned/checkpoint/weights.safetensors",
+                 "export/results.jsonl", "report.html"):
         assert (demo / name).stat().st_size > 0, name
     drawn = {p.stem for p in (demo / "figures").glob("*.png")}
     assert {"01_training", "02_scores", "03_kept_counts", "03_merge_map_china", "04_training", "05_unit_scores",

@@ -309,6 +309,34 @@ def test_even_coordinates_give_every_count_the_same_share_and_stand_for_the_same
         assert space.features(policies).min() >= 0 and space.features(policies).max() <= 1
 
 
+@pytest.mark.parametrize("multiple, head_dim, heads", [(8, 64, 1), (32, 24, 4), (4, 6, 2), (1, 11, 1)])
+def test_counts_in_steps_are_whole_steps_or_all_and_never_below_what_may_be_cut(multiple, head_dim, heads):
+    shape = dataclasses.replace(shape_with(5, 6, 131, (5, 7)), embed_dim=6 * head_dim, head_dim=head_dim)
+    space = SearchSpace(shape=shape, tokens="none", max_ratio=0.75, multiple=multiple)
+    policies = np.array(draw(space, 29))
+    counts, plain = space.counts(policies), SearchSpace(shape=shape, tokens="none", max_ratio=0.75).counts(policies)
+    for kept, free, total, step in ((counts.neurons, plain.neurons, 131, multiple), (counts.heads, plain.heads, 6,
+                                                                                     heads)):
+        for now, before in zip(kept.flat, free.flat):           # the next that is a multiple, from where it was
+            assert now == next(n for n in range(before, total + 1) if n % step == 0 or n == total)
+    assert space.keys(space.from_even(space.even(policies))) == space.keys(policies)
+    assert (space.counts(np.zeros((1, space.size))).neurons == 131).all()
+    # each count has an even share of even coordinates
+    for name, unit in (("neurons 0", "neurons"), ("heads 0", "heads")):
+        grid = np.zeros((4001, space.size))
+        grid[:, space.names.index(name)] = np.linspace(0, space.max_ratio, 4001, endpoint=False)
+        found = getattr(space.counts(space.from_even(grid)), unit)[:, 0]
+        shares = np.unique(found, return_counts=True)[1]
+        assert np.ptp(shares) <= 1 and len(shares) == len(set(getattr(space.counts(grid), unit)[:, 0]))
+    plan = space.plan(policies[0], **{k: v for k, v in scores_for(shape).items() if k != "tokens"})
+    assert space.keys(space.policy(plan)[None]) == space.keys(policies[:1])
+
+
+def test_a_step_below_1_is_refused():
+    with pytest.raises(InputError, match="multiple is 0; at least 1"):
+        SearchSpace(shape=SHAPES["five blocks"], multiple=0)
+
+
 @pytest.mark.parametrize("tokens", MODES)
 @pytest.mark.parametrize("max_ratio", [0.5, 0.83])
 def test_a_plan_of_the_space_is_found_again(shape, tokens, max_ratio):

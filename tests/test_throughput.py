@@ -9,7 +9,7 @@ import torch
 from training_fixtures import images, one_thread, tiny  # noqa: F401
 
 from vitlab.measure import throughput
-from vitlab.measure.throughput import conditions, measure, median_range
+from vitlab.measure.throughput import EAGER, Way, conditions, measure, median_range
 from vitlab.runtime.files import InputError
 from vitlab.runtime.results import NOISY, ResultRow, format_speeds, noisy
 
@@ -31,6 +31,15 @@ def test_every_model_is_measured_and_the_first_ones_ratio_is_exactly_1():
 def test_throughput_is_the_batch_over_the_latency():
     speed = measure({"dense": tiny()}, **FAST)["dense"]
     assert speed.throughput_img_s == pytest.approx(4 * 1000 / speed.latency_ms, rel=1e-9)
+
+
+def test_each_model_is_measured_in_each_way_and_the_first_in_the_first_is_the_baseline():
+    inputs = []
+    other = Way("other", "1.0", lambda module, x: lambda given: inputs.append(given) or module(given))
+    speeds = measure({"dense": tiny(), "twin": tiny()}, **FAST, ways=(other, EAGER))
+    assert list(speeds) == ["dense (other)", "dense", "twin (other)", "twin"]
+    assert [speed.runtime for speed in speeds.values()] == 2 * ["other 1.0", f"torch {torch.__version__}"]
+    assert speeds["dense (other)"].ratio == 1 and {tuple(x.shape) for x in inputs} == {(4, 3, 32, 32)}
 
 
 def timed(monkeypatch, seconds: dict[int, list[float]]) -> None:
@@ -123,7 +132,7 @@ def test_the_peak_memory_of_a_model_is_its_own_whatever_lies_beside_it(monkeypat
     for block in model.blocks:                                  # one after the other, each holds 1 MiB while it runs
         block.register_forward_pre_hook(lambda *_: memory.hold(2**20))
         block.register_forward_hook(lambda *_: memory.hold(-2**20))
-    assert throughput._peak_memory_mb(model, x) == pytest.approx(1 + own / 2**20, rel=1e-12)
+    assert throughput._peak_memory_mb(model, model, x) == pytest.approx(1 + own / 2**20, rel=1e-12)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="peak memory is measured on a GPU, and there is none")

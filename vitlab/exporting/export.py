@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlab.data.images import image_config
-from vitlab.exporting.runtimes import RUNTIMES, Runtime, needed, traced
+from vitlab.exporting.runtimes import RUNTIMES, Runtime, compiler, needed, traced
 from vitlab.models import checkpoint, deploy
 from vitlab.models.match import MatchBlock
 from vitlab.models.merge import TokenBlock
@@ -56,29 +56,39 @@ def runtime_of(path: str | Path, to: str | None) -> tuple[str, Runtime]:
         raise InputError(f"{path}: files for {to} end in {endings[to]}")
     for module in RUNTIMES[to].needs:
         needed(module)
+    if to == "aoti":
+        compiler()
     return to, RUNTIMES[to]
 
 
 def export(model: nn.Module, out: str | Path, *, to: str | None = None, images: Tensor | None = None,
-           plan: CompressionPlan | None = None, classes: list[str] | None = None) -> dict[str, Any]:
+           plan: CompressionPlan | None = None, classes: list[str] | None = None,
+           int8: Tensor | None = None) -> dict[str, Any]:
     """Write a model's deployed form to the file `out` for a runtime (a name of RUNTIMES; None: by the ending), run it
     there on images (B, channels, height, width), prepared for the model (None: random ones), in batches of several
     sizes, and compare with PyTorch; returns what the file says of itself, also stored in it:
 
     images: size, mean, std, interpolation, crop_pct, crop_mode; classes; plan; versions; verified: largest difference
     as a share of the outputs' range, and the share of images of the same class (of a Segmenter: pixels), in percent.
+    int8: images like `images`, others than these, that the ranges of activations are taken from: the file computes in
+    int8 (static quantisation by the runtime's own tools), its outputs differ, and `verified` says by how much.
     Raises InputError for an unknown runtime, or one that gives other outputs: then no file is left.
     """
     name, runtime = runtime_of(out, to)
+    if int8 is not None and runtime.write_int8 is None:
+        raise InputError(f"{out}: files for {name} are not quantised; those for "
+                         f"{', '.join(name for name, each in RUNTIMES.items() if each.write_int8)} are")
     model, config = exported_form(model), image_config(encoder_of(model))
     if images is None:
         images = torch.randn(sum(BATCHES), *config["input_size"], generator=torch.Generator().manual_seed(0))
-    images = images.cpu().float()
-    if images.dim() != 4 or tuple(images.shape[1:]) != tuple(config["input_size"]) or len(images) < 2:
-        raise InputError(f"images are {tuple(images.shape)}; at least 2 of {tuple(config['input_size'])} are needed")
+    images, int8 = images.cpu().float(), None if int8 is None else int8.cpu().float()
+    for given in (images, *([] if int8 is None else [int8])):
+        if given.dim() != 4 or tuple(given.shape[1:]) != tuple(config["input_size"]) or len(given) < 2:
+            raise InputError(f"images are {tuple(given.shape)}; at least 2 of {tuple(config['input_size'])} are needed")
     about: dict[str, Any] = {
         "images": {key: config[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")},
         "classes": classes, "plan": None if plan is None else json.loads(plan.to_json()), "runtime": name,
+        "dtype": "float32" if int8 is None else "int8",
         "versions": checkpoint.versions()}
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -86,19 +96,22 @@ def export(model: nn.Module, out: str | Path, *, to: str | None = None, images: 
         warnings.simplefilter("ignore")         # of converters, about themselves
         file = Path(folder) / out.name
         program = traced(model, images[:2])
-        runtime.write(program, file, about)
-        about["verified"] = verify(model, runtime, file, images)
-        runtime.write(program, file, about)
+        if int8 is None:
+            runtime.write(program, file)
+        else:
+            runtime.write_int8(program, file, int8)
+        about["verified"] = verify(model, runtime, file, images, few=FEW if int8 is None else 1.0)
+        runtime.tell(file, about)
         for ending in (*runtime.beside, runtime.ending):                        # the one that names the others last
             part = file.with_name(file.name.removesuffix(runtime.ending) + ending)
             part.replace(out.with_name(part.name))
     return about
 
 
-def verify(model: nn.Module, runtime: Runtime, file: Path, images: Tensor) -> dict[str, Any]:
+def verify(model: nn.Module, runtime: Runtime, file: Path, images: Tensor, few: float = FEW) -> dict[str, Any]:
     """A file's outputs beside the model's, on images in batches of each of BATCHES. Raises InputError where they are
-    others."""
-    run = runtime.open(file, None)
+    others for more than a few of them (a share), or not finite."""
+    run = runtime.open(file, None, "float32")
     with torch.inference_mode():
         expected = model(images).numpy()
     found = [np.concatenate([run(np.ascontiguousarray(part.numpy())) for part in images.split(size)])
@@ -107,7 +120,7 @@ def verify(model: nn.Module, runtime: Runtime, file: Path, images: Tensor) -> di
     each = np.stack([np.abs(one - expected).reshape(len(images), -1).max(axis=1) for one in found]) / scale
     largest, agree = float(each.max()), 100 * float(np.mean([one.argmax(1) == expected.argmax(1) for one in found]))
     said = {"batch_sizes": list(BATCHES), "images": len(images), "largest_difference": largest, "agree_pct": agree}
-    if not np.isfinite(each).all() or (each > SAME).mean() > FEW:
+    if not np.isfinite(each).all() or (each > SAME).mean() > few:
         raise InputError(f"{file.name}: its outputs are not the model's: they differ by up to {largest:.3g} of their "
                          f"range, and {agree:.1f} % of the classes agree; nothing was written")
     return said

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from vitlab.criteria.hsic import at_least_float32
 from vitlab.data.layouts import IGNORE
 from vitlab.measure.evaluate import autocast, check_targets, each_divergence
-from vitlab.models.segmenter import Segmenter
 from vitlab.models.families import finished
+from vitlab.models.segmenter import Segmenter
 from vitlab.plan.shape import ViTShape
 from vitlab.runtime.files import InputError
 

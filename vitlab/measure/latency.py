@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vitlab.criteria.planning import prune_and_merge
-from vitlab.measure.throughput import DTYPES, _once, conditions, hold_memory
+from vitlab.measure.throughput import DTYPES, EAGER, Way, _once, conditions, hold_memory
 from vitlab.models import compress, deploy, encoder_of, shape_of
 from vitlab.models.attention import PrefixAttention, attention_as
+from vitlab.models.deploy import Fold
 from vitlab.models.families import also_taken, attention_input, attention_update, embedded, mlp_update
 from vitlab.models.match import MatchBlock
 from vitlab.models.segmenter import Segmenter
@@ -79,102 +80,121 @@ def _even_regions(patches: int, count: int) -> SharedUpdate:
     return SharedUpdate(regions=regions, weights=tuple(1 / regions.count(r) for r in regions))
 
 
+class _Piece(nn.Module):
+    """A function of x and of modules, as a module that can be written for any runtime."""
+
+    def __init__(self, run: Callable, *modules: nn.Module) -> None:
+        super().__init__()
+        self.run, self.parts = run, nn.ModuleList(modules)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(x, *self.parts)
+
+
 def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]],
-            batch: int) -> Iterator[tuple[str, tuple, Callable, Tensor]]:
-    """(part, place in its grid, function, its input) of every time in the table; blocks are copies of the model's
+            batch: int) -> Iterator[tuple[str, tuple, nn.Module, Tensor]]:
+    """(part, place in its grid, what runs, its input) of every time in the table; blocks are copies of the model's
     first."""
-    encoder, prefix, dim, patches = encoder_of(model), model.num_prefix_tokens, model.embed_dim, model.patch_embed
-    everything, like, also = int(axes["stem"][0][0]), next(model.parameters()), also_taken(encoder, 0)
+    prefix, dim, patches = model.num_prefix_tokens, model.embed_dim, model.patch_embed
+    everything, like, also = int(axes["stem"][0][0]), next(model.parameters()), also_taken(encoder_of(model), 0)
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(batch, model.in_chans, *patches.img_size, generator=generator).to(like)
     numbers = torch.randn(batch * everything * dim, generator=generator).to(like)
-    plain = copy.deepcopy(model.blocks[0])
+    plain, ends = copy.deepcopy(model.blocks[0]), copy.deepcopy(model)
+    encoder_of(ends).blocks = nn.Sequential()
     by_heads, by_neurons = ({count: copy.deepcopy(plain) for count in axes[part][1]} for part in ("attention", "mlp"))
     for count, block in by_heads.items():
         keep_units(block, "heads", range(count))
     for count, block in by_neurons.items():
         keep_units(block, "neurons", range(count))
-    asking = {heads: attention_as(PrefixAttention, block.attn, num_prefix_tokens=prefix)
-              for heads, block in by_heads.items()}
-    folds = {(rows, n): torch.ones(int(rows), int(n)).to(like) for rows in axes["fold"][0] for n in axes["fold"][1]}
-    pools = {n: SharedUpdateBlock(nn.Identity(), _even_regions(patches.num_patches, int(n - prefix)), prefix).to(like)
-             for n in axes["pool"][0]}
 
     def by_place(n: int) -> dict[str, Any]:
-        return {"rope": also["rope"][..., :n - prefix, :]} if "rope" in also else also
+        return {"rope": also["rope"][..., :int(n) - prefix, :]} if "rope" in also else also
 
-    def attention(x: Tensor, n: int, heads: int) -> Tensor:
+    def attention(n: int, heads: int) -> nn.Module:
+        return _Piece(lambda x, block: x + attention_update(
+            block, block.attn(attention_input(block, x), **by_place(n))), by_heads[heads])
+
+    def read_out(n: int, heads: int) -> nn.Module:
         block = by_heads[heads]
-        return x + attention_update(block, block.attn(attention_input(block, x), **by_place(n)))
+        return _Piece(lambda x, block, asking: x[:, :prefix] + attention_update(
+            block, asking(attention_input(block, x), **by_place(n))), block,
+            attention_as(PrefixAttention, block.attn, num_prefix_tokens=prefix))
 
-    def read_out(x: Tensor, n: int, heads: int) -> Tensor:
-        block = by_heads[heads]
-        return x[:, :prefix] + attention_update(block, asking[heads](attention_input(block, x), **by_place(n)))
+    def pool(n: int) -> nn.Module:
+        regions = _even_regions(patches.num_patches, int(n - prefix))
+        return _Piece(lambda x, block: block(x), SharedUpdateBlock(nn.Identity(), regions, prefix).to(like))
 
-    def mlp(x: Tensor, n: int, neurons: int) -> Tensor:
-        block = by_neurons[neurons]
-        return x + mlp_update(block, x)
-
-    def match(x: Tensor, n: int) -> Tensor:
+    def match(n: int) -> nn.Module:
         """Half of what can be merged is; keys are as wide as all heads."""
-        return MatchBlock(plain, Match(merged=max(1, int(n - prefix) // 4)), prefix).merge(x, None, x[:, :, 0], x)[0]
+        return _Piece(lambda x, block: block.merge(x, None, x[:, :, 0], x)[0],
+                      MatchBlock(plain, Match(merged=max(1, int(n - prefix) // 4)), prefix))
 
-    def select(x: Tensor, n: int, heads: int) -> Tensor:
+    def select(n: int, heads: int) -> nn.Module:
         """The class token's row over the keys of so many heads, and the choice."""
-        width = min(int(heads) * by_heads[heads].attn.head_dim, dim)
-        row = x[:, :1, :width] @ x[:, :, :width].transpose(1, 2)
-        return tokens.select(x, row.softmax(dim=2)[:, 0], int(n - prefix) // 2, prefix)
-    run = {"stem": lambda x, n: embedded(encoder, x), "attention": attention, "select": select, "mlp": mlp,
-           "fold": lambda x, rows, n: torch.matmul(folds[rows, n], x), "pool": lambda x, n: pools[n](x),
-           "carry": lambda x, n: torch.cat(x.tensor_split(2, dim=1), dim=1), "match": match, "read_out": read_out,
-           "head": lambda x, n: model.forward_head(encoder.norm(x))}
+        width, kept = min(int(heads) * by_heads[heads].attn.head_dim, dim), int(n - prefix) // 2
+
+        def run(x: Tensor) -> Tensor:
+            row = x[:, :1, :width] @ x[:, :, :width].transpose(1, 2)
+            return tokens.select(x, row.softmax(dim=2)[:, 0], kept, prefix)
+        return _Piece(run)
+    made = {"stem": lambda n: _Piece(lambda x, model: embedded(encoder_of(model), x), ends),
+            "attention": attention, "read_out": read_out, "select": select,
+            "mlp": lambda n, neurons: _Piece(lambda x, block: x + mlp_update(block, x), by_neurons[neurons]), "pool": pool, "match": match,
+            "fold": lambda rows, n: Fold(torch.ones(int(rows), int(n)).to(like)),
+            "carry": lambda n: _Piece(lambda x: torch.cat(x.tensor_split(2, dim=1), dim=1)),
+            "head": lambda n: _Piece(lambda x, model: model.forward_head(encoder_of(model).norm(x)), ends)}
     for part, grid in axes.items():
         for place in np.ndindex(*map(len, grid)):
             counts = [axis[i] for axis, i in zip(grid, place)]
             n = everything if part == "pool" else int(counts[AXES[part].index("columns") if part == "fold" else 0])
-            yield (part, place, lambda x, piece=run[part], counts=counts: piece(x, *counts),
+            yield (part, place, made[part](*counts),
                    image if part == "stem" else numbers[:batch * n * dim].view(batch, n, dim))      # (B, n, D)
 
 
-def conditions_of(model: nn.Module, batch_size: int, dtype: str, device: str | torch.device) -> dict[str, Any]:
-    """What a table holds for, beside the ViTShape: machine, device, dtype, batch, threads, torch, a block's modules,
-    and what a decoder was given."""
+def conditions_of(model: nn.Module, batch_size: int, dtype: str, device: str | torch.device,
+                  way: Way = EAGER) -> dict[str, Any]:
+    """What a table holds for, beside the ViTShape: machine, device, dtype, batch, threads, torch, the runtime, a
+    block's modules, and what a decoder was given."""
     if dtype not in DTYPES or batch_size < 1:
         raise InputError(f"dtype {dtype!r}, batch_size {batch_size}; one of {sorted(DTYPES)} and at least 1 are needed")
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     here = conditions(torch.device(device), dtype, batch_size, 1)
     decoder = {"decoder": model.decoder_args} if isinstance(model, Segmenter) else {}
-    return {"machine": platform.node(), "cpu": cpu, "block": str(model.blocks[0]), **decoder,
+    return {"machine": platform.node(), "cpu": cpu, "runtime": str(way), "block": str(model.blocks[0]), **decoder,
             **{k: v for k, v in here.items() if k not in ("repeats", "timing")}}
 
 
 @torch.inference_mode()
 def measure_table(model: nn.Module, *, batch_size: int = 32, dtype: str = "float32", device: str | torch.device = "cpu",
-                  repeats: int = 5, min_seconds: float = 0.02, progress: bool = True) -> LatencyTable:
-    """Time every part of a dense model at every place of its grid, and four whole models for the scale.
+                  repeats: int = 5, min_seconds: float = 0.02, progress: bool = True,
+                  way: Way = EAGER) -> LatencyTable:
+    """Time every part of a dense model at every place of its grid, and four whole models for the scale, each as it
+    runs in that way.
 
     Medians over `repeats` rounds through all places in turn, so that drift of the machine spreads evenly; each timing
     repeats the part until it lasts min_seconds. The model itself stays as it is. Raises InputError for a model that
     can't be handled, an unknown dtype, or a size below 1.
     """
-    shape, found = shape_of(model), conditions_of(model, batch_size, dtype, device)
+    shape, found = shape_of(model), conditions_of(model, batch_size, dtype, device, way)
     require(repeats >= 1, f"repeats is {repeats}; at least 1 is needed")
     if torch.device(device).type == "cpu":
         hold_memory()
     model, axes = copy.deepcopy(model).to(device=device, dtype=DTYPES[dtype]).eval(), grid_axes(shape)
     pieces, whole = list(_pieces(model, axes, batch_size)), _whole_models(model, shape)
     pieces += [("whole", (i,), compressed, pieces[0][3]) for i, (_, compressed) in enumerate(whole)]
-    runs = []
-    for _, _, piece, x in pieces:
-        _once(piece, x, 1)                                                      # warm-up
-        runs.append(max(1, round(min_seconds / _once(piece, x, 1))))
+    calls, runs = [], []
+    for _, _, piece, x in tqdm(pieces, desc=f"parts in {way}", unit="part", disable=not progress or way is EAGER):
+        calls.append(way.ready(piece, x))
+        _once(calls[-1], x, 1)                                                  # warm-up
+        runs.append(max(1, round(min_seconds / _once(calls[-1], x, 1))))
     seconds: list[list[float]] = [[] for _ in pieces]
     with tqdm(total=repeats * len(pieces), desc=f"latency table, batch {batch_size}", unit="timing",
               disable=not progress) as bar:
         for _ in range(repeats):
-            for (_, _, piece, x), count, times in zip(pieces, runs, seconds):
-                times.append(_once(piece, x, count))
+            for (_, _, _, x), call, count, times in zip(pieces, calls, runs, seconds):
+                times.append(_once(call, x, count))
                 bar.update()
     ms = {part: np.zeros(tuple(map(len, a))) for part, a in axes.items()} | {"whole": np.zeros(len(whole))}
     for (part, place, _, _), times in zip(pieces, seconds):
@@ -186,13 +206,13 @@ def measure_table(model: nn.Module, *, batch_size: int = 32, dtype: str = "float
 
 
 def latency_table(model: nn.Module, *, batch_size: int = 32, dtype: str = "float32", device: str | torch.device = "cpu",
-                  cache: str | Path | None = None, **settings: Any) -> LatencyTable:
+                  cache: str | Path | None = None, way: Way = EAGER, **settings: Any) -> LatencyTable:
     """The table of `measure_table` (settings go there), read where it was measured before under the same conditions.
 
     cache: folder; None: $VITLAB_CACHE, or ~/.cache/vitlab. A file there that is damaged or of other conditions is
     measured anew with a warning that names it.
     """
-    shape, found = shape_of(model), conditions_of(model, batch_size, dtype, device)
+    shape, found = shape_of(model), conditions_of(model, batch_size, dtype, device, way)
     key = hashlib.sha256(json.dumps([shape.stored(), found], sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(cache or cache_folder())
     path = folder / f"latency-{key}.json"
@@ -203,7 +223,7 @@ def latency_table(model: nn.Module, *, batch_size: int = 32, dtype: str = "float
             return table
         except InputError as error:
             warnings.warn(f"{error}; it is measured anew", stacklevel=2)
-    table = measure_table(model, batch_size=batch_size, dtype=dtype, device=device, **settings)
+    table = measure_table(model, batch_size=batch_size, dtype=dtype, device=device, way=way, **settings)
     try:
         table.save(path)
     except OSError as error:

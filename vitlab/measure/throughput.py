@@ -3,7 +3,7 @@ import ctypes
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,24 @@ CONFIDENCE = 0.95                               # of the range of a ratio
 TIMING = ("models in turn in one process that keeps freed memory; ratio: median over the rounds of the first model's "
           "time by this one's; throughput: the first model's median, times the ratio")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Call = Callable[[torch.Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How what is timed runs; `vitlab.exporting.running` has others than PyTorch's own."""
+
+    name: str
+    version: str
+    # what runs a module on inputs like this one; both are on the device and of the dtype that are timed
+    ready: Callable[[nn.Module, torch.Tensor], Call]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
+
+
+EAGER = Way("torch", torch.__version__, lambda module, x: module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +57,7 @@ class Speed:
     ratio_min: float
     ratio_max: float
     peak_memory_mb: float | None    # on a GPU: its weights, the images, and what one forward holds at most
+    runtime: str                    # and its version
 
 
 def hold_memory() -> bool:
@@ -70,34 +89,34 @@ def median_range(values: Sequence[float], confidence: float = CONFIDENCE) -> tup
     return ordered[inner], ordered[n - 1 - inner]
 
 
-def _peak_memory_mb(model: nn.Module, x: torch.Tensor) -> float:
+def _peak_memory_mb(model: nn.Module, call: Call, x: torch.Tensor) -> float:
     """MiB on a GPU of the weights, the images and what one forward holds at most; other models that lie there, and the
     workspaces of libraries, which a first forward must have made, are left out."""
     before = torch.cuda.memory_allocated(x.device)
     torch.cuda.reset_peak_memory_stats(x.device)
-    model(x)
+    call(x)
     held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
             for tensor in (*model.parameters(), *model.buffers(), x)}
     return (torch.cuda.max_memory_allocated(x.device) - before + sum(held.values())) / 2**20
 
 
-def _once(model: Callable, x: torch.Tensor, runs: int) -> float:
+def _once(call: Call, x: torch.Tensor, runs: int) -> float:
     if x.device.type == "cuda":
         torch.cuda.synchronize(x.device)
     began = time.perf_counter()
     for _ in range(runs):
-        model(x)
+        call(x)
     if x.device.type == "cuda":
         torch.cuda.synchronize(x.device)
     return (time.perf_counter() - began) / runs
 
 
 @torch.inference_mode()
-def measure(models: dict[str, nn.Module], *, batch_size: int = 32, repeats: int = 10, warmup: int = 2,
+def measure(models: Mapping[str, nn.Module], *, batch_size: int = 32, repeats: int = 10, warmup: int = 2,
             dtype: str = "float32", device: str | torch.device = "cpu", min_seconds: float = 0.2,
-            progress: bool = True) -> dict[str, Speed]:
+            progress: bool = True, ways: Sequence[Way] = (EAGER,)) -> dict[str, Speed]:
     """Speed of each model on random images, the first the baseline: warm-up, then `repeats` rounds through all models
-    in turn (`Speed` says what is made of them).
+    in turn (`Speed` says what is made of them), each in every way: "NAME", run by PyTorch, "NAME (compiled)", ...
 
     Each timing repeats the forward until it lasts min_seconds. Models are moved to device and dtype and stay there.
     Raises InputError for an unknown dtype, no model, or a size below 1.
@@ -106,30 +125,35 @@ def measure(models: dict[str, nn.Module], *, batch_size: int = 32, repeats: int 
         raise InputError(f"dtype {dtype!r} is not known; known are {sorted(DTYPES)}")
     if not models or batch_size < 1 or repeats < 1:
         raise InputError("measure needs a model, batch_size of at least 1 and repeats of at least 1")
-    device, inputs, runs, peaks = torch.device(device), {}, {}, {}
+    device = torch.device(device)
     if device.type == "cpu":
         hold_memory()
+    timed: dict[str, tuple[Call, torch.Tensor, int]] = {}       # what runs, on what, how often in a row
+    runs_in, peaks = dict[str, str](), dict[str, float | None]()
     for name, model in models.items():
         model.to(device=device, dtype=DTYPES[dtype]).eval()
         h, w = model.patch_embed.img_size
-        inputs[name] = torch.randn(batch_size, model.in_chans, h, w, generator=torch.Generator().manual_seed(0)
-                                   ).to(device, DTYPES[dtype])
-        for _ in range(max(1, warmup)):
-            seconds = _once(model, inputs[name], 1)
-        peaks[name] = _peak_memory_mb(model, inputs[name]) if device.type == "cuda" else None
-        runs[name] = max(1, round(min_seconds / seconds))
-    times: dict[str, list[float]] = {name: [] for name in models}
+        x = torch.randn(batch_size, model.in_chans, h, w, generator=torch.Generator().manual_seed(0)
+                        ).to(device, DTYPES[dtype])
+        for way in ways:
+            key, call = name if way is EAGER else f"{name} ({way.name})", way.ready(model, x)
+            for _ in range(max(1, warmup)):
+                seconds = _once(call, x, 1)
+            timed[key], runs_in[key] = (call, x, max(1, round(min_seconds / seconds))), str(way)
+            peaks[key] = _peak_memory_mb(model, call, x) if device.type == "cuda" else None
+    times: dict[str, list[float]] = {key: [] for key in timed}
     for _ in tqdm(range(repeats), desc=f"timing, batch {batch_size}", unit="round", disable=not progress):
-        for name, model in models.items():
-            times[name].append(_once(model, inputs[name], runs[name]))
-    first = times[next(iter(models))]
-    return {name: _speed(first, seconds, batch_size, peaks[name]) for name, seconds in times.items()}
+        for key, each in timed.items():
+            times[key].append(_once(*each))
+    first = times[next(iter(timed))]
+    return {key: _speed(first, seconds, batch_size, peak_memory_mb=peaks[key], runtime=runs_in[key])
+            for key, seconds in times.items()}
 
 
-def _speed(first: Sequence[float], seconds: Sequence[float], batch_size: int, peak_memory_mb: float | None) -> Speed:
+def _speed(first: Sequence[float], seconds: Sequence[float], batch_size: int, **found: Any) -> Speed:
     """Of a model's seconds a forward, round by round, beside the first model's."""
     ratios = [a / b for a, b in zip(first, seconds)]
     ratio, (low, high) = statistics.median(ratios), median_range(ratios)
     throughput = batch_size / statistics.median(first) * ratio
     return Speed(throughput_img_s=throughput, latency_ms=1000 * batch_size / throughput, ratio=ratio, ratio_min=low,
-                 ratio_max=high, peak_memory_mb=peak_memory_mb)
+                 ratio_max=high, **found)

@@ -77,7 +77,7 @@ class MaskTransformer(nn.Module):
         trunc_normal_(self.cls_emb, std=INIT_STD)
 
     def forward(self, patches: Tensor) -> Tensor:
-        x = torch.cat([self.proj_dec(patches), self.cls_emb.expand(len(patches), -1, -1)], dim=1)       # (B, n + K, D)
+        x = torch.cat([self.proj_dec(patches), self.cls_emb.expand(patches.shape[0], -1, -1)], dim=1)   # (B, n + K, D)
         for block in self.blocks:
             x = block(x)
         patches, classes = self.decoder_norm(x).split((patches.shape[1], self.num_classes), dim=1)

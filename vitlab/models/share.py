@@ -35,7 +35,7 @@ class SharedUpdateBlock(nn.Module):
         of_region = [[patch for patch in range(count) if regions[patch] == number] for number in range(self.num_merged)]
         largest = max(map(len, of_region), default=0)
         self.members = torch.tensor([patches + [count] * (largest - len(patches)) for patches in of_region],
-                                    dtype=torch.long, device=self.regions.device)
+                                    dtype=torch.long, device=self.regions.device).view(self.num_merged, largest)
 
     def means(self, patches: Tensor) -> Tensor:
         """Of each region, and 0 for the one that is none: (B, n, D) -> (B, C + 1, D)."""

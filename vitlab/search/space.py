@@ -1,9 +1,11 @@
 """SearchSpace: the vector that a search proposes, and the counts and the plan that it stands for (methods B4, C2).
 
 A policy is a vector of ratios in [0, max_ratio]: neurons of each block, heads of each block, then the token dimensions.
-A ratio is the fraction cut, and int(count * (1 - ratio)) stay: policies that change no count are the same policy.
+A ratio is the fraction cut, and int(count * (1 - ratio)) stay, rounded up to whole steps where counts go in steps:
+policies that change no count are the same policy.
 P policies, D dimensions, U of them units, L blocks.
 """
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,11 +35,13 @@ class SearchSpace:
     max_ratio: float = MAX_RATIO                # most that a ratio may cut, (0, 1)
     read_out: bool = False                      # whether the last block computes what the classifier reads alone
     settings: dict[str, Any] = field(default_factory=dict)      # of the token dimensions, such as prune_rate
+    multiple: int = 1                           # what stays is a multiple of so many neurons, or widths of heads
 
     def __post_init__(self) -> None:
         odd = sorted(set(self.units) - set(UNITS))
         if odd:
             raise InputError(f"units {odd[0]!r} are not known; known are {list(UNITS)}")
+        require(self.multiple >= 1, f"multiple is {self.multiple}; at least 1 is needed")
         require(0 < self.max_ratio < 1, f"max_ratio is {self.max_ratio}; it must lie in (0, 1)")
         # what the model can't lose is not searched
         object.__setattr__(self, "units", tuple(u for u in UNITS if u in self.units and self.shape.cuts(u)))
@@ -95,15 +99,28 @@ class SearchSpace:
     @cached_property
     def _levels(self) -> np.ndarray:
         """How many different counts of units the box allows, (U)."""
-        return self._total - self._stay(np.full(len(self._total), self.max_ratio)) + 1
+        return self._gone(self._stay(np.full(len(self._total), self.max_ratio))) + 1
+
+    @cached_property
+    def _step(self) -> np.ndarray:
+        """Units that go together (U); what stays is whole steps, or everything."""
+        steps = {"neurons": self.multiple, "heads": self.multiple // math.gcd(self.multiple, self.shape.head_dim)}
+        return np.repeat(np.array([steps[unit] for unit in self.units], dtype=np.int64), self.shape.depth)
 
     def _stay(self, ratios: np.ndarray) -> np.ndarray:
         """Units that stay, at least one (methods B4): ratios (..., U) -> (..., U)."""
-        return np.maximum((self._total * (1 - ratios)).astype(np.int64), 1)
+        kept = np.maximum((self._total * (1 - ratios)).astype(np.int64), 1)
+        return np.minimum(-(-kept // self._step) * self._step, self._total)
+
+    def _gone(self, kept: np.ndarray) -> np.ndarray:
+        """How many counts above this one there are: (..., U) -> (..., U)."""
+        return -(-self._total // self._step) + -kept // self._step
 
     def _middle(self, kept: np.ndarray) -> np.ndarray:
         """The ratios in the middle of those with which so many units stay: (..., U) -> (..., U)."""
-        return np.clip(1 - (kept + 0.5) / self._total, 0, self.max_ratio)
+        below = (-(-kept // self._step) - 1) * self._step                       # the next count
+        ratios = 1 - (below + kept + 2) / 2 / self._total
+        return np.where(kept == self._total, 0, np.clip(ratios, 0, self.max_ratio))
 
     def counts(self, policies: np.ndarray) -> Counts:
         """What stays in each block (P, L)."""
@@ -142,14 +159,15 @@ class SearchSpace:
         and a draw never hits it; here they are one part in as many as there are counts. Token ratios stay.
         """
         units, tokens = np.split(self.check(policies), [len(self._total)], axis=1)
-        gone = self._total - self._stay(units)
+        gone = self._gone(self._stay(units))
         return np.concatenate([(gone + 0.5) / self._levels * self.max_ratio, tokens], axis=1)
 
     def from_even(self, points: np.ndarray) -> np.ndarray:
         """The policies (P, D) of even coordinates: each ratio in the middle of those with its count."""
         units, tokens = np.split(self.check(points), [len(self._total)], axis=1)
         gone = np.minimum((units / self.max_ratio * self._levels).astype(np.int64), self._levels - 1)
-        return np.concatenate([self._middle(self._total - gone), tokens], axis=1)
+        kept = np.minimum((-(-self._total // self._step) - gone) * self._step, self._total)
+        return np.concatenate([self._middle(kept), tokens], axis=1)
 
     def features(self, policies: np.ndarray) -> np.ndarray:
         """What a model of the objective should see (P, D): even coordinates in [0, 1]."""

@@ -17,7 +17,7 @@ from vitlab.plan.cost import macs
 from vitlab.plan.shape import ViTShape
 from vitlab.runtime.config import RunConfig, flags
 from vitlab.runtime.files import InputError
-from vitlab.runtime.kinds import File, Gmacs, MacsRatio, Or, Rate, Ratio, Run, Spans, flag
+from vitlab.runtime.kinds import Count, File, Gmacs, MacsRatio, Or, Rate, Ratio, Run, Spans, flag
 from vitlab.search import Budget, SearchSpace
 from vitlab.search.published import published_policy
 from vitlab.workbench.scoring import read_scores, read_units
@@ -86,7 +86,7 @@ def prune_units(source: Source,
                 scores: Or[File, UnitScores], out: Run, *,
                 policy: Annotated[str | None, flag(metavar="NAME")] = None, head_ratio: Ratio = 0.0,
                 neuron_ratio: Ratio = 0.0, rho: Ratio = 0.0, gmacs: Gmacs = None, macs_ratio: MacsRatio = None,
-                config: Quiet = RunConfig()) -> Checkpoint:
+                multiple: Count = 1, config: Quiet = RunConfig()) -> Checkpoint:
     """Compress a dense model by unit scores: the same ratios in every block and rho in the selecting blocks, or a
     published policy by name (tokens then ranked by all heads, as it was), or, by a budget (`limit_of`), heads and
     neurons alike, as nearly as whole heads allow. Writes and returns the checkpoint in `out`.
@@ -97,6 +97,7 @@ def prune_units(source: Source,
         head_ratio: fraction of heads cut in every block
         neuron_ratio: fraction of neurons cut in every block
         rho: fraction of tokens dropped by each of three selections
+        multiple: neurons that stay, and widths of heads, are so many, or a multiple: 8, 16 or 32, as kernels like
     """
     budget, ratios = gmacs is not None or macs_ratio is not None, bool(head_ratio or neuron_ratio or rho)
     if not budget and policy is None and not ratios:
@@ -108,7 +109,8 @@ def prune_units(source: Source,
     if budget:
         if policy is not None or ratios:
             raise InputError("a budget says how much is cut, and so does a policy or a ratio; one of the two is needed")
-        limit, space = limit_of(shape, gmacs, macs_ratio), SearchSpace(shape=shape, tokens="none", max_ratio=0.999)
+        limit, space = limit_of(shape, gmacs, macs_ratio), SearchSpace(
+            shape=shape, tokens="none", max_ratio=0.999, multiple=multiple)
         plan = space.plan(even_within(space, limit), heads=scores.heads, neurons=scores.neurons,
                           made_by={"method": "budget", "gmacs": limit, "scores": scores.made_by})
         return apply_plan(found, plan, out)
@@ -121,7 +123,7 @@ def prune_units(source: Source,
     else:
         vector, settings = np.array([neuron_ratio] * shape.depth + [head_ratio] * shape.depth + [rho] * (rho > 0)), {}
     space = SearchSpace(shape=shape, tokens="select" if policy or rho else "none", settings=settings,
-                        max_ratio=max(0.5, *vector.tolist(), 1e-3))
+                        max_ratio=max(0.5, *vector.tolist(), 1e-3), multiple=multiple)
     made_by = {"method": "policy", "policy": policy} if policy else {"method": "ratios", "head_ratio": head_ratio,
                                                                        "neuron_ratio": neuron_ratio, "rho": rho}
     plan = space.plan(vector, heads=scores.heads, neurons=scores.neurons, made_by=made_by | {"scores": scores.made_by})

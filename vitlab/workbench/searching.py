@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 from cyclopts import Parameter
 from torch import nn
 from tqdm import tqdm
 
 from vitlab.criteria.compensation import Moments
 from vitlab.data.images import image_config
+from vitlab.exporting.running import way_of
 from vitlab.measure.distance import output_of
 from vitlab.measure.latency import latency_table
 from vitlab.measure.moments import Layer, each_moments
@@ -58,14 +58,14 @@ PLAN, REPORTED = "plan.json", "reported.json"
 COSTS = ("gmacs", "published_gmacs", "latency_ms")
 
 
-def cost_function(space: SearchSpace, unit: str, model: nn.Module, *, batch_size: int = 32, dtype: str = "float32",
-                  device: torch.device | str = "cpu", progress: bool = True) -> Callable[[np.ndarray], np.ndarray]:
+def cost_function(space: SearchSpace, unit: str, model: nn.Module, **timed: Any) -> Callable[[np.ndarray], np.ndarray]:
     """Policies (P, D) -> cost (P) in a unit of COSTS: "gmacs" deployed, everything counted; "published_gmacs" as arXiv
-    2201.00043 counts (one rho); "latency_ms" of a batch, from the table measured on this machine. Raises InputError."""
+    2201.00043 counts (one rho); "latency_ms" of a batch, from the `latency_table` that `timed` asks for. Raises
+    InputError."""
     if unit == "gmacs":
         return space.gmacs
     if unit == "latency_ms":
-        table = latency_table(model, batch_size=batch_size, dtype=dtype, device=device, progress=progress)
+        table = latency_table(model, **timed)
         return lambda policies: table.predict(space.counts(policies))
     if unit != "published_gmacs":
         raise InputError(f"cost {unit!r} is not known; known are {list(COSTS)}")
@@ -79,7 +79,7 @@ def cost_function(space: SearchSpace, unit: str, model: nn.Module, *, batch_size
 
 
 def _cost_of(gmacs: float | None, macs_ratio: float | None, latency_ms: float | None, published: bool,
-             tokens: str | None, config: RunConfig) -> str:
+             tokens: str | None, runtime: str, config: RunConfig) -> str:
     """The unit of a budget. Raises InputError where it is not one, or something that has nothing to do with it is
     given."""
     if sum(amount is not None for amount in (gmacs, macs_ratio, latency_ms)) != 1:
@@ -89,18 +89,19 @@ def _cost_of(gmacs: float | None, macs_ratio: float | None, latency_ms: float | 
         raise InputError("published_count is of multiply-adds; it goes with gmacs or macs_ratio, not latency_ms")
     if published and tokens not in (None, "select"):
         raise InputError(f"published_count is of one selection ratio; it goes with tokens select, not {tokens}")
-    if latency_ms is None and (config.batch_size or config.dtype):
-        raise InputError("batch_size and dtype are those of a latency; they go with latency_ms")
+    if latency_ms is None and (config.batch_size or config.dtype or runtime != "torch"):
+        raise InputError("batch_size, dtype and runtime are those of a latency; they go with latency_ms")
     return "latency_ms" if latency_ms is not None else "published_gmacs" if published else "gmacs"
 
 
 def search(source: Source, data: Data,
            out: Annotated[str | Path, flag(metavar="STUDY", help="folder of the study")], *, gmacs: Gmacs = None,
            macs_ratio: MacsRatio = None, latency_ms: Annotated[Positive | None, flag(metavar="MS")] = None,
+           runtime: Literal["torch", "compiled", "onnxruntime", "openvino", "aoti"] = "torch",
            published_count: bool = False, units: Units = ("neurons", "heads"),
            tokens: Annotated[str | None, flag(metavar="NAME")] = None,
            token_settings: Annotated[dict[str, Any] | None, Parameter(parse=False)] = None,
-           max_ratio: MaxRatio = MAX_RATIO, read_out: bool = False, strategy: str = "gp",
+           max_ratio: MaxRatio = MAX_RATIO, multiple: Count = 1, read_out: bool = False, strategy: str = "gp",
            settings: Annotated[Or[str, Settings], flag(metavar="NAME")] = "default",
            evaluations: Count | None = None, population: Several | None = None,
            start: Literal["varied", "random", "sensitivity"] | None = None,
@@ -121,13 +122,14 @@ def search(source: Source, data: Data,
 
     Args:
         latency_ms: budget: milliseconds of one batch on this machine, from a measured table
+        runtime: that the latency is of: the one that the model will run in
         published_count: count multiply-adds, and rank tokens, as arXiv 2201.00043 does
         units: neurons,heads or one of them or none
         tokens: none, select, merge, share or match, the last four with _per_stage for ratios of their own, or
             merge_per_span (default: select; match without a class token or of a Segmenter)
         max_ratio: largest ratio; int(count * (1 - ratio)) stay, so of few heads one may go (0.5: as published)
-        read_out: the last block computes what a classifier on the class token reads, and no more: exact, fewer
-            multiply-adds
+        multiple: neurons that stay, and widths of heads, are so many, or a multiple: 8, 16 or 32, as kernels like
+        read_out: the last block computes what a classifier on the class token reads alone: exact, and cheaper
         strategy: gp, random or uniform
         settings: default or published
         evaluations: policies measured in all (default: the settings')
@@ -143,7 +145,7 @@ def search(source: Source, data: Data,
         images: of train, that policies are measured on, and as many others that the best is reported on, at most
         score_images: others, to rank units and tokens on, at most
     """
-    cost, options = _cost_of(gmacs, macs_ratio, latency_ms, published_count, tokens, config), settings
+    cost, options = _cost_of(gmacs, macs_ratio, latency_ms, published_count, tokens, runtime, config), settings
     if isinstance(options, str):
         options = settings_of(options)
     together = parallel or processes.world()
@@ -162,14 +164,13 @@ def search(source: Source, data: Data,
         raise InputError(f"{'read_out' if read_out else f'tokens {tokens!r}'}: {why} needs the whole grid; tokens that "
                          "merge (match, share or merge, also with _per_stage; merge_per_span) keep it")
     space = SearchSpace(shape=shape, units=tuple(units), tokens=tokens, settings=token_settings or {},
-                        max_ratio=max_ratio, read_out=read_out)
+                        max_ratio=max_ratio, read_out=read_out, multiple=multiple)
     by_loss = space.by_place or bool(units) and criterion == "taylor"
     labels = metric != "distill_loss" or by_loss and output_of(shape).labelled
     opened = open_matching(data, found, class_map, labels=labels)
-    price = processes.after_first(lambda: cost_function(space, cost, found.model, batch_size=config.batch_size or 32,
-                                                       dtype=config.dtype or "float32", device=place,
-                                                       # a latency table is measured once, and kept
-                                                       progress=progress))
+    price = processes.after_first(lambda: cost_function(                        # a table is measured once, and kept
+        space, cost, found.model, batch_size=config.batch_size or 32, dtype=config.dtype or "float32", device=place,
+        way=way_of(runtime), progress=progress))
     uncut = float(price(np.zeros((1, space.size)))[0])
     limit = next(a for a in (gmacs, latency_ms, (macs_ratio or 0) * uncut) if a is not None)
     budget = Budget(limit=limit, cost=price, max_ratio=space.max_ratio, size=space.size, groups=tuple(space.groups),
@@ -200,7 +201,7 @@ def search(source: Source, data: Data,
     best = study.run(lambda policy: objective(space.plan(policy, **scores)), until=until, progress=progress)
     made_by = {"method": "search", "strategy": strategy, "cost": cost, "limit": limit, "evaluation": best.index,
                "value": best.value, "seed": seed, "units": list(units), "tokens": tokens,
-               "distance": output_of(shape).distance}
+                "distance": output_of(shape).distance, **({} if latency_ms is None else {"runtime": runtime})}
     if processes.is_first():
         plan = space.plan(best.policy, **scores, made_by=made_by | {"roles": parts.roles})
         plan.save(out / PLAN)                   # it is there whatever becomes of the measuring
@@ -230,8 +231,7 @@ def _say_ahead(study: Study, images: int, each: float, minutes: float | None, pr
                    + ("" if minutes is None else f"; it ends after {minutes:g} with what it has"), file=sys.stderr)
     if minutes is not None and (first := alone - study.spent) > 0 and first * each / processes.world() > 60 * minutes:
         warnings.warn(f"each dimension is measured alone first, which takes about {taken(first)} minutes, more than "
-                      f"the {minutes:g} given; "
-                      "another start, or fewer images, would take less", stacklevel=3)
+                      f"the {minutes:g} given; another start, or fewer images, would take less", stacklevel=3)
 
 
 def reported(study: str | Path) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vitlab.data import ImageData, open_data
 from vitlab.data.images import image_config, in_words
 from vitlab.data.masks import open_scenes
+from vitlab.exporting.running import way_of
 from vitlab.measure import evaluate as evaluation
 from vitlab.measure import throughput as timing
 from vitlab.measure.distance import output_of
@@ -25,7 +26,7 @@ from vitlab.plan import BlockPlan, CompressionPlan, cost
 from vitlab.runtime import parallel
 from vitlab.runtime.config import RunConfig, flags
 from vitlab.runtime.files import NOTEBOOKS, InputError, first_line
-from vitlab.runtime.kinds import ClassMap, Count, Data, File, Or, Run, flag
+from vitlab.runtime.kinds import ClassMap, Count, Data, File, Names, Or, Run, flag
 from vitlab.runtime.results import ResultRow, append_row
 from vitlab.workbench.evaluating import Features, Windows, beside, of_classes, of_features, of_scenes  # noqa: F401
 
@@ -179,33 +180,34 @@ def evaluate(source: Source, data: Data, *, dense: Annotated[Other | None, flag(
 
 
 def throughput(sources: Annotated[Or[tuple[str, ...], Sequence[str], dict[str, Other]], Parameter(name="SOURCE")], *,
-               repeats: Count = 10, out: Rows = None,
+               runtime: Names = ("torch",), repeats: Count = 10, out: Rows = None,
                config: Annotated[RunConfig, flags("device", "batch_size", "dtype", "quiet")] = RunConfig(),
                like: Annotated[ResultRow | None, Parameter(parse=False)] = None,
                quick: Annotated[bool, Parameter(parse=False)] = False) -> list[ResultRow]:
     """Speed of deployed models at config.batch_size (32), and their latency at batch 1; the first is the baseline, all
-    in turn in this process. A timm name stands for the architecture alone, with random weights.
+    in turn in this process, each in every runtime. A timm name stands for the architecture alone, with random weights.
 
     Rows are appended to out/results.jsonl where `out` is given; `like` is a row that says of which dataset and split;
     quick: that they are of a quick run (`vitlab.runtime.caveats`).
 
     Args:
         sources: checkpoint or run folders, or timm names
+        runtime: of torch, compiled, onnxruntime, openvino, aoti; the first is the baseline's
         repeats: rounds of all of them
     """
     device, dtype, batch_size = pick_device(config.device), config.dtype or "float32", config.batch_size or 32
+    options: dict[str, Any] = {"repeats": repeats, "dtype": dtype, "device": device, "progress": config.progress,
+                               "ways": [way_of(name) for name in runtime]}
     named = sources if isinstance(sources, dict) else {str(s): s for s in sources}
     models = {name: deployed(open_model(each, pretrained=False)) for name, each in named.items()}
-    options: dict[str, Any] = {"repeats": repeats, "dtype": dtype, "device": device, "progress": config.progress}
-    speeds, single = timing.measure(models, batch_size=batch_size,
-                                    **options), timing.measure(models, batch_size=1, **options)
+    speeds, single = (timing.measure(models, batch_size=size, **options) for size in (batch_size, 1))
     conditions = timing.conditions(device, dtype, batch_size, repeats) | ({"quick": True} if quick else {})
     rows = [ResultRow(model=name, dataset=like.dataset if like else "", split=like.split if like else "",
                       throughput_img_s=speed.throughput_img_s, ratio=speed.ratio, latency_ms=single[name].latency_ms,
                       conditions={"speed": conditions | {"ratio_range": [speed.ratio_min, speed.ratio_max],
-                                                         "peak_memory_mb": speed.peak_memory_mb}})
+                                                         "peak_memory_mb": speed.peak_memory_mb,
+                                                         "runtime": speed.runtime}})
             for name, speed in speeds.items()]
-    if out is not None:
-        for row in rows:
-            append_row(Path(out) / RESULTS, row)
+    for row in rows if out is not None else ():
+        append_row(Path(out) / RESULTS, row)
     return rows
