@@ -159,22 +159,19 @@ def search(source: Source, data: Data,
     need_classifier(found.model, "searched models")
     check_metric(shape, metric)                                                 # before there is a study of it
     if shape.decoder and (tokens.startswith("select") or read_out):
-        raise InputError(f"{'read_out' if read_out else f'tokens {tokens!r}'}: a class for each pixel needs the whole "
-                         f"grid; tokens that "
-                         "merge (match, share or merge, also with _per_stage; merge_per_span) keep it")
+        what = "read_out" if read_out else f"tokens {tokens!r}"
+        raise InputError(f"{what}: a class for each pixel needs the whole grid; tokens that merge (match, share or "
+                         "merge, also with _per_stage; merge_per_span) keep it")
     space = SearchSpace(shape=shape, units=tuple(units), tokens=tokens, settings=token_settings or {},
                         max_ratio=max_ratio, read_out=read_out)
     labels = metric != "distill_loss" or space.by_place or bool(units) and criterion == "taylor"
     opened = open_matching(data, found, class_map, labels=labels)
-    price = processes.after_first(lambda: cost_function(space, cost, found.model, batch_size=config.batch_size or 32,
-                                                       dtype=config.dtype or "float32",
-                                                       device=place,
-                                                       # a latency table is measured once, and kept
-                                                       progress=progress))
+    price = processes.after_first(lambda: cost_function(        # a latency table is measured once, and kept
+        space, cost, found.model, batch_size=config.batch_size or 32, dtype=config.dtype or "float32", device=place,
+        progress=progress))
     uncut = float(price(np.zeros((1, space.size)))[0])
     limit = next(a for a in (gmacs, latency_ms, (macs_ratio or 0) * uncut) if a is not None)
-    budget = Budget(limit=limit, cost=price, max_ratio=space.max_ratio, size=space.size, groups=tuple(space.groups),
-                    unit=cost)
+    budget = Budget.of(space, limit, price, unit=cost)
     reads = space.by_place or compensate and space.units or space.units and needs_images(criterion)
     parts = opened.parts(seed, **({"score": score_images} if reads else {}), choose=images, report=images)
     content = [opened.files("train"), config.device, image_config(encoder_of(found.model)), shape.stored()]
@@ -230,8 +227,7 @@ def _say_ahead(study: Study, images: int, each: float, minutes: float | None, pr
                    + ("" if minutes is None else f"; it ends after {minutes:g} with what it has"), file=sys.stderr)
     if minutes is not None and (first := alone - study.spent) > 0 and first * each / processes.world() > 60 * minutes:
         warnings.warn(f"each dimension is measured alone first, which takes about {taken(first)} minutes, more than "
-                      f"the {minutes:g} given; "
-                      "another start, or fewer images, would take less", stacklevel=3)
+                      f"the {minutes:g} given; another start, or fewer images, would take less", stacklevel=3)
 
 
 def reported(study: str | Path) -> dict[str, Any] | None:
