@@ -33,8 +33,7 @@ def warn_of_few(images: int) -> None:
     """Of images to refit on, in one line."""
     if images < ENOUGH:
         warnings.warn(f"{images} images to refit on: of fewer than {ENOUGH} it is uncertain which form is the nearest, "
-                      f"and a refit may "
-                      "be no nearer than the cut model; more images would tell", stacklevel=3)
+                      "and a refit may be no nearer than the cut model; more images would tell", stacklevel=3)
 
 
 def forms_of(plan: CompressionPlan) -> tuple[str, ...]:
@@ -127,5 +126,4 @@ def distances(made_by: dict[str, Any]) -> str:
         return f"{name} {plus_minus(made_by[f'kl_{name}'], error, digits_of(error, 4))}"
     values = [one(name) for name in ("cut", "refitted", "distilled") if f"kl_{name}" in made_by]
     return (f"KL(dense || compressed) in nats {reported_on(made_by['roles'])}, ± one standard error: "
-            f"{', '.join(values)}; "
-            f"kept: {made_by['kept']}")
+            f"{', '.join(values)}; kept: {made_by['kept']}")

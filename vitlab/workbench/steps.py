@@ -171,8 +171,7 @@ def evaluate(source: Source, data: Data, *, dense: Annotated[Other | None, flag(
                              "Segmenter")
         if original.num_classes != model.num_classes:
             raise InputError(f"the dense model has {original.num_classes} classes, this one {model.num_classes}; the "
-                             f"one it was made from "
-                             "is needed")
+                             "one it was made from is needed")
     if not of_pixels and given:
         raise InputError(f"{next(iter(given))} is of segmentation; the model gives one class for an image")
     whole: dict[str, Any] = {"whole": True} if of_pixels else {}
