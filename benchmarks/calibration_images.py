@@ -29,7 +29,6 @@ from vitlab.search import Budget, SearchSpace
 from vitlab.search.sampling import Problem, uniform_policies
 from vitlab.training.compensate import compensate
 from vitlab.workbench import steps
-from vitlab.workbench.searching import cost_function
 
 GMACS, IMAGES, SCORED = (0.75, 0.60, 0.45), (0, 50, 100, 200, 480), 512
 RIDGES = {"fixed": RIDGE, "chosen": None}
@@ -67,9 +66,7 @@ def main() -> None:
     space = SearchSpace(shape=shape_of(model), units=("heads", "neurons"), tokens="match_per_stage",
                         max_ratio=0.75, read_out=True)
     for limit in gmacs:
-        budget = Budget(limit=limit, cost=cost_function(space, "gmacs", model), max_ratio=space.max_ratio,
-                        size=space.size, groups=tuple(space.groups))
-        policy = uniform_policies(Problem(space, budget), 1, np.random.default_rng(0))[0]
+        policy = uniform_policies(Problem(space, Budget.of(space, limit)), 1, np.random.default_rng(0))[0]
         plan = space.plan(policy, heads=units.heads, neurons=units.neurons)
         for count in counts:
             for name, ridge in RIDGES.items():

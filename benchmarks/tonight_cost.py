@@ -105,17 +105,12 @@ def refit(name: str, images: int) -> float:
 
 def proposal(name: str, images: int) -> float:
     """One proposal of a search over heads, neurons and tokens, after 30 evaluations."""
-    from vitlab.plan.cost import macs_of
     from vitlab.search import Budget, SearchSpace
     from vitlab.search.sampling import Problem, random_policies
     from vitlab.search.strategies import Settings, propose
     _, shape = _model(name)
     space = SearchSpace(shape=shape, tokens="match_per_stage", max_ratio=0.75, read_out=True)
-
-    def price(policies: np.ndarray) -> np.ndarray:
-        return macs_of(shape, space.counts(policies))["total"] / 1e9
-    budget = Budget(limit=0.6 * float(price(np.zeros((1, space.size)))[0]), cost=price, max_ratio=0.75, size=space.size,
-                    groups=tuple(space.groups), tolerance=0.05)
+    budget = Budget.of(space, 0.6 * float(space.gmacs(np.zeros((1, space.size)))[0]), tolerance=0.05)
     problem, rng = Problem(space, budget), np.random.default_rng(0)
     policies = random_policies(problem, 30, rng)
     values = -(policies ** 2).sum(axis=1) + 0.1 * rng.normal(size=len(policies))

@@ -9,8 +9,9 @@ from segmenting_fixtures import pictures, small, units_plan
 from training_fixtures import full_plan, images, logits, one_thread, tiny  # noqa: F401
 
 from vitlab.criteria.compensation import RIDGE, Moments, choose_ridge, columns, elimination_order, reconstruction, refit
-from vitlab.measure.moments import Fisher, each_moments, mixing_layer
+from vitlab.measure.moments import Fisher, each_moments
 from vitlab.models import attention_block, compress, shape_of
+from vitlab.models.families import mixing_layer
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.rules import Match, MergeReconstruct, ReadOut, Select, SharedUpdate
 from vitlab.plan.tokens import shared

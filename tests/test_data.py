@@ -1,6 +1,7 @@
 """Data sets: the embedded digits, image folders, broken images, slices and batches."""
 import io
 import json
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -144,6 +145,16 @@ def test_a_folder_too_high_or_too_low_is_refused_with_the_one_to_give(tmp_path):
         open_data(sets)
     with pytest.raises(InputError, match=f"{mine} holds train/ and val/: give that folder"):
         open_data(mine / "val").need_labels()
+    tars = tmp_path / "tars" / "inside"
+    tars.mkdir(parents=True)
+    for name in ("train", "val"):
+        (tars / f"{name}.tar").touch()
+    with pytest.raises(InputError, match=f"one folder too high; inside/ in it holds train.tar and val.tar: give "
+                                         f"{tars}"):
+        open_data(tars.parent)
+    shutil.rmtree(mine / "val")                 # a tree of images may have a folder of trains: only labels tell
+    with pytest.raises(InputError, match=f"{mine} holds train/: give that folder"):
+        open_data(sets).need_labels()
 
 
 def test_a_step_that_needs_labels_refuses_a_folder_without_by_name_and_takes_one_with(tmp_path):

@@ -694,6 +694,8 @@ COMMANDS = [
     ("A command of several, without which", "prune --checkpoint dense", "'--checkpoint' is no COMMAND: one of tokens, units, match, plan (see vitlab prune --help)"),
     ("A flag unheard of", f"{MATCH} --speed 3", "Unknown option: --speed"),
     ("A flag misspelt", f"{MERGE} --keeprate 0.5", "Unknown option: --keeprate. Did you mean --keep-rate? (see vitlab prune tokens --help)"),
+    ("A flag misspelt, and so missing", MATCH.replace("--checkpoint", "--chekpoint"),
+     "Unknown option: --chekpoint. Did you mean --checkpoint? (see vitlab prune match --help)"),
     ("A flag is missing", "prune tokens --keep-rate 0.5", "--checkpoint"),
     ("A flag without value", "prune match --checkpoint", "--checkpoint"),
     ("An empty text for a path", ["prune", "match", "--checkpoint", "", "--ratio", "0.2", "--out", "out"], "an empty text names "

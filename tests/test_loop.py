@@ -232,6 +232,9 @@ def test_a_run_stopped_between_log_and_state_repeats_the_epoch_and_returns_it_on
 CHILD = """
 import sys, time
 import torch
+import vitlab.workbench.said, vitlab.workbench.training
+# what takes as long to load as half of torch, and what few commands need
+assert not {"sklearn", "matplotlib", "pandas"} & sys.modules.keys()
 torch.set_num_threads(int(sys.argv[4]))
 sys.path.insert(0, sys.argv[1])
 from test_loop import LIVELY, QUIET, lively_model

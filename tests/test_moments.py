@@ -5,9 +5,10 @@ from segmenting_fixtures import pictures, small
 from training_fixtures import images, one_thread, tiny  # noqa: F401
 
 from vitlab.criteria.compensation import elimination_order
-from vitlab.measure.moments import AT_ONCE, HEAVIEST, Fisher, each_moments, fisher, layers_of, mixing_layer
+from vitlab.measure.moments import AT_ONCE, HEAVIEST, Fisher, each_moments, fisher, layers_of
 from vitlab.measure.units import unit_scores
 from vitlab.models import attention_block, shape_of
+from vitlab.models.families import mixing_layer
 
 CLASSES = 3
 MODELS = {"class token": lambda: tiny(depth=3), "no prefix token": lambda: tiny(class_token=False, global_pool="avg"),

@@ -49,6 +49,29 @@ def training(tmp_path, run) -> list[str]:
             *ENDLESS, "--workers", "0", "--device", "cpu", "--out", str(run)]
 
 
+TICKING = """
+import sys, time
+if "vitlab" in sys.orig_argv:           # the command, not its runner
+    while True:
+        with open("ticks", "a") as file:
+            file.write(".")
+        time.sleep(0.05)
+"""
+
+
+@pytest.fixture
+def ticking(tmp_path, run, monkeypatch) -> list[str]:
+    """A command that writes a dot into ./ticks again and again until it is ended, and loads nothing before."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(TICKING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    return ["recipes"]
+
+
+def ticks(folder: Path) -> int:
+    return (folder / "ticks").stat().st_size if (folder / "ticks").exists() else 0
+
+
 def epochs(run: Path) -> list[int]:
     log = run / "training" / "log.jsonl"
     return [json.loads(line)["epoch"] for line in log.read_text().splitlines()] if log.exists() else []
@@ -66,16 +89,16 @@ def test_a_process_runs_then_is_finished_with_the_exit_code_and_output_of_its_co
     assert "no-such-model" in (run / OUTPUT).read_text() and "deit_tiny_pm" in (run / OUTPUT).read_text()
 
 
-def test_a_process_outlives_the_death_of_its_parent_and_its_state_is_read_from_the_folder_alone(run, training):
+def test_a_process_outlives_the_death_of_its_parent_and_its_state_is_read_from_the_folder_alone(tmp_path, run, ticking):
     kernel = ("import sys, time; from vitlab.workbench.processes import start; start(sys.argv[2:], sys.argv[1]); "
               "print('started', flush=True); time.sleep(600)")
-    parent = subprocess.Popen([sys.executable, "-c", kernel, str(run), *training], stdout=subprocess.PIPE,
-                              start_new_session=True)
+    parent = subprocess.Popen([sys.executable, "-c", kernel, str(run), *ticking], stdout=subprocess.PIPE,
+                              start_new_session=True, cwd=tmp_path)
     parent.stdout.readline()
     os.killpg(parent.pid, signal.SIGKILL)               # the kernel with all that is in its group
     parent.communicate()
-    reached = len(epochs(run))
-    until(lambda: len(epochs(run)) > reached + 2)
+    reached = ticks(tmp_path)
+    until(lambda: ticks(tmp_path) > reached + 2)
     assert state(run).name == "running"
     assert stop(run).name == "stopped"
 
@@ -116,8 +139,8 @@ def test_a_stop_that_sees_the_end_late_does_not_stop_what_was_started_there_mean
     assert state(run).name == "running" and stop(run).name == "stopped"
 
 
-def test_a_second_start_is_refused_while_one_is_running_and_leaves_it_alone(run, training):
-    start(training, run)
+def test_a_second_start_is_refused_while_one_is_running_and_leaves_it_alone(run, ticking):
+    start(ticking, run)
     before = (run / INFO).read_text()
     with pytest.raises(InputError, match="a process is running there since"):
         start(["recipes"], run)
@@ -138,9 +161,9 @@ def test_a_command_that_ignores_the_request_to_stop_is_killed_after_the_grace_ti
     assert stop(run, grace=0.3).name == "stopped" and not any(processes._alive(pid) for pid in pids)
 
 
-def test_a_run_whose_runner_was_killed_has_died_once_its_command_is_gone_too(run, training):
-    start(training, run)
-    until(lambda: len(processes._group(read_json(run / INFO))) == 2 and epochs(run))
+def test_a_run_whose_runner_was_killed_has_died_once_its_command_is_gone_too(run, ticking):
+    start(ticking, run, folder=run.parent)
+    until(lambda: len(processes._group(read_json(run / INFO))) == 2 and ticks(run.parent))
     runner = read_json(run / INFO)["pid"]
     command, = set(processes._group(read_json(run / INFO))) - {runner}
     os.kill(runner, signal.SIGKILL)
@@ -151,8 +174,8 @@ def test_a_run_whose_runner_was_killed_has_died_once_its_command_is_gone_too(run
     assert (state(run).name, state(run).exit_code) == ("died", None)
 
 
-def test_a_command_killed_by_another_has_died_by_that_signal(run, training):
-    start(training, run)
+def test_a_command_killed_by_another_has_died_by_that_signal(run, ticking):
+    start(ticking, run)
     until(lambda: len(processes._group(read_json(run / INFO))) == 2)
     command, = set(processes._group(read_json(run / INFO))) - {read_json(run / INFO)["pid"]}
     os.kill(command, signal.SIGKILL)
@@ -178,17 +201,16 @@ def test_another_process_that_was_given_the_number_is_not_taken_for_the_run_nor_
         other.wait()
 
 
-def test_relative_paths_begin_where_the_run_was_first_started(run, training, monkeypatch, tmp_path):
-    (tmp_path / "project").mkdir()
-    start(["score", "tokens", "--checkpoint", "../dense", "--data", "../data", "--criterion", "class_attention",
-           "--images", "4",
-           "--workers", "0", "--out", "scores.safetensors"], run, folder=tmp_path / "project")
-    until(lambda: state(run).name != "running")
-    assert (tmp_path / "project" / "scores.safetensors").exists(), (run / OUTPUT).read_text()
-    (tmp_path / "project" / "scores.safetensors").unlink()
+def test_relative_paths_begin_where_the_run_was_first_started(run, ticking, tmp_path):
+    project = tmp_path / "project"
+    project.mkdir()
+    start(ticking, run, folder=project)
+    until(lambda: ticks(project))
+    stop(run)
+    (project / "ticks").unlink()
     resume(run)
-    until(lambda: state(run).name != "running")
-    assert (tmp_path / "project" / "scores.safetensors").exists()
+    until(lambda: ticks(project))
+    stop(run)
 
 
 def test_a_runner_whose_starter_died_before_writing_it_down_starts_nothing(run):

@@ -32,8 +32,7 @@ def budget_of(space: SearchSpace, part: float, tolerance: float = TOLERANCE) -> 
     def cost(policies: np.ndarray) -> np.ndarray:
         return macs_of(space.shape, space.counts(policies))["total"] / 1e9
     least, dense = cost(np.array([[space.max_ratio] * space.size, [0.0] * space.size])).tolist()
-    return Budget(limit=least + part * (dense - least), cost=cost, max_ratio=space.max_ratio, size=space.size,
-                  tolerance=tolerance, groups=tuple(space.groups))
+    return Budget.of(space, least + part * (dense - least), cost, tolerance=tolerance)
 
 
 def toy(cost, limit: float, size: int, tolerance: float = TOLERANCE, max_ratio: float = 0.5) -> Budget:
@@ -181,6 +180,18 @@ def test_an_unreachable_budget_is_refused_with_the_range(limit):
     toy(linear, 8.0, 2, max_ratio=0.25), toy(linear, 9.999, 2, max_ratio=0.25)
     with pytest.raises(InputError, match="latency_ms"):
         Budget(limit=limit, cost=linear, max_ratio=0.25, size=2, unit="latency_ms")
+
+
+def test_a_budget_of_a_space_counts_its_gmacs_and_knows_its_dimensions():
+    space = SearchSpace(shape=DEIT_TI, tokens="match_per_stage", max_ratio=0.75)
+    budget, policies = Budget.of(space, 1.0), draw(space, 3, seed=0)
+    assert (budget.limit, budget.size, budget.groups, budget.max_ratio, budget.unit, budget.tolerance) == (
+        1.0, space.size, tuple(space.groups), 0.75, "gmacs", TOLERANCE)
+    assert set(budget.groups) == {"heads", "neurons", "tokens"} and np.array_equal(budget.cost(policies), [
+        plan_gmacs(space, policy) for policy in policies])
+    other = Budget.of(space, 5.0, lambda policies: 10 * space.gmacs(policies), unit="latency_ms", tolerance=0.1)
+    assert (other.unit, other.tolerance) == ("latency_ms", 0.1)
+    assert np.array_equal(other.cost(policies), 10 * budget.cost(policies))
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 1.0, -0.1, float("nan")])

@@ -75,7 +75,8 @@ def execute(words: Sequence[str], *, fresh: bool) -> int:
     try:
         command, bound, _ = build().parse_args(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        raise InputError(f"{one_line(str(error)).rstrip('.')} (see vitlab {name} --help)".replace("  ", " ")) from None
+        told = one_line(str(launching.unknown_flag(error, words) or error)).rstrip(".").replace("  ", " ")
+        raise InputError(f"{told} (see vitlab {name} --help)") from None
     with launching.on_record(name, values, words) if fresh else contextlib.nullcontext():
         result = command(*bound.args, **bound.kwargs)
     if not isinstance(result, int):

@@ -12,9 +12,8 @@ from PIL import Image, UnidentifiedImageError
 from vitlab.data.groups import Groups
 from vitlab.data.listing import ENDINGS, entries, natural
 from vitlab.runtime.files import InputError, first_line, read_json
+from vitlab.runtime.kinds import SPLITS
 
-TRAIN_NAMES, HELD_OUT_NAMES = ("train",), ("val", "validation", "test")
-SPLITS = TRAIN_NAMES + HELD_OUT_NAMES
 CLASS_MAP = "class_index.json"
 Image.init()
 # PostScript is code, and Pillow would start a program that runs it
@@ -49,11 +48,17 @@ def find_splits(root: Path) -> dict[str, Path]:
                          f"or test/")
     splits = {name: root / name for name in SPLITS if (root / name).is_dir()}
     for name in [] if splits else entries(root)[1]:
-        inside = [split for split in SPLITS if (root / name / split).is_dir()]
-        if "train" in inside[:len(inside) - 1] or inside and len(entries(root)[1]) == 1:
-            raise InputError(f"{root}: one folder too high; {name}/ in it holds "
-                             f"{' and '.join(f'{split}/' for split in inside)}: give {root / name}")
+        inside = splits_in(root / name)
+        if inside and (inside[0].startswith("train") and len(inside) > 1 or len(entries(root)[1]) == 1):
+            raise InputError(f"{root}: one folder too high; {name}/ in it holds {' and '.join(inside)}: give "
+                             f"{root / name}")
     return splits
+
+
+def splits_in(folder: Path) -> list[str]:
+    """The splits that a folder holds, as "train/" or "train.tar"."""
+    return [f"{split}{end}" for split in SPLITS for end, is_there in (("/", Path.is_dir), (".tar", Path.is_file))
+            if is_there(folder / f"{split}{end}")]
 
 
 def check_classes(split: Path, groups: Groups) -> None:

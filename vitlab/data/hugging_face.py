@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vitlab.data.folder import SPLITS
 from vitlab.runtime.files import InputError, first_line
+from vitlab.runtime.kinds import SPLITS
 
 IMAGE_NAMES = ("image", "img", "pixel_values", "picture", "photo", "jpg", "png", "webp")
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "cls", "target")

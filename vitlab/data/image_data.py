@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import Compose
 
-from vitlab.data.folder import HELD_OUT_NAMES
 from vitlab.data.images import Batches, Images, image_config
 from vitlab.data.loading import default_workers, ending_with_this_process, load
 from vitlab.data.order import Shuffled
@@ -19,6 +18,7 @@ from vitlab.data.parts import SHARES, STREAM, part
 from vitlab.data.rgb import grey, rgb
 from vitlab.runtime import parallel
 from vitlab.runtime.files import InputError
+from vitlab.runtime.kinds import HELD_OUT_NAMES
 
 # images of a split whose sizes tell it from another: a stat of each of a million takes long
 SIZED = 10_000

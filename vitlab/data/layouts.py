@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vitlab.data.listing import images_in
 from vitlab.runtime.files import InputError
+from vitlab.runtime.kinds import SPLITS
 
 IGNORE = 255                                    # the class of pixels that count for nothing
 Pairs = list[tuple[Path, Path]]
@@ -30,7 +31,6 @@ CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign_symbol", 
           "bicyclist")
 ADE20K_CLASSES = 150
 CLASS_LIST = "classes.txt"
-SPLITS = ("train", "val", "validation", "test")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,13 @@ import numpy as np
 from PIL import Image
 
 from vitlab.data.folder import read_image, reason
-from vitlab.data.layouts import IGNORE, LAYOUTS, SPLITS, Pairs
+from vitlab.data.layouts import IGNORE, LAYOUTS, Pairs
 from vitlab.data.listing import entries, images_below
 from vitlab.data.rgb import SIDEWAYS, rgb, turn_of
 from vitlab.data.scene_data import SceneData, Scenes
 from vitlab.data.scenes import digit_scenes
 from vitlab.runtime.files import InputError, from_root
+from vitlab.runtime.kinds import SPLITS
 
 MODES = ("L", "P", "1", "I", "I;16", "I;16B")   # Pillow's, of one number a pixel; of a palette, its index
 # stands for an id that the layout does not have; no data set has so many classes

@@ -3,14 +3,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vitlab.data.digits import CLASSES, DigitsReader
-from vitlab.data.folder import SPLITS, FolderReader, check_classes, class_numbers, find_splits
+from vitlab.data.folder import FolderReader, check_classes, class_numbers, find_splits, splits_in
 from vitlab.data.groups import Groups, groups_of
 from vitlab.data.image_data import ImageData
 from vitlab.data.images import Images
+from vitlab.data.listing import entries
 from vitlab.data.streams import open_timm
 from vitlab.data.tar import TarReader, find_tars, read_tar
 from vitlab.runtime.files import InputError, from_root
-from vitlab.runtime.kinds import TIMM_PREFIXES
+from vitlab.runtime.kinds import SPLITS, TIMM_PREFIXES
 
 DATA_SETS: dict[str, Callable[[], ImageData]] = {
     "digits": lambda: ImageData("digits", {name: Images(DigitsReader(name)) for name in ("train", "test")},
@@ -73,8 +74,9 @@ def _unlabelled(folder: Path, split: Path, groups: Groups, class_map: str | Path
                          "class in each, or give a folder of images alone where labels are not needed")
     if class_map is not None:
         raise InputError(f"{split}: images without class folders; a class map says nothing of them")
-    above = [name for name in SPLITS if (folder.parent / name).is_dir()]
-    hint = (f"{folder.parent} holds {' and '.join(f'{name}/' for name in above)}: give that folder" if above else
+    others = folder.parent, *(folder / name for name in entries(folder)[1] if split == folder)
+    right = next(filter(splits_in, others), None)
+    hint = (f"{right} holds {' and '.join(splits_in(right))}: give that folder" if right else
             f"it holds none of {', '.join(f'{name}/' for name in SPLITS)}" if split == folder else None)
     return ImageData(folder.resolve().name, {"train": Images(FolderReader(split, groups, None))}, None, None,
                      labelled=False, hint=hint)

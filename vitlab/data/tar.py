@@ -5,9 +5,9 @@ import tarfile
 from pathlib import Path
 from typing import IO, Any
 
-from vitlab.data.folder import SPLITS
 from vitlab.data.listing import is_hidden, is_image, natural
 from vitlab.runtime.files import InputError
+from vitlab.runtime.kinds import SPLITS
 
 UNPACKED_BY = {"gz": "gunzip", "bz2": "bunzip2", "xz": "unxz"}
 # the tar in the tar that an image lies in, and the image

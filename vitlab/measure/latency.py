@@ -140,7 +140,8 @@ def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]],
         return _Piece(run)
     made = {"stem": lambda n: _Piece(lambda x, model: embedded(encoder_of(model), x), ends),
             "attention": attention, "read_out": read_out, "select": select,
-            "mlp": lambda n, neurons: _Piece(lambda x, block: x + mlp_update(block, x), by_neurons[neurons]), "pool": pool, "match": match,
+            "mlp": lambda n, neurons: _Piece(lambda x, block: x + mlp_update(block, x), by_neurons[neurons]),
+            "pool": pool, "match": match,
             "fold": lambda rows, n: Fold(torch.ones(int(rows), int(n)).to(like)),
             "carry": lambda n: _Piece(lambda x: torch.cat(x.tensor_split(2, dim=1), dim=1)),
             "head": lambda n: _Piece(lambda x, model: model.forward_head(encoder_of(model).norm(x)), ends)}

@@ -61,6 +61,8 @@ Pixels = tuple[Count, Count]                                                    
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 TIMM_PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")                  # data that timm opens by name
+HELD_OUT_NAMES = ("val", "validation", "test")                                  # of a folder's splits, beside train
+SPLITS = ("train", *HELD_OUT_NAMES)
 _Path = str | Path
 File = Annotated[_Path, flag(metavar="FILE")]
 Folder = Annotated[_Path, flag(metavar="FOLDER")]

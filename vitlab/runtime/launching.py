@@ -9,10 +9,12 @@ import sys
 from collections.abc import Callable, Collection, Generator, Sequence
 from pathlib import Path
 
+from cyclopts import CycloptsError, Token, UnknownOptionError
+
 from vitlab.runtime import signals
 from vitlab.runtime.caveats import TOYS
 from vitlab.runtime.files import LOCK, InputError, atomic_write, from_root, read_json
-from vitlab.runtime.kinds import TIMM_PREFIXES
+from vitlab.runtime.kinds import SPLITS, TIMM_PREFIXES
 
 TOGETHER = ("pretrain", "segment", "finetune", "score", "evaluate", "search")              # take several processes
 RESUMABLE, COMMAND = ("pretrain", "segment", "finetune", "search", "tonight"), "command.json"
@@ -28,7 +30,6 @@ KEPT = {                                        # what is on the disk of a comma
     "demo": "the same command begins anew; its trainings and searches go on",
 }
 NOTHING_KEPT = "nothing of it is kept, and the same command begins anew"
-SPLITS = ("train/", "val/", "validation/", "test/")
 LOST = 15.0                                     # seconds that a process waits to be ended after another one was
 
 
@@ -75,13 +76,24 @@ def checked(words: Sequence[str], commands: Collection[str]) -> tuple[str, dict[
         check_source(values.get(flag, "dense"))
     data = values.get("--data", TOYS[0])
     if data not in TOYS and not data.startswith(TIMM_PREFIXES) and not from_root(data).exists():
-        raise InputError(f"{data}: no such folder; give 'digits', or a folder that holds {', '.join(SPLITS)}, or a "
-                         f"timm data set such as hfds/NAME")
+        holds = ", ".join(f"{name}/" for name in SPLITS)
+        raise InputError(f"{data}: no such folder; give 'digits', or a folder that holds {holds}, or a timm data set "
+                         "such as hfds/NAME")
     if "--out" in values:
         check_out(values["--out"], ending=FILES.get(name))
         if name.split()[0] not in ("score", "evaluate", "predict", "throughput", "export"):
             check_apart(values)
     return name, values
+
+
+def unknown_flag(error: CycloptsError, words: Sequence[str]) -> CycloptsError | None:
+    """Of words that a command did not take, the first that is none of its flags: told before one that is missing, which
+    it may be, misspelt."""
+    known = error.app.assemble_argument_collection() if error.app else []
+    names = {name for argument in known for name in argument.names}
+    odd = [flag for flag in values_of(words) if "=" not in flag and flag not in names]
+    return UnknownOptionError(token=Token(keyword=odd[0], source="cli"), argument_collection=known,
+                              verbose=False) if odd else None
 
 
 def check_source(source: str) -> None:

@@ -1,10 +1,12 @@
 """Budget: what a policy may cost, and the way from any policy to one that meets it."""
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from vitlab.plan.shape import require
+from vitlab.search.space import SearchSpace
 
 TOLERANCE = 0.02                                # published
 BISECTIONS = 24                                 # of a path of length 3: to 2e-7 of a ratio
@@ -25,6 +27,13 @@ class Budget:
     groups: tuple[str, ...] = ()                # of each dimension; empty where all are alike
     unit: str = "gmacs"                         # "gmacs" or "latency_ms", for people
     tolerance: float = TOLERANCE
+
+    @classmethod
+    def of(cls, space: SearchSpace, limit: float, cost: Callable[[np.ndarray], np.ndarray] | None = None,
+           **settings: Any) -> "Budget":
+        """A budget of a space's policies. cost None: its GMACs; settings: unit and tolerance."""
+        return cls(limit=limit, cost=cost or space.gmacs, max_ratio=space.max_ratio, size=space.size,
+                   groups=tuple(space.groups), **settings)
 
     def __post_init__(self) -> None:
         require(0 < self.tolerance < 1, f"tolerance is {self.tolerance}; it must lie in (0, 1)")

@@ -32,8 +32,7 @@ def warn_of_few(images: int) -> None:
     """Of images to refit on, in one line."""
     if images < ENOUGH:
         warnings.warn(f"{images} images to refit on: of fewer than {ENOUGH} it is uncertain which form is the nearest, "
-                      f"and a refit may "
-                      "be no nearer than the cut model; more images would tell", stacklevel=3)
+                      "and a refit may be no nearer than the cut model; more images would tell", stacklevel=3)
 
 
 def forms_of(plan: CompressionPlan) -> tuple[str, ...]:

@@ -141,8 +141,7 @@ def prune_match(source: Source, out: Run, *, ratio: Ratio | None = None, gmacs: 
     """
     if sum(amount is not None for amount in (ratio, gmacs, macs_ratio)) != 1:
         raise InputError("how much is merged is a ratio of the tokens, or a budget in GMACs or as a ratio of the dense "
-                         "model's; one of the "
-                         "three is needed")
+                         "model's; one of the three is needed")
     found = open_dense(source)
     shape, made_by = shape_of(found.model), {"method": "match"}
     space = SearchSpace(shape=shape, units=(), tokens="match", read_out=read_out, max_ratio=max(0.5, ratio or 0))
@@ -158,9 +157,7 @@ def even_within(space: SearchSpace, limit: float) -> np.ndarray:
     nothing = np.zeros((1, space.size))
     if float(space.gmacs(nothing)[0]) <= limit < macs(CompressionPlan.empty(space.shape))["total"] / 1e9:
         return nothing[0]
-    budget = Budget(limit=limit, cost=space.gmacs, tolerance=CLOSE, max_ratio=space.max_ratio, size=space.size,
-                    groups=tuple(space.groups))
-    return budget.project(np.full((1, space.size), space.max_ratio / 2))[0][0]
+    return Budget.of(space, limit, tolerance=CLOSE).project(np.full((1, space.size), space.max_ratio / 2))[0][0]
 
 
 def least_ratio(space: SearchSpace, limit: float, tried: int) -> float | None:
@@ -188,9 +185,8 @@ def _largest_keep_rate(price: Callable[[float], float], shape: ViTShape, limit: 
     fit = bisect_right(rates, limit, key=price) if limit < dense else 0
     if not fit:
         raise InputError(f"a budget of {limit:.6g} gmacs can't be met: keep rates reach from {price(rates[0]):.6g} "
-                         f"(one patch is a center) "
-                         f"to below {dense:.6g} (the dense model's): ratios from {price(rates[0]) / dense:.3g} to "
-                         f"below 1")
+                         f"(one patch is a center) to below {dense:.6g} (the dense model's): ratios from "
+                         f"{price(rates[0]) / dense:.3g} to below 1")
     return rates[fit - 1]
 
 

@@ -3,14 +3,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from vitlab.measure.distance import output_of
 from vitlab.plan import CompressionPlan, cost
-from vitlab.plots import save_figure, trade_offs
 from vitlab.runtime.files import InputError, write_lines
+
+if TYPE_CHECKING:                               # what draws is loaded where it draws: every command knows of offers
+    from matplotlib.figure import Figure
 
 OFFERS, GMACS = "offers.jsonl", "GMACs per image"
 
@@ -53,11 +53,13 @@ def write_offers(out: str | Path, offers: Sequence[Offer]) -> None:
     rows = [{"rule": o.rule, "gmacs": o.gmacs, **worth_of(o), "plan": json.loads(o.plan.to_json())} for o in offers]
     write_lines(Path(out) / OFFERS, rows)
     if offers:
+        from vitlab.plots import save_figure
         save_figure(offers_figure(offers), out, "offers")
 
 
-def offers_figure(offers: Sequence[Offer]) -> Figure:
+def offers_figure(offers: Sequence[Offer]) -> "Figure":
     """Agreement with the dense model against GMACs, a line per rule, with bars of one standard error."""
+    from vitlab.plots import trade_offs
     lines: dict[str, list[tuple[float, float, float | None]]] = {}
     for offer in offers:
         lines.setdefault(offer.rule, []).append((offer.gmacs, offer.agree_pct, offer.agree_se))

@@ -173,8 +173,7 @@ def search(source: Source, data: Data,
         way=way_of(runtime), progress=progress))
     uncut = float(price(np.zeros((1, space.size)))[0])
     limit = next(a for a in (gmacs, latency_ms, (macs_ratio or 0) * uncut) if a is not None)
-    budget = Budget(limit=limit, cost=price, max_ratio=space.max_ratio, size=space.size, groups=tuple(space.groups),
-                    unit=cost)
+    budget = Budget.of(space, limit, price, unit=cost)
     reads = space.by_place or compensate and space.units or space.units and needs_images(criterion)
     parts = opened.parts(seed, **({"score": score_images} if reads else {}), choose=images, report=images)
     content = [opened.files("train"), config.device, image_config(encoder_of(found.model)), shape.stored()]

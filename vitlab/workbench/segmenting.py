@@ -66,8 +66,7 @@ def make_segmenter(source: Source, data: SceneData, *, img_size: tuple[int, int]
         data.check_fits(model.num_classes)
         if decoder is not None or args:
             raise InputError(f"the model has a decoder already ({model.decoder_name}), which goes on training; a new "
-                             f"one needs a model "
-                             "without")
+                             "one needs a model without")
     else:
         assert data.num_classes is not None                                     # as it has labels
         model = Segmenter(as_encoder(model), data.num_classes, decoder or "mask_transformer", **args)

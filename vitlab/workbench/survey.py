@@ -59,9 +59,7 @@ class Survey(Gathered):
         space = SearchSpace(shape=self.shape, units=units, tokens=tokens, max_ratio=MAX_RATIO, read_out=self.read_out,
                             settings=settings)
         most = float(space.gmacs(np.zeros((1, space.size)))[0])
-        return Problem(space, Budget(limit=most * 0.99 if limit is None else limit, cost=space.gmacs,
-                                     max_ratio=space.max_ratio, size=space.size, groups=tuple(space.groups),
-                                     tolerance=TOLERANCE))
+        return Problem(space, Budget.of(space, most * 0.99 if limit is None else limit, tolerance=TOLERANCE))
 
     def _uncut(self, rule: str) -> float:
         """GMACs where nothing is cut."""

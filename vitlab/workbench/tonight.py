@@ -42,14 +42,11 @@ def stages_of(survey: Survey, rules: Sequence[str], budgets: int, evaluations: i
     shape, images, report, fitted = survey.shape, *(survey.parts.roles[role] for role in ("choose", "report", "score"))
     forward = 1e9 * cost.gmacs(CompressionPlan.empty(shape))
     elimination = 18 * shape.depth * (shape.num_neurons ** 3 + shape.embed_dim ** 3) / forward
-    # about, where one of many ridges is chosen
-    kept = 0.7 * shape.num_neurons
+    kept = 0.7 * shape.num_neurons              # about, where one of many ridges is chosen
     solves = 72 * shape.depth * (kept ** 3 / 3 + 4 * shape.embed_dim * kept ** 2) / forward
-    # is refitted once, by the dense model's moments
-    evaluation = images * ratio + solves / 24
+    evaluation = images * ratio + solves / 24                   # is refitted once, by the dense model's moments
     return {SCORES: fitted * moments_cost(shape) + min(fitted, FISHER_IMAGES) * FISHER_COST
-            + min(fitted, TOKEN_IMAGES) * TOKEN_COST
-            + elimination,
+            + min(fitted, TOKEN_IMAGES) * TOKEN_COST + elimination,
             CURVES: survey.cuts(rules) * images * 0.55,
             OFFERED: budgets * len(rules) * (images + report + solves / 24) * 0.65,
             **({SEARCH: evaluations * evaluation} if evaluations else {}),
@@ -127,12 +124,10 @@ def tonight(source: Source, data: Data, out: Run, *, gmacs: Gmacs = None,
         survey = Survey(found, data, out / SURVEY, images=amounts["images"], **common)
         stages = planned()
         needed = sum(stages.values()) / rate / 60
+        less = f" take about {needed:.0f}; fewer score_images, rules or ratios would take less" if needed > most else ""
         warnings.warn(f"all that was asked for would take about {takes:.0f} minutes, and there are {most:g}: "
-                      f"{evaluations} evaluations, "
-                      f"{finalists} finalist{'s' * (finalists > 1)} and {amounts['images']} images to compare plans on"
-                      + (f" take about {needed:.0f}; fewer score_images, rules or ratios would take less"
-                         if needed > most else ""),
-                      stacklevel=2)
+                      f"{evaluations} evaluations, {finalists} finalist{'s' * (finalists > 1)} and {amounts['images']} "
+                      f"images to compare plans on{less}", stacklevel=2)
     end = float("inf") if minutes is None else began + 60 * minutes
     if minutes is not None:
         stages[TRAINED] = max(0.0, 60 * minutes * rate - sum(stages.values()))
@@ -145,11 +140,9 @@ def tonight(source: Source, data: Data, out: Run, *, gmacs: Gmacs = None,
         with survey.pace.stage(OFFERED):
             offers = list(survey.offers(rules, ratios))
             write_offers(out, offers)
-        best, alone = best_offer(offers,
-                                 limit), [offer for offer in offers if offer.rule in SINGLE and offer.gmacs <= limit]
-        plans = [best_offer(alone, limit).plan] if alone else []
-        # the best so far, whatever becomes of the rest
-        best.plan.save(out / PLAN)
+        best, alone = best_offer(offers, limit), [offer for offer in offers if offer.rule in SINGLE]
+        plans = [best_offer(alone, limit).plan] if any(offer.gmacs <= limit for offer in alone) else []
+        best.plan.save(out / PLAN)              # the best so far, whatever becomes of the rest
         if evaluations:
             with survey.pace.stage(SEARCH):
                 rule = "all together" if "all together" in rules else best.rule
