@@ -70,16 +70,6 @@ def output(name: str, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
         return found.last_hidden_state[:, 0] if MODELS[name][3] == "class token" else getattr(found, MODELS[name][3])
 
 
-def opened(source: Any, **args: Any) -> checkpoint.Checkpoint:
-    """Skips what no family handles."""
-    try:
-        return open_model(source, **args)
-    except InputError as error:
-        if "this model can't be handled" not in str(error):
-            raise
-        pytest.skip(str(error))
-
-
 def images_for(model: nn.Module) -> torch.Tensor:
     return torch.randn(2, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
 
@@ -93,7 +83,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 def test_a_folder_of_transformers_opens_with_its_outputs_and_what_is_written_of_it_opens_there(name, tmp_path):
     model = theirs(name)
     model.save_pretrained(tmp_path / "m")
-    found = opened(tmp_path / "m")
+    found = open_model(tmp_path / "m")
     x = images_for(found.model)
     assert close(logits(found.model, x), output(name, model, x))
     classes = found.info["classes"]
@@ -157,7 +147,7 @@ def test_images_are_of_the_size_that_the_image_processor_says_where_the_model_ta
     model.save_pretrained(tmp_path / "m")
     transformers.BitImageProcessor(size={"shortest_edge": 55}, crop_size={"height": 48, "width": 48}).save_pretrained(
         tmp_path / "m")
-    found = opened(tmp_path / "m")
+    found = open_model(tmp_path / "m")
     assert found.model.patch_embed.img_size == (48, 48) and found.model.pretrained_cfg["crop_mode"] == "center"
     assert math.floor(48 / found.model.pretrained_cfg["crop_pct"]) == 55
     x = images_for(found.model)
