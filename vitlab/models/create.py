@@ -1,4 +1,4 @@
-"""Models by timm's names, and two small ones of vitlab's own for 32 x 32 images; of weights files, at the sizes that
+"""Models by timm's names, and those that vitlab adds; of weights files, at the sizes that
 these are of."""
 import contextlib
 import difflib
@@ -11,11 +11,12 @@ from typing import Any
 import timm
 import torch
 from timm.layers import PatchEmbed, resample_abs_pos_embed
-from timm.models import build_model_with_cfg, generate_default_cfgs, get_model_args, register_model
+from timm.models import get_model_args
 from timm.models._input import update_model_args
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from vitlab.models import small as _small  # noqa: F401 - makes its names known
 from vitlab.models.families import MODELS, kind_of
 from vitlab.models.hub import downloading
 from vitlab.models.support import attention_block, check_supported, classes_of
@@ -26,28 +27,6 @@ from vitlab.runtime.files import InputError, first_line
 PREFIXES = ("cls_token", "dist_token", "reg_token")                                      # before the patches
 # of patches, by the names that timm knows
 KERNELS = (ANCHOR, "visual.conv1.weight", "preprocessor.patchifier.proj.weight")
-
-_SMALL_CFG = {"input_size": (3, 32, 32), "num_classes": 10, "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0,
-              "interpolation": "bicubic", "fixed_input_size": True, "first_conv": "patch_embed.proj",
-              "classifier": "head"}
-default_cfgs = generate_default_cfgs({"vit_nano_patch4_32": _SMALL_CFG, "vit_micro_patch4_32": _SMALL_CFG})
-
-
-def _small(name: str, pretrained: bool, **kwargs: Any) -> VisionTransformer:
-    size = {"img_size": 32, "patch_size": 4, **kwargs}
-    return build_model_with_cfg(VisionTransformer, name, pretrained, **size)
-
-
-@register_model
-def vit_nano_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """8 x 8 patches, 64 wide, 6 blocks, 4 heads: 0.3 M parameters, 0.02 GMACs. For the digits."""
-    return _small("vit_nano_patch4_32", pretrained, **{"embed_dim": 64, "depth": 6, "num_heads": 4, **kwargs})
-
-
-@register_model
-def vit_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """64 tokens, 96 wide, 6 blocks, 3 heads: 0.7 M parameters, 0.05 GMACs. For CIFAR-10."""
-    return _small("vit_micro_patch4_32", pretrained, **{"embed_dim": 96, "depth": 6, "num_heads": 3, **kwargs})
 
 
 def create_model(name: str, *, weights: str | Path | None = None, pretrained: bool = False, **args: Any) -> nn.Module:

@@ -227,10 +227,9 @@ def format_speeds(rows: list[ResultRow]) -> str:
 
 
 def aligned(cells: list[list[str]]) -> str:
-    """Plain-text table of a heading and rows, the first column to the left, the others to the right."""
+    """Plain text of a heading and rows, the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(line, widths))).rstrip()
-             for line in cells]
+    lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in cells]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 

@@ -18,6 +18,7 @@ from vitlab.measure.objective import PlanObjective
 from vitlab.models import checkpoint, compress, deploy
 from vitlab.models.checkpoint import Checkpoint
 from vitlab.plan import CompressionPlan, cost
+from vitlab.plan.shape import require
 from vitlab.runtime.files import InputError, append_line, read_lines, write_lines
 from vitlab.search import Budget, SearchSpace, Study
 from vitlab.search.allocation import allocate, levels
@@ -45,7 +46,6 @@ class Survey(Gathered):
     """The curves of a model's rules on a data set, and the offers that follow; all of it is kept in `folder`."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
-        """As of `Gathered`."""
         super().__init__(*args, **settings)
         self._curves: dict[str, list[dict[str, Any]]] = {}
         self._measured = self.folder / f"measured-{self.inputs}.jsonl"
@@ -65,6 +65,13 @@ class Survey(Gathered):
         """GMACs where nothing is cut."""
         space = self._problem(rule).space
         return float(space.gmacs(np.zeros((1, space.size)))[0])
+
+    def possible(self, rules: Iterable[str]) -> tuple[str, ...]:
+        """Those rules that cut nothing that the model can't lose. InputError with the reasons where none is left."""
+        cut = {rule: [*units, *([] if tokens == "none" else ["tokens"])] for rule, (units, tokens) in RULES.items()}
+        left = tuple(r for r in rules if r == "all together" or all(map(self.shape.cuts, cut.get(r, ()))))
+        require(left, f"nothing of this model can be cut by {', '.join(rules)}: {'; '.join(self.shape.fixed)}")
+        return left
 
     def check(self, gmacs: float, rules: Iterable[str] = tuple(RULES)) -> None:
         """InputError, before anything is measured, where no rule costs as little as `gmacs`."""
@@ -168,13 +175,10 @@ class Survey(Gathered):
     def offer(self, rule: str, plan: CompressionPlan) -> Offer:
         """What a plan is worth. It is measured once, and written to the survey's folder."""
         names = ("agree_pct", "agree_se", "distill_loss", "distill_loss_se")
-
-        def measured() -> dict[str, Any]:
-            found = self._worth(self.reporting, plan)
-            return {name: found.get(name) for name in names}
-        row = self._row(plan, "agree_pct", measured)
+        row = self._row(plan, "agree_pct", lambda: {
+            name: value for name, value in self._worth(self.reporting, plan).items() if name in names})
         return Offer(rule=rule, plan=plan, gmacs=cost.gmacs(plan), chosen_by=self._chosen_by(plan),
-                     **{name: row[name] for name in names})
+                     **{name: row.get(name) for name in names})
 
     def search(self, rule: str, gmacs: float, evaluations: int, until: float = np.inf) -> list[CompressionPlan]:
         """The plans of a rule that a search finds, the nearest first, which starts from `plan`'s and the one of merging
@@ -210,10 +214,8 @@ class Survey(Gathered):
         """Distance of each image to choose on, of a plan's model in a form, refitted on TRIED_ON images; measured
         once."""
         name = f"each, {form}"
-
-        def measured() -> dict[str, Any]:
-            return {name: self.choosing.each(deploy(self.in_form(form, plan, TRIED_ON)))}
-        return np.array(self._row(plan, name, measured)[name])
+        return np.array(self._row(plan, name, lambda: {
+            name: self.choosing.each(deploy(self.in_form(form, plan, TRIED_ON)))})[name])
 
     def best(self, plans: Iterable[CompressionPlan]) -> tuple[CompressionPlan, str]:
         """(the plan to go on with, its form): of each plan the form with the least mean distance, and of these the

@@ -104,6 +104,7 @@ def tonight(source: Source, data: Data, out: Run, *, gmacs: Gmacs = None,
     survey = Survey(found, data, out / SURVEY, images=images, **common)
     dense = cost.gmacs(CompressionPlan.empty(survey.shape))
     limit = limit_of(survey.shape, gmacs, MACS_RATIO if gmacs is None and macs_ratio is None else macs_ratio)
+    rules = survey.possible(rules)
     survey.check(limit, rules)
     if finalists < 1:
         raise InputError(f"finalists is {finalists}; at least 1 plan is needed to be made ready")
