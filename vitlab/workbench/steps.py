@@ -186,7 +186,6 @@ def throughput(sources: Annotated[Or[tuple[str, ...], Sequence[str], dict[str, O
                quick: Annotated[bool, Parameter(parse=False)] = False) -> list[ResultRow]:
     """Speed of deployed models at config.batch_size (32), and their latency at batch 1; the first is the baseline, all
     in turn in this process, each in every runtime. A timm name stands for the architecture alone, with random weights.
-
     Rows are appended to out/results.jsonl where `out` is given; `like` is a row that says of which dataset and split;
     quick: that they are of a quick run (`vitlab.runtime.caveats`).
 
@@ -208,6 +207,7 @@ def throughput(sources: Annotated[Or[tuple[str, ...], Sequence[str], dict[str, O
                                                          "peak_memory_mb": speed.peak_memory_mb,
                                                          "runtime": speed.runtime}})
             for name, speed in speeds.items()]
-    for row in rows if out is not None else ():
-        append_row(Path(out) / RESULTS, row)
+    if out is not None:
+        for row in rows:
+            append_row(Path(out) / RESULTS, row)
     return rows
