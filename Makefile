@@ -16,7 +16,7 @@ demo-all: $(READY)      ## every notebook: runs/demo-all
 	$(BIN)/vitlab demo --everything --out $(RUN)-all
 
 test: $(READY) chromium ## all tests
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 chromium:               ## for the test in a browser: Debian's, where it is missing and this is root; else that test is skipped
 	@command -v chromium chromium-browser google-chrome >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \

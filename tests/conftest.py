@@ -31,6 +31,22 @@ FAMILIES: dict[str, tuple[str, dict]] = {
                                          "qk_norm": True}),
 }
 NUM_CLASSES, DEPTH = 7, 5
+# Minutes each, most of it in processes that they start: begun first, so that no core waits for the last of them
+# (`--no-loadscope-reorder`, which the Makefile gives: else those with few tests come last).
+LONG = ("notebooks", "batch", "parallel", "survive", "processes", "study", "timm_client", "faults")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unsynced():
+    """No machine loses its power between two lines of a test: what is written need not reach the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 def randomise(model: nn.Module, seed: int) -> None:

@@ -100,6 +100,11 @@ def refused(call, *words: str) -> None:
 
 
 cells = pytest.mark.parametrize("family, rule", CELLS)
+# What a client does with modules and their weights, whatever they compute: every rule in the two families with most
+# prefix tokens, and every family with a rule by place, one by content and one that selects.
+covering = pytest.mark.parametrize("family, rule", [(family, rule) for family, rule in CELLS
+                                                    if family in ("distilled", "registers")
+                                                    or rule in ("place", "match", "select")])
 forms = pytest.mark.parametrize("form", FORMS)
 each_rule = pytest.mark.parametrize("rule", RULES)
 
@@ -198,7 +203,7 @@ def test_hooks_on_blocks_see_all_tokens_where_a_grid_is(rule):
 
 # ---- Other classifiers, sizes and pooling
 
-@cells
+@covering
 @forms
 def test_a_new_classifier_gives_its_own_logits(family, rule, form):
     model = copy.deepcopy(made(family, rule, form))
@@ -240,7 +245,7 @@ def test_reading_out_is_refused_for_a_model_that_pools_by_average():
             "block 3", "'avg'")
 
 
-@cells
+@covering
 @forms
 def test_another_image_size_is_refused(family, rule, form):
     model = copy.deepcopy(made(family, rule, form))
@@ -269,7 +274,7 @@ def test_an_attention_mask_is_refused(rule, form):
 
 # ---- Traced, exported, scripted
 
-@cells
+@covering
 @forms
 def test_torch_fx_extracts_the_logits(family, rule, form):
     model = made(family, rule, form)
@@ -339,7 +344,7 @@ def test_script_is_refused_in_one_line(rule, form):
 
 # ---- Copied, averaged, saved, loaded
 
-@cells
+@covering
 @forms
 def test_copies_averages_and_pickles_stand_on_their_own(family, rule, form):
     model = made(family, rule, form)
@@ -383,7 +388,7 @@ def test_an_average_follows_the_weights(rule):
         torch.testing.assert_close(mine, other + 0.5)
 
 
-@cells
+@covering
 @forms
 def test_weights_load_into_a_model_without_memory_and_into_an_empty_one(family, rule, form, tmp_path):
     from safetensors.torch import load_file, save_file
@@ -401,7 +406,7 @@ def test_weights_load_into_a_model_without_memory_and_into_an_empty_one(family, 
         assert torch.equal(logits(other.eval(), x), logits(model, x))
 
 
-@cells
+@covering
 def test_a_model_that_is_saved_for_the_hub_without_its_plan_does_not_load_as_a_dense_one(family, rule, tmp_path):
     name, sizes = FAMILIES[family]
     save_for_hf(made(family, rule, "compressed"), tmp_path,
@@ -412,7 +417,7 @@ def test_a_model_that_is_saved_for_the_hub_without_its_plan_does_not_load_as_a_d
 
 # ---- Trained
 
-@cells
+@covering
 def test_layer_decay_knows_every_block(family, rule):
     model = made(family, rule, "compressed")
     groups = param_groups_layer_decay(model, layer_decay=0.5)
@@ -442,7 +447,7 @@ def test_checkpointing_gives_the_same_gradients_or_is_refused(rule, reentrant):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@cells
+@covering
 @forms
 def test_half_precision_is_near_and_finite(family, rule, form):
     model = made(family, rule, form)
@@ -458,7 +463,7 @@ def test_half_precision_is_near_and_finite(family, rule, form):
 # ---- Attention
 
 @pytest.mark.parametrize("method", ["hook", "fx"])
-@cells
+@covering
 def test_attention_is_extracted_from_every_block(family, rule, method):
     model = made(family, rule, "compressed", fused=False)
     x = pictures(model)
