@@ -4,7 +4,7 @@
 HSIC as in *Multi-Dimensional Vision Transformer Compression* (arXiv 2201.00043), methods B1.
 """
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,8 @@ Scored = tuple[Tensor, int]                     # token scores (L, n), how many 
 
 
 @contextlib.contextmanager
-def seen(model: nn.Module, see: Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Tensor]) -> Iterator[None]:
+def seen(model: nn.Module, see: Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+         ) -> Generator[None, None, None]:
     """Inside, see(block, queries, keys, values, mask), (B, H, N, d) each as they are multiplied, and what is added to
     the logits, is called on the way through each attention; what it gives goes on in place of the values."""
     blocks = [attention_block(block) for block in model.blocks]

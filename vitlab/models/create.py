@@ -197,7 +197,7 @@ def architecture(model: nn.Module) -> dict[str, Any]:
     # stands.
     now: dict[str, Any] = {"num_classes": classes_of(model),
                            "depth": sum(hasattr(attention_block(b), "attn") for b in model.blocks)}
-    known = inspect.signature(kind_of(model, MODELS)).parameters
+    known = inspect.signature(kind_of(model, MODELS) or type(model)).parameters
     now |= {name: not isinstance(model.fc_norm, nn.Identity) for name in ("fc_norm", "use_fc_norm") if name in known}
     if hasattr(model, "dist_token") and not model.global_pool:
         now["global_pool"] = POOL_TOKEN         # of an encoder; timm builds a distilled DeiT with no other

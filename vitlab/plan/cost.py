@@ -70,7 +70,8 @@ def previous(values: np.ndarray, first: int) -> np.ndarray:
 def rows_of(counts: Counts, everything: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows that enter and that leave each block: all tokens where they only share an update."""
     shares = (counts.pooled > 0) & (counts.compared == 0)
-    return tuple(np.where(shares, everything, tokens + counts.carried) for tokens in (counts.attended, counts.in_mlp))
+    return (np.where(shares, everything, counts.attended + counts.carried),
+            np.where(shares, everything, counts.in_mlp + counts.carried))
 
 
 def _head_macs(shape: ViTShape) -> int:

@@ -89,7 +89,9 @@ def checked(words: Sequence[str], commands: Collection[str]) -> tuple[str, dict[
 def unknown_flag(error: CycloptsError, words: Sequence[str]) -> CycloptsError | None:
     """Of words that a command did not take, the first that is none of its flags: told before one that is missing, which
     it may be, misspelt."""
-    known = error.app.assemble_argument_collection() if error.app else []
+    if not error.app:
+        return None
+    known = error.app.assemble_argument_collection()
     names = {name for argument in known for name in argument.names}
     odd = [flag for flag in values_of(words) if "=" not in flag and flag not in names]
     return UnknownOptionError(token=Token(keyword=odd[0], source="cli"), argument_collection=known,

@@ -134,7 +134,8 @@ def evaluate(source: Source, data: Data, *, dense: Annotated[Other | None, flag(
         images: a slice of this many images
         name: name in the result row (default: SOURCE)
     """
-    found, original = (each and features.seen(open_model(each)) for each in (source, dense))
+    found = features.seen(open_model(source))
+    original = None if dense is None else features.seen(open_model(dense)).model
     classifies = output_of(found.model).labelled and not features.asked
     if not classifies and not features.asked and dense is None:
         raise InputError("the model has no classifier; the model it was made from (dense) says how far its features "
@@ -144,14 +145,14 @@ def evaluate(source: Source, data: Data, *, dense: Annotated[Other | None, flag(
     opened = open_matching(data, found, class_map, labels=classifies or features.asked)
     model, device = deployed(found), pick_device(config.device)
     amp, of_pixels = evaluation.uses_bf16(device, config.dtype == "bfloat16"), isinstance(model, Segmenter)
-    given, dense = windows.given(), original and original.model
-    if dense is not None:
-        if of_pixels or isinstance(dense, Segmenter):
+    given = windows.given()
+    if original is not None:
+        if of_pixels or isinstance(original, Segmenter):
             raise InputError("the distance to a dense model is measured of classifiers, and one of these is a "
                              "Segmenter")
-        if dense.num_classes != model.num_classes:
-            raise InputError(f"the dense model has {dense.num_classes} classes, this one {model.num_classes}; the one "
-                             "it was made from is needed")
+        if original.num_classes != model.num_classes:
+            raise InputError(f"the dense model has {original.num_classes} classes, this one {model.num_classes}; the "
+                             "one it was made from is needed")
     if not of_pixels and given:
         raise InputError(f"{next(iter(given))} is of segmentation; the model gives one class for an image")
     whole: dict[str, Any] = {"whole": True} if of_pixels else {}
@@ -161,9 +162,9 @@ def evaluate(source: Source, data: Data, *, dense: Annotated[Other | None, flag(
     if of_pixels:
         measures, more = of_scenes(model, batches, opened.classes or [], given, **how)
     elif classifies:
-        measures, more = of_classes(model, batches, dense, **how)
+        measures, more = of_classes(model, batches, original, **how)
     else:
-        measures, more = of_features(model, batches, dense, opened, features, config.workers, **how)
+        measures, more = of_features(model, batches, original, opened, features, config.workers, **how)
     if more.get("broken") and parallel.is_first():
         print(f"{more['broken']} broken images left out", file=sys.stderr)
     prepared = image_config(found.model.encoder if of_pixels
