@@ -1,21 +1,32 @@
 """Every pretrained vision transformer that timm names is handled or refused by name; of every structure among them a
-small model keeps the invariants that a plan promises."""
+small model keeps the invariants that a plan promises.
+
+    python tests/test_families.py       # writes docs/families.md
+"""
+from pathlib import Path
+
 import pytest
 import registry
 import torch
 from conftest import randomise
+from safetensors.torch import save_file
 from timm.layers import RelPosBias, RelPosMlp
+from timm.models import get_model_args
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitlab.models import check_supported, compress, deploy, shape_of
+from vitlab.measure.capture import token_scores
+from vitlab.measure.units import unit_scores
+from vitlab.models import check_supported, checkpoint, compress, deploy, shape_of
+from vitlab.models.create import create_model
 from vitlab.models.families import mixing_layer
 from vitlab.models.support import attention_block, refuse
 from vitlab.plan import BlockPlan, CompressionPlan, cost
 from vitlab.plan.rules import Match, MergeReconstruct, ReadOut, SharedUpdate
 from vitlab.plan.shape import POOL_TOKEN
 from vitlab.runtime.files import InputError
+from vitlab.training.compensate import compensate
 
 HANDLED = 440                       # of the weights, at least
 
@@ -34,6 +45,55 @@ def test_most_pretrained_weights_are_of_models_that_are_handled_and_the_rest_is_
             with pytest.raises(InputError, match=rf"can't be handled: {type(model).__name__} "):
                 check_supported(model)
     assert counted >= HANDLED
+
+
+HEADING = """# Families
+
+timm names {every} pretrained weights of vision transformers that are one stage of blocks on a grid. Those of {handled}
+are handled: plans, all that is measured of them, refits, searches, deployed models, checkpoints and Segmenters. The
+others are refused by name. This page is written from the test that walks timm's registry (`python
+tests/test_families.py`), which makes a small model of every structure that it finds there and compares: a plan that
+cuts nothing gives the very same logits, cut heads and neurons are masked ones, a deployed model is the trained one, and
+MACs are torch's own count. Tokens of models that turn queries and keys by place (RoPE) are merged, not selected; a
+merged token is turned by the mean of its patches' rotations.
+
+"""
+
+
+def cut(shape) -> str:
+    """What of a model can be cut."""
+    parts = [part for part in ("tokens", "heads", "neurons") if shape.cuts(part)]
+    return ", ".join(parts) + (" (tokens by merging)" if shape.rotary and "tokens" in parts else "")
+
+
+def page() -> str:
+    """docs/families.md, from timm's registry."""
+    weights, rows, refused = registry.pretrained(), {}, {}
+    for name, like in registry.structures().items():
+        model = registry.tiny(name)
+        why = refuse(model)
+        if why is None:
+            shape, block = shape_of(model), attention_block(model.blocks[0])
+            key = (type(model).__name__, type(block.mlp).__name__ + (", gated" if shape.gated else ""),
+                   "by place" if shape.rotary else "", shape.pool or "none", cut(shape), "; ".join(shape.fixed))
+            rows.setdefault(key, []).extend(like)
+        else:
+            refused.setdefault(why.replace(" at block 0", ""), []).extend(like)
+    counted = {key: sum(weights[name] for name in names) for key, names in rows.items()}
+    lines = ["| model | MLP | turned | pool | cut | not cut, why | weights | such as |", "|---" * 8 + "|"]
+    lines += [f"| {' | '.join(key)} | {counted[key]} | {', '.join(f'`{n}`' for n in names[:2])} |"
+              for key, names in sorted(rows.items(), key=lambda row: -counted[row[0]])]
+    lines += ["", "## Refused", "", "| why | weights | such as |", "|---|---|---|"]
+    lines += [f"| {why} | {sum(weights[n] for n in names)} | {', '.join(f'`{n}`' for n in names[:2])} |"
+              for why, names in refused.items()]
+    return HEADING.format(every=sum(weights.values()), handled=sum(counted.values())) + "\n".join(lines) + "\n"
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+
+
+def test_the_page_of_families_is_what_the_registry_gives():
+    assert PAGE.read_text(encoding="utf-8") == page()
 
 
 def made(name: str) -> nn.Module:
@@ -97,7 +157,7 @@ class Without(nn.Module):
         return (inputs[0].masked_fill(self.gone, 0),)
 
 
-STRUCTURES = list(handled())
+STRUCTURES = [] if __name__ == "__main__" else list(handled())
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
@@ -134,6 +194,51 @@ def test_a_plan_holds_what_it_promises_for_every_structure(name):
         check_cost(deployed, plan, x)
 
 
+def tokens_and_units(shape) -> CompressionPlan:
+    rules = by_content(shape) if shape.cuts("tokens") else [None] * shape.depth
+    return CompressionPlan(shape=shape, blocks=tuple(
+        BlockPlan(heads=block.heads, neurons=block.neurons, tokens=rule)
+        for block, rule in zip(some_units(shape), rules)))
+
+
+# one of each kind of attention, MLP, pool and stem
+KINDS = ("vit_base_patch16_siglip_224", "eva02_base_patch14_224", "vit_base_patch16_dinov3", "aimv2_1b_patch14_224",
+         "vit_base_patch16_rope_mixed_224", "beit_base_patch16_224", "vit_pe_core_base_patch16_224",
+         "vit_relpos_base_patch16_224", "vit_base_patch16_rpn_224", "vit_small_r26_s32_224")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_checkpoint_and_a_weights_file_give_the_model_back(name, tmp_path):
+    model = made(name)
+    x, plan = images(model), tokens_and_units(shape_of(model))
+    cut = compress(model, plan)
+    checkpoint.save(tmp_path / "cut", cut, plan)
+    back = checkpoint.load(tmp_path / "cut")
+    assert back.plan.blocks == plan.blocks and near(back.model(x), cut(x), 1e-6)        # other alignment of memory
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    args = {k: v for k, v in get_model_args(model).items() if k not in ("num_classes", "norm_layer", "act_layer")}
+    opened = create_model(name, weights=tmp_path / "weights.safetensors", **args)
+    assert near(opened(x), model(x), 1e-6)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_scores_moments_and_refits_work_and_a_refit_is_nearer_than_the_cut(name):
+    model = made(name)
+    shape = shape_of(model)
+    batches = [(images(model, 24), torch.arange(24) % registry.CLASSES)]
+    if shape.cuts("tokens"):
+        assert token_scores(model, batches, progress=False).shape == (shape.depth, shape.num_patches)
+    scores = unit_scores(model, batches, criterion="taylor", progress=False)
+    assert scores.heads.shape == (shape.depth, shape.num_heads) and (scores.neurons >= 0).all()
+    plan = CompressionPlan(shape=shape, blocks=some_units(shape))
+    if plan == CompressionPlan.empty(shape):
+        return
+    x, dense = batches[0][0], model(batches[0][0])
+    far, fitted = ((m(x) - dense).square().mean() for m in (
+        compress(model, plan), compensate(model, plan, batches, ridge=1e-3, progress=False)))
+    assert fitted < far
+
+
 def check_cost(model: nn.Module, plan: CompressionPlan, x: torch.Tensor) -> None:
     """MACs are torch's own count, but for what scales rows (cost counts it, torch does not), and biases by distance,
     which are made once for all images (torch counts it, cost does not)."""
@@ -148,3 +253,7 @@ def check_cost(model: nn.Module, plan: CompressionPlan, x: torch.Tensor) -> None
                 module.get_bias()
     scaled = sum(flow.pooled for flow in plan.flows()) * plan.shape.embed_dim
     assert (counter.get_total_flops() - once.get_total_flops()) // 2 == cost.macs(plan)["total"] - scaled
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

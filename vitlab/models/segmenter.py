@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vitlab.models.create import rebuild, set_norm_eps
 from vitlab.models.decoders import DECODERS
 from vitlab.models.deploy import Fold
+from vitlab.models.families import mixing_layer
 from vitlab.models.support import attention_block, check_supported, is_merged
 from vitlab.plan.shape import is_int
 from vitlab.runtime.files import InputError
@@ -112,7 +113,7 @@ class Segmenter(nn.Module):
         if not any(isinstance(block, Fold) for block in getattr(encoder, "blocks", ())):
             check_supported(encoder)
         self.encoder, self.num_classes, self.decoder_name, self.decoder_args = encoder, num_classes, decoder, args
-        args = {"head_dim": attention_block(encoder.blocks[0]).attn.head_dim, **args}
+        args = {"head_dim": mixing_layer(attention_block(encoder.blocks[0]), "heads")[1], **args}
         try:
             self.decoder = DECODERS[decoder](encoder.embed_dim, num_classes, **args)
         except TypeError as error:
