@@ -134,15 +134,16 @@ def compared(survey: Survey, limit: float, evaluations: int) -> Iterator[tuple[s
 
 def write(runs: list[Path]) -> None:
     """Medians over draws, of all rows of some runs."""
-    groups: dict[tuple, list[dict]] = {}
-    for row in (row for run in runs for row in read_lines(run / "rows.jsonl")):
-        groups.setdefault((row["model"], row["photographs"], row["gmacs_limit"], row["what"]), []).append(row)
+    groups: dict[tuple, dict[int, dict]] = {}
+    for row in (row for run in runs for row in read_lines(run / "rows.jsonl")):     # one that went on has some twice
+        key = row["model"], row["photographs"], row["gmacs_limit"], row["what"]
+        groups.setdefault(key, {})[row["seed"]] = row
     write_lines(RESULTS, [dict(zip(("model", "photographs", "gmacs_limit", "what"), key)) | {
         **{name: statistics.median(row[name] for row in rows) for name in
            ("gmacs", "distill_loss", "distill_loss_se", "against_dense", "against_dense_se")},
         "draws": [round(row["distill_loss"], 4) for row in rows], "seeds": [row["seed"] for row in rows],
         "forms": [row["form"] for row in rows], "images": rows[0]["images"], "device": rows[0]["device"]}
-        for key, rows in sorted(groups.items())])
+        for key, rows in ((key, list(draws.values())) for key, draws in sorted(groups.items()))])
 
 
 if __name__ == "__main__":

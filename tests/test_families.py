@@ -5,6 +5,7 @@ small model keeps the invariants that a plan promises.
 """
 from pathlib import Path
 
+import numpy as np
 import pytest
 import registry
 import torch
@@ -26,6 +27,7 @@ from vitlab.plan import BlockPlan, CompressionPlan, cost
 from vitlab.plan.rules import Match, MergeReconstruct, ReadOut, SharedUpdate
 from vitlab.plan.shape import POOL_TOKEN
 from vitlab.runtime.files import InputError
+from vitlab.search import SearchSpace
 from vitlab.training.compensate import compensate
 
 HANDLED = 440                       # of the weights, at least
@@ -237,6 +239,23 @@ def test_scores_moments_and_refits_work_and_a_refit_is_nearer_than_the_cut(name)
     far, fitted = ((m(x) - dense).square().mean() for m in (
         compress(model, plan), compensate(model, plan, batches, ridge=1e-3, progress=False)))
     assert fitted < far
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_search_space_cuts_what_can_be_cut_and_counts_as_the_plan_does(name):
+    shape = shape_of(registry.tiny(name))
+    space = SearchSpace(shape=shape, tokens="match_per_block",
+                        read_out=shape.pool == POOL_TOKEN and shape.num_prefix_tokens > 0)
+    assert set(space.groups) == {part for part in ("neurons", "heads", "tokens") if shape.cuts(part)}
+    policies = np.random.default_rng(0).uniform(0, space.max_ratio, (3, space.size))
+    scores = {"heads": torch.rand(shape.depth, shape.num_heads), "neurons": torch.rand(shape.depth, shape.num_neurons)}
+    for policy, gmacs in zip(policies, space.gmacs(policies)):
+        plan = space.plan(policy, **scores)
+        assert cost.gmacs(plan) == pytest.approx(gmacs, rel=1e-12)
+        assert space.keys(space.policy(plan)[None]) == space.keys(policy[None])
+    if shape.rotary:
+        with pytest.raises(InputError, match="tokens 'select': selected tokens would lose the places"):
+            SearchSpace(shape=shape, tokens="select")
 
 
 def check_cost(model: nn.Module, plan: CompressionPlan, x: torch.Tensor) -> None:

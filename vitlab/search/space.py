@@ -139,6 +139,10 @@ class SearchSpace:
             ranking[:, -1] = 0
             for name in ("carried", "pooled", "compared", "merges", "reconstructs"):
                 token[name][:, -1] = 0
+        others = token["attended"] - self.shape.num_prefix_tokens
+        turns = self.shape.rotary and not self.by_place
+        merged = token["attended"] < self.shape.num_tokens
+        token["turned"] = merged * others * (self.shape.num_patches if turns else 0)
         return Counts(**kept, **token, ranking=ranking, ranks_anew=(ranking > 0) & every)
 
     def gmacs(self, policies: np.ndarray) -> np.ndarray:
