@@ -575,11 +575,19 @@ def test_a_cut_segmenter_that_is_refitted_is_nearer_to_the_dense_one_and_keeps_i
     assert torch.equal(logits(compensate(dense, whole, some, progress=False), pictures(2)), logits(dense, pictures(2)))
 
 
-def test_a_layer_without_a_bias_that_loses_nothing_is_left_as_it_is():
+def test_a_layer_without_a_bias_is_refitted_by_its_weights_alone():
     dense = tiny()
     for block in dense.blocks:
         block.attn.proj.bias = None
     plan = one_cut(dense)
     found = compensate(dense, plan, batches(), every=True, progress=False)
-    assert changed(found, compress(dense, plan)) == {f"blocks.{index}.mlp.fc2.{name}" for index in (0, 1)
-                                                     for name in ("weight", "bias")}
+    assert changed(found, compress(dense, plan)) == {"blocks.1.attn.proj.weight"} | {
+        f"blocks.{index}.mlp.fc2.{name}" for index in (0, 1) for name in ("weight", "bias")}
+    # without means: W' = W C (C + ridge)^-1 of plain second moments, not of covariances
+    moments, weight = Moments(3), torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).double()
+    moments.add(torch.randn(50, 3, generator=torch.Generator().manual_seed(1)) + 2)
+    plain = moments.uncentred()
+    kept, (left, gained) = torch.tensor([0, 2]), refit(weight, plain, torch.tensor([0, 2]), 1, 0.0)
+    products = moments.products
+    wanted = weight[:, kept] + weight[:, [1]] @ products[[1]][:, kept] @ torch.linalg.inv(products[kept][:, kept])
+    assert torch.allclose(left, wanted) and gained.abs().max() == 0

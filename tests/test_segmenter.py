@@ -228,7 +228,7 @@ def test_an_encoder_is_built_again_from_its_source(tiny_vit, family, images):
 
 
 def test_other_families_are_refused():
-    with pytest.raises(InputError, match="Linear is not a timm VisionTransformer"):
+    with pytest.raises(InputError, match="Linear is not one of timm's plain vision transformers"):
         Segmenter(torch.nn.Linear(3, 3), 5)
 
 

@@ -198,7 +198,7 @@ def test_a_search_proposes_merging_by_content_and_its_plan_fits_the_budget(way, 
 
 def test_a_search_by_latency_keeps_to_the_table_of_the_segmenter(way, tmp_path, monkeypatch):
     monkeypatch.setenv("VITLAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(latency, "measure_table", lambda model, *, batch_size, dtype, device, progress: made(
+    monkeypatch.setattr(latency, "measure_table", lambda model, *, batch_size, dtype, device, progress, way: made(
         # times that are the same every time
         shape_of(model), **latency.conditions_of(model, batch_size, dtype, device)))
     shape = shape_of(checkpoint.load(way / "dense").model)

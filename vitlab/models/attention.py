@@ -23,13 +23,13 @@ class TokenAttention(nn.Module):
         """Queries, keys and values (B, H, N, d) of x (B, N, D), normed and turned by rope ([B, ][H or 1, ]n, 2 d), and
         the keys as they are before they are turned."""
         if getattr(self, "q_proj", None) is not None:
-            parts = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+            query, key, value = (linear(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+                                 for linear in (self.q_proj, self.k_proj, self.v_proj))
         else:
             stacked = self.qkv(x)
             if getattr(self, "q_bias", None) is not None:
                 stacked = stacked + torch.cat([self.q_bias, self.k_bias, self.v_bias])
-            parts = stacked.chunk(3, dim=2)
-        query, key, value = (part.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for part in parts)
+            query, key, value = stacked.unflatten(2, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
         query, key = (getattr(self, name, nn.Identity())(part) for name, part in (("q_norm", query), ("k_norm", key)))
         plain, prefix = key, 0 if rope is None else self.num_prefix_tokens
         if rope is not None:
