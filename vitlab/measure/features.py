@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -42,6 +41,7 @@ def nearest_neighbours(features: Tensor, targets: Tensor, k: int = NEIGHBOURS) -
     exp(cosine / TEMPERATURE). Raises InputError where there are fewer."""
     if k > len(features):
         raise InputError(f"{k} nearest neighbours of {len(features)} images; so many at most can be asked for")
+    from sklearn.neighbors import KNeighborsClassifier  # slow to load, and few commands need it
     found = KNeighborsClassifier(k, metric="cosine", weights=lambda apart: np.exp(-apart / TEMPERATURE))
     found.fit(features.numpy(), targets.numpy())
     return lambda given: torch.from_numpy(found.predict(given.numpy()))
