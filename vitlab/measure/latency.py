@@ -96,7 +96,7 @@ def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]],
     """(part, place in its grid, what runs, its input) of every time in the table; blocks are copies of the model's
     first."""
     prefix, dim, patches = model.num_prefix_tokens, model.embed_dim, model.patch_embed
-    everything, like, also = int(axes["stem"][0][0]), next(model.parameters()), also_taken(encoder_of(model), 0)
+    everything, like, also = int(axes["stem"][0][0]), next(model.parameters()), also_taken(encoder_of(model))[0]
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(batch, model.in_chans, *patches.img_size, generator=generator).to(like)
     numbers = torch.randn(batch * everything * dim, generator=generator).to(like)

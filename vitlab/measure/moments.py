@@ -107,8 +107,8 @@ def each_moments(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], kin
     for images, _ in batches:
         with autocast(device, amp):
             streams.append(embedded(model, images.to(device)))
-    for index, block in enumerate(model.blocks):
-        found, handles, also = {}, [], also_taken(model, index)
+    for index, (block, also) in enumerate(zip(model.blocks, also_taken(model))):
+        found, handles = {}, []
         for kind in kinds:
             linear = mixing_layer(attention_block(block), kind)[0]
             found[index, kind] = own = Moments(linear.in_features, device)

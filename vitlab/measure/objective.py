@@ -11,7 +11,7 @@ from vitlab.measure.confusion import Confusion, scores_of_groups
 from vitlab.measure.distance import at_targets, ignored, output_of, outputs, pooled, same_neighbours
 from vitlab.measure.evaluate import autocast, check_targets
 from vitlab.models import compress, deploy, shape_of
-from vitlab.models.families import embedded, run_block
+from vitlab.models.families import also_taken, embedded
 from vitlab.models.support import runs_in_parts
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.shape import ViTShape
@@ -96,8 +96,8 @@ class PlanObjective:
         with torch.inference_mode(), autocast(self.device, self.amp):
             if self._entering is None or block < at:
                 at, streams = 0, [embedded(self.dense, images) for images, _ in self.batches]
-            for index in range(at, block):
-                streams = [run_block(self.dense, index, x) for x in streams]
+            for each, also in list(zip(self.dense.blocks, also_taken(self.dense)))[at:block]:
+                streams = [each(x, **also) for x in streams]
         self._entering = block, streams
         return streams
 

@@ -50,29 +50,27 @@ def embedded(model: nn.Module, images: Tensor) -> Tensor:
     return getattr(model, "pos_drop", nn.Identity())(x if position is None else x + position)
 
 
-def also_taken(model: nn.Module, block: int) -> dict[str, Any]:
-    """What a block takes beside its tokens: rotations by place, or a bias by distance that all blocks share."""
+def also_taken(model: nn.Module) -> list[dict[str, Any]]:
+    """What each block takes beside its tokens: rotations by place, or a bias by distance that all blocks share."""
+    each: dict[str, Any] = {}
     if getattr(model, "rope", None) is not None:
         grid = model.patch_embed.grid_size
         like = model.patch_embed.proj.weight.new_zeros(1, *grid, model.embed_dim)
         rope = model._pos_embed(like if model.dynamic_img_size else like.flatten(1, 2))[1]
-        return {"rope": rope[block] if model.rope_mixed else rope}
-    if getattr(model, "rel_pos_bias", None) is not None:
-        return {"shared_rel_pos_bias": model.rel_pos_bias()}
-    if getattr(model, "shared_rel_pos", None) is not None:
-        return {"shared_rel_pos": model.shared_rel_pos.get_bias()}
-    return {}
-
-
-def run_block(model: nn.Module, block: int, x: Any) -> Any:
-    """What a block makes of what enters it, as the model runs it."""
-    return model.blocks[block](x, **also_taken(model, block))
+        if rotates_by_head(model):
+            return [{"rope": of_block} for of_block in rope]
+        each = {"rope": rope}
+    elif getattr(model, "rel_pos_bias", None) is not None:
+        each = {"shared_rel_pos_bias": model.rel_pos_bias()}
+    elif getattr(model, "shared_rel_pos", None) is not None:
+        each = {"shared_rel_pos": model.shared_rel_pos.get_bias()}
+    return [each] * len(model.blocks)
 
 
 def finished(model: nn.Module, x: Tensor, block: int) -> Tensor:
     """The logits of what goes into a block."""
-    for index in range(block, len(model.blocks)):
-        x = run_block(model, index, x)
+    for each, also in list(zip(model.blocks, also_taken(model)))[block:]:
+        x = each(x, **also)
     return model.forward_head(model.norm(x))
 
 

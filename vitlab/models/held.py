@@ -6,7 +6,7 @@ for.
 """
 import dataclasses
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -167,10 +167,8 @@ class RegionRotation(nn.Module):
     """Rotations of regions: the means of their patches' rotations ([H, ]n, 2 d) -> ([H, ]C, 2 d), gathered, so that no
     product is to be computed."""
 
-    def __init__(self, regions: Sequence[int]) -> None:
+    def __init__(self, members: list[list[int]]) -> None:
         super().__init__()
-        members = [[patch for patch, region in enumerate(regions) if region == number]
-                   for number in range(max(regions, default=-1) + 1)]
         largest = max(map(len, members), default=0)
         padded = [patches + patches[:1] * (largest - len(patches)) for patches in members]
         shares = [[1 / len(patches)] * len(patches) + [0.0] * (largest - len(patches)) for patches in members]
@@ -178,9 +176,9 @@ class RegionRotation(nn.Module):
         self.register_buffer("shares", torch.tensor(shares)[:, :, None], persistent=False)
 
     @classmethod
-    def of(cls, block: nn.Module, regions: Sequence[int]) -> "RegionRotation | None":
+    def of(cls, block: nn.Module, members: list[list[int]]) -> "RegionRotation | None":
         """None for a block that turns nothing."""
-        return cls(regions) if kind_of(getattr(block, "attn", block), ROTARY) else None
+        return cls(members) if kind_of(getattr(block, "attn", block), ROTARY) else None
 
     def forward(self, rope: Tensor) -> Tensor:
         if not len(self.members):

@@ -41,7 +41,7 @@ class TokenBlock(HoldingBlock):
         super().__init__()
         self.block, self.rule, self.place, self.takes_held = block, rule, place, place > 0
         self.tokens = None if place else MergeReconstructTokens(rule, num_prefix_tokens)
-        self.rotation = RegionRotation.of(block, rule.regions)
+        self.rotation = RegionRotation.of(block, rule.members)
 
     def forward(self, x: Tensor | Spanned, attn_mask: Tensor | None = None, is_causal: bool = False,
                 rope: Tensor | None = None) -> Tensor | Spanned:

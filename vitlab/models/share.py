@@ -25,14 +25,13 @@ class SharedUpdateBlock(nn.Module):
         proportional = rule.proportional and max(rule.sizes, default=1) > 1
         self.register_buffer("mask", size_mask(sizes[None], torch.float64) if proportional else None)
         self.register_buffer("members", None, persistent=False)
-        self.rotation = RegionRotation.of(block, rule.regions)
+        self.rotation = RegionRotation.of(block, rule.members)
 
     def gather_members(self) -> None:
         """From now on a region's mean is taken over its gathered patches, as the runtimes that files are for do right:
         TensorRT drops the reduction of a scattered sum. members (C, largest region), as the patch after the last where
         a region has fewer."""
-        regions, count = self.rule.regions, len(self.rule.regions)
-        of_region = [[patch for patch in range(count) if regions[patch] == number] for number in range(self.num_merged)]
+        of_region, count = self.rule.members, len(self.rule.regions)
         largest = max(map(len, of_region), default=0)
         self.members = torch.tensor([patches + [count] * (largest - len(patches)) for patches in of_region],
                                     dtype=torch.long, device=self.regions.device).view(self.num_merged, largest)

@@ -50,6 +50,15 @@ class _Regions:
         """How many tokens the patches become (prefix tokens not counted)."""
         return max(self.regions, default=-1) + 1
 
+    @property
+    def members(self) -> list[list[int]]:
+        """The patches of each region."""
+        found: list[list[int]] = [[] for _ in range(self.num_merged)]
+        for patch, region in enumerate(self.regions):
+            if region >= 0:
+                found[region].append(patch)
+        return found
+
     def _check_regions(self, low: float, high: float, what: str) -> None:
         """InputError where regions and weights, from low to high, are not one of each per patch, or regions are not
         numbered without a gap."""

@@ -71,6 +71,7 @@ class Walk:
         self.dense, self.model, self.amp, self.at = encoder_of(dense), encoder_of(model), amp, 0
         self.device = next(model.parameters()).device
         check_runs_in_parts(self.dense)
+        self.also = also_taken(self.dense)
         self.streams, self.after = [], []
         for images, _ in batches:
             with autocast(self.device, amp):
@@ -79,7 +80,7 @@ class Walk:
         self._look()
 
     def _run(self, block: nn.Module, streams: Iterable[Tensor | Held]) -> Iterator[Tensor | Held]:
-        also = also_taken(self.model, self.at)
+        also = self.also[self.at]
         for x in streams:
             with autocast(self.device, self.amp):
                 y = block(x, **also)
