@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
-from vitlab.measure.throughput import conditions, hold_memory
+from vitlab.measure.throughput import conditions
 from vitlab.models.create import create_model
+from vitlab.runtime.cores import hold_memory
 from vitlab.runtime.files import write_lines
 
 RESULTS = Path(__file__).parent / "results" / "allocator.jsonl"

@@ -187,7 +187,7 @@ def test_memory_that_is_held_comes_back_without_fresh_pages():
     MB)."""
     code = """
 import resource, torch
-from vitlab.measure.throughput import hold_memory
+from vitlab.runtime.cores import hold_memory
 def faults(count=20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(count):

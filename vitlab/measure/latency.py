@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vitlab.criteria.planning import prune_and_merge
-from vitlab.measure.throughput import DTYPES, EAGER, Way, _once, conditions, hold_memory
+from vitlab.measure.throughput import DTYPES, EAGER, Way, _once, conditions
 from vitlab.models import compress, deploy, encoder_of, shape_of
 from vitlab.models.attention import PrefixAttention, attention_as
 from vitlab.models.deploy import Fold
@@ -31,6 +31,7 @@ from vitlab.plan.cost import counts_of
 from vitlab.plan.latency import AXES, LatencyTable
 from vitlab.plan.rules import Match, SharedUpdate
 from vitlab.plan.shape import ViTShape, require
+from vitlab.runtime.cores import hold_memory
 from vitlab.runtime.files import InputError, cache_folder
 
 

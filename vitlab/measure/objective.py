@@ -103,7 +103,8 @@ class PlanObjective:
 
     def __call__(self, plan: CompressionPlan) -> dict[str, float]:
         first = next((index for index, block in enumerate(plan.blocks) if block != BlockPlan()), 0)
-        return self.measure(deploy(self.build(self.dense, plan)), first if runs_in_parts(self.dense) else 0)
+        model = deploy(self.build(self.dense, plan), inplace=True)
+        return self.measure(model, first if runs_in_parts(self.dense) else 0)
 
     def measure(self, model: nn.Module, first: int = 0) -> dict[str, float]:
         """The same of a model that is built already, whose blocks before `first` are those of the dense model."""

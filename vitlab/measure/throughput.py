@@ -1,5 +1,4 @@
 """Throughput and latency, measured in turn in one run, so that a ratio holds where the machine's speed drifts."""
-import ctypes
 import platform
 import statistics
 import time
@@ -12,9 +11,9 @@ from scipy.special import bdtr
 from torch import nn
 from tqdm import tqdm
 
+from vitlab.runtime.cores import hold_memory
 from vitlab.runtime.files import InputError
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4           # of mallopt(3)
 CONFIDENCE = 0.95                               # of the range of a ratio
 TIMING = ("models in turn in one process that keeps freed memory; ratio: median over the rounds of the first model's "
           "time by this one's; throughput: the first model's median, times the ratio")
@@ -58,19 +57,6 @@ class Speed:
     ratio_max: float
     peak_memory_mb: float | None    # on a GPU: its weights, the images, and what one forward holds at most
     runtime: str                    # and its version
-
-
-def hold_memory() -> bool:
-    """Keep freed memory in this process, where the C library is glibc; says whether it could.
-
-    Else large blocks go back to the system and come again as fresh pages, tens of thousands a forward; how many depends
-    on what the process allocated before, and with it a model's speed, by a fifth and more from process to process
-    (docs/results.md).
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def conditions(device: torch.device, dtype: str, batch_size: int, repeats: int) -> dict[str, Any]:

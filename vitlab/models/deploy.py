@@ -52,8 +52,10 @@ class FoldedBlock(nn.Module):
         return x if self.unfold is None else self.unfold(x)
 
 
-def deploy(model: nn.Module, *, at: str = "") -> nn.Module:
+def deploy(model: nn.Module, *, at: str = "", inplace: bool = False) -> nn.Module:
     """A copy of a compressed model in its folded form, in eval mode: the same logits (float32: 1e-4), fewer MACs.
+
+    inplace: the model itself is changed, where nobody else has it.
 
     Shapes are static. With class-token pooling only the prefix tokens are reconstructed at the end, and
     forward_features returns those alone (all tokens where the last block merges none); with any other pooling the whole
@@ -64,17 +66,17 @@ def deploy(model: nn.Module, *, at: str = "") -> nn.Module:
     """
     if at:
         return replaced(model, at, lambda inner: _deployed(inner, whole=True)).eval()
-    return _deployed(model, whole=False)
+    return _deployed(model, whole=False, inplace=inplace)
 
 
-def _deployed(model: nn.Module, whole: bool) -> nn.Module:
+def _deployed(model: nn.Module, whole: bool, inplace: bool = False) -> nn.Module:
     """whole: the last block gives the whole grid, whatever the model pools."""
     check_supported(model)
     if encoder_of(model) is not model:
         return model.with_encoder(deploy(model.encoder)).eval()
     if any(isinstance(b, FoldedBlock) for b in model.blocks):
         raise InputError("the model is already deployed")
-    model = copy.deepcopy(model).eval()
+    model = (model if inplace else copy.deepcopy(model)).eval()
     if not any(isinstance(b, TokenBlock) for b in model.blocks):
         return model
     weight = attention_block(model.blocks[0]).norm1.weight

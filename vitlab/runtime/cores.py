@@ -1,9 +1,12 @@
-"""The cores that this process may use, and threads that share them with whatever else runs there."""
+"""The cores and the memory that this process may use, and threads that share them with whatever else runs there."""
+import ctypes
 import math
 import os
+import platform
 from pathlib import Path
 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")          # of a container: microseconds of cores in so many, or "max"
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4           # of mallopt(3)
 
 
 def available_cores(quota: Path = QUOTA) -> int:
@@ -26,6 +29,19 @@ def share_cores() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if (cores := available_cores()) < (os.cpu_count() or 1):
         os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+
+
+def hold_memory() -> bool:
+    """Keep freed memory in this process, where the C library is glibc; says whether it could.
+
+    Else large blocks go back to the system and come again as fresh pages, tens of thousands a forward; how many depends
+    on what the process allocated before, and with it a model's speed, by a fifth and more from process to process
+    (docs/results.md).
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def load_in_words(load: float | None = None, cores: int | None = None) -> str:

@@ -1,5 +1,6 @@
 """Cut heads and neurons, and refit what is left so that every block's output stays: closed form, no labels, no
 training."""
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -60,6 +61,16 @@ def _lacks(gamma: Tensor | None, rule: TokenRule | None, stream: Tensor, given: 
     return F.pad(lacks, (0, 0, 0, given.shape[1] - lacks.shape[1]))
 
 
+@contextlib.contextmanager
+def without_mlp(block: nn.Module) -> Iterator[None]:
+    """Inside, the block's MLP gives what it is given: for what comes before it, a third of the block's work."""
+    mlp, block.mlp = block.mlp, nn.Identity()
+    try:
+        yield
+    finally:
+        block.mlp = mlp
+
+
 class Walk:
     """What all images are as they enter a block of the dense model and of a smaller one, block after block: each block
     runs on what the one before gave, so that a walk through all of them costs a few passes, however many layers are
@@ -116,7 +127,7 @@ class Walk:
         folds = [Moments(linear.in_features - lost.shape[1], self.device, linear.out_features) for _ in range(FOLDS)]
         handles = [norm.register_forward_pre_hook(lambda _, given: seen.update(own=given[0])),
                    linear.register_forward_hook(lambda _, given, out: seen.update(inputs=given[0], output=out))]
-        with hooks(handles):
+        with hooks(handles), without_mlp(block) if heads else contextlib.nullcontext():
             for entering, leaving, dense in zip(self.streams, self._run(wrapped, self.streams),
                                                 self.half if heads else self.after):
                 held, inputs, output = entering if heads else leaving, seen["inputs"], seen["output"]

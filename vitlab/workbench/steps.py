@@ -25,6 +25,7 @@ from vitlab.models.segmenter import Segmenter
 from vitlab.plan import BlockPlan, CompressionPlan, cost
 from vitlab.runtime import parallel
 from vitlab.runtime.config import RunConfig, flags
+from vitlab.runtime.cores import hold_memory
 from vitlab.runtime.files import NOTEBOOKS, InputError, first_line
 from vitlab.runtime.kinds import ClassMap, Count, Data, File, Names, Or, Run, flag
 from vitlab.runtime.results import ResultRow, append_row
@@ -37,7 +38,8 @@ Rows = Annotated[Run | None, Parameter(help="append what was measured to RUN/res
 
 
 def pick_device(name: str | torch.device | None) -> torch.device:
-    """The device of that name, or itself; None: a GPU where there is one. Raises InputError where it can't be used."""
+    """The device of that name, or itself; None: a GPU where there is one. On a CPU freed memory is kept from here on
+    (`hold_memory`). Raises InputError where it can't be used."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and device.index is None and parallel.world() > 1:
@@ -47,6 +49,8 @@ def pick_device(name: str | torch.device | None) -> torch.device:
         raise InputError(f"device {name!r} can't be used here ({first_line(error)})") from None
     if device.type not in ("cpu", "cuda", "mps", "xpu"):
         raise InputError(f"device {name!r} can't compute; cpu or cuda can")
+    if device.type == "cpu":
+        hold_memory()
     return device
 
 

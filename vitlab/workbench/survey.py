@@ -36,7 +36,7 @@ RULES = {"merging by content": ((), "match_per_stage"), "shared updates": ((), "
          "neurons": (("neurons",), "none"), "heads and neurons": (("heads", "neurons"), "none"),
          "all together": (("heads", "neurons"), "match_per_stage")}
 SINGLE = ("merging by content", "shared updates", "neurons")                   # rules that cut one thing alone
-RATIOS, MAX_RATIO, TOLERANCE = (0.9, 0.75, 0.6, 0.45), 0.75, 0.05
+RATIOS, MAX_RATIO, TOLERANCE = (0.75, 0.6, 0.45), 0.75, 0.05
 TRIED_ON, REFIT_COST = 192, 5                   # images that a plan is refitted on to be compared; forwards of each
 POPULATION = 8                                  # of a search, before its first proposal
 DEPLOYED, TRAINED = "deployed", "self-distillation"                             # the latter a stage of `tonight`
@@ -215,7 +215,7 @@ class Survey(Gathered):
         once."""
         name = f"each, {form}"
         return np.array(self._row(plan, name, lambda: {
-            name: self.choosing.each(deploy(self.in_form(form, plan, TRIED_ON)))})[name])
+            name: self.choosing.each(deploy(self.in_form(form, plan, TRIED_ON), inplace=True))})[name])
 
     def best(self, plans: Iterable[CompressionPlan]) -> tuple[CompressionPlan, str]:
         """(the plan to go on with, its form): of each plan the form with the least mean distance, and of these the

@@ -27,6 +27,9 @@ from vitlab.workbench.steps import open_dense
 from vitlab.workbench.survey import DEPLOYED, RATIOS, REFIT_COST, RULES, SINGLE, TRAINED, TRIED_ON, Survey  # noqa: F401 - its own face
 
 MACS_RATIO = 0.6                                # the budget where none is given
+NEAR = 0.02                                     # offers at ratios as near to the budget as that would say the same
+# shared updates keep every shape static, and are never the nearest: for who asks for them
+OFFERED_RULES = tuple(rule for rule in RULES if rule != "shared updates")
 EVALUATIONS, FINALISTS = 40, 2                  # of the search; how many of its plans are refitted and compared
 LEAST = {"evaluations": 10, "finalists": 1, "images": 64}       # what the time may leave of them
 # minutes, where none are given: of a large model the amounts shrink; where that is kept
@@ -68,18 +71,19 @@ def _amounts(path: Path, asked: dict[str, Any], shrink: bool) -> dict[str, int]:
 def tonight(source: Source, data: Data, out: Run, *, gmacs: Gmacs = None,
             macs_ratio: Annotated[MacsRatio, Parameter(help="budget: fraction of the dense model's multiply-adds "
                                                             f"(default: {MACS_RATIO})")] = None,
-            rules: Names = tuple(RULES), ratios: Ratios = RATIOS, evaluations: Natural = EVALUATIONS,
+            rules: Names = OFFERED_RULES, ratios: Ratios = RATIOS, evaluations: Natural = EVALUATIONS,
             finalists: Count = FINALISTS, minutes: Minutes | None = None, images: Count = 128,
             report_images: Count = 256, score_images: Count = 1000, class_map: ClassMap = None,
             config: Annotated[RunConfig, RUN] = RunConfig()) -> Checkpoint:
     """From a dense model and images without labels to a smaller model that is ready, in out/deployed; returns that
     checkpoint.
 
-    Offers of every rule at `ratios` of the dense GMACs (out/offers.jsonl, out/offers.png), plans compared on `images`
-    of train and reported on `report_images` others; a search of so many evaluations at the budget (`gmacs`, or
-    macs_ratio of the dense model's), over all that the rules cut together; its `finalists` and the best plan of one
-    rule alone refitted on score_images others, and the nearest of them (`Survey.best`) made ready; the best plan so far
-    is out/plan.json. Numbered stages, and the time that the whole will take, are said before it begins.
+    Offers of every rule at the budget and at `ratios` of the dense GMACs that are not NEAR it (out/offers.jsonl and
+    out/offers.png), plans compared on `images` of train and reported on `report_images` others; a search of so many
+    evaluations at the budget (`gmacs`, or macs_ratio of the dense model's), over all that the rules cut together; its
+    `finalists` and the best plan of one rule alone refitted on score_images others, and the nearest of them
+    (`Survey.best`) made ready; the best plan so far is out/plan.json. Numbered stages, and the time that the whole will
+    take, are said before it begins.
 
     minutes: for the whole; where the amounts would take longer, there are fewer evaluations, finalists and images
     (LEAST), and what is left of the time is self-distillation (`self_distil`). None: none of it, and fewer where they
@@ -109,7 +113,7 @@ def tonight(source: Source, data: Data, out: Run, *, gmacs: Gmacs = None,
     if finalists < 1:
         raise InputError(f"finalists is {finalists}; at least 1 plan is needed to be made ready")
     warn_of_few(survey.parts.roles["score"])
-    ratios = sorted({*ratios, limit / dense})
+    ratios = sorted([limit / dense, *(ratio for ratio in ratios if abs(ratio - limit / dense) > NEAR)])
 
     def planned() -> dict[str, float]:
         return stages_of(survey, rules, len(ratios), evaluations, finalists, limit / dense)
