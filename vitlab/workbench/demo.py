@@ -15,7 +15,7 @@ STORY: dict[str, dict[str, str]] = {
 EVERYTHING: dict[str, dict[str, str]] = {
     "00_check_setup": {}, "01_baseline": {"recipe_name": "digits"}, "02_token_scores": {}, "03_prune_and_merge": {},
     "04_finetune": {}, "05_heads_and_neurons": {}, "06_search": {}, "07_prune_what_was_found": {}, "08_tonight": {},
-    "09_segmentation": {}, "10_deploy": {}, "90_results": {}}
+    "09_segmentation": {}, "10_deploy": {}, "11_what_changed": {}, "90_results": {}}
 EMBEDDED = ("digits", "digit_scenes")
 
 

@@ -1,0 +1,194 @@
+"""What compression changed, image by image: the predictions of a dense model and of one made from it, kept in a file,
+and what follows from them; which block is to blame."""
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vitlab.measure.averaging import hooks
+from vitlab.measure.distance import output_of, outputs, pooled
+from vitlab.models import attention_block, compress
+from vitlab.models.deploy import FoldedBlock
+from vitlab.models.held import Held
+from vitlab.models.merge import TokenBlock
+from vitlab.models.weights import read_file
+from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.plan.rules import Match, ReadOut
+from vitlab.plan.shape import require
+from vitlab.runtime.files import InputError, atomic_write
+from vitlab.runtime.uncertainty import standard_error
+
+TOP = 5                         # predictions of each image that are kept
+BINS = 15                       # of confidence, as in Guo et al., "On Calibration of Modern Neural Networks", ICML 2017
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """Of N images: targets (N), -1 where there are none; distance (N) between the two outputs (`output_of`); the
+    classes that the dense and the compressed model find likeliest (N, T), best first, and their probabilities. Of
+    models without a classifier there are the numbers of the images nearest to each instead, and the cosines."""
+
+    targets: Tensor
+    distance: Tensor
+    dense: Tensor
+    dense_p: Tensor
+    compressed: Tensor
+    compressed_p: Tensor
+
+    @classmethod
+    @torch.inference_mode()
+    def between(cls, dense: nn.Module, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *,
+                labelled: bool = True, amp: bool | None = False, progress: bool = True) -> "Changes":
+        """One pass of both models over the images. Raises InputError for a Segmenter, or without images."""
+        output, given, expected, targets = output_of(dense), [], [], []
+        require(not hasattr(model, "decoder"), "a Segmenter gives a class for each pixel; what changed of it is said "
+                                               "class by class (class_iou_bars)")
+        for images, classes in tqdm(batches, desc="what changed", unit="batch", disable=not progress):
+            expected.append(outputs(dense, images, amp).cpu())
+            given.append(outputs(model, images, amp).cpu())
+            targets.append(classes.cpu() if labelled and output.labelled else torch.full((len(images),), -1))
+        if not given:
+            raise InputError("there is no image to compare the models on")
+        both, distance = [torch.cat(expected), torch.cat(given)], output.apart(torch.cat(given), torch.cat(expected))
+        if output.labelled:
+            scores = [each.exp() for each in both]
+        else:
+            scores = [vectors @ vectors.T for vectors in map(pooled, both)]
+            require(len(distance) > 1, "nearest neighbours of 1 image; at least 2 are needed")
+            for each in scores:
+                each.fill_diagonal_(-1)
+        (p, top), (own_p, own) = (each.topk(min(TOP, each.shape[1] - (not output.labelled)), dim=1) for each in scores)
+        return cls(targets=torch.cat(targets), distance=distance, dense=top, dense_p=p, compressed=own,
+                   compressed_p=own_p)
+
+    def save(self, path: str | Path) -> None:
+        atomic_write(path, to_bytes({name: value.contiguous() for name, value in vars(self).items()}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Changes":
+        """Raises InputError for a file of something else."""
+        found, names = read_file(path), {field.name for field in dataclasses.fields(cls)}
+        require(found.keys() == names, f"{path}: holds {sorted(found)}; predictions are {sorted(names)}")
+        return cls(**found)
+
+    @property
+    def changed(self) -> Tensor:
+        """(N): whether the likeliest class, or the nearest image, is another."""
+        return self.dense[:, 0] != self.compressed[:, 0]
+
+    def order(self) -> list[int]:
+        """The images that changed, the one whose output moved furthest first."""
+        return [i for i in self.distance.argsort(descending=True).tolist() if self.changed[i]]
+
+    def right(self) -> tuple[np.ndarray, np.ndarray]:
+        """(N) each: whether the dense and the compressed model say the target. Raises InputError without targets."""
+        require(bool((self.targets >= 0).all()), "the images have no labels; what is right can't be told")
+        dense, compressed = ((each[:, 0] == self.targets).numpy() for each in (self.dense, self.compressed))
+        return dense, compressed
+
+    def by_class(self, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """A row for each class with images, the one that lost most first: class, images, dense_pct, compressed_pct, and
+        difference in points with its standard error over images (of the same images; None of one)."""
+        dense, compressed = self.right()
+        rows = []
+        for number in sorted(set(self.targets.tolist())):
+            of = (self.targets == number).numpy()
+            gained = 100 * (compressed[of].astype(float) - dense[of])
+            rows.append({"class": names[number] if names else str(number), "images": int(of.sum()),
+                         "dense_pct": 100 * dense[of].mean(), "compressed_pct": 100 * compressed[of].mean(),
+                         "difference": gained.mean(), "difference_se": standard_error(gained)})
+        return sorted(rows, key=lambda row: row["difference"])
+
+    def appeared(self, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """Confusion that was not there: class, taken_for and images that the dense model has right and the compressed
+        one takes for that, the most frequent first."""
+        dense, compressed = self.right()
+        pairs = Counter((int(self.targets[i]), int(self.compressed[i, 0])) for i in np.flatnonzero(dense & ~compressed))
+        return [{"class": names[a] if names else str(a), "taken_for": names[b] if names else str(b), "images": count}
+                for (a, b), count in pairs.most_common()]
+
+    def reliability(self) -> dict[str, list[tuple[float, float, int]]]:
+        """Of each model (mean confidence, share that is right, images) of each of BINS bins of confidence that has
+        images."""
+        found = {}
+        for name, p, right in zip(("dense", "compressed"), (self.dense_p, self.compressed_p), self.right()):
+            sure = p[:, 0].double().numpy()
+            bins = np.minimum((sure * BINS).astype(int), BINS - 1)
+            found[name] = [(float(sure[bins == b].mean()), float(right[bins == b].mean()), int((bins == b).sum()))
+                           for b in range(BINS) if (bins == b).any()]
+        return found
+
+    def calibration_error(self) -> dict[str, float]:
+        """Of each model sum_b n_b / N |share right - mean confidence| over the bins, in points (ECE)."""
+        return {name: 100 * sum(n * abs(right - sure) for sure, right, n in bins) / len(self.targets)
+                for name, bins in self.reliability().items()}
+
+
+def _whole(cut: BlockPlan) -> BlockPlan:
+    """The block with nothing cut: matching goes on with none merged, and reading out is exact."""
+    rule = cut.tokens
+    if isinstance(rule, Match):
+        return BlockPlan(tokens=dataclasses.replace(rule, merged=0))
+    return BlockPlan(tokens=rule if isinstance(rule, ReadOut) else None)
+
+
+def undone(dense: nn.Module, model: nn.Module, plan: CompressionPlan, block: int) -> nn.Module:
+    """The compressed model with one block as it is in the dense one, weights too: what the plan does in it is undone,
+    and all other blocks stay. Raises InputError for a model whose matrices are folded."""
+    if any(isinstance(each, FoldedBlock) for each in model.blocks):
+        raise InputError("the model is deployed, its matrices folded into its blocks; the training form (the run "
+                         "folder, not deployed/) says which block is to blame")
+    left = [_whole(each) if index == block else each for index, each in enumerate(plan.blocks)]
+    found = compress(dense, dataclasses.replace(plan, blocks=tuple(left))).eval()
+    kept = {name: value for name, value in model.state_dict().items() if not name.startswith("blocks.")}
+    found.load_state_dict(kept, strict=False)
+    for index, (own, other) in enumerate(zip(found.blocks, model.blocks)):
+        if index != block:
+            attention_block(own).load_state_dict(attention_block(other).state_dict())
+            if isinstance(own, TokenBlock) and own.tokens is not None and other.tokens is not None:
+                own.tokens.load_state_dict(other.tokens.state_dict())
+    return found
+
+
+@torch.inference_mode()
+def blame(dense: nn.Module, model: nn.Module, plan: CompressionPlan, images: Tensor) -> Tensor:
+    """(L, B): by how much the output of each image would be nearer to the dense model's, were one block undone; of
+    blocks in which nothing is cut 0. Raises InputError as `undone` does."""
+    output, expected = output_of(dense), outputs(dense, images)
+    whole, found = output.apart(outputs(model, images), expected), []
+    for index, cut in enumerate(plan.blocks):
+        found.append(torch.zeros_like(whole) if cut == _whole(cut) else
+                     whole - output.apart(outputs(undone(dense, model, plan, index), images), expected))
+    return torch.stack(found).cpu()
+
+
+@torch.inference_mode()
+def similarity(dense: nn.Module, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, list[float]]:
+    """How alike the two streams are after each block, of the class token, or, where there is none, of the mean over
+    tokens: "cosine", the mean over images, and "CKA", |Y^T X|^2 / (|X^T X| |Y^T Y|) of the centred features X and Y (N,
+    D) in Frobenius norms (Kornblith et al., ICML 2019), which asks for the same relations among images alone."""
+    def features(of: nn.Module, images: Tensor) -> list[Tensor]:
+        seen: list[Tensor] = []
+
+        def keep(block: nn.Module, inputs: Any, given: Tensor | Held) -> None:
+            x = given.whole() if isinstance(given, Held) else given
+            seen.append(x[:, 0] if of.num_prefix_tokens else x.mean(dim=1))
+        with hooks([block.register_forward_hook(keep) for block in of.blocks[:len(dense.blocks)]]):
+            outputs(of, images)
+        return [x.double().cpu() for x in seen]
+    pairs = [tuple(features(of, images) for of in (dense, model)) for images, _ in batches]
+    found: dict[str, list[float]] = {"cosine": [], "CKA": []}
+    for index in range(len(dense.blocks)):
+        x, y = (torch.cat([pair[side][index] for pair in pairs]) for side in (0, 1))
+        found["cosine"].append(float(torch.cosine_similarity(x, y).mean()))
+        x, y = x - x.mean(dim=0), y - y.mean(dim=0)
+        found["CKA"].append(float((y.T @ x).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())))
+    return found

@@ -1,0 +1,122 @@
+"""Figures of what compression changed: pictures with both predictions and the blocks to blame, calibration, classes,
+corruptions, and how alike the streams are."""
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from vitlab.plan.shape import ViTShape, require
+from vitlab.plots.base import PALETTE, as_array, legend_above, look, new_axes
+from vitlab.plots.tokens import draw_borders, region_means
+
+SHOWN = 3                       # predictions of each model beside a picture
+
+
+def _predictions(axis: Axes, told: Mapping[str, Sequence[tuple[str, float]]]) -> None:
+    """{model: (class, probability), the likeliest first} as lying bars, one model below the other."""
+    rows = [(index, name, p) for index, each in enumerate(told.values()) for name, p in each[:SHOWN]]
+    places = np.arange(len(rows)) + np.array([row[0] for row in rows]) * 0.6
+    axis.barh(places, [row[2] for row in rows], color=[look(row[0])["color"] for row in rows], linewidth=0)
+    axis.set_yticks(places, [row[1] if len(row[1]) <= 22 else row[1][:21] + "…" for row in rows], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1)
+
+
+def changed_pictures(pictures: Sequence[np.ndarray], told: Sequence[Mapping[str, Sequence[tuple[str, float]]]],
+                     blamed: Any, titles: Sequence[str], tokens: Sequence[Mapping[int, Any]] = (),
+                     shape: ViTShape | None = None) -> Figure:
+    """A row for each picture (h, w, 3): itself; with tokens, what its patches are in the block to blame most that
+    merges; both models' predictions with probabilities; and by how much its output would be nearer to the dense model's
+    were each block undone: blamed (L, B), in the unit of the distance."""
+    blamed, with_tokens = as_array(blamed), any(tokens)
+    require(len(pictures) > 0, "no picture changed; there is nothing to show")
+    figure, axes = new_axes(len(pictures), 3 + with_tokens, 2.6, 2.3)
+    for row, (line, picture) in enumerate(zip(axes, pictures)):
+        shown = [(picture, None)]
+        if with_tokens:
+            block = max(tokens[row], key=lambda index, row=row: blamed[index, row])
+            shown.append((region_means(picture, tokens[row][block], shape), block))
+        for axis, (image, block) in zip(line, shown):
+            axis.imshow(image)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            axis.set_title(titles[row] if block is None else f"tokens in block {block}", fontsize=9)
+            if block is not None:
+                draw_borders(axis, as_array(tokens[row][block]).reshape(shape.grid_size), image.shape[:2], 0.6)
+        _predictions(line[-2], told[row])
+        line[-1].bar(range(len(blamed)), blamed[:, row], color=PALETTE[3], linewidth=0)
+        line[-1].axhline(0, color="0.4", linewidth=0.8)
+        line[-1].tick_params(labelsize=8)
+        line[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[-1][-2].set_xlabel("probability")
+    axes[-1][-1].set_xlabel("block undone")
+    axes[0][-1].set_title("distance that goes", fontsize=9)
+    handles = [axes[0][-2].barh(0, 0, color=look(index)["color"]) for index in range(len(told[0]))]
+    legend_above(figure, handles, list(told[0]))
+    return figure
+
+
+def reliability(bins: Mapping[str, Sequence[tuple[float, float, int]]], errors: Mapping[str, float]) -> Figure:
+    """Of each model the share of images that is right against mean confidence, a point a bin, as large as it has
+    images; on the line a model is as sure as it is right. errors: the calibration error of each, in points."""
+    figure, ((axis,),) = new_axes(1, 1, 4.6, 4.2)
+    axis.plot([0, 1], [0, 1], color="0.6", linewidth=1, zorder=0)
+    most = max(n for each in bins.values() for _, _, n in each)
+    for index, (name, each) in enumerate(bins.items()):
+        sure, right, count = map(np.array, zip(*each))
+        axis.plot(sure, right, color=look(index)["color"], linewidth=1)
+        axis.scatter(sure, right, s=12 + 90 * count / most, color=look(index)["color"], marker=look(index)["marker"],
+                     label=f"{name}: calibration error {errors[name]:.1f} points", clip_on=False)
+    axis.set(xlabel="mean confidence", ylabel="share right", xlim=(0, 1), ylim=(0, 1))
+    legend_above(figure, *axis.get_legend_handles_labels())
+    return figure
+
+
+def class_changes(rows: Sequence[Mapping[str, Any]], most: int = 10) -> Figure:
+    """Points of top-1 that classes lost or gained, with one standard error, of those that did: at most so many of each
+    end of the rows, which are ordered (`Changes.by_class`)."""
+    moved = [row for row in rows if row["difference"]]
+    shown = moved if len(moved) <= 2 * most else [*moved[:most], *moved[-most:]]
+    figure, ((axis,),) = new_axes(1, 1, 6.4, 1.1 + 0.26 * len(shown))
+    values, errors = [row["difference"] for row in shown], [row["difference_se"] or 0 for row in shown]
+    axis.barh(range(len(shown)), values, xerr=errors, color=[PALETTE[0] if v >= 0 else PALETTE[3] for v in values],
+              error_kw={"elinewidth": 1, "ecolor": "0.3"}, linewidth=0)
+    axis.set_yticks(range(len(shown)), [f"{row['class']} ({row['images']})" for row in shown], fontsize=8)
+    axis.invert_yaxis()
+    axis.axvline(0, color="0.4", linewidth=0.8)
+    axis.set_xlabel("points of top-1, compressed less dense")
+    axis.set_title(f"{len(moved)} of {len(rows)} classes changed")
+    return figure
+
+
+def corruption_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Top-1 of each model against severity, an axis for each corruption; ± one standard error."""
+    kinds = list(dict.fromkeys(row["corruption"] for row in rows if row["corruption"]))
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, (axes,) = new_axes(1, len(kinds), 2.5, 2.7)
+    for axis, kind in zip(axes, kinds):
+        for index, model in enumerate(models):
+            own = [row for row in rows if row["model"] == model and row["corruption"] in ("", kind)]
+            lines = axis.errorbar([row["severity"] + 1 for row in own], [row["top1_pct"] for row in own],
+                                  [row["top1_se"] for row in own], **look(index), markersize=5, linewidth=1.4)
+            if axis is axes[0]:
+                lines.set_label(model)
+        axis.set(xlabel="severity (0: as it is)", title=kind, xticks=range(4), ylim=(0, 100))
+    axes[0].set_ylabel("top-1 (%)")
+    legend_above(figure, *axes[0].get_legend_handles_labels())
+    return figure
+
+
+def stream_similarity(found: Mapping[str, Sequence[float]]) -> Figure:
+    """How alike the streams of the dense and the compressed model are after each block, by each measure."""
+    figure, ((axis,),) = new_axes(1, 1, 5.2, 3.0)
+    for index, (name, values) in enumerate(found.items()):
+        axis.plot(range(len(values)), values, **look(index), label=name, linewidth=1.4)
+    spread = max(1 - min(map(min, found.values())), 0.01)
+    axis.set(xlabel="block", ylabel="dense and compressed", ylim=(1 - 1.1 * spread, 1 + 0.1 * spread))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.legend(frameon=False, fontsize="small")
+    return figure

@@ -1,0 +1,87 @@
+"""What compression changed, picture by picture: both models' predictions, the tokens of a block, and the blocks to
+blame."""
+import html
+from typing import Any
+
+import ipywidgets
+import numpy as np
+from matplotlib.figure import Figure
+
+from vitlab.plots import changed_pictures
+from vitlab.plots.base import as_array
+from vitlab.plots.tokens import bordered
+from vitlab.runtime.files import InputError
+from vitlab.workbench.changes import Compared
+from vitlab.workbench.explore.base import Cells, Explorer, array_png, observe, row
+from vitlab.workbench.explore.choosing import WIDE
+from vitlab.workbench.explore.token_map import WIDTH, enlarged
+
+
+class ChangesExplorer(Explorer):
+    """A slider over the pictures whose class is another, the one that moved furthest first, or over all of them."""
+
+    def __init__(self, found: Compared) -> None:
+        super().__init__([], self._figure)
+        self.found, self.plan = found, found.compressed.plan
+        every = found.changes.distance.argsort(descending=True).tolist()
+        changed = found.changes.order()
+        self.lists = ({"changed": changed} if changed else {}) | {"all images": every}
+        self.which = ipywidgets.Dropdown(options=list(self.lists), description="pictures", **WIDE)
+        self.image = ipywidgets.IntSlider(0, 0, 0, description="image", **WIDE)
+        self.block = ipywidgets.IntSlider(0, 0, self.plan.shape.depth - 1, description="block", **WIDE)
+        self.cells, self.line = Cells(grid=self.plan.shape.grid_size, width=WIDTH), ipywidgets.HTML()
+        self.blames: dict[int, np.ndarray | None] = {}
+        self.children = [row(self.which, self.image), self.block, row(self.cells, self.line)]
+        observe([self.which], self._list)
+        observe([self.image, self.block], self._show)
+        self._list()
+
+    @property
+    def chosen(self) -> int:
+        """Number of the image."""
+        return self.lists[self.which.value][self.image.value]
+
+    def _list(self, change: Any = None) -> None:
+        self.image.value, self.image.max = 0, len(self.lists[self.which.value]) - 1
+        self._show()
+
+    def blamed(self) -> np.ndarray | None:
+        """(L) of the image, computed once; None of a deployed model, whose blocks can't be undone."""
+        if self.chosen not in self.blames:
+            try:
+                self.blames[self.chosen] = as_array(self.found.blamed([self.chosen]))[:, 0]
+            except InputError:
+                self.blames[self.chosen] = None
+        return self.blames[self.chosen]
+
+    def _regions(self) -> np.ndarray:
+        """Of each patch, the token that it is part of in the block."""
+        found, places = self.found.tokens(self.chosen), np.arange(self.plan.shape.num_patches)
+        return next((as_array(found[index]).astype(int) for index in range(self.block.value, -1, -1) if index in found),
+                    places)
+
+    def _show(self, change: Any = None) -> None:
+        number, regions = self.chosen, self._regions()
+        with self.cells.hold_sync():
+            self.cells.picture = array_png(bordered(enlarged(self.found.picture(number)), regions, self.plan.shape))
+            self.cells.groups = regions.tolist()
+            self.cells.alt = f"tokens of the picture {self.found.title(number)} in block {self.block.value}"
+        lines = [[name, *(f"{label} {p:.2f}" for label, p in told[:3])]
+                 for name, told in self.found.told(number).items()]
+        rows = "".join(f"<tr><td>{'</td><td>'.join(map(html.escape, line))}</td></tr>" for line in lines)
+        blames = self.blamed()
+        worst = "" if blames is None else f"; block {blames.argmax()} undone, {blames.max():.4f} of it goes"
+        self.line.value = (f"<b>{html.escape(self.found.title(number))}</b><table>{rows}</table>distance "
+                           f"{self.found.changes.distance[number]:.4f}{worst}")
+
+    def _figure(self) -> Figure:
+        number, blames = self.chosen, self.blamed()
+        blames = np.zeros(self.plan.shape.depth) if blames is None else blames
+        tokens = self.found.tokens(number)
+        return changed_pictures([self.found.picture(number)], [self.found.told(number)], blames[:, None],
+                                [self.found.title(number)], [tokens] if tokens else (), self.plan.shape)
+
+
+def changes_explorer(found: Compared) -> ChangesExplorer:
+    """An explorer of what `what_changed` found."""
+    return ChangesExplorer(found)
