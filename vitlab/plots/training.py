@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vitlab.plan.shape import require
-from vitlab.plots.base import PALETTE, look, new_axes
+from vitlab.plots.base import MARKERS, PALETTE, look, new_axes
 from vitlab.plots.points import Point, draw_points, legend_beside
 from vitlab.runtime.results import ResultRow, speed_of
 from vitlab.runtime.uncertainty import error_name
@@ -16,6 +16,12 @@ VALUES = {"top1_pct": "top-1 (%)", "top5_pct": "top-5 (%)", "miou_pct": "mIoU (%
 SLICE = {"train_slice_top1_pct": "top-1 on a train slice (%)", "train_slice_miou_pct": "mIoU on a train slice (%)",
          "train_slice_distill_loss": "distance to the teacher on a train slice"}
 LINES = ("-", "--", "-.", ":")
+# (GMACs, top-1 %) after training, as the papers say them: Prune and Merge arXiv 2503.23455, EViT arXiv 2202.07800,
+# DynamicViT arXiv 2106.02034, ToMe arXiv 2210.09461, DeiT arXiv 2012.12877
+PUBLISHED: dict[str, dict[str, tuple[tuple[float, float], ...]]] = {
+    "deit_tiny": {"DeiT": ((1.3, 72.2),), "Prune and Merge": ((0.8, 72.0), (0.7, 71.6))},
+    "deit_small": {"DeiT": ((4.6, 79.8),), "Prune and Merge": ((3.0, 79.6),), "EViT": ((3.0, 79.5), (2.3, 78.5)),
+                   "DynamicViT": ((2.9, 79.3),), "ToMe": ((2.7, 79.4),)}}
 
 
 def training_curves(logs: dict[str, Sequence[dict[str, Any]]]) -> Figure:
@@ -44,11 +50,14 @@ def training_curves(logs: dict[str, Sequence[dict[str, Any]]]) -> Figure:
     return figure
 
 
-def accuracy_against_cost(rows: Sequence[ResultRow], value: str = "top1_pct") -> Figure:
+def accuracy_against_cost(rows: Sequence[ResultRow], value: str = "top1_pct", published: str = "") -> Figure:
     """Top-1, or another of VALUES, against GMACs, and where it was measured against the throughput over the baseline's
     in the same run (absolute speeds of two runs don't compare); a named point a row. Bars: one standard error, and the
-    range of the ratio. Raises InputError for another value."""
+    range of the ratio. published: a model of PUBLISHED, whose points stand beside ours, in grey. Raises InputError for
+    another value or model."""
     require(value in VALUES, f"value {value!r} is not known; known are {list(VALUES)}")
+    require(not published or published in PUBLISHED, f"published {published!r} is not known; known are "
+                                                     f"{list(PUBLISHED)}")
     fields = {"gmacs": "GMACs per image, deployed"}
     timed = [speed_of(row) for row in rows if row.ratio is not None]
     if timed:
@@ -63,6 +72,9 @@ def accuracy_against_cost(rows: Sequence[ResultRow], value: str = "top1_pct") ->
                 drawn.append(Point(getattr(row, field), getattr(row, value), getattr(row, error_name(value), None),
                                    span))
                 draw_points(axis, drawn[-1:], row.model, markersize=9, linestyle="none", **look(index))
+        for (name, points), mark in zip(PUBLISHED.get(published, {}).items() if field == "gmacs" else (), MARKERS):
+            draw_points(axis, points, f"{name}, published", color="0.55", markerfacecolor="none", marker=mark,
+                        linestyle=":")
         axis.set(xlabel=label, ylabel=VALUES[value])
         axis.margins(0.15)
     legend_beside(axes[0], drawn)

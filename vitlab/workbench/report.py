@@ -1,21 +1,29 @@
 """The report of a batch's run, or of a study: tables, figures, what failed; as page, notebook, CSV and LaTeX."""
 import os
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from IPython.display import HTML, Image, display
+from matplotlib.figure import Figure
 
+from vitlab import __version__
 from vitlab.plan.shape import is_int
-from vitlab.runtime.caveats import is_quick
+from vitlab.plots import accuracy_against_cost
+from vitlab.plots.training import VALUES
+from vitlab.runtime.caveats import caveat_of, is_quick
 from vitlab.runtime.files import InputError, atomic_write, read_json, read_lines
 from vitlab.runtime.results import DIGITS, ResultRow, conditions_of, notes, read_rows, shown, titles, to_csv, to_latex
 from vitlab.workbench import notebooks
 from vitlab.workbench.batch_entry import ENTRY, RESULTS, SUMMARY, maybe_json
+from vitlab.workbench.comparing import UNTOLD, difference
 
 PAGE, NOTEBOOK, CSV, LATEX = "report.html", "report.ipynb", "results.csv", "results.tex"
+QUALITIES = tuple(name for name in VALUES if name != "top5_pct")
 QUICK, ABSOLUTE = "quick", ("throughput_img_s", "latency_ms")
 COLUMNS = ("model", "dataset", "split", "top1_pct", "top5_pct", "miou_pct", "loss", "gmacs", "params_m",
            "throughput_img_s", "latency_ms", "ratio")
@@ -94,6 +102,43 @@ def conditions(rows: list[ResultRow]) -> tuple[str, list[str]]:
     own = [text({k: v for k, v in given.items() if k not in shared}) for given in flat]
     return text(shared), [f"{QUICK}, {more}".removesuffix(", ") if is_quick(row) else more
                           for row, more in zip(rows, own)]
+
+
+def _compared(run: str | Path) -> tuple[str, list[ResultRow]]:
+    """(a quality, the rows that have it, of the data set that most of them are of, the dearest first)."""
+    rows = [row for row in rows_of(run)[1] if row.gmacs is not None]
+    quality = next((name for name in QUALITIES if any(getattr(row, name) is not None for row in rows)), QUALITIES[0])
+    rows = [row for row in rows if getattr(row, quality) is not None]
+    sets = Counter((row.dataset, row.split) for row in rows).most_common(1)
+    found = [row for row in rows if (row.dataset, row.split) == sets[0][0]]
+    return quality, sorted(found, key=lambda row: -row.gmacs)
+
+
+def headline(run: str | Path) -> str:
+    """One sentence: of the models that cost less than the dearest, the cheapest whose quality can't be told from that
+    one's, or, where there is none, the one that lost least: cost, quality, speed, data, version and date."""
+    quality, rows = _compared(run)
+    if len({row.gmacs for row in rows}) < 2:
+        return "Fewer than two models were measured on the same images: nothing to compare yet."
+    dense, *others = rows
+    others = [row for row in others if row.gmacs < dense.gmacs]
+    level = [row for row in others if UNTOLD in difference(row, dense, quality)]
+    best = min(level, key=lambda row: row.gmacs) if level else max(others, key=lambda row: getattr(row, quality))
+    measured_at = max(path.stat().st_mtime for path in (entry["folder"] / RESULTS for entry in entries_of(run))
+                      if path.exists())
+    saved = 100 * (1 - best.gmacs / dense.gmacs)
+    version = best.conditions.get("versions", {}).get("vitlab", __version__)
+    speed = "" if best.ratio is None else f", {shown(best, 'ratio')} times the baseline's throughput"
+    lost = f"{difference(best, dense, quality)}: {shown(best, quality)} in place of {shown(dense, quality)}"
+    return (f"{best.model}: {saved:.0f} % fewer GMACs than {dense.model} ({best.gmacs:.4g} of {dense.gmacs:.4g})"
+            f"{speed}; {lost}. {best.dataset} {best.split}, vitlab {version}, "
+            f"{time.strftime('%Y-%m-%d', time.localtime(measured_at))}. {caveat_of(rows)}").rstrip()
+
+
+def cost_figure(run: str | Path, published: str = "") -> Figure | None:
+    """Quality against cost of the rows that `headline` compares; None where there is nothing to draw."""
+    quality, rows = _compared(run)
+    return accuracy_against_cost(rows, quality, published) if rows else None
 
 
 def summary_table(run: str | Path) -> HTML:
