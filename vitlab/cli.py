@@ -36,6 +36,7 @@ COMMANDS = {                                                    # module of vitl
     "recipes": ("plain:recipes", "List the named recipes with source, expected number and command."),
     "batch": ("plain:batch", "Run a batch file of notebooks; what is up to date is not repeated."),
     "report": ("report:report", "One page of a batch's run, or a study's; its table as CSV and LaTeX."),
+    "compare": ("studies:compare", "Studies beside each other: rows, what differs in their conditions, plans."),
     "notebooks": ("notebooks:copy_all", "Copy the notebooks into a folder; files changed there are never replaced."),
     "demo": ("demo:demo", "Run the notebooks on the embedded digits, from the baseline to the table."),
 }

@@ -1,0 +1,86 @@
+"""Studies beside each other: what they measured, with the conditions that differ marked, and their plans."""
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from vitlab.models import checkpoint
+from vitlab.plan import CompressionPlan
+from vitlab.runtime.files import InputError
+from vitlab.runtime.kinds import Folder, Or
+from vitlab.runtime.results import ResultRow, aligned, conditions_of, notes, shown, titles
+from vitlab.workbench.report import COLUMNS, QUALITIES, measured, rows_of
+
+# what two measurements have to share to be compared number by number; of speeds, what stands under "speed."
+ALIKE = ("images", "limit", "prepared", "dtype", "device", "quick", "speed.batch_size", "speed.dtype", "speed.threads",
+         "speed.runtime", "speed.device")
+PLANS, COSTS = "plans", "compared"              # figures
+
+
+def plans_of(run: str | Path) -> dict[str, CompressionPlan]:
+    """{name: plan} of every checkpoint of a study that cuts something; of one run its own."""
+    run, found = Path(run), {}
+    places = [run / checkpoint.FOLDER, *sorted(path.parent for path in run.glob(f"*/{checkpoint.FOLDER}/"
+                                                                                  f"{checkpoint.PLAN}"))]
+    for place in places:
+        if (place / checkpoint.PLAN).is_file():
+            plan = CompressionPlan.load(place / checkpoint.PLAN)
+            if plan != CompressionPlan.empty(plan.shape):
+                found[place.parent.name] = plan
+    return found
+
+
+def joined(runs: Sequence[str | Path]) -> list[ResultRow]:
+    """The rows of all studies, each model by its study's name too. Raises InputError for a folder that is no study, or
+    one that is given twice."""
+    names = [Path(run).resolve().name for run in runs]
+    if len(set(map(Path.resolve, map(Path, runs)))) < len(runs):
+        raise InputError(f"{', '.join(map(str, runs))}: one of them is given twice; a study is compared with others")
+    if len(set(names)) < len(names):
+        names = [str(run) for run in runs]
+    return [dataclasses.replace(row, model=f"{name}: {row.model}") for run, name in zip(runs, names)
+            for row in rows_of(run)[1]]
+
+
+def differing(rows: Sequence[ResultRow]) -> list[str]:
+    """Of each row, in which of ALIKE it is not as the first row that has that, and how: "dtype bfloat16"."""
+    flat = [{"data": f"{row.dataset} {row.split}", **conditions_of(row)} for row in rows]
+    found = []
+    for given in flat:
+        firsts = {key: next(other[key] for other in flat if key in other) for key in given if key in ("data", *ALIKE)}
+        found.append(", ".join(f"{key} {given[key]}" for key, first in firsts.items() if given[key] != first))
+    return found
+
+
+def compare(runs: Annotated[Or[tuple[str, ...], Sequence[str]], Parameter(name="RUN")], *,
+            out: Folder | None = None) -> str:
+    """Studies, or runs of batches, in one table, with what differs in how a row was measured beside it; with `out`,
+    their plans and what they cost as figures, out/compared.png and, of models of one shape, out/plans.png.
+
+    Args:
+        runs: folders of studies, or of runs of a batch
+        out: folder for the figures
+    """
+    rows = joined(runs)
+    columns = tuple(name for name in measured(rows, COLUMNS) if name not in ("dataset", "split", "loss", "top5_pct"))
+    marks = differing(rows)
+    head = titles(rows, columns) + ["measured otherwise"] * any(marks)
+    lines = [[*(shown(row, column) for column in columns), *([mark] if any(marks) else [])]
+             for row, mark in zip(rows, marks)]
+    text = "\n".join([aligned([head, *lines]), notes(rows, columns)])
+    if out is not None:
+        _draw(runs, rows, Path(out))
+    return text
+
+
+def _draw(runs: Sequence[str | Path], rows: list[ResultRow], out: Path) -> None:
+    from vitlab.plots import accuracy_against_cost, compare_plans, save_figure
+    quality = next((name for name in QUALITIES if any(getattr(row, name) is not None for row in rows)), None)
+    if quality is not None:
+        save_figure(accuracy_against_cost(rows, quality), out, COSTS)
+    plans = {f"{Path(run).name}: {name}": plan for run in runs for name, plan in plans_of(run).items()}
+    if plans:
+        shape = next(iter(plans.values())).shape
+        save_figure(compare_plans({name: plan for name, plan in plans.items() if plan.shape == shape}), out, PLANS)
