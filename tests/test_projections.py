@@ -9,6 +9,8 @@ from registry import pretrained
 from safetensors.torch import load_file, save_file
 from timm.data import infer_imagenet_subset
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from vitlab.measure.distance import Classes, Features, output_of
 from vitlab.models import checkpoint, compress, families, shape_of
@@ -59,3 +61,10 @@ def test_weights_whose_head_has_no_bias_are_a_towers_whatever_tag_is_named(bias,
     assert type(output_of(open_model(checkpoint.save(tmp_path / "m", found, CompressionPlan.empty(shape_of(found)))
                                      ).model)) is kind
     assert torch.equal(load_file(tmp_path / "m" / checkpoint.WEIGHTS)["head.weight"], model.head.weight)
+
+
+def test_a_head_of_every_token_is_counted_for_every_token():
+    model = create_model("vit_nano_patch4_32", num_classes=13, global_pool="", depth=1).requires_grad_(False)
+    with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
+        model(torch.zeros(1, 3, 32, 32))
+    assert cost.macs(CompressionPlan.empty(shape_of(model)))["total"] * 2 == counted.get_total_flops()
