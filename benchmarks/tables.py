@@ -249,6 +249,26 @@ def calibration_images(rows: list[dict]) -> str:
                                                                  f"images"])
 
 
+def families(rows: list[dict]) -> str:
+    """A line per rule and budget, two columns for each model: top-1 against its dense one, and the distance."""
+    kinds = {kind: {r["model"]: r for r in rows if r["conditions"]["kind"] == kind}
+             for kind in dict.fromkeys(r["conditions"]["kind"] for r in rows)}
+    head = ["rule, of the MACs"]
+    for kind, found in kinds.items():
+        c = found["dense"]["conditions"]
+        head += [f"{kind}: {c['top1']} against dense", f"distance ({c['unit']})"]
+    names = list(dict.fromkeys(r["model"] for r in rows if r["model"] != "dense"))
+    dense = [f"{_value(found['dense'], 'top1_pct', 1)} ({found['dense']['conditions']['top1']}) of {kind}"
+             for kind, found in kinds.items()]
+
+    def cells(r: dict) -> list[str]:
+        near = r["distill_loss"] + r["distill_loss_se"] < 1e-4
+        return [_against(r, r["against_dense"]), "below 0.0001" if near else _value(r, "distill_loss", 4)]
+    return _table(head, [[name, *(cell for found in kinds.values() for cell in cells(found[name]))] for name in names],
+                  [f"Dense, in per cent: {', '.join(dense)}; {rows[0]['conditions']['images']} test images",
+                   *_notes(rows, "distill_loss", paired=True)])
+
+
 def per_block(rows: list[dict]) -> str:
     return _table(["merging by content", "GMACs", "top-1 %", "distance to dense (nats)"],
                   [[r["model"], f"{r['gmacs']:.2f}", _value(r, "top1_pct", 2), _value(r, "distill_loss", 3)]
@@ -385,7 +405,8 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
     "search_quality": search_quality, "off_the_shelf": off_the_shelf,
     "off_the_shelf_short": off_the_shelf_short, "off_the_shelf_vit_tiny": off_the_shelf,
     "off_the_shelf_searched": off_the_shelf, "calibration_images": calibration_images, "per_block": per_block,
-    "camvid": camvid, "allocator": allocator, "scale": scale, "loader": loader, "opening": opening, "gpu": gpu,
+    "families": families, "camvid": camvid, "allocator": allocator, "scale": scale, "loader": loader,
+    "opening": opening, "gpu": gpu,
     "tonight_quality": tonight_quality, "tonight_cost": tonight_cost}
 
 

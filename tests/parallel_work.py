@@ -18,6 +18,7 @@ from vitlab.data import ImageData, open_data
 from vitlab.data.masks import open_scenes
 from vitlab.measure.capture import token_scores
 from vitlab.measure.evaluate import evaluate
+from vitlab.measure.features import evaluate_features
 from vitlab.measure.pixels import Segmentation, evaluate_scenes
 from vitlab.measure.units import head_redundancy, unit_scores
 from vitlab.runtime import parallel
@@ -51,6 +52,7 @@ def trainings() -> dict[str, tuple]:
     pruned = compressed()[0]
     return {"dense": (tiny(), None, LIVELY, Engine()),
             "distilled": (pruned, tiny(), LIVELY | {"distill": "soft", "alpha": 0.5, "tau": 4.0}, Engine()),
+            "features": (compressed(0)[0], tiny(0), LIVELY | {"distill": "soft"}, Engine()),
             "scenes": (small(num_classes=11, img_size=(32, 32), drop=0.0), None, SCENES, Engine()),
             "left out": (spoilt(tiny()), None, LIVELY | {"ema_decay": None}, Engine()),
             "accumulated": (tiny(), None, LIVELY, Engine(accumulate=2)),
@@ -89,6 +91,13 @@ def measure(data: ImageData) -> dict[str, torch.Tensor]:
     accuracy = evaluate(model, batches(), progress=False)
     found["accuracy"] = torch.tensor([accuracy.top1_pct, accuracy.images, accuracy.broken, accuracy.loss],
                                      dtype=torch.float64)
+    dense, other = tiny(0), tiny(0, seed=1)
+    found["tokens features"] = token_scores(dense, batches(), progress=False)
+    scores = unit_scores(dense, batches(), criterion="taylor", progress=False)
+    found |= {"heads features": scores.heads, "neurons features": scores.neurons}
+    likeness = evaluate_features(other, batches(), dense=dense, progress=False)
+    found["likeness"] = torch.tensor([likeness.images, likeness.agree_pct, likeness.distill_loss,
+                                      likeness.distill_loss_se], dtype=torch.float64)
     # one batch: a process has none
     few = data.batches("held_out", model, batch_size=64, workers=0, shared=True)
     found["one batch"] = torch.tensor(evaluate(model, few, progress=False).images)

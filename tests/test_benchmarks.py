@@ -9,6 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+from vitlab.models.create import create_model
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -137,3 +140,20 @@ def test_the_benchmark_of_a_gpu_goes_on_after_what_fails_and_names_what_does_not
     late = gpu.Bench("cpu", 0, None, quick=True)
     late.run()
     assert not late.rows and late.left_out[0] == f"{gpu.TINY}, batch 2, eager" and "fold" in late.left_out
+
+
+@pytest.mark.parametrize("kind", ["RoPE and SwiGLU", "attention pooling", "no classifier"])
+def test_tomes_rule_fits_every_family_and_merging_nothing_is_the_dense_model(kind):
+    tome = importlib.import_module("tome")
+    name, more, *_ = importlib.import_module("families").MODELS[kind]
+    model = create_model(name, img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, **more)
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        # one product of all heads in another order
+        torch.testing.assert_close(tome.tome(model, 0)(x), model(x), atol=1e-5, rtol=1e-4)
+        counts = tome.tome_within(model, 0.8 * tome.tome_gmacs(model, 0))
+        merged = tome.tome(model, counts)(x)
+    assert merged.shape == model(x).shape and not torch.allclose(merged, model(x), atol=1e-6)
+    assert tome.tome_gmacs(model, counts) <= 0.8 * tome.tome_gmacs(model, 0)
+    fewer = [(sum(counts) - 1) // 2 + (block < (sum(counts) - 1) % 2) for block in range(2)]
+    assert tome.tome_gmacs(model, fewer) > 0.8 * tome.tome_gmacs(model, 0)

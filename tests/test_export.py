@@ -15,12 +15,14 @@ from PIL import Image
 from test_timm_client import RULES, dense, made, pictures
 from training_fixtures import tiny, token_plan
 
-from vitlab import InputError, compress, export, shape_of
+from vitlab import InputError, compress, deploy, export, shape_of
 from vitlab.cli import main
 from vitlab.exporting import export as exporting
 from vitlab.exporting import runtimes
 from vitlab.models import checkpoint
-from vitlab.plan import CompressionPlan
+from vitlab.models.create import create_model
+from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.plan.rules import Match
 
 onnx = pytest.importorskip("onnx", reason="onnx, of the extra export, is not installed")
 SAME = 1e-5                                     # float32, other order of additions, five blocks
@@ -57,7 +59,7 @@ def test_a_rule_runs_in_onnxruntime_for_any_batch_with_operators_that_backends_t
 
 
 @pytest.mark.parametrize("to", ["openvino", "pt2"])
-@pytest.mark.parametrize("rule", ["place", "share", "match, read out"])
+@pytest.mark.parametrize("rule", ["place", "match, read out"])
 def test_a_rule_runs_in_other_runtimes(rule, to, written):
     pytest.importorskip("openvino", reason="openvino, of the extra export, is not installed")
     out, _ = written(rule, to)
@@ -75,6 +77,41 @@ def test_a_file_says_what_a_client_needs(to, written):
     assert about["images"]["input_size"] == (3, 42, 42) and about["classes"] == list("abcdefg")
     assert about["runtime"] == to and about["versions"]["torch"] == torch.__version__
     assert about["verified"]["batch_sizes"] == [1, 2, 5]
+
+
+# other parts of a graph: queries and keys turned by place, gated neurons; a pool by attention that gives features
+FAMILIES = {"RoPE and SwiGLU": ("vit_small_plus_patch16_dinov3", {"num_classes": 7, "num_reg_tokens": 1}, "onnx"),
+            "attention pool": ("vit_base_patch16_siglip_224", {"num_classes": 0}, "openvino")}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_runs_in_a_runtime_with_all_of_it_cut_and_what_is_compared_is_said(family, tmp_path):
+    pytest.importorskip("openvino", reason="openvino, of the extra export, is not installed")
+    name, more, to = FAMILIES[family]
+    torch.manual_seed(0)
+    model = create_model(name, img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, **more)
+    blocks = tuple(BlockPlan(heads=(0, 2), neurons=tuple(range(0, 31, 2)), tokens=Match(merged=3, protect=0))
+                   for _ in range(2))
+    cut = deploy(compress(model, CompressionPlan(shape=shape_of(model), blocks=blocks)))
+    verified = export(cut, tmp_path / FILES[to])["verified"]
+    x, run = pictures(cut, 3), runtimes.RUNTIMES[to].open(tmp_path / FILES[to], 1)
+    assert relative(torch.from_numpy(run(x.numpy())), logits(cut, x)) < SAME
+    assert verified["largest_difference"] < SAME
+    if more["num_classes"]:
+        assert verified["agree_pct"] == 100 and exporting.in_words(verified) == "100.0 % of classes agree"
+    else:
+        assert verified["cosine"] == pytest.approx(1, abs=1e-6) and "agree_pct" not in verified
+        assert exporting.in_words(verified) == "features have a cosine of 1.000000"
+
+
+def test_features_of_a_file_are_compared_by_their_cosine_and_those_of_patches_by_its_mean():
+    """By the formula: 1 - |u - v|^2 / 2 of unit vectors is u v."""
+    u, v = np.float32([[[9, 9], [3, 4], [1, 0]]]), np.float32([[[7, 7], [4, 3], [0, 2]]])        # prefix, two patches
+    model = create_model("vit_base_patch16_siglip_224", img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3,
+                         num_classes=0)
+    assert exporting.likeness(model, u[:, 1], v[:, 1])["cosine"] == pytest.approx(24 / 25)
+    model.global_pool, model.num_prefix_tokens = "", 1
+    assert exporting.likeness(model, u, v)["cosine"] == pytest.approx((24 / 25 + 0) / 2)
 
 
 def test_a_file_is_written_once_and_what_was_verified_stands_in_it(tmp_path, monkeypatch):
@@ -252,5 +289,5 @@ def test_the_page_runs_where_onnxruntime_numpy_and_pillow_are_alone(written, tmp
 
 def test_a_plan_that_cuts_nothing_is_written_too(tmp_path):
     plan = CompressionPlan.empty(shape_of(dense("registers")))
-    about = export(compress(dense("registers"), plan), tmp_path / "a.onnx", plan=plan)
+    about = export(compress(dense("registers"), plan), tmp_path / "a.pt2", plan=plan)
     assert about["plan"] == json.loads(plan.to_json()) and about["versions"] == checkpoint.versions()

@@ -23,6 +23,7 @@ from vitlab.measure.objective import PlanObjective
 from vitlab.measure.units import unit_scores
 from vitlab.models import checkpoint, compress, deploy, shape_of
 from vitlab.models.checkpoint import Checkpoint
+from vitlab.models.families import as_projection
 from vitlab.models.segmenter import Segmenter, as_encoder
 from vitlab.plan import CompressionPlan
 from vitlab.runtime.config import RunConfig
@@ -36,13 +37,14 @@ from vitlab.workbench.tonight import tonight
 
 CPU = torch.device("cpu")
 QUIET = RunConfig(workers=0, quiet=True, device="cpu")
-# what a model gives: a class token, the mean of its patches, or all its tokens
-KINDS = {"token": {}, "avg": {"global_pool": "avg", "class_token": False}, "patches": {"global_pool": ""}}
+# what a model gives: a class token, the mean of its patches, all its tokens, or a projection of the first
+KINDS = {"token": {}, "avg": {"global_pool": "avg", "class_token": False}, "patches": {"global_pool": ""},
+         "projected": {"num_classes": 7}}
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def headless(kind: str = "token", seed: int = 0) -> torch.nn.Module:
-    return tiny(0, seed, **KINDS[kind]).eval()
+    return as_projection(tiny(**{"num_classes": 0, "seed": seed, **KINDS[kind]})).eval()
 
 
 def opened(kind: str = "token") -> Checkpoint:
@@ -74,10 +76,14 @@ def nearest(vectors: list[list[float]]) -> list[int]:
 
 def test_what_a_model_gives_is_told_by_what_it_has():
     dense = tiny()
-    found = {Classes: dense, Features: headless("avg"), Patches: headless("patches"),
-             Pixels: Segmenter(as_encoder(dense), 5, "linear")}
-    for kind, model in found.items():
+    found = [(Classes, dense), (Features, headless("avg")), (Patches, headless("patches")),
+             (Features, headless("projected")), (Patches, tiny(global_pool="")),                # a head for each token
+             (Pixels, Segmenter(as_encoder(dense), 5, "linear"))]
+    for kind, model in found:
         assert type(output_of(model)) is type(output_of(shape_of(model))) is kind
+    other = headless("projected")
+    other.reset_classifier(5)
+    assert type(output_of(other)) is Classes                    # another head is no projection
     dense.head = torch.nn.Identity()                            # its num_classes still says 3
     assert type(output_of(dense)) is type(output_of(compress(headless(), token_plan(headless())))) is Features
 
@@ -182,7 +188,7 @@ def test_errors_cost_what_gradients_of_the_features_say(kind):
     last = costs[1, "neurons"]
     assert last.metric.trace() > 0 and torch.equal(last.metric, last.metric.T)
     # behind the last block only the class token has a say, where that alone is read
-    assert last.prefix_weight == (50 if kind == "token" else 1)
+    assert last.prefix_weight == (50 if kind in ("token", "projected") else 1)
 
 
 # ---------------------------------------------------------------- trainings
@@ -280,7 +286,7 @@ def folder(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("kind", ["token", "patches"])
+@pytest.mark.parametrize("kind", ["projected", "patches"])
 def test_every_step_takes_a_model_without_a_classifier_and_images_without_labels(kind, folder, tmp_path):
     found, few = opened(kind), {"config": QUIET}
     scores = scoring.score_tokens(found, folder, tmp_path / "s.safetensors", images=8, **few)

@@ -49,7 +49,8 @@ def both(tmp_path_factory):
         two / "same" / "found.safetensors")
 
 
-@pytest.mark.parametrize("name", ["dense", "distilled", "left out", "accumulated", "checkpointed", "scenes"])
+@pytest.mark.parametrize("name", ["dense", "distilled", "features", "left out", "accumulated", "checkpointed",
+                                  "scenes"])
 def test_the_same_global_batch_gives_the_same_losses_and_weights(both, name):
     _, one, _, two = both
     assert (one[f"{name} losses"] - two[f"{name} losses"]).abs().max() < 1e-5
@@ -76,7 +77,7 @@ def test_a_step_in_turns_is_the_same_step(both):
 def test_scores_are_the_same_and_every_image_counts_once(both):
     _, one, _, two = both
     names = [k for k in one if k.split()[0] in ("tokens", "heads", "neurons", "redundancy")]
-    assert len(names) == 16
+    assert len(names) == 19
     for name in names:
         # Sums in another order: a few units in the last place of float32.
         atol = 1e-6 * float(one[name].abs().max())
@@ -88,6 +89,8 @@ def test_scores_are_the_same_and_every_image_counts_once(both):
     assert torch.equal(one["accuracy"][:3], two["accuracy"][:3]) and int(two["accuracy"][1]) == 21
     assert abs(float(one["accuracy"][3] - two["accuracy"][3])) < 1e-12
     assert int(two["one batch"]) == 21
+    assert torch.equal(one["likeness"][:2], two["likeness"][:2]) and int(two["likeness"][0]) == 21
+    assert (one["likeness"][2:] - two["likeness"][2:]).abs().max() < 1e-7      # distances are in float32
 
 
 @pytest.mark.parametrize("name", ["scenes", "one scene"])

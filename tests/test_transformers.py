@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from training_fixtures import compressed, logits, one_thread, tiny  # noqa: F401
 
+from vitlab.measure.distance import output_of
 from vitlab.models import checkpoint, compress, shape_of
 from vitlab.models.opening import open_model
 from vitlab.models.transformers_saving import save_transformers
@@ -86,6 +87,7 @@ def test_a_folder_of_transformers_opens_with_its_outputs_and_what_is_written_of_
     found = open_model(tmp_path / "m")
     x = images_for(found.model)
     assert close(logits(found.model, x), output(name, model, x))
+    assert output_of(found.model).labelled == (MODELS[name][3] == "logits")
     classes = found.info["classes"]
     assert classes == (["ant", "bee", "cat"] if MODELS[name][3] == "logits" else None)
     checkpoint.save(tmp_path / "c", found.model, found.plan, classes=classes)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vitlab.data.images import image_config
 from vitlab.exporting.runtimes import RUNTIMES, Runtime, compiler, needed, traced
+from vitlab.measure.distance import output_of
 from vitlab.models import checkpoint, deploy
 from vitlab.models.match import MatchBlock
 from vitlab.models.merge import TokenBlock
@@ -69,7 +70,7 @@ def export(model: nn.Module, out: str | Path, *, to: str | None = None, images: 
     sizes, and compare with PyTorch; returns what the file says of itself, also stored in it:
 
     images: size, mean, std, interpolation, crop_pct, crop_mode; classes; plan; versions; verified: largest difference
-    as a share of the outputs' range, and the share of images of the same class (of a Segmenter: pixels), in percent.
+    as a share of the outputs' range, and `likeness`.
     int8: images like `images`, others than these, that the ranges of activations are taken from: the file computes in
     int8 (static quantisation by the runtime's own tools), its outputs differ, and `verified` says by how much.
     Raises InputError for an unknown runtime, or one that gives other outputs: then no file is left.
@@ -118,9 +119,25 @@ def verify(model: nn.Module, runtime: Runtime, file: Path, images: Tensor, few: 
              for size in BATCHES]
     scale = max(float(np.ptp(expected)), float(np.finfo(np.float32).tiny))
     each = np.stack([np.abs(one - expected).reshape(len(images), -1).max(axis=1) for one in found]) / scale
-    largest, agree = float(each.max()), 100 * float(np.mean([one.argmax(1) == expected.argmax(1) for one in found]))
-    said = {"batch_sizes": list(BATCHES), "images": len(images), "largest_difference": largest, "agree_pct": agree}
+    largest, alike = float(each.max()), likeness(model, np.concatenate(found), np.concatenate([expected] * len(found)))
+    said = {"batch_sizes": list(BATCHES), "images": len(images), "largest_difference": largest, **alike}
     if not np.isfinite(each).all() or (each > SAME).mean() > few:
         raise InputError(f"{file.name}: its outputs are not the model's: they differ by up to {largest:.3g} of their "
-                         f"range, and {agree:.1f} % of the classes agree; nothing was written")
+                         f"range, {in_words(alike)}; nothing was written")
     return said
+
+
+def likeness(model: nn.Module, found: np.ndarray, expected: np.ndarray) -> dict[str, float]:
+    """What a runtime found beside what was expected of the model: the share of images (of a Segmenter: pixels) of the
+    same class, in percent; of features, which have none, the mean cosine (`output_of`)."""
+    output, both = output_of(model), (torch.from_numpy(found), torch.from_numpy(expected))
+    if output.labelled:
+        return {"agree_pct": 100 * float(torch.eq(*(each.argmax(dim=1) for each in both)).double().mean())}
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    return {"cosine": 1 - float(output.apart(*(output.compared(output.taken(each, prefix)) for each in both)).mean())}
+
+
+def in_words(alike: dict[str, float]) -> str:
+    """What `likeness` says."""
+    return f"{alike['agree_pct']:.1f} % of classes agree" if "agree_pct" in alike else \
+        f"features have a cosine of {alike['cosine']:.6f}"

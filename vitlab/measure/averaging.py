@@ -46,6 +46,13 @@ def begun(x: Tensor) -> Tensor:
     return x if x.requires_grad else x.detach().requires_grad_()
 
 
+def draws_of_batches(seed: int = 0) -> Iterator[torch.Generator]:
+    """Random numbers for one batch of this process after the other. Those of a batch follow from its number among the
+    batches of all processes, which are dealt out in turn, so that several processes draw what one does."""
+    for number in itertools.count(parallel.rank(), parallel.world()):
+        yield torch.Generator().manual_seed(seed + number)
+
+
 class Averages(NamedTuple):
     """Means over images, (L, ...) each, and what they were taken over."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlab.criteria.hsic import at_least_float32, dependence, gaussian_kernels
-from vitlab.measure.averaging import Averages, Batches, averaged, begun, frozen_eval, hooks
+from vitlab.measure.averaging import Averages, Batches, averaged, begun, draws_of_batches, frozen_eval, hooks
 from vitlab.measure.distance import output_of
 from vitlab.models import attention_block, check_supported, is_merged, shape_of
 from vitlab.models.attention import SeenAttention, attention_as
@@ -68,11 +68,11 @@ class ValueGradient:
 def _by_gradient(model: nn.Module, average: Callable[..., Averages], absolute: str) -> Scored:
     """Gradient-weighted attention   (A1)."""
     capture, each, output = ValueGradient(model, absolute), absolute == "image", output_of(model)
-    draws = torch.Generator().manual_seed(0)
+    draws = draws_of_batches()
 
     def step(images: Tensor, targets: Tensor) -> tuple[Tensor]:
         # No image's gradient depends on another's, so that of the summed losses holds each image's own.
-        output.loss(model, images, targets, draws, each=each).backward()
+        output.loss(model, images, targets, next(draws), each=each).backward()
         scores = torch.stack([found / (heads * len(found))
                               for found, heads in zip(capture.found, capture.heads)])           # (L, N)
         return (scores / len(images) if each else scores,)

@@ -141,14 +141,15 @@ class Patches(Features):
 
 
 def output_of(model: nn.Module | ViTShape) -> Classes:
-    """What a model, or one of that shape, gives: of what it has. A model without a classifier is compared by the
-    features that it pools, or, where it pools nothing (timm's global_pool=""), by those of its patches."""
+    """What a model, or one of that shape, gives: of what it has. One without a classifier, or with a projection in
+    place of it, is compared by the features that it gives for an image; one that pools nothing (timm's global_pool=""),
+    by what it gives for each patch."""
     if isinstance(model, ViTShape):
-        decoder, classes, pool = bool(model.decoder), model.num_classes, model.pool
+        decoder, classes, pool = bool(model.decoder), model.num_classes and not model.projection, model.pool
     else:
         decoder, pool = isinstance(model, Segmenter), getattr(model, "global_pool", None)
         classes = getattr(model, "num_classes", 1) and not isinstance(getattr(model, "head", None), nn.Identity)
-    return Pixels() if decoder else Classes() if classes else Features() if pool else Patches()
+    return Pixels() if decoder else Patches() if pool == "" else Classes() if classes else Features()
 
 
 def outputs(model: nn.Module, images: Tensor, amp: bool | None = False, block: int = 0) -> Tensor:

@@ -24,7 +24,7 @@ METRICS = ("top1_pct", "miou_pct", "distill_loss")
 def own_metric(shape: ViTShape) -> str:
     """What a model is worth by labels: "miou_pct" with a decoder, "top1_pct" with a classifier; "distill_loss" without,
     as there is nothing else."""
-    return "miou_pct" if shape.decoder else "top1_pct" if shape.num_classes else "distill_loss"
+    return "miou_pct" if shape.decoder else "top1_pct" if output_of(shape).labelled else "distill_loss"
 
 
 def check_metric(shape: ViTShape, metric: str) -> None:

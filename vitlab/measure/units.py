@@ -21,7 +21,7 @@ from vitlab.criteria.units import (
     head_kernels,
     unit_criterion,
 )
-from vitlab.measure.averaging import Batches, averaged, begun, frozen_eval, hooks
+from vitlab.measure.averaging import Batches, averaged, begun, draws_of_batches, frozen_eval, hooks
 from vitlab.measure.distance import output_of
 from vitlab.measure.moments import KINDS, Fisher, Layer, each_moments, fisher
 from vitlab.models import shape_of
@@ -74,7 +74,7 @@ def _over_images(model: nn.Module, batches: Batches, criterion: UnitCriterion, s
     """
     found: dict[str, list] = {kind: [None] * len(model.blocks) for kind in KINDS}
     needs_gradient, dependent = criterion.needs == "gradients", criterion.needs == "output"
-    output, draws = output_of(model), torch.Generator().manual_seed(0)
+    output, draws = output_of(model), draws_of_batches()
 
     def see(kind: str, index: int, units: Tensor) -> None:
         function = getattr(criterion, kind)
@@ -90,7 +90,7 @@ def _over_images(model: nn.Module, batches: Batches, criterion: UnitCriterion, s
             heads, neurons = (torch.stack([score(given) for score in found[kind]]) for kind in KINDS)
             return heads / len(images)**2, neurons
         if needs_gradient:
-            output.loss(model, images, targets, draws, each=True).backward()    # each image's own loss
+            output.loss(model, images, targets, next(draws), each=True).backward()  # each image's own loss
         else:
             model(images)
         return tuple(torch.stack(found[kind]) for kind in KINDS)

@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vitlab.models import small as _small  # noqa: F401 - makes its names known
-from vitlab.models.families import MODELS, kind_of
+from vitlab.models.families import MODELS, as_projection, is_projection, kind_of, projects
 from vitlab.models.hub import downloading
 from vitlab.models.support import attention_block, check_supported, classes_of
 from vitlab.models.weights import ANCHOR, by_timms_names, check_fits, read_state, unwrapped
@@ -33,9 +33,9 @@ def create_model(name: str, *, weights: str | Path | None = None, pretrained: bo
     """A supported timm vision transformer in eval mode.
 
     weights: a file that `read_state` reads; sizes that args don't give are those of its tensors (`from_weights`).
-    pretrained downloads timm's own. args: timm's (num_classes, img_size, ...), and norm_eps, the epsilon of all its
-    LayerNorms. Raises InputError for an unknown name (with the nearest ones), a family that can't be handled, or
-    weights that don't fit.
+    pretrained downloads timm's own. args: timm's (num_classes, img_size, ...), norm_eps, the epsilon of all its
+    LayerNorms, and projection, whether its head gives features (default: as `families.projects` tells). Raises
+    InputError for an unknown name (with the nearest ones), a family that can't be handled, or weights that don't fit.
     """
     if weights is None:
         return _built(name, args, pretrained)
@@ -57,7 +57,7 @@ def set_norm_eps(model: nn.Module, eps: float) -> None:
 
 def _built(name: str, args: dict[str, Any], pretrained: bool = False) -> nn.Module:
     base, args = name.split(".")[0], dict(args)
-    eps = args.pop("norm_eps", None)
+    eps, projection = args.pop("norm_eps", None), args.pop("projection", None)
     if not timm.is_model(base):
         near = difflib.get_close_matches(base, timm.list_models(), n=3, cutoff=0.4)
         raise InputError(f"{name!r}: no such file or folder, and no timm model"
@@ -77,6 +77,8 @@ def _built(name: str, args: dict[str, Any], pretrained: bool = False) -> nn.Modu
     if not model.patch_embed.num_patches:
         raise InputError(f"{name}: an image of {model.patch_embed.img_size} holds no patch of "
                          f"{model.patch_embed.patch_size}")
+    if projects(model) if projection is None else projection:
+        as_projection(model)
     return model.eval()
 
 
@@ -97,6 +99,8 @@ def from_weights(name: str, state: dict[str, Tensor], path: str | Path, args: di
         raise InputError(f"{error} (the model is {name})") from None
     model = _built(name, args)
     model.load_state_dict(state)
+    if args.get("projection", projects(model, loaded=True)):
+        as_projection(model)
     return model, notes
 
 
@@ -201,6 +205,7 @@ def architecture(model: nn.Module) -> dict[str, Any]:
     now |= {name: not isinstance(model.fc_norm, nn.Identity) for name in ("fc_norm", "use_fc_norm") if name in known}
     if hasattr(model, "dist_token") and not model.global_pool:
         now["global_pool"] = POOL_TOKEN         # of an encoder; timm builds a distilled DeiT with no other
+    now |= {"projection": True} if is_projection(model) else {}
     args = {k: list(v) if isinstance(v, tuple) else v for k, v in sorted({**get_model_args(model), **now}.items())}
     odd = next((k for k, v in args.items() if not isinstance(v, (str, int, float, list, dict, type(None)))), None)
     if odd is not None:
@@ -211,7 +216,8 @@ def architecture(model: nn.Module) -> dict[str, Any]:
 def check_args(args: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a model that a file names. InputError for one that no family of timm's has, so that a file can't
     make it read other files or download."""
-    odd = sorted(set(args).difference({"norm_eps"}, *(inspect.signature(kind).parameters for kind in MODELS)))
+    known = {"norm_eps", "projection"}.union(*(inspect.signature(kind).parameters for kind in MODELS))
+    odd = sorted(set(args) - known)
     if odd:
         raise InputError(f"model argument {odd[0]!r} is not one of a vision transformer's")
     return args
@@ -228,4 +234,4 @@ def rebuild(source: Any, most: int | None = None) -> nn.Module:
         count = sum(p.numel() for p in _sizes(source["name"], source["args"]).parameters())
         if count > most:
             raise InputError(f"a model of {count:,} parameters; the weights beside it are those of {most:,} at most")
-    return create_model(source["name"], **source["args"])
+    return create_model(source["name"], **{"projection": False, **source["args"]})

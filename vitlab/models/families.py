@@ -4,6 +4,7 @@ block, attention and MLP, where heads, neurons, norms and scales are in them, an
 A family is added by its classes here (CONTRIBUTING.md). B images, N tokens, P prefix tokens, D width, H heads of width
 d, M neurons.
 """
+import re
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ ATTENTIONS = (Attention, *ROTARY, *RELATIVE)
 # of those, the ones whose forward needs as many heads as the model has
 HEADS_COUNTED = (*ROTARY, beit.Attention)
 PATCHES = (PatchEmbed, HybridEmbed)
+PAIRS = re.compile("clip|pe_core")              # in timm's names of models and weights of images with texts
 # per kind of MLP: the linears whose rows are neurons, with how many rows a neuron has in each, and the one that mixes
 # them
 HIDDEN: dict[type[nn.Module], tuple[dict[str, int], str]] = {
@@ -72,6 +74,30 @@ def finished(model: nn.Module, x: Tensor, block: int) -> Tensor:
     for each, also in list(zip(model.blocks, also_taken(model)))[block:]:
         x = each(x, **also)
     return model.forward_head(model.norm(x))
+
+
+def as_projection(model: nn.Module) -> nn.Module:
+    """The model itself, which has no classes from now on: its head gives features. timm's reset_classifier gives it
+    another head and classes again."""
+    model.num_classes = 0
+    return model
+
+
+def is_projection(model: nn.Module) -> bool:
+    """Whether there is a head, but no classes."""
+    return not model.num_classes and not isinstance(model.head, nn.Identity)
+
+
+def projects(model: nn.Module, loaded: bool = False) -> bool:
+    """Whether the head of a model that timm made is a projection: of one trained on images with texts, by its name and
+    the tag of its weights (PAIRS), that was not fine-tuned for classes since and gives as many numbers; or, of weights
+    that are loaded, one without a bias, which timm then fills with zeros."""
+    told = model.pretrained_cfg
+    name, tag = (str(told.get(key) or "") for key in ("architecture", "tag"))
+    if not PAIRS.search(f"{name}.{tag}") or not isinstance(model.head, nn.Linear):
+        return False
+    own = "_ft_" not in tag and model.head.out_features == told.get("num_classes")
+    return own or loaded and not model.head.bias.any()
 
 
 def rotates_by_head(model: nn.Module) -> bool:

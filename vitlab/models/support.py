@@ -159,7 +159,7 @@ def sizes_of(model: nn.Module, num_heads: int, num_neurons: int) -> ViTShape:
         pool=model.global_pool, qk_norm=not isinstance(getattr(first.attn, "q_norm", nn.Identity()), nn.Identity),
         rotary=0 if getattr(model, "rope", None) is None else num_heads if families.rotates_by_head(model) else 1,
         fixed=tuple(dict.fromkeys(part for block in blocks for part in families.fixed_parts(block))),
-        stem_macs=families.stem_macs(embed))
+        stem_macs=families.stem_macs(embed), projection=whole is model and families.is_projection(model))
 
 
 def shape_of(model: nn.Module) -> ViTShape:

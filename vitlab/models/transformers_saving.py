@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitlab.models.create import from_weights
 from vitlab.models.hub import CONFIG, PREPARED, WEIGHTS, settings_of
-from vitlab.models.support import is_merged
+from vitlab.models.support import classes_of, is_merged
 from vitlab.models.transformers_folder import RESAMPLE, config_of, converted, dino2_neurons
 from vitlab.models.transformers_names import from_timm, pairs, timms
 from vitlab.models.weights import read_state
@@ -124,7 +124,7 @@ def _configuration(model: nn.Module, model_type: str, names: Collection[str]) ->
     elif model_type == "siglip_vision_model":
         config["vision_use_head"] = "attn_pool.latent" in names
     elif model_type == "clip_vision_model":
-        config["projection_dim"] = model.num_classes or model.embed_dim
+        config["projection_dim"] = classes_of(model) or model.embed_dim
     else:
         config["qkv_bias"] = "blocks.0.attn.qkv.bias" in names
     if model_type.startswith("dinov2"):
@@ -165,7 +165,7 @@ def _check_same(weights: Path, model: nn.Module, what: str) -> None:
         raise InputError(f"{what} can't be that model ({error})") from None
     images = torch.rand(1, model.in_chans, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        before, after = (each(images) if model.num_classes or model.attn_pool else each.forward_features(images)
+        before, after = (each(images) if classes_of(model) or model.attn_pool else each.forward_features(images)
                          for each in (copy.deepcopy(model).float().cpu().eval(), again))
     if (before - after).abs().max() > CLOSE * before.abs().max():
         raise InputError(f"{what} computes something else: it pools tokens in another way, or has other layers")

@@ -75,10 +75,10 @@ def rows_of(counts: Counts, everything: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _head_macs(shape: ViTShape) -> int:
-    """MACs of what follows the encoder: a classifier D K for each there is; a linear decoder n D K; a mask transformer
-    of L blocks on the n patches and K classes, n D^2 + L (n + K) (12 D^2 + 2 (n + K) D) + (n + K) D^2 + n D K (arXiv
-    2105.05633). Before a classifier, an attention pool of m tokens with an MLP of M neurons: 2 m D (D + 1) + 2 D^2 +
-    2 D M."""
+    """MACs of what follows the encoder: a classifier D K for each there is, or for each token where none is pooled;
+    a linear decoder n D K; a mask transformer of L blocks on the n patches and K classes, n D^2 + L (n + K) (12 D^2 +
+    2 (n + K) D) + (n + K) D^2 + n D K (arXiv 2105.05633). Before a classifier, an attention pool of m tokens with an
+    MLP of M neurons: 2 m D (D + 1) + 2 D^2 + 2 D M."""
     n, dim, classes = shape.num_patches, shape.embed_dim, shape.num_classes
     if shape.decoder == "linear":
         return n * dim * classes
@@ -88,7 +88,7 @@ def _head_macs(shape: ViTShape) -> int:
                                                           + 2 * rows * dim) + rows * dim**2 + n * dim * classes
     pooled = n + (shape.num_prefix_tokens if shape.pool_prefix else 0)
     pool = 2 * dim * (pooled * (dim + 1) + dim + shape.pool_neurons) if shape.pool_neurons else 0
-    return dim * classes * shape.num_classifiers + pool
+    return dim * classes * shape.num_classifiers * (1 if shape.pool else shape.num_tokens) + pool
 
 
 def macs_of(shape: ViTShape, counts: Counts, form: str = "deployed") -> dict[str, np.ndarray]:

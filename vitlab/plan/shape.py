@@ -7,7 +7,8 @@ from typing import Any, TypeGuard
 from vitlab.runtime.files import InputError
 
 POOL_TOKEN = "token"
-FAMILY = ("gated", "rotary", "pool_neurons", "pool_prefix", "stem_macs", "fixed")     # of other families
+FAMILY = ("gated", "rotary", "pool_neurons", "pool_prefix", "stem_macs", "fixed",
+          "projection")     # of other families
 PARTS = ("heads", "neurons", "tokens")
 DECODERS = ("", "linear", "mask_transformer")
 
@@ -59,6 +60,7 @@ class ViTShape:
     pool_prefix: bool = True            # whether an attention pool looks at prefix tokens
     stem_macs: int = 0                  # of a patch embedding that is more than a convolution; 0: it is one
     fixed: tuple[str, ...] = ()         # what can't be cut: "heads", "neurons" or "tokens", each with its reason
+    projection: bool = False            # whether what is in place of a classifier gives features
 
     def __post_init__(self) -> None:
         for name in ("img_size", "patch_size"):
@@ -74,7 +76,7 @@ class ViTShape:
                 value, low = getattr(self, f.name), lowest.get(f.name, 1)
                 require(is_int(value) and value >= low,
                         f"shape.{f.name} is {value!r}; an integer of at least {low} is needed")
-        for name in ("qk_norm", "gated", "pool_prefix"):
+        for name in ("qk_norm", "gated", "pool_prefix", "projection"):
             require(isinstance(getattr(self, name), bool),
                     f"shape.{name} is {getattr(self, name)!r}; true or false is needed")
         require(all(isinstance(part, str) and part.split(":")[0] in PARTS for part in self.fixed),

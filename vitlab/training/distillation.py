@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vitlab.measure.distance import Features, cross_entropy, output_of
 from vitlab.measure.evaluate import each_divergence
 from vitlab.models.segmenter import Segmenter
+from vitlab.models.support import classes_of
 from vitlab.runtime.files import InputError
 from vitlab.training.recipes import Recipe
 
@@ -87,9 +88,11 @@ def make_task(model: nn.Module, teacher: nn.Module | None, recipe: Recipe, devic
     if dense and teacher.img_size != model.img_size:
         raise InputError("the teacher is for images of {} x {}, the student for {} x {}; they see the same".format(
             *teacher.img_size, *model.img_size))
-    if features and (type(output_of(teacher)), teacher.num_features) != (type(output_of(model)), model.num_features):
-        raise InputError(f"the teacher gives {teacher.num_features} features, pooled by {teacher.global_pool!r}, the "
-                         f"student {model.num_features}, pooled by {model.global_pool!r}; they are compared one by one")
+    given, learned = ((type(output_of(each)), classes_of(each) or each.num_features) if features else (None, 0)
+                      for each in (teacher, model))
+    if given != learned:
+        raise InputError(f"the teacher gives {given[1]} features, pooled by {teacher.global_pool!r}, the student "
+                         f"{learned[1]}, pooled by {model.global_pool!r}; they are compared one by one")
     if teacher.in_chans != model.in_chans:
         raise InputError(f"the teacher takes images of {teacher.in_chans} channels, the student of {model.in_chans}; "
                          f"they see the same")

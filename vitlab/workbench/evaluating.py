@@ -26,6 +26,7 @@ from vitlab.measure.features import (
 )
 from vitlab.measure.pixels import evaluate_scenes
 from vitlab.models.checkpoint import Checkpoint
+from vitlab.models.families import as_projection
 from vitlab.models.segmenter import Segmenter
 from vitlab.models.weights import read_file
 from vitlab.runtime.files import InputError
@@ -75,17 +76,15 @@ class Features:
         return self.knn or self.classes is not None
 
     def seen(self, found: Checkpoint) -> Checkpoint:
-        """A model as these take it: with `classes`, what it gives is no class. Raises InputError for a Segmenter, or
+        """A model as these take it: with `classes`, its head is a projection. Raises InputError for a Segmenter, or
         where both are given."""
         if self.asked and isinstance(found.model, Segmenter):
             raise InputError("knn and classes are of features of an image; the model gives a class for each pixel")
         if self.knn and self.classes is not None:
             raise InputError("knn and classes both give a top-1; one of them is needed")
-        if self.classes is None:
+        if self.classes is None or not output_of(found.model).labelled:
             return found
-        model = copy.copy(found.model)
-        model.num_classes = 0
-        return dataclasses.replace(found, model=model)
+        return dataclasses.replace(found, model=as_projection(copy.copy(found.model)))
 
 
 def beside(dense: Checkpoint) -> dict[str, Any]:

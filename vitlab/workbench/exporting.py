@@ -6,7 +6,7 @@ import torch
 from sklearn.datasets import load_sample_images
 
 from vitlab.exporting.export import export as export_model
-from vitlab.exporting.export import runtime_of
+from vitlab.exporting.export import in_words, runtime_of
 from vitlab.models.opening import Source, open_model
 from vitlab.models.support import encoder_of
 from vitlab.runtime.config import RunConfig, flags
@@ -48,4 +48,4 @@ def export(source: Source, out: File, *, to: Literal["onnx", "openvino", "pt2", 
     how = "in int8, beside PyTorch" if int8 else "as in PyTorch"
     return (f"{out}: runs in {about['runtime']} {how} on {verified['images']} images, in batches of "
             f"{', '.join(map(str, verified['batch_sizes']))}: outputs differ by at most "
-            f"{verified['largest_difference']:.2g} of their range, {verified['agree_pct']:.1f} % of classes agree")
+            f"{verified['largest_difference']:.2g} of their range, {in_words(verified)}")
