@@ -849,10 +849,6 @@ SEGMENTERS = [          # what is wrong, how it is made, the command, what the l
     ("No list of classes", gone("scenes/classes.txt"), SEGMENT, "classes.txt"),
     ("An image without its mask", gone("scenes/train/masks/1.png"), SEGMENT, "scenes/train/"),
     ("No masks", gone("scenes/train/masks"), SEGMENT, "scenes/train/"),
-    ("An image of a split to report on that was cut short", cut("scenes/val/images/0.png", 0.3),
-     MASKS, "scenes/val/images/0.png: can't be read as an image"),
-    ("A mask that was cut short", cut("scenes/val/masks/0.png", 0.3),
-     MASKS, "scenes/val/masks/0.png: can't be read as a mask"),
     ("A mask with a class that is in no list", mask("scenes/val/masks/0.png", [0, 7]),
      MASKS, "masks/0.png: holds id 7, which is unknown; ids are"),
     ("A mask of another size than its image", mask("scenes/val/masks/0.png", [0, 1], (16, 32)),
@@ -1071,6 +1067,16 @@ def test_every_kind_of_broken_image_is_left_out_by_name_and_the_others_are_count
     assert not (copy / "owned").exists()
 
 
+@pytest.mark.parametrize("kind, what", [("images", "an image"), ("masks", "a mask")])
+def test_a_scene_of_which_a_file_was_cut_short_is_left_out_by_name_and_the_others_are_counted(kind, what, copy, capsys):
+    cut(f"scenes/val/{kind}/0.png", 0.3)()
+    code, out, lines = run(MASKS, capsys)
+    assert code == 0 and "miou_pct" in out
+    assert len([line for line in lines if f"scenes/val/{kind}/0.png: can't be read as {what} (" in line]) == 1
+    conditions = read_lines("out/results.jsonl")[-1]["conditions"]
+    assert (conditions["images"], conditions["broken"]) == (1, 1)
+
+
 def test_the_page_holds_the_table_of_faults():
     assert len({(f.area, f.what) for f in FAULTS}) == len(FAULTS) >= 100
     assert PAGE.read_text(encoding="utf-8") == page(), "run: python tests/test_faults.py"
@@ -1104,7 +1110,8 @@ values is an `InputError` with the same words.
 No file that is loaded can run code: weights and scores are safetensors, or read by torch with `weights_only=True`; batch files are plain
 YAML; images of a format that needs another program are not decoded. `tests/test_security.py` holds traps for each.
 """
-LEFT_OUT = "Evaluation and training go on without them; more than 16, or than 1 % of a split, are an error."
+LEFT_OUT = ("Evaluation and training go on without them; more than 16, or than 1 % of a split, are an error. A photograph "
+            "is left out with\nits mask where either can't be read.")
 
 
 if __name__ == "__main__":

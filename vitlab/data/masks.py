@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 
 from vitlab.data.folder import read_image, reason
-from vitlab.data.layouts import IGNORE, LAYOUTS, Pairs
+from vitlab.data.layouts import IGNORE, LAYOUTS, PASCAL_CONTEXT, PASCAL_CONTEXT_IDS, Pairs, own_classes
 from vitlab.data.listing import entries, images_below
 from vitlab.data.rgb import SIDEWAYS, rgb, turn_of
-from vitlab.data.scene_data import SceneData, Scenes
+from vitlab.data.scene_data import SceneData, Scenes, Unreadable
 from vitlab.data.scenes import digit_scenes
 from vitlab.runtime.files import InputError, from_root
 from vitlab.runtime.kinds import SPLITS
@@ -23,31 +23,55 @@ MODES = ("L", "P", "1", "I", "I;16", "I;16B")   # Pillow's, of one number a pixe
 UNKNOWN = 254
 LARGEST_ID = 255
 LOOKED_AT = 200                                 # masks by which it is told what 255 means
+# Pillow's names of grey PNGs of 2 and 4 bits, whose ids it spreads over 0 to 255: by which factor
+SPREAD = {"L;2": 85, "L;4": 17}
 T = TypeVar("T")
 
 
 def _read(path: Path, what: str, take: Callable[[Image.Image], T]) -> T:
-    """take(the loaded image). Raises InputError naming the file where it can't be read as what it should be."""
+    """take(the image). Raises Unreadable naming the file where it can't be read as what it should be."""
     try:
-        image = read_image(path)
-        image.load()
-        return take(image)
+        return take(read_image(path))
     except Exception as error:                  # a damaged file makes Pillow's decoders raise nearly anything
-        raise InputError(f"{path}: can't be read as {what} ({reason(path, error)})") from None
+        raise Unreadable(f"{path}: can't be read as {what} ({reason(path, error)})") from None
+
+
+def _numbers(image: Image.Image) -> tuple[str, np.ndarray]:
+    """(mode, ids) of a mask's image, turned."""
+    factor = SPREAD.get(image.tile[0].args) if image.format == "PNG" else None  # Pillow forgets it when it has read
+    ids = np.asarray(_turned(image))
+    return image.mode, ids if factor is None else ids // factor
+
+
+def _label_map(path: Path) -> np.ndarray:
+    """(H, W) ids of PASCAL Context's 60 classes in a MATLAB file of its owners. Raises InputError naming it where it
+    holds no such ids, Unreadable where it can't be read."""
+    from scipy.io import loadmat  # takes a while, and others need none of it
+    try:
+        ids = loadmat(path, variable_names=("LabelMap",)).get("LabelMap")
+    except Exception as error:                  # a damaged file raises whatever scipy comes to
+        raise Unreadable(f"{path}: can't be read as a mask ({reason(path, error)})") from None
+    if ids is None or ids.ndim != 2 or ids.dtype.kind not in "ui" or not ids.size:
+        raise InputError(f"{path}: holds no LabelMap of whole numbers (height, width), as PASCAL Context's files do")
+    if ids.min() < 0 or ids.max() >= PASCAL_CONTEXT_IDS:
+        raise InputError(f"{path}: LabelMap holds ids from {ids.min()} to {ids.max()}; they are 0 to "
+                         f"{PASCAL_CONTEXT_IDS - 1}")
+    table = np.zeros(PASCAL_CONTEXT_IDS, dtype=np.uint8)
+    table[list(PASCAL_CONTEXT)] = range(1, 1 + len(PASCAL_CONTEXT))
+    return table[ids]
 
 
 def read_mask(path: Path, table: np.ndarray) -> np.ndarray:
     """(H, W) uint8 class numbers of a mask file, turned by its own EXIF orientation where it has one. table (256): id
     -> class number, IGNORE, or UNKNOWN.
 
-    Raises InputError naming the file where it can't be read, has more than one number a pixel, or an id that is
-    UNKNOWN.
+    Raises InputError naming the file where it has more than one number a pixel, or an id that is UNKNOWN, Unreadable
+    where it can't be read.
     """
-    image = _read(path, "a mask", _turned)
-    if image.mode not in MODES:
-        raise InputError(f"{path}: has {len(image.getbands())} channels ({image.mode}); a mask has one number a pixel, "
-                         f"the class's id")
-    ids = np.asarray(image)
+    mode, ids = ("L", _label_map(path)) if path.suffix == ".mat" else _read(path, "a mask", _numbers)
+    if mode not in MODES:
+        raise InputError(f"{path}: has {len(Image.new(mode, (1, 1)).getbands())} channels ({mode}); a mask has one "
+                         f"number a pixel, the class's id")
     out = ids[(ids < 0) | (ids > LARGEST_ID)] if ids.dtype not in (np.uint8, np.bool_) else ids[:0]
     classes = table[ids.astype(np.uint8)]
     wrong = np.unique(out if len(out) else ids[classes == UNKNOWN]).astype(int).tolist()
@@ -87,7 +111,8 @@ class MaskReader:
         return len(self.pairs)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, np.ndarray]:
-        """Raises InputError naming the file that can't be read, or a mask of another size than its image."""
+        """Raises Unreadable naming a file that can't be read, InputError naming a mask that holds what it should not,
+        or is of another size than its image."""
         image_path, mask_path = self.pairs[i]
         image, stored, turn = _read(image_path, "an image",
                                     lambda image: (rgb(image), image.size[::-1], turn_of(image)))
@@ -133,7 +158,7 @@ class PictureReader:
         return len(self.paths)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, np.ndarray]:
-        """Raises InputError naming the file that can't be read."""
+        """Raises Unreadable naming a file that can't be read."""
         image = _read(self.paths[i], "an image", rgb)
         return image, np.zeros((image.height, image.width), dtype=np.uint8)
 
@@ -142,7 +167,7 @@ class PictureReader:
 
 
 def _layout_of(root: Path) -> str | None:
-    return next((name for name, each in LAYOUTS.items() if each.known_by(root)), None)
+    return next((name for name, each in LAYOUTS.items() if each.is_of(root)), None)
 
 
 def _pictures(root: Path) -> list[Path]:
@@ -168,9 +193,8 @@ def _is_binary(masks: list[Path]) -> bool:
     seen = np.zeros(LARGEST_ID + 1, dtype=bool)
     for place in np.linspace(0, len(masks) - 1, min(LOOKED_AT, len(masks))).round().astype(int):
         try:
-            ids = np.asarray(read_image(masks[place]))
-        # whatever Pillow's decoders raise; it is named when it is read in earnest
-        except Exception:
+            _, ids = _read(masks[place], "a mask", _numbers)
+        except Unreadable:                      # it is named when it is read in earnest
             continue
         if ids.dtype.kind not in "bui" or ids.ndim != 2 or ids.min() < 0 or ids.max() > LARGEST_ID:
             return False
@@ -187,11 +211,9 @@ def open_scenes(data: str | Path, layout: str | None = None) -> SceneData:
     """A data set of images with masks: a name of SCENES, or a folder in one of LAYOUTS; layout None: the first that it
     has.
 
-    ade20k: ADEChallengeData2016/ with images/ and annotations/, training/ and validation/ in each. cityscapes:
-    leftImg8bit/ and gtFine/ with labelIds. pascal_context: VOC2010/ with ImageSets/SegmentationContext/ and PNGs in
-    SegmentationClassContext/. camvid, folder: train/, val/ and test/ with images/ and masks/ in each, and classes.txt;
-    255 is ignored, unless there are two classes and masks hold 0 and 255 alone: then it is the second. A folder, or its
-    train/, that holds images alone, however deep, has no masks, and no other split than train.
+    Of a layout with classes.txt 255 is ignored, unless there are two classes and masks hold 0 and 255 alone: then it is
+    the second. A folder, or its train/, that holds images alone, however deep, has no masks, and no other split than
+    train.
     Raises InputError naming the folder or file: missing, no layout that is known, an image without a mask, a split
     without images.
     """
@@ -209,11 +231,13 @@ def open_scenes(data: str | Path, layout: str | None = None) -> SceneData:
     if name is None:
         return SceneData(root.resolve().name, {"train": Scenes(PictureReader(_pictures(root)))}, None, labelled=False)
     chosen = LAYOUTS[name]
-    pairs, classes = chosen.pairs(root), chosen.classes(root)
+    pairs = chosen.pairs(root)
     if not pairs:
-        raise InputError(f"{root}: holds no split of layout {name!r}")
-    ids = chosen.ids(len(classes))
-    if name == "folder" and len(classes) == 2 and _is_binary([mask for found in pairs.values() for _, mask in found]):
+        raise InputError(f"{root}: holds no split of layout {name!r}, whose images are in "
+                         f"{chosen.images.format(split=chosen.splits['train'])}")
+    classes, ids = chosen.meaning(root)
+    if chosen.meaning is own_classes and len(classes) == 2 and _is_binary([mask for found in pairs.values()
+                                                                           for _, mask in found]):
         warnings.warn(f"{root}: its masks hold 0 and {IGNORE} alone, so {IGNORE} is taken for {classes[1]!r} and no "
                       f"pixel is ignored; in a data set with ids 0 and 1, {IGNORE} is ignored", stacklevel=2)
         ids = {0: 0, IGNORE: 1}
