@@ -3,6 +3,7 @@ import contextlib
 import math
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from vitlab.measure.distance import counted
 from vitlab.measure.evaluate import uses_bf16
 from vitlab.models import set_trainable
 from vitlab.models.checkpoint import not_finite
+from vitlab.models.segmenter import Segmenter
 from vitlab.models.weights import load_state
 from vitlab.runtime import parallel
 from vitlab.runtime.files import InputError, first_line
@@ -168,7 +170,7 @@ class Training:
             raise InputError(f"{path}: damaged ({first_line(error)}); remove it to begin anew") from None
 
     def _forward(self, images: Tensor, targets: Tensor, pixels: Tensor | None) -> Tensor:
-        """The loss of one batch. pixels: `_pixels` of its step."""
+        """The loss of one batch. pixels: those that count in a batch of its step, the mean (`_taken`)."""
         images, targets = images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
         if self.engine.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -187,13 +189,16 @@ class Training:
             raise InputError(f"the data ended after {self.done} of the {self.steps} steps of epoch {self.epoch + 1}; "
                              "its number of images is not what it says") from None
 
-    def _pixels(self, batches: list[tuple[Tensor, Tensor]]) -> Tensor | None:
-        """The pixels that count in a batch of this step, the mean over those of all processes (); of class numbers
-        None, as batches have the same number of images."""
-        if batches[0][1].dim() < 2:
-            return None
-        counts = torch.stack([counted(masks) for _, masks in batches])
-        return parallel.total(counts.sum()) / (len(counts) * parallel.world())
+    def _taken(self, batches: Any) -> tuple[Iterable[tuple[Tensor, Tensor]], Tensor | None]:
+        """(the batches of a step, the pixels that count in one of them, the mean over those of all processes ()). Of
+        class numbers None: batches have the same number of images, and need not be there at once."""
+        turns = self.engine.accumulate
+        taken = (self._next(batches) for _ in range(turns))
+        if not isinstance(self.model, Segmenter):
+            return taken, None
+        taken = list(taken)
+        counts = torch.stack([counted(masks) for _, masks in taken])
+        return taken, parallel.total(counts.sum()) / (turns * parallel.world())
 
     def _agree(self, *values: float) -> list[float]:
         """The mean of each value over all processes; to be asked to stop is passed on along with them."""
@@ -215,8 +220,7 @@ class Training:
         self.scheduler.step_update(self.step)
         turns, found = self.engine.accumulate, 0.0
         self.optimizer.zero_grad(set_to_none=True)
-        taken = [self._next(batches) for _ in range(turns)]
-        pixels = self._pixels(taken)
+        taken, pixels = self._taken(batches)
         for turn, (images, targets) in enumerate(taken):
             # loaders draw as well, or not: after them
             random_seed(seed_of(self.seed, self.step, turn), parallel.rank())
