@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import nbformat
 import numpy as np
 import pytest
@@ -815,6 +816,11 @@ COMMANDS = [
     ("A batch file that is not there", "batch nowhere.yaml", "nowhere.yaml: can't be read (No such file or directory)"),
     ("A batch file that is a folder", "batch dense", "dense: can't be read (Is a directory)"),
     ("Words that are quoted by half", ["batch", "batch.yaml", "--snakemake", "a 'b"], "No closing quotation"),
+    ("A name that is none on the hub", "push dense ants", "'ants' is no name on the hub; OWNER/NAME is needed"),
+    ("A run without a checkpoint for the hub", "push images me/ants", "images: not a checkpoint; a folder with "),
+    ("A hub that can't be reached", "push dense me/ants", "does not answer within 5 s; --out FOLDER writes what would"),
+    ("A logger that is not known", "pretrain --model vit_nano_patch4_32 --data digits --out out --log clearml",
+     "log 'clearml' is not known; known are tensorboard, trackio, wandb"),
 ]
 
 
@@ -1022,9 +1028,11 @@ def run(command: str | list[str], capsys) -> tuple[int, str, list[str]]:
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[f"{f.area}: {f.what}" for f in FAULTS])
-def test_a_fault_gets_one_line_that_names_it_and_nothing_is_changed(fault, copy, capsys):
+def test_a_fault_gets_one_line_that_names_it_and_nothing_is_changed(fault, copy, capsys, monkeypatch):
     if fault.area == "Batch files":
         pytest.importorskip("snakemake", reason="batches need Snakemake, which needs Python 3.11 or newer")
+    if fault.command == "push dense me/ants":
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")        # where nobody listens
     if fault.plant:
         fault.plant()
     before = everything(copy)
