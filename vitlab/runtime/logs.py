@@ -72,12 +72,11 @@ def check_loggers(names: Sequence[str]) -> None:
 
 
 def _name(folder: Path, done: int) -> str:
-    """What the run is called: kept in its folder, and another one for each that begins anew."""
-    path = folder / NAME
-    if not done or not path.is_file():
-        where = "-".join(part for part in folder.resolve().parts[-2:] if part.isprintable())
-        atomic_write(path, f"{where}-{uuid.uuid4().hex[:8]}\n")
-    return path.read_text(encoding="utf-8").strip()
+    """What the run is called: as its folder says; another name for each that begins anew."""
+    if done and (folder / NAME).is_file():
+        return (folder / NAME).read_text(encoding="utf-8").strip()
+    where = "-".join(part for part in folder.resolve().parts[-2:] if part.isprintable())
+    return f"{where}-{uuid.uuid4().hex[:8]}"
 
 
 @contextlib.contextmanager
@@ -105,6 +104,8 @@ def opened(names: Sequence[str], folder: str | Path, done: int) -> Generator[Log
                 loggers[name] = LOGGERS[name](folder, called, done)
             except Exception as error:
                 raise InputError(f"log {name}: can't begin ({first_line(error)})") from None
+        if first:
+            atomic_write(folder / NAME, f"{called}\n")
         yield log
     finally:
         for name, logger in loggers.items():

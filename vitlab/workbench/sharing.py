@@ -1,5 +1,6 @@
 """A run's model on the Hugging Face hub: what is needed to rebuild it, files for other runtimes, and a page that says
 what it is worth."""
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -26,8 +27,8 @@ PAGE = "README.md"
 def rows_of_model(run: Path) -> list[ResultRow]:
     """What was measured of a run's model: in its own results, or those of its study."""
     names = {str(run), run.name, f"{run.parent.name}/{run.name}"}
-    own = read_rows(run / RESULTS)
-    return own or [row for row in read_rows(run.parent / RESULTS) if row.model in names]
+    rows = read_rows(run / RESULTS) or [row for row in read_rows(run.parent / RESULTS) if row.model in names]
+    return [dataclasses.replace(row, model=Path(row.model).name) for row in rows]           # not where it lay
 
 
 def exported_in(run: Path) -> list[Path]:
