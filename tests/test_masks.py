@@ -233,6 +233,15 @@ def test_black_and_white_masks_are_taken_for_two_classes_in_every_layout_with_na
         assert data.split("val").scene(0)[1].flatten()[:2].tolist() == [0, 1]
 
 
+def test_black_and_white_masks_need_no_list_of_classes(tmp_path):
+    root = images_masks(tmp_path, [0, 255, 255])
+    (root / "classes.txt").unlink()
+    with pytest.warns(UserWarning, match="255 is taken for 'foreground'"):
+        data = open_scenes(root)
+    assert data.classes == ["background", "foreground"]
+    assert data.split("val").scene(0)[1].flatten()[:3].tolist() == [0, 1, 1]
+
+
 # ---------------------------------------------------------------- PASCAL Context's MATLAB files
 
 def test_the_owners_files_of_pascal_context_give_the_ids_of_the_pngs(tmp_path):
