@@ -31,9 +31,9 @@ LIVELY = {"epochs": 2, "batch_size": 16, "warmup_epochs": 1, "clip_grad": 1.0, "
           "ema_decay": 0.5, "repeats": 2,
           "augment": {"scale": (0.7, 1.0), "color_jitter": 0.3, "hflip": 0.5, "re_prob": 0.5}}
 
-# Every pixel of a crop counts, which is no larger than its scene: each process's mean weighs alike.
+# A scene may be smaller than its crop, and what is missing is ignored: processes have different numbers of pixels.
 SCENES = {"epochs": 1, "batch_size": 4, "clip_grad": 1.0, "layer_decay": 0.9, "ema_decay": 0.5,
-          "augment": {"scale": (1.0, 1.5)}}
+          "augment": {"scale": (0.5, 1.5)}}
 
 
 def spoilt(model: nn.Module, step: int = 1) -> nn.Module:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import nbformat
 import numpy as np
 import pytest
@@ -815,6 +816,11 @@ COMMANDS = [
     ("A batch file that is not there", "batch nowhere.yaml", "nowhere.yaml: can't be read (No such file or directory)"),
     ("A batch file that is a folder", "batch dense", "dense: can't be read (Is a directory)"),
     ("Words that are quoted by half", ["batch", "batch.yaml", "--snakemake", "a 'b"], "No closing quotation"),
+    ("A name that is none on the hub", "push dense ants", "'ants' is no name on the hub; OWNER/NAME is needed"),
+    ("A run without a checkpoint for the hub", "push images me/ants", "images: not a checkpoint; a folder with "),
+    ("A hub that can't be reached", "push dense me/ants", "does not answer within 5 s; --out FOLDER writes what would"),
+    ("A logger that is not known", "pretrain --model vit_nano_patch4_32 --data digits --out out --log clearml",
+     "log 'clearml' is not known; known are tensorboard, trackio, wandb"),
 ]
 
 
@@ -849,10 +855,6 @@ SEGMENTERS = [          # what is wrong, how it is made, the command, what the l
     ("No list of classes", gone("scenes/classes.txt"), SEGMENT, "classes.txt"),
     ("An image without its mask", gone("scenes/train/masks/1.png"), SEGMENT, "scenes/train/"),
     ("No masks", gone("scenes/train/masks"), SEGMENT, "scenes/train/"),
-    ("An image of a split to report on that was cut short", cut("scenes/val/images/0.png", 0.3),
-     MASKS, "scenes/val/images/0.png: can't be read as an image"),
-    ("A mask that was cut short", cut("scenes/val/masks/0.png", 0.3),
-     MASKS, "scenes/val/masks/0.png: can't be read as a mask"),
     ("A mask with a class that is in no list", mask("scenes/val/masks/0.png", [0, 7]),
      MASKS, "masks/0.png: holds id 7, which is unknown; ids are"),
     ("A mask of another size than its image", mask("scenes/val/masks/0.png", [0, 1], (16, 32)),
@@ -1026,9 +1028,11 @@ def run(command: str | list[str], capsys) -> tuple[int, str, list[str]]:
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[f"{f.area}: {f.what}" for f in FAULTS])
-def test_a_fault_gets_one_line_that_names_it_and_nothing_is_changed(fault, copy, capsys):
+def test_a_fault_gets_one_line_that_names_it_and_nothing_is_changed(fault, copy, capsys, monkeypatch):
     if fault.area == "Batch files":
         pytest.importorskip("snakemake", reason="batches need Snakemake, which needs Python 3.11 or newer")
+    if fault.command == "push dense me/ants":
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")        # where nobody listens
     if fault.plant:
         fault.plant()
     before = everything(copy)
@@ -1071,6 +1075,16 @@ def test_every_kind_of_broken_image_is_left_out_by_name_and_the_others_are_count
     assert not (copy / "owned").exists()
 
 
+@pytest.mark.parametrize("kind, what", [("images", "an image"), ("masks", "a mask")])
+def test_a_scene_of_which_a_file_was_cut_short_is_left_out_by_name_and_the_others_are_counted(kind, what, copy, capsys):
+    cut(f"scenes/val/{kind}/0.png", 0.3)()
+    code, out, lines = run(MASKS, capsys)
+    assert code == 0 and "miou_pct" in out
+    assert len([line for line in lines if f"scenes/val/{kind}/0.png: can't be read as {what} (" in line]) == 1
+    conditions = read_lines("out/results.jsonl")[-1]["conditions"]
+    assert (conditions["images"], conditions["broken"]) == (1, 1)
+
+
 def test_the_page_holds_the_table_of_faults():
     assert len({(f.area, f.what) for f in FAULTS}) == len(FAULTS) >= 100
     assert PAGE.read_text(encoding="utf-8") == page(), "run: python tests/test_faults.py"
@@ -1104,7 +1118,8 @@ values is an `InputError` with the same words.
 No file that is loaded can run code: weights and scores are safetensors, or read by torch with `weights_only=True`; batch files are plain
 YAML; images of a format that needs another program are not decoded. `tests/test_security.py` holds traps for each.
 """
-LEFT_OUT = "Evaluation and training go on without them; more than 16, or than 1 % of a split, are an error."
+LEFT_OUT = ("Evaluation and training go on without them; more than 16, or than 1 % of a split, are an error. A photograph "
+            "is left out with\nits mask where either can't be read.")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,28 @@
 """Images with masks: every published layout written small, its faults named by file, joint transforms, and batches that
 resume."""
 import itertools
+import re
+import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 from PIL import Image
 from torch import nn
 from training_fixtures import one_thread, tiny  # noqa: F401
 
 from vitlab.data.joint import evaluation_transform, training_transform
-from vitlab.data.layouts import CAMVID, CITYSCAPES, LAYOUTS, PASCAL_CONTEXT
+from vitlab.data.layouts import CAMVID, LAYOUTS, PASCAL_VOC, own_classes
 from vitlab.data.masks import open_scenes
 from vitlab.data.order import Shuffled
-from vitlab.data.scene_data import SceneData, Scenes
+from vitlab.data.scene_data import SceneData, Scenes, Unreadable
 from vitlab.runtime.files import InputError
 
+PAGE = Path(__file__).parent.parent / "docs" / "segmentation.md"
 HEIGHT, WIDTH = 11, 13                                                  # no multiples of any patch
 
 
@@ -72,8 +78,52 @@ def folder(root: Path, ids: list[int], classes: tuple[str, ...] = ("sand", "sea"
     return root
 
 
+def pascal_context_mat(root: Path, ids: list[int]) -> Path:
+    """The owners' files: the lists are VOC's own."""
+    pascal_context(root, [0])
+    (root / "ImageSets" / "SegmentationContext").rename(root / "ImageSets" / "Main")
+    shutil.rmtree(root / "SegmentationClassContext")
+    (root / "trainval").mkdir()
+    for file in (root / "JPEGImages").iterdir():
+        write_label_map(root / "trainval" / f"{file.stem}.mat", ids)
+    return root
+
+
+def write_label_map(path: Path, ids: list[int], size: tuple[int, int] = (HEIGHT, WIDTH), **more) -> None:
+    scipy.io.savemat(path, {"LabelMap": np.resize(np.array(ids, dtype=np.uint16), size), **more})
+
+
+def pascal_voc(root: Path, ids: list[int]) -> Path:
+    pascal_context(root, ids)
+    (root / "ImageSets" / "SegmentationContext").rename(root / "ImageSets" / "Segmentation")
+    (root / "SegmentationClassContext").rename(root / "SegmentationClass")
+    return root
+
+
 def camvid(root: Path, ids: list[int]) -> Path:
-    return folder(root, ids, CAMVID)
+    """SegNet's."""
+    for split in ("train", "val", "test"):
+        for name in ("b", "a"):
+            write_image(root / split / f"{name}.png")
+            write_mask(root / f"{split}annot" / f"{name}.png", ids)
+    return root
+
+
+def images_masks(root: Path, ids: list[int], images: str = "images", masks: str = "masks", end: str = "") -> Path:
+    """Splits within the folders of images and masks."""
+    for file in folder(root / "own", ids).glob("*/*/*"):
+        split, kind, name = file.relative_to(root / "own").parts
+        is_mask = kind == "masks"
+        place = root / (masks if is_mask else images) / split
+        place.mkdir(parents=True, exist_ok=True)
+        file.rename(place / (f"{file.stem}{end}.png" if is_mask else name))
+    (root / "own" / "classes.txt").rename(root / "classes.txt")
+    shutil.rmtree(root / "own")
+    return root
+
+
+def mmsegmentation(root: Path, ids: list[int]) -> Path:
+    return images_masks(root, ids, "img_dir", "ann_dir")
 
 
 # layout: how it is written, ids, the classes they are (255: ignored), number of classes, images in train
@@ -85,9 +135,13 @@ CASES = {
     "cityscapes": (cityscapes, [0, 7, 8, 9, 11, 14, 17, 18, 19, 23, 25, 29, 30, 31, 33],
                    [255, 0, 1, 255, 2, 255, 5, 255, 6, 10, 12, 255, 255, 16, 18], 19, 2),
     "pascal_context": (pascal_context, [0, 1, 59, 255], [0, 1, 59, 255], 60, 2),
+    "pascal_voc": (pascal_voc, [0, 1, 20, 255], [0, 1, 20, 255], 21, 2),
     "camvid": (camvid, [0, 10, 11, 255], [0, 10, 255, 255], 11, 2),
     "folder": (folder, [1, 0, 255], [1, 0, 255], 2, 2),
+    "images_masks": (images_masks, [1, 0, 255], [1, 0, 255], 2, 2),
+    "mmsegmentation": (mmsegmentation, [1, 0, 255], [1, 0, 255], 2, 2),
 }
+THREE = ("camvid", "folder", "images_masks", "mmsegmentation")      # that have train, val and test
 
 
 @pytest.fixture(params=list(CASES))
@@ -137,7 +191,7 @@ def test_a_published_layout_is_known_by_itself_and_its_ids_become_classes(tmp_pa
     data = open_scenes(write(tmp_path / "set", ids))
     assert (data.name, data.num_classes, len(set(data.classes))) == ("set", count, count)
     assert len(data.split("train")) == images and data.choose_on == "val"
-    assert data.held_out == ("test" if case in ("camvid", "folder") else "val")
+    assert data.held_out == ("test" if case in THREE else "val")
     for split in data.splits:
         for i in range(len(data.split(split))):
             image, mask = data.split(split).scene(i)
@@ -146,13 +200,72 @@ def test_a_published_layout_is_known_by_itself_and_its_ids_become_classes(tmp_pa
 
 
 def test_a_layout_by_name_overrides_what_the_folder_looks_like(tmp_path):
-    root = camvid(tmp_path, [0, 10])
-    assert open_scenes(root).split("train").reader.table[11] == 255
-    data = open_scenes(root, "folder")
-    write_mask(root / "train" / "masks" / "a.png", [11])
-    with pytest.raises(InputError, match=f"{root / 'train' / 'masks' / 'a.png'}: holds id 11, which is unknown; ids "
-                                         f"are 0 to 10, 255"):
-        data.split("train").scene(0)
+    root = pascal_voc(pascal_context(tmp_path, [0, 59]), [0, 20])
+    pascal_context(root, [0, 59])
+    assert open_scenes(root).num_classes == 60
+    data = open_scenes(root, "pascal_voc")
+    assert data.num_classes == 21
+    assert np.array_equal(data.split("val").scene(0)[1], np.resize([0, 20], (HEIGHT, WIDTH)))
+
+
+def test_the_class_after_camvids_own_counts_for_nothing_in_any_folder_of_them(tmp_path):
+    for write in (folder, images_masks):
+        root = write(tmp_path / write.__name__, [0, 10, 11, 255])
+        (root / "classes.txt").write_text("\n".join(CAMVID))
+        assert open_scenes(root).split("val").scene(0)[1].flatten()[:4].tolist() == [0, 10, 255, 255]
+
+
+@pytest.mark.parametrize("end", ["_mask", "_gt"])
+@pytest.mark.parametrize("write", [images_masks, mmsegmentation, folder])
+def test_masks_may_be_named_with_an_ending(tmp_path, write, end):
+    root = write(tmp_path, [1, 0, 255])
+    for file in list(root.rglob("*.png")):
+        file.rename(file.with_name(f"{file.stem}{end}.png"))
+    data = open_scenes(root)
+    assert [Path(data.split("val").path(i)).name for i in (0, 1)] == ["a.jpg", "b.jpg"]
+    assert np.array_equal(data.split("val").scene(1)[1], np.resize([1, 0, 255], (HEIGHT, WIDTH)))
+
+
+def test_black_and_white_masks_are_taken_for_two_classes_in_every_layout_with_names_of_its_own(tmp_path):
+    for write in (images_masks, mmsegmentation):
+        with pytest.warns(UserWarning, match="255 is taken for 'sea'"):
+            data = open_scenes(write(tmp_path / write.__name__, [0, 255]))
+        assert data.split("val").scene(0)[1].flatten()[:2].tolist() == [0, 1]
+
+
+def test_black_and_white_masks_need_no_list_of_classes(tmp_path):
+    root = images_masks(tmp_path, [0, 255, 255])
+    (root / "classes.txt").unlink()
+    with pytest.warns(UserWarning, match="255 is taken for 'foreground'"):
+        data = open_scenes(root)
+    assert data.classes == ["background", "foreground"]
+    assert data.split("val").scene(0)[1].flatten()[:3].tolist() == [0, 1, 1]
+
+
+# ---------------------------------------------------------------- PASCAL Context's MATLAB files
+
+def test_the_owners_files_of_pascal_context_give_the_ids_of_the_pngs(tmp_path):
+    """Of 459 names, in their order, the 59 of the task are numbered from 1; the others are background."""
+    ids, classes = [0, 1, 2, 9, 284, 431, 458, 459], [0, 0, 1, 2, 37, 0, 59, 0]
+    data = open_scenes(pascal_context_mat(tmp_path, ids))
+    assert [data.classes[i] for i in (0, 1, 2, 37, 59)] == ["background", "aeroplane", "bag", "person", "wood"]
+    for split in ("train", "val"):
+        assert np.array_equal(data.split(split).scene(0)[1], np.resize(classes, (HEIGHT, WIDTH)))
+    mats = pascal_context_mat(tmp_path / "other", ids)
+    (mats / "trainval").rename(mats / "SegmentationClassContext")
+    assert np.array_equal(open_scenes(mats).split("val").scene(0)[1], data.split("val").scene(0)[1])
+
+
+def test_a_wrong_matlab_file_is_named(tmp_path):
+    data, path = open_scenes(pascal_context_mat(tmp_path, [2])), tmp_path / "trainval" / "2010_000003.mat"
+    for write, says in (
+            (lambda: write_label_map(path, [2, 460]), "LabelMap holds ids from 2 to 460; they are 0 to 459"),
+            (lambda: scipy.io.savemat(path, {"Map": [[1]]}), "holds no LabelMap of whole numbers"),
+            (lambda: write_label_map(path, [2], (7, 9)), "is 7 x 9, its image .*2010_000003.jpg is 11 x 13"),
+            (lambda: path.write_bytes(b"no"), "can't be read as a mask")):
+        write()
+        with pytest.raises(InputError, match=f"{path}: {says}"):
+            data.split("val").scene(0)
 
 
 def test_splits_of_the_published_sets(tmp_path):
@@ -182,16 +295,51 @@ def test_class_names(tmp_path):
     (root / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tName\n1\t0.1\t10\t1\twall\n")
     with pytest.raises(InputError, match="objectInfo150.txt: names 1 classes; 150 are needed"):
         open_scenes(root)
-    assert (CITYSCAPES[0], CITYSCAPES[13], CITYSCAPES[18], len(CITYSCAPES)) == ("road", "car", "bicycle", 19)
-    assert (PASCAL_CONTEXT[0], PASCAL_CONTEXT[15], PASCAL_CONTEXT[59],
-            len(set(PASCAL_CONTEXT))) == ("background", "person", "wood", 60)
-    assert len(set(CAMVID)) == 11
+    names = open_scenes(cityscapes(tmp_path / "c", [7])).classes
+    assert (names[0], names[13], names[18], len(set(names))) == ("road", "car", "bicycle", 19)
+    # mmsegmentation's converter gives picture 2008_000002, with a truck behind a window, 55 and 58
+    names = open_scenes(pascal_context(tmp_path / "p", [1])).classes
+    assert (names[0], names[54], names[58], len(set(names))) == ("background", "truck", "window", 60)
+    assert names[1:] == sorted(names[1:])
+    assert len(set(CAMVID)) == 11 and len(set(PASCAL_VOC)) == 21
 
 
 def test_palette_masks_give_their_index_not_their_colour(tmp_path):
     data = open_scenes(folder(tmp_path, [1, 0, 255], palette=True))
     assert Image.open(tmp_path / "train" / "masks" / "a.png").mode == "P"
     assert np.array_equal(data.split("train").scene(0)[1], np.resize([1, 0, 255], (HEIGHT, WIDTH)))
+
+
+def write_grey_png(path: Path, values: np.ndarray, bits: int) -> None:
+    """A grey PNG of so few bits, written from the format's description: Pillow writes none."""
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    rows = []
+    for row in values.tolist():
+        text = "".join(f"{value:0{bits}b}" for value in row)
+        rows.append(b"\0" + bytes(int(text[i:i + 8].ljust(8, "0"), 2) for i in range(0, len(text), 8)))
+    height, width = values.shape
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0))
+                     + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_grey_masks_of_few_bits_are_read_as_they_are_stored(tmp_path, bits):
+    """Pillow spreads them over 0 to 255."""
+    count = 2 ** bits
+    root = folder(tmp_path, [0], tuple(f"class {i}" for i in range(max(count, 3))))
+    values = np.resize(np.arange(count), (HEIGHT, WIDTH))
+    for file in root.glob("*/masks/*.png"):
+        write_grey_png(file, values, bits)
+    assert np.array_equal(open_scenes(root).split("val").scene(0)[1], values)
+
+
+def test_palette_masks_of_few_bits_are_read_as_they_are_stored(tmp_path):
+    root = folder(tmp_path, [0], ("a", "b", "c"))
+    image = Image.fromarray(np.resize(np.arange(3, dtype=np.uint8), (HEIGHT, WIDTH)))
+    image.putpalette([9, 8, 7, 6, 5, 4, 3, 2, 1])
+    image.save(root / "val" / "masks" / "a.png", bits=2)
+    assert np.array_equal(open_scenes(root).split("val").scene(0)[1], np.resize([0, 1, 2], (HEIGHT, WIDTH)))
 
 
 @pytest.mark.parametrize("mode", ["1", "I;16", "I"])
@@ -219,20 +367,39 @@ def test_any_image_becomes_rgb(tmp_path):
     assert open_scenes(tmp_path).split("train").scene(0)[0].getpixel((0, 0)) == (157,) * 3       # 0.4 of it over white
 
 
+def layouts_page() -> str:
+    """docs/segmentation.md with its table of layouts."""
+    rows = ["| layout | images | their masks | classes |", "|---|---|---|---|"]
+    for name, each in LAYOUTS.items():
+        named = "" if set(each.splits.values()) == set(each.splits) else f" ({', '.join(each.splits.values())})"
+        lists = f", listed in {' or '.join(f'`{place}`' for place in each.listed)}" if each.listed else ""
+        rows.append(f"| `{name}` | `{each.images}`{lists}{named} | {', '.join(f'`{mask}`' for mask in each.masks)} "
+                    f"| {'`classes.txt`' if each.meaning is own_classes else len(each.meaning(Path('nowhere'))[0])} |")
+    text = PAGE.read_text(encoding="utf-8")
+    return re.sub(r"(?<=<!-- layouts -->\n).*?(?=<!-- end -->)", "\n".join(rows) + "\n", text, count=1,
+                  flags=re.DOTALL)
+
+
+def test_the_page_has_the_table_of_layouts():
+    assert PAGE.read_text(encoding="utf-8") == layouts_page(), "run: python tests/test_masks.py"
+
+
 # ---------------------------------------------------------------- faults
 
 MASKS = {"ade20k": ("annotations/training/ADE_training_a.png", 0),
          "cityscapes": ("gtFine/val/ulm/ulm_000000_000019_gtFine_labelIds.png", 0),
-         "pascal_context": ("SegmentationClassContext/2010_000003.png", 0), "camvid": ("val/masks/b.png", 1),
-         "folder": ("test/masks/b.png", 1)}
+         "pascal_context": ("SegmentationClassContext/2010_000003.png", 0), "camvid": ("valannot/b.png", 1),
+         "pascal_voc": ("SegmentationClass/2010_000003.png", 0), "folder": ("test/masks/b.png", 1),
+         "images_masks": ("masks/test/b.png", 1), "mmsegmentation": ("ann_dir/test/b.png", 1)}
 UNKNOWN = {"ade20k": (151, "0 to 150"), "cityscapes": (34, "0 to 33"), "pascal_context": (60, "0 to 59, 255"),
-           "camvid": (12, "0 to 11, 255"), "folder": (2, "0 to 1, 255")}
+           "pascal_voc": (21, "0 to 20, 255"), "camvid": (12, "0 to 11, 255"),
+           **dict.fromkeys(("folder", "images_masks", "mmsegmentation"), (2, "0 to 1, 255"))}
 
 
 def faulty(data, case: str) -> Exception:
     """What the scene with that mask raises."""
     path, number = MASKS[case]
-    split = path.split("/")[0] if case in ("camvid", "folder") else "train" if case == "ade20k" else "val"
+    split = "train" if case == "ade20k" else "test" if "test" in path else "val"
     with pytest.raises(InputError) as error:
         data.split(split).scene(number)
     return error.value
@@ -320,8 +487,8 @@ def test_folders_that_hold_no_scenes_are_named(tmp_path):
         path.unlink()
     with pytest.raises(InputError, match=f"{root / 'val' / 'images'}: holds no images"):
         open_scenes(root)
-    with pytest.raises(InputError, match=f"{root / 'classes.txt'}: not CamVid's 11 classes"):
-        open_scenes(folder(tmp_path / "f", [0]), "camvid")
+    with pytest.raises(InputError, match=f"{tmp_path}: holds no split of layout 'mmsegmentation'"):
+        open_scenes(tmp_path, "mmsegmentation")
 
 
 def test_a_name_in_a_pascal_list_without_image_is_named(tmp_path):
@@ -533,6 +700,34 @@ def refusal(found) -> str:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("training", [None, Shuffled()])
+def test_a_scene_of_which_a_file_can_not_be_read_is_left_out_and_named(tmp_path, workers, training):
+    """As a broken image of a class folder is."""
+    root = folder(tmp_path, [0])
+    for name in ("c", "d", "e", "f"):
+        write_image(root / "train" / "images" / f"{name}.jpg")
+        write_mask(root / "train" / "masks" / f"{name}.png", [1])
+    image, mask = root / "train" / "images" / "b.jpg", root / "train" / "masks" / "d.png"
+    image.write_bytes(image.read_bytes()[:200])
+    mask.write_bytes(b"")
+    data = open_scenes(root)
+    with pytest.raises(Unreadable, match=f"{mask}: can't be read as a mask"):
+        data.split("train").scene(3)
+    found = data.batches("train", Model(2, (8, 16)), batch_size=3, training=training, workers=workers)
+    with pytest.warns(UserWarning) as said:
+        assert sorted(len(y) for _, y in found) in ([2, 2], [1, 3])
+    assert sorted(str(each.message).partition(" (")[0] for each in said) == [f"{image}: can't be read as an image",
+                                                                              f"{mask}: can't be read as a mask"]
+    assert sorted(found.broken) == [str(image), str(root / "train" / "images" / "d.jpg")]
+    for file in (root / "train" / "masks").iterdir():
+        file.write_bytes(b"")
+    again = data.batches("train", Model(2, (8, 16)), batch_size=3, training=training, workers=0)
+    with pytest.warns(UserWarning):
+        said = refusal(again)
+    assert said.startswith("no image of a batch of 3 could be read") if training else said == ""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_wrong_mask_ends_the_batches_with_its_name_in_one_line(tmp_path, workers):
     root = folder(tmp_path, [0])
     write_mask(root / "test" / "masks" / "b.png", [7])
@@ -573,3 +768,7 @@ def test_a_model_of_another_number_of_classes_and_a_missing_split_are_refused(tm
     for what in ("report on", "choose on"):
         with pytest.raises(InputError, match=f"no split to {what} .*it has .'train'."):
             data.held_out if what == "report on" else data.choose_on  # noqa: B018
+
+
+if __name__ == "__main__":
+    PAGE.write_text(layouts_page(), encoding="utf-8")

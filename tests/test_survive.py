@@ -48,7 +48,7 @@ def train(folder: Path, data, engine: Engine = ENGINE, **more) -> dict[str, torc
 
 
 def timeless(folder: Path) -> list[dict]:
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in read_lines(folder / LOG)]
+    return [{k: v for k, v in r.items() if k not in ("seconds", "joules")} for r in read_lines(folder / LOG)]
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -32,6 +32,7 @@ COMMANDS = {                                                    # module of vitl
     "evaluate": ("steps:evaluate", "Top-1 and loss, or mIoU, on the held-out split, with GMACs and parameters."),
     "predict": ("segmenting:predict", "Segment a folder of images: class numbers and an overlay of each, as PNG."),
     "export": ("exporting:export", "Write a model as a file for ONNX Runtime, OpenVINO or torch, verified there."),
+    "push": ("sharing:push", "Put a run's model on the Hugging Face hub, with a page written from its results."),
     "throughput": ("steps:throughput", "Images per second of deployed models in turn, the first the baseline."),
     "recipes": ("plain:recipes", "List the named recipes with source, expected number and command."),
     "batch": ("plain:batch", "Run a batch file of notebooks; what is up to date is not repeated."),

@@ -55,12 +55,13 @@ class Images(Dataset):
         return rgb(image), int(target)
 
     def fault(self, i: int) -> str:
-        """Why an image can't be read, in a few words."""
+        """In a few words, that an image can't be read, and why."""
+        why = "it could not be at first"
         try:
             self.image(i)
         except Exception as error:              # whatever `image` raises
-            return reason(self.path(i), error)
-        return "it could not be at first"
+            why = reason(self.path(i), error)
+        return f"{self.path(i)}: can't be read as an image ({why})"
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -147,13 +148,18 @@ class Batches:
             yield from self._stream()
             return
         for x, y in received(self.loader):
-            for flag in y[y < 0].tolist():
-                self._is_broken(-1 - flag)
-            if (y >= 0).any():
+            broken = [-1 - flag for flag in y[y < 0].tolist()]
+            self._left_out(broken, len(y))
+            if len(broken) < len(y):
                 yield x[y >= 0], y[y >= 0]
-            elif self.training:
-                raise InputError(f"no image of a batch of {len(y)} could be read, {self.broken[-1]} among them; repair "
-                                 f"or remove them")
+
+    def _left_out(self, broken: list[int], of: int) -> None:
+        """Take note of the images of a batch that could not be read."""
+        for i in broken:
+            self._is_broken(i)
+        if self.training and len(broken) == of:
+            raise InputError(f"no image of a batch of {of} could be read, {self.broken[-1]} among them; repair or "
+                             f"remove them")
 
     def _stream(self) -> Iterator[tuple[Tensor, Tensor]]:
         seen, epoch, skipped = 0, self.epoch, self.skip
@@ -175,7 +181,7 @@ class Batches:
         if path in self.broken:
             return
         self.broken.append(path)
-        warnings.warn(f"{path}: can't be read as an image ({self.images.fault(i)}), left out", stacklevel=3)
+        warnings.warn(f"{self.images.fault(i)}, left out", stacklevel=3)
         self.check_broken()
 
     def check_broken(self) -> None:

@@ -1,11 +1,11 @@
-"""Where the data sets of segmentation have their images and masks, as their owners publish them, and what their ids
-mean.
+"""Where the data sets of segmentation have their images and masks, as their owners publish them and as people keep
+their own, and what their ids mean: a table.
 
-A layout lists (image, mask) pairs and says which class each id in a mask is. Sources: ADE20K scene parsing (Zhou et
-al., CVPR 2017, ADEChallengeData2016), Cityscapes (Cordts et al., CVPR 2016; labels.py of its scripts), PASCAL Context
-(Mottaghi et al., CVPR 2014) and CamVid (Brostow et al., 2009, the 11 classes of SegNet, arXiv 1511.00561).
+Sources: ADE20K scene parsing (Zhou et al., CVPR 2017, ADEChallengeData2016), Cityscapes (Cordts et al., CVPR 2016;
+labels.py of its scripts), PASCAL VOC (Everingham et al., IJCV 2010), PASCAL Context (Mottaghi et al., CVPR 2014; its 60
+classes as mmsegmentation numbers them) and CamVid (Brostow et al., 2009, the 11 classes of SegNet, arXiv 1511.00561).
 """
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,121 +14,59 @@ from vitlab.runtime.files import InputError
 from vitlab.runtime.kinds import SPLITS
 
 IGNORE = 255                                    # the class of pixels that count for nothing
+CLASS_LIST = "classes.txt"
 Pairs = list[tuple[Path, Path]]
+Meaning = tuple[tuple[str, ...], dict[int, int]]            # class names, {id in a mask: class number or IGNORE}
 
-# id 0 to 33 of a Cityscapes mask -> train id; all others are ignored
-CITYSCAPES_IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13,
-                  27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
-CITYSCAPES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation",
-              "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
-PASCAL_CONTEXT = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
-                  "table", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-                  "bag", "bed", "bench", "book", "building", "cabinet", "ceiling", "cloth", "computer", "cup", "door",
-                  "fence", "floor", "flower", "food", "grass", "ground", "keyboard", "light", "mountain", "mouse",
-                  "curtain", "platform", "sign", "plate", "road", "rock", "shelves", "sidewalk", "sky", "snow",
-                  "bedclothes", "track", "tree", "truck", "wall", "water", "window", "wood")
+# id 0 to 33 of a Cityscapes mask: its class; all others are ignored
+CITYSCAPES = {7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light",
+              20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car",
+              27: "truck", 28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle"}
+# id 0 to 459 of the owners' MATLAB files: its class; all others are background. PNGs number these from 1, in this order
+PASCAL_CONTEXT = {2: "aeroplane", 9: "bag", 18: "bed", 19: "bedclothes", 22: "bench", 23: "bicycle", 25: "bird",
+                  31: "boat", 33: "book", 34: "bottle", 44: "building", 45: "bus", 46: "cabinet", 59: "car", 65: "cat",
+                  68: "ceiling", 72: "chair", 80: "cloth", 85: "computer", 98: "cow", 104: "cup", 105: "curtain",
+                  113: "dog", 115: "door", 144: "fence", 158: "floor", 159: "flower", 162: "food", 187: "grass",
+                  189: "ground", 207: "horse", 220: "keyboard", 232: "light", 258: "motorbike", 259: "mountain",
+                  260: "mouse", 284: "person", 295: "plate", 296: "platform", 308: "pottedplant", 324: "road",
+                  326: "rock", 347: "sheep", 349: "shelves", 354: "sidewalk", 355: "sign", 360: "sky", 366: "snow",
+                  368: "sofa", 397: "table", 415: "track", 416: "train", 420: "tree", 424: "truck", 427: "tvmonitor",
+                  440: "wall", 445: "water", 454: "window", 458: "wood"}
+PASCAL_CONTEXT_IDS = 460
+PASCAL_VOC = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+              "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
+              "tvmonitor")
 CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign_symbol", "fence", "car", "pedestrian",
           "bicyclist")
 ADE20K_CLASSES = 150
-CLASS_LIST = "classes.txt"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """What a data set's folder holds."""
-
-    known_by: Callable[[Path], bool]                            # whether a folder has this layout
-    pairs: Callable[[Path], dict[str, Pairs]]                   # (image, mask) files of each split
-    classes: Callable[[Path], tuple[str, ...]]                  # names, in the order of the class numbers
-    ids: Callable[[int], dict[int, int]]                        # of K classes: id in a mask -> class number or IGNORE
+def numbered(names: tuple[str, ...]) -> Meaning:
+    """Ids are class numbers, IGNORE is ignored; of CamVid's classes 11, unlabelled, too."""
+    void = {len(CAMVID): IGNORE} if names == CAMVID else {}
+    return names, {i: i for i in range(len(names))} | void | {IGNORE: IGNORE}
 
 
-def _listed(folder: Path) -> list[Path]:
-    """Images in a folder, by name. Raises InputError where there is no such folder or no image."""
-    found = images_in(folder) if folder.is_dir() else []
-    if not found:
-        raise InputError(f"{folder}: " + ("holds no images" if folder.is_dir() else "no such folder"))
-    return found
-
-
-def matched(images: list[Path], mask_of: Callable[[Path], Path]) -> Pairs:
-    """Each image with its mask. Raises InputError naming the first image without one."""
-    folders: dict[Path, set[str]] = {}
-    pairs = [(image, mask_of(image)) for image in images]
-    for image, mask in pairs:
-        if mask.parent not in folders:
-            folders[mask.parent] = {entry.name for entry in mask.parent.iterdir()} if mask.parent.is_dir() else set()
-        if mask.name not in folders[mask.parent]:
-            raise InputError(f"{image}: has no mask; {mask} is missing")
-    return pairs
-
-
-def _by_stem(images: Path, masks: Path) -> Pairs:
-    """The images in a folder, each with the mask of its name in another."""
-    return matched(_listed(images), lambda image: masks / f"{image.stem}.png")
-
-
-def _numbered(count: int) -> dict[int, int]:
-    return {i: i for i in range(count)} | {IGNORE: IGNORE}
-
-
-def _ade20k_pairs(root: Path) -> dict[str, Pairs]:
-    return {name: _by_stem(root / "images" / folder, root / "annotations" / folder)
-            for name, folder in (("train", "training"), ("val", "validation")) if (root / "images" / folder).is_dir()}
-
-
-def _ade20k_classes(root: Path) -> tuple[str, ...]:
-    """The first name of each class in objectInfo150.txt, which lies beside the images; numbers where it does not."""
+def ade20k(root: Path) -> Meaning:
+    """0 is none of the 150 classes, which are 1 to 150. Names are the first of each in objectInfo150.txt, which lies
+    beside the images; numbers where it does not."""
     path = root / "objectInfo150.txt"
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[1:] if path.is_file() else []
     names = [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
     if names and len(names) != ADE20K_CLASSES:
         raise InputError(f"{path}: names {len(names)} classes; {ADE20K_CLASSES} are needed, one a line below the "
                          f"heading")
-    return tuple(names) or tuple(f"class {i + 1}" for i in range(ADE20K_CLASSES))
+    return (tuple(names) or tuple(f"class {i + 1}" for i in range(ADE20K_CLASSES)),
+            {0: IGNORE} | {i + 1: i for i in range(ADE20K_CLASSES)})
 
 
-def _cityscapes_pairs(root: Path) -> dict[str, Pairs]:
-    """train and val; the truth of test is not published."""
-    def mask(image: Path) -> Path:
-        name = image.name.removesuffix("_leftImg8bit.png") + "_gtFine_labelIds.png"
-        return root / "gtFine" / image.parent.parent.name / image.parent.name / name
-    found = {}
-    for split in ("train", "val"):
-        if (root / "leftImg8bit" / split).is_dir():
-            cities = sorted(city for city in (root / "leftImg8bit" / split).iterdir() if city.is_dir())
-            found[split] = matched([image for city in cities for image in _listed(city)], mask)
-    return found
+def cityscapes(root: Path) -> Meaning:
+    return tuple(CITYSCAPES.values()), dict.fromkeys(range(34), IGNORE) | {i: n for n, i in enumerate(CITYSCAPES)}
 
 
-def _pascal_lists(root: Path) -> dict[str, Path]:
-    folder = root / "ImageSets" / "SegmentationContext"
-    return {name: folder / f"{name}.txt" for name in ("train", "val") if (folder / f"{name}.txt").is_file()}
-
-
-def _pascal_pairs(root: Path) -> dict[str, Pairs]:
-    found = {}
-    for split, names in _pascal_lists(root).items():
-        images = [root / "JPEGImages" / f"{line.strip()}.jpg" for line in names.read_text(encoding="utf-8").splitlines()
-                  if line.strip()]
-        missing = next((image for image in images if not image.is_file()), None)
-        if missing is not None:
-            raise InputError(f"{names}: names {missing.stem}, but {missing} is missing")
-        found[split] = matched(images, lambda image: root / "SegmentationClassContext" / f"{image.stem}.png")
-    return found
-
-
-def _folder_splits(root: Path) -> list[str]:
-    return [name for name in SPLITS if (root / name / "images").is_dir()]
-
-
-def _folder_pairs(root: Path) -> dict[str, Pairs]:
-    return {name: _by_stem(root / name / "images", root / name / "masks") for name in _folder_splits(root)}
-
-
-def read_classes(root: Path) -> tuple[str, ...]:
-    """Names in root/classes.txt, one a line. Raises InputError naming it where it is missing, or names no or too many
-    classes, or one twice."""
+def own_classes(root: Path) -> Meaning:
+    """As root/classes.txt names them, one a line. Raises InputError naming it where it is missing, or names no or too
+    many classes, or one twice."""
     path = root / CLASS_LIST
     if not path.is_file():
         raise InputError(f"{path}: no such file; the class names are needed there, one a line, that of id 0 first")
@@ -140,35 +78,98 @@ def read_classes(root: Path) -> tuple[str, ...]:
     if twice is not None or not 2 <= len(names) <= IGNORE:
         raise InputError(f"{path}: " + (f"names {twice!r} twice" if twice is not None else
                                         f"names {len(names)} classes; 2 to {IGNORE} are needed, one a line"))
-    return tuple(names)
+    return numbered(tuple(names))
 
 
-def _camvid_classes(root: Path) -> tuple[str, ...]:
-    if read_classes(root) != CAMVID:
-        raise InputError(f"{root / CLASS_LIST}: not CamVid's 11 classes ({', '.join(CAMVID)}); layout 'folder' takes "
-                         f"any")
-    return CAMVID
+def _named(folder: str) -> tuple[str, ...]:
+    """Masks in a folder that are named as their image, or that with an ending."""
+    return tuple(f"{folder}/{{name}}{end}.png" for end in ("", "_mask", "_gt"))
 
 
-def _is_camvid(root: Path) -> bool:
-    return bool(_folder_splits(root)) and (root / CLASS_LIST).is_file() and read_classes(root) == CAMVID
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where a data set has the images of a split and their masks, as paths from its folder, and what their ids mean."""
+
+    images: str                                 # folder of a {split}'s images; * is any folder
+    masks: tuple[str, ...]                      # of an image {name} in a {folder} of a {split}: the first that is there
+    meaning: Callable[[Path], Meaning] = own_classes
+    splits: Mapping[str, str]                   # split: what the layout calls it
+    listed: tuple[str, ...] = ()                # files that name a {split}'s images, without ending, one a line
+    ending: str = ""                            # of the images' names, left out of {name}
+
+    def found(self, root: Path) -> dict[str, str]:
+        """Those of `splits` that a folder has."""
+        places = self.listed or (self.images.removesuffix("/*"),)
+        return {split: own for split, own in self.splits.items()
+                if any((root / place.format(split=own)).exists() for place in places)}
+
+    def is_of(self, root: Path) -> bool:
+        """Whether a folder has this layout: images, or a list of them, and some place for masks."""
+        return any((root / mask.split("/")[0].format(split=own)).is_dir()
+                   for own in self.found(root).values() for mask in self.masks)
+
+    def pairs(self, root: Path) -> dict[str, Pairs]:
+        """(image, mask) files of each split. Raises InputError naming a folder without images, a listed image that is
+        missing, or the first image without a mask."""
+        return {split: self._matched(root, own, self._listed(root, own) if self.listed else self._all(root, own))
+                for split, own in self.found(root).items()}
+
+    def _all(self, root: Path, own: str) -> list[Path]:
+        """By folder and name."""
+        found = []
+        for folder in sorted(path for path in root.glob(self.images.format(split=own)) if path.is_dir()):
+            found += images_in(folder)
+            if not images_in(folder):
+                raise InputError(f"{folder}: holds no images")
+        if not found:
+            raise InputError(f"{root / self.images.format(split=own)}: no such folder")
+        return found
+
+    def _listed(self, root: Path, own: str) -> list[Path]:
+        places = [root / place.format(split=own) for place in self.listed]
+        names = next(place for place in places if place.exists())
+        images = [root / self.images / f"{line.strip()}.jpg" for line in names.read_text(encoding="utf-8").splitlines()
+                  if line.strip()]
+        missing = next((image for image in images if not image.is_file()), None)
+        if missing is not None:
+            raise InputError(f"{names}: names {missing.stem}, but {missing} is missing")
+        return images
+
+    def _matched(self, root: Path, own: str, images: list[Path]) -> Pairs:
+        folders: dict[Path, set[str]] = {}
+        pairs = []
+        for image in images:
+            wanted = {"split": own, "folder": image.parent.name, "name": image.stem.removesuffix(self.ending)}
+            masks = [root / mask.format(**wanted) for mask in self.masks]
+            for folder in {mask.parent for mask in masks} - folders.keys():
+                folders[folder] = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+            mask = next((mask for mask in masks if mask.name in folders[mask.parent]), None)
+            if mask is None:
+                others = f", and so {'are' if len(masks) > 2 else 'is'} " if len(masks) > 1 else ""
+                raise InputError(f"{image}: has no mask; {masks[0]} is missing{others}"
+                                 + " and ".join(str(each.relative_to(root)) for each in masks[1:]))
+            pairs.append((image, mask))
+        return pairs
 
 
+TRAIN_VAL, ALL = {"train": "train", "val": "val"}, {name: name for name in SPLITS}
 LAYOUTS: dict[str, Layout] = {                  # the first that a folder has is taken
-    # annotations/: 0 is none of the 150 classes, which are 1 to 150
-    "ade20k": Layout(known_by=lambda root: any((root / "annotations" / name).is_dir()
-                                               for name in ("training", "validation")),
-                     pairs=_ade20k_pairs, classes=_ade20k_classes,
-                     ids=lambda k: {0: IGNORE} | {i + 1: i for i in range(k)}),
-    "cityscapes": Layout(known_by=lambda root: (root / "leftImg8bit").is_dir() and (root / "gtFine").is_dir(),
-                         pairs=_cityscapes_pairs, classes=lambda root: CITYSCAPES,
-                         ids=lambda k: {i: CITYSCAPES_IDS.get(i, IGNORE) for i in range(34)}),
-    # VOC2010/ with one PNG of 60 ids an image, as mmsegmentation and Segmenter convert the 459-class MATLAB files of
-    # the owners
-    "pascal_context": Layout(known_by=lambda root: bool(_pascal_lists(root)), pairs=_pascal_pairs,
-                             classes=lambda root: PASCAL_CONTEXT, ids=_numbered),
-    "camvid": Layout(known_by=_is_camvid, pairs=_folder_pairs, classes=_camvid_classes,
-                     ids=lambda k: _numbered(k) | {k: IGNORE}),
-    "folder": Layout(known_by=lambda root: bool(_folder_splits(root)), pairs=_folder_pairs, classes=read_classes,
-                     ids=_numbered),
+    "ade20k": Layout(images="images/{split}", masks=("annotations/{split}/{name}.png",),
+                     splits={"train": "training", "val": "validation"}, meaning=ade20k),
+    # the truth of test is not published
+    "cityscapes": Layout(images="leftImg8bit/{split}/*", masks=("gtFine/{split}/{folder}/{name}_gtFine_labelIds.png",),
+                         splits=TRAIN_VAL, ending="_leftImg8bit", meaning=cityscapes),
+    # VOC2010/ with the owners' MATLAB files, or with PNGs as mmsegmentation converts them
+    "pascal_context": Layout(images="JPEGImages", masks=("SegmentationClassContext/{name}.png",
+                                                         "SegmentationClassContext/{name}.mat", "trainval/{name}.mat"),
+                             listed=("ImageSets/SegmentationContext/{split}.txt", "ImageSets/Main/{split}.txt"),
+                             splits=TRAIN_VAL, meaning=lambda _: numbered(("background", *PASCAL_CONTEXT.values()))),
+    "pascal_voc": Layout(images="JPEGImages", masks=("SegmentationClass/{name}.png",), splits=TRAIN_VAL,
+                         listed=("ImageSets/Segmentation/{split}.txt",), meaning=lambda _: numbered(PASCAL_VOC)),
+    # as SegNet's authors give it
+    "camvid": Layout(images="{split}", masks=("{split}annot/{name}.png",), splits=ALL,
+                     meaning=lambda _: numbered(CAMVID)),
+    "folder": Layout(images="{split}/images", masks=_named("{split}/masks"), splits=ALL),
+    "images_masks": Layout(images="images/{split}", masks=_named("masks/{split}"), splits=ALL),
+    "mmsegmentation": Layout(images="img_dir/{split}", masks=_named("ann_dir/{split}"), splits=ALL),
 }

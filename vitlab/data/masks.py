@@ -1,148 +1,21 @@
-"""open_scenes: one way to the embedded scenes, or a folder of images and masks in a published layout; masks are checked
-as they are read."""
-import functools
+"""open_scenes: one way to the embedded scenes, or a folder of images and masks in one of the layouts."""
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
-import numpy as np
-from PIL import Image
-
-from vitlab.data.folder import read_image, reason
-from vitlab.data.layouts import IGNORE, LAYOUTS, Pairs
+from vitlab.data.layouts import CLASS_LIST, IGNORE, LAYOUTS, Layout, Meaning, own_classes
 from vitlab.data.listing import entries, images_below
-from vitlab.data.rgb import SIDEWAYS, rgb, turn_of
+from vitlab.data.mask_files import MaskReader, PictureReader, is_binary
 from vitlab.data.scene_data import SceneData, Scenes
 from vitlab.data.scenes import digit_scenes
 from vitlab.runtime.files import InputError, from_root
 from vitlab.runtime.kinds import SPLITS
 
-MODES = ("L", "P", "1", "I", "I;16", "I;16B")   # Pillow's, of one number a pixel; of a palette, its index
-# stands for an id that the layout does not have; no data set has so many classes
-UNKNOWN = 254
-LARGEST_ID = 255
-LOOKED_AT = 200                                 # masks by which it is told what 255 means
-T = TypeVar("T")
-
-
-def _read(path: Path, what: str, take: Callable[[Image.Image], T]) -> T:
-    """take(the loaded image). Raises InputError naming the file where it can't be read as what it should be."""
-    try:
-        image = read_image(path)
-        image.load()
-        return take(image)
-    except Exception as error:                  # a damaged file makes Pillow's decoders raise nearly anything
-        raise InputError(f"{path}: can't be read as {what} ({reason(path, error)})") from None
-
-
-def read_mask(path: Path, table: np.ndarray) -> np.ndarray:
-    """(H, W) uint8 class numbers of a mask file, turned by its own EXIF orientation where it has one. table (256): id
-    -> class number, IGNORE, or UNKNOWN.
-
-    Raises InputError naming the file where it can't be read, has more than one number a pixel, or an id that is
-    UNKNOWN.
-    """
-    image = _read(path, "a mask", _turned)
-    if image.mode not in MODES:
-        raise InputError(f"{path}: has {len(image.getbands())} channels ({image.mode}); a mask has one number a pixel, "
-                         f"the class's id")
-    ids = np.asarray(image)
-    out = ids[(ids < 0) | (ids > LARGEST_ID)] if ids.dtype not in (np.uint8, np.bool_) else ids[:0]
-    classes = table[ids.astype(np.uint8)]
-    wrong = np.unique(out if len(out) else ids[classes == UNKNOWN]).astype(int).tolist()
-    if wrong:
-        known = np.flatnonzero(table != UNKNOWN)
-        raise InputError(f"{path}: holds id {wrong[0]}"
-                         + (f" and {len(wrong) - 1} more that are" if len(wrong) > 1 else ", which is")
-                         + f" unknown; ids are {_ranges(known)}")
-    return classes
-
-
-def _ranges(ids: np.ndarray) -> str:
-    """[0, 1, 2, 255] -> "0 to 2, 255"."""
-    runs = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1)
-    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-def _turned(image: Image.Image) -> Image.Image:
-    turn = turn_of(image)
-    return image if turn is None else image.transpose(turn)
-
-
-class MaskReader:
-    """(RGB image, mask) pairs of files, both the right way up. ids: id in a mask -> class number or IGNORE.
-
-    A mask is of the photograph as it is shown, turned by its EXIF orientation; where its size is that of the photograph
-    as it is stored and not of the one shown, it was drawn on that, and is turned along. Where both sizes are one (a
-    square, or upside down) it is as the others of the split are.
-    """
-
-    def __init__(self, pairs: Pairs, ids: dict[int, int]) -> None:
-        self.pairs = pairs
-        self.table = np.full(LARGEST_ID + 1, UNKNOWN, dtype=np.uint8)
-        self.table[list(ids)] = list(ids.values())
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, i: int) -> tuple[Image.Image, np.ndarray]:
-        """Raises InputError naming the file that can't be read, or a mask of another size than its image."""
-        image_path, mask_path = self.pairs[i]
-        image, stored, turn = _read(image_path, "an image",
-                                    lambda image: (rgb(image), image.size[::-1], turn_of(image)))
-        mask = read_mask(mask_path, self.table)
-        along = turn is not None and mask.shape == stored
-        if along and (stored != image.size[::-1] or self._drawn_as_stored and _header(mask_path)[1] is None):
-            mask = np.array(Image.fromarray(mask).transpose(turn))
-        if mask.shape != (image.height, image.width):
-            raise InputError(f"{mask_path}: is {mask.shape[0]} x {mask.shape[1]}, its image {image_path} is "
-                             f"{image.height} x {image.width}")
-        return image, mask
-
-    @functools.cached_property
-    def _drawn_as_stored(self) -> bool:
-        """Whether masks are of the photographs as they are stored: as the first is whose size tells; no, where none
-        does."""
-        for image_path, mask_path in self.pairs:
-            try:
-                (size, turn), (drawn, own) = _header(image_path), _header(mask_path)
-            except Exception:                   # damaged: named when it is read in earnest
-                continue
-            if turn in SIDEWAYS and size[0] != size[1] and own is None:
-                return drawn == size
-        return False
-
-    def filename(self, i: int) -> str:
-        return str(self.pairs[i][0])
-
-
-def _header(path: Path) -> tuple[tuple[int, int], Image.Transpose | None]:
-    """(size as it is stored, its turn) of an image file."""
-    with read_image(path) as image:
-        return image.size, turn_of(image)
-
-
-class PictureReader:
-    """(RGB image, mask) pairs of files that have no masks: these are 0 throughout, and say nothing."""
-
-    def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, i: int) -> tuple[Image.Image, np.ndarray]:
-        """Raises InputError naming the file that can't be read."""
-        image = _read(self.paths[i], "an image", rgb)
-        return image, np.zeros((image.height, image.width), dtype=np.uint8)
-
-    def filename(self, i: int) -> str:
-        return str(self.paths[i])
+BLACK_AND_WHITE = ("background", "foreground")                        # where no classes.txt names them
 
 
 def _layout_of(root: Path) -> str | None:
-    return next((name for name, each in LAYOUTS.items() if each.known_by(root)), None)
+    return next((name for name, each in LAYOUTS.items() if each.is_of(root)), None)
 
 
 def _pictures(root: Path) -> list[Path]:
@@ -162,22 +35,17 @@ def _pictures(root: Path) -> list[Path]:
     return found
 
 
-def _is_binary(masks: list[Path]) -> bool:
-    """Whether masks hold 0 and 255 alone, as black and white drawings do, both somewhere: told by LOOKED_AT of them,
-    even over all; one that holds anything else says no at once."""
-    seen = np.zeros(LARGEST_ID + 1, dtype=bool)
-    for place in np.linspace(0, len(masks) - 1, min(LOOKED_AT, len(masks))).round().astype(int):
-        try:
-            ids = np.asarray(read_image(masks[place]))
-        # whatever Pillow's decoders raise; it is named when it is read in earnest
-        except Exception:
-            continue
-        if ids.dtype.kind not in "bui" or ids.ndim != 2 or ids.min() < 0 or ids.max() > LARGEST_ID:
-            return False
-        seen |= np.bincount(ids.astype(np.uint8).ravel(), minlength=LARGEST_ID + 1) > 0
-        if seen[1:IGNORE].any():
-            return False
-    return bool(seen[0] and seen[IGNORE])
+def _meaning(root: Path, layout: Layout, masks: list[Path]) -> Meaning:
+    """Classes of a layout and what the ids in its masks are. Black and white masks have 255 for the second class, where
+    classes.txt names two, or is not there."""
+    named = (root / CLASS_LIST).exists()
+    two = layout.meaning is own_classes and (not named or len(own_classes(root)[0]) == 2)
+    if not two or not is_binary(masks):
+        return layout.meaning(root)
+    classes = own_classes(root)[0] if named else BLACK_AND_WHITE
+    warnings.warn(f"{root}: its masks hold 0 and {IGNORE} alone, so {IGNORE} is taken for {classes[1]!r} and no pixel "
+                  f"is ignored; in a data set with ids 0 and 1, {IGNORE} is ignored", stacklevel=3)
+    return classes, {0: 0, IGNORE: 1}
 
 
 SCENES: dict[str, Callable[[], SceneData]] = {"digit_scenes": digit_scenes}
@@ -187,11 +55,9 @@ def open_scenes(data: str | Path, layout: str | None = None) -> SceneData:
     """A data set of images with masks: a name of SCENES, or a folder in one of LAYOUTS; layout None: the first that it
     has.
 
-    ade20k: ADEChallengeData2016/ with images/ and annotations/, training/ and validation/ in each. cityscapes:
-    leftImg8bit/ and gtFine/ with labelIds. pascal_context: VOC2010/ with ImageSets/SegmentationContext/ and PNGs in
-    SegmentationClassContext/. camvid, folder: train/, val/ and test/ with images/ and masks/ in each, and classes.txt;
-    255 is ignored, unless there are two classes and masks hold 0 and 255 alone: then it is the second. A folder, or its
-    train/, that holds images alone, however deep, has no masks, and no other split than train.
+    Of a layout with classes.txt 255 is ignored, unless masks hold 0 and 255 alone and it names two classes, or is not
+    there: then it is the second, or the foreground. A folder, or its train/, that holds images alone, however deep, has
+    no masks, and no other split than train.
     Raises InputError naming the folder or file: missing, no layout that is known, an image without a mask, a split
     without images.
     """
@@ -209,13 +75,10 @@ def open_scenes(data: str | Path, layout: str | None = None) -> SceneData:
     if name is None:
         return SceneData(root.resolve().name, {"train": Scenes(PictureReader(_pictures(root)))}, None, labelled=False)
     chosen = LAYOUTS[name]
-    pairs, classes = chosen.pairs(root), chosen.classes(root)
+    pairs = chosen.pairs(root)
     if not pairs:
-        raise InputError(f"{root}: holds no split of layout {name!r}")
-    ids = chosen.ids(len(classes))
-    if name == "folder" and len(classes) == 2 and _is_binary([mask for found in pairs.values() for _, mask in found]):
-        warnings.warn(f"{root}: its masks hold 0 and {IGNORE} alone, so {IGNORE} is taken for {classes[1]!r} and no "
-                      f"pixel is ignored; in a data set with ids 0 and 1, {IGNORE} is ignored", stacklevel=2)
-        ids = {0: 0, IGNORE: 1}
+        raise InputError(f"{root}: holds no split of layout {name!r}, whose images are in "
+                         f"{chosen.images.format(split=chosen.splits['train'])}")
+    classes, ids = _meaning(root, chosen, [mask for found in pairs.values() for _, mask in found])
     splits = {split: Scenes(MaskReader(found, ids)) for split, found in pairs.items()}
     return SceneData(root.resolve().name, splits, list(classes))

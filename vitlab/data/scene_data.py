@@ -21,47 +21,68 @@ AUGMENT = ("scale", "hflip", "color_jitter")
 REPORT_ON, CHOOSE_ON = ("test", "val", "validation"), ("val", "validation")
 
 
+class Unreadable(InputError):
+    """A file that can't be read: one among many may be left out."""
+
+
 class Scenes(Images):
     """A split, or a slice of one, of a reader that gives (RGB image, mask (H, W) uint8 of class numbers and 255); a key
     may carry what its random numbers follow from, as that of Images."""
 
     def scene(self, i: int) -> tuple[Image.Image, np.ndarray]:
-        """(RGB image, mask (H, W) uint8), untransformed. Raises InputError naming a file that is wrong."""
+        """(RGB image, mask (H, W) uint8), untransformed. Raises InputError naming a file that is wrong, Unreadable one
+        that can't be read."""
         return self.reader[self.indices[i]]
 
-    def __getitem__(self, key: int | tuple[int, tuple[int, ...]]) -> tuple[Tensor, Tensor] | InputError:
-        """(image, mask), transformed. What is wrong is given, not raised: it has to leave a loader's process as it
-        is."""
+    def fault(self, i: int) -> str:
+        """As of any images; it may be the mask."""
+        try:
+            self.scene(i)
+        except Unreadable as error:
+            return str(error)
+        return f"{self.path(i)}: could not be read at first"
+
+    def __getitem__(self, key: int | tuple[int, tuple[int, ...]]) -> tuple[Tensor, Tensor] | int | InputError:
+        """(image, mask), transformed; or the scene's number where a file of it can't be read. What is wrong is given,
+        not raised: it has to leave a loader's process as it is."""
         i, numbers = key if isinstance(key, tuple) else (key, None)
         try:
             image, mask = self.scene(i)
+        except Unreadable:
+            return i
         except InputError as error:
             return error
         with drawing(numbers):
             return self.transform(image, mask)
 
 
-def _collate(samples: list[Any]) -> list[Tensor] | InputError:
-    """A batch; or the first thing that was wrong in it."""
+def _collate(samples: list[Any]) -> tuple[Any, list[int]] | InputError:
+    """(batch (None where it is empty), numbers of the scenes that could not be read); or the first thing that was wrong
+    in it."""
     wrong = next((sample for sample in samples if isinstance(sample, InputError)), None)
     if wrong is not None:
         return wrong
-    sizes = sorted({tuple(mask.shape) for _, mask in samples})
+    whole = [sample for sample in samples if not isinstance(sample, int)]
+    sizes = sorted({tuple(mask.shape) for _, mask in whole})
     if len(sizes) > 1:
         return InputError(f"images of {' and '.join(f'{h} x {w}' for h, w in sizes[:2])} in one batch; images that "
                           "differ in size are evaluated in batches of 1")
-    return default_collate(samples)
+    return default_collate(whole) if whole else None, [sample for sample in samples if isinstance(sample, int)]
 
 
 class SceneBatches(Batches):
-    """Iterate (images (B, 3, H, W), masks (B, H, W) int64). Raises InputError naming the first file that is wrong: none
-    is left out."""
+    """Iterate (images (B, 3, H, W), masks (B, H, W) int64), without scenes of which a file can't be read, as `Batches`
+    does without broken images. Raises InputError naming the first file that holds what it should not: it is of another
+    data set, or in another form, than was said."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in received(self.loader):
-            if isinstance(batch, InputError):
-                raise batch
-            yield batch[0], batch[1]
+        for found in received(self.loader):
+            if isinstance(found, InputError):
+                raise found
+            batch, broken = found
+            self._left_out(broken, len(broken) + (0 if batch is None else len(batch[1])))
+            if batch is not None:
+                yield batch[0], batch[1]
 
 
 def _config(model: nn.Module) -> dict[str, Any]:

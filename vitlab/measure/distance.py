@@ -27,10 +27,16 @@ def ignored(targets: Tensor) -> int:
     return IGNORE if targets.dim() > 1 else NONE
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Mean over images, or over all pixels that count; 0 where none does. smoothing: of labels, [0, 1)."""
+def counted(targets: Tensor) -> Tensor:
+    """How many images, or pixels, count ()."""
+    return (targets != ignored(targets)).sum()
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0, of: Tensor | None = None) -> Tensor:
+    """The sum over images, or over all pixels that count, divided by their number, or by `of`; 0 where none does.
+    smoothing: of labels, [0, 1)."""
     total = F.cross_entropy(logits, targets, reduction="sum", ignore_index=ignored(targets), label_smoothing=smoothing)
-    return total / (targets != ignored(targets)).sum().clamp(min=1)
+    return total / (counted(targets) if of is None else of).clamp(min=1)
 
 
 def each_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -38,8 +44,8 @@ def each_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     does."""
     check_targets(targets)
     each = F.cross_entropy(logits, targets, reduction="none", ignore_index=ignored(targets))    # (B) or (B, H, W)
-    losses, counted = (v.reshape(len(v), -1).sum(dim=1) for v in (each, targets != ignored(targets)))
-    return losses / counted.clamp(min=1)
+    losses, counts = (v.reshape(len(v), -1).sum(dim=1) for v in (each, targets != ignored(targets)))
+    return losses / counts.clamp(min=1)
 
 
 class Classes:

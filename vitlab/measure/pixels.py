@@ -21,12 +21,14 @@ from vitlab.runtime.uncertainty import ratio_error
 
 @dataclass(frozen=True, kw_only=True)
 class Segmentation:
-    """What a Segmenter is worth on `images` images; loss: mean cross-entropy of the pixels that count."""
+    """What a Segmenter is worth on `images` images, `broken` left out; loss: mean cross-entropy of the pixels that
+    count."""
 
     scores: SegmentationScores
     loss: float
     images: int
     loss_se: float | None = None    # standard error of loss over images, nats
+    broken: int = 0                 # could not be read
 
 
 @torch.inference_mode()
@@ -59,7 +61,8 @@ def evaluate_scenes(model: Segmenter, batches: Iterable[tuple[Tensor, Tensor]], 
         raise InputError("no pixel of the split counts: there are no images, or all that their masks hold is to be "
                          "ignored")
     return Segmentation(scores=confusion.scores(), loss=sum(losses) / sum(counts), images=len(counts),
-                        loss_se=ratio_error(losses, counts))
+                        loss_se=ratio_error(losses, counts),
+                        broken=int(parallel.total(torch.tensor(len(getattr(batches, "broken", ()))))))
 
 
 def measured(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, teacher: nn.Module | None = None,

@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from vitlab.runtime.cores import hold_memory
+from vitlab.runtime.energy import Meter
 from vitlab.runtime.files import InputError
 
 CONFIDENCE = 0.95                               # of the range of a ratio
@@ -56,6 +57,7 @@ class Speed:
     ratio_min: float
     ratio_max: float
     peak_memory_mb: float | None    # on a GPU: its weights, the images, and what one forward holds at most
+    energy_mj_img: float | None     # that the machine used over all rounds, for an image; None where it can't tell
     runtime: str                    # and its version
 
 
@@ -63,7 +65,8 @@ def conditions(device: torch.device, dtype: str, batch_size: int, repeats: int) 
     """What a speed depends on, to be stored beside it."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU"
     return {"device": name, "dtype": dtype, "batch_size": batch_size, "threads": torch.get_num_threads(),
-            "repeats": repeats, "torch": torch.__version__, "timing": TIMING}
+            "repeats": repeats, "torch": torch.__version__, "timing": TIMING,
+            **({} if (meter := Meter(device).by) is None else {"energy": meter})}
 
 
 def median_range(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -128,11 +131,16 @@ def measure(models: Mapping[str, nn.Module], *, batch_size: int = 32, repeats: i
             timed[key], runs_in[key] = (call, x, max(1, round(min_seconds / seconds))), str(way)
             peaks[key] = _peak_memory_mb(model, call, x) if device.type == "cuda" else None
     times: dict[str, list[float]] = {key: [] for key in timed}
+    meter, joules = Meter(device), dict.fromkeys(timed, 0.0)
     for _ in tqdm(range(repeats), desc=f"timing, batch {batch_size}", unit="round", disable=not progress):
         for key, each in timed.items():
+            meter.joules()
             times[key].append(_once(*each))
+            joules[key] += meter.joules() or 0.0
     first = times[next(iter(timed))]
-    return {key: _speed(first, seconds, batch_size, peak_memory_mb=peaks[key], runtime=runs_in[key])
+    images = {key: repeats * runs * batch_size for key, (_, _, runs) in timed.items()}
+    return {key: _speed(first, seconds, batch_size, peak_memory_mb=peaks[key], runtime=runs_in[key],
+                        energy_mj_img=1000 * joules[key] / images[key] if meter.by else None)
             for key, seconds in times.items()}
 
 

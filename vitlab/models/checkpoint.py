@@ -17,14 +17,15 @@ from vitlab.models import compress, deploy, encoder_of
 from vitlab.models.compress import check_agrees
 from vitlab.models.create import architecture, rebuild
 from vitlab.models.deploy import FoldedBlock
-from vitlab.models.hub import SETTINGS, check_settings, set_settings, settings_of
+from vitlab.models.hub import HUB, OURS, SETTINGS, check_settings, download, set_settings, settings_of
 from vitlab.models.segmenter import Segmenter, rebuild_segmenter, segmenter_source
 from vitlab.models.weights import check_fits, load_state, read_state
 from vitlab.plan import CompressionPlan
 from vitlab.plan.shape import is_int
 from vitlab.runtime.files import InputError, atomic_folder, existing_folder, read_json
 
-WEIGHTS, PLAN, INFO, FOLDER = "weights.safetensors", "plan.json", "checkpoint.json", "checkpoint"
+WEIGHTS, PLAN, INFO = OURS
+FOLDER = "checkpoint"
 FORMAT, VERSION = "vitlab.checkpoint", 1
 LARGEST_CUT = 1000                              # no plan makes a model smaller than by this
 UNSEEN = (nn.Dropout, DropPath, nn.Identity)    # of no weight in eval mode
@@ -153,7 +154,10 @@ def _check_info(info: dict[str, Any], config: Any) -> None:
 
 
 def find(path: str | Path) -> Path:
-    """The checkpoint folder at `path`: itself, or checkpoint/ inside a run folder. InputError where there is none."""
+    """The checkpoint folder at `path`: itself, checkpoint/ inside a run folder, or what hf-hub:OWNER/NAME downloads.
+    InputError where there is none."""
+    if str(path).startswith(HUB):
+        path = download(str(path).removeprefix(HUB))
     for folder in (existing_folder(path), existing_folder(Path(path) / FOLDER)):
         if (folder / INFO).is_file():
             return folder
@@ -162,7 +166,8 @@ def find(path: str | Path) -> Path:
 
 
 def load(path: str | Path) -> Checkpoint:
-    """Rebuild the model of a checkpoint or run folder; all or nothing.
+    """Rebuild the model of a checkpoint or run folder, or of hf-hub:OWNER/NAME that `vitlab push` put there; all or
+    nothing.
 
     Raises InputError naming the file and key: missing, cut short, a plan for another model, wrong shapes.
     """

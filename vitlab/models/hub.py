@@ -14,7 +14,9 @@ from torch import nn
 
 from vitlab.runtime.files import InputError, first_line, read_json
 
+HUB = "hf-hub:"                                 # what stands before OWNER/NAME
 CONFIG, WAIT = "config.json", 5.0               # seconds in which the hub must answer
+OURS = ("weights.safetensors", "plan.json", "checkpoint.json")      # of a checkpoint, which config.json then names
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")      # as timm looks for them
 INDICES = tuple(name + ".index.json" for name in WEIGHTS[:2])
 PREPARED = ("preprocessor_config.json", "processor_config.json")        # how transformers prepares images
@@ -106,16 +108,21 @@ def weights_in(folder: Path) -> Path:
     return found
 
 
+def answers() -> bool:
+    """Whether the hub does, within WAIT seconds."""
+    try:
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=WAIT)
+        return not constants.HF_HUB_OFFLINE
+    except Exception:                           # its client's errors, of whichever library
+        return False
+
+
 @contextlib.contextmanager
 def downloading() -> Iterator[None]:
     """Inside, a hub that does not answer is known to be offline after seconds, not minutes; what was downloaded before
     serves."""
     before = constants.HF_HUB_OFFLINE
-    try:
-        if not before:
-            huggingface_hub.get_session().head(constants.ENDPOINT, timeout=WAIT)
-    except Exception:                           # its client's errors, of whichever library
-        constants.HF_HUB_OFFLINE = True
+    constants.HF_HUB_OFFLINE = before or not answers()
     try:
         yield
     finally:
@@ -123,7 +130,8 @@ def downloading() -> Iterator[None]:
 
 
 def download(name: str) -> Path:
-    """The local folder of OWNER/NAME or OWNER/NAME@REVISION, with its config.json and weights. Raises InputError."""
+    """The local folder of OWNER/NAME or OWNER/NAME@REVISION, with its config.json and weights, or the checkpoint that
+    `vitlab push` put there. Raises InputError."""
     try:
         repository, revision = hf_split(name)
         with downloading():
@@ -136,7 +144,12 @@ def download(name: str) -> Path:
                         return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))
                 return None
 
-            if "architecture" not in read_json(folder / CONFIG):
+            config = read_json(folder / CONFIG)
+            if "vitlab" in config:
+                for file in OURS:
+                    huggingface_hub.hf_hub_download(repository, file, revision=revision)
+                return folder
+            if "architecture" not in config:
                 first(PREPARED)
             index = first((WEIGHTS[0], INDICES[0], WEIGHTS[1], INDICES[1]))
             for shard in set(read_json(index)["weight_map"].values()) if index and index.name in INDICES else ():

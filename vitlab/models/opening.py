@@ -10,7 +10,16 @@ from cyclopts import Parameter
 from vitlab.models import checkpoint, encoder_of, shape_of
 from vitlab.models.checkpoint import Checkpoint
 from vitlab.models.create import create_model, from_weights, sized
-from vitlab.models.hub import CONFIG, HubConfig, check_settings, config_beside, download, set_settings, weights_in
+from vitlab.models.hub import (
+    CONFIG,
+    HUB,
+    HubConfig,
+    check_settings,
+    config_beside,
+    download,
+    set_settings,
+    weights_in,
+)
 from vitlab.models.published import is_published, load_published, load_segmenter
 from vitlab.models.published_segmenter import VARIANT
 from vitlab.models.segmenter import Segmenter
@@ -20,7 +29,7 @@ from vitlab.plan import CompressionPlan
 from vitlab.runtime.files import InputError, from_root
 from vitlab.runtime.kinds import Count, Crop, Or, flag
 
-HUB, LOCAL = "hf-hub:", "local-dir:"        # what stands before timm's own sources
+LOCAL = "local-dir:"                        # as HUB, what stands before a source of timm's
 _Floats = Annotated[tuple[float, ...] | None, flag(consume_multiple=True, metavar="X...")]
 
 
@@ -100,7 +109,9 @@ def _opened(source: Other, model: str | None, args: dict[str, Any], pretrained: 
     if not source:
         raise InputError("no model is named; a run folder, a weights file or a timm name is needed")
     if source.startswith(HUB):
-        return _of_weights(weights_in(download(source.removeprefix(HUB))), None, args)
+        path = download(source.removeprefix(HUB))
+        return (_as_it_is(checkpoint.load(path), source, args) if (path / checkpoint.INFO).is_file() else
+                _of_weights(weights_in(path), None, args))
     path = from_root(source.removeprefix(LOCAL))
     ours = any((path / place / checkpoint.INFO).is_file() for place in ("", checkpoint.FOLDER))
     if source.startswith(LOCAL) or (path / CONFIG).is_file() and not ours:

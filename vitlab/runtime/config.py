@@ -3,7 +3,8 @@ from dataclasses import dataclass
 
 from cyclopts import Parameter
 
-from vitlab.runtime.kinds import Count, Dtype, Seed, Workers
+from vitlab.runtime.kinds import Count, Dtype, Names, Seed, Workers
+from vitlab.runtime.logs import check_loggers
 
 
 @Parameter(name="*")
@@ -17,6 +18,7 @@ class RunConfig:
         seed: of all that is drawn
         batch_size: images at a time, instead of the step's own; of a training, its recipe's: lr scales along
         dtype: of the computation, instead of the step's own; float16 trains with loss scaling
+        log: tensorboard, trackio, wandb: the numbers of a training, search or self-distillation go there too
         quiet: no progress bars, and no words on a model that is written
     """
 
@@ -25,7 +27,16 @@ class RunConfig:
     seed: Seed = 0
     batch_size: Count | None = None
     dtype: Dtype | None = None
+    log: Names | None = None
     quiet: bool = False
+
+    def __post_init__(self) -> None:
+        check_loggers(self.loggers)
+
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        """Those of `log`."""
+        return tuple(self.log or ())
 
     @property
     def progress(self) -> bool:
@@ -39,4 +50,5 @@ def flags(*names: str, but: tuple[str, ...] = ()) -> Parameter:
                      else rf"^(?!({'|'.join(but)})$)")
 
 
-RUN, MEASURE = flags("device", "workers", "seed", "quiet"), flags("device", "workers", "seed", "batch_size", "quiet")
+RUN = flags("device", "workers", "seed", "log", "quiet")
+MEASURE = flags("device", "workers", "seed", "batch_size", "quiet")

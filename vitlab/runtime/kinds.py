@@ -70,7 +70,7 @@ Run = Annotated[_Path, flag(metavar="RUN", help="run folder; where it says so, a
 Data = Annotated[_Path, flag(metavar="DATA", help=(
     "'digits' (embedded), a folder with train/ and val/, validation/ or test/, or hfds/NAME, wds/NAME, ...; where "
     "labels are not needed, also a folder of images alone; a split may be a tar file. Of a Segmenter: 'digit_scenes' "
-    "(embedded), or the folder of ADE20K, Cityscapes, PASCAL Context, CamVid, or of images and masks"))]
+    "(embedded), or the folder of ADE20K, Cityscapes, PASCAL VOC or Context, CamVid, or of images and masks"))]
 ClassMap = Annotated[_Path | None, flag(metavar="FILE", help=(
     "JSON of class folder: class number, or a text of one name a line [default: DATA/class_index.json]"))]
 Gmacs = Annotated[Positive | None, Parameter(help="budget: 10^9 multiply-adds per image")]

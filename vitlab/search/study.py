@@ -5,7 +5,7 @@ import dataclasses
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vitlab.plan.shape import check_known, require
-from vitlab.runtime import parallel
+from vitlab.runtime import logs, parallel
 from vitlab.runtime.files import InputError, append_line, atomic_write, locked, read_json, read_lines
 from vitlab.search.budget import Budget
 from vitlab.search.sampling import Problem
@@ -145,20 +145,23 @@ class Study:
         return len(self.evaluations) + len(alone)
 
     def run(self, objective: Objective, *, starts: np.ndarray | None = None, until: float = np.inf,
-            progress: bool = True) -> Evaluation:
+            loggers: Sequence[str] = (), progress: bool = True) -> Evaluation:
         """Measure until there are settings.evaluations of them, or time.monotonic() is `until`, but one at least;
         returns the best. With initial "sensitivity" each dimension is measured alone before the first
         (`measure_alone`), and the population begins with what follows from it, and with `starts` (K, D). Under torchrun
         the settings.batch proposals of a turn are measured side by side, and the journal is that of one process.
+        loggers: of `logs.LOGGERS`, where the journal's numbers go too.
 
         Raises InputError where another process searches in this folder."""
         with locked(self.folder) if parallel.is_first() else contextlib.nullcontext():
             require(len(read_journal(self.folder)) == len(self.evaluations),
                     f"{self.folder / JOURNAL}: another process has searched here meanwhile; open the study again")
             parallel.wait()
-            return self._run(objective, starts, until, progress)
+            with logs.opened(loggers, self.folder, len(self.evaluations)) as log:
+                return self._run(objective, starts, until, log, progress)
 
-    def _run(self, objective: Objective, start: np.ndarray | None, until: float, progress: bool) -> Evaluation:
+    def _run(self, objective: Objective, start: np.ndarray | None, until: float, log: logs.Log,
+             progress: bool) -> Evaluation:
         problem, total, batch = Problem(self.space, self.budget), self.options.evaluations, self.options.batch
         trend = None
         if self.options.initial == "sensitivity" and len(self.evaluations) < total:
@@ -190,6 +193,8 @@ class Study:
                         if parallel.is_first():
                             append_line(self.folder / JOURNAL, dataclasses.asdict(found))
                         self.evaluations.append(found)
+                        log(len(self.evaluations), {"value": found.value, "best": self.best.value, "cost": found.cost,
+                                                    "seconds": found.seconds, **found.measures})
                         bar.update()
                         bar.set_postfix(best=f"{self.best.value:.4g}", refresh=False)
         return self.best

@@ -55,12 +55,20 @@ class FeatureTask(LogitDistillationTask):
         return {"loss": loss, "output": given, "kd_loss": loss}
 
 
+def of_pixels(logits: Tensor, targets: Tensor | tuple[Tensor, Tensor], smoothing: float) -> Tensor:
+    """Cross-entropy of a batch of masks (B, H, W), 0 where no pixel counts. targets: the masks; or, of one batch of a
+    step of several, (masks, the pixels that count in a batch, the mean over the step's ()): then the mean of these
+    losses is that over all pixels of the step, however many each batch has."""
+    masks, mean = targets if isinstance(targets, tuple) else (targets, None)
+    return cross_entropy(logits, masks, smoothing, None if mean is None else mean.to(logits.device, torch.float32))
+
+
 def make_task(model: nn.Module, teacher: nn.Module | None, recipe: Recipe, device: torch.device) -> nn.Module:
     """The training task of a recipe. Soft (A8): (1 - alpha) * CE + alpha * tau^2 * KL(teacher || student at tau) / (B *
     classes); timm's task divides by B, so its weight is alpha / classes. Of a Segmenter the loss is the mean over
-    pixels, those to be ignored left out of the cross-entropy. Without a classifier it is the distance to the teacher's
-    features alone, whatever the recipe's alpha and tau. Raises InputError where the teacher is missing, or differs in
-    classes, task, features or channels, or a recipe mixes images that have masks.
+    pixels, those to be ignored left out of the cross-entropy (`of_pixels`). Without a classifier it is the distance to
+    the teacher's features alone, whatever the recipe's alpha and tau. Raises InputError where the teacher is missing,
+    or differs in classes, task, features or channels, or a recipe mixes images that have masks.
     """
     features = not output_of(model).labelled
     if features and recipe.distill != "soft":
@@ -70,8 +78,8 @@ def make_task(model: nn.Module, teacher: nn.Module | None, recipe: Recipe, devic
     if dense and (recipe.mixup or recipe.cutmix):
         raise InputError(f"recipe {recipe.name} mixes images (mixup, cutmix), which masks can't follow; one without is "
                          f"needed")
-    if dense:                                   # a batch of which no pixel counts is no reason to skip the step
-        criterion = partial(cross_entropy, smoothing=recipe.smoothing)
+    if dense:
+        criterion = partial(of_pixels, smoothing=recipe.smoothing)
     elif recipe.mixup or recipe.cutmix:         # targets are probabilities, smoothed already
         criterion = SoftTargetCrossEntropy()
     else:

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from tqdm import tqdm
 from vitlab.data import ImageData
 from vitlab.measure.pixels import measured
 from vitlab.models import set_trainable
-from vitlab.runtime import parallel, signals
+from vitlab.runtime import logs, parallel, signals
+from vitlab.runtime.energy import Meter
 from vitlab.runtime.files import InputError, append_line, locked, read_lines, write_lines
 from vitlab.training import states
 from vitlab.training.recipes import Engine, Recipe
@@ -80,16 +82,18 @@ def _resume(training: Training, folder: Path, marks: dict[str, str], changed_dat
 def fit(model: nn.Module, data: ImageData, recipe: Recipe, folder: str | Path, *, teacher: nn.Module | None = None,
         seed: int = 0, device: str | torch.device | None = None, limit: int | None = None, workers: int | None = None,
         engine: Engine | None = None, about: dict[str, Any] | None = None, changed_data: bool = False,
-        progress: bool = True) -> list[dict[str, Any]]:
+        loggers: Sequence[str] = (), progress: bool = True) -> list[dict[str, Any]]:
     """Train `model` in place by `recipe`; returns the log, one record an epoch (epoch, step, loss, lr,
-    train_slice_top1_pct, of a Segmenter train_slice_miou_pct, without a classifier train_slice_distill_loss, seconds).
+    train_slice_top1_pct, of a Segmenter train_slice_miou_pct, without a classifier train_slice_distill_loss, seconds,
+    peak_memory_mb of a GPU, joules where the machine can tell: `Meter`).
 
     States go to folder/state-STEP-DIGEST.pt every engine.save_steps and after every epoch, the last engine.keep of
     them, and lines to folder/log.jsonl; a run that was killed, called again with the same arguments, goes on from the
     newest whole state and ends with the same weights, on a CPU bit for bit. Under torchrun every process calls it, and
     the batches of a step are divided among them. limit: train on a slice of that many images. about: JSON-able, stored
     with each state. changed_data: go on though the data set is another than it was. A step whose loss or gradient is
-    not finite is left out, and its files are in the log; of weights that are not, no state is written.
+    not finite is left out, and its files are in the log; of weights that are not, no state is written. loggers: of
+    `logs.LOGGERS`, where the log's numbers go too.
 
     Raises InputError for a folder that holds another run's state or that another process works in, a missing teacher,
     or more than engine.max_skipped such steps in a row, or weights that are not finite; signals.Stopped, with the state
@@ -108,11 +112,12 @@ def fit(model: nn.Module, data: ImageData, recipe: Recipe, folder: str | Path, *
                 within = f" and {training.done} of {training.steps} steps" if training.done else ""
                 tqdm.write(f"{folder}: goes on after {training.epoch} of {recipe.epochs} epochs{within}")
             parallel.wait()                                                         # nobody writes before all have read
-            with signals.on_request(lambda: setattr(training, "asked", True)):
+            with (signals.on_request(lambda: setattr(training, "asked", True)),
+                  logs.opened(loggers, folder, training.step) as passed_on):
                 while training.epoch < recipe.epochs:
                     _epoch(training, folder,
                            {"marks": marks, "about": about or {}, "recipe": dataclasses.asdict(recipe), "seed": seed},
-                           progress)
+                           passed_on, progress)
         finally:
             training.close()
             if engine.checkpointing:
@@ -124,22 +129,25 @@ def fit(model: nn.Module, data: ImageData, recipe: Recipe, folder: str | Path, *
     return [r for r in read_lines(folder / LOG) if "epoch" in r and r["epoch"] <= recipe.epochs]
 
 
-def _epoch(training: Training, folder: Path, fixed: dict[str, Any], progress: bool) -> None:
+def _epoch(training: Training, folder: Path, fixed: dict[str, Any], passed_on: logs.Log, progress: bool) -> None:
     """The rest of the epoch under way, to its line in the log and its state."""
     recipe, engine, number = training.recipe, training.engine, training.epoch + 1
-    began = time.perf_counter() - training.seconds
+    began, meter = time.perf_counter() - training.seconds, Meter(training.device)
+    if training.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(training.device)
 
     def save() -> None:
         training.check_weights()
         training.share_broken()
-        training.seconds = time.perf_counter() - began
+        training.seconds, training.joules = time.perf_counter() - began, training.joules + (meter.joules() or 0)
         if parallel.is_first():
             states.write(folder, training.step, {**training.state(), **fixed}, engine.keep)
 
     def log(record: dict[str, Any]) -> None:
         if parallel.is_first():
-            append_line(folder / LOG,
-                        {"step": training.step, **record, "seconds": round(time.perf_counter() - began, 2)})
+            record = {"step": training.step, **record, "seconds": round(time.perf_counter() - began, 2)}
+            append_line(folder / LOG, record)
+            passed_on(training.step, record)
 
     training.task.train()
     training.batches.begin(training.epoch, training.done * engine.accumulate)
@@ -169,13 +177,17 @@ def _epoch(training: Training, folder: Path, fixed: dict[str, Any], progress: bo
               "lr": training.optimizer.param_groups[0]["lr"], f"train_slice_{name}": value}
     broken = len(training.share_broken())
     record |= {"broken": broken} if broken else {}                                  # images left out so far
+    if training.device.type == "cuda":
+        record["peak_memory_mb"] = torch.cuda.max_memory_allocated(training.device) / 2**20
+    if meter.by:
+        record["joules"] = round(training.joules + (meter.joules() or 0), 1)
     log(record)
     if progress:
         shown = "-" if record["loss"] is None else f"{record['loss']:.4f}"
         said = f"{name.removesuffix('_pct')} on a train slice " + (
             f"{value:.2f} %" if name.endswith("_pct") else f"{value:.4f}")
         tqdm.write(f"epoch {number:3d}/{recipe.epochs}  loss {shown}  {said}  {time.perf_counter() - began:.0f} s")
-    began = time.perf_counter()
+    began, training.joules = time.perf_counter(), 0.0
     save()
     if training.must_stop() and number < recipe.epochs:
         raise signals.Stopped

@@ -17,6 +17,7 @@ from vitlab.data import ImageData, Shuffled
 from vitlab.measure.capture import Batches, frozen_eval
 from vitlab.measure.distance import output_of, outputs
 from vitlab.models import set_trainable
+from vitlab.runtime import logs
 from vitlab.runtime.files import InputError
 from vitlab.runtime.uncertainty import standard_error, with_error
 from vitlab.training.stepping import gradient_norm
@@ -59,7 +60,7 @@ class Divergence:
 def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Divergence, *,
                 minutes: float | None = None, steps: int | None = None, lr: float = LR, batch_size: int = BATCH_SIZE,
                 seed: int = 0, amp: bool | None = False, workers: int | None = None, progress: bool = True,
-                split: str = "train",
+                split: str = "train", log_to: logs.Log | None = None,
                 on_better: Callable[[nn.Module, float], None] | None = None) -> list[dict[str, Any]]:
     """Train all of `model` in place on a split of data to give the teacher's output; labels are not read.
 
@@ -70,8 +71,8 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Di
     among those trained on, is measured; the best state is what remains, the one given included, and on_better(model,
     distance) is called with each. It stops early after PATIENCE of the run without a better one. A step whose loss or
     gradient is not finite is left out, and a warning names its files where they are known. Returns a record an epoch
-    (epoch, steps, loss, distance, seconds); the first is of the model as given. Raises InputError where SKIPPED steps
-    in a row are not finite, the best state kept.
+    (epoch, steps, loss, distance, seconds), which goes to log_to as well; the first is of the model as given. Raises
+    InputError where SKIPPED steps in a row are not finite, the best state kept.
     """
     if (minutes is None) == (steps is None):
         raise InputError("either minutes or steps are needed, not both")
@@ -82,6 +83,8 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Di
     optimizer = create_optimizer_v2(model, opt="adamw", lr=lr, weight_decay=0.0)
     log = [{"epoch": 0, "steps": 0, "loss": None, "distance": apart(model), "seconds": 0.0}]
     best, found_at, done, skipped, began = copy.deepcopy(model.state_dict()), 0.0, 0, 0, time.monotonic()
+    log_to = log_to or (lambda step, values: None)
+    log_to(0, log[0])
 
     def share() -> float:
         """Of the run that is over."""
@@ -117,6 +120,7 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Di
                 least = min(record["distance"] for record in log)
                 log.append({"epoch": len(log), "steps": done, "loss": sum(losses) / max(1, len(losses)),
                             "distance": apart(model), "seconds": round(time.monotonic() - began, 2)})
+                log_to(done, log[-1])
                 if log[-1]["distance"] < least:
                     best, found_at = copy.deepcopy(model.state_dict()), share()
                     if on_better is not None:

@@ -3,6 +3,7 @@ import contextlib
 import math
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 
 from vitlab.data import ImageData, Shuffled
 from vitlab.data.order import seed_of
+from vitlab.measure.distance import counted
 from vitlab.measure.evaluate import uses_bf16
 from vitlab.models import set_trainable
 from vitlab.models.checkpoint import not_finite
+from vitlab.models.segmenter import Segmenter
 from vitlab.models.weights import load_state
 from vitlab.runtime import parallel
 from vitlab.runtime.files import InputError, first_line
@@ -96,7 +99,7 @@ class Training:
         self.fault: str | None = None                                               # why the last step was left out
         # of these steps, those skipped left out
         self.losses: list[float] = []
-        self.seconds = 0.0                                                          # that they took
+        self.seconds, self.joules = 0.0, 0.0                                        # that they took
 
     def _batch_size(self) -> int:
         """Images a batch of one process. Raises InputError where the recipe's do not divide."""
@@ -142,6 +145,7 @@ class Training:
         ema = {"ema": self.average.state_dict()} if self.recipe.ema_decay else {}
         return {"epoch": self.epoch, "done": self.done, "skipped": self.skipped,
                 "losses": torch.tensor(self.losses, dtype=torch.float64), "seconds": self.seconds,
+                "joules": self.joules,
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict(),
                 "broken": self.batches.broken, **ema}
@@ -157,14 +161,16 @@ class Training:
             self.scaler.load_state_dict(state["scaler"])
             self.epoch, self.done, self.skipped = int(state["epoch"]), int(state["done"]), int(state["skipped"])
             self.losses, self.seconds = state["losses"].tolist(), float(state["seconds"])
-            self.batches.broken = [str(path) for path in state.get("broken", [])]       # the first states had none
+            # the first states had neither
+            self.joules = float(state.get("joules", 0.0))
+            self.batches.broken = [str(path) for path in state.get("broken", [])]
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path}: damaged ({first_line(error)}); remove it to begin anew") from None
 
-    def _forward(self, images: Tensor, targets: Tensor) -> Tensor:
-        """The loss of one batch."""
+    def _forward(self, images: Tensor, targets: Tensor, pixels: Tensor | None) -> Tensor:
+        """The loss of one batch. pixels: those that count in a batch of its step, the mean (`_taken`)."""
         images, targets = images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
         if self.engine.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -174,7 +180,7 @@ class Training:
                 images, targets = (torch.cat([v, v[-1:]]) for v in (images, targets))
             images, targets = self.mixup(images, targets)
         with torch.autocast(self.device.type, getattr(torch, self.dtype), enabled=self.dtype != "float32"):
-            return self.task(images, targets)["loss"]
+            return self.task(images, targets if pixels is None else (targets, pixels))["loss"]
 
     def _next(self, batches: Any) -> tuple[Tensor, Tensor]:
         try:
@@ -182,6 +188,17 @@ class Training:
         except StopIteration:
             raise InputError(f"the data ended after {self.done} of the {self.steps} steps of epoch {self.epoch + 1}; "
                              "its number of images is not what it says") from None
+
+    def _taken(self, batches: Any) -> tuple[Iterable[tuple[Tensor, Tensor]], Tensor | None]:
+        """(the batches of a step, the pixels that count in one of them, the mean over those of all processes ()). Of
+        class numbers None: batches have the same number of images, and need not be there at once."""
+        turns = self.engine.accumulate
+        taken = (self._next(batches) for _ in range(turns))
+        if not isinstance(self.model, Segmenter):
+            return taken, None
+        taken = list(taken)
+        counts = torch.stack([counted(masks) for _, masks in taken])
+        return taken, parallel.total(counts.sum()) / (turns * parallel.world())
 
     def _agree(self, *values: float) -> list[float]:
         """The mean of each value over all processes; to be asked to stop is passed on along with them."""
@@ -203,12 +220,12 @@ class Training:
         self.scheduler.step_update(self.step)
         turns, found = self.engine.accumulate, 0.0
         self.optimizer.zero_grad(set_to_none=True)
-        for turn in range(turns):
-            images, targets = self._next(batches)
+        taken, pixels = self._taken(batches)
+        for turn, (images, targets) in enumerate(taken):
             # loaders draw as well, or not: after them
             random_seed(seed_of(self.seed, self.step, turn), parallel.rank())
             with contextlib.nullcontext() if turn + 1 == turns else self.task.no_sync():
-                loss = self._forward(images, targets) / turns
+                loss = self._forward(images, targets, pixels) / turns
                 self.scaler.scale(loss).backward()
             found += float(loss.detach())
         self.scaler.unscale_(self.optimizer)

@@ -16,6 +16,7 @@ from vitlab.models import checkpoint, compress, shape_of
 from vitlab.models.checkpoint import Checkpoint
 from vitlab.models.opening import Source
 from vitlab.plan import CompressionPlan
+from vitlab.runtime import logs
 from vitlab.runtime.config import RUN, RunConfig
 from vitlab.runtime.kinds import ClassMap, Count, Data, Minutes, Run
 from vitlab.runtime.uncertainty import digits_of, plus_minus, standard_error
@@ -101,21 +102,23 @@ def calibrate(source: Source, data: Data, out: Run, plan: Plan, *, images: Count
                "distance": reporting.output.distance, **reporting.measured(models[CUT], "distance_cut"),
                **reporting.measured(models[refitted], "distance_refitted")}
     write_best(out, found, models[best], plan, made_by, reporting, minutes, parts, choosing, split="calibrate",
-               seed=config.seed, amp=amp, workers=workers, progress=progress)
+               seed=config.seed, amp=amp, workers=workers, loggers=config.loggers, progress=progress)
     return checkpoint.load(out)
 
 
 def write_best(out: str | Path, found: Checkpoint, model: nn.Module, plan: CompressionPlan, made_by: dict[str, Any],
-               reporting: Divergence, minutes: float, *args: Any, **how: Any) -> None:
+               reporting: Divergence, minutes: float, *args: Any, loggers: Sequence[str] = (), **how: Any) -> None:
     """Write a plan's model of the dense one that was found; then train it for so many minutes (args and how: of
-    `self_distil`), and write each that is nearer, with its distance on the images to report on."""
+    `self_distil`; loggers: of `logs.LOGGERS`), and write each that is nearer, with its distance on the images to report
+    on."""
     def keep(model: nn.Module, more: dict[str, Any]) -> None:
         checkpoint.save(Path(out) / checkpoint.FOLDER, model, plan, classes=found.info.get("classes"),
                         made_by=made_by | more)
     keep(model, {})
     if minutes:
-        self_distil(model, found.model, *args, minutes=minutes, **how, on_better=lambda better, _: keep(
-            better, {"kept": "distilled", **reporting.measured(better, "distance_distilled")}))
+        with logs.opened(loggers, out, 0) as log:
+            self_distil(model, found.model, *args, minutes=minutes, **how, log_to=log, on_better=lambda better, _: keep(
+                better, {"kept": "distilled", **reporting.measured(better, "distance_distilled")}))
 
 
 def distances(made_by: dict[str, Any]) -> str:

@@ -151,4 +151,5 @@ def of_scenes(model: nn.Module, batches: Batches, classes: list[str], windows: d
     return ({"miou_pct": scores.miou_pct, "miou_se": scores.miou_se, "pixel_accuracy_pct": scores.pixel_accuracy_pct,
              "loss": found.loss, "loss_se": found.loss_se},
             {"images": found.images, "pixels": scores.pixels, "mean_accuracy_pct": scores.mean_accuracy_pct,
-             "iou_pct": iou, **({"windows": windows} if windows else {})})
+             "iou_pct": iou, **({"windows": windows} if windows else {}),
+             **({"broken": found.broken} if found.broken else {})})

@@ -82,8 +82,11 @@ def _of_row(row: ResultRow) -> str:
 
 def _of_speeds(rows: list[ResultRow]) -> str:
     peaks = {r.model: r.conditions["speed"]["peak_memory_mb"] for r in rows}
-    own = ("ratio_range", "peak_memory_mb", "timing")
+    energy = {r.model: r.conditions["speed"]["energy_mj_img"] for r in rows}
+    own = ("ratio_range", "peak_memory_mb", "energy_mj_img", "timing")
     return "\n".join([format_speeds(rows),
                       ", ".join(f"{k} {v}" for k, v in rows[0].conditions["speed"].items() if k not in own),
                       "peak memory: " + (", ".join(f"{n} {v:.0f} MiB" for n, v in peaks.items() if v)
-                                         or "measured on a GPU only")])
+                                         or "measured on a GPU only"),
+                      "energy an image: " + (", ".join(f"{n} {v:.3g} mJ" for n, v in energy.items() if v)
+                                             or "-")])

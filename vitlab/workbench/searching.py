@@ -197,7 +197,8 @@ def search(source: Source, data: Data,
         # one that is under way, and the report
         until = np.inf if minutes is None else began + 60 * minutes - 2 * each
         _say_ahead(study, objective.images, each, minutes, progress)
-    best = study.run(lambda policy: objective(space.plan(policy, **scores)), until=until, progress=progress)
+    best = study.run(lambda policy: objective(space.plan(policy, **scores)), until=until, loggers=config.loggers,
+                     progress=progress)
     made_by = {"method": "search", "strategy": strategy, "cost": cost, "limit": limit, "evaluation": best.index,
                "value": best.value, "seed": seed, "units": list(units), "tokens": tokens,
                 "distance": output_of(shape).distance, **({} if latency_ms is None else {"runtime": runtime})}

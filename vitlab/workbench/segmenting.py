@@ -1,5 +1,6 @@
 """Steps of segmentation that classification has not: a dense Segmenter from an encoder, and a folder of images made
 into overlays."""
+import contextlib
 import io
 import warnings
 from pathlib import Path
@@ -19,7 +20,7 @@ from vitlab.data.folder import read_image, reason
 from vitlab.data.listing import images_in
 from vitlab.data.masks import open_scenes
 from vitlab.data.rgb import rgb
-from vitlab.data.scene_data import SceneData, measuring_transform
+from vitlab.data.scene_data import SceneData, Unreadable, measuring_transform
 from vitlab.measure.capture import frozen_eval, token_places
 from vitlab.measure.evaluate import autocast
 from vitlab.models.checkpoint import Checkpoint
@@ -50,8 +51,10 @@ MAX_RATIO, RATIOS = 0.5, 501                    # largest ratio of merging by co
 
 def scene_size(data: SceneData) -> tuple[int, int]:
     """Height and width that the first images of train have; where they differ, LARGEST_SIDE for both."""
-    train = data.split("train")
-    sizes = {train.scene(i)[1].shape for i in range(min(LOOKED_AT, len(train)))}
+    train, sizes = data.split("train"), set()
+    for i in range(min(LOOKED_AT, len(train))):
+        with contextlib.suppress(Unreadable):
+            sizes.add(train.scene(i)[1].shape)
     return sizes.pop() if len(sizes) == 1 else (LARGEST_SIDE, LARGEST_SIDE)
 
 

@@ -122,7 +122,7 @@ def measured_batches(model: nn.Module, parts: ImageData, role: str,
 def evaluate(source: Source, data: Data, *, dense: Annotated[Other | None, flag(metavar="SOURCE")] = None,
              split: str = "held_out", images: Count | None = None, name: str | None = None,
              features: Features = Features(), windows: Windows = Windows(), class_map: ClassMap = None,
-             out: Rows = None, config: RunConfig = RunConfig(),
+             out: Rows = None, config: Annotated[RunConfig, flags(but=("log",))] = RunConfig(),
              crop: Annotated[float | None, Parameter(parse=False)] = None,
              quick: Annotated[bool, Parameter(parse=False)] = False) -> ResultRow:
     """Accuracy and cost of a model's deployed form; a row, appended to out/results.jsonl where `out` is given. dense:
@@ -210,6 +210,7 @@ def throughput(sources: Annotated[Or[tuple[str, ...], Sequence[str], dict[str, O
                       throughput_img_s=speed.throughput_img_s, ratio=speed.ratio, latency_ms=single[name].latency_ms,
                       conditions={"speed": conditions | {"ratio_range": [speed.ratio_min, speed.ratio_max],
                                                          "peak_memory_mb": speed.peak_memory_mb,
+                                                         "energy_mj_img": speed.energy_mj_img,
                                                          "runtime": speed.runtime}})
             for name, speed in speeds.items()]
     if out is not None:

@@ -196,7 +196,7 @@ class Survey(Gathered):
         with contextlib.suppress(InputError):                                   # stages may divide the blocks otherwise
             starts = None if even is None else problem.budget.project(space.policy(even)[None])[0]
         study.run(lambda policy: self._measure(problem, policy), starts=starts, until=until,
-                  progress=self.config.progress and not self.pace)
+                  loggers=self.config.loggers, progress=self.config.progress and not self.pace)
         ranked = sorted(study.evaluations, key=lambda e: -e.value)
         return [space.plan(e.policy, **self.scores,
                            made_by={"method": "search", "rule": rule, "gmacs": gmacs, "evaluation": e.index})
@@ -243,7 +243,7 @@ class Survey(Gathered):
         with self.pace.stage(TRAINED) if self.pace and minutes else contextlib.nullcontext():
             write_best(out, self.found, model, plan, made_by, reporting, minutes, self.parts, self.choosing,
                        split="score", seed=self.config.seed, amp=self.amp, workers=self.config.workers,
-                       progress=self.config.progress)
+                       loggers=self.config.loggers, progress=self.config.progress)
         found = checkpoint.load(out)
         checkpoint.save(Path(out) / DEPLOYED, deploy(found.model), found.plan, classes=found.info.get("classes"),
                         made_by=found.info["made_by"] | {"step": "tonight"})

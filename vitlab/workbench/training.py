@@ -90,7 +90,7 @@ def train_dense(step: str, model: nn.Module, data: ImageData, out: str | Path, s
     if not output_of(model).labelled:
         raise InputError("a model without a classifier is trained by a teacher's features; `vitlab finetune` does so")
     log = fit(model, data, settings, Path(out) / TRAINING, seed=config.seed, limit=images, workers=config.workers,
-              progress=config.progress, **how)
+              loggers=config.loggers, progress=config.progress, **how)
     save_trained(out, model, CompressionPlan.empty(shape_of(model)), data,
                  made_by={"step": step, "recipe": dataclasses.asdict(settings), "data": data.name, "seed": config.seed,
                           "last_epoch": log[-1:]})
@@ -152,7 +152,8 @@ def finetune(source: Source, data: Data, out: Run, *,
             folder, turn = folder / f"step-{step}", settings.replace(epochs=max(1, settings.epochs // steps))
         log = fit(model, opened, turn, folder, teacher=dense, seed=config.seed, device=device, limit=images,
                   engine=engine, changed_data=changed_data, workers=config.workers,
-                  about={"plan": json.loads((final if plan is None else part).to_json())}, progress=config.progress)
+                  about={"plan": json.loads((final if plan is None else part).to_json())}, loggers=config.loggers,
+                  progress=config.progress)
     save_trained(out, model, final, opened,
                  made_by={"step": "finetune", "recipe": dataclasses.asdict(settings), "data": opened.name,
                           "seed": config.seed, "steps": steps, "plan": final.made_by, "last_epoch": log[-1:]})

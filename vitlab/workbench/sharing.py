@@ -1,0 +1,106 @@
+"""A run's model on the Hugging Face hub: what is needed to rebuild it, files for other runtimes, and a page that says
+what it is worth."""
+import dataclasses
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import huggingface_hub
+from cyclopts import Parameter
+from huggingface_hub import constants
+from timm.models._hub import save_config_for_hf
+
+from vitlab.exporting.runtimes import RUNTIMES
+from vitlab.models import checkpoint, encoder_of
+from vitlab.models.hub import CONFIG, HUB, OURS, WAIT, answers
+from vitlab.runtime.files import InputError, atomic_folder, first_line
+from vitlab.runtime.kinds import Folder, flag
+from vitlab.runtime.results import ResultRow, read_rows
+from vitlab.workbench.card import model_card
+from vitlab.workbench.steps import RESULTS
+
+PAGE = "README.md"
+
+
+def rows_of_model(run: Path) -> list[ResultRow]:
+    """What was measured of a run's model: in its own results, or those of its study."""
+    names = {str(run), run.name, f"{run.parent.name}/{run.name}"}
+    rows = read_rows(run / RESULTS) or [row for row in read_rows(run.parent / RESULTS) if row.model in names]
+    return [dataclasses.replace(row, model=Path(row.model).name) for row in rows]           # not where it lay
+
+
+def exported_in(run: Path) -> list[Path]:
+    """Files for other runtimes that lie in a run folder, each with what belongs to it."""
+    endings = [ending for runtime in RUNTIMES.values() for ending in (runtime.ending, *runtime.beside)]
+    return sorted(path for path in run.iterdir() if path.is_file() and path.name.endswith(tuple(endings)))
+
+
+def write_files(run: str | Path, name: str, folder: Path, licence: str | None = None) -> list[str]:
+    """Into a folder: the checkpoint's own three files; config.json as timm writes it, of the dense part and its image
+    settings and class names; exported files; the page. Returns their names. Raises InputError where the run holds no
+    whole checkpoint."""
+    run = Path(run)
+    source, found = checkpoint.find(run), checkpoint.load(run)
+    for file in OURS:
+        shutil.copyfile(source / file, folder / file)
+    encoder, classes = encoder_of(found.model), found.info.get("classes")
+    save_config_for_hf(encoder, str(folder / CONFIG), model_config={"label_names": classes} if classes else {},
+                       model_args=found.info["model"]["args"])
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    (folder / CONFIG).write_text(json.dumps({**config, "vitlab": list(OURS)}, indent=2) + "\n", encoding="utf-8")
+    exported = exported_in(run)
+    for path in exported:
+        shutil.copyfile(path, folder / path.name)
+    card = model_card(found, name, rows_of_model(run), licence=licence, exported=[path.name for path in exported])
+    (folder / PAGE).write_text(card, encoding="utf-8")
+    return sorted(path.name for path in folder.iterdir())
+
+
+def push(run: Folder, name: str, /, *, out: Folder | None = None,
+         licence: Annotated[str | None, flag(metavar="NAME")] = None, private: bool = False,
+         message: Annotated[str | None, Parameter(parse=False)] = None) -> str:
+    """Put a run's model on the Hugging Face hub, or, with `out`, what would be put there into a folder: weights, plan,
+    timm's config.json, image settings, exported files of the run folder, and a page written from its results; returns
+    what came of it, in a line. It opens as hf-hub:OWNER/NAME wherever a model does. Raises InputError for a run without
+    a checkpoint, another kind of name, and a hub that does not answer or refuses.
+
+    Args:
+        run: run folder, or a checkpoint's
+        name: OWNER/NAME on the hub
+        out: write the files into this folder, and upload nothing
+        licence: as the hub names it: apache-2.0, mit, ... (default: the page says that it is not known)
+        private: make a new repository that others can't see
+    """
+    try:
+        huggingface_hub.utils.validate_repo_id(name)
+    except huggingface_hub.errors.HFValidationError as error:
+        raise InputError(f"{name!r} is no name on the hub ({first_line(error)}); OWNER/NAME is needed") from None
+    if "/" not in name:
+        raise InputError(f"{name!r} is no name on the hub; OWNER/NAME is needed")
+    if out is not None:
+        if Path(out).resolve() in (Path(run).resolve(), checkpoint.find(run).resolve()):
+            raise InputError(f"{out}: the run itself; another folder is needed")
+        with atomic_folder(out) as folder:
+            files = write_files(run, name, folder, licence)
+        return f"{out}: {', '.join(files)}"
+    checkpoint.find(run)                        # before the hub is asked
+    if not answers():
+        raise InputError(f"{constants.ENDPOINT}: does not answer within {WAIT:g} s; --out FOLDER writes what would be "
+                         f"pushed")
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_files(run, name, Path(folder), licence)
+        try:
+            api = huggingface_hub.HfApi(endpoint=constants.ENDPOINT)
+            api.create_repo(name, private=private or None, exist_ok=True)
+            if private and not api.repo_info(name).private:
+                raise InputError("others can see it, and private is asked for; its settings on the hub change that")
+            done = api.create_commit(name, [huggingface_hub.CommitOperationAdd(file, str(Path(folder) / file))
+                                            for file in files], commit_message=message or "Pushed by vitlab")
+        except InputError as error:
+            raise InputError(f"{HUB}{name}: {error}") from None
+        except Exception as error:              # its client's errors, of whichever library: no token, no right, no disk
+            raise InputError(f"{HUB}{name}: can't be pushed ({first_line(error)}); `hf auth login`, or HF_TOKEN, says "
+                             f"who you are") from None
+    return f"{HUB}{name}: {', '.join(files)} ({done.commit_url})"
