@@ -155,7 +155,7 @@ def test_between_two_measured_counts_the_time_is_the_middle_of_theirs():
 
 
 @pytest.mark.parametrize("field, value, words", [
-    ("heads", 4, "attention: 4 to 4 heads wanted; the table holds 1 to 3"), ("heads", 0, "attention: 0 to 0 heads"),
+    ("heads", 4, "attention: 4 to 4 heads wanted; the table holds 1 to 3"),
     ("neurons", 132, "mlp: 132 to 132 neurons wanted; the table holds 1 to 131"), ("attended", 37, "attention: 37 to "
                                                                                                    "37 tokens"),
     ("in_mlp", 0, "mlp: 0 to 0 tokens wanted; the table holds 1 to 36"), ("ranking", 4, "select: 4 to 4 ranking heads"),

@@ -14,6 +14,7 @@ from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
 from vitlab.models.families import ATTENTIONS, kind_of
+from vitlab.models.left_out import LeftOut
 
 
 class TokenAttention(nn.Module):
@@ -130,7 +131,9 @@ def _empty(kind: type[TokenAttention], timms: type[nn.Module]) -> Any:
 
 def attention_as(kind: type[TokenAttention] | None, attention: nn.Module, **more: Any) -> Any:
     """The same attention, parts and settings, as another kind of it. kind None: timm's own, or OwnAttention where heads
-    have left that its forward can't miss."""
+    have left that its forward can't miss. One that is left out stays left out."""
+    if isinstance(attention, LeftOut):
+        return attention
     timms = kind_of(attention, ATTENTIONS)
     if kind is None and getattr(attention, "kept_heads", None) is not None:
         kind = OwnAttention

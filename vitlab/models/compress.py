@@ -58,7 +58,7 @@ def _cut_tokens(block: nn.Module, now: tuple[TokenRule | None, int], was: tuple[
         inner.attn = attention_as(None, inner.attn)
         where = (place,) if place else ()       # of one block alone everywhere but in a span
         block = inner if rule is None else TOKEN_BLOCKS[rule.kind](inner, rule, num_prefix_tokens, *where)
-        like = inner.attn.proj.weight
+        like = next(inner.parameters())
         block = block.to(like.device, like.dtype).train(inner.training)
     return block
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from vitlab.models.left_out import LeftOut
+
 MODELS = (vision_transformer.VisionTransformer, eva.Eva, beit.Beit, vision_transformer_relpos.VisionTransformerRelPos)
 POST_NORM = (vision_transformer.ResPostBlock, eva.EvaBlockPostNorm, vision_transformer_relpos.ResPostRelPosBlock)
 BLOCKS = (vision_transformer.Block, eva.EvaBlock, beit.Block, vision_transformer_relpos.RelPosBlock, *POST_NORM)
@@ -127,16 +129,27 @@ def layer_scale(block: nn.Module, kind: str) -> Tensor | None:
 # ---- Heads and neurons
 
 
-def mixing_layer(block: nn.Module, kind: str) -> tuple[nn.Linear, int]:
-    """(the linear that mixes the heads or neurons of a block, how many inputs a unit has)."""
+def sublayer(block: nn.Module, kind: str) -> nn.Module:
+    """The attention ("heads") or the MLP ("neurons") of a block, or what stands for it where it is left out."""
+    return block.attn if kind == "heads" else block.mlp
+
+
+def mixing_layer(block: nn.Module, kind: str) -> tuple[nn.Linear | LeftOut, int]:
+    """(the linear that mixes the heads or neurons of a block, or what stands for a sublayer without any; how many
+    inputs a unit has)."""
+    whole = sublayer(block, kind)
+    if isinstance(whole, LeftOut):
+        return whole, whole.width
     if kind == "heads":
-        return block.attn.proj, block.attn.proj.in_features // block.attn.num_heads
-    return getattr(block.mlp, HIDDEN[type(block.mlp)][1]), 1
+        return whole.proj, whole.proj.in_features // whole.num_heads
+    return getattr(whole, HIDDEN[type(whole)][1]), 1
 
 
 def making_layers(block: nn.Module, kind: str) -> list[tuple[nn.Linear, int]]:
     """The linears whose rows make the heads or neurons of a block, with how many parts each stacks: of 3, rows are
-    queries, keys and values of all heads, one after the other."""
+    queries, keys and values of all heads, one after the other. None of a sublayer that is left out."""
+    if isinstance(sublayer(block, kind), LeftOut):
+        return []
     if kind == "neurons":
         return [(getattr(block.mlp, name), parts) for name, parts in HIDDEN[type(block.mlp)][0].items()]
     attn = block.attn

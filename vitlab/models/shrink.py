@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from vitlab.models.attention import OwnAttention, TokenAttention, attention_as
-from vitlab.models.families import HEADS_COUNTED, head_vectors, kind_of, making_layers, mixing_layer
+from vitlab.models.families import HEADS_COUNTED, POST_NORM, head_vectors, kind_of, making_layers, mixing_layer
+from vitlab.models.left_out import LeftOut
 from vitlab.models.support import plain_linear
 
 
@@ -26,8 +27,15 @@ def _keep_rows(linear: nn.Linear, rows: Tensor, parts: int) -> None:
 
 def keep_units(block: nn.Module, kind: str, kept: Sequence[int]) -> None:
     """Shrink a block to some of its heads or neurons: the rows that make them and the columns that mix them; q/k norms
-    are per d and stay as they are."""
+    are per d and stay as they are. To none of them: the sublayer leaves the block, with its norm where that comes
+    first."""
     mixing, width = mixing_layer(block, kind)
+    if not len(kept):
+        name, number = ("attn", 1) if kind == "heads" else ("mlp", 2)
+        setattr(block, name, LeftOut(plain_linear(mixing), width))
+        if not isinstance(block, POST_NORM):
+            setattr(block, f"norm{number}", nn.Identity())
+        return
     units = torch.tensor(kept, device=plain_linear(mixing).weight.device)
     index = (units[:, None] * width + torch.arange(width, device=units.device)).flatten()       # (U' width)
     for linear, parts in making_layers(block, kind):

@@ -76,15 +76,15 @@ class LatencyTable:
         c = Counts(**dict(zip(vars(counts), np.broadcast_arrays(*vars(counts).values()))))
         require(c.heads.shape[-1] == self.shape.depth,
                 f"counts of {c.heads.shape[-1]} blocks; the table is for {self.shape.depth}")
-        everything, always = self.shape.num_tokens, np.ones(c.heads.shape, dtype=bool)
+        everything, whole = self.shape.num_tokens, np.ones(c.heads.shape[:-1], dtype=bool)
         rows, state = rows_of(c, everything)
         wanted = self.shape.num_prefix_tokens if self.shape.pool == POOL_TOKEN else everything
         last, end = c.reconstructs[..., -1], state[..., -1]
-        asked, shares = c.queried == c.attended, (c.pooled > 0) & (c.compared == 0)
-        parts = {"attention": self._at("attention", asked, c.attended, c.heads),
-                 "read_out": self._at("read_out", ~asked, c.attended, c.heads),
+        asked, shares, attends = c.queried == c.attended, (c.pooled > 0) & (c.compared == 0), c.heads > 0
+        parts = {"attention": self._at("attention", asked & attends, c.attended, c.heads),
+                 "read_out": self._at("read_out", ~asked & attends, c.attended, c.heads),
                  "select": self._at("select", c.ranking > 0, c.attended, c.ranking),
-                 "mlp": self._at("mlp", always, c.in_mlp, c.neurons),
+                 "mlp": self._at("mlp", c.neurons > 0, c.in_mlp, c.neurons),
                  "fold": self._at("fold", c.merges | previous(c.reconstructs, False), rows,
                                   previous(state, everything)),
                  "carry": self._at("carry", c.carried > 0, rows),
@@ -92,11 +92,11 @@ class LatencyTable:
                  "match": self._at("match", c.compared > 0, c.attended)}
         parts = {part: ms.sum(axis=-1) for part, ms in parts.items()}           # (...)
         parts["fold"] = parts["fold"] + self._at("fold", last, wanted, end)
-        parts["stem"] = self._at("stem", always[..., 0], everything)
+        parts["stem"] = self._at("stem", whole, everything)
         # Every token is left by a block that shares an update, and given back after matching, unless it is read out.
         matched = (c.compared > 0).any(axis=-1) & asked[..., -1]
         left = np.where(matched, everything, end)
-        parts["head"] = self._at("head", always[..., 0], np.where(last, wanted, left))
+        parts["head"] = self._at("head", whole, np.where(last, wanted, left))
         return {part: self.scale * parts[part] for part in AXES}
 
     def predict(self, counts: Counts) -> np.ndarray:

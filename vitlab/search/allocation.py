@@ -16,19 +16,14 @@ LEVELS = 4                      # ratios at which a dimension is measured: each 
 Curve = Sequence[tuple[float, float]]           # (ratio > 0, loss >= 0) of a dimension that is cut alone
 
 
-def _steps(space: SearchSpace) -> list[np.ndarray]:
-    """The ratios tried in each dimension (D), ascending from 0; of units no count twice, each in its middle."""
-    even = np.repeat(np.linspace(0, space.max_ratio, STEPS + 1)[:, None], space.size, axis=1)
-    return [np.unique(column) for column in space.from_even(even).T]
-
-
 def levels(space: SearchSpace, count: int = LEVELS) -> list[list[float]]:
     """Up to `count` ratios at which each dimension (D) is measured alone: evenly from above 0 to the most it may cut;
-    of few heads, every number that may go."""
+    of few heads, every number that may go; and 1, where all may."""
     def of(steps: np.ndarray) -> list[float]:
-        places = -(-np.arange(count + 1) * (len(steps) - 1) // count)           # rounded up
-        return steps[np.unique(places)[1:]].tolist()
-    return [of(steps) for steps in _steps(space)]
+        some = int((steps < 1).sum())
+        places = -(-np.arange(count + 1) * (some - 1) // count)                 # rounded up
+        return steps[np.unique([*places, len(steps) - 1])[1:]].tolist()
+    return [of(steps) for steps in space.steps(STEPS + 1)]
 
 
 def _loss(curve: Curve) -> Callable[[np.ndarray], np.ndarray]:
@@ -59,7 +54,7 @@ def allocate(space: SearchSpace, budget: Budget, curves: Sequence[Curve]) -> np.
     what a head costs depends on the tokens. Raises InputError where the budget can't be met.
     """
     require(len(curves) == space.size, f"there are {len(curves)} curves; this space has {space.size} dimensions")
-    steps = _steps(space)
+    steps = space.steps(STEPS + 1)
     where, ratios = np.repeat(np.arange(space.size), list(map(len, steps))), np.concatenate(steps)      # (S) each
     losses = np.concatenate([_loss(curve)(ratios) for curve, ratios in zip(curves, steps)])
     policy, lost = np.zeros(space.size), np.zeros(space.size)

@@ -180,7 +180,8 @@ def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[
         kept = getattr(cut, kind)
         while walk and walk.at < index:
             walk.step()
-        stay = (torch.arange(linear.in_features // width) if kept is None else torch.tensor(kept)).to(device)
+        kept_units = range(linear.in_features // width) if kept is None else kept
+        stay = torch.tensor(kept_units, dtype=torch.long, device=device)
         weight = plain_linear(linear).weight.detach()
         if by_moments:
             folds = [moments[index, kind]]
@@ -188,7 +189,7 @@ def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[
             inputs = None if kept is None else columns(stay, width)
             folds = walk.moments(kind, rules[index], costs[index, kind].prefix_weight if costs else 1.0, inputs)
             weight, stay = weight if kept is None else weight[:, inputs], torch.arange(len(stay), device=device)
-        if linear.bias is None:
+        if linear.bias is None and len(stay):   # what stands for a whole sublayer always has one
             folds = [fold.uncentred() for fold in folds]
         try:
             strength = ridge if ridge is not None else RIDGE if by_moments else choose_ridge(weight, folds, stay, width)
@@ -197,8 +198,10 @@ def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[
             raise InputError(f"block {index}: {error}") from None
         if kept is not None:
             keep_units(block, kind, kept)
+            linear, _ = mixing_layer(block, kind)
         with torch.no_grad():
-            linear.weight.copy_(weight)
+            if len(stay):
+                linear.weight.copy_(weight)
             if linear.bias is not None:
                 linear.bias.add_(gained)
     return model
