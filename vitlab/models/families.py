@@ -145,16 +145,29 @@ def mixing_layer(block: nn.Module, kind: str) -> tuple[nn.Linear | LeftOut, int]
     return getattr(whole, HIDDEN[type(whole)][1]), 1
 
 
-def making_layers(block: nn.Module, kind: str) -> list[tuple[nn.Linear, int]]:
-    """The linears whose rows make the heads or neurons of a block, with how many parts each stacks: of 3, rows are
-    queries, keys and values of all heads, one after the other. None of a sublayer that is left out."""
+def query_width(attn: nn.Module) -> int:
+    """Of the queries and keys of each head, which may be narrower than its values."""
+    return getattr(attn, "qk_width", attn.proj.in_features // attn.num_heads)
+
+
+def making_layers(block: nn.Module, kind: str) -> list[tuple[nn.Linear, tuple[int, ...]]]:
+    """The linears whose rows make the heads or neurons of a block, with the rows that a unit has in each part that is
+    stacked in them: of three, these are queries, keys and values of all heads, one after the other. None of a sublayer
+    that is left out."""
     if isinstance(sublayer(block, kind), LeftOut):
         return []
     if kind == "neurons":
-        return [(getattr(block.mlp, name), parts) for name, parts in HIDDEN[type(block.mlp)][0].items()]
-    attn = block.attn
-    split = [getattr(attn, f"{name}_proj", None) for name in "qkv"]
-    return [(layer, 3 if layer is attn.qkv else 1) for layer in (attn.qkv, *split) if layer is not None]
+        return [(getattr(block.mlp, name), (1,) * parts) for name, parts in HIDDEN[type(block.mlp)][0].items()]
+    attn, widths = block.attn, (*(query_width(block.attn),) * 2, mixing_layer(block, kind)[1])
+    if attn.qkv is not None:
+        return [(attn.qkv, widths)]
+    return [(getattr(attn, f"{name}_proj"), (width,)) for name, width in zip("qkv", widths)]
+
+
+def entered_layer(block: nn.Module, kind: str) -> nn.Module:
+    """The linear whose inputs say how a kind of cut is made good: the one that mixes heads or neurons, and for "widths"
+    of queries the first that makes them."""
+    return making_layers(block, "heads")[0][0] if kind == "widths" else mixing_layer(block, kind)[0]
 
 
 def head_vectors(attn: nn.Module) -> dict[str, int]:

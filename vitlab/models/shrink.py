@@ -15,10 +15,15 @@ def _kept(parameter: Tensor, dim: int, index: Tensor) -> Tensor:
     return nn.Parameter(found, requires_grad=parameter.requires_grad) if isinstance(parameter, nn.Parameter) else found
 
 
-def _keep_rows(linear: nn.Linear, rows: Tensor, parts: int) -> None:
-    """Keep the same output rows of each of the parts that a Linear stacks."""
-    total = plain_linear(linear).out_features // parts
-    rows = torch.cat([rows + part * total for part in range(parts)])
+def _of(units: Tensor, width: int) -> Tensor:
+    """The places of units (U) that have so many each: (U width)."""
+    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
+
+
+def _keep_rows(linear: nn.Linear, units: Tensor, widths: Sequence[int]) -> None:
+    """Keep the output rows of some units, in each of the parts that a Linear stacks."""
+    count = plain_linear(linear).out_features // sum(widths)
+    rows = torch.cat([_of(units, width) + count * sum(widths[:part]) for part, width in enumerate(widths)])
     linear.weight = _kept(linear.weight, 0, rows)
     if linear.bias is not None:
         linear.bias = _kept(linear.bias, 0, rows)
@@ -37,9 +42,9 @@ def keep_units(block: nn.Module, kind: str, kept: Sequence[int]) -> None:
             setattr(block, f"norm{number}", nn.Identity())
         return
     units = torch.tensor(kept, device=plain_linear(mixing).weight.device)
-    index = (units[:, None] * width + torch.arange(width, device=units.device)).flatten()       # (U' width)
-    for linear, parts in making_layers(block, kind):
-        _keep_rows(linear, index, parts)
+    index = _of(units, width)                                                   # (U' width)
+    for linear, widths in making_layers(block, kind):
+        _keep_rows(linear, units, widths)
     mixing.weight, mixing.in_features = _kept(mixing.weight, 1, index), len(index)
     if kind == "heads":
         _count_heads(block, units, index)
@@ -50,7 +55,8 @@ def _count_heads(block: nn.Module, heads: Tensor, index: Tensor) -> None:
     something for each head, which of the model's they are."""
     attn = block.attn
     for name, dim in head_vectors(attn).items():
-        setattr(attn, name, _kept(getattr(attn, name), dim, heads if dim else index))
+        whole = getattr(attn, name)
+        setattr(attn, name, _kept(whole, dim, _of(heads, whole.shape[dim] // attn.num_heads)))
     for name, count in (("num_heads", len(heads)), ("num_kv_heads", len(heads)), ("attn_dim", len(index)),
                         ("kv_dim", len(index))):
         if hasattr(attn, name):

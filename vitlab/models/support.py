@@ -134,7 +134,7 @@ def classes_of(model: nn.Module) -> int:
     return model.head.out_features if isinstance(model.head, nn.Linear) else model.num_classes
 
 
-def units_of(block: nn.Module) -> tuple[int, int]:
+def units_of(block: nn.Module) -> tuple[int, ...]:
     """(heads, neurons) of a block."""
     return tuple(mixing.in_features // width for mixing, width in (mixing_layer(block, "heads"),
                                                                    mixing_layer(block, "neurons")))
@@ -155,7 +155,7 @@ def sizes_of(model: nn.Module, num_heads: int, num_neurons: int) -> ViTShape:
         patch_size=tuple(side // count for side, count in zip(embed.img_size, embed.grid_size)),
         in_chans=getattr(model, "in_chans", 3), embed_dim=model.embed_dim, depth=len(blocks),
         num_heads=num_heads, head_dim=mixing_layer(first, "heads")[1], num_neurons=num_neurons,
-        gated=sum(parts for _, parts in families.making_layers(first, "neurons")) > 1,
+        gated=sum(len(parts) for _, parts in families.making_layers(first, "neurons")) > 1,
         num_prefix_tokens=model.num_prefix_tokens, class_token=model.cls_token is not None,
         num_classes=classes_of(model) if whole is model else whole.num_classes,
         num_classifiers=len(classifiers) if isinstance(classifiers, tuple) else 1,
@@ -168,7 +168,8 @@ def sizes_of(model: nn.Module, num_heads: int, num_neurons: int) -> ViTShape:
 def shape_of(model: nn.Module) -> ViTShape:
     """Sizes of a dense supported model. Raises InputError for any other, a compressed one too."""
     check_supported(model)
-    sizes = {units_of(block) for block in map(attention_block, model.blocks)}
-    if is_merged(model) or len(sizes) > 1 or not all(*sizes):
+    blocks = list(map(attention_block, model.blocks))
+    sizes = {units_of(block) for block in blocks}
+    if is_merged(model) or len(sizes) > 1 or not all(*sizes) or any(hasattr(b.attn, "qk_width") for b in blocks):
         raise InputError("the model is already compressed; the dense one is needed here")
     return sizes_of(model, *sizes.pop())

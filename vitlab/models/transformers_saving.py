@@ -12,7 +12,7 @@ from timm.layers import GELU, GELUTanh, GluMlp, QuickGELU, SwiGLU
 from torch import Tensor, nn
 
 from vitlab.models.create import from_weights
-from vitlab.models.families import mixing_layer
+from vitlab.models.families import mixing_layer, query_width
 from vitlab.models.hub import CONFIG, PREPARED, WEIGHTS, settings_of
 from vitlab.models.support import is_merged, units_of
 from vitlab.models.transformers_folder import RESAMPLE, config_of, converted, dino2_neurons
@@ -99,6 +99,9 @@ def _check_alike(model: nn.Module, model_type: str) -> None:
         if heads * width != model.embed_dim:
             raise InputError(f"block {index} has {heads} heads of {width}; in transformers' {model_type} all heads "
                              f"together are as wide as the model, {model.embed_dim}")
+        if query_width(block.attn) < width:
+            raise InputError(f"block {index} has queries and keys of {query_width(block.attn)}; transformers' "
+                             f"{model_type} has none narrower than values, {width}")
         if neurons != first or not neurons:
             raise InputError(f"block {index} has {neurons} neurons, block 0 has {first}; transformers' {model_type} "
                              "has one number for all blocks, of at least 1")

@@ -10,7 +10,7 @@ from vitlab.search.space import SearchSpace
 
 TOLERANCE = 0.02                                # published
 BISECTIONS = 24                                 # of a path of length 3: to 2e-7 of a ratio
-FINENESS = {"heads": 0, "tokens": 1, "neurons": 2}      # by how little one unit costs
+FINENESS = {"heads": 0, "tokens": 1, "widths": 2, "neurons": 3}      # by how little one unit costs
 
 
 @dataclass(frozen=True, kw_only=True)

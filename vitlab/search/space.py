@@ -1,6 +1,7 @@
 """SearchSpace: the vector that a search proposes, and the counts and the plan that it stands for (methods B4, C2).
 
-A policy is a vector of ratios in [0, max_ratio]: neurons of each block, heads of each block, then the token dimensions.
+A policy is a vector of ratios in [0, max_ratio]: neurons of each block, heads of each block, widths of the queries and
+keys of each block's heads, then the token dimensions.
 A ratio is the fraction cut; policies that change no count are the same policy. Where sublayers may be left out, the
 ratios of heads and neurons may be 1, too.
 P policies, D dimensions, U of them units, L blocks.
@@ -19,7 +20,7 @@ from vitlab.plan.rules import ReadOut
 from vitlab.plan.shape import ViTShape, require
 from vitlab.runtime.files import InputError
 from vitlab.search.token_dimensions import MergeTokens, token_dimensions
-from vitlab.search.unit_dimensions import UNITS, UnitDimensions
+from vitlab.search.unit_dimensions import KNOWN, UNITS, UnitDimensions, total_of
 
 MAX_RATIO = 0.5                                 # published
 
@@ -29,7 +30,7 @@ class SearchSpace:
     """Which dimensions are searched, for a dense model of one shape. Raises InputError for unknown or no dimensions."""
 
     shape: ViTShape
-    units: tuple[str, ...] = UNITS              # of "neurons", "heads"
+    units: tuple[str, ...] = UNITS              # of "neurons", "heads", "widths" (of queries and keys)
     tokens: str = "select"                      # a name of TOKEN_DIMENSIONS
     max_ratio: float = MAX_RATIO                # most that a ratio may cut, (0, 1)
     read_out: bool = False                      # whether the last block computes what the classifier reads alone
@@ -66,7 +67,7 @@ class SearchSpace:
 
     @property
     def groups(self) -> list[str]:
-        """The group of each dimension: "neurons", "heads" or "tokens"."""
+        """The group of each dimension: "neurons", "heads", "widths" or "tokens"."""
         return [name.split(" ")[0] for name in self.names]
 
     @property
@@ -102,8 +103,9 @@ class SearchSpace:
         """What stays in each block (P, L)."""
         units, ratios = self._split(policies)
         size = (len(units), self.shape.depth)
-        kept = {unit: np.full(size, getattr(self.shape, f"num_{unit}")) for unit in UNITS}
+        kept = {unit: np.full(size, total_of(self.shape, unit)) for unit in KNOWN}
         kept |= zip(self.units, self._cut.stay(units).reshape(size[0], len(self.units), size[1]).swapaxes(0, 1))
+        kept["widths"] = np.where(kept["heads"] > 0, kept["widths"], self.shape.head_dim)
         token = self._tokens.counts(ratios, kept["heads"] > 0)
         every = self._tokens.ranked_by == "all"
         ranking = token.pop("ranks") * (self.shape.num_heads if every else kept["heads"])
@@ -128,7 +130,7 @@ class SearchSpace:
     def keys(self, policies: np.ndarray) -> list[tuple[int, ...]]:
         """A tuple of counts per policy; equal for policies that are the same."""
         c = self.counts(policies)
-        rows = np.concatenate([c.neurons, c.heads, c.attended, c.in_mlp, c.carried], axis=1)
+        rows = np.concatenate([c.neurons, c.heads, c.widths, c.attended, c.in_mlp, c.carried], axis=1)
         return list(map(tuple, rows.tolist()))
 
     def even(self, policies: np.ndarray) -> np.ndarray:
@@ -164,7 +166,7 @@ class SearchSpace:
         policy = self.check(np.asarray(policy))
         require(len(policy) == 1, f"a plan is of one policy; {len(policy)} were given")
         counts, depth = self.counts(policy), self.shape.depth
-        kept = {unit: [None] * depth for unit in UNITS}
+        kept: dict[str, list] = {unit: [None] * depth for unit in UNITS}
         for unit, scores in (("heads", heads), ("neurons", neurons)):
             if unit not in self.units:
                 continue
@@ -177,10 +179,11 @@ class SearchSpace:
             order = scores.argsort(dim=1, descending=True, stable=True).tolist()
             kept[unit] = [None if count == total else tuple(sorted(best[:count]))
                           for best, count in zip(order, getattr(counts, unit)[0].tolist())]
+        widths = [None if width == self.shape.head_dim else width for width in counts.widths[0].tolist()]
         rules = self._tokens.rules(policy[0, len(self._cut.total):], tokens, counts.heads > 0)
         rules = [*rules[:-1], ReadOut()] if self.read_out else rules
-        blocks = tuple(BlockPlan(heads=h, neurons=m, tokens=t)
-                       for h, m, t in zip(kept["heads"], kept["neurons"], rules))
+        blocks = tuple(BlockPlan(heads=h, neurons=m, qk_width=w, tokens=t)
+                       for h, m, w, t in zip(kept["heads"], kept["neurons"], widths, rules))
         return CompressionPlan(shape=self.shape, blocks=blocks, made_by=made_by or {})
 
     def policy(self, plan: CompressionPlan) -> np.ndarray:

@@ -13,12 +13,12 @@ import numpy as np
 from vitlab.plan.shape import ViTShape
 from vitlab.runtime.files import InputError
 
-UNITS = ("neurons", "heads")
+UNITS, KNOWN = ("neurons", "heads"), ("neurons", "heads", "widths")            # cut where none are named; all there are
 
 
 def total_of(shape: ViTShape, unit: str) -> int:
-    """Units of a kind that a block of the dense model has."""
-    return getattr(shape, f"num_{unit}")
+    """Units of a kind that a block of the dense model has; widths of queries and keys: that each of its heads has."""
+    return shape.head_dim if unit == "widths" else getattr(shape, f"num_{unit}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,21 +28,22 @@ class UnitDimensions:
     shape: ViTShape
     units: tuple[str, ...]
     max_ratio: float                # most that a ratio may cut, short of everything
-    multiple: int = 1               # what stays is a multiple of so many neurons, or widths of heads
+    multiple: int = 1               # what stays is a multiple of so many neurons, or widths
     sublayers: bool = False         # whether all heads, or all neurons, of a block may go
     total: np.ndarray = field(init=False, repr=False, compare=False)            # (U) units of a block
     step: np.ndarray = field(init=False, repr=False, compare=False)             # (U) that go together
     most: np.ndarray = field(init=False, repr=False, compare=False)             # (U) the largest ratio: max_ratio or 1
 
     def __post_init__(self) -> None:
-        odd = sorted(set(self.units) - set(UNITS))
+        odd = sorted(set(self.units) - set(KNOWN))
         if odd:
-            raise InputError(f"units {odd[0]!r} are not known; known are {list(UNITS)}")
+            raise InputError(f"units {odd[0]!r} are not known; known are {list(KNOWN)}")
         # what the model can't lose is not searched
-        object.__setattr__(self, "units", tuple(u for u in UNITS if u in self.units and self.shape.cuts(u)))
-        steps = {"neurons": self.multiple, "heads": self.multiple // math.gcd(self.multiple, self.shape.head_dim)}
+        object.__setattr__(self, "units", tuple(u for u in KNOWN if u in self.units and self.shape.cuts(u)))
+        multiple = self.multiple
+        steps = {"neurons": multiple, "heads": multiple // math.gcd(multiple, self.shape.head_dim), "widths": multiple}
         for name, of_unit in (("total", lambda unit: total_of(self.shape, unit)), ("step", steps.get),
-                              ("most", lambda unit: 1.0 if self.sublayers else self.max_ratio)):
+                              ("most", lambda unit: 1.0 if self.sublayers and unit in UNITS else self.max_ratio)):
             values = np.array([of_unit(unit) for unit in self.units], dtype=float if name == "most" else np.int64)
             object.__setattr__(self, name, np.repeat(values, self.shape.depth))
 

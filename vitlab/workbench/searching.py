@@ -124,7 +124,7 @@ def search(source: Source, data: Data,
         latency_ms: budget: milliseconds of one batch on this machine, from a measured table
         runtime: that the latency is of: the one that the model will run in
         published_count: count multiply-adds, and rank tokens, as arXiv 2201.00043 does
-        units: neurons,heads or one of them or none
+        units: neurons,heads,widths (of queries and keys), some of them or none
         tokens: none, select, merge, share or match, the last four with _per_stage for ratios of their own, or
             merge_per_span (default: select; match without a class token or of a Segmenter)
         max_ratio: largest ratio; int(count * (1 - ratio)) stay, so of few heads one may go (0.5: as published)
