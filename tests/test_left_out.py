@@ -19,7 +19,6 @@ from vitlab.models import checkpoint, compress, deploy, shape_of
 from vitlab.models.left_out import LeftOut
 from vitlab.models.transformers_saving import _check_alike
 from vitlab.plan import BlockPlan, CompressionPlan, cost
-from vitlab.plan.latency import AXES, LatencyTable
 from vitlab.plan.rules import Match, MergeReconstruct, ReadOut, Select, SharedUpdate
 from vitlab.runtime.files import InputError
 from vitlab.search import Budget, SearchSpace
@@ -223,18 +222,6 @@ def test_transformers_has_no_words_for_a_block_without_attention_or_mlp(tiny_vit
         plan = CompressionPlan(shape=shape_of(dense), blocks=(cut,) * DEPTH)
         with pytest.raises(InputError, match=says):
             _check_alike(compress(dense, plan), "vit")
-
-
-# ---- Its time
-
-def test_what_is_left_out_takes_no_time(tiny_vit):
-    shape = shape_of(tiny_vit("deit"))
-    plan = leaving(shape)
-    wide = np.array([1, 2000])
-    table = LatencyTable(shape=shape, conditions={}, axes={part: (wide,) * len(a) for part, a in AXES.items()},
-                         ms={part: np.full((2,) * len(a), float(10 ** n)) for n, (part, a) in enumerate(AXES.items())})
-    parts = table.by_part(cost.counts_of(plan))
-    assert [round(float(parts[name]) / 10 ** list(AXES).index(name)) for name in ("attention", "mlp")] == [3, 2]
 
 
 # ---- A search

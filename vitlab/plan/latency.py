@@ -15,12 +15,13 @@ from vitlab.plan.cost import Counts, previous, rows_of
 from vitlab.plan.shape import POOL_TOKEN, ViTShape, require
 from vitlab.runtime.files import InputError, atomic_write, read_json
 
-FORMAT, VERSION = "vitlab.plan.latency", 2
+FORMAT, VERSION = "vitlab.plan.latency", 3
 AXES = {"stem": ("tokens",), "attention": ("tokens", "heads"), "select": ("tokens", "ranking heads"),
         "mlp": ("tokens", "neurons"), "fold": ("rows", "columns"), "carry": ("rows",), "pool": ("tokens",),
-        "match": ("tokens",), "head": ("tokens",), "read_out": ("tokens", "heads")}
-# a model without a class token selects none; one of few patches matches none
-OPTIONAL = {"select", "match", "read_out"}
+        "match": ("tokens",), "head": ("tokens",), "read_out": ("tokens", "heads"),
+        "narrow": ("tokens", "heads", "widths")}
+# a model without a class token selects none; one of few patches matches none; queries that are turned stay wide
+OPTIONAL = {"select", "match", "read_out", "narrow"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,7 +30,8 @@ class LatencyTable:
 
     stem: embedding of patches and positions; attention, mlp: the halves of a block, with norm and residual; select:
     ranking and choice of tokens; pool: means of regions, and what their tokens share; match: merging alike tokens;
-    read_out: an attention in which the prefix tokens alone ask; fold: a matrix (rows, columns) over the tokens;
+    read_out: an attention in which the prefix tokens alone ask (narrow or not); narrow: one whose queries and keys have
+    fewer widths than its values; fold: a matrix (rows, columns) over the tokens;
     carry: tokens split off before a block and joined again after it; head: norm, pooling, classifier.
     """
 
@@ -81,7 +83,9 @@ class LatencyTable:
         wanted = self.shape.num_prefix_tokens if self.shape.pool == POOL_TOKEN else everything
         last, end = c.reconstructs[..., -1], state[..., -1]
         asked, shares, attends = c.queried == c.attended, (c.pooled > 0) & (c.compared == 0), c.heads > 0
-        parts = {"attention": self._at("attention", asked & attends, c.attended, c.heads),
+        narrow = asked & attends & (c.widths > 0) & (c.widths < self.shape.head_dim)
+        parts = {"attention": self._at("attention", asked & attends & ~narrow, c.attended, c.heads),
+                 "narrow": self._at("narrow", narrow, c.attended, c.heads, c.widths),
                  "read_out": self._at("read_out", ~asked & attends, c.attended, c.heads),
                  "select": self._at("select", c.ranking > 0, c.attended, c.ranking),
                  "mlp": self._at("mlp", c.neurons > 0, c.in_mlp, c.neurons),
