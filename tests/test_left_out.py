@@ -22,7 +22,7 @@ from vitlab.plan import BlockPlan, CompressionPlan, cost
 from vitlab.plan.rules import Match, MergeReconstruct, ReadOut, Select, SharedUpdate
 from vitlab.runtime.files import InputError
 from vitlab.search import Budget, SearchSpace
-from vitlab.search.allocation import allocate, levels
+from vitlab.search.allocation import allocate, levels, summed_losses
 from vitlab.search.sampling import Problem, neighbours, varied_policies
 from vitlab.training.compensate import compensate
 
@@ -282,3 +282,17 @@ def test_a_search_takes_a_sublayer_where_that_is_cheapest_and_its_proposals_meet
     assert (near[:, space.names.index(cheap)] == 1).mean() > 0.5                # most neighbours go on without it
     projected, meets = budget.project(np.where(np.arange(space.size) == 1, 1.0, 0.3)[None])
     assert meets[0] and projected[0, 1] == 1
+
+
+def test_a_whole_sublayer_may_lose_less_than_most_of_it_and_is_taken_at_once(tiny_vit):
+    space = space_of(shape_of(tiny_vit("deit")))
+    budget = Budget.of(space, 0.9 * float(space.gmacs(np.zeros((1, space.size)))[0]))
+    curves = [[(ratio, {1: 0.1}.get(ratio, ratio)) for ratio in ratios] for ratios in levels(space)]
+    policy = allocate(space, budget, curves)
+    assert budget.meets(policy[None])[0] and (policy == 1).any()
+    assert summed_losses(space, curves)(np.full((2, space.size), [[1.0], [0.75]])).tolist() == [
+        [pytest.approx(0.1 * DEPTH)] * 2, [pytest.approx(sum(curve[-2][1] for curve in part))
+                                           for part in (curves[:DEPTH], curves[DEPTH:])]]
+    few = [[(1.0, 0.1)] for _ in curves]        # nothing else was measured
+    assert dataclasses.replace(budget, tolerance=0.5).meets(allocate(
+        space, dataclasses.replace(budget, tolerance=0.5), few)[None])[0]

@@ -28,21 +28,27 @@ def levels(space: SearchSpace, count: int = LEVELS) -> list[list[float]]:
 
 def _loss(curve: Curve) -> Callable[[np.ndarray], np.ndarray]:
     """Ratios -> losses between those measured (Fritsch and Carlson's monotone cubics); never falling, so that noise
-    makes no cut a gain; NaN beyond the last. 0 in a dimension that can't be cut."""
+    makes no cut a gain; NaN beyond the last. 0 in a dimension that can't be cut. Of ratio 1 the loss is its own: a
+    sublayer that is replaced by its mean may lose less than one of which little is left."""
     if not len(curve):
         return np.zeros_like
-    ratios, losses = np.array([(0.0, 0.0), *sorted(curve)]).T
-    return PchipInterpolator(ratios, np.maximum.accumulate(losses), extrapolate=False)
+    ratios, losses = np.array([(0.0, 0.0), *sorted(point for point in curve if point[0] < 1)]).T
+    whole = dict(curve).get(1, np.nan)
+    some = (PchipInterpolator(ratios, np.maximum.accumulate(losses), extrapolate=False) if len(ratios) > 1
+            else lambda asked: np.where(asked > 0, np.nan, 0.0))
+    return lambda asked: np.where(asked < 1, some(asked), whole)
 
 
 def summed_losses(space: SearchSpace, curves: Sequence[Curve]) -> Callable[[np.ndarray], np.ndarray]:
     """What the dimensions of each group, in order of first appearance, lose together by their curves: policies (P, D)
     -> (P, G); beyond a curve's end, what it loses there."""
-    losses, ends = [_loss(curve) for curve in curves], [max(curve, default=(0.0, 0.0))[0] for curve in curves]
+    losses, whole = [_loss(curve) for curve in curves], [1 in dict(curve) for curve in curves]
+    ends = [max((ratio for ratio, _ in curve if ratio < 1), default=0.0) for curve in curves]
     member = members(space).T.copy()                                            # (D, G)
 
     def summed(policies: np.ndarray) -> np.ndarray:
-        return np.stack([loss(ratios) for loss, ratios in zip(losses, np.minimum(policies, ends).T)], axis=1) @ member
+        known = np.where((policies == 1) & whole, 1, np.minimum(policies, ends))
+        return np.stack([loss(ratios) for loss, ratios in zip(losses, known.T)], axis=1) @ member
     return summed
 
 
