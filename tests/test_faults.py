@@ -254,7 +254,8 @@ PLAN = [
     ("`qk_norm` is no truth value", edit("plan.json", "shape.qk_norm", "yes"), "shape.qk_norm is 'yes'; true or false"),
     ("A block that is no object", edit("plan.json", "blocks.1", 7), "block 1 must be an object"),
     ("A block's field that is none", edit("plan.json", "blocks.1.head", [0]), "block 1: unknown ['head']; known are"),
-    ("No head stays", edit("plan.json", "blocks.0.heads", []), "block 0: heads is empty; at least one must stay"),
+    ("No head stays", edit("plan.json", "blocks.0.heads", []), "block 0: no head or no neuron stays, or qk_width is "
+                                                              "given, which version 1 has no words for; version 2"),
     ("A head that the model lacks", edit("plan.json", "blocks.0.heads", [0, 4]), "block 0: heads must be integers from "
                                                                                  "0 to 3"),
     ("A head below zero", edit("plan.json", "blocks.0.heads", [-1]), "block 0: heads must be integers from 0 to 3"),

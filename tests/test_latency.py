@@ -14,7 +14,7 @@ from vitlab.criteria.planning import prune_and_merge
 from vitlab.measure import latency
 from vitlab.measure.latency import grid_axes, latency_table, measure_table
 from vitlab.measure.throughput import Way
-from vitlab.models import shape_of
+from vitlab.models import compress, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.cost import Counts, counts_of
 from vitlab.plan.latency import AXES, LatencyTable
@@ -29,7 +29,8 @@ TIMES = {"stem": lambda n: 7.0 + 0 * n, "attention": lambda n, h: 0.3 + 0.05 * n
          m: 0.19 + 0.029 * n + 0.0031 * m + 0.0007 * n * m, "fold": lambda r,
          c: 0.071 + 0.0041 * r + 0.0067 * c + 0.0023 * r * c, "carry": lambda r: 0.053 + 0.0037 * r,
          "pool": lambda r: 0.047 + 0.0029 * r, "match": lambda n: 0.083 + 0.0057 * n, "read_out": lambda n,
-         h: 0.13 + 0.017 * n + 0.031 * h + 0.0043 * n * h, "head": lambda n: 0.61 + 0.0089 * n}
+         h: 0.13 + 0.017 * n + 0.031 * h + 0.0043 * n * h, "head": lambda n: 0.61 + 0.0089 * n,
+         "narrow": lambda n, h, w: 0.21 + 0.037 * n + 0.41 * h + 0.0019 * n * h * w}
 FAST = {"batch_size": 2, "repeats": 1, "min_seconds": 0.0, "progress": False}
 
 
@@ -76,7 +77,10 @@ def by_hand(plan: CompressionPlan) -> float:
             total += TIMES["fold"](inside + skipping, here)
         if skipping:
             total += TIMES["carry"](inside + skipping)
-        total += TIMES["read_out" if isinstance(rule, ReadOut) else "attention"](inside, heads)
+        if block.qk_width and not isinstance(rule, ReadOut):
+            total += TIMES["narrow"](inside, heads, block.qk_width)
+        elif heads:
+            total += TIMES["read_out" if isinstance(rule, ReadOut) else "attention"](inside, heads)
         if isinstance(rule, ReadOut):
             inside = prefix
         if isinstance(rule, Select):
@@ -85,7 +89,7 @@ def by_hand(plan: CompressionPlan) -> float:
         if isinstance(rule, Match) and rule.merged:
             total += TIMES["match"](inside)
             inside -= rule.merged
-        total += TIMES["mlp"](inside, neurons)
+        total += TIMES["mlp"](inside, neurons) if neurons else 0
         here, folding, span = inside + skipping, span == 1, max(span - 1, 0)
     if folding:
         wanted = prefix if shape.pool == "token" else shape.num_tokens
@@ -114,6 +118,10 @@ PLANS = {
     "read out": lambda s: cut([None, None, None, None, ReadOut()], 11, s),
     "matched, then read out": lambda s: cut([None, Match(merged=17), Match(merged=0), Match(merged=3), ReadOut()], 12,
                                             s),
+    "narrow, and without sublayers": lambda s: CompressionPlan(shape=s, blocks=(
+        BlockPlan(qk_width=3), BlockPlan(heads=(0, 2), qk_width=10, tokens=Match(merged=5)),
+        BlockPlan(heads=(), tokens=Match(merged=0)), BlockPlan(neurons=(), tokens=Match(merged=1)),
+        BlockPlan(qk_width=1, tokens=Match(merged=0)))),
     "matched by none": lambda s: cut([None, None, Match(merged=0), Match(merged=0), Match(merged=0)], 10, s),
 }
 
@@ -155,7 +163,7 @@ def test_between_two_measured_counts_the_time_is_the_middle_of_theirs():
 
 
 @pytest.mark.parametrize("field, value, words", [
-    ("heads", 4, "attention: 4 to 4 heads wanted; the table holds 1 to 3"), ("heads", 0, "attention: 0 to 0 heads"),
+    ("heads", 4, "attention: 4 to 4 heads wanted; the table holds 1 to 3"),
     ("neurons", 132, "mlp: 132 to 132 neurons wanted; the table holds 1 to 131"), ("attended", 37, "attention: 37 to "
                                                                                                    "37 tokens"),
     ("in_mlp", 0, "mlp: 0 to 0 tokens wanted; the table holds 1 to 36"), ("ranking", 4, "select: 4 to 4 ranking heads"),
@@ -296,7 +304,8 @@ def test_every_family_is_measured_on_its_grid_and_stays_as_it_was(family, tiny_v
     before = {name: value.clone() for name, value in model.state_dict().items()}
     table = measure_table(model, **FAST)
     shape = shape_of(model)
-    assert table.shape == shape and table.scale > 0 and set(table.ms) == set(AXES)
+    assert table.shape == shape and table.scale > 0
+    assert set(table.ms) == {part for part in AXES if part != "narrow" or shape.cuts("widths")}
     tokens, heads = table.axes["attention"]
     assert tokens[0] == shape.num_prefix_tokens and tokens[-1] == shape.num_tokens and len(tokens) == 6
     assert heads.tolist() == list(range(1, shape.num_heads + 1))
@@ -330,6 +339,8 @@ def test_each_piece_is_the_models_own_part(monkeypatch, tiny_vit):
         y = full["stem"](x)
         torch.testing.assert_close(full["mlp"](full["attention"](y)), model.blocks[0](y), rtol=0, atol=0)
         torch.testing.assert_close(full["head"](model.blocks(y)), model(x), rtol=0, atol=0)
+        made = compress(model, CompressionPlan(shape=shape_of(model), blocks=(BlockPlan(qk_width=12),) * 5))
+        torch.testing.assert_close(full["mlp"](full["narrow"](y)), made.blocks[0](y), rtol=0, atol=0)
         assert full["select"](inputs["select"][-1]).shape[1] == 1 + (shape_of(model).num_patches // 2) + 1
         assert pieces["fold", (1, 2)](inputs["fold"][4 + 2]).shape[1] == axes["fold"][0][1]
         assert inputs["fold"][4 + 2].shape[1] == axes["fold"][1][2]
@@ -383,7 +394,7 @@ def test_a_table_of_an_older_version_is_refused(tmp_path):
     made().save(tmp_path / "t.json")
     data = json.loads((tmp_path / "t.json").read_text())
     (tmp_path / "t.json").write_text(json.dumps({**data, "version": 1}))
-    with pytest.raises(InputError, match="t.json.*vitlab.plan.latency of version 2 is needed"):
+    with pytest.raises(InputError, match="t.json.*vitlab.plan.latency of version 3 is needed"):
         LatencyTable.load(tmp_path / "t.json")
 
 

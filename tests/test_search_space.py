@@ -72,7 +72,7 @@ def slow_counts(shape: ViTShape, tokens: str, policy: list[float], ranked_by: st
         neurons = max(int(shape.num_neurons * (1 - policy[block])), 1)
         heads = max(int(shape.num_heads * (1 - policy[depth + block])), 1)
         found = {"neurons": neurons, "heads": heads, "attended": entering, "in_mlp": entering, "carried": 0,
-                 "pooled": 0, "compared": 0, "turned": 0,
+                 "pooled": 0, "compared": 0, "turned": 0, "widths": shape.head_dim,
                  "merges": False, "reconstructs": False, "ranking": 0, "ranks_anew": False}
         if tokens.startswith("select") and block in quarters:
             ratio = token_ratios[quarters.index(block) if tokens == "select_per_stage" else 0]

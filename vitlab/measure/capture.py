@@ -17,6 +17,7 @@ from vitlab.measure.distance import output_of
 from vitlab.models import attention_block, check_supported, is_merged, shape_of
 from vitlab.models.attention import SeenAttention, attention_as
 from vitlab.models.held import Merged
+from vitlab.models.left_out import LeftOut
 from vitlab.models.match import MatchBlock
 from vitlab.runtime.files import InputError
 
@@ -176,6 +177,10 @@ def scored(model: nn.Module, batches: Batches, *, criterion: str, absolute: str,
         raise InputError(f"absolute {absolute!r} is not known; known are {list(ABSOLUTE)}")
     if is_merged(model):
         raise InputError("token scores are of the dense model; this one merges tokens already")
+    gone = [i for i, block in enumerate(model.blocks) if isinstance(attention_block(block).attn, LeftOut)]
+    if gone and criterion != "hsic":
+        raise InputError(f"{criterion} scores tokens by the attention, which is left out of block {gone[0]}; hsic "
+                         "needs none")
     average = partial(averaged, model, batches, device=device, progress=progress)
     return TOKEN_CRITERIA[criterion](model, average, absolute)
 

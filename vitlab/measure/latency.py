@@ -23,6 +23,7 @@ from vitlab.models.attention import PrefixAttention, attention_as
 from vitlab.models.deploy import Fold
 from vitlab.models.families import also_taken, attention_input, attention_update, embedded, mlp_update
 from vitlab.models.match import MatchBlock
+from vitlab.models.narrow import narrow_queries
 from vitlab.models.segmenter import Segmenter
 from vitlab.models.share import SharedUpdateBlock
 from vitlab.models.shrink import keep_units
@@ -48,6 +49,8 @@ def grid_axes(shape: ViTShape) -> dict[str, tuple[np.ndarray, ...]]:
     whole = np.array([everything])
     axes = {"stem": (whole,), "attention": (count, heads), "mlp": (count, neurons),
             "fold": (rows, rows), "carry": (rows,), "pool": (rows,), "head": (whole if shape.decoder else count,)}
+    if shape.cuts("widths") and shape.head_dim > 2:                             # linear in widths, as products are
+        axes["narrow"] = (spread(few, everything, 3), spread(heads[0], heads[-1], 2), spread(1, shape.head_dim - 1, 2))
     if not tokens:
         return axes
     if shape.class_token and not shape.rotary and shape.num_patches > 1:        # one stays, one is left for the mean
@@ -112,9 +115,13 @@ def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]],
     def by_place(n: int) -> dict[str, Any]:
         return {"rope": also["rope"][..., :int(n) - prefix, :]} if "rope" in also else also
 
-    def attention(n: int, heads: int) -> nn.Module:
+    def attention(n: int, heads: int, width: int | None = None) -> nn.Module:
+        block = by_heads[heads]
+        if width is not None:
+            block = copy.deepcopy(block)
+            narrow_queries(block, int(width))
         return _Piece(lambda x, block: x + attention_update(
-            block, block.attn(attention_input(block, x), **by_place(n))), by_heads[heads])
+            block, block.attn(attention_input(block, x), **by_place(n))), block)
 
     def read_out(n: int, heads: int) -> nn.Module:
         block = by_heads[heads]
@@ -139,7 +146,7 @@ def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]],
             row = x[:, :1, :width] @ x[:, :, :width].transpose(1, 2)
             return tokens.select(x, row.softmax(dim=2)[:, 0], kept, prefix)
         return _Piece(run)
-    made = {"stem": lambda n: _Piece(lambda x, model: embedded(encoder_of(model), x), ends),
+    made = {"narrow": attention, "stem": lambda n: _Piece(lambda x, model: embedded(encoder_of(model), x), ends),
             "attention": attention, "read_out": read_out, "select": select,
             "mlp": lambda n, neurons: _Piece(lambda x, block: x + mlp_update(block, x), by_neurons[neurons]),
             "pool": pool, "match": match,

@@ -17,7 +17,7 @@ from vitlab.measure.averaging import begun, frozen_eval, hooks
 from vitlab.measure.distance import output_of
 from vitlab.measure.evaluate import autocast
 from vitlab.models import attention_block
-from vitlab.models.families import also_taken, embedded, mixing_layer
+from vitlab.models.families import also_taken, embedded, entered_layer, mixing_layer
 from vitlab.models.support import check_runs_in_parts, encoder_of
 from vitlab.plan import CompressionPlan
 from vitlab.runtime import parallel
@@ -98,9 +98,9 @@ def fisher(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, images
 @torch.inference_mode()
 def each_moments(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], kinds: Iterable[str] = KINDS, *,
                  device: str | torch.device | None = None, amp: bool | None = False) -> Iterator[tuple[Layer, Moments]]:
-    """Moments of the inputs of every layer that mixes units of some kinds, over all tokens of all images, block after
-    block. Memory: all tokens of all images, and the moments of one block. Under torchrun each process gives its share
-    of the batches. Raises InputError for a model with a forward of its own."""
+    """Moments of the inputs of every layer that mixes units of some kinds, or, for "widths", makes queries, over all
+    tokens of all images, block after block. Memory: all tokens of all images, and the moments of one block. Under
+    torchrun each process gives its share of the batches. Raises InputError for a model with a forward of its own."""
     device, model = torch.device(device) if device is not None else next(model.parameters()).device, encoder_of(model)
     check_runs_in_parts(model)
     streams = []
@@ -110,7 +110,7 @@ def each_moments(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], kin
     for index, (block, also) in enumerate(zip(model.blocks, also_taken(model))):
         found, handles = {}, []
         for kind in kinds:
-            linear = mixing_layer(attention_block(block), kind)[0]
+            linear = entered_layer(attention_block(block), kind)
             found[index, kind] = own = Moments(linear.in_features, device)
             handles.append(linear.register_forward_pre_hook(lambda _, given, own=own: own.add(given[0])))
         with hooks(handles):

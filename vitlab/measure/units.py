@@ -57,7 +57,7 @@ def _unit_weights(block: nn.Module) -> dict[str, Tensor]:
     for kind in KINDS:
         mixing, width = mixing_layer(block, kind)
         # (parts U width, D) -> (U, parts width D)
-        rows = [plain_linear(linear).weight.detach().unflatten(0, (parts, -1, width)).transpose(0, 1).flatten(1)
+        rows = [plain_linear(linear).weight.detach().unflatten(0, (len(parts), -1, width)).transpose(0, 1).flatten(1)
                 for linear, parts in making_layers(block, kind)]
         # (D, U width) -> (U, D width)
         columns = plain_linear(mixing).weight.detach().unflatten(1, (-1, width)).transpose(0, 1).flatten(1)
@@ -130,6 +130,8 @@ def by_moments(model: nn.Module, moments: Iterable[tuple[Layer, Moments]], crite
     errors of its output count by what they cost (`fisher`), or all alike."""
     found: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     for (index, kind), own in moments:
+        if kind not in found:
+            continue
         linear, width = mixing_layer(model.blocks[index], kind)
         weight = plain_linear(linear).weight.detach()
         weight = costs[index, kind].root() @ weight.double() if costs else weight

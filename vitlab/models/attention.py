@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
-from vitlab.models.families import ATTENTIONS, kind_of
+from vitlab.models.families import ATTENTIONS, kind_of, query_width
+from vitlab.models.left_out import LeftOut
 
 
 class TokenAttention(nn.Module):
@@ -23,13 +24,14 @@ class TokenAttention(nn.Module):
         """Queries, keys and values (B, H, N, d) of x (B, N, D), normed and turned by rope ([B, ][H or 1, ]n, 2 d), and
         the keys as they are before they are turned."""
         if getattr(self, "q_proj", None) is not None:
-            query, key, value = (linear(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
-                                 for linear in (self.q_proj, self.k_proj, self.v_proj))
+            query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         else:
             stacked = self.qkv(x)
             if getattr(self, "q_bias", None) is not None:
                 stacked = stacked + torch.cat([self.q_bias, self.k_bias, self.v_bias])
-            query, key, value = stacked.unflatten(2, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+            wide, narrow = self.num_heads * self.head_dim, self.num_heads * query_width(self)
+            query, key, value = stacked.split((narrow, narrow, wide), dim=2)
+        query, key, value = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in (query, key, value))
         query, key = (getattr(self, name, nn.Identity())(part) for name, part in (("q_norm", query), ("k_norm", key)))
         plain, prefix = key, 0 if rope is None else self.num_prefix_tokens
         if rope is not None:
@@ -49,8 +51,13 @@ class TokenAttention(nn.Module):
         """Softmax attention of queries (B, H, Q, d) over keys and values (B, H, N, d), with an additive mask: (B, Q,
         D)."""
         if self.fused_attn or is_causal:
+            fewer = self.head_dim - query_width(self)
+            if fewer and not torch.compiler.is_exporting():
+                # the fused kernels of processors take one width alone, and others are twice as slow
+                query, key = F.pad(query, (0, fewer)), F.pad(key, (0, fewer))
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal,
-                                                   dropout_p=self.attn_drop.p if self.training else 0.0)
+                                                   dropout_p=self.attn_drop.p if self.training else 0.0,
+                                                   scale=self.scale if fewer else None)
         # whoever wants to see the maps turns fusing off
         else:
             logits = query * self.scale @ key.transpose(2, 3)
@@ -130,9 +137,11 @@ def _empty(kind: type[TokenAttention], timms: type[nn.Module]) -> Any:
 
 def attention_as(kind: type[TokenAttention] | None, attention: nn.Module, **more: Any) -> Any:
     """The same attention, parts and settings, as another kind of it. kind None: timm's own, or OwnAttention where heads
-    have left that its forward can't miss."""
+    or widths have left that its forward can't miss. One that is left out stays left out."""
+    if isinstance(attention, LeftOut):
+        return attention
     timms = kind_of(attention, ATTENTIONS)
-    if kind is None and getattr(attention, "kept_heads", None) is not None:
+    if kind is None and any(getattr(attention, name, None) is not None for name in ("kept_heads", "qk_width")):
         kind = OwnAttention
     found = timms.__new__(timms) if kind is None else _empty(kind, timms)
     width = attention.proj.in_features // attention.num_heads

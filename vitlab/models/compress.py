@@ -5,8 +5,10 @@ from typing import Any
 from torch import nn
 
 from vitlab.models.attention import attention_as
+from vitlab.models.families import query_width
 from vitlab.models.match import MatchBlock
 from vitlab.models.merge import MergeReconstructTokens, TokenBlock
+from vitlab.models.narrow import narrow_queries
 from vitlab.models.read_out import ReadOutBlock
 from vitlab.models.select import SelectBlock
 from vitlab.models.share import SharedUpdateBlock
@@ -39,9 +41,10 @@ def check_agrees(model: nn.Module, plan: CompressionPlan) -> None:
     for index, (block, cut, (rule, place)) in enumerate(zip(model.blocks, plan.blocks, plan.rules())):
         inner = attention_block(block)
         expected = (plan.shape.num_heads if cut.heads is None else len(cut.heads),
-                    plan.shape.num_neurons if cut.neurons is None else len(cut.neurons),
+                    plan.shape.num_neurons if cut.neurons is None else len(cut.neurons), cut.qk_width,
                     type(inner) if rule is None else TOKEN_BLOCKS[rule.kind], rule, place)
-        if expected != (*units_of(inner), type(block), getattr(block, "rule", None), getattr(block, "place", 0)):
+        width = getattr(inner.attn, "qk_width", None)
+        if expected != (*units_of(inner), width, type(block), getattr(block, "rule", None), getattr(block, "place", 0)):
             raise InputError(f"block {index} of the model is not what the plan says; the plan it was compressed by is "
                              "needed")
 
@@ -54,17 +57,18 @@ def _cut_tokens(block: nn.Module, now: tuple[TokenRule | None, int], was: tuple[
         block.rule = rule                       # its heads that rank stay
     elif now != was:
         if heads_gone and getattr(rule, "ranked_by", None) == "all":
-            raise InputError("all heads should rank tokens, but the model has lost some already")
+            raise InputError("all heads should rank tokens, but the model has lost some, or widths of them, already")
         inner.attn = attention_as(None, inner.attn)
         where = (place,) if place else ()       # of one block alone everywhere but in a span
         block = inner if rule is None else TOKEN_BLOCKS[rule.kind](inner, rule, num_prefix_tokens, *where)
-        like = inner.attn.proj.weight
+        like = next(inner.parameters())
         block = block.to(like.device, like.dtype).train(inner.training)
     return block
 
 
 def _cut_units(block: nn.Module, cut: BlockPlan, was: BlockPlan, shape: ViTShape) -> None:
-    """Heads and neurons leave timm's Block, in place; those that `was` cut have left it before."""
+    """Heads, neurons, and widths of queries and keys leave timm's Block, in place; those that `was` cut have left it
+    before."""
     for name, count in (("heads", shape.num_heads), ("neurons", shape.num_neurons)):
         before, after = (range(count) if kept is None else kept for kept in (getattr(was, name), getattr(cut, name)))
         gone = sorted(set(after) - set(before))
@@ -73,6 +77,13 @@ def _cut_units(block: nn.Module, cut: BlockPlan, was: BlockPlan, shape: ViTShape
                               f"{name} {gone[0]} should stay, but the model has lost it") + " already")
         if len(after) < len(before):
             keep_units(block, name, [before.index(unit) for unit in after])
+    if cut.leaves_out("heads"):
+        return
+    width, now = cut.qk_width or shape.head_dim, query_width(block.attn)
+    if width > now:
+        raise InputError(f"queries and keys should be {width} wide, but the model's are {now} already")
+    if width < now:
+        narrow_queries(block, width)
 
 
 def _check_whole_grid(plan: CompressionPlan) -> None:
@@ -92,7 +103,8 @@ def compress(model: nn.Module, plan: CompressionPlan, *, before: CompressionPlan
     in it at a path of attributes, as "backbone.encoder".
 
     model: a dense timm VisionTransformer, or, to cut further, one that was compressed by the plan `before` (training
-    form, fine-tuned or not); matrices of a token rule that stays the same keep their trained values. Raises InputError
+    form, fine-tuned or not); matrices of a token rule that stays the same keep their trained values. Queries and keys
+    are narrowed by what weights alone say (`narrow_queries`); `compensate` does it by images. Raises InputError
     where the family can't be handled, the model is not what was said, the plan is for other sizes, or keeps what is
     gone.
     """
@@ -108,7 +120,7 @@ def compress(model: nn.Module, plan: CompressionPlan, *, before: CompressionPlan
         return model.with_encoder(compress(model.encoder, plan, before=before))
     model = without_tokens_cut(copy.deepcopy(model))
     for index, (cut, now, was, ruled) in enumerate(zip(plan.blocks, plan.rules(), before.blocks, before.rules())):
-        gone = was.heads is not None and len(was.heads) < plan.shape.num_heads
+        gone = was.qk_width is not None or was.heads is not None and len(was.heads) < plan.shape.num_heads
         try:
             model.blocks[index] = _cut_tokens(model.blocks[index], now, ruled, gone, plan.shape.num_prefix_tokens)
             _cut_units(attention_block(model.blocks[index]), cut, was, plan.shape)

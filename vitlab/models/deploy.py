@@ -79,7 +79,7 @@ def _deployed(model: nn.Module, whole: bool, inplace: bool = False) -> nn.Module
     model = (model if inplace else copy.deepcopy(model)).eval()
     if not any(isinstance(b, TokenBlock) for b in model.blocks):
         return model
-    weight = attention_block(model.blocks[0]).norm1.weight
+    weight = next(model.parameters())
     eye = torch.eye(model.num_prefix_tokens + model.patch_embed.num_patches, dtype=torch.float64, device=weight.device)
     none = torch.empty(0, dtype=torch.long, device=weight.device)
     give, carried, plain = eye, none, True

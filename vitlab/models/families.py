@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from vitlab.models.left_out import LeftOut
+
 MODELS = (vision_transformer.VisionTransformer, eva.Eva, beit.Beit, vision_transformer_relpos.VisionTransformerRelPos)
 POST_NORM = (vision_transformer.ResPostBlock, eva.EvaBlockPostNorm, vision_transformer_relpos.ResPostRelPosBlock)
 BLOCKS = (vision_transformer.Block, eva.EvaBlock, beit.Block, vision_transformer_relpos.RelPosBlock, *POST_NORM)
@@ -153,21 +155,45 @@ def layer_scale(block: nn.Module, kind: str) -> Tensor | None:
 # ---- Heads and neurons
 
 
-def mixing_layer(block: nn.Module, kind: str) -> tuple[nn.Linear, int]:
-    """(the linear that mixes the heads or neurons of a block, how many inputs a unit has)."""
+def sublayer(block: nn.Module, kind: str) -> nn.Module:
+    """The attention ("heads") or the MLP ("neurons") of a block, or what stands for it where it is left out."""
+    return block.attn if kind == "heads" else block.mlp
+
+
+def mixing_layer(block: nn.Module, kind: str) -> tuple[nn.Linear | LeftOut, int]:
+    """(the linear that mixes the heads or neurons of a block, or what stands for a sublayer without any; how many
+    inputs a unit has)."""
+    whole = sublayer(block, kind)
+    if isinstance(whole, LeftOut):
+        return whole, whole.width
     if kind == "heads":
-        return block.attn.proj, block.attn.proj.in_features // block.attn.num_heads
-    return getattr(block.mlp, HIDDEN[type(block.mlp)][1]), 1
+        return whole.proj, whole.proj.in_features // whole.num_heads
+    return getattr(whole, HIDDEN[type(whole)][1]), 1
 
 
-def making_layers(block: nn.Module, kind: str) -> list[tuple[nn.Linear, int]]:
-    """The linears whose rows make the heads or neurons of a block, with how many parts each stacks: of 3, rows are
-    queries, keys and values of all heads, one after the other."""
+def query_width(attn: nn.Module) -> int:
+    """Of the queries and keys of each head, which may be narrower than its values."""
+    return getattr(attn, "qk_width", attn.proj.in_features // attn.num_heads)
+
+
+def making_layers(block: nn.Module, kind: str) -> list[tuple[nn.Linear, tuple[int, ...]]]:
+    """The linears whose rows make the heads or neurons of a block, with the rows that a unit has in each part that is
+    stacked in them: of three, these are queries, keys and values of all heads, one after the other. None of a sublayer
+    that is left out."""
+    if isinstance(sublayer(block, kind), LeftOut):
+        return []
     if kind == "neurons":
-        return [(getattr(block.mlp, name), parts) for name, parts in HIDDEN[type(block.mlp)][0].items()]
-    attn = block.attn
-    split = [getattr(attn, f"{name}_proj", None) for name in "qkv"]
-    return [(layer, 3 if layer is attn.qkv else 1) for layer in (attn.qkv, *split) if layer is not None]
+        return [(getattr(block.mlp, name), (1,) * parts) for name, parts in HIDDEN[type(block.mlp)][0].items()]
+    attn, widths = block.attn, (*(query_width(block.attn),) * 2, mixing_layer(block, kind)[1])
+    if attn.qkv is not None:
+        return [(attn.qkv, widths)]
+    return [(getattr(attn, f"{name}_proj"), (width,)) for name, width in zip("qkv", widths)]
+
+
+def entered_layer(block: nn.Module, kind: str) -> nn.Module:
+    """The linear whose inputs say how a kind of cut is made good: the one that mixes heads or neurons, and for "widths"
+    of queries the first that makes them."""
+    return making_layers(block, "heads")[0][0] if kind == "widths" else mixing_layer(block, kind)[0]
 
 
 def head_vectors(attn: nn.Module) -> dict[str, int]:

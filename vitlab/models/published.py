@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from vitlab.models import attention_block, compress, shape_of
 from vitlab.models.create import architecture, rebuild
+from vitlab.models.families import query_width
 from vitlab.models.merge import TokenBlock
 from vitlab.models.published_segmenter import published_parts
 from vitlab.models.segmenter import Segmenter
+from vitlab.models.support import units_of
 from vitlab.models.weights import load_state, read_file, state_of, unwrapped
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.rules import MergeReconstruct
@@ -107,8 +109,9 @@ def save_published(path: str | Path, model: nn.Module) -> None:
         raise InputError("the published layout has merge and reconstruct matrices in every block; this model has not")
     dense = shape_of(rebuild(architecture(model)))
     for index, block in enumerate(attention_block(b) for b in model.blocks):
-        if (block.attn.num_heads, block.mlp.fc2.in_features) != (dense.num_heads, dense.num_neurons):
-            raise InputError(f"the published layout has all heads and neurons; block {index} of this model has not")
+        if units_of(block) != (dense.num_heads, dense.num_neurons) or query_width(block.attn) < dense.head_dim:
+            raise InputError(f"the published layout has all heads, their widths, and neurons; block {index} of this "
+                             "model has not")
     state = {}
     for key, value in model.state_dict().items():
         for own, theirs in NAMES.items():

@@ -27,5 +27,6 @@ class ReadOutBlock(HoldingBlock):
         if isinstance(x, Merged):
             by_place, mask, x = turned(rope, partial(rotation_of, x)), size_mask(x.sizes, x.x.dtype), x.x
         attended = self.block.attn(attention_input(self.block, x), attn_mask=mask, **by_place)
-        x = x[:, :self.num_prefix_tokens] + attention_update(self.block, attended)
+        # an attention that is left out gives all tokens what it gives
+        x = x[:, :self.num_prefix_tokens] + attention_update(self.block, attended[:, :self.num_prefix_tokens])
         return x + mlp_update(self.block, x)

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from vitlab.models.attention import OwnAttention, TokenAttention, attention_as
-from vitlab.models.families import HEADS_COUNTED, head_vectors, kind_of, making_layers, mixing_layer
+from vitlab.models.families import HEADS_COUNTED, POST_NORM, head_vectors, kind_of, making_layers, mixing_layer
+from vitlab.models.left_out import LeftOut
 from vitlab.models.support import plain_linear
 
 
@@ -14,10 +15,15 @@ def _kept(parameter: Tensor, dim: int, index: Tensor) -> Tensor:
     return nn.Parameter(found, requires_grad=parameter.requires_grad) if isinstance(parameter, nn.Parameter) else found
 
 
-def _keep_rows(linear: nn.Linear, rows: Tensor, parts: int) -> None:
-    """Keep the same output rows of each of the parts that a Linear stacks."""
-    total = plain_linear(linear).out_features // parts
-    rows = torch.cat([rows + part * total for part in range(parts)])
+def _of(units: Tensor, width: int) -> Tensor:
+    """The places of units (U) that have so many each: (U width)."""
+    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
+
+
+def _keep_rows(linear: nn.Linear, units: Tensor, widths: Sequence[int]) -> None:
+    """Keep the output rows of some units, in each of the parts that a Linear stacks."""
+    count = plain_linear(linear).out_features // sum(widths)
+    rows = torch.cat([_of(units, width) + count * sum(widths[:part]) for part, width in enumerate(widths)])
     linear.weight = _kept(linear.weight, 0, rows)
     if linear.bias is not None:
         linear.bias = _kept(linear.bias, 0, rows)
@@ -26,12 +32,19 @@ def _keep_rows(linear: nn.Linear, rows: Tensor, parts: int) -> None:
 
 def keep_units(block: nn.Module, kind: str, kept: Sequence[int]) -> None:
     """Shrink a block to some of its heads or neurons: the rows that make them and the columns that mix them; q/k norms
-    are per d and stay as they are."""
+    are per d and stay as they are. To none of them: the sublayer leaves the block, with its norm where that comes
+    first."""
     mixing, width = mixing_layer(block, kind)
+    if not len(kept):
+        name, number = ("attn", 1) if kind == "heads" else ("mlp", 2)
+        setattr(block, name, LeftOut(plain_linear(mixing), width))
+        if not isinstance(block, POST_NORM):
+            setattr(block, f"norm{number}", nn.Identity())
+        return
     units = torch.tensor(kept, device=plain_linear(mixing).weight.device)
-    index = (units[:, None] * width + torch.arange(width, device=units.device)).flatten()       # (U' width)
-    for linear, parts in making_layers(block, kind):
-        _keep_rows(linear, index, parts)
+    index = _of(units, width)                                                   # (U' width)
+    for linear, widths in making_layers(block, kind):
+        _keep_rows(linear, units, widths)
     mixing.weight, mixing.in_features = _kept(mixing.weight, 1, index), len(index)
     if kind == "heads":
         _count_heads(block, units, index)
@@ -42,7 +55,8 @@ def _count_heads(block: nn.Module, heads: Tensor, index: Tensor) -> None:
     something for each head, which of the model's they are."""
     attn = block.attn
     for name, dim in head_vectors(attn).items():
-        setattr(attn, name, _kept(getattr(attn, name), dim, heads if dim else index))
+        whole = getattr(attn, name)
+        setattr(attn, name, _kept(whole, dim, _of(heads, whole.shape[dim] // attn.num_heads)))
     for name, count in (("num_heads", len(heads)), ("num_kv_heads", len(heads)), ("attn_dim", len(index)),
                         ("kv_dim", len(index))):
         if hasattr(attn, name):

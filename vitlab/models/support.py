@@ -8,6 +8,7 @@ from torch import nn
 from vitlab.models import families
 from vitlab.models.attention import TokenAttention
 from vitlab.models.families import ATTENTIONS, BLOCKS, HIDDEN, MODELS, PATCHES, kind_of, mixing_layer
+from vitlab.models.left_out import LeftOut
 from vitlab.plan.shape import ViTShape
 from vitlab.runtime.files import InputError
 
@@ -90,21 +91,22 @@ def refuse(model: nn.Module) -> str | None:
                 + (f": {why}" if why else f"; {', '.join(kind.__name__ for kind in MODELS)} are"))
     if not len(model.blocks):
         return f"{name} has no blocks"
+    first: dict[int, type[nn.Module] | None] = {}       # kind of block, attention and MLP that the first one has
     for index, wrapped in enumerate(model.blocks):
         block = attention_block(wrapped)
         if type(block) not in BLOCKS:
             return f"{name} has a {type(block).__name__} at block {index}; attention, then an MLP is needed"
-        if type(block.attn) not in ATTENTIONS and not isinstance(block.attn, TokenAttention):
+        if type(block.attn) not in ATTENTIONS and not isinstance(block.attn, (TokenAttention, LeftOut)):
             return f"{name} has {type(block.attn).__name__} at block {index}; one of timm's attentions is needed"
         if getattr(block.attn, "gate", None) is not None:
             return f"{name} has a gated attention at block {index}; one without a gate is needed"
         if getattr(block.attn, "num_kv_groups", 1) > 1:
             return f"{name} has heads that share keys and values at block {index}; keys and values of each are needed"
-        first = attention_block(model.blocks[0])
-        for part, like in ((block, first), (block.attn, first.attn), (block.mlp, first.mlp)):
-            if kind_of(part, KINDS) is not kind_of(like, KINDS):
+        for place, part in enumerate((block, block.attn, block.mlp)):
+            if not isinstance(part, LeftOut) and kind_of(part, KINDS) is not first.setdefault(place,
+                                                                                              kind_of(part, KINDS)):
                 return f"{name} has {type(part).__name__} at block {index}; all blocks of one kind are needed"
-        if type(block.mlp) not in HIDDEN:
+        if type(block.mlp) not in (*HIDDEN, LeftOut):
             return f"{name} has {type(block.mlp).__name__} at block {index}; one of timm's MLPs is needed"
     if not isinstance(model.patch_embed, PATCHES):
         return f"{name} has {type(model.patch_embed).__name__}; a patch embedding with a fixed grid is needed"
@@ -132,9 +134,10 @@ def classes_of(model: nn.Module) -> int:
     return model.head.out_features if isinstance(model.head, nn.Linear) else model.num_classes
 
 
-def units_of(block: nn.Module) -> tuple[int, int]:
+def units_of(block: nn.Module) -> tuple[int, ...]:
     """(heads, neurons) of a block."""
-    return block.attn.num_heads, mixing_layer(block, "neurons")[0].in_features
+    return tuple(mixing.in_features // width for mixing, width in (mixing_layer(block, "heads"),
+                                                                   mixing_layer(block, "neurons")))
 
 
 def sizes_of(model: nn.Module, num_heads: int, num_neurons: int) -> ViTShape:
@@ -152,7 +155,7 @@ def sizes_of(model: nn.Module, num_heads: int, num_neurons: int) -> ViTShape:
         patch_size=tuple(side // count for side, count in zip(embed.img_size, embed.grid_size)),
         in_chans=getattr(model, "in_chans", 3), embed_dim=model.embed_dim, depth=len(blocks),
         num_heads=num_heads, head_dim=mixing_layer(first, "heads")[1], num_neurons=num_neurons,
-        gated=sum(parts for _, parts in families.making_layers(first, "neurons")) > 1,
+        gated=sum(len(parts) for _, parts in families.making_layers(first, "neurons")) > 1,
         num_prefix_tokens=model.num_prefix_tokens, class_token=model.cls_token is not None,
         num_classes=classes_of(model) if whole is model else whole.num_classes,
         num_classifiers=len(classifiers) if isinstance(classifiers, tuple) else 1,
@@ -165,7 +168,8 @@ def sizes_of(model: nn.Module, num_heads: int, num_neurons: int) -> ViTShape:
 def shape_of(model: nn.Module) -> ViTShape:
     """Sizes of a dense supported model. Raises InputError for any other, a compressed one too."""
     check_supported(model)
-    sizes = {units_of(block) for block in map(attention_block, model.blocks)}
-    if is_merged(model) or len(sizes) > 1:
+    blocks = list(map(attention_block, model.blocks))
+    sizes = {units_of(block) for block in blocks}
+    if is_merged(model) or len(sizes) > 1 or not all(*sizes) or any(hasattr(b.attn, "qk_width") for b in blocks):
         raise InputError("the model is already compressed; the dense one is needed here")
     return sizes_of(model, *sizes.pop())

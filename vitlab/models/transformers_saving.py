@@ -12,8 +12,9 @@ from timm.layers import GELU, GELUTanh, GluMlp, QuickGELU, SwiGLU
 from torch import Tensor, nn
 
 from vitlab.models.create import from_weights
+from vitlab.models.families import mixing_layer, query_width
 from vitlab.models.hub import CONFIG, PREPARED, WEIGHTS, settings_of
-from vitlab.models.support import classes_of, is_merged
+from vitlab.models.support import classes_of, is_merged, units_of
 from vitlab.models.transformers_folder import RESAMPLE, config_of, converted, dino2_neurons
 from vitlab.models.transformers_names import from_timm, pairs, timms
 from vitlab.models.weights import read_state
@@ -92,15 +93,18 @@ def _check_alike(model: nn.Module, model_type: str) -> None:
     """InputError naming the first block that the configuration, one for all blocks, has no words for."""
     if is_merged(model):
         raise InputError(f"tokens are merged or selected in blocks; transformers' {model_type} has no words for that")
-    first = model.blocks[0]
+    first = units_of(model.blocks[0])[1]
     for index, block in enumerate(model.blocks):
-        heads, width = block.attn.num_heads, block.attn.head_dim
+        (heads, neurons), width = units_of(block), mixing_layer(block, "heads")[1]
         if heads * width != model.embed_dim:
             raise InputError(f"block {index} has {heads} heads of {width}; in transformers' {model_type} all heads "
                              f"together are as wide as the model, {model.embed_dim}")
-        if block.mlp.fc2.in_features != first.mlp.fc2.in_features:
-            raise InputError(f"block {index} has {block.mlp.fc2.in_features} neurons, block 0 has "
-                             f"{first.mlp.fc2.in_features}; transformers' {model_type} has one number for all blocks")
+        if query_width(block.attn) < width:
+            raise InputError(f"block {index} has queries and keys of {query_width(block.attn)}; transformers' "
+                             f"{model_type} has none narrower than values, {width}")
+        if neurons != first or not neurons:
+            raise InputError(f"block {index} has {neurons} neurons, block 0 has {first}; transformers' {model_type} "
+                             "has one number for all blocks, of at least 1")
 
 
 def _configuration(model: nn.Module, model_type: str, names: Collection[str]) -> dict[str, Any]:

@@ -42,6 +42,8 @@ class Counts:
     queried: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     # bool: the ranking has weights of its own
     ranks_anew: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=bool))
+    # of each head's queries and keys; 0: as wide as its values
+    widths: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
 
     def __post_init__(self) -> None:
         if not self.queried.size:
@@ -54,6 +56,7 @@ def counts_of(plan: CompressionPlan) -> Counts:
     heads = [shape.num_heads if b.heads is None else len(b.heads) for b in plan.blocks]
     rank = [{"": 0, "kept": kept, "all": shape.num_heads}[f.ranked_by] for f, kept in zip(flows, heads)]
     return Counts(heads=np.array(heads), ranking=np.array(rank),
+                  widths=np.array([b.qk_width or shape.head_dim for b in plan.blocks]),
                   ranks_anew=np.array([f.ranked_by == "all" for f in flows]),
                   queried=np.array([f.attended if f.queried is None else f.queried for f in flows]),
                   neurons=np.array([shape.num_neurons if b.neurons is None else len(b.neurons) for b in plan.blocks]),
@@ -95,11 +98,12 @@ def macs_of(shape: ViTShape, counts: Counts, form: str = "deployed") -> dict[str
     """MACs per image (...) by part (PARTS), and their sum under "total". Raises InputError for an unknown form.
 
     Per block with C tokens in the attention, Q of them asking (all, but for a block that reads out), C' in the MLP,
-    attention width w = heads * d, M neurons: qkv 3 C D w, attention 2 Q C w, proj Q w D, mlp 2 C' D M (3 where neurons
+    attention width w = heads * d, and w' = heads * d' of queries and keys where these are narrower, M neurons: qkv
+    C D (2 w' + w), attention Q C (w' + w), proj Q w D, mlp 2 C' D M (3 where neurons
     are gated); a ranking by
     heads of width r C r, or, with weights of its own, 2 D r + C heads D (q/k norm: D r + C D r + C r); regions that
     share an update scale each of their n patches, n D; matching r of n tokens compares (n / 2)^2 keys and the class
-    token's with all, w each, and scales r + n / 2 rows; where tokens are turned by place, a product of patches and
+    token's with all, w' each, and scales r + n / 2 rows; where tokens are turned by place, a product of patches and
     merged tokens 2 d wide. form "training" adds C N D for each merge and each reconstruct;
     "deployed" adds the folded products instead: (C_l + p_l) (C_k + p_k) D between two blocks, p tokens carried around
     them. Inside a span no matrix stands between two blocks.
@@ -107,11 +111,12 @@ def macs_of(shape: ViTShape, counts: Counts, form: str = "deployed") -> dict[str
     if form not in FORMS:
         raise InputError(f"form {form!r} is not known; known are {list(FORMS)}")
     dim, everything, c = shape.embed_dim, shape.num_tokens, counts
-    width = c.heads * shape.head_dim                                            # (..., L)
+    width, each = c.heads * shape.head_dim, np.where(c.widths, c.widths, shape.head_dim)       # (..., L)
+    keyed = c.heads * each                                                      # all queries, or all keys
     wide = c.ranking * shape.head_dim
     anew = wide * (dim + c.attended * (dim + 1)) if shape.qk_norm else dim * (2 * wide + c.attended * c.ranking)
-    ranking = np.where(c.ranks_anew, anew, c.attended * wide)
-    blocks = {"qkv": 3 * c.attended * dim * width, "attention": 2 * c.queried * c.attended * width,
+    ranking = np.where(c.ranks_anew, anew, c.attended * c.ranking * each)
+    blocks = {"qkv": c.attended * dim * (2 * keyed + width), "attention": c.queried * c.attended * (keyed + width),
               "proj": c.queried * width * dim,
               "mlp": (3 if shape.gated else 2) * c.in_mlp * dim * c.neurons, "select": ranking}
     parts = {name: blocks[name].sum(axis=-1) if name in blocks else np.zeros(width.shape[:-1], dtype=np.int64)
@@ -121,7 +126,7 @@ def macs_of(shape: ViTShape, counts: Counts, form: str = "deployed") -> dict[str
     parts["decoder" if shape.decoder else "classifier"] += _head_macs(shape)
     if form != "published":
         turning = 2 * shape.head_dim * shape.rotary
-        parts["merge"] = (c.pooled.sum(axis=-1) * dim + (c.compared * width).sum(axis=-1)
+        parts["merge"] = (c.pooled.sum(axis=-1) * dim + (c.compared * keyed).sum(axis=-1)
                           + c.turned.sum(axis=-1) * turning)
     if form == "training":
         parts["reconstruct"] = (c.reconstructs * c.attended).sum(axis=-1) * everything * dim

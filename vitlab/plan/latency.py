@@ -15,12 +15,13 @@ from vitlab.plan.cost import Counts, previous, rows_of
 from vitlab.plan.shape import POOL_TOKEN, ViTShape, require
 from vitlab.runtime.files import InputError, atomic_write, read_json
 
-FORMAT, VERSION = "vitlab.plan.latency", 2
+FORMAT, VERSION = "vitlab.plan.latency", 3
 AXES = {"stem": ("tokens",), "attention": ("tokens", "heads"), "select": ("tokens", "ranking heads"),
         "mlp": ("tokens", "neurons"), "fold": ("rows", "columns"), "carry": ("rows",), "pool": ("tokens",),
-        "match": ("tokens",), "head": ("tokens",), "read_out": ("tokens", "heads")}
-# a model without a class token selects none; one of few patches matches none
-OPTIONAL = {"select", "match", "read_out"}
+        "match": ("tokens",), "head": ("tokens",), "read_out": ("tokens", "heads"),
+        "narrow": ("tokens", "heads", "widths")}
+# a model without a class token selects none; one of few patches matches none; queries that are turned stay wide
+OPTIONAL = {"select", "match", "read_out", "narrow"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,7 +30,8 @@ class LatencyTable:
 
     stem: embedding of patches and positions; attention, mlp: the halves of a block, with norm and residual; select:
     ranking and choice of tokens; pool: means of regions, and what their tokens share; match: merging alike tokens;
-    read_out: an attention in which the prefix tokens alone ask; fold: a matrix (rows, columns) over the tokens;
+    read_out: an attention in which the prefix tokens alone ask (narrow or not); narrow: one whose queries and keys have
+    fewer widths than its values; fold: a matrix (rows, columns) over the tokens;
     carry: tokens split off before a block and joined again after it; head: norm, pooling, classifier.
     """
 
@@ -76,15 +78,17 @@ class LatencyTable:
         c = Counts(**dict(zip(vars(counts), np.broadcast_arrays(*vars(counts).values()))))
         require(c.heads.shape[-1] == self.shape.depth,
                 f"counts of {c.heads.shape[-1]} blocks; the table is for {self.shape.depth}")
-        everything, always = self.shape.num_tokens, np.ones(c.heads.shape, dtype=bool)
+        everything, whole = self.shape.num_tokens, np.ones(c.heads.shape[:-1], dtype=bool)
         rows, state = rows_of(c, everything)
         wanted = self.shape.num_prefix_tokens if self.shape.pool == POOL_TOKEN else everything
         last, end = c.reconstructs[..., -1], state[..., -1]
-        asked, shares = c.queried == c.attended, (c.pooled > 0) & (c.compared == 0)
-        parts = {"attention": self._at("attention", asked, c.attended, c.heads),
-                 "read_out": self._at("read_out", ~asked, c.attended, c.heads),
+        asked, shares, attends = c.queried == c.attended, (c.pooled > 0) & (c.compared == 0), c.heads > 0
+        narrow = asked & attends & (c.widths > 0) & (c.widths < self.shape.head_dim)
+        parts = {"attention": self._at("attention", asked & attends & ~narrow, c.attended, c.heads),
+                 "narrow": self._at("narrow", narrow, c.attended, c.heads, c.widths),
+                 "read_out": self._at("read_out", ~asked & attends, c.attended, c.heads),
                  "select": self._at("select", c.ranking > 0, c.attended, c.ranking),
-                 "mlp": self._at("mlp", always, c.in_mlp, c.neurons),
+                 "mlp": self._at("mlp", c.neurons > 0, c.in_mlp, c.neurons),
                  "fold": self._at("fold", c.merges | previous(c.reconstructs, False), rows,
                                   previous(state, everything)),
                  "carry": self._at("carry", c.carried > 0, rows),
@@ -92,11 +96,11 @@ class LatencyTable:
                  "match": self._at("match", c.compared > 0, c.attended)}
         parts = {part: ms.sum(axis=-1) for part, ms in parts.items()}           # (...)
         parts["fold"] = parts["fold"] + self._at("fold", last, wanted, end)
-        parts["stem"] = self._at("stem", always[..., 0], everything)
+        parts["stem"] = self._at("stem", whole, everything)
         # Every token is left by a block that shares an update, and given back after matching, unless it is read out.
         matched = (c.compared > 0).any(axis=-1) & asked[..., -1]
         left = np.where(matched, everything, end)
-        parts["head"] = self._at("head", always[..., 0], np.where(last, wanted, left))
+        parts["head"] = self._at("head", whole, np.where(last, wanted, left))
         return {part: self.scale * parts[part] for part in AXES}
 
     def predict(self, counts: Counts) -> np.ndarray:

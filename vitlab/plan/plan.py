@@ -14,28 +14,43 @@ from vitlab.plan.rules import TOKEN_RULES, Flow, MergeReconstruct, TokenRule, wh
 from vitlab.plan.shape import FAMILY, ViTShape, is_int, require
 from vitlab.runtime.files import InputError, atomic_write, read_json
 
-FORMAT, VERSION = "vitlab.plan", 1
+FORMAT, VERSIONS = "vitlab.plan", (1, 2)         # 2: sublayers left out, widths of queries
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockPlan:
     """What stays of one block; None means all of it."""
 
-    heads: tuple[int, ...] | None = None        # heads that stay, ascending
-    neurons: tuple[int, ...] | None = None      # neurons that stay, ascending
+    heads: tuple[int, ...] | None = None        # heads that stay, ascending; (): the attention is left out
+    neurons: tuple[int, ...] | None = None      # neurons that stay, ascending; (): the MLP is left out
+    qk_width: int | None = None                 # of each head's queries and keys; None: as wide as its values
     tokens: TokenRule | None = None             # how the block's tokens are taken in and given back
 
+    def leaves_out(self, kind: str) -> bool:
+        """Whether the whole attention ("heads") or MLP ("neurons") goes."""
+        kept = getattr(self, kind)
+        return kept is not None and not len(kept)
+
+    @property
+    def version(self) -> int:
+        """Of the file format that it takes: the first that has words for it."""
+        return 2 if self.qk_width is not None or any(map(self.leaves_out, ("heads", "neurons"))) else 1
+
     def check(self, shape: ViTShape) -> None:
-        """InputError where an index is out of the model's range, repeated or unordered, or nothing stays."""
+        """InputError where an index is out of the model's range, repeated or unordered."""
         for name, count in (("heads", shape.num_heads), ("neurons", shape.num_neurons)):
             kept = getattr(self, name)
             if kept is None:
                 continue
             if len(kept) < count:
                 shape.check_cut(name)
-            require(len(kept) > 0, f"{name} is empty; at least one must stay")
             require(all(is_int(k) and 0 <= k < count for k in kept), f"{name} must be integers from 0 to {count - 1}")
             require(list(kept) == sorted(set(kept)), f"{name} must ascend without repeats")
+        if self.qk_width is not None:
+            require(is_int(self.qk_width) and 1 <= self.qk_width < shape.head_dim, f"qk_width is {self.qk_width!r}; an "
+                    f"integer from 1 to {shape.head_dim - 1} is needed, or null for all {shape.head_dim}")
+            require(not self.leaves_out("heads"), "qk_width is of heads, and none stays; null is needed")
+            shape.check_cut("widths")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +99,7 @@ class CompressionPlan:
         require(not wrong, "the plan is for another model; this one has " + ", ".join(wrong))
         # refuses what ranks by a class token that is not there, and cuts what can't be cut
         dataclasses.replace(self, shape=dataclasses.replace(
-            self.shape, fixed=shape.fixed, rotary=shape.rotary,
+            self.shape, fixed=shape.fixed, rotary=shape.rotary, qk_norm=shape.qk_norm,
             class_token=self.shape.class_token and shape.class_token))
 
     def rules(self) -> list[tuple[TokenRule | None, int]]:
@@ -117,6 +132,9 @@ class CompressionPlan:
                     flow = rule.inside(self.shape, place)
                 else:
                     flow = rule.flow(self.shape, before.after)
+                require(not self.blocks[index].leaves_out("heads") or not (flow.compared or flow.ranked_by),
+                        f"tokens are {'selected' if flow.ranked_by else 'matched'} by the attention, which is left out "
+                        "of this block (heads is empty); a rule that needs none, or a head, is needed")
                 self._check_follows(flow, before)
                 require(flow.queried is None or index + 1 == len(self.blocks),
                         "tokens are read out, but another block follows; only the last block can read out")
@@ -151,8 +169,10 @@ class CompressionPlan:
             if fields.get("span") == 1:                                         # as files were before there were spans
                 del fields["span"]
             return {"kind": rule.kind, **fields}
-        blocks = [{"heads": b.heads, "neurons": b.neurons, "tokens": tokens(b.tokens)} for b in self.blocks]
-        lines = [f'  "format": "{FORMAT}",', f'  "version": {VERSION},',
+        blocks = [{"heads": b.heads, "neurons": b.neurons,
+                   **({} if b.qk_width is None else {"qk_width": b.qk_width}), "tokens": tokens(b.tokens)}
+                  for b in self.blocks]
+        lines = [f'  "format": "{FORMAT}",', f'  "version": {max(b.version for b in self.blocks)},',
                  f'  "shape": {json.dumps(self.shape.stored())},',
                  f'  "made_by": {json.dumps(self.made_by)},', '  "blocks": [']
         for index, block in enumerate(blocks):
@@ -166,12 +186,15 @@ class CompressionPlan:
         """Build from parsed JSON. Raises InputError that begins with `where` and names the block and field."""
         try:
             require(isinstance(data, dict) and data.get("format") == FORMAT, f'"format" must be "{FORMAT}"')
-            require(data.get("version") == VERSION,
-                    f"version {data.get('version')!r} is not known; this vitlab reads version {VERSION}")
+            require(data.get("version") in VERSIONS, f"version {data.get('version')!r} is not known; this vitlab reads "
+                    f"versions {' and '.join(map(str, VERSIONS))}")
             require(isinstance(data.get("blocks"), list), '"blocks" must be a list')
             require(isinstance(data.get("made_by", {}), dict), '"made_by" must be an object')
             shape = _build(ViTShape, data.get("shape"), "shape")
             blocks = tuple(_block_from_json(block, f"block {i}") for i, block in enumerate(data["blocks"]))
+            for index, block in enumerate(blocks):
+                require(block.version <= data["version"], f"block {index}: no head or no neuron stays, or qk_width is "
+                        f"given, which version {data['version']} has no words for; version {block.version} is needed")
             return cls(shape=shape, blocks=blocks, made_by=data.get("made_by", {}))
         except InputError as error:
             raise InputError(f"{where}: {error}") from None

@@ -26,20 +26,18 @@ def kept_counts(plans: Mapping[str, CompressionPlan]) -> Figure:
 
 
 def plan_bars(plans: Mapping[str, CompressionPlan]) -> Figure:
-    """What stays per block, in percent of the dense model: heads, neurons, tokens in the attention; a bar per plan."""
-    figure, axes = new_axes(3, 1, 9.4, 1.8)
-    kept: list[dict[str, np.ndarray]] = [{}, {}, {}]                            # of heads, neurons and tokens
-    for name, plan in plans.items():
-        shape = plan.shape
-        heads = [shape.num_heads if b.heads is None else len(b.heads) for b in plan.blocks]
-        neurons = [shape.num_neurons if b.neurons is None else len(b.neurons) for b in plan.blocks]
-        counts = ((heads, shape.num_heads), (neurons, shape.num_neurons), (plan.tokens_per_block(), shape.num_tokens))
-        for each, (count, whole) in zip(kept, counts):
-            each[name] = 100 * np.array(count) / whole
+    """What stays per block, in percent of the dense model: heads, neurons, tokens in the attention, and, where a plan
+    cuts them, widths of queries and keys; a bar per plan. 0: the attention or MLP is left out."""
+    counts = {name: cost.counts_of(plan) for name, plan in plans.items()}
+    kinds = {"heads\nkept (%)": ("heads", "num_heads"), "neurons\nkept (%)": ("neurons", "num_neurons"),
+             "tokens in\nattention (%)": ("attended", "num_tokens")}
+    if any(block.qk_width for plan in plans.values() for block in plan.blocks):
+        kinds["widths of\nqueries (%)"] = ("widths", "head_dim")
+    figure, axes = new_axes(len(kinds), 1, 9.4, 1.8)
     depth = max((plan.shape.depth for plan in plans.values()), default=1)
-    labels = ("heads\nkept (%)", "neurons\nkept (%)", "tokens in\nattention (%)")
-    for axis, each, label in zip(axes[:, 0], kept, labels):
-        bars(axis, each)
+    for axis, (label, (count, whole)) in zip(axes[:, 0], kinds.items()):
+        bars(axis, {name: 100 * getattr(counts[name], count) / getattr(plan.shape, whole)
+                    for name, plan in plans.items()})
         axis.set(ylabel=label, ylim=(0, 100), xlim=(-0.6, depth - 0.4), xticks=range(depth), yticks=(0, 50, 100))
     axes[-1, 0].set_xlabel("block")
     legend_above(figure, *axes[0, 0].get_legend_handles_labels())
@@ -55,11 +53,12 @@ def compare_plans(plans: Mapping[str, CompressionPlan], note: str = "") -> Figur
     whole = macs["dense"]["total"]
     scale, unit = (1e9, "G") if whole >= 1e9 else (1e6, "M")
     height = 0.9 + 0.34 * len(macs)                                             # inches
-    rows = figure.add_gridspec(4, 1, height_ratios=(1.2, 1.2, 1.2, height))
-    figure.set_size_inches(9.4, 3.6 + height + 1.6)
+    count = len(figure.axes)
+    rows = figure.add_gridspec(count + 1, 1, height_ratios=(*(1.2,) * count, height))
+    figure.set_size_inches(9.4, 1.2 * count + height + 1.6)
     for axis, row in zip(figure.axes, rows):
         axis.set_subplotspec(row)
-    axis = figure.add_subplot(rows[3])
+    axis = figure.add_subplot(rows[count])
     # a part of no plan keeps its colour
     widths = {part: np.array([parts[part] for parts in macs.values()]) / scale for part in cost.PARTS}      # (plans)
     shown = {part: each for part, each in widths.items() if each.any()}

@@ -16,38 +16,39 @@ LEVELS = 4                      # ratios at which a dimension is measured: each 
 Curve = Sequence[tuple[float, float]]           # (ratio > 0, loss >= 0) of a dimension that is cut alone
 
 
-def _steps(space: SearchSpace) -> list[np.ndarray]:
-    """The ratios tried in each dimension (D), ascending from 0; of units no count twice, each in its middle."""
-    even = np.repeat(np.linspace(0, space.max_ratio, STEPS + 1)[:, None], space.size, axis=1)
-    return [np.unique(column) for column in space.from_even(even).T]
-
-
 def levels(space: SearchSpace, count: int = LEVELS) -> list[list[float]]:
     """Up to `count` ratios at which each dimension (D) is measured alone: evenly from above 0 to the most it may cut;
-    of few heads, every number that may go."""
+    of few heads, every number that may go; and 1, where all may."""
     def of(steps: np.ndarray) -> list[float]:
-        places = -(-np.arange(count + 1) * (len(steps) - 1) // count)           # rounded up
-        return steps[np.unique(places)[1:]].tolist()
-    return [of(steps) for steps in _steps(space)]
+        some = int((steps < 1).sum())
+        places = -(-np.arange(count + 1) * (some - 1) // count)                 # rounded up
+        return steps[np.unique([*places, len(steps) - 1])[1:]].tolist()
+    return [of(steps) for steps in space.steps(STEPS + 1)]
 
 
 def _loss(curve: Curve) -> Callable[[np.ndarray], np.ndarray]:
     """Ratios -> losses between those measured (Fritsch and Carlson's monotone cubics); never falling, so that noise
-    makes no cut a gain; NaN beyond the last. 0 in a dimension that can't be cut."""
+    makes no cut a gain; NaN beyond the last. 0 in a dimension that can't be cut. Of ratio 1 the loss is its own: a
+    sublayer that is replaced by its mean may lose less than one of which little is left."""
     if not len(curve):
         return np.zeros_like
-    ratios, losses = np.array([(0.0, 0.0), *sorted(curve)]).T
-    return PchipInterpolator(ratios, np.maximum.accumulate(losses), extrapolate=False)
+    ratios, losses = np.array([(0.0, 0.0), *sorted(point for point in curve if point[0] < 1)]).T
+    whole = dict(curve).get(1, np.nan)
+    some = (PchipInterpolator(ratios, np.maximum.accumulate(losses), extrapolate=False) if len(ratios) > 1
+            else lambda asked: np.where(asked > 0, np.nan, 0.0))
+    return lambda asked: np.where(asked < 1, some(asked), whole)
 
 
 def summed_losses(space: SearchSpace, curves: Sequence[Curve]) -> Callable[[np.ndarray], np.ndarray]:
     """What the dimensions of each group, in order of first appearance, lose together by their curves: policies (P, D)
     -> (P, G); beyond a curve's end, what it loses there."""
-    losses, ends = [_loss(curve) for curve in curves], [max(curve, default=(0.0, 0.0))[0] for curve in curves]
+    losses, whole = [_loss(curve) for curve in curves], [1 in dict(curve) for curve in curves]
+    ends = [max((ratio for ratio, _ in curve if ratio < 1), default=0.0) for curve in curves]
     member = members(space).T.copy()                                            # (D, G)
 
     def summed(policies: np.ndarray) -> np.ndarray:
-        return np.stack([loss(ratios) for loss, ratios in zip(losses, np.minimum(policies, ends).T)], axis=1) @ member
+        known = np.where((policies == 1) & whole, 1, np.minimum(policies, ends))
+        return np.stack([loss(ratios) for loss, ratios in zip(losses, known.T)], axis=1) @ member
     return summed
 
 
@@ -59,7 +60,7 @@ def allocate(space: SearchSpace, budget: Budget, curves: Sequence[Curve]) -> np.
     what a head costs depends on the tokens. Raises InputError where the budget can't be met.
     """
     require(len(curves) == space.size, f"there are {len(curves)} curves; this space has {space.size} dimensions")
-    steps = _steps(space)
+    steps = space.steps(STEPS + 1)
     where, ratios = np.repeat(np.arange(space.size), list(map(len, steps))), np.concatenate(steps)      # (S) each
     losses = np.concatenate([_loss(curve)(ratios) for curve, ratios in zip(curves, steps)])
     policy, lost = np.zeros(space.size), np.zeros(space.size)

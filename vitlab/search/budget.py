@@ -10,7 +10,7 @@ from vitlab.search.space import SearchSpace
 
 TOLERANCE = 0.02                                # published
 BISECTIONS = 24                                 # of a path of length 3: to 2e-7 of a ratio
-FINENESS = {"heads": 0, "tokens": 1, "neurons": 2}      # by how little one unit costs
+FINENESS = {"heads": 0, "tokens": 1, "widths": 2, "neurons": 3}      # by how little one unit costs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +75,11 @@ class Budget:
         """
         def path(t: np.ndarray) -> np.ndarray:
             t = t[:, None]
-            most = np.where(policies > 0, self.max_ratio, policies)
-            scaled = np.minimum(policies / np.maximum(1 - t, 1e-12), self.max_ratio)
-            return np.select([t < 0, t < 1], [policies * (1 + t), scaled], most + (t - 1) * (self.max_ratio - most))
+            most = np.where(policies > 0, highest, policies)
+            scaled = np.minimum(policies / np.maximum(1 - t, 1e-12), highest)
+            return np.select([t < 0, t < 1], [policies * (1 + t), scaled], most + (t - 1) * (highest - most))
 
-        count = len(policies)
+        count, highest = len(policies), np.maximum(policies, self.max_ratio)    # above it: a sublayer is left out
         within, beyond = self._fitting(path, -1.0, 2.0, count)
         place = np.argsort(np.argsort([FINENESS.get(group, 0) for group in self.groups or [""] * self.size],
                                       kind="stable"))
@@ -96,6 +96,7 @@ class Budget:
                 projected[short] = self._between(given_back, projected[short])
             short = ~self.meets(projected)
             if short.any():
-                taken = self._between(beyond[short], np.where(mine, self.max_ratio, beyond[short]))
+                taken = self._between(beyond[short], np.where(mine, highest[short], beyond[short]))
                 projected[short] = np.where(self.meets(taken)[:, None], taken, projected[short])
+        projected = np.where(projected > self.max_ratio, 1, projected)          # there is nothing between the two
         return projected, self.meets(projected)

@@ -1,13 +1,13 @@
 """SearchSpace: the vector that a search proposes, and the counts and the plan that it stands for (methods B4, C2).
 
-A policy is a vector of ratios in [0, max_ratio]: neurons of each block, heads of each block, then the token dimensions.
-A ratio is the fraction cut, and int(count * (1 - ratio)) stay, rounded up to whole steps where counts go in steps:
-policies that change no count are the same policy.
+A policy is a vector of ratios in [0, max_ratio]: neurons of each block, heads of each block, widths of the queries and
+keys of each block's heads, then the token dimensions.
+A ratio is the fraction cut; policies that change no count are the same policy. Where sublayers may be left out, the
+ratios of heads and neurons may be 1, too.
 P policies, D dimensions, U of them units, L blocks.
 """
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,8 +20,8 @@ from vitlab.plan.rules import ReadOut
 from vitlab.plan.shape import ViTShape, require
 from vitlab.runtime.files import InputError
 from vitlab.search.token_dimensions import MergeTokens, token_dimensions
+from vitlab.search.unit_dimensions import KNOWN, UNITS, UnitDimensions, total_of
 
-UNITS = ("neurons", "heads")
 MAX_RATIO = 0.5                                 # published
 
 
@@ -30,21 +30,21 @@ class SearchSpace:
     """Which dimensions are searched, for a dense model of one shape. Raises InputError for unknown or no dimensions."""
 
     shape: ViTShape
-    units: tuple[str, ...] = UNITS              # of "neurons", "heads"
+    units: tuple[str, ...] = UNITS              # of "neurons", "heads", "widths" (of queries and keys)
     tokens: str = "select"                      # a name of TOKEN_DIMENSIONS
     max_ratio: float = MAX_RATIO                # most that a ratio may cut, (0, 1)
     read_out: bool = False                      # whether the last block computes what the classifier reads alone
     settings: dict[str, Any] = field(default_factory=dict)      # of the token dimensions, such as prune_rate
     multiple: int = 1                           # what stays is a multiple of so many neurons, or widths of heads
+    sublayers: bool = False                     # whether all heads, or all neurons, of a block may go
 
     def __post_init__(self) -> None:
-        odd = sorted(set(self.units) - set(UNITS))
-        if odd:
-            raise InputError(f"units {odd[0]!r} are not known; known are {list(UNITS)}")
         require(self.multiple >= 1, f"multiple is {self.multiple}; at least 1 is needed")
         require(0 < self.max_ratio < 1, f"max_ratio is {self.max_ratio}; it must lie in (0, 1)")
-        # what the model can't lose is not searched
-        object.__setattr__(self, "units", tuple(u for u in UNITS if u in self.units and self.shape.cuts(u)))
+        cut = UnitDimensions(shape=self.shape, units=self.units, max_ratio=self.max_ratio, multiple=self.multiple,
+                             sublayers=self.sublayers)
+        object.__setattr__(self, "_cut", cut)
+        object.__setattr__(self, "units", cut.units)
         if not self.shape.cuts("tokens"):
             object.__setattr__(self, "tokens", "none")
             object.__setattr__(self, "read_out", False)
@@ -63,11 +63,11 @@ class SearchSpace:
     @cached_property
     def names(self) -> list[str]:
         """One name per dimension: its group and the block, as in "heads 3"."""
-        return [f"{unit} {block}" for unit in self.units for block in range(self.shape.depth)] + self._tokens.names
+        return self._cut.names + self._tokens.names
 
     @property
     def groups(self) -> list[str]:
-        """The group of each dimension: "neurons", "heads" or "tokens"."""
+        """The group of each dimension: "neurons", "heads", "widths" or "tokens"."""
         return [name.split(" ")[0] for name in self.names]
 
     @property
@@ -79,56 +79,34 @@ class SearchSpace:
     def size(self) -> int:
         return len(self.names)
 
+    @cached_property
+    def _most(self) -> np.ndarray:
+        """The largest ratio of each dimension (D)."""
+        return np.concatenate([self._cut.most, np.full(len(self._tokens.names), self.max_ratio)])
+
     def check(self, policies: np.ndarray) -> np.ndarray:
         """Policies as a float array (P, D). Raises InputError naming the dimension that is out of the box."""
         policies = np.atleast_2d(np.asarray(policies, dtype=np.float64))
         if policies.ndim > 2 or policies.shape[-1] != self.size:
             raise InputError(f"a policy of {policies.shape[-1]} numbers; this space has {self.size} dimensions")
-        wrong = np.argwhere(~((policies >= 0) & (policies <= self.max_ratio)))
+        wrong = np.argwhere(~((policies >= 0) & (policies <= self._most)))
         if len(wrong):
             raise InputError(f"{self.names[wrong[0][1]]} is {policies[tuple(wrong[0])]}; it must lie in [0, "
-                             f"{self.max_ratio}]")
+                             f"{self._most[wrong[0][1]]:g}]")
         return policies
 
-    @cached_property
-    def _total(self) -> np.ndarray:
-        """Units of a kind that a block of the dense model has, (U)."""
-        totals = [getattr(self.shape, f"num_{unit}") for unit in self.units]
-        return np.repeat(np.array(totals, dtype=np.int64), self.shape.depth)
-
-    @cached_property
-    def _levels(self) -> np.ndarray:
-        """How many different counts of units the box allows, (U)."""
-        return self._gone(self._stay(np.full(len(self._total), self.max_ratio))) + 1
-
-    @cached_property
-    def _step(self) -> np.ndarray:
-        """Units that go together (U); what stays is whole steps, or everything."""
-        steps = {"neurons": self.multiple, "heads": self.multiple // math.gcd(self.multiple, self.shape.head_dim)}
-        return np.repeat(np.array([steps[unit] for unit in self.units], dtype=np.int64), self.shape.depth)
-
-    def _stay(self, ratios: np.ndarray) -> np.ndarray:
-        """Units that stay, at least one (methods B4): ratios (..., U) -> (..., U)."""
-        kept = np.maximum((self._total * (1 - ratios)).astype(np.int64), 1)
-        return np.minimum(-(-kept // self._step) * self._step, self._total)
-
-    def _gone(self, kept: np.ndarray) -> np.ndarray:
-        """How many counts above this one there are: (..., U) -> (..., U)."""
-        return -(-self._total // self._step) + -kept // self._step
-
-    def _middle(self, kept: np.ndarray) -> np.ndarray:
-        """The ratios in the middle of those with which so many units stay: (..., U) -> (..., U)."""
-        below = (-(-kept // self._step) - 1) * self._step                       # the next count
-        ratios = 1 - (below + kept + 2) / 2 / self._total
-        return np.where(kept == self._total, 0, np.clip(ratios, 0, self.max_ratio))
+    def _split(self, policies: np.ndarray) -> list[np.ndarray]:
+        """The ratios of units (P, U), and those of tokens (P, D - U)."""
+        return np.split(self.check(policies), [len(self._cut.total)], axis=1)
 
     def counts(self, policies: np.ndarray) -> Counts:
         """What stays in each block (P, L)."""
-        units, ratios = np.split(self.check(policies), [len(self._total)], axis=1)
+        units, ratios = self._split(policies)
         size = (len(units), self.shape.depth)
-        kept = {unit: np.full(size, getattr(self.shape, f"num_{unit}")) for unit in UNITS}
-        kept |= zip(self.units, self._stay(units).reshape(size[0], len(self.units), size[1]).swapaxes(0, 1))
-        token = self._tokens.counts(ratios)
+        kept = {unit: np.full(size, total_of(self.shape, unit)) for unit in KNOWN}
+        kept |= zip(self.units, self._cut.stay(units).reshape(size[0], len(self.units), size[1]).swapaxes(0, 1))
+        kept["widths"] = np.where(kept["heads"] > 0, kept["widths"], self.shape.head_dim)
+        token = self._tokens.counts(ratios, kept["heads"] > 0)
         every = self._tokens.ranked_by == "all"
         ranking = token.pop("ranks") * (self.shape.num_heads if every else kept["heads"])
         if self.read_out:
@@ -152,7 +130,7 @@ class SearchSpace:
     def keys(self, policies: np.ndarray) -> list[tuple[int, ...]]:
         """A tuple of counts per policy; equal for policies that are the same."""
         c = self.counts(policies)
-        rows = np.concatenate([c.neurons, c.heads, c.attended, c.in_mlp, c.carried], axis=1)
+        rows = np.concatenate([c.neurons, c.heads, c.widths, c.attended, c.in_mlp, c.carried], axis=1)
         return list(map(tuple, rows.tolist()))
 
     def even(self, policies: np.ndarray) -> np.ndarray:
@@ -162,16 +140,20 @@ class SearchSpace:
         In ratios, any above 0 cuts a head, so that the policies that keep all heads of a block are a corner of the box
         and a draw never hits it; here they are one part in as many as there are counts. Token ratios stay.
         """
-        units, tokens = np.split(self.check(policies), [len(self._total)], axis=1)
-        gone = self._gone(self._stay(units))
-        return np.concatenate([(gone + 0.5) / self._levels * self.max_ratio, tokens], axis=1)
+        units, tokens = self._split(policies)
+        return np.concatenate([self._cut.even(units), tokens], axis=1)
 
     def from_even(self, points: np.ndarray) -> np.ndarray:
         """The policies (P, D) of even coordinates: each ratio in the middle of those with its count."""
-        units, tokens = np.split(self.check(points), [len(self._total)], axis=1)
-        gone = np.minimum((units / self.max_ratio * self._levels).astype(np.int64), self._levels - 1)
-        kept = np.minimum((-(-self._total // self._step) - gone) * self._step, self._total)
-        return np.concatenate([self._middle(kept), tokens], axis=1)
+        units, tokens = self._split(points)
+        return np.concatenate([self._cut.from_even(units), tokens], axis=1)
+
+    def steps(self, count: int) -> list[np.ndarray]:
+        """Up to so many ratios of each dimension (D), ascending from 0 and evenly up to the most that may be cut; of
+        units no count twice, each in its middle; then 1, where all of them may go."""
+        even = np.repeat(np.linspace(0, self.max_ratio, count)[:, None], self.size, axis=1)
+        columns = [np.unique(column) for column in replace(self, sublayers=False).from_even(even).T]
+        return [np.append(column, 1.0) if most == 1 else column for column, most in zip(columns, self._most)]
 
     def features(self, policies: np.ndarray) -> np.ndarray:
         """What a model of the objective should see (P, D): even coordinates in [0, 1]."""
@@ -184,7 +166,7 @@ class SearchSpace:
         policy = self.check(np.asarray(policy))
         require(len(policy) == 1, f"a plan is of one policy; {len(policy)} were given")
         counts, depth = self.counts(policy), self.shape.depth
-        kept = {unit: [None] * depth for unit in UNITS}
+        kept: dict[str, list] = {unit: [None] * depth for unit in UNITS}
         for unit, scores in (("heads", heads), ("neurons", neurons)):
             if unit not in self.units:
                 continue
@@ -197,10 +179,11 @@ class SearchSpace:
             order = scores.argsort(dim=1, descending=True, stable=True).tolist()
             kept[unit] = [None if count == total else tuple(sorted(best[:count]))
                           for best, count in zip(order, getattr(counts, unit)[0].tolist())]
-        rules = self._tokens.rules(policy[0, len(self._total):], tokens)
+        widths = [None if width == self.shape.head_dim else width for width in counts.widths[0].tolist()]
+        rules = self._tokens.rules(policy[0, len(self._cut.total):], tokens, counts.heads > 0)
         rules = [*rules[:-1], ReadOut()] if self.read_out else rules
-        blocks = tuple(BlockPlan(heads=h, neurons=m, tokens=t)
-                       for h, m, t in zip(kept["heads"], kept["neurons"], rules))
+        blocks = tuple(BlockPlan(heads=h, neurons=m, qk_width=w, tokens=t)
+                       for h, m, w, t in zip(kept["heads"], kept["neurons"], widths, rules))
         return CompressionPlan(shape=self.shape, blocks=blocks, made_by=made_by or {})
 
     def policy(self, plan: CompressionPlan) -> np.ndarray:
@@ -212,12 +195,13 @@ class SearchSpace:
         """
         plan.check_fits(self.shape)
         wanted, found = counts_of(plan), np.zeros((1, self.size))
-        found[:, :len(self._total)] = self._middle(np.array([getattr(wanted, unit) for unit in self.units]).flatten())
+        units = np.array([getattr(wanted, unit) for unit in self.units]).flatten()
+        found[:, :len(units)] = np.minimum(self._cut.middle(units), self._cut.most)
         n, most = np.arange(1, self.shape.num_tokens + 1), self.max_ratio
         edges = 1 - np.arange(len(n) + 1)[:, None] / n                          # where k of n tokens stay
         edges = np.unique([0, most, *edges[(edges >= 0) & (edges <= most)]])
         ratios = np.array([0, *(edges[1:] + edges[:-1]) / 2, most])
-        for dimension in range(len(self._total), self.size):
+        for dimension in range(len(units), self.size):
             tried = np.repeat(found, len(ratios), axis=0)
             tried[:, dimension] = ratios
             given = vars(self.counts(tried))

@@ -126,7 +126,8 @@ class Study:
             was = known.get(key)
             if isinstance(now, dict) and isinstance(was, dict):
                 found += [f"{key}.{k} {was.get(k)}, now {now.get(k)}" for k in sorted({*now, *was})
-                          if was.get(k) != now.get(k) and (key, k) != ("settings", "evaluations")]
+                          # what is off, older files do not speak of
+                          if (was.get(k) or None) != (now.get(k) or None) and (key, k) != ("settings", "evaluations")]
             elif was != now:
                 found.append(f"{key} {was}, now {now}")
         return found

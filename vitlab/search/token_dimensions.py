@@ -44,16 +44,17 @@ class NoTokens:
         which = self.dimension()
         return [f"tokens {np.argmax(which == d)}" if self.per else "tokens" for d in range(which.max() + 1)]
 
-    def counts(self, ratios: np.ndarray) -> dict[str, np.ndarray]:
-        """Ratios (P, T) -> counts by name, each (P, L)."""
+    def counts(self, ratios: np.ndarray, attends: np.ndarray) -> dict[str, np.ndarray]:
+        """Ratios (P, T) -> counts by name, each (P, L). attends (P, L): whether a block has an attention; where it has
+        none, nothing is selected or matched."""
         size = (len(ratios), self.shape.depth)
         return {"attended": np.full(size, self.shape.num_tokens), "in_mlp": np.full(size, self.shape.num_tokens),
                 **{name: np.zeros(size, dtype=np.int64) for name in ("carried", "pooled", "compared")},
                 **{name: np.zeros(size, dtype=bool) for name in ("merges", "reconstructs", "ranks")}}
 
-    def rules(self, ratios: np.ndarray, scores: Tensor | None) -> list[TokenRule | None]:
+    def rules(self, ratios: np.ndarray, scores: Tensor | None, attends: np.ndarray) -> list[TokenRule | None]:
         """Token rule of each block for one policy's ratios (T); raw token scores (L, n) where tokens go by their
-        place. Raises InputError where these are needed and missing."""
+        place; attends (1, L) as above. Raises InputError where these are needed and missing."""
         return [None] * self.shape.depth
 
 
@@ -72,29 +73,29 @@ class SelectTokens(NoTokens):
         which[blocks] = range(len(blocks)) if self.per else 0
         return which
 
-    def _kept(self, ratios: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    def _kept(self, ratios: np.ndarray, attends: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
         """(block, tokens entering (P), tokens kept (P), prefix included) of each selection; where equal, none is:
         neither where K is all tokens, nor all but one, whose mean is itself."""
         steps, entering, which = [], np.full(len(ratios), self.shape.num_tokens), self.dimension()
         for block in select_blocks(self.shape.depth):
             kept = (entering * (1 - ratios[:, which[block]])).astype(np.int64)
             kept = np.maximum(kept, self.shape.num_prefix_tokens + 1)
-            kept = np.where(kept >= entering - 1, entering, kept)
+            kept = np.where((kept >= entering - 1) | ~attends[:, block], entering, kept)
             steps.append((block, entering, kept))
             entering = np.where(kept < entering, kept + 1, entering)
         return steps
 
-    def counts(self, ratios: np.ndarray) -> dict[str, np.ndarray]:
-        counts = super().counts(ratios)
-        for block, entering, kept in self._kept(ratios):
+    def counts(self, ratios: np.ndarray, attends: np.ndarray) -> dict[str, np.ndarray]:
+        counts = super().counts(ratios, attends)
+        for block, entering, kept in self._kept(ratios, attends):
             counts["ranks"][:, block] = kept < entering
             counts["in_mlp"][:, block:] = np.where(kept < entering, kept + 1, entering)[:, None]
             counts["attended"][:, block + 1:] = counts["in_mlp"][:, [block]]
         return counts
 
-    def rules(self, ratios: np.ndarray, scores: Tensor | None) -> list[TokenRule | None]:
+    def rules(self, ratios: np.ndarray, scores: Tensor | None, attends: np.ndarray) -> list[TokenRule | None]:
         rules: list[TokenRule | None] = [None] * self.shape.depth
-        for block, (entering,), (kept,) in self._kept(ratios[None]):
+        for block, (entering,), (kept,) in self._kept(ratios[None], attends):
             if kept < entering:
                 rules[block] = Select(kept=int(kept) - self.shape.num_prefix_tokens, ranked_by=self.ranked_by)
         return rules
@@ -136,16 +137,16 @@ class MergeTokens(NoTokens):
         centers = np.maximum((n * (1 - np.where(which < 0, 0.0, ratios[..., which]))).astype(np.int64), 1)
         return centers, np.minimum(int(n * self.prune_rate), n - centers)
 
-    def counts(self, ratios: np.ndarray) -> dict[str, np.ndarray]:
+    def counts(self, ratios: np.ndarray, attends: np.ndarray) -> dict[str, np.ndarray]:
         (centers, pruned), n = self._centers_pruned(ratios), self.shape.num_patches
         inside, cut = centers + self.shape.num_prefix_tokens, centers < n
-        counts = super().counts(ratios) | {"attended": inside, "in_mlp": inside.copy()}
+        counts = super().counts(ratios, attends) | {"attended": inside, "in_mlp": inside.copy()}
         if self.share:
             return counts | {"pooled": cut * (n - pruned)}
         begins, ends = (np.isin(np.arange(self.shape.depth), edges) for edges in zip(*self.spans))
         return counts | {"carried": pruned, "merges": cut & begins, "reconstructs": cut & ends}
 
-    def rules(self, ratios: np.ndarray, scores: Tensor | None) -> list[TokenRule | None]:
+    def rules(self, ratios: np.ndarray, scores: Tensor | None, attends: np.ndarray) -> list[TokenRule | None]:
         depth, n = self.shape.depth, self.shape.num_patches
         given = None if scores is None else tuple(scores.shape)
         if scores is None or given != (depth, n):
@@ -186,24 +187,25 @@ class MatchTokens(NoTokens):
         which[depth // 4:max(3 * depth // 4, 1)] += not self.per                # -1 becomes 0
         return which
 
-    def left(self, ratios: np.ndarray) -> np.ndarray:
+    def left(self, ratios: np.ndarray, attends: np.ndarray) -> np.ndarray:
         """Tokens (P, L + 1) that enter each block and leave the last, prefix tokens not counted."""
         left = [np.full(len(ratios), self.shape.num_patches)]
-        for d in self.dimension():
+        for block, d in enumerate(self.dimension()):
             now = left[-1]
-            left.append(np.maximum((now * (1 - ratios[:, d])).astype(np.int64), now - now // 2) if d >= 0 else now)
+            fewer = np.maximum((now * (1 - ratios[:, d])).astype(np.int64), now - now // 2) if d >= 0 else now
+            left.append(np.where(attends[:, block], fewer, now))
         return np.stack(left, axis=1)
 
-    def counts(self, ratios: np.ndarray) -> dict[str, np.ndarray]:
-        left, prefix = self.left(ratios), self.shape.num_prefix_tokens
+    def counts(self, ratios: np.ndarray, attends: np.ndarray) -> dict[str, np.ndarray]:
+        left, prefix = self.left(ratios, attends), self.shape.num_prefix_tokens
         enter, merged = left[:, :-1], left[:, :-1] - left[:, 1:]
         targets, merges = enter // 2, merged > 0
-        return super().counts(ratios) | {
+        return super().counts(ratios, attends) | {
             "attended": enter + prefix, "in_mlp": left[:, 1:] + prefix,
             "compared": merges * ((enter - targets) * targets + enter + prefix), "pooled": merges * (merged + targets)}
 
-    def rules(self, ratios: np.ndarray, scores: Tensor | None) -> list[TokenRule | None]:
-        merged = (-np.diff(self.left(ratios[None])[0])).tolist()
+    def rules(self, ratios: np.ndarray, scores: Tensor | None, attends: np.ndarray) -> list[TokenRule | None]:
+        merged = (-np.diff(self.left(ratios[None], attends)[0])).tolist()
         return [Match(merged=count, protect=self.protect) if any(merged[:block + 1]) else None
                 for block, count in enumerate(merged)]
 

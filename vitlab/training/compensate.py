@@ -16,8 +16,9 @@ from vitlab.measure.averaging import hooks
 from vitlab.measure.evaluate import autocast
 from vitlab.measure.moments import Fisher, Layer, layers_of
 from vitlab.models import attention_block, compress
-from vitlab.models.families import POST_NORM, also_taken, embedded, layer_scale, mixing_layer
+from vitlab.models.families import POST_NORM, also_taken, embedded, entered_layer, layer_scale, mixing_layer
 from vitlab.models.held import Held, Merged
+from vitlab.models.narrow import narrow_queries
 from vitlab.models.shrink import keep_units
 from vitlab.models.support import check_runs_in_parts, encoder_of, plain_linear
 from vitlab.plan import BlockPlan, CompressionPlan, tokens
@@ -146,10 +147,22 @@ class Walk:
         return folds
 
 
+    @torch.inference_mode()
+    def entering(self, kind: str) -> Moments:
+        """Of the inputs of this block's `entered_layer` alone."""
+        linear = entered_layer(attention_block(self.model.blocks[self.at]), kind)
+        found = Moments(linear.in_features, self.device)
+        with hooks([linear.register_forward_pre_hook(lambda _, given: found.add(given[0]))]):
+            for _ in self._run(self.model.blocks[self.at], self.streams):
+                pass
+        return found
+
+
 def layers_to_refit(plan: CompressionPlan, every: bool, follow: bool = True) -> list[Layer]:
-    """The layers that are refitted: those that lose units, with follow every proj after the first of them; with
-    `every`, all from the first block on in which anything is cut."""
-    cut = [layer for layer in layers_of(plan) if getattr(plan.blocks[layer[0]], layer[1]) is not None]
+    """The layers that are refitted: those that lose units, or widths of queries before them, with follow every proj
+    after the first of them; with `every`, all from the first block on in which anything is cut."""
+    cut = [(index, kind) for index, kind in layers_of(plan) if getattr(plan.blocks[index], kind) is not None
+           or kind == "heads" and plan.blocks[index].qk_width is not None]
     first = next((index for index, block in enumerate(plan.blocks)
                   if dataclasses.replace(block, tokens=None) != BlockPlan()
                   or not isinstance(block.tokens, (ReadOut, type(None)))), len(plan.blocks))
@@ -175,9 +188,9 @@ def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[
     images change little.
 
     batches are gone through once (`Walk`). With `moments` of the dense model (`each_moments`) they are not read, what
-    loses units alone is refitted, to its own output, costs says nothing, and ridge None is RIDGE: quicker, and a little
-    worse. A plan in which nothing is to be refitted gives compress(dense, plan). Raises InputError as compress does, or
-    without images.
+    loses units alone is refitted, to its own output, queries are narrowed by its moments of "widths", where there are
+    any, costs says nothing, and ridge None is RIDGE: quicker, and a little worse. A plan in which nothing is to be
+    refitted gives compress(dense, plan). Raises InputError as compress does, or without images.
     """
     device = torch.device(device) if device is not None else next(dense.parameters()).device
     merging = dataclasses.replace(plan, blocks=tuple(BlockPlan(tokens=block.tokens) for block in plan.blocks))
@@ -191,7 +204,13 @@ def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[
         kept = getattr(cut, kind)
         while walk and walk.at < index:
             walk.step()
-        stay = (torch.arange(linear.in_features // width) if kept is None else torch.tensor(kept)).to(device)
+        if kind == "heads" and cut.qk_width is not None:
+            entering = (walk.entering("widths") if walk else
+                        moments[index, "widths"] if (index, "widths") in list(moments) else None)
+            narrow_queries(block, cut.qk_width,
+                           None if entering is None else (entering.mean, entering.covariance(ridge=0)))
+        kept_units = range(linear.in_features // width) if kept is None else kept
+        stay = torch.tensor(kept_units, dtype=torch.long, device=device)
         weight = plain_linear(linear).weight.detach()
         if by_moments:
             folds = [moments[index, kind]]
@@ -199,7 +218,7 @@ def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[
             inputs = None if kept is None else columns(stay, width)
             folds = walk.moments(kind, rules[index], costs[index, kind].prefix_weight if costs else 1.0, inputs)
             weight, stay = weight if kept is None else weight[:, inputs], torch.arange(len(stay), device=device)
-        if linear.bias is None:
+        if linear.bias is None and len(stay):   # what stands for a whole sublayer always has one
             folds = [fold.uncentred() for fold in folds]
         try:
             strength = ridge if ridge is not None else RIDGE if by_moments else choose_ridge(weight, folds, stay, width)
@@ -208,8 +227,10 @@ def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[
             raise InputError(f"block {index}: {error}") from None
         if kept is not None:
             keep_units(block, kind, kept)
+            linear, _ = mixing_layer(block, kind)
         with torch.no_grad():
-            linear.weight.copy_(weight)
+            if len(stay):
+                linear.weight.copy_(weight)
             if linear.bias is not None:
                 linear.bias.add_(gained)
     return model

@@ -18,6 +18,12 @@ def _units(kept: tuple[int, ...] | None, scores: list[float], fraction: float) -
     return tuple(unit for unit in range(len(scores)) if unit not in gone) if gone else None
 
 
+def _width(width: int | None, whole: int, fraction: float) -> int | None:
+    """Of queries and keys, after `fraction` of what they lose."""
+    left = whole - round((whole - (width or whole)) * fraction)
+    return left if left < whole else None
+
+
 def _rules(plan: CompressionPlan, fraction: float) -> list[TokenRule | None]:
     """Selections that drop `fraction` of the share they shall drop; merging in the last `fraction` of the blocks
     alone."""
@@ -46,7 +52,8 @@ def partial_plan(plan: CompressionPlan, fraction: float, scores: UnitScores) -> 
     if fraction == 1:
         return plan
     blocks = tuple(BlockPlan(heads=_units(block.heads, heads, fraction),
-                             neurons=_units(block.neurons, neurons, fraction), tokens=rule)
+                             neurons=_units(block.neurons, neurons, fraction), tokens=rule,
+                             qk_width=_width(block.qk_width, plan.shape.head_dim, fraction))
                    for block, heads, neurons, rule in zip(plan.blocks, scores.heads.tolist(), scores.neurons.tolist(),
                                                           _rules(plan, fraction)))
     return CompressionPlan(shape=plan.shape, blocks=blocks, made_by=plan.made_by | {"fraction": fraction})

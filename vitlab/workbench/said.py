@@ -11,6 +11,8 @@ from vitlab.search import Study
 from vitlab.workbench import calibrating, searching
 from vitlab.workbench.survey import DEPLOYED
 
+NAMES = {"attended": "tokens", "widths": "widths of queries"}                 # of counts, for people
+
 
 def said(result: Any, out: str | None, *, quiet: bool = False) -> str:
     """The lines on a step's result, written to `out`; quiet: none on a model that is written."""
@@ -42,10 +44,10 @@ def _of_plan(plan: CompressionPlan) -> str:
              f"papers count; dense {cost.gmacs(CompressionPlan.empty(plan.shape)):.4f})"]
     counts = cost.counts_of(plan)
     for name, total in (("attended", plan.shape.num_tokens), ("heads", plan.shape.num_heads),
-                        ("neurons", plan.shape.num_neurons)):
+                        ("neurons", plan.shape.num_neurons), ("widths", plan.shape.head_dim)):
         values = getattr(counts, name).tolist()
         if min(values) < total:
-            lines.append(f"{'tokens' if name == 'attended' else name} per block {values}, of {total}")
+            lines.append(f"{NAMES.get(name, name)} per block {values}, of {total}")
     return "\n".join(lines)
 
 

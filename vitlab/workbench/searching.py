@@ -101,8 +101,8 @@ def search(source: Source, data: Data,
            published_count: bool = False, units: Units = ("neurons", "heads"),
            tokens: Annotated[str | None, flag(metavar="NAME")] = None,
            token_settings: Annotated[dict[str, Any] | None, Parameter(parse=False)] = None,
-           max_ratio: MaxRatio = MAX_RATIO, multiple: Count = 1, read_out: bool = False, strategy: str = "gp",
-           settings: Annotated[Or[str, Settings], flag(metavar="NAME")] = "default",
+           max_ratio: MaxRatio = MAX_RATIO, sublayers: bool = False, multiple: Count = 1, read_out: bool = False,
+           strategy: str = "gp", settings: Annotated[Or[str, Settings], flag(metavar="NAME")] = "default",
            evaluations: Count | None = None, population: Several | None = None,
            start: Literal["varied", "random", "sensitivity"] | None = None,
            parallel: Annotated[Count | None, flag(metavar="K")] = None, minutes: Minutes | None = None,
@@ -124,10 +124,11 @@ def search(source: Source, data: Data,
         latency_ms: budget: milliseconds of one batch on this machine, from a measured table
         runtime: that the latency is of: the one that the model will run in
         published_count: count multiply-adds, and rank tokens, as arXiv 2201.00043 does
-        units: neurons,heads or one of them or none
+        units: neurons,heads,widths (of queries and keys), some of them or none
         tokens: none, select, merge, share or match, the last four with _per_stage for ratios of their own, or
             merge_per_span (default: select; match without a class token or of a Segmenter)
         max_ratio: largest ratio; int(count * (1 - ratio)) stay, so of few heads one may go (0.5: as published)
+        sublayers: whether all heads, or all neurons, of a block may go: its attention or MLP is left out
         multiple: neurons that stay, and widths of heads, are so many, or a multiple: 8, 16 or 32, as kernels like
         read_out: the last block computes what a classifier on the class token reads alone: exact, and cheaper
         strategy: gp, random or uniform
@@ -164,7 +165,7 @@ def search(source: Source, data: Data,
         raise InputError(f"{'read_out' if read_out else f'tokens {tokens!r}'}: {why} needs the whole grid; tokens that "
                          "merge (match, share or merge, also with _per_stage; merge_per_span) keep it")
     space = SearchSpace(shape=shape, units=tuple(units), tokens=tokens, settings=token_settings or {},
-                        max_ratio=max_ratio, read_out=read_out, multiple=multiple)
+                        max_ratio=max_ratio, sublayers=sublayers, read_out=read_out, multiple=multiple)
     by_loss = space.by_place or bool(units) and criterion == "taylor"
     labels = metric != "distill_loss" or by_loss and output_of(shape).labelled
     opened = open_matching(data, found, class_map, labels=labels)
