@@ -44,11 +44,7 @@ COMMANDS = {                                                    # module of vitl
 
 
 def resume(run: str, /) -> int:
-    """Go on with the training or search of a run folder, by the command that began it.
-
-    Args:
-        run: run folder
-    """
+    """Go on with the training or search of a run folder, by the command that began it."""
     return main(launching.recorded(run), fresh=False)
 
 

@@ -234,4 +234,5 @@ def rebuild(source: Any, most: int | None = None) -> nn.Module:
         count = sum(p.numel() for p in _sizes(source["name"], source["args"]).parameters())
         if count > most:
             raise InputError(f"a model of {count:,} parameters; the weights beside it are those of {most:,} at most")
-    return create_model(source["name"], **{"projection": False, **source["args"]})
+    args: dict[str, Any] = {"projection": False, **source["args"]}
+    return create_model(source["name"], **args)

@@ -104,6 +104,10 @@ def conditions(rows: list[ResultRow]) -> tuple[str, list[str]]:
                           for row, more in zip(rows, own)]
 
 
+def _cost(row: ResultRow) -> float:
+    return row.gmacs or 0.0
+
+
 def _compared(run: str | Path) -> tuple[str, list[ResultRow]]:
     """(a quality, the rows that have it, of the data set that most of them are of, the dearest first)."""
     rows = [row for row in rows_of(run)[1] if row.gmacs is not None]
@@ -111,7 +115,7 @@ def _compared(run: str | Path) -> tuple[str, list[ResultRow]]:
     rows = [row for row in rows if getattr(row, quality) is not None]
     sets = Counter((row.dataset, row.split) for row in rows).most_common(1)
     found = [row for row in rows if (row.dataset, row.split) == sets[0][0]]
-    return quality, sorted(found, key=lambda row: -row.gmacs)
+    return quality, sorted(found, key=_cost, reverse=True)
 
 
 def headline(run: str | Path) -> str:
@@ -120,13 +124,12 @@ def headline(run: str | Path) -> str:
     quality, rows = _compared(run)
     if len({row.gmacs for row in rows}) < 2:
         return "Fewer than two models were measured on the same images: nothing to compare yet."
-    dense, *others = rows
-    others = [row for row in others if row.gmacs < dense.gmacs]
+    dense, others = rows[0], [row for row in rows if _cost(row) < _cost(rows[0])]
     level = [row for row in others if UNTOLD in difference(row, dense, quality)]
-    best = min(level, key=lambda row: row.gmacs) if level else max(others, key=lambda row: getattr(row, quality))
+    best = min(level, key=_cost) if level else max(others, key=lambda row: getattr(row, quality))
     measured_at = max(path.stat().st_mtime for path in (entry["folder"] / RESULTS for entry in entries_of(run))
                       if path.exists())
-    saved = 100 * (1 - best.gmacs / dense.gmacs)
+    saved = 100 * (1 - _cost(best) / _cost(dense))
     version = best.conditions.get("versions", {}).get("vitlab", __version__)
     speed = "" if best.ratio is None else f", {shown(best, 'ratio')} times the baseline's throughput"
     lost = f"{difference(best, dense, quality)}: {shown(best, quality)} in place of {shown(dense, quality)}"

@@ -113,12 +113,11 @@ def search(source: Source, data: Data,
 
     Units are ranked by `criterion`, patches, where tokens merge, by gradient-weighted attention, both on score_images
     of train; at most max_ratio of anything is cut. Policies are measured on `images` of train to choose on, and the
-    best one once more on as many to report on, of which none is among those that it was made from or chosen on
-    (`ImageData.parts`): that is what it is worth (`reported`), and stands in its plan, out/plan.json, as made_by
-    "reported". With `compensate`, what is left of each cut layer is refitted before measuring (`calibrate` does it for
-    the plan found). A killed search goes on when called again. None of `tokens`: what the model can have
-    (`default_tokens`). config.batch_size (32) and dtype (float32) are those of a latency. Raises InputError for a
-    budget that can't be met, or tokens that keep no grid where it is needed.
+    best one once more on as many to report on, none of which it was made from or chosen on (`ImageData.parts`): that is
+    what it is worth (`reported`), and stands in its plan, out/plan.json, as made_by "reported". With `compensate`, what
+    is left of each cut layer is refitted before measuring (`calibrate` does it for the plan found). A killed search
+    goes on when called again. None of `tokens`: `default_tokens`. config.batch_size (32) and dtype (float32) are those
+    of a latency. Raises InputError for a budget that can't be met, or tokens that keep no grid where it is needed.
 
     Args:
         latency_ms: budget: milliseconds of one batch on this machine, from a measured table
