@@ -89,10 +89,9 @@ def test_a_family_runs_in_a_runtime_with_all_of_it_cut_and_what_is_compared_is_s
     pytest.importorskip("openvino", reason="openvino, of the extra export, is not installed")
     name, more, to = FAMILIES[family]
     torch.manual_seed(0)
-    model = create_model(name, img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, **more)
-    blocks = tuple(BlockPlan(heads=(0, 2), neurons=tuple(range(0, 31, 2)), tokens=Match(merged=3, protect=0))
-                   for _ in range(2))
-    cut = deploy(compress(model, CompressionPlan(shape=shape_of(model), blocks=blocks)))
+    model = create_model(name, img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3, **more)
+    block = BlockPlan(heads=(0, 2), neurons=tuple(range(0, 31, 2)), tokens=Match(merged=3, protect=0))
+    cut = deploy(compress(model, CompressionPlan(shape=shape_of(model), blocks=(block,))))
     verified = export(cut, tmp_path / FILES[to])["verified"]
     x, run = pictures(cut, 3), runtimes.RUNTIMES[to].open(tmp_path / FILES[to], 1)
     assert relative(torch.from_numpy(run(x.numpy())), logits(cut, x)) < SAME
@@ -209,13 +208,13 @@ def test_a_file_that_another_wrote_says_nothing(tmp_path):
 
 
 def test_a_file_whose_outputs_are_others_is_not_left_behind(tmp_path, monkeypatch):
-    write = runtimes.RUNTIMES["onnx"].write
+    write = runtimes.RUNTIMES["pt2"].write
     other = runtimes.traced(exporting.exported_form(made("registers", "read out", "deployed")),
                             pictures(made("registers", "units", "deployed")))
-    monkeypatch.setitem(runtimes.RUNTIMES, "onnx", runtimes.Runtime(
-        **vars(runtimes.RUNTIMES["onnx"]) | {"write": lambda program, path: write(other, path)}))
+    monkeypatch.setitem(runtimes.RUNTIMES, "pt2", runtimes.Runtime(
+        **vars(runtimes.RUNTIMES["pt2"]) | {"write": lambda program, path: write(other, path)}))
     with pytest.raises(InputError, match="outputs are not the model's"):
-        export(made("registers", "place", "deployed"), tmp_path / "a.onnx")
+        export(made("registers", "place", "deployed"), tmp_path / "a.pt2")
     assert not list(tmp_path.iterdir())
 
 
@@ -223,10 +222,10 @@ def test_the_command_writes_a_file_and_says_what_was_seen(tmp_path, capsys):
     model = dense("vit")
     plan = CompressionPlan.empty(shape_of(model))
     checkpoint.save(tmp_path / "run", model, plan, classes=list("abcdefg"))
-    assert main(["export", "--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "a.onnx")]) == 0
-    assert re.search(r"a.onnx: runs in onnx as in PyTorch on 2 images, in batches of 1, 2, 5: outputs differ by at "
+    assert main(["export", "--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "a.pt2")]) == 0
+    assert re.search(r"a.pt2: runs in pt2 as in PyTorch on 2 images, in batches of 1, 2, 5: outputs differ by at "
                      r"most \d.*e-\d+ of their range, 100.0 % of classes agree", capsys.readouterr().out)
-    about = runtimes.RUNTIMES["onnx"].about(tmp_path / "a.onnx")
+    about = runtimes.RUNTIMES["pt2"].about(tmp_path / "a.pt2")
     assert about["classes"] == list("abcdefg") and about["plan"] == json.loads(plan.to_json())
     for words, said in ((["--out", str(tmp_path / "a.bin")], "a.bin: what it is for"),
                         (["--out", str(tmp_path)], "is a folder"),
