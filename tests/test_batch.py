@@ -472,14 +472,14 @@ def test_a_report_begins_with_the_cheapest_model_that_is_as_good_or_the_one_that
     os.utime(tmp_path / "results.jsonl", (0, 86400))
     said = report.headline(tmp_path)
     # 2 points less with an error of sqrt(2) can't be told from 0, 10 points can
-    assert said == ("small: 50 % fewer GMACs than dense (2 of 4), 2.00 times the baseline's throughput; -2.00 ± 1.41 "
+    assert said == ("small: 50 % fewer GMACs than dense (2 of 4), throughput ratio 2.00; -2.00 ± 1.41 "
                     "points of top-1 (can't be told from 0): 78.00 ± 1.00 in place of 80.00 ± 1.00. photos val, vitlab "
                     f"7.8, {time.strftime('%Y-%m-%d', time.localtime(86400))}.")
     rows_with(tmp_path, small=(2.0, 60, 1), mild=(3.0, 62, 1))
     assert report.headline(tmp_path).startswith("smaller: 75 % fewer")          # all lost, this one least
     figure = report.cost_figure(tmp_path, "deit_tiny")
     drawn = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
-    assert drawn["small"] == [[2.0, 60.0]] and drawn["Prune and Merge, published"] == [[0.7, 71.6], [0.8, 72.0]]
+    assert drawn["small"] == [[2.0, 60.0]] and drawn["Prune and Merge, published (ImageNet)"] == [[0.7, 71.6], [0.8, 72.0]]
     assert not [label for label in figure.axes[1].get_legend_handles_labels()[1] if "published" in label]
     with pytest.raises(InputError, match="swin"):
         report.cost_figure(tmp_path, "swin")

@@ -48,7 +48,7 @@ def match_plan(model: torch.nn.Module, *merged: int) -> CompressionPlan:
 
 def test_classes_confusion_and_calibration_are_what_slow_loops_say():
     changes, names = told(), ["ant", "bee", "cat", "dog"]
-    rows, n = changes.by_class(names), len(changes.targets)
+    rows, n = changes.by_class(names.__getitem__), len(changes.targets)
     assert [row["difference"] for row in rows] == sorted(row["difference"] for row in rows)
     for row in rows:
         own = [i for i in range(n) if names[changes.targets[i]] == row["class"]]
@@ -64,7 +64,8 @@ def test_classes_confusion_and_calibration_are_what_slow_loops_say():
         if changes.dense[i, 0] == changes.targets[i] != changes.compressed[i, 0]:
             pair = names[changes.targets[i]], names[changes.compressed[i, 0]]
             confused[pair] = confused.get(pair, 0) + 1
-    assert confused and {(r["class"], r["taken_for"]): r["images"] for r in changes.appeared(names)} == confused
+    appeared = changes.appeared(names.__getitem__)
+    assert confused and {(r["class"], r["taken_for"]): r["images"] for r in appeared} == confused
     for name, top, p in (("dense", changes.dense, changes.dense_p),
                          ("compressed", changes.compressed, changes.compressed_p)):
         total = 0.0
@@ -205,6 +206,17 @@ def test_pictures_are_those_that_the_predictions_are_of_also_behind_a_broken_one
     assert f"top-1 {5 * right[0]:.1f} to {5 * right[1]:.1f} %" in found.summary()
 
 
+def test_mapped_folders_are_called_by_their_names(tmp_path):
+    folder = write_easy_folder(tmp_path / "data", train=2)
+    (folder / "class_index.json").write_text('{"blue": 7, "green": 2, "red": 5}')
+    dense = tiny(10).eval()
+    found = what_changed(found_by(dense), found_by(compress(dense, match_plan(dense, 5, 4)).eval(),
+                                                   match_plan(dense, 5, 4)), folder, tmp_path / "out", config=QUIET)
+    assert [found.title(i) for i in range(21)] == [found.images.path(i).split("/")[-2] for i in range(21)]
+    assert found.called(7) == "blue" and found.called(3) == "class 3"
+    assert {row["class"] for row in found.changes.by_class(found.called)} == {"blue", "green", "red"}
+
+
 def test_an_explorer_shows_the_picture_its_tokens_and_what_both_models_say(study, tmp_path):
     dense, small, folder = study
     (folder / "val" / "green" / "3.png").unlink()
@@ -226,12 +238,17 @@ def test_what_can_not_be_compared_is_refused(study, tmp_path):
     dense, small, folder = study
     with pytest.raises(InputError, match="another shape"):
         what_changed(found_by(tiny(3, embed_dim=36)), small, folder, tmp_path, config=QUIET)
+    other = found_by(dense.model, info={"classes": ["blue", "green", "white"], "made_by": {}})
+    with pytest.raises(InputError, match="other classes .*red.*white|other classes .*white.*red"):
+        what_changed(other, small, folder.parent / "data", tmp_path, config=QUIET)
     with pytest.raises(InputError, match="already compressed"):
         what_changed(small, small, folder, tmp_path, config=QUIET)
 
 
 def test_figures_show_the_values(study, tmp_path):
-    changes = told()
+    changes, odd = told(), "US$ 5_$"
+    figure = changed_pictures([np.zeros((8, 8, 3))], [{"dense": [(odd, 1.0)]}], np.zeros((2, 1)), [odd])
+    plt.close(figure.canvas.draw() or figure)                                   # no formula of a name
     figure = class_changes(changes.by_class(), most=1)
     moved = [row for row in changes.by_class() if row["difference"]]
     assert [bar.get_width() for bar in figure.axes[0].patches] == pytest.approx(

@@ -38,7 +38,7 @@ def test_rows_of_two_studies_stand_in_one_table_and_what_differs_beside_them(two
 def test_plans_and_costs_are_drawn_with_the_studys_name(two, tmp_path, monkeypatch):
     from vitlab import plots
     drawn = {}
-    monkeypatch.setattr(plots, "save_figure", lambda figure, folder, name: drawn.update({name: figure}))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, folder, name, caption="": drawn.update({name: figure}))
     studies.compare([str(run) for run in two], out=str(tmp_path / "out"))
     named = {line.get_label() for line in drawn["compared"].axes[0].lines}
     assert {"first: dense", "first: small", "second: small"} <= named

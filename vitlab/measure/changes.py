@@ -2,7 +2,7 @@
 and what follows from them; which block is to blame."""
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ class Changes:
         dense, compressed = ((each[:, 0] == self.targets).numpy() for each in (self.dense, self.compressed))
         return dense, compressed
 
-    def by_class(self, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    def by_class(self, called: Callable[[int], str] = str) -> list[dict[str, Any]]:
         """A row for each class with images, the one that lost most first: class, images, dense_pct, compressed_pct, and
         difference in points with its standard error over images (of the same images; None of one)."""
         dense, compressed = self.right()
@@ -102,18 +102,17 @@ class Changes:
         for number in sorted(set(self.targets.tolist())):
             of = (self.targets == number).numpy()
             gained = 100 * (compressed[of].astype(float) - dense[of])
-            rows.append({"class": names[number] if names else str(number), "images": int(of.sum()),
+            rows.append({"class": called(number), "images": int(of.sum()),
                          "dense_pct": 100 * dense[of].mean(), "compressed_pct": 100 * compressed[of].mean(),
                          "difference": gained.mean(), "difference_se": standard_error(gained)})
         return sorted(rows, key=lambda row: row["difference"])
 
-    def appeared(self, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    def appeared(self, called: Callable[[int], str] = str) -> list[dict[str, Any]]:
         """Confusion that was not there: class, taken_for and images that the dense model has right and the compressed
         one takes for that, the most frequent first."""
         dense, compressed = self.right()
         pairs = Counter((int(self.targets[i]), int(self.compressed[i, 0])) for i in np.flatnonzero(dense & ~compressed))
-        return [{"class": names[a] if names else str(a), "taken_for": names[b] if names else str(b), "images": count}
-                for (a, b), count in pairs.most_common()]
+        return [{"class": called(a), "taken_for": called(b), "images": count} for (a, b), count in pairs.most_common()]
 
     def reliability(self) -> dict[str, list[tuple[float, float, int]]]:
         """Of each model (mean confidence, share that is right, images) of each of BINS bins of confidence that has

@@ -15,22 +15,27 @@ from vitlab.plots.tokens import draw_borders, region_means
 SHOWN = 3                       # predictions of each model beside a picture
 
 
+def _plain(text: str) -> str:
+    """A name as it is: matplotlib takes what stands between two dollars for a formula."""
+    return text.replace("$", r"\$")
+
+
 def _predictions(axis: Axes, told: Mapping[str, Sequence[tuple[str, float]]]) -> None:
     """{model: (class, probability), the likeliest first} as lying bars, one model below the other."""
     rows = [(index, name, p) for index, each in enumerate(told.values()) for name, p in each[:SHOWN]]
     places = np.arange(len(rows)) + np.array([row[0] for row in rows]) * 0.6
     axis.barh(places, [row[2] for row in rows], color=[look(row[0])["color"] for row in rows], linewidth=0)
-    axis.set_yticks(places, [row[1] if len(row[1]) <= 22 else row[1][:21] + "…" for row in rows], fontsize=8)
+    axis.set_yticks(places, [_plain(row[1] if len(row[1]) <= 22 else row[1][:21] + "…") for row in rows], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlim(0, 1)
 
 
 def changed_pictures(pictures: Sequence[np.ndarray], told: Sequence[Mapping[str, Sequence[tuple[str, float]]]],
                      blamed: Any, titles: Sequence[str], tokens: Sequence[Mapping[int, Any]] = (),
-                     shape: ViTShape | None = None) -> Figure:
+                     shape: ViTShape | None = None, scored: str = "probability") -> Figure:
     """A row for each picture (h, w, 3): itself; with tokens, what its patches are in the block to blame most that
     merges; both models' predictions with probabilities; and by how much its output would be nearer to the dense model's
-    were each block undone: blamed (L, B), in the unit of the distance."""
+    were each block undone: blamed (L, B), in the unit of the distance. scored: what stands beside a prediction."""
     blamed, with_tokens = as_array(blamed), any(tokens)
     require(len(pictures) > 0, "no picture changed; there is nothing to show")
     figure, axes = new_axes(len(pictures), 3 + with_tokens, 2.6, 2.3)
@@ -43,7 +48,7 @@ def changed_pictures(pictures: Sequence[np.ndarray], told: Sequence[Mapping[str,
             axis.imshow(image)
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-            axis.set_title(titles[row] if block is None else f"tokens in block {block}", fontsize=9)
+            axis.set_title(_plain(titles[row]) if block is None else f"tokens in block {block}", fontsize=9)
             if block is not None:
                 draw_borders(axis, as_array(tokens[row][block]).reshape(shape.grid_size), image.shape[:2], 0.6)
         _predictions(line[-2], told[row])
@@ -51,7 +56,7 @@ def changed_pictures(pictures: Sequence[np.ndarray], told: Sequence[Mapping[str,
         line[-1].axhline(0, color="0.4", linewidth=0.8)
         line[-1].tick_params(labelsize=8)
         line[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[-1][-2].set_xlabel("probability")
+    axes[-1][-2].set_xlabel(scored)
     axes[-1][-1].set_xlabel("block undone")
     axes[0][-1].set_title("distance that goes", fontsize=9)
     handles = [axes[0][-2].barh(0, 0, color=look(index)["color"]) for index in range(len(told[0]))]
@@ -84,7 +89,7 @@ def class_changes(rows: Sequence[Mapping[str, Any]], most: int = 10) -> Figure:
     values, errors = [row["difference"] for row in shown], [row["difference_se"] or 0 for row in shown]
     axis.barh(range(len(shown)), values, xerr=errors, color=[PALETTE[0] if v >= 0 else PALETTE[3] for v in values],
               error_kw={"elinewidth": 1, "ecolor": "0.3"}, linewidth=0)
-    axis.set_yticks(range(len(shown)), [f"{row['class']} ({row['images']})" for row in shown], fontsize=8)
+    axis.set_yticks(range(len(shown)), [_plain(f"{row['class']} ({row['images']})") for row in shown], fontsize=8)
     axis.invert_yaxis()
     axis.axvline(0, color="0.4", linewidth=0.8)
     axis.set_xlabel("points of top-1, compressed less dense")

@@ -72,9 +72,10 @@ def accuracy_against_cost(rows: Sequence[ResultRow], value: str = "top1_pct", pu
                 drawn.append(Point(getattr(row, field), getattr(row, value), getattr(row, error_name(value), None),
                                    span))
                 draw_points(axis, drawn[-1:], row.model, markersize=9, linestyle="none", **look(index))
-        for (name, points), mark in zip(PUBLISHED.get(published, {}).items() if field == "gmacs" else (), MARKERS):
-            draw_points(axis, points, f"{name}, published", color="0.55", markerfacecolor="none", marker=mark,
-                        linestyle=":")
+        theirs = PUBLISHED.get(published, {}) if (field, value) == ("gmacs", "top1_pct") else {}
+        for (name, points), mark in zip(theirs.items(), MARKERS):
+            draw_points(axis, points, f"{name}, published (ImageNet)", color="0.55", markerfacecolor="none",
+                        marker=mark, linestyle=":")
         axis.set(xlabel=label, ylabel=VALUES[value])
         axis.margins(0.15)
     legend_beside(axes[0], drawn)

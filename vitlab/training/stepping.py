@@ -84,7 +84,7 @@ class Training:
             updates_per_epoch=self.steps)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == "float16")
         self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing,
-                           num_classes=data.num_classes or model.num_classes or 1) \
+                           num_classes=model.num_classes or data.num_classes or 1) \
             if recipe.mixup or recipe.cutmix else None
         if engine.checkpointing:
             model.set_grad_checkpointing(True)

@@ -34,7 +34,7 @@ class Compared:
     compressed: Checkpoint
     images: Images                  # those that could be read, in the order of `changes`
     changes: Changes
-    classes: list[str] | None
+    classes: dict[int, str]         # names that are known
     of: str                         # which images these are, in words
 
     def inputs(self, chosen: Sequence[int]) -> Tensor:
@@ -56,7 +56,12 @@ class Compared:
         """A class by its number; without a classifier an image's file."""
         if not output_of(self.dense.model).labelled:
             return Path(self.images.path(number)).name
-        return self.classes[number] if self.classes else f"class {number}"
+        return self.classes.get(number, f"class {number}")
+
+    @property
+    def scored(self) -> str:
+        """What stands beside a prediction."""
+        return "probability" if output_of(self.dense.model).labelled else "cosine"
 
     def told(self, i: int) -> dict[str, list[tuple[str, float]]]:
         """{model: (class, probability), the likeliest first} of an image."""
@@ -107,6 +112,10 @@ def what_changed(dense: Source, compressed: Source, data: str | Path, out: str |
     if found.plan.shape != whole.plan.shape:
         raise InputError(f"the compressed model was made from one of another shape: {found.plan.shape}, and the dense "
                          f"one is {whole.plan.shape}")
+    known = [names for each in (whole, found) if (names := each.info.get("classes"))]
+    if len(known) == 2 and known[0] != known[1]:
+        odd = next(pair for pair in zip(*known) if pair[0] != pair[1]) if len(known[0]) == len(known[1]) else "number"
+        raise InputError(f"the two models have other classes ({odd}); one that was made from the other has its own")
     opened, device = open_matching(data, whole, class_map, labels=False), pick_device(config.device)
     split = opened.held_out if opened.has_held_out else "report"
     parts: Any = opened if opened.has_held_out else opened.parts(config.seed, report=images)
@@ -123,5 +132,14 @@ def what_changed(dense: Source, compressed: Source, data: str | Path, out: str |
     readable = Images(seen.reader, [seen.indices[i] for i in range(len(seen)) if seen.path(i) not in broken])
     readable.transform, readable.channels = seen.transform, seen.channels
     return Compared(dense=whole, compressed=found, images=readable, changes=changes,
-                    classes=opened.classes or whole.info.get("classes"),
+                    classes=_names(opened, whole.info.get("classes"), readable, changes),
                     of=f"{len(readable)} images of {opened.name}, {split.replace('report', 'train, to report on')}")
+
+
+def _names(opened: Any, known: list[str] | None, images: Images, changes: Changes) -> dict[int, str]:
+    """Class names by number: the model's, or the data set's; where its folders are mapped to numbers, those of the
+    images that are there."""
+    if known or opened.classes and not opened.mapped:
+        return dict(enumerate(known or opened.classes))
+    return {number: Path(images.path(i)).parent.name for i, number in enumerate(changes.targets.tolist())
+            if number >= 0 and opened.mapped}

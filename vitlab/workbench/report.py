@@ -11,7 +11,6 @@ from typing import Any
 from IPython.display import HTML, Image, display
 from matplotlib.figure import Figure
 
-from vitlab import __version__
 from vitlab.plan.shape import is_int
 from vitlab.plots import accuracy_against_cost
 from vitlab.plots.training import VALUES
@@ -24,6 +23,7 @@ from vitlab.workbench.comparing import UNTOLD, difference
 
 PAGE, NOTEBOOK, CSV, LATEX = "report.html", "report.ipynb", "results.csv", "results.tex"
 QUALITIES = tuple(name for name in VALUES if name != "top5_pct")
+SAME_IMAGES = ("images", "limit", "prepared", "windows", "top1")                # conditions of a quality
 QUICK, ABSOLUTE = "quick", ("throughput_img_s", "latency_ms")
 COLUMNS = ("model", "dataset", "split", "top1_pct", "top5_pct", "miou_pct", "loss", "gmacs", "params_m",
            "throughput_img_s", "latency_ms", "ratio")
@@ -109,13 +109,15 @@ def _cost(row: ResultRow) -> float:
 
 
 def _compared(run: str | Path) -> tuple[str, list[ResultRow]]:
-    """(a quality, the rows that have it, of the data set that most of them are of, the dearest first)."""
+    """(a quality, the rows that have it, of the data set that most of them are of, the dearest first, and of the others
+    those that were measured as that one, on as many images)."""
     rows = [row for row in rows_of(run)[1] if row.gmacs is not None]
     quality = next((name for name in QUALITIES if any(getattr(row, name) is not None for row in rows)), QUALITIES[0])
     rows = [row for row in rows if getattr(row, quality) is not None]
     sets = Counter((row.dataset, row.split) for row in rows).most_common(1)
-    found = [row for row in rows if (row.dataset, row.split) == sets[0][0]]
-    return quality, sorted(found, key=_cost, reverse=True)
+    found = sorted((row for row in rows if (row.dataset, row.split) == sets[0][0]), key=_cost, reverse=True)
+    return quality, [row for row in found if all(row.conditions.get(key) == found[0].conditions.get(key)
+                                                 for key in SAME_IMAGES)]
 
 
 def headline(run: str | Path) -> str:
@@ -130,11 +132,11 @@ def headline(run: str | Path) -> str:
     measured_at = max(path.stat().st_mtime for path in (entry["folder"] / RESULTS for entry in entries_of(run))
                       if path.exists())
     saved = 100 * (1 - _cost(best) / _cost(dense))
-    version = best.conditions.get("versions", {}).get("vitlab", __version__)
-    speed = "" if best.ratio is None else f", {shown(best, 'ratio')} times the baseline's throughput"
+    version = best.conditions.get("versions", {}).get("vitlab")
+    speed = "" if best.ratio is None else f", throughput ratio {shown(best, 'ratio')}"
     lost = f"{difference(best, dense, quality)}: {shown(best, quality)} in place of {shown(dense, quality)}"
     return (f"{best.model}: {saved:.0f} % fewer GMACs than {dense.model} ({best.gmacs:.4g} of {dense.gmacs:.4g})"
-            f"{speed}; {lost}. {best.dataset} {best.split}, vitlab {version}, "
+            f"{speed}; {lost}. {best.dataset} {best.split}{f', vitlab {version}' if version else ''}, "
             f"{time.strftime('%Y-%m-%d', time.localtime(measured_at))}. {caveat_of(rows)}").rstrip()
 
 

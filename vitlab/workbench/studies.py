@@ -1,5 +1,6 @@
 """Studies beside each other: what they measured, with the conditions that differ marked, and their plans."""
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -8,22 +9,25 @@ from cyclopts import Parameter
 
 from vitlab.models import checkpoint
 from vitlab.plan import CompressionPlan
+from vitlab.runtime.caveats import caveat_of
 from vitlab.runtime.files import InputError
 from vitlab.runtime.kinds import Folder, Or
 from vitlab.runtime.results import ResultRow, aligned, conditions_of, notes, shown, titles
-from vitlab.workbench.report import COLUMNS, QUALITIES, measured, rows_of
+from vitlab.workbench.report import COLUMNS, QUALITIES, entries_of, measured, rows_of
 
 # what two measurements have to share to be compared number by number; of speeds, what stands under "speed."
 ALIKE = ("images", "limit", "prepared", "dtype", "device", "quick", "speed.batch_size", "speed.dtype", "speed.threads",
-         "speed.runtime", "speed.device")
+         "speed.runtime", "speed.device", "top1")
+WINDOWS = "windows."                            # conditions of a Segmenter's, whatever they are
 PLANS, COSTS = "plans", "compared"              # figures
 
 
 def plans_of(run: str | Path) -> dict[str, CompressionPlan]:
     """{name: plan} of every checkpoint of a study that cuts something; of one run its own."""
-    run, found = Path(run), {}
-    places = [run / checkpoint.FOLDER, *sorted(path.parent for path in run.glob(f"*/{checkpoint.FOLDER}/"
-                                                                                  f"{checkpoint.PLAN}"))]
+    found, folders = {}, [entry["folder"] for entry in entries_of(run)]
+    places = [place for folder in folders for place in (
+        folder / checkpoint.FOLDER, *sorted(path.parent for path in folder.glob(f"*/{checkpoint.FOLDER}/"
+                                                                                f"{checkpoint.PLAN}")))]
     for place in places:
         if (place / checkpoint.PLAN).is_file():
             plan = CompressionPlan.load(place / checkpoint.PLAN)
@@ -35,13 +39,20 @@ def plans_of(run: str | Path) -> dict[str, CompressionPlan]:
 def joined(runs: Sequence[str | Path]) -> list[ResultRow]:
     """The rows of all studies, each model by its study's name too. Raises InputError for a folder that is no study, or
     one that is given twice."""
+    rows = [dataclasses.replace(row, model=f"{name}: {row.model}") for run, name in zip(runs, names_of(runs))
+            for row in rows_of(run)[1]]
+    if not rows:
+        raise InputError(f"{', '.join(map(str, runs))}: nothing was measured in any of them")
+    return rows
+
+
+def names_of(runs: Sequence[str | Path]) -> list[str]:
+    """What each study is called: its folder's name, or, where two have the same, the whole path. Raises InputError for
+    one that is given twice."""
     names = [Path(run).resolve().name for run in runs]
     if len(set(map(Path.resolve, map(Path, runs)))) < len(runs):
         raise InputError(f"{', '.join(map(str, runs))}: one of them is given twice; a study is compared with others")
-    if len(set(names)) < len(names):
-        names = [str(run) for run in runs]
-    return [dataclasses.replace(row, model=f"{name}: {row.model}") for run, name in zip(runs, names)
-            for row in rows_of(run)[1]]
+    return names if len(set(names)) == len(names) else [str(run) for run in runs]
 
 
 def differing(rows: Sequence[ResultRow]) -> list[str]:
@@ -49,7 +60,8 @@ def differing(rows: Sequence[ResultRow]) -> list[str]:
     flat = [{"data": f"{row.dataset} {row.split}", **conditions_of(row)} for row in rows]
     found = []
     for given in flat:
-        firsts = {key: next(other[key] for other in flat if key in other) for key in given if key in ("data", *ALIKE)}
+        firsts = {key: next(other[key] for other in flat if key in other) for key in given
+                  if key in ("data", *ALIKE) or key.startswith(WINDOWS)}
         found.append(", ".join(f"{key} {given[key]}" for key, first in firsts.items() if given[key] != first))
     return found
 
@@ -79,8 +91,13 @@ def _draw(runs: Sequence[str | Path], rows: list[ResultRow], out: Path) -> None:
     from vitlab.plots import accuracy_against_cost, compare_plans, save_figure
     quality = next((name for name in QUALITIES if any(getattr(row, name) is not None for row in rows)), None)
     if quality is not None:
-        save_figure(accuracy_against_cost(rows, quality), out, COSTS)
-    plans = {f"{Path(run).name}: {name}": plan for run in runs for name, plan in plans_of(run).items()}
+        sets = Counter((row.dataset, row.split) for row in rows if getattr(row, quality) is not None)
+        own, _ = sets.most_common(1)[0]
+        shown_rows = [row for row in rows if (row.dataset, row.split) == own]
+        save_figure(accuracy_against_cost(shown_rows, quality), out, COSTS,
+                    f"{' '.join(own)}\n{caveat_of(shown_rows)}".strip())
+    plans = {f"{called}: {name}": plan for run, called in zip(runs, names_of(runs))
+             for name, plan in plans_of(run).items()}
     if plans:
         shape = next(iter(plans.values())).shape
         save_figure(compare_plans({name: plan for name, plan in plans.items() if plan.shape == shape}), out, PLANS)

@@ -70,7 +70,8 @@ class ChangesExplorer(Explorer):
                  for name, told in self.found.told(number).items()]
         rows = "".join(f"<tr><td>{'</td><td>'.join(map(html.escape, line))}</td></tr>" for line in lines)
         blames = self.blamed()
-        worst = "" if blames is None else f"; block {blames.argmax()} undone, {blames.max():.4f} of it goes"
+        worst = "" if blames is None or blames.max() <= 0 else (
+            f"; block {blames.argmax()} undone, {blames.max():.4f} of it goes")
         self.line.value = (f"<b>{html.escape(self.found.title(number))}</b><table>{rows}</table>distance "
                            f"{self.found.changes.distance[number]:.4f}{worst}")
 
@@ -79,7 +80,8 @@ class ChangesExplorer(Explorer):
         blames = np.zeros(self.plan.shape.depth) if blames is None else blames
         tokens = self.found.tokens(number)
         return changed_pictures([self.found.picture(number)], [self.found.told(number)], blames[:, None],
-                                [self.found.title(number)], [tokens] if tokens else (), self.plan.shape)
+                                [self.found.title(number)], [tokens] if tokens else (), self.plan.shape,
+                                self.found.scored)
 
 
 def changes_explorer(found: Compared) -> ChangesExplorer:
