@@ -195,6 +195,44 @@ def test_biases_by_distance_and_of_their_own_go_along(name):
         block.attn.fused_attn = False
     assert (cost.macs(CompressionPlan.empty(shape))["total"] - cost.macs(plan)["total"]
             == counted_macs(dense) - counted_macs(cut))
+    # what goes in is seen, whoever multiplies it
+    seen = dict(each_moments(dense, [(x, None)], ("widths",)))
+    assert seen[0, "widths"].rows == len(x) * shape.num_tokens
+    fitted = compensate(dense, plan, [(x, None)], progress=False)
+    assert logits(fitted, x).isfinite().all() and query_width(fitted.blocks[0].attn) == 5
+
+
+def test_by_moments_of_widths_alone_nothing_else_is_needed(tiny_vit, images):
+    dense = tiny_vit("deit")
+    x, plan = images(dense, 3), narrowed(shape_of(dense))
+    moments = dict(each_moments(dense, [(x, None)], ("widths",)))
+    wanted = compress(dense, plan)
+    for index, width in enumerate(WIDTHS):
+        if width is not None:
+            wanted.blocks[index] = copy.deepcopy(dense.blocks[index])
+            own = moments[index, "widths"]
+            narrow_queries(wanted.blocks[index], width, (own.mean, own.covariance(ridge=0)))
+    given = compensate(dense, plan, (), moments=moments, progress=False)
+    assert relative(logits(given, x), logits(wanted, x)) < SAME
+
+
+def test_a_wrapped_proj_goes_on_working_where_nothing_is_narrow(tiny_vit, images):
+    dense = tiny_vit("deit")
+    x, rules = images(dense), (None, Match(merged=2), Match(merged=0), Match(merged=0), Match(merged=0))
+    model = compress(dense, CompressionPlan(shape=shape_of(dense), blocks=tuple(BlockPlan(tokens=r) for r in rules)))
+    before = logits(model, x)
+    for block in model.blocks[1:]:
+        block.block.attn.proj = nn.Sequential(block.block.attn.proj)
+    assert torch.equal(logits(model, x), before)
+
+
+def test_separate_projections_of_which_some_have_no_bias_are_narrowed():
+    dense = timm.create_model("eva02_base_patch14_224", img_size=42, depth=2, embed_dim=48, num_heads=3, num_classes=5,
+                              use_rot_pos_emb=False).eval()
+    narrow_queries(dense.blocks[0], 16)
+    before = logits(copy.deepcopy(dense), x := torch.randn(2, 3, 42, 42))
+    narrow_queries(dense.blocks[1], 16)
+    assert relative(logits(dense, x), before) < SAME
 
 
 # ---- By images, and the plan

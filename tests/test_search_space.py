@@ -17,7 +17,8 @@ from vitlab.plan.rules import PROTECT, Match, MergeReconstruct, Select
 from vitlab.plan.shape import ViTShape
 from vitlab.plan.tokens import PRUNE_RATE
 from vitlab.runtime.files import InputError
-from vitlab.search import SearchSpace
+from vitlab.search import Budget, SearchSpace
+from vitlab.search.sampling import Problem, varied_policies
 
 MODES = ("none", "select", "select_per_stage", "merge", "merge_per_stage", "share", "share_per_stage", "match",
          "match_per_stage", "match_per_block", "merge_per_span")
@@ -567,3 +568,13 @@ def test_a_plan_that_ranks_or_merges_otherwise_is_not_in_the_space(tokens, rule)
     plan = with_block(shape, 1, BlockPlan(heads=(0, 2), tokens=rule))
     with pytest.raises(InputError, match="not in this search space"):
         space.policy(plan)
+
+
+@pytest.mark.parametrize("tokens", ["match", "select"])
+def test_policies_are_drawn_where_whole_attentions_may_go(tokens):
+    shape = ViTShape(img_size=(224, 224), patch_size=(16, 16), embed_dim=192, depth=12, num_heads=3, head_dim=64,
+                     num_neurons=768, num_prefix_tokens=1)
+    space = SearchSpace(shape=shape, units=("heads",), tokens=tokens, sublayers=True)
+    budget = Budget.of(space, 0.45 * float(space.gmacs(np.zeros((1, space.size)))[0]))
+    drawn = varied_policies(Problem(space, budget), 8, np.random.default_rng(0))
+    assert len(drawn) == 8 and budget.meets(drawn).all()

@@ -322,6 +322,14 @@ def test_what_can_not_be_searched_is_refused(tmp_path, data, settings, says):
                          config=FEW, **settings)
 
 
+@pytest.mark.parametrize("more", [{"sublayers": True}, {"units": ("heads", "neurons", "widths")}], ids=str)
+def test_published_count_knows_no_sublayers_and_no_widths(more):
+    found = dense_checkpoint(depth=12)
+    space = searching.SearchSpace(shape=shape_of(found.model), tokens="select", settings={"ranked_by": "all"}, **more)
+    with pytest.raises(InputError, match="heads and neurons alone"):
+        searching.cost_function(space, "published_gmacs", found.model)
+
+
 def test_published_count_is_a_budget_of_its_own(tmp_path, data):
     found = dense_checkpoint(depth=12)
     space = searching.SearchSpace(shape=shape_of(found.model), tokens="select", settings={"ranked_by": "all"})

@@ -179,7 +179,7 @@ def similarity(dense: nn.Module, model: nn.Module, batches: Iterable[tuple[Tenso
 
         def keep(block: nn.Module, inputs: Any, given: Tensor | Held) -> None:
             x = given.whole() if isinstance(given, Held) else given
-            seen.append(x[:, 0] if of.num_prefix_tokens else x.mean(dim=1))
+            seen.append(x.mean(dim=1) if getattr(of, "cls_token", None) is None else x[:, 0])
         with hooks([block.register_forward_hook(keep) for block in of.blocks[:len(dense.blocks)]]):
             outputs(of, images)
         return [x.double().cpu() for x in seen]

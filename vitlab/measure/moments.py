@@ -110,9 +110,9 @@ def each_moments(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], kin
     for index, (block, also) in enumerate(zip(model.blocks, also_taken(model))):
         found, handles = {}, []
         for kind in kinds:
-            linear = entered_layer(attention_block(block), kind)
-            found[index, kind] = own = Moments(linear.in_features, device)
-            handles.append(linear.register_forward_pre_hook(lambda _, given, own=own: own.add(given[0])))
+            layer, size = entered_layer(attention_block(block), kind)
+            found[index, kind] = own = Moments(size, device)
+            handles.append(layer.register_forward_pre_hook(lambda _, given, own=own: own.add(given[0])))
         with hooks(handles):
             for place, x in enumerate(streams):
                 with autocast(device, amp):

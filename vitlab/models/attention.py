@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
-from vitlab.models.families import ATTENTIONS, kind_of, query_width
+from vitlab.models.families import ATTENTIONS, kind_of
 from vitlab.models.left_out import LeftOut
 
 
@@ -29,7 +29,7 @@ class TokenAttention(nn.Module):
             stacked = self.qkv(x)
             if getattr(self, "q_bias", None) is not None:
                 stacked = stacked + torch.cat([self.q_bias, self.k_bias, self.v_bias])
-            wide, narrow = self.num_heads * self.head_dim, self.num_heads * query_width(self)
+            wide, narrow = self.num_heads * self.head_dim, self.num_heads * self._narrow
             query, key, value = stacked.split((narrow, narrow, wide), dim=2)
         query, key, value = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in (query, key, value))
         query, key = (getattr(self, name, nn.Identity())(part) for name, part in (("q_norm", query), ("k_norm", key)))
@@ -39,6 +39,11 @@ class TokenAttention(nn.Module):
             query, key = (torch.cat([part[:, :, :prefix], apply_rot_embed_cat(
                 part[:, :, prefix:], rope, half=self.rotate_half)], dim=2).type_as(value) for part in (query, key))
         return query, key, value, plain
+
+    @property
+    def _narrow(self) -> int:
+        """Width of queries and keys; what wraps proj needs not say how many inputs it has."""
+        return getattr(self, "qk_width", self.head_dim)
 
     def _of_kept(self, by_head: Tensor) -> Tensor:
         """Of what there is for every head, (..., H, N, W), the part of those that are left; of one for all, all."""
@@ -51,7 +56,7 @@ class TokenAttention(nn.Module):
         """Softmax attention of queries (B, H, Q, d) over keys and values (B, H, N, d), with an additive mask: (B, Q,
         D)."""
         if self.fused_attn or is_causal:
-            fewer = self.head_dim - query_width(self)
+            fewer = self.head_dim - self._narrow
             if fewer and not torch.compiler.is_exporting():
                 # the fused kernels of processors take one width alone, and others are twice as slow
                 query, key = F.pad(query, (0, fewer)), F.pad(key, (0, fewer))

@@ -173,7 +173,8 @@ def mixing_layer(block: nn.Module, kind: str) -> tuple[nn.Linear | LeftOut, int]
 
 def query_width(attn: nn.Module) -> int:
     """Of the queries and keys of each head, which may be narrower than its values."""
-    return getattr(attn, "qk_width", attn.proj.in_features // attn.num_heads)
+    width = getattr(attn, "qk_width", None)
+    return attn.proj.in_features // attn.num_heads if width is None else width
 
 
 def making_layers(block: nn.Module, kind: str) -> list[tuple[nn.Linear, tuple[int, ...]]]:
@@ -190,10 +191,13 @@ def making_layers(block: nn.Module, kind: str) -> list[tuple[nn.Linear, tuple[in
     return [(getattr(attn, f"{name}_proj"), (width,)) for name, width in zip("qkv", widths)]
 
 
-def entered_layer(block: nn.Module, kind: str) -> nn.Module:
-    """The linear whose inputs say how a kind of cut is made good: the one that mixes heads or neurons, and for "widths"
-    of queries the first that makes them."""
-    return making_layers(block, "heads")[0][0] if kind == "widths" else mixing_layer(block, kind)[0]
+def entered_layer(block: nn.Module, kind: str) -> tuple[nn.Module, int]:
+    """(what the inputs go into that say how a kind of cut is made good, how many they are): the linear that mixes heads
+    or neurons, and for "widths" of queries the attention, as timm's with biases of their own don't call qkv."""
+    if kind == "widths":
+        return block.attn, making_layers(block, "heads")[0][0].in_features
+    linear = mixing_layer(block, kind)[0]
+    return linear, linear.in_features
 
 
 def head_vectors(attn: nn.Module) -> dict[str, int]:

@@ -64,8 +64,8 @@ def narrow_queries(block: nn.Module, width: int, moments: tuple[Tensor, Tensor] 
     if getattr(attn, "q_bias", None) is not None:
         biases = [attn.q_bias, attn.k_bias]
     else:
-        biases = [torch.zeros(len(weight))] if layers[0].bias is None else [layer.bias for layer in layers]
-    bias = torch.cat(biases).to(weight)
+        biases = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
+    bias = torch.cat([each.to(weight) for each in biases])
     mean, covariance = (m.to(weight) for m in moments or _by_norm(block, weight.shape[1]))
     made = [(w.unflatten(0, (-1, now)), b.unflatten(0, (-1, now))) for w, b in zip(      # (H, w, D), (H, w)
         weight[:sum(sizes)].split(sizes), bias[:sum(sizes)].split(sizes))]

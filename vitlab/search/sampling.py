@@ -3,7 +3,7 @@
 The numbers of the draws are those of the tables of docs/search.md (benchmarks/search_quality.py), which compare the
 search as a whole; no table tells what each is worth.
 """
-import dataclasses
+import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -35,7 +35,8 @@ def _feasible(problem: Problem, drawn: np.ndarray) -> np.ndarray:
 def _feasible_even(problem: Problem, points: np.ndarray) -> np.ndarray:
     """Feasible policies from points in the space's even coordinates, projected in these."""
     space, budget = problem
-    in_even = dataclasses.replace(budget, cost=lambda points: budget.cost(space.from_even(points)))
+    in_even = copy.copy(budget)                 # not made anew: its corner may be another policy than all at their most
+    object.__setattr__(in_even, "cost", lambda points: budget.cost(space.from_even(points)))
     return space.from_even(_feasible(Problem(space, in_even), points))
 
 

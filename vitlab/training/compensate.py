@@ -146,13 +146,12 @@ class Walk:
                 images += len(inputs)
         return folds
 
-
     @torch.inference_mode()
     def entering(self, kind: str) -> Moments:
         """Of the inputs of this block's `entered_layer` alone."""
-        linear = entered_layer(attention_block(self.model.blocks[self.at]), kind)
-        found = Moments(linear.in_features, self.device)
-        with hooks([linear.register_forward_pre_hook(lambda _, given: found.add(given[0]))]):
+        layer, size = entered_layer(attention_block(self.model.blocks[self.at]), kind)
+        found = Moments(size, self.device)
+        with hooks([layer.register_forward_pre_hook(lambda _, given: found.add(given[0]))]):
             for _ in self._run(self.model.blocks[self.at], self.streams):
                 pass
         return found
@@ -209,6 +208,8 @@ def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[
                         moments[index, "widths"] if (index, "widths") in list(moments) else None)
             narrow_queries(block, cut.qk_width,
                            None if entering is None else (entering.mean, entering.covariance(ridge=0)))
+        if by_moments and kept is None:         # of its own inputs nothing is cut, and nothing lacks
+            continue
         kept_units = range(linear.in_features // width) if kept is None else kept
         stay = torch.tensor(kept_units, dtype=torch.long, device=device)
         weight = plain_linear(linear).weight.detach()

@@ -59,9 +59,8 @@ COSTS = ("gmacs", "published_gmacs", "latency_ms")
 
 
 def cost_function(space: SearchSpace, unit: str, model: nn.Module, **timed: Any) -> Callable[[np.ndarray], np.ndarray]:
-    """Policies (P, D) -> cost (P) in a unit of COSTS: "gmacs" deployed, everything counted; "published_gmacs" as arXiv
-    2201.00043 counts (one rho); "latency_ms" of a batch, from the `latency_table` that `timed` asks for. Raises
-    InputError."""
+    """Policies (P, D) -> cost (P) in a unit of COSTS: "gmacs" deployed; "published_gmacs" as arXiv 2201.00043 counts
+    (one rho); "latency_ms" of a batch, from the `latency_table` that `timed` asks for. Raises InputError."""
     if unit == "gmacs":
         return space.gmacs
     if unit == "latency_ms":
@@ -69,8 +68,9 @@ def cost_function(space: SearchSpace, unit: str, model: nn.Module, **timed: Any)
         return lambda policies: table.predict(space.counts(policies))
     if unit != "published_gmacs":
         raise InputError(f"cost {unit!r} is not known; known are {list(COSTS)}")
-    if space.tokens != "select":
-        raise InputError(f'published_gmacs counts one selection ratio: tokens "select" is needed, not {space.tokens!r}')
+    if space.tokens != "select" or space.sublayers or "widths" in space.units:
+        raise InputError(f'published_gmacs is of tokens "select", heads and neurons alone, not of {space.tokens!r}, '
+                         "sublayers or widths")
 
     def published(policies: np.ndarray) -> np.ndarray:
         counts = space.counts(policies)
