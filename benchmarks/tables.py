@@ -14,7 +14,8 @@ from vitlab.runtime.uncertainty import error_name, plus_minus, share_error
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "docs" / "prune_and_merge.md", HERE.parent / "docs" / "search.md",
          HERE.parent / "docs" / "off_the_shelf.md", HERE.parent / "docs" / "results.md",
-         HERE.parent / "docs" / "scale.md", HERE.parent / "docs" / "segmentation.md", HERE.parent / "docs" / "log.md")
+         HERE.parent / "docs" / "scale.md", HERE.parent / "docs" / "segmentation.md", HERE.parent / "docs" / "log.md",
+         HERE.parent / "README.md")
 
 
 PAIRED = "against the dense model: the standard error of the images' own differences"
@@ -384,6 +385,20 @@ def tonight_quality(rows: list[dict]) -> str:
                    "model's; the median of the draws, which stand in brackets"])
 
 
+def tonight_quality_short(rows: list[dict]) -> str:
+    rows = [r for r in rows if r["what"] == "tonight" and r["photographs"] == 1000]
+    limits = sorted({r["gmacs_limit"] for r in rows}, reverse=True)
+    found = {(r["model"], r["gmacs_limit"]): r for r in rows}
+    lines = [[model.split("_patch")[0] + (", AugReg" if "augreg" in model else ""),
+              *(f"{r['against_dense']:+.1f} ± {r['against_dense_se']:.1f} ({r['distill_loss']:.3f} nats)"
+                for r in (found[model, limit] for limit in limits))]
+             for model in dict.fromkeys(r["model"] for r in rows)]
+    return _table(["model of 1.25 GMACs", *(f"at {limit:.2f}" for limit in limits)], lines,
+                  [f"Points of top-1 against the dense model, and distance to it, on {rows[0]['images']} validation "
+                   "images; 1,000 photographs without labels, nothing trained; medians of "
+                   f"{' and '.join(dict.fromkeys(str(len(r['draws'])) for r in rows))} draws"])
+
+
 def tonight_cost(rows: list[dict]) -> str:
     parts = list(dict.fromkeys(r["part"] for r in rows))
     found = {(r["model"], r["part"], r["code"]): r for r in rows}
@@ -407,7 +422,8 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
     "off_the_shelf_searched": off_the_shelf, "calibration_images": calibration_images, "per_block": per_block,
     "families": families, "camvid": camvid, "allocator": allocator, "scale": scale, "loader": loader,
     "opening": opening, "gpu": gpu,
-    "tonight_quality": tonight_quality, "tonight_cost": tonight_cost}
+    "tonight_quality": tonight_quality,
+    "tonight_quality_short": tonight_quality_short, "tonight_cost": tonight_cost}
 
 
 def render(text: str) -> str:
