@@ -157,6 +157,7 @@ def _epoch(training: Training, folder: Path, fixed: dict[str, Any], passed_on: l
                                            leave=False) as bar:
         while training.done < training.steps:
             loss = training.take_step(batches)
+            meter.keep_up()
             if training.fault is not None:
                 _left_out(training, loss, log)
             bar.update()
