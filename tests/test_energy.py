@@ -4,21 +4,26 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from training_fixtures import one_thread, tiny  # noqa: F401
+from training_fixtures import one_thread, small_recipe, tiny, write_easy_folder  # noqa: F401
 
+from vitlab.data import open_data
 from vitlab.measure import throughput
 from vitlab.runtime import energy
 from vitlab.runtime.energy import Meter
 from vitlab.runtime.results import ResultRow
+from vitlab.training.loop import fit
+from vitlab.training.stepping import Training
 from vitlab.workbench.said import said
 
 
 @pytest.fixture
 def zones(tmp_path, monkeypatch):
-    """Two packages, and the cores of one, which are counted in it."""
+    """Two packages, the cores of one, which are counted in it, and the whole machine, in which both are."""
     monkeypatch.setattr(energy, "POWERCAP", tmp_path)
-    for name, microjoules in (("intel-rapl:0", 3_000_000), ("intel-rapl:1", 900), ("intel-rapl:0:0", 7)):
+    for name, called, microjoules in (("intel-rapl:0", "package-0", 3_000_000), ("intel-rapl:0:0", "core", 7),
+                                      ("intel-rapl:1", "package-1", 900), ("intel-rapl:2", "psys", 4_000_000)):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "name").write_text(f"{called}\n")
         (tmp_path / name / "energy_uj").write_text(f"{microjoules}\n")
         (tmp_path / name / "max_energy_range_uj").write_text("5000000\n")
     return tmp_path
@@ -29,9 +34,27 @@ def test_the_packages_are_added_and_one_that_began_again_is_counted_on(zones):
     assert meter.by == "CPU packages by RAPL" and meter.joules() == 0
     (zones / "intel-rapl:0" / "energy_uj").write_text("1000000")            # 2 J to its end, and 1 J
     (zones / "intel-rapl:1" / "energy_uj").write_text("500900")
-    (zones / "intel-rapl:0:0" / "energy_uj").write_text("4000000")
+    for other in ("intel-rapl:0:0", "intel-rapl:2"):
+        (zones / other / "energy_uj").write_text("4900000")
     assert meter.joules() == pytest.approx(3.5, rel=1e-12)
     assert meter.joules() == 0
+
+
+def test_a_training_counts_every_turn_and_goes_on_where_a_counter_fails(zones, tmp_path, monkeypatch):
+    """4 J a step, whose counter turns over at 5: in three steps twice. The files go in the second epoch."""
+    counter, taken = zones / "intel-rapl:0" / "energy_uj", Training.take_step
+
+    def takes(self, batches):
+        if self.step == 4:
+            counter.unlink()
+        elif self.step < 4:
+            counter.write_text(str((int(counter.read_text()) + 4_000_000) % 5_000_000))
+        return taken(self, batches)
+    monkeypatch.setattr(Training, "take_step", takes)
+    data = open_data(write_easy_folder(tmp_path / "easy"))
+    recipe = small_recipe(epochs=2, batch_size=16)
+    first, second = fit(tiny(), data, recipe, tmp_path / "run", workers=0, progress=False)
+    assert first["step"] == 3 and first["joules"] == 12 and "joules" not in second
 
 
 @pytest.mark.parametrize("what", ["nothing", "unreadable"])

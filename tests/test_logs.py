@@ -1,6 +1,7 @@
 """Where the numbers of a run go: by a logger that writes down what it is told, and by TensorBoard where there is
 one."""
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -99,7 +100,8 @@ def test_a_training_logs_the_numbers_of_its_own_log_and_goes_on_in_the_same_one(
         assert found[-1] == ["finish"] and len([each for each in found if each == ["finish"]]) == 2
         # the fourth step was taken twice; what it gave stands in the log once
         assert [step for step, _ in logged(found)] == [1, 2, 3, 4, 4, 5, 6]
-        assert [values for _, values in logged(found)][-3:] == records[-3:]
+        assert [{"step": step, **values} for step, values in logged(found)][-3:] == records[-3:]
+        assert not any("step" in values for _, values in logged(found))     # which both keep for themselves
 
 
 def test_a_run_that_begins_anew_has_another_name(easy, tmp_path, told):
@@ -110,6 +112,15 @@ def test_a_run_that_begins_anew_has_another_name(easy, tmp_path, told):
         log(2, {"loss": 0.4})
     names = [each[2] for each in told("trackio") if each[0] == "init"]
     assert len(set(names)) == 2 and names[1] == names[2] and "run" in names[0]
+
+
+def test_a_folder_may_be_named_as_no_run_of_a_tracker_may(tmp_path, told):
+    for name in ("keep=70%, lr #2?", "a:b\\c\n", "größer_2.0"):
+        with logs.opened(("wandb",), tmp_path / name, 0):
+            pass
+    names = [each[2] for each in told("wandb") if each[0] == "init"]
+    assert all(re.fullmatch(r"[\w.-]+", name) for name in names)
+    assert ["keep-70---lr--2-" in names[0], "-a-b-c--" in names[1], "-größer_2.0-" in names[2]] == [True] * 3
 
 
 def test_a_search_logs_every_policy_and_goes_on_in_the_same_log(tmp_path, told):

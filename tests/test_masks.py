@@ -458,9 +458,9 @@ def test_a_broken_image_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("text, says", [
-    (None, "no such file; the class names are needed there"), ("", "names 0 classes; 2 to 255"),
+    (None, "no such file; the class names are needed there"), ("", "names 0 classes; 2 to 254"),
     ("sand\n", "names 1 classes"), ("sand\nsea\nsand\n", "names 'sand' twice"), (b"\xff\xfe\x00", "can't be read"),
-    ("\n".join(map(str, range(256))), "names 256 classes"),
+    ("\n".join(map(str, range(255))), "names 255 classes"),
 ])
 def test_a_class_list_that_is_none_is_named(tmp_path, text, says):
     root = folder(tmp_path, [0])
@@ -468,6 +468,35 @@ def test_a_class_list_that_is_none_is_named(tmp_path, text, says):
     path.unlink() if text is None else path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=f"{path}: {says}"):
         open_scenes(root)
+
+
+def test_the_last_of_254_classes_is_one_and_the_id_after_it_is_unknown(tmp_path):
+    data = open_scenes(folder(tmp_path, [0, 253, 255], tuple(map(str, range(254)))))
+    assert data.split("val").scene(0)[1].flatten()[:3].tolist() == [0, 253, 255]
+    write_mask(tmp_path / "val" / "masks" / "a.png", [0, 254])
+    with pytest.raises(InputError, match="holds id 254, which is unknown; ids are 0 to 253, 255"):
+        data.split("val").scene(0)
+
+
+@pytest.mark.parametrize("masks", ["masks", "annotations", "labels", "ann_dir", "SegmentationClass", "gtFine",
+                                   "trainannot"])
+def test_images_beside_masks_in_no_layout_are_not_taken_for_photographs_without(tmp_path, masks):
+    write_image(tmp_path / "images" / "a.jpg")
+    assert not open_scenes(tmp_path).labelled
+    write_mask(tmp_path / masks / "a.png", [0, 1])
+    with pytest.raises(InputError, match=f"^{tmp_path}: has {masks}/, but none of the layouts .*train/images/, "
+                                         f"train/masks/"):
+        open_scenes(tmp_path)
+
+
+@pytest.mark.parametrize("content, says", [(None, "can't be read \\(Is a directory\\)"), (b"\n \n", "names no image"),
+                                           (b"2008_\xff\n", "can't be read \\('utf-8' codec can't decode byte 0xff")])
+def test_a_list_of_images_that_is_none_is_named(tmp_path, content, says):
+    path = pascal_voc(tmp_path, [0]) / "ImageSets" / "Segmentation" / "val.txt"
+    path.unlink()
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(InputError, match=f"^{path}: {says}"):
+        open_scenes(tmp_path)
 
 
 def test_folders_that_hold_no_scenes_are_named(tmp_path):

@@ -1,6 +1,8 @@
 """A run on the hub, by a server on this machine that speaks its API, and in a folder: what is there, what its page
 says, and that it opens as the very model."""
+import dataclasses
 import json
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -17,9 +19,10 @@ import vitlab
 from vitlab import cli
 from vitlab.models import checkpoint, compress, shape_of
 from vitlab.models.opening import open_model
-from vitlab.plan import CompressionPlan, cost
+from vitlab.plan import BlockPlan, CompressionPlan, cost
 from vitlab.runtime.files import InputError
 from vitlab.runtime.results import ResultRow, append_row
+from vitlab.workbench.card import _cut
 from vitlab.workbench.sharing import push
 
 NAMES = ["ant", "bee", "cat"]
@@ -89,8 +92,24 @@ def test_a_folder_holds_what_would_be_pushed_and_opens_alike(run, tmp_path):
     assert {path.name for path in (tmp_path / "hub").iterdir()} == {*FILES, "small.onnx"}
     found = vitlab.load(tmp_path / "hub")
     assert torch.equal(logits(found.model), logits(checkpoint.load(run).model))
-    with pytest.raises(InputError, match="the run itself; another folder is needed"):
-        push(run, "me/ants", out=run)
+    (tmp_path / "hub" / "old.onnx").touch()
+    push(run, "me/ants", out=tmp_path / "hub")
+    assert not (tmp_path / "hub" / "old.onnx").exists()
+
+
+def test_a_folder_that_holds_anything_else_is_refused_and_left_alone(run, tmp_path):
+    for out in (run, run / "checkpoint", run.parent, run.parent.parent):
+        with pytest.raises(InputError, match=f"^{out}: the run itself, or a folder it lies in; another folder is"):
+            push(run / "checkpoint", "me/ants", out=out)
+    (tmp_path / "photographs").mkdir()
+    push(run, "me/ants", out=tmp_path / "photographs")          # was empty
+    (tmp_path / "thesis").mkdir()
+    for name, content in (("chapter.tex", "all of it"), ("config.json", "{}"), ("config.json", "[")):
+        (tmp_path / "thesis" / name).write_text(content)
+        for out in (tmp_path / "thesis", tmp_path / "thesis" / name):
+            with pytest.raises(InputError, match=f"^{out}: is there, and holds no model that was pushed"):
+                push(run, "me/ants", out=out)
+    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "all of it"
 
 
 def test_config_json_is_timms_of_the_dense_part_with_its_images_and_classes(run, tmp_path):
@@ -121,6 +140,36 @@ def test_the_page_says_what_was_measured_and_nothing_else(run, tmp_path):
                  'vitlab.load("hf-hub:me/ants")', "- `small.onnx`", "apache-2.0"):
         assert says in text, says
     assert "99.0" not in text and "small.txt" not in text and str(tmp_path) not in text and str(run) not in text
+
+
+def test_only_rows_that_name_the_run_count_and_those_of_all_images_alone_are_metadata(run, tmp_path, monkeypatch):
+    """However it was named: by the run's name, or a path to it or its checkpoint, from anywhere."""
+    study = shutil.copytree(run.parent, tmp_path / "study")
+    small = study / "small"
+    for model, top1, more in (("dense", 99.0, {}), (str(small / "checkpoint"), 55.0, {}),
+                              ("runs/elsewhere/small", 98.0, {}), ("../study/small", 40.0, {"quick": True}),
+                              ("study/small", 45.0, {"limit": 100}), ("small (compiled)", None, {})):
+        append_row(small / "results.jsonl", ResultRow(
+            model=model, dataset="town", split=f"of {model.count('/')}", top1_pct=top1, conditions=more,
+            throughput_img_s=None if top1 else 77.5))
+    for pushed in (small, small / "checkpoint"):
+        push(pushed, "me/ants", out=tmp_path / "hub")
+        card = ModelCard.load(tmp_path / "hub" / "README.md")
+        assert [result.metric_value for result in card.data.eval_results] == [55.0]
+        assert "98.0" not in card.text and "99.0" not in card.text and "81.25" not in card.text
+        assert all(f"| small | town | of {number}" in card.text for number in (1, 2)) and "quick" in card.text
+        assert "| small (compiled) | town" in card.text and (tmp_path / "hub" / "small.onnx").is_file()
+    (small / "results.jsonl").unlink()
+    monkeypatch.chdir(study)
+    push("small/checkpoint", "me/ants", out=tmp_path / "hub")
+    result, = ModelCard.load(tmp_path / "hub" / "README.md").data.eval_results
+    assert result.metric_value == 81.25
+
+
+def test_a_plan_that_cuts_widths_of_queries_alone_says_so():
+    shape = shape_of(tiny())
+    blocks = (dataclasses.replace(BlockPlan(), qk_width=1), BlockPlan())
+    assert _cut(CompressionPlan(shape=shape, blocks=blocks)) == "widths of queries of 1 of 2 blocks cut"
 
 
 def test_a_model_that_was_not_measured_is_said_to_be_and_a_licence_that_is_not_known_too(tmp_path):

@@ -14,6 +14,7 @@ from vitlab.runtime.files import InputError
 from vitlab.runtime.kinds import SPLITS
 
 IGNORE = 255                                    # the class of pixels that count for nothing
+MOST_CLASSES = 254                              # the ids of bytes less IGNORE and that of a pixel of no class
 CLASS_LIST = "classes.txt"
 Pairs = list[tuple[Path, Path]]
 Meaning = tuple[tuple[str, ...], dict[int, int]]            # class names, {id in a mask: class number or IGNORE}
@@ -64,20 +65,25 @@ def cityscapes(root: Path) -> Meaning:
     return tuple(CITYSCAPES.values()), dict.fromkeys(range(34), IGNORE) | {i: n for n, i in enumerate(CITYSCAPES)}
 
 
+def _lines(path: Path) -> list[str]:
+    """The lines of a text file that say something. Raises InputError naming it where it is none."""
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: can't be read ({getattr(error, 'strerror', error)})") from None
+
+
 def own_classes(root: Path) -> Meaning:
     """As root/classes.txt names them, one a line. Raises InputError naming it where it is missing, or names no or too
     many classes, or one twice."""
     path = root / CLASS_LIST
     if not path.is_file():
         raise InputError(f"{path}: no such file; the class names are needed there, one a line, that of id 0 first")
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: can't be read ({error})") from None
+    names = _lines(path)
     twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None or not 2 <= len(names) <= IGNORE:
+    if twice is not None or not 2 <= len(names) <= MOST_CLASSES:
         raise InputError(f"{path}: " + (f"names {twice!r} twice" if twice is not None else
-                                        f"names {len(names)} classes; 2 to {IGNORE} are needed, one a line"))
+                                        f"names {len(names)} classes; 2 to {MOST_CLASSES} are needed, one a line"))
     return numbered(tuple(names))
 
 
@@ -109,8 +115,8 @@ class Layout:
                    for own in self.found(root).values() for mask in self.masks)
 
     def pairs(self, root: Path) -> dict[str, Pairs]:
-        """(image, mask) files of each split. Raises InputError naming a folder without images, a listed image that is
-        missing, or the first image without a mask."""
+        """(image, mask) files of each split. Raises InputError naming a folder without images, a list that can't be
+        read or is empty, a listed image that is missing, or the first image without a mask."""
         return {split: self._matched(root, own, self._listed(root, own) if self.listed else self._all(root, own))
                 for split, own in self.found(root).items()}
 
@@ -128,8 +134,9 @@ class Layout:
     def _listed(self, root: Path, own: str) -> list[Path]:
         places = [root / place.format(split=own) for place in self.listed]
         names = next(place for place in places if place.exists())
-        images = [root / self.images / f"{line.strip()}.jpg" for line in names.read_text(encoding="utf-8").splitlines()
-                  if line.strip()]
+        images = [root / self.images / f"{line}.jpg" for line in _lines(names)]
+        if not images:
+            raise InputError(f"{names}: names no image; one a line is needed, without its ending")
         missing = next((image for image in images if not image.is_file()), None)
         if missing is not None:
             raise InputError(f"{names}: names {missing.stem}, but {missing} is missing")

@@ -8,14 +8,13 @@ import numpy as np
 from PIL import Image
 
 from vitlab.data.folder import read_image, reason
-from vitlab.data.layouts import IGNORE, PASCAL_CONTEXT, PASCAL_CONTEXT_IDS, Pairs
+from vitlab.data.layouts import IGNORE, MOST_CLASSES, PASCAL_CONTEXT, PASCAL_CONTEXT_IDS, Pairs
 from vitlab.data.rgb import SIDEWAYS, rgb, turn_of
 from vitlab.data.scene_data import Unreadable
 from vitlab.runtime.files import InputError
 
 MODES = ("L", "P", "1", "I", "I;16", "I;16B")   # Pillow's, of one number a pixel; of a palette, its index
-# stands for an id that the layout does not have; no data set has so many classes
-UNKNOWN = 254
+UNKNOWN = MOST_CLASSES                          # stands for an id that the layout does not have
 LARGEST_ID = 255
 LOOKED_AT = 200                                 # masks by which it is told what 255 means
 # Pillow's names of grey PNGs of 2 and 4 bits, whose ids it spreads over 0 to 255: by which factor

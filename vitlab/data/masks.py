@@ -11,6 +11,8 @@ from vitlab.data.scenes import digit_scenes
 from vitlab.runtime.files import InputError, from_root
 from vitlab.runtime.kinds import SPLITS
 
+# folders that hold masks, however a data set is laid out; *annot too
+OF_MASKS = ("masks", "annotations", "labels", "ann_dir", "SegmentationClass", "SegmentationClassContext", "gtFine")
 BLACK_AND_WHITE = ("background", "foreground")                        # where no classes.txt names them
 
 
@@ -20,7 +22,7 @@ def _layout_of(root: Path) -> str | None:
 
 def _pictures(root: Path) -> list[Path]:
     """The images below a folder of images alone, or below its train/ where that is the only split. Raises InputError
-    where it is none, naming the folder to give where that is one above or below."""
+    where it is none, or has a folder of masks, naming the folder to give where that is one above or below."""
     splits = [name for name in SPLITS if (root / name).is_dir()]
     below = root / "train" if splits == ["train"] else root
     inside = next((name for name in entries(root)[1] if _layout_of(root / name)), None)
@@ -28,10 +30,12 @@ def _pictures(root: Path) -> list[Path]:
     if right is not None:
         raise InputError(f"{root}: one folder too {'high' if inside else 'low'}; {right} holds images and masks: give "
                          f"that folder")
-    found = [] if splits and below == root else [below / name for name in images_below(below)]
+    masks = next((name for name in sorted(entries(root)[1]) if name in OF_MASKS or name.endswith("annot")), None)
+    found = [] if masks or splits and below == root else [below / name for name in images_below(below)]
     if not found:
-        raise InputError(f"{root}: has none of the layouts {sorted(LAYOUTS)}; the simplest is train/images/, "
-                         "train/masks/, the same of val and test, and classes.txt with a name a line")
+        raise InputError(f"{root}: has {f'{masks}/, but ' if masks else ''}none of the layouts {sorted(LAYOUTS)}; the "
+                         "simplest is train/images/, train/masks/, the same of val and test, and classes.txt with a "
+                         "name a line")
     return found
 
 
@@ -56,8 +60,8 @@ def open_scenes(data: str | Path, layout: str | None = None) -> SceneData:
     has.
 
     Of a layout with classes.txt 255 is ignored, unless masks hold 0 and 255 alone and it names two classes, or is not
-    there: then it is the second, or the foreground. A folder, or its train/, that holds images alone, however deep, has
-    no masks, and no other split than train.
+    there: then it is the second, or the foreground. A folder, or its train/, that holds images alone, however deep, and
+    no folder of OF_MASKS, has no masks, and no other split than train.
     Raises InputError naming the folder or file: missing, no layout that is known, an image without a mask, a split
     without images.
     """

@@ -25,10 +25,10 @@ def _gpu(device: torch.device) -> list[Counter]:
 def _packages() -> list[Counter]:
     found: list[Counter] = []
     for zone in sorted(POWERCAP.glob("intel-rapl:*")):          # AMD's too
-        if zone.name.count(":") > 1:            # a part of a package, counted in it
-            continue
         energy = zone / "energy_uj"
         try:
+            if not (zone / "name").read_text().startswith("package"):       # a part of one, or psys, which holds them
+                continue
             energy.read_text()
             found.append((lambda energy=energy: int(energy.read_text()),
                           int((zone / "max_energy_range_uj").read_text()), 1e-6))
@@ -38,20 +38,31 @@ def _packages() -> list[Counter]:
 
 
 class Meter:
-    """Counts from when it was made, or last asked. by: what tells; None where nothing does."""
+    """Counts from when it was made, or last asked. by: what tells; None where nothing does, or a counter failed."""
 
     def __init__(self, device: str | torch.device) -> None:
         device = torch.device(device)
         self.counters = _gpu(device) if device.type == "cuda" else _packages() if device.type == "cpu" else []
         self.by = None if not self.counters else NVML if device.type == "cuda" else RAPL
-        self.before = self._read()
+        self.before, self.used = [0] * len(self.counters), 0.0
+        self.joules()
 
-    def _read(self) -> list[int]:
-        return [read() for read, _, _ in self.counters]
+    def keep_up(self) -> None:
+        """To be called before a counter turns over twice: of a package that is after minutes, of a GPU never."""
+        if self.by == RAPL:
+            self._count()
+
+    def _count(self) -> None:
+        try:
+            now = [read() for read, _, _ in self.counters]
+        except Exception:                       # what could be read when it was made: no reason to end a run
+            self.counters, self.by = [], None
+            return
+        self.used += sum((a - b) % turn * unit for a, b, (_, turn, unit) in zip(now, self.before, self.counters))
+        self.before = now
 
     def joules(self) -> float | None:
         """Used since it was last asked; None where nothing tells."""
-        now, before = self._read(), self.before
-        self.before = now
-        return sum((a - b) % turn * unit for a, b, (_, turn, unit) in zip(now, before, self.counters)) \
-            if self.counters else None
+        self._count()
+        used, self.used = self.used, 0.0
+        return used if self.counters else None

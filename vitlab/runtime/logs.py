@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import importlib.util
 import math
+import re
 import uuid
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -75,7 +76,7 @@ def _name(folder: Path, done: int) -> str:
     """What the run is called: as its folder says; another name for each that begins anew."""
     if done and (folder / NAME).is_file():
         return (folder / NAME).read_text(encoding="utf-8").strip()
-    where = "-".join(part for part in folder.resolve().parts[-2:] if part.isprintable())
+    where = re.sub(r"[^\w.-]", "-", "-".join(folder.resolve().parts[-2:]))      # W&B's ids take no / \ # ? % :
     return f"{where}-{uuid.uuid4().hex[:8]}"
 
 

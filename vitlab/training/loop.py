@@ -145,8 +145,8 @@ def _epoch(training: Training, folder: Path, fixed: dict[str, Any], passed_on: l
 
     def log(record: dict[str, Any]) -> None:
         if parallel.is_first():
-            record = {"step": training.step, **record, "seconds": round(time.perf_counter() - began, 2)}
-            append_line(folder / LOG, record)
+            record = {**record, "seconds": round(time.perf_counter() - began, 2)}
+            append_line(folder / LOG, {"step": training.step, **record})
             passed_on(training.step, record)
 
     training.task.train()
@@ -157,6 +157,7 @@ def _epoch(training: Training, folder: Path, fixed: dict[str, Any], passed_on: l
                                            leave=False) as bar:
         while training.done < training.steps:
             loss = training.take_step(batches)
+            meter.keep_up()
             if training.fault is not None:
                 _left_out(training, loss, log)
             bar.update()

@@ -10,6 +10,7 @@ from vitlab.models.checkpoint import Checkpoint
 from vitlab.models.segmenter import Segmenter
 from vitlab.models.support import encoder_of
 from vitlab.plan import BlockPlan, CompressionPlan, cost
+from vitlab.runtime.caveats import is_quick
 from vitlab.runtime.results import ResultRow, conditions_of, format_cell, notes, shown, titles, with_distance
 
 COLUMNS = ("model", "dataset", "split", "top1_pct", "miou_pct", "gmacs", "params_m", "throughput_img_s", "ratio",
@@ -32,7 +33,8 @@ def _task(found: Checkpoint) -> str:
 def _head(found: Checkpoint, name: str, rows: Sequence[ResultRow], licence: str | None) -> str:
     results = [EvalResult(task_type=task, dataset_type=row.dataset, dataset_name=row.dataset, dataset_split=row.split,
                           metric_type=metric, metric_name=column, metric_value=round(getattr(row, column), 2))
-               for row in rows for column, (task, metric) in TASKS.items() if getattr(row, column) is not None]
+               for row in rows if not is_quick(row) and row.conditions.get("limit") is None
+               for column, (task, metric) in TASKS.items() if getattr(row, column) is not None]
     return ModelCardData(license=licence, library_name="vitlab", pipeline_tag=_task(found), tags=["vitlab", "timm"],
                          model_name=name if results else None, eval_results=results or None).to_yaml()
 
@@ -43,6 +45,7 @@ def _cut(plan: CompressionPlan) -> str:
         return "nothing is cut"
     kinds = {"heads": any(block.heads is not None for block in cut),
              "neurons": any(block.neurons is not None for block in cut),
+             "widths of queries": any(block.qk_width is not None for block in cut),
              "tokens": any(block.tokens is not None for block in cut)}
     return f"{', '.join(name for name, some in kinds.items() if some)} of {len(cut)} of {len(plan.blocks)} blocks cut"
 

@@ -12,10 +12,11 @@ from cyclopts import Parameter
 from huggingface_hub import constants
 from timm.models._hub import save_config_for_hf
 
+from vitlab.exporting.running import WAYS
 from vitlab.exporting.runtimes import RUNTIMES
 from vitlab.models import checkpoint, encoder_of
 from vitlab.models.hub import CONFIG, HUB, OURS, WAIT, answers
-from vitlab.runtime.files import InputError, atomic_folder, first_line
+from vitlab.runtime.files import InputError, atomic_folder, first_line, read_json
 from vitlab.runtime.kinds import Folder, flag
 from vitlab.runtime.results import ResultRow, read_rows
 from vitlab.workbench.card import model_card
@@ -25,10 +26,43 @@ PAGE = "README.md"
 
 
 def rows_of_model(run: Path) -> list[ResultRow]:
-    """What was measured of a run's model: in its own results, or those of its study."""
-    names = {str(run), run.name, f"{run.parent.name}/{run.name}"}
-    rows = read_rows(run / RESULTS) or [row for row in read_rows(run.parent / RESULTS) if row.model in names]
-    return [dataclasses.replace(row, model=Path(row.model).name) for row in rows]           # not where it lay
+    """What was measured of a run's model, in whichever runtime: in its own results, or those of its study. Rows name it
+    as the run is called, or by a path whose last two parts are the run's."""
+    for folder in (run, run.parent):
+        rows = []
+        for row in read_rows(folder / RESULTS):
+            way = next((f" ({way})" for way in WAYS if row.model.endswith(f" ({way})")), "")
+            name = row.model.removesuffix(way)
+            if name == run.name or run_of(name).parts[-2:] == run.parts[-2:]:
+                rows.append(dataclasses.replace(row, model=run.name + way))                 # not where it lay
+        if rows:
+            return rows
+    return []
+
+
+def run_of(path: str | Path) -> Path:
+    """The run folder, resolved, that a path to it or to its checkpoint/ names."""
+    path = Path(path).resolve()
+    return path.parent if path.name == checkpoint.FOLDER else path
+
+
+def check_out(out: Path, run: Path) -> None:
+    """InputError where a folder can't be replaced by what is pushed: the run or a folder it lies in, or one that holds
+    anything but what was pushed before."""
+    if any(path.resolve().is_relative_to(out.resolve()) for path in (run, checkpoint.find(run))):
+        raise InputError(f"{out}: the run itself, or a folder it lies in; another folder is needed")
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or is_ours(out))):
+        raise InputError(f"{out}: is there, and holds no model that was pushed, of which {CONFIG} says \"vitlab\"; an "
+                         f"empty folder, or a new one, is needed")
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder holds what `write_files` wrote: its config.json says so."""
+    try:
+        config = read_json(folder / CONFIG)
+    except InputError:
+        return False
+    return isinstance(config, dict) and "vitlab" in config
 
 
 def exported_in(run: Path) -> list[Path]:
@@ -41,8 +75,7 @@ def write_files(run: str | Path, name: str, folder: Path, licence: str | None = 
     """Into a folder: the checkpoint's own three files; config.json as timm writes it, of the dense part and its image
     settings and class names; exported files; the page. Returns their names. Raises InputError where the run holds no
     whole checkpoint."""
-    run = Path(run)
-    source, found = checkpoint.find(run), checkpoint.load(run)
+    source, found, run = checkpoint.find(run), checkpoint.load(run), run_of(run)
     for file in OURS:
         shutil.copyfile(source / file, folder / file)
     encoder, classes = encoder_of(found.model), found.info.get("classes")
@@ -69,7 +102,7 @@ def push(run: Folder, name: str, /, *, out: Folder | None = None,
     Args:
         run: run folder, or a checkpoint's
         name: OWNER/NAME on the hub
-        out: write the files into this folder, and upload nothing
+        out: write the files into this folder, which is new, empty or of an earlier push, and upload nothing
         licence: as the hub names it: apache-2.0, mit, ... (default: the page says that it is not known)
         private: make a new repository that others can't see
     """
@@ -80,8 +113,7 @@ def push(run: Folder, name: str, /, *, out: Folder | None = None,
     if "/" not in name:
         raise InputError(f"{name!r} is no name on the hub; OWNER/NAME is needed")
     if out is not None:
-        if Path(out).resolve() in (Path(run).resolve(), checkpoint.find(run).resolve()):
-            raise InputError(f"{out}: the run itself; another folder is needed")
+        check_out(Path(out), Path(run))
         with atomic_folder(out) as folder:
             files = write_files(run, name, folder, licence)
         return f"{out}: {', '.join(files)}"
