@@ -230,7 +230,7 @@ PLAN = [
     ("JSON, but no object", put("plan.json", "[1, 2]"), '"format" must be "vitlab.plan"'),
     ("Another format", edit("plan.json", "format", "other"), '"format" must be'),
     ("No format", edit("plan.json", "format", GONE), '"format" must be'),
-    ("A version to come", edit("plan.json", "version", 2), "version 2 is not known; this vitlab reads version 1"),
+    ("A version to come", edit("plan.json", "version", 3), "version 3 is not known; this vitlab reads versions 1 and 2"),
     ("No version", edit("plan.json", "version", GONE), "version None is not known"),
     ("`made_by` is no object", edit("plan.json", "made_by", []), '"made_by" must be an object'),
     ("`blocks` is no list", edit("plan.json", "blocks", {}), '"blocks" must be a list'),
