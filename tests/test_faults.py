@@ -794,7 +794,7 @@ COMMANDS = [
     ("A start that is another strategy's", f"{ASK} --macs-ratio 0.6 --strategy random --start sensitivity",
      'a start of strategy "gp"'),
     ("Units unheard of", f"{ASK} --macs-ratio 0.6 --units toes", "units 'toes' are not known; known are ['neurons', "
-                                                                 "'heads']"),
+                                                                 "'heads', 'widths']"),
     ("Token dimensions unheard of", f"{ASK} --macs-ratio 0.6 --tokens best", "'best'"),
     ("Nothing to search", f"{ASK} --macs-ratio 0.6 --units none --tokens none", "nothing is searched: neither heads "
                                                                                 "nor neurons nor"),
