@@ -10,18 +10,16 @@ distance to the dense model and top-1 less the dense one's on validation images 
 in RUN/rows.jsonl as it is measured, which a run that was stopped goes on from; `--write RUN RUN` puts the medians of
 their rows over seeds into benchmarks/results/dimensions.jsonl.
 """
-import argparse
 import dataclasses
 import itertools
 import json
-import statistics
 import time
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from tonight_quality import EVALUATIONS, FINALISTS, QUICK, Validation
+from tonight_quality import EVALUATIONS, FINALISTS, QUICK, Validation, medians, parser_of
 
 from vitlab.measure.moments import KINDS, each_moments, layers_of
 from vitlab.models import deploy
@@ -77,16 +75,8 @@ class Wider(Survey):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for option in ("--weights", "--model", "--cal", "--val"):
-        parser.add_argument(option)
-    parser.add_argument("--run", type=Path)
-    parser.add_argument("--write", nargs="+", type=Path, metavar="RUN", help="only write the results of these runs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--gmacs", type=float, nargs="+", default=[0.75, 0.6])
+    parser = parser_of(__doc__, [0.75, 0.6])
     parser.add_argument("--evaluations", type=int, default=EVALUATIONS)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--quick", action="store_true", help="few images and evaluations, to see that it runs")
     args = parser.parse_args()
     if args.write:
         write(args.write)
@@ -125,16 +115,8 @@ def main() -> None:
 
 def write(runs: list[Path]) -> None:
     """Medians over seeds, of all rows of some runs."""
-    groups: dict[tuple, dict[int, dict]] = {}
-    for row in (row for run in runs for row in read_lines(run / "rows.jsonl")):
-        groups.setdefault((row["model"], row["gmacs_limit"], row["space"], row["what"]), {})[row["seed"]] = row
-    write_lines(RESULTS, [dict(zip(("model", "gmacs_limit", "space", "what"), key)) | {
-        **{name: statistics.median(row[name] for row in rows) for name in
-           ("gmacs", "distill_loss", "distill_loss_se", "against_dense", "against_dense_se")},
-        "draws": [round(row["distill_loss"], 4) for row in rows], "seeds": [row["seed"] for row in rows],
-        "left_out": [row["left_out"] for row in rows], "widths": [row["widths"] for row in rows],
-        "images": rows[0]["images"], "device": rows[0]["device"]}
-        for key, rows in ((key, list(of_seed.values())) for key, of_seed in groups.items())])
+    write_lines(RESULTS, medians(runs, ("model", "gmacs_limit", "space", "what"),
+                                 {"left_out": "left_out", "widths": "widths"}))
 
 
 if __name__ == "__main__":

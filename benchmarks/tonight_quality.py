@@ -78,17 +78,23 @@ def drawn(folder: Path, count: int, seed: int, run: Path) -> Path:
     return chosen
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parser_of(doc: str, gmacs: list[float]) -> argparse.ArgumentParser:
+    """What benchmarks take that compare plans of a model on photographs, by seed and budget."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     for option in ("--weights", "--model", "--cal", "--val"):
         parser.add_argument(option)
     parser.add_argument("--run", type=Path)
     parser.add_argument("--write", nargs="+", type=Path, metavar="RUN", help="only write the results of these runs")
-    parser.add_argument("--photographs", type=int, nargs="+", default=[1000, 200])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--gmacs", type=float, nargs="+", default=[0.75, 0.6, 0.45])
+    parser.add_argument("--gmacs", type=float, nargs="+", default=gmacs)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="few images and evaluations, to see that it runs")
+    return parser
+
+
+def main() -> None:
+    parser = parser_of(__doc__, [0.75, 0.6, 0.45])
+    parser.add_argument("--photographs", type=int, nargs="+", default=[1000, 200])
     args = parser.parse_args()
     if args.write:
         write(args.write)
@@ -132,18 +138,24 @@ def compared(survey: Survey, limit: float, evaluations: int) -> Iterator[tuple[s
     yield "tonight", survey.best([*plans, *survey.search("all together", limit, evaluations)[:FINALISTS]])
 
 
-def write(runs: list[Path]) -> None:
-    """Medians over draws, of all rows of some runs."""
+def medians(runs: list[Path], names: tuple[str, ...], lists: dict[str, str]) -> Iterator[dict]:
+    """Of all rows of some runs that share what `names` say, one with their medians over seeds. lists: of which columns
+    the new one has all values, under which names."""
     groups: dict[tuple, dict[int, dict]] = {}
     for row in (row for run in runs for row in read_lines(run / "rows.jsonl")):     # one that went on has some twice
-        key = row["model"], row["photographs"], row["gmacs_limit"], row["what"]
-        groups.setdefault(key, {})[row["seed"]] = row
-    write_lines(RESULTS, [dict(zip(("model", "photographs", "gmacs_limit", "what"), key)) | {
-        **{name: statistics.median(row[name] for row in rows) for name in
-           ("gmacs", "distill_loss", "distill_loss_se", "against_dense", "against_dense_se")},
-        "draws": [round(row["distill_loss"], 4) for row in rows], "seeds": [row["seed"] for row in rows],
-        "forms": [row["form"] for row in rows], "images": rows[0]["images"], "device": rows[0]["device"]}
-        for key, rows in ((key, list(draws.values())) for key, draws in sorted(groups.items()))])
+        groups.setdefault(tuple(row[name] for name in names), {})[row["seed"]] = row
+    for key, rows in ((key, list(draws.values())) for key, draws in sorted(groups.items())):
+        yield dict(zip(names, key)) | {
+            **{name: statistics.median(row[name] for row in rows) for name in
+               ("gmacs", "distill_loss", "distill_loss_se", "against_dense", "against_dense_se")},
+            "draws": [round(row["distill_loss"], 4) for row in rows], "seeds": [row["seed"] for row in rows],
+            **{new: [row[name] for row in rows] for name, new in lists.items()},
+            "images": rows[0]["images"], "device": rows[0]["device"]}
+
+
+def write(runs: list[Path]) -> None:
+    """Medians over draws, of all rows of some runs."""
+    write_lines(RESULTS, medians(runs, ("model", "photographs", "gmacs_limit", "what"), {"form": "forms"}))
 
 
 if __name__ == "__main__":
