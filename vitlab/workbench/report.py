@@ -108,14 +108,20 @@ def _cost(row: ResultRow) -> float:
     return row.gmacs or 0.0
 
 
-def _compared(run: str | Path) -> tuple[str, list[ResultRow]]:
-    """(a quality, the rows that have it, of the data set that most of them are of, the dearest first, and of the others
-    those that were measured as that one, on as many images)."""
-    rows = [row for row in rows_of(run)[1] if row.gmacs is not None]
+def of_one_set(rows: Sequence[ResultRow]) -> tuple[str, list[ResultRow]]:
+    """(the first of QUALITIES that a row has, the rows that have it, of the data set and split that most of them are
+    of)."""
     quality = next((name for name in QUALITIES if any(getattr(row, name) is not None for row in rows)), QUALITIES[0])
     rows = [row for row in rows if getattr(row, quality) is not None]
     sets = Counter((row.dataset, row.split) for row in rows).most_common(1)
-    found = sorted((row for row in rows if (row.dataset, row.split) == sets[0][0]), key=_cost, reverse=True)
+    return quality, [row for row in rows if (row.dataset, row.split) == sets[0][0]]
+
+
+def _compared(run: str | Path) -> tuple[str, list[ResultRow]]:
+    """(a quality, the rows that have it, of the data set that most of them are of, the dearest first, and of the others
+    those that were measured as that one, on as many images)."""
+    quality, found = of_one_set([row for row in rows_of(run)[1] if row.gmacs is not None])
+    found = sorted(found, key=_cost, reverse=True)
     return quality, [row for row in found if all(row.conditions.get(key) == found[0].conditions.get(key)
                                                  for key in SAME_IMAGES)]
 

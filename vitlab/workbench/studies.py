@@ -1,6 +1,5 @@
 """Studies beside each other: what they measured, with the conditions that differ marked, and their plans."""
 import dataclasses
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +12,7 @@ from vitlab.runtime.caveats import caveat_of
 from vitlab.runtime.files import InputError
 from vitlab.runtime.kinds import Folder, Or
 from vitlab.runtime.results import ResultRow, aligned, conditions_of, notes, shown, titles
-from vitlab.workbench.report import COLUMNS, QUALITIES, entries_of, measured, rows_of
+from vitlab.workbench.report import COLUMNS, entries_of, measured, of_one_set, rows_of
 
 # what two measurements have to share to be compared number by number; of speeds, what stands under "speed."
 ALIKE = ("images", "limit", "prepared", "dtype", "device", "quick", "speed.batch_size", "speed.dtype", "speed.threads",
@@ -89,13 +88,10 @@ def compare(runs: Annotated[Or[tuple[str, ...], Sequence[str]], Parameter(name="
 
 def _draw(runs: Sequence[str | Path], rows: list[ResultRow], out: Path) -> None:
     from vitlab.plots import accuracy_against_cost, compare_plans, save_figure
-    quality = next((name for name in QUALITIES if any(getattr(row, name) is not None for row in rows)), None)
-    if quality is not None:
-        sets = Counter((row.dataset, row.split) for row in rows if getattr(row, quality) is not None)
-        own, _ = sets.most_common(1)[0]
-        shown_rows = [row for row in rows if (row.dataset, row.split) == own]
-        save_figure(accuracy_against_cost(shown_rows, quality), out, COSTS,
-                    f"{' '.join(own)}\n{caveat_of(shown_rows)}".strip())
+    quality, drawn = of_one_set(rows)
+    if drawn:
+        save_figure(accuracy_against_cost(drawn, quality), out, COSTS,
+                    f"{drawn[0].dataset} {drawn[0].split}\n{caveat_of(drawn)}".strip())
     plans = {f"{called}: {name}": plan for run, called in zip(runs, names_of(runs))
              for name, plan in plans_of(run).items()}
     if plans:
