@@ -1,5 +1,6 @@
 """What compression changed, picture by picture: both models' predictions, the tokens of a block, and the blocks to
 blame."""
+import functools
 import html
 from typing import Any
 
@@ -31,6 +32,7 @@ class ChangesExplorer(Explorer):
         self.block = ipywidgets.IntSlider(0, 0, self.plan.shape.depth - 1, description="block", **WIDE)
         self.cells, self.line = Cells(grid=self.plan.shape.grid_size, width=WIDTH), ipywidgets.HTML()
         self.blames: dict[int, np.ndarray | None] = {}
+        self.tokens = functools.lru_cache(maxsize=64)(found.tokens)             # a forward each
         self.children = [row(self.which, self.image), self.block, row(self.cells, self.line)]
         observe([self.which], self._list)
         observe([self.image, self.block], self._show)
@@ -56,7 +58,7 @@ class ChangesExplorer(Explorer):
 
     def _regions(self) -> np.ndarray:
         """Of each patch, the token that it is part of in the block."""
-        found, places = self.found.tokens(self.chosen), np.arange(self.plan.shape.num_patches)
+        found, places = self.tokens(self.chosen), np.arange(self.plan.shape.num_patches)
         return next((as_array(found[index]).astype(int) for index in range(self.block.value, -1, -1) if index in found),
                     places)
 
@@ -78,7 +80,7 @@ class ChangesExplorer(Explorer):
     def _figure(self) -> Figure:
         number, blames = self.chosen, self.blamed()
         blames = np.zeros(self.plan.shape.depth) if blames is None else blames
-        tokens = self.found.tokens(number)
+        tokens = self.tokens(number)
         return changed_pictures([self.found.picture(number)], [self.found.told(number)], blames[:, None],
                                 [self.found.title(number)], [tokens] if tokens else (), self.plan.shape,
                                 self.found.scored)
