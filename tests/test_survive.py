@@ -23,7 +23,7 @@ from vitlab.cli import main
 from vitlab.data import open_data
 from vitlab.models import checkpoint, shape_of
 from vitlab.plan import CompressionPlan
-from vitlab.runtime import files, signals
+from vitlab.runtime import files, parallel, signals
 from vitlab.runtime.files import InputError, read_lines
 from vitlab.runtime.launching import COMMAND
 from vitlab.search.study import JOURNAL
@@ -155,6 +155,19 @@ def test_a_request_to_stop_writes_the_state_after_the_step_under_way(data, tmp_p
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL       # as it was before
     assert equal(train(tmp_path, data, engine, workers=workers),
                  undisturbed[1]) and timeless(tmp_path) == undisturbed[2]
+
+
+def test_a_request_that_comes_while_the_processes_agree_is_heard_at_the_next_step(data, tmp_path, monkeypatch):
+    def total(values, plain=parallel.total):
+        found = plain(values).clone()                               # what was told, before the request
+        if values.dtype == torch.float64 and next(count) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+    count = itertools.count(1)
+    monkeypatch.setattr(parallel, "total", total)
+    with pytest.raises(signals.Stopped):
+        train(tmp_path, data, Engine(save_steps=1000))
+    assert states.paths(tmp_path)[0].name.startswith("state-000000003-")
 
 
 def test_the_command_line_ends_with_a_code_of_its_own_when_asked_to_stop_and_resume_goes_on(tmp_path, monkeypatch,

@@ -166,9 +166,9 @@ def _epoch(training: Training, folder: Path, fixed: dict[str, Any], passed_on: l
             if not over and training.done % engine.log_steps == 0 and training.fault is None:
                 log({"at_epoch": round(training.step / training.steps, 4), "loss": loss,
                      "lr": training.optimizer.param_groups[0]["lr"]})
-            if not over and (training.asked or training.done % engine.save_steps == 0):
+            if not over and (training.stops or training.done % engine.save_steps == 0):
                 save()
-                if training.asked:
+                if training.stops:
                     raise signals.Stopped
     name, value = measured(training.average, training.slice, teacher=training.teacher, device=training.device,
                            amp=training.dtype != "float32", progress=False)

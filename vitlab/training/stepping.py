@@ -95,7 +95,9 @@ class Training:
         if parallel.world() > 1:
             task.prepare_distributed(device_ids=[device] if device.type == "cuda" else None)
         self.task = task
-        self.epoch, self.done, self.skipped, self.asked = 0, 0, 0, False            # done: steps of the epoch under way
+        self.epoch, self.done, self.skipped = 0, 0, 0                               # done: steps of the epoch under way
+        # asked to stop is this process, at any moment; stops is what all of them agreed on last
+        self.asked, self.stops = False, False
         self.fault: str | None = None                                               # why the last step was left out
         # of these steps, those skipped left out
         self.losses: list[float] = []
@@ -203,13 +205,13 @@ class Training:
     def _agree(self, *values: float) -> list[float]:
         """The mean of each value over all processes; to be asked to stop is passed on along with them."""
         *found, asked = parallel.total(torch.tensor([*values, float(self.asked)], dtype=torch.float64)).tolist()
-        self.asked = asked > 0
+        self.stops = asked > 0
         return [value / parallel.world() for value in found]
 
     def must_stop(self) -> bool:
         """Whether one of the processes was asked to stop; all are told the same."""
         self._agree()
-        return self.asked
+        return self.stops
 
     def take_step(self, batches: Any) -> float:
         """One step on the next `accumulate` batches; returns its loss, the mean over all processes.
