@@ -32,6 +32,8 @@ def _model(name: str) -> tuple:
     import timm
 
     from vitlab.models import shape_of
+    from vitlab.workbench.steps import pick_device
+    pick_device("cpu")                          # what each code does with freed memory is its own
     torch.manual_seed(0)
     model = timm.create_model(name, pretrained=False).eval()
     return model, shape_of(model)
