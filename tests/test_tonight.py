@@ -83,8 +83,9 @@ def test_scores_moments_and_offers_are_kept_as_they_are_made(survey, dense, phot
     plan = survey.plan("all together", 0.6 * gmacs(CompressionPlan.empty(survey.shape)))
     offer = survey.offer("all together", plan)
     files = {path.name.rsplit("-", 1)[0] for path in survey.folder.iterdir() if path.is_file()}
-    assert files == {"unit-scores", "token-scores", "costs",
-                     "measured"} and len(list(survey.folder.glob("moments-*/*"))) == 4
+    # no rule so far needs scores of tokens
+    assert files == {"unit-scores", "costs", "measured"} and len(list(survey.folder.glob("moments-*/*"))) == 4
+    kept = survey.token_scores
 
     def never(*args, **settings):
         raise AssertionError("it was made before")
@@ -93,6 +94,7 @@ def test_scores_moments_and_offers_are_kept_as_they_are_made(survey, dense, phot
             patched.setattr(gathered, name, never)
         again = tonight.Survey(dense, photographs, tmp_path / "survey", images=16, score_images=24, config=FEW)
         assert again.scores.keys() == survey.scores.keys() and again.reporting.images == 7
+        assert torch.equal(again.token_scores, kept)
     assert again.objective(plan) == survey.objective(plan)                     # moments and scores came back to the bit
     monkeypatch.setattr(PlanObjective, "__call__", never)
     assert again.offer("all together", plan) == offer
@@ -105,7 +107,7 @@ def test_a_killed_tonight_keeps_what_it_had(dense, photographs, tmp_path, monkey
         raise KeyboardInterrupt
     monkeypatch.setattr(gathered, "token_scores", killed)
     with pytest.raises(KeyboardInterrupt):
-        tonight.tonight(dense, photographs, tmp_path / "out", images=16, config=FEW)
+        tonight.tonight(dense, photographs, tmp_path / "out", images=16, rules=("shared updates",), config=FEW)
     kept = sorted(path.name.rsplit("-", 1)[0] for path in (tmp_path / "out" / tonight.SURVEY).iterdir()
                   if path.is_file())
     assert kept == ["amounts.json", "costs", "unit-scores"]

@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from vitlab.plan import CompressionPlan, cost
 from vitlab.plan.shape import POOL_TOKEN, ViTShape
 from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import atomic_write
+from vitlab.search import SearchSpace
 from vitlab.training.loop import fingerprint
 from vitlab.training.self_distillation import Divergence
 from vitlab.workbench.pace import Pace
@@ -122,17 +124,22 @@ class Gathered:
 
     @cached_property
     def scores(self) -> dict[str, Tensor]:
-        """Of heads, neurons and tokens."""
-        found = self._kept("unit-scores",
-                           lambda: scores_by_moments(self.model, self.moments.items(), unit_criterion("fisher"),
-                                                     self.costs))
-        return found | self._kept("token-scores", self._of_tokens)
+        """Of heads and neurons."""
+        return self._kept("unit-scores", lambda: scores_by_moments(self.model, self.moments.items(),
+                                                                   unit_criterion("fisher"), self.costs))
 
-    def _of_tokens(self) -> dict[str, Tensor]:
-        shown = self.shown("what the model itself says", TOKEN_COST, TOKEN_IMAGES)
-        labelled = own_labels(self.model, shown, self.place)
-        return {"tokens": token_scores(self.model, labelled, device=self.place,
-                                       progress=self.config.progress and not self.pace)}
+    @cached_property
+    def token_scores(self) -> Tensor:
+        """Of tokens: rules that choose them by their place need them."""
+        def made() -> dict[str, Tensor]:
+            shown = self.shown("what the model itself says", TOKEN_COST, TOKEN_IMAGES)
+            return {"tokens": token_scores(self.model, own_labels(self.model, shown, self.place), device=self.place,
+                                           progress=self.config.progress and not self.pace)}
+        return self._kept("token-scores", made)["tokens"]
+
+    def plan_of(self, space: SearchSpace, policy: np.ndarray, **made_by: Any) -> CompressionPlan:
+        """Of a policy, by the scores that its space needs."""
+        return space.plan(policy, **self.scores, tokens=self.token_scores if space.by_place else None, made_by=made_by)
 
     @cached_property
     def costs(self) -> dict[Layer, Fisher]:

@@ -78,16 +78,18 @@ class Survey(Gathered):
         least = min(float(budget.cost(np.full((1, space.size), MAX_RATIO))[0])
                     for space, budget in map(self._problem, rules))
         if gmacs < least:
-            raise InputError(f"a budget of {gmacs:.4g} GMACs can't be met: with as much cut as may be, {least:.4g} are "
-                             f"left")
+            raise InputError(f"a budget of {gmacs:.4g} GMACs can't be met: cut as far as may be, {least:.4g} are left")
 
     def _name(self, rule: str) -> str:
         """Of a rule's folder: other images or another model have another."""
         return f"{rule.replace(' ', '-')}-{self.inputs}"
 
+    def by_place(self, rules: Iterable[str]) -> bool:
+        """Whether one of the rules needs scores of tokens."""
+        return any(self._problem(rule).space.by_place for rule in rules)
+
     def _measure(self, problem: Problem, policy: np.ndarray) -> dict[str, float]:
-        plan = problem.space.plan(policy, **self.scores)                        # scores come first, and are kept
-        return self._worth(self.objective, plan)
+        return self._worth(self.objective, self.plan_of(problem.space, policy))
 
     def _worth(self, objective: PlanObjective, plan: CompressionPlan) -> dict[str, float]:
         found = objective(plan)
@@ -128,10 +130,10 @@ class Survey(Gathered):
         ratio in the middle blocks; nothing is cut where reading out is enough. InputError where there is none."""
         if gmacs >= self._uncut(rule):
             space = self._problem(rule).space
-            return space.plan(np.zeros(space.size), **self.scores)
+            return self.plan_of(space, np.zeros(space.size))
         problem, even = self._problem(rule, gmacs), self._even(gmacs) if rule == "merging by content" else None
         try:
-            plan = problem.space.plan(allocate(*problem, curves_of(problem, self.curves(rule))), **self.scores)
+            plan = self.plan_of(problem.space, allocate(*problem, curves_of(problem, self.curves(rule))))
             plan = plan if even is None else min((plan, even), key=self._chosen_by)
         except InputError:                      # the curves lead to no plan of this cost
             if even is None:
@@ -181,9 +183,8 @@ class Survey(Gathered):
                      **{name: row.get(name) for name in names})
 
     def search(self, rule: str, gmacs: float, evaluations: int, until: float = np.inf) -> list[CompressionPlan]:
-        """The plans of a rule that a search finds, the nearest first, which starts from `plan`'s and the one of merging
-        alone; it goes on when it was killed. until: time.monotonic() at which it ends, whatever it has. Raises
-        InputError."""
+        """The plans of a rule that a search finds, the nearest first; it starts from `plan`'s and the one of merging
+        alone, and goes on when it was killed. until: time.monotonic() at which it ends, whatever it has."""
         if gmacs >= self._uncut(rule):
             return [self.plan(rule, gmacs)]
         space, budget = problem = self._problem(rule, gmacs)
@@ -198,8 +199,7 @@ class Survey(Gathered):
         study.run(lambda policy: self._measure(problem, policy), starts=starts, until=until,
                   loggers=self.config.loggers, progress=self.config.progress and not self.pace)
         ranked = sorted(study.evaluations, key=lambda e: -e.value)
-        return [space.plan(e.policy, **self.scores,
-                           made_by={"method": "search", "rule": rule, "gmacs": gmacs, "evaluation": e.index})
+        return [self.plan_of(space, e.policy, method="search", rule=rule, gmacs=gmacs, evaluation=e.index)
                 for e in ranked]
 
     def in_form(self, form: str, plan: CompressionPlan, images: int | None = None) -> nn.Module:

@@ -49,7 +49,7 @@ def stages_of(survey: Survey, rules: Sequence[str], budgets: int, evaluations: i
     solves = 72 * shape.depth * (kept ** 3 / 3 + 4 * shape.embed_dim * kept ** 2) / forward
     evaluation = images * ratio + solves / 24                   # is refitted once, by the dense model's moments
     return {SCORES: fitted * moments_cost(shape) + min(fitted, FISHER_IMAGES) * FISHER_COST
-            + min(fitted, TOKEN_IMAGES) * TOKEN_COST + elimination,
+            + min(fitted, TOKEN_IMAGES) * TOKEN_COST * survey.by_place(rules) + elimination,
             CURVES: survey.cuts(rules) * images * 0.55,
             OFFERED: budgets * len(rules) * (images + report + solves / 24) * 0.65,
             **({SEARCH: evaluations * evaluation} if evaluations else {}),
@@ -138,7 +138,7 @@ def tonight(source: Source, data: Data, out: Run, *, gmacs: Gmacs = None,
         stages[TRAINED] = max(0.0, 60 * minutes * rate - sum(stages.values()))
     with Pace("tonight", stages, rate, config.progress) as survey.pace:
         with survey.pace.stage(SCORES):
-            _ = survey.scores
+            _ = survey.scores, survey.by_place(rules) and survey.token_scores
         with survey.pace.stage(CURVES):
             for rule in rules:
                 survey.curves(rule)
