@@ -2,12 +2,13 @@
 refitted on.
 
     python benchmarks/calibration_images.py --weights FILE --model NAME --cal IMAGENET_CAL --val IMAGENET_VAL --run RUN
-    [--quick]
+    [--gmacs X ...] [--quick]
 
 One plan a budget, the same share of heads, neurons and tokens cut in every block (units by elimination on 512 images),
 as no search is what is measured here. Each is refitted with a fixed ridge and with one chosen for each layer, on the
 first n images of a draw, by which class tokens are weighed too, and measured on VAL, which nothing else sees. Rows go
-to benchmarks/results/calibration_images.jsonl as they are made; a run that was stopped goes on.
+to benchmarks/results/calibration_images.jsonl as they are made; a run that was stopped goes on. At its end all rows are
+drawn to docs/calibration_images.png.
 """
 import argparse
 from pathlib import Path
@@ -23,6 +24,7 @@ from vitlab.measure.moments import fisher
 from vitlab.measure.units import unit_scores
 from vitlab.models import compress, deploy, shape_of
 from vitlab.plan import cost
+from vitlab.plots.base import legend_above, look, new_axes, save_figure
 from vitlab.runtime.files import InputError, append_line, read_lines
 from vitlab.runtime.uncertainty import standard_error
 from vitlab.search import Budget, SearchSpace
@@ -33,6 +35,7 @@ from vitlab.workbench import steps
 GMACS, IMAGES, SCORED = (0.75, 0.60, 0.45), (0, 50, 100, 200, 480), 512
 RIDGES = {"fixed": RIDGE, "chosen": None}
 RESULTS = Path(__file__).parent / "results" / "calibration_images.jsonl"
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def main() -> None:
@@ -40,11 +43,12 @@ def main() -> None:
     for name in ("weights", "model", "cal", "val"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--gmacs", type=float, nargs="+", default=GMACS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=325, help="of VAL (default: 325)")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
-    gmacs, counts, scored, images = ((0.75,), (0, 8), 16, 8) if args.quick else (GMACS, IMAGES, SCORED, args.images)
+    gmacs, counts, scored, images = ((0.75,), (0, 8), 16, 8) if args.quick else (args.gmacs, IMAGES, SCORED, args.images)
     path = args.run / "rows.jsonl" if args.quick else RESULTS
     args.run.mkdir(parents=True, exist_ok=True)
     dense = steps.open_model(args.weights, model=args.model)
@@ -86,6 +90,30 @@ def main() -> None:
                 known.add((args.model, limit, name, count, args.seed))
                 append_line(path, row)
                 print(row, flush=True)
+    if not args.quick:
+        draw(read_lines(path))
+
+
+def draw(rows: list[dict], folder: Path = DOCS) -> None:
+    """calibration_images.png: a panel a model, a line a budget and way to choose the ridge, with standard errors."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, axes = new_axes(1, len(models), 4.5, 3.6)
+    lines = {}
+    for axis, model in zip(axes[0], models):
+        own = [row for row in rows if row["model"] == model]
+        counts = sorted({row["refitted_on"] for row in own})
+        for number, gmacs in enumerate(sorted({row["gmacs_limit"] for row in own}, reverse=True)):
+            for ridge, style in zip(RIDGES, (":", "-")):
+                line = sorted((r["refitted_on"], r["distill_loss"], r["distill_loss_se"]) for r in own
+                              if r["gmacs_limit"] == gmacs and r["ridge"] in (ridge, "none"))
+                images, distances, errors = zip(*line)
+                lines[f"{gmacs:g} GMACs, ridge {ridge}"] = axis.errorbar(
+                    [counts.index(n) for n in images], distances, errors, capsize=2, linestyle=style, **look(number))
+        axis.set_xticks(range(len(counts)), map(str, counts))
+        axis.set(title=model, xlabel="images refitted on", ylabel="distance to dense (nats)", yscale="log")
+    legend_above(figure, list(lines.values()), list(lines))
+    save_figure(figure, folder, "calibration_images",
+                f"Mean KL and its standard error over {rows[0]['images']} validation images; 0: as it is cut")
 
 
 if __name__ == "__main__":
