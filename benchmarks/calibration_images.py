@@ -48,7 +48,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=325, help="of VAL (default: 325)")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
-    gmacs, counts, scored, images = ((0.75,), (0, 8), 16, 8) if args.quick else (args.gmacs, IMAGES, SCORED, args.images)
+    gmacs, counts, scored, images = args.gmacs, IMAGES, SCORED, args.images
+    if args.quick:
+        gmacs, counts, scored, images = (0.75,), (0, 8), 16, 8
     path = args.run / "rows.jsonl" if args.quick else RESULTS
     args.run.mkdir(parents=True, exist_ok=True)
     dense = steps.open_model(args.weights, model=args.model)
