@@ -8,7 +8,8 @@ import torch
 from segmenting_fixtures import pictures, small, units_plan
 from training_fixtures import full_plan, images, logits, one_thread, tiny  # noqa: F401
 
-from vitlab.criteria.compensation import RIDGE, Moments, choose_ridge, columns, elimination_order, reconstruction, refit
+from vitlab.criteria.compensation import RIDGE, choose_ridge, columns, elimination_order, reconstruction, refit
+from vitlab.criteria.moments import COLUMNS, Moments
 from vitlab.measure.moments import Fisher, each_moments
 from vitlab.models import attention_block, compress, shape_of
 from vitlab.models.families import mixing_layer
@@ -90,6 +91,16 @@ def test_a_row_of_weight_three_is_three_rows():
     thrice.add(x, weights=torch.where(torch.arange(ROWS) < 5, 3.0, 1.0))
     assert torch.allclose(once.covariance(), thrice.covariance(),
                           atol=FLOAT32) and torch.allclose(once.mean, thrice.mean, atol=FLOAT32)
+
+
+def test_the_products_of_many_inputs_are_whole_and_symmetric():
+    inputs = 2 * COLUMNS + 7                                        # more than are multiplied at a time
+    x, weights = torch.randn(50, inputs), torch.rand(50)
+    found = Moments(inputs)
+    found.add(x, weights=weights)
+    expected = (x.double() * weights.double()[:, None]).T @ x.double()
+    torch.testing.assert_close(found.products, expected, rtol=FLOAT32, atol=FLOAT32 * float(expected.abs().max()))
+    assert torch.equal(found.products[:COLUMNS, COLUMNS:], found.products[COLUMNS:, :COLUMNS].T)
 
 
 def test_bf16_autocast_leaves_the_moments_in_float32():

@@ -9,7 +9,8 @@ from test_compensation import error as least_squares_error
 from test_hsic import min_max, oracle_gaussian, oracle_hsic, oracle_linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vitlab.criteria.compensation import Moments, reconstruction
+from vitlab.criteria.compensation import reconstruction
+from vitlab.criteria.moments import Moments
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.criteria.units import UNIT_CRITERIA, UnitScores, head_scores, neuron_scores, neurons_by_hsic
 from vitlab.measure.capture import token_scores

@@ -3,9 +3,8 @@ regression.
 
 Second-order pruning of whole units: *Optimal Brain Surgeon* (Hassibi and Stork, NIPS 1992) and *ZipLM* (Kurtic et al.,
 2023, arXiv 2302.04089, section 3); here with a bias, so that means are taken over exactly. All from second moments of
-the layer's inputs: K inputs (units times their width d), D outputs, U units, n rows (tokens of all images).
+the layer's inputs (`criteria.moments`): K inputs (units times their width d), D outputs, U units.
 """
-import copy
 import functools
 import math
 from collections.abc import Sequence
@@ -14,65 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vitlab.criteria.moments import Moments
 from vitlab.runtime.files import InputError
 
 RIDGE = 1e-3                                # times the mean variance of the inputs that stay
 RIDGES = (1e-3, 1e-2, 0.1, 0.3, 1, 3, math.inf)     # of these a refit's is chosen; most layers take 0.1 to 1
 STEP = 256          # inputs that leave an elimination before its matrices take it over; says nothing of the order
-
-
-class Moments:
-    """Sums over weighted rows of a layer's inputs a (K) and, where given, of what its output lacks, e (D): of a, a a^T,
-    e and e a^T, gathered in any number of batches; memory K^2 + K D, whatever n. rows is the sum of the rows'
-    weights."""
-
-    def __init__(self, size: int, device: torch.device | str = "cpu", outputs: int = 0) -> None:
-        def zeros(*sizes: int) -> Tensor:
-            return torch.zeros(sizes, dtype=torch.float64, device=device)
-        self.rows, self.sum, self.products = zeros(), zeros(size), zeros(size, size)
-        self.lack, self.lack_products = zeros(outputs), zeros(outputs, size)
-
-    def add(self, x: Tensor, lacks: Tensor | None = None, weights: Tensor | None = None) -> None:
-        """Inputs (..., K), what the outputs lack (..., D), and weights of the rows (...); None: nothing, and 1 each."""
-        x = x.detach().flatten(0, -2).float()
-        weighted = x if weights is None else x * weights.flatten()[:, None]
-        self.rows += len(x) if weights is None else weights.sum()
-        self.sum += weighted.sum(dim=0, dtype=torch.float64)
-        # bf16 is for the model, not for its moments
-        with torch.autocast(x.device.type, enabled=False):
-            self.products += (weighted.T @ x).double()
-            if lacks is not None:
-                lacks = lacks.detach().flatten(0, -2).float()
-                self.lack_products += (lacks.T @ weighted).double()
-                weighed = lacks if weights is None else lacks * weights.flatten()[:, None]
-                self.lack += weighed.sum(dim=0, dtype=torch.float64)
-
-    def plus(self, other: "Moments") -> "Moments":
-        """Of the rows of both."""
-        found = copy.copy(self)
-        for name, value in vars(self).items():
-            setattr(found, name, value + getattr(other, name))
-        return found
-
-    def uncentred(self) -> "Moments":
-        """As if all means were 0: for a layer without a bias, which can't make them good."""
-        found = copy.copy(self)
-        found.sum, found.lack = torch.zeros_like(self.sum), torch.zeros_like(self.lack)
-        return found
-
-    @property
-    def mean(self) -> Tensor:
-        return self.sum / self.rows
-
-    def covariance(self, ridge: float = RIDGE) -> Tensor:
-        """Covariance (K, K), its diagonal raised by ridge times its mean. Raises InputError where nothing was
-        gathered."""
-        if not self.rows:
-            raise InputError("no inputs were gathered to compensate on")
-        mean = self.mean
-        found = self.products / self.rows - torch.outer(mean, mean)
-        found.diagonal().add_(ridge * found.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny))
-        return found
 
 
 def columns(units: Tensor, width: int) -> Tensor:

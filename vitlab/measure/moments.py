@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vitlab.criteria.compensation import Moments
+from vitlab.criteria.moments import Moments
 from vitlab.measure.averaging import begun, frozen_eval, hooks
 from vitlab.measure.distance import output_of
 from vitlab.measure.evaluate import autocast

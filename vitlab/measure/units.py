@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vitlab.criteria.compensation import Moments
 from vitlab.criteria.hsic import CHUNK, shared_dependence
+from vitlab.criteria.moments import Moments
 from vitlab.criteria.units import (
     MAGNITUDE_WEIGHT,
     REDUNDANCY_WEIGHT,

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vitlab.criteria.compensation import RIDGE, Moments, choose_ridge, columns, refit
+from vitlab.criteria.compensation import RIDGE, choose_ridge, columns, refit
+from vitlab.criteria.moments import Moments
 from vitlab.measure.averaging import hooks
 from vitlab.measure.evaluate import autocast
 from vitlab.measure.moments import Fisher, Layer, layers_of

@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vitlab.criteria.compensation import Moments
+from vitlab.criteria.moments import Moments
 from vitlab.criteria.units import unit_criterion
 from vitlab.data.images import image_config
 from vitlab.measure.capture import token_scores

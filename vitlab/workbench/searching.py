@@ -13,7 +13,7 @@ from cyclopts import Parameter
 from torch import nn
 from tqdm import tqdm
 
-from vitlab.criteria.compensation import Moments
+from vitlab.criteria.moments import Moments
 from vitlab.data.images import image_config
 from vitlab.exporting.running import way_of
 from vitlab.measure.distance import output_of
