@@ -108,13 +108,17 @@ def choose_ridge(weight: Tensor, folds: Sequence[Moments], kept: Tensor, width: 
     folds, inputs, ridges = [fold for fold in folds if fold.rows], columns(kept, width), sorted(ridges, reverse=True)
     if len(folds) < 2:
         return ridges[0]
-    missed = []
+    normals = []
     for fold in folds:
         others = functools.reduce(Moments.plus, (other for other in folds if other is not fold))
         # float32 is enough to choose by (the same ridges, errors to 1e-5 of their range), and takes half the time
-        own, fitted = (Normal.of(weight, moments, inputs, torch.float32) for moments in (fold, others))
-        missed.append(torch.stack([own.error(*fitted.solve(ridge)) for ridge in ridges]))
-    errors = torch.stack(missed).double().cpu()                                 # (folds, ridges)
+        normals.append([Normal.of(weight, moments, inputs, torch.float32) for moments in (fold, others)])
+    missed: list[Tensor] = []                                                   # (folds) for each ridge
+    for ridge in ridges:
+        missed.append(torch.stack([own.error(*fitted.solve(ridge)) for own, fitted in normals]).double())
+        if len(missed) > 1 and missed[-1].mean() > missed[-2].mean():
+            break                               # and with less, more and more
+    errors = torch.stack(missed, dim=1).cpu()
     rest = errors - errors[:, errors.mean(dim=0).argmin()][:, None]
     return ridges[int((rest.mean(dim=0) <= rest.std(dim=0) / len(folds) ** 0.5).int().argmax())]
 
