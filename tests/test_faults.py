@@ -817,6 +817,7 @@ COMMANDS = [
     ("A batch file that is not there", "batch nowhere.yaml", "nowhere.yaml: can't be read (No such file or directory)"),
     ("A batch file that is a folder", "batch dense", "dense: can't be read (Is a directory)"),
     ("Words that are quoted by half", ["batch", "batch.yaml", "--snakemake", "a 'b"], "No closing quotation"),
+    ("A model of the hub, to be pushed", "push hf-hub:a/b c/d", "hf-hub:a/b is on the hub already; a run folder"),
     ("A name that is none on the hub", "push dense ants", "'ants' is no name on the hub; OWNER/NAME is needed"),
     ("A run without a checkpoint for the hub", "push images me/ants", "images: not a checkpoint; a folder with "),
     ("A hub that can't be reached", "push dense me/ants", "does not answer within 5 s; --out FOLDER writes what would"),

@@ -112,6 +112,8 @@ def push(run: Folder, name: str, /, *, out: Folder | None = None,
         raise InputError(f"{name!r} is no name on the hub ({first_line(error)}); OWNER/NAME is needed") from None
     if "/" not in name:
         raise InputError(f"{name!r} is no name on the hub; OWNER/NAME is needed")
+    if str(run).startswith(HUB):
+        raise InputError(f"{run} is on the hub already; a run folder of this machine is needed")
     if out is not None:
         check_out(Path(out), Path(run))
         with atomic_folder(out) as folder:
