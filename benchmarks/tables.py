@@ -12,11 +12,9 @@ from vitlab.runtime.results import ratio_words, with_range
 from vitlab.runtime.uncertainty import error_name, plus_minus, share_error
 
 HERE = Path(__file__).parent
-PAGES = (HERE.parent / "docs" / "prune_and_merge.md", HERE.parent / "docs" / "search.md",
-         HERE.parent / "docs" / "off_the_shelf.md", HERE.parent / "docs" / "results.md",
-         HERE.parent / "docs" / "scale.md", HERE.parent / "docs" / "segmentation.md", HERE.parent / "docs" / "log.md",
+PAGES = (*((HERE.parent / "docs" / f"{name}.md") for name in (
+    "prune_and_merge", "search", "off_the_shelf", "results", "scale", "deploy", "segmentation", "log")),
          HERE.parent / "README.md")
-
 
 PAIRED = "against the dense model: the standard error of the images' own differences"
 
@@ -414,6 +412,41 @@ def tonight_cost(rows: list[dict]) -> str:
                    f"process, with the model"])
 
 
+def runtimes(rows: list[dict]) -> str:
+    """A line per rule and batch, a column for each runtime: images/s, and what the best of them is worth."""
+    names = list(dict.fromkeys(r["conditions"]["runtime"] for r in rows))
+    found = {(r["conditions"]["rule"], r["conditions"]["batch_size"], r["conditions"]["runtime"]): r for r in rows}
+    lines = []
+    for rule, batch in dict.fromkeys(key[:2] for key in found):
+        own = {name: found[rule, batch, name] for name in names}
+        best = max(own.values(), key=lambda r: r["throughput_img_s"])
+        about = best["conditions"]
+        lines.append([rule, f"{batch}", f"{best['gmacs']:.2f}", *(f"{r['throughput_img_s']:.0f}" for r in own.values()),
+                      f"{about['of_best']:.2f}", f"{about['of_best'] / about['mac_ratio']:.2f}"])
+    about = rows[0]["conditions"]
+    return _table(["rule", "batch", "GMACs", *names, "best over the dense model's best", "of the MAC ratio"], lines,
+                  [f"Images/s, {about['dtype']}, {about['threads']} threads, in turn in one process, medians of "
+                   f"{about['repeats']} rounds"])
+
+
+def int8(rows: list[dict]) -> str:
+    """A line per model, runtime and type; top-1 and distance do not depend on the batch."""
+    found = {tuple(r["model"].rsplit(", batch ", 1)): r for r in rows}
+    batches = list(dict.fromkeys(batch for _, batch in found))
+    lines = []
+    for name in dict.fromkeys(name for name, _ in found):
+        r, *_ = own = [found[name, batch] for batch in batches]
+        measured = r.get("top1_pct") is not None
+        lines.append([name, f"{r['gmacs']:.2f}", f"{r['conditions']['file_mb']:.1f}" if measured else "-",
+                      _value(r, "top1_pct", 2) if measured else "-", _value(r, "distill_loss", 3) if measured else "-",
+                      *(f"{each['throughput_img_s']:.0f} ({each['ratio']:.2f})" for each in own)])
+    speed = rows[0]["conditions"]["speed"]
+    return _table(["model", "GMACs", "MB", "top-1 %", "distance (nats)",
+                   *(f"images/s at batch {batch} (ratio)" for batch in batches)], lines,
+                  [*_notes(rows, "top1_pct"), f"Speed: {speed['threads']} threads, medians of {speed['repeats']} "
+                   "rounds in turn in one process; ratio: to the dense model in PyTorch"])
+
+
 TABLES: dict[str, Callable[[list[dict]], str]] = {
     "published_table": published_table, "published_form": published_table, "boundaries": boundaries, "cifar10": cifar10,
     "token_speed": token_speed, "mdc_table": mdc_table, "joint": joint, "latency": latency, "hsic_speed": hsic_speed,
@@ -423,7 +456,8 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
     "families": families, "camvid": camvid, "allocator": allocator, "scale": scale, "loader": loader,
     "opening": opening, "gpu": gpu,
     "tonight_quality": tonight_quality,
-    "tonight_quality_short": tonight_quality_short, "tonight_cost": tonight_cost}
+    "tonight_quality_short": tonight_quality_short, "tonight_cost": tonight_cost,
+    "runtimes": runtimes, "int8": int8}
 
 
 def render(text: str) -> str:
