@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from vitlab.models import shape_of
 from vitlab.models.create import create_model
+from vitlab.plan import CompressionPlan
+from vitlab.plan.cost import gmacs
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -157,3 +160,12 @@ def test_tomes_rule_fits_every_family_and_merging_nothing_is_the_dense_model(kin
     assert tome.tome_gmacs(model, counts) <= 0.8 * tome.tome_gmacs(model, 0)
     fewer = [(sum(counts) - 1) // 2 + (block < (sum(counts) - 1) % 2) for block in range(2)]
     assert tome.tome_gmacs(model, fewer) > 0.8 * tome.tome_gmacs(model, 0)
+
+
+def test_every_rule_that_is_timed_saves_what_it_is_said_to():
+    runtimes, shape = importlib.import_module("runtimes"), shape_of(create_model("deit_tiny_patch16_224"))
+    limit = 0.6 * gmacs(CompressionPlan.empty(shape))
+    found = runtimes.plans(shape, limit)
+    assert found.keys() == runtimes.RULES.keys()
+    # one ratio for all blocks meets no budget exactly, but none by much less
+    assert all(0.93 * limit <= gmacs(plan) <= limit for plan in found.values())
