@@ -23,7 +23,7 @@ from vitlab.plan.rules import Match, MergeReconstruct, ReadOut, Select, SharedUp
 from vitlab.runtime.files import InputError
 from vitlab.search import Budget, SearchSpace
 from vitlab.search.allocation import allocate, levels, summed_losses
-from vitlab.search.sampling import Problem, neighbours, varied_policies
+from vitlab.search.sampling import Problem, neighbours, random_policies, uniform_policies, varied_policies
 from vitlab.training.compensate import compensate
 
 GONE = ((), None), (None, ()), (None, None), ((), ()), ((0,), ())               # heads and neurons of each block
@@ -282,6 +282,27 @@ def test_a_search_takes_a_sublayer_where_that_is_cheapest_and_its_proposals_meet
     assert (near[:, space.names.index(cheap)] == 1).mean() > 0.5                # most neighbours go on without it
     projected, meets = budget.project(np.where(np.arange(space.size) == 1, 1.0, 0.3)[None])
     assert meets[0] and projected[0, 1] == 1
+
+
+@pytest.mark.parametrize("tokens", ["none", "select", "match_per_stage"])
+def test_a_budget_that_only_whole_sublayers_can_meet_is_met_by_policies_of_every_kind(tiny_vit, tokens):
+    space, chance = space_of(shape_of(tiny_vit("deit")), tokens), np.random.default_rng(0)
+    some, all_gone = space.gmacs(np.stack([np.full(space.size, 0.75), space.most])).tolist()
+    with pytest.raises(InputError, match=rf"reaches from {all_gone:.6g} \(everything cut by 0.75, whole sublay"):
+        Budget.of(space, 0.99 * all_gone)
+    for part in (0.3, 0.8) if tokens == "none" else (0.8,):       # tokens that no attention is left to merge are dear
+        problem = Problem(space, Budget.of(space, all_gone + part * (some - all_gone), tolerance=0.05))
+        drawn = random_policies(problem, 20, chance)
+        assert len(set(space.keys(drawn))) > 5
+        for policies in (drawn, uniform_policies(problem, 3, chance), varied_policies(problem, 20, chance),
+                         neighbours(problem, drawn[:3], 20, chance)):
+            assert len(policies) and problem.budget.meets(space.check(policies)).all()
+            assert (policies == 1).any(axis=1).all()
+        curves = [[(ratio, ratio**2 * (2 + place % 3)) for ratio in of] for place, of in enumerate(levels(space))]
+        assert problem.budget.meets(allocate(space, problem.budget, curves)[None])[0]
+    met, meets = problem.budget.project(np.where(space.most == 1, np.linspace(0.1, 0.6, space.size), 0)[None])
+    gone = np.flatnonzero(met[0] == 1)
+    assert meets[0] and (gone == np.arange(DEPTH)[-len(gone):]).all()           # MLPs of which it cut most
 
 
 def test_a_whole_sublayer_may_lose_less_than_most_of_it_and_is_taken_at_once(tiny_vit):

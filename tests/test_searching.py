@@ -322,6 +322,16 @@ def test_what_can_not_be_searched_is_refused(tmp_path, data, settings, says):
                          config=FEW, **settings)
 
 
+def test_a_search_meets_a_budget_that_only_whole_sublayers_can_meet(tmp_path, data):
+    options = {"macs_ratio": 0.35, "tokens": "none", "settings": SHORT, "images": 24, "score_images": 32, "config": FEW}
+    with pytest.raises(InputError, match="can't be met"):
+        searching.search(dense_checkpoint(), data, tmp_path / "plain", **options)
+    study = searching.search(dense_checkpoint(), data, tmp_path / "s", sublayers=True, **options)
+    plan = CompressionPlan.load(tmp_path / "s" / searching.PLAN)
+    assert any(block.leaves_out(kind) for block in plan.blocks for kind in ("heads", "neurons"))
+    assert gmacs(plan) == pytest.approx(study.best.cost) and study.budget.meets(np.array([study.best.policy]))[0]
+
+
 @pytest.mark.parametrize("more", [{"sublayers": True}, {"units": ("heads", "neurons", "widths")}], ids=str)
 def test_published_count_knows_no_sublayers_and_no_widths(more):
     found = dense_checkpoint(depth=12)

@@ -9,7 +9,7 @@ from vitlab.plan.shape import require
 from vitlab.search.space import SearchSpace
 
 TOLERANCE = 0.02                                # published
-BISECTIONS = 24                                 # of a path of length 3: to 2e-7 of a ratio
+BISECTIONS = 24                                 # of a path of length 3 or 4: to 2e-7 of a ratio
 FINENESS = {"heads": 0, "tokens": 1, "widths": 2, "neurons": 3}      # by how little one unit costs
 
 
@@ -25,6 +25,7 @@ class Budget:
     max_ratio: float                            # of the space
     size: int                                   # D
     groups: tuple[str, ...] = ()                # of each dimension; empty where all are alike
+    whole: tuple[bool, ...] = ()                # of each dimension, whether its ratio may be 1; empty: none's
     unit: str = "gmacs"                         # "gmacs" or "latency_ms", for people
     tolerance: float = TOLERANCE
 
@@ -33,15 +34,17 @@ class Budget:
            **settings: Any) -> "Budget":
         """A budget of a space's policies. cost None: its GMACs; settings: unit and tolerance."""
         return cls(limit=limit, cost=cost or space.gmacs, max_ratio=space.max_ratio, size=space.size,
-                   groups=tuple(space.groups), **settings)
+                   groups=tuple(space.groups), whole=tuple(space.most == 1), **settings)
 
     def __post_init__(self) -> None:
         require(0 < self.tolerance < 1, f"tolerance is {self.tolerance}; it must lie in (0, 1)")
-        dense, least = self.cost(np.array([[0.0] * self.size, [self.max_ratio] * self.size])).tolist()
+        nothing, most = np.zeros(self.size), np.full(self.size, self.max_ratio)
+        dense, *ends = self.cost(np.stack([nothing, most, np.where(self.whole or False, 1, most)])).tolist()
+        least = min(ends)                       # without its attention a block may merge no tokens, and cost more
         require(least <= self.limit < dense,
                 f"a budget of {self.limit:.6g} {self.unit} can't be met: this space reaches from {least:.6g} "
-                f"(everything cut by {self.max_ratio}) to {dense:.6g} (nothing cut): ratios of the dense model's from "
-                f"{least / dense:.3g} to below 1")
+                f"(everything cut by {self.max_ratio}{', whole sublayers left out' if least < ends[0] else ''}) to "
+                f"{dense:.6g} (nothing cut): ratios of the dense model's from {least / dense:.3g} to below 1")
 
     def meets(self, policies: np.ndarray) -> np.ndarray:
         """Bool (P)."""
@@ -67,22 +70,27 @@ class Budget:
         """(policies (P, D) of the same make that meet the budget, whether each does (P)).
 
         Each moves along its path: from nothing cut (t = -1) by scaling to itself (0), on to its non-zero ratios at
-        their most (1), then to everything at its most (2), so that what it leaves alone is cut last. Where several
-        counts fall at once the last step is too long: its dimensions are taken one by one, the coarsest first, and what
-        is left of the budget is given back by the groups in turn, the finest first; where nothing finer is cut, the
-        step is not made, and the finest groups are cut instead. A policy may still fail where nothing finer is
-        searched.
+        their most (1), then to everything at its most (2), so that what it leaves alone is cut last; then whole
+        sublayers are left out one after the other, MLPs before attentions, which take the tokens that they merge or
+        select along, and those first of which it cuts most, up to all that may be (3). Where several counts fall at
+        once the last step is too long: its dimensions are taken one by one, the coarsest first, and what is left of the
+        budget is given back by the groups in turn, the finest first; where nothing finer is cut, the step is not made,
+        and the finest groups are cut instead. A policy may still fail where nothing finer is searched.
         """
         def path(t: np.ndarray) -> np.ndarray:
             t = t[:, None]
             most = np.where(policies > 0, highest, policies)
             scaled = np.minimum(policies / np.maximum(1 - t, 1e-12), highest)
-            return np.select([t < 0, t < 1], [policies * (1 + t), scaled], most + (t - 1) * (highest - most))
+            some = np.select([t < 0, t < 1], [policies * (1 + t), scaled],
+                             most + (np.minimum(t, 2) - 1) * (highest - most))
+            return np.where(t >= leaves, 1, some)
 
         count, highest = len(policies), np.maximum(policies, self.max_ratio)    # above it: a sublayer is left out
-        within, beyond = self._fitting(path, -1.0, 2.0, count)
-        place = np.argsort(np.argsort([FINENESS.get(group, 0) for group in self.groups or [""] * self.size],
-                                      kind="stable"))
+        fineness = np.array([FINENESS.get(group, 0) for group in self.groups or [""] * self.size])
+        turn = np.argsort(np.lexsort((-policies, np.broadcast_to(-fineness, policies.shape))), axis=1)
+        leaves = np.where(self.whole or False, 2 + (turn + 1) / self.size, np.inf)          # the t at which (P, D)
+        within, beyond = self._fitting(path, -1.0, 3.0 if any(self.whole) else 2.0, count)
+        place = np.argsort(np.argsort(fineness, kind="stable"))
         # (D + 1, P, D): the first so many places, the coarsest, not cut in the last step; dearer with each
         mixed = np.where(place < np.arange(self.size + 1)[:, None, None], beyond, within)
         cost = self.cost(mixed.reshape(-1, self.size)).reshape(self.size + 1, count)
@@ -92,7 +100,7 @@ class Budget:
             mine = np.array(self.groups) == group
             short = ~self.meets(projected)
             if short.any():
-                given_back = np.where(mine, 0, projected[short])
+                given_back = np.where(mine & (projected[short] <= self.max_ratio), 0, projected[short])
                 projected[short] = self._between(given_back, projected[short])
             short = ~self.meets(projected)
             if short.any():

@@ -36,7 +36,7 @@ def _feasible_even(problem: Problem, points: np.ndarray) -> np.ndarray:
     """Feasible policies from points in the space's even coordinates, projected in these."""
     space, budget = problem
     in_even = copy.copy(budget)                 # not made anew: its corner may be another policy than all at their most
-    object.__setattr__(in_even, "cost", lambda points: budget.cost(space.from_even(points)))
+    vars(in_even).update(cost=lambda points: budget.cost(space.from_even(points)), whole=())   # among the counts here
     return space.from_even(_feasible(Problem(space, in_even), points))
 
 

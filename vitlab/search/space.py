@@ -80,8 +80,8 @@ class SearchSpace:
         return len(self.names)
 
     @cached_property
-    def _most(self) -> np.ndarray:
-        """The largest ratio of each dimension (D)."""
+    def most(self) -> np.ndarray:
+        """The largest ratio of each dimension (D): max_ratio, or 1 where a whole sublayer may go."""
         return np.concatenate([self._cut.most, np.full(len(self._tokens.names), self.max_ratio)])
 
     def check(self, policies: np.ndarray) -> np.ndarray:
@@ -89,10 +89,10 @@ class SearchSpace:
         policies = np.atleast_2d(np.asarray(policies, dtype=np.float64))
         if policies.ndim > 2 or policies.shape[-1] != self.size:
             raise InputError(f"a policy of {policies.shape[-1]} numbers; this space has {self.size} dimensions")
-        wrong = np.argwhere(~((policies >= 0) & (policies <= self._most)))
+        wrong = np.argwhere(~((policies >= 0) & (policies <= self.most)))
         if len(wrong):
             raise InputError(f"{self.names[wrong[0][1]]} is {policies[tuple(wrong[0])]}; it must lie in [0, "
-                             f"{self._most[wrong[0][1]]:g}]")
+                             f"{self.most[wrong[0][1]]:g}]")
         return policies
 
     def _split(self, policies: np.ndarray) -> list[np.ndarray]:
@@ -153,7 +153,7 @@ class SearchSpace:
         units no count twice, each in its middle; then 1, where all of them may go."""
         even = np.repeat(np.linspace(0, self.max_ratio, count)[:, None], self.size, axis=1)
         columns = [np.unique(column) for column in replace(self, sublayers=False).from_even(even).T]
-        return [np.append(column, 1.0) if most == 1 else column for column, most in zip(columns, self._most)]
+        return [np.append(column, 1.0) if most == 1 else column for column, most in zip(columns, self.most)]
 
     def features(self, policies: np.ndarray) -> np.ndarray:
         """What a model of the objective should see (P, D): even coordinates in [0, 1]."""
