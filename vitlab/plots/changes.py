@@ -4,20 +4,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vitlab.plan.shape import ViTShape, require
 from vitlab.plots.base import PALETTE, as_array, legend_above, look, new_axes
-from vitlab.plots.tokens import draw_borders, region_means
+from vitlab.plots.tokens import draw_borders, plain, region_means
 
 SHOWN = 3                       # predictions of each model beside a picture
-
-
-def _plain(text: str) -> str:
-    """A name as it is: matplotlib takes what stands between two dollars for a formula."""
-    return text.replace("$", r"\$")
 
 
 def _predictions(axis: Axes, told: Mapping[str, Sequence[tuple[str, float]]]) -> None:
@@ -25,7 +21,7 @@ def _predictions(axis: Axes, told: Mapping[str, Sequence[tuple[str, float]]]) ->
     rows = [(index, name, p) for index, each in enumerate(told.values()) for name, p in each[:SHOWN]]
     places = np.arange(len(rows)) + np.array([row[0] for row in rows]) * 0.6
     axis.barh(places, [row[2] for row in rows], color=[look(row[0])["color"] for row in rows], linewidth=0)
-    axis.set_yticks(places, [_plain(row[1] if len(row[1]) <= 22 else row[1][:21] + "…") for row in rows], fontsize=8)
+    axis.set_yticks(places, [plain(row[1], 22) for row in rows], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlim(0, 1)
 
@@ -42,10 +38,10 @@ def changed_pictures(pictures: Sequence[np.ndarray], told: Sequence[Mapping[str,
     require(len(pictures) > 0, "no picture changed; there is nothing to show")
     figure, axes = new_axes(len(pictures), 3 + with_tokens + more, 2.6 - 0.15 * more, 2.3)
     for row, (line, picture) in enumerate(zip(axes, pictures)):
-        shown, block = {_plain(titles[row]): picture}, None
+        shown, block = {plain(titles[row]): picture}, None
         if with_tokens:
             block = max(tokens[row], key=lambda index, row=row: blamed[index, row])
-            shown[f"tokens in block {block}"] = region_means(picture, tokens[row][block], shape)
+            shown[f"tokens in block {block}"] = region_means(picture, torch.as_tensor(tokens[row][block]), shape)
             draw_borders(line[1], as_array(tokens[row][block]).reshape(shape.grid_size), picture.shape[:2], 0.6)
         for axis, (title, image) in zip(line, [*shown.items(), *(beside[row].items() if beside else ())]):
             axis.imshow(image)
@@ -96,7 +92,7 @@ def class_changes(rows: Sequence[Mapping[str, Any]], most: int = 10, *, what: st
     axis.barh(range(len(shown)), values, xerr=ends.clip(0), linewidth=0,
               color=[PALETTE[0] if v >= 0 else PALETTE[3] for v in values],
               error_kw={"elinewidth": 1, "ecolor": "0.3"})
-    axis.set_yticks(range(len(shown)), [_plain(f"{row['class']} ({row['images']})") for row in shown], fontsize=8)
+    axis.set_yticks(range(len(shown)), [plain(f"{row['class']} ({row['images']})") for row in shown], fontsize=8)
     axis.invert_yaxis()
     axis.axvline(0, color="0.4", linewidth=0.8)
     axis.set_xlabel(f"points of {what}, compressed less dense; lines: {bars}", fontsize=10)

@@ -16,20 +16,31 @@ from vitlab.data import Images
 from vitlab.data.images import image_config
 from vitlab.data.layouts import IGNORE
 from vitlab.data.scene_data import measuring_transform
-from vitlab.measure.capture import token_places
 from vitlab.measure.changes import blame
 from vitlab.measure.distance import output_of
 from vitlab.measure.rollout import looked_at
 from vitlab.models.checkpoint import Checkpoint
+from vitlab.models.deploy import Fold, FoldedBlock
 from vitlab.models.support import encoder_of
 from vitlab.models.windows import segment
-from vitlab.plots import changed_pictures, class_changes, difference, overlaid, predictions, reliability
+from vitlab.plan.shape import require
+from vitlab.plots import (
+    changed_pictures,
+    class_changes,
+    difference,
+    overlaid,
+    predictions,
+    reliability,
+    token_sheet,
+    token_strip,
+)
 from vitlab.plots.base import as_array, to_image
 from vitlab.plots.colours import class_colours
 from vitlab.plots.scenes import OPACITY, in_grey
 from vitlab.plots.units import over_grey
 from vitlab.runtime.files import InputError
 from vitlab.runtime.uncertainty import digits_of, plus_minus, share_error, standard_error
+from vitlab.workbench.explore.maps import Tokens, tokens_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -102,12 +113,25 @@ class Compared:
         """(L, B): by how much each image's output would be nearer, were one block undone (`blame`)."""
         return blame(self.dense.model, self.compressed.model, self.compressed.plan, self.inputs(chosen))
 
-    def tokens(self, i: int) -> dict[int, Tensor]:
-        """{block: which token each patch of the image went into} of a model that merges by content; {} of others."""
-        try:
-            return {block: places[0] for block, places in token_places(self.compressed.model, self.inputs([i])).items()}
-        except InputError:
-            return {}
+    def tokens(self, i: int) -> list[Tokens]:
+        """The tokens in each block of an image; [] of a deployed model, whose blocks have lost their places."""
+        if any(isinstance(block, (Fold, FoldedBlock)) for block in self.compressed.model.blocks):
+            return []
+        return tokens_of(self.compressed.plan, lambda: self.compressed.model, lambda: self.inputs([i]))
+
+    def strip(self, i: int) -> Figure:
+        """An image's tokens in every block. Raises InputError for a deployed model."""
+        require(bool(seen := self.tokens(i)), "the model is deployed; the training form (the run folder, not "
+                                              "deployed/) has the tokens of each block")
+        return token_strip(self.picture(i), [(each.regions, each.aside) for each in seen], self.dense.plan.shape)
+
+    def token_sheet(self, chosen: Sequence[int], block: int = -1) -> Figure:
+        """Images beside their tokens in one block, the last. Raises InputError for a deployed model."""
+        seen = [self.tokens(i) for i in chosen]
+        require(all(seen), "the model is deployed; the training form (the run folder, not deployed/) has the tokens of "
+                           "each block")
+        return token_sheet([(self.title(i), self.picture(i), each[block].regions, each[block].aside)
+                            for i, each in zip(chosen, seen)], self.dense.plan.shape)
 
     def beside(self, i: int) -> dict[str, np.ndarray]:
         """{title: picture (h, w, 3)} to be shown with an image: what each model takes from it, by attention rollout
@@ -127,7 +151,8 @@ class Compared:
     def sheet(self, chosen: Sequence[int], blames: Any = None) -> Figure:
         """The images in rows, with what is known of each (`changed_pictures`); blames (L, B), of a deployed model
         zeros."""
-        shown = [self.tokens(i) for i in chosen]
+        shown = [{block: each.regions for block, each in enumerate(self.tokens(i))
+                  if each.aside.any() or len(set(each.regions.tolist())) < len(each.regions)} for i in chosen]
         return changed_pictures([self.picture(i) for i in chosen], [self.told(i) for i in chosen],
                                 self.blamed(chosen) if blames is None else blames, [self.title(i) for i in chosen],
                                 shown if any(shown) else (), self.dense.plan.shape, self.scored,

@@ -14,7 +14,7 @@ from vitlab.runtime.files import InputError
 from vitlab.workbench.compared import Compared
 from vitlab.workbench.explore.base import Cells, Explorer, array_png, observe, row
 from vitlab.workbench.explore.choosing import WIDE
-from vitlab.workbench.explore.token_map import WIDTH, enlarged
+from vitlab.workbench.explore.token_map import WIDTH, enlarged, table
 
 
 class ChangesExplorer(Explorer):
@@ -60,9 +60,8 @@ class ChangesExplorer(Explorer):
 
     def _regions(self) -> np.ndarray:
         """Of each patch, the token that it is part of in the block."""
-        found, places = self.tokens(self.chosen), np.arange(self.plan.shape.num_patches)
-        return next((as_array(found[index]).astype(int) for index in range(self.block.value, -1, -1) if index in found),
-                    places)
+        found = self.tokens(self.chosen)
+        return found[self.block.value].regions if found else np.arange(self.plan.shape.num_patches)
 
     def _show(self, change: Any = None) -> None:
         number, regions = self.chosen, self._regions()
@@ -73,13 +72,10 @@ class ChangesExplorer(Explorer):
         for title, image in self.beside(number).items():
             self.panels[title].picture = array_png(enlarged(image))
             self.panels[title].alt = f"{title}, {self.found.title(number)}"
-        lines = [[name, *(f"{label} {p:.2f}" for label, p in told[:3])]
-                 for name, told in self.found.told(number).items()]
-        rows = "".join(f"<tr><td>{'</td><td>'.join(map(html.escape, line))}</td></tr>" for line in lines)
         blames = self.blamed()
         worst = "" if blames is None or blames.max() <= 0 else (
             f"; block {blames.argmax()} undone, {blames.max():.4f} of it goes")
-        self.line.value = (f"<b>{html.escape(self.found.title(number))}</b><table>{rows}</table>distance "
+        self.line.value = (f"<b>{html.escape(self.found.title(number))}</b>{table(self.found.told(number))}distance "
                            f"{self.found.changes.distance[number]:.4f}{worst}")
 
     def _figure(self) -> Figure:
