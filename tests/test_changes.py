@@ -229,7 +229,7 @@ def test_an_explorer_shows_the_picture_its_tokens_and_what_both_models_say(study
         label, p = found.told(number)["compressed"][0]
         assert explorer.chosen == number and f"<td>compressed</td><td>{label} {p:.2f}</td>" in explorer.line.value
         assert f"{found.changes.distance[number]:.4f}" in explorer.line.value
-        assert explorer.cells.groups == found.tokens(int(number))[1].tolist()
+        assert explorer.cells.groups == found.tokens(int(number))[1].regions.tolist()
         assert len(set(explorer.cells.groups)) == 16 - 6 - 3
     assert "image/png" in explorer._repr_mimebundle_()
 

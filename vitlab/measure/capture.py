@@ -15,7 +15,7 @@ from vitlab.criteria.hsic import at_least_float32, dependence, gaussian_kernels
 from vitlab.measure.averaging import Averages, Batches, averaged, begun, draws_of_batches, frozen_eval, hooks
 from vitlab.measure.distance import output_of
 from vitlab.models import attention_block, check_supported, is_merged, shape_of
-from vitlab.models.attention import SeenAttention, attention_as
+from vitlab.models.attention import KeyedAttention, OwnAttention, PrefixAttention, attention_as
 from vitlab.models.held import Merged
 from vitlab.models.left_out import LeftOut
 from vitlab.models.match import MatchBlock
@@ -34,7 +34,8 @@ def seen(model: nn.Module, see: Callable[[int, Tensor, Tensor, Tensor, Tensor | 
     own = [block.attn for block in blocks]
     try:
         for index, block in enumerate(blocks):
-            block.attn = attention_as(SeenAttention, block.attn, shown=partial(see, index))
+            kinds = [kind for kind in (KeyedAttention, PrefixAttention) if isinstance(block.attn, kind)]
+            block.attn = attention_as(*kinds or [OwnAttention], block.attn, shown=partial(see, index))
         yield
     finally:
         for block, attention in zip(blocks, own):
@@ -83,11 +84,11 @@ def _by_gradient(model: nn.Module, average: Callable[..., Averages], absolute: s
     return (scores if each else scores * found.batches / found.batch), found.images
 
 
-def _seen_attention(model: nn.Module, found: list, reduce: Callable[[Tensor], Tensor],
+def seen_attention(model: nn.Module, found: list, reduce: Callable[[Tensor], Tensor],
                     queries: int | None = None) -> contextlib.AbstractContextManager[None]:
     """Inside, found[l] becomes reduce(softmax attention of block l (B, H, queries, N)), of the first `queries` tokens
-    (None: of all) to every token."""
-    scales = [block.attn.scale for block in model.blocks]
+    (None: of all that ask) to every token; where the attention is left out it stays what it was."""
+    scales = [getattr(attention_block(block).attn, "scale", None) for block in model.blocks]
 
     def see(index: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         logits = query[:, :, :queries] * scales[index] @ key.mT
@@ -107,7 +108,7 @@ def _by_class_attention(model: nn.Module, average: Callable[..., Averages], abso
         model(images)
         return (torch.stack(rows),)                                             # (L, N)
     # The class token is the first of the prefix tokens in every supported family.
-    look = _seen_attention(model, rows, lambda a: at_least_float32(a).mean(dim=(0, 1, 2)), queries=1)
+    look = seen_attention(model, rows, lambda a: at_least_float32(a).mean(dim=(0, 1, 2)), queries=1)
     with look, torch.no_grad():
         found = average(step, what="token scores")
     return found.values[0][:, model.num_prefix_tokens:], found.images
@@ -194,7 +195,7 @@ def attention_maps(model: nn.Module, images: Tensor) -> Tensor:
     """
     shape_of(model)
     found: list[Any] = [None] * len(model.blocks)
-    with _seen_attention(model, found, Tensor.cpu), frozen_eval(model):
+    with seen_attention(model, found, Tensor.cpu), frozen_eval(model):
         model(images.to(next(model.parameters()).device))
     return torch.stack(found)
 
@@ -206,14 +207,14 @@ def token_places(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
     found = {}
 
     def hook(index: int):
-        def forward(block: MatchBlock, inputs: tuple, given: Merged | Tensor) -> None:
+        def forward(block: MatchBlock, inputs: tuple, kwargs: dict, given: Merged | Tensor) -> None:
             # a last block has given the grid back
-            given = given if isinstance(given, Merged) else block.merged(*inputs)
+            given = given if isinstance(given, Merged) else block.merged(inputs[0], kwargs.get("rope"))
             if isinstance(given, Merged):
                 found[index] = given.places.cpu()
         return forward
     matching = [(i, m) for i, block in enumerate(model.blocks) for m in block.modules() if isinstance(m, MatchBlock)]
-    with hooks([block.register_forward_hook(hook(i)) for i, block in matching]), frozen_eval(model):
+    with hooks([block.register_forward_hook(hook(i), with_kwargs=True) for i, block in matching]), frozen_eval(model):
         model(images.to(next(model.parameters()).device))
     if not found:
         raise InputError("no block of the model merges tokens by content; a plan with rule \"match\" does")

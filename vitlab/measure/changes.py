@@ -30,8 +30,29 @@ TOP = 5                         # predictions of each image that are kept
 BINS = 15                       # of confidence, as in Guo et al., "On Calibration of Modern Neural Networks", ICML 2017
 
 
+class Kept:
+    """What one pass found, a tensor in each field, that is kept in a file; `changed` and `distance` are of images."""
+
+    changed: Tensor
+    distance: Tensor
+
+    def save(self, path: str | Path) -> None:
+        atomic_write(path, to_bytes({name: value.contiguous() for name, value in vars(self).items()}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Any:
+        """Raises InputError for a file of something else."""
+        found, names = read_file(path), {field.name for field in dataclasses.fields(cls)}
+        require(found.keys() == names, f"{path}: holds {sorted(found)}; predictions are {sorted(names)}")
+        return cls(**found)
+
+    def order(self) -> list[int]:
+        """The images that changed, the one that moved furthest first."""
+        return [i for i in self.distance.argsort(descending=True, stable=True).tolist() if self.changed[i]]
+
+
 @dataclass(frozen=True, kw_only=True)
-class Changes:
+class Changes(Kept):
     """Of N images: targets (N), -1 where there are none; distance (N) between the two outputs (`output_of`); the
     classes that the dense and the compressed model find likeliest (N, T), best first, and their probabilities. Of
     models without a classifier there are the numbers of the images nearest to each instead, and the cosines."""
@@ -47,10 +68,8 @@ class Changes:
     @torch.inference_mode()
     def between(cls, dense: nn.Module, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *,
                 labelled: bool = True, amp: bool | None = False, progress: bool = True) -> "Changes":
-        """One pass of both models over the images. Raises InputError for a Segmenter, or without images."""
+        """One pass of both models, which give no pixels, over the images. Raises InputError without images."""
         output, given, expected, targets = output_of(dense), [], [], []
-        require(not hasattr(model, "decoder"), "a Segmenter gives a class for each pixel; what changed of it is said "
-                                               "class by class (class_iou_bars)")
         for images, classes in tqdm(batches, desc="what changed", unit="batch", disable=not progress):
             expected.append(outputs(dense, images, amp).cpu())
             given.append(outputs(model, images, amp).cpu())
@@ -69,28 +88,19 @@ class Changes:
         return cls(targets=torch.cat(targets), distance=distance, dense=top, dense_p=p, compressed=own,
                    compressed_p=own_p)
 
-    def save(self, path: str | Path) -> None:
-        atomic_write(path, to_bytes({name: value.contiguous() for name, value in vars(self).items()}))
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Changes":
-        """Raises InputError for a file of something else."""
-        found, names = read_file(path), {field.name for field in dataclasses.fields(cls)}
-        require(found.keys() == names, f"{path}: holds {sorted(found)}; predictions are {sorted(names)}")
-        return cls(**found)
-
     @property
     def changed(self) -> Tensor:
         """(N): whether the likeliest class, or the nearest image, is another."""
         return self.dense[:, 0] != self.compressed[:, 0]
 
-    def order(self) -> list[int]:
-        """The images that changed, the one whose output moved furthest first."""
-        return [i for i in self.distance.argsort(descending=True).tolist() if self.changed[i]]
+    @property
+    def labelled(self) -> bool:
+        """Whether every image has a true class."""
+        return bool((self.targets >= 0).all())
 
     def right(self) -> tuple[np.ndarray, np.ndarray]:
         """(N) each: whether the dense and the compressed model say the target. Raises InputError without targets."""
-        require(bool((self.targets >= 0).all()), "the images have no labels; what is right can't be told")
+        require(self.labelled, "the images have no labels; what is right can't be told")
         dense, compressed = ((each[:, 0] == self.targets).numpy() for each in (self.dense, self.compressed))
         return dense, compressed
 
@@ -147,7 +157,8 @@ def undone(dense: nn.Module, model: nn.Module, plan: CompressionPlan, block: int
                          "folder, not deployed/) says which block is to blame")
     left = [_whole(each) if index == block else each for index, each in enumerate(plan.blocks)]
     found = compress(dense, dataclasses.replace(plan, blocks=tuple(left))).eval()
-    kept = {name: value for name, value in model.state_dict().items() if not name.startswith("blocks.")}
+    kept = {name: value for name, value in model.state_dict().items()
+            if not name.startswith(("blocks.", "encoder.blocks."))}
     found.load_state_dict(kept, strict=False)
     for index, (own, other) in enumerate(zip(found.blocks, model.blocks)):
         if index != block:

@@ -20,6 +20,9 @@ from vitlab.models.left_out import LeftOut
 class TokenAttention(nn.Module):
     """What the kinds below share; each stands before one of timm's attentions (`attention_as`)."""
 
+    # is shown queries, keys and values (B, H, N, d) and what is added to the logits, and gives the values to go on with
+    shown: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
+
     def _projected(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, N, d) of x (B, N, D), normed and turned by rope ([B, ][H or 1, ]n, 2 d), and
         the keys as they are before they are turned."""
@@ -55,6 +58,8 @@ class TokenAttention(nn.Module):
                is_causal: bool = False) -> Tensor:
         """Softmax attention of queries (B, H, Q, d) over keys and values (B, H, N, d), with an additive mask: (B, Q,
         D)."""
+        if self.shown is not None:
+            value = self.shown(query, key, value, mask)
         if self.fused_attn or is_causal:
             fewer = self.head_dim - self._narrow
             if fewer and not torch.compiler.is_exporting():
@@ -92,17 +97,6 @@ class OwnAttention(TokenAttention):
         if getattr(self, "rel_pos", None) is not None:
             return self.rel_pos.get_bias()
         return None if getattr(self, "relative_position_bias_table", None) is None else self._get_rel_pos_bias()
-
-
-class SeenAttention(OwnAttention):
-    """timm's attention that shows its queries, keys and values (B, H, N, d) and what is added to its logits to `shown`,
-    which gives back the values to go on with."""
-
-    shown: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-
-    def _mixed(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
-               is_causal: bool = False) -> Tensor:
-        return super()._mixed(query, key, self.shown(query, key, value, mask), mask, is_causal)
 
 
 class KeyedAttention(TokenAttention):

@@ -4,20 +4,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vitlab.plan.shape import ViTShape, require
 from vitlab.plots.base import PALETTE, as_array, legend_above, look, new_axes
-from vitlab.plots.tokens import draw_borders, region_means
+from vitlab.plots.tokens import draw_borders, plain, region_means
 
 SHOWN = 3                       # predictions of each model beside a picture
-
-
-def _plain(text: str) -> str:
-    """A name as it is: matplotlib takes what stands between two dollars for a formula."""
-    return text.replace("$", r"\$")
 
 
 def _predictions(axis: Axes, told: Mapping[str, Sequence[tuple[str, float]]]) -> None:
@@ -25,32 +21,33 @@ def _predictions(axis: Axes, told: Mapping[str, Sequence[tuple[str, float]]]) ->
     rows = [(index, name, p) for index, each in enumerate(told.values()) for name, p in each[:SHOWN]]
     places = np.arange(len(rows)) + np.array([row[0] for row in rows]) * 0.6
     axis.barh(places, [row[2] for row in rows], color=[look(row[0])["color"] for row in rows], linewidth=0)
-    axis.set_yticks(places, [_plain(row[1] if len(row[1]) <= 22 else row[1][:21] + "…") for row in rows], fontsize=8)
+    axis.set_yticks(places, [plain(row[1], 22) for row in rows], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlim(0, 1)
 
 
 def changed_pictures(pictures: Sequence[np.ndarray], told: Sequence[Mapping[str, Sequence[tuple[str, float]]]],
                      blamed: Any, titles: Sequence[str], tokens: Sequence[Mapping[int, Any]] = (),
-                     shape: ViTShape | None = None, scored: str = "probability") -> Figure:
+                     shape: ViTShape | None = None, scored: str = "probability",
+                     beside: Sequence[Mapping[str, np.ndarray]] = ()) -> Figure:
     """A row for each picture (h, w, 3): itself; with tokens, what its patches are in the block to blame most that
-    merges; both models' predictions with probabilities; and by how much its output would be nearer to the dense model's
-    were each block undone: blamed (L, B), in the unit of the distance. scored: what stands beside a prediction."""
-    blamed, with_tokens = as_array(blamed), any(tokens)
+    merges; the pictures {title: picture} beside it, such as what both models look at; both models' predictions with
+    probabilities; and by how much its output would be nearer to the dense model's were each block undone: blamed (L,
+    B), in the unit of the distance. scored: what stands beside a prediction."""
+    blamed, with_tokens, more = as_array(blamed), any(tokens), len(beside[0]) if beside else 0
     require(len(pictures) > 0, "no picture changed; there is nothing to show")
-    figure, axes = new_axes(len(pictures), 3 + with_tokens, 2.6, 2.3)
+    figure, axes = new_axes(len(pictures), 3 + with_tokens + more, 2.6 - 0.15 * more, 2.3)
     for row, (line, picture) in enumerate(zip(axes, pictures)):
-        shown = [(picture, None)]
+        shown, block = {plain(titles[row]): picture}, None
         if with_tokens:
             block = max(tokens[row], key=lambda index, row=row: blamed[index, row])
-            shown.append((region_means(picture, tokens[row][block], shape), block))
-        for axis, (image, block) in zip(line, shown):
+            shown[f"tokens in block {block}"] = region_means(picture, torch.as_tensor(tokens[row][block]), shape)
+            draw_borders(line[1], as_array(tokens[row][block]).reshape(shape.grid_size), picture.shape[:2], 0.6)
+        for axis, (title, image) in zip(line, [*shown.items(), *(beside[row].items() if beside else ())]):
             axis.imshow(image)
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-            axis.set_title(_plain(titles[row]) if block is None else f"tokens in block {block}", fontsize=9)
-            if block is not None:
-                draw_borders(axis, as_array(tokens[row][block]).reshape(shape.grid_size), image.shape[:2], 0.6)
+            axis.set_title(title, fontsize=9)
         _predictions(line[-2], told[row])
         line[-1].bar(range(len(blamed)), blamed[:, row], color=PALETTE[3], linewidth=0)
         line[-1].axhline(0, color="0.4", linewidth=0.8)
@@ -80,19 +77,25 @@ def reliability(bins: Mapping[str, Sequence[tuple[float, float, int]]], errors: 
     return figure
 
 
-def class_changes(rows: Sequence[Mapping[str, Any]], most: int = 10) -> Figure:
-    """Points of top-1 that classes lost or gained, with one standard error, of those that did: at most so many of each
-    end of the rows, which are ordered (`Changes.by_class`)."""
+def class_changes(rows: Sequence[Mapping[str, Any]], most: int = 10, *, what: str = "top-1",
+                  bars: str = "one standard error") -> Figure:
+    """Points of top-1, or of `what`, that classes lost or gained, of those that did: at most so many of each end of the
+    rows, which are ordered (`Changes.by_class`). A line from low to high, or of one standard error: what `bars` say."""
     moved = [row for row in rows if row["difference"]]
     shown = moved if len(moved) <= 2 * most else [*moved[:most], *moved[-most:]]
     figure, ((axis,),) = new_axes(1, 1, 6.4, 1.1 + 0.26 * len(shown))
-    values, errors = [row["difference"] for row in shown], [row["difference_se"] or 0 for row in shown]
-    axis.barh(range(len(shown)), values, xerr=errors, color=[PALETTE[0] if v >= 0 else PALETTE[3] for v in values],
-              error_kw={"elinewidth": 1, "ecolor": "0.3"}, linewidth=0)
-    axis.set_yticks(range(len(shown)), [_plain(f"{row['class']} ({row['images']})") for row in shown], fontsize=8)
+    values, ends = np.array([row["difference"] for row in shown]), np.zeros((2, len(shown)))
+    for place, row in enumerate(shown):
+        error = row.get("difference_se") or 0
+        ends[:, place] = row["difference"] - row.get("low", row["difference"] - error), row.get(
+            "high", row["difference"] + error) - row["difference"]
+    axis.barh(range(len(shown)), values, xerr=ends.clip(0), linewidth=0,
+              color=[PALETTE[0] if v >= 0 else PALETTE[3] for v in values],
+              error_kw={"elinewidth": 1, "ecolor": "0.3"})
+    axis.set_yticks(range(len(shown)), [plain(f"{row['class']} ({row['images']})") for row in shown], fontsize=8)
     axis.invert_yaxis()
     axis.axvline(0, color="0.4", linewidth=0.8)
-    axis.set_xlabel("points of top-1, compressed less dense")
+    axis.set_xlabel(f"points of {what}, compressed less dense; lines: {bars}", fontsize=10)
     axis.set_title(f"{len(moved)} of {len(rows)} classes changed")
     return figure
 

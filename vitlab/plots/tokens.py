@@ -16,6 +16,12 @@ from vitlab.plan.shape import ViTShape
 from vitlab.plots.base import PALETTE, PICTURES, new_axes
 
 
+def plain(text: str, most: int = 1000) -> str:
+    """At most so many letters of a name, as they are: matplotlib takes what stands between two dollars for a
+    formula."""
+    return (text if len(text) <= most else text[:most - 1] + "…").replace("$", r"\$")
+
+
 def score_maps(scores: Tensor, shape: ViTShape, blocks: Sequence[int]) -> Figure:
     """One heat map per block of the scores (L, n) on the patch grid, each block scaled to its own maximum."""
     figure, axes = new_axes(1, len(blocks), 2.3, 2.6, **PICTURES)
@@ -142,4 +148,44 @@ def matched_map(images: Sequence[np.ndarray], places: dict[int, Tensor], shape: 
         for axis, each in zip(line[1:], places.values()):
             axis.imshow(region_means(image, each[row], shape))
             draw_borders(axis, each[row].reshape(shape.grid_size).numpy(), image.shape[:2])
+    return figure
+
+
+def _panels(count: int, columns: int) -> tuple[Figure, np.ndarray]:
+    """(figure, its first `count` axes) in rows of so many."""
+    figure, axes = new_axes(-(-count // columns), columns, 1.75, 1.95, **PICTURES)
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return figure, axes.flat[:count]
+
+
+def _draw_tokens(axis: Axes, image: np.ndarray, regions: np.ndarray, aside: np.ndarray, shape: ViTShape,
+                 title: str = "") -> None:
+    """An image (h, w, 3) as its tokens: each in its mean colour, what goes aside in orange, borders between them."""
+    axis.imshow(tinted(region_means(image, torch.from_numpy(regions), shape), aside, shape))
+    draw_borders(axis, regions.reshape(shape.grid_size), image.shape[:2], 0.5)
+    axis.set_title(title, fontsize=9)
+
+
+def token_strip(image: np.ndarray, seen: Sequence[tuple[np.ndarray, np.ndarray]], shape: ViTShape,
+                columns: int = 7) -> Figure:
+    """A picture (h, w, 3), and its tokens in every block: seen, of each, the regions (n), from 0 or -1 for none, and
+    which patches (n) go aside (pruned, or averaged into one token), in orange."""
+    figure, axes = _panels(1 + len(seen), columns)
+    axes[0].imshow(image)
+    axes[0].set_title("picture", fontsize=9)
+    for block, (regions, aside) in enumerate(seen):
+        _draw_tokens(axes[1 + block], image, regions, aside, shape, f"block {block}: {regions.max() + 1} tokens")
+    return figure
+
+
+def token_sheet(pictures: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]], shape: ViTShape,
+                pairs: int = 4) -> Figure:
+    """Pictures (title, (h, w, 3), regions, aside), each beside its tokens in one block, as in `token_strip`; so many of
+    them in a row."""
+    figure, axes = _panels(2 * len(pictures), 2 * min(pairs, len(pictures)))
+    for (title, image, regions, aside), own, beside in zip(pictures, axes[::2], axes[1::2]):
+        own.imshow(image)
+        own.set_title(plain(title, 20), fontsize=9)
+        _draw_tokens(beside, image, regions, aside, shape, f"{regions.max() + 1} tokens")
     return figure

@@ -1,5 +1,5 @@
-"""What compression changed, picture by picture: both models' predictions, the tokens of a block, and the blocks to
-blame."""
+"""What compression changed, picture by picture: both models' predictions, what they look at, the tokens of a block, and
+the blocks to blame."""
 import functools
 import html
 from typing import Any
@@ -8,14 +8,13 @@ import ipywidgets
 import numpy as np
 from matplotlib.figure import Figure
 
-from vitlab.plots import changed_pictures
 from vitlab.plots.base import as_array
 from vitlab.plots.tokens import bordered
 from vitlab.runtime.files import InputError
-from vitlab.workbench.changes import Compared
+from vitlab.workbench.compared import Compared
 from vitlab.workbench.explore.base import Cells, Explorer, array_png, observe, row
 from vitlab.workbench.explore.choosing import WIDE
-from vitlab.workbench.explore.token_map import WIDTH, enlarged
+from vitlab.workbench.explore.token_map import WIDTH, enlarged, table
 
 
 class ChangesExplorer(Explorer):
@@ -32,8 +31,11 @@ class ChangesExplorer(Explorer):
         self.block = ipywidgets.IntSlider(0, 0, self.plan.shape.depth - 1, description="block", **WIDE)
         self.cells, self.line = Cells(grid=self.plan.shape.grid_size, width=WIDTH), ipywidgets.HTML()
         self.blames: dict[int, np.ndarray | None] = {}
-        self.tokens = functools.lru_cache(maxsize=64)(found.tokens)             # a forward each
-        self.children = [row(self.which, self.image), self.block, row(self.cells, self.line)]
+        # some forwards each
+        self.tokens, self.beside = (functools.lru_cache(maxsize=64)(each) for each in (found.tokens, found.beside))
+        self.panels = {title: Cells(width=WIDTH // 2) for title in self.beside(every[0])}
+        boxes = [ipywidgets.VBox([ipywidgets.HTML(f"<b>{title}</b>"), cells]) for title, cells in self.panels.items()]
+        self.children = [row(self.which, self.image), self.block, row(self.cells, self.line), row(*boxes)]
         observe([self.which], self._list)
         observe([self.image, self.block], self._show)
         self._list()
@@ -58,9 +60,8 @@ class ChangesExplorer(Explorer):
 
     def _regions(self) -> np.ndarray:
         """Of each patch, the token that it is part of in the block."""
-        found, places = self.tokens(self.chosen), np.arange(self.plan.shape.num_patches)
-        return next((as_array(found[index]).astype(int) for index in range(self.block.value, -1, -1) if index in found),
-                    places)
+        found = self.tokens(self.chosen)
+        return found[self.block.value].regions if found else np.arange(self.plan.shape.num_patches)
 
     def _show(self, change: Any = None) -> None:
         number, regions = self.chosen, self._regions()
@@ -68,22 +69,18 @@ class ChangesExplorer(Explorer):
             self.cells.picture = array_png(bordered(enlarged(self.found.picture(number)), regions, self.plan.shape))
             self.cells.groups = regions.tolist()
             self.cells.alt = f"tokens of the picture {self.found.title(number)} in block {self.block.value}"
-        lines = [[name, *(f"{label} {p:.2f}" for label, p in told[:3])]
-                 for name, told in self.found.told(number).items()]
-        rows = "".join(f"<tr><td>{'</td><td>'.join(map(html.escape, line))}</td></tr>" for line in lines)
+        for title, image in self.beside(number).items():
+            self.panels[title].picture = array_png(enlarged(image))
+            self.panels[title].alt = f"{title}, {self.found.title(number)}"
         blames = self.blamed()
         worst = "" if blames is None or blames.max() <= 0 else (
             f"; block {blames.argmax()} undone, {blames.max():.4f} of it goes")
-        self.line.value = (f"<b>{html.escape(self.found.title(number))}</b><table>{rows}</table>distance "
+        self.line.value = (f"<b>{html.escape(self.found.title(number))}</b>{table(self.found.told(number))}distance "
                            f"{self.found.changes.distance[number]:.4f}{worst}")
 
     def _figure(self) -> Figure:
-        number, blames = self.chosen, self.blamed()
-        blames = np.zeros(self.plan.shape.depth) if blames is None else blames
-        tokens = self.tokens(number)
-        return changed_pictures([self.found.picture(number)], [self.found.told(number)], blames[:, None],
-                                [self.found.title(number)], [tokens] if tokens else (), self.plan.shape,
-                                self.found.scored)
+        blames = self.blamed()
+        return self.found.sheet([self.chosen], (np.zeros(self.plan.shape.depth) if blames is None else blames)[:, None])
 
 
 def changes_explorer(found: Compared) -> ChangesExplorer:

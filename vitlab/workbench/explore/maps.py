@@ -69,6 +69,27 @@ def _matches(block: BlockPlan) -> bool:
     return isinstance(block.tokens, Match) and block.tokens.merged > 0
 
 
+def tokens_of(plan: CompressionPlan, model: Callable[[], nn.Module], x: Callable[[], Tensor]) -> list[Tokens]:
+    """The tokens in each block of an image. The model, which the plan was applied to, and its input x (1, channels, H,
+    W) are asked for where each image has its own."""
+    by_image, n = {}, plan.shape.num_patches
+    if any(map(_matches, plan.blocks)):
+        for block, places in token_places(model(), x()).items():
+            regions = places[0].numpy()
+            by_image[block] = Tokens(regions, 1 / np.bincount(regions)[regions], np.zeros(n, dtype=bool))
+    elif any(isinstance(block.tokens, Select) for block in plan.blocks):
+        for block, shares in selected(model(), x(), plan.shape).items():
+            weights, regions = (each.numpy() for each in shares.max(dim=0))
+            by_image[block] = Tokens(regions, weights, np.bincount(regions)[regions] > 1)
+    latest, found = Tokens(np.arange(n), np.ones(n), np.zeros(n, dtype=bool)), []
+    for index, (rule, _) in enumerate(plan.rules()):
+        latest = seen = by_image.get(index, latest)
+        if isinstance(rule, (MergeReconstruct, SharedUpdate)):
+            seen = Tokens(np.array(rule.regions), np.array(rule.weights), np.isin(np.arange(n), rule.pruned))
+        found.append(seen)
+    return found
+
+
 class Maps:
     """Plans by rule and rates, and the tokens of every block of a picture under them, each made once."""
 
@@ -100,30 +121,9 @@ class Maps:
         ratio = 1 - keep_rate ** (1 / int((tried.compared + tried.ranking > 0).sum()))
         return space.plan([ratio], made_by={"method": BY_CONTENT[rule], "ratio": ratio})
 
-    def _by_image(self, picture: Any, *key: Any) -> dict[int, Tokens]:
-        """Of the blocks that match or select, for which the model is run."""
-        blocks, found = self.plan(*key).blocks, {}
-        if any(map(_matches, blocks)):
-            for block, places in token_places(self.compressed(*key), self.taken(picture)).items():
-                regions = places[0].numpy()
-                found[block] = Tokens(regions, 1 / np.bincount(regions)[regions], np.zeros(len(regions), dtype=bool))
-        elif any(isinstance(block.tokens, Select) for block in blocks):
-            for block, shares in selected(self.compressed(*key), self.taken(picture), self.shape).items():
-                weights, regions = (each.numpy() for each in shares.max(dim=0))
-                found[block] = Tokens(regions, weights, np.bincount(regions)[regions] > 1)
-        return found
-
     def _tokens(self, picture: Any, *key: Any) -> list[Tokens]:
         """Of each block."""
-        plan, n = self.plan(*key), self.shape.num_patches
-        by_image = self._by_image(picture, *key)
-        latest, found = Tokens(np.arange(n), np.ones(n), np.zeros(n, dtype=bool)), []
-        for index, (rule, _) in enumerate(plan.rules()):
-            latest = seen = by_image.get(index, latest)
-            if isinstance(rule, (MergeReconstruct, SharedUpdate)):
-                seen = Tokens(np.array(rule.regions), np.array(rule.weights), np.isin(np.arange(n), rule.pruned))
-            found.append(seen)
-        return found
+        return tokens_of(self.plan(*key), lambda: self.compressed(*key), lambda: self.taken(picture))
 
     def costs(self, plan: CompressionPlan, block: int, seen: Tokens) -> str:
         """What a block's tokens are, and what the whole plan costs."""

@@ -1,5 +1,9 @@
-"""Token map: what becomes of a picture's patches in a block under a token rule, and what the plan costs."""
+"""Token map: what becomes of a picture's patches in a block, in all blocks, or of many pictures, under a token rule;
+what the dense and the compressed model say of it, and what the plan costs."""
+import functools
 import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from textwrap import fill
 from typing import Any
 
@@ -8,20 +12,45 @@ import numpy as np
 import torch
 import traitlets
 from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from vitlab.measure.distance import output_of, outputs, pooled
 from vitlab.models import shape_of
 from vitlab.plan import CompressionPlan, tokens
 from vitlab.plan.rules import MergeReconstruct
-from vitlab.plots import matched_map, merge_map
-from vitlab.plots.tokens import bordered, through_matrices, through_means, tinted
+from vitlab.plots import matched_map, merge_map, token_sheet, token_strip
+from vitlab.plots.tokens import bordered, plain, region_means, through_matrices, through_means, tinted
+from vitlab.runtime.files import InputError
 from vitlab.workbench.explore.base import Cells, Explorer, array_png, observe, row
-from vitlab.workbench.explore.choosing import WIDE, PictureChooser
+from vitlab.workbench.explore.choosing import MAX_BYTES, WIDE, PictureChooser, decode
 from vitlab.workbench.explore.maps import BY_PLACE, GIVEN, Maps, Tokens
 from vitlab.workbench.pictures import as_input
 from vitlab.workbench.steps import Source, open_dense
 
 WIDTH, DRAWN = 380, 448         # of a picture on the page, in CSS pixels, and of its drawing with borders, at least
+NOTHING, BLOCKS, PICTURES = "nothing", "all blocks of the picture", "the block of all pictures"       # shown below
+MOST, COLUMNS, SAID = 24, 6, 3  # pictures of a sheet, how many stand side by side, and predictions of each model
+
+
+def tiled(pictures: Mapping[str, np.ndarray], side: int = 224) -> np.ndarray:
+    """Pictures in rows of COLUMNS, each under its name, as one (h, w, 3): drawn in some ms."""
+    height = 22 + max(side * image.shape[0] // image.shape[1] for image in pictures.values())
+    whole = Image.new("RGB", (COLUMNS * (side + 6), -(-len(pictures) // COLUMNS) * (height + 6)), "white")
+    draw, font = ImageDraw.Draw(whole), ImageFont.load_default(size=15)
+    for place, (name, image) in enumerate(pictures.items()):
+        x, y = place % COLUMNS * (side + 6), place // COLUMNS * (height + 6)
+        draw.text((x + 2, y + 2), name[-26:], fill="black", font=font)
+        small = Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8))
+        whole.paste(small.resize((side, side * image.shape[0] // image.shape[1])), (x, y + 22))
+    return np.asarray(whole) / 255
+
+
+def table(told: Mapping[str, Sequence[tuple[str, float]]]) -> str:
+    """{model: (class, probability), the likeliest first} in HTML, a row for each model."""
+    lines = [[name, *(f"{label} {p:.2f}" for label, p in each[:SAID])] for name, each in told.items()]
+    rows = "".join(f"<tr><td>{'</td><td>'.join(map(html.escape, line))}</td></tr>" for line in lines)
+    return f"<table>{rows}</table>"
 
 
 def enlarged(image: np.ndarray) -> np.ndarray:
@@ -76,13 +105,81 @@ class RuleExplorer(Explorer):
 class TokenMap(RuleExplorer):
     """The widgets of `token_map`; their values are the state, and `figure()` draws it."""
 
-    def __init__(self, maps: Maps, chooser: PictureChooser, keep_rate: float, prune_rate: float) -> None:
+    def __init__(self, maps: Maps, chooser: PictureChooser, keep_rate: float, prune_rate: float,
+                 classes: Sequence[str]) -> None:
         titles = {"left": "<b>tokens of the block; orange: pruned or averaged</b>",
                   "right": "<b>what merging keeps of the picture</b>"}
         super().__init__(maps, titles, keep_rate, prune_rate)
-        self.chooser, (self.left, self.right) = chooser, self.panels.values()
+        self.chooser, (self.left, self.right), self.classes = chooser, self.panels.values(), classes
+        self.view = ipywidgets.Dropdown(options=(NOTHING, BLOCKS, PICTURES), description="also show", **WIDE)
+        self.says, self.tiles = ipywidgets.HTML(), Cells(width=2 * WIDTH)
+        self.outputs = functools.lru_cache(maxsize=256)(self._outputs)
         chooser.observe(self._show, "chosen")
-        self.begin([chooser, row(self.rule, self.block), row(self.keep_rate, self.prune_rate), *self.rows])
+        self.tiles.observe(self._picked, "picked")
+        self.begin([chooser, row(self.rule, self.block), row(self.keep_rate, self.prune_rate), *self.rows, self.says,
+                    self.view, self.tiles], self.view)
+
+    def _outputs(self, name: str, *key: Any) -> Tensor:
+        """What the dense model, or with a key the compressed one, gives for a picture, as it is compared."""
+        with torch.inference_mode():
+            return outputs(self.maps.compressed(*key) if key else self.maps.model, self.maps.taken(name)).cpu()
+
+    def told(self) -> dict[str, list[tuple[str, float]]]:
+        """{model: (class, probability), the likeliest first} of the picture; of a Segmenter the shares of its patches;
+        without a classifier how far the features still are the dense model's."""
+        dense, own = self.outputs(self.chooser.chosen), self.outputs(self.chooser.chosen, *self.key())
+        if not output_of(self.maps.model).labelled:
+            cosine = float(pooled(own)[0] @ pooled(dense)[0])
+            return {"compressed": [("cosine with the dense model's features", cosine)]}
+        found = {}
+        for name, given in (("dense", dense[0]), ("compressed", own[0])):
+            p = given.exp() if given.dim() == 1 else given.argmax(dim=0).flatten().bincount(minlength=len(given)) / (
+                given[0].numel())
+            best = p.topk(min(SAID, len(p)))
+            found[name] = [(self.classes[i] if i < len(self.classes) else f"class {i}", value)
+                           for value, i in zip(best.values.tolist(), best.indices.tolist())]
+        return found
+
+    def _known(self) -> dict[str, np.ndarray]:
+        """The pictures of the list that can be read, at most MOST, the chosen one among them."""
+        found, known = {}, self.chooser.known
+        for name in [self.chooser.chosen, *(name for name in known if name != self.chooser.chosen)]:
+            try:
+                if isinstance(known[name], Path) and len(found) < MOST:
+                    with open(name, "rb") as file:
+                        known[name] = decode(Path(name).name, file.read(MAX_BYTES + 1), self.maps.shape)
+            except (InputError, OSError):
+                continue
+            if len(found) < MOST:
+                found[name] = known[name]
+        return found
+
+    def several(self) -> dict[str, tuple[np.ndarray, Tokens]]:
+        """{title: (picture, its tokens)} of what is shown below: every block of the picture, or one of all pictures."""
+        key, block = self.key(), self.block.value
+        if self.view.value == PICTURES:
+            return {name: (image, self.maps.tokens(name, *key)[block]) for name, image in self._known().items()}
+        return {f"block {index}: {seen.regions.max() + 1} tokens": (self.chooser.picture, seen)
+                for index, seen in enumerate(self.maps.tokens(self.chooser.chosen, *key))}
+
+    def _below(self) -> None:
+        self.tiles.layout.display = "none" if self.view.value == NOTHING else None
+        if self.view.value == NOTHING:
+            return
+        shape, drawn = self.maps.shape, {}
+        for name, (image, seen) in self.several().items():
+            means = region_means(image, torch.from_numpy(seen.regions), shape)
+            drawn[Path(name).name] = bordered(tinted(means, seen.aside, shape), seen.regions, shape)
+        with self.tiles.hold_sync():
+            self.tiles.grid, self.tiles.picked = (-(-len(drawn) // COLUMNS), COLUMNS), -1
+            self.tiles.picture, self.tiles.alt = array_png(tiled(drawn)), self.view.value
+
+    def _picked(self, change: Any) -> None:
+        """A tile that is chosen is the block, or the picture, to look at."""
+        if self.view.value == BLOCKS and 0 <= change.new <= self.block.max:
+            self.block.value = change.new
+        elif self.view.value == PICTURES and 0 <= change.new < len(names := list(self._known())):
+            self.chooser.names.value = names[change.new]
 
     def _state(self) -> tuple[CompressionPlan, int, Tokens, np.ndarray]:
         """(plan, block, its tokens, picture) of what is chosen."""
@@ -95,17 +192,27 @@ class TokenMap(RuleExplorer):
         self.draw({"left": bordered(tinted(enlarged(picture), seen.aside, plan.shape), seen.regions, plan.shape),
                    "right": _kept(picture, plan, block, seen)},
                   {"left": f"Tokens {where}", "right": f"What is kept {where}"}, seen)
-        self.line.value = html.escape(self.maps.costs(plan, block, seen))
+        self.line.value, self.says.value = html.escape(self.maps.costs(plan, block, seen)), table(self.told())
+        self._below()
 
     def _figure(self) -> Figure:
-        """The state as `merge_map`, or as `matched_map` where no matrices stand around the block."""
+        """The state as `merge_map`, or as `matched_map` where no matrices stand around the block; or what is shown
+        below."""
         plan, block, seen, picture = self._state()
-        if isinstance(plan.rules()[block][0], MergeReconstruct):
+        several = {} if self.view.value == NOTHING else self.several()
+        if self.view.value == BLOCKS:
+            figure = token_strip(picture, [(each.regions, each.aside) for _, each in several.values()], plan.shape)
+        elif self.view.value == PICTURES:
+            figure = token_sheet([(Path(name).name, image, each.regions, each.aside)
+                                  for name, (image, each) in several.items()], plan.shape)
+        elif isinstance(plan.rules()[block][0], MergeReconstruct):
             figure = merge_map(picture, plan, [block])
         else:
             figure = matched_map([picture], {block: torch.from_numpy(seen.regions)[None]}, plan.shape)
             figure.set_size_inches(7.6, 4.2)                    # one picture has room
-        figure.supxlabel(fill(f"{self.rule.value}. {self.maps.costs(plan, block, seen)}",
+        said = "; ".join(f"{name}: {', '.join(f'{plain(label)} {p:.2f}' for label, p in each)}"
+                         for name, each in self.told().items())
+        figure.supxlabel(fill(f"{self.rule.value}. {self.maps.costs(plan, block, seen)} {said}.",
                               int(13 * figure.get_figwidth())), fontsize=9)
         return figure
 
@@ -130,10 +237,12 @@ def token_map(source: Source | nn.Module, pictures: dict[str, np.ndarray], score
     keep_rate is the fraction of patches that is left after the last block that cuts, each block cutting the same ratio.
 
     Left the picture with a border around each token's patches, right what merge and reconstruct, or the mean, leave of
-    it. Raises InputError for a compressed model, a plan for another, or no picture.
+    it; below, what both models say of it, and, where that is chosen, all blocks of it, or the block of all pictures, of
+    which one that is clicked is looked at. Raises InputError for a compressed model, a plan for another, or no picture.
     """
-    model = source if isinstance(source, nn.Module) else open_dense(source).model
+    found = None if isinstance(source, nn.Module) else open_dense(source)
+    model, classes = (source, None) if found is None else (found.model, found.info.get("classes"))
     chooser = PictureChooser(pictures, shape_of(model))
     maps = Maps(model, lambda name: as_input(chooser.known[name], model), scores, plan, boundary=boundary,
                 weights=weights)
-    return TokenMap(maps, chooser, keep_rate, prune_rate)
+    return TokenMap(maps, chooser, keep_rate, prune_rate, classes or ())
