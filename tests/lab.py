@@ -126,11 +126,18 @@ class Lab:
         return False
 
     def shot(self, code: str, path: Path) -> None:
-        """A screenshot of what the last cell with this code shows."""
+        """A screenshot of what the last cell with this code shows, and a margin around it."""
         output = self.page.locator(".jp-CodeCell", has_text=code).last.locator(".jp-OutputArea-output").last
+        output.evaluate("output => output.style.padding = '12px'")
         output.scroll_into_view_if_needed()
         self.page.wait_for_timeout(500)
         output.screenshot(path=path)
+
+    def dark(self, dark: bool = True) -> None:
+        """Change the theme."""
+        self.page.evaluate("name => window.jupyterapp.commands.execute('apputils:change-theme', {theme: name})",
+                           f"JupyterLab {'Dark' if dark else 'Light'}")
+        self.page.wait_for_timeout(1000)
 
 
 @contextlib.contextmanager
@@ -156,7 +163,7 @@ def lab(root: Path) -> Iterator[Lab]:
         server = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
              "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={root}",
-             "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
+             "--LabApp.news_url=None", "--LabApp.expose_app_in_browser=True", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
             env=env, stdout=(own / "log").open("w"), stderr=subprocess.STDOUT)
         stack.callback(server.wait, 30)
         stack.callback(server.terminate)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import colormaps
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_rgb, to_rgba
 from PIL import Image
 
 from vitlab.criteria.units import UnitScores
 from vitlab.measure.capture import attention_maps
 from vitlab.models import compress, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.plots.base import PALETTE
+from vitlab.plots.base import INK, PALETTE
 from vitlab.plots.units import looked_at, over_grey
 from vitlab.runtime.files import InputError
 from vitlab.workbench.explore.units import head_grid, neuron_strip, units_map
@@ -152,25 +152,27 @@ def test_the_strip_has_a_column_a_neuron_as_tall_as_its_score_and_a_line_at_the_
     strip = neuron_strip(np.array([4.0, 3.0, 2.0, 0.0, 0.0]), np.array([True, True, False, True, False]), (35, 40))
     for neuron, (height, colour) in enumerate(((40, BLUE), (30, BLUE), (20, ORANGE), (1, BLUE), (1, ORANGE))):
         column = strip[:, neuron * 7 + 3]                                       # the middle of its 7
-        np.testing.assert_allclose(column[40 - height:], np.tile(colour, (height, 1)))
-        assert (column[:40 - height] == 1).all()
-    # 3 of 5 kept
-    assert (strip[:, 20:22] == 0).all() and not (strip[:, 19] == 0).all() and not (strip[:, 22] == 0).all()
+        np.testing.assert_allclose(column[40 - height:], np.tile((*colour, 1), (height, 1)))
+        assert (column[:40 - height] == 0).all()                                # no ground: the page's is seen
+    line = (strip == to_rgba(INK)).all(axis=(0, 2))
+    assert line.nonzero()[0].tolist() == [20, 21]                               # 3 of 5 kept
     # none is cut: no line
-    assert not (neuron_strip(np.ones(5), np.ones(5, dtype=bool), (35, 40)) == 0).all(axis=(0, 2)).any()
+    assert not (neuron_strip(np.ones(5), np.ones(5, dtype=bool), (35, 40)) == to_rgba(INK)).all(axis=(0, 2)).any()
 
 
 def test_the_grid_is_coloured_in_each_blocks_range_and_the_cut_are_crossed(dense):
     plan = made(dense, {0: BlockPlan(heads=(0, 2)), 2: BlockPlan(heads=(1,))})[1]
     heads = np.array([[3.0, 1, 2], [5, 5, 5], [0, 10, 5], [1, 2, 3], [3, 2, 1]])
     grid = head_grid(heads, plan, (60, 40))
-    # numbers
-    assert grid.shape == (240, 240,
-                          3) and (grid[:, :60].min(axis=2) < 0.5).any() and (grid[:40, 60:].min(axis=2) < 0.5).any()
+    assert grid.shape == (240, 240, 4)
+    for numbers in (grid[:, :60], grid[:40, 60:]):                              # in grey, on no ground
+        seen = numbers[..., 3] == 1
+        assert seen.any() and not numbers[..., 3].all()
+        np.testing.assert_allclose(numbers[seen, :3], float(INK), atol=ROUNDING)
     ranges = np.array([[1, 0, 0.5], [0, 0, 0], [0, 1, 0.5], [0, 0.5, 1], [1, 0.5, 0]])
     for block, head in np.ndindex(5, 3):
         inside = grid[40 * (block + 1):, 60 * (head + 1):][:40, :60]
-        np.testing.assert_allclose(inside[20, 6], colormaps["viridis"](ranges[block, head])[:3], atol=ROUNDING)
+        np.testing.assert_allclose(inside[20, 6], colormaps["viridis"](ranges[block, head]), atol=ROUNDING)
         crossed = (block, head) in {(0, 1), (2, 0), (2, 2)}
         # the middle of a cross is white
         np.testing.assert_allclose(inside[20, 30], 1 if crossed else inside[20, 6])

@@ -4,6 +4,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
+from matplotlib.text import Text
+from matplotlib_inline.backend_inline import _fetch_figure_metadata
+from PIL import Image
 
 from vitlab.measure.capture import token_places
 from vitlab.models import compress, deploy, shape_of
@@ -21,6 +25,8 @@ from vitlab.plots import (
     to_image,
     training_curves,
 )
+from vitlab.plots.base import INK
+from vitlab.plots.search import moment
 from vitlab.plots.tokens import region_means, through_matrices
 from vitlab.runtime.files import InputError
 from vitlab.runtime.results import ResultRow
@@ -164,3 +170,22 @@ def test_save_figure_writes_every_format_with_the_caption(tmp_path):
     assert (tmp_path / "03_kept.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "03_kept.svg").stat(
         ).st_size > 1000
     assert "seed 0" in [t.get_text() for t in figure.texts]
+
+
+def light(grey: float) -> float:
+    """Relative luminance of a grey in [0, 1]   (WCAG 2.1)."""
+    return grey / 12.92 if grey <= 0.04045 else ((grey + 0.055) / 1.055)**2.4
+
+
+@pytest.mark.parametrize("figure", [lambda: kept_counts({"a": PLAN}), lambda: moment([], total=3, label="value",
+                                                                                     dimension="neurons 0", lines={})])
+def test_a_figure_has_no_ground_and_is_read_on_a_light_page_and_a_dark_one(tmp_path, figure):
+    drawn = figure()
+    save_figure(drawn, tmp_path, "a", "seed 0")
+    pixels = np.asarray(Image.open(tmp_path / "a.png"))
+    assert pixels.shape[2] == 4 and np.median(pixels[..., 3]) == 0 == pixels[0, 0, 3]
+    assert _fetch_figure_metadata(drawn) is None                                # else JupyterLab lays a slab behind it
+    assert {to_hex(each.get_color()) for each in drawn.findobj(Text)} == {to_hex(INK)}
+    for page in (1.0, 0x11 / 0xff):                                             # JupyterLab's two
+        bright, dark = sorted((light(float(INK)), light(page)), reverse=True)
+        assert (bright + 0.05) / (dark + 0.05) > 4                              # 3 is WCAG's least of graphics

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vitlab.plots import acquisition, front, gp_slices, incumbents, parallel_coordinates, pareto, sensitivity_curves
+from vitlab.plots.base import INK
 from vitlab.runtime.files import InputError
 
 matplotlib.use("agg")
@@ -202,7 +203,7 @@ def test_sensitivity_curves_draw_a_line_per_dimension_from_nothing_cut_in_its_gr
     assert set(lines) == {"neurons 0", "neurons 3", "heads 3", "tokens"}
     assert lines["neurons 3"].get_xydata() == pytest.approx(np.array([[0, 0], [0.02, 0.08], [0.04, 0.32]]))
     assert lines["neurons 3"].get_color() == lines["heads 3"].get_color() != lines["neurons 0"].get_color()
-    assert lines["tokens"].get_color() == "black" and len({axis.get_ylim() for axis in figure.axes[:3]}) == 1
+    assert lines["tokens"].get_color() == INK and len({axis.get_ylim() for axis in figure.axes[:3]}) == 1
     assert figure.axes[0].get_ylabel() == "KL (nats)" and figure.get_supxlabel() == "GMACs saved"
     assert figure.axes[3].get_ylabel() == "block"
 

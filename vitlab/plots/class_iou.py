@@ -47,11 +47,11 @@ def class_iou_bars(ious: Mapping[str, Any], classes: Sequence[str], *, by: str |
                         ha="center" if turned else "right", rotation_mode=None if turned else "anchor")
         axis.set(ylabel="IoU (%)", ylim=(0, 100), xlim=(-0.6, some - 0.4))
         axis.tick_params(axis="x", length=0)
-        axis.grid(axis="y", color="0.9", linewidth=0.8)
+        axis.grid(axis="y", alpha=0.3, linewidth=0.8)
         axis.set_axisbelow(True)
     legend_above(figure, *axes[0, 0].get_legend_handles_labels())
     absent = [("left out", gone), *((f"no bar of {name}", np.isnan(each) & ~gone) for name, each in values.items())]
     notes = [f"{what}: {', '.join(classes[i] for i in np.flatnonzero(which))}" for what, which in absent if which.any()]
     if notes:
-        figure.supxlabel(fill(f"in neither truth nor prediction, {'; '.join(notes)}", 120), fontsize=9, color="0.3")
+        figure.supxlabel(fill(f"in neither truth nor prediction, {'; '.join(notes)}", 120), fontsize=9)
     return figure

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vitlab.plan.shape import require
-from vitlab.plots.base import as_array, legend_above, look, new_axes
+from vitlab.plots.base import INK, as_array, legend_above, look, new_axes
 from vitlab.plots.points import error_bars
 from vitlab.plots.search import group_of
 
@@ -48,7 +48,7 @@ def sensitivity_curves(rows: Sequence[dict[str, Any]], *, loss_label: str, saved
 
     rows: of each cut its dimension ("neurons 3"), loss and saved, in the units that the labels name, and loss_se, one
     standard error, where it is known. Every line begins at (0, 0). Later blocks are darker; a dimension of no block is
-    black. All axes share y, logarithmic above the gentlest group's largest loss where the groups lie far apart.
+    grey. All axes share y, logarithmic above the gentlest group's largest loss where the groups lie far apart.
     """
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
@@ -58,7 +58,7 @@ def sensitivity_curves(rows: Sequence[dict[str, Any]], *, loss_label: str, saved
     groups = list(dict.fromkeys(map(group_of, lines)))
     blocks = {name: int(found.group()) for name in lines if (found := re.search(r"\d+", name))}
     ramp = ScalarMappable(Normalize(0, max(1, *blocks.values()) if blocks else 1), "viridis_r")
-    colours = {name: ramp.to_rgba(blocks[name]) if name in blocks else "black" for name in lines}
+    colours = {name: ramp.to_rgba(blocks[name]) if name in blocks else INK for name in lines}
     figure, axes = new_axes(1, len(groups), 9.4 / max(len(groups), 2), 3.6)
     places = {name: axes[0, groups.index(group_of(name))] for name in lines}
     for name, points in lines.items():

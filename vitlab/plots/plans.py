@@ -73,7 +73,7 @@ def compare_plans(plans: Mapping[str, CompressionPlan], note: str = "") -> Figur
     axis.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=8, frameon=False, fontsize=9, handlelength=1.2,
                 columnspacing=1.2)
     sns.despine(ax=axis)
-    figure.supxlabel(note, fontsize="small", color="0.3")
+    figure.supxlabel(note, fontsize="small")
     return figure
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vitlab.plots.base import as_array, legend_above, look, new_axes
+from vitlab.plots.base import INK, as_array, legend_above, look, new_axes
 from vitlab.runtime.results import noisy
 
 NOISY = "hollow: too noisy to tell from 1"
@@ -92,7 +92,7 @@ def pareto(points: dict[str, Sequence[Sequence[Any]]], *, cost_label: str, value
         axis.plot(place[:, 0], place[:, 1], markersize=6, alpha=0.75, linestyle="none", label=name, **look(index))
     if len(steps):
         steps = np.vstack([steps, [np.nanmax(cloud[np.isfinite(cloud).all(axis=1), 0]), steps[-1, 1]]])
-        axis.plot(steps[:, 0], steps[:, 1], drawstyle="steps-post", color="0.3", linewidth=1.5, zorder=1.5,
+        axis.plot(steps[:, 0], steps[:, 1], drawstyle="steps-post", color=INK, linewidth=1.5, zorder=1.5,
                   label="not dominated")
     known = any(Point(*point).error is not None for some in points.values() for point in some)
     axis.set(xlabel=cost_label, ylabel=f"{value_label}\nbars: one standard error" if known else value_label)

@@ -16,7 +16,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from vitlab.plan.shape import require
-from vitlab.plots.base import MARKERS, PALETTE, as_array, legend_above, new_axes, style
+from vitlab.plots.base import INK, MARKERS, PALETTE, as_array, legend_above, new_axes, style
 from vitlab.plots.points import error_bars
 
 # natural logarithms below the highest that an axis of log EI reaches; the measured are far below
@@ -98,7 +98,7 @@ def gp_slices(names: Sequence[str], grids: Any, means: Any, deviations: Any, inc
                           color=colour, alpha=0.25, linewidth=0)
         axis.plot(grids[index], means[index], color=colour, linewidth=1.5)
         axis.axvline(incumbent[index], color="0.5", linewidth=0.8, linestyle=":")
-        axis.plot(incumbent[index], value, marker="o", color="black", markersize=4, linestyle="none")
+        axis.plot(incumbent[index], value, marker="o", color=INK, markersize=4, linestyle="none")
         axis.set_title(name, fontsize=8, color=colour, pad=3)
         axis.tick_params(labelsize=8, length=2, pad=2, labelleft=index % columns == 0,
                          labelbottom=not same or index + columns >= len(names))
@@ -111,7 +111,7 @@ def gp_slices(names: Sequence[str], grids: Any, means: Any, deviations: Any, inc
     figure.supxlabel("policy's value along the dimension, others at the incumbent", fontsize=10)
     handles = [Line2D([], [], color=colours[group], label=group or "dimension") for group in groups]
     handles += [Patch(color="0.8", label="mean +/- 2 deviations"),
-                Line2D([], [], marker="o", color="black", linestyle="none", label="incumbent, measured")]
+                Line2D([], [], marker="o", color=INK, linestyle="none", label="incumbent, measured")]
     legend_above(figure, handles, [handle.get_label() for handle in handles])
     sns.despine(fig=figure)
     return figure
@@ -182,7 +182,7 @@ def parallel_coordinates(names: Sequence[str], policies: Any, values: Any, label
     for group, members in groupby(names, key=group_of):
         size = len(list(members))
         if start:
-            axis.axvline(start - 0.5, color="0.4", linewidth=1)
+            axis.axvline(start - 0.5, color=INK, linewidth=1)
         # About 0.32 dimensions' width per letter at D = 25: a label that would touch the one before it goes a line
         # higher.
         middle, half = start + (size - 1) / 2, 0.5 * len(group) * len(names) * 0.0125
@@ -211,12 +211,12 @@ def moment(values: Any, *, total: int, label: str, dimension: str, grid: Any = (
     """
     style()
     figure, axes = plt.subplot_mosaic([["values", "values"], ["belief", "acquisition"]], figsize=(9.4, 5.8),
-                                      layout="constrained")
+                                      layout="constrained", frameon=False)
     values, grid = as_array(values), as_array(grid)
     axis, steps = axes["values"], np.arange(len(values))
     axis.plot(steps, values, marker="o", markersize=4, linestyle="none", color=PALETTE[0], label="measured")
     error_bars(axis, steps, values, errors, ecolor=PALETTE[0])
-    axis.plot(steps, np.fmax.accumulate(values), drawstyle="steps-post", color="0.4", label="best so far")
+    axis.plot(steps, np.fmax.accumulate(values), drawstyle="steps-post", color=INK, label="best so far")
     if expected is not None:
         axis.errorbar(len(values), expected[0], 2 * expected[1], marker="s", markersize=5, linestyle="none",
                       color=PALETTE[1], elinewidth=1.5, label="next, expected +/- 2 deviations")

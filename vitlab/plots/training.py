@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vitlab.plan.shape import require
-from vitlab.plots.base import MARKERS, PALETTE, look, new_axes
+from vitlab.plots.base import INK, MARKERS, PALETTE, look, new_axes
 from vitlab.plots.points import Point, draw_points, legend_beside
 from vitlab.runtime.results import ResultRow, speed_of
 from vitlab.runtime.uncertainty import error_name
@@ -93,7 +93,7 @@ def trade_offs(panels: Mapping[str, Mapping[str, Sequence[Sequence[Any]]]], ylab
         for name, points in lines.items():
             index = names.index(name)
             draw_points(axis, points, name, linestyle=LINES[index // len(PALETTE) % 4], **look(index))
-        draw_points(axis, [dense[label]], "dense", marker="*", markersize=13, color="black", linestyle="none")
+        draw_points(axis, [dense[label]], "dense", marker="*", markersize=13, color=INK, linestyle="none")
         axis.axhline(dense[label][1], color="0.7", linewidth=0.8, zorder=0)
         axis.set(xlabel=label, ylabel=ylabel)
         axis.xaxis.set_major_locator(MaxNLocator(5))

@@ -16,7 +16,19 @@ from vitlab.plots import accuracy_against_cost
 from vitlab.plots.training import VALUES
 from vitlab.runtime.caveats import caveat_of, is_quick
 from vitlab.runtime.files import InputError, atomic_write, read_json, read_lines
-from vitlab.runtime.results import DIGITS, ResultRow, conditions_of, notes, read_rows, shown, titles, to_csv, to_latex
+from vitlab.runtime.results import COLUMNS as FEW
+from vitlab.runtime.results import (
+    DIGITS,
+    ResultRow,
+    conditions_of,
+    notes,
+    read_rows,
+    shown,
+    titles,
+    to_csv,
+    to_latex,
+    with_distance,
+)
 from vitlab.workbench import notebooks
 from vitlab.workbench.batch_entry import ENTRY, RESULTS, SUMMARY, maybe_json
 from vitlab.workbench.comparing import UNTOLD, difference
@@ -169,9 +181,16 @@ def results_table(run: str | Path) -> HTML:
     columns = measured(rows, COLUMNS)
     shared, own = conditions(rows)
     lines = [[label, *(shown(row, c) for c in columns), more] for label, row, more in zip(labels, rows, own)]
-    table = _table(["entry", *titles(rows, columns), "conditions"], lines, ("entry", *columns, "conditions")).data
-    below = [*notes(rows, columns).splitlines(), f"The same in all rows that have it: {shared}"]
-    return HTML(f"{table}{''.join(f'<p>{escape(text)}</p>' for text in below)}")
+    return _table(["entry", *titles(rows, columns), "conditions"], lines, ("entry", *columns, "conditions"),
+                  [*notes(rows, columns).splitlines(), f"The same in all rows that have it: {shared}"])
+
+
+def table_of(rows: list[ResultRow], columns: tuple[str, ...] = FEW, *below: str) -> HTML:
+    """What a notebook shows of rows, whatever the width of its window: `format_table` as HTML, and below it what ±,
+    ratio and quick stand for, and other lines."""
+    columns = with_distance(rows, columns)
+    return _table(titles(rows, columns), [[shown(row, c) for c in columns] for row in rows], columns,
+                  [*notes(rows, columns).splitlines(), *below])
 
 
 def measured(rows: list[ResultRow], columns: tuple[str, ...]) -> tuple[str, ...]:
@@ -210,12 +229,14 @@ def _link(run: str | Path, path: Path, text: str) -> str:
     return f'<a href="{escape(path.relative_to(run).as_posix())}">{escape(text)}</a>'
 
 
-def _table(head: list[str], lines: list[list[Any]], columns: Sequence[str] | None = None) -> HTML:
+def _table(head: list[str], lines: list[list[Any]], columns: Sequence[str] | None = None,
+           below: Sequence[str] = ()) -> HTML:
     """Cells are escaped texts; a list is of links, which are HTML already. columns: what the titles in `head` are of,
-    where they differ."""
+    where they differ; below: lines of text."""
     def row(kind: str, line: list[Any]) -> str:
         cells = [f'<{kind} style="text-align: {"right" if column in DIGITS else "left"}">'
                  f"{' '.join(value) if isinstance(value, list) else escape(value)}</{kind}>"
                  for value, column in zip(line, columns or head)]
         return f"<tr>{''.join(cells)}</tr>"
-    return HTML(f"<table>{row('th', head)}{''.join(row('td', line) for line in lines)}</table>")
+    return HTML(f"<table>{row('th', head)}{''.join(row('td', line) for line in lines)}</table>"
+                f"{''.join(f'<p>{escape(text)}</p>' for text in below)}")

@@ -14,12 +14,21 @@ import traitlets
 from matplotlib.figure import Figure
 from PIL import Image
 
+PAGE = "calc(100% - 4px)"                       # of its width, what a widget's margins leave
 _TASKS: set[asyncio.Task] = set()               # a loop holds its tasks weakly
 
 
 def sized(label: str, width: str) -> dict[str, dict[str, str]]:
-    """Settings of a control: the width of its label, and its own."""
-    return {"style": {"description_width": label}, "layout": {"width": width}}
+    """Settings of a control: the width of its label, and its own, which a narrow page makes less."""
+    return {"style": {"description_width": label}, "layout": {"width": f"min({width}, {PAGE})"}}
+
+
+class Menu(ipywidgets.Dropdown):
+    """A list to choose from, wider than it was made where an entry asks for it."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.layout = {"min_width": self.layout.width, "width": "max-content", "max_width": PAGE}
 
 
 def row(*widgets: ipywidgets.Widget) -> ipywidgets.HBox:
@@ -78,12 +87,12 @@ class Cells(anywidget.AnyWidget):
 def figure_png(figure: Figure) -> bytes:
     """A figure as PNG."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight", facecolor="white")
+    figure.savefig(buffer, format="png", bbox_inches="tight")
     return buffer.getvalue()
 
 
 def array_png(image: np.ndarray) -> bytes:
-    """An image (h, w, 3) in [0, 1] as PNG, some ms where a figure takes a quarter of a second."""
+    """An image (h, w, 3 or 4) in [0, 1] as PNG, some ms where a figure takes a quarter of a second."""
     buffer = io.BytesIO()
     Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8)).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()

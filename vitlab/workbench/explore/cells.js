@@ -1,10 +1,11 @@
 // A picture under a grid of cells: pointing outlines the group of a cell, a click or the arrow keys choose one.
 function render({ model, el }) {
   const box = document.createElement("div");
-  box.style.cssText = "position: relative; display: inline-block; line-height: 0";
+  box.style.cssText = "position: relative; display: inline-block; line-height: 0; max-width: 100%";
   box.tabIndex = 0;
   box.setAttribute("role", "application");
   const image = document.createElement("img");
+  image.style.cssText = "max-width: 100%; height: auto";
   const canvas = document.createElement("canvas");
   canvas.style.cssText = "position: absolute; left: 0; top: 0; width: 100%; height: 100%; cursor: crosshair";
   const label = document.createElement("div");

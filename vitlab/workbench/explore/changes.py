@@ -12,7 +12,7 @@ from vitlab.plots.base import as_array
 from vitlab.plots.tokens import bordered
 from vitlab.runtime.files import InputError
 from vitlab.workbench.compared import Compared
-from vitlab.workbench.explore.base import Cells, Explorer, array_png, observe, row
+from vitlab.workbench.explore.base import Cells, Explorer, Menu, array_png, observe, row
 from vitlab.workbench.explore.choosing import WIDE
 from vitlab.workbench.explore.token_map import WIDTH, enlarged, table
 
@@ -26,7 +26,7 @@ class ChangesExplorer(Explorer):
         every = found.changes.distance.argsort(descending=True).tolist()
         changed = found.changes.order()
         self.lists = ({"changed": changed} if changed else {}) | {"all images": every}
-        self.which = ipywidgets.Dropdown(options=list(self.lists), description="pictures", **WIDE)
+        self.which = Menu(options=list(self.lists), description="pictures", **WIDE)
         self.image = ipywidgets.IntSlider(0, 0, 0, description="image", **WIDE)
         self.block = ipywidgets.IntSlider(0, 0, self.plan.shape.depth - 1, description="block", **WIDE)
         self.cells, self.line = Cells(grid=self.plan.shape.grid_size, width=WIDTH), ipywidgets.HTML()

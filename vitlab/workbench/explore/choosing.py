@@ -18,7 +18,7 @@ from vitlab.data.listing import images_below, is_image
 from vitlab.data.rgb import rgb
 from vitlab.plan.shape import ViTShape, require
 from vitlab.runtime.files import InputError
-from vitlab.workbench.explore.base import row, sized
+from vitlab.workbench.explore.base import Menu, row, sized
 from vitlab.workbench.pictures import fitted
 
 MAX_BYTES = 10_000_000                          # of an image file; Jupyter's server takes no larger message
@@ -55,7 +55,7 @@ class PictureChooser(ipywidgets.VBox):
         self.known: dict[str, np.ndarray | Path] = {            # a Path is read once it is chosen
             name: fitted(Image.fromarray((picture * 255).round().astype(np.uint8)), shape)
             for name, picture in pictures.items()}
-        self.names = ipywidgets.Dropdown(options=list(self.known), description="picture", **WIDE)
+        self.names = Menu(options=list(self.known), description="picture", **WIDE)
         self.folder = ipywidgets.Text(description="folder", placeholder="path, Enter", continuous_update=False,
                                       **sized("60px", "200px"))
         self.upload = ipywidgets.FileUpload(accept="image/*", description=f"upload ≤ {MAX_BYTES / 1e6:.0f} MB",

@@ -15,7 +15,7 @@ from vitlab.plots.plans import compare_plans
 from vitlab.runtime.files import InputError
 from vitlab.search import SearchSpace, Study
 from vitlab.search.explain import Predict
-from vitlab.workbench.explore.base import Canvas, Explorer, observe, row, sized
+from vitlab.workbench.explore.base import Canvas, Explorer, Menu, observe, row, sized
 from vitlab.workbench.explore.study import Watched, measured, watch
 from vitlab.workbench.searching import cost_function
 
@@ -71,7 +71,7 @@ class Drag(ipywidgets.HBox):
         groups = {group: [i for i, g in enumerate(space.groups) if g == group] for group in space.groups}
         choices = [(f"{group}, all blocks", where) for group, where in groups.items() if len(where) > 1]
         choices += [(name, [i]) for i, name in enumerate(space.names)]
-        self.rates = ipywidgets.Dropdown(options=[label for label, _ in choices], description="drag", **WIDE)
+        self.rates = Menu(options=[label for label, _ in choices], description="drag", **WIDE)
         self.slider = ipywidgets.FloatSlider(0, min=0, max=space.max_ratio, step=0.01, readout_format=".1%",
                                              description="cut", **WIDE)
         back = ipywidgets.Button(description="back to the best", icon="undo")
@@ -131,9 +131,9 @@ def plan_explorer(plans: dict[str, CompressionPlan], study: Study | str | Path |
     known = {**plans, DENSE: CompressionPlan.empty(shapes[0])}
     drag = Drag(expectation) if expectation else None
     names = [*known, *([DRAGGED] if drag else [])]
-    left = ipywidgets.Dropdown(options=names, value=names[0], description="plan", **WIDE)
-    right = ipywidgets.Dropdown(options=names, value=DRAGGED if drag else names[min(1, len(names) - 1)],
-                                description="beside it", **WIDE)
+    left = Menu(options=names, value=names[0], description="plan", **WIDE)
+    right = Menu(options=names, value=DRAGGED if drag else names[min(1, len(names) - 1)],
+                 description="beside it", **WIDE)
     text, picture = ipywidgets.HTML(), Canvas()
 
     def chosen() -> dict[str, CompressionPlan]:

@@ -23,7 +23,7 @@ from vitlab.runtime.launching import TOGETHER
 from vitlab.search.study import JOURNAL
 from vitlab.training.loop import LOG
 from vitlab.workbench import processes
-from vitlab.workbench.explore.base import Canvas, Explorer, observe, repeat, row, sized
+from vitlab.workbench.explore.base import Canvas, Explorer, Menu, observe, repeat, row, sized
 from vitlab.workbench.explore.study import watch
 from vitlab.workbench.steps import TRAINING, study_folder
 
@@ -110,7 +110,7 @@ def runs_panel(root: str | Path = "runs") -> Explorer:
     """
     folder = study_folder(".").absolute()
     root, started = folder / root, []
-    chosen = ipywidgets.Dropdown(description="run", **sized("3em", "28em"))
+    chosen = Menu(description="run", **sized("3em", "28em"))
     stop = ipywidgets.Button(description="stop", icon="stop", layout={"width": "7em"})
     resume = ipywidgets.Button(description="resume", icon="play", layout={"width": "7em"})
     again = ipywidgets.Button(description="look again", icon="refresh", layout={"width": "9em"})
@@ -180,7 +180,7 @@ def runs_panel(root: str | Path = "runs") -> Explorer:
 def start_form(begin: Callable[[list[str], str, int], None]) -> ipywidgets.VBox:
     """Fields for a command, the line they make, and a button that calls begin(arguments, run folder, processes)."""
     wide = sized("7em", "36em")
-    command = ipywidgets.Dropdown(options=list(COMMANDS), description="command", **wide)
+    command = Menu(options=list(COMMANDS), description="command", **wide)
     fields = {name: ipywidgets.Text(placeholder=f"such as {example}", description=name, **wide)
               for name, example in EXAMPLES.items()}
     more = ipywidgets.Text(placeholder="any other arguments, such as --epochs 3", description="more", **wide)

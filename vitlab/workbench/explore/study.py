@@ -19,7 +19,7 @@ from vitlab.search.acquisition import log_expected_improvement
 from vitlab.search.explain import Predict, believed
 from vitlab.search.strategies import Settings, incumbent
 from vitlab.search.study import INFO, Evaluation, read_journal
-from vitlab.workbench.explore.base import Canvas, Explorer, observe, repeat, row, sized
+from vitlab.workbench.explore.base import Canvas, Explorer, Menu, observe, repeat, row, sized
 
 METRICS = {"distill_loss": "minus the distance to the dense model ({unit})",
            "top1_pct": "top-1 on a slice of train (%)", "miou_pct": "mIoU on a slice of train (%)"}
@@ -90,7 +90,7 @@ def study_explorer(study: Study | str | Path) -> Explorer:
     wide = sized("7em", "30em")
     place = ipywidgets.IntSlider(len(seen), 0, max(len(seen), 1), description="evaluations", **wide)
     play = ipywidgets.Play(value=len(seen), min=0, max=max(len(seen), 1), interval=600, description="play")
-    dimension = ipywidgets.Dropdown(options=found.space.names, description="along", **wide)
+    dimension = Menu(options=found.space.names, description="along", **wide)
     follow = ipywidgets.Checkbox(False, description="follow the running search", indent=False)
     text, picture = ipywidgets.HTML(), Canvas()
     ipywidgets.jslink((play, "value"), (place, "value"))

@@ -22,7 +22,7 @@ from vitlab.plan.rules import MergeReconstruct
 from vitlab.plots import matched_map, merge_map, token_sheet, token_strip
 from vitlab.plots.tokens import bordered, plain, region_means, through_matrices, through_means, tinted
 from vitlab.runtime.files import InputError
-from vitlab.workbench.explore.base import Cells, Explorer, array_png, observe, row
+from vitlab.workbench.explore.base import Cells, Explorer, Menu, array_png, observe, row
 from vitlab.workbench.explore.choosing import MAX_BYTES, WIDE, PictureChooser, decode
 from vitlab.workbench.explore.maps import BY_PLACE, GIVEN, Maps, Tokens
 from vitlab.workbench.pictures import as_input
@@ -68,7 +68,7 @@ class RuleExplorer(Explorer):
         super().__init__([], self._figure)
         self.maps, shape, rates = maps, maps.shape, {"step": 0.01, "readout_format": ".2f", **WIDE, **rates}
         least = max(0.05, 1.01 / shape.num_patches)             # one patch has to stay, for all rounding
-        self.rule = ipywidgets.Dropdown(options=maps.rules, description="rule", **WIDE)
+        self.rule = Menu(options=maps.rules, description="rule", **WIDE)
         self.block = ipywidgets.IntSlider(shape.depth // 2, 0, shape.depth - 1, description="block", **WIDE)
         self.keep_rate = ipywidgets.FloatSlider(keep_rate, min=least, max=1, description="keep rate, (0, 1]", **rates)
         self.prune_rate = ipywidgets.FloatSlider(prune_rate, min=0, max=0.95, description="prune rate, [0, 1)", **rates)

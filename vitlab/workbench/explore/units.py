@@ -7,7 +7,7 @@ import ipywidgets
 import numpy as np
 import torch
 from matplotlib import colormaps
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgba
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
@@ -17,9 +17,9 @@ from vitlab.measure.capture import attention_maps
 from vitlab.models import shape_of
 from vitlab.plan import CompressionPlan
 from vitlab.plan.shape import POOL_TOKEN, require
-from vitlab.plots.base import PALETTE
+from vitlab.plots.base import INK, PALETTE
 from vitlab.plots.units import as_array, cut_heads, head_view, looked_at, over_grey, ranked_neurons, to_own_range
-from vitlab.workbench.explore.base import Cells, Explorer, array_png, row
+from vitlab.workbench.explore.base import PAGE, Cells, Explorer, array_png, row
 from vitlab.workbench.explore.choosing import WIDE, PictureChooser
 from vitlab.workbench.pictures import as_input
 from vitlab.workbench.steps import Source, open_dense
@@ -31,18 +31,18 @@ BINS = 64                                       # parts of the neurons' panel th
 
 def head_grid(heads: Any, plan: CompressionPlan, cell: tuple[int, int]) -> np.ndarray:
     """Scores (L, H) as a picture of (L + 1) x (H + 1) cells of (width, height) pixels: numbers of heads and blocks,
-    then colours in the block's range, with a cross where the plan cuts. Drawn in some ms."""
-    colours = (255 * colormaps["viridis"](to_own_range(as_array(heads)))[..., :3]).round().astype(int)
+    then colours in the block's range, with a cross where the plan cuts; RGBA, on no ground. Drawn in some ms."""
+    colours = (255 * colormaps["viridis"](to_own_range(as_array(heads)))).round().astype(int)
     (depth, count), (w, h), cut = colours.shape[:2], cell, set(cut_heads(plan))
-    image = Image.new("RGB", ((count + 1) * w, (depth + 1) * h), "white")
+    image = Image.new("RGBA", ((count + 1) * w, (depth + 1) * h))
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=0.55 * min(w, h))
     for number in range(max(depth, count)):
         for x, y, shown in ((number + 1.5, 0.5, number < count), (0.5, number + 1.5, number < depth)):
             if shown:
-                draw.text((x * w, y * h), str(number), fill="black", font=font, anchor="mm")
+                draw.text((x * w, y * h), str(number), fill=to_hex(INK), font=font, anchor="mm")
     for block, head in np.ndindex(depth, count):
         x, y = (head + 1) * w, (block + 1) * h
-        draw.rectangle((x, y, x + w - 1, y + h - 1), fill=tuple(colours[block, head]), outline="white")
+        draw.rectangle((x, y, x + w - 1, y + h - 1), fill=tuple(colours[block, head]), outline=(0, 0, 0, 0))
         if (block, head) in cut:
             arm = 0.28 * min(w, h)
             for colour, width in (("black", h // 6), ("white", h // 14)):       # seen on bright and on dark ground
@@ -54,17 +54,17 @@ def head_grid(heads: Any, plan: CompressionPlan, cell: tuple[int, int]) -> np.nd
 
 def neuron_strip(scores: np.ndarray, kept: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Ranked scores (M) as columns of a picture of (width, height) pixels, blue where `kept` and orange where cut, a
-    black line at the number kept. Drawn in some ms."""
+    grey line at the number kept; RGBA, on no ground. Drawn in some ms."""
     width, height = size
     index = np.arange(width) * len(scores) // width                             # the neuron of each column of pixels
     low, high = min(0.0, scores.min()), scores.max()
     tall = (scores[index] - low) / (high - low if high > low else 1)
-    colours = np.where(kept[index, None], PALETTE[0], PALETTE[1])
+    colours = np.where(kept[index, None], to_rgba(PALETTE[0]), to_rgba(PALETTE[1]))
     filled = np.arange(height)[::-1, None] < np.maximum(tall * height, 1)       # (height, width)
-    image = np.where(filled[..., None], colours, 1.0)
+    image = np.where(filled[..., None], colours, 0.0)
     if not kept.all():
         line = round(kept.mean() * width)
-        image[:, max(line - 1, 0):line + 1] = 0.0
+        image[:, max(line - 1, 0):line + 1] = to_rgba(INK)
     return image
 
 
@@ -83,7 +83,7 @@ class UnitsMap(Explorer):
         self.looks = Cells(grid=plan.shape.grid_size, width=WIDTH)
         self.neurons = Cells(width=WIDTH)
         self.titles = {name: ipywidgets.HTML() for name in ("looks", "neurons")}
-        self.shares, self.line = ipywidgets.HTML(layout={"width": f"{WIDTH}px"}), ipywidgets.HTML()
+        self.shares, self.line = ipywidgets.HTML(layout={"width": f"min({WIDTH}px, {PAGE})"}), ipywidgets.HTML()
         self.block, self.head = 0, 0
         self.attention = functools.lru_cache(maxsize=64)(self._attention)
         left = [ipywidgets.HTML("<b>blocks by heads</b>: bright scores high, a cross is cut"), self.heads,
