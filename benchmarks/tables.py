@@ -424,7 +424,8 @@ def runtimes(rows: list[dict]) -> str:
         lines.append([rule, f"{batch}", f"{best['gmacs']:.2f}", *(f"{r['throughput_img_s']:.0f}" for r in own.values()),
                       f"{about['of_best']:.2f}", f"{about['of_best'] / about['mac_ratio']:.2f}"])
     about = rows[0]["conditions"]
-    return _table(["rule", "batch", "GMACs", *(name.split("-")[0] for name in names), "best over the dense model's best", "of the MAC ratio"], lines,
+    head = ["rule", "batch", "GMACs", *(name.split("-")[0] for name in names)]
+    return _table([*head, "best over the dense model's best", "of the MAC ratio"], lines,
                   [f"Images/s, {about['dtype']}, {about['threads']} threads, in turn in one process, medians of "
                    f"{about['repeats']} rounds"])
 
