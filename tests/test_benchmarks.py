@@ -161,25 +161,23 @@ def test_tomes_rule_fits_every_family_and_merging_nothing_is_the_dense_model(kin
 
 def test_methods_are_fine_tuned_alike_beside_a_control_and_a_run_that_was_stopped_goes_on(tmp_path, capsys):
     finetuned, tables = importlib.import_module("finetuned"), importlib.import_module("tables")
-    steps = f"our joint plan, 0.6, not refitted, in {finetuned.STEPS} steps"
-    asked = [finetuned.CONTROL, "Prune and Merge as published, keep 0.6", "ToMe", "our joint plan, 0.6", steps]
+    asked = [finetuned.CONTROL, "merging by content", "ToMe"]
     common = ["--quick", "--run", str(tmp_path), "--device", "cpu", "--seeds", "0", "--methods"]
     finetuned.main([*common, *asked[:2]])
     first = (tmp_path / "rows.jsonl").read_bytes()
     assert capsys.readouterr().out.count("'method'") == 3
     bench = finetuned.main([*common, *asked])
-    assert (tmp_path / "rows.jsonl").read_bytes().startswith(first) and capsys.readouterr().out.count("'method'") == 3
+    assert (tmp_path / "rows.jsonl").read_bytes().startswith(first) and capsys.readouterr().out.count("'method'") == 1
     assert [method for method, _ in bench.rows] == [finetuned.DENSE, *asked]
     dense, control, *others = bench.rows.values()
     assert dense["against_dense"] == control["against_control"] == 0 and dense["against_control"] is None
     assert control["as_cut_top1_pct"] == dense["top1_pct"] and control["macs_ratio"] == 1
     for row in others:
-        assert row["macs_ratio"] < 1 and row["throughput_img_s"] > 0
+        assert 0.55 < row["macs_ratio"] <= 0.6 and row["throughput_img_s"] > 0
         right = [np.array(each["right"]) for each in (row, dense, control)]
         assert row["top1_pct"] == pytest.approx(100 * right[0].mean())
         assert row["against_dense"] == pytest.approx(100 * (right[0] - right[1]).mean())
         assert row["against_control"] == pytest.approx(100 * (right[0] - right[2]).mean())
-    assert [row["plan"] is None for row in others] == [False, True, False, False]
-    assert others[2]["macs_ratio"] <= 0.6 and others[3]["plan"]["blocks"] == others[2]["plan"]["blocks"]
+    assert [row["plan"] is None for row in others] == [False, True]
     text = tables.finetuned(list(bench.rows.values()))
-    assert text.count("\n") == 9 and "quick" in text and "| ToMe |" in text and "fine-tuned alike | 1.00 |" in text
+    assert text.count("\n") == 7 and "quick" in text and "| ToMe |" in text and "fine-tuned alike | 1.00 |" in text
