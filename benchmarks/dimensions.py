@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from tonight_quality import EVALUATIONS, FINALISTS, QUICK, Validation, medians, parser_of
+from torch import Tensor
 
 from vitlab.measure.moments import KINDS, each_moments, layers_of
 from vitlab.models import deploy
@@ -29,6 +30,7 @@ from vitlab.runtime.files import append_line, read_lines, write_lines
 from vitlab.search import Budget
 from vitlab.search.allocation import levels
 from vitlab.search.sampling import Problem
+from vitlab.search.sensitivity import better_nothing
 from vitlab.workbench.gathered import LayerFiles, moments_cost
 from vitlab.workbench.steps import open_model
 from vitlab.workbench.survey import Survey
@@ -55,6 +57,14 @@ class Wider(Survey):
                                                amp=self.amp):
                 kept.keep(layer, moments)
         return kept
+
+    @cached_property
+    def scores(self) -> dict[str, Tensor]:
+        found = super().scores
+        if not SPACES[self.space].get("sublayers"):
+            return found
+        return found | self._kept("replacements", lambda: {"nothing": better_nothing(self.objective, self.shape,
+                                                                                     KINDS)})
 
     def _problem(self, rule: str, limit: float | None = None) -> Problem:
         space, budget = super()._problem(rule, limit)

@@ -169,3 +169,27 @@ def test_every_rule_that_is_timed_saves_what_it_is_said_to():
     assert found.keys() == runtimes.RULES.keys()
     # one ratio for all blocks meets no budget exactly, but none by much less
     assert all(0.93 * limit <= gmacs(plan) <= limit for plan in found.values())
+
+
+def test_methods_are_fine_tuned_alike_beside_a_control_and_a_run_that_was_stopped_goes_on(tmp_path, capsys):
+    finetuned, tables = importlib.import_module("finetuned"), importlib.import_module("tables")
+    asked = [finetuned.CONTROL, "merging by content", "ToMe"]
+    common = ["--quick", "--run", str(tmp_path), "--device", "cpu", "--seeds", "0", "--methods"]
+    finetuned.main([*common, *asked[:2]])
+    first = (tmp_path / "rows.jsonl").read_bytes()
+    assert capsys.readouterr().out.count("'method'") == 3
+    bench = finetuned.main([*common, *asked])
+    assert (tmp_path / "rows.jsonl").read_bytes().startswith(first) and capsys.readouterr().out.count("'method'") == 1
+    assert [method for method, _ in bench.rows] == [finetuned.DENSE, *asked]
+    dense, control, *others = bench.rows.values()
+    assert dense["against_dense"] == control["against_control"] == 0 and dense["against_control"] is None
+    assert control["as_cut_top1_pct"] == dense["top1_pct"] and control["macs_ratio"] == 1
+    for row in others:
+        assert 0.55 < row["macs_ratio"] <= 0.6 and row["throughput_img_s"] > 0
+        right = [np.array(each["right"]) for each in (row, dense, control)]
+        assert row["top1_pct"] == pytest.approx(100 * right[0].mean())
+        assert row["against_dense"] == pytest.approx(100 * (right[0] - right[1]).mean())
+        assert row["against_control"] == pytest.approx(100 * (right[0] - right[2]).mean())
+    assert [row["plan"] is None for row in others] == [False, True]
+    text = tables.finetuned(list(bench.rows.values()))
+    assert text.count("\n") == 7 and "quick" in text and "| ToMe |" in text and "fine-tuned alike | 1.00 |" in text

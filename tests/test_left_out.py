@@ -13,6 +13,7 @@ from test_cost import counted_macs
 from test_shrink import SAME, hooked
 from torch import nn
 
+from vitlab.criteria.units import UnitScores
 from vitlab.measure.capture import token_scores
 from vitlab.measure.moments import each_moments
 from vitlab.models import checkpoint, compress, deploy, shape_of
@@ -24,7 +25,9 @@ from vitlab.runtime.files import InputError
 from vitlab.search import Budget, SearchSpace
 from vitlab.search.allocation import allocate, levels, summed_losses
 from vitlab.search.sampling import Problem, neighbours, random_policies, uniform_policies, varied_policies
+from vitlab.search.sensitivity import better_nothing
 from vitlab.training.compensate import compensate
+from vitlab.training.gradual import partial_plan
 
 GONE = ((), None), (None, ()), (None, None), ((), ()), ((0,), ())               # heads and neurons of each block
 
@@ -182,7 +185,78 @@ def test_an_mlp_that_is_left_out_behind_cuts_is_what_the_dense_stream_lacks_on_a
     assert torch.allclose(*(s.double().mean(dim=(0, 1)) for s in streams), atol=1e-5)
 
 
+# ---- Nothing in its place
+
+def nothing_of(plan: CompressionPlan) -> CompressionPlan:
+    """The same with 0 in place of every other sublayer that is left out."""
+    kinds = ("heads",), ("neurons",), (), ("heads", "neurons"), ()
+    return dataclasses.replace(plan, blocks=tuple(dataclasses.replace(block, nothing=kind)
+                                                  for block, kind in zip(plan.blocks, kinds)))
+
+
+def test_a_sublayer_replaced_by_nothing_adds_nothing_when_saved_refitted_and_exported(tiny_vit, images, tmp_path):
+    dense = tiny_vit("deit3")
+    plan, x = nothing_of(leaving(shape_of(dense))), images(dense, 3)
+    model, expected = compress(dense, plan), copy.deepcopy(hooked(dense, leaving(plan.shape)))
+    for block, kind in zip(expected.blocks, plan.blocks):
+        for name in kind.nothing:
+            (block.attn if name == "heads" else block.mlp).register_forward_hook(lambda module, given, out: 0 * out)
+    assert relative(logits(model, x), logits(expected, x)) < SAME
+    assert not any(name.startswith(("blocks.0.attn", "blocks.1.mlp", "blocks.3.")) and "norm" not in name
+                   and ".ls" not in name for name in model.state_dict())
+    assert cost.macs(plan) == cost.macs(leaving(plan.shape))
+    for name, form in (("training", model), ("deployed", deploy(model))):
+        found = checkpoint.load(checkpoint.save(tmp_path / name, form, plan))
+        assert found.plan == plan and torch.equal(logits(found.model, x), logits(form, x))
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), logits(model, x))
+    assert torch.equal(logits(torch.jit.script(model), x), logits(model, x))
+    for moments in ({}, {"moments": dict(each_moments(dense, [(x, None)]))}):
+        refitted = compensate(dense, plan, [(x, None)], progress=False, **moments)
+        assert [b.attn.bias is None for b in (refitted.blocks[0], refitted.blocks[3])] == [True, True]
+        assert refitted.blocks[4].mlp.bias is not None
+        checkpoint.save(tmp_path / "refitted", refitted, plan)                  # it is what the plan says
+    with pytest.raises(InputError, match="block 0 of the model is not what the plan says"):
+        checkpoint.save(tmp_path / "other", model, leaving(plan.shape))
+    with pytest.raises(InputError, match=r"block 0: nothing is \[\], but of what the model has left out already it is "
+                                         r"\['heads'\]"):
+        compress(model, leaving(plan.shape), before=plan)
+
+
+def test_the_nearer_of_nothing_and_a_mean_stands_for_each_sublayer(tiny_vit):
+    shape = shape_of(tiny_vit("deit"))
+    nearer = {(1, "neurons"), (3, "heads")}
+
+    def measure(plan: CompressionPlan) -> dict[str, float]:
+        (block, cut), = [(i, b) for i, b in enumerate(plan.blocks) if b != BlockPlan()]
+        kind = "heads" if cut.leaves_out("heads") else "neurons"
+        assert not cut.leaves_out("neurons" if kind == "heads" else "heads")
+        return {"distill_loss": 2.0 - ((block, kind) in nearer) if cut.nothing else 1.5}
+    found = better_nothing(measure, shape, ("heads", "neurons"))
+    assert {(int(b), ("heads", "neurons")[k]) for b, k in found.nonzero()} == nearer
+    assert found[:, 0].tolist() == better_nothing(measure, shape, ("heads",))[:, 0].tolist()
+    assert not better_nothing(measure, shape, ("heads",))[:, 1].any()
+    space = space_of(shape)
+    scores = {name: torch.rand(DEPTH, count) for name, count in (("heads", 3), ("neurons", shape.num_neurons))}
+    policy = np.where(np.arange(space.size) % DEPTH < 3, 1.0, 0.0)              # the first three blocks go
+    plan = space.plan(policy, nothing=found, **scores)
+    assert [b.nothing for b in plan.blocks] == [(), ("neurons",), (), (), ()]
+    assert space.keys(space.policy(plan)[None]) == space.keys(policy[None])
+
+
 # ---- The plan
+
+def test_what_replaces_a_sublayer_is_in_the_plan_and_files_without_it_mean_the_mean(tiny_vit):
+    plan = leaving(shape_of(tiny_vit("deit")))
+    data = json.loads(nothing_of(plan).to_json())
+    assert data["version"] == 2 and data["blocks"][3]["nothing"] == ["heads", "neurons"]
+    assert "nothing" not in data["blocks"][2] and CompressionPlan.from_json(data) == nothing_of(plan) != plan
+    assert partial_plan(nothing_of(plan), 0.5, UnitScores(heads=torch.rand(DEPTH, 3), neurons=torch.rand(
+        DEPTH, plan.shape.num_neurons), made_by={})).blocks[0].nothing == ()
+    for wrong in (["neurons"], ["tokens"], "heads", None, ["heads", "heads"], [["heads"]]):
+        data["blocks"][0]["nothing"] = wrong
+        with pytest.raises(InputError, match='block 0: nothing is .*; of "heads", "neurons" those of which none stays'):
+            CompressionPlan.from_json(data)
+
 
 def test_a_plan_that_leaves_sublayers_out_is_of_version_2_and_others_are_of_version_1(tiny_vit):
     shape = shape_of(tiny_vit("deit"))
@@ -284,7 +358,7 @@ def test_a_search_takes_a_sublayer_where_that_is_cheapest_and_its_proposals_meet
     assert meets[0] and projected[0, 1] == 1
 
 
-@pytest.mark.parametrize("tokens", ["none", "select", "match_per_stage"])
+@pytest.mark.parametrize("tokens", ["none", "match_per_stage"])
 def test_a_budget_that_only_whole_sublayers_can_meet_is_met_by_policies_of_every_kind(tiny_vit, tokens):
     space, chance = space_of(shape_of(tiny_vit("deit")), tokens), np.random.default_rng(0)
     some, all_gone = space.gmacs(np.stack([np.full(space.size, 0.75), space.most])).tolist()

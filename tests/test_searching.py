@@ -325,10 +325,14 @@ def test_what_can_not_be_searched_is_refused(tmp_path, data, settings, says):
 def test_a_search_meets_a_budget_that_only_whole_sublayers_can_meet(tmp_path, data):
     options = {"macs_ratio": 0.35, "tokens": "none", "settings": SHORT, "images": 24, "score_images": 32, "config": FEW}
     with pytest.raises(InputError, match="can't be met"):
-        searching.search(dense_checkpoint(), data, tmp_path / "plain", **options)
-    study = searching.search(dense_checkpoint(), data, tmp_path / "s", sublayers=True, **options)
+        searching.search(dense_checkpoint(depth=4), data, tmp_path / "plain", **options)
+    study = searching.search(dense_checkpoint(depth=4), data, tmp_path / "s", sublayers=True, **options)
     plan = CompressionPlan.load(tmp_path / "s" / searching.PLAN)
     assert any(block.leaves_out(kind) for block in plan.blocks for kind in ("heads", "neurons"))
+    nothing = load_file(tmp_path / "s" / scoring.REPLACEMENTS)["nothing"]
+    assert nothing.shape == (4, 2) and [block.nothing for block in plan.blocks] == [
+        tuple(kind for kind, zero in zip(("heads", "neurons"), row) if zero and block.leaves_out(kind))
+        for row, block in zip(nothing.tolist(), plan.blocks)]
     assert gmacs(plan) == pytest.approx(study.best.cost) and study.budget.meets(np.array([study.best.policy]))[0]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from vitlab.models.attention import attention_as
-from vitlab.models.families import query_width
+from vitlab.models.families import nothing_of, query_width
 from vitlab.models.match import MatchBlock
 from vitlab.models.merge import MergeReconstructTokens, TokenBlock
 from vitlab.models.narrow import narrow_queries
@@ -42,9 +42,10 @@ def check_agrees(model: nn.Module, plan: CompressionPlan) -> None:
         inner = attention_block(block)
         expected = (plan.shape.num_heads if cut.heads is None else len(cut.heads),
                     plan.shape.num_neurons if cut.neurons is None else len(cut.neurons), cut.qk_width,
-                    type(inner) if rule is None else TOKEN_BLOCKS[rule.kind], rule, place)
-        width = getattr(inner.attn, "qk_width", None)
-        if expected != (*units_of(inner), width, type(block), getattr(block, "rule", None), getattr(block, "place", 0)):
+                    cut.nothing, type(inner) if rule is None else TOKEN_BLOCKS[rule.kind], rule, place)
+        width, nothing = getattr(inner.attn, "qk_width", None), nothing_of(inner)
+        if expected != (*units_of(inner), width, nothing, type(block), getattr(block, "rule", None),
+                        getattr(block, "place", 0)):
             raise InputError(f"block {index} of the model is not what the plan says; the plan it was compressed by is "
                              "needed")
 
@@ -76,7 +77,10 @@ def _cut_units(block: nn.Module, cut: BlockPlan, was: BlockPlan, shape: ViTShape
             raise InputError((f"all {name} should stay, but the model has lost some" if getattr(cut, name) is None else
                               f"{name} {gone[0]} should stay, but the model has lost it") + " already")
         if len(after) < len(before):
-            keep_units(block, name, [before.index(unit) for unit in after])
+            keep_units(block, name, [before.index(unit) for unit in after], name in cut.nothing)
+    if nothing_of(block) != cut.nothing:
+        raise InputError(f"nothing is {list(cut.nothing)}, but of what the model has left out already it is "
+                         f"{list(nothing_of(block))}")
     if cut.leaves_out("heads"):
         return
     width, now = cut.qk_width or shape.head_dim, query_width(block.attn)

@@ -160,6 +160,12 @@ def sublayer(block: nn.Module, kind: str) -> nn.Module:
     return block.attn if kind == "heads" else block.mlp
 
 
+def nothing_of(block: nn.Module) -> tuple[str, ...]:
+    """The kinds of units of a block that are left out without a constant in their place."""
+    parts = {kind: sublayer(block, kind) for kind in ("heads", "neurons")}
+    return tuple(kind for kind, part in parts.items() if isinstance(part, LeftOut) and part.bias is None)
+
+
 def mixing_layer(block: nn.Module, kind: str) -> tuple[nn.Linear | LeftOut, int]:
     """(the linear that mixes the heads or neurons of a block, or what stands for a sublayer without any; how many
     inputs a unit has)."""

@@ -30,14 +30,14 @@ def _keep_rows(linear: nn.Linear, units: Tensor, widths: Sequence[int]) -> None:
     linear.out_features = len(rows)
 
 
-def keep_units(block: nn.Module, kind: str, kept: Sequence[int]) -> None:
+def keep_units(block: nn.Module, kind: str, kept: Sequence[int], nothing: bool = False) -> None:
     """Shrink a block to some of its heads or neurons: the rows that make them and the columns that mix them; q/k norms
     are per d and stay as they are. To none of them: the sublayer leaves the block, with its norm where that comes
-    first."""
+    first; nothing: without a constant in its place."""
     mixing, width = mixing_layer(block, kind)
     if not len(kept):
         name, number = ("attn", 1) if kind == "heads" else ("mlp", 2)
-        setattr(block, name, LeftOut(plain_linear(mixing), width))
+        setattr(block, name, LeftOut(plain_linear(mixing), width, nothing))
         if not isinstance(block, POST_NORM):
             setattr(block, f"norm{number}", nn.Identity())
         return

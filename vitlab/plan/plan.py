@@ -25,6 +25,7 @@ class BlockPlan:
     neurons: tuple[int, ...] | None = None      # neurons that stay, ascending; (): the MLP is left out
     qk_width: int | None = None                 # of each head's queries and keys; None: as wide as its values
     tokens: TokenRule | None = None             # how the block's tokens are taken in and given back
+    nothing: tuple[str, ...] = ()               # "heads", "neurons": left out, and replaced by 0 instead of a mean
 
     def leaves_out(self, kind: str) -> bool:
         """Whether the whole attention ("heads") or MLP ("neurons") goes."""
@@ -51,6 +52,10 @@ class BlockPlan:
                     f"integer from 1 to {shape.head_dim - 1} is needed, or null for all {shape.head_dim}")
             require(not self.leaves_out("heads"), "qk_width is of heads, and none stays; null is needed")
             shape.check_cut("widths")
+        require(isinstance(self.nothing, tuple) and list(self.nothing) in ([], ["heads"], ["neurons"],
+                                                                           ["heads", "neurons"])
+                and all(map(self.leaves_out, self.nothing)),
+                f'nothing is {self.nothing!r}; of "heads", "neurons" those of which none stays are needed')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +175,8 @@ class CompressionPlan:
                 del fields["span"]
             return {"kind": rule.kind, **fields}
         blocks = [{"heads": b.heads, "neurons": b.neurons,
-                   **({} if b.qk_width is None else {"qk_width": b.qk_width}), "tokens": tokens(b.tokens)}
+                   **({} if b.qk_width is None else {"qk_width": b.qk_width}),
+                   **({"nothing": b.nothing} if b.nothing else {}), "tokens": tokens(b.tokens)}
                   for b in self.blocks]
         lines = [f'  "format": "{FORMAT}",', f'  "version": {max(b.version for b in self.blocks)},',
                  f'  "shape": {json.dumps(self.shape.stored())},',

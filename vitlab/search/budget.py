@@ -71,12 +71,22 @@ class Budget:
 
         Each moves along its path: from nothing cut (t = -1) by scaling to itself (0), on to its non-zero ratios at
         their most (1), then to everything at its most (2), so that what it leaves alone is cut last; then whole
-        sublayers are left out one after the other, MLPs before attentions, which take the tokens that they merge or
-        select along, and those first of which it cuts most, up to all that may be (3). Where several counts fall at
-        once the last step is too long: its dimensions are taken one by one, the coarsest first, and what is left of the
-        budget is given back by the groups in turn, the finest first; where nothing finer is cut, the step is not made,
-        and the finest groups are cut instead. A policy may still fail where nothing finer is searched.
+        sublayers are left out one after the other, up to all that may be (3), those first of which it cuts most: MLPs
+        before attentions, which take the tokens that they merge or select along, or, where that leads nowhere, either.
+        Where several counts fall at once the last step is too long: its dimensions are taken one by one, the coarsest
+        first, and what is left of the budget is given back by the groups in turn, the finest first; where nothing finer
+        is cut, the step is not made, and the finest groups are cut instead. A policy may still fail where nothing finer
+        is searched.
         """
+        fineness = np.array([FINENESS.get(group, 0) for group in self.groups or [""] * self.size])
+        projected = self._along(policies, fineness, first=fineness)
+        short = ~self.meets(projected)
+        if any(self.whole) and short.any():
+            projected[short] = self._along(policies[short], fineness, first=np.zeros(self.size))
+        return projected, self.meets(projected)
+
+    def _along(self, policies: np.ndarray, fineness: np.ndarray, first: np.ndarray) -> np.ndarray:
+        """`project`. first (D): of dimensions of which all may go, those where it is larger do so before others."""
         def path(t: np.ndarray) -> np.ndarray:
             t = t[:, None]
             most = np.where(policies > 0, highest, policies)
@@ -86,8 +96,7 @@ class Budget:
             return np.where(t >= leaves, 1, some)
 
         count, highest = len(policies), np.maximum(policies, self.max_ratio)    # above it: a sublayer is left out
-        fineness = np.array([FINENESS.get(group, 0) for group in self.groups or [""] * self.size])
-        turn = np.argsort(np.lexsort((-policies, np.broadcast_to(-fineness, policies.shape))), axis=1)
+        turn = np.argsort(np.lexsort((-policies, np.broadcast_to(-first, policies.shape))), axis=1)
         leaves = np.where(self.whole or False, 2 + (turn + 1) / self.size, np.inf)          # the t at which (P, D)
         within, beyond = self._fitting(path, -1.0, 3.0 if any(self.whole) else 2.0, count)
         place = np.argsort(np.argsort(fineness, kind="stable"))
@@ -106,5 +115,4 @@ class Budget:
             if short.any():
                 taken = self._between(beyond[short], np.where(mine, highest[short], beyond[short]))
                 projected[short] = np.where(self.meets(taken)[:, None], taken, projected[short])
-        projected = np.where(projected > self.max_ratio, 1, projected)          # there is nothing between the two
-        return projected, self.meets(projected)
+        return np.where(projected > self.max_ratio, 1, projected)               # there is nothing between the two

@@ -1,13 +1,17 @@
 """What each dimension of a policy costs when it is cut alone, measured once and kept on the disk."""
 import contextlib
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from vitlab.plan.shape import require
+from vitlab.plan import BlockPlan, CompressionPlan
+from vitlab.plan.shape import ViTShape, require
 from vitlab.runtime import parallel
 from vitlab.runtime.files import InputError, append_line, read_lines
 from vitlab.search.allocation import Curve, allocate, levels, summed_losses
@@ -65,6 +69,20 @@ def measure_alone(problem: Problem, objective: Callable[[np.ndarray], dict[str, 
             if parallel.is_first():
                 append_line(path, known[name, ratio])
     return [known[cut] for cut in cuts]
+
+
+def better_nothing(measure: Callable[[CompressionPlan], dict[str, float]], shape: ViTShape,
+                   units: Iterable[str]) -> Tensor:
+    """(L, 2) bool: whether a block's attention, or its MLP, left out alone, is nearer to the dense model with nothing
+    in its place than with its mean. measure: gives "distill_loss" of a plan. units: of which kinds all may go."""
+    found = torch.zeros(shape.depth, 2, dtype=torch.bool)
+    for block, (place, kind) in itertools.product(range(shape.depth), enumerate(("heads", "neurons"))):
+        if kind in units:
+            mean, nothing = (measure(CompressionPlan(shape=shape, blocks=tuple(
+                BlockPlan(**{kind: ()}, nothing=zero) if index == block else BlockPlan()
+                for index in range(shape.depth))))["distill_loss"] for zero in ((), (kind,)))
+            found[block, place] = nothing < mean
+    return found
 
 
 def curves_of(problem: Problem, rows: list[dict[str, Any]]) -> list[Curve]:

@@ -160,9 +160,11 @@ class SearchSpace:
         return self.even(policies) / self.max_ratio
 
     def plan(self, policy: Sequence[float] | np.ndarray, *, heads: Tensor | None = None, neurons: Tensor | None = None,
-             tokens: Tensor | None = None, made_by: dict[str, Any] | None = None) -> CompressionPlan:
+             tokens: Tensor | None = None, nothing: Tensor | None = None,
+             made_by: dict[str, Any] | None = None) -> CompressionPlan:
         """The plan of one policy: of heads (L, H) and neurons (L, M) those with the highest scores stay; raw token
-        scores (L, n) where tokens are merged. Raises InputError where scores are missing or of another size."""
+        scores (L, n) where tokens are merged; nothing (L, 2): whether a block's attention, and its MLP, is replaced by
+        0 where it is left out (None: none). Raises InputError where scores are missing or of another size."""
         policy = self.check(np.asarray(policy))
         require(len(policy) == 1, f"a plan is of one policy; {len(policy)} were given")
         counts, depth = self.counts(policy), self.shape.depth
@@ -182,8 +184,10 @@ class SearchSpace:
         widths = [None if width == self.shape.head_dim else width for width in counts.widths[0].tolist()]
         rules = self._tokens.rules(policy[0, len(self._cut.total):], tokens, counts.heads > 0)
         rules = [*rules[:-1], ReadOut()] if self.read_out else rules
-        blocks = tuple(BlockPlan(heads=h, neurons=m, qk_width=w, tokens=t)
-                       for h, m, w, t in zip(kept["heads"], kept["neurons"], widths, rules))
+        zeros = [(False, False)] * depth if nothing is None else nothing.tolist()
+        blocks = tuple(BlockPlan(heads=h, neurons=m, qk_width=w, tokens=t, nothing=tuple(
+            kind for kind, of, gone in (("heads", h, z[0]), ("neurons", m, z[1])) if gone and of == ()))
+            for h, m, w, t, z in zip(kept["heads"], kept["neurons"], widths, rules, zeros))
         return CompressionPlan(shape=self.shape, blocks=blocks, made_by=made_by or {})
 
     def policy(self, plan: CompressionPlan) -> np.ndarray:

@@ -202,6 +202,9 @@ def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[
         block, cut = attention_block(model.blocks[index]), plan.blocks[index]
         linear, width = mixing_layer(block, kind)
         kept = getattr(cut, kind)
+        if kind in cut.nothing:
+            keep_units(block, kind, kept, nothing=True)
+            continue
         while walk and walk.at < index:
             walk.step()
         if kind == "heads" and cut.qk_width is not None:

@@ -51,9 +51,10 @@ def partial_plan(plan: CompressionPlan, fraction: float, scores: UnitScores) -> 
         raise InputError(f"fraction is {fraction}; it must lie in (0, 1]")
     if fraction == 1:
         return plan
-    blocks = tuple(BlockPlan(heads=_units(block.heads, heads, fraction),
-                             neurons=_units(block.neurons, neurons, fraction), tokens=rule,
-                             qk_width=_width(block.qk_width, plan.shape.head_dim, fraction))
-                   for block, heads, neurons, rule in zip(plan.blocks, scores.heads.tolist(), scores.neurons.tolist(),
-                                                          _rules(plan, fraction)))
+    blocks = []
+    for block, heads, neurons, rule in zip(plan.blocks, scores.heads.tolist(), scores.neurons.tolist(),
+                                           _rules(plan, fraction)):
+        part = BlockPlan(heads=_units(block.heads, heads, fraction), neurons=_units(block.neurons, neurons, fraction),
+                         tokens=rule, qk_width=_width(block.qk_width, plan.shape.head_dim, fraction))
+        blocks.append(dataclasses.replace(part, nothing=tuple(filter(part.leaves_out, block.nothing))))
     return CompressionPlan(shape=plan.shape, blocks=blocks, made_by=plan.made_by | {"fraction": fraction})

@@ -12,6 +12,7 @@ from vitlab.criteria.units import UnitScores, unit_criterion
 from vitlab.data import ImageData
 from vitlab.measure.capture import scored, token_scores
 from vitlab.measure.distance import output_of
+from vitlab.measure.objective import PlanObjective
 from vitlab.measure.units import unit_scores
 from vitlab.models.opening import Source, open_model
 from vitlab.models.weights import read_file
@@ -20,9 +21,11 @@ from vitlab.runtime.config import MEASURE, RunConfig
 from vitlab.runtime.files import InputError, atomic_write
 from vitlab.runtime.kinds import ClassMap, Count, Data, flag
 from vitlab.search import Study
+from vitlab.search.sensitivity import better_nothing
 from vitlab.workbench.steps import open_dense, open_matching, pick_device
 
 UNIT_SCORES, TOKEN_SCORES = "unit_scores.safetensors", "token_scores.safetensors"
+REPLACEMENTS, REPLACED_ON = "replacements.safetensors", 128     # images that say what stands for a sublayer left out
 ScoresFile = Annotated[str | Path, flag(metavar="FILE", help="scores file, .safetensors")]
 
 
@@ -167,3 +170,12 @@ def scores_of(study: Study, model: nn.Module, parts: ImageData, device: torch.de
         scores["tokens"] = read_scores(path)[0]
         check(path)
     return scores
+
+
+def replacements_of(study: Study, objective: PlanObjective) -> Tensor:
+    """`better_nothing` of the study's space, on the first of the images to choose on; kept in its folder."""
+    path = study.folder / REPLACEMENTS
+    if not path.exists():
+        few = objective.on([(images[:REPLACED_ON], targets[:REPLACED_ON]) for images, targets in objective.batches[:1]])
+        atomic_write(path, save({"nothing": better_nothing(few, study.space.shape, study.space.units)}))
+    return read_file(path)["nothing"]

@@ -51,7 +51,7 @@ from vitlab.search.token_dimensions import default_tokens
 from vitlab.training.compensate import compensate as refitted
 from vitlab.training.loop import fingerprint
 from vitlab.workbench.pace import images_per_second
-from vitlab.workbench.scoring import needs_images, scores_of
+from vitlab.workbench.scoring import needs_images, replacements_of, scores_of
 from vitlab.workbench.steps import amp_of, measured_batches, objective_on, open_dense, open_matching, pick_device
 
 PLAN, REPORTED = "plan.json", "reported.json"
@@ -190,12 +190,12 @@ def search(source: Source, data: Data,
             build = {"build": by_moments(dict(each_moments(found.model.to(place), scored, space.units,
                                                            amp=amp_of(found.model))))}
     objective = objective_on(found.model, parts, "choose", metric, place, workers, **build)
+    scores |= {"nothing": processes.after_first(lambda: replacements_of(study, objective))} if sublayers else {}
     until = np.inf
     if progress or minutes is not None:
         rate = images_per_second(objective.dense, objective.batches[0][0][:32], objective.amp)
         each = objective.images * limit / uncut / rate
-        # one that is under way, and the report
-        until = np.inf if minutes is None else began + 60 * minutes - 2 * each
+        until = np.inf if minutes is None else began + 60 * minutes - 2 * each     # one under way, and the report
         _say_ahead(study, objective.images, each, minutes, progress)
     best = study.run(lambda policy: objective(space.plan(policy, **scores)), until=until, loggers=config.loggers,
                      progress=progress)
