@@ -1,5 +1,6 @@
 """What compression changed: predictions, classes, calibration and blame against slow oracles; the pictures that are
 shown are those that changed."""
+import asyncio
 import dataclasses
 import io
 from pathlib import Path
@@ -24,7 +25,7 @@ from vitlab.plots.units import over_grey
 from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import InputError
 from vitlab.workbench.changes import what_changed
-from vitlab.workbench.explore.changes import changes_explorer
+from vitlab.workbench.explore.changes import PAUSE, changes_explorer
 
 QUIET = RunConfig(workers=0, quiet=True, device="cpu")
 
@@ -235,6 +236,16 @@ def test_an_explorer_shows_the_picture_its_tokens_and_what_both_models_say(study
         assert explorer.cells.groups == found.tokens(int(number))[1].regions.tolist()
         assert len(set(explorer.cells.groups)) == 16 - 6 - 3
     assert "image/png" in explorer._repr_mimebundle_()
+
+    async def through() -> set[int]:
+        """On a page no block is undone while a slider goes on moving."""
+        known = set(explorer.blames)
+        for place in (8, 9, 10):
+            explorer.image.value = place
+        assert set(explorer.blames) == known
+        await asyncio.sleep(PAUSE + 0.1)
+        return set(explorer.blames) - known
+    assert asyncio.run(through()) == {explorer.chosen}
 
 
 def test_beside_a_picture_stands_what_both_models_look_at_and_without_a_classifier_the_nearest_image_of_each(study,
