@@ -1,5 +1,7 @@
 """vitlab.measure.capture: the identity of methods A1 against explicit attention maps, and what it leaves behind."""
 import contextlib
+import math
+import operator
 
 import pytest
 import timm
@@ -13,7 +15,7 @@ from test_segmenter import segmenter  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitlab.criteria.planning import prune_and_merge
-from vitlab.measure.capture import TOKEN_CRITERIA, attention_maps, scored, token_scores
+from vitlab.measure.capture import TOKEN_CRITERIA, attention_maps, attention_spans, scored, token_scores
 from vitlab.models import compress, shape_of
 from vitlab.runtime.files import InputError
 
@@ -364,6 +366,28 @@ def test_attention_maps_have_rows_of_sum_one_and_give_back_the_attentions_output
         assert float((again - output).abs().max()) < 1e-11          # float64; outputs are of size 1 to 10
 
 
+def test_distance_and_entropy_of_a_heads_attention_are_those_of_slow_loops(tiny_vit, images):
+    model = tiny_vit("deit", depth=2).double()
+    batches = [(x.double(), y) for x, y in batches_for(model, images, (2, 1))]
+    shape, prefix = shape_of(model), model.num_prefix_tokens
+    found = attention_spans(model, iter(batches), progress=False)
+    maps = explicit_maps(model, torch.cat([x for x, _ in batches]))             # (L, 3, H, N, N)
+    side, (rows, columns) = shape.patch_size[0], shape.grid_size
+    for block in range(shape.depth):
+        for head in range(shape.num_heads):
+            far, wide = 0.0, 0.0
+            for b in range(3):
+                for i in range(shape.num_tokens):
+                    shares = maps[block, b, head, i].tolist()
+                    wide -= sum(share * math.log(share) for share in shares) / (3 * shape.num_tokens)
+                    if i >= prefix:
+                        y, x = divmod(i - prefix, columns)
+                        steps = [side * math.hypot(y - j // columns, x - j % columns) for j in range(rows * columns)]
+                        of_patches = shares[prefix:]
+                        far += sum(map(operator.mul, of_patches, steps)) / sum(of_patches) / (3 * rows * columns)
+            assert [float(each[block, head]) for each in found] == pytest.approx([far, wide], rel=1e-9)    # float64
+
+
 def test_attention_maps_of_a_compressed_model_are_refused(tiny_vit, images):
     dense = tiny_vit("deit")
     shape = shape_of(dense)
@@ -371,6 +395,8 @@ def test_attention_maps_of_a_compressed_model_are_refused(tiny_vit, images):
     model = compress(dense, prune_and_merge(scores, shape, rule="merge", keep_rate=0.5, prune_rate=0.1))
     with pytest.raises(InputError, match="already compressed"):
         attention_maps(model, images(model))
+    with pytest.raises(InputError, match="already compressed"):
+        attention_spans(model, batches_for(model, images), progress=False)
 
 
 # ---- Nothing is left behind

@@ -1,7 +1,9 @@
 """What compression changed: predictions, classes, calibration and blame against slow oracles; the pictures that are
 shown are those that changed."""
+import asyncio
 import dataclasses
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,15 +15,17 @@ from training_fixtures import full_plan, images, logits, one_thread, tiny, write
 from vitlab.measure.changes import BINS, Changes, blame, similarity, undone
 from vitlab.measure.corruptions import CORRUPTIONS, corrupted, robustness
 from vitlab.measure.distance import output_of, outputs
+from vitlab.measure.rollout import looked_at
 from vitlab.models import checkpoint, compress, deploy, shape_of
 from vitlab.models.checkpoint import Checkpoint
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.rules import Match
 from vitlab.plots import changed_pictures, class_changes, corruption_curves, reliability, stream_similarity
+from vitlab.plots.units import over_grey
 from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import InputError
 from vitlab.workbench.changes import what_changed
-from vitlab.workbench.explore.changes import changes_explorer
+from vitlab.workbench.explore.changes import PAUSE, changes_explorer
 
 QUIET = RunConfig(workers=0, quiet=True, device="cpu")
 
@@ -232,6 +236,41 @@ def test_an_explorer_shows_the_picture_its_tokens_and_what_both_models_say(study
         assert explorer.cells.groups == found.tokens(int(number))[1].regions.tolist()
         assert len(set(explorer.cells.groups)) == 16 - 6 - 3
     assert "image/png" in explorer._repr_mimebundle_()
+
+    async def through() -> set[int]:
+        """On a page no block is undone while a slider goes on moving."""
+        known = set(explorer.blames)
+        for place in (8, 9, 10):
+            explorer.image.value = place
+        assert set(explorer.blames) == known
+        await asyncio.sleep(PAUSE + 0.1)
+        return set(explorer.blames) - known
+    assert asyncio.run(through()) == {explorer.chosen}
+
+
+def test_beside_a_picture_stands_what_both_models_look_at_and_without_a_classifier_the_nearest_image_of_each(study,
+                                                                                                        tmp_path):
+    dense, small, folder = study
+    (folder / "val" / "green" / "3.png").unlink()
+    found = what_changed(dense, small, folder, tmp_path / "out", config=QUIET)
+    shown = found.beside(2)
+    assert list(shown) == ["dense: rollout", "compressed: rollout"]
+    for name, model in (("dense", found.dense.model), ("compressed", found.compressed.model)):
+        values = looked_at(model, found.inputs([2]))[0]
+        wanted = over_grey(found.picture(2), values, found.dense.plan.shape)
+        np.testing.assert_array_equal(shown[f"{name}: rollout"], wanted)
+    assert not np.array_equal(*shown.values())
+    figure = found.strip(2)
+    assert [axis.get_title() for axis in figure.axes[:3]] == ["picture", "block 0: 10 tokens", "block 1: 7 tokens"]
+    assert [axis.get_title() for axis in found.token_sheet([2, 3]).axes[1:4:2]] == ["7 tokens"] * 2
+    features = tiny(0, seed=3).eval()
+    plan = match_plan(features, 6, 3)
+    found = what_changed(found_by(features), found_by(compress(features, plan).eval(), plan), folder, tmp_path / "more",
+                         config=QUIET)
+    shown, i = found.beside(4), int(found.changes.compressed[4, 0])
+    np.testing.assert_array_equal(shown["compressed: nearest"], found.picture(i))
+    assert found.told(4)["compressed"][0][0] == Path(found.images.path(i)).name
+    plt.close("all")
 
 
 def test_what_can_not_be_compared_is_refused(study, tmp_path):

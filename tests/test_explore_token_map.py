@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from PIL import Image
 
 from vitlab.criteria.planning import prune_and_merge
@@ -23,7 +24,7 @@ from vitlab.runtime.files import InputError
 from vitlab.workbench.explore import choosing
 from vitlab.workbench.explore.choosing import PictureChooser
 from vitlab.workbench.explore.maps import GIVEN, selected
-from vitlab.workbench.explore.token_map import token_map
+from vitlab.workbench.explore.token_map import BLOCKS, PICTURES, TokenMap, token_map
 from vitlab.workbench.pictures import as_input
 
 CENTER, MERGE, SHARE = "Prune and Merge, one budget for all", "Prune and Merge, a budget per block", "shared updates"
@@ -200,7 +201,8 @@ def test_the_neutral_rates_show_the_picture_itself_at_the_dense_cost(explorer, r
         assert explorer.left.groups == list(range(15)) and costs(explorer.line.value)[2] == 1
 
 
-def test_every_rule_takes_every_rate_of_the_sliders(tiny_vit, family, pictures):
+def test_every_rule_takes_every_rate_of_the_sliders(tiny_vit, family, pictures, monkeypatch):
+    monkeypatch.setattr(TokenMap, "told", lambda self: {})                      # another test's matter
     dense = tiny_vit(family)
     explorer = token_map(dense, pictures, scores_of(shape_of(dense)))
     assert explorer.rule.options == (CENTER, MERGE, SHARE, MATCH, SELECT)
@@ -212,6 +214,40 @@ def test_every_rule_takes_every_rate_of_the_sliders(tiny_vit, family, pictures):
                 # folded matrices cost, too
                 assert costs(explorer.line.value)[2] <= (1.2 if rule in (CENTER, MERGE) else 1.05)
                 assert len(explorer.left.groups) == shape_of(dense).num_patches
+
+
+def test_both_models_say_what_they_take_the_picture_for_as_the_slider_moves(dense, explorer):
+    explorer.rule.value = MATCH
+    for keep_rate in (1.0, 0.3):
+        explorer.keep_rate.value = keep_rate
+        model, x = explorer.maps.compressed(*explorer.key()), as_input(explorer.chooser.picture, dense)
+        for name, of in (("dense", dense), ("compressed", model)):
+            with torch.no_grad():
+                p, numbers = of(x)[0].softmax(dim=0).sort(descending=True)
+            said = explorer.told()[name]
+            assert [label for label, _ in said] == [f"class {i}" for i in numbers[:3].tolist()]
+            assert [value for _, value in said] == pytest.approx(p[:3].tolist(), rel=1e-4)          # float32
+            assert f"<td>{name}</td><td>class {numbers[0]} {p[0]:.2f}</td>" in explorer.says.value
+    assert explorer.told()["dense"] != explorer.told()["compressed"]
+
+
+def test_all_blocks_of_a_picture_or_a_block_of_all_pictures_are_shown_and_chosen(dense, explorer, pictures):
+    assert explorer.tiles.layout.display == "none"
+    explorer.rule.value, explorer.view.value = MATCH, BLOCKS
+    assert explorer.tiles.layout.display is None
+    blocks = [seen.regions.max() + 1 for _, seen in explorer.several().values()]
+    flows = explorer.maps.plan(*explorer.key()).flows()[:-1]                    # the last reads out
+    assert blocks[:-1] == [flow.after - shape_of(dense).num_prefix_tokens for flow in flows]
+    figure = explorer.figure()
+    assert [axis.get_title() for axis in figure.axes[:3]] == ["picture", *list(explorer.several())[:2]]
+    explorer.tiles.picked = 1
+    assert explorer.block.value == 1
+    before, explorer.view.value = explorer.tiles.picture, PICTURES
+    assert list(explorer.several()) == list(pictures) and explorer.tiles.picture != before
+    explorer.tiles.picked = len(pictures) - 1
+    assert explorer.chooser.chosen == list(pictures)[-1]
+    assert len(explorer.figure().axes) >= 2 * len(pictures)
+    plt.close("all")
 
 
 def test_without_scores_there_are_the_rules_that_need_none_and_without_a_class_token_no_selection(tiny_vit, pictures):

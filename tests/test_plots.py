@@ -1,4 +1,6 @@
 """Figures: the numbers they show, read back from the axes."""
+import math
+
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,6 +19,7 @@ from vitlab.plan.rules import Match, MergeReconstruct
 from vitlab.plan.shape import ViTShape
 from vitlab.plots import (
     accuracy_against_cost,
+    attention_spans,
     kept_counts,
     matched_map,
     merge_map,
@@ -128,6 +131,18 @@ def test_score_maps_scale_each_block_to_its_largest():
     figure = score_maps(torch.tensor([[1., 2, 3, 4, 5, 10], [1., 1, 1, 1, 1, 2]]), SHAPE, [0, 1])
     np.testing.assert_allclose(figure.axes[0].images[0].get_array(), [[.1, .2, .3], [.4, .5, 1]], rtol=1e-6)
     assert figure.axes[1].images[0].get_array().max() == 1
+
+
+def test_how_far_heads_look_is_a_point_a_head_beside_attention_that_is_spread_evenly():
+    distance, entropy = torch.tensor([[1.0, 3.0], [2.0, 6.0]]), torch.tensor([[0.5, 1.0], [1.5, 0.5]])
+    axis, other = attention_spans(distance, entropy, SHAPE).axes
+    assert axis.collections[0].get_offsets().tolist() == [[0, 1], [0, 3], [1, 2], [1, 6]]
+    assert axis.lines[0].get_ydata().tolist() == [2, 4]
+    places = [(y * SHAPE.patch_size[0], x * SHAPE.patch_size[1]) for y in range(SHAPE.grid_size[0])
+              for x in range(SHAPE.grid_size[1])]
+    apart = [math.dist(a, b) for a in places for b in places]
+    assert axis.lines[1].get_ydata()[0] == pytest.approx(sum(apart) / len(apart))
+    assert other.lines[1].get_ydata()[0] == pytest.approx(math.log(SHAPE.num_tokens))
 
 
 def test_accuracy_against_cost_has_a_named_point_per_row():

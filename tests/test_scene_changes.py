@@ -172,13 +172,13 @@ def test_scenes_that_changed_are_shown_with_both_predictions_and_iou_before_and_
     assert share == pytest.approx(max((masks["compressed"] == k).mean() for k in range(CLASSES)))
     figures = [found.sheet([1, 0]), found.scenes([1, 0]), *found.of_classes().values()]
     titles = [axis.get_title() for axis in figures[0].axes]
-    assert {"dense", "compressed", "right, lost, gained"} <= set(titles)
+    assert {"dense", "compressed", "lost: orange, gained: blue"} <= set(titles)
     plt.close("all")
 
 
 def test_the_explorer_of_scenes_shows_each_prediction(found):
     explorer = changes_explorer(found)
-    assert list(explorer.panels) == ["dense", "compressed", "right, lost, gained"]
+    assert list(explorer.panels) == ["dense", "compressed", "lost: orange, gained: blue"]
     before = explorer.panels["dense"].picture
     explorer.image.value = 1
     assert explorer.panels["dense"].picture != before and label_of(found, explorer) in explorer.line.value

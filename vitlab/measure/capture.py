@@ -200,6 +200,34 @@ def attention_maps(model: nn.Module, images: Tensor) -> Tensor:
     return torch.stack(found)
 
 
+def attention_spans(model: nn.Module, batches: Batches, *, device: str | torch.device | None = None,
+                    progress: bool = True) -> tuple[Tensor, Tensor]:
+    """How far and how widely each head of a dense model looks, (L, H) each, means over images and queries i:
+
+        distance = sum_j a_ij |c_i - c_j|, a_ij = A_ij / sum_j A_ij over patches, c their centres, in pixels
+        entropy = - sum_j A_ij log A_ij over all tokens, in nats: 0 of one token, log N where all count alike
+
+    (Dosovitskiy et al. 2021, arXiv 2010.11929, figure 7; Raghu et al. 2021, arXiv 2108.08810, section 3). Raises
+    InputError for a compressed model, a family that can't be handled, or without images."""
+    shape, prefix = shape_of(model), model.num_prefix_tokens
+    centres = torch.cartesian_prod(*(torch.arange(count) * side for count, side in
+                                     zip(shape.grid_size, shape.patch_size))).double()
+    apart, found = torch.cdist(centres, centres), [None] * len(model.blocks)                # (n, n)
+
+    def spans(attention: Tensor) -> Tensor:
+        a = at_least_float32(attention)
+        patches = a[..., prefix:, prefix:]                                      # (B, H, n, n)
+        distance = (patches * apart.to(a)).sum(dim=-1) / patches.sum(dim=-1)
+        return torch.stack([each.mean(dim=(0, 2)) for each in (distance, torch.special.entr(a).sum(dim=-1))])
+
+    def step(images: Tensor, targets: Tensor) -> tuple[Tensor]:
+        model(images)
+        return (torch.stack(found),)                                            # (L, 2, H)
+    with seen_attention(model, found, spans), torch.no_grad():
+        both = averaged(model, batches, step, what="attention spans", device=device, progress=progress).values[0]
+    return both[:, 0], both[:, 1]
+
+
 @torch.no_grad()
 def token_places(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
     """Which token each patch went into, for plots: {block: (B, n), from 0} of every block from the first that merges by

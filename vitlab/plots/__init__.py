@@ -14,14 +14,15 @@ from vitlab.plots.plans import compare_plans, cost_by_part, kept_counts, plan_ba
 from vitlab.plots.points import front, pareto
 from vitlab.plots.scenes import difference, outcomes, predictions, scene_moment, scene_regions
 from vitlab.plots.search import acquisition, gp_slices, incumbents, moment, parallel_coordinates
-from vitlab.plots.tokens import matched_map, merge_map, score_maps, token_sheet, token_strip
+from vitlab.plots.speed import block_shares, speed_curves
+from vitlab.plots.tokens import attention_spans, matched_map, merge_map, score_maps, token_sheet, token_strip
 from vitlab.plots.training import accuracy_against_cost, trade_offs, training_curves
 from vitlab.plots.units import head_rollouts, redundancy_matrices, rollout, unit_scores
 
-__all__ = ["accuracy_against_cost", "acquisition", "changed_pictures", "class_changes", "class_colours",
-           "class_iou_bars", "coloured", "compare_plans", "corruption_curves", "cost_by_part", "difference", "front",
-           "gp_slices", "head_rollouts", "incumbents", "kept_counts", "matched_map", "merge_map", "moment", "outcomes",
-           "overlaid", "parallel_coordinates", "pareto", "plan_bars", "predictions", "redundancy_matrices",
-           "reliability", "rollout", "save_figure", "scene_moment", "scene_regions", "score_maps", "sensitivity",
-           "sensitivity_curves", "stream_similarity", "to_image", "token_sheet", "token_strip",
-           "trade_offs", "training_curves", "unit_scores"]
+__all__ = ["accuracy_against_cost", "acquisition", "attention_spans", "block_shares", "changed_pictures",
+           "class_changes", "class_colours", "class_iou_bars", "coloured", "compare_plans", "corruption_curves",
+           "cost_by_part", "difference", "front", "gp_slices", "head_rollouts", "incumbents", "kept_counts",
+           "matched_map", "merge_map", "moment", "outcomes", "overlaid", "parallel_coordinates", "pareto", "plan_bars",
+           "predictions", "redundancy_matrices", "reliability", "rollout", "save_figure", "scene_moment",
+           "scene_regions", "score_maps", "sensitivity", "sensitivity_curves", "speed_curves", "stream_similarity",
+           "to_image", "token_sheet", "token_strip", "trade_offs", "training_curves", "unit_scores"]

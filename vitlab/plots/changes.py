@@ -13,7 +13,7 @@ from vitlab.plan.shape import ViTShape, require
 from vitlab.plots.base import PALETTE, as_array, legend_above, look, new_axes
 from vitlab.plots.tokens import draw_borders, plain, region_means
 
-SHOWN = 3                       # predictions of each model beside a picture
+SHOWN, FINE = 3, 400            # predictions of each model beside a picture; patches from which borders are thin
 
 
 def _predictions(axis: Axes, told: Mapping[str, Sequence[tuple[str, float]]]) -> None:
@@ -42,7 +42,8 @@ def changed_pictures(pictures: Sequence[np.ndarray], told: Sequence[Mapping[str,
         if with_tokens:
             block = max(tokens[row], key=lambda index, row=row: blamed[index, row])
             shown[f"tokens in block {block}"] = region_means(picture, torch.as_tensor(tokens[row][block]), shape)
-            draw_borders(line[1], as_array(tokens[row][block]).reshape(shape.grid_size), picture.shape[:2], 0.6)
+            thin = 0.6 if shape.num_patches < FINE else 0.2
+            draw_borders(line[1], as_array(tokens[row][block]).reshape(shape.grid_size), picture.shape[:2], thin)
         for axis, (title, image) in zip(line, [*shown.items(), *(beside[row].items() if beside else ())]):
             axis.imshow(image)
             axis.set(xticks=[], yticks=[])

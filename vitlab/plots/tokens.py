@@ -7,13 +7,14 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy.ndimage import maximum_filter
 from torch import Tensor
 
 from vitlab.plan import CompressionPlan, tokens
 from vitlab.plan.rules import MergeReconstruct
 from vitlab.plan.shape import ViTShape
-from vitlab.plots.base import PALETTE, PICTURES, new_axes
+from vitlab.plots.base import PALETTE, PICTURES, as_array, legend_above, new_axes
 
 
 def plain(text: str, most: int = 1000) -> str:
@@ -188,4 +189,24 @@ def token_sheet(pictures: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray
         own.imshow(image)
         own.set_title(plain(title, 20), fontsize=9)
         _draw_tokens(beside, image, regions, aside, shape, f"{regions.max() + 1} tokens")
+    return figure
+
+
+def attention_spans(distance: Tensor, entropy: Tensor, shape: ViTShape) -> Figure:
+    """How far (pixels) and how widely (nats) the heads (L, H) of each block look, a point a head; dashed: attention
+    that is spread evenly."""
+    figure, (axes,) = new_axes(1, 2, 4.7, 3.4)
+    rows, columns = (np.arange(count) * side for count, side in zip(shape.grid_size, shape.patch_size))
+    centres = np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2)
+    evenly = np.hypot(*np.moveaxis(centres[:, None] - centres, -1, 0)).mean()
+    for axis, values, even, label in ((axes[0], distance, evenly, "distance looked at (pixels)"),
+                                      (axes[1], entropy, np.log(shape.num_tokens), "entropy of attention (nats)")):
+        each = as_array(values)
+        blocks = np.arange(len(each))
+        axis.scatter(blocks.repeat(each.shape[1]), each, s=18, color=PALETTE[0], alpha=0.7, linewidth=0, label="a head")
+        axis.plot(blocks, each.mean(axis=1), color=PALETTE[1], label="mean over heads")
+        axis.axhline(even, color="0.4", linestyle="--", linewidth=1, label="spread evenly")
+        axis.set(xlabel="block", ylabel=label, ylim=(0, 1.05 * max(even, each.max())))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    legend_above(figure, *axes[0].get_legend_handles_labels())
     return figure

@@ -205,7 +205,7 @@ class ComparedScenes(Compared):
         image, truth, found = self.masks(i)
         colours = class_colours(self.dense.model.num_classes)
         shown = {name: overlaid(in_grey(image), mask, colours, OPACITY) for name, mask in found.items()}
-        return shown | {"right, lost, gained": difference(truth, *found.values(), len(colours))}
+        return shown | {"lost: orange, gained: blue": difference(truth, *found.values(), len(colours))}
 
     def scenes(self, chosen: Sequence[int]) -> Figure:
         """The scenes in rows: image, truth, both predictions, and what was lost and gained (`plots.predictions`)."""
@@ -226,5 +226,6 @@ class ComparedScenes(Compared):
         text = f"{plus_minus(share.mean(), error, digits_of(error, 1))} % of pixels have another class"
         for part, name in (("area", "mIoU"), ("edge", "boundary mIoU")) if self.changes.labelled else ():
             before, after, low, high = self.changes.mean(part)
-            text += f"; {name} {before:.1f} to {after:.1f} %, a difference of {low:.1f} to {high:.1f} points"
+            ends = " to ".join(plus_minus(end, None, 1) for end in (low, high))
+            text += f"; {name} {before:.1f} to {after:.1f} %, a difference of {ends} points"
         return text

@@ -1,5 +1,6 @@
 """What compression changed, picture by picture: both models' predictions, what they look at, the tokens of a block, and
 the blocks to blame."""
+import asyncio
 import functools
 import html
 from typing import Any
@@ -16,6 +17,8 @@ from vitlab.workbench.explore.base import Cells, Explorer, Menu, array_png, obse
 from vitlab.workbench.explore.choosing import WIDE
 from vitlab.workbench.explore.token_map import WIDTH, enlarged, table
 
+PAUSE = 0.4                     # seconds that a picture has to stay
+
 
 class ChangesExplorer(Explorer):
     """A slider over the pictures whose class is another, the one that moved furthest first, or over all of them."""
@@ -31,6 +34,7 @@ class ChangesExplorer(Explorer):
         self.block = ipywidgets.IntSlider(0, 0, self.plan.shape.depth - 1, description="block", **WIDE)
         self.cells, self.line = Cells(grid=self.plan.shape.grid_size, width=WIDTH), ipywidgets.HTML()
         self.blames: dict[int, np.ndarray | None] = {}
+        self.waiting: asyncio.TimerHandle | None = None
         # some forwards each
         self.tokens, self.beside = (functools.lru_cache(maxsize=64)(each) for each in (found.tokens, found.beside))
         self.panels = {title: Cells(width=WIDTH // 2) for title in self.beside(every[0])}
@@ -72,7 +76,26 @@ class ChangesExplorer(Explorer):
         for title, image in self.beside(number).items():
             self.panels[title].picture = array_png(enlarged(image))
             self.panels[title].alt = f"{title}, {self.found.title(number)}"
-        blames = self.blamed()
+        self._say()
+        self._soon()
+
+    def _soon(self) -> None:
+        """Say which block is to blame, a model for each block later: where there is a page, once the picture has stayed
+        for a moment, so that a slider goes on moving."""
+        if self.waiting is not None:
+            self.waiting.cancel()
+        if self.chosen not in self.blames:
+            try:
+                self.waiting = asyncio.get_running_loop().call_later(PAUSE, self._blame)
+            except RuntimeError:                # no page waits
+                self._blame()
+
+    def _blame(self) -> None:
+        self.blamed()
+        self._say()
+
+    def _say(self) -> None:
+        number, blames = self.chosen, self.blames.get(self.chosen)
         worst = "" if blames is None or blames.max() <= 0 else (
             f"; block {blames.argmax()} undone, {blames.max():.4f} of it goes")
         self.line.value = (f"<b>{html.escape(self.found.title(number))}</b>{table(self.found.told(number))}distance "
