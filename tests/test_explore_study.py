@@ -100,9 +100,9 @@ def test_the_curves_run_through_the_best_and_the_next_policy_along_the_chosen_di
     found = made_study(tmp_path)
     explorer = study_explorer(tmp_path)
     place, _, _, dimension, _, picture = parts(explorer)
-    place.value, before = 8, picture.value
+    place.value, before = 8, picture.picture
     dimension.value = SPACE.names[3]
-    assert picture.value != before
+    assert picture.picture != before
     seen, following = found.evaluations[:8], found.evaluations[8]
     best = max(seen, key=lambda e: e.value)
     _, belief, acquisition = explorer.figure().axes

@@ -48,6 +48,7 @@ class Explorer(ipywidgets.VBox):
 
     def __init__(self, children: Sequence[ipywidgets.Widget], figure: Callable[[], Figure]) -> None:
         super().__init__(list(children))
+        self.add_class("vitlab-explorer")                       # by which cells.js knows it
         self.figure = figure
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
@@ -58,21 +59,10 @@ class Explorer(ipywidgets.VBox):
             plt.close(figure)
 
 
-class Canvas(ipywidgets.Image):
-    """A figure as wide as the page."""
-
-    def __init__(self) -> None:
-        super().__init__(format="png", layout={"width": "100%", "max_width": "940px"})
-
-    def show(self, figure: Figure) -> None:
-        """Show a figure, and let go of it."""
-        self.value = figure_png(figure)
-        plt.close(figure)
-
-
 class Cells(anywidget.AnyWidget):
     """A picture under a grid of cells. One that is pointed at outlines its group and shows its label; a click, or the
-    arrow keys, choose it."""
+    arrow keys, choose it. A grid of (0, 0) has none. Wherever one is in an `Explorer`, keys that are pressed there are
+    the explorer's."""
 
     _esm = Path(__file__).parent / "cells.js"
     picture = traitlets.Bytes().tag(sync=True)              # PNG
@@ -82,6 +72,18 @@ class Cells(anywidget.AnyWidget):
     groups = traitlets.List(traitlets.Int()).tag(sync=True)             # of each cell, row by row; [] : each by itself
     labels = traitlets.List(traitlets.Unicode()).tag(sync=True)         # of each cell; [] : none
     picked = traitlets.Int(-1).tag(sync=True)               # the chosen cell, -1: none
+
+
+class Canvas(Cells):
+    """A figure as wide as the page."""
+
+    def __init__(self) -> None:
+        super().__init__(width=940, grid=(0, 0))
+
+    def show(self, figure: Figure) -> None:
+        """Show a figure, and let go of it."""
+        self.picture = figure_png(figure)
+        plt.close(figure)
 
 
 def figure_png(figure: Figure) -> bytes:
