@@ -219,8 +219,9 @@ def test_where_there_are_no_widgets_the_explorer_is_a_picture_of_its_moment(tmp_
     made_study(tmp_path)
     explorer = study_explorer(tmp_path)
     bundle = explorer._repr_mimebundle_()
-    assert base64.b64decode(bundle["image/png"]).startswith(
-        b"\x89PNG") and "application/vnd.jupyter.widget-view+json" in bundle
+    picture = base64.b64decode(bundle["image/png"])
+    assert picture.startswith(b"\x89PNG") and "application/vnd.jupyter.widget-view+json" in bundle
+    assert picture == explorer.children[-1].picture                             # it is not drawn twice
     parts(explorer)[0].value = 4
     assert explorer._repr_mimebundle_()["image/png"] != bundle["image/png"]
 

@@ -44,19 +44,18 @@ def observe(widgets: Iterable[ipywidgets.Widget], function: Callable[..., object
 
 class Explorer(ipywidgets.VBox):
     """Widgets in a column. JupyterLab shows them; a page, a printer or a notebook run by papermill shows `figure()`,
-    which is what they show at that moment."""
+    which is what they show at that moment; where that is the figure of a canvas, it is not drawn once more."""
 
-    def __init__(self, children: Sequence[ipywidgets.Widget], figure: Callable[[], Figure]) -> None:
+    def __init__(self, children: Sequence[ipywidgets.Widget], figure: Callable[[], Figure],
+                 canvas: "Canvas | None" = None) -> None:
         super().__init__(list(children))
+        self.canvas = canvas
         self.add_class("vitlab-explorer")                       # by which cells.js knows it
         self.figure = figure
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        figure = self.figure()
-        try:
-            return {**super()._repr_mimebundle_(**kwargs), "image/png": base64.b64encode(figure_png(figure)).decode()}
-        finally:
-            plt.close(figure)
+        picture = self.canvas.picture if self.canvas else figure_png(self.figure())
+        return {**super()._repr_mimebundle_(**kwargs), "image/png": base64.b64encode(picture).decode()}
 
 
 class Cells(anywidget.AnyWidget):
@@ -83,13 +82,15 @@ class Canvas(Cells):
     def show(self, figure: Figure) -> None:
         """Show a figure, and let go of it."""
         self.picture = figure_png(figure)
-        plt.close(figure)
 
 
 def figure_png(figure: Figure) -> bytes:
-    """A figure as PNG."""
+    """A figure as PNG; it is let go of."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight")
+    try:
+        figure.savefig(buffer, format="png", bbox_inches="tight")
+    finally:
+        plt.close(figure)
     return buffer.getvalue()
 
 
