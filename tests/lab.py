@@ -231,7 +231,9 @@ def screenshots(out: Path) -> None:
 VIEWS = {"01_baseline.ipynb": [], "02_token_scores.ipynb": [],
          "03_prune_and_merge.ipynb": [("token_map(dense", "token_map")], "04_finetune.ipynb": [("runs_panel(", "runs")],
          "05_heads_and_neurons.ipynb": [("units_map(dense", "heads_and_neurons")],
-         "06_search.ipynb": [("study_explorer(study", "search"), ("plan_explorer({", "plans")]}
+         "06_search.ipynb": [("study_explorer(study", "search"), ("plan_explorer({", "plans")],
+         "07_prune_what_was_found.ipynb": [], "09_segmentation.ipynb": [("scene_view(dense", "scene_view")],
+         "11_what_changed.ipynb": [("changes_explorer(found", "changes")]}
 
 if __name__ == "__main__":
     screenshots(Path(sys.argv[1]))

@@ -215,13 +215,15 @@ def test_a_folder_that_holds_no_study_is_refused_by_name(tmp_path, content, says
         study_explorer(tmp_path)
 
 
-def test_where_there_are_no_widgets_the_explorer_is_a_picture_of_its_moment(tmp_path):
+def test_where_there_are_no_widgets_the_explorer_is_a_picture_of_its_moment_drawn_once(tmp_path, monkeypatch):
     made_study(tmp_path)
+    drawn = []
+    monkeypatch.setattr(module, "moment", lambda *args, **more: drawn.append(1) or moment(*args, **more))
     explorer = study_explorer(tmp_path)
     bundle = explorer._repr_mimebundle_()
     picture = base64.b64decode(bundle["image/png"])
     assert picture.startswith(b"\x89PNG") and "application/vnd.jupyter.widget-view+json" in bundle
-    assert picture == explorer.children[-1].picture                             # it is not drawn twice
+    assert picture == explorer.children[-1].picture and drawn == [1]
     parts(explorer)[0].value = 4
     assert explorer._repr_mimebundle_()["image/png"] != bundle["image/png"]
 
