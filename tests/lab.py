@@ -28,6 +28,14 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 WAIT = 300                      # seconds for a notebook to run, and for the server to answer
 IDLE = "Python 3 (ipykernel) | Idle"
+# of images, how many have more white pixels than others, or get a white ground from JupyterLab
+WHITE = """images => images.filter(image => {
+  const canvas = Object.assign(document.createElement("canvas"), {width: 64, height: 64});
+  const context = canvas.getContext("2d");
+  context.drawImage(image, 0, 0, 64, 64);
+  const pixels = new Uint32Array(context.getImageData(0, 0, 64, 64).data.buffer);
+  return image.matches(".jp-mod-light-background") || pixels.filter(pixel => pixel === 0xffffffff).length > 2048;
+}).length"""
 
 
 def missing() -> str:
@@ -125,6 +133,25 @@ class Lab:
                 return True
         return False
 
+    def menus(self) -> list[Any]:
+        """Those of the widgets that are seen and have something to choose from."""
+        return [menu for menu in self.page.locator(".jp-OutputArea .widget-dropdown select").all()
+                if menu.is_visible() and menu.locator("option").count() > 1]
+
+    def chosen_by_keys(self, menu: Any) -> bool:
+        """Whether an arrow key chooses another entry, and leaves the notebook, as a letter does, where and as it is."""
+        cells, seen = self.page.locator(".jp-Cell").count(), {menu.input_value()}
+        menu.focus()
+        for key in ("ArrowDown", "ArrowUp", "x"):               # "x" would cut the cell
+            self.page.keyboard.press(key)
+            self.page.wait_for_timeout(500)
+            seen.add(menu.input_value())
+        return len(seen) > 1 and self.page.locator(".jp-Cell").count() == cells
+
+    def slabs(self) -> int:
+        """How many pictures are white for more than a half; on a dark page these are what is seen of it."""
+        return self.page.locator(".jp-OutputArea img").evaluate_all(WHITE)
+
     def shot(self, code: str, path: Path) -> None:
         """A screenshot of what the last cell with this code shows, and a margin around it."""
         output = self.page.locator(".jp-CodeCell", has_text=code).last.locator(".jp-OutputArea-output").last
@@ -132,12 +159,6 @@ class Lab:
         output.scroll_into_view_if_needed()
         self.page.wait_for_timeout(500)
         output.screenshot(path=path)
-
-    def dark(self, dark: bool = True) -> None:
-        """Change the theme."""
-        self.page.evaluate("name => window.jupyterapp.commands.execute('apputils:change-theme', {theme: name})",
-                           f"JupyterLab {'Dark' if dark else 'Light'}")
-        self.page.wait_for_timeout(1000)
 
 
 @contextlib.contextmanager
@@ -163,7 +184,7 @@ def lab(root: Path) -> Iterator[Lab]:
         server = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
              "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={root}",
-             "--LabApp.news_url=None", "--LabApp.expose_app_in_browser=True", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
+             "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
             env=env, stdout=(own / "log").open("w"), stderr=subprocess.STDOUT)
         stack.callback(server.wait, 30)
         stack.callback(server.terminate)
@@ -210,7 +231,9 @@ def screenshots(out: Path) -> None:
 VIEWS = {"01_baseline.ipynb": [], "02_token_scores.ipynb": [],
          "03_prune_and_merge.ipynb": [("token_map(dense", "token_map")], "04_finetune.ipynb": [("runs_panel(", "runs")],
          "05_heads_and_neurons.ipynb": [("units_map(dense", "heads_and_neurons")],
-         "06_search.ipynb": [("study_explorer(study", "search"), ("plan_explorer({", "plans")]}
+         "06_search.ipynb": [("study_explorer(study", "search"), ("plan_explorer({", "plans")],
+         "07_prune_what_was_found.ipynb": [], "09_segmentation.ipynb": [("scene_view(dense", "scene_view")],
+         "11_what_changed.ipynb": [("changes_explorer(found", "changes")]}
 
 if __name__ == "__main__":
     screenshots(Path(sys.argv[1]))

@@ -448,6 +448,10 @@ def test_a_report_shows_errors_ranges_and_what_is_quick_and_says_once_what_they_
     assert page.count("one standard error") == page.count("median over rounds") == page.count("quick: says nothing "
                                                                                               "about quality") == 1
     assert ">quick, speed.ratio_range" in page and page.count("quick") == 2 and "<b>" not in page
+    page = report.table_of(rows, ("model", "top1_pct", "ratio"), "images: <any>").data
+    assert page.count("<tr>") == 3 and ">small</td>" in page and ">70.00 ± 1.50</td>" in page
+    below = page.split("</table>")[1]
+    assert "one standard error" in below and "median over rounds" in below and below.endswith("images: &lt;any&gt;</p>")
     report.write_tables(tmp_path)
     tex = (tmp_path / "results.tex").read_text()
     assert r"small & 66.00 & 1.69 (0.84 to 2.54), too noisy to tell \\" in tex and r"70.00 $\pm$ 1.50" in tex

@@ -70,9 +70,9 @@ def test_two_plans_stand_side_by_side_as_chosen_and_the_dense_model_is_one_of_th
     explorer = plan_explorer({"one": CUT, "two": EMPTY})
     left, right = explorer.children[0].children
     assert left.options == right.options == ("one", "two", "dense") and (left.value, right.value) == ("one", "two")
-    before = explorer.children[-1].value
+    before = explorer.children[-1].picture
     right.value = "dense"
-    assert explorer.children[-1].value != before
+    assert explorer.children[-1].picture != before
     # dense beside itself once
     assert [t.get_text() for t in explorer.figure().axes[3].get_yticklabels()] == ["dense", "one"]
 
@@ -130,9 +130,9 @@ def test_a_group_moves_by_one_amount_as_far_as_each_may_and_comes_back_the_same_
 def test_dragging_changes_the_picture_and_the_note_of_the_figure(study):
     explorer = plan_explorer({"cut": CUT}, study.folder)
     _, slider, _, _ = drag_of(explorer)
-    before, note = explorer.children[-1].value, explorer.figure()._supxlabel.get_text()
+    before, note = explorer.children[-1].picture, explorer.figure()._supxlabel.get_text()
     slider.value = 0.0 if slider.value > 0.2 else 0.5
-    assert explorer.children[-1].value != before and explorer.figure()._supxlabel.get_text() != note
+    assert explorer.children[-1].picture != before and explorer.figure()._supxlabel.get_text() != note
     assert note.count("\n") == 2 and "of the budget" in note
 
 

@@ -100,9 +100,9 @@ def test_the_curves_run_through_the_best_and_the_next_policy_along_the_chosen_di
     found = made_study(tmp_path)
     explorer = study_explorer(tmp_path)
     place, _, _, dimension, _, picture = parts(explorer)
-    place.value, before = 8, picture.value
+    place.value, before = 8, picture.picture
     dimension.value = SPACE.names[3]
-    assert picture.value != before
+    assert picture.picture != before
     seen, following = found.evaluations[:8], found.evaluations[8]
     best = max(seen, key=lambda e: e.value)
     _, belief, acquisition = explorer.figure().axes
@@ -215,12 +215,15 @@ def test_a_folder_that_holds_no_study_is_refused_by_name(tmp_path, content, says
         study_explorer(tmp_path)
 
 
-def test_where_there_are_no_widgets_the_explorer_is_a_picture_of_its_moment(tmp_path):
+def test_where_there_are_no_widgets_the_explorer_is_a_picture_of_its_moment_drawn_once(tmp_path, monkeypatch):
     made_study(tmp_path)
+    drawn = []
+    monkeypatch.setattr(module, "moment", lambda *args, **more: drawn.append(1) or moment(*args, **more))
     explorer = study_explorer(tmp_path)
     bundle = explorer._repr_mimebundle_()
-    assert base64.b64decode(bundle["image/png"]).startswith(
-        b"\x89PNG") and "application/vnd.jupyter.widget-view+json" in bundle
+    picture = base64.b64decode(bundle["image/png"])
+    assert picture.startswith(b"\x89PNG") and "application/vnd.jupyter.widget-view+json" in bundle
+    assert picture == explorer.children[-1].picture and drawn == [1]
     parts(explorer)[0].value = 4
     assert explorer._repr_mimebundle_()["image/png"] != bundle["image/png"]
 

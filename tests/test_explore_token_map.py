@@ -8,6 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
+import registry
 import torch
 from matplotlib import pyplot as plt
 from PIL import Image
@@ -31,6 +32,8 @@ CENTER, MERGE, SHARE = "Prune and Merge, one budget for all", "Prune and Merge, 
 MATCH, SELECT = "merging by content", "selection"
 BY_PLACE = {CENTER: {"rule": "center"}, MERGE: {"rule": "merge"}, SHARE: {"rule": "center", "share": True}}
 ROUNDING = 0.5 / 255 + 1e-9                     # of a PNG
+# RoPE with SwiGLU; attention pooling; no classifier: (timm's name, classes)
+KINDS = (("vit_small_plus_patch16_dinov3", 7), ("vit_base_patch16_siglip_224", 7), ("vit_small_patch14_dinov2", 0))
 SHAPE = ViTShape(img_size=(20, 30), patch_size=(10, 10), embed_dim=8, depth=2, num_heads=2, head_dim=4, num_neurons=16)
 
 
@@ -458,3 +461,24 @@ def test_only_the_patches_named_are_tinted_and_toward_orange():
 def test_means_of_no_region_at_all_are_the_image():
     image = noise(20, 30)
     np.testing.assert_allclose(through_means(image, torch.full((6,), -1), torch.zeros(6), SHAPE), image, atol=1e-12)
+
+
+@pytest.mark.parametrize("name, classes", KINDS)
+def test_each_kind_of_model_has_the_rules_that_its_plans_may_have_and_all_of_them_can_be_seen(name, classes):
+    model = registry.tiny(name, "cpu")
+    model.reset_classifier(classes)
+    shape = shape_of(model)
+    explorer = token_map(model, {"noise": noise(160, 200)}, scores_of(shape))
+    assert (SELECT in explorer.rule.options) is (shape.class_token and not shape.rotary)
+    for rule in explorer.rule.options:
+        explorer.rule.value, seen = rule, set()
+        for keep_rate in (1.0, 0.4):
+            explorer.keep_rate.value = keep_rate
+            seen.add(costs(explorer.line.value))
+        assert len(seen) == 2
+    assert explorer._repr_mimebundle_()["image/png"]
+
+
+def test_a_model_whose_tokens_cannot_be_cut_has_no_token_map():
+    with pytest.raises(InputError, match=r"tokens of this model can't be cut: \w+"):
+        token_map(registry.tiny("beit_base_patch16_224", "cpu"), {"noise": noise(160, 200)})

@@ -6,7 +6,9 @@ import re
 
 import numpy as np
 import pytest
+import registry
 import torch
+from conftest import FAMILIES
 from matplotlib import colormaps
 from matplotlib.colors import to_rgb, to_rgba
 from PIL import Image
@@ -64,19 +66,20 @@ def explorer(dense, pictures):
     return units_map(dense, scores, plan, pictures, shared)
 
 
-@pytest.mark.parametrize("family_name", ["deit", "mae", "dinov2_reg"])
+@pytest.mark.parametrize("family_name", ["deit", "mae", "dinov2_reg", "vit_small_plus_patch16_dinov3",
+                                         "vit_base_patch16_siglip_224", "vit_relpos_base_patch16_224"])
 def test_a_click_on_a_head_shows_its_attention_on_the_picture(tiny_vit, pictures, family_name):
-    dense = tiny_vit(family_name)
+    dense = tiny_vit(family_name) if family_name in FAMILIES else registry.tiny(family_name, "cpu")
     shape, (scores, plan, shared) = shape_of(dense), made(dense)
     explorer = units_map(dense, scores, plan, pictures, shared)
     seen = set()
-    for block, head in ((0, 1), (4, 0), (4, 1)):
+    for block, head in ((0, 1), (shape.depth - 1, 0), (shape.depth - 1, 1)):
         explorer.heads.picked = cell(explorer, block, head)
         for name in pictures:
             explorer.chooser.names.value = name
             maps = attention_maps(dense, as_input(explorer.chooser.picture, dense))[block, 0, head]      # (N, N)
             first = shape.num_prefix_tokens
-            row = maps[first:, first:].mean(dim=0) if shape.pool == "avg" else maps[0, first:]
+            row = maps[first:, first:].mean(dim=0) if shape.pool != "token" else maps[0, first:]
             np.testing.assert_allclose(shown(explorer.looks.picture), over_grey(explorer.chooser.picture, row, shape),
                                        atol=ROUNDING)
             said = [float(re.search(r"attention ([\d.]+), ", label)[1]) for label in explorer.looks.labels]

@@ -272,6 +272,9 @@ def test_notebook_runs_to_the_end_in_jupyterlab_and_its_widgets_answer_to_keys(o
     assert [cell.source for cell in cells if not cell.execution_count] == []
     for label, key, times in SLIDERS.get(name, []):
         assert opened.press(opened.slider(label), key, times), f"{label}: no other picture after {key}"
+    for number, menu in enumerate(opened.menus()):
+        assert opened.chosen_by_keys(menu), f"menu {number}: keys choose nothing, or change the notebook"
+    assert opened.slabs() == 0
     text = opened.page.locator(".jp-Notebook").inner_text()
     assert "Error displaying widget" not in text and "Error creating widget" not in text and "Traceback" not in text
     assert opened.errors == []

@@ -18,7 +18,7 @@ UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}        # the sa
 DESCRIBED = ("png", "svg")                  # formats whose metadata have a description
 PICTURES = {"framed": True, "xticks": [], "yticks": []}                 # of `new_axes` that show images
 OVER_ALL = (("black", 4.0), ("white", 1.6))         # a mark's colour and width, below and above: seen on any ground
-INK = "0.46"                                # of text and lines on no ground: 4.6 : 1 on white, 4.1 : 1 on JupyterLab's dark
+INK = "0.46"                                # of text and lines: 4.6 : 1 on white, 4.1 : 1 on JupyterLab's dark page
 
 
 def look(index: int) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def to_image(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.n
 
 
 def style() -> None:
-    """Set seaborn's theme, the colour-blind-safe palette, and colours that are read on a light page and on a dark one."""
+    """Set seaborn's theme, the colour-blind-safe palette, and colours for a light page and a dark one."""
     inked = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
     sns.set_theme(style="ticks", context="notebook", palette=PALETTE,
                   rc=inked | {"axes.facecolor": "none", "figure.dpi": 100, "savefig.dpi": 160,

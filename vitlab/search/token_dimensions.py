@@ -223,8 +223,8 @@ TOKEN_DIMENSIONS = {                            # the class, and what a name fix
 
 def default_tokens(shape: ViTShape) -> str:
     """The token dimensions of a search that names none: selection where a class token ranks tokens and they need not
-    all be there at the end, else merging by content, which every model can have."""
-    return "select" if shape.class_token and not shape.needs_grid else "match"
+    all be there at the end, nor keep their places, else merging by content, which every model can have."""
+    return "select" if shape.class_token and not shape.needs_grid and not shape.rotary else "match"
 
 
 def token_dimensions(name: str, shape: ViTShape, settings: dict[str, Any]) -> NoTokens:

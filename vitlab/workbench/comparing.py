@@ -74,14 +74,14 @@ def sensitivity(source: Source, data: str | Path, out: str | Path, *, criteria: 
     for criterion in criteria:
         bar.set_postfix(criterion=criterion)
         scores = unit_scores(found.model, batches, criterion=criterion, seed=config.seed, device=device, progress=False)
-        for unit in ("neurons", "heads"):
+        for unit in filter(shape.cuts, ("neurons", "heads")):
             space = SearchSpace(shape=shape, units=(unit,), tokens="none", max_ratio=max(ratio, 0.5))
             # One head is the least that can be cut, so it is one where the ratio is less than that.
             cut = max(ratio, 0.5 / shape.num_heads) if unit == "heads" else ratio
             for block, policy in enumerate(np.eye(shape.depth) * cut):
                 measure(criterion, unit, block, space.plan(policy, heads=scores.heads, neurons=scores.neurons))
     by, cut_tokens = ("class attention", _select_in) if default_tokens(shape) == "select" else ("alike keys", _match_in)
-    for block in range(shape.depth):
+    for block in range(shape.depth if shape.cuts("tokens") else 0):
         measure(by, "tokens", block, cut_tokens(shape, block, ratio))
     bar.close()
     return rows

@@ -44,35 +44,24 @@ def observe(widgets: Iterable[ipywidgets.Widget], function: Callable[..., object
 
 class Explorer(ipywidgets.VBox):
     """Widgets in a column. JupyterLab shows them; a page, a printer or a notebook run by papermill shows `figure()`,
-    which is what they show at that moment."""
+    which is what they show at that moment; where that is the figure of a canvas, it is not drawn once more."""
 
-    def __init__(self, children: Sequence[ipywidgets.Widget], figure: Callable[[], Figure]) -> None:
+    def __init__(self, children: Sequence[ipywidgets.Widget], figure: Callable[[], Figure],
+                 canvas: "Canvas | None" = None) -> None:
         super().__init__(list(children))
+        self.canvas = canvas
+        self.add_class("vitlab-explorer")                       # by which cells.js knows it
         self.figure = figure
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        figure = self.figure()
-        try:
-            return {**super()._repr_mimebundle_(**kwargs), "image/png": base64.b64encode(figure_png(figure)).decode()}
-        finally:
-            plt.close(figure)
-
-
-class Canvas(ipywidgets.Image):
-    """A figure as wide as the page."""
-
-    def __init__(self) -> None:
-        super().__init__(format="png", layout={"width": "100%", "max_width": "940px"})
-
-    def show(self, figure: Figure) -> None:
-        """Show a figure, and let go of it."""
-        self.value = figure_png(figure)
-        plt.close(figure)
+        picture = self.canvas.picture if self.canvas else figure_png(self.figure())
+        return {**super()._repr_mimebundle_(**kwargs), "image/png": base64.b64encode(picture).decode()}
 
 
 class Cells(anywidget.AnyWidget):
     """A picture under a grid of cells. One that is pointed at outlines its group and shows its label; a click, or the
-    arrow keys, choose it."""
+    arrow keys, choose it. A grid of (0, 0) has none. Wherever one is in an `Explorer`, keys that are pressed there are
+    the explorer's."""
 
     _esm = Path(__file__).parent / "cells.js"
     picture = traitlets.Bytes().tag(sync=True)              # PNG
@@ -84,10 +73,24 @@ class Cells(anywidget.AnyWidget):
     picked = traitlets.Int(-1).tag(sync=True)               # the chosen cell, -1: none
 
 
+class Canvas(Cells):
+    """A figure as wide as the page."""
+
+    def __init__(self) -> None:
+        super().__init__(width=940, grid=(0, 0))
+
+    def show(self, figure: Figure) -> None:
+        """Show a figure, and let go of it."""
+        self.picture = figure_png(figure)
+
+
 def figure_png(figure: Figure) -> bytes:
-    """A figure as PNG."""
+    """A figure as PNG; it is let go of."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight")
+    try:
+        figure.savefig(buffer, format="png", bbox_inches="tight")
+    finally:
+        plt.close(figure)
     return buffer.getvalue()
 
 

@@ -1,18 +1,30 @@
 // A picture under a grid of cells: pointing outlines the group of a cell, a click or the arrow keys choose one.
+
+// JupyterLab takes a key that is pressed in a menu or on a slider for a command: an arrow for a step to the next cell,
+// "x" for a cell to cut. Before it looks, this attribute says that it is none.
+window.addEventListener("keydown", (event) => {
+  const held = event.ctrlKey || event.altKey || event.metaKey || event.shiftKey;
+  if (event.target.closest?.(".vitlab-explorer")) event.target.toggleAttribute("data-lm-suppress-shortcuts", !held);
+}, true);
+
 function render({ model, el }) {
   const box = document.createElement("div");
   box.style.cssText = "position: relative; display: inline-block; line-height: 0; max-width: 100%";
-  box.tabIndex = 0;
-  box.setAttribute("role", "application");
   const image = document.createElement("img");
   image.style.cssText = "max-width: 100%; height: auto";
   const canvas = document.createElement("canvas");
-  canvas.style.cssText = "position: absolute; left: 0; top: 0; width: 100%; height: 100%; cursor: crosshair";
+  canvas.style.cssText = "position: absolute; left: 0; top: 0; width: 100%; height: 100%";
   const label = document.createElement("div");
   label.style.cssText = "min-height: 1.5em; line-height: 1.5; font-size: var(--jp-widgets-font-size, 13px)";
   label.setAttribute("aria-live", "polite");
   box.append(image, canvas);
-  el.append(box, label);
+  el.append(box);
+  if (model.get("grid")[0]) {
+    box.tabIndex = 0;
+    box.setAttribute("role", "application");
+    canvas.style.cursor = "crosshair";
+    el.append(label);
+  }
   let pointed = -1;
   let url = null;
 

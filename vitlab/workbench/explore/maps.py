@@ -98,6 +98,7 @@ class Maps:
         """taken: the model's input (1, channels, H, W) of a picture, by its key."""
         self.model, self.shape, self.taken = model, shape_of(model), taken
         self.scores, self.given, self.settings = scores, plan, settings
+        self.shape.check_cut("tokens")
         self.dense_gmacs = gmacs(CompressionPlan.empty(self.shape))
         if plan is not None:
             plan.check_fits(self.shape)

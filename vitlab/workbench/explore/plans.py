@@ -22,7 +22,7 @@ from vitlab.workbench.searching import cost_function
 DENSE, DRAGGED = "dense", "dragged"
 MEASURES = {"top1_pct": "top-1 on a slice of train (%)", "miou_pct": "mIoU on a slice of train (%)",
             "agree_pct": "{agreement} (%)"}
-CELL = "padding-right: 2em; white-space: nowrap; line-height: 1.5"
+CELL = "padding-right: 2em; line-height: 1.5"
 WIDE = sized("7em", "24em")
 
 

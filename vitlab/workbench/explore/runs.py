@@ -168,7 +168,7 @@ def runs_panel(root: str | Path = "runs") -> Explorer:
         threading.Thread(target=_stop, args=(chosen.value,), daemon=True).start()
     panel = Explorer([row(chosen, stop, resume, again), told, message, picture, tail,
                       ipywidgets.Accordion([start_form(begin)], titles=["start a run"])],
-                     lambda: run_figure(chosen.value))
+                     lambda: run_figure(chosen.value), picture)
     chosen.observe(watch_on, "value")
     stop.on_click(end)
     resume.on_click(lambda _: attempt(lambda: processes.resume(chosen.value)))

@@ -142,7 +142,7 @@ def study_explorer(study: Study | str | Path) -> Explorer:
     observe([place, dimension], draw)
     follow.observe(lambda change: change.new and repeat(look, SECONDS), "value")
     draw()
-    explorer = Explorer([row(place, play, follow), dimension, text, picture], figure)
+    explorer = Explorer([row(place, play, follow), dimension, text, picture], figure, picture)
     return explorer
 
 
