@@ -196,9 +196,12 @@ def light(grey: float) -> float:
                                                                                      dimension="neurons 0", lines={})])
 def test_a_figure_has_no_ground_and_is_read_on_a_light_page_and_a_dark_one(tmp_path, figure):
     drawn = figure()
-    save_figure(drawn, tmp_path, "a", "seed 0")
-    pixels = np.asarray(Image.open(tmp_path / "a.png"))
+    drawn.savefig(tmp_path / "screen.png")
+    pixels = np.asarray(Image.open(tmp_path / "screen.png"))
     assert pixels.shape[2] == 4 and np.median(pixels[..., 3]) == 0 == pixels[0, 0, 3]
+    save_figure(drawn, tmp_path, "paper", "seed 0")                 # a file is black on white
+    pixels = np.asarray(Image.open(tmp_path / "paper.png").convert("L"))
+    assert pixels[0, 0] == 255 and pixels.min() < 50
     assert _fetch_figure_metadata(drawn) is None                                # else JupyterLab lays a slab behind it
     assert {to_hex(each.get_color()) for each in drawn.findobj(Text)} == {to_hex(INK)}
     for page in (1.0, 0x11 / 0xff):                                             # JupyterLab's two

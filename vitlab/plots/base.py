@@ -1,7 +1,8 @@
 """The house look of figures, and the one helper that saves them."""
+import contextlib
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.colors import same_color
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.spines import Spine
+from matplotlib.text import Text
 from torch import Tensor
 
 PALETTE, MARKERS = sns.color_palette("colorblind"), "osD^v<>pX*"
@@ -19,6 +24,7 @@ DESCRIBED = ("png", "svg")                  # formats whose metadata have a desc
 PICTURES = {"framed": True, "xticks": [], "yticks": []}                 # of `new_axes` that show images
 OVER_ALL = (("black", 4.0), ("white", 1.6))         # a mark's colour and width, below and above: seen on any ground
 INK = "0.46"                                # of text and lines: 4.6 : 1 on white, 4.1 : 1 on JupyterLab's dark page
+BLACK = "0.15"                              # of the same in files, on white
 
 
 def look(index: int) -> dict[str, Any]:
@@ -42,7 +48,23 @@ def save_figure(figure: Figure, folder: str | Path, name: str, caption: str = ""
         figure.text(0.5, -0.01, caption, ha="center", va="top", fontsize="small", wrap=True)
     for kind in formats or os.environ.get(FORMATS, "png").split(","):
         about = UNDATED.get(kind, {}) | ({"Description": caption} if caption and kind in DESCRIBED else {})
-        figure.savefig(folder / f"{name}.{kind}", bbox_inches="tight", metadata=about or None)
+        with _on_paper(figure):
+            figure.savefig(folder / f"{name}.{kind}", bbox_inches="tight", facecolor="white", metadata=about or None)
+
+
+@contextlib.contextmanager
+def _on_paper(figure: Figure) -> Iterator[None]:
+    """Inside, what is drawn in INK is nearly black: a file is for a page, what a notebook shows for any screen."""
+    def swap(before: str, after: str) -> None:
+        for artist in figure.findobj(lambda artist: isinstance(artist, (Text, Line2D, Spine))):
+            colour = artist.get_edgecolor() if isinstance(artist, Spine) else artist.get_color()
+            if same_color(colour, before):
+                artist.set_color(after)
+    swap(INK, BLACK)
+    try:
+        yield
+    finally:
+        swap(BLACK, INK)
 
 
 def _hold_legends(figure: Figure) -> None:
