@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.colors import same_color
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -56,10 +57,11 @@ def save_figure(figure: Figure, folder: str | Path, name: str, caption: str = ""
 def _on_paper(figure: Figure) -> Iterator[None]:
     """Inside, what is drawn in INK is nearly black: a file is for a page, what a notebook shows for any screen."""
     def swap(before: str, after: str) -> None:
-        for artist in figure.findobj(lambda artist: isinstance(artist, (Text, Line2D, Spine))):
-            colour = artist.get_edgecolor() if isinstance(artist, Spine) else artist.get_color()
-            if same_color(colour, before):
-                artist.set_color(after)
+        for artist in figure.findobj(lambda artist: isinstance(artist, (Text, Line2D, LineCollection, Spine))):
+            for part in ("color", "markeredgecolor", "edgecolor"):              # edgecolor: as set_color, of a spine
+                colour = getattr(artist, f"get_{part}", lambda: "none")()
+                if len(colour) and same_color(colour, [before] * len(colour) if np.ndim(colour) == 2 else before):
+                    getattr(artist, f"set_{part}")(after)
     swap(INK, BLACK)
     try:
         yield
