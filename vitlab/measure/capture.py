@@ -88,7 +88,7 @@ def seen_attention(model: nn.Module, found: list, reduce: Callable[[Tensor], Ten
                     queries: int | None = None) -> contextlib.AbstractContextManager[None]:
     """Inside, found[l] becomes reduce(softmax attention of block l (B, H, queries, N)), of the first `queries` tokens
     (None: of all that ask) to every token; where the attention is left out it stays what it was."""
-    scales = [getattr(attention_block(block).attn, "scale", None) for block in model.blocks]
+    scales: list[Any] = [getattr(attention_block(block).attn, "scale", None) for block in model.blocks]
 
     def see(index: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         logits = query[:, :, :queries] * scales[index] @ key.mT
@@ -212,7 +212,8 @@ def attention_spans(model: nn.Module, batches: Batches, *, device: str | torch.d
     shape, prefix = shape_of(model), model.num_prefix_tokens
     centres = torch.cartesian_prod(*(torch.arange(count) * side for count, side in
                                      zip(shape.grid_size, shape.patch_size))).double()
-    apart, found = torch.cdist(centres, centres), [None] * len(model.blocks)                # (n, n)
+    apart = torch.cdist(centres, centres)                                       # (n, n)
+    found: list[Any] = [None] * len(model.blocks)
 
     def spans(attention: Tensor) -> Tensor:
         a = at_least_float32(attention)

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from vitlab.data import Images
 from vitlab.data.images import image_config
 from vitlab.data.layouts import IGNORE
 from vitlab.data.scene_data import measuring_transform
@@ -49,7 +48,7 @@ class Compared:
 
     dense: Checkpoint
     compressed: Checkpoint
-    images: Images                  # those that could be read, in the order of `changes`
+    images: Any                     # Images, or Scenes: those that could be read, in the order of `changes`
     changes: Any                    # Changes, or SceneChanges
     classes: dict[int, str]         # names that are known
     of: str                         # which images these are, in words
@@ -205,7 +204,7 @@ class ComparedScenes(Compared):
         image, truth, found = self.masks(i)
         colours = class_colours(self.dense.model.num_classes)
         shown = {name: overlaid(in_grey(image), mask, colours, OPACITY) for name, mask in found.items()}
-        return shown | {"lost: orange, gained: blue": difference(truth, *found.values(), len(colours))}
+        return shown | {"lost: orange, gained: blue": difference(truth, found["dense"], found["compressed"], len(colours))}
 
     def scenes(self, chosen: Sequence[int]) -> Figure:
         """The scenes in rows: image, truth, both predictions, and what was lost and gained (`plots.predictions`)."""
