@@ -204,7 +204,8 @@ class ComparedScenes(Compared):
         image, truth, found = self.masks(i)
         colours = class_colours(self.dense.model.num_classes)
         shown = {name: overlaid(in_grey(image), mask, colours, OPACITY) for name, mask in found.items()}
-        return shown | {"lost: orange, gained: blue": difference(truth, found["dense"], found["compressed"], len(colours))}
+        moved = difference(truth, found["dense"], found["compressed"], len(colours))
+        return shown | {"lost: orange, gained: blue": moved}
 
     def scenes(self, chosen: Sequence[int]) -> Figure:
         """The scenes in rows: image, truth, both predictions, and what was lost and gained (`plots.predictions`)."""
