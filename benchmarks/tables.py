@@ -407,7 +407,7 @@ def tonight_cost(rows: list[dict]) -> str:
         return f"over {r['over_s']:.0f} s" if "over_s" in r else f"{r['seconds']:.3g} s, {r['peak_gb']:.1f} GB"
     return _table(["model", "code", *parts],
                   [[model.replace("_patch16_224", ""), code, *(cell(found.get((model, part, code))) for part in parts)]
-                   for model in dict.fromkeys(r["model"] for r in rows) for code in ("now", "before")],
+                   for model, code in dict.fromkeys((r["model"], r["code"]) for r in rows)],
                   [f"{rows[0]['images']} images, {rows[0]['threads']} threads, float32; memory is the peak of a "
                    f"process, with the model"])
 
