@@ -48,6 +48,8 @@ def test_offers_meet_their_budget_and_say_what_they_are_worth(survey, dense):
     whole = gmacs(CompressionPlan.empty(survey.shape))
     offers = list(survey.offers(ratios=(0.8, 0.6)))
     assert {offer.rule for offer in offers} == set(tonight.RULES)
+    left = [len(block.neurons) for offer in offers for block in offer.plan.blocks if block.neurons is not None]
+    assert left and all(count % 8 == 0 for count in left)          # as kernels like
     for offer in offers:
         assert offer.gmacs == gmacs(offer.plan) <= 0.8 * whole and isinstance(offer.plan.blocks[-1].tokens, ReadOut)
     joint = next(offer for offer in offers[::-1] if offer.rule == "merging by content")

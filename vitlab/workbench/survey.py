@@ -37,6 +37,7 @@ RULES = {"merging by content": ((), "match_per_stage"), "shared updates": ((), "
          "all together": (("heads", "neurons"), "match_per_stage")}
 SINGLE = ("merging by content", "shared updates", "neurons")                   # rules that cut one thing alone
 RATIOS, MAX_RATIO, TOLERANCE = (0.75, 0.6, 0.45), 0.75, 0.05
+MULTIPLE = 8                                    # of neurons: else each takes PyTorch a sixth longer (docs/deploy.md)
 TRIED_ON, REFIT_COST = 192, 5                   # images that a plan is refitted on to be compared; forwards of each
 POPULATION = 8                                  # of a search, before its first proposal
 DEPLOYED, TRAINED = "deployed", "self-distillation"                             # the latter a stage of `tonight`
@@ -55,9 +56,8 @@ class Survey(Gathered):
         if rule not in RULES:
             raise InputError(f"rule {rule!r} is not known; known are {list(RULES)}")
         units, tokens = RULES[rule]
-        settings = {"prune_rate": 0.0} if tokens.startswith("share") else {}
         space = SearchSpace(shape=self.shape, units=units, tokens=tokens, max_ratio=MAX_RATIO, read_out=self.read_out,
-                            settings=settings)
+                            multiple=MULTIPLE, settings={"prune_rate": 0.0} if tokens.startswith("share") else {})
         most = float(space.gmacs(np.zeros((1, space.size)))[0])
         return Problem(space, Budget.of(space, most * 0.99 if limit is None else limit, tolerance=TOLERANCE))
 
