@@ -2,7 +2,7 @@
 resolution is the dense model; then every method at a part of its MACs with the same fine-tuning, the dense one too.
 
     python benchmarks/finetuned.py --weights deit_tiny_patch16_224.safetensors --data CIFAR10 --run RUN \\
-        [--resolution 128] [--dense-epochs 4] [--epochs 2] [--seeds 0 1 2] [--methods NAME ...] [--device cuda] \\
+        [--resolution 128] [--dense-epochs 4] [--epochs 3] [--seeds 0 1 2] [--methods NAME ...] [--device cuda] \\
         [--quick]
 
 CIFAR10 is a folder train/CLASS/*, test/CLASS/*. Scores, searches and refits see images of train alone, test is for
@@ -282,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> Bench:
     parser.add_argument("--run", required=True, type=Path, help="folder for trainings, searches and rows")
     parser.add_argument("--resolution", type=int, default=128)
     parser.add_argument("--dense-epochs", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=2, help="of every method's fine-tuning")
+    parser.add_argument("--epochs", type=int, default=STEPS, help="of every method's fine-tuning")
     parser.add_argument("--evaluations", type=int, default=EVALUATIONS, help="of a search")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="NAME",
@@ -295,6 +295,9 @@ def main(argv: Sequence[str] | None = None) -> Bench:
     args = parser.parse_args(argv)
     if args.quick:
         args.data, args.dense_epochs, args.epochs, args.evaluations, args.workers = "digits", 1, 1, 4, 0
+    elif args.epochs % STEPS:
+        parser.error(f"--epochs {args.epochs}: a plan is also cut in {STEPS} turns of as many epochs; a multiple of "
+                     f"{STEPS} is needed")
     args.run.mkdir(parents=True, exist_ok=True)
     bench = Bench(args)
     bench.add(DENSE, 0, lambda: bench.cut(CompressionPlan.empty(bench.shape)))
