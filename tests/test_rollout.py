@@ -2,6 +2,7 @@
 import dataclasses
 
 import pytest
+import timm
 import torch
 from training_fixtures import full_plan, images, one_thread, tiny, token_plan  # noqa: F401
 
@@ -189,3 +190,13 @@ def test_every_image_has_its_own_rollout_and_the_model_stays_as_it_was():
     assert torch.equal(model(x), before) and kinds == [type(attention_block(block).attn) for block in model.blocks]
     with pytest.raises(InputError, match="deployed"):
         looked_at(deploy(compress(dense, full_plan(dense))), x)
+
+
+@torch.no_grad()
+def test_places_in_a_last_block_are_those_of_its_own_matching_where_tokens_are_turned_by_place():
+    dense = trained(timm.create_model("eva02_tiny_patch14_224", img_size=56, depth=1, num_classes=3)).float()
+    model = compress(dense, plan_of(dense, Match(merged=6, protect=50.0))).eval()
+    x = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    for grid, places in zip(model.forward_features(x)[:, 1:], token_places(model, x)[0]):
+        alike = torch.tensor([[torch.equal(a, b) for b in grid] for a in grid])
+        assert torch.equal(alike, places[:, None] == places)

@@ -96,6 +96,7 @@ def class_changes(rows: Sequence[Mapping[str, Any]], most: int = 10, *, what: st
     axis.set_yticks(range(len(shown)), [plain(f"{row['class']} ({row['images']})") for row in shown], fontsize=8)
     axis.invert_yaxis()
     axis.axvline(0, color="0.4", linewidth=0.8)
+    axis.xaxis.set_major_locator(MaxNLocator(6))
     axis.set_xlabel(f"points of {what}, compressed less dense; lines: {bars}", fontsize=10)
     axis.set_title(f"{len(moved)} of {len(rows)} classes changed")
     return figure

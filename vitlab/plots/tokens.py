@@ -172,7 +172,7 @@ def token_strip(image: np.ndarray, seen: Sequence[tuple[np.ndarray, np.ndarray]]
                 columns: int = 7) -> Figure:
     """A picture (h, w, 3), and its tokens in every block: seen, of each, the regions (n), from 0 or -1 for none, and
     which patches (n) go aside (pruned, or averaged into one token), in orange."""
-    figure, axes = _panels(1 + len(seen), columns)
+    figure, axes = _panels(1 + len(seen), min(columns, 1 + len(seen)))
     axes[0].imshow(image)
     axes[0].set_title("picture", fontsize=9)
     for block, (regions, aside) in enumerate(seen):

@@ -226,6 +226,6 @@ class ComparedScenes(Compared):
         text = f"{plus_minus(share.mean(), error, digits_of(error, 1))} % of pixels have another class"
         for part, name in (("area", "mIoU"), ("edge", "boundary mIoU")) if self.changes.labelled else ():
             before, after, low, high = self.changes.mean(part)
-            ends = " to ".join(plus_minus(end, None, 1) for end in (low, high))
+            ends = " to ".join(plus_minus(end, None, 2) for end in (low, high))
             text += f"; {name} {before:.1f} to {after:.1f} %, a difference of {ends} points"
         return text
