@@ -186,7 +186,7 @@ def lab(root: Path) -> Iterator[Lab]:
              "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={root}",
              "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
             env=env, stdout=(own / "log").open("w"), stderr=subprocess.STDOUT)
-        stack.callback(server.wait, 30)
+        stack.callback(server.wait, WAIT)
         stack.callback(server.terminate)
         url, end = f"http://127.0.0.1:{port}", time.monotonic() + WAIT
         while True:
