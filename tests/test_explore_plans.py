@@ -1,7 +1,10 @@
 """Plans side by side: bars and MACs as counted, a dragged rate's cost as the budget's, its expectation as the search's
 GP has it."""
 import dataclasses
+import threading
+import time
 
+import ipywidgets
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,6 +18,7 @@ from vitlab.runtime.files import InputError
 from vitlab.search.sampling import Problem
 from vitlab.search.strategies import predictor
 from vitlab.search.study import INFO
+from vitlab.workbench.explore.base import observe
 from vitlab.workbench.explore.plans import Expectation, plan_explorer
 
 matplotlib.use("agg")
@@ -166,3 +170,20 @@ def test_plans_of_another_model_or_none_at_all_are_refused(study):
 def test_a_study_with_one_evaluation_is_refused(tmp_path):
     with pytest.raises(InputError, match="two evaluations are needed; there are 1"):
         Expectation(made_study(tmp_path, evaluations=1))
+
+
+def test_changes_in_several_threads_are_answered_one_after_the_other():
+    sliders, busy, seen = [ipywidgets.IntSlider() for _ in range(3)], threading.Lock(), []
+
+    def draw(change) -> None:
+        seen.append(busy.acquire(blocking=False))
+        time.sleep(0.02)
+        busy.release()
+    for slider in sliders:
+        observe([slider], draw)
+    threads = [threading.Thread(target=setattr, args=(slider, "value", 1)) for slider in sliders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [True] * 3

@@ -2,6 +2,7 @@
 import asyncio
 import base64
 import io
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 PAGE = "calc(100% - 4px)"                       # of its width, what a widget's margins leave
+_DRAWING = threading.RLock()                    # JupyterLab may have widgets answered in threads; pyplot knows of none
 _TASKS: set[asyncio.Task] = set()               # a loop holds its tasks weakly
 
 
@@ -37,9 +39,12 @@ def row(*widgets: ipywidgets.Widget) -> ipywidgets.HBox:
 
 
 def observe(widgets: Iterable[ipywidgets.Widget], function: Callable[..., object], name: str = "value") -> None:
-    """Call the function whenever one of them changes."""
+    """Call the function whenever one of them changes, while no other that is called so is at work."""
+    def alone(change: Any) -> None:
+        with _DRAWING:
+            function(change)
     for widget in widgets:
-        widget.observe(function, name)
+        widget.observe(alone, name)
 
 
 class Explorer(ipywidgets.VBox):
@@ -54,7 +59,8 @@ class Explorer(ipywidgets.VBox):
         self.figure = figure
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        picture = self.canvas.picture if self.canvas else figure_png(self.figure())
+        with _DRAWING:
+            picture = self.canvas.picture if self.canvas else figure_png(self.figure())
         return {**super()._repr_mimebundle_(**kwargs), "image/png": base64.b64encode(picture).decode()}
 
 

@@ -150,6 +150,6 @@ def plan_explorer(plans: dict[str, CompressionPlan], study: Study | str | Path |
         picture.show(compare_plans(chosen()))
     observe([left, right], draw)
     if drag:
-        drag.observe(draw, "policy")
+        observe([drag], draw, "policy")
     draw()
     return Explorer([row(left, right), *([drag] if drag else []), text, picture], figure)
