@@ -166,8 +166,8 @@ def test_a_run_started_in_the_panel_is_watched_stopped_resumed_and_found_by_a_ne
         assert "<b>running</b>" in parts["told"].value and (parts["stop"].disabled,
                                                             parts["resume"].disabled) == (False, True)
         await until_shown(lambda: len(epochs(run)) >= 3)
-        picture = parts["picture"].value
-        await until_shown(lambda: parts["picture"].value != picture)        # drawn anew by itself
+        picture = parts["picture"].picture
+        await until_shown(lambda: parts["picture"].picture != picture)        # drawn anew by itself
         parts["begin"].click()
         assert "a process is running there since" in parts["message"].value
         parts["stop"].click()
