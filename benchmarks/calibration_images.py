@@ -93,21 +93,23 @@ def main() -> None:
                 append_line(path, row)
                 print(row, flush=True)
     if not args.quick:
-        draw(read_lines(path))
+        draw([row for row in read_lines(path) if row["seed"] == args.seed])
 
 
 def draw(rows: list[dict], folder: Path = DOCS) -> None:
     """calibration_images.png: a panel a model, a line a budget and way to choose the ridge, with standard errors."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure, axes = new_axes(1, len(models), 4.5, 3.6)
-    lines = {}
+    budgets, lines = sorted({row["gmacs_limit"] for row in rows}, reverse=True), {}
     for axis, model in zip(axes[0], models):
         own = [row for row in rows if row["model"] == model]
         counts = sorted({row["refitted_on"] for row in own})
-        for number, gmacs in enumerate(sorted({row["gmacs_limit"] for row in own}, reverse=True)):
+        for number, gmacs in enumerate(budgets):
             for ridge, style in zip(RIDGES, (":", "-")):
                 line = sorted((r["refitted_on"], r["distill_loss"], r["distill_loss_se"]) for r in own
                               if r["gmacs_limit"] == gmacs and r["ridge"] in (ridge, "none"))
+                if not line:
+                    continue
                 images, distances, errors = zip(*line)
                 lines[f"{gmacs:g} GMACs, ridge {ridge}"] = axis.errorbar(
                     [counts.index(n) for n in images], distances, errors, capsize=2, linestyle=style, **look(number))

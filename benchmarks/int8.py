@@ -83,7 +83,8 @@ def main() -> None:
                 more = made.get(name, {})
                 kept = {k: v for k, v in more.items() if k in ("top1_pct", "top1_se", "distill_loss",
                                                                "distill_loss_se")}
-                about = conditions(torch.device("cpu"), name.split()[-1].strip(")"), batch, repeats)
+                dtype = name.split()[-1].strip(")") if "(" in name else "float32"
+                about = conditions(torch.device("cpu"), dtype, batch, repeats)
                 rows.append(ResultRow(
                     model=f"{name}, batch {batch}", gmacs=gmacs(found[name.split()[0]].plan), **kept,
                     throughput_img_s=speed.throughput_img_s, ratio=speed.ratio, latency_ms=speed.latency_ms,

@@ -31,6 +31,7 @@ def at_edge(classes: torch.Tensor, y: int, x: int, width: int) -> bool:
 
 def slow_counts(predicted: torch.Tensor, truth: torch.Tensor, classes: int) -> torch.Tensor:
     width = max(1, round(0.02 * math.sqrt(truth.shape[0]**2 + truth.shape[1]**2)))
+    predicted = torch.where(truth == IGNORE, IGNORE, predicted)
     found = torch.zeros(2, 3, classes, dtype=torch.int64)
     for y in range(truth.shape[0]):
         for x in range(truth.shape[1]):
@@ -55,8 +56,9 @@ def blobs(seed: int, size: tuple[int, int] = (41, 59), ignored: float = 0.0) -> 
 
 def test_pixels_of_classes_and_of_their_edges_are_those_of_slow_loops():
     truth, predicted = blobs(0, ignored=0.2), blobs(1)
-    found = counts_of(predicted, truth, 3)
+    found, right = counts_of([predicted, truth.where(truth != IGNORE, 0)], truth, 3)
     assert torch.equal(found, slow_counts(predicted, truth, 3))
+    assert torch.equal(right[:, 0], right[:, 1]) and torch.equal(right[:, 0], right[:, 2])     # nothing is missed
     assert (found[1] < found[0]).any() and found[1, 0].sum() > 0               # some are no edge, some edges are right
 
 
@@ -102,6 +104,16 @@ def counted(seed: int, images: int = 29) -> SceneChanges:
         counts[side, :, :, 2, 1] = right[:, 1] + true[:, 0] - right[:, 0]
     return SceneChanges(pixels=torch.full((images,), 200), moved=torch.zeros(images), counts=torch.from_numpy(counts),
                         taken=torch.zeros(3, 3, dtype=torch.int64))
+
+
+def test_of_one_image_no_interval_is_known():
+    changes = counted(0, images=1)
+    assert all(math.isnan(row["low"]) and math.isnan(row["high"]) for row in changes.by_class())
+    assert math.isnan(changes.mean()[2]) and math.isfinite(changes.mean()[1])
+    some = counted(0, images=5)
+    some.counts[:, :, 1:, :, 0] = 0                                 # the first class is in one of them
+    rows = {row["class"]: row for row in some.by_class()}
+    assert math.isnan(rows["0"]["low"]) and math.isfinite(rows["1"]["low"])
 
 
 def test_iou_of_classes_is_that_of_all_pixels_and_its_interval_that_of_images_drawn_again():

@@ -116,8 +116,8 @@ def choose_ridge(weight: Tensor, folds: Sequence[Moments], kept: Tensor, width: 
     missed: list[Tensor] = []                                                   # (folds) for each ridge
     for ridge in ridges:
         missed.append(torch.stack([own.error(*fitted.solve(ridge)) for own, fitted in normals]).double())
-        if len(missed) > 1 and missed[-1].mean() > missed[-2].mean():
-            break                               # and with less, more and more
+        if len(missed) > 2 and missed[-1].mean() > missed[-2].mean() > missed[-3].mean():
+            break                               # risen twice, it went on to rise in every layer measured (docs/log.md)
     errors = torch.stack(missed, dim=1).cpu()
     rest = errors - errors[:, errors.mean(dim=0).argmin()][:, None]
     return ridges[int((rest.mean(dim=0) <= rest.std(dim=0) / len(folds) ** 0.5).int().argmax())]

@@ -1,7 +1,7 @@
 """What a model gives for batches of images, averaged over the images of all processes; what captures of it share."""
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -114,3 +114,13 @@ def _over_processes(mean: tuple[Tensor, ...], seen: int, images: int) -> tuple[T
     made = next(filter(None, parallel.gather([(m.shape, m.dtype) for m in mean])))
     sums = [m.double() * seen for m in mean] or [torch.zeros(shape, dtype=torch.float64) for shape, _ in made]
     return tuple((parallel.total(s) / images).to(dtype) for s, (_, dtype) in zip(sums, made))
+
+
+def first_images(batches: Sequence[tuple[Tensor, Tensor]], count: int) -> list[tuple[Tensor, Tensor]]:
+    """Of batches, the first so many images."""
+    found = []
+    for images, targets in batches:
+        if count > 0:
+            found.append((images[:count], targets[:count]))
+        count -= len(images)
+    return found

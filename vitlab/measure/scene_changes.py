@@ -1,13 +1,13 @@
 """What compression changed of a Segmenter, image by image: which pixels have another class, and how well each class and
 its edge are found before and after."""
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from scipy.ndimage import maximum_filter1d, minimum_filter1d
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,26 +27,25 @@ DRAWS, LEVEL = 1000, 0.95       # of the bootstrap over images
 
 def edge(classes: Tensor, width: int) -> Tensor:
     """(H, W): whether another class, or the end of the image, is at most so many pixels away along both sides."""
-    ends = []
-    for sign in (1, -1):
-        x = sign * F.pad(classes[None].float(), (width,) * 4, value=-1.0)
-        for kernel in ((2 * width + 1, 1), (1, 2 * width + 1)):
-            x = F.max_pool2d(x, kernel, stride=1)
-        ends.append(sign * x[0])
-    return ends[0] != ends[1]
+    x, size = np.pad(classes.numpy().astype(np.int16), width, constant_values=-1), 2 * width + 1
+    largest, least = (each(each(x, size, axis=0), size, axis=1) for each in (maximum_filter1d, minimum_filter1d))
+    return torch.from_numpy((largest != least)[width:-width, width:-width])
 
 
-def counts_of(predicted: Tensor, truth: Tensor, num_classes: int) -> Tensor:
-    """(2, 3, K) of each of PARTS: pixels of a class that are right, that the truth has, and that the prediction has.
-    predicted, truth (H, W); at an edge counts what is at the edge of both, of the truth, and of the prediction."""
+def counts_of(predicted: Sequence[Tensor], truth: Tensor, num_classes: int) -> Tensor:
+    """(P, 2, 3, K) of predictions (H, W) of a truth (H, W), of each of PARTS: pixels of a class that are right, that
+    the truth has, and that the prediction has; at an edge counts what is at the edge of both, of the truth, and of the
+    prediction. What is ignored is so in both: its border is an edge of both."""
     width, counted = max(1, round(EDGE * math.hypot(*truth.shape))), truth != IGNORE
 
     def count(classes: Tensor, where: Tensor) -> Tensor:
         return torch.bincount(classes[where & counted].long(), minlength=num_classes)
-    found = []
-    for true, given in ((counted, counted), (edge(truth, width), edge(predicted, width))):
-        found.append(torch.stack([count(truth, true & given & (truth == predicted)), count(truth, true),
-                                  count(predicted, given)]))
+    ends, found = edge(truth, width), []
+    for each in predicted:
+        own = edge(torch.where(counted, each, IGNORE), width)
+        found.append(torch.stack([
+            torch.stack([count(truth, true & given & (truth == each)), count(truth, true), count(each, given)])
+            for true, given in ((counted, counted), (ends, own))]))
     return torch.stack(found)
 
 
@@ -81,7 +80,7 @@ class SceneChanges(Kept):
             for truth, before, after in zip(masks if labelled else torch.full_like(masks, IGNORE), *given):
                 pixels.append(truth.numel())
                 moved.append(int((before != after).sum()))
-                counts.append(torch.stack([counts_of(each, truth, classes) for each in (before, after)]))
+                counts.append(counts_of((before, after), truth, classes))
                 lost = (before == truth) & (after != truth)
                 taken += torch.bincount(truth[lost] * classes + after[lost], minlength=classes**2).view(classes, -1)
         if not counts:
@@ -106,9 +105,11 @@ class SceneChanges(Kept):
 
     def _ious(self, part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """In per cent of all images, dense and compressed (2, K + 1), the last their mean over classes; and of the
-        difference the ends of an interval of LEVEL (K + 1), by a bootstrap over images."""
+        difference the ends of an interval of LEVEL (K + 1), by a bootstrap over images; NaN where fewer than two have
+        the class, as nothing tells how it differs between images."""
         require(self.labelled, "the images have no masks; how well classes are found can't be told")
         counts = self.counts[:, PARTS.index(part)].double().numpy()                         # (2, N, 3, K)
+        counts = counts[:, counts.any(axis=(0, 2, 3))]          # of images with a pixel that counts
         count = counts.shape[1]
         drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=DRAWS)      # (DRAWS, N)
 
@@ -118,13 +119,14 @@ class SceneChanges(Kept):
         before, after = (with_mean(np.tensordot(drawn, each, axes=1)) for each in counts)               # (DRAWS, K + 1)
         gained = after - before
         gained[:, np.isnan(gained).all(axis=0)] = 0             # of a class that is nowhere; it has no row
-        low, high = np.nanquantile(gained, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-        return with_mean(counts.sum(axis=1)), low, high
+        ends = np.nanquantile(gained, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+        ends[:, np.append((counts[0, :, 1] > 0).sum(axis=0), count) < 2] = np.nan
+        return with_mean(counts.sum(axis=1)), *ends
 
     def by_class(self, called: Callable[[int], str] = str, part: str = "area") -> list[dict[str, Any]]:
         """A row for each class that is found in the images, the one that lost most first: class, images that have it,
         dense_pct, compressed_pct (IoU, or boundary IoU of part "edge"), the difference in points, and the low and high
-        end of its interval of 95 %. Raises InputError without masks."""
+        end of its interval of 95 %, NaN of a class that one image has. Raises InputError without masks."""
         (before, after), low, high = self._ious(part)
         images = (self.counts[0, 0, :, 1] > 0).sum(dim=0).tolist()
         rows = [{"class": called(k), "images": n, "dense_pct": before[k], "compressed_pct": after[k],

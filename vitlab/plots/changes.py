@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vitlab.plan.shape import ViTShape, require
-from vitlab.plots.base import PALETTE, as_array, legend_above, look, new_axes
+from vitlab.plots.base import INK, PALETTE, as_array, legend_above, look, new_axes
 from vitlab.plots.tokens import draw_borders, plain, region_means
 
 SHOWN, FINE = 3, 400            # predictions of each model beside a picture; patches from which borders are thin
@@ -38,7 +38,7 @@ def changed_pictures(pictures: Sequence[np.ndarray], told: Sequence[Mapping[str,
     require(len(pictures) > 0, "no picture changed; there is nothing to show")
     figure, axes = new_axes(len(pictures), 3 + with_tokens + more, 2.6 - 0.15 * more, 2.3)
     for row, (line, picture) in enumerate(zip(axes, pictures)):
-        shown, block = {plain(titles[row]): picture}, None
+        shown, block = {plain(titles[row], 22): picture}, None
         if with_tokens:
             block = max(tokens[row], key=lambda index, row=row: blamed[index, row])
             shown[f"tokens in block {block}"] = region_means(picture, torch.as_tensor(tokens[row][block]), shape)
@@ -51,12 +51,12 @@ def changed_pictures(pictures: Sequence[np.ndarray], told: Sequence[Mapping[str,
             axis.set_title(title, fontsize=9)
         _predictions(line[-2], told[row])
         line[-1].bar(range(len(blamed)), blamed[:, row], color=PALETTE[3], linewidth=0)
-        line[-1].axhline(0, color="0.4", linewidth=0.8)
+        line[-1].axhline(0, color=INK, linewidth=0.8)
         line[-1].tick_params(labelsize=8)
         line[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[-1][-2].set_xlabel(scored)
     axes[-1][-1].set_xlabel("block undone")
-    axes[0][-1].set_title("distance that goes", fontsize=9)
+    axes[0][-1].set_title("how much nearer", fontsize=9)
     handles = [axes[0][-2].barh(0, 0, color=look(index)["color"]) for index in range(len(told[0]))]
     legend_above(figure, handles, list(told[0]))
     return figure
@@ -90,12 +90,12 @@ def class_changes(rows: Sequence[Mapping[str, Any]], most: int = 10, *, what: st
         error = row.get("difference_se") or 0
         ends[:, place] = row["difference"] - row.get("low", row["difference"] - error), row.get(
             "high", row["difference"] + error) - row["difference"]
-    axis.barh(range(len(shown)), values, xerr=ends.clip(0), linewidth=0,
+    axis.barh(range(len(shown)), values, xerr=np.nan_to_num(ends).clip(0), linewidth=0,
               color=[PALETTE[0] if v >= 0 else PALETTE[3] for v in values],
-              error_kw={"elinewidth": 1, "ecolor": "0.3"})
+              error_kw={"elinewidth": 1, "ecolor": INK})
     axis.set_yticks(range(len(shown)), [plain(f"{row['class']} ({row['images']})") for row in shown], fontsize=8)
     axis.invert_yaxis()
-    axis.axvline(0, color="0.4", linewidth=0.8)
+    axis.axvline(0, color=INK, linewidth=0.8)
     axis.xaxis.set_major_locator(MaxNLocator(6))
     axis.set_xlabel(f"points of {what}, compressed less dense; lines: {bars}", fontsize=10)
     axis.set_title(f"{len(moved)} of {len(rows)} classes changed")

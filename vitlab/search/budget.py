@@ -72,17 +72,18 @@ class Budget:
         Each moves along its path: from nothing cut (t = -1) by scaling to itself (0), on to its non-zero ratios at
         their most (1), then to everything at its most (2), so that what it leaves alone is cut last; then whole
         sublayers are left out one after the other, up to all that may be (3), those first of which it cuts most: MLPs
-        before attentions, which take the tokens that they merge or select along, or, where that leads nowhere, either.
-        Where several counts fall at once the last step is too long: its dimensions are taken one by one, the coarsest
-        first, and what is left of the budget is given back by the groups in turn, the finest first; where nothing finer
-        is cut, the step is not made, and the finest groups are cut instead. A policy may still fail where nothing finer
-        is searched.
+        before attentions, which take the tokens that they merge or select along, or, where that leads nowhere, either
+        first, or attentions. Where several counts fall at once the last step is too long: its dimensions are taken one
+        by one, the coarsest first, and what is left of the budget is given back by the groups in turn, the finest
+        first; where nothing finer is cut, the step is not made, and the finest groups are cut instead. A policy may
+        still fail where nothing finer is searched.
         """
         fineness = np.array([FINENESS.get(group, 0) for group in self.groups or [""] * self.size])
         projected = self._along(policies, fineness, first=fineness)
-        short = ~self.meets(projected)
-        if any(self.whole) and short.any():
-            projected[short] = self._along(policies[short], fineness, first=np.zeros(self.size))
+        for first in (np.zeros(self.size), -fineness) if any(self.whole) else ():
+            short = ~self.meets(projected)
+            if short.any():
+                projected[short] = self._along(policies[short], fineness, first=first)
         return projected, self.meets(projected)
 
     def _along(self, policies: np.ndarray, fineness: np.ndarray, first: np.ndarray) -> np.ndarray:

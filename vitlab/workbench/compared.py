@@ -1,7 +1,8 @@
 """A dense model and one made from it, beside each other on the same images, and what is shown of that: the pictures
 that changed, what both models say and look at, and classes before and after."""
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ from vitlab.runtime.files import InputError
 from vitlab.runtime.uncertainty import digits_of, plus_minus, share_error, standard_error
 from vitlab.workbench.explore.maps import Tokens, tokens_of
 
+KEPT = 8                        # whole scenes whose predictions are kept
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Compared:
@@ -54,6 +57,7 @@ class Compared:
     of: str                         # which images these are, in words
 
     at_once = 64
+    moved_by = blamed_of = "distance"           # what `changes.distance` and `blamed` are of
 
     def inputs(self, chosen: Sequence[int]) -> Tensor:
         """Images by number, as the models take them (B, channels, h, w)."""
@@ -136,12 +140,11 @@ class Compared:
         """{title: picture (h, w, 3)} to be shown with an image: what each model takes from it, by attention rollout
         (none of a deployed model); without a classifier the nearest image of each, too."""
         picture, found = self.picture(i), {}
-        for name, each in (("dense", self.dense), ("compressed", self.compressed)):
-            try:
-                values = looked_at(each.model, self.inputs([i]))[0]
-            except InputError:
-                return found
-            found[f"{name}: rollout"] = over_grey(picture, values, self.dense.plan.shape)
+        with contextlib.suppress(InputError):                                   # both, or none
+            values = {name: looked_at(each.model, self.inputs([i]))[0]
+                      for name, each in (("dense", self.dense), ("compressed", self.compressed))}
+            found = {f"{name}: rollout": over_grey(picture, each, self.dense.plan.shape)
+                     for name, each in values.items()}
         if not output_of(self.dense.model).labelled:
             for name, numbers in (("dense", self.changes.dense), ("compressed", self.changes.compressed)):
                 found[f"{name}: nearest"] = self.picture(int(numbers[i, 0]))
@@ -170,6 +173,12 @@ class ComparedScenes(Compared):
     predictions those of the whole."""
 
     scored, at_once = "share of pixels", 8
+    moved_by, blamed_of = "share of pixels of another class", "KL of the middle's patches"
+
+    @functools.cached_property
+    def _masks(self) -> Callable[[int], tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
+        """`masks`, of the last few scenes kept: a whole one is some MB."""
+        return functools.lru_cache(maxsize=KEPT)(self._predicted)
 
     def called(self, number: int) -> str:
         return self.classes.get(number, f"class {number}")
@@ -177,19 +186,21 @@ class ComparedScenes(Compared):
     def title(self, i: int) -> str:
         return Path(self.images.path(i)).name
 
-    # of few images, and a study has one of these
-    @functools.lru_cache(maxsize=64)                                            # noqa: B019
     def masks(self, i: int) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         """(image (H, W, 3) in [0, 1], its truth (H, W), {model: classes (H, W)}) of a whole scene."""
+        image, truth, found = self._masks(i)
+        return image / 255, truth, found
+
+    def _predicted(self, i: int) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         image, truth = self.images.scene(i)
         if not self.changes.labelled:
             truth = np.full_like(truth, IGNORE)
         x, _ = measuring_transform(self.dense.model, whole=True)(image, truth)
         with torch.inference_mode():
             x = x[None].to(next(self.dense.model.parameters()).device)
-            found = {name: segment(each.model, x)[0].argmax(dim=0).cpu().numpy()
+            found = {name: segment(each.model, x)[0].argmax(dim=0).cpu().numpy().astype(np.int16)
                      for name, each in (("dense", self.dense), ("compressed", self.compressed))}
-        return np.asarray(image) / 255, truth, found
+        return np.asarray(image), truth, found
 
     def told(self, i: int) -> dict[str, list[tuple[str, float]]]:
         """{model: (class, its share of the pixels), the largest first} of a scene."""
@@ -204,8 +215,10 @@ class ComparedScenes(Compared):
         image, truth, found = self.masks(i)
         colours = class_colours(self.dense.model.num_classes)
         shown = {name: overlaid(in_grey(image), mask, colours, OPACITY) for name, mask in found.items()}
-        moved = difference(truth, found["dense"], found["compressed"], len(colours))
-        return shown | {"lost: orange, gained: blue": moved}
+        if self.changes.labelled:
+            moved = difference(truth, found["dense"], found["compressed"], len(colours))
+            shown["lost: orange, gained: blue"] = moved
+        return shown
 
     def scenes(self, chosen: Sequence[int]) -> Figure:
         """The scenes in rows: image, truth, both predictions, and what was lost and gained (`plots.predictions`)."""

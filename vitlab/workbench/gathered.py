@@ -1,6 +1,6 @@
 """What a model gives on a data set's images, gathered once and kept: what plans without labels are made from and
 measured by."""
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from vitlab.criteria.moments import Moments
 from vitlab.criteria.units import unit_criterion
 from vitlab.data.images import image_config
+from vitlab.measure.averaging import first_images
 from vitlab.measure.capture import token_scores
 from vitlab.measure.distance import output_of
 from vitlab.measure.moments import IMAGES as FISHER_IMAGES
@@ -43,16 +44,6 @@ def moments_cost(shape: ViTShape) -> float:
     """Forwards that the moments of an image take: one, and products of what goes into each layer with itself."""
     products = shape.depth * shape.num_tokens * (shape.num_neurons ** 2 + (shape.num_heads * shape.head_dim) ** 2)
     return 1 + products / (1e9 * cost.gmacs(CompressionPlan.empty(shape)))
-
-
-def first_images(batches: Sequence[tuple[Tensor, Tensor]], count: int) -> list[tuple[Tensor, Tensor]]:
-    """Of batches, the first so many images."""
-    found = []
-    for images, targets in batches:
-        if count > 0:
-            found.append((images[:count], targets[:count]))
-        count -= len(images)
-    return found
 
 
 class LayerFiles(Mapping[Layer, Moments]):

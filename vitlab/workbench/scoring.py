@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitlab.criteria.units import UnitScores, unit_criterion
 from vitlab.data import ImageData
+from vitlab.measure.averaging import first_images
 from vitlab.measure.capture import scored, token_scores
 from vitlab.measure.distance import output_of
 from vitlab.measure.objective import PlanObjective
@@ -136,6 +137,13 @@ def read_units(path: str | Path) -> UnitScores:
                       made_by={"read_from": Path(path).name})
 
 
+def _check_mark(path: Path, mark: dict[str, str]) -> None:
+    with safe_open(path, "pt") as file:
+        if (file.metadata() or {}).get("made_for") != mark["made_for"]:
+            raise InputError(f"{path}: scores of something else than this study; remove the file and they are made "
+                             f"anew")
+
+
 def scores_of(study: Study, model: nn.Module, parts: ImageData, device: torch.device, workers: int | None,
               progress: bool) -> dict[str, Tensor]:
     """The scores that a plan of this study needs, from its folder where they were made before, for this study."""
@@ -147,11 +155,6 @@ def scores_of(study: Study, model: nn.Module, parts: ImageData, device: torch.de
     def batches():
         return parts.batches("score", model, workers=workers) if "score" in parts.roles else ()
 
-    def check(path: Path) -> None:
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("made_for") != mark["made_for"]:
-                raise InputError(f"{path}: scores of something else than this study; remove the file and they are made "
-                                 f"anew")
     if study.space.units:
         path = study.folder / UNIT_SCORES
         if not path.exists():
@@ -159,7 +162,7 @@ def scores_of(study: Study, model: nn.Module, parts: ImageData, device: torch.de
                                progress=progress)
             write_units(path, made, mark)
         units = read_units(path)
-        check(path)
+        _check_mark(path, mark)
         scores |= {"heads": units.heads, "neurons": units.neurons}
     if study.space.by_place:
         path = study.folder / TOKEN_SCORES
@@ -168,14 +171,17 @@ def scores_of(study: Study, model: nn.Module, parts: ImageData, device: torch.de
                          save({"token_scores": token_scores(model, batches(), device=device,
                                                             progress=progress).contiguous()}, mark))
         scores["tokens"] = read_scores(path)[0]
-        check(path)
+        _check_mark(path, mark)
     return scores
 
 
 def replacements_of(study: Study, objective: PlanObjective) -> Tensor:
-    """`better_nothing` of the study's space, on the first of the images to choose on; kept in its folder."""
-    path = study.folder / REPLACEMENTS
+    """`better_nothing` of the study's space, on the first of the images to choose on, of which a refit knows the mean;
+    kept in its folder."""
+    path, about = study.folder / REPLACEMENTS, study.info["about"]
+    mark = {"made_for": f"{about['inputs']} seed {study.seed} images {about['roles']} metric {about['metric']}"}
     if not path.exists():
-        few = objective.on([(images[:REPLACED_ON], targets[:REPLACED_ON]) for images, targets in objective.batches[:1]])
-        atomic_write(path, save({"nothing": better_nothing(few, study.space.shape, study.space.units)}))
+        few = objective.on(first_images(objective.batches, REPLACED_ON))
+        atomic_write(path, save({"nothing": better_nothing(few, study.space.shape, study.space.units)}, mark))
+    _check_mark(path, mark)
     return read_file(path)["nothing"]

@@ -125,7 +125,7 @@ def search(source: Source, data: Data,
         published_count: count multiply-adds, and rank tokens, as arXiv 2201.00043 does
         units: neurons,heads,widths (of queries and keys), some of them or none
         tokens: none, select, merge, share or match, the last four with _per_stage for ratios of their own, or
-            merge_per_span (default: select; match without a class token or of a Segmenter)
+            merge_per_span (default: select; match without a class token, with RoPE or of a Segmenter)
         max_ratio: largest ratio; int(count * (1 - ratio)) stay, so of few heads one may go (0.5: as published)
         sublayers: whether all heads, or all neurons, of a block may go: its attention or MLP is left out
         multiple: neurons that stay, and widths of heads, are so many, or a multiple: 8, 16 or 32, as kernels like
@@ -137,8 +137,7 @@ def search(source: Source, data: Data,
         start: how the population is drawn; sensitivity: each dimension is measured alone first (default: the
             settings')
         parallel: policies proposed at a time (default: as many as there are processes)
-        minutes: for the whole, at most; what was found by then is reported, and the same command goes on (default: no
-            limit)
+        minutes: for the whole, at most; what was found is reported, and the same command goes on (default: no limit)
         metric: top-1, of a Segmenter mIoU, or the distance to the dense model's output
         criterion: that ranks heads and neurons
         compensate: refit what is left of each cut layer before a policy is measured
@@ -184,13 +183,14 @@ def search(source: Source, data: Data,
                                                about=about))
     scores = processes.after_first(lambda: scores_of(study, found.model, parts, place, workers, progress))
     build = {}
-    if compensate and space.units:
+    if compensate and space.units:              # which knows the mean of a sublayer, too
         scored = parts.batches("score", found.model, workers=workers)
         with processes.alone():
             build = {"build": by_moments(dict(each_moments(found.model.to(place), scored, space.units,
                                                            amp=amp_of(found.model))))}
     objective = objective_on(found.model, parts, "choose", metric, place, workers, **build)
-    scores |= {"nothing": processes.after_first(lambda: replacements_of(study, objective))} if sublayers else {}
+    if sublayers and build:
+        scores["nothing"] = processes.after_first(lambda: replacements_of(study, objective))
     until = np.inf
     if progress or minutes is not None:
         rate = images_per_second(objective.dense, objective.batches[0][0][:32], objective.amp)

@@ -1,9 +1,10 @@
 """What the explorers share: a widget that is a figure where there are none, and a picture of cells to point at."""
 import asyncio
 import base64
+import html
 import io
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,14 @@ import ipywidgets
 import matplotlib.pyplot as plt
 import numpy as np
 import traitlets
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
+from vitlab.plots.base import INK
+
+WIDTH, DRAWN = 380, 448         # of a picture on the page, in CSS pixels, and of its drawing with borders, at least
+COLUMNS, SAID = 6, 3            # pictures of a sheet that stand side by side, and predictions of each model
 PAGE = "calc(100% - 4px)"                       # of its width, what a widget's margins leave
 _DRAWING = threading.RLock()                    # JupyterLab may have widgets answered in threads; pyplot knows of none
 _TASKS: set[asyncio.Task] = set()               # a loop holds its tasks weakly
@@ -116,3 +122,29 @@ def repeat(look: Callable[[], bool], seconds: float) -> asyncio.Task:
     _TASKS.add(task)
     task.add_done_callback(_TASKS.discard)
     return task
+
+
+def tiled(pictures: Sequence[tuple[str, np.ndarray]], side: int = 224) -> np.ndarray:
+    """Pictures in rows of COLUMNS, each under its name, as one (h, w, 4) on no ground: drawn in some ms."""
+    height = 22 + max(side * image.shape[0] // image.shape[1] for _, image in pictures)
+    whole = Image.new("RGBA", (COLUMNS * (side + 6), -(-len(pictures) // COLUMNS) * (height + 6)))
+    draw, font = ImageDraw.Draw(whole), ImageFont.load_default(size=15)
+    for place, (name, image) in enumerate(pictures):
+        x, y = place % COLUMNS * (side + 6), place // COLUMNS * (height + 6)
+        draw.text((x + 2, y + 2), name[-26:], fill=to_hex(INK), font=font)
+        small = Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8))
+        whole.paste(small.resize((side, side * image.shape[0] // image.shape[1])), (x, y + 22))
+    return np.asarray(whole) / 255
+
+
+def table(told: Mapping[str, Sequence[tuple[str, float]]]) -> str:
+    """{model: (class, probability), the likeliest first} in HTML, a row for each model."""
+    lines = [[name, *(f"{label} {p:.2f}" for label, p in each[:SAID])] for name, each in told.items()]
+    rows = "".join(f"<tr><td>{'</td><td>'.join(map(html.escape, line))}</td></tr>" for line in lines)
+    return f"<table>{rows}</table>"
+
+
+def enlarged(image: np.ndarray) -> np.ndarray:
+    """An image (h, w, 3) of DRAWN pixels at least, each repeated."""
+    zoom = -(-DRAWN // max(image.shape[:2]))
+    return image.repeat(zoom, 0).repeat(zoom, 1)

@@ -13,9 +13,8 @@ from vitlab.plots.base import as_array
 from vitlab.plots.tokens import bordered
 from vitlab.runtime.files import InputError
 from vitlab.workbench.compared import Compared
-from vitlab.workbench.explore.base import Cells, Explorer, Menu, array_png, observe, row
+from vitlab.workbench.explore.base import WIDTH, Cells, Explorer, Menu, array_png, enlarged, observe, row, table
 from vitlab.workbench.explore.choosing import WIDE
-from vitlab.workbench.explore.token_map import WIDTH, enlarged, table
 
 PAUSE = 0.4                     # seconds that a picture has to stay
 
@@ -36,12 +35,13 @@ class ChangesExplorer(Explorer):
         self.blames: dict[int, np.ndarray | None] = {}
         self.waiting: asyncio.TimerHandle | None = None
         # some forwards each
-        self.tokens, self.beside = (functools.lru_cache(maxsize=64)(each) for each in (found.tokens, found.beside))
-        self.panels = {title: Cells(width=WIDTH // 2) for title in self.beside(every[0])}
+        self.tokens, self.beside = (functools.lru_cache(maxsize=64)(each) for each in (found.tokens, self._beside))
+        self.panels = {title: Cells(width=WIDTH // 2, grid=(0, 0)) for title in self.beside(every[0])}
         boxes = [ipywidgets.VBox([ipywidgets.HTML(f"<b>{title}</b>"), cells]) for title, cells in self.panels.items()]
         self.children = [row(self.which, self.image), self.block, row(self.cells, self.line), row(*boxes)]
         observe([self.which], self._list)
-        observe([self.image, self.block], self._show)
+        observe([self.image], self._show)
+        observe([self.block], self._tokens)
         self._list()
 
     @property
@@ -67,15 +67,26 @@ class ChangesExplorer(Explorer):
         found = self.tokens(self.chosen)
         return found[self.block.value].regions if found else np.arange(self.plan.shape.num_patches)
 
-    def _show(self, change: Any = None) -> None:
+    def _beside(self, number: int) -> dict[str, bytes]:
+        """What stands beside the image as PNGs, no larger than they are shown."""
+        shown = {}
+        for title, image in self.found.beside(number).items():
+            every = -(-max(image.shape[:2]) // WIDTH)
+            shown[title] = array_png(enlarged(image[::every, ::every]))
+        return shown
+
+    def _tokens(self, change: Any = None) -> None:
         number, regions = self.chosen, self._regions()
         with self.cells.hold_sync():
             self.cells.picture = array_png(bordered(enlarged(self.found.picture(number)), regions, self.plan.shape))
             self.cells.groups = regions.tolist()
             self.cells.alt = f"tokens of the picture {self.found.title(number)} in block {self.block.value}"
-        for title, image in self.beside(number).items():
-            self.panels[title].picture = array_png(enlarged(image))
-            self.panels[title].alt = f"{title}, {self.found.title(number)}"
+
+    def _show(self, change: Any = None) -> None:
+        self._tokens()
+        for title, picture in self.beside(self.chosen).items():
+            self.panels[title].picture = picture
+            self.panels[title].alt = f"{title}, {self.found.title(self.chosen)}"
         self._say()
         self._soon()
 
@@ -97,9 +108,9 @@ class ChangesExplorer(Explorer):
     def _say(self) -> None:
         number, blames = self.chosen, self.blames.get(self.chosen)
         worst = "" if blames is None or blames.max() <= 0 else (
-            f"; block {blames.argmax()} undone, {blames.max():.4f} of it goes")
-        self.line.value = (f"<b>{html.escape(self.found.title(number))}</b>{table(self.found.told(number))}distance "
-                           f"{self.found.changes.distance[number]:.4f}{worst}")
+            f"; block {blames.argmax()} undone, {self.found.blamed_of} falls by {blames.max():.4f}")
+        self.line.value = (f"<b>{html.escape(self.found.title(number))}</b>{table(self.found.told(number))}"
+                           f"{self.found.moved_by} {self.found.changes.distance[number]:.4f}{worst}")
 
     def _figure(self) -> Figure:
         blames = self.blamed()

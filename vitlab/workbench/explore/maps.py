@@ -12,6 +12,7 @@ from vitlab.criteria.planning import prune_and_merge
 from vitlab.measure.averaging import frozen_eval, hooks
 from vitlab.measure.capture import token_places
 from vitlab.models import compress, shape_of
+from vitlab.models.families import attention_input
 from vitlab.models.select import SelectBlock
 from vitlab.plan import BlockPlan, CompressionPlan, tokens
 from vitlab.plan.cost import gmacs
@@ -54,7 +55,7 @@ def selected(model: nn.Module, x: Tensor, shape: ViTShape) -> dict[int, Tensor]:
     def hook(index: int):
         def before(block: SelectBlock, inputs: tuple[Tensor]) -> None:
             nonlocal shares
-            ranking = block.attend(block.block.norm1(inputs[0]))[1].cpu()
+            ranking = block.attend(attention_input(block.block, inputs[0]))[1].cpu()
             # what is done to tokens, done to one-hot rows
             shares = tokens.select(shares, ranking, block.rule.kept, prefix)
             found[index] = shares[0, prefix:, prefix:]

@@ -24,10 +24,10 @@ from vitlab.plots.base import to_image
 from vitlab.plots.colours import GREY, class_colours, overlaid
 from vitlab.plots.scenes import OPACITY, OUTCOMES, difference, in_grey, scene_moment
 from vitlab.plots.tokens import bordered, tinted
-from vitlab.workbench.explore.base import row
+from vitlab.workbench.explore.base import enlarged, row
 from vitlab.workbench.explore.choosing import WIDE
 from vitlab.workbench.explore.maps import Maps
-from vitlab.workbench.explore.token_map import RuleExplorer, enlarged
+from vitlab.workbench.explore.token_map import RuleExplorer
 
 LATE = {"continuous_update": False}             # of a slider each of whose values runs the model
 

@@ -2,7 +2,7 @@
 what the dense and the compressed model say of it, and what the plan costs."""
 import functools
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -12,9 +12,9 @@ import numpy as np
 import torch
 import traitlets
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from vitlab.measure.averaging import frozen_eval
 from vitlab.measure.distance import output_of, outputs, pooled
 from vitlab.models import shape_of
 from vitlab.plan import CompressionPlan, tokens
@@ -22,41 +22,27 @@ from vitlab.plan.rules import MergeReconstruct
 from vitlab.plots import matched_map, merge_map, token_sheet, token_strip
 from vitlab.plots.tokens import bordered, plain, region_means, through_matrices, through_means, tinted
 from vitlab.runtime.files import InputError
-from vitlab.workbench.explore.base import Cells, Explorer, Menu, array_png, observe, row
+from vitlab.workbench.explore.base import (
+    COLUMNS,
+    SAID,
+    WIDTH,
+    Cells,
+    Explorer,
+    Menu,
+    array_png,
+    enlarged,
+    observe,
+    row,
+    table,
+    tiled,
+)
 from vitlab.workbench.explore.choosing import MAX_BYTES, WIDE, PictureChooser, decode
 from vitlab.workbench.explore.maps import BY_PLACE, GIVEN, Maps, Tokens
 from vitlab.workbench.pictures import as_input
 from vitlab.workbench.steps import Source, open_dense
 
-WIDTH, DRAWN = 380, 448         # of a picture on the page, in CSS pixels, and of its drawing with borders, at least
 NOTHING, BLOCKS, PICTURES = "nothing", "all blocks of the picture", "the block of all pictures"       # shown below
-MOST, COLUMNS, SAID = 24, 6, 3  # pictures of a sheet, how many stand side by side, and predictions of each model
-
-
-def tiled(pictures: Mapping[str, np.ndarray], side: int = 224) -> np.ndarray:
-    """Pictures in rows of COLUMNS, each under its name, as one (h, w, 3): drawn in some ms."""
-    height = 22 + max(side * image.shape[0] // image.shape[1] for image in pictures.values())
-    whole = Image.new("RGB", (COLUMNS * (side + 6), -(-len(pictures) // COLUMNS) * (height + 6)), "white")
-    draw, font = ImageDraw.Draw(whole), ImageFont.load_default(size=15)
-    for place, (name, image) in enumerate(pictures.items()):
-        x, y = place % COLUMNS * (side + 6), place // COLUMNS * (height + 6)
-        draw.text((x + 2, y + 2), name[-26:], fill="black", font=font)
-        small = Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8))
-        whole.paste(small.resize((side, side * image.shape[0] // image.shape[1])), (x, y + 22))
-    return np.asarray(whole) / 255
-
-
-def table(told: Mapping[str, Sequence[tuple[str, float]]]) -> str:
-    """{model: (class, probability), the likeliest first} in HTML, a row for each model."""
-    lines = [[name, *(f"{label} {p:.2f}" for label, p in each[:SAID])] for name, each in told.items()]
-    rows = "".join(f"<tr><td>{'</td><td>'.join(map(html.escape, line))}</td></tr>" for line in lines)
-    return f"<table>{rows}</table>"
-
-
-def enlarged(image: np.ndarray) -> np.ndarray:
-    """An image (h, w, 3) of DRAWN pixels at least, each repeated."""
-    zoom = -(-DRAWN // max(image.shape[:2]))
-    return image.repeat(zoom, 0).repeat(zoom, 1)
+MOST = 24                       # pictures of a sheet
 
 
 class RuleExplorer(Explorer):
@@ -121,8 +107,9 @@ class TokenMap(RuleExplorer):
 
     def _outputs(self, name: str, *key: Any) -> Tensor:
         """What the dense model, or with a key the compressed one, gives for a picture, as it is compared."""
-        with torch.inference_mode():
-            return outputs(self.maps.compressed(*key) if key else self.maps.model, self.maps.taken(name)).cpu()
+        model = self.maps.compressed(*key) if key else self.maps.model
+        with frozen_eval(model), torch.inference_mode():
+            return outputs(model, self.maps.taken(name)).cpu()
 
     def told(self) -> dict[str, list[tuple[str, float]]]:
         """{model: (class, probability), the likeliest first} of the picture; of a Segmenter the shares of its patches;
@@ -166,10 +153,10 @@ class TokenMap(RuleExplorer):
         self.tiles.layout.display = "none" if self.view.value == NOTHING else None
         if self.view.value == NOTHING:
             return
-        shape, drawn = self.maps.shape, {}
+        shape, drawn = self.maps.shape, []
         for name, (image, seen) in self.several().items():
             means = region_means(image, torch.from_numpy(seen.regions), shape)
-            drawn[Path(name).name] = bordered(tinted(means, seen.aside, shape), seen.regions, shape)
+            drawn.append((Path(name).name, bordered(tinted(means, seen.aside, shape), seen.regions, shape)))
         with self.tiles.hold_sync():
             self.tiles.grid, self.tiles.picked = (-(-len(drawn) // COLUMNS), COLUMNS), -1
             self.tiles.picture, self.tiles.alt = array_png(tiled(drawn)), self.view.value
