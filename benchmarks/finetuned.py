@@ -35,7 +35,7 @@ from vitlab.models.checkpoint import Checkpoint
 from vitlab.models.opening import open_model
 from vitlab.plan import CompressionPlan, cost
 from vitlab.runtime.config import RunConfig
-from vitlab.runtime.files import append_line, read_lines
+from vitlab.runtime.files import append_line, atomic_write, read_json, read_lines
 from vitlab.runtime.uncertainty import standard_error
 from vitlab.search import SearchSpace
 from vitlab.training.loop import fit
@@ -298,11 +298,18 @@ def main(argv: Sequence[str] | None = None) -> Bench:
     elif args.epochs % STEPS:
         parser.error(f"--epochs {args.epochs}: a plan is also cut in {STEPS} turns of as many epochs; a multiple of "
                      f"{STEPS} is needed")
+    settings = {name: str(getattr(args, name)) for name in
+                ("weights", "model", "data", "resolution", "dense_epochs", "epochs", "evaluations", "quick")}
+    kept = args.run / "settings.json"
+    if kept.exists() and read_json(kept) != settings:
+        parser.error(f"--run {args.run}: its trainings are of other settings ({read_json(kept)}); another folder is "
+                     f"needed")
     args.run.mkdir(parents=True, exist_ok=True)
+    atomic_write(kept, json.dumps(settings))
     bench = Bench(args)
     bench.add(DENSE, 0, lambda: bench.cut(CompressionPlan.empty(bench.shape)))
     for seed in args.seeds:
-        for method in args.methods:
+        for method in dict.fromkeys([CONTROL, *args.methods]):                  # which the others stand beside
             bench.add(method, seed, lambda method=method, seed=seed: METHODS[method](bench, seed))
     return bench
 

@@ -450,8 +450,9 @@ def int8(rows: list[dict]) -> str:
 
 def finetuned(rows: list[dict]) -> str:
     """A line per method: the draw with the median top-1, and the range over draws. Of what was measured twice the
-    last."""
+    last, of the last model, resolution and epochs alone."""
     drawn: dict[str, dict[int, dict]] = {}
+    rows = [r for r in rows if all(r[key] == rows[-1][key] for key in ("model", "resolution", "epochs"))]
     for r in rows:
         drawn.setdefault(r["method"], {})[r["seed"]] = r
     name, notes = _speed(rows)

@@ -53,7 +53,7 @@ def token_shares(model: nn.Module, images: Tensor) -> Tensor:
 
     Raises InputError for a deployed model, whose tokens are folded across blocks, or a family that can't be handled.
     """
-    if any(isinstance(block, (Fold, FoldedBlock)) for block in model.blocks):
+    if any(isinstance(block, (Fold, FoldedBlock)) for block in getattr(model, "blocks", ())):
         raise InputError("the model is deployed, its matrices folded into its blocks; attention is rolled out of the "
                          "training form (the run folder, not deployed/)")
     check_supported(model)
