@@ -326,7 +326,8 @@ def test_a_search_meets_a_budget_that_only_whole_sublayers_can_meet(tmp_path, da
     options = {"macs_ratio": 0.35, "tokens": "none", "settings": SHORT, "images": 24, "score_images": 32, "config": FEW}
     with pytest.raises(InputError, match="can't be met"):
         searching.search(dense_checkpoint(depth=4), data, tmp_path / "plain", **options)
-    study = searching.search(dense_checkpoint(depth=4), data, tmp_path / "s", sublayers=True, compensate=True, **options)
+    study = searching.search(dense_checkpoint(depth=4), data, tmp_path / "s", sublayers=True, compensate=True,
+                             **options)
     plan = CompressionPlan.load(tmp_path / "s" / searching.PLAN)
     assert any(block.leaves_out(kind) for block in plan.blocks for kind in ("heads", "neurons"))
     nothing = load_file(tmp_path / "s" / scoring.REPLACEMENTS)["nothing"]
