@@ -85,7 +85,7 @@ def _by_gradient(model: nn.Module, average: Callable[..., Averages], absolute: s
 
 
 def seen_attention(model: nn.Module, found: list, reduce: Callable[[Tensor], Tensor],
-                    queries: int | None = None) -> contextlib.AbstractContextManager[None]:
+                   queries: int | None = None) -> contextlib.AbstractContextManager[None]:
     """Inside, found[l] becomes reduce(softmax attention of block l (B, H, queries, N)), of the first `queries` tokens
     (None: of all that ask) to every token; where the attention is left out it stays what it was."""
     scales: list[Any] = [getattr(attention_block(block).attn, "scale", None) for block in model.blocks]

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from vitlab.measure.averaging import hooks
 from vitlab.measure.distance import output_of, outputs, pooled
 from vitlab.models import attention_block, compress
-from vitlab.models.deploy import FoldedBlock
+from vitlab.models.deploy import is_deployed
 from vitlab.models.held import Held
 from vitlab.models.merge import TokenBlock
 from vitlab.models.weights import read_file
@@ -152,7 +152,7 @@ def _whole(cut: BlockPlan) -> BlockPlan:
 def undone(dense: nn.Module, model: nn.Module, plan: CompressionPlan, block: int) -> nn.Module:
     """The compressed model with one block as it is in the dense one, weights too: what the plan does in it is undone,
     and all other blocks stay. Raises InputError for a model whose matrices are folded."""
-    if any(isinstance(each, FoldedBlock) for each in model.blocks):
+    if is_deployed(model):
         raise InputError("the model is deployed, its matrices folded into its blocks; the training form (the run "
                          "folder, not deployed/) says which block is to blame")
     left = [_whole(each) if index == block else each for index, each in enumerate(plan.blocks)]

@@ -15,7 +15,7 @@ from vitlab.criteria.hsic import at_least_float32
 from vitlab.measure.averaging import frozen_eval, hooks
 from vitlab.measure.capture import seen_attention, token_places
 from vitlab.models import check_supported
-from vitlab.models.deploy import Fold, FoldedBlock
+from vitlab.models.deploy import is_deployed
 from vitlab.models.families import attention_input
 from vitlab.models.match import MatchBlock
 from vitlab.models.merge import TokenBlock
@@ -53,7 +53,7 @@ def token_shares(model: nn.Module, images: Tensor) -> Tensor:
 
     Raises InputError for a deployed model, whose tokens are folded across blocks, or a family that can't be handled.
     """
-    if any(isinstance(block, (Fold, FoldedBlock)) for block in getattr(model, "blocks", ())):
+    if is_deployed(model):
         raise InputError("the model is deployed, its matrices folded into its blocks; attention is rolled out of the "
                          "training form (the run folder, not deployed/)")
     check_supported(model)

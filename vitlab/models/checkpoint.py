@@ -16,7 +16,7 @@ import vitlab
 from vitlab.models import compress, deploy, encoder_of
 from vitlab.models.compress import check_agrees
 from vitlab.models.create import architecture, rebuild
-from vitlab.models.deploy import FoldedBlock
+from vitlab.models.deploy import is_deployed
 from vitlab.models.hub import HUB, OURS, SETTINGS, check_settings, download, set_settings, settings_of
 from vitlab.models.segmenter import Segmenter, rebuild_segmenter, segmenter_source
 from vitlab.models.weights import check_fits, load_state, read_state
@@ -50,11 +50,6 @@ def versions() -> dict[str, str]:
     """What a result depends on besides data and seed."""
     return {"vitlab": vitlab.__version__, "torch": torch.__version__, "timm": timm.__version__,
             "python": platform.python_version()}
-
-
-def is_deployed(model: nn.Module) -> bool:
-    """Whether its blocks are no longer those of the training form."""
-    return any(isinstance(b, FoldedBlock) for b in model.blocks)
 
 
 def save(folder: str | Path, model: nn.Module, plan: CompressionPlan, *, classes: list[str] | None = None,

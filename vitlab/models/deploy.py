@@ -52,6 +52,11 @@ class FoldedBlock(nn.Module):
         return x if self.unfold is None else self.unfold(x)
 
 
+def is_deployed(model: nn.Module) -> bool:
+    """Whether its blocks are no longer those of the training form."""
+    return any(isinstance(block, FoldedBlock) for block in getattr(model, "blocks", ()))
+
+
 def deploy(model: nn.Module, *, at: str = "", inplace: bool = False) -> nn.Module:
     """A copy of a compressed model in its folded form, in eval mode: the same logits (float32: 1e-4), fewer MACs.
 

@@ -20,7 +20,7 @@ from vitlab.measure.changes import blame
 from vitlab.measure.distance import output_of
 from vitlab.measure.rollout import looked_at
 from vitlab.models.checkpoint import Checkpoint
-from vitlab.models.deploy import Fold, FoldedBlock
+from vitlab.models.deploy import is_deployed
 from vitlab.models.support import encoder_of
 from vitlab.models.windows import segment
 from vitlab.plan.shape import require
@@ -118,7 +118,7 @@ class Compared:
 
     def tokens(self, i: int) -> list[Tokens]:
         """The tokens in each block of an image; [] of a deployed model, whose blocks have lost their places."""
-        if any(isinstance(block, (Fold, FoldedBlock)) for block in self.compressed.model.blocks):
+        if is_deployed(self.compressed.model):
             return []
         return tokens_of(self.compressed.plan, lambda: self.compressed.model, lambda: self.inputs([i]))
 
