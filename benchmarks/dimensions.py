@@ -7,8 +7,8 @@ tokens merged by content.
 Each cut alone is measured once, in the widest space, and its rows serve the others. Of every space and budget there are
 two plans, the one that the curves say and the nearest of that and the search's best, both in their best form, with the
 distance to the dense model and top-1 less the dense one's on validation images that nothing else sees. One row a plan,
-in RUN/rows.jsonl as it is measured, which a run that was stopped goes on from; `--write RUN RUN` puts the medians of
-their rows over seeds into benchmarks/results/dimensions.jsonl.
+in RUN/rows.jsonl as it is measured, which a run that was stopped goes on from; `--write RUN RUN` puts them beside those
+in benchmarks/results/dimensions.jsonl.
 """
 import dataclasses
 import itertools
@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tonight_quality import EVALUATIONS, FINALISTS, QUICK, Validation, medians, parser_of
+from tonight_quality import EVALUATIONS, FINALISTS, QUICK, Validation, keep, parser_of
 from torch import Tensor
 
 from vitlab.measure.moments import KINDS, each_moments, layers_of
 from vitlab.models import deploy
 from vitlab.plan import cost
 from vitlab.runtime.config import RunConfig
-from vitlab.runtime.files import append_line, read_lines, write_lines
+from vitlab.runtime.files import append_line, read_lines
 from vitlab.search import Budget
 from vitlab.search.allocation import levels
 from vitlab.search.sampling import Problem
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=EVALUATIONS)
     args = parser.parse_args()
     if args.write:
-        write(args.write)
+        keep(RESULTS, args.write, ("model", "gmacs_limit", "space", "what", "seed"))
         return
     args.run.mkdir(parents=True, exist_ok=True)
     found, path = open_model(args.weights, model=args.model), args.run / "rows.jsonl"
@@ -121,12 +121,6 @@ def main() -> None:
                        "seconds": round(time.perf_counter() - began, 1), "plan": json.loads(plan.to_json())}
                 append_line(path, row)
                 print({k: v for k, v in row.items() if k != "plan"}, flush=True)
-
-
-def write(runs: list[Path]) -> None:
-    """Medians over seeds, of all rows of some runs."""
-    write_lines(RESULTS, medians(runs, ("model", "gmacs_limit", "space", "what"),
-                                 {"left_out": "left_out", "widths": "widths"}))
 
 
 if __name__ == "__main__":

@@ -365,7 +365,19 @@ def opening(rows: list[dict]) -> str:
                    for r in rows])
 
 
+def _medians(rows: list[dict], *names: str) -> list[dict]:
+    """One row of all draws that share what the names say: medians, and the distance of each draw."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return [dict(zip(names, key)) | {"draws": [r["distill_loss"] for r in of], "images": of[0]["images"]}
+            | {name: statistics.median(r[name] for r in of) for name in ("distill_loss", "distill_loss_se",
+                                                                         "against_dense", "against_dense_se")}
+            for key, of in groups.items()]
+
+
 def tonight_quality(rows: list[dict]) -> str:
+    rows = _medians(rows, "model", "photographs", "what", "gmacs_limit")
     limits = sorted({r["gmacs_limit"] for r in rows}, reverse=True)
     found = {(r["model"], r["photographs"], r["what"], r["gmacs_limit"]): r for r in rows}
     lines = list(dict.fromkeys(key[:3] for key in found))
@@ -384,7 +396,7 @@ def tonight_quality(rows: list[dict]) -> str:
 
 
 def tonight_quality_short(rows: list[dict]) -> str:
-    rows = [r for r in rows if r["what"] == "tonight" and r["photographs"] == 1000]
+    rows = _medians([r for r in rows if r["what"] == "tonight" and r["photographs"] == 1000], "model", "gmacs_limit")
     limits = sorted({r["gmacs_limit"] for r in rows}, reverse=True)
     found = {(r["model"], r["gmacs_limit"]): r for r in rows}
     lines = [[model.split("_patch")[0] + (", AugReg" if "augreg" in model else ""),

@@ -5,16 +5,15 @@ budget, number of photographs and draw, measured on validation images that nothi
         [--photographs 1000 200] [--seeds 0 1 2] [--gmacs 0.75 0.6 0.45] [--device cuda] [--quick]
 
 Photographs are drawn by seed, and divided as `tonight` divides them (70 % to fit on, 15 % to choose on). One row a
-plan, in RUN/rows.jsonl as it is measured, which a run that was stopped goes on from; `--write RUN RUN` puts the medians
-of all their rows into benchmarks/results/tonight_quality.jsonl. Of every plan there are the distance to the dense model
-and top-1 less the dense one's, with standard errors over images.
+plan, in RUN/rows.jsonl as it is measured, which a run that was stopped goes on from; `--write RUN RUN` puts them beside
+those in benchmarks/results/tonight_quality.jsonl. Of every plan there are the distance to the dense model and top-1
+less the dense one's, with standard errors over images.
 """
 import argparse
 import contextlib
 import itertools
 import json
 import os
-import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,7 +83,8 @@ def parser_of(doc: str, gmacs: list[float]) -> argparse.ArgumentParser:
     for option in ("--weights", "--model", "--cal", "--val"):
         parser.add_argument(option)
     parser.add_argument("--run", type=Path)
-    parser.add_argument("--write", nargs="+", type=Path, metavar="RUN", help="only write the results of these runs")
+    parser.add_argument("--write", nargs="+", type=Path, metavar="RUN",
+                        help="only keep the rows of these runs with the results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--gmacs", type=float, nargs="+", default=gmacs)
     parser.add_argument("--device", default="cpu")
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--photographs", type=int, nargs="+", default=[1000, 200])
     args = parser.parse_args()
     if args.write:
-        write(args.write)
+        keep(RESULTS, args.write, ("model", "photographs", "gmacs_limit", "what", "seed"))
         return
     args.run.mkdir(parents=True, exist_ok=True)
     found, device, path = open_model(args.weights, model=args.model), torch.device(args.device), args.run / "rows.jsonl"
@@ -138,24 +138,12 @@ def compared(survey: Survey, limit: float, evaluations: int) -> Iterator[tuple[s
     yield "tonight", survey.best([*plans, *survey.search("all together", limit, evaluations)[:FINALISTS]])
 
 
-def medians(runs: list[Path], names: tuple[str, ...], lists: dict[str, str]) -> Iterator[dict]:
-    """Of all rows of some runs that share what `names` say, one with their medians over seeds. lists: of which columns
-    the new one has all values, under which names."""
-    groups: dict[tuple, dict[int, dict]] = {}
-    for row in (row for run in runs for row in read_lines(run / "rows.jsonl")):     # one that went on has some twice
-        groups.setdefault(tuple(row[name] for name in names), {})[row["seed"]] = row
-    for key, rows in ((key, list(draws.values())) for key, draws in sorted(groups.items())):
-        yield dict(zip(names, key)) | {
-            **{name: statistics.median(row[name] for row in rows) for name in
-               ("gmacs", "distill_loss", "distill_loss_se", "against_dense", "against_dense_se")},
-            "draws": [round(row["distill_loss"], 4) for row in rows], "seeds": [row["seed"] for row in rows],
-            **{new: [row[name] for row in rows] for name, new in lists.items()},
-            "images": rows[0]["images"], "device": rows[0]["device"]}
-
-
-def write(runs: list[Path]) -> None:
-    """Medians over draws, of all rows of some runs."""
-    write_lines(RESULTS, medians(runs, ("model", "photographs", "gmacs_limit", "what"), {"form": "forms"}))
+def keep(results: Path, runs: list[Path], names: tuple[str, ...]) -> None:
+    """The rows of some runs, less their plans, in the place of those that these names say are the same."""
+    kept = {tuple(row[name] for name in names): row for path in (results, *(run / "rows.jsonl" for run in runs))
+            for row in read_lines(path)}
+    write_lines(results, [{name: value for name, value in row.items() if name != "plan"}
+                          for _, row in sorted(kept.items())])
 
 
 if __name__ == "__main__":
