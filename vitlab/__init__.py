@@ -3,6 +3,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from vitlab.runtime.cores import share_cores
+from vitlab.runtime.files import InputError
 
 share_cores()                   # before torch is imported: it reads the environment once
 __version__ = "0.1.0"

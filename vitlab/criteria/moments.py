@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor
 
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import require
 
 # of a product with itself, at a time; the other half is its mirror image: 768 inputs take 0.65 of the time
 COLUMNS = 256
@@ -68,8 +68,7 @@ class Moments:
     def covariance(self, ridge: float = 0) -> Tensor:
         """Covariance (K, K), its diagonal raised by ridge times its mean. Raises InputError where nothing was
         gathered."""
-        if not self.rows:
-            raise InputError("no inputs were gathered to compensate on")
+        require(self.rows, "no inputs were gathered to compensate on")
         mean = self.mean
         found = self.products / self.rows - torch.outer(mean, mean)
         found.diagonal().add_(ridge * found.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny))

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from vitlab.plan import BlockPlan, CompressionPlan, tokens
 from vitlab.plan.rules import MergeReconstruct
-from vitlab.plan.shape import ViTShape, require
-from vitlab.runtime.files import InputError
+from vitlab.plan.shape import ViTShape
+from vitlab.runtime.files import InputError, require
 
 
 def prune_and_merge(scores: Tensor, shape: ViTShape, *, rule: str = "center", keep_rate: float | None = None,

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from vitlab.criteria.compensation import reconstruction
 from vitlab.criteria.hsic import CHUNK, at_least_float32, dependence, gaussian_kernels, shared_dependence, units_first
-from vitlab.plan.shape import check_known
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import InputError, check_known
 
 RELEVANCE_WEIGHT, MAGNITUDE_WEIGHT, REDUNDANCY_WEIGHT = 0.1, 0.9, 0.1       # published
 ROUNDING = 64                               # units in the last place that a sum may be off by

@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 from vitlab.data.groups import Groups
 from vitlab.data.listing import ENDINGS, entries, natural
-from vitlab.runtime.files import InputError, first_line, read_json
+from vitlab.runtime.files import InputError, first_line, read_json, require
 from vitlab.runtime.kinds import SPLITS
 
 CLASS_MAP = "class_index.json"
@@ -43,9 +43,8 @@ def find_splits(root: Path) -> dict[str, Path]:
 
     Raises InputError where there is no such folder, and where the splits are one folder further down.
     """
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder; give 'digits', or a folder that holds train/ and val/, validation/ "
-                         f"or test/")
+    require(root.is_dir(), f"{root}: no such folder; give 'digits', or a folder that holds train/ and val/, "
+            "validation/ or test/")
     splits = {name: root / name for name in SPLITS if (root / name).is_dir()}
     for name in [] if splits else entries(root)[1]:
         inside = splits_in(root / name)
@@ -64,8 +63,7 @@ def splits_in(folder: Path) -> list[str]:
 def check_classes(split: Path, groups: Groups) -> None:
     """Raises InputError naming a class folder without images, or a split without class folders; warns of images outside
     of them."""
-    if not any(groups):
-        raise InputError(f"{split}: holds no class folders; images must lie in {split.name}/CLASS/")
+    require(any(groups), f"{split}: holds no class folders; images must lie in {split.name}/CLASS/")
     empty = next((name for name, images in groups.items() if name and not len(images)), None)
     if empty is not None:
         raise InputError(f"{split / empty}: a class folder without images ({', '.join(ENDINGS)})")
@@ -92,8 +90,7 @@ def read_class_map(path: Path) -> dict[str, int]:
     if not isinstance(data, dict) or not data or not all(
             isinstance(k, str) and isinstance(v, int) and not isinstance(v, bool) and v >= 0 for k, v in data.items()):
         raise InputError(f"{path}: must be an object of class folder names and class numbers from 0")
-    if len(set(data.values())) != len(data):
-        raise InputError(f"{path}: two classes have the same number")
+    require(len(set(data.values())) == len(data), f"{path}: two classes have the same number")
     return data
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vitlab.runtime.files import InputError, first_line
+from vitlab.runtime.files import InputError, first_line, require
 from vitlab.runtime.kinds import SPLITS
 
 IMAGE_NAMES = ("image", "img", "pixel_values", "picture", "photo", "jpg", "png", "webp")
@@ -98,8 +98,7 @@ def open_hugging_face(name: str, root: str | None) -> tuple[dict[str, HuggingFac
         raise InputError(f"{name}: can't be opened by Hugging Face's datasets ({first_line(error)})") from None
     found = found if isinstance(found, dict) else {"train": found}
     splits = {split: dataset for split, dataset in found.items() if split in SPLITS}
-    if not splits:
-        raise InputError(f"{name}: has none of the splits {', '.join(SPLITS)}; it has {sorted(found)}")
+    require(splits, f"{name}: has none of the splits {', '.join(SPLITS)}; it has {sorted(found)}")
     image, label = columns(name, next(iter(splits.values())).features)
     names = {split: getattr(dataset.features.get(label), "names", None) for split, dataset in splits.items()}
     readers = {split: HuggingFaceReader(dataset, f"{name}/{split}", image, label) for split, dataset in splits.items()}

@@ -17,7 +17,7 @@ from vitlab.data.order import Shuffled
 from vitlab.data.parts import SHARES, STREAM, part
 from vitlab.data.rgb import grey, rgb
 from vitlab.runtime import parallel
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import InputError, require
 from vitlab.runtime.kinds import HELD_OUT_NAMES
 
 # images of a split whose sizes tell it from another: a stat of each of a million takes long
@@ -64,10 +64,9 @@ class ImageData:
 
     def need_labels(self) -> "ImageData":
         """The data set itself. Raises InputError where its images have no labels."""
-        if not self.labelled:
-            raise InputError(f"{self.name}: images without labels, which this step needs; "
-                             f"{f'{self.hint}; ' if self.hint else ''}"
-                             "a folder with one folder per class in train/ and in val/, validation/ or test/ has them")
+        require(self.labelled, f"{self.name}: images without labels, which this step needs; "
+                f"{f'{self.hint}; ' if self.hint else ''}a folder with one folder per class in train/ and in val/, "
+                "validation/ or test/ has them")
         return self
 
     def without_labels(self, hint: str) -> "ImageData":
@@ -112,8 +111,7 @@ class ImageData:
     def split(self, name: str, limit: int | None = None, seed: int = 0) -> Images:
         """A split by name ("held_out" for whichever there is), or a slice of it chosen by seed."""
         name = self.held_out if name == "held_out" else name
-        if name not in self.splits:
-            raise InputError(f"{self.name}: no split {name!r}; it has {sorted(self.splits)}")
+        require(name in self.splits, f"{self.name}: no split {name!r}; it has {sorted(self.splits)}")
         images = self.splits[name]
         return images.take(limit, seed) if isinstance(images, Images) else images
 
@@ -124,10 +122,8 @@ class ImageData:
         `roles`. Of a stream, its first images serve every role. Raises InputError for a limit below 1."""
         limits, train = limits or dict.fromkeys(SHARES), self.split("train")
         for role, limit in limits.items():
-            if role not in SHARES:
-                raise InputError(f"role {role!r} is not known; known are {list(SHARES)}")
-            if limit is not None and limit < 1:
-                raise InputError(f"{role}: limit is {limit}; at least 1 image is needed")
+            require(role in SHARES, f"role {role!r} is not known; known are {list(SHARES)}")
+            require(limit is None or limit >= 1, f"{role}: limit is {limit}; at least 1 image is needed")
         found, stream = copy.copy(self), not isinstance(train, Images)
         if stream:
             found.splits, said = dict.fromkeys(limits, train), (STREAM,)

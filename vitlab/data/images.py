@@ -15,7 +15,7 @@ from vitlab.data.folder import read_image, reason
 from vitlab.data.loading import received
 from vitlab.data.order import TrainingOrder, drawing, seed_of
 from vitlab.data.rgb import rgb
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import InputError, require
 
 # so many images, or that share of a split, may be broken: the larger of the two
 MAX_BROKEN, BROKEN_SHARE = 16, 0.01
@@ -35,8 +35,7 @@ class Images(Dataset):
         None."""
         if limit is None:
             return type(self)(self.reader, self.indices)
-        if limit < 1:
-            raise InputError(f"limit is {limit}; at least 1 image is needed")
+        require(limit >= 1, f"limit is {limit}; at least 1 image is needed")
         if limit > len(self):
             warnings.warn(f"{limit} images were asked for; the split has {len(self)}, and all of them are taken",
                           stacklevel=4)

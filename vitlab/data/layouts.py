@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitlab.data.listing import images_in
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import InputError, require
 from vitlab.runtime.kinds import SPLITS
 
 IGNORE = 255                                    # the class of pixels that count for nothing
@@ -54,9 +54,8 @@ def ade20k(root: Path) -> Meaning:
     path = root / "objectInfo150.txt"
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[1:] if path.is_file() else []
     names = [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
-    if names and len(names) != ADE20K_CLASSES:
-        raise InputError(f"{path}: names {len(names)} classes; {ADE20K_CLASSES} are needed, one a line below the "
-                         f"heading")
+    require(not names or len(names) == ADE20K_CLASSES, f"{path}: names {len(names)} classes; {ADE20K_CLASSES} are "
+            "needed, one a line below the heading")
     return (tuple(names) or tuple(f"class {i + 1}" for i in range(ADE20K_CLASSES)),
             {0: IGNORE} | {i + 1: i for i in range(ADE20K_CLASSES)})
 
@@ -77,8 +76,7 @@ def own_classes(root: Path) -> Meaning:
     """As root/classes.txt names them, one a line. Raises InputError naming it where it is missing, or names no or too
     many classes, or one twice."""
     path = root / CLASS_LIST
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; the class names are needed there, one a line, that of id 0 first")
+    require(path.is_file(), f"{path}: no such file; the class names are needed there, one a line, that of id 0 first")
     names = _lines(path)
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None or not 2 <= len(names) <= MOST_CLASSES:
@@ -125,8 +123,7 @@ class Layout:
         found = []
         for folder in sorted(path for path in root.glob(self.images.format(split=own)) if path.is_dir()):
             found += images_in(folder)
-            if not images_in(folder):
-                raise InputError(f"{folder}: holds no images")
+            require(images_in(folder), f"{folder}: holds no images")
         if not found:
             raise InputError(f"{root / self.images.format(split=own)}: no such folder")
         return found
@@ -135,8 +132,7 @@ class Layout:
         places = [root / place.format(split=own) for place in self.listed]
         names = next(place for place in places if place.exists())
         images = [root / self.images / f"{line}.jpg" for line in _lines(names)]
-        if not images:
-            raise InputError(f"{names}: names no image; one a line is needed, without its ending")
+        require(images, f"{names}: names no image; one a line is needed, without its ending")
         missing = next((image for image in images if not image.is_file()), None)
         if missing is not None:
             raise InputError(f"{names}: names {missing.stem}, but {missing} is missing")

@@ -8,7 +8,7 @@ from vitlab.data.listing import entries, images_below
 from vitlab.data.mask_files import MaskReader, PictureReader, is_binary
 from vitlab.data.scene_data import SceneData, Scenes
 from vitlab.data.scenes import digit_scenes
-from vitlab.runtime.files import InputError, from_root
+from vitlab.runtime.files import InputError, from_root, require
 from vitlab.runtime.kinds import SPLITS
 
 # folders that hold masks, however a data set is laid out; *annot too
@@ -27,15 +27,12 @@ def _pictures(root: Path) -> list[Path]:
     below = root / "train" if splits == ["train"] else root
     inside = next((name for name in entries(root)[1] if _layout_of(root / name)), None)
     right = root / inside if inside is not None else root.parent if _layout_of(root.parent) else None
-    if right is not None:
-        raise InputError(f"{root}: one folder too {'high' if inside else 'low'}; {right} holds images and masks: give "
-                         f"that folder")
+    require(right is None, f"{root}: one folder too {'high' if inside else 'low'}; {right} holds images and masks: "
+            "give that folder")
     masks = next((name for name in sorted(entries(root)[1]) if name in OF_MASKS or name.endswith("annot")), None)
     found = [] if masks or splits and below == root else [below / name for name in images_below(below)]
-    if not found:
-        raise InputError(f"{root}: has {f'{masks}/, but ' if masks else ''}none of the layouts {sorted(LAYOUTS)}; the "
-                         "simplest is train/images/, train/masks/, the same of val and test, and classes.txt with a "
-                         "name a line")
+    require(found, f"{root}: has {f'{masks}/, but ' if masks else ''}none of the layouts {sorted(LAYOUTS)}; the "
+            "simplest is train/images/, train/masks/, the same of val and test, and classes.txt with a name a line")
     return found
 
 
@@ -66,15 +63,12 @@ def open_scenes(data: str | Path, layout: str | None = None) -> SceneData:
     without images.
     """
     if str(data) in SCENES:
-        if layout is not None:
-            raise InputError(f"{data} takes no layout")
+        require(layout is None, f"{data} takes no layout")
         return SCENES[str(data)]()
     root = from_root(data)
-    if layout is not None and layout not in LAYOUTS:
-        raise InputError(f"layout {layout!r} is not known; known are {sorted(LAYOUTS)}")
-    if not str(data) or not root.is_dir():
-        raise InputError(f"{str(data)!r}: no such folder; give one of {sorted(SCENES)}, or a folder of images and "
-                         f"masks")
+    require(layout is None or layout in LAYOUTS, f"layout {layout!r} is not known; known are {sorted(LAYOUTS)}")
+    require(str(data) and root.is_dir(), f"{str(data)!r}: no such folder; give one of {sorted(SCENES)}, or a folder of "
+            "images and masks")
     name = layout or _layout_of(root)
     if name is None:
         return SceneData(root.resolve().name, {"train": Scenes(PictureReader(_pictures(root)))}, None, labelled=False)

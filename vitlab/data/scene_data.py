@@ -12,7 +12,7 @@ from vitlab.data.images import Batches, Images, image_config
 from vitlab.data.joint import JointTransform, evaluation_transform, training_transform
 from vitlab.data.loading import load, received
 from vitlab.data.order import Shuffled, drawing
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import InputError, require
 
 AT_ONCE = 8                                     # images of a batch that is only measured
 MILD = {"scale": (0.75, 1.5), "color_jitter": 0.0}
@@ -117,9 +117,8 @@ class SceneData(ImageData):
 
     def need_labels(self) -> "SceneData":
         """The data set itself. Raises InputError where its images have no masks."""
-        if not self.labelled:
-            raise InputError(f"{self.name}: images without masks, which this step needs; train/images/ and "
-                             "train/masks/, the same of val and test, and classes.txt have them")
+        require(self.labelled, f"{self.name}: images without masks, which this step needs; train/images/ and "
+                "train/masks/, the same of val and test, and classes.txt have them")
         return self
 
     def _first(self, names: tuple[str, ...], what: str) -> str:
@@ -156,9 +155,8 @@ class SceneData(ImageData):
         the middle of each, or, with `whole`, each at its own size, and a batch takes only images of one size. Raises
         InputError for a crop_pct, as scenes are not resized.
         """
-        if crop_pct is not None:
-            raise InputError(f"{self.name}: crop_pct is {crop_pct}, but scenes are taken as they are, not resized and "
-                             "cropped")
+        require(crop_pct is None, f"{self.name}: crop_pct is {crop_pct}, but scenes are taken as they are, not resized "
+                "and cropped")
         self.check_fits(model.num_classes)
         images = self.split(split, limit, seed)
         if training is None:

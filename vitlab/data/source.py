@@ -10,7 +10,7 @@ from vitlab.data.images import Images
 from vitlab.data.listing import entries
 from vitlab.data.streams import open_timm
 from vitlab.data.tar import TarReader, find_tars, read_tar
-from vitlab.runtime.files import InputError, from_root
+from vitlab.runtime.files import from_root, require
 from vitlab.runtime.kinds import SPLITS, TIMM_PREFIXES
 
 DATA_SETS: dict[str, Callable[[], ImageData]] = {
@@ -32,15 +32,13 @@ def open_data(data: str | Path, *, class_map: str | Path | None = None) -> Image
     Raises InputError naming the folder: missing, no split, an empty class, classes that differ between splits.
     """
     if str(data) in DATA_SETS:
-        if class_map is not None:
-            raise InputError(f"{data} takes no class map: its classes are fixed")
+        require(class_map is None, f"{data} takes no class map: its classes are fixed")
         return DATA_SETS[str(data)]()
     if str(data).startswith(("torch/image_folder@", "torch/folder@")):
         data = str(data).partition("@")[2]                      # numbered as any folder
     if str(data).startswith(TIMM_PREFIXES):
         return open_timm(str(data), class_map)
-    if not str(data):
-        raise InputError("no data set is named; give 'digits' or a folder of images")
+    require(str(data), "no data set is named; give 'digits' or a folder of images")
     folder = from_root(data)
     tars = find_tars(folder)
     if tars:
@@ -69,11 +67,9 @@ def _labelled(folder: Path, readers: dict, numbers: dict[str, int], mapped: bool
 
 def _unlabelled(folder: Path, split: Path, groups: Groups, class_map: str | Path | None) -> ImageData:
     """Images without labels. Raises InputError where there is none, or for a class map."""
-    if not any(map(len, groups.values())):
-        raise InputError(f"{folder}: holds none of {', '.join(f'{name}/' for name in SPLITS)}; put one folder per "
-                         "class in each, or give a folder of images alone where labels are not needed")
-    if class_map is not None:
-        raise InputError(f"{split}: images without class folders; a class map says nothing of them")
+    require(any(map(len, groups.values())), f"{folder}: holds none of {', '.join(f'{name}/' for name in SPLITS)}; put "
+            "one folder per class in each, or give a folder of images alone where labels are not needed")
+    require(class_map is None, f"{split}: images without class folders; a class map says nothing of them")
     others = folder.parent, *(folder / name for name in entries(folder)[1] if split == folder)
     right = next(filter(splits_in, others), None)
     hint = (f"{right} holds {' and '.join(splits_in(right))}: give that folder" if right else

@@ -15,7 +15,7 @@ from vitlab.data.hugging_face import agreed, columns, open_hugging_face
 from vitlab.data.image_data import ImageData, Renumbered
 from vitlab.data.images import Images, Stream
 from vitlab.data.listing import ENDINGS
-from vitlab.runtime.files import InputError, first_line, read_json
+from vitlab.runtime.files import InputError, first_line, read_json, require
 
 SPLITS = ("train", "validation", "test")
 # fields that hold the class's number
@@ -44,9 +44,8 @@ def _shard_options(root: str, split: str) -> dict[str, Any]:
     they are in JSON. Read from the first sample. Raises InputError naming the shard whose sample has no image or no
     label."""
     path = next((file for file in (Path(root) / "_info.json", Path(root) / "info.json") if file.is_file()), None)
-    if path is None:
-        raise InputError(f"{root}: no folder of WebDataset shards; one with an _info.json that names the shards of "
-                         f"each split is")
+    require(path is not None, f"{root}: no folder of WebDataset shards; one with an _info.json that names the shards "
+            "of each split is")
     info = read_json(path).get("splits", {})
     if split not in info:
         raise KeyError(f"{path.name} names no such split")
@@ -62,16 +61,13 @@ def _shard_options(root: str, split: str) -> dict[str, Any]:
                 break
             first, parts[ending.lower()] = key, tar.extractfile(member).read() if ending.lower() == "json" else b""
     what, found = f"{shard}: sample {first}", ", ".join(f".{part}" for part in parts)
-    if not parts.keys() & set(IMAGES.split(";")):
-        raise InputError(f"{what} has no image ({', '.join(ENDINGS)}); it has {found}")
+    require(parts.keys() & set(IMAGES.split(";")), f"{what} has no image ({', '.join(ENDINGS)}); it has {found}")
     if "cls" in parts or info[split].get("alt_label"):
         return {"input_key": IMAGES}
-    if "json" not in parts:
-        raise InputError(f"{what} has no label, .cls or .json; it has {found}")
+    require("json" in parts, f"{what} has no label, .cls or .json; it has {found}")
     fields = json.loads(parts["json"])
     numbers = [field for field in LABELS if isinstance(fields, dict) and type(fields.get(field)) is int]
-    if not numbers:
-        raise InputError(f"{what}: its .json has no class number under {', '.join(LABELS)}; it has {sorted(fields)}")
+    require(numbers, f"{what}: its .json has no class number under {', '.join(LABELS)}; it has {sorted(fields)}")
     return {"input_key": IMAGES, "target_key": numbers[0]}
 
 
@@ -133,6 +129,5 @@ def _open_splits(name: str, root: str | None) -> tuple[dict[str, Images | Stream
             if hasattr(opened, "loader"):                       # of torchvision's folders, which would convert
                 opened.loader = read_image
             splits[split] = Images(_PairReader(opened, name))
-    if not splits:
-        raise InputError(f"{name}: timm could not open it ({'; '.join(errors)})")
+    require(splits, f"{name}: timm could not open it ({'; '.join(errors)})")
     return splits, agreed(name, names)

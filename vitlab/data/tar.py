@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from vitlab.data.listing import is_hidden, is_image, natural
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import InputError, require
 from vitlab.runtime.kinds import SPLITS
 
 UNPACKED_BY = {"gz": "gunzip", "bz2": "bunzip2", "xz": "unxz"}
@@ -42,17 +42,15 @@ def read_tar(path: Path) -> dict[str, list[tuple[str, Member]]]:
                 raise InputError(f"{path}: compressed ({kind}), so that its images can't be read one by one; give a "
                                  f"plain tar file: {tool} < {path.name} > plain.tar") from None
         raise InputError(f"{path}: can't be read as a tar file ({error})") from None
-    if not found:
-        raise InputError(f"{path}: holds no images; they must lie in CLASS/ in it")
+    require(found, f"{path}: holds no images; they must lie in CLASS/ in it")
     found.sort(key=lambda each: [natural(part) for part in each[0]])
     level = 0
     while all(len(parts) > level + 2 for parts, _ in found) and len({parts[level] for parts, _ in found}) == 1:
         level += 1
     classes: dict[str, list[tuple[str, Member]]] = {}
     for parts, member in found:
-        if len(parts) < level + 2:
-            raise InputError(f"{path}: holds images outside of class folders, {'/'.join(parts)} among them; they must "
-                             f"lie in CLASS/ in it")
+        require(len(parts) >= level + 2, f"{path}: holds images outside of class folders, {'/'.join(parts)} among "
+                "them; they must lie in CLASS/ in it")
         classes.setdefault(parts[level], []).append(("/".join(parts), member))
     return classes
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from vitlab.exporting.export import exported_form
 from vitlab.exporting.runtimes import RUNTIMES, NotHere, compiler, needed, traced
 from vitlab.measure.throughput import EAGER, Call, Way
-from vitlab.plan.shape import check_known
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import InputError, check_known
 
 FILES = {"onnxruntime": "onnx", "openvino": "openvino", "aoti": "aoti"}         # a way : the runtime of its files
 WAYS = ("torch", "compiled", *FILES)

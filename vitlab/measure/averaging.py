@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from vitlab.criteria.hsic import at_least_float32
 from vitlab.runtime import parallel
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import InputError, require
 
 # images (B, channels, height, width) and class numbers (B), or masks (B, height, width)
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -87,9 +87,8 @@ def averaged(model: nn.Module, batches: Batches, step: Callable[[Tensor, Tensor]
             given = tuple(at_least_float32(g) for g in step(images.to(device), targets.to(device)))
             mean = tuple(m + (g - m) * (len(images) / seen) for m, g in zip(mean, given)) if mean else given
     images, count = parallel.total(torch.tensor([seen, count])).tolist()
-    if not images:
-        raise InputError(f"{what}: a batch of {at_least - 1} has no images to compare; {at_least} at least are needed "
-                         f"in one")
+    require(images, f"{what}: a batch of {at_least - 1} has no images to compare; {at_least} at least are needed in "
+            "one")
     return Averages(_over_processes(tuple(m.detach().cpu() for m in mean), seen, images), images, count)
 
 
@@ -98,8 +97,7 @@ def checked(batches: Batches, what: str) -> Batches:
     rest = iter(batches)
     first = next(rest, None)
     sizes = parallel.gather(0 if first is None else len(first[0]))
-    if not any(sizes):
-        raise InputError(f"{what}: there is no image to score on")
+    require(any(sizes), f"{what}: there is no image to score on")
     if not all(sizes):
         raise InputError(f"{what}: {sum(map(bool, sizes))} batches for {len(sizes)} processes; smaller batches, more "
                          "images or fewer processes are needed")

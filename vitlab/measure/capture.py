@@ -19,7 +19,7 @@ from vitlab.models.attention import KeyedAttention, OwnAttention, PrefixAttentio
 from vitlab.models.held import Merged
 from vitlab.models.left_out import LeftOut
 from vitlab.models.match import MatchBlock
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import InputError, check_known, require
 
 ABSOLUTE = ("batch", "image")
 Scored = tuple[Tensor, int]                     # token scores (L, n), how many images had a part in them
@@ -99,9 +99,8 @@ def seen_attention(model: nn.Module, found: list, reduce: Callable[[Tensor], Ten
 
 def _by_class_attention(model: nn.Module, average: Callable[..., Averages], absolute: str) -> Scored:
     """The class token's attention, averaged over heads and images."""
-    if model.cls_token is None:
-        raise InputError("the criterion class_attention needs a class token; the model has none: gradient and hsic "
-                         "need none")
+    require(model.cls_token is not None, "the criterion class_attention needs a class token; the model has none: "
+            "gradient and hsic need none")
     rows: list[Any] = [None] * len(model.blocks)                                # (N) each, of the hooks
 
     def step(images: Tensor, targets: Tensor) -> tuple[Tensor]:
@@ -172,12 +171,9 @@ def scored(model: nn.Module, batches: Batches, *, criterion: str, absolute: str,
            progress: bool) -> Scored:
     """(`token_scores`, how many images had a part in them)."""
     check_supported(model)
-    if criterion not in TOKEN_CRITERIA:
-        raise InputError(f"criterion {criterion!r} is not known; known are {sorted(TOKEN_CRITERIA)}")
-    if absolute not in ABSOLUTE:
-        raise InputError(f"absolute {absolute!r} is not known; known are {list(ABSOLUTE)}")
-    if is_merged(model):
-        raise InputError("token scores are of the dense model; this one merges tokens already")
+    check_known("criterion", criterion, TOKEN_CRITERIA)
+    require(absolute in ABSOLUTE, f"absolute {absolute!r} is not known; known are {list(ABSOLUTE)}")
+    require(not is_merged(model), "token scores are of the dense model; this one merges tokens already")
     gone = [i for i, block in enumerate(model.blocks) if isinstance(attention_block(block).attn, LeftOut)]
     if gone and criterion != "hsic":
         raise InputError(f"{criterion} scores tokens by the attention, which is left out of block {gone[0]}; hsic "
@@ -245,6 +241,5 @@ def token_places(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
     matching = [(i, m) for i, block in enumerate(model.blocks) for m in block.modules() if isinstance(m, MatchBlock)]
     with hooks([block.register_forward_hook(hook(i), with_kwargs=True) for i, block in matching]), frozen_eval(model):
         model(images.to(next(model.parameters()).device))
-    if not found:
-        raise InputError("no block of the model merges tokens by content; a plan with rule \"match\" does")
+    require(found, "no block of the model merges tokens by content; a plan with rule \"match\" does")
     return found

@@ -22,8 +22,7 @@ from vitlab.models.merge import TokenBlock
 from vitlab.models.weights import read_file
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.rules import Match, ReadOut
-from vitlab.plan.shape import require
-from vitlab.runtime.files import InputError, atomic_write
+from vitlab.runtime.files import InputError, atomic_write, require
 from vitlab.runtime.uncertainty import standard_error
 
 TOP = 5                         # predictions of each image that are kept

@@ -15,7 +15,7 @@ from vitlab.measure.evaluate import autocast, check_targets, each_divergence
 from vitlab.models.families import finished
 from vitlab.models.segmenter import Segmenter
 from vitlab.plan.shape import ViTShape
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import require
 
 # torch's own number of a target that counts for nothing: no image has it
 NONE = -100
@@ -180,8 +180,7 @@ def pooled(given: Tensor) -> Tensor:
 def same_neighbours(given: Tensor, expected: Tensor) -> Tensor:
     """Of which images (N) the nearest of the others by `given`, unit vectors (N, D), is the nearest by `expected`, or
     as near but for ROUNDING (images may be alike). Raises InputError for fewer than two images."""
-    if len(given) < 2:
-        raise InputError(f"nearest neighbours of {len(given)} image; at least 2 are needed")
+    require(len(given) >= 2, f"nearest neighbours of {len(given)} image; at least 2 are needed")
     near, wanted = (each @ each.T for each in (given, expected))                # (N, N)
     chosen = near.fill_diagonal_(-2).argmax(dim=1, keepdim=True)
     wanted.fill_diagonal_(-2)

@@ -8,7 +8,7 @@ from torch import nn
 from tqdm import tqdm
 
 from vitlab.runtime import parallel
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import require
 from vitlab.runtime.uncertainty import share_error, standard_error
 
 
@@ -50,10 +50,9 @@ def check_targets(targets: torch.Tensor) -> None:
     softmax: of a model that gives several labels an image (trained by binary cross-entropy on targets (B, K)), its
     top-1, cross-entropy and distance to the dense model would mean nothing."""
     numbers = targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool
-    if numbers or targets.dim() not in (1, 3):
-        raise InputError(f"targets are {targets.dtype} {tuple(targets.shape)}; one class number an image (B), or a "
-                         f"pixel (B, H, W), is "
-                         "needed: outputs are measured as one softmax, and several labels an image are not")
+    require(not numbers and targets.dim() in (1, 3), f"targets are {targets.dtype} {tuple(targets.shape)}; one class "
+            "number an image (B), or a pixel (B, H, W), is needed: outputs are measured as one softmax, and several "
+            "labels an image are not")
 
 
 def each_divergence(given: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
@@ -92,8 +91,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tenso
     top1, top5, broken = parallel.total(counts).tolist()
     losses, distances = ([value for each in parallel.gather(values) for value in each]
                          for values in (losses, distances))
-    if not losses:
-        raise InputError("no image of the split could be read")
+    require(losses, "no image of the split could be read")
     count, classes = len(losses), max(parallel.gather(classes))
     return Accuracy(top1_pct=100 * top1 / count, top5_pct=100 * top5 / count if classes >= 5 else None,
                     loss=sum(losses) / count, images=count, broken=broken, top1_se=share_error(top1, count),

@@ -13,7 +13,7 @@ from vitlab.measure.averaging import Batches
 from vitlab.measure.distance import Features, output_of, pooled, same_neighbours
 from vitlab.measure.evaluate import autocast
 from vitlab.runtime import parallel
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import InputError, require
 from vitlab.runtime.uncertainty import share_error, standard_error
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07              # of DINO (Caron et al., ICCV 2021, arXiv 2104.14294, appendix F)
@@ -39,8 +39,7 @@ class Likeness:
 def nearest_neighbours(features: Tensor, targets: Tensor, k: int = NEIGHBOURS) -> Tell:
     """Classes by the k nearest images out of those with features (N, D) and targets (N), each of which votes with
     exp(cosine / TEMPERATURE). Raises InputError where there are fewer."""
-    if k > len(features):
-        raise InputError(f"{k} nearest neighbours of {len(features)} images; so many at most can be asked for")
+    require(k <= len(features), f"{k} nearest neighbours of {len(features)} images; so many at most can be asked for")
     from sklearn.neighbors import KNeighborsClassifier  # slow to load, and few commands need it
     found = KNeighborsClassifier(k, metric="cosine", weights=lambda apart: np.exp(-apart / TEMPERATURE))
     found.fit(features.numpy(), targets.numpy())
@@ -84,8 +83,7 @@ def features_of(model: nn.Module, batches: Batches, *, dense: nn.Module | None =
         vectors = [pooled(each).cpu() for each in given]
         rows.append([vectors[0], targets, apart.cpu(), *vectors[1:]])
     rows = [row for each in parallel.gather(rows) for row in each]
-    if not rows:
-        raise InputError("no image of the split could be read")
+    require(rows, "no image of the split could be read")
     found = [torch.cat(column) for column in zip(*rows)]
     return tuple([*found, torch.empty(0)][:4])
 

@@ -31,9 +31,9 @@ from vitlab.plan import CompressionPlan, tokens
 from vitlab.plan.cost import counts_of
 from vitlab.plan.latency import AXES, LatencyTable
 from vitlab.plan.rules import Match, SharedUpdate
-from vitlab.plan.shape import ViTShape, require
+from vitlab.plan.shape import ViTShape
 from vitlab.runtime.cores import hold_memory
-from vitlab.runtime.files import InputError, cache_folder
+from vitlab.runtime.files import InputError, cache_folder, require
 
 
 def grid_axes(shape: ViTShape) -> dict[str, tuple[np.ndarray, ...]]:

@@ -15,7 +15,7 @@ from vitlab.models.families import also_taken, embedded
 from vitlab.models.support import runs_in_parts
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.shape import ViTShape
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import InputError, require
 from vitlab.runtime.uncertainty import ratio_error, share_error, standard_error, with_error
 
 METRICS = ("top1_pct", "miou_pct", "distill_loss")
@@ -30,8 +30,7 @@ def own_metric(shape: ViTShape) -> str:
 def check_metric(shape: ViTShape, metric: str) -> None:
     """InputError for a metric that is not known, or another task's."""
     own = own_metric(shape)
-    if metric not in METRICS:
-        raise InputError(f"metric {metric!r} is not known; known are {list(METRICS)}")
+    require(metric in METRICS, f"metric {metric!r} is not known; known are {list(METRICS)}")
     if metric not in (own, "distill_loss"):
         known = f"{own!r} and 'distill_loss' are" if own != "distill_loss" else "'distill_loss' is"
         raise InputError(f"metric {metric!r} is of another task; for this model {known}")
@@ -79,8 +78,7 @@ class PlanObjective:
         """Keep the images, and what the dense model says of them."""
         self.batches = [(images.to(self.device), targets.to(self.device)) for images, targets in batches]
         self.images = sum(len(targets) for _, targets in self.batches)
-        if not self.images:
-            raise InputError("there is no image to search on")
+        require(self.images, "there is no image to search on")
         for _, targets in self.batches if self.output.labelled else ():
             check_targets(targets)
         if not any((targets != ignored(targets)).any() for _, targets in self.batches):

@@ -15,7 +15,7 @@ from vitlab.measure.features import evaluate_features
 from vitlab.models.segmenter import Segmenter
 from vitlab.models.windows import segment
 from vitlab.runtime import parallel
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import require
 from vitlab.runtime.uncertainty import ratio_error
 
 
@@ -57,9 +57,8 @@ def evaluate_scenes(model: Segmenter, batches: Iterable[tuple[Tensor, Tensor]], 
         counts += (masks != IGNORE).flatten(1).sum(dim=1).tolist()
     model.train(training)
     losses, counts = ([value for each in parallel.gather(values) for value in each] for values in (losses, counts))
-    if not sum(counts):
-        raise InputError("no pixel of the split counts: there are no images, or all that their masks hold is to be "
-                         "ignored")
+    require(sum(counts), "no pixel of the split counts: there are no images, or all that their masks hold is to be "
+            "ignored")
     return Segmentation(scores=confusion.scores(), loss=sum(losses) / sum(counts), images=len(counts),
                         loss_se=ratio_error(losses, counts),
                         broken=int(parallel.total(torch.tensor(len(getattr(batches, "broken", ()))))))

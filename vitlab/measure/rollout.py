@@ -24,7 +24,7 @@ from vitlab.models.select import SelectBlock
 from vitlab.models.share import SharedUpdateBlock
 from vitlab.plan import matching, tokens
 from vitlab.plan.shape import POOL_TOKEN
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import require
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -53,9 +53,8 @@ def token_shares(model: nn.Module, images: Tensor) -> Tensor:
 
     Raises InputError for a deployed model, whose tokens are folded across blocks, or a family that can't be handled.
     """
-    if is_deployed(model):
-        raise InputError("the model is deployed, its matrices folded into its blocks; attention is rolled out of the "
-                         "training form (the run folder, not deployed/)")
+    require(not is_deployed(model), "the model is deployed, its matrices folded into its blocks; attention is rolled "
+            "out of the training form (the run folder, not deployed/)")
     check_supported(model)
     prefix, depth = model.num_prefix_tokens, len(model.blocks)
     images = images.to(next(model.parameters()).device)

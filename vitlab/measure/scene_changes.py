@@ -16,8 +16,7 @@ from vitlab.measure.changes import Kept
 from vitlab.measure.evaluate import autocast
 from vitlab.models.segmenter import Segmenter
 from vitlab.models.windows import segment
-from vitlab.plan.shape import require
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import InputError, require
 
 # of an image's diagonal: how far an edge reaches (Cheng et al., "Boundary IoU", CVPR 2021, arXiv 2103.16562, section 4)
 EDGE = 0.02

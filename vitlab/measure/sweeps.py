@@ -16,8 +16,8 @@ from vitlab.models import compress, deploy, shape_of
 from vitlab.models.segmenter import Segmenter
 from vitlab.plan import BlockPlan, CompressionPlan, cost
 from vitlab.plan.rules import Match, Select
-from vitlab.plan.shape import ViTShape, require
-from vitlab.runtime.files import InputError
+from vitlab.plan.shape import ViTShape
+from vitlab.runtime.files import InputError, require
 
 
 def resized(model: nn.Module, img_size: int) -> nn.Module:

@@ -28,7 +28,7 @@ from vitlab.models import shape_of
 from vitlab.models.families import making_layers, mixing_layer
 from vitlab.models.support import plain_linear
 from vitlab.runtime import parallel
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import InputError, require
 
 
 def _unit_hooks(model: nn.Module, see: Callable[[str, int, Tensor], None], kinds: tuple[str, ...] = KINDS) -> list:
@@ -158,8 +158,7 @@ def unit_scores(model: nn.Module, batches: Batches, *, criterion: str = "hsic",
     no two in a batch), or a chunk below 1.
     """
     chosen, shape = unit_criterion(criterion), shape_of(model)
-    if chunk < 1:
-        raise InputError(f"chunk is {chunk}; at least 1 neuron at a time is needed")
+    require(chunk >= 1, f"chunk is {chunk}; at least 1 neuron at a time is needed")
     what, made_by = f"unit scores by {criterion}", {"criterion": criterion}
     if chosen.needs == "nothing":
         generator = torch.Generator().manual_seed(seed)

@@ -22,7 +22,7 @@ from vitlab.models.segmenter import Segmenter, rebuild_segmenter, segmenter_sour
 from vitlab.models.weights import check_fits, load_state, read_state
 from vitlab.plan import CompressionPlan
 from vitlab.plan.shape import is_int
-from vitlab.runtime.files import InputError, atomic_folder, existing_folder, read_json
+from vitlab.runtime.files import InputError, atomic_folder, existing_folder, read_json, require
 
 WEIGHTS, PLAN, INFO = OURS
 FOLDER = "checkpoint"
@@ -68,8 +68,7 @@ def save(folder: str | Path, model: nn.Module, plan: CompressionPlan, *, classes
             "deployed": is_deployed(model), "config": settings_of(encoder_of(model)), "classes": classes,
             "made_by": made_by or {}, "versions": versions()}
     wrong = not_finite(model)
-    if wrong is not None:
-        raise InputError(f"{folder}: not written, since {wrong} is not finite")
+    require(wrong is None, f"{folder}: not written, since {wrong} is not finite")
     _check_rebuilt(info, plan, model, folder)
     with atomic_folder(folder) as temporary:
         (temporary / WEIGHTS).write_bytes(to_bytes({k: v.contiguous() for k, v in model.state_dict().items()}))
@@ -144,8 +143,7 @@ def _check_info(info: dict[str, Any], config: Any) -> None:
     classes = info.get("classes")
     if classes is not None and not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
         raise InputError('"classes" must be a list of names or null')
-    if not isinstance(info.get("deployed", False), bool):
-        raise InputError('"deployed" must be true or false')
+    require(isinstance(info.get("deployed", False), bool), '"deployed" must be true or false')
 
 
 def find(path: str | Path) -> Path:

@@ -26,7 +26,7 @@ from vitlab.models.tokens_cut import as_tokens_cut, without_tokens_cut
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.rules import Match, MergeReconstruct, ReadOut, Select, SharedUpdate, TokenRule
 from vitlab.plan.shape import ViTShape
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import InputError, require
 
 TRAINABLE = ("all", "matrices", "weights")
 TOKEN_BLOCKS: dict[str, Any] = {MergeReconstruct.kind: TokenBlock, SharedUpdate.kind: SharedUpdateBlock,
@@ -84,8 +84,7 @@ def _cut_units(block: nn.Module, cut: BlockPlan, was: BlockPlan, shape: ViTShape
     if cut.leaves_out("heads"):
         return
     width, now = cut.qk_width or shape.head_dim, query_width(block.attn)
-    if width > now:
-        raise InputError(f"queries and keys should be {width} wide, but the model's are {now} already")
+    require(width <= now, f"queries and keys should be {width} wide, but the model's are {now} already")
     if width < now:
         narrow_queries(block, width)
 
@@ -146,11 +145,9 @@ def set_trainable(model: nn.Module, what: str) -> None:
     A merge matrix of rule `merge` never trains (A5), and token masks are buffers. Raises InputError for another word,
     or for "matrices" where the model has none.
     """
-    if what not in TRAINABLE:
-        raise InputError(f"trainable {what!r} is not known; known are {list(TRAINABLE)}")
+    require(what in TRAINABLE, f"trainable {what!r} is not known; known are {list(TRAINABLE)}")
     merging = [m for m in model.modules() if isinstance(m, MergeReconstructTokens)]
-    if what == "matrices" and not merging:
-        raise InputError("the model has no merge and reconstruct matrices to train")
+    require(what != "matrices" or merging, "the model has no merge and reconstruct matrices to train")
     for parameter in model.parameters():
         parameter.requires_grad_(what != "matrices")
     for module in merging:

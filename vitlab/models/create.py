@@ -22,7 +22,7 @@ from vitlab.models.hub import downloading
 from vitlab.models.support import attention_block, check_supported, classes_of
 from vitlab.models.weights import ANCHOR, by_timms_names, check_fits, read_state, unwrapped
 from vitlab.plan.shape import POOL_TOKEN, is_int, is_number
-from vitlab.runtime.files import InputError, first_line
+from vitlab.runtime.files import InputError, first_line, require
 
 PREFIXES = ("cls_token", "dist_token", "reg_token")                                      # before the patches
 # of patches, by the names that timm knows
@@ -47,8 +47,7 @@ def create_model(name: str, *, weights: str | Path | None = None, pretrained: bo
 
 def set_norm_eps(model: nn.Module, eps: float) -> None:
     """Set the epsilon of all its LayerNorms: timm's models have 1e-6, others' 1e-5 or 1e-12. `architecture` knows."""
-    if not is_number(eps, 0, 1):
-        raise InputError(f"norm_eps is {eps!r}; a number from 0 to 1 is needed")
+    require(is_number(eps, 0, 1), f"norm_eps is {eps!r}; a number from 0 to 1 is needed")
     for norm in model.modules():
         if isinstance(norm, nn.LayerNorm):
             norm.eps = eps
@@ -74,9 +73,8 @@ def _built(name: str, args: dict[str, Any], pretrained: bool = False) -> nn.Modu
     check_supported(model)
     if eps is not None:
         set_norm_eps(model, eps)
-    if not model.patch_embed.num_patches:
-        raise InputError(f"{name}: an image of {model.patch_embed.img_size} holds no patch of "
-                         f"{model.patch_embed.patch_size}")
+    require(model.patch_embed.num_patches, f"{name}: an image of {model.patch_embed.img_size} holds no patch of "
+            f"{model.patch_embed.patch_size}")
     if projects(model) if projection is None else projection:
         as_projection(model)
     return model.eval()
@@ -175,9 +173,8 @@ def _placed(state: dict[str, Tensor], model: nn.Module, kernel: tuple[int, int],
                                     for name in PREFIXES):
         # another model's: what differs says more than its number of patches
         return {**state, "pos_embed": own["pos_embed"]}, None, []
-    if not side or side ** 2 != patches:
-        raise InputError(f"{path}: does not fit the model: its position embeddings are of {patches} patches, which "
-                         "make no square; give the img_size, height and width, that they are of")
+    require(side and side ** 2 == patches, f"{path}: does not fit the model: its position embeddings are of {patches} "
+            "patches, which make no square; give the img_size, height and width, that they are of")
     size, notes = None, []
     if not asked:
         size = side * kernel[0], side * kernel[1]
@@ -194,9 +191,8 @@ def _placed(state: dict[str, Tensor], model: nn.Module, kernel: tuple[int, int],
 def architecture(model: nn.Module) -> dict[str, Any]:
     """{"name", "args"} from which create_model builds the same (dense) model again."""
     name = getattr(model, "pretrained_cfg", {}).get("architecture")
-    if not name:
-        raise InputError("the model was not made by timm.create_model, so its name is not known; make it there (a "
-                         "class of your own under a name that timm.models.register_model gives it)")
+    require(name, "the model was not made by timm.create_model, so its name is not known; make it there (a class of "
+            "your own under a name that timm.models.register_model gives it)")
     # What timm does not keep an account of: blocks and classifiers that were changed by hand, and where the last norm
     # stands.
     now: dict[str, Any] = {"num_classes": classes_of(model),
@@ -226,13 +222,11 @@ def check_args(args: dict[str, Any]) -> dict[str, Any]:
 def rebuild(source: Any, most: int | None = None) -> nn.Module:
     """The model of an `architecture`, with random weights. Raises InputError naming what is wrong, and, before any
     memory is taken, where it would have more than `most` parameters."""
-    if not isinstance(source, dict) or not isinstance(source.get("name"),
-                                                      str) or not isinstance(source.get("args"), dict):
-        raise InputError('"model" must hold "name" and "args"')
+    require(isinstance(source, dict) and isinstance(source.get("name"), str) and isinstance(source.get("args"), dict),
+            '"model" must hold "name" and "args"')
     check_args(source["args"])
     if most is not None:
         count = sum(p.numel() for p in _sizes(source["name"], source["args"]).parameters())
-        if count > most:
-            raise InputError(f"a model of {count:,} parameters; the weights beside it are those of {most:,} at most")
+        require(count <= most, f"a model of {count:,} parameters; the weights beside it are those of {most:,} at most")
     args: dict[str, Any] = {"projection": False, **source["args"]}
     return create_model(source["name"], **args)

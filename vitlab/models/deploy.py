@@ -15,7 +15,7 @@ from vitlab.models.merge import TokenBlock
 from vitlab.models.support import attention_block, check_supported, encoder_of, replaced
 from vitlab.plan import tokens
 from vitlab.plan.shape import POOL_TOKEN
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import require
 
 
 class Fold(nn.Module):
@@ -79,8 +79,7 @@ def _deployed(model: nn.Module, whole: bool, inplace: bool = False) -> nn.Module
     check_supported(model)
     if encoder_of(model) is not model:
         return model.with_encoder(deploy(model.encoder)).eval()
-    if any(isinstance(b, FoldedBlock) for b in model.blocks):
-        raise InputError("the model is already deployed")
+    require(not any(isinstance(b, FoldedBlock) for b in model.blocks), "the model is already deployed")
     model = (model if inplace else copy.deepcopy(model)).eval()
     if not any(isinstance(b, TokenBlock) for b in model.blocks):
         return model

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from timm.models._hub import hf_split, load_model_config_from_path
 from torch import nn
 
-from vitlab.runtime.files import InputError, first_line, read_json
+from vitlab.runtime.files import InputError, first_line, read_json, require
 
 HUB = "hf-hub:"                                 # what stands before OWNER/NAME
 CONFIG, WAIT = "config.json", 5.0               # seconds in which the hub must answer
@@ -46,8 +46,7 @@ def check_settings(settings: Any) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise InputError(f"a mapping is needed, not {str(settings)[:80]}")
     for name, value in settings.items():
-        if name not in SETTINGS:
-            raise InputError(f"image setting {name!r} is not known; known are {', '.join(SETTINGS)}")
+        require(name in SETTINGS, f"image setting {name!r} is not known; known are {', '.join(SETTINGS)}")
         if value is not None and not SETTINGS[name][0](value):
             raise InputError(f"{name} is {str(value)[:80]}; needed: {SETTINGS[name][1]}")
     return {name: value for name, value in settings.items() if value is not None}

@@ -26,7 +26,7 @@ from vitlab.models.segmenter import Segmenter
 from vitlab.models.transformers_folder import config_of, converted
 from vitlab.models.weights import SUFFIXES, is_weights, read_file, state_of
 from vitlab.plan import CompressionPlan
-from vitlab.runtime.files import InputError, from_root
+from vitlab.runtime.files import InputError, from_root, require
 from vitlab.runtime.kinds import Count, Crop, Or, flag
 
 LOCAL = "local-dir:"                        # as HUB, what stands before a source of timm's
@@ -65,9 +65,8 @@ class ModelSource:
         return self.checkpoint
 
     def open(self) -> Checkpoint:
-        if Path(self.checkpoint).is_dir() and self.model:
-            raise InputError(f"{self.checkpoint} is a folder and says itself which model it holds; --model is for "
-                             f"weights files")
+        require(not (Path(self.checkpoint).is_dir() and self.model), f"{self.checkpoint} is a folder and says itself "
+                "which model it holds; --model is for weights files")
         settings = {name: getattr(self, name) for name in ("mean", "std", "crop_pct", "crop_mode", "interpolation")}
         return open_model(self.checkpoint, model=self.model, num_classes=self.num_classes, img_size=self.img_size,
                           settings=settings)
@@ -106,8 +105,7 @@ def _opened(source: Other, model: str | None, args: dict[str, Any], pretrained: 
     if isinstance(source, Checkpoint):
         return _as_it_is(source, "the checkpoint", args)
     source = str(source)
-    if not source:
-        raise InputError("no model is named; a run folder, a weights file or a timm name is needed")
+    require(source, "no model is named; a run folder, a weights file or a timm name is needed")
     if source.startswith(HUB):
         path = download(source.removeprefix(HUB))
         return (_as_it_is(checkpoint.load(path), source, args) if (path / checkpoint.INFO).is_file() else

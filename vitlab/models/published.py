@@ -17,7 +17,7 @@ from vitlab.models.support import units_of
 from vitlab.models.weights import load_state, read_file, state_of, unwrapped
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.rules import MergeReconstruct
-from vitlab.runtime.files import InputError, atomic_write
+from vitlab.runtime.files import InputError, atomic_write, require
 
 NAMES = {"merge_matrix": "merge_matrix", "reconstruct_matrix": "recover_matrix", "token_mask": "token_mask"}
 
@@ -52,9 +52,8 @@ def load_published(path: str | Path, dense: nn.Module) -> tuple[nn.Module, Compr
     Raises InputError naming the file and key where it has another layout, holds more than weights, or doesn't fit.
     """
     content = read_file(path)
-    if not is_published(content):
-        raise InputError(f"{path}: not a Prune and Merge checkpoint; it holds no blocks.i.attn.merge_matrix under "
-                         f"\"model\"")
+    require(is_published(content), f"{path}: not a Prune and Merge checkpoint; it holds no blocks.i.attn.merge_matrix "
+            "under \"model\"")
     return _compressed(unwrapped(state_of(content, path), dense.state_dict(), path)[0], dense, path)
 
 
@@ -109,9 +108,8 @@ def save_published(path: str | Path, model: nn.Module) -> None:
         raise InputError("the published layout has merge and reconstruct matrices in every block; this model has not")
     dense = shape_of(rebuild(architecture(model)))
     for index, block in enumerate(attention_block(b) for b in model.blocks):
-        if units_of(block) != (dense.num_heads, dense.num_neurons) or query_width(block.attn) < dense.head_dim:
-            raise InputError(f"the published layout has all heads, their widths, and neurons; block {index} of this "
-                             "model has not")
+        require(units_of(block) == (dense.num_heads, dense.num_neurons) and query_width(block.attn) >= dense.head_dim,
+                f"the published layout has all heads, their widths, and neurons; block {index} of this model has not")
     state = {}
     for key, value in model.state_dict().items():
         for own, theirs in NAMES.items():

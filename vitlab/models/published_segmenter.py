@@ -18,7 +18,7 @@ from vitlab.models.create import rebuild
 from vitlab.models.decoders import NORM_EPS
 from vitlab.models.segmenter import Segmenter, as_encoder, is_rate, is_size
 from vitlab.models.weights import read_file, state_of
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import InputError, require
 
 VARIANT = "variant.yml"
 STATISTICS = {"deit": (constants.IMAGENET_DEFAULT_MEAN, constants.IMAGENET_DEFAULT_STD),
@@ -94,8 +94,7 @@ def published_parts(path: str | Path) -> tuple[Segmenter, dict[str, Tensor], Pat
     decoder, most = net["decoder"], sum(tensor.numel() for tensor in state.values())
     for part, count in (("encoder", net["n_layers"]), ("decoder", decoder.get("n_layers", 0))):
         blocks = {name.split(".")[2] for name in state if name.startswith(f"{part}.blocks.")}
-        if len(blocks) != count:
-            raise InputError(f"{path}: {len(blocks)} blocks in the {part}; {where} says {count}")
+        require(len(blocks) == count, f"{path}: {len(blocks)} blocks in the {part}; {where} says {count}")
     if net["n_cls"] > most:
         raise InputError(f"{where}: net_kwargs.n_cls is {net['n_cls']}; {path} has {most} numbers in all")
     args = {"img_size": net["image_size"], "patch_size": net["patch_size"], "embed_dim": net["d_model"],

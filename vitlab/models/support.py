@@ -10,7 +10,7 @@ from vitlab.models.attention import TokenAttention
 from vitlab.models.families import ATTENTIONS, BLOCKS, HIDDEN, MODELS, PATCHES, kind_of, mixing_layer
 from vitlab.models.left_out import LeftOut
 from vitlab.plan.shape import ViTShape
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import InputError, require
 
 KINDS = (*BLOCKS, *ATTENTIONS, *HIDDEN)
 # why others stay out
@@ -55,10 +55,9 @@ def runs_in_parts(model: nn.Module) -> bool:
 
 def check_runs_in_parts(model: nn.Module) -> None:
     """InputError where it does not."""
-    if not runs_in_parts(model):
-        raise InputError(f"{type(model).__name__} has a forward of its own, or a hook on the whole of it; it is gone "
-                         f"through by timm's own "
-                         "forward, block by block: remove the hook, or make what it does a part of the patch embedding")
+    require(runs_in_parts(model), f"{type(model).__name__} has a forward of its own, or a hook on the whole of it; it "
+            "is gone through by timm's own forward, block by block: remove the hook, or make what it does a part of "
+            "the patch embedding")
 
 
 def attention_block(block: nn.Module) -> nn.Module:
@@ -71,9 +70,8 @@ def attention_block(block: nn.Module) -> nn.Module:
 def plain_linear(linear: nn.Module) -> nn.Linear:
     """The layer itself, whose weights are to be read. Raises InputError for whatever else stands for a Linear: its
     weights are not all that it does."""
-    if type(linear) is not nn.Linear:
-        raise InputError(f"a {type(linear).__module__}.{type(linear).__name__} stands for a Linear there, whose "
-                         "weights are needed; merge adapters into the weights, or compress before they are added")
+    require(type(linear) is nn.Linear, f"a {type(linear).__module__}.{type(linear).__name__} stands for a Linear "
+            "there, whose weights are needed; merge adapters into the weights, or compress before they are added")
     return linear
 
 
@@ -122,8 +120,7 @@ def refuse(model: nn.Module) -> str | None:
 def check_supported(model: nn.Module) -> None:
     """InputError naming the model and the reason where the family can't be handled."""
     reason = refuse(encoder_of(model))
-    if reason is not None:
-        raise InputError(f"this model can't be handled: {reason}")
+    require(reason is None, f"this model can't be handled: {reason}")
 
 
 def classes_of(model: nn.Module) -> int:

@@ -12,7 +12,7 @@ from vitlab.models.create import create_model
 from vitlab.models.hub import CONFIG, PREPARED, HubConfig, check_settings
 from vitlab.models.transformers_names import ACTIVATIONS, KINDS, LEFT, TOWERS, timms, to_timm
 from vitlab.plan.shape import is_int
-from vitlab.runtime.files import InputError, read_json
+from vitlab.runtime.files import InputError, read_json, require
 
 RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")          # by Pillow's numbers
 LARGEST = 2 ** 16                               # of any size that a configuration may ask for
@@ -34,9 +34,8 @@ def config_of(weights: Path) -> dict[str, Any] | None:
     name = content["model_type"]
     tower = content.get("vision_config") or {} if name in TOWERS else content
     name = TOWERS.get(name, name)
-    if name not in KINDS or not isinstance(tower, dict):
-        raise InputError(f"{path}: a {name} of transformers can't be opened; those that can are "
-                         f"{', '.join([*KINDS, *TOWERS])}")
+    require(name in KINDS and isinstance(tower, dict), f"{path}: a {name} of transformers can't be opened; those that "
+            f"can are {', '.join([*KINDS, *TOWERS])}")
     return {**KINDS[name].defaults, "id2label": content.get("id2label"), **tower, "model_type": name}
 
 
@@ -92,8 +91,7 @@ def _prepared(folder: Path, square: bool) -> tuple[dict[str, Any], tuple[int, in
     path = next((folder / name for name in PREPARED if (folder / name).is_file()), None)
     content = {} if path is None else read_json(path)
     content = content.get("image_processor", content) if isinstance(content, dict) else None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: not an image processor of transformers'")
+    require(isinstance(content, dict), f"{path}: not an image processor of transformers'")
     try:
         settings = {"mean": content.get("image_mean"), "std": content.get("image_std")}
         if content.get("do_normalize") is False:

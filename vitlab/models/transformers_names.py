@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import InputError, require
 
 # A row says: tensors of timm's = tensors of transformers', those of each side joined (a|b stands for both).
 # {} is the number of a block, * weight and bias.
@@ -177,8 +177,7 @@ def to_timm(state: dict[str, Tensor], rows: str, own: dict[str, Tensor], where: 
     made, taken = {}, set()
     for ours, theirs in pairs(rows, own):
         missing = next((name for name in theirs if name not in state), None)
-        if missing is not None:
-            raise InputError(f"{where}: {missing} is missing")
+        require(missing is None, f"{where}: {missing} is missing")
         taken |= set(theirs)
         parts = [state[name] for name in theirs]
         if len(ours) == len(parts) == 1:

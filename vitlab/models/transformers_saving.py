@@ -18,7 +18,7 @@ from vitlab.models.support import classes_of, is_merged, units_of
 from vitlab.models.transformers_folder import RESAMPLE, config_of, converted, dino2_neurons
 from vitlab.models.transformers_names import from_timm, pairs, timms
 from vitlab.models.weights import read_state
-from vitlab.runtime.files import InputError, atomic_folder
+from vitlab.runtime.files import InputError, atomic_folder, require
 
 CLASSES = {"vit": "ViT", "deit": "DeiT", "dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters",
            "dinov3_vit": "DINOv3ViT", "clip_vision_model": "CLIPVision", "siglip_vision_model": "SiglipVision"}
@@ -49,8 +49,7 @@ def save_transformers(folder: str | Path, model: nn.Module, *, classes: list[str
     rows = timms(model_type, {named: state["head.weight"]} if named else {"head.probe": torch.empty(0)}, config)[1]
     covered = {name for ours, _ in pairs(rows, state) for name in ours}
     odd = next((name for name in state if name not in covered and (name, named) != ("head.bias", PROJECTION)), None)
-    if odd is not None:
-        raise InputError(f"{folder}: not written, since {odd} has no place in transformers' {class_name}")
+    require(odd is None, f"{folder}: not written, since {odd} has no place in transformers' {class_name}")
     if model_type == "dinov2_with_registers":       # timm's class token has its place in itself
         state = {**state, "pos_embed": torch.cat((torch.zeros_like(model.cls_token), model.pos_embed), dim=1)}
     with atomic_folder(folder) as temporary:
@@ -96,15 +95,13 @@ def _check_alike(model: nn.Module, model_type: str) -> None:
     first = units_of(model.blocks[0])[1]
     for index, block in enumerate(model.blocks):
         (heads, neurons), width = units_of(block), mixing_layer(block, "heads")[1]
-        if heads * width != model.embed_dim:
-            raise InputError(f"block {index} has {heads} heads of {width}; in transformers' {model_type} all heads "
-                             f"together are as wide as the model, {model.embed_dim}")
+        require(heads * width == model.embed_dim, f"block {index} has {heads} heads of {width}; in transformers' "
+                f"{model_type} all heads together are as wide as the model, {model.embed_dim}")
         if query_width(block.attn) < width:
             raise InputError(f"block {index} has queries and keys of {query_width(block.attn)}; transformers' "
                              f"{model_type} has none narrower than values, {width}")
-        if neurons != first or not neurons:
-            raise InputError(f"block {index} has {neurons} neurons, block 0 has {first}; transformers' {model_type} "
-                             "has one number for all blocks, of at least 1")
+        require(neurons == first and neurons, f"block {index} has {neurons} neurons, block 0 has {first}; "
+                f"transformers' {model_type} has one number for all blocks, of at least 1")
 
 
 def _configuration(model: nn.Module, model_type: str, names: Collection[str]) -> dict[str, Any]:
@@ -136,9 +133,8 @@ def _configuration(model: nn.Module, model_type: str, names: Collection[str]) ->
         config |= {"use_swiglu_ffn": gated, "use_mask_token": False}
         config["mlp_ratio"] = next((ratio for ratio in range(1, 65) if neurons * (1 + gated) == dino2_neurons(
             {**config, "mlp_ratio": ratio})), None)
-        if config["mlp_ratio"] is None:
-            raise InputError(f"a block has {neurons} neurons; transformers' {model_type} has a whole multiple of its "
-                             f"width, {model.embed_dim}")
+        require(config["mlp_ratio"] is not None, f"a block has {neurons} neurons; transformers' {model_type} has a "
+                f"whole multiple of its width, {model.embed_dim}")
     return config
 
 

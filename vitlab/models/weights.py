@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from vitlab.models.families import MODELS, kind_of
-from vitlab.runtime.files import InputError, first_line, read_json
+from vitlab.runtime.files import InputError, first_line, read_json, require
 
 INDEX = ".index.json"
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".pth.tar", ".ckpt")
@@ -57,8 +57,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
     """All that a weights file or training checkpoint holds: tensors, plain data, and what is HARMLESS. Raises
     InputError naming the file where it is missing, damaged, one of several shards, or would build anything else."""
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    require(path.is_file(), f"{path}: no such file")
     if path.name.endswith(INDEX):
         return _read_shards(path)
     if re.search(r"-\d{5}-of-\d{5}\.", path.name):
@@ -79,8 +78,7 @@ def _read_shards(index: Path) -> dict[str, Any]:
             raise InputError(f"{index.parent / file}: no such file, but {index.name} says that it has weights")
         content = _read_one(index.parent / file)
         missing = next((name for name, place in places.items() if place == file and name not in content), None)
-        if missing is not None:
-            raise InputError(f"{index.parent / file}: {missing} is missing")
+        require(missing is None, f"{index.parent / file}: {missing} is missing")
         state |= {name: content[name] for name, place in places.items() if place == file}
     return state
 
@@ -93,8 +91,7 @@ def _read_one(path: Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                  # a damaged file makes the readers raise nearly anything
         raise InputError(f"{path}: {_fault(path, error)}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}, not a state dict")
+    require(isinstance(content, dict), f"{path}: holds a {type(content).__name__}, not a state dict")
     return content
 
 
@@ -134,9 +131,8 @@ def state_of(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
     inside = next((content[key] for key in INSIDE if isinstance(content.get(key), dict)), None)
     if inside is None:
         others = {key: value for key, value in content.items() if _is_state(value)}
-        if len(others) > 1:
-            raise InputError(f"{path}: {', '.join(map(repr, others))} each hold weights; save those that are meant in "
-                             f"a file of their own")
+        require(len(others) <= 1, f"{path}: {', '.join(map(repr, others))} each hold weights; save those that are "
+                "meant in a file of their own")
         inside = next(iter(others.values()), content)
     wrong = [k for k, v in inside.items() if not isinstance(v, Tensor) or not isinstance(k, str)]
     if wrong or not inside:
@@ -216,5 +212,4 @@ def check_fits(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
 
     problems = [f"{what} {some(words)}" for what, words in
                 (("missing keys", missing), ("unknown keys", unknown), ("wrong shapes:", shapes)) if words]
-    if problems:
-        raise InputError(f"{path}: does not fit the model: " + "; ".join(problems))
+    require(not problems, f"{path}: does not fit the model: " + "; ".join(problems))

@@ -12,7 +12,7 @@ from torch import nn
 
 from vitlab.plan import CompressionPlan
 from vitlab.plan.shape import POOL_TOKEN, ViTShape
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import require
 
 FORMS = ("deployed", "training", "published")
 PARTS = ("patch_embed", "qkv", "attention", "proj", "mlp", "select", "merge", "reconstruct", "fold", "classifier",
@@ -108,8 +108,7 @@ def macs_of(shape: ViTShape, counts: Counts, form: str = "deployed") -> dict[str
     "deployed" adds the folded products instead: (C_l + p_l) (C_k + p_k) D between two blocks, p tokens carried around
     them. Inside a span no matrix stands between two blocks.
     """
-    if form not in FORMS:
-        raise InputError(f"form {form!r} is not known; known are {list(FORMS)}")
+    require(form in FORMS, f"form {form!r} is not known; known are {list(FORMS)}")
     dim, everything, c = shape.embed_dim, shape.num_tokens, counts
     width, each = c.heads * shape.head_dim, np.where(c.widths, c.widths, shape.head_dim)       # (..., L)
     keyed = c.heads * each                                                      # all queries, or all keys

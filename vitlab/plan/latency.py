@@ -12,8 +12,8 @@ import numpy as np
 from scipy.interpolate import RegularGridInterpolator
 
 from vitlab.plan.cost import Counts, previous, rows_of
-from vitlab.plan.shape import POOL_TOKEN, ViTShape, require
-from vitlab.runtime.files import InputError, atomic_write, read_json
+from vitlab.plan.shape import POOL_TOKEN, ViTShape
+from vitlab.runtime.files import InputError, atomic_write, read_json, require
 
 FORMAT, VERSION = "vitlab.plan.latency", 3
 AXES = {"stem": ("tokens",), "attention": ("tokens", "heads"), "select": ("tokens", "ranking heads"),

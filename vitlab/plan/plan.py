@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from vitlab.plan.rules import TOKEN_RULES, Flow, MergeReconstruct, TokenRule, whole
-from vitlab.plan.shape import FAMILY, ViTShape, is_int, require
-from vitlab.runtime.files import InputError, atomic_write, read_json
+from vitlab.plan.shape import FAMILY, ViTShape, is_int
+from vitlab.runtime.files import InputError, atomic_write, read_json, require
 
 FORMAT, VERSIONS = "vitlab.plan", (1, 2)         # 2: sublayers left out, widths of queries
 

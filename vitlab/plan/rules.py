@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitlab.plan.shape import POOL_TOKEN, ViTShape, is_int, is_number, require
-from vitlab.runtime.files import InputError
+from vitlab.plan.shape import POOL_TOKEN, ViTShape, is_int, is_number
+from vitlab.runtime.files import InputError, require
 
 LARGEST = 3e38                              # about that of a float32
 ROUNDING = 1e-4                             # of weights that sum to 1, in float32 over a thousand patches

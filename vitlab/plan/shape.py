@@ -1,27 +1,15 @@
 """ViTShape: the sizes of a vision transformer, as checked plain data."""
 import dataclasses
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import require
 
 POOL_TOKEN = "token"
 FAMILY = ("gated", "rotary", "pool_neurons", "pool_prefix", "stem_macs", "fixed",
           "projection")     # of other families
 PARTS = ("heads", "neurons", "tokens")
 DECODERS = ("", "linear", "mask_transformer")
-
-
-def require(condition: bool | None, message: str) -> None:
-    """InputError with the message where the condition does not hold."""
-    if not condition:
-        raise InputError(message)
-
-
-def check_known(what: str, name: str, known: Collection[str]) -> None:
-    """InputError that lists the known names where this is none of them."""
-    require(name in known, f"{what} {name!r} is not known; known are {sorted(known)}")
 
 
 def is_int(value: Any) -> TypeGuard[int]:

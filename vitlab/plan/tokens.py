@@ -13,8 +13,8 @@ import torch.fx
 from torch import Tensor
 
 from vitlab.plan.rules import MergeReconstruct, SharedUpdate
-from vitlab.plan.shape import check_known, is_int, require
-from vitlab.runtime.files import InputError
+from vitlab.plan.shape import is_int
+from vitlab.runtime.files import InputError, check_known, require
 
 DECAY, DECAY_DEPTH = {"center": 0.025, "merge": 0.015}, 12      # published, per block (A2), in as many blocks
 PRUNE_RATE, KEEP_RATE = 0.1, 0.6                # published settings

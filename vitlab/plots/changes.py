@@ -9,9 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vitlab.plan.shape import ViTShape, require
+from vitlab.plan.shape import ViTShape
 from vitlab.plots.base import INK, PALETTE, as_array, legend_above, look, new_axes
 from vitlab.plots.tokens import draw_borders, plain, region_means
+from vitlab.runtime.files import require
 
 SHOWN, FINE = 3, 400            # predictions of each model beside a picture; patches from which borders are thin
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from vitlab.plan.shape import require
 from vitlab.plots.base import as_array, bars, legend_above, new_axes
+from vitlab.runtime.files import require
 from vitlab.runtime.uncertainty import plus_minus
 
 PER_ROW = 45                                    # classes in one row of bars, so that their names can be read

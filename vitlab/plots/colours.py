@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from vitlab.plan.shape import is_int, require
-from vitlab.runtime.files import InputError
+from vitlab.plan.shape import is_int
+from vitlab.runtime.files import InputError, require
 
 # class of pixels that count for nothing; the data sets' own, on a floor of equal height
 IGNORE = 255

@@ -10,10 +10,10 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vitlab.plan.shape import require
 from vitlab.plots.base import INK, as_array, legend_above, look, new_axes
 from vitlab.plots.points import error_bars
 from vitlab.plots.search import group_of
+from vitlab.runtime.files import require
 
 SPREAD = 5          # times that one group's largest loss may be another's before their common axis turns logarithmic
 

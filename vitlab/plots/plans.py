@@ -6,9 +6,9 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from vitlab.plan import CompressionPlan, cost
-from vitlab.plan.shape import require
 from vitlab.plots.base import MARKERS, PALETTE, bars, legend_above, new_axes, stack
 from vitlab.plots.colours import class_colours
+from vitlab.runtime.files import require
 
 GROWS = "attention"                             # the part that grows with the square of the tokens, drawn at the bottom
 

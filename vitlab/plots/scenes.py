@@ -13,11 +13,11 @@ from torch import Tensor
 
 from vitlab.plan import CompressionPlan
 from vitlab.plan.rules import Match, MergeReconstruct, Select, SharedUpdate
-from vitlab.plan.shape import ViTShape, require
+from vitlab.plan.shape import ViTShape
 from vitlab.plots.base import PALETTE, PICTURES, new_axes
 from vitlab.plots.colours import GREY, IGNORE, check_mask, class_colours, coloured, overlaid
 from vitlab.plots.tokens import draw_borders, region_means, tinted
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import InputError, require
 
 OPACITY = 0.6                                   # of a mask over its image
 RIGHT, WRONG, LOST, GAINED = range(4)

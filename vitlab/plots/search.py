@@ -15,9 +15,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from vitlab.plan.shape import require
 from vitlab.plots.base import INK, MARKERS, PALETTE, as_array, legend_above, new_axes, style
 from vitlab.plots.points import error_bars
+from vitlab.runtime.files import require
 
 # natural logarithms below the highest that an axis of log EI reaches; the measured are far below
 DEPTH = 15

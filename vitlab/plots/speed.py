@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from vitlab.plan.shape import require
 from vitlab.plots.base import bars, legend_above, look, new_axes
+from vitlab.runtime.files import require
 
 OVER = {"batch_size": "batch size", "img_size": "side of the images (pixels)"}
 

@@ -5,9 +5,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vitlab.plan.shape import require
 from vitlab.plots.base import INK, MARKERS, PALETTE, look, new_axes
 from vitlab.plots.points import Point, draw_points, legend_beside
+from vitlab.runtime.files import require
 from vitlab.runtime.results import ResultRow, speed_of
 from vitlab.runtime.uncertainty import error_name
 

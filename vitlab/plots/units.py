@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from vitlab.plan import CompressionPlan
-from vitlab.plan.shape import POOL_TOKEN, ViTShape, require
+from vitlab.plan.shape import POOL_TOKEN, ViTShape
 from vitlab.plots.base import OVER_ALL, PALETTE, PICTURES, as_array, new_axes
+from vitlab.runtime.files import require
 
 
 def to_own_range(rows: np.ndarray, highest: float = 1.0) -> np.ndarray:

@@ -4,7 +4,7 @@ import glob
 import json
 import os
 import shutil
-from collections.abc import Generator, Iterable
+from collections.abc import Collection, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,17 @@ class InputError(ValueError):
     def _render_traceback_(self) -> list[str]:
         """What IPython prints in place of a traceback."""
         return [f"InputError: {self}"]
+
+
+def require(condition: object, message: str) -> None:
+    """InputError with the message where the condition does not hold."""
+    if not condition:
+        raise InputError(message)
+
+
+def check_known(what: str, name: str, known: Collection[str]) -> None:
+    """InputError that lists the known names where this is none of them."""
+    require(name in known, f"{what} {name!r} is not known; known are {sorted(known)}")
 
 
 def _beside(path: Path) -> Path:

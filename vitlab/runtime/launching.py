@@ -13,7 +13,7 @@ from cyclopts import CycloptsError, Token, UnknownOptionError
 
 from vitlab.runtime import signals
 from vitlab.runtime.caveats import TOYS
-from vitlab.runtime.files import LOCK, InputError, atomic_write, from_root, read_json
+from vitlab.runtime.files import LOCK, InputError, atomic_write, from_root, read_json, require
 from vitlab.runtime.kinds import SPLITS, TIMM_PREFIXES
 
 TOGETHER = ("pretrain", "segment", "finetune", "score", "evaluate", "search")              # take several processes
@@ -113,15 +113,12 @@ def check_out(out: str, ending: str | None = None) -> None:
         raise InputError(f"{out}: is a folder; a file to write {'the scores' if ending else 'the model'} to is needed")
     if ending is not None and not out.endswith(ending):
         raise InputError(f"{out}: scores are written as {ending}; a name that ends so is needed")
-    if ending is None and Path(out).is_file():
-        raise InputError(f"{out}: is a file; a run folder is needed")
+    require(ending is not None or not Path(out).is_file(), f"{out}: is a file; a run folder is needed")
     folder = Path(out).absolute()
     while not folder.exists():
         folder = folder.parent
-    if not folder.is_dir() and folder != Path(out).absolute():
-        raise InputError(f"{out}: {folder} is a file, not a folder")
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"{out}: {folder} can't be written to")
+    require(folder.is_dir() or folder == Path(out).absolute(), f"{out}: {folder} is a file, not a folder")
+    require(os.access(folder, os.W_OK), f"{out}: {folder} can't be written to")
 
 
 def check_apart(values: dict[str, str]) -> None:
@@ -136,8 +133,7 @@ def recorded(run: str) -> list[str]:
     """The words of the command that began a run; its folder becomes the current one. Raises InputError naming the
     file."""
     path = Path(run) / COMMAND
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; {', '.join(RESUMABLE)} write it into their run folder")
+    require(path.is_file(), f"{path}: no such file; {', '.join(RESUMABLE)} write it into their run folder")
     record = read_json(path)
     words, folder = (record.get("arguments"), record.get("folder")) if isinstance(record, dict) else (None, None)
     if not isinstance(words, list) or not all(isinstance(a, str) for a in words) or not isinstance(folder, str):
@@ -146,9 +142,8 @@ def recorded(run: str) -> list[str]:
         raise InputError(f"{path}: {words[0] if words else 'nothing'!r} can't be gone on with; "
                          f"{', '.join(RESUMABLE)} can")
     out = values_of(words).get("--out", "")
-    if not Path(folder).is_dir() or (Path(folder) / out).resolve() != Path(run).resolve():
-        raise InputError(f"{path}: the run was begun in {folder} as {out} and has been moved since; give its command "
-                         f"again")
+    require(Path(folder).is_dir() and (Path(folder) / out).resolve() == Path(run).resolve(),
+            f"{path}: the run was begun in {folder} as {out} and has been moved since; give its command again")
     os.chdir(folder)
     return words
 
@@ -158,9 +153,8 @@ def join(name: str, values: dict[str, str]) -> bool:
     if not _several():
         return False
     from vitlab.runtime import parallel
-    if name.split()[0] not in TOGETHER:
-        raise InputError(f"`{name}` runs in one process; start it without torchrun "
-                         f"({', '.join(TOGETHER)} take several)")
+    require(name.split()[0] in TOGETHER, f"`{name}` runs in one process; start it without torchrun "
+            f"({', '.join(TOGETHER)} take several)")
     parallel.begin(values.get("--device"))
     if parallel.is_first():
         return False

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vitlab.runtime import parallel
-from vitlab.runtime.files import InputError, atomic_write, first_line
+from vitlab.runtime.files import InputError, atomic_write, first_line, require
 
 PROJECT, NAME = "vitlab", "logged_as"           # of trackio and W&B; file with a run's name there
 Log = Callable[[int, Mapping[str, Any]], None]  # (step, whatever was measured): its numbers are logged
@@ -66,8 +66,7 @@ LOGGERS: dict[str, Callable[[Path, str, int], Logger]] = {      # by the name of
 def check_loggers(names: Sequence[str]) -> None:
     """InputError for a logger that is not known, or not installed."""
     for name in names:
-        if name not in LOGGERS:
-            raise InputError(f"log {name!r} is not known; known are {', '.join(LOGGERS)}")
+        require(name in LOGGERS, f"log {name!r} is not known; known are {', '.join(LOGGERS)}")
         if importlib.util.find_spec(name) is None:
             raise InputError(f"log {name}: it is not installed; `pip install {name}` does that")
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import require
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=60)                 # of waiting for the others: one may be measuring a large model
@@ -34,9 +34,8 @@ def begin(device: str | None = None) -> None:
     gpu = device != "cpu" and torch.cuda.is_available()
     if gpu:
         local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= count:
-            raise InputError(f"process {local} of this machine has no GPU, there are {count}; start at most {count} "
-                             "(--nproc-per-node), or give --device cpu")
+        require(local < count, f"process {local} of this machine has no GPU, there are {count}; start at most {count} "
+                "(--nproc-per-node), or give --device cpu")
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if gpu else "gloo", timeout=TIMEOUT)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vitlab.runtime.caveats import caveat_of
-from vitlab.runtime.files import InputError, append_line, read_lines, write_lines
+from vitlab.runtime.files import InputError, append_line, read_lines, require, write_lines
 from vitlab.runtime.uncertainty import digits_of, error_name, plus_minus
 
 ERRORS = {name: error_name(name) for name in ("top1_pct", "miou_pct", "loss", "distill_loss")}      # their fields
@@ -55,12 +55,10 @@ class ResultRow:
                 raise InputError(f"{name} is {str(value)[:80]!r}; a {what} is needed")
         for name in ("top1_pct", "top5_pct", "miou_pct", "pixel_accuracy_pct"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= 100:
-                raise InputError(f"{name} is {value}; a percentage from 0 to 100 is needed")
+            require(value is None or 0 <= value <= 100, f"{name} is {value}; a percentage from 0 to 100 is needed")
         for name in ERRORS.values():
             value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise InputError(f"{name} is {value}; a standard error of at least 0 is needed")
+            require(value is None or value >= 0, f"{name} is {value}; a standard error of at least 0 is needed")
 
 
 def append_row(path: str | Path, row: ResultRow) -> None:

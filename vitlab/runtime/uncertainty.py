@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import require
 
 ADDED = 2                       # hits and misses each that Agresti and Coull add, for an interval of 95 %
 
@@ -17,8 +17,7 @@ def standard_error(values: Sequence[float] | np.ndarray) -> float | None:
     """Of the mean of `values`, one an image, in their unit: sqrt(sum_i (x_i - mean)^2 / (n - 1) / n). None of one
     image, of which nothing can be said. Raises InputError without any."""
     values = np.asarray(values, dtype=np.float64).ravel()
-    if not len(values):
-        raise InputError("the error of a mean over 0 images; 1 at least is needed")
+    require(len(values), "the error of a mean over 0 images; 1 at least is needed")
     return None if len(values) == 1 else float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
@@ -29,8 +28,7 @@ def ratio_error(tops: Sequence[float] | np.ndarray, bottoms: Sequence[float] | n
     tops, bottoms = (np.asarray(values, dtype=np.float64).ravel() for values in (tops, bottoms))
     tops, bottoms = tops[bottoms > 0], bottoms[bottoms > 0]
     n = len(bottoms)
-    if not n:
-        raise InputError("the error of a ratio over 0 images; 1 at least is needed")
+    require(n, "the error of a ratio over 0 images; 1 at least is needed")
     rest = tops - tops.sum() / bottoms.sum() * bottoms
     return None if n == 1 else float(np.sqrt(n / (n - 1) * (rest**2).sum()) / bottoms.sum())
 
@@ -46,8 +44,7 @@ def jackknife_error(without: Sequence[float] | np.ndarray) -> float | None:
 def share_error(count: float, n: float) -> float:
     """Standard error, in percentage points, of `count` images out of n: 100 sqrt(p (1 - p) / (n + 4)), p = (count + 2)
     / (n + 4); more than 0 where all or none count. Raises InputError for n below 1, or a count outside [0, n]."""
-    if n < 1 or not 0 <= count <= n:
-        raise InputError(f"a share of {count:g} out of {n:g} images; 0 to n out of n >= 1 are needed")
+    require(n >= 1 and 0 <= count <= n, f"a share of {count:g} out of {n:g} images; 0 to n out of n >= 1 are needed")
     p = (count + ADDED) / (n + 2 * ADDED)
     return float(100 * np.sqrt(p * (1 - p) / (n + 2 * ADDED)))
 
@@ -57,10 +54,8 @@ def interval(values: Sequence[float] | np.ndarray, statistic: Callable[[np.ndarr
     """(low, high) between which `level` of the statistics lie of `draws` samples of n images, with repeats, out of the
     n of `values` (n, ...), one an image. Raises InputError without any image, or for a level outside (0, 1)."""
     values = np.asarray(values)
-    if not len(values):
-        raise InputError("an interval over 0 images; 1 at least is needed")
-    if not 0 < level < 1:
-        raise InputError(f"level {level}; more than 0 and less than 1 is needed")
+    require(len(values), "an interval over 0 images; 1 at least is needed")
+    require(0 < level < 1, f"level {level}; more than 0 and less than 1 is needed")
     rng = np.random.default_rng(seed)
     drawn = [float(statistic(values[rng.integers(len(values), size=len(values))])) for _ in range(draws)]
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])

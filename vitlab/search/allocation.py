@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from vitlab.plan.shape import require
+from vitlab.runtime.files import require
 from vitlab.search.budget import Budget
 from vitlab.search.sampling import members
 from vitlab.search.space import SearchSpace

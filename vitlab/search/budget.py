@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from vitlab.plan.shape import require
+from vitlab.runtime.files import require
 from vitlab.search.space import SearchSpace
 
 TOLERANCE = 0.02                                # published

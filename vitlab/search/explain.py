@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from vitlab.plan.shape import require
-from vitlab.runtime.files import read_lines
+from vitlab.runtime.files import read_lines, require
 from vitlab.search.sampling import Problem
 from vitlab.search.sensitivity import SENSITIVITY, trend_of
 from vitlab.search.strategies import predictor

@@ -1,7 +1,7 @@
 """The policies that arXiv 2201.00043 published for 60 % fewer MACs (its public repository; methods B7), as data."""
 import numpy as np
 
-from vitlab.plan.shape import check_known
+from vitlab.runtime.files import check_known
 
 # L neuron ratios, L head ratios, rho: the space of neurons, heads and one selection ratio, ranked by all heads.
 POLICIES = {

@@ -11,9 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.plan.shape import ViTShape, require
+from vitlab.plan.shape import ViTShape
 from vitlab.runtime import parallel
-from vitlab.runtime.files import InputError, append_line, read_lines
+from vitlab.runtime.files import InputError, append_line, read_lines, require
 from vitlab.search.allocation import Curve, allocate, levels, summed_losses
 from vitlab.search.sampling import Problem, neighbours
 

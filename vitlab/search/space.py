@@ -17,8 +17,8 @@ from torch import Tensor
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.cost import Counts, counts_of, macs_of
 from vitlab.plan.rules import ReadOut
-from vitlab.plan.shape import ViTShape, require
-from vitlab.runtime.files import InputError
+from vitlab.plan.shape import ViTShape
+from vitlab.runtime.files import InputError, require
 from vitlab.search.token_dimensions import MergeTokens, token_dimensions
 from vitlab.search.unit_dimensions import KNOWN, UNITS, UnitDimensions, total_of
 

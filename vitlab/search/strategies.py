@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import nnls
 
-from vitlab.plan.shape import check_known, require
+from vitlab.runtime.files import check_known, require
 from vitlab.search.acquisition import log_expected_improvement
 from vitlab.search.sampling import Problem, neighbours, random_policies, uniform_policies, varied_policies
 from vitlab.search.surrogate import Surrogate

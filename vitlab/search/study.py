@@ -13,9 +13,17 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from vitlab.plan.shape import check_known, require
 from vitlab.runtime import logs, parallel
-from vitlab.runtime.files import InputError, append_line, atomic_write, locked, read_json, read_lines
+from vitlab.runtime.files import (
+    InputError,
+    append_line,
+    atomic_write,
+    check_known,
+    locked,
+    read_json,
+    read_lines,
+    require,
+)
 from vitlab.search.budget import Budget
 from vitlab.search.sampling import Problem
 from vitlab.search.sensitivity import SENSITIVITY, measure_alone, start_policies, trend_of

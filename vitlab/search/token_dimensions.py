@@ -11,8 +11,8 @@ from torch import Tensor, zeros
 
 from vitlab.plan import tokens
 from vitlab.plan.rules import BY_CLASS_TOKEN, PROTECT, Match, Select, TokenRule
-from vitlab.plan.shape import ViTShape, check_known, require
-from vitlab.runtime.files import InputError
+from vitlab.plan.shape import ViTShape
+from vitlab.runtime.files import InputError, check_known, require
 
 STAGES = 4                      # of as equal a length as can be, where a ratio is per stage; it ends selection's too
 

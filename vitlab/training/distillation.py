@@ -11,7 +11,7 @@ from vitlab.measure.distance import Features, cross_entropy, output_of
 from vitlab.measure.evaluate import each_divergence
 from vitlab.models.segmenter import Segmenter
 from vitlab.models.support import classes_of
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import InputError, require
 from vitlab.training.recipes import Recipe
 
 
@@ -71,9 +71,8 @@ def make_task(model: nn.Module, teacher: nn.Module | None, recipe: Recipe, devic
     or differs in classes, task, features or channels, or a recipe mixes images that have masks.
     """
     features = not output_of(model).labelled
-    if features and recipe.distill != "soft":
-        raise InputError(f"recipe {recipe.name} has distill {recipe.distill!r}; the model has no classifier and learns "
-                         "the teacher's features, which is \"soft\"")
+    require(not features or recipe.distill == "soft", f"recipe {recipe.name} has distill {recipe.distill!r}; the model "
+            "has no classifier and learns the teacher's features, which is \"soft\"")
     dense = isinstance(model, Segmenter)
     if dense and (recipe.mixup or recipe.cutmix):
         raise InputError(f"recipe {recipe.name} mixes images (mixup, cutmix), which masks can't follow; one without is "
@@ -86,13 +85,11 @@ def make_task(model: nn.Module, teacher: nn.Module | None, recipe: Recipe, devic
         criterion = LabelSmoothingCrossEntropy(recipe.smoothing) if recipe.smoothing else nn.CrossEntropyLoss()
     if recipe.distill == "none":
         return ClassificationTask(model, criterion, device=device, verbose=False)
-    if teacher is None:
-        raise InputError(f"recipe {recipe.name} distils ({recipe.distill}); a teacher is needed")
+    require(teacher is not None, f"recipe {recipe.name} distils ({recipe.distill}); a teacher is needed")
     if teacher.num_classes != model.num_classes:
         raise InputError(f"the teacher has {teacher.num_classes} classes, the student {model.num_classes}")
-    if isinstance(teacher, Segmenter) is not dense:
-        raise InputError("the teacher and the student are of different tasks: one gives a class for each pixel, the "
-                         "other for each image")
+    require(isinstance(teacher, Segmenter) is dense, "the teacher and the student are of different tasks: one gives a "
+            "class for each pixel, the other for each image")
     if dense and teacher.img_size != model.img_size:
         raise InputError("the teacher is for images of {} x {}, the student for {} x {}; they see the same".format(
             *teacher.img_size, *model.img_size))
@@ -101,9 +98,8 @@ def make_task(model: nn.Module, teacher: nn.Module | None, recipe: Recipe, devic
     if given != learned:
         raise InputError(f"the teacher gives {given[1]} features, pooled by {teacher.global_pool!r}, the student "
                          f"{learned[1]}, pooled by {model.global_pool!r}; they are compared one by one")
-    if teacher.in_chans != model.in_chans:
-        raise InputError(f"the teacher takes images of {teacher.in_chans} channels, the student of {model.in_chans}; "
-                         f"they see the same")
+    require(teacher.in_chans == model.in_chans, f"the teacher takes images of {teacher.in_chans} channels, the student "
+            f"of {model.in_chans}; they see the same")
     hard = recipe.distill == "hard"
     kind = FeatureTask if features else DistillationTask
     task = kind(model, teacher.to(device).requires_grad_(False), criterion, temperature=recipe.tau,

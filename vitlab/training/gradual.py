@@ -6,7 +6,7 @@ from vitlab.criteria.units import UnitScores
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.rules import Select, TokenRule
 from vitlab.plan.shape import ViTShape
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import require
 
 
 def _units(kept: tuple[int, ...] | None, scores: list[float], fraction: float) -> tuple[int, ...] | None:
@@ -47,8 +47,7 @@ def partial_plan(plan: CompressionPlan, fraction: float, scores: UnitScores) -> 
     tokens by smaller selections, and merging in the last blocks first; a span is merged as a whole, once its first
     block is among them. fraction 1 gives the plan itself; a larger one's cuts include a smaller one's. Raises
     InputError for a fraction out of (0, 1]."""
-    if not 0 < fraction <= 1:
-        raise InputError(f"fraction is {fraction}; it must lie in (0, 1]")
+    require(0 < fraction <= 1, f"fraction is {fraction}; it must lie in (0, 1]")
     if fraction == 1:
         return plan
     blocks = []

@@ -23,7 +23,7 @@ from vitlab.measure.pixels import measured
 from vitlab.models import set_trainable
 from vitlab.runtime import logs, parallel, signals
 from vitlab.runtime.energy import Meter
-from vitlab.runtime.files import InputError, append_line, locked, read_lines, write_lines
+from vitlab.runtime.files import InputError, append_line, locked, read_lines, require, write_lines
 from vitlab.training import states
 from vitlab.training.recipes import Engine, Recipe
 from vitlab.training.stepping import AVERAGE, Training
@@ -200,7 +200,6 @@ def _left_out(training: Training, loss: float, log: Any) -> None:
     files = [name for turn in range(turns) for name in training.batches.names(training.epoch, at * turns + turn)]
     files = [name for names in parallel.gather(files) for name in names]
     log({"skipped": str(loss), "why": training.fault, "files": files})
-    if training.skipped > training.engine.max_skipped:
-        raise InputError(f"{training.fault} at epoch {training.epoch + 1}, step {training.done}, and was not finite in "
-                         f"{training.skipped} steps in a row; their files are in {LOG}. A smaller lr than "
-                         f"{training.recipe.lr} or clip_grad may help")
+    require(training.skipped <= training.engine.max_skipped, f"{training.fault} at epoch {training.epoch + 1}, step "
+            f"{training.done}, and was not finite in {training.skipped} steps in a row; their files are in {LOG}. A "
+            f"smaller lr than {training.recipe.lr} or clip_grad may help")

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from vitlab.models import TRAINABLE
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import InputError, check_known
 from vitlab.runtime.kinds import Count, Natural
 
 DISTILL, DTYPES = ("none", "soft", "hard"), ("float32", "bfloat16", "float16")
@@ -197,6 +197,5 @@ RECIPES = {recipe.name: recipe for recipe in (
 
 def recipe(name: str) -> Recipe:
     """A recipe by name. Raises InputError that lists the known ones."""
-    if name not in RECIPES:
-        raise InputError(f"recipe {name!r} is not known; known are {sorted(RECIPES)}")
+    check_known("recipe", name, RECIPES)
     return RECIPES[name]

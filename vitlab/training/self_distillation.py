@@ -18,7 +18,7 @@ from vitlab.measure.capture import Batches, frozen_eval
 from vitlab.measure.distance import output_of, outputs
 from vitlab.models import set_trainable
 from vitlab.runtime import logs
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import require
 from vitlab.runtime.uncertainty import standard_error, with_error
 from vitlab.training.stepping import gradient_norm
 
@@ -35,8 +35,7 @@ class Divergence:
     def __init__(self, teacher: nn.Module, batches: Batches, amp: bool | None = False) -> None:
         """Raises InputError where there is no image."""
         self.amp, self.output, self.images = amp, output_of(teacher), [images for images, _ in batches]
-        if not self.images:
-            raise InputError("there is no image to compare with the dense model on")
+        require(self.images, "there is no image to compare with the dense model on")
         with torch.inference_mode(), frozen_eval(teacher):
             self.expected = [outputs(teacher, images, amp) for images in self.images]
 
@@ -74,8 +73,7 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Di
     (epoch, steps, loss, distance, seconds), which goes to log_to as well; the first is of the model as given. Raises
     InputError where SKIPPED steps in a row are not finite, the best state kept.
     """
-    if (minutes is None) == (steps is None):
-        raise InputError("either minutes or steps are needed, not both")
+    require((minutes is None) != (steps is None), "either minutes or steps are needed, not both")
     random_seed(seed)
     batches = data.batches(split, model, batch_size=batch_size, training=Shuffled(augment=data.mild), seed=seed,
                            workers=workers)
@@ -136,7 +134,6 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Di
 def _left_out(fault: str, files: list[str], skipped: int, lr: float) -> None:
     """Warn of a step that is left out. Raises InputError where it is the last of SKIPPED in a row."""
     of = f" of {', '.join(files)}" if files else ""
-    if skipped >= SKIPPED:
-        raise InputError(f"{fault}{of}, and was not finite in {skipped} steps in a row; a smaller lr than {lr} may "
-                         "help. The best state so far is kept")
+    require(skipped < SKIPPED, f"{fault}{of}, and was not finite in {skipped} steps in a row; a smaller lr than {lr} "
+            "may help. The best state so far is kept")
     warnings.warn(f"{fault}{of}; the step is left out", stacklevel=3)

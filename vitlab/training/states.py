@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vitlab.models.weights import read_file
-from vitlab.runtime.files import InputError, atomic_write
+from vitlab.runtime.files import InputError, atomic_write, require
 
 PATTERN = "state-*.pt"                          # state-STEP-DIGEST.pt
 
@@ -55,5 +55,4 @@ def newest(folder: str | Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             continue
         good += 1
         yield path, state
-    if found and not good:
-        raise InputError(f"{folder}: all {len(found)} states of the run are damaged; remove them to begin anew")
+    require(not found or good, f"{folder}: all {len(found)} states of the run are damaged; remove them to begin anew")

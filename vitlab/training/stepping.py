@@ -23,7 +23,7 @@ from vitlab.models.checkpoint import not_finite
 from vitlab.models.segmenter import Segmenter
 from vitlab.models.weights import load_state
 from vitlab.runtime import parallel
-from vitlab.runtime.files import InputError, first_line
+from vitlab.runtime.files import InputError, first_line, require
 from vitlab.training.distillation import make_task
 from vitlab.training.recipes import Engine, Recipe
 
@@ -131,9 +131,8 @@ class Training:
         """Raises InputError where a weight is not finite: nothing is to be kept of them then, and no step brings them
         back."""
         wrong = not_finite(self.model) or not_finite(self.average)
-        if wrong is not None:
-            raise InputError(f"{wrong} is not finite after {self.step} steps, so no state of them is written; a "
-                             f"smaller lr than {self.recipe.lr} or clip_grad may help, from the state before")
+        require(wrong is None, f"{wrong} is not finite after {self.step} steps, so no state of them is written; a "
+                f"smaller lr than {self.recipe.lr} or clip_grad may help, from the state before")
 
     def share_broken(self) -> list[str]:
         """The images that could not be read so far, of all processes together, which each then knows. Raises InputError

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from vitlab.runtime.files import InputError, read_json
+from vitlab.runtime.files import InputError, read_json, require
 from vitlab.workbench import batch_file
 from vitlab.workbench.batch_entry import SUMMARY, dependencies, maybe_json, only_one, write_json
 
@@ -64,9 +64,8 @@ def run_batch(path: str | Path, out: str | Path, *, changes: dict[str, str] | No
 
 def need_engine() -> None:
     """InputError where Snakemake is not installed."""
-    if importlib.util.find_spec("snakemake") is None:
-        raise InputError("batches need Snakemake, and that Python 3.11 or newer: python -m pip install "
-                         "'snakemake>=9.15'")
+    require(importlib.util.find_spec("snakemake") is not None, "batches need Snakemake, and that Python 3.11 or newer: "
+            "python -m pip install 'snakemake>=9.15'")
 
 
 def _threads(cores: int) -> int:

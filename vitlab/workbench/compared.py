@@ -23,7 +23,6 @@ from vitlab.models.checkpoint import Checkpoint
 from vitlab.models.deploy import is_deployed
 from vitlab.models.support import encoder_of
 from vitlab.models.windows import segment
-from vitlab.plan.shape import require
 from vitlab.plots import (
     changed_pictures,
     class_changes,
@@ -38,7 +37,7 @@ from vitlab.plots.base import as_array, to_image
 from vitlab.plots.colours import class_colours
 from vitlab.plots.scenes import OPACITY, in_grey
 from vitlab.plots.units import over_grey
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import InputError, require
 from vitlab.runtime.uncertainty import digits_of, plus_minus, share_error, standard_error
 from vitlab.workbench.explore.maps import Tokens, tokens_of
 

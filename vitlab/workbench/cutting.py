@@ -16,7 +16,7 @@ from vitlab.plan import CompressionPlan, cost, tokens
 from vitlab.plan.cost import macs
 from vitlab.plan.shape import ViTShape
 from vitlab.runtime.config import RunConfig, flags
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import InputError, require
 from vitlab.runtime.kinds import Count, File, Gmacs, MacsRatio, Or, Rate, Ratio, Run, Spans, flag
 from vitlab.search import Budget, SearchSpace
 from vitlab.search.published import published_policy
@@ -51,8 +51,7 @@ def prune_tokens(source: Source, scores: File, out: Run, *, rule: Literal["cente
         share: regions share their block's update and keep their own streams, without matrices (methods C1)
     """
     found = open_model(source)
-    if rule == "merge" and boundary is not None:
-        raise InputError("boundary is of rule center; rule merge has none")
+    require(rule != "merge" or boundary is None, "boundary is of rule center; rule merge has none")
     if spans is not None and (share or keep_rate is not None):
         raise InputError(f"spans do not go with {'share' if share else 'a keep rate: each span has its own'}")
     (values, source_of_scores), shape = read_scores(scores), shape_of(found.model)
@@ -61,9 +60,8 @@ def prune_tokens(source: Source, scores: File, out: Run, *, rule: Literal["cente
                                 boundary=boundary or tokens.BOUNDARY, weights=weights, decay=decay, share=share,
                                 spans=spans)
     if gmacs is not None or macs_ratio is not None:
-        if keep_rate is not None or spans is not None:
-            raise InputError(f"a budget finds the keep rate, but a {'rate for each span' if spans else 'keep rate'} is "
-                             f"given; one of the two is needed")
+        require(keep_rate is None and spans is None, "a budget finds the keep rate, but a "
+                f"{'rate for each span' if spans else 'keep rate'} is given; one of the two is needed")
         limit = limit_of(shape, gmacs, macs_ratio)
         made_by["gmacs"] = limit
         keep_rate = _largest_keep_rate(lambda rate: cost.gmacs(made_of(keep_rate=rate)), shape, limit)
@@ -100,9 +98,8 @@ def prune_units(source: Source,
         multiple: neurons that stay, and widths of heads, are so many, or a multiple: 8, 16 or 32, as kernels like
     """
     budget, ratios = gmacs is not None or macs_ratio is not None, bool(head_ratio or neuron_ratio or rho)
-    if not budget and policy is None and not ratios:
-        raise InputError("nothing says how much is cut; a policy, head_ratio, neuron_ratio or rho, or a budget is "
-                         "needed")
+    require(budget or policy is not None or ratios, "nothing says how much is cut; a policy, head_ratio, neuron_ratio "
+            "or rho, or a budget is needed")
     found = open_dense(source)
     scores = scores if isinstance(scores, UnitScores) else read_units(scores)
     shape = shape_of(found.model)
@@ -115,8 +112,7 @@ def prune_units(source: Source,
                           made_by={"method": "budget", "gmacs": limit, "scores": scores.made_by})
         return apply_plan(found, plan, out)
     if policy is not None:
-        if ratios:
-            raise InputError("a policy says all ratios; give the policy or ratios, not both")
+        require(not ratios, "a policy says all ratios; give the policy or ratios, not both")
         vector, settings = published_policy(policy), {"ranked_by": "all"}
         if len(vector) != 2 * shape.depth + 1:
             raise InputError(f"policy {policy} is for {(len(vector) - 1) // 2} blocks; the model has {shape.depth}")
@@ -139,9 +135,8 @@ def prune_match(source: Source, out: Run, *, ratio: Ratio | None = None, gmacs: 
         ratio: fraction of the tokens that are merged in each block of the middle half
         read_out: the last block computes what the classifier reads alone
     """
-    if sum(amount is not None for amount in (ratio, gmacs, macs_ratio)) != 1:
-        raise InputError("how much is merged is a ratio of the tokens, or a budget in GMACs or as a ratio of the dense "
-                         "model's; one of the three is needed")
+    require(sum(amount is not None for amount in (ratio, gmacs, macs_ratio)) == 1, "how much is merged is a ratio of "
+            "the tokens, or a budget in GMACs or as a ratio of the dense model's; one of the three is needed")
     found = open_dense(source)
     shape, made_by = shape_of(found.model), {"method": "match"}
     space = SearchSpace(shape=shape, units=(), tokens="match", read_out=read_out, max_ratio=max(0.5, ratio or 0))

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-from vitlab.runtime.files import InputError, existing_folder
+from vitlab.runtime.files import existing_folder, require
 from vitlab.runtime.kinds import flag
 
 # The main story, under five minutes on two quiet cores, with parameters that make it so; and all of it.
@@ -58,9 +58,8 @@ def made(study: Path, name: str, *, by: str, data: str, quick: bool = False) -> 
     path = study / name
     there = (path, existing_folder(path / FOLDER) / INFO)           # a training that was killed leaves a folder alone
     if not any(each.is_file() for each in there):
-        if data not in EMBEDDED:
-            raise InputError(f"{path}: not there yet; {by} makes it: run that notebook first, with the same run and "
-                             f"data")
+        require(data in EMBEDDED, f"{path}: not there yet; {by} makes it: run that notebook first, with the same run "
+                "and data")
         from vitlab.workbench import notebooks
         print(f"{path} is not there yet: running {by}, which makes it on the digits", flush=True)
         notebooks.run(notebooks.NOTEBOOKS / f"{by}.ipynb", study / "notebooks", _parameters(study, quick),

@@ -29,7 +29,7 @@ from vitlab.models.checkpoint import Checkpoint
 from vitlab.models.families import as_projection
 from vitlab.models.segmenter import Segmenter
 from vitlab.models.weights import read_file
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import InputError, require
 from vitlab.runtime.kinds import Count, File, Pixels, Positive, flag
 
 
@@ -80,8 +80,7 @@ class Features:
         where both are given."""
         if self.asked and isinstance(found.model, Segmenter):
             raise InputError("knn and classes are of features of an image; the model gives a class for each pixel")
-        if self.knn and self.classes is not None:
-            raise InputError("knn and classes both give a top-1; one of them is needed")
+        require(not self.knn or self.classes is None, "knn and classes both give a top-1; one of them is needed")
         if self.classes is None or not output_of(found.model).labelled:
             return found
         return dataclasses.replace(found, model=as_projection(copy.copy(found.model)))

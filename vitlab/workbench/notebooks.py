@@ -11,7 +11,7 @@ from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from vitlab.runtime.files import NOTEBOOKS, InputError, atomic_write
+from vitlab.runtime.files import NOTEBOOKS, InputError, atomic_write, require
 
 SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]    # the first there is
 POLICY = """<meta http-equiv="Content-Security-Policy" """ \
@@ -24,11 +24,9 @@ ENCRYPTED = Config({"KernelManager": {"transport_encryption": "auto"},
 def declared(path: str | Path) -> dict[str, Any]:
     """{parameter: default} of the cell tagged `parameters`. Raises InputError without such a notebook or cell."""
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such notebook")
+    require(path.is_file(), f"{path}: no such notebook")
     cells = [c for c in nbformat.read(path, as_version=4).cells if "parameters" in c.metadata.get("tags", [])]
-    if len(cells) != 1:
-        raise InputError(f"{path}: {len(cells)} cells are tagged `parameters`; one is needed")
+    require(len(cells) == 1, f"{path}: {len(cells)} cells are tagged `parameters`; one is needed")
     return {node.target.id: ast.literal_eval(node.value) for node in ast.parse(cells[0].source).body
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
 
@@ -37,8 +35,7 @@ def check_parameters(path: str | Path, given: dict[str, Any]) -> None:
     """InputError for a parameter that the notebook does not declare, or of another type than its default."""
     known = declared(path)
     for name, value in given.items():
-        if name not in known:
-            raise InputError(f"{path}: no parameter {name!r}; it declares {', '.join(sorted(known))}")
+        require(name in known, f"{path}: no parameter {name!r}; it declares {', '.join(sorted(known))}")
         default = known[name]
         fits = isinstance(value, type(default)) and not (isinstance(value, bool) and not isinstance(default, bool))
         if default is not None and not fits and not (isinstance(default, float) and type(value) is int):
@@ -89,9 +86,8 @@ def copy_all(folder: str | Path) -> list[Path]:
     """
     copies = {Path(folder) / path.name: path.read_bytes() for path in sorted(NOTEBOOKS.glob("*.ipynb"))}
     changed = [str(path) for path, content in copies.items() if path.exists() and path.read_bytes() != content]
-    if changed:
-        raise InputError(f"{', '.join(changed)}: there already, and not as it comes with vitlab; move it away, or "
-                         "choose another folder")
+    require(not changed, f"{', '.join(changed)}: there already, and not as it comes with vitlab; move it away, or "
+            "choose another folder")
     for path, content in copies.items():
         atomic_write(path, content)
     return list(copies)

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from vitlab.runtime.files import InputError, atomic_write, read_json
+from vitlab.runtime.files import InputError, atomic_write, read_json, require
 
 INFO, OUTPUT = "process.json", "process.log"
 GRACE = 20.0                    # seconds from the request to stop until the process is killed
@@ -107,10 +107,8 @@ def start(arguments: Sequence[str], run: str | Path, *, folder: str | Path | Non
     process of this run is still running.
     """
     run, folder = Path(run).absolute(), Path(folder or Path.cwd()).absolute()
-    if not arguments:
-        raise InputError("there is no command to start; arguments such as finetune --checkpoint ... are needed")
-    if processes < 1:
-        raise InputError(f"{processes} processes; at least 1 is needed")
+    require(arguments, "there is no command to start; arguments such as finetune --checkpoint ... are needed")
+    require(processes >= 1, f"{processes} processes; at least 1 is needed")
     if (run / INFO).exists() and state(run).name == "running":
         raise InputError(
             f"{run}: a process is running there since {state(run).started}; stop it first, or choose another folder")

@@ -19,7 +19,7 @@ from vitlab.models.opening import Source, open_model
 from vitlab.models.weights import read_file
 from vitlab.runtime import parallel
 from vitlab.runtime.config import MEASURE, RunConfig
-from vitlab.runtime.files import InputError, atomic_write
+from vitlab.runtime.files import InputError, atomic_write, require
 from vitlab.runtime.kinds import ClassMap, Count, Data, flag
 from vitlab.search import Study
 from vitlab.search.sensitivity import better_nothing
@@ -96,13 +96,11 @@ def what_is_shared(parts: ImageData) -> dict[str, str]:
 
 def read_scores(path: str | Path) -> tuple[Tensor, dict[str, str]]:
     """(scores (L, n), what made them). Raises InputError naming the file."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; `vitlab score tokens` writes it")
+    require(Path(path).is_file(), f"{path}: no such file; `vitlab score tokens` writes it")
     try:
         with safe_open(path, "pt") as file:
-            if "token_scores" not in list(file.keys()):
-                raise InputError(f"{path}: holds no token_scores; `vitlab score tokens` writes them (scores of units "
-                                 f"are for `vitlab prune units`)")
+            require("token_scores" in list(file.keys()), f"{path}: holds no token_scores; `vitlab score tokens` writes "
+                    "them (scores of units are for `vitlab prune units`)")
             scores, made_by = file.get_tensor("token_scores"), file.metadata() or {}
     except SafetensorError as error:
         raise InputError(f"{path}: can't be read, it may be cut short ({error})") from None
@@ -120,15 +118,13 @@ def write_units(path: str | Path, scores: UnitScores, metadata: dict[str, str]) 
 
 def read_units(path: str | Path) -> UnitScores:
     """Unit scores from a file. Raises InputError naming it."""
-    if Path(path).suffix != ".safetensors":
-        raise InputError(f"{path}: not a .safetensors file; `vitlab score units` writes one")
+    require(Path(path).suffix == ".safetensors", f"{path}: not a .safetensors file; `vitlab score units` writes one")
     tensors = read_file(path)
     missing = sorted({"head_scores", "neuron_scores"} - set(tensors))
     if missing:
         raise InputError(f"{path}: holds no {missing[0]}; `vitlab score units` writes them")
     for name in ("head_scores", "neuron_scores"):
-        if not tensors[name].isfinite().all():
-            raise InputError(f"{path}: {name} must be finite")
+        require(tensors[name].isfinite().all(), f"{path}: {name} must be finite")
     odd = [name for name in ("head_scores", "neuron_scores")
            if tensors[name].dtype not in (torch.float32, torch.float64)]
     if odd:
@@ -139,9 +135,8 @@ def read_units(path: str | Path) -> UnitScores:
 
 def _check_mark(path: Path, mark: dict[str, str]) -> None:
     with safe_open(path, "pt") as file:
-        if (file.metadata() or {}).get("made_for") != mark["made_for"]:
-            raise InputError(f"{path}: scores of something else than this study; remove the file and they are made "
-                             f"anew")
+        require((file.metadata() or {}).get("made_for") == mark["made_for"], f"{path}: scores of something else than "
+                "this study; remove the file and they are made anew")
 
 
 def scores_of(study: Study, model: nn.Module, parts: ImageData, device: torch.device, workers: int | None,

@@ -27,7 +27,7 @@ from vitlab.plan import CompressionPlan
 from vitlab.plan.cost import mdc_macs
 from vitlab.runtime import parallel as processes
 from vitlab.runtime.config import RunConfig
-from vitlab.runtime.files import InputError, atomic_write, read_json
+from vitlab.runtime.files import InputError, atomic_write, read_json, require
 from vitlab.runtime.kinds import (
     ClassMap,
     Count,
@@ -66,8 +66,7 @@ def cost_function(space: SearchSpace, unit: str, model: nn.Module, **timed: Any)
     if unit == "latency_ms":
         table = latency_table(model, **timed)
         return lambda policies: table.predict(space.counts(policies))
-    if unit != "published_gmacs":
-        raise InputError(f"cost {unit!r} is not known; known are {list(COSTS)}")
+    require(unit == "published_gmacs", f"cost {unit!r} is not known; known are {list(COSTS)}")
     if space.tokens != "select" or space.sublayers or "widths" in space.units:
         raise InputError(f'published_gmacs is of tokens "select", heads and neurons alone, not of {space.tokens!r}, '
                          "sublayers or widths")
@@ -82,9 +81,8 @@ def _cost_of(gmacs: float | None, macs_ratio: float | None, latency_ms: float | 
              tokens: str | None, runtime: str, config: RunConfig) -> str:
     """The unit of a budget. Raises InputError where it is not one, or something that has nothing to do with it is
     given."""
-    if sum(amount is not None for amount in (gmacs, macs_ratio, latency_ms)) != 1:
-        raise InputError("a budget is gmacs, macs_ratio or latency_ms (--gmacs, --macs-ratio, --latency-ms); one of "
-                         "the three is needed")
+    require(sum(amount is not None for amount in (gmacs, macs_ratio, latency_ms)) == 1, "a budget is gmacs, macs_ratio "
+            "or latency_ms (--gmacs, --macs-ratio, --latency-ms); one of the three is needed")
     if published and latency_ms is not None:
         raise InputError("published_count is of multiply-adds; it goes with gmacs or macs_ratio, not latency_ms")
     if published and tokens not in (None, "select"):

@@ -16,7 +16,7 @@ from vitlab.exporting.running import WAYS
 from vitlab.exporting.runtimes import RUNTIMES
 from vitlab.models import checkpoint, encoder_of
 from vitlab.models.hub import CONFIG, HUB, OURS, WAIT, answers
-from vitlab.runtime.files import InputError, atomic_folder, first_line, read_json
+from vitlab.runtime.files import InputError, atomic_folder, first_line, read_json, require
 from vitlab.runtime.kinds import Folder, flag
 from vitlab.runtime.results import ResultRow, read_rows
 from vitlab.workbench.card import model_card
@@ -110,19 +110,16 @@ def push(run: Folder, name: str, /, *, out: Folder | None = None,
         huggingface_hub.utils.validate_repo_id(name)
     except huggingface_hub.errors.HFValidationError as error:
         raise InputError(f"{name!r} is no name on the hub ({first_line(error)}); OWNER/NAME is needed") from None
-    if "/" not in name:
-        raise InputError(f"{name!r} is no name on the hub; OWNER/NAME is needed")
-    if str(run).startswith(HUB):
-        raise InputError(f"{run} is on the hub already; a run folder of this machine is needed")
+    require("/" in name, f"{name!r} is no name on the hub; OWNER/NAME is needed")
+    require(not str(run).startswith(HUB), f"{run} is on the hub already; a run folder of this machine is needed")
     if out is not None:
         check_out(Path(out), Path(run))
         with atomic_folder(out) as folder:
             files = write_files(run, name, folder, licence)
         return f"{out}: {', '.join(files)}"
     checkpoint.find(run)                        # before the hub is asked
-    if not answers():
-        raise InputError(f"{constants.ENDPOINT}: does not answer within {WAIT:g} s; --out FOLDER writes what would be "
-                         f"pushed")
+    require(answers(), f"{constants.ENDPOINT}: does not answer within {WAIT:g} s; --out FOLDER writes what would be "
+            "pushed")
     with tempfile.TemporaryDirectory() as folder:
         files = write_files(run, name, Path(folder), licence)
         try:

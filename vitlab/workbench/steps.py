@@ -26,7 +26,7 @@ from vitlab.plan import BlockPlan, CompressionPlan, cost
 from vitlab.runtime import parallel
 from vitlab.runtime.config import RunConfig, flags
 from vitlab.runtime.cores import hold_memory
-from vitlab.runtime.files import NOTEBOOKS, InputError, first_line
+from vitlab.runtime.files import NOTEBOOKS, InputError, first_line, require
 from vitlab.runtime.kinds import ClassMap, Count, Data, File, Names, Or, Run, flag
 from vitlab.runtime.results import ResultRow, append_row
 from vitlab.workbench.evaluating import Features, Windows, beside, of_classes, of_features, of_scenes  # noqa: F401
@@ -47,8 +47,7 @@ def pick_device(name: str | torch.device | None) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r} can't be used here ({first_line(error)})") from None
-    if device.type not in ("cpu", "cuda", "mps", "xpu"):
-        raise InputError(f"device {name!r} can't compute; cpu or cuda can")
+    require(device.type in ("cpu", "cuda", "mps", "xpu"), f"device {name!r} can't compute; cpu or cuda can")
     if device.type == "cpu":
         hold_memory()
     return device
@@ -59,8 +58,7 @@ def open_matching(data: str | Path, found: Checkpoint, class_map: str | Path | N
     """The data set, images with masks for a Segmenter, its classes numbered as those the checkpoint was trained on.
     Where they are others, or it has no labels, it is refused; or, where `labels` are not needed, taken without."""
     if isinstance(found.model, Segmenter):
-        if class_map is not None:
-            raise InputError("a class map is of class folders; masks have none")
+        require(class_map is None, "a class map is of class folders; masks have none")
         opened = open_scenes(data)
     else:
         opened = open_data(data, class_map=class_map)
@@ -141,9 +139,8 @@ def evaluate(source: Source, data: Data, *, dense: Annotated[Other | None, flag(
     found = features.seen(open_model(source))
     original = None if dense is None else features.seen(open_model(dense)).model
     classifies = output_of(found.model).labelled and not features.asked
-    if not classifies and not features.asked and dense is None:
-        raise InputError("the model has no classifier; the model it was made from (dense) says how far its features "
-                         "are from that one's, knn and classes what classes they tell")
+    require(classifies or features.asked or dense is not None, "the model has no classifier; the model it was made "
+            "from (dense) says how far its features are from that one's, knn and classes what classes they tell")
     if config.dtype == "float16":
         raise InputError("dtype float16 is of trainings and throughput; models are measured in float32 or bfloat16")
     opened = open_matching(data, found, class_map, labels=classifies or features.asked)
@@ -151,12 +148,10 @@ def evaluate(source: Source, data: Data, *, dense: Annotated[Other | None, flag(
     amp, of_pixels = evaluation.uses_bf16(device, config.dtype == "bfloat16"), isinstance(model, Segmenter)
     given = windows.given()
     if original is not None:
-        if of_pixels or isinstance(original, Segmenter):
-            raise InputError("the distance to a dense model is measured of classifiers, and one of these is a "
-                             "Segmenter")
-        if original.num_classes != model.num_classes:
-            raise InputError(f"the dense model has {original.num_classes} classes, this one {model.num_classes}; the "
-                             "one it was made from is needed")
+        require(not of_pixels and not isinstance(original, Segmenter), "the distance to a dense model is measured of "
+                "classifiers, and one of these is a Segmenter")
+        require(original.num_classes == model.num_classes, f"the dense model has {original.num_classes} classes, this "
+                f"one {model.num_classes}; the one it was made from is needed")
     if not of_pixels and given:
         raise InputError(f"{next(iter(given))} is of segmentation; the model gives one class for an image")
     whole: dict[str, Any] = {"whole": True} if of_pixels else {}

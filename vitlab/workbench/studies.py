@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from vitlab.models import checkpoint
 from vitlab.plan import CompressionPlan
 from vitlab.runtime.caveats import caveat_of
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import InputError, require
 from vitlab.runtime.kinds import Folder, Or
 from vitlab.runtime.results import ResultRow, aligned, conditions_of, notes, shown, titles
 from vitlab.workbench.report import COLUMNS, entries_of, measured, of_one_set, rows_of
@@ -40,8 +40,7 @@ def joined(runs: Sequence[str | Path]) -> list[ResultRow]:
     one that is given twice."""
     rows = [dataclasses.replace(row, model=f"{name}: {row.model}") for run, name in zip(runs, names_of(runs))
             for row in rows_of(run)[1]]
-    if not rows:
-        raise InputError(f"{', '.join(map(str, runs))}: nothing was measured in any of them")
+    require(rows, f"{', '.join(map(str, runs))}: nothing was measured in any of them")
     return rows
 
 

@@ -18,8 +18,7 @@ from vitlab.measure.objective import PlanObjective
 from vitlab.models import checkpoint, compress, deploy
 from vitlab.models.checkpoint import Checkpoint
 from vitlab.plan import CompressionPlan, cost
-from vitlab.plan.shape import require
-from vitlab.runtime.files import InputError, append_line, read_lines, write_lines
+from vitlab.runtime.files import InputError, append_line, read_lines, require, write_lines
 from vitlab.search import Budget, SearchSpace, Study
 from vitlab.search.allocation import allocate, levels
 from vitlab.search.sampling import Problem
@@ -53,8 +52,7 @@ class Survey(Gathered):
 
     def _problem(self, rule: str, limit: float | None = None) -> Problem:
         """The space of a rule, under a budget in GMACs; None: any."""
-        if rule not in RULES:
-            raise InputError(f"rule {rule!r} is not known; known are {list(RULES)}")
+        require(rule in RULES, f"rule {rule!r} is not known; known are {list(RULES)}")
         units, tokens = RULES[rule]
         space = SearchSpace(shape=self.shape, units=units, tokens=tokens, max_ratio=MAX_RATIO, read_out=self.read_out,
                             multiple=MULTIPLE, settings={"prune_rate": 0.0} if tokens.startswith("share") else {})

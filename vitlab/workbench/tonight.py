@@ -15,7 +15,7 @@ from vitlab.models.opening import Source
 from vitlab.models.support import encoder_of
 from vitlab.plan import CompressionPlan, cost
 from vitlab.runtime.config import RUN, RunConfig
-from vitlab.runtime.files import InputError, atomic_write, read_json
+from vitlab.runtime.files import atomic_write, read_json, require
 from vitlab.runtime.kinds import ClassMap, Count, Data, Gmacs, MacsRatio, Minutes, Names, Natural, Ratios, Run
 from vitlab.workbench.calibrating import warn_of_few
 from vitlab.workbench.cutting import limit_of
@@ -110,8 +110,7 @@ def tonight(source: Source, data: Data, out: Run, *, gmacs: Gmacs = None,
     limit = limit_of(survey.shape, gmacs, MACS_RATIO if gmacs is None and macs_ratio is None else macs_ratio)
     rules = survey.possible(rules)
     survey.check(limit, rules)
-    if finalists < 1:
-        raise InputError(f"finalists is {finalists}; at least 1 plan is needed to be made ready")
+    require(finalists >= 1, f"finalists is {finalists}; at least 1 plan is needed to be made ready")
     warn_of_few(survey.parts.roles["score"])
     ratios = sorted([limit / dense, *(ratio for ratio in ratios if abs(ratio - limit / dense) > NEAR)])
 

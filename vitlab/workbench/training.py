@@ -18,7 +18,7 @@ from vitlab.models.opening import ModelSource, Other, Source, open_model
 from vitlab.plan import CompressionPlan
 from vitlab.runtime import parallel
 from vitlab.runtime.config import RunConfig, flags
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import InputError, require
 from vitlab.runtime.kinds import ClassMap, Count, Data, Factor, Or, Positive, Run, flag
 from vitlab.training import recipes
 from vitlab.training.gradual import partial_plan
@@ -130,12 +130,10 @@ def finetune(source: Source, data: Data, out: Run, *,
     dense = None if teacher is None else _teacher(teacher, teacher_model, source).model
     if checkpoint.is_deployed(found.model):
         raise InputError("a deployed model no longer trains; fine-tune the training form and deploy it afterwards")
-    if steps > 1 and plan is None:
-        raise InputError("pruning in several steps needs the dense model and a plan")
+    require(steps <= 1 or plan is not None, "pruning in several steps needs the dense model and a plan")
     labels = output_of(found.model).labelled
-    if dense is None and not labels:
-        raise InputError("a model without a classifier learns a teacher's features; the dense model is needed as "
-                         "teacher")
+    require(dense is not None or labels, "a model without a classifier learns a teacher's features; the dense model is "
+            "needed as teacher")
     opened = open_matching(data, found, class_map, labels=labels)
     final, model, log = found.plan, found.model, []
     if plan is not None:
@@ -163,9 +161,8 @@ def finetune(source: Source, data: Data, out: Run, *,
 def _teacher(teacher: Other, model: str | None, source: Source) -> checkpoint.Checkpoint:
     """Like `source`, where flags say of which sizes that is."""
     folder = isinstance(teacher, str | Path) and Path(teacher).is_dir()
-    if folder and model:
-        raise InputError(f"{teacher} is a folder and says itself which model it holds; --teacher-model is for weights "
-                         f"files")
+    require(not (folder and model), f"{teacher} is a folder and says itself which model it holds; --teacher-model is "
+            "for weights files")
     if folder or not isinstance(source, ModelSource):
         return open_model(teacher, model=model)
     return open_model(teacher, model=model, num_classes=source.num_classes, img_size=source.img_size)

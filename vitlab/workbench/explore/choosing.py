@@ -16,8 +16,8 @@ from PIL import Image
 
 from vitlab.data.listing import images_below, is_image
 from vitlab.data.rgb import rgb
-from vitlab.plan.shape import ViTShape, require
-from vitlab.runtime.files import InputError
+from vitlab.plan.shape import ViTShape
+from vitlab.runtime.files import InputError, require
 from vitlab.workbench.explore.base import Menu, row, sized
 from vitlab.workbench.pictures import fitted
 
@@ -30,8 +30,7 @@ WIDE = sized("125px", "400px")                  # of a control, two in a row
 def decode(name: str, content: bytes, shape: ViTShape) -> np.ndarray:
     """`fitted` of an image file's content. Raises InputError that begins with `name` for more than MAX_BYTES, more
     pixels (seen before anything is unpacked) than Pillow allows, or what is no image of FORMATS."""
-    if len(content) > MAX_BYTES:
-        raise InputError(f"{name}: a file of more than {MAX_BYTES / 1e6:.0f} MB, which is not read")
+    require(len(content) <= MAX_BYTES, f"{name}: a file of more than {MAX_BYTES / 1e6:.0f} MB, which is not read")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -100,8 +99,7 @@ class PictureChooser(ipywidgets.VBox):
         inside = (str(folder / name)
                   for name in images_below(folder)) if folder.is_dir() else [str(folder)] * is_image(folder.name)
         found = list(itertools.islice(inside, MAX_LISTED))
-        if not found:
-            raise InputError(f"{folder}: no such folder, or no image in it or in its folders")
+        require(found, f"{folder}: no such folder, or no image in it or in its folders")
         self.known = {path: Path(path) for path in found} | self.known
         self._offer(self.chosen)
         self.names.value = found[0]

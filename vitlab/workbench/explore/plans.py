@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from vitlab.measure.distance import output_of
 from vitlab.plan import CompressionPlan
 from vitlab.plots.plans import compare_plans
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import require
 from vitlab.search import SearchSpace, Study
 from vitlab.search.explain import Predict
 from vitlab.workbench.explore.base import Canvas, Explorer, Menu, observe, row, sized
@@ -34,11 +34,9 @@ class Expectation:
         self.study: Watched = watch(study)
         self.space: SearchSpace = self.study.space
         evaluations = self.study.evaluations()
-        if len(evaluations) < 2:
-            raise InputError(f"{self.study.folder}: two evaluations are needed; there are {len(evaluations)}")
-        if not isinstance(study, Study) and self.study.unit == "latency_ms":
-            raise InputError(f"{study}: its budget is in latency_ms, which is measured; the Study that "
-                             f"searching.search returns is needed")
+        require(len(evaluations) >= 2, f"{self.study.folder}: two evaluations are needed; there are {len(evaluations)}")
+        require(isinstance(study, Study) or self.study.unit != "latency_ms", f"{study}: its budget is in latency_ms, "
+                "which is measured; the Study that searching.search returns is needed")
         self.cost = study.budget.cost if isinstance(study, Study) else cost_function(self.space, self.study.unit, None)
         self.best = max(evaluations, key=lambda e: e.value)
         self.labels = {"value": self.study.label}
@@ -124,8 +122,7 @@ def plan_explorer(plans: dict[str, CompressionPlan], study: Study | str | Path |
     """
     expectation = None if study is None else Expectation(study)
     shapes = [*(plan.shape for plan in plans.values()), *([expectation.space.shape] if expectation else [])]
-    if not shapes:
-        raise InputError("there is no plan to show; at least one, or a study, is needed")
+    require(shapes, "there is no plan to show; at least one, or a study, is needed")
     for plan in plans.values():
         plan.check_fits(shapes[-1])
     known = {**plans, DENSE: CompressionPlan.empty(shapes[0])}

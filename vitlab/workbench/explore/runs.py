@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from vitlab.plots.base import new_axes
 from vitlab.plots.search import incumbents
 from vitlab.plots.training import SLICE, training_curves
-from vitlab.runtime.files import InputError, read_lines
+from vitlab.runtime.files import InputError, read_lines, require
 from vitlab.runtime.launching import TOGETHER
 from vitlab.search.study import JOURNAL
 from vitlab.training.loop import LOG
@@ -156,8 +156,7 @@ def runs_panel(root: str | Path = "runs") -> Explorer:
 
     def begin(arguments: list[str], out: str, count: int) -> None:
         def action() -> None:
-            if not out:
-                raise InputError("out is empty; the name of a folder for the run is needed")
+            require(out, "out is empty; the name of a folder for the run is needed")
             processes.start(arguments, folder / out, folder=folder, processes=count)
             started.append(folder / out)
             find(folder / out)

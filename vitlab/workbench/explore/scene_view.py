@@ -19,11 +19,11 @@ from vitlab.measure.averaging import frozen_eval
 from vitlab.measure.confusion import confusion_matrix, scores_of
 from vitlab.models.segmenter import Segmenter, pad
 from vitlab.plan import CompressionPlan, tokens
-from vitlab.plan.shape import require
 from vitlab.plots.base import to_image
 from vitlab.plots.colours import GREY, class_colours, overlaid
 from vitlab.plots.scenes import OPACITY, OUTCOMES, difference, in_grey, scene_moment
 from vitlab.plots.tokens import bordered, tinted
+from vitlab.runtime.files import require
 from vitlab.workbench.explore.base import enlarged, row
 from vitlab.workbench.explore.choosing import WIDE
 from vitlab.workbench.explore.maps import Maps

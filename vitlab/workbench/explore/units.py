@@ -16,9 +16,10 @@ from vitlab.criteria.units import UnitScores
 from vitlab.measure.capture import attention_maps
 from vitlab.models import shape_of
 from vitlab.plan import CompressionPlan
-from vitlab.plan.shape import POOL_TOKEN, require
+from vitlab.plan.shape import POOL_TOKEN
 from vitlab.plots.base import INK, PALETTE
 from vitlab.plots.units import as_array, cut_heads, head_view, looked_at, over_grey, ranked_neurons, to_own_range
+from vitlab.runtime.files import require
 from vitlab.workbench.explore.base import PAGE, Cells, Explorer, array_png, row
 from vitlab.workbench.explore.choosing import WIDE, PictureChooser
 from vitlab.workbench.pictures import as_input
