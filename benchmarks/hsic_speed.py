@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from vitlab.criteria.hsic import CHUNK, relevance, units_first
+from vitlab.criteria.hsic import CHUNK, dependence, gaussian_kernels, units_first
 from vitlab.measure.throughput import conditions
 from vitlab.measure.units import unit_scores
 from vitlab.models.create import create_model
@@ -46,9 +46,10 @@ def main() -> None:
     steps = {
         "forward": lambda: model(images),
         "forward and unit_scores": lambda: unit_scores(model, [(images, targets)], progress=False),
-        "batched": lambda: [relevance(units_first(part), y) for part in hidden[0].split(CHUNK, dim=2)],
+        "batched": lambda: [dependence(gaussian_kernels(units_first(part)), y)
+                            for part in hidden[0].split(CHUNK, dim=2)],
         "loop, formula": lambda: [formula(hidden[0][:, :, m], output, center) for m in range(UNITS)],
-        "loop, same code": lambda: [relevance(hidden[0][None, :, :, m], y) for m in range(UNITS)],
+        "loop, same code": lambda: [dependence(gaussian_kernels(hidden[0][None, :, :, m]), y) for m in range(UNITS)],
     }
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(REPEATS + 1):                                # the first round warms up

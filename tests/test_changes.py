@@ -25,7 +25,8 @@ from vitlab.plots.units import over_grey
 from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import InputError
 from vitlab.workbench.changes import what_changed
-from vitlab.workbench.explore.changes import PAUSE, changes_explorer
+from vitlab.workbench.explore.base import PAUSE
+from vitlab.workbench.explore.changes import changes_explorer
 
 QUIET = RunConfig(workers=0, quiet=True, device="cpu")
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from test_reference import AGREEMENT, FOLDER, best, relative
 
-from vitlab.criteria.hsic import redundancy, relevance
+from vitlab.criteria.hsic import dependence, gaussian_kernels, shared_dependence
 from vitlab.criteria.planning import prune_and_merge
-from vitlab.criteria.units import head_scores, neuron_scores
+from vitlab.criteria.units import heads_by_hsic, neurons_by_hsic
 from vitlab.measure.capture import token_scores
 from vitlab.models import compress, deploy
 from vitlab.plan import CompressionPlan, tokens
@@ -117,9 +117,9 @@ def test_logits_through_the_last_block_agree(form):
 
 def test_hsic_values_agree():
     tensors, _ = of("mdc")
-    x, z = tensors["hsic.x"][None], tensors["hsic.z"][None]
-    assert relative(relevance(x, tensors["hsic.y_prob"]), tensors["hsic.relevance"]) < AGREEMENT
-    assert relative(redundancy(x, z)[0], tensors["hsic.redundancy"]) < AGREEMENT
+    x, z = (gaussian_kernels(tensors[name][None]) for name in ("hsic.x", "hsic.z"))
+    assert relative(dependence(x, tensors["hsic.y_prob"]), tensors["hsic.relevance"]) < AGREEMENT
+    assert relative(shared_dependence(torch.cat([x, z]))[0, 1:], tensors["hsic.redundancy"]) < AGREEMENT
 
 
 @pytest.mark.parametrize("index", cut.UNIT_BLOCKS)
@@ -127,10 +127,10 @@ def test_head_and_neuron_scores_agree(index):
     tensors, _ = of("mdc")
     probabilities = tensors["dense_logits"].double().softmax(dim=1)
     # means of one are themselves
-    heads = head_scores(tensors[f"head_means.{index}"].double()[..., None], probabilities)
+    heads = heads_by_hsic(tensors[f"head_means.{index}"].double()[..., None])(probabilities)
     assert relative(heads, tensors["head_score"][index]) < AGREEMENT
     numbers = tensors[f"neuron_numbers.{index}"]
-    neurons = neuron_scores(tensors[f"neurons.{index}"].double(), probabilities)
+    neurons = neurons_by_hsic(tensors[f"neurons.{index}"].double()[..., None])(probabilities)
     assert relative(neurons, tensors["neuron_score"][index, numbers]) < AGREEMENT
 
 

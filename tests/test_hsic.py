@@ -4,9 +4,8 @@ import math
 import pytest
 import torch
 
-from vitlab.criteria.hsic import gaussian_kernels, redundancy, relevance
-from vitlab.criteria.units import activation_magnitude, head_scores, neuron_scores, taylor
-from vitlab.runtime.files import InputError
+from vitlab.criteria.hsic import dependence, gaussian_kernels, shared_dependence
+from vitlab.criteria.units import activation_magnitude, heads_by_hsic, neurons_by_hsic, taylor
 
 IMAGES, FEATURES, UNITS, CLASSES = 7, 5, 11, 3
 SAME = 1e-9         # float64: only the order of the sums differs
@@ -45,35 +44,30 @@ def test_gaussian_kernel_is_the_mean_over_the_five_widths():
     assert float((gaussian_kernels(x) - expected).abs().max()) < SAME
 
 
-def test_relevance_is_hsic_with_a_linear_kernel_on_the_output_whatever_the_chunk():
+def test_relevance_is_hsic_with_a_linear_kernel_on_the_output():
     x, y = random(UNITS, IMAGES, FEATURES), random(IMAGES, CLASSES, seed=1).softmax(dim=1)
     expected = torch.tensor([oracle_hsic(oracle_gaussian(unit), oracle_linear(y)) for unit in x], dtype=torch.float64)
-    for chunk in (1, 4, 100):
-        assert float((relevance(x, y, chunk) - expected).abs().max()) < SAME
+    assert float((dependence(gaussian_kernels(x), y) - expected).abs().max()) < SAME
 
 
 def test_redundancy_is_hsic_with_gaussian_kernels_on_both_sides():
     x, z = random(4, IMAGES, FEATURES), random(3, IMAGES, FEATURES + 1, seed=2)
     expected = torch.tensor([[oracle_hsic(oracle_gaussian(a), oracle_gaussian(b)) for b in z] for a in x],
                             dtype=torch.float64)
-    assert float((redundancy(x, z) - expected).abs().max()) < SAME
-    assert torch.equal(redundancy(x), redundancy(x, x))
+    both = shared_dependence(torch.cat([gaussian_kernels(x), gaussian_kernels(z)]))
+    assert float((both[:4, 4:] - expected).abs().max()) < SAME
 
 
 def test_a_unit_that_never_changes_depends_on_nothing():
     x, y = torch.ones(1, IMAGES, FEATURES), random(IMAGES, CLASSES).softmax(dim=1).float()
-    assert float(relevance(x, y)) == pytest.approx(0, abs=1e-6)     # float32 rounding of a sum of 49
+    assert float(dependence(gaussian_kernels(x), y)) == pytest.approx(0, abs=1e-6)     # float32 rounding of a sum of 49
 
 
 def test_dependence_does_not_change_with_the_order_of_the_images():
     x, y = random(UNITS, IMAGES, FEATURES), random(IMAGES, CLASSES, seed=1).softmax(dim=1)
     order = torch.tensor([3, 6, 0, 1, 5, 2, 4])
-    assert float((relevance(x, y) - relevance(x[:, order], y[order])).abs().max()) < SAME
-
-
-def test_shapes_that_do_not_fit_are_refused():
-    with pytest.raises(InputError, match=r"\(11, 7, 5\).*\(6, 3\)"):
-        relevance(random(UNITS, IMAGES, FEATURES), random(6, CLASSES))
+    moved = dependence(gaussian_kernels(x[:, order]), y[order])
+    assert float((dependence(gaussian_kernels(x), y) - moved).abs().max()) < SAME
 
 
 def min_max(values: list[float]) -> list[float]:
@@ -82,11 +76,11 @@ def min_max(values: list[float]) -> list[float]:
 
 def test_neuron_score_weighs_scaled_relevance_and_magnitude():
     hidden, y = random(IMAGES, FEATURES, UNITS), random(IMAGES, CLASSES, seed=1).softmax(dim=1)
-    dependence = [oracle_hsic(oracle_gaussian(hidden[:, :, m]), oracle_linear(y)) for m in range(UNITS)]
+    relevance = [oracle_hsic(oracle_gaussian(hidden[:, :, m]), oracle_linear(y)) for m in range(UNITS)]
     magnitude = [sum(abs(float(v)) for v in hidden[:, :, m].flatten()) for m in range(UNITS)]
     for r, a in ((0.1, 0.9), (0.7, 0.2)):
-        expected = [r * x + a * z for x, z in zip(min_max(dependence), min_max(magnitude))]
-        given = neuron_scores(hidden, y, relevance_weight=r, magnitude_weight=a)
+        expected = [r * x + a * z for x, z in zip(min_max(relevance), min_max(magnitude))]
+        given = neurons_by_hsic(hidden[..., None], relevance_weight=r, magnitude_weight=a)(y)
         assert given.tolist() == pytest.approx(expected, abs=SAME)
 
 
@@ -98,18 +92,18 @@ def test_head_score_is_relevance_less_the_mean_redundancy_with_the_other_heads()
     expected = [oracle_hsic(kernels[h], oracle_linear(y))
                 - 0.1 * sum(oracle_hsic(kernels[h], kernels[o]) for o in range(heads) if o != h) / 2
                 for h in range(heads)]
-    assert head_scores(outputs, y).tolist() == pytest.approx(expected, abs=SAME)
+    assert heads_by_hsic(outputs)(y).tolist() == pytest.approx(expected, abs=SAME)
 
 
 def test_a_single_head_has_no_redundancy():
     outputs, y = random(IMAGES, FEATURES, 1, 2), random(IMAGES, CLASSES, seed=1).softmax(dim=1)
-    assert float(head_scores(outputs, y)) == pytest.approx(float(relevance(outputs.mean(dim=3).permute(2, 0, 1), y)),
-                                                           abs=SAME)
+    kernels = gaussian_kernels(outputs.mean(dim=3).permute(2, 0, 1))
+    assert float(heads_by_hsic(outputs)(y)) == pytest.approx(float(dependence(kernels, y)), abs=SAME)
 
 
 def test_neurons_that_are_all_alike_score_alike():
-    hidden = random(IMAGES, FEATURES, 1).expand(-1, -1, UNITS)
-    assert torch.equal(neuron_scores(hidden, random(IMAGES, CLASSES).softmax(dim=1)),
+    hidden = random(IMAGES, FEATURES, 1).expand(-1, -1, UNITS)[..., None]
+    assert torch.equal(neurons_by_hsic(hidden)(random(IMAGES, CLASSES).softmax(dim=1)),
                        torch.zeros(UNITS, dtype=torch.float64))
 
 
@@ -117,11 +111,11 @@ def test_neurons_that_are_all_alike_score_alike():
 def test_scores_of_half_precision_activations_are_summed_in_float32(dtype):
     generator = torch.Generator().manual_seed(0)
     # 505 of size 30, and squares of 900: beyond 65,504
-    hidden = (30 * torch.randn(5, 101, 7, generator=generator)).to(dtype)
+    hidden = (30 * torch.randn(5, 101, 7, 1, generator=generator)).to(dtype)
     outputs = (3 * torch.randn(5, 101, 3, 2, generator=generator)).to(dtype)
     probabilities = torch.randn(5, 11, generator=generator).softmax(dim=1)
-    for got, wanted in ((neuron_scores(hidden, probabilities), neuron_scores(hidden.float(), probabilities)),
-                        (head_scores(outputs, probabilities), head_scores(outputs.float(), probabilities)),
+    for got, wanted in ((neurons_by_hsic(hidden)(probabilities), neurons_by_hsic(hidden.float())(probabilities)),
+                        (heads_by_hsic(outputs)(probabilities), heads_by_hsic(outputs.float())(probabilities)),
                         (activation_magnitude(outputs), activation_magnitude(outputs.float())),
                         (taylor(outputs, outputs), taylor(outputs.float(), outputs.float()))):
         assert got.dtype == torch.float32 and torch.equal(got, wanted)

@@ -199,13 +199,10 @@ def test_a_published_layout_is_known_by_itself_and_its_ids_become_classes(tmp_pa
             assert mask.dtype == np.uint8 and np.array_equal(mask, np.resize(classes, (HEIGHT, WIDTH)))
 
 
-def test_a_layout_by_name_overrides_what_the_folder_looks_like(tmp_path):
+def test_the_first_layout_that_a_folder_has_is_taken(tmp_path):
     root = pascal_voc(pascal_context(tmp_path, [0, 59]), [0, 20])
     pascal_context(root, [0, 59])
     assert open_scenes(root).num_classes == 60
-    data = open_scenes(root, "pascal_voc")
-    assert data.num_classes == 21
-    assert np.array_equal(data.split("val").scene(0)[1], np.resize([0, 20], (HEIGHT, WIDTH)))
 
 
 def test_the_class_after_camvids_own_counts_for_nothing_in_any_folder_of_them(tmp_path):
@@ -506,18 +503,11 @@ def test_folders_that_hold_no_scenes_are_named(tmp_path):
         open_scenes("")
     with pytest.raises(InputError, match=f"{tmp_path}: has none of the layouts"):
         open_scenes(tmp_path)
-    with pytest.raises(InputError, match="layout 'voc' is not known; known are"):
-        open_scenes(tmp_path, "voc")
-    for name in ("ade20k", "cityscapes", "pascal_context", "folder"):
-        with pytest.raises(InputError, match=f"{tmp_path}"):
-            open_scenes(tmp_path, name)
     root = folder(tmp_path / "f", [0])
     for path in (root / "val" / "images").iterdir():
         path.unlink()
     with pytest.raises(InputError, match=f"{root / 'val' / 'images'}: holds no images"):
         open_scenes(root)
-    with pytest.raises(InputError, match=f"{tmp_path}: holds no split of layout 'mmsegmentation'"):
-        open_scenes(tmp_path, "mmsegmentation")
 
 
 def test_a_name_in_a_pascal_list_without_image_is_named(tmp_path):

@@ -16,12 +16,11 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 from timm.models._hub import save_for_hf
 from torch import nn
-from training_fixtures import NAME, SIZE, compressed, logits, one_thread, tiny  # noqa: F401
+from training_fixtures import NAME, SIZE, by_hand, compressed, logits, one_thread, tiny  # noqa: F401
 
 from vitlab import cli
 from vitlab.models import checkpoint, compress, shape_of
 from vitlab.models.hub import download
-from vitlab.models.published import save_published
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import InputError
@@ -262,7 +261,7 @@ def test_weights_without_a_classifier_are_no_classifier(tmp_path):
 
 def test_a_published_checkpoint_says_its_sizes_too(tmp_path):
     model, plan = compressed()
-    save_published(tmp_path / "w.pth", model)
+    torch.save(by_hand(model), tmp_path / "w.pth")
     assert torch.equal(logits(steps.open_model(tmp_path / "w.pth", model=NAME, **SIZE).model), logits(model))
 
 

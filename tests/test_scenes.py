@@ -2,7 +2,6 @@
 import time
 
 import numpy as np
-import pytest
 import torch
 from sklearn.datasets import load_digits
 
@@ -19,7 +18,6 @@ from vitlab.data.scenes import (
     make_scene,
     stroke,
 )
-from vitlab.runtime.files import InputError
 
 
 def test_splits_sizes_and_classes():
@@ -147,11 +145,6 @@ def test_backgrounds_are_textured_in_range():
     ground = background(np.random.default_rng(0), (64, 96))
     assert ground.shape == (64, 96,
                             3) and ground.min() >= 0 and ground.max() <= 255 and ground.std(axis=(0, 1)).min() > 5
-
-
-def test_the_embedded_scenes_take_no_layout():
-    with pytest.raises(InputError, match="digit_scenes takes no layout"):
-        open_scenes("digit_scenes", "camvid")
 
 
 def test_making_a_scene_leaves_the_random_numbers_of_others_alone():

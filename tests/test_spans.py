@@ -14,7 +14,6 @@ from test_cost import counted_macs
 
 from vitlab.models import attention_block, checkpoint, compress, deploy, set_trainable, shape_of
 from vitlab.models.merge import TokenBlock
-from vitlab.models.published import save_published
 from vitlab.plan import BlockPlan, CompressionPlan, cost
 from vitlab.plan.rules import MergeReconstruct, SharedUpdate
 from vitlab.plan.shape import ViTShape
@@ -261,12 +260,6 @@ def test_a_saved_model_comes_back_bit_equal(tiny_vit, images, tmp_path, form, fa
     model = deploy(model) if form == "deployed" else model
     found = checkpoint.load(checkpoint.save(tmp_path / "c", model, plan))
     assert found.plan == plan and torch.equal(logits(found.model, x), logits(model, x))
-
-
-def test_a_span_is_refused_in_the_published_layout(tiny_vit, tmp_path):
-    dense = tiny_vit("deit")
-    with pytest.raises(InputError, match="merge and reconstruct matrices in every block"):
-        save_published(tmp_path / "p.pth", compress(dense, spanning(shape_of(dense), {0: 5})))
 
 
 # ---- It stays a timm model that trains

@@ -6,10 +6,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from training_fixtures import NAME, compressed, logits, one_thread, tiny, write_folder  # noqa: F401
+from training_fixtures import NAME, by_hand, compressed, logits, one_thread, tiny, write_folder  # noqa: F401
 
 from vitlab.models import checkpoint, shape_of
-from vitlab.models.published import save_published
 from vitlab.plan import CompressionPlan
 from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import InputError
@@ -26,7 +25,7 @@ def saved(folder, classes=None):
 
 def test_a_published_checkpoint_opens_by_name_of_its_model(tmp_path):
     model, plan = compressed(boundary="reference", weights="reference")
-    save_published(tmp_path / "published.pth", model)
+    torch.save(by_hand(model), tmp_path / "published.pth")
     found = steps.open_model(tmp_path / "published.pth", model=NAME, **SIZE)
     assert torch.equal(logits(found.model), logits(model))
     assert found.plan.tokens_per_block() == plan.tokens_per_block()

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vitlab.criteria.compensation import reconstruction
 from vitlab.criteria.moments import Moments
 from vitlab.criteria.planning import prune_and_merge
-from vitlab.criteria.units import UNIT_CRITERIA, UnitScores, head_scores, neuron_scores, neurons_by_hsic
+from vitlab.criteria.units import UNIT_CRITERIA, UnitScores, heads_by_hsic, neurons_by_hsic
 from vitlab.measure.capture import token_scores
 from vitlab.measure.units import head_redundancy, unit_scores
 from vitlab.models import compress, shape_of
@@ -204,8 +204,9 @@ def test_one_batch_gives_the_scores_of_the_tensors_whatever_the_chunk(tiny_vit, 
     x, y = batches_for(model, images, (5,))[0]
     heads, hidden, probabilities = activations(model, x)
     d = shape_of(model).head_dim
-    expected = UnitScores(heads=torch.stack([head_scores(t.unflatten(2, (-1, d)), probabilities) for t in heads]),
-                          neurons=torch.stack([neuron_scores(t, probabilities) for t in hidden]), made_by={})
+    expected = UnitScores(heads=torch.stack([heads_by_hsic(t.unflatten(2, (-1, d)))(probabilities) for t in heads]),
+                          neurons=torch.stack([neurons_by_hsic(t[..., None])(probabilities) for t in hidden]),
+                          made_by={})
     assert_same(score(model, [(x, y)], chunk=chunk), expected, FLOAT32)
 
 

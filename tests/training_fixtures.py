@@ -1,4 +1,5 @@
 """Tiny models, plans and image folders that the tests of data and training share."""
+import argparse
 import dataclasses
 from pathlib import Path
 
@@ -106,3 +107,23 @@ def small_recipe(**changes) -> Recipe:
     return Recipe(**{"name": "test", "source": "tests", "command": "pytest", "epochs": 2, "batch_size": 16, "lr": 3e-3,
                      "lr_batch": 16, "dtype": "float32",
                      "augment": {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "color_jitter": 0.0}, **changes})
+
+
+def by_hand(model) -> dict:
+    """The content of a published .pth, key by key as methods A9 name them."""
+    state, channels = {}, []
+    for key, value in model.state_dict().items():
+        if not key.startswith("blocks."):
+            state[key] = value.clone()
+    for i, block in enumerate(model.blocks):
+        for key, value in block.block.state_dict().items():
+            state[f"blocks.{i}.{key}"] = value.clone()
+        rule = block.tokens
+        channels.append(rule.merge_matrix.shape[0])
+        state[f"blocks.{i}.attn.merge_matrix"] = rule.merge_matrix.detach().clone()
+        state[f"blocks.{i}.attn.recover_matrix"] = rule.reconstruct_matrix.detach().clone()
+        state[f"blocks.{i}.attn.token_mask"] = rule.token_mask.clone()
+        state[f"blocks.{i}.attn.bias"] = torch.full((channels[-1],), 7.0)       # unused in the forward, whatever it is
+    return {"model": state, "channels": channels, "epoch": 29, "args": argparse.Namespace(keep_rate=0.6, lr=1e-4),
+            "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-4}]},
+            "scaler": {"scale": 1.0}}

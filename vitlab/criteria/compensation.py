@@ -1,5 +1,4 @@
-"""Closed-form compensation of cuts: what is left of a linear layer takes over what the cut units gave, by ridge
-regression.
+"""Closed-form compensation of cuts: what is left of a linear layer takes over what was cut, by ridge regression.
 
 Second-order pruning of whole units: *Optimal Brain Surgeon* (Hassibi and Stork, NIPS 1992) and *ZipLM* (Kurtic et al.,
 2023, arXiv 2302.04089, section 3); here with a bias, so that means are taken over exactly. All from second moments of
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vitlab.criteria.moments import Moments
+from vitlab.plan.shape import columns
 from vitlab.runtime.files import InputError
 
 RIDGE = 1e-3                                # times the mean variance of the inputs that stay
@@ -21,15 +21,9 @@ RIDGES = (1e-3, 1e-2, 0.1, 0.3, 1, 3, math.inf)     # of these a refit's is chos
 STEP = 256          # inputs that leave an elimination before its matrices take it over; says nothing of the order
 
 
-def columns(units: Tensor, width: int) -> Tensor:
-    """The inputs of units (U): (U * width)."""
-    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
-
-
 def cholesky(covariance: Tensor) -> Tensor:
     """L with L L^T = a covariance (K, K), in place raised by its rounding where that makes it indefinite: products are
-    in float32, and of few rows, or of inputs that are nearly constant, a small ridge is less than what they are rounded
-    to."""
+    in float32, and of few rows, or of inputs that are nearly constant, a small ridge is less than their rounding."""
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if failed:
         values = torch.linalg.eigvalsh(covariance)
@@ -166,8 +160,7 @@ def _go(inverse: Tensor, gram: Tensor, width: int, count: int) -> tuple[Tensor, 
 
 
 def elimination_order(weight: Tensor, moments: Moments, width: int = 1, ridge: float = RIDGE) -> Tensor:
-    """Units (U) in the order in which they go, greedily: always the one whose loss is least after the best refit of the
-    rest,
+    """Units (U) in the order in which they go, greedily: the one whose loss is least after the best refit of the rest,
 
         error_u = tr(W_u (H_uu)^-1 W_u^T),   H = C^-1 of the inputs still there, W refitted
 

@@ -6,8 +6,6 @@
 import torch
 from torch import Tensor
 
-from vitlab.runtime.files import InputError
-
 CHUNK = 48                                  # units at a time: CHUNK * B * (2 N + 2 B) numbers stay in the cache
 WIDEST, NARROWER = 16.0, 4                  # sigma of the widest of five Gaussians; each other one is half as wide
 
@@ -55,30 +53,14 @@ def centered(kernel: Tensor) -> Tensor:
 
 
 def dependence(kernels: Tensor, probabilities: Tensor) -> Tensor:
-    """trace(Kc Lc) of every kernel (U, B, B) with the linear kernel L of the softmax output (B, classes) -> (U)
-    (B1)."""
+    """HSIC(x_u, y) = trace(Kc Lc) of every kernel (U, B, B) with the linear kernel L of the softmax output (B, classes)
+    -> (U), not negative; no 1/B^2 factor   (B1)."""
     # (B * B); trace(Kc Lc) = sum of K * Lc
     output = centered(probabilities @ probabilities.T).flatten().to(kernels.dtype)
     return kernels.flatten(1) @ output
 
 
-def relevance(x: Tensor, probabilities: Tensor, chunk: int = CHUNK) -> Tensor:
-    """HSIC(x_u, y) = trace(Kc Lc) of every unit u: Gaussian kernels on x (U, B, N), a linear one on the softmax output
-    y (B, classes). Returns (U), not negative; no 1/B^2 factor (B1). Raises InputError for other shapes.
-    """
-    if x.dim() != 3 or probabilities.dim() != 2 or x.shape[1] != len(probabilities):
-        raise InputError(f"units are {tuple(x.shape)} and outputs {tuple(probabilities.shape)}; (U, B, N) and "
-                         "(B, classes) are needed")
-    return torch.cat([dependence(gaussian_kernels(part), probabilities) for part in x.split(chunk)])
-
-
-def shared_dependence(kernels: Tensor, others: Tensor | None = None) -> Tensor:
-    """trace(Kc_u Kc_v) of every pair of kernels (U, B, B) and (V, B, B) -> (U, V); others None: the kernels themselves
-     (B1)."""
+def shared_dependence(kernels: Tensor) -> Tensor:
+    """trace(Kc_u Kc_v) of every pair of kernels (U, B, B) -> (U, U)   (B1)."""
     first = centered(kernels).flatten(1)
-    return first @ (first if others is None else centered(others).flatten(1)).T
-
-
-def redundancy(x: Tensor, y: Tensor | None = None) -> Tensor:
-    """HSIC(x_u, y_v) with Gaussian kernels on both sides, of every pair: x (U, B, N), y (V, B, N') -> (U, V)   (B1)."""
-    return shared_dependence(gaussian_kernels(x), None if y is None else gaussian_kernels(y))
+    return first @ first.T

@@ -1,5 +1,4 @@
-"""Second moments of what goes into a linear layer: K inputs (units times their width), D outputs, n rows (tokens of all
-images)."""
+"""Second moments of what goes into a linear layer: K inputs (units times width), D outputs, n rows (tokens)."""
 import copy
 
 import torch
@@ -12,8 +11,7 @@ COLUMNS = 256
 
 
 def _with_itself(x: Tensor, weighted: Tensor) -> Tensor:
-    """sum_n w_n x_n x_n^T (K, K) of rows x (n, K) and w x: what lies above the diagonal is multiplied, the rest
-    copied."""
+    """sum_n w_n x_n x_n^T (K, K) of rows x (n, K) and w x: above the diagonal by a product, the rest copied."""
     found = x.new_empty(x.shape[1], x.shape[1])
     for start in range(0, x.shape[1], COLUMNS):
         own, after = slice(start, start + COLUMNS), slice(start + COLUMNS, None)
@@ -24,8 +22,7 @@ def _with_itself(x: Tensor, weighted: Tensor) -> Tensor:
 
 class Moments:
     """Sums over weighted rows of a layer's inputs a (K) and, where given, of what its output lacks, e (D): of a, a a^T,
-    e and e a^T, gathered in any number of batches; memory K^2 + K D, whatever n. rows is the sum of the rows'
-    weights."""
+    e and e a^T, gathered in any number of batches; memory K^2 + K D, whatever n. rows: the sum of weights."""
 
     def __init__(self, size: int, device: torch.device | str = "cpu", outputs: int = 0) -> None:
         def zeros(*sizes: int) -> Tensor:
@@ -66,8 +63,7 @@ class Moments:
         return self.sum / self.rows
 
     def covariance(self, ridge: float = 0) -> Tensor:
-        """Covariance (K, K), its diagonal raised by ridge times its mean. Raises InputError where nothing was
-        gathered."""
+        """Covariance (K, K), its diagonal raised by ridge times its mean. InputError where nothing was gathered."""
         require(self.rows, "no inputs were gathered to compensate on")
         mean = self.mean
         found = self.products / self.rows - torch.outer(mean, mean)

@@ -7,7 +7,7 @@ from torch import Tensor
 from vitlab.plan import BlockPlan, CompressionPlan, tokens
 from vitlab.plan.rules import MergeReconstruct
 from vitlab.plan.shape import ViTShape
-from vitlab.runtime.files import InputError, require
+from vitlab.runtime.files import named, require
 
 
 def prune_and_merge(scores: Tensor, shape: ViTShape, *, rule: str = "center", keep_rate: float | None = None,
@@ -45,10 +45,8 @@ def prune_and_merge(scores: Tensor, shape: ViTShape, *, rule: str = "center", ke
         tokens.check_spans(spans, shape.depth)
         rules = [None] * shape.depth
         for first, last, rate in spans:
-            try:
+            with named(f"span {first}-{last}"):
                 made, = rules_of(normal[first:last + 1].mean(dim=0, keepdim=True), rate)
-            except InputError as error:
-                raise InputError(f"span {first}-{last}: {error}") from None
             rules[first] = made and dataclasses.replace(made, span=last + 1 - first)
     blocks = [BlockPlan(tokens=tokens.shared(merged) if share else merged) for merged in rules]
     made_by = {"method": "prune_and_merge", "rule": rule,

@@ -45,7 +45,9 @@ def _min_max(values: Tensor) -> Tensor:
 @torch.no_grad()
 def neurons_by_hsic(hidden: Tensor, *, relevance_weight: float = RELEVANCE_WEIGHT,
                     magnitude_weight: float = MAGNITUDE_WEIGHT, chunk: int = CHUNK) -> Score:
-    """Hidden units after the activation (B, N, M, 1) -> the function that scores them once the softmax output is known.
+    """Hidden units after the activation (B, N, M, 1) -> the function that scores them once the softmax output is known:
+
+        score_m = 0.1 * minmax(HSIC(X_m, y)) + 0.9 * minmax(sum of |X_m|),  X_m (B x N) the unit over all tokens
 
     It holds the kernels (M, B, B) and the magnitudes (M), not the activations; what is made on the way is bounded by
     chunk.
@@ -65,8 +67,10 @@ def neurons_by_hsic(hidden: Tensor, *, relevance_weight: float = RELEVANCE_WEIGH
 
 @torch.no_grad()
 def heads_by_hsic(outputs: Tensor, *, redundancy_weight: float = REDUNDANCY_WEIGHT) -> Score:
-    """Head outputs before the projection (B, N, H, d) -> the function that scores them once the softmax output is
-    known."""
+    """Head outputs before the projection (B, N, H, d) -> the function that scores them once the output is known:
+
+        score_h = HSIC(F_h, y) - 0.1 * mean over the other heads h' of HSIC(F_h, F_h'),  F_h (B x N) the mean over d
+    """
     kernels = head_kernels(outputs)
 
     def score(probabilities: Tensor) -> Tensor:
@@ -81,25 +85,6 @@ def heads_by_hsic(outputs: Tensor, *, redundancy_weight: float = REDUNDANCY_WEIG
 def head_kernels(outputs: Tensor) -> Tensor:
     """Gaussian kernels (H, B, B) of F_h (B x N), the output of head h averaged over its width: outputs (B, N, H, d)."""
     return gaussian_kernels(units_first(at_least_float32(outputs).mean(dim=3)))
-
-
-def neuron_scores(hidden: Tensor, probabilities: Tensor, *, relevance_weight: float = RELEVANCE_WEIGHT,
-                  magnitude_weight: float = MAGNITUDE_WEIGHT, chunk: int = CHUNK) -> Tensor:
-    """Of one block: hidden units after the activation (B, N, M), softmax output (B, classes) -> (M).
-
-        score_m = 0.1 * minmax(HSIC(X_m, y)) + 0.9 * minmax(sum of |X_m|),  X_m (B x N) the unit over all tokens
-    """
-    score = neurons_by_hsic(hidden[..., None], relevance_weight=relevance_weight, magnitude_weight=magnitude_weight,
-                            chunk=chunk)
-    return score(probabilities)
-
-
-def head_scores(outputs: Tensor, probabilities: Tensor, *, redundancy_weight: float = REDUNDANCY_WEIGHT) -> Tensor:
-    """Of one block: head outputs before the projection (B, N, H, d), softmax output (B, classes) -> (H).
-
-        score_h = HSIC(F_h, y) - 0.1 * mean over the other heads h' of HSIC(F_h, F_h'),  F_h (B x N) the mean over d
-    """
-    return heads_by_hsic(outputs, redundancy_weight=redundancy_weight)(probabilities)
 
 
 def weight_magnitude(weights: Tensor) -> Tensor:

@@ -3,5 +3,3 @@ from vitlab.data.image_data import ImageData
 from vitlab.data.images import Batches, Images
 from vitlab.data.order import Shuffled
 from vitlab.data.source import DATA_SETS, open_data
-
-__all__ = ["DATA_SETS", "Batches", "ImageData", "Images", "Shuffled", "open_data"]

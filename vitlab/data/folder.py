@@ -21,8 +21,7 @@ FORMATS = tuple(name for name in Image.ID if name != "EPS")
 
 
 def read_image(source: Any) -> Image.Image:
-    """An image from a path, or from an open file. Raises whatever Pillow does, and OSError for a pipe or a device of
-    that name."""
+    """An image from a path, or from an open file. Raises what Pillow does, and OSError for a pipe or a device."""
     if isinstance(source, (str, Path)) and not os.path.isfile(source):
         raise OSError(f"{source}: no file")
     return Image.open(source, formats=FORMATS)
@@ -61,8 +60,7 @@ def splits_in(folder: Path) -> list[str]:
 
 
 def check_classes(split: Path, groups: Groups) -> None:
-    """Raises InputError naming a class folder without images, or a split without class folders; warns of images outside
-    of them."""
+    """Raises InputError naming a class folder without images, or a split without any; warns of images outside."""
     require(any(groups), f"{split}: holds no class folders; images must lie in {split.name}/CLASS/")
     empty = next((name for name, images in groups.items() if name and not len(images)), None)
     if empty is not None:
@@ -108,8 +106,7 @@ def _lines(path: Path) -> dict[str, int]:
 
 
 def _by_name(data: Any) -> Any:
-    """{name: number} of an object that is the other way about, or of a list of different names; anything else as it
-    is."""
+    """{name: number} of an object that is the other way about, or of a list of names; anything else as it is."""
     if isinstance(data, list) and all(isinstance(name, str) for name in data):
         data = {str(number): name for number, name in enumerate(data)}
     names = [value[0] if isinstance(value, list) and value else value

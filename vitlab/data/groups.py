@@ -38,8 +38,7 @@ def _times(split: Path, folders: np.ndarray) -> np.ndarray:
 
 
 def _walk(split: Path, name: str) -> Listing:
-    """A folder's images, listed; a folder in it that changed meanwhile, or just before, has no times, and is gone
-    through again."""
+    """A folder's images, listed; one in it that changed meanwhile, or just before, has no times, for another walk."""
     listed, began = [], time.time_ns()
     images = _encoded(list(images_below(split, name, listed)))
     folders = _encoded(listed)

@@ -31,8 +31,7 @@ class Images(Dataset):
         self.transform, self.channels = None, 3                 # set by whoever makes batches of it
 
     def take(self, limit: int | None, seed: int) -> "Images":
-        """A slice of `limit` images, chosen and ordered by seed (classes mix in each batch); all, in order, where
-        None."""
+        """A slice of `limit` images, chosen and ordered by seed, so that classes mix; all, in order, where None."""
         if limit is None:
             return type(self)(self.reader, self.indices)
         require(limit >= 1, f"limit is {limit}; at least 1 image is needed")
@@ -153,9 +152,12 @@ class Batches:
                 yield x[y >= 0], y[y >= 0]
 
     def _left_out(self, broken: list[int], of: int) -> None:
-        """Take note of the images of a batch that could not be read."""
-        for i in broken:
-            self._is_broken(i)
+        """Take note of the images of a batch that could not be read, and `check_broken`."""
+        for path, i in ((self.images.path(i), i) for i in broken):
+            if path not in self.broken:
+                self.broken.append(path)
+                warnings.warn(f"{self.images.fault(i)}, left out", stacklevel=3)
+                self.check_broken()
         if self.training and len(broken) == of:
             raise InputError(f"no image of a batch of {of} could be read, {self.broken[-1]} among them; repair or "
                              f"remove them")
@@ -173,15 +175,6 @@ class Batches:
             seen += len(y)
             if number >= skipped:
                 yield x, y
-
-    def _is_broken(self, i: int) -> None:
-        """Take note of an image, and `check_broken`."""
-        path = self.images.path(i)
-        if path in self.broken:
-            return
-        self.broken.append(path)
-        warnings.warn(f"{self.images.fault(i)}, left out", stacklevel=3)
-        self.check_broken()
 
     def check_broken(self) -> None:
         """Raises InputError where more images are broken than may be; a stream names none."""

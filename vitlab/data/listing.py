@@ -1,5 +1,4 @@
-"""What an image file is, and one walk over a folder of them: the same for class folders, scenes, tar files and pictures
-to look at."""
+"""What an image file is, and one walk over a folder of them, for class folders, scenes, tar files and pictures."""
 import os
 import re
 from collections.abc import Iterator

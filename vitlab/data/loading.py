@@ -106,8 +106,7 @@ def fault(error: BaseException) -> str | None:
 
 def received(batches: Iterable[Any], stream: str | None = None) -> Iterator[Any]:
     """What a loader gives. Raises InputError in place of an error in one of its processes, or of its death; the others
-    end. stream: name of the data set where its libraries alone read it; InputError in place of whatever they raise,
-    too."""
+    end. stream: name of the data set where its libraries alone read it; and of whatever they raise."""
     found = None
     try:
         found = iter(batches)

@@ -121,8 +121,7 @@ class MaskReader:
 
     @functools.cached_property
     def _drawn_as_stored(self) -> bool:
-        """Whether masks are of the photographs as they are stored: as the first is whose size tells; no, where none
-        does."""
+        """Whether masks are of the photographs as stored: as the first is whose size tells; no, where none does."""
         for image_path, mask_path in self.pairs:
             try:
                 (size, turn), (drawn, own) = _header(image_path), _header(mask_path)

@@ -8,7 +8,7 @@ from vitlab.data.listing import entries, images_below
 from vitlab.data.mask_files import MaskReader, PictureReader, is_binary
 from vitlab.data.scene_data import SceneData, Scenes
 from vitlab.data.scenes import digit_scenes
-from vitlab.runtime.files import InputError, from_root, require
+from vitlab.runtime.files import from_root, require
 from vitlab.runtime.kinds import SPLITS
 
 # folders that hold masks, however a data set is laid out; *annot too
@@ -52,9 +52,8 @@ def _meaning(root: Path, layout: Layout, masks: list[Path]) -> Meaning:
 SCENES: dict[str, Callable[[], SceneData]] = {"digit_scenes": digit_scenes}
 
 
-def open_scenes(data: str | Path, layout: str | None = None) -> SceneData:
-    """A data set of images with masks: a name of SCENES, or a folder in one of LAYOUTS; layout None: the first that it
-    has.
+def open_scenes(data: str | Path) -> SceneData:
+    """A data set of images with masks: a name of SCENES, or a folder in the first of LAYOUTS that it has.
 
     Of a layout with classes.txt 255 is ignored, unless masks hold 0 and 255 alone and it names two classes, or is not
     there: then it is the second, or the foreground. A folder, or its train/, that holds images alone, however deep, and
@@ -63,20 +62,15 @@ def open_scenes(data: str | Path, layout: str | None = None) -> SceneData:
     without images.
     """
     if str(data) in SCENES:
-        require(layout is None, f"{data} takes no layout")
         return SCENES[str(data)]()
     root = from_root(data)
-    require(layout is None or layout in LAYOUTS, f"layout {layout!r} is not known; known are {sorted(LAYOUTS)}")
     require(str(data) and root.is_dir(), f"{str(data)!r}: no such folder; give one of {sorted(SCENES)}, or a folder of "
             "images and masks")
-    name = layout or _layout_of(root)
+    name = _layout_of(root)
     if name is None:
         return SceneData(root.resolve().name, {"train": Scenes(PictureReader(_pictures(root)))}, None, labelled=False)
     chosen = LAYOUTS[name]
     pairs = chosen.pairs(root)
-    if not pairs:
-        raise InputError(f"{root}: holds no split of layout {name!r}, whose images are in "
-                         f"{chosen.images.format(split=chosen.splits['train'])}")
     classes, ids = _meaning(root, chosen, [mask for found in pairs.values() for _, mask in found])
     splits = {split: Scenes(MaskReader(found, ids)) for split, found in pairs.items()}
     return SceneData(root.resolve().name, splits, list(classes))

@@ -25,8 +25,7 @@ class Parts:
 
 
 def share_of(total: int, role: str) -> range:
-    """Which places of the permutation of `total` images are a role's: places are divided at the rounded sums of
-    SHARES."""
+    """Which places of the permutation of `total` images are a role's: divided at the rounded sums of SHARES."""
     ends = [round(total * sum(list(SHARES.values())[:count])) for count in range(len(SHARES) + 1)]
     at = list(SHARES).index(role)
     return range(ends[at], ends[at + 1])

@@ -19,8 +19,7 @@ SIDEWAYS = tuple(TURNS[orientation] for orientation in (5, 6, 7, 8))
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:
-    """What brings a loaded image the right way up, by its EXIF orientation; None where it is so, or the tag can't be
-    read."""
+    """What brings a loaded image the right way up, by its EXIF orientation; None where it is so, or can't be read."""
     try:
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     # damaged EXIF makes its reader raise nearly anything; the picture is whole

@@ -60,8 +60,7 @@ def stroke(digit: np.ndarray, side: int) -> np.ndarray:
 
 def make_scene(digits: np.ndarray, labels: np.ndarray, chance: np.random.Generator,
                size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """(image (*size, 3) uint8, mask (*size) uint8) with some of the digits (n, 8, 8), at least one, none over
-    another."""
+    """(image (*size, 3) uint8, mask (*size) uint8) with some of the digits (n, 8, 8), one at least, apart."""
     image, mask = background(chance, size), np.zeros(size, dtype=np.uint8)
     ground, columns = image.mean(axis=(0, 1)), size[1] // CELL
     filled = chance.random(size[0] // CELL * columns) < FILLED

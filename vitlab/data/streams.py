@@ -41,8 +41,7 @@ class _PairReader:
 
 def _shard_options(root: str, split: str) -> dict[str, Any]:
     """What timm's reader of WebDataset shards is to be told: every ending of images, and the field of the labels where
-    they are in JSON. Read from the first sample. Raises InputError naming the shard whose sample has no image or no
-    label."""
+    they are in JSON. Read from the first sample. InputError names the shard whose sample has no image or label."""
     path = next((file for file in (Path(root) / "_info.json", Path(root) / "info.json") if file.is_file()), None)
     require(path is not None, f"{root}: no folder of WebDataset shards; one with an _info.json that names the shards "
             "of each split is")
@@ -80,8 +79,7 @@ def _names(opened: Any) -> list[str] | None:
 
 def open_timm(data: str, class_map: str | Path | None = None) -> ImageData:
     """A data set by a name with one of TIMM_PREFIXES. class_map: by the names of its classes. Raises InputError naming
-    it where it can't be opened, splits differ in their classes, or a class map is given and its classes have no
-    names."""
+    it where it can't be opened, splits differ in their classes, or a class map is given and they have no names."""
     name, _, root = data.partition("@")
     if name.startswith("hfds/"):
         readers, names = open_hugging_face(name, root or None)

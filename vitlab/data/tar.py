@@ -1,5 +1,4 @@
-"""Splits that are tar files of class folders, or of tar files of one class each, as timm's ReaderImageInTar reads
-them."""
+"""Splits that are tar files of class folders, or of a tar file a class, as timm's ReaderImageInTar reads them."""
 import contextlib
 import tarfile
 from pathlib import Path
@@ -56,8 +55,7 @@ def read_tar(path: Path) -> dict[str, list[tuple[str, Member]]]:
 
 
 class TarReader:
-    """(file in the tar, class) pairs. The tar is opened anew for each: loader processes would share its position
-    otherwise."""
+    """(file in the tar, class) pairs. The tar is opened anew for each: loader processes would share its position."""
 
     def __init__(self, path: Path, classes: dict[str, list[tuple[str, Member]]], numbers: dict[str, int]) -> None:
         self.path = path

@@ -68,8 +68,7 @@ class Averages(NamedTuple):
 
 def averaged(model: nn.Module, batches: Batches, step: Callable[[Tensor, Tensor], tuple[Tensor, ...]], *, what: str,
              device: str | torch.device | None, progress: bool, at_least: int = 1) -> Averages:
-    """What step(images, targets) gives for each batch, averaged: each batch weighs as many images as it has, in float32
-    at least.
+    """What step(images, targets) gives for each batch, averaged: each batch weighs as its images, in float32 at least.
 
     model: in eval mode and frozen meanwhile. Under torchrun each process gives its share of the batches, and all get
     the mean over all of them. at_least: images of a batch; smaller ones have no part. Raises InputError, on all

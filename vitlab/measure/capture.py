@@ -19,6 +19,7 @@ from vitlab.models.attention import KeyedAttention, OwnAttention, PrefixAttentio
 from vitlab.models.held import Merged
 from vitlab.models.left_out import LeftOut
 from vitlab.models.match import MatchBlock
+from vitlab.plan.tokens import patch_distances
 from vitlab.runtime.files import InputError, check_known, require
 
 ABSOLUTE = ("batch", "image")
@@ -206,9 +207,7 @@ def attention_spans(model: nn.Module, batches: Batches, *, device: str | torch.d
     (Dosovitskiy et al. 2021, arXiv 2010.11929, figure 7; Raghu et al. 2021, arXiv 2108.08810, section 3). Raises
     InputError for a compressed model, a family that can't be handled, or without images."""
     shape, prefix = shape_of(model), model.num_prefix_tokens
-    centres = torch.cartesian_prod(*(torch.arange(count) * side for count, side in
-                                     zip(shape.grid_size, shape.patch_size))).double()
-    apart = torch.cdist(centres, centres)                                       # (n, n)
+    apart = patch_distances(shape)                                              # (n, n)
     found: list[Any] = [None] * len(model.blocks)
 
     def spans(attention: Tensor) -> Tensor:

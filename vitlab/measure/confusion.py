@@ -62,8 +62,7 @@ def scores_of(matrix: Tensor) -> SegmentationScores:
 
 
 def scores_of_groups(matrices: Tensor) -> SegmentationScores:
-    """What the sum of confusion matrices (G, K, K) says, each of a group of images: miou_se is by the jackknife over
-    groups."""
+    """What the sum of confusion matrices (G, K, K) says, of a group of images each: miou_se is by the jackknife."""
     matrices = matrices[matrices.sum(dim=(1, 2)) > 0]
     whole = matrices.sum(dim=0)
     return dataclasses.replace(scores_of(whole),
@@ -86,8 +85,7 @@ def check_appear(scores: SegmentationScores, classes: Sequence[str]) -> None:
 
 
 class Confusion:
-    """Confusion matrices that grow batch by batch, one of each of GROUPS groups of images, in turn; exact, as counts
-    are integers.
+    """Confusion matrices that grow batch by batch, one of each of GROUPS groups of images, in turn; exact.
 
     Memory is that of GROUPS matrices, however many images there are."""
 

@@ -40,8 +40,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0, of: T
 
 
 def each_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Each image's own (B); of pixels the mean over those of the image that count. Raises InputError as `check_targets`
-    does."""
+    """Each image's own (B); of pixels the mean over those of the image that count. InputError as by `check_targets`."""
     check_targets(targets)
     each = F.cross_entropy(logits, targets, reduction="none", ignore_index=ignored(targets))    # (B) or (B, H, W)
     losses, counts = (v.reshape(len(v), -1).sum(dim=1) for v in (each, targets != ignored(targets)))

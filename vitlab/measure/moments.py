@@ -49,12 +49,11 @@ def layers_of(model: nn.Module | CompressionPlan, kinds: Iterable[str] = KINDS) 
 
 
 def fisher(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, images: int = IMAGES, seed: int = 0,
-           device: str | torch.device | None = None, amp: bool | None = False,
-           progress: bool = True) -> dict[Layer, Fisher]:
-    """Of every layer of a model, averaged over the first `images`; nothing where there is no image.
-    Memory: what autograd keeps of AT_ONCE images. Under torchrun each process gives its share."""
-    device = torch.device(device) if device is not None else next(model.parameters()).device
-    prefix, draws = encoder_of(model).num_prefix_tokens, torch.Generator(device=device).manual_seed(seed)
+           amp: bool | None = False, progress: bool = True) -> dict[Layer, Fisher]:
+    """Of every layer of a model, averaged over the first `images`; nothing where there is no image. Memory: what
+    autograd keeps of AT_ONCE images. Under torchrun each process gives its share, and draws by itself."""
+    device, prefix = next(model.parameters()).device, encoder_of(model).num_prefix_tokens
+    draws = torch.Generator(device=device).manual_seed(seed + parallel.rank())
     linears = {(index, kind): mixing_layer(attention_block(model.blocks[index]), kind)[0]
                for index, kind in layers_of(model)}
     metrics = {layer: torch.zeros(linear.out_features, linear.out_features, device=device)
@@ -97,11 +96,11 @@ def fisher(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, images
 
 @torch.inference_mode()
 def each_moments(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], kinds: Iterable[str] = KINDS, *,
-                 device: str | torch.device | None = None, amp: bool | None = False) -> Iterator[tuple[Layer, Moments]]:
+                 amp: bool | None = False) -> Iterator[tuple[Layer, Moments]]:
     """Moments of the inputs of every layer that mixes units of some kinds, or, for "widths", makes queries, over all
     tokens of all images, block after block. Memory: all tokens of all images, and the moments of one block. Under
     torchrun each process gives its share of the batches. Raises InputError for a model with a forward of its own."""
-    device, model = torch.device(device) if device is not None else next(model.parameters()).device, encoder_of(model)
+    device, model = next(model.parameters()).device, encoder_of(model)
     check_runs_in_parts(model)
     streams = []
     for images, _ in batches:

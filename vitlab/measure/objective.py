@@ -1,5 +1,4 @@
-"""What a search measures: top-1 or mIoU, or the distance to the dense model's output, of really cut models on a fixed
-slice of train."""
+"""What a search measures: top-1, mIoU, or the distance to the dense model's output, of really cut models on train."""
 import copy
 from collections.abc import Callable, Iterable
 

@@ -21,8 +21,7 @@ from vitlab.runtime.uncertainty import ratio_error
 
 @dataclass(frozen=True, kw_only=True)
 class Segmentation:
-    """What a Segmenter is worth on `images` images, `broken` left out; loss: mean cross-entropy of the pixels that
-    count."""
+    """What a Segmenter is worth on `images` images, `broken` left out; loss: cross-entropy of the pixels that count."""
 
     scores: SegmentationScores
     loss: float

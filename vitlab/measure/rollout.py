@@ -47,6 +47,22 @@ def _shared(block: SharedUpdateBlock, x: Tensor, attention: Tensor | None) -> Te
 
 
 @torch.no_grad()
+def rankings(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
+    """{block: (B, N)}: by what each block that selects ranks its tokens, higher stays."""
+    found: dict[int, Tensor] = {}
+
+    def ranked(index: int) -> Any:
+        def before(block: SelectBlock, inputs: tuple[Tensor, ...]) -> None:
+            found[index] = block.attend(attention_input(block.block, inputs[0]))[1]
+        return before
+    selecting = [(i, block) for i, block in enumerate(model.blocks) if isinstance(block, SelectBlock)]
+    with hooks([block.register_forward_pre_hook(ranked(i)) for i, block in selecting]), frozen_eval(model):
+        if selecting:
+            model(images.to(next(model.parameters()).device))
+    return found
+
+
+@torch.no_grad()
 def token_shares(model: nn.Module, images: Tensor) -> Tensor:
     """(B, K, N): what each of the K tokens that a model gives is made of, by rollout, of the N that enter its first
     block; rows sum to 1. Of matrices that are trained, the sizes of their entries count, each row's sum being 1.
@@ -59,17 +75,10 @@ def token_shares(model: nn.Module, images: Tensor) -> Tensor:
     prefix, depth = model.num_prefix_tokens, len(model.blocks)
     images = images.to(next(model.parameters()).device)
     attention: list[Any] = [None] * depth                                       # (B, Q, N_l) each, mean over heads
-    rankings: dict[int, Tensor] = {}
-
-    def ranked(index: int) -> Any:
-        def before(block: SelectBlock, inputs: tuple[Tensor, ...]) -> None:
-            rankings[index] = block.attend(attention_input(block.block, inputs[0]))[1]
-        return before
+    ranks = rankings(model, images)
     merges = any(isinstance(block, MatchBlock) and block.rule.merged for block in model.blocks)
     places = token_places(model, images) if merges else {}
-    selecting = [(i, block) for i, block in enumerate(model.blocks) if isinstance(block, SelectBlock)]
-    look = seen_attention(model, attention, lambda a: at_least_float32(a).mean(dim=1))
-    with look, hooks([block.register_forward_pre_hook(ranked(i)) for i, block in selecting]), frozen_eval(model):
+    with seen_attention(model, attention, lambda a: at_least_float32(a).mean(dim=1)), frozen_eval(model):
         model(images)
     count = prefix + model.patch_embed.num_patches
     like = next(each for each in (*attention, images.float()) if each is not None)
@@ -88,7 +97,7 @@ def token_shares(model: nn.Module, images: Tensor) -> Tensor:
         if isinstance(block, TokenBlock) and block.place + 1 == block.rule.span:
             x = _rows(own @ x + aside)
         elif isinstance(block, SelectBlock):
-            x = tokens.select(x, rankings[index], block.rule.kept, prefix)
+            x = tokens.select(x, ranks[index], block.rule.kept, prefix)
         elif index in places:
             now = places[index].to(x.device)
             onto, of = (F.one_hot(each).to(x) for each in (now, went))          # (B, n, tokens) after and before

@@ -51,8 +51,7 @@ def _unit_hooks(model: nn.Module, see: Callable[[str, int, Tensor], None], kinds
 
 
 def _unit_weights(block: nn.Module) -> dict[str, Tensor]:
-    """All weights (U, K) that leave with each unit: rows of the layers that make it, columns of the one that mixes
-    it."""
+    """All weights (U, K) that leave with each unit: rows of the layers that make, columns of the one that mixes it."""
     found = {}
     for kind in KINDS:
         mixing, width = mixing_layer(block, kind)
@@ -104,18 +103,17 @@ def _over_images(model: nn.Module, batches: Batches, criterion: UnitCriterion, s
 def _by_moments(model: nn.Module, batches: Batches, criterion: UnitCriterion, seed: int,
                 device: str | torch.device | None, progress: bool, made_by: dict[str, str]) -> UnitScores:
     """Scores from second moments of what each linear that mixes units takes in, over all tokens of all images."""
-    device, images = torch.device(device or next(model.parameters()).device), 0
+    images = 0
 
     def counted() -> Batches:
         nonlocal images
         for x, y in tqdm(batches, desc=f"unit scores by {made_by['criterion']}", unit="batch", disable=not progress):
             images += len(x)
             yield x, y
-    model, costs = model.to(device), None
-    if criterion.needs == "fisher":
-        costs = fisher(model, batches, seed=seed, device=device, progress=progress)
+    model = model if device is None else model.to(device)
+    costs = fisher(model, batches, seed=seed, progress=progress) if criterion.needs == "fisher" else None
     with frozen_eval(model):
-        layers = each_moments(model, counted(), device=device)
+        layers = each_moments(model, counted())
         first = next(layers)                    # all images were gone through for it
         images = int(parallel.total(torch.tensor(images)))
         if not images:

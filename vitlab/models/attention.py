@@ -56,8 +56,7 @@ class TokenAttention(nn.Module):
 
     def _mixed(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
                is_causal: bool = False) -> Tensor:
-        """Softmax attention of queries (B, H, Q, d) over keys and values (B, H, N, d), with an additive mask: (B, Q,
-        D)."""
+        """Softmax attention of queries (B, H, Q, d) over keys and values (B, H, N, d), mask added: (B, Q, D)."""
         if self.shown is not None:
             value = self.shown(query, key, value, mask)
         if self.fused_attn or is_causal:

@@ -1,5 +1,4 @@
-"""Checkpoints: a folder with weights.safetensors, plan.json and checkpoint.json, from which alone the model is
-rebuilt."""
+"""Checkpoints: a folder with weights.safetensors, plan.json and checkpoint.json, which alone rebuild the model."""
 import json
 import platform
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from vitlab.models.segmenter import Segmenter, rebuild_segmenter, segmenter_sour
 from vitlab.models.weights import check_fits, load_state, read_state
 from vitlab.plan import CompressionPlan
 from vitlab.plan.shape import is_int
-from vitlab.runtime.files import InputError, atomic_folder, existing_folder, read_json, require
+from vitlab.runtime.files import InputError, atomic_folder, existing_folder, named, read_json, require
 
 WEIGHTS, PLAN, INFO = OURS
 FOLDER = "checkpoint"
@@ -159,8 +158,7 @@ def find(path: str | Path) -> Path:
 
 
 def load(path: str | Path) -> Checkpoint:
-    """Rebuild the model of a checkpoint or run folder, or of hf-hub:OWNER/NAME that `vitlab push` put there; all or
-    nothing.
+    """Rebuild the model of a checkpoint or run folder, or of hf-hub:OWNER/NAME by `vitlab push`; all or nothing.
 
     Raises InputError naming the file and key: missing, cut short, a plan for another model, wrong shapes.
     """
@@ -169,15 +167,11 @@ def load(path: str | Path) -> Checkpoint:
     if not isinstance(info, dict) or info.get("format") != FORMAT or info.get("version") != VERSION:
         raise InputError(f"{where}: not a {FORMAT} of version {VERSION}")
     config, plan = info.get("config") or {}, CompressionPlan.load(folder / PLAN)
-    try:
+    with named(where):
         _check_info(info, config)
         dense = _dense(info, _check_size(info, plan, folder / WEIGHTS))
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
-    try:
+    with named(folder / PLAN):
         model = _in_form(dense, plan, info.get("deployed", False))
-    except InputError as error:
-        raise InputError(f"{folder / PLAN}: {error}") from None
     load_state(model, _by_todays_names(read_state(folder / WEIGHTS), model, plan), folder / WEIGHTS)
     set_settings(encoder_of(model), config)
     return Checkpoint(model=model.eval(), plan=plan, info=info)

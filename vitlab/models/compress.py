@@ -13,20 +13,12 @@ from vitlab.models.read_out import ReadOutBlock
 from vitlab.models.select import SelectBlock
 from vitlab.models.share import SharedUpdateBlock
 from vitlab.models.shrink import keep_units
-from vitlab.models.support import (
-    attention_block,
-    check_supported,
-    encoder_of,
-    replaced,
-    shape_of,
-    sizes_of,
-    units_of,
-)
+from vitlab.models.support import attention_block, check_supported, encoder_of, replaced, shape_of, sizes_of, units_of
 from vitlab.models.tokens_cut import as_tokens_cut, without_tokens_cut
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.rules import Match, MergeReconstruct, ReadOut, Select, SharedUpdate, TokenRule
 from vitlab.plan.shape import ViTShape
-from vitlab.runtime.files import InputError, require
+from vitlab.runtime.files import InputError, named, require
 
 TRAINABLE = ("all", "matrices", "weights")
 TOKEN_BLOCKS: dict[str, Any] = {MergeReconstruct.kind: TokenBlock, SharedUpdate.kind: SharedUpdateBlock,
@@ -34,8 +26,7 @@ TOKEN_BLOCKS: dict[str, Any] = {MergeReconstruct.kind: TokenBlock, SharedUpdate.
 
 
 def check_agrees(model: nn.Module, plan: CompressionPlan) -> None:
-    """InputError naming the sizes, or the first block, in which a compressed model (training form) differs from the
-    plan."""
+    """InputError naming the sizes, or the first block, in which a compressed model (not deployed) is not the plan's."""
     check_supported(model)
     plan.check_fits(sizes_of(model, plan.shape.num_heads, plan.shape.num_neurons))
     for index, (block, cut, (rule, place)) in enumerate(zip(model.blocks, plan.blocks, plan.rules())):
@@ -68,8 +59,7 @@ def _cut_tokens(block: nn.Module, now: tuple[TokenRule | None, int], was: tuple[
 
 
 def _cut_units(block: nn.Module, cut: BlockPlan, was: BlockPlan, shape: ViTShape) -> None:
-    """Heads, neurons, and widths of queries and keys leave timm's Block, in place; those that `was` cut have left it
-    before."""
+    """Heads, neurons, and widths of queries and keys leave timm's Block, in place; those that `was` cut left before."""
     for name, count in (("heads", shape.num_heads), ("neurons", shape.num_neurons)):
         before, after = (range(count) if kept is None else kept for kept in (getattr(was, name), getattr(cut, name)))
         gone = sorted(set(after) - set(before))
@@ -124,11 +114,9 @@ def compress(model: nn.Module, plan: CompressionPlan, *, before: CompressionPlan
     model = without_tokens_cut(copy.deepcopy(model))
     for index, (cut, now, was, ruled) in enumerate(zip(plan.blocks, plan.rules(), before.blocks, before.rules())):
         gone = was.qk_width is not None or was.heads is not None and len(was.heads) < plan.shape.num_heads
-        try:
+        with named(f"block {index}"):
             model.blocks[index] = _cut_tokens(model.blocks[index], now, ruled, gone, plan.shape.num_prefix_tokens)
             _cut_units(attention_block(model.blocks[index]), cut, was, plan.shape)
-        except InputError as error:
-            raise InputError(f"block {index}: {error}") from None
     if isinstance(model.blocks[-1], MatchBlock):
         model.blocks[-1].gives_back = True
     merged = False

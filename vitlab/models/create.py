@@ -104,8 +104,7 @@ def from_weights(name: str, state: dict[str, Tensor], path: str | Path, args: di
 
 def sized(name: str, state: dict[str, Tensor], path: str | Path, args: dict[str, Any],
           saved: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
-    """(arguments of timm's to build the model by, the state under timm's names, what is to be said of it) for a state
-    dict.
+    """(arguments of timm's to build the model by, the state under timm's names, what is to be said of it).
 
     args: what is asked for. saved: what the file's config.json says. The rest, the number of classes and the size of
     the images above all, is what the tensors are of; embeddings are resampled only for an img_size or patch_size in

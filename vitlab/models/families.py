@@ -126,8 +126,7 @@ def attention_input(block: nn.Module, x: Tensor) -> Tensor:
 
 
 def _scaled(block: nn.Module, number: int, update: Tensor) -> Tensor:
-    """An update by the block's LayerScale, a module or a parameter, or its norm where that comes last; then stochastic
-    depth."""
+    """An update by the block's LayerScale, a module or a parameter, or its last norm; then stochastic depth."""
     gamma = getattr(block, f"gamma_{number}", None)
     if isinstance(block, POST_NORM):
         update = getattr(block, f"norm{number}")(update)
@@ -167,8 +166,7 @@ def nothing_of(block: nn.Module) -> tuple[str, ...]:
 
 
 def mixing_layer(block: nn.Module, kind: str) -> tuple[nn.Linear | LeftOut, int]:
-    """(the linear that mixes the heads or neurons of a block, or what stands for a sublayer without any; how many
-    inputs a unit has)."""
+    """(the linear that mixes the heads or neurons of a block, or what stands for it; how many inputs a unit has)."""
     whole = sublayer(block, kind)
     if isinstance(whole, LeftOut):
         return whole, whole.width

@@ -118,8 +118,7 @@ def answers() -> bool:
 
 @contextlib.contextmanager
 def downloading() -> Iterator[None]:
-    """Inside, a hub that does not answer is known to be offline after seconds, not minutes; what was downloaded before
-    serves."""
+    """Inside, a hub that does not answer is offline after seconds, not minutes; what was downloaded before serves."""
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = before or not answers()
     try:

@@ -12,15 +12,13 @@ from vitlab.plan.rules import Match
 
 
 def size_mask(sizes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive mask (B, 1, 1, N) of proportional attention: softmax(q k^T / sqrt(d) + log size), arXiv 2210.09461,
-    section 3."""
+    """Additive mask (B, 1, 1, N) of proportional attention: softmax(q k^T / sqrt(d) + log size), arXiv 2210.09461."""
     # bfloat16 can't tell 256 from 257
     return sizes.to(torch.promote_types(dtype, torch.float32)).log()[:, None, None].to(dtype)
 
 
 class MatchBlock(HoldingBlock):
-    """timm's Block that merges alike tokens after the attention's residual, and takes into account what tokens stand
-    for.
+    """timm's Block that merges alike tokens after the attention's residual, and counts what tokens stand for.
 
     Takes and gives (B, N, D) while nothing was merged, `Merged` from then on; the last block of a model (gives_back)
     gives all N tokens. Static shapes; fused attention stays on.

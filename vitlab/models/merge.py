@@ -1,5 +1,4 @@
-"""Blocks whose tokens are merged before and reconstructed after them by trained matrices, one block or a span of
-several.
+"""Blocks whose tokens are merged before and reconstructed after them by trained matrices, one or a span of several.
 
 *Efficient Token Compression for Vision Transformer with Spatial Information Preserved* (arXiv 2503.23455), methods A6.
 """

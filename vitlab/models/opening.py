@@ -1,5 +1,4 @@
-"""A model from wherever it is: a checkpoint or run folder, weights of others in a file or a folder, the Hugging Face
-hub, timm's names."""
+"""A model from wherever it is: a checkpoint, a run folder, others' weights, the Hugging Face hub, timm's names."""
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +9,7 @@ from cyclopts import Parameter
 from vitlab.models import checkpoint, encoder_of, shape_of
 from vitlab.models.checkpoint import Checkpoint
 from vitlab.models.create import create_model, from_weights, sized
-from vitlab.models.hub import (
-    CONFIG,
-    HUB,
-    HubConfig,
-    check_settings,
-    config_beside,
-    download,
-    set_settings,
-    weights_in,
-)
+from vitlab.models.hub import CONFIG, HUB, HubConfig, check_settings, config_beside, download, set_settings, weights_in
 from vitlab.models.published import is_published, load_published, load_segmenter
 from vitlab.models.published_segmenter import VARIANT
 from vitlab.models.segmenter import Segmenter

@@ -1,5 +1,4 @@
-"""Published Prune and Merge checkpoints (methods A9): read without running pickled code, and written in that layout."""
-import io
+"""Published Prune and Merge checkpoints (methods A9), read without running pickled code."""
 from pathlib import Path
 from typing import Any
 
@@ -7,17 +6,13 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from vitlab.models import attention_block, compress, shape_of
-from vitlab.models.create import architecture, rebuild
-from vitlab.models.families import query_width
-from vitlab.models.merge import TokenBlock
+from vitlab.models import compress, shape_of
 from vitlab.models.published_segmenter import published_parts
 from vitlab.models.segmenter import Segmenter
-from vitlab.models.support import units_of
 from vitlab.models.weights import load_state, read_file, state_of, unwrapped
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.rules import MergeReconstruct
-from vitlab.runtime.files import InputError, atomic_write, require
+from vitlab.runtime.files import InputError, require
 
 NAMES = {"merge_matrix": "merge_matrix", "reconstruct_matrix": "recover_matrix", "token_mask": "token_mask"}
 
@@ -99,24 +94,3 @@ def _compressed(state: dict[str, Tensor], dense: nn.Module, path: Path | str,
         renamed[key if prefix is None else f"{prefix}block.{key.removeprefix(prefix)}"] = value
     load_state(model, renamed, path)
     return model.eval(), plan
-
-
-def save_published(path: str | Path, model: nn.Module) -> None:
-    """Write a compressed model (training form, every block merged and reconstructed) in the published layout,
-    atomically."""
-    if not all(isinstance(b, TokenBlock) and b.rule.span == 1 for b in model.blocks):
-        raise InputError("the published layout has merge and reconstruct matrices in every block; this model has not")
-    dense = shape_of(rebuild(architecture(model)))
-    for index, block in enumerate(attention_block(b) for b in model.blocks):
-        require(units_of(block) == (dense.num_heads, dense.num_neurons) and query_width(block.attn) >= dense.head_dim,
-                f"the published layout has all heads, their widths, and neurons; block {index} of this model has not")
-    state = {}
-    for key, value in model.state_dict().items():
-        for own, theirs in NAMES.items():
-            key = key.replace(f".tokens.{own}", f".attn.{theirs}")
-        state[key.replace(".block.", ".")] = value
-    channels = [len(b.tokens.merge_matrix) for b in model.blocks]
-    state |= {f"blocks.{i}.attn.bias": torch.zeros(c) for i, c in enumerate(channels)}
-    content = io.BytesIO()
-    torch.save({"model": state, "channels": channels}, content)
-    atomic_write(path, content.getvalue())

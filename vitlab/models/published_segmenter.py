@@ -37,8 +37,7 @@ _PlainLoader.add_constructor("tag:yaml.org,2002:python/tuple", yaml.SafeLoader.c
 
 
 def read_variant(path: str | Path) -> dict[str, Any]:
-    """The parsed variant.yml. Raises InputError naming it where it is missing, damaged, holds more than plain data or
-    no net_kwargs."""
+    """The parsed variant.yml. InputError where it is missing, damaged, holds more than plain data or no net_kwargs."""
     path = Path(path)
     try:
         content = _PlainLoader(path.read_text(encoding="utf-8")).get_single_data()

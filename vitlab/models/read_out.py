@@ -1,5 +1,4 @@
-"""A last block that computes what a classifier on the prefix tokens reads, and no more; the same logits for fewer
-MACs."""
+"""A last block that computes what a classifier on the prefix tokens reads, alone: the same logits for fewer MACs."""
 from functools import partial
 
 from torch import Tensor, nn

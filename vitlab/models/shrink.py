@@ -8,6 +8,7 @@ from vitlab.models.attention import OwnAttention, TokenAttention, attention_as
 from vitlab.models.families import HEADS_COUNTED, POST_NORM, head_vectors, kind_of, making_layers, mixing_layer
 from vitlab.models.left_out import LeftOut
 from vitlab.models.support import plain_linear
+from vitlab.plan.shape import columns
 
 
 def _kept(parameter: Tensor, dim: int, index: Tensor) -> Tensor:
@@ -15,15 +16,10 @@ def _kept(parameter: Tensor, dim: int, index: Tensor) -> Tensor:
     return nn.Parameter(found, requires_grad=parameter.requires_grad) if isinstance(parameter, nn.Parameter) else found
 
 
-def _of(units: Tensor, width: int) -> Tensor:
-    """The places of units (U) that have so many each: (U width)."""
-    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
-
-
 def _keep_rows(linear: nn.Linear, units: Tensor, widths: Sequence[int]) -> None:
     """Keep the output rows of some units, in each of the parts that a Linear stacks."""
     count = plain_linear(linear).out_features // sum(widths)
-    rows = torch.cat([_of(units, width) + count * sum(widths[:part]) for part, width in enumerate(widths)])
+    rows = torch.cat([columns(units, width) + count * sum(widths[:part]) for part, width in enumerate(widths)])
     linear.weight = _kept(linear.weight, 0, rows)
     if linear.bias is not None:
         linear.bias = _kept(linear.bias, 0, rows)
@@ -42,7 +38,7 @@ def keep_units(block: nn.Module, kind: str, kept: Sequence[int], nothing: bool =
             setattr(block, f"norm{number}", nn.Identity())
         return
     units = torch.tensor(kept, device=plain_linear(mixing).weight.device)
-    index = _of(units, width)                                                   # (U' width)
+    index = columns(units, width)                                                   # (U' width)
     for linear, widths in making_layers(block, kind):
         _keep_rows(linear, units, widths)
     mixing.weight, mixing.in_features = _kept(mixing.weight, 1, index), len(index)
@@ -56,7 +52,7 @@ def _count_heads(block: nn.Module, heads: Tensor, index: Tensor) -> None:
     attn = block.attn
     for name, dim in head_vectors(attn).items():
         whole = getattr(attn, name)
-        setattr(attn, name, _kept(whole, dim, _of(heads, whole.shape[dim] // attn.num_heads)))
+        setattr(attn, name, _kept(whole, dim, columns(heads, whole.shape[dim] // attn.num_heads)))
     for name, count in (("num_heads", len(heads)), ("num_kv_heads", len(heads)), ("attn_dim", len(index)),
                         ("kv_dim", len(index))):
         if hasattr(attn, name):

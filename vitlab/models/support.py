@@ -45,8 +45,7 @@ def replaced(model: nn.Module, at: str, change: Callable[[nn.Module], nn.Module]
 
 
 def runs_in_parts(model: nn.Module) -> bool:
-    """Whether `families.embedded` and `finished` together are what the model does: timm's own forward, and no hook on
-    the whole."""
+    """Whether `families.embedded` and `finished` together are what the model does: timm's own forward, and no hook."""
     timms = kind_of(model, MODELS)
     own = timms is not None and all(getattr(type(model), name) is getattr(timms, name)
                                     for name in ("forward", "forward_features", "__call__"))
@@ -124,8 +123,7 @@ def check_supported(model: nn.Module) -> None:
 
 
 def classes_of(model: nn.Module) -> int:
-    """Classes of a timm model: as many as its classifier gives out, which may have been replaced without its
-    num_classes."""
+    """Classes of a timm model: as its classifier gives out, which may have been replaced without its num_classes."""
     if isinstance(model.head, nn.Identity):
         return 0
     return model.head.out_features if isinstance(model.head, nn.Linear) else model.num_classes
@@ -138,8 +136,7 @@ def units_of(block: nn.Module) -> tuple[int, ...]:
 
 
 def sizes_of(model: nn.Module, num_heads: int, num_neurons: int) -> ViTShape:
-    """Sizes of a model whose dense form has so many heads and neurons in each block; of a Segmenter with its
-    decoder's."""
+    """Sizes of a model whose dense form has so many heads and neurons a block; of a Segmenter with its decoder's."""
     whole, model = model, encoder_of(model)
     blocks = [attention_block(block) for block in model.blocks]
     first, classifiers, embed = blocks[0], model.get_classifier(), model.patch_embed

@@ -1,5 +1,4 @@
-"""T2T-ViT: tokens of an image are split softly, with overlap, and mixed by attention three and two times, before timm's
-own blocks.
+"""T2T-ViT: tokens of an image are split softly, with overlap, and mixed by attention, before timm's own blocks.
 
 *Tokens-to-Token ViT: Training Vision Transformers from Scratch on ImageNet* (Yuan, Chen, Wang, Yu, Shi, Jiang, Tay,
 Feng and Yan, ICCV 2021, arXiv 2101.11986, section 3.1 and table 1). Importing this makes timm know the names
@@ -28,8 +27,7 @@ default_cfgs = generate_default_cfgs({f"t2t_vit_{name}": _CFG for name in (*SIZE
 
 
 class TokenTransformer(nn.Module):
-    """(B, N, dim) -> (B, N, width): one head of attention whose residual is its values, since the widths differ; and an
-    MLP."""
+    """(B, N, dim) -> (B, N, width): one head of attention whose residual is its values, as widths differ; an MLP."""
 
     def __init__(self, dim: int, width: int, **dd: Any) -> None:
         super().__init__()

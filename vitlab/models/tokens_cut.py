@@ -1,5 +1,4 @@
-"""A timm model whose tokens are cut: still an instance of its class, and what timm's methods would get wrong of it is
-refused."""
+"""A timm model whose tokens are cut, still of its class; what timm's methods would get wrong of it is refused."""
 import functools
 from typing import Any
 
@@ -15,8 +14,7 @@ from vitlab.runtime.files import InputError
 
 
 class ImageSize:
-    """A forward pre-hook of a patch embedding: cut tokens are places on one grid, so an image of another size (or
-    turned) is refused."""
+    """A forward pre-hook of a patch embedding: cut tokens are places on one grid, so another size is refused."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.size = tuple(size)
@@ -35,8 +33,7 @@ class TokensCut:
 
     @property
     def gives_prefix_alone(self) -> bool:
-        """Whether no patch is left at the end: tokens are read out, or a deployed model is folded for class-token
-        pooling."""
+        """Whether no patch is left at the end: it reads tokens out, or is deployed for class-token pooling."""
         last, prefix = getattr(self.blocks[-1], "unfold", None) or self.blocks[-1], self.num_prefix_tokens
         return isinstance(last, ReadOutBlock) or isinstance(last, Fold) and len(last.matrix) == prefix
 

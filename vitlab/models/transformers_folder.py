@@ -12,7 +12,7 @@ from vitlab.models.create import create_model
 from vitlab.models.hub import CONFIG, PREPARED, HubConfig, check_settings
 from vitlab.models.transformers_names import ACTIVATIONS, KINDS, LEFT, TOWERS, timms, to_timm
 from vitlab.plan.shape import is_int
-from vitlab.runtime.files import InputError, read_json, require
+from vitlab.runtime.files import InputError, named, read_json, require
 
 RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")          # by Pillow's numbers
 LARGEST = 2 ** 16                               # of any size that a configuration may ask for
@@ -92,7 +92,7 @@ def _prepared(folder: Path, square: bool) -> tuple[dict[str, Any], tuple[int, in
     content = {} if path is None else read_json(path)
     content = content.get("image_processor", content) if isinstance(content, dict) else None
     require(isinstance(content, dict), f"{path}: not an image processor of transformers'")
-    try:
+    with named(path):
         settings = {"mean": content.get("image_mean"), "std": content.get("image_std")}
         if content.get("do_normalize") is False:
             settings = {"mean": [0.0], "std": [1.0]}
@@ -109,8 +109,6 @@ def _prepared(folder: Path, square: bool) -> tuple[dict[str, Any], tuple[int, in
         if int(part / share) < whole:           # as timm reckons
             share = math.nextafter(share, 0)
         return check_settings({**settings, "crop_mode": "center" if keeps_shape else "squash", "crop_pct": share}), crop
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 def _edges(size: Any, square: bool) -> tuple[tuple[int, int], bool] | None:
@@ -150,7 +148,7 @@ def converted(weights: Path, config: dict[str, Any], state: dict[str, Tensor],
     state = {name.removeprefix(prefix): value for name, value in state.items() if value.numel()}
     settings, images = _prepared(weights.parent, kind.square)
     name, rows, more = timms(config["model_type"], state, config)
-    try:
+    with named(where):
         args = {**_arguments(config), **more}
         if args["depth"] > len(state):
             raise InputError(f"num_hidden_layers is {args['depth']}, but {weights.name} has {len(state)} tensors")
@@ -158,8 +156,6 @@ def converted(weights: Path, config: dict[str, Any], state: dict[str, Tensor],
             model = create_model(name, **args)
         if img_size or kind.resamples is not None:
             args["img_size"] = _size(img_size or images or args["img_size"], "img_size")
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
     state, left = to_timm(state | _class_places(state, model), rows, model.state_dict(), weights)
     odd = next((name for name in left if not name.startswith(LEFT)), None)
     if odd is not None:

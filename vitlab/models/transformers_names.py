@@ -132,8 +132,7 @@ TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}         
 
 
 def timms(model_type: str, names: dict[str, Tensor], config: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
-    """(timm's architecture, rows, timm's arguments) of a model type with these tensors: what depends on which of its
-    classes it is."""
+    """(timm's architecture, rows, timm's arguments) of a model type with these tensors, which tell its class."""
     kind = KINDS[model_type]
     timm, rows, args = kind.timm, kind.rows, dict(kind.args)
     if "cls_classifier.weight" in names:

@@ -120,17 +120,13 @@ def _named(path: Path, said: str) -> str:
     return ", ".join(sorted(names)[:3])[:250] + "; " if names else ""
 
 
-def _is_state(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
-
-
 def state_of(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
     """The state dict in what `read_file` gave: it itself, one INSIDE, or the only other one. Raises InputError naming
     the file where there are several, or anything but tensors that a parameter can be filled from."""
     inside = next((content[key] for key in INSIDE if isinstance(content.get(key), dict)), None)
     if inside is None:
-        others = {key: value for key, value in content.items() if _is_state(value)}
+        others = {key: value for key, value in content.items() if isinstance(value, dict) and value and all(
+            isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())}
         require(len(others) <= 1, f"{path}: {', '.join(map(repr, others))} each hold weights; save those that are "
                 "meant in a file of their own")
         inside = next(iter(others.values()), content)
@@ -194,8 +190,7 @@ def by_timms_names(state: dict[str, Tensor], model: nn.Module,
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """Load all or nothing; InputError names the file and the first keys that are missing, unknown or of another
-    shape."""
+    """Load all or nothing; InputError names the first keys that are missing, unknown or of another shape."""
     check_fits(model, state, path)
     model.load_state_dict(state)
 

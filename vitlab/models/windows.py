@@ -15,8 +15,7 @@ Model = Callable[[Tensor], Tensor]              # images (B, C, h, w) -> logits 
 
 
 def starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along a side: every stride pixels, and the last one at the end. window <= length, 1 <= stride
-    <= window."""
+    """Where windows begin along a side: every stride pixels, the last at the end. 1 <= stride <= window <= length."""
     return [*range(0, length - window, stride), length - window]
 
 

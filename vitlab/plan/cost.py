@@ -1,5 +1,4 @@
-"""Cost of a (shape, plan): multiply-adds (MACs) per image, by part, as exact integers; and a model's parameters by
-part.
+"""Cost of a (shape, plan): multiply-adds (MACs) per image, by part, as exact integers; and a model's parameters.
 
 One MAC is two FLOPs; the papers write FLOPs for MACs. Everything that is multiplied counts, the merge, reconstruct and
 fold products too; form "published" leaves those out, as the tables of arXiv 2503.23455 do. Counts may have leading
@@ -166,8 +165,7 @@ def mdc_macs(shape: ViTShape, heads: np.ndarray, neurons: np.ndarray, rho: np.nd
 
 
 def params(model: nn.Module) -> dict[str, int]:
-    """Parameters of a timm vision transformer by part, and their sum under "total"; fold matrices count as
-    parameters."""
+    """Parameters of a timm vision transformer by part, and their "total"; fold matrices count as parameters."""
     def part(name: str) -> str:
         for key, word in (("decoder.", "decoder"), (".rank", "select"), (".attn.", "attention"), (".mlp.", "mlp"),
                           (".tokens.", "merge and reconstruct"), ("fold.", "fold"), ("patch_embed", "patch_embed"),

@@ -55,8 +55,7 @@ class LatencyTable:
                 "times must be positive")
 
     def _at(self, part: str, where: np.ndarray, *counts: np.ndarray | int) -> np.ndarray:
-        """ms of `part`, linear in each axis between what was measured; 0 where not `where`. InputError outside the
-        axes."""
+        """ms of `part`, linear in each axis between what was measured; 0 but `where`. InputError outside the axes."""
         wanted, *every = np.broadcast_arrays(where, *counts)
         ms, values = np.zeros(wanted.shape), [each[wanted] for each in every]
         if not wanted.any():

@@ -1,5 +1,4 @@
-"""Merging by content, as pure functions: which tokens of an image are alike, what they become, and where each patch
-went.
+"""Merging by content, as pure functions: which tokens of an image are alike, what they become, where patches went.
 
 Bipartite soft matching of *Token Merging: Your ViT But Faster* (arXiv 2210.09461, section 3), with two additions:
 tokens that matter are protected, and every patch keeps its place, so that the whole grid can be given back. B images, n

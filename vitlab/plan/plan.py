@@ -12,7 +12,7 @@ import numpy as np
 
 from vitlab.plan.rules import TOKEN_RULES, Flow, MergeReconstruct, TokenRule, whole
 from vitlab.plan.shape import FAMILY, ViTShape, is_int
-from vitlab.runtime.files import InputError, atomic_write, read_json, require
+from vitlab.runtime.files import InputError, atomic_write, named, read_json, require
 
 FORMAT, VERSIONS = "vitlab.plan", (1, 2)         # 2: sublayers left out, widths of queries
 
@@ -71,10 +71,8 @@ class CompressionPlan:
         require(len(self.blocks) == self.shape.depth,
                 f"the plan has {len(self.blocks)} blocks; the model has {self.shape.depth}")
         for index, block in enumerate(self.blocks):
-            try:
+            with named(f"block {index}"):
                 block.check(self.shape)
-            except InputError as error:
-                raise InputError(f"block {index}: {error}") from None
         self.flows()
 
     def __repr__(self) -> str:
@@ -128,7 +126,7 @@ class CompressionPlan:
         """Token counts of each block. InputError naming the block whose rule can't take what reaches it."""
         flows, before = [], whole(self.shape.num_tokens)
         for index, (rule, place) in enumerate(self.rules()):
-            try:
+            with named(f"block {index}"):
                 if rule is not None:
                     self.shape.check_cut("tokens")
                 if rule is None:
@@ -143,8 +141,6 @@ class CompressionPlan:
                 self._check_follows(flow, before)
                 require(flow.queried is None or index + 1 == len(self.blocks),
                         "tokens are read out, but another block follows; only the last block can read out")
-            except InputError as error:
-                raise InputError(f"block {index}: {error}") from None
             flows.append(flow)
             before = flow
         return flows
@@ -190,7 +186,7 @@ class CompressionPlan:
     @classmethod
     def from_json(cls, data: Any, where: str = "plan") -> "CompressionPlan":
         """Build from parsed JSON. Raises InputError that begins with `where` and names the block and field."""
-        try:
+        with named(where):
             require(isinstance(data, dict) and data.get("format") == FORMAT, f'"format" must be "{FORMAT}"')
             require(data.get("version") in VERSIONS, f"version {data.get('version')!r} is not known; this vitlab reads "
                     f"versions {' and '.join(map(str, VERSIONS))}")
@@ -202,8 +198,6 @@ class CompressionPlan:
                 require(block.version <= data["version"], f"block {index}: no head or no neuron stays, or qk_width is "
                         f"given, which version {data['version']} has no words for; version {block.version} is needed")
             return cls(shape=shape, blocks=blocks, made_by=data.get("made_by", {}))
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from None
 
     def save(self, path: str | Path) -> None:
         """Write atomically."""
@@ -214,11 +208,9 @@ class CompressionPlan:
         """Read and check, also that it is for a model of `shape`, whose classifier or decoder and pooling it then has:
         its cost is that model's. InputError names the file, the block and the field."""
         plan = cls.from_json(read_json(path), str(path))
-        try:
+        with named(path):
             plan.check_fits(shape or plan.shape)
             return dataclasses.replace(plan, shape=shape or plan.shape)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
 
 
 def _build(cls: Any, data: Any, where: str) -> Any:

@@ -72,8 +72,7 @@ class _Regions:
         object.__setattr__(self, "weights", tuple(map(float, self.weights)))
 
     def _tokens(self, shape: ViTShape, entering: int, what: str) -> int:
-        """Tokens in the block. InputError where the rule is for another number of patches, or a block before has
-        selected."""
+        """Tokens in the block. InputError where the rule is for other patches, or a block before has selected."""
         require(len(self.regions) == shape.num_patches,
                 f"tokens.regions has {len(self.regions)} entries; the model has {shape.num_patches} patches")
         require(entering == shape.num_tokens,
@@ -85,8 +84,7 @@ class _Regions:
 @dataclass(frozen=True, kw_only=True)
 class MergeReconstruct(_Regions):
     """Token rule of Prune and Merge: merge before the block, reconstruct after it (methods A4 to A6), or, with a
-    `span`, after the last of so many blocks: those between run on the merged tokens, and have no token rule of their
-    own in a plan.
+    `span`, after the last of so many blocks: those between run on the merged tokens, and have no rule of their own.
 
     Weights are the merge matrix's starting values, 0 where pruned; trained matrices live in the checkpoint.
     """

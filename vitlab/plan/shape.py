@@ -22,6 +22,11 @@ def is_number(value: Any, low: float, high: float) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
+def columns(units: Any, width: int) -> Any:
+    """The places of units (U) that have so many each, a tensor: (U * width)."""
+    return (units[:, None] * width + units.new_tensor(range(width))).flatten()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ViTShape:
     """The sizes of the dense model that a plan is for. B batch, N tokens, D dim, H heads, d head width, M neurons."""

@@ -13,7 +13,7 @@ import torch.fx
 from torch import Tensor
 
 from vitlab.plan.rules import MergeReconstruct, SharedUpdate
-from vitlab.plan.shape import is_int
+from vitlab.plan.shape import ViTShape, is_int
 from vitlab.runtime.files import InputError, check_known, require
 
 DECAY, DECAY_DEPTH = {"center": 0.025, "merge": 0.015}, 12      # published, per block (A2), in as many blocks
@@ -22,10 +22,17 @@ BOUNDARY, WEIGHTS = "grid", "score"             # the better ones on measured ac
 SPANS = 3                                       # of blocks that run on the same merged tokens
 
 
-def even_spans(depth: int, count: int = SPANS) -> list[tuple[int, int]]:
-    """(first, last) blocks of `count` spans of as equal a length as can be, after the first sixth of the blocks, which
+def patch_distances(shape: ViTShape) -> Tensor:
+    """(n, n) float64 in pixels, between the centres of the patches."""
+    centres = torch.cartesian_prod(*(torch.arange(count) * side for count, side in
+                                     zip(shape.grid_size, shape.patch_size))).double()
+    return torch.cdist(centres, centres)
+
+
+def even_spans(depth: int) -> list[tuple[int, int]]:
+    """(first, last) blocks of SPANS spans of as equal a length as can be, after the first sixth of the blocks, which
     stay whole: what is alike is not known there yet."""
-    edges = np.linspace(depth // 6, depth, min(count, depth - depth // 6) + 1).round().astype(int).tolist()
+    edges = np.linspace(depth // 6, depth, min(SPANS, depth - depth // 6) + 1).round().astype(int).tolist()
     return [(first, after - 1) for first, after in zip(edges, edges[1:])]
 
 
@@ -107,8 +114,7 @@ def _regions_reference(centers: Tensor, n: int, columns: int) -> Tensor:
 
 
 def _regions_grid(centers: Tensor, n: int, columns: int) -> Tensor:
-    """Every patch to the center nearest on the grid (Voronoi cells); a tie goes to the center that is first in
-    raster."""
+    """Every patch to the center nearest on the grid (Voronoi cells); a tie goes to the first in raster."""
     patch = torch.arange(n)
     dy = patch[:, None] // columns - centers // columns                         # (n, C)
     dx = patch[:, None] % columns - centers % columns
@@ -197,8 +203,7 @@ def merge_matrix(rule: MergeReconstruct, num_prefix_tokens: int, dtype: torch.dt
 
 def reconstruct_matrix(merge: Tensor) -> Tensor:
     """Pseudo-inverse (N, C) of a merge matrix (C, N) (A5). Its rows have disjoint supports, so they are orthogonal and
-    the pseudo-inverse is the transpose with column c divided by ||row c||^2 (a row of zeros gives a column of
-    zeros)."""
+    the pseudo-inverse is the transpose with column c divided by ||row c||^2 (zeros give zeros)."""
     norm = merge.square().sum(dim=1)
     return merge.T / torch.where(norm > 0, norm, 1)
 

@@ -1,12 +1,6 @@
 """Figures: every one is drawn here and saved through save_figure."""
 from vitlab.plots.base import save_figure, to_image
-from vitlab.plots.changes import (
-    changed_pictures,
-    class_changes,
-    corruption_curves,
-    reliability,
-    stream_similarity,
-)
+from vitlab.plots.changes import changed_pictures, class_changes, corruption_curves, reliability, stream_similarity
 from vitlab.plots.class_iou import class_iou_bars
 from vitlab.plots.colours import class_colours, coloured, overlaid
 from vitlab.plots.cuts import sensitivity, sensitivity_curves
@@ -18,11 +12,3 @@ from vitlab.plots.speed import block_shares, speed_curves
 from vitlab.plots.tokens import attention_spans, matched_map, merge_map, score_maps, token_sheet, token_strip
 from vitlab.plots.training import accuracy_against_cost, trade_offs, training_curves
 from vitlab.plots.units import head_rollouts, redundancy_matrices, rollout, unit_scores
-
-__all__ = ["accuracy_against_cost", "acquisition", "attention_spans", "block_shares", "changed_pictures",
-           "class_changes", "class_colours", "class_iou_bars", "coloured", "compare_plans", "corruption_curves",
-           "cost_by_part", "difference", "front", "gp_slices", "head_rollouts", "incumbents", "kept_counts",
-           "matched_map", "merge_map", "moment", "outcomes", "overlaid", "parallel_coordinates", "pareto", "plan_bars",
-           "predictions", "redundancy_matrices", "reliability", "rollout", "save_figure", "scene_moment",
-           "scene_regions", "score_maps", "sensitivity", "sensitivity_curves", "speed_curves", "stream_similarity",
-           "to_image", "token_sheet", "token_strip", "trade_offs", "training_curves", "unit_scores"]

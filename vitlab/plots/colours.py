@@ -78,27 +78,27 @@ def class_colours(num_classes: int) -> np.ndarray:
     return _all_colours()[:num_classes].copy()
 
 
-def check_mask(mask: Any, num_classes: int, what: str, ignore: int = IGNORE) -> np.ndarray:
+def check_mask(mask: Any, num_classes: int, what: str) -> np.ndarray:
     """A mask as integers (H, W). InputError that begins with `what` for another kind, or a class out of range."""
     mask = np.asarray(mask)
     require(mask.ndim == 2 and mask.dtype.kind in "iu", f"{what}: {mask.dtype} of {mask.shape}; integers (H, W) are "
                                                         f"needed")
-    wrong = (mask != ignore) & ((mask < 0) | (mask >= num_classes))
+    wrong = (mask != IGNORE) & ((mask < 0) | (mask >= num_classes))
     if wrong.any():
-        raise InputError(f"{what}: holds class {int(mask[wrong][0])}; 0 to {num_classes - 1} and {ignore} are known")
+        raise InputError(f"{what}: holds class {int(mask[wrong][0])}; 0 to {num_classes - 1} and {IGNORE} are known")
     return mask.astype(np.int64)
 
 
-def coloured(mask: Any, colours: np.ndarray, ignore: int = IGNORE) -> np.ndarray:
+def coloured(mask: Any, colours: np.ndarray) -> np.ndarray:
     """(H, W, 3) in [0, 1] of a mask (H, W): each class in its colour (K, 3), ignored pixels grey."""
-    mask = check_mask(mask, len(colours), "a mask", ignore)
+    mask = check_mask(mask, len(colours), "a mask")
     table = np.concatenate([colours, [[GREY] * 3]])
-    return table[np.where(mask == ignore, len(colours), mask)]
+    return table[np.where(mask == IGNORE, len(colours), mask)]
 
 
-def overlaid(image: np.ndarray, mask: Any, colours: np.ndarray, opacity: float, ignore: int = IGNORE) -> np.ndarray:
+def overlaid(image: np.ndarray, mask: Any, colours: np.ndarray, opacity: float) -> np.ndarray:
     """An image (H, W, 3) in [0, 1] under a mask (H, W): (1 - opacity) image + opacity `coloured`, opacity in [0, 1]."""
     require(0 <= opacity <= 1, f"opacity is {opacity}; it must lie in [0, 1]")
-    cover = coloured(mask, colours, ignore)
+    cover = coloured(mask, colours)
     require(image.shape == cover.shape, f"the image is {image.shape}, its mask {cover.shape[:2]}")
     return (1 - opacity) * image + opacity * cover

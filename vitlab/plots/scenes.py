@@ -1,5 +1,4 @@
-"""Figures of segmented scenes: what each pixel is taken for, what compression changes there, which patches become one
-token."""
+"""Figures of segmented scenes: what pixels are taken for, what compression changes, which patches become one token."""
 from collections.abc import Mapping, Sequence
 from textwrap import fill
 from typing import Any
@@ -27,26 +26,26 @@ OUTCOMES = {RIGHT: ("right in both", (0.93,) * 3), WRONG: ("wrong in both", (0.2
 FINE = 400                                      # patches from which borders are drawn thinner
 
 
-def outcomes(truth: Any, before: Any, after: Any, num_classes: int, ignore: int = IGNORE) -> np.ndarray:
+def outcomes(truth: Any, before: Any, after: Any, num_classes: int) -> np.ndarray:
     """(H, W) of RIGHT (before and after), WRONG (in both), LOST (right before alone), GAINED (right after alone) or
-    `ignore`, of class numbers (H, W); where the truth is `ignore`, nothing counts."""
+    IGNORE, of class numbers (H, W); where the truth is IGNORE, nothing counts."""
     given = {"the truth": truth, "the first prediction": before, "the second prediction": after}
-    truth, before, after = (check_mask(each, num_classes, what, ignore) for what, each in given.items())
+    truth, before, after = (check_mask(each, num_classes, what) for what, each in given.items())
     require(truth.shape == before.shape == after.shape,
             f"the truth is {truth.shape}, the predictions {before.shape} and {after.shape}")
     was, still = before == truth, after == truth
     found = np.select([was & still, was, still], [RIGHT, LOST, GAINED], WRONG)
-    return np.where(truth == ignore, ignore, found)
+    return np.where(truth == IGNORE, IGNORE, found)
 
 
-def difference(truth: Any, before: Any, after: Any, num_classes: int, ignore: int = IGNORE) -> np.ndarray:
+def difference(truth: Any, before: Any, after: Any, num_classes: int) -> np.ndarray:
     """`outcomes` in the colours of OUTCOMES, ignored pixels grey: (H, W, 3) in [0, 1]."""
-    return outcomes_coloured(outcomes(truth, before, after, num_classes, ignore), ignore)
+    return outcomes_coloured(outcomes(truth, before, after, num_classes))
 
 
-def outcomes_coloured(found: np.ndarray, ignore: int = IGNORE) -> np.ndarray:
+def outcomes_coloured(found: np.ndarray) -> np.ndarray:
     """(H, W, 3) of `outcomes` (H, W)."""
-    return coloured(found, np.array([colour for _, colour in OUTCOMES.values()]), ignore)
+    return coloured(found, np.array([colour for _, colour in OUTCOMES.values()]))
 
 
 def in_grey(image: np.ndarray) -> np.ndarray:
@@ -54,16 +53,16 @@ def in_grey(image: np.ndarray) -> np.ndarray:
     return image.mean(axis=2, keepdims=True).repeat(3, axis=2)
 
 
-def _share(hit: np.ndarray, truth: np.ndarray, ignore: int) -> str:
+def _share(hit: np.ndarray, truth: np.ndarray) -> str:
     """In per cent of the pixels that count; "-" where none does."""
-    counted = truth != ignore
+    counted = truth != IGNORE
     return f"{100 * hit[counted].mean():.1f}%" if counted.any() else "-"
 
 
-def _class_handles(masks: Sequence[np.ndarray], classes: Sequence[str], ignore: int) -> list[Patch]:
+def _class_handles(masks: Sequence[np.ndarray], classes: Sequence[str]) -> list[Patch]:
     """A square per class that occurs in one of the masks, and for ignored pixels."""
     found, colours = sorted(set().union(*(np.unique(mask).tolist() for mask in masks))), class_colours(len(classes))
-    return [Patch(color=(GREY,) * 3 if i == ignore else colours[i], label="ignored" if i == ignore else classes[i])
+    return [Patch(color=(GREY,) * 3 if i == IGNORE else colours[i], label="ignored" if i == IGNORE else classes[i])
             for i in found]
 
 
@@ -87,37 +86,36 @@ def _bare(axis: Axes, image: np.ndarray, title: str = "", below: str = "") -> No
     axis.set_xlabel(below, fontsize=9)
 
 
-def _checked(truths: Sequence[Any], predicted: Mapping[str, Sequence[Any]], count: int, num_classes: int,
-             ignore: int) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
+def _checked(truths: Sequence[Any], predicted: Mapping[str, Sequence[Any]], count: int,
+             num_classes: int) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
     """Masks of so many images as integers. Raises InputError for what does not fit."""
     require(count > 0 and len(predicted) > 0,
             f"{count} images and {len(predicted)} models; one of each at least is needed")
     found = {}
     for name, masks in {"truth": truths, **predicted}.items():
         require(len(masks) == count, f"{name}: {len(masks)} masks for {count} images")
-        found[name] = [check_mask(mask, num_classes, f"{name}, image {i}", ignore) for i, mask in enumerate(masks)]
+        found[name] = [check_mask(mask, num_classes, f"{name}, image {i}") for i, mask in enumerate(masks)]
         for i, (mask, truth) in enumerate(zip(found[name], found["truth"])):
             require(mask.shape == truth.shape, f"{name}, image {i}: {mask.shape}, its truth {truth.shape}")
     return found.pop("truth"), found
 
 
-def _predicted(image: np.ndarray, truth: np.ndarray, mask: np.ndarray, colours: np.ndarray, opacity: float,
-               ignore: int) -> tuple[np.ndarray, str]:
+def _predicted(image: np.ndarray, truth: np.ndarray, mask: np.ndarray, colours: np.ndarray,
+               opacity: float) -> tuple[np.ndarray, str]:
     """A prediction over its image, and the share of it that is right."""
-    return overlaid(in_grey(image), mask, colours, opacity, ignore), f"{_share(mask == truth, truth, ignore)} right"
+    return overlaid(in_grey(image), mask, colours, opacity), f"{_share(mask == truth, truth)} right"
 
 
-def _changed(truth: np.ndarray, before: np.ndarray, after: np.ndarray, num_classes: int,
-             ignore: int) -> tuple[np.ndarray, str]:
+def _changed(truth: np.ndarray, before: np.ndarray, after: np.ndarray, num_classes: int) -> tuple[np.ndarray, str]:
     """`outcomes` in colours, and the shares that are lost and gained."""
-    found = outcomes(truth, before, after, num_classes, ignore)
-    lost, gained = (_share(found == each, truth, ignore) for each in (LOST, GAINED))
-    return outcomes_coloured(found, ignore), f"lost {lost}, gained {gained}"
+    found = outcomes(truth, before, after, num_classes)
+    lost, gained = (_share(found == each, truth) for each in (LOST, GAINED))
+    return outcomes_coloured(found), f"lost {lost}, gained {gained}"
 
 
 def predictions(images: Sequence[np.ndarray], truths: Sequence[np.ndarray],
-                predicted: Mapping[str, Sequence[np.ndarray]], classes: Sequence[str], *, opacity: float = OPACITY,
-                ignore: int = IGNORE) -> Figure:
+                predicted: Mapping[str, Sequence[np.ndarray]], classes: Sequence[str], *,
+                opacity: float = OPACITY) -> Figure:
     """A row per image: the image, its truth, each model's prediction over the image, and for each model after the first
     what it lost and gained against the first; below a prediction stands the share of pixels that are right.
 
@@ -126,7 +124,7 @@ def predictions(images: Sequence[np.ndarray], truths: Sequence[np.ndarray],
     InputError where there is no image or model, numbers or sizes differ, or a class is out of range.
     """
     require("truth" not in predicted, "a model is named 'truth'; another name is needed")
-    truths, shown = _checked(truths, predicted, len(images), len(classes), ignore)
+    truths, shown = _checked(truths, predicted, len(images), len(classes))
     (first, dense), *others = shown.items()
     models, against = list(shown), [f"{name} against {first}" for name, _ in others]
     rows = [["image", "truth", *models, *against]]
@@ -137,11 +135,11 @@ def predictions(images: Sequence[np.ndarray], truths: Sequence[np.ndarray],
     high = wide * max(image.shape[0] / image.shape[1] for image in images) + 0.3
     figure, axes = new_axes(len(images) * len(rows), columns, wide, high, **PICTURES)
     for index, (image, truth) in enumerate(zip(images, truths)):
-        panels = {"image": (image, ""), "truth": (overlaid(in_grey(image), truth, colours, opacity, ignore), "")}
+        panels = {"image": (image, ""), "truth": (overlaid(in_grey(image), truth, colours, opacity), "")}
         for name, masks in shown.items():
-            panels[name] = _predicted(image, truth, masks[index], colours, opacity, ignore)
+            panels[name] = _predicted(image, truth, masks[index], colours, opacity)
         for title, (_, masks) in zip(against, others):
-            panels[title] = _changed(truth, dense[index], masks[index], len(classes), ignore)
+            panels[title] = _changed(truth, dense[index], masks[index], len(classes))
         for line, names in zip(axes[index * len(rows):], rows):
             for axis, name in zip(line, names):
                 if name is None:
@@ -150,7 +148,7 @@ def predictions(images: Sequence[np.ndarray], truths: Sequence[np.ndarray],
                     titled = index == 0 or len(rows) > 1
                     _bare(axis, panels[name][0], fill(name, int(11 * wide)) if titled else "", panels[name][1])
     legends = _legend(figure, _outcome_handles(), "upper") if others else 0.0
-    legends += _legend(figure, _class_handles(sum(shown.values(), truths), classes, ignore), "lower")
+    legends += _legend(figure, _class_handles(sum(shown.values(), truths), classes), "lower")
     titles = 0.35 * (len(images) * len(rows) if len(rows) > 1 else 1)
     figure.set_figheight(high * len(axes) + titles + legends)
     return figure
@@ -226,25 +224,25 @@ def scene_regions(image: np.ndarray, plan: CompressionPlan, blocks: Sequence[int
 
 def scene_moment(image: np.ndarray, truth: Any, dense: Any, compressed: Any, classes: Sequence[str],
                  plan: CompressionPlan, block: int, places: Mapping[int, Any] | None = None, *,
-                 opacity: float = OPACITY, note: str = "", ignore: int = IGNORE) -> Figure:
+                 opacity: float = OPACITY, note: str = "") -> Figure:
     """One scene under one plan: the image, its truth and the tokens of a block; both predictions, and what is lost and
     gained. note: lines below. The rest as in `predictions` and `scene_regions`."""
-    (truth,), shown = _checked([truth], {"dense": [dense], "compressed": [compressed]}, 1, len(classes), ignore)
+    (truth,), shown = _checked([truth], {"dense": [dense], "compressed": [compressed]}, 1, len(classes))
     (dense,), (compressed,) = shown.values()
     require(image.shape[:2] == truth.shape, f"the image is {image.shape}, its truth {truth.shape}")
     regions, pruned = regions_of(plan, block, places)
     wide, high = 3.2, 3.2 * image.shape[0] / image.shape[1] + 0.4
     figure, axes = new_axes(2, 3, wide, high, **PICTURES)
     colours = class_colours(len(classes))
-    panels = {"image": (image, ""), "truth": (overlaid(in_grey(image), truth, colours, opacity, ignore), ""),
-              "dense": _predicted(image, truth, dense, colours, opacity, ignore),
-              "compressed": _predicted(image, truth, compressed, colours, opacity, ignore),
-              "compressed against dense": _changed(truth, dense, compressed, len(classes), ignore)}
+    panels = {"image": (image, ""), "truth": (overlaid(in_grey(image), truth, colours, opacity), ""),
+              "dense": _predicted(image, truth, dense, colours, opacity),
+              "compressed": _predicted(image, truth, compressed, colours, opacity),
+              "compressed against dense": _changed(truth, dense, compressed, len(classes))}
     for axis, (title, (shown, below)) in zip(axes.flat[[0, 1, 3, 4, 5]], panels.items()):
         _bare(axis, shown, title, below)
     _draw_regions(axes[0, 2], image, regions, pruned, plan.shape, block)
     legends = _legend(figure, _outcome_handles(), "upper")
-    legends += _legend(figure, _class_handles([truth, dense, compressed], classes, ignore), "lower",
+    legends += _legend(figure, _class_handles([truth, dense, compressed], classes), "lower",
                        fill(note, int(13 * 3 * wide)))
     figure.set_figheight(2 * high + legends)
     return figure

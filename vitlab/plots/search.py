@@ -1,5 +1,4 @@
-"""Figures of a search over policies: how fast it finds, what its surrogate (a Gaussian process, GP) believes, what it
-found."""
+"""Figures of a search over policies: how fast it finds, what its surrogate, a Gaussian process (GP), believes."""
 import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -68,7 +67,6 @@ def incumbents(curves: dict[str, Sequence[Sequence[float]]], *, label: str,
     axis.set(xlabel="evaluations", ylabel=fill(f"best so far: {label}{over}", 36))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_above(figure, *axis.get_legend_handles_labels())
-    sns.despine(fig=figure)
     return figure
 
 
@@ -113,14 +111,12 @@ def gp_slices(names: Sequence[str], grids: Any, means: Any, deviations: Any, inc
     handles += [Patch(color="0.8", label="mean +/- 2 deviations"),
                 Line2D([], [], marker="o", color=INK, linestyle="none", label="incumbent, measured")]
     legend_above(figure, handles, [handle.get_label() for handle in handles])
-    sns.despine(fig=figure)
     return figure
 
 
 def acquisition(steps: Any, log_ei: Any, values: Any = None, incumbents: Any = None, *, means: Any = None,
                 deviations: Any = None, errors: Sequence[float | None] | None = None, label: str = "value") -> Figure:
-    """The log expected improvement (EI) of each proposed policy at its step; below it, if given, what was then
-    measured.
+    """The log expected improvement (EI) of each proposed policy at its step; below, if given, what was measured.
 
     All are (T,). values: measured, as dots, with bars of their standard errors where `errors` are known; incumbents:
     the best before or at the step, as a stepped line; means and deviations: what the GP predicted of the policy, as
@@ -152,13 +148,11 @@ def acquisition(steps: Any, log_ei: Any, values: Any = None, incumbents: Any = N
         legend_above(figure, *axis.get_legend_handles_labels())
     axis.set_xlabel("step of the search")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    sns.despine(fig=figure)
     return figure
 
 
 def parallel_coordinates(names: Sequence[str], policies: Any, values: Any, label: str) -> Figure:
-    """Each policy a line over its dimensions, coloured by its value (higher is better, darker); the best is thick and
-    on top.
+    """Each policy a line over its dimensions, coloured by its value (higher is better, darker); the best is thick.
 
     names (D), policies (P, D), values (P,); label names the value. A policy whose value is not finite is left out.
     Vertical lines part the groups of dimensions, told by the letters their names begin with.
@@ -195,7 +189,6 @@ def parallel_coordinates(names: Sequence[str], policies: Any, values: Any, label
     axis.set_xticks(places, ticks, fontsize=8, rotation=90 if long else 0)
     axis.set(xlabel="dimension of the policy", ylabel="policy's value", xlim=(-0.5, len(names) - 0.5))
     figure.colorbar(bundle, ax=axis, label=label, pad=0.01)
-    sns.despine(fig=figure)
     return figure
 
 

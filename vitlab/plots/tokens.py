@@ -18,8 +18,7 @@ from vitlab.plots.base import PALETTE, PICTURES, as_array, legend_above, new_axe
 
 
 def plain(text: str, most: int = 1000) -> str:
-    """At most so many letters of a name, as they are: matplotlib takes what stands between two dollars for a
-    formula."""
+    """At most so many letters of a name, as they are: matplotlib takes what is between dollars for a formula."""
     return (text if len(text) <= most else text[:most - 1] + "…").replace("$", r"\$")
 
 
@@ -196,9 +195,7 @@ def attention_spans(distance: Tensor, entropy: Tensor, shape: ViTShape) -> Figur
     """How far (pixels) and how widely (nats) the heads (L, H) of each block look, a point a head; dashed: attention
     that is spread evenly."""
     figure, (axes,) = new_axes(1, 2, 4.7, 3.4)
-    rows, columns = (np.arange(count) * side for count, side in zip(shape.grid_size, shape.patch_size))
-    centres = np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2)
-    evenly = np.hypot(*np.moveaxis(centres[:, None] - centres, -1, 0)).mean()
+    evenly = float(tokens.patch_distances(shape).mean())
     for axis, values, even, label in ((axes[0], distance, evenly, "distance looked at (pixels)"),
                                       (axes[1], entropy, np.log(shape.num_tokens), "entropy of attention (nats)")):
         each = as_array(values)

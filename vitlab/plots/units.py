@@ -109,8 +109,7 @@ def redundancy_matrices(matrices: Any, blocks: Sequence[int]) -> Figure:
 
 def rollout(attention: Tensor, num_prefix_tokens: int, kept: Sequence[Sequence[int]] | None = None, *,
             average: bool = False) -> Tensor:
-    """Attention rollout (Abnar & Zuidema 2020, arXiv 2005.00928, section 3): what the class token takes from each
-    patch.
+    """Attention rollout (Abnar & Zuidema 2020, arXiv 2005.00928, section 3): what the class token takes from patches.
 
     attention (L, H, N, N), rows sum to 1; kept: the heads to use, per block (None: all). Per block A is the mean over
     these heads, 0 without any; the rollout is the product over blocks of A + I with rows normalised, the last leftmost.

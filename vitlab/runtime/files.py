@@ -54,6 +54,15 @@ def check_known(what: str, name: str, known: Collection[str]) -> None:
     require(name in known, f"{what} {name!r} is not known; known are {sorted(known)}")
 
 
+@contextlib.contextmanager
+def named(what: object) -> Generator[None]:
+    """Inside, an InputError begins with what it is of."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from None
+
+
 def _beside(path: Path) -> Path:
     """Where this process writes what is to take the place of `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,4 @@
-"""How a command is begun and ended: on record in its run folder, gone on with, as one of several processes, its errors
-in one line."""
+"""How a command begins and ends: on record in its run folder, gone on with, one of several processes, errors a line."""
 import contextlib
 import difflib
 import json
@@ -87,8 +86,7 @@ def checked(words: Sequence[str], commands: Collection[str]) -> tuple[str, dict[
 
 
 def unknown_flag(error: CycloptsError, words: Sequence[str]) -> CycloptsError | None:
-    """Of words that a command did not take, the first that is none of its flags: told before one that is missing, which
-    it may be, misspelt."""
+    """Of words that a command did not take, the first that is none of its flags: it may be a missing one, misspelt."""
     if not error.app:
         return None
     known = error.app.assemble_argument_collection()
@@ -130,8 +128,7 @@ def check_apart(values: dict[str, str]) -> None:
 
 
 def recorded(run: str) -> list[str]:
-    """The words of the command that began a run; its folder becomes the current one. Raises InputError naming the
-    file."""
+    """The words of the command that began a run; its folder becomes the current one. InputError names the file."""
     path = Path(run) / COMMAND
     require(path.is_file(), f"{path}: no such file; {', '.join(RESUMABLE)} write it into their run folder")
     record = read_json(path)
@@ -218,6 +215,5 @@ def ending(error: BaseException, name: str, loader_fault: Callable[[BaseExceptio
 
 
 def one_line(text: str) -> str:
-    """A message in one line, with what can't be printed (control characters in names of files, say) written as
-    escapes."""
+    """A message in one line, with what can't be printed (in names of files, say) as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.splitlines()))

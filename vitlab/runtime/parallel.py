@@ -1,5 +1,4 @@
-"""Several processes under torchrun: who this one is, and what all of them know together. Of a single process, nothing
-changes.
+"""Several processes under torchrun: who this one is, and what all of them know together. Of one, nothing changes.
 
     torchrun --nproc-per-node 2 -m vitlab finetune ...
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vitlab.runtime.caveats import caveat_of
-from vitlab.runtime.files import InputError, append_line, read_lines, require, write_lines
+from vitlab.runtime.files import InputError, append_line, named, read_lines, require, write_lines
 from vitlab.runtime.uncertainty import digits_of, error_name, plus_minus
 
 ERRORS = {name: error_name(name) for name in ("top1_pct", "miou_pct", "loss", "distill_loss")}      # their fields
@@ -80,10 +80,8 @@ def read_rows(path: str | Path) -> list[ResultRow]:
         if not isinstance(record, dict) or not isinstance(record.get("model"), str):
             raise InputError(f"{path}: holds a line that is no result row: {str(record)[:80]}")
         record = {k: v for k, v in record.items() if k in known and v is not None}
-        try:
+        with named(path):
             ResultRow(**record)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
         row = merged.setdefault((record["model"], record.get("dataset", ""), record.get("split", "")), {})
         conditions = {**row.get("conditions", {}), **record.get("conditions", {})}
         for name in ERRORS.keys() & record.keys():
@@ -164,8 +162,7 @@ def titles(rows: list[ResultRow], columns: tuple[str, ...]) -> list[str]:
 
 
 def notes(rows: list[ResultRow], columns: tuple[str, ...] = COLUMNS) -> str:
-    """What is said once below a table of rows: what ± stands for, what the ratio is, and the caveat of quick runs and
-    toy data."""
+    """What is said once below a table of rows: what ± and the ratio are, and the caveat of quick runs and toy data."""
     columns = with_distance(rows, columns)
     known = any(getattr(row, ERRORS[name]) is not None for row in rows for name in columns if name in ERRORS)
     timed = "ratio" in columns and any(row.ratio is not None for row in rows)

@@ -2,5 +2,3 @@
 from vitlab.search.budget import Budget
 from vitlab.search.space import SearchSpace
 from vitlab.search.study import Study
-
-__all__ = ["Budget", "SearchSpace", "Study"]

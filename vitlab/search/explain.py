@@ -1,6 +1,5 @@
 """What a study has learned, as arrays that plots draw."""
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from vitlab.search.sensitivity import SENSITIVITY, trend_of
 from vitlab.search.strategies import predictor
 from vitlab.search.study import Study
 
+POINTS = 41                     # ratios of a dimension
 Predict = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
@@ -23,26 +23,16 @@ def believed(study: Any, policies: np.ndarray, values: np.ndarray) -> Predict:
     return predictor(problem, policies, values, study.options, trend)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Slices:
-    """The Gaussian process along each dimension through the best policy: (D, G) each."""
-
-    grids: np.ndarray                           # ratios
-    means: np.ndarray                           # in the unit of the objective
-    deviations: np.ndarray
-
-
-def slices(study: Study, points: int = 41) -> Slices:
-    """Fitted to all evaluations; the other ratios stay those of the best policy, so the budget is left on the way.
-    Raises InputError where fewer than two policies were measured."""
+def slices(study: Study) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ratios, means, deviations), (D, G) each, of the Gaussian process fitted to all evaluations, along each dimension
+    through the best policy, so that the budget is left on the way. InputError where fewer than two were measured."""
     space = study.space
     require(len(study.evaluations) > 1,
             f"{study.folder}: two evaluations are needed; there are {len(study.evaluations)}")
     predict = believed(study, np.array([e.policy for e in study.evaluations]),
                        np.array([e.value for e in study.evaluations]))
-    grid = np.linspace(0, space.max_ratio, points)
-    moved = np.tile(np.array(study.best.policy), (space.size, points, 1))       # (D, G, D)
+    grid = np.linspace(0, space.max_ratio, POINTS)
+    moved = np.tile(np.array(study.best.policy), (space.size, POINTS, 1))       # (D, G, D)
     moved[np.arange(space.size), :, np.arange(space.size)] = grid
     mean, deviation = predict(moved.reshape(-1, space.size))
-    return Slices(grids=np.tile(grid, (space.size, 1)), means=mean.reshape(space.size, points),
-                  deviations=deviation.reshape(space.size, points))
+    return np.tile(grid, (space.size, 1)), mean.reshape(-1, POINTS), deviation.reshape(-1, POINTS)

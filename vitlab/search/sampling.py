@@ -95,8 +95,7 @@ def varied_policies(problem: Problem, count: int, rng: np.random.Generator) -> n
 
 
 def neighbours(problem: Problem, around: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Feasible policies near given ones (K, D): some even coordinates moved, the others following to meet the budget
-    again."""
+    """Feasible policies near given ones (K, D): some even coordinates moved, the others meet the budget again."""
     space = problem.space
     base = space.even(around)[rng.integers(0, len(around), count)]
     moved = rng.uniform(size=base.shape) < min(1.0, MOVED / space.size)

@@ -91,8 +91,7 @@ def curves_of(problem: Problem, rows: list[dict[str, Any]]) -> list[Curve]:
 
 
 def trend_of(problem: Problem, rows: list[dict[str, Any]]) -> Callable[[np.ndarray], np.ndarray]:
-    """Policies (P, D) -> (P, G), minus what each group of dimensions loses by the rows: the `trend` of a search that
-    measured them."""
+    """Policies (P, D) -> (P, G), minus what each group of dimensions loses by the rows: a search's `trend`."""
     losses = summed_losses(problem.space, curves_of(problem, rows))
     return lambda policies: -losses(policies)
 

@@ -134,8 +134,7 @@ class SearchSpace:
         return list(map(tuple, rows.tolist()))
 
     def even(self, policies: np.ndarray) -> np.ndarray:
-        """Policies in coordinates (P, D) in which every count of units has an even share of [0, max_ratio], each in its
-        middle.
+        """Policies in coordinates (P, D) in which every count of units has an even share of [0, max_ratio].
 
         In ratios, any above 0 cuts a head, so that the policies that keep all heads of a block are a corner of the box
         and a draw never hits it; here they are one part in as many as there are counts. Token ratios stay.

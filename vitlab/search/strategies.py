@@ -1,5 +1,4 @@
-"""What to measure next: Gaussian process with Expected Improvement, and the baselines random and uniform (methods
-B6)."""
+"""What to measure next: Gaussian process with Expected Improvement, and the baselines random and uniform."""
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -89,8 +88,7 @@ def predictor(problem: Problem, policies: np.ndarray, values: np.ndarray, option
 
 def incumbent(predict: Callable, policies: np.ndarray, values: np.ndarray, options: Settings) -> float:
     """What Expected Improvement improves on: the largest value measured, or, where noise is fitted, the largest that
-    `predict` believes of the measured policies (P, D), as the largest value (P) would be that of the luckiest
-    measurement."""
+    `predict` believes of the measured policies (P, D), as the largest value (P) would be the luckiest."""
     return float((predict(policies)[0] if options.noise is None else values).max())
 
 

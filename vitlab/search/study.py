@@ -1,5 +1,4 @@
-"""Study: a search in a folder, with a journal to which every evaluation is appended, so that it goes on after a
-kill."""
+"""Study: a search in a folder, with a journal to which every evaluation is appended, so that a killed one goes on."""
 import contextlib
 import dataclasses
 import json
@@ -14,16 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vitlab.runtime import logs, parallel
-from vitlab.runtime.files import (
-    InputError,
-    append_line,
-    atomic_write,
-    check_known,
-    locked,
-    read_json,
-    read_lines,
-    require,
-)
+from vitlab.runtime.files import InputError, append_line, atomic_write, locked, read_json, read_lines, require
 from vitlab.search.budget import Budget
 from vitlab.search.sampling import Problem
 from vitlab.search.sensitivity import SENSITIVITY, measure_alone, start_policies, trend_of
@@ -92,7 +82,7 @@ class Study:
     def __init__(self, folder: str | Path, space: SearchSpace, budget: Budget, *, strategy: str = "gp",
                  options: Settings | None = None, seed: int = 0, about: dict[str, Any] | None = None) -> None:
         """about: what the objective measures, stored and compared when the study is opened again."""
-        check_known("strategy", strategy, STRATEGIES)
+        require(strategy in STRATEGIES, f"strategy {strategy!r} is not known; known are {sorted(STRATEGIES)}")
         require(seed >= 0, f"seed is {seed}; at least 0 is needed")
         self.folder, self.space, self.budget, self.strategy, self.seed = Path(folder), space, budget, strategy, seed
         self.options = options or Settings()
@@ -125,8 +115,7 @@ class Study:
         atomic_write(path, json.dumps(self.info, indent=2) + "\n")
 
     def _differences(self, known: Any) -> list[str]:
-        """What this study has otherwise than a read study.json, but for how long it shall go on: "budget.limit 0.5, now
-        0.6"."""
+        """What this study has otherwise than a read study.json, but for its length: "budget.limit 0.5, now 0.6"."""
         if not isinstance(known, dict) or (known.get("format"), known.get("version")) != (FORMAT, VERSION):
             return [f"no {FORMAT} of version {VERSION}"]
         found = []
@@ -210,8 +199,7 @@ class Study:
 
     def _measure(self, proposals: list[Proposal], objective: Objective,
                  known: dict[tuple[int, ...], Evaluation]) -> Iterator[Evaluation]:
-        """Measure up to as many proposals as there are processes, one each; those known already take what was found
-        then."""
+        """Measure up to as many proposals as there are processes, one each; those known take what was found then."""
         began, keys, measures = time.perf_counter(), self.space.keys([p.policy for p in proposals]), None
         mine = parallel.rank()
         if mine < len(proposals) and keys[mine] not in known:

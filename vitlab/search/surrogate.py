@@ -39,9 +39,3 @@ class Surrogate:
             noise = self.process.kernel_.k2.noise_level * self.process._y_train_std**2
             deviation = np.sqrt(np.maximum(deviation**2 - noise, 0))
         return mean, np.maximum(deviation, 1e-9 * self.process._y_train_std)
-
-    @property
-    def length_scales(self) -> np.ndarray:
-        """(D), in boxes: a short one means that the dimension matters."""
-        kernel = self.process.kernel_.k1 if self.fits_noise else self.process.kernel_
-        return np.atleast_1d(kernel.k2.length_scale)

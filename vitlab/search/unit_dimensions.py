@@ -1,5 +1,4 @@
-"""The unit dimensions of a policy: the counts that ratios stand for, and coordinates in which every count has an even
-share.
+"""The unit dimensions of a policy: the counts that ratios stand for, and coordinates in which each has an even share.
 
 A ratio is the fraction cut, and int(count * (1 - ratio)) stay, rounded up to whole steps where counts go in steps.
 Where sublayers may be left out, there is one count more: none, of ratio 1, with nothing between it and the fewest that

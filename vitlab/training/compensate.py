@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vitlab.criteria.compensation import RIDGE, choose_ridge, columns, refit
+from vitlab.criteria.compensation import RIDGE, choose_ridge, refit
 from vitlab.criteria.moments import Moments
 from vitlab.measure.averaging import hooks
 from vitlab.measure.evaluate import autocast
@@ -24,7 +24,8 @@ from vitlab.models.shrink import keep_units
 from vitlab.models.support import check_runs_in_parts, encoder_of, plain_linear
 from vitlab.plan import BlockPlan, CompressionPlan, tokens
 from vitlab.plan.rules import Match, ReadOut, Select, SharedUpdate, TokenRule
-from vitlab.runtime.files import InputError
+from vitlab.plan.shape import columns
+from vitlab.runtime.files import named
 
 FOLDS = 4                                   # of the images, by which the strength of a refit is chosen
 SMALL_GAMMA = 1e-3                          # of the largest: channels whose LayerScale is less keep their own target
@@ -225,11 +226,9 @@ def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[
             weight, stay = weight if kept is None else weight[:, inputs], torch.arange(len(stay), device=device)
         if linear.bias is None and len(stay):   # what stands for a whole sublayer always has one
             folds = [fold.uncentred() for fold in folds]
-        try:
+        with named(f"block {index}"):
             strength = ridge if ridge is not None else RIDGE if by_moments else choose_ridge(weight, folds, stay, width)
             weight, gained = refit(weight, functools.reduce(Moments.plus, folds), stay, width, strength)
-        except InputError as error:
-            raise InputError(f"block {index}: {error}") from None
         if kept is not None:
             keep_units(block, kind, kept)
             linear, _ = mixing_layer(block, kind)

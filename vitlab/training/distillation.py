@@ -41,8 +41,7 @@ class DistillationTask(LogitDistillationTask):
 
 
 class FeatureTask(LogitDistillationTask):
-    """timm's distillation, of features: the loss is the mean distance to the teacher's (`output_of`), in float32.
-    Labels are not read."""
+    """timm's distillation, of features: the loss is the mean distance to the teacher's (`output_of`), in float32."""
 
     features: Features
 

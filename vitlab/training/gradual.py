@@ -25,8 +25,7 @@ def _width(width: int | None, whole: int, fraction: float) -> int | None:
 
 
 def _rules(plan: CompressionPlan, fraction: float) -> list[TokenRule | None]:
-    """Selections that drop `fraction` of the share they shall drop; merging in the last `fraction` of the blocks
-    alone."""
+    """Selections that drop `fraction` of the share they shall drop; merging in the last `fraction` of blocks."""
     shape: ViTShape = plan.shape
     rules, entering = [], shape.num_tokens
     for index, (block, flow) in enumerate(zip(plan.blocks, plan.flows())):

@@ -1,5 +1,4 @@
-"""fit: the one training loop, for pretraining and fine-tuning, on one process or several, that goes on where it was
-stopped.
+"""fit: the one training loop, for pretraining and fine-tuning, on one process or several, that goes on after a stop.
 
 Every random number follows from the seed and the step (vitlab.data.order), and the state on the disk says which step is
 next.

@@ -1,5 +1,4 @@
-"""A short training of a compressed model on the dense model's output alone, without labels: methods A8 without the
-cross-entropy."""
+"""A short training of a compressed model on the dense one's output, without labels: A8 without the cross-entropy."""
 import copy
 import math
 import time

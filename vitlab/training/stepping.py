@@ -128,15 +128,13 @@ class Training:
         self.batches = self.slice = None
 
     def check_weights(self) -> None:
-        """Raises InputError where a weight is not finite: nothing is to be kept of them then, and no step brings them
-        back."""
+        """Raises InputError where a weight is not finite: nothing is to be kept then, and no step brings it back."""
         wrong = not_finite(self.model) or not_finite(self.average)
         require(wrong is None, f"{wrong} is not finite after {self.step} steps, so no state of them is written; a "
                 f"smaller lr than {self.recipe.lr} or clip_grad may help, from the state before")
 
     def share_broken(self) -> list[str]:
-        """The images that could not be read so far, of all processes together, which each then knows. Raises InputError
-        for too many."""
+        """The images that could not be read so far, of all processes together. Raises InputError for too many."""
         self.batches.broken = list(dict.fromkeys(path for paths in parallel.gather(self.batches.broken)
                                                  for path in paths))
         self.batches.check_broken()

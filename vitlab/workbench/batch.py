@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from vitlab.runtime.cores import available_cores
 from vitlab.runtime.files import InputError, read_json, require
 from vitlab.workbench import batch_file
 from vitlab.workbench.batch_entry import SUMMARY, dependencies, maybe_json, only_one, write_json
@@ -26,8 +27,7 @@ STATES = ("done", "up to date", "failed", "skipped")
 
 def run_batch(path: str | Path, out: str | Path, *, changes: dict[str, str] | None = None, cores: int = 1,
               executor: str | None = None, extra: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Run what is not up to date of a batch file into the run folder `out`; returns the summary, also in
-    out/summary.json.
+    """Run what is not up to date of a batch file into the folder `out`; returns the summary, also in out/summary.json.
 
     cores: entries at a time. executor, extra: Snakemake's own (an executor plugin, arguments). Raises InputError for
     whatever is wrong in the file, before anything is started.
@@ -45,7 +45,7 @@ def run_batch(path: str | Path, out: str | Path, *, changes: dict[str, str] | No
         call = f"{time.time():.6f}"
         write_json(out / "batch.json", {
             "call": call, "file": str(path), "folder": str(Path.cwd()), "run": str(out),
-            "threads": None if executor else _threads(cores), "entries": listed})
+            "threads": None if executor else max(1, available_cores() // cores), "entries": listed})
         many = ["--jobs", str(cores), "--executor", executor] if executor else ["--cores", str(cores)]
         command = [sys.executable, "-m", "snakemake", "--snakefile", str(Path(__file__).with_name("Snakefile")),
                    "--directory", str(out), *many, "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime",
@@ -66,12 +66,6 @@ def need_engine() -> None:
     """InputError where Snakemake is not installed."""
     require(importlib.util.find_spec("snakemake") is not None, "batches need Snakemake, and that Python 3.11 or newer: "
             "python -m pip install 'snakemake>=9.15'")
-
-
-def _threads(cores: int) -> int:
-    """Of each of so many entries that run at a time."""
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, here // cores)
 
 
 def _environment(out: Path) -> dict[str, str]:

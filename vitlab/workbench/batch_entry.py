@@ -1,5 +1,4 @@
-"""One entry of a batch: what its result depends on, and its run in a folder of its own, in a process that Snakemake
-starts."""
+"""One entry of a batch: what its result depends on, and its run in a folder of its own, in a process of Snakemake's."""
 import contextlib
 import fcntl
 import functools

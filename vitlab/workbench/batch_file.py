@@ -1,5 +1,4 @@
-"""Batch files: a YAML file of notebooks with parameters, checked and multiplied out into entries (docs/batch.md has the
-format)."""
+"""Batch files: YAML of notebooks with parameters, checked and multiplied out into entries (docs/batch.md)."""
 import itertools
 import math
 import re

@@ -1,5 +1,4 @@
-"""The step that refits a compressed model on a few images without labels: in closed form, then by a short
-self-distillation."""
+"""The step that refits a compressed model on a few images without labels: in closed form, then by self-distillation."""
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,8 +108,7 @@ def calibrate(source: Source, data: Data, out: Run, plan: Plan, *, images: Count
 def write_best(out: str | Path, found: Checkpoint, model: nn.Module, plan: CompressionPlan, made_by: dict[str, Any],
                reporting: Divergence, minutes: float, *args: Any, loggers: Sequence[str] = (), **how: Any) -> None:
     """Write a plan's model of the dense one that was found; then train it for so many minutes (args and how: of
-    `self_distil`; loggers: of `logs.LOGGERS`), and write each that is nearer, with its distance on the images to report
-    on."""
+    `self_distil`; loggers: of `logs.LOGGERS`), and write each that is nearer, with its distance to report."""
     def keep(model: nn.Module, more: dict[str, Any]) -> None:
         checkpoint.save(Path(out) / checkpoint.FOLDER, model, plan, classes=found.info.get("classes"),
                         made_by=made_by | more)

@@ -25,17 +25,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
-def _task(found: Checkpoint) -> str:
-    return ("image-segmentation" if isinstance(found.model, Segmenter) else
-            "image-classification" if found.model.num_classes else "image-feature-extraction")
-
-
 def _head(found: Checkpoint, name: str, rows: Sequence[ResultRow], licence: str | None) -> str:
     results = [EvalResult(task_type=task, dataset_type=row.dataset, dataset_name=row.dataset, dataset_split=row.split,
                           metric_type=metric, metric_name=column, metric_value=round(getattr(row, column), 2))
                for row in rows if not is_quick(row) and row.conditions.get("limit") is None
                for column, (task, metric) in TASKS.items() if getattr(row, column) is not None]
-    return ModelCardData(license=licence, library_name="vitlab", pipeline_tag=_task(found), tags=["vitlab", "timm"],
+    does = ("image-segmentation" if isinstance(found.model, Segmenter) else
+            "image-classification" if found.model.num_classes else "image-feature-extraction")
+    return ModelCardData(license=licence, library_name="vitlab", pipeline_tag=does, tags=["vitlab", "timm"],
                          model_name=name if results else None, eval_results=results or None).to_yaml()
 
 

@@ -156,16 +156,14 @@ def even_within(space: SearchSpace, limit: float) -> np.ndarray:
 
 
 def least_ratio(space: SearchSpace, limit: float, tried: int) -> float | None:
-    """The least of so many ratios, the same in all dimensions, that costs at most `limit` GMACs; None where none
-    does."""
+    """The least of so many ratios, the same in all dimensions, that costs at most `limit` GMACs, or None."""
     ratios = np.linspace(0, space.max_ratio, tried)
     within = np.flatnonzero(space.gmacs(ratios[:, None].repeat(space.size, axis=1)) <= limit)
     return float(ratios[within[0]]) if len(within) else None
 
 
 def limit_of(shape: ViTShape, gmacs: float | None, macs_ratio: float | None) -> float:
-    """A budget in GMACs: `gmacs`, or macs_ratio of the dense model's. Raises InputError where not one of the two is
-    given."""
+    """A budget in GMACs: `gmacs`, or macs_ratio of the dense model's. InputError where not one of the two is given."""
     if gmacs is not None and macs_ratio is None:
         return gmacs
     if macs_ratio is not None and gmacs is None:

@@ -1,5 +1,4 @@
-"""What `evaluate` measures of a model: (what a row says, its conditions) by what it gives, classes, pixels or
-features."""
+"""What `evaluate` measures of a model that gives classes, pixels or features: (what a row says, its conditions)."""
 import copy
 import dataclasses
 import math
@@ -12,18 +11,11 @@ from torch import Tensor, nn
 
 from vitlab.data import ImageData
 from vitlab.data.images import Batches
+from vitlab.measure import features
 from vitlab.measure.confusion import check_appear
 from vitlab.measure.distance import output_of
 from vitlab.measure.evaluate import evaluate
-from vitlab.measure.features import (
-    NEIGHBOURS,
-    TEMPERATURE,
-    evaluate_features,
-    features_of,
-    kind_of,
-    nearest_neighbours,
-    zero_shot,
-)
+from vitlab.measure.features import NEIGHBOURS, TEMPERATURE
 from vitlab.measure.pixels import evaluate_scenes
 from vitlab.models.checkpoint import Checkpoint
 from vitlab.models.families import as_projection
@@ -87,8 +79,7 @@ class Features:
 
 
 def beside(dense: Checkpoint) -> dict[str, Any]:
-    """How `evaluate` is to measure what is made from a model: by labels, or without a classifier by the distance to
-    it."""
+    """How `evaluate` is to measure what is made from a model: by labels, or without a classifier by distance."""
     return {} if output_of(dense.model).labelled else {"dense": dense}
 
 
@@ -112,23 +103,22 @@ def of_features(model: nn.Module, batches: Batches, dense: nn.Module | None, dat
                 workers: int | None, **settings: Any) -> Measured:
     """Of a model without a classifier, or of what goes into one: the distance to a dense model's features, and top-1
     as is asked for."""
-    more, tell = {} if dense is None else {"distance": kind_of(model).distance}, None
+    more, tell = {} if dense is None else {"distance": features.kind_of(model).distance}, None
     if asked.knn:
         train = data.batches("train", model, batch_size=64, workers=workers, shared=True)
-        features, targets, *_ = features_of(model, train, what="features of train", **settings)
-        tell = nearest_neighbours(features, targets, asked.neighbours)
-        more["top1"] = (f"{asked.neighbours} nearest neighbours among {len(features)} images of train, weighted by "
+        vectors, targets, *_ = features.features_of(model, train, what="features of train", **settings)
+        tell = features.nearest_neighbours(vectors, targets, asked.neighbours)
+        more["top1"] = (f"{asked.neighbours} nearest neighbours among {len(vectors)} images of train, weighted by "
                         f"exp(cosine / {TEMPERATURE})")
     elif asked.classes is not None:
         path = Path(asked.classes)
-        tell = zero_shot(read_embeddings(path, data))
+        tell = features.zero_shot(read_embeddings(path, data))
         more["top1"] = f"zero-shot, cosine with the class embeddings of {path.name}"
-    return _split(evaluate_features(model, batches, dense=dense, tell=tell, **settings), more)
+    return _split(features.evaluate_features(model, batches, dense=dense, tell=tell, **settings), more)
 
 
 def read_embeddings(path: Path, data: ImageData) -> Tensor:
-    """(classes, width): the one tensor of a file. Raises InputError naming it where there is another number of tensors
-    or classes."""
+    """(classes, width): the one tensor of a file. InputError where there are other numbers of tensors or classes."""
     tensors = list(read_file(path).values())
     if len(tensors) != 1 or tensors[0].dim() != 2 or not tensors[0].is_floating_point():
         raise InputError(f"{path}: holds {len(tensors)} tensors; one of floats, (classes, width), is needed")

@@ -78,16 +78,14 @@ class LayerFiles(Mapping[Layer, Moments]):
 
 
 class Gathered:
-    """Of a dense model and the images of train: made when first needed, written into `folder`, and read
-    from there where it was made before of the same model and images."""
+    """Of a dense model and the images of train: made when first needed, so that `check` comes before, written into
+    `folder`, and read from there where it was made before of the same model and images."""
 
     def __init__(self, source: Source, data: str | Path, folder: str | Path, *, images: int = 128,
                  report_images: int | None = None, score_images: int = 1000, class_map: str | Path | None = None,
                  config: RunConfig = RunConfig()) -> None:
         """images: of train, to compare plans on; report_images: others to report on (None: as many); score_images:
-        others, to score and refit on (`ImageData.parts`). Scores and moments are made when first needed, so that
-        `check` comes before them, written into `folder`, and read where they were made before of the same model and
-        images. Raises InputError for a compressed model."""
+        others, to score and refit on (`ImageData.parts`). Raises InputError for a compressed model."""
         self.found, self.folder, self.place, self.config = open_dense(source), Path(folder), pick_device(
             config.device), config
         self.shape = shape_of(self.found.model)

@@ -48,16 +48,14 @@ class Pace:
         return self.total / self.rate
 
     def seconds_of(self, *stages: str) -> float:
-        """That some stages take, by what the ones before took; what was there already took nothing, and says
-        nothing."""
+        """That some stages take, by what the ones before took; what was there already says nothing."""
         passed, own = time.monotonic() - self.began, self.done - self.taken_over
         rate = own / passed if own > self.total / 10 else self.rate
         return sum(self.stages.get(name, 0) for name in stages) / rate
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Inside, this stage is under way; what it was thought to be worth is done after it. One that begins inside is
-        its own."""
+        """Inside, this stage is under way; what it was thought to be worth is done after it, but for one inside."""
         outer, self.at, self.named = self.named, self.at + 1, 0.0
         self.bar.set_description_str(f"{self.what} {self.at}/{len(self.stages)}, {name}")
         yield

@@ -14,21 +14,10 @@ from matplotlib.figure import Figure
 from vitlab.plan.shape import is_int
 from vitlab.plots import accuracy_against_cost
 from vitlab.plots.training import VALUES
+from vitlab.runtime import results
 from vitlab.runtime.caveats import caveat_of, is_quick
 from vitlab.runtime.files import InputError, atomic_write, read_json, read_lines
-from vitlab.runtime.results import COLUMNS as FEW
-from vitlab.runtime.results import (
-    DIGITS,
-    ResultRow,
-    conditions_of,
-    notes,
-    read_rows,
-    shown,
-    titles,
-    to_csv,
-    to_latex,
-    with_distance,
-)
+from vitlab.runtime.results import DIGITS, ResultRow, conditions_of, notes, read_rows, shown, titles, with_distance
 from vitlab.workbench import notebooks
 from vitlab.workbench.batch_entry import ENTRY, RESULTS, SUMMARY, maybe_json
 from vitlab.workbench.comparing import UNTOLD, difference
@@ -121,8 +110,7 @@ def _cost(row: ResultRow) -> float:
 
 
 def of_one_set(rows: Sequence[ResultRow]) -> tuple[str, list[ResultRow]]:
-    """(the first of QUALITIES that a row has, the rows that have it, of the data set and split that most of them are
-    of)."""
+    """(the first of QUALITIES that a row has, the rows that have it, of the data set and split that most are of)."""
     quality = next((name for name in QUALITIES if any(getattr(row, name) is not None for row in rows)), QUALITIES[0])
     rows = [row for row in rows if getattr(row, quality) is not None]
     sets = Counter((row.dataset, row.split) for row in rows).most_common(1)
@@ -185,7 +173,7 @@ def results_table(run: str | Path) -> HTML:
                   [*notes(rows, columns).splitlines(), f"The same in all rows that have it: {shared}"])
 
 
-def table_of(rows: list[ResultRow], columns: tuple[str, ...] = FEW, *below: str) -> HTML:
+def table_of(rows: list[ResultRow], columns: tuple[str, ...] = results.COLUMNS, *below: str) -> HTML:
     """What a notebook shows of rows, whatever the width of its window: `format_table` as HTML, and below it what ±,
     ratio and quick stand for, and other lines."""
     columns = with_distance(rows, columns)
@@ -216,9 +204,9 @@ def write_tables(run: str | Path) -> list[Path]:
     labels, rows = rows_of(run)
     columns = measured(rows, tuple(c for c in COLUMNS if c not in ("dataset", "split", "top5_pct", "loss")))
     sets = ", ".join(dict.fromkeys(f"{row.dataset} {row.split}" for row in rows if row.dataset))
-    atomic_write(Path(run) / CSV, to_csv(labels, rows))
+    atomic_write(Path(run) / CSV, results.to_csv(labels, rows))
     said = [sets, conditions(rows)[0], *notes(rows, columns).splitlines()]
-    atomic_write(Path(run) / LATEX, to_latex(labels, rows, ". ".join(text for text in said if text), columns))
+    atomic_write(Path(run) / LATEX, results.to_latex(labels, rows, ". ".join(text for text in said if text), columns))
     return [Path(run) / CSV, Path(run) / LATEX]
 
 

@@ -1,7 +1,8 @@
 """Steps that score: tokens, or heads and neurons, on images of train; and their files."""
 import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,7 +17,6 @@ from vitlab.measure.distance import output_of
 from vitlab.measure.objective import PlanObjective
 from vitlab.measure.units import unit_scores
 from vitlab.models.opening import Source, open_model
-from vitlab.models.weights import read_file
 from vitlab.runtime import parallel
 from vitlab.runtime.config import MEASURE, RunConfig
 from vitlab.runtime.files import InputError, atomic_write, require
@@ -27,6 +27,7 @@ from vitlab.workbench.steps import open_dense, open_matching, pick_device
 
 UNIT_SCORES, TOKEN_SCORES = "unit_scores.safetensors", "token_scores.safetensors"
 REPLACEMENTS, REPLACED_ON = "replacements.safetensors", 128     # images that say what stands for a sublayer left out
+OF_UNITS, OF_TOKENS = ("head_scores", "neuron_scores"), ("token_scores",)       # tensors in these files
 ScoresFile = Annotated[str | Path, flag(metavar="FILE", help="scores file, .safetensors")]
 
 
@@ -53,7 +54,7 @@ def score_tokens(source: Source, data: Data, out: ScoresFile, *, criterion: str 
     made_by = {"data": opened.name, "criterion": criterion, "batch_size": str(batch_size), "absolute": absolute,
                "seed": str(config.seed), "images": str(used), **what_is_shared(parts)}
     if parallel.is_first():
-        atomic_write(out, save({"token_scores": scores.contiguous()}, metadata=made_by))
+        atomic_write(out, save({OF_TOKENS[0]: scores.contiguous()}, metadata=made_by))
     return scores
 
 
@@ -80,7 +81,7 @@ def score_units(source: Source, data: Data, out: ScoresFile, *, criterion: str =
                          progress=config.progress)
     made_by = {**words, **scores.made_by, "data": opened.name, "batch_size": str(batch_size), "seed": str(config.seed)}
     if parallel.is_first():
-        write_units(out, scores, made_by)
+        atomic_write(out, save(dict(zip(OF_UNITS, (scores.heads.contiguous(), scores.neurons.contiguous()))), made_by))
     return dataclasses.replace(scores, made_by=made_by)
 
 
@@ -94,89 +95,75 @@ def what_is_shared(parts: ImageData) -> dict[str, str]:
     return {"shared": "; ".join(parts.roles["shared"])} if "shared" in parts.roles else {}
 
 
-def read_scores(path: str | Path) -> tuple[Tensor, dict[str, str]]:
-    """(scores (L, n), what made them). Raises InputError naming the file."""
-    require(Path(path).is_file(), f"{path}: no such file; `vitlab score tokens` writes it")
+def _read(path: str | Path, names: Sequence[str], step: str) -> tuple[list[Tensor], dict[str, str]]:
+    """(tensors of a file by name, its metadata). Raises InputError naming the file and the step that writes it."""
+    require(Path(path).is_file(), f"{path}: no such file; `vitlab score {step}` writes it")
+    require(Path(path).suffix == ".safetensors", f"{path}: not a .safetensors file; `vitlab score {step}` writes one")
     try:
         with safe_open(path, "pt") as file:
-            require("token_scores" in list(file.keys()), f"{path}: holds no token_scores; `vitlab score tokens` writes "
-                    "them (scores of units are for `vitlab prune units`)")
-            scores, made_by = file.get_tensor("token_scores"), file.metadata() or {}
+            missing = sorted(set(names) - set(file.keys()))
+            if missing:
+                raise InputError(f"{path}: holds no {missing[0]}; `vitlab score {step}` writes them")
+            tensors, metadata = [file.get_tensor(name) for name in names], file.metadata() or {}
     except SafetensorError as error:
         raise InputError(f"{path}: can't be read, it may be cut short ({error})") from None
-    if scores.dtype not in (torch.float32, torch.float64):
-        raise InputError(f"{path}: token_scores are {scores.dtype}; float32 is needed")
+    for name, tensor in zip(names, tensors):
+        require(tensor.dtype in (torch.float32, torch.float64, torch.bool), f"{path}: {name} are {tensor.dtype}; "
+                "float32 is needed")
+    return tensors, metadata
+
+
+def read_scores(path: str | Path) -> tuple[Tensor, dict[str, str]]:
+    """(scores (L, n), what made them). Raises InputError naming the file."""
+    (scores,), made_by = _read(path, OF_TOKENS, "tokens")
     return scores, made_by
-
-
-def write_units(path: str | Path, scores: UnitScores, metadata: dict[str, str]) -> None:
-    """Write what `read_units` reads, atomically."""
-    atomic_write(path,
-                 save({"head_scores": scores.heads.contiguous(), "neuron_scores": scores.neurons.contiguous()},
-                      metadata))
 
 
 def read_units(path: str | Path) -> UnitScores:
     """Unit scores from a file. Raises InputError naming it."""
-    require(Path(path).suffix == ".safetensors", f"{path}: not a .safetensors file; `vitlab score units` writes one")
-    tensors = read_file(path)
-    missing = sorted({"head_scores", "neuron_scores"} - set(tensors))
-    if missing:
-        raise InputError(f"{path}: holds no {missing[0]}; `vitlab score units` writes them")
-    for name in ("head_scores", "neuron_scores"):
-        require(tensors[name].isfinite().all(), f"{path}: {name} must be finite")
-    odd = [name for name in ("head_scores", "neuron_scores")
-           if tensors[name].dtype not in (torch.float32, torch.float64)]
-    if odd:
-        raise InputError(f"{path}: {odd[0]} are {tensors[odd[0]].dtype}; float32 is needed")
-    return UnitScores(heads=tensors["head_scores"], neurons=tensors["neuron_scores"],
-                      made_by={"read_from": Path(path).name})
+    tensors = _read(path, OF_UNITS, "units")[0]
+    for name, tensor in zip(OF_UNITS, tensors):
+        require(tensor.isfinite().all(), f"{path}: {name} must be finite")
+    return UnitScores(heads=tensors[0], neurons=tensors[1], made_by={"read_from": Path(path).name})
 
 
-def _check_mark(path: Path, mark: dict[str, str]) -> None:
-    with safe_open(path, "pt") as file:
-        require((file.metadata() or {}).get("made_for") == mark["made_for"], f"{path}: scores of something else than "
-                "this study; remove the file and they are made anew")
+def _kept(path: Path, names: Sequence[str], made_for: str, make: Callable[[], Iterable[Tensor]]) -> list[Tensor]:
+    """What `make` gives, from its file where it was made before. Raises InputError where that was for another study."""
+    if not path.exists():
+        atomic_write(path, save({name: tensor.contiguous() for name, tensor in zip(names, make())},
+                                {"made_for": made_for}))
+    tensors, metadata = _read(path, names, names[0].partition("_")[0])
+    require(metadata.get("made_for") == made_for, f"{path}: scores of something else than this study; remove the file "
+            "and they are made anew")
+    return tensors
 
 
 def scores_of(study: Study, model: nn.Module, parts: ImageData, device: torch.device, workers: int | None,
               progress: bool) -> dict[str, Tensor]:
     """The scores that a plan of this study needs, from its folder where they were made before, for this study."""
     about, scores = study.info["about"], {}
-    mark = {"made_for": " ".join(str(about[k]) for k in ("inputs", "criterion", "score_images"))
-            + f" seed {study.seed}"}
-    mark["made_for"] += f" images {parts.roles.get('score', 0)}"
+    how: dict[str, Any] = {"device": device, "progress": progress}
+    made_for = (f"{' '.join(str(about[k]) for k in ('inputs', 'criterion', 'score_images'))} seed {study.seed} images "
+                f"{parts.roles.get('score', 0)}")
 
     def batches():
         return parts.batches("score", model, workers=workers) if "score" in parts.roles else ()
 
+    def of_units() -> tuple[Tensor, Tensor]:
+        made = unit_scores(model, batches(), criterion=about["criterion"], seed=study.seed, **how)
+        return made.heads, made.neurons
     if study.space.units:
-        path = study.folder / UNIT_SCORES
-        if not path.exists():
-            made = unit_scores(model, batches(), criterion=about["criterion"], seed=study.seed, device=device,
-                               progress=progress)
-            write_units(path, made, mark)
-        units = read_units(path)
-        _check_mark(path, mark)
-        scores |= {"heads": units.heads, "neurons": units.neurons}
+        scores["heads"], scores["neurons"] = _kept(study.folder / UNIT_SCORES, OF_UNITS, made_for, of_units)
     if study.space.by_place:
-        path = study.folder / TOKEN_SCORES
-        if not path.exists():
-            atomic_write(path,
-                         save({"token_scores": token_scores(model, batches(), device=device,
-                                                            progress=progress).contiguous()}, mark))
-        scores["tokens"] = read_scores(path)[0]
-        _check_mark(path, mark)
+        scores["tokens"], = _kept(study.folder / TOKEN_SCORES, OF_TOKENS, made_for,
+                                  lambda: [token_scores(model, batches(), **how)])
     return scores
 
 
 def replacements_of(study: Study, objective: PlanObjective) -> Tensor:
     """`better_nothing` of the study's space, on the first of the images to choose on, of which a refit knows the mean;
     kept in its folder."""
-    path, about = study.folder / REPLACEMENTS, study.info["about"]
-    mark = {"made_for": f"{about['inputs']} seed {study.seed} images {about['roles']} metric {about['metric']}"}
-    if not path.exists():
-        few = objective.on(first_images(objective.batches, REPLACED_ON))
-        atomic_write(path, save({"nothing": better_nothing(few, study.space.shape, study.space.units)}, mark))
-    _check_mark(path, mark)
-    return read_file(path)["nothing"]
+    about = study.info["about"]
+    made_for = f"{about['inputs']} seed {study.seed} images {about['roles']} metric {about['metric']}"
+    return _kept(study.folder / REPLACEMENTS, ("nothing",), made_for, lambda: [better_nothing(
+        objective.on(first_images(objective.batches, REPLACED_ON)), study.space.shape, study.space.units)])[0]

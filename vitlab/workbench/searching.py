@@ -28,20 +28,7 @@ from vitlab.plan.cost import mdc_macs
 from vitlab.runtime import parallel as processes
 from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import InputError, atomic_write, read_json, require
-from vitlab.runtime.kinds import (
-    ClassMap,
-    Count,
-    Data,
-    Gmacs,
-    MacsRatio,
-    MaxRatio,
-    Minutes,
-    Or,
-    Positive,
-    Several,
-    Units,
-    flag,
-)
+from vitlab.runtime.kinds import ClassMap, Count, Data, Gmacs, MacsRatio, MaxRatio, Minutes, Or, Positive, Units, flag
 from vitlab.search import Budget, SearchSpace, Study
 from vitlab.search.allocation import levels
 from vitlab.search.space import MAX_RATIO
@@ -79,8 +66,7 @@ def cost_function(space: SearchSpace, unit: str, model: nn.Module, **timed: Any)
 
 def _cost_of(gmacs: float | None, macs_ratio: float | None, latency_ms: float | None, published: bool,
              tokens: str | None, runtime: str, config: RunConfig) -> str:
-    """The unit of a budget. Raises InputError where it is not one, or something that has nothing to do with it is
-    given."""
+    """The unit of a budget. Raises InputError where it is not one, or something that is not of it is given."""
     require(sum(amount is not None for amount in (gmacs, macs_ratio, latency_ms)) == 1, "a budget is gmacs, macs_ratio "
             "or latency_ms (--gmacs, --macs-ratio, --latency-ms); one of the three is needed")
     if published and latency_ms is not None:
@@ -101,7 +87,7 @@ def search(source: Source, data: Data,
            token_settings: Annotated[dict[str, Any] | None, Parameter(parse=False)] = None,
            max_ratio: MaxRatio = MAX_RATIO, sublayers: bool = False, multiple: Count = 1, read_out: bool = False,
            strategy: str = "gp", settings: Annotated[Or[str, Settings], flag(metavar="NAME")] = "default",
-           evaluations: Count | None = None, population: Several | None = None,
+           evaluations: Count | None = None, population: Count | None = None,
            start: Literal["varied", "random", "sensitivity"] | None = None,
            parallel: Annotated[Count | None, flag(metavar="K")] = None, minutes: Minutes | None = None,
            metric: Literal["top1_pct", "miou_pct", "distill_loss"] = "distill_loss", criterion: str = "hsic",

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import huggingface_hub
-from cyclopts import Parameter
 from huggingface_hub import constants
 from timm.models._hub import save_config_for_hf
 
@@ -65,12 +64,6 @@ def is_ours(folder: Path) -> bool:
     return isinstance(config, dict) and "vitlab" in config
 
 
-def exported_in(run: Path) -> list[Path]:
-    """Files for other runtimes that lie in a run folder, each with what belongs to it."""
-    endings = [ending for runtime in RUNTIMES.values() for ending in (runtime.ending, *runtime.beside)]
-    return sorted(path for path in run.iterdir() if path.is_file() and path.name.endswith(tuple(endings)))
-
-
 def write_files(run: str | Path, name: str, folder: Path, licence: str | None = None) -> list[str]:
     """Into a folder: the checkpoint's own three files; config.json as timm writes it, of the dense part and its image
     settings and class names; exported files; the page. Returns their names. Raises InputError where the run holds no
@@ -83,7 +76,8 @@ def write_files(run: str | Path, name: str, folder: Path, licence: str | None = 
                        model_args=found.info["model"]["args"])
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     (folder / CONFIG).write_text(json.dumps({**config, "vitlab": list(OURS)}, indent=2) + "\n", encoding="utf-8")
-    exported = exported_in(run)
+    endings = tuple(ending for runtime in RUNTIMES.values() for ending in (runtime.ending, *runtime.beside))
+    exported = sorted(path for path in run.iterdir() if path.is_file() and path.name.endswith(endings))
     for path in exported:
         shutil.copyfile(path, folder / path.name)
     card = model_card(found, name, rows_of_model(run), licence=licence, exported=[path.name for path in exported])
@@ -92,8 +86,7 @@ def write_files(run: str | Path, name: str, folder: Path, licence: str | None = 
 
 
 def push(run: Folder, name: str, /, *, out: Folder | None = None,
-         licence: Annotated[str | None, flag(metavar="NAME")] = None, private: bool = False,
-         message: Annotated[str | None, Parameter(parse=False)] = None) -> str:
+         licence: Annotated[str | None, flag(metavar="NAME")] = None, private: bool = False) -> str:
     """Put a run's model on the Hugging Face hub, or, with `out`, what would be put there into a folder: weights, plan,
     timm's config.json, image settings, exported files of the run folder, and a page written from its results; returns
     what came of it, in a line. It opens as hf-hub:OWNER/NAME wherever a model does. Raises InputError for a run without
@@ -128,7 +121,7 @@ def push(run: Folder, name: str, /, *, out: Folder | None = None,
             if private and not api.repo_info(name).private:
                 raise InputError("others can see it, and private is asked for; its settings on the hub change that")
             done = api.create_commit(name, [huggingface_hub.CommitOperationAdd(file, str(Path(folder) / file))
-                                            for file in files], commit_message=message or "Pushed by vitlab")
+                                            for file in files], commit_message="Pushed by vitlab")
         except InputError as error:
             raise InputError(f"{HUB}{name}: {error}") from None
         except Exception as error:              # its client's errors, of whichever library: no token, no right, no disk

@@ -80,12 +80,8 @@ def compare(runs: Annotated[Or[tuple[str, ...], Sequence[str]], Parameter(name="
     lines = [[*(shown(row, column) for column in columns), *([mark] if any(marks) else [])]
              for row, mark in zip(rows, marks)]
     text = "\n".join([aligned([head, *lines]), notes(rows, columns)])
-    if out is not None:
-        _draw(runs, rows, Path(out))
-    return text
-
-
-def _draw(runs: Sequence[str | Path], rows: list[ResultRow], out: Path) -> None:
+    if out is None:
+        return text
     from vitlab.plots import accuracy_against_cost, compare_plans, save_figure
     quality, drawn = of_one_set(rows)
     if drawn:
@@ -96,3 +92,4 @@ def _draw(runs: Sequence[str | Path], rows: list[ResultRow], out: Path) -> None:
     if plans:
         shape = next(iter(plans.values())).shape
         save_figure(compare_plans({name: plan for name, plan in plans.items() if plan.shape == shape}), out, PLANS)
+    return text

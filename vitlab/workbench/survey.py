@@ -1,5 +1,4 @@
-"""A survey of one model on one data set, without labels: curves of every rule, the plans and offers that follow, and
-models of them.
+"""A survey of a model on a data set, without labels: curves of every rule, plans and offers that follow, their models.
 
 Each dimension of a rule is cut alone and measured once; from these curves `allocate` makes the plan of any budget, and
 a search starts.
@@ -209,8 +208,7 @@ class Survey(Gathered):
                        progress=self.config.progress and not self.pace)
 
     def _apart(self, plan: CompressionPlan, form: str) -> np.ndarray:
-        """Distance of each image to choose on, of a plan's model in a form, refitted on TRIED_ON images; measured
-        once."""
+        """Distance of each image to choose on, of a plan's model in a form, refitted on TRIED_ON; measured once."""
         name = f"each, {form}"
         return np.array(self._row(plan, name, lambda: {
             name: self.choosing.each(deploy(self.in_form(form, plan, TRIED_ON), inplace=True))})[name])

@@ -75,8 +75,7 @@ def tonight(source: Source, data: Data, out: Run, *, gmacs: Gmacs = None,
             finalists: Count = FINALISTS, minutes: Minutes | None = None, images: Count = 128,
             report_images: Count = 256, score_images: Count = 1000, class_map: ClassMap = None,
             config: Annotated[RunConfig, RUN] = RunConfig()) -> Checkpoint:
-    """From a dense model and images without labels to a smaller model that is ready, in out/deployed; returns that
-    checkpoint.
+    """From a dense model and images without labels to a smaller model that is ready, in out/deployed; returns that.
 
     Offers of every rule at the budget and at `ratios` of the dense GMACs that are not NEAR it (out/offers.jsonl and
     out/offers.png), plans compared on `images` of train and reported on `report_images` others; a search of so many

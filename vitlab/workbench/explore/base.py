@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from vitlab.plots.base import INK
 
 WIDTH, DRAWN = 380, 448         # of a picture on the page, in CSS pixels, and of its drawing with borders, at least
+PAUSE = 0.4                                     # seconds that what takes a while to show has to stay
 COLUMNS, SAID = 6, 3            # pictures of a sheet that stand side by side, and predictions of each model
 PAGE = "calc(100% - 4px)"                       # of its width, what a widget's margins leave
 _DRAWING = threading.RLock()                    # JupyterLab may have widgets answered in threads; pyplot knows of none
@@ -44,18 +45,37 @@ def row(*widgets: ipywidgets.Widget) -> ipywidgets.HBox:
     return ipywidgets.HBox(widgets, layout={"flex_flow": "row wrap"})
 
 
-def observe(widgets: Iterable[ipywidgets.Widget], function: Callable[..., object], name: str = "value") -> None:
-    """Call the function whenever one of them changes, while no other that is called so is at work."""
+def observe(widgets: Iterable[ipywidgets.Widget], function: Callable[..., object], name: str = "value",
+            settled: bool = False) -> None:
+    """Call the function whenever one of them changes, while no other called so is at work, or `once_settled`."""
     def alone(change: Any) -> None:
         with _DRAWING:
             function(change)
+    called = once_settled(alone) if settled else alone
     for widget in widgets:
-        widget.observe(alone, name)
+        widget.observe(called, name)
+
+
+def once_settled(function: Callable[..., object]) -> Callable[..., None]:
+    """What calls the function when it was itself not called again for PAUSE seconds, so that a slider goes on moving;
+    at once where no page waits."""
+    waiting: list[asyncio.TimerHandle] = []
+
+    def soon(*args: Any) -> None:
+        for handle in waiting:
+            handle.cancel()
+        try:
+            waiting[:] = [asyncio.get_running_loop().call_later(PAUSE, function, *args)]
+        except RuntimeError:
+            function(*args)
+    return soon
 
 
 class Explorer(ipywidgets.VBox):
     """Widgets in a column. JupyterLab shows them; a page, a printer or a notebook run by papermill shows `figure()`,
     which is what they show at that moment; where that is the figure of a canvas, it is not drawn once more."""
+
+    settled = staticmethod(once_settled)
 
     def __init__(self, children: Sequence[ipywidgets.Widget], figure: Callable[[], Figure],
                  canvas: "Canvas | None" = None) -> None:

@@ -1,6 +1,5 @@
 """What compression changed, picture by picture: both models' predictions, what they look at, the tokens of a block, and
 the blocks to blame."""
-import asyncio
 import functools
 import html
 from typing import Any
@@ -15,8 +14,6 @@ from vitlab.runtime.files import InputError
 from vitlab.workbench.compared import Compared
 from vitlab.workbench.explore.base import WIDTH, Cells, Explorer, Menu, array_png, enlarged, observe, row, table
 from vitlab.workbench.explore.choosing import WIDE
-
-PAUSE = 0.4                     # seconds that a picture has to stay
 
 
 class ChangesExplorer(Explorer):
@@ -33,7 +30,7 @@ class ChangesExplorer(Explorer):
         self.block = ipywidgets.IntSlider(0, 0, self.plan.shape.depth - 1, description="block", **WIDE)
         self.cells, self.line = Cells(grid=self.plan.shape.grid_size, width=WIDTH), ipywidgets.HTML()
         self.blames: dict[int, np.ndarray | None] = {}
-        self.waiting: asyncio.TimerHandle | None = None
+        self.soon = self.settled(self._blame)
         # some forwards each
         self.tokens, self.beside = (functools.lru_cache(maxsize=64)(each) for each in (found.tokens, self._beside))
         self.panels = {title: Cells(width=WIDTH // 2, grid=(0, 0)) for title in self.beside(every[0])}
@@ -88,20 +85,11 @@ class ChangesExplorer(Explorer):
             self.panels[title].picture = picture
             self.panels[title].alt = f"{title}, {self.found.title(self.chosen)}"
         self._say()
-        self._soon()
-
-    def _soon(self) -> None:
-        """Say which block is to blame, a model for each block later: where there is a page, once the picture has stayed
-        for a moment, so that a slider goes on moving."""
-        if self.waiting is not None:
-            self.waiting.cancel()
-        if self.chosen not in self.blames:
-            try:
-                self.waiting = asyncio.get_running_loop().call_later(PAUSE, self._blame)
-            except RuntimeError:                # no page waits
-                self._blame()
+        if self.chosen not in self.blames:      # a model for each block: later
+            self.soon()
 
     def _blame(self) -> None:
+        """Say which block is to blame."""
         self.blamed()
         self._say()
 

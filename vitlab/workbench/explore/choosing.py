@@ -1,5 +1,4 @@
-"""Choosing a picture in a notebook: from a list, a folder or an upload, decoded with the care that a stranger's file
-needs."""
+"""Choosing a picture in a notebook: from a list, a folder or an upload, decoded with care for strangers' files."""
 import html
 import io
 import itertools

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from vitlab.criteria.planning import prune_and_merge
-from vitlab.measure.averaging import frozen_eval, hooks
 from vitlab.measure.capture import token_places
+from vitlab.measure.rollout import rankings
 from vitlab.models import compress, shape_of
-from vitlab.models.families import attention_input
-from vitlab.models.select import SelectBlock
 from vitlab.plan import BlockPlan, CompressionPlan, tokens
 from vitlab.plan.cost import gmacs
 from vitlab.plan.rules import Match, MergeReconstruct, Select, SharedUpdate
@@ -47,22 +45,12 @@ class Tokens(NamedTuple):
                 for j, region in enumerate(self.regions.tolist())]
 
 
-@torch.no_grad()
 def selected(model: nn.Module, x: Tensor, shape: ViTShape) -> dict[int, Tensor]:
     """{block: (K, n) share of each patch in each token that leaves it} of the blocks that select, for one input x."""
     prefix, found, shares = shape.num_prefix_tokens, {}, torch.eye(shape.num_tokens)[None]
-
-    def hook(index: int):
-        def before(block: SelectBlock, inputs: tuple[Tensor]) -> None:
-            nonlocal shares
-            ranking = block.attend(attention_input(block.block, inputs[0]))[1].cpu()
-            # what is done to tokens, done to one-hot rows
-            shares = tokens.select(shares, ranking, block.rule.kept, prefix)
-            found[index] = shares[0, prefix:, prefix:]
-        return before
-    selecting = [(i, block) for i, block in enumerate(model.blocks) if isinstance(block, SelectBlock)]
-    with hooks([block.register_forward_pre_hook(hook(i)) for i, block in selecting]), frozen_eval(model):
-        model(x.to(next(model.parameters()).device))
+    for index, ranking in rankings(model, x).items():           # what is done to tokens, done to one-hot rows
+        shares = tokens.select(shares, ranking.cpu(), model.blocks[index].rule.kept, prefix)
+        found[index] = shares[0, prefix:, prefix:]
     return found
 
 

@@ -1,5 +1,4 @@
-"""Two plans side by side, and what a policy between them would cost and give, as the Gaussian process of a search
-expects."""
+"""Two plans side by side, and what a policy would cost and give, as the Gaussian process of a search expects."""
 import html
 from pathlib import Path
 

@@ -1,5 +1,4 @@
-"""Runs as they go on: which there are, how far each is, and starting, stopping and resuming one as a process of its
-own."""
+"""Runs as they go on: which there are, how far each is, and starting, stopping and resuming one."""
 import asyncio
 import contextlib
 import html
@@ -58,15 +57,12 @@ def training_logs(run: str | Path) -> dict[str, list[dict[str, Any]]]:
         last = {}
         for record in read_lines(path):
             for logged in LOGGED:
-                if isinstance(record, dict) and all(_is_number(record.get(name)) for name in logged):
+                if isinstance(record, dict) and all(isinstance(number := record.get(name), (int, float))
+                                                    and math.isfinite(number) for name in logged):
                     last[logged[0], record[logged[0]]] = record
         if last:
             logs["training" if path.parent == folder else path.parent.name] = [last[key] for key in sorted(last)]
     return logs
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def run_figure(run: str | Path | None) -> Figure:
@@ -120,11 +116,12 @@ def runs_panel(root: str | Path = "runs") -> Explorer:
 
     def look() -> bool:
         """Show the chosen run as it is now, and say whether it goes on."""
-        run, state = chosen.value, None
+        run, state, logs = chosen.value, None, []
         if run is not None:
             told.value, state = _told(run)
             tail.value = _as_text(last_lines(run / processes.OUTPUT))
-        drawn_from = [run, *_stamp(run)]
+            logs = [*(run / TRAINING).glob(f"**/{LOG}"), *run.glob(JOURNAL)]
+        drawn_from = [run, *((path, path.stat().st_mtime_ns) for path in logs)]
         if drawn_from != shown:
             shown[:] = drawn_from
             picture.show(run_figure(run))
@@ -219,12 +216,6 @@ def _line(arguments: Sequence[str], count: int) -> str:
 def _stop(run: Path) -> None:
     with contextlib.suppress(InputError):       # it ended by itself just now
         processes.stop(run)
-
-
-def _stamp(run: Path | None) -> list[tuple[Path, int]]:
-    """What a run's picture depends on: its logs and when each was written."""
-    paths = [] if run is None else [*(run / TRAINING).glob(f"**/{LOG}"), *run.glob(JOURNAL)]
-    return [(path, path.stat().st_mtime_ns) for path in paths]
 
 
 def _told(run: Path) -> tuple[str, str | None]:

@@ -29,8 +29,6 @@ from vitlab.workbench.explore.choosing import WIDE
 from vitlab.workbench.explore.maps import Maps
 from vitlab.workbench.explore.token_map import RuleExplorer
 
-LATE = {"continuous_update": False}             # of a slider each of whose values runs the model
-
 
 class Scene(NamedTuple):
     """A scene as a model sees it: at the encoder's size, cut to its middle or padded right and below."""
@@ -99,13 +97,13 @@ class SceneView(RuleExplorer):
         titles = {"compressed": "<b>compressed</b>", "dense": "<b>dense</b>",
                   "difference": _squares(list(OUTCOMES.values())),
                   "regions": "<b>tokens of the block; orange: pruned</b>"}
-        super().__init__(views.maps, titles, keep_rate, prune_rate, **LATE)
+        super().__init__(views.maps, titles, keep_rate, prune_rate)
         self.views, self.classes, self.legend = views, list(classes), ipywidgets.HTML()
-        self.image = ipywidgets.IntSlider(0, 0, len(views.scenes) - 1, description="image", **LATE, **WIDE)
+        self.image = ipywidgets.IntSlider(0, 0, len(views.scenes) - 1, description="image", **WIDE)
         self.opacity = ipywidgets.FloatSlider(opacity, min=0, max=1, description="opacity, [0, 1]", step=0.01,
                                               readout_format=".2f", **WIDE)
         controls = [row(self.image, self.rule), row(self.keep_rate, self.prune_rate), row(self.block, self.opacity)]
-        self.begin([*controls, *self.rows, self.legend], self.image, self.opacity)
+        self.begin([*controls, *self.rows, self.legend], self.opacity, slow=[self.image])
 
     def _show(self, change: Any = None) -> None:
         i, key, shape, block = self.image.value, self.key(), self.maps.shape, self.block.value

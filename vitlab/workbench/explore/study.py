@@ -1,5 +1,4 @@
-"""A search, evaluation by evaluation: what it had measured, what its Gaussian process believed, and what it measured
-next."""
+"""A search, evaluation by evaluation: what it had measured, what it believed, and what it measured next."""
 import html
 import warnings
 from dataclasses import dataclass

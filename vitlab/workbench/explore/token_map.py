@@ -22,20 +22,7 @@ from vitlab.plan.rules import MergeReconstruct
 from vitlab.plots import matched_map, merge_map, token_sheet, token_strip
 from vitlab.plots.tokens import bordered, plain, region_means, through_matrices, through_means, tinted
 from vitlab.runtime.files import InputError
-from vitlab.workbench.explore.base import (
-    COLUMNS,
-    SAID,
-    WIDTH,
-    Cells,
-    Explorer,
-    Menu,
-    array_png,
-    enlarged,
-    observe,
-    row,
-    table,
-    tiled,
-)
+from vitlab.workbench.explore import base
 from vitlab.workbench.explore.choosing import MAX_BYTES, WIDE, PictureChooser, decode
 from vitlab.workbench.explore.maps import BY_PLACE, GIVEN, Maps, Tokens
 from vitlab.workbench.pictures import as_input
@@ -45,32 +32,34 @@ NOTHING, BLOCKS, PICTURES = "nothing", "all blocks of the picture", "the block o
 MOST = 24                       # pictures of a sheet
 
 
-class RuleExplorer(Explorer):
+class RuleExplorer(base.Explorer):
     """Controls of a token rule, its rates and the block looked at; panels that point at its tokens; a line of text."""
 
-    def __init__(self, maps: Maps, titles: dict[str, str], keep_rate: float, prune_rate: float,
-                 **rates: bool) -> None:
-        """titles: {panel: its title, as HTML}; rates: of the sliders of rates."""
+    def __init__(self, maps: Maps, titles: dict[str, str], keep_rate: float, prune_rate: float) -> None:
+        """titles: {panel: its title, as HTML}."""
         super().__init__([], self._figure)
-        self.maps, shape, rates = maps, maps.shape, {"step": 0.01, "readout_format": ".2f", **WIDE, **rates}
+        self.maps, shape, rates = maps, maps.shape, {"step": 0.01, "readout_format": ".2f", **WIDE}
         least = max(0.05, 1.01 / shape.num_patches)             # one patch has to stay, for all rounding
-        self.rule = Menu(options=maps.rules, description="rule", **WIDE)
+        self.rule = base.Menu(options=maps.rules, description="rule", **WIDE)
         self.block = ipywidgets.IntSlider(shape.depth // 2, 0, shape.depth - 1, description="block", **WIDE)
         self.keep_rate = ipywidgets.FloatSlider(keep_rate, min=least, max=1, description="keep rate, (0, 1]", **rates)
         self.prune_rate = ipywidgets.FloatSlider(prune_rate, min=0, max=0.95, description="prune rate, [0, 1)", **rates)
-        self.panels = {name: Cells(grid=shape.grid_size, width=WIDTH) for name in titles}
+        self.panels = {name: base.Cells(grid=shape.grid_size, width=base.WIDTH) for name in titles}
         first, *others = self.panels.values()
         for other in others:
             traitlets.link((first, "picked"), (other, "picked"))
         boxes = [ipywidgets.VBox([ipywidgets.HTML(title), cells], layout=WIDE["layout"])
                  for title, cells in zip(titles.values(), self.panels.values())]
-        self.rows = [row(*pair) for pair in zip(boxes[::2], boxes[1::2])]
+        self.rows = [base.row(*pair) for pair in zip(boxes[::2], boxes[1::2])]
         self.line = ipywidgets.HTML()
 
-    def begin(self, widgets: list[ipywidgets.Widget], *controls: ipywidgets.Widget) -> None:
-        """Show these widgets, one below the other, and look again at whatever is chosen next."""
+    def begin(self, widgets: list[ipywidgets.Widget], *controls: ipywidgets.Widget,
+              slow: Sequence[ipywidgets.Widget] = ()) -> None:
+        """Show these widgets, one below the other, and look again at whatever is chosen next; slow: sliders each of
+        whose values runs the model, as the rates'."""
         self.children = [*widgets, self.line]
-        observe([self.rule, self.block, self.keep_rate, self.prune_rate, *controls], self._show)
+        base.observe([self.rule, self.block, *controls], self._show)
+        base.observe([self.keep_rate, self.prune_rate, *slow], self._show, settled=True)
         self._show()
 
     def key(self) -> tuple[str, float, float]:
@@ -84,7 +73,7 @@ class RuleExplorer(Explorer):
         labels = seen.labels(self.maps.shape)
         for name, cells in self.panels.items():
             with cells.hold_sync():
-                cells.picture, cells.groups, cells.labels = array_png(images[name]), seen.regions.tolist(), labels
+                cells.picture, cells.groups, cells.labels = base.array_png(images[name]), seen.regions.tolist(), labels
                 cells.alt = alts[name]
 
 
@@ -98,12 +87,12 @@ class TokenMap(RuleExplorer):
         super().__init__(maps, titles, keep_rate, prune_rate)
         self.chooser, (self.left, self.right), self.classes = chooser, self.panels.values(), classes
         self.view = ipywidgets.Dropdown(options=(NOTHING, BLOCKS, PICTURES), description="also show", **WIDE)
-        self.says, self.tiles = ipywidgets.HTML(), Cells(width=2 * WIDTH)
+        self.says, self.tiles = ipywidgets.HTML(), base.Cells(width=2 * base.WIDTH)
         self.outputs = functools.lru_cache(maxsize=256)(self._outputs)
         chooser.observe(self._show, "chosen")
         self.tiles.observe(self._picked, "picked")
-        self.begin([chooser, row(self.rule, self.block), row(self.keep_rate, self.prune_rate), *self.rows, self.says,
-                    self.view, self.tiles], self.view)
+        self.begin([chooser, base.row(self.rule, self.block), base.row(self.keep_rate, self.prune_rate), *self.rows,
+                    self.says, self.view, self.tiles], self.view)
 
     def _outputs(self, name: str, *key: Any) -> Tensor:
         """What the dense model, or with a key the compressed one, gives for a picture, as it is compared."""
@@ -122,7 +111,7 @@ class TokenMap(RuleExplorer):
         for name, given in (("dense", dense[0]), ("compressed", own[0])):
             p = given.exp() if given.dim() == 1 else given.argmax(dim=0).flatten().bincount(minlength=len(given)) / (
                 given[0].numel())
-            best = p.topk(min(SAID, len(p)))
+            best = p.topk(min(base.SAID, len(p)))
             found[name] = [(self.classes[i] if i < len(self.classes) else f"class {i}", value)
                            for value, i in zip(best.values.tolist(), best.indices.tolist())]
         return found
@@ -158,8 +147,8 @@ class TokenMap(RuleExplorer):
             means = region_means(image, torch.from_numpy(seen.regions), shape)
             drawn.append((Path(name).name, bordered(tinted(means, seen.aside, shape), seen.regions, shape)))
         with self.tiles.hold_sync():
-            self.tiles.grid, self.tiles.picked = (-(-len(drawn) // COLUMNS), COLUMNS), -1
-            self.tiles.picture, self.tiles.alt = array_png(tiled(drawn)), self.view.value
+            self.tiles.grid, self.tiles.picked = (-(-len(drawn) // base.COLUMNS), base.COLUMNS), -1
+            self.tiles.picture, self.tiles.alt = base.array_png(base.tiled(drawn)), self.view.value
 
     def _picked(self, change: Any) -> None:
         """A tile that is chosen is the block, or the picture, to look at."""
@@ -176,15 +165,14 @@ class TokenMap(RuleExplorer):
     def _show(self, change: Any = None) -> None:
         plan, block, seen, picture = self._state()
         where = f"of the picture {self.chooser.chosen} in block {block}, {self.rule.value}"
-        self.draw({"left": bordered(tinted(enlarged(picture), seen.aside, plan.shape), seen.regions, plan.shape),
+        self.draw({"left": bordered(tinted(base.enlarged(picture), seen.aside, plan.shape), seen.regions, plan.shape),
                    "right": _kept(picture, plan, block, seen)},
                   {"left": f"Tokens {where}", "right": f"What is kept {where}"}, seen)
-        self.line.value, self.says.value = html.escape(self.maps.costs(plan, block, seen)), table(self.told())
+        self.line.value, self.says.value = html.escape(self.maps.costs(plan, block, seen)), base.table(self.told())
         self._below()
 
     def _figure(self) -> Figure:
-        """The state as `merge_map`, or as `matched_map` where no matrices stand around the block; or what is shown
-        below."""
+        """The state as `merge_map`, or as `matched_map` without matrices around the block; or what is shown below."""
         plan, block, seen, picture = self._state()
         several = {} if self.view.value == NOTHING else self.several()
         if self.view.value == BLOCKS:

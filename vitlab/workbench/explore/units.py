@@ -1,5 +1,4 @@
-"""Heads and neurons: what each head scores, looks at and shares with the others, and which neurons of its block
-stay."""
+"""Heads and neurons: what each head scores, looks at and shares with the others, and which neurons stay."""
 import functools
 from typing import Any
 
