@@ -492,6 +492,29 @@ def test_a_report_begins_with_the_cheapest_model_that_is_as_good_or_the_one_that
 def test_a_report_of_one_model_has_nothing_to_compare(tmp_path):
     rows_with(tmp_path, dense=(4.0, 80, 1))
     assert "nothing to compare" in report.headline(tmp_path)
+    assert report.losses(tmp_path) == ""
+
+
+def test_without_a_classifier_a_report_compares_by_the_distance_the_least_is_best(tmp_path):
+    """The dense model is at 0 of itself, and alone has a top-1, by its neighbours."""
+    for name, gmacs, top1, distance in (("dense", 4.0, 80.0, 0.0), ("far", 1.0, None, 0.3), ("near", 2.0, None, 0.1)):
+        append_row(tmp_path / "results.jsonl", ResultRow(
+            model=name, dataset="photos", split="val", gmacs=gmacs, top1_pct=top1, distill_loss=distance,
+            distill_loss_se=0.01 * (top1 is None), ratio=2.0,
+            conditions={"distance": "1 - cosine", **({"top1": "20 nearest neighbours"} if top1 else {})}))
+    assert report.headline(tmp_path).startswith(
+        "near: 50 % fewer GMACs than dense (2 of 4), throughput ratio 2.00; +0.1000 ± 0.0100 of distance: "
+        "0.1000 ± 0.0100 in place of 0.0000 ± 0.0000. photos val")
+    assert report.losses(tmp_path).splitlines() == [
+        "near: +0.1000 ± 0.0100 of distance, 50.0 % fewer GMACs, throughput ratio 2.00",
+        "far: +0.3000 ± 0.0100 of distance, 75.0 % fewer GMACs, throughput ratio 2.00"]
+    axis = report.cost_figure(tmp_path).axes[0]
+    assert axis.get_ylabel() == "distance to the dense output"
+    assert {line.get_label(): line.get_xydata().tolist() for line in axis.lines} == {
+        "dense": [[4.0, 0.0]], "near": [[2.0, 0.1]], "far": [[1.0, 0.3]]}
+    report.write_tables(tmp_path)
+    assert r"0.3000 $\pm$ 0.0100" in (tmp_path / "results.tex").read_text()
+    assert "0.1000 ± 0.0100" in report.results_table(tmp_path).data
 
 
 def test_a_page_shows_a_widget_as_its_picture(tmp_path):

@@ -11,7 +11,9 @@ from vitlab.runtime.files import require
 from vitlab.runtime.results import ResultRow, speed_of
 from vitlab.runtime.uncertainty import error_name
 
-VALUES = {"top1_pct": "top-1 (%)", "top5_pct": "top-5 (%)", "miou_pct": "mIoU (%)"}     # that costs are set against
+# that costs are set against
+VALUES = {"top1_pct": "top-1 (%)", "top5_pct": "top-5 (%)", "miou_pct": "mIoU (%)",
+          "distill_loss": "distance to the dense output"}
 # what a training's log is measured by, on a slice of train
 SLICE = {"train_slice_top1_pct": "top-1 on a train slice (%)", "train_slice_miou_pct": "mIoU on a train slice (%)",
          "train_slice_distill_loss": "distance to the teacher on a train slice"}

@@ -24,7 +24,9 @@ from vitlab.workbench.comparing import UNTOLD, difference
 
 PAGE, NOTEBOOK, CSV, LATEX = "report.html", "report.ipynb", "results.csv", "results.tex"
 QUALITIES = tuple(name for name in VALUES if name != "top5_pct")
-SAME_IMAGES = ("images", "limit", "prepared", "windows", "top1")                # conditions of a quality
+# conditions of a quality
+SAME_IMAGES = ("images", "limit", "prepared", "windows")
+TOLD_BY = {"top1_pct": "top1", "distill_loss": "distance"}
 QUICK, ABSOLUTE = "quick", ("throughput_img_s", "latency_ms")
 COLUMNS = ("model", "dataset", "split", "top1_pct", "top5_pct", "miou_pct", "loss", "gmacs", "params_m",
            "throughput_img_s", "latency_ms", "ratio")
@@ -110,8 +112,8 @@ def _cost(row: ResultRow) -> float:
 
 
 def of_one_set(rows: Sequence[ResultRow]) -> tuple[str, list[ResultRow]]:
-    """(the first of QUALITIES that a row has, the rows that have it, of the data set and split that most are of)."""
-    quality = next((name for name in QUALITIES if any(getattr(row, name) is not None for row in rows)), QUALITIES[0])
+    """(the one of QUALITIES that most rows have, those that have it of the data set and split that most are of)."""
+    quality = max(QUALITIES, key=lambda name: sum(getattr(row, name) is not None for row in rows))
     rows = [row for row in rows if getattr(row, quality) is not None]
     sets = Counter((row.dataset, row.split) for row in rows).most_common(1)
     return quality, [row for row in rows if (row.dataset, row.split) == sets[0][0]]
@@ -121,9 +123,8 @@ def _compared(run: str | Path) -> tuple[str, list[ResultRow]]:
     """(a quality, the rows that have it, of the data set that most of them are of, the dearest first, and of the others
     those that were measured as that one, on as many images)."""
     quality, found = of_one_set([row for row in rows_of(run)[1] if row.gmacs is not None])
-    found = sorted(found, key=_cost, reverse=True)
-    return quality, [row for row in found if all(row.conditions.get(key) == found[0].conditions.get(key)
-                                                 for key in SAME_IMAGES)]
+    found, same = sorted(found, key=_cost, reverse=True), (*SAME_IMAGES, TOLD_BY.get(quality))
+    return quality, [row for row in found if all(row.conditions.get(k) == found[0].conditions.get(k) for k in same)]
 
 
 def headline(run: str | Path) -> str:
@@ -132,9 +133,10 @@ def headline(run: str | Path) -> str:
     quality, rows = _compared(run)
     if len({row.gmacs for row in rows}) < 2:
         return "Fewer than two models were measured on the same images: nothing to compare yet."
-    dense, others = rows[0], [row for row in rows if _cost(row) < _cost(rows[0])]
+    dense, sign = rows[0], -1 if quality == "distill_loss" else 1
+    others = [row for row in rows if _cost(row) < _cost(dense)]
     level = [row for row in others if UNTOLD in difference(row, dense, quality)]
-    best = min(level, key=_cost) if level else max(others, key=lambda row: getattr(row, quality))
+    best = min(level, key=_cost) if level else max(others, key=lambda row: sign * getattr(row, quality))
     measured_at = max(path.stat().st_mtime for path in (entry["folder"] / RESULTS for entry in entries_of(run))
                       if path.exists())
     saved = 100 * (1 - _cost(best) / _cost(dense))
@@ -144,6 +146,13 @@ def headline(run: str | Path) -> str:
     return (f"{best.model}: {saved:.0f} % fewer GMACs than {dense.model} ({best.gmacs:.4g} of {dense.gmacs:.4g})"
             f"{speed}; {lost}. {best.dataset} {best.split}{f', vitlab {version}' if version else ''}, "
             f"{time.strftime('%Y-%m-%d', time.localtime(measured_at))}. {caveat_of(rows)}").rstrip()
+
+
+def losses(run: str | Path) -> str:
+    """A line for each of the rows that `headline` compares, beside the dearest one: what it lost and gained."""
+    quality, rows = _compared(run)
+    return "\n".join(f"{row.model}: {difference(row, dense, quality)}, {100 * (1 - _cost(row) / _cost(dense)):.1f} % "
+                     f"fewer GMACs, throughput ratio {shown(row, 'ratio')}" for dense in rows[:1] for row in rows[1:])
 
 
 def cost_figure(run: str | Path, published: str = "") -> Figure | None:
@@ -182,9 +191,9 @@ def table_of(rows: list[ResultRow], columns: tuple[str, ...] = results.COLUMNS, 
 
 
 def measured(rows: list[ResultRow], columns: tuple[str, ...]) -> tuple[str, ...]:
-    """The columns in which a row has something. Entries were timed in runs of their own, where the machine may have
-    been slower: beside a ratio stands no absolute speed, which is in the CSV."""
-    found = tuple(c for c in columns if any(getattr(row, c) not in (None, "") for row in rows))
+    """The columns in which a row has something, `with_distance`. Entries were timed in runs of their own, where the
+    machine may have been slower: beside a ratio stands no absolute speed, which is in the CSV."""
+    found = tuple(c for c in with_distance(rows, columns) if any(getattr(row, c) not in (None, "") for row in rows))
     return tuple(c for c in found if "ratio" not in found or c not in ABSOLUTE)
 
 
