@@ -24,7 +24,8 @@ from vitlab.plots import changed_pictures, class_changes, corruption_curves, rel
 from vitlab.plots.units import over_grey
 from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import InputError
-from vitlab.workbench.changes import what_changed
+from vitlab.workbench.changes import named, overview, pictures, what_changed
+from vitlab.workbench.compared import Compared
 from vitlab.workbench.explore.base import PAUSE
 from vitlab.workbench.explore.changes import changes_explorer
 
@@ -97,7 +98,10 @@ def test_a_pass_keeps_each_models_likeliest_classes_and_the_distance_between_the
     dense = tiny(7).eval()
     model = compress(dense, full_plan(dense)).eval()
     x = images(9)
-    changes = Changes.between(dense, model, [(x[:5], torch.arange(5)), (x[5:], torch.arange(4))], progress=False)
+    found = Changes.between(dense, {"it": model, "itself": dense}, [(x[:5], torch.arange(5)), (x[5:], torch.arange(4))],
+                            progress=False)
+    assert not found["itself"].changed.any() and not found["itself"].distance.any()
+    changes = found["it"]
     p, q = (logits(each, x).softmax(dim=1) for each in (dense, model))
     assert torch.equal(changes.dense, p.argsort(dim=1, descending=True)[:, :5])
     torch.testing.assert_close(changes.compressed_p, q.sort(dim=1, descending=True).values[:, :5])
@@ -109,7 +113,7 @@ def test_without_a_classifier_what_changes_is_the_nearest_image():
     dense = tiny(0).eval()
     model = compress(dense, full_plan(dense)).eval()
     x = images(12)
-    changes = Changes.between(dense, model, [(x, torch.zeros(12, dtype=torch.int64))], progress=False)
+    changes = Changes.between(dense, {"it": model}, [(x, torch.zeros(12, dtype=torch.int64))], progress=False)["it"]
     for numbers, of in ((changes.dense, dense), (changes.compressed, model)):
         given = logits(of, x)
         for i in range(12):
@@ -149,9 +153,9 @@ def test_blame_is_what_is_gained_where_a_block_is_undone_and_nothing_where_nothi
 def test_streams_are_alike_by_cosine_and_by_centred_kernels():
     dense, x = tiny(5).eval(), images(8)
     model = compress(dense, match_plan(dense, 5, 4)).eval()
-    alike = similarity(dense, dense, [(x, None)])
-    assert alike == {name: pytest.approx([1, 1]) for name in ("cosine", "CKA")}
-    found, seen = similarity(dense, model, [(x[:3], None), (x[3:], None)]), []
+    found, seen = similarity(dense, {"itself": dense, "it": model}, [(x[:3], None), (x[3:], None)]), []
+    assert {name: each["itself"] for name, each in found.items()} == {name: pytest.approx([1, 1])
+                                                                      for name in ("cosine", "CKA")}
     for of in (dense, model):
         handle = of.blocks[0].register_forward_hook(lambda m, i, out: seen.append(out[:, 0].double()))
         logits(of, x)
@@ -159,9 +163,9 @@ def test_streams_are_alike_by_cosine_and_by_centred_kernels():
     a, b = (each - each.mean(dim=0) for each in seen)
     kernels = [each @ each.T for each in (a, b)]                # CKA as Kornblith et al. define it, by kernels (N, N)
     hsic = (kernels[0] * kernels[1]).sum() / (kernels[0].norm() * kernels[1].norm())
-    assert found["CKA"][0] == pytest.approx(float(hsic), rel=1e-6)
+    assert found["CKA"]["it"][0] == pytest.approx(float(hsic), rel=1e-6)
     cosines = [float(torch.cosine_similarity(u, v, dim=0)) for u, v in zip(*seen)]
-    assert found["cosine"][0] == pytest.approx(sum(cosines) / 8, rel=1e-6)
+    assert found["cosine"]["it"][0] == pytest.approx(sum(cosines) / 8, rel=1e-6)
 
 
 def test_corruptions_are_those_of_their_severity():
@@ -199,12 +203,12 @@ def study(tmp_path):
 def test_pictures_are_those_that_the_predictions_are_of_also_behind_a_broken_one(study, tmp_path):
     dense, small, folder = study
     with pytest.warns(UserWarning, match="3.png: can't be read"):
-        found = what_changed(dense, small, folder, tmp_path / "out", config=QUIET)
+        found = what_changed(dense, small, folder, tmp_path / "out", config=QUIET)["small"]
     assert len(found.images) == len(found.changes.targets) == 20
     given = logits(dense.model, found.inputs(range(20)))
     torch.testing.assert_close(given.softmax(dim=1).max(dim=1).values, found.changes.dense_p[:, 0])
     assert [found.title(i) for i in range(20)] == [found.images.path(i).split("/")[-2] for i in range(20)]
-    assert Changes.load(tmp_path / "out" / "changes.safetensors").order() == found.changes.order()
+    assert Changes.load(tmp_path / "out" / "small.safetensors").order() == found.changes.order()
     assert f"{int(found.changes.changed.sum())} of 20 images have another class" in found.summary()
     right = [int((each[:, 0] == found.changes.targets).sum()) for each in (found.changes.dense,
                                                                         found.changes.compressed)]
@@ -216,7 +220,8 @@ def test_mapped_folders_are_called_by_their_names(tmp_path):
     (folder / "class_index.json").write_text('{"blue": 7, "green": 2, "red": 5}')
     dense = tiny(10).eval()
     found = what_changed(found_by(dense), found_by(compress(dense, match_plan(dense, 5, 4)).eval(),
-                                                   match_plan(dense, 5, 4)), folder, tmp_path / "out", config=QUIET)
+                                                   match_plan(dense, 5, 4)), folder, tmp_path / "out",
+                         config=QUIET)["compressed"]
     assert [found.title(i) for i in range(21)] == [found.images.path(i).split("/")[-2] for i in range(21)]
     assert found.called(7) == "blue" and found.called(3) == "class 3"
     assert {row["class"] for row in found.changes.by_class(found.called)} == {"blue", "green", "red"}
@@ -225,8 +230,8 @@ def test_mapped_folders_are_called_by_their_names(tmp_path):
 def test_an_explorer_shows_the_picture_its_tokens_and_what_both_models_say(study, tmp_path):
     dense, small, folder = study
     (folder / "val" / "green" / "3.png").unlink()
-    found = what_changed(dense, small, folder, tmp_path / "out", config=QUIET)
-    explorer = changes_explorer(found)
+    every = what_changed(dense, small, folder, tmp_path / "out", config=QUIET)
+    explorer, found = changes_explorer(every), every["small"]
     explorer.which.value = "all images"
     for place in (0, 5):
         explorer.image.value, explorer.block.value = place, 1
@@ -246,14 +251,14 @@ def test_an_explorer_shows_the_picture_its_tokens_and_what_both_models_say(study
         assert set(explorer.blames) == known
         await asyncio.sleep(PAUSE + 0.1)
         return set(explorer.blames) - known
-    assert asyncio.run(through()) == {explorer.chosen}
+    assert asyncio.run(through()) == {("small", explorer.chosen)}
 
 
 def test_beside_a_picture_stands_what_both_models_look_at_and_without_a_classifier_the_nearest_image_of_each(study,
                                                                                                         tmp_path):
     dense, small, folder = study
     (folder / "val" / "green" / "3.png").unlink()
-    found = what_changed(dense, small, folder, tmp_path / "out", config=QUIET)
+    found = what_changed(dense, small, folder, tmp_path / "out", config=QUIET)["small"]
     shown = found.beside(2)
     assert list(shown) == ["dense: rollout", "compressed: rollout"]
     for name, model in (("dense", found.dense.model), ("compressed", found.compressed.model)):
@@ -267,10 +272,122 @@ def test_beside_a_picture_stands_what_both_models_look_at_and_without_a_classifi
     features = tiny(0, seed=3).eval()
     plan = match_plan(features, 6, 3)
     found = what_changed(found_by(features), found_by(compress(features, plan).eval(), plan), folder, tmp_path / "more",
-                         config=QUIET)
+                         config=QUIET)["compressed"]
     shown, i = found.beside(4), int(found.changes.compressed[4, 0])
     np.testing.assert_array_equal(shown["compressed: nearest"], found.picture(i))
     assert found.told(4)["compressed"][0][0] == Path(found.images.path(i)).name
+    plt.close("all")
+
+
+@pytest.fixture
+def several(study, tmp_path):
+    """(dense, {name: model of another plan}, folder of 20 images)."""
+    dense, small, folder = study
+    (folder / "val" / "green" / "3.png").unlink()
+    plans = {"few": match_plan(dense.model, 1, 0), "many": match_plan(dense.model, 8, 4),
+             "units": full_plan(dense.model)}
+    return dense, {name: found_by(compress(dense.model, plan).eval(), plan) for name, plan in plans.items()}, folder
+
+
+def test_several_models_are_compared_in_one_pass_and_more_are_added_to_it(several, tmp_path, monkeypatch):
+    dense, models, folder = several
+    passes, between = [], Changes.between
+
+    def counted(dense, models, *args, **settings):
+        passes.append(list(models))
+        return between(dense, models, *args, **settings)
+    monkeypatch.setattr(Changes, "between", counted)
+    some = {name: models[name] for name in ("few", "many")}
+    first = what_changed(dense, some, folder, tmp_path / "out", config=QUIET)
+    found = what_changed(dense, models, folder, tmp_path / "out", config=QUIET)
+    assert passes == [["few", "many"], ["units"]] and list(found) == ["few", "many", "units"]
+    for name, each in models.items():                           # each as if it had been compared alone
+        alone = what_changed(dense, each, folder, tmp_path / name, config=QUIET)["compressed"].changes
+        for of in (found, first) if name in first else (found,):
+            assert all(torch.equal(value, getattr(of[name].changes, field)) for field, value in vars(alone).items())
+    del passes[:]
+    with torch.no_grad():
+        models["many"].model.head.bias += 1                     # as if it had been trained again
+    again = what_changed(dense, models, folder, tmp_path / "out", config=QUIET)
+    assert passes == [["many"]] and not torch.equal(again["many"].changes.distance, found["many"].changes.distance)
+    what_changed(dense, models, folder, tmp_path / "out", images=7, config=QUIET)
+    assert passes[1:] == [list(models)]
+
+
+def test_models_are_called_by_the_end_of_their_paths_that_tells_them_apart():
+    assert named("runs/a/small") == {"small": "runs/a/small"}
+    assert list(named(["runs/a/small", Path("runs/b/other")])) == ["small", "other"]
+    assert list(named(["runs/a/small", "runs/b/small", "weights.pth"])) == ["a-small", "b-small", "weights.pth"]
+    with pytest.raises(InputError, match="two have one name"):
+        named(["runs/a/small", "runs/a/small"])
+
+
+def test_the_overview_says_of_each_model_what_slow_loops_say(several, tmp_path):
+    dense, models, folder = several
+    found = what_changed(dense, models, folder, tmp_path / "out", config=QUIET)
+    shown = overview(found)
+    assert list(shown.index) == ["dense", "few", "many", "units"]
+    for name, each in found.items():
+        changes, line = each.changes, shown.loc[name]
+        before, after = ([int(a) == int(b) for a, b in zip(of[:, 0], changes.targets)]
+                         for of in (changes.dense, changes.compressed))
+        assert line["top-1 (%)"].startswith(f"{5 * sum(after):.1f} ± ") and len(after) == 20
+        assert shown.loc["dense", "top-1 (%)"].startswith(f"{5 * sum(before):.1f} ± ")
+        assert line["images lost"] == str(sum(a and not b for a, b in zip(before, after)))
+        assert line["images gained"] == str(sum(b and not a for a, b in zip(before, after)))
+        gained = {k: sum(after[i] - before[i] for i in range(20) if changes.targets[i] == k) for k in range(3)}
+        assert (line["classes lost"], line["classes gained"]) == (str(sum(v < 0 for v in gained.values())),
+                                                                  str(sum(v > 0 for v in gained.values())))
+        mean = sum(changes.distance.tolist()) / 20
+        error = (sum((d - mean) ** 2 for d in changes.distance.tolist()) / 19 / 20) ** 0.5
+        mine, its = map(float, line["distance"].split(" ± "))
+        assert mine == pytest.approx(mean, abs=5e-5) and its == pytest.approx(error, rel=0.1)   # two figures are shown
+        assert line["ECE (points)"] == f"{changes.calibration_error()['compressed']:.1f}"
+    figures = Compared.of_classes(found)
+    assert len(figures["classes"].axes) == 3
+    assert len(figures["reliability"].axes[0].collections) == 4                 # the dense one's points, too
+    plt.close("all")
+
+
+def test_pictures_that_all_or_one_model_alone_has_wrong_are_told(several, tmp_path):
+    dense, models, folder = several
+    found = what_changed(dense, models, folder, tmp_path / "out", config=QUIET)
+    names = list(found)
+    for name in names:                                          # predictions are made up, so that every case is there
+        changes = found[name].changes
+        wrong = torch.tensor([bool(i >> names.index(name) & 1) for i in range(20)])
+        tops = torch.where(wrong, (changes.targets + 1) % 3, changes.targets)
+        dense_tops = torch.where(torch.arange(20) % 5 == 4, (changes.targets + 1) % 3, changes.targets)
+        made = dataclasses.replace(changes, compressed=tops[:, None], dense=dense_tops[:, None])
+        found[name] = dataclasses.replace(found[name], changes=made)
+    for bit, name in enumerate(names):
+        shown, distance = pictures(found, name), found[name].changes.distance
+        assert all(distance[a] >= distance[b] for each in shown.values() for a, b in zip(each, each[1:]))
+        assert set(shown["wrong in all"]) == {i for i in range(20) if i % 8 == 7} and len(shown["all images"]) == 20
+        assert set(shown["wrong in this one only"]) == {i for i in range(20) if i % 8 == 1 << bit and i % 5 != 4}
+
+
+def test_the_explorer_has_a_menu_of_models_and_each_has_its_own_order(several, tmp_path):
+    dense, models, folder = several
+    found = what_changed(dense, models, folder, tmp_path / "out", config=QUIET)
+    explorer = changes_explorer(found)
+    explorer.which.value, explorer.image.value = "all images", 4
+    number = explorer.chosen
+    explorer.model.value = "many"
+    assert explorer.chosen == number == pictures(found, "many")["all images"][explorer.image.value]
+    assert f"{found['many'].changes.distance[number]:.4f}" in explorer.line.value
+    assert explorer.cells.groups == found["many"].tokens(number)[0].regions.tolist()
+    for name, each in found.items():                            # what all of them say
+        label, p = each.told(number)["compressed"][0]
+        assert f"<td>{name}</td><td>{label} {p:.2f}</td>" in explorer.line.value
+    explorer.image.value = 19
+    for name in found:
+        explorer.model.value = name
+        for which in explorer.which.options:
+            explorer.which.value = which
+            wanted = pictures(found, name)[which]
+            assert explorer.numbers == (wanted or pictures(found, name)["all images"])
+            assert explorer.image.max == len(explorer.numbers) - 1 and explorer.chosen == explorer.numbers[0]
     plt.close("all")
 
 
@@ -289,15 +406,17 @@ def test_figures_show_the_values(study, tmp_path):
     changes, odd = told(), "US$ 5_$"
     figure = changed_pictures([np.zeros((8, 8, 3))], [{"dense": [(odd, 1.0)]}], np.zeros((2, 1)), [odd])
     plt.close(figure.canvas.draw() or figure)                                   # no formula of a name
-    figure = class_changes(changes.by_class(), most=1)
-    moved = [row for row in changes.by_class() if row["difference"]]
-    assert [bar.get_width() for bar in figure.axes[0].patches] == pytest.approx(
-        [moved[0]["difference"], moved[-1]["difference"]])
+    models = {"one": changes.by_class(), "other": told(2).by_class()}
+    figure = class_changes(models, most=1)
+    for axis, rows in zip(figure.axes, models.values()):
+        moved = [row for row in rows if row["difference"]]
+        assert [bar.get_width() for bar in axis.patches] == pytest.approx([moved[0]["difference"],
+                                                                           moved[-1]["difference"]])
     bins = changes.reliability()
     figure = reliability(bins, changes.calibration_error())
     assert figure.axes[0].lines[1].get_xydata().tolist() == [[sure, right] for sure, right, _ in bins["dense"]]
-    figure = stream_similarity({"CKA": [1, 0.9], "cosine": [1, 0.5]})
-    assert figure.axes[0].lines[1].get_ydata().tolist() == [1, 0.5]
+    figure = stream_similarity({"cosine": {"a": [1, 0.7], "b": [1, 0.6]}, "CKA": {"a": [1, 0.9], "b": [1, 0.5]}})
+    assert figure.axes[1].lines[1].get_ydata().tolist() == [1, 0.5]
     dense = tiny(3).eval()
     rows = robustness({"dense": dense}, [(images(6), torch.arange(6) % 3)], (0.5,) * 3, (0.5,) * 3, progress=False)
     assert len(rows) == 1 + sum(map(len, CORRUPTIONS.values()))

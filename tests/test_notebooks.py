@@ -137,7 +137,8 @@ def test_parameters_are_annotated_literals_with_a_default(path):
         assert isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
         value = ast.literal_eval(node.value)
         assert isinstance(value,
-                          {"str": str, "int": int, "float": float, "bool": bool, "dict": dict}[node.annotation.id])
+                          {"str": str, "int": int, "float": float, "bool": bool, "dict": dict,
+                           "list": list}[node.annotation.id])
 
 
 def test_a_parameter_that_a_notebook_does_not_declare_is_refused_before_it_runs(tmp_path):
@@ -146,6 +147,13 @@ def test_a_parameter_that_a_notebook_does_not_declare_is_refused_before_it_runs(
     with pytest.raises(InputError, match="keep_rate is 'half'"):
         notebooks.run(notebooks.NOTEBOOKS / "03_prune_and_merge.ipynb", tmp_path, {"keep_rate": "half"})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_parameter_that_is_a_list_takes_one_text_too():
+    for given in ("runs/demo/small", ["runs/demo/small", "runs/demo/other"]):
+        notebooks.check_parameters(notebooks.NOTEBOOKS / "11_what_changed.ipynb", {"checkpoint": given})
+    with pytest.raises(InputError, match="checkpoint is 7; a list"):
+        notebooks.check_parameters(notebooks.NOTEBOOKS / "11_what_changed.ipynb", {"checkpoint": 7})
 
 
 def test_a_failing_cell_is_named_with_its_error(tmp_path):
@@ -188,14 +196,16 @@ def test_all_notebooks_run_and_leave_their_artefacts(demo):
                  "joint_finetuned/checkpoint/checkpoint.json", "tonight/offers.jsonl",
                  "tonight/deployed/weights.safetensors", "segmenter/dense/checkpoint/plan.json",
                  "segmenter/scores.safetensors", "segmenter/tuned/checkpoint/weights.safetensors",
-                 "export/results.jsonl", "report.html"):
+                 "export/results.jsonl", "changes/finetuned.safetensors", "changes/joint_finetuned.safetensors",
+                 "report.html"):
         assert (demo / name).stat().st_size > 0, name
     drawn = {p.stem for p in (demo / "figures").glob("*.png")}
     assert {"01_training", "02_scores", "03_kept_counts", "03_merge_map_china", "04_training", "05_unit_scores",
             "05_rollouts", "05_redundancy", "05_sensitivity", "06_incumbents", "06_gp_slices", "06_acquisition",
             "06_parallel", "06_plan", "06_pareto_gmacs", "06_pareto_latency_ms", "07_training", "08_curves",
             "08_offers", "08_plan", "09_training", "09_cost_by_part", "09_miou_against_cost", "09_predictions",
-            "09_regions", "09_class_iou", "90_accuracy_cost"} <= drawn
+            "09_regions", "09_class_iou", "11_changed_finetuned", "11_changed_joint_finetuned", "11_classes",
+            "11_reliability", "11_corruptions", "11_similarity", "11_speed", "90_accuracy_cost"} <= drawn
     executed = [json.loads((demo / "notebooks" / f"{n}.ipynb").read_text()) for n in DEMO]
     assert all(c["execution_count"] for nb in executed for c in nb["cells"] if c["cell_type"] == "code" and c["source"])
 

@@ -71,7 +71,9 @@ def pair():
 def test_a_pass_counts_the_pixels_that_moved_and_those_that_each_model_has_right(pair, tmp_path):
     dense, model = pair
     scenes = batches((2, 1))
-    changes = SceneChanges.between(dense, model, scenes, progress=False)
+    found = SceneChanges.between(dense, {"itself": dense, "it": model}, scenes, progress=False)
+    assert not found["itself"].moved.any() and not found["itself"].taken.any()
+    changes = found["it"]
     number = 0
     for images, masks in scenes:
         with torch.inference_mode():
@@ -143,12 +145,13 @@ def test_iou_of_classes_is_that_of_all_pixels_and_its_interval_that_of_images_dr
 
 
 def test_without_masks_pixels_are_compared_and_iou_is_refused(pair):
-    changes = SceneChanges.between(*pair, batches((2,)), labelled=False, progress=False)
+    dense, model = pair
+    changes = SceneChanges.between(dense, {"it": model}, batches((2,)), labelled=False, progress=False)["it"]
     assert changes.moved.sum() > 0 and not changes.labelled
     with pytest.raises(InputError, match="no masks"):
         changes.by_class()
     with pytest.raises(InputError, match="no image"):
-        SceneChanges.between(*pair, [], progress=False)
+        SceneChanges.between(dense, {"it": model}, [], progress=False)
 
 
 @pytest.mark.parametrize("make", [units_plan, match_plan])
@@ -170,11 +173,17 @@ def found(pair, tmp_path, monkeypatch):
     dense, model = pair
     data = given([(24, 40), (30, 56), (24, 40)])
     monkeypatch.setattr(workbench, "open_matching", lambda *args, **settings: data)
-    return workbench.what_changed(opened(dense), opened(model, match_plan(dense)), "given", tmp_path, config=QUIET)
+    models = {"it": opened(model, match_plan(dense)), "itself": opened(dense)}
+    return workbench.what_changed(opened(dense), models, "given", tmp_path, config=QUIET)
 
 
 def test_scenes_that_changed_are_shown_with_both_predictions_and_iou_before_and_after(found, tmp_path):
-    assert SceneChanges.load(tmp_path / workbench.CHANGES).order() == found.changes.order()
+    shown, every, found = workbench.overview(found), found, found["it"]
+    (before, after, low, high) = found.changes.mean()
+    assert shown.loc["dense", "mIoU"] == shown.loc["itself", "mIoU"] == f"{before:.1f}"
+    assert shown.loc["it", "mIoU"] == f"{after:.1f}"
+    assert shown.loc["it", "mIoU, difference (points)"] == f"{low:.2f} to {high:.2f}"
+    assert SceneChanges.load(tmp_path / "it.safetensors").order() == found.changes.order()
     assert "mIoU" in found.summary() and "boundary mIoU" in found.summary() and "3 images of given" in found.of
     large = int(found.changes.pixels.argmax())
     image, truth, masks = found.masks(large)
@@ -182,14 +191,14 @@ def test_scenes_that_changed_are_shown_with_both_predictions_and_iou_before_and_
     assert int((masks["dense"] != masks["compressed"]).sum()) == int(found.changes.moved[large])
     label, share = found.told(large)["compressed"][0]
     assert share == pytest.approx(max((masks["compressed"] == k).mean() for k in range(CLASSES)))
-    figures = [found.sheet([1, 0]), found.scenes([1, 0]), *found.of_classes().values()]
+    figures = [found.sheet([1, 0]), found.scenes([1, 0]), *found.of_classes(every).values()]
     titles = [axis.get_title() for axis in figures[0].axes]
     assert {"dense", "compressed", "lost: orange, gained: blue"} <= set(titles)
     plt.close("all")
 
 
 def test_the_explorer_of_scenes_shows_each_prediction(found):
-    explorer = changes_explorer(found)
+    explorer, found = changes_explorer(found), found["it"]
     assert list(explorer.panels) == ["dense", "compressed", "lost: orange, gained: blue"]
     before = explorer.panels["dense"].picture
     explorer.image.value = 1

@@ -1,14 +1,15 @@
-"""What compression changed, image by image: the predictions of a dense model and of one made from it, kept in a file,
-and what follows from them; which block is to blame."""
+"""What compression changed, image by image: the predictions of a dense model and of those made from it, kept in a file
+each, and what follows from them; which block is to blame."""
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -34,9 +35,11 @@ class Kept:
 
     changed: Tensor
     distance: Tensor
+    fault = "changed"               # what `wrong` tells
 
-    def save(self, path: str | Path) -> None:
-        atomic_write(path, to_bytes({name: value.contiguous() for name, value in vars(self).items()}))
+    def save(self, path: str | Path, **about: str) -> None:
+        """about: what is noted beside the tensors (`noted`)."""
+        atomic_write(path, to_bytes({name: value.contiguous() for name, value in vars(self).items()}, about or None))
 
     @classmethod
     def load(cls, path: str | Path) -> Any:
@@ -48,6 +51,20 @@ class Kept:
     def order(self) -> list[int]:
         """The images that changed, the one that moved furthest first."""
         return [i for i in self.distance.argsort(descending=True, stable=True).tolist() if self.changed[i]]
+
+    def wrong(self) -> tuple[np.ndarray, np.ndarray]:
+        """(N) each: whether the dense and the compressed model are wrong; where nothing tells that, none, and those
+        that changed."""
+        return np.zeros(len(self.distance), dtype=bool), self.changed.numpy()
+
+
+def noted(path: str | Path) -> dict[str, str]:
+    """What was noted as predictions were saved; nothing where there is no such file, or it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,27 +82,31 @@ class Changes(Kept):
 
     @classmethod
     @torch.inference_mode()
-    def between(cls, dense: nn.Module, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *,
-                labelled: bool = True, amp: bool | None = False, progress: bool = True) -> "Changes":
-        """One pass of both models, which give no pixels, over the images. Raises InputError without images."""
-        output, given, expected, targets = output_of(dense), [], [], []
+    def between(cls, dense: nn.Module, models: Mapping[str, nn.Module], batches: Iterable[tuple[Tensor, Tensor]], *,
+                labelled: bool = True, amp: bool | None = False, progress: bool = True) -> "dict[str, Changes]":
+        """One pass of the dense model and of those made from it, none of which gives pixels, over the images. Raises
+        InputError without images."""
+        output, targets, given = output_of(dense), [], {name: [] for name in ("", *models)}
         for images, classes in tqdm(batches, desc="what changed", unit="batch", disable=not progress):
-            expected.append(outputs(dense, images, amp).cpu())
-            given.append(outputs(model, images, amp).cpu())
+            for name, each in {"": dense, **models}.items():
+                given[name].append(outputs(each, images, amp).cpu())
             targets.append(classes.cpu() if labelled and output.labelled else torch.full((len(images),), -1))
-        if not given:
-            raise InputError("there is no image to compare the models on")
-        both, distance = [torch.cat(expected), torch.cat(given)], output.apart(torch.cat(given), torch.cat(expected))
-        if output.labelled:
-            scores = [each.exp() for each in both]
-        else:
-            scores = [vectors @ vectors.T for vectors in map(pooled, both)]
-            require(len(distance) > 1, "nearest neighbours of 1 image; at least 2 are needed")
-            for each in scores:
-                each.fill_diagonal_(-1)
-        (p, top), (own_p, own) = (each.topk(min(TOP, each.shape[1] - (not output.labelled)), dim=1) for each in scores)
-        return cls(targets=torch.cat(targets), distance=distance, dense=top, dense_p=p, compressed=own,
-                   compressed_p=own_p)
+        require(bool(targets), "there is no image to compare the models on")
+        count = sum(map(len, targets))
+        require(output.labelled or count > 1, "nearest neighbours of 1 image; at least 2 are needed")
+
+        def told(raw: Tensor) -> tuple[Tensor, Tensor]:
+            scores = raw.exp() if output.labelled else pooled(raw) @ pooled(raw).T
+            if not output.labelled:
+                scores.fill_diagonal_(-1)
+            return scores.topk(min(TOP, scores.shape[1] - (not output.labelled)), dim=1)
+        raw = {name: torch.cat(each) for name, each in given.items()}
+        (dense_p, top), found = told(raw[""]), {}
+        for name in models:
+            own_p, own = told(raw[name])
+            found[name] = cls(targets=torch.cat(targets), distance=output.apart(raw[name], raw[""]), dense=top,
+                              dense_p=dense_p, compressed=own, compressed_p=own_p)
+        return found
 
     @property
     def changed(self) -> Tensor:
@@ -102,6 +123,13 @@ class Changes(Kept):
         require(self.labelled, "the images have no labels; what is right can't be told")
         dense, compressed = ((each[:, 0] == self.targets).numpy() for each in (self.dense, self.compressed))
         return dense, compressed
+
+    @property
+    def fault(self) -> str:
+        return "wrong" if self.labelled else "changed"
+
+    def wrong(self) -> tuple[np.ndarray, np.ndarray]:
+        return tuple(~right for right in self.right()) if self.labelled else super().wrong()
 
     def by_class(self, called: Callable[[int], str] = str) -> list[dict[str, Any]]:
         """A row for each class with images, the one that lost most first: class, images, dense_pct, compressed_pct, and
@@ -180,10 +208,12 @@ def blame(dense: nn.Module, model: nn.Module, plan: CompressionPlan, images: Ten
 
 
 @torch.inference_mode()
-def similarity(dense: nn.Module, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, list[float]]:
-    """How alike the two streams are after each block, of the class token, or, where there is none, of the mean over
-    tokens: "cosine", the mean over images, and "CKA", |Y^T X|^2 / (|X^T X| |Y^T Y|) of the centred features X and Y (N,
-    D) in Frobenius norms (Kornblith et al., ICML 2019), which asks for the same relations among images alone."""
+def similarity(dense: nn.Module, models: Mapping[str, nn.Module],
+               batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, dict[str, list[float]]]:
+    """How alike the dense model's stream and each other's are after each block, of the class token, or, where there is
+    none, of the mean over tokens: "cosine", the mean over images, and "CKA", |Y^T X|^2 / (|X^T X| |Y^T Y|) of the
+    centred features X and Y (N, D) in Frobenius norms (Kornblith et al., ICML 2019), which asks for the same relations
+    among images alone. {measure: {model: of each block}}."""
     def features(of: nn.Module, images: Tensor) -> list[Tensor]:
         seen: list[Tensor] = []
 
@@ -193,11 +223,15 @@ def similarity(dense: nn.Module, model: nn.Module, batches: Iterable[tuple[Tenso
         with hooks([block.register_forward_hook(keep) for block in of.blocks[:len(dense.blocks)]]):
             outputs(of, images)
         return [x.double().cpu() for x in seen]
-    pairs = [tuple(features(of, images) for of in (dense, model)) for images, _ in batches]
-    found: dict[str, list[float]] = {"cosine": [], "CKA": []}
+    seen = [[features(of, images) for of in (dense, *models.values())] for images, _ in batches]
+    found: dict[str, dict[str, list[float]]] = {"cosine": {name: [] for name in models},
+                                                "CKA": {name: [] for name in models}}
     for index in range(len(dense.blocks)):
-        x, y = (torch.cat([pair[side][index] for pair in pairs]) for side in (0, 1))
-        found["cosine"].append(float(torch.cosine_similarity(x, y).mean()))
-        x, y = x - x.mean(dim=0), y - y.mean(dim=0)
-        found["CKA"].append(float((y.T @ x).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())))
+        x, *others = (torch.cat([each[side][index] for each in seen]) for side in range(1 + len(models)))
+        centred = x - x.mean(dim=0)
+        for name, y in zip(models, others):
+            found["cosine"][name].append(float(torch.cosine_similarity(x, y).mean()))
+            y = y - y.mean(dim=0)
+            found["CKA"][name].append(float((y.T @ centred).square().sum()
+                                            / ((centred.T @ centred).norm() * (y.T @ y).norm())))
     return found

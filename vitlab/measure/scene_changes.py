@@ -1,7 +1,7 @@
 """What compression changed of a Segmenter, image by image: which pixels have another class, and how well each class and
 its edge are found before and after."""
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from vitlab.measure.changes import Kept
 from vitlab.measure.evaluate import autocast
 from vitlab.models.segmenter import Segmenter
 from vitlab.models.windows import segment
-from vitlab.runtime.files import InputError, require
+from vitlab.runtime.files import require
 
 # of an image's diagonal: how far an edge reaches (Cheng et al., "Boundary IoU", CVPR 2021, arXiv 2103.16562, section 4)
 EDGE = 0.02
@@ -66,26 +66,29 @@ class SceneChanges(Kept):
 
     @classmethod
     @torch.inference_mode()
-    def between(cls, dense: Segmenter, model: Segmenter, batches: Iterable[tuple[Tensor, Tensor]], *,
-                labelled: bool = True, amp: bool | None = False, progress: bool = True) -> "SceneChanges":
-        """One pass of both models over the images, each as a whole, by windows (`segment`). Raises InputError without
-        images."""
+    def between(cls, dense: Segmenter, models: Mapping[str, Segmenter], batches: Iterable[tuple[Tensor, Tensor]], *,
+                labelled: bool = True, amp: bool | None = False, progress: bool = True) -> "dict[str, SceneChanges]":
+        """One pass of the dense model and of those made from it over the images, each as a whole, by windows
+        (`segment`). Raises InputError without images."""
         device, classes = next(dense.parameters()).device, dense.num_classes
-        pixels, moved, counts, taken = [], [], [], torch.zeros(classes, classes, dtype=torch.int64)
+        pixels, counts, moved = [], [], {name: [] for name in models}
+        taken = {name: torch.zeros(classes, classes, dtype=torch.int64) for name in models}
         for images, masks in tqdm(batches, desc="what changed", unit="batch", disable=not progress):
             with autocast(device, amp):
                 given = [segment(each, images.to(device), batch_size=max(8, len(images))).argmax(dim=1).cpu()
-                         for each in (dense, model)]
-            for truth, before, after in zip(masks if labelled else torch.full_like(masks, IGNORE), *given):
+                         for each in (dense, *models.values())]
+            for truth, before, *others in zip(masks if labelled else torch.full_like(masks, IGNORE), *given):
                 pixels.append(truth.numel())
-                moved.append(int((before != after).sum()))
-                counts.append(counts_of((before, after), truth, classes))
-                lost = (before == truth) & (after != truth)
-                taken += torch.bincount(truth[lost] * classes + after[lost], minlength=classes**2).view(classes, -1)
-        if not counts:
-            raise InputError("there is no image to compare the models on")
-        return cls(pixels=torch.tensor(pixels), moved=torch.tensor(moved), counts=torch.stack(counts, dim=2).int(),
-                   taken=taken)
+                counts.append(counts_of((before, *others), truth, classes))
+                for name, after in zip(models, others):
+                    moved[name].append(int((before != after).sum()))
+                    lost = (before == truth) & (after != truth)
+                    taken[name] += torch.bincount(truth[lost] * classes + after[lost],
+                                                  minlength=classes**2).view(classes, -1)
+        require(bool(counts), "there is no image to compare the models on")
+        every = torch.stack(counts, dim=2).int()                        # (1 + models, 2, N, 3, K)
+        return {name: cls(pixels=torch.tensor(pixels), moved=torch.tensor(moved[name]), counts=every[[0, number]],
+                          taken=taken[name]) for number, name in enumerate(models, 1)}
 
     @property
     def distance(self) -> Tensor:

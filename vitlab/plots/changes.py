@@ -79,27 +79,32 @@ def reliability(bins: Mapping[str, Sequence[tuple[float, float, int]]], errors: 
     return figure
 
 
-def class_changes(rows: Sequence[Mapping[str, Any]], most: int = 10, *, what: str = "top-1",
+def class_changes(models: Mapping[str, Sequence[Mapping[str, Any]]], most: int = 10, *, what: str = "top-1",
                   bars: str = "one standard error") -> Figure:
-    """Points of top-1, or of `what`, that classes lost or gained, of those that did: at most so many of each end of the
-    rows, which are ordered (`Changes.by_class`). A line from low to high, or of one standard error: what `bars` say."""
-    moved = [row for row in rows if row["difference"]]
-    shown = moved if len(moved) <= 2 * most else [*moved[:most], *moved[-most:]]
-    figure, ((axis,),) = new_axes(1, 1, 6.4, 1.1 + 0.26 * len(shown))
-    values, ends = np.array([row["difference"] for row in shown]), np.zeros((2, len(shown)))
-    for place, row in enumerate(shown):
-        error = row.get("difference_se") or 0
-        ends[:, place] = row["difference"] - row.get("low", row["difference"] - error), row.get(
-            "high", row["difference"] + error) - row["difference"]
-    axis.barh(range(len(shown)), values, xerr=np.nan_to_num(ends).clip(0), linewidth=0,
-              color=[PALETTE[0] if v >= 0 else PALETTE[3] for v in values],
-              error_kw={"elinewidth": 1, "ecolor": INK})
-    axis.set_yticks(range(len(shown)), [plain(f"{row['class']} ({row['images']})") for row in shown], fontsize=8)
-    axis.invert_yaxis()
-    axis.axvline(0, color=INK, linewidth=0.8)
-    axis.xaxis.set_major_locator(MaxNLocator(6))
-    axis.set_xlabel(f"points of {what}, compressed less dense; lines: {bars}", fontsize=10)
-    axis.set_title(f"{len(moved)} of {len(rows)} classes changed")
+    """Points of top-1, or of `what`, that classes lost or gained, of those that did, a strip for each model: at most so
+    many of each end of its rows, which are ordered (`Changes.by_class`). A line from low to high, or of one standard
+    error: what `bars` say."""
+    strips = {name: [row for row in rows if row["difference"]] for name, rows in models.items()}
+    shown = {name: moved if len(moved) <= 2 * most else [*moved[:most], *moved[-most:]]
+             for name, moved in strips.items()}
+    figure, (axes,) = new_axes(1, len(models), 6.4 if len(models) == 1 else 4.6,
+                               1.1 + 0.26 * max(map(len, shown.values())))
+    for axis, (name, rows) in zip(axes, shown.items()):
+        values, ends = np.array([row["difference"] for row in rows]), np.zeros((2, len(rows)))
+        for place, row in enumerate(rows):
+            error = row.get("difference_se") or 0
+            ends[:, place] = row["difference"] - row.get("low", row["difference"] - error), row.get(
+                "high", row["difference"] + error) - row["difference"]
+        axis.barh(range(len(rows)), values, xerr=np.nan_to_num(ends).clip(0), linewidth=0,
+                  color=[PALETTE[0] if v >= 0 else PALETTE[3] for v in values],
+                  error_kw={"elinewidth": 1, "ecolor": INK})
+        axis.set_yticks(range(len(rows)), [plain(f"{row['class']} ({row['images']})") for row in rows], fontsize=8)
+        axis.invert_yaxis()
+        axis.axvline(0, color=INK, linewidth=0.8)
+        axis.xaxis.set_major_locator(MaxNLocator(6))
+        told = f"{len(strips[name])} of {len(models[name])} classes changed"
+        axis.set_title(told if len(models) == 1 else f"{plain(name)}: {told}")
+    figure.supxlabel(f"points of {what}, compressed less dense; lines: {bars}", fontsize=10)
     return figure
 
 
@@ -121,13 +126,16 @@ def corruption_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def stream_similarity(found: Mapping[str, Sequence[float]]) -> Figure:
-    """How alike the streams of the dense and the compressed model are after each block, by each measure."""
-    figure, ((axis,),) = new_axes(1, 1, 5.2, 3.0)
-    for index, (name, values) in enumerate(found.items()):
-        axis.plot(range(len(values)), values, **look(index), label=name, linewidth=1.4)
-    spread = max(1 - min(map(min, found.values())), 0.01)
-    axis.set(xlabel="block", ylabel="dense and compressed", ylim=(1 - 1.1 * spread, 1 + 0.1 * spread))
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.legend(frameon=False, fontsize="small")
+def stream_similarity(found: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """How alike the streams of the dense model and of each other are after each block, an axis for each measure:
+    {measure: {model: of each block}}."""
+    figure, (axes,) = new_axes(1, len(found), 4.4, 3.0)
+    for axis, (measure, models) in zip(axes, found.items()):
+        for index, (name, values) in enumerate(models.items(), 1):
+            axis.plot(range(len(values)), values, **look(index), label=name, linewidth=1.4)
+        spread = max(1 - min(map(min, models.values())), 0.01)
+        axis.set(xlabel="block", title=measure, ylim=(1 - 1.1 * spread, 1 + 0.1 * spread))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].set_ylabel("as the dense model")
+    legend_above(figure, *axes[0].get_legend_handles_labels())
     return figure

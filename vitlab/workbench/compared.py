@@ -1,8 +1,7 @@
 """A dense model and one made from it, beside each other on the same images, and what is shown of that: the pictures
 that changed, what both models say and look at, and classes before and after."""
 import contextlib
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,34 +13,27 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from vitlab.data.images import image_config
-from vitlab.data.layouts import IGNORE
-from vitlab.data.scene_data import measuring_transform
 from vitlab.measure.changes import blame
 from vitlab.measure.distance import output_of
 from vitlab.measure.rollout import looked_at
 from vitlab.models.checkpoint import Checkpoint
 from vitlab.models.deploy import is_deployed
 from vitlab.models.support import encoder_of
-from vitlab.models.windows import segment
-from vitlab.plots import (
-    changed_pictures,
-    class_changes,
-    difference,
-    overlaid,
-    predictions,
-    reliability,
-    token_sheet,
-    token_strip,
-)
-from vitlab.plots.base import as_array, to_image
-from vitlab.plots.colours import class_colours
-from vitlab.plots.scenes import OPACITY, in_grey
+from vitlab.plan.cost import gmacs
+from vitlab.plots import changed_pictures, class_changes, reliability, token_sheet, token_strip
+from vitlab.plots.base import to_image
 from vitlab.plots.units import over_grey
 from vitlab.runtime.files import InputError, require
 from vitlab.runtime.uncertainty import digits_of, plus_minus, share_error, standard_error
 from vitlab.workbench.explore.maps import Tokens, tokens_of
 
-KEPT = 8                        # whole scenes whose predictions are kept
+DIFFERENCE = "difference (points)"
+
+
+def moved_classes(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """How many classes lost and gained, of `by_class`."""
+    return {f"classes {word}": str(sum(sign * row["difference"] > 0 for row in rows))
+            for word, sign in (("lost", -1), ("gained", 1))}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,21 +87,38 @@ class Compared:
         target = int(self.changes.targets[i])
         return self.called(target) if target >= 0 else Path(self.images.path(i)).name
 
+    def rows(self) -> tuple[dict[str, str], dict[str, str]]:
+        """What the dense and the compressed model are worth on the images, in words: their lines of `overview`."""
+        changes, n = self.changes, len(self.changes.distance)
+        distance, count, error = changes.distance.tolist(), int(changes.changed.sum()), share_error
+        dense, own = ({"GMACs": f"{gmacs(each.plan):.3g}"} for each in (self.dense, self.compressed))
+        if changes.labelled:
+            for row, right, points in zip((dense, own), changes.right(), changes.calibration_error().values()):
+                row.update({"top-1 (%)": plus_minus(100 * right.mean(), error(right.sum(), n), 1),
+                            "ECE (points)": f"{points:.1f}"})
+            before, after = (100 * right.astype(float) for right in changes.right())
+            own |= {DIFFERENCE: plus_minus((after - before).mean(), standard_error(after - before), 2),
+                    "images lost": str((after < before).sum()), "images gained": str((after > before).sum()),
+                    **moved_classes(changes.by_class())}
+        digits = digits_of(standard_error(distance), 4)
+        return dense, own | {f"{self.another} (%)": plus_minus(100 * count / n, error(count, n), 1),
+                             "distance": plus_minus(sum(distance) / n, standard_error(distance), digits)}
+
+    @property
+    def another(self) -> str:
+        """What an image that changed has."""
+        return "another class" if output_of(self.dense.model).labelled else "another nearest image"
+
     def summary(self) -> str:
         """How many images changed, and by how much the outputs moved, in one line."""
-        changes, output = self.changes, output_of(self.dense.model)
-        distance, count, n = changes.distance.tolist(), int(changes.changed.sum()), len(changes.distance)
-        what = "another class" if output.labelled else "another nearest image"
-        error = standard_error(distance)
-        text = (f"{count} of {n} images have {what} ({plus_minus(100 * count / n, share_error(count, n), 1)} %); "
-                f"{output.distance} {plus_minus(sum(distance) / n, error, digits_of(error, 4))}")
-        if (changes.targets < 0).any():
+        changes, (dense, own) = self.changes, self.rows()
+        text = (f"{int(changes.changed.sum())} of {len(changes.distance)} images have {self.another} "
+                f"({own[f'{self.another} (%)']} %); {output_of(self.dense.model).distance} {own['distance']}")
+        if not changes.labelled:
             return text
-        dense, compressed = changes.right()
-        gained = 100 * (compressed.astype(float) - dense)
-        return (f"{text}; top-1 {100 * dense.mean():.1f} to {100 * compressed.mean():.1f} %: "
-                f"{(dense & ~compressed).sum()} lost, {(compressed & ~dense).sum()} gained, a difference of "
-                f"{plus_minus(gained.mean(), standard_error(gained), 2)} points")
+        before, after = (row["top-1 (%)"].split(" ")[0] for row in (dense, own))
+        return (f"{text}; top-1 {before} to {after} %: {own['images lost']} lost, {own['images gained']} gained, a "
+                f"difference of {own[DIFFERENCE]} points")
 
     def blamed(self, chosen: Sequence[int]) -> Tensor:
         """(L, B): by how much each image's output would be nearer, were one block undone (`blame`)."""
@@ -159,85 +168,14 @@ class Compared:
                                 shown if any(shown) else (), self.dense.plan.shape, self.scored,
                                 [self.beside(i) for i in chosen])
 
-    def of_classes(self) -> dict[str, Figure]:
-        """{name: figure} of what became of classes; {} without labels."""
-        if not self.changes.labelled:
+    @staticmethod
+    def of_classes(found: "Mapping[str, Compared]") -> dict[str, Figure]:
+        """{name: figure} of what became of classes in each of several; {} without labels."""
+        first, *_ = found.values()
+        if not first.changes.labelled:
             return {}
-        return {"classes": class_changes(self.changes.by_class(self.called)),
-                "reliability": reliability(self.changes.reliability(), self.changes.calibration_error())}
-
-
-class ComparedScenes(Compared):
-    """As of images, with a class for each pixel: `inputs` and what follows of them are the middle of a scene, the
-    predictions those of the whole."""
-
-    scored, at_once = "share of pixels", 8
-    moved_by, blamed_of = "share of pixels of another class", "KL of the middle's patches"
-
-    @functools.cached_property
-    def _masks(self) -> Callable[[int], tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
-        """`masks`, of the last few scenes kept: a whole one is some MB."""
-        return functools.lru_cache(maxsize=KEPT)(self._predicted)
-
-    def called(self, number: int) -> str:
-        return self.classes.get(number, f"class {number}")
-
-    def title(self, i: int) -> str:
-        return Path(self.images.path(i)).name
-
-    def masks(self, i: int) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """(image (H, W, 3) in [0, 1], its truth (H, W), {model: classes (H, W)}) of a whole scene."""
-        image, truth, found = self._masks(i)
-        return image / 255, truth, found
-
-    def _predicted(self, i: int) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        image, truth = self.images.scene(i)
-        if not self.changes.labelled:
-            truth = np.full_like(truth, IGNORE)
-        x, _ = measuring_transform(self.dense.model, whole=True)(image, truth)
-        with torch.inference_mode():
-            x = x[None].to(next(self.dense.model.parameters()).device)
-            found = {name: segment(each.model, x)[0].argmax(dim=0).cpu().numpy().astype(np.int16)
-                     for name, each in (("dense", self.dense), ("compressed", self.compressed))}
-        return np.asarray(image), truth, found
-
-    def told(self, i: int) -> dict[str, list[tuple[str, float]]]:
-        """{model: (class, its share of the pixels), the largest first} of a scene."""
-        found = {}
-        for name, mask in self.masks(i)[2].items():
-            counts = np.bincount(mask.ravel())
-            found[name] = [(self.called(int(k)), counts[k] / mask.size) for k in np.argsort(-counts) if counts[k]]
-        return found
-
-    def beside(self, i: int) -> dict[str, np.ndarray]:
-        """{title: picture} of both predictions, and of what was lost and gained where there is a truth."""
-        image, truth, found = self.masks(i)
-        colours = class_colours(self.dense.model.num_classes)
-        shown = {name: overlaid(in_grey(image), mask, colours, OPACITY) for name, mask in found.items()}
-        if self.changes.labelled:
-            moved = difference(truth, found["dense"], found["compressed"], len(colours))
-            shown["lost: orange, gained: blue"] = moved
-        return shown
-
-    def scenes(self, chosen: Sequence[int]) -> Figure:
-        """The scenes in rows: image, truth, both predictions, and what was lost and gained (`plots.predictions`)."""
-        images, truths, found = zip(*(self.masks(i) for i in chosen))
-        names = [self.called(k) for k in range(self.dense.model.num_classes)]
-        return predictions(images, truths, {name: [each[name] for each in found] for name in found[0]}, names)
-
-    def of_classes(self) -> dict[str, Figure]:
-        if not self.changes.labelled:
-            return {}
-        return {name: class_changes(self.changes.by_class(self.called, part), what=what, bars="an interval of 95 %")
-                for name, part, what in (("classes", "area", "IoU"), ("edges", "edge", "boundary IoU"))}
-
-    def summary(self) -> str:
-        """The share of pixels that changed, and mean (boundary) IoU before and after, in one line."""
-        share = 100 * as_array(self.changes.distance)
-        error = standard_error(share)
-        text = f"{plus_minus(share.mean(), error, digits_of(error, 1))} % of pixels have another class"
-        for part, name in (("area", "mIoU"), ("edge", "boundary mIoU")) if self.changes.labelled else ():
-            before, after, low, high = self.changes.mean(part)
-            ends = " to ".join(plus_minus(end, None, 2) for end in (low, high))
-            text += f"; {name} {before:.1f} to {after:.1f} %, a difference of {ends} points"
-        return text
+        bins, errors = ({"dense": getattr(first.changes, name)()["dense"],
+                         **{model: getattr(each.changes, name)()["compressed"] for model, each in found.items()}}
+                        for name in ("reliability", "calibration_error"))
+        return {"classes": class_changes({name: each.changes.by_class(each.called) for name, each in found.items()}),
+                "reliability": reliability(bins, errors)}

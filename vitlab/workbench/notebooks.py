@@ -37,7 +37,8 @@ def check_parameters(path: str | Path, given: dict[str, Any]) -> None:
     for name, value in given.items():
         require(name in known, f"{path}: no parameter {name!r}; it declares {', '.join(sorted(known))}")
         default = known[name]
-        fits = isinstance(value, type(default)) and not (isinstance(value, bool) and not isinstance(default, bool))
+        kind = (list, str) if isinstance(default, list) else type(default)      # one text stands for a list of one
+        fits = isinstance(value, kind) and not (isinstance(value, bool) and not isinstance(default, bool))
         if default is not None and not fits and not (isinstance(default, float) and type(value) is int):
             raise InputError(f"{path}: {name} is {value!r}; a {type(default).__name__} such as {default!r} is needed")
 
