@@ -19,6 +19,7 @@ from vitlab.runtime.files import InputError, atomic_write, read_json, read_lines
 from vitlab.runtime.results import COLUMNS as FEW
 from vitlab.runtime.results import (
     DIGITS,
+    TOLD_BY,
     ResultRow,
     conditions_of,
     notes,
@@ -37,7 +38,6 @@ PAGE, NOTEBOOK, CSV, LATEX = "report.html", "report.ipynb", "results.csv", "resu
 QUALITIES = tuple(name for name in VALUES if name != "top5_pct")
 # conditions of a quality
 SAME_IMAGES = ("images", "limit", "prepared", "windows")
-TOLD_BY = {"top1_pct": "top1", "distill_loss": "distance"}
 QUICK, ABSOLUTE = "quick", ("throughput_img_s", "latency_ms")
 COLUMNS = ("model", "dataset", "split", "top1_pct", "top5_pct", "miou_pct", "loss", "gmacs", "params_m",
            "throughput_img_s", "latency_ms", "ratio")
