@@ -28,7 +28,7 @@ from vitlab.models.segmenter import Segmenter, as_encoder
 from vitlab.plan import CompressionPlan
 from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import InputError, read_lines
-from vitlab.runtime.results import ResultRow, format_table
+from vitlab.runtime.results import ResultRow, format_table, notes
 from vitlab.training.distillation import make_task
 from vitlab.training.self_distillation import Divergence, self_distil
 from vitlab.workbench import calibrating, comparing, scoring, searching, steps, training
@@ -373,3 +373,7 @@ def test_tables_and_differences_are_of_the_distance_where_there_is_no_top1():
     assert format_table([told, near]).split()[:4] == ["model", "top1_pct", "distill_loss", "gmacs"]
     assert "distill_loss" not in format_table([dataclasses.replace(near, top1_pct=40.0), told])
     assert comparing.difference(near, told) == "nothing that both have"
+    told, near = (dataclasses.replace(row, conditions={"distance": "1 - cosine", key: words}) for row, key, words in (
+        (told, "top1", "20 nearest neighbours"), (near, "limit", "none")))
+    assert notes([told, near]).splitlines()[1:] == ["top1_pct: 20 nearest neighbours", "distill_loss: 1 - cosine"]
+    assert notes([told]) == "top1_pct: 20 nearest neighbours"

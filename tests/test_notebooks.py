@@ -87,6 +87,16 @@ def test_what_a_notebook_needs_is_made_by_the_notebook_that_it_names(tmp_path, m
     made(tmp_path, "dense", by="01_baseline", data="digits")
     made(tmp_path, "scores.safetensors", by="02_token_scores", data="IMAGES")
     assert ran == []
+    for mine, given in (("", {}), ("mine.pth", {"checkpoint": "mine.pth", "model": "deit"})):       # of the same model
+        made(tmp_path, "pruned", by="03_prune_and_merge", data="digits", checkpoint=mine, model="deit")
+        assert ran.pop() == ("03_prune_and_merge", {"run": str(tmp_path), **given})
+
+
+def test_what_a_notebook_lacks_is_made_of_the_dense_model_that_it_was_given():
+    for path in PATHS:
+        of = "dense_checkpoint" if "dense_checkpoint: str" in path.read_text(encoding="utf-8") else "checkpoint"
+        for call in re.findall(r"demo\.made\(.*?\)", "\n".join(cell.source for cell in code_cells(path))):
+            assert '"dense"' in call or f"checkpoint={of}, model=model" in call, (path.name, call)
 
 
 BARS = "from tqdm import tqdm\nfor _ in tqdm(range(6)):\n    pass"

@@ -19,6 +19,7 @@ RATIO = "ratio: the baseline's time divided by the model's, in turn in one proce
 SURE = 5                        # more rounds have a range of 95 % (`vitlab.measure.throughput.median_range`)
 COLUMNS = ("model", "top1_pct", "gmacs", "params_m", "ratio")   # absolute speeds of several runs don't compare
 NOISY = "too noisy to tell"
+TOLD_BY = {"top1_pct": "top1", "distill_loss": "distance"}      # column: the condition that says what it is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +48,7 @@ class ResultRow:
     conditions: dict[str, Any] = field(default_factory=dict)   # device, dtype, batch, threads, seed, versions
 
     def __post_init__(self) -> None:
-        kinds = {"model": (str, "text"), "dataset": (str, "text"), "split": (str, "text"),
-                 "conditions": (dict, "mapping")}
+        kinds = dict.fromkeys(("model", "dataset", "split"), (str, "text")) | {"conditions": (dict, "mapping")}
         for name, value in vars(self).items():
             kind, what = kinds.get(name, ((int, float, type(None)), "number"))
             if isinstance(value, bool) or not isinstance(value, kind):
@@ -72,8 +72,7 @@ def write_rows(path: str | Path, rows: list[ResultRow]) -> None:
 
 
 def read_rows(path: str | Path) -> list[ResultRow]:
-    """The rows of a results.jsonl, in order of first appearance. Rows of the same (model, dataset, split) become one:
-    what was measured later stands."""
+    """The rows of a results.jsonl, in order; of one (model, dataset, split) what was measured later stands."""
     merged: dict[tuple, dict[str, Any]] = {}
     known = {f.name for f in dataclasses.fields(ResultRow)}
     for record in read_lines(path):
@@ -162,12 +161,14 @@ def titles(rows: list[ResultRow], columns: tuple[str, ...]) -> list[str]:
 
 
 def notes(rows: list[ResultRow], columns: tuple[str, ...] = COLUMNS) -> str:
-    """What is said once below a table of rows: what ± and the ratio are, and the caveat of quick runs and toy data."""
+    """What is said once below a table of rows: what ±, a ratio, a distance and a top-1 by neighbours are; a caveat."""
     columns = with_distance(rows, columns)
     known = any(getattr(row, ERRORS[name]) is not None for row in rows for name in columns if name in ERRORS)
     timed = "ratio" in columns and any(row.ratio is not None for row in rows)
+    said = {name: dict.fromkeys(str(row.conditions[key]) for row in rows if key in row.conditions)
+            for name, key in TOLD_BY.items() if name in columns}
     lines = [PLUS_MINUS if known else "", ratio_words([speed_of(row) for row in rows]) if timed else "",
-             caveat_of(rows)]
+             *(f"{name}: {', or '.join(each)}" for name, each in said.items() if each), caveat_of(rows)]
     return "\n".join(line for line in lines if line)
 
 

@@ -51,9 +51,10 @@ def _parameters(out: str | Path, quick: bool) -> dict[str, str | bool]:
     return {"run": str(out)} | ({"quick": True} if quick else {})
 
 
-def made(study: Path, name: str, *, by: str, data: str, quick: bool = False) -> Path:
+def made(study: Path, name: str, *, by: str, data: str, quick: bool = False, **dense: str) -> Path:
     """study/name, which the notebook `by` makes. Where it is not there yet and the data set is an embedded one, that
-    notebook is run first, on the digits, and this is said. Raises InputError naming it for any other data set."""
+    notebook is run first, on the digits, and this is said. dense: its parameters checkpoint and model, where the dense
+    model is one's own. Raises InputError naming it for any other data set."""
     from vitlab.models.checkpoint import FOLDER, INFO
     path = study / name
     there = (path, existing_folder(path / FOLDER) / INFO)           # a training that was killed leaves a folder alone
@@ -62,6 +63,7 @@ def made(study: Path, name: str, *, by: str, data: str, quick: bool = False) -> 
                 "and data")
         from vitlab.workbench import notebooks
         print(f"{path} is not there yet: running {by}, which makes it on the digits", flush=True)
-        notebooks.run(notebooks.NOTEBOOKS / f"{by}.ipynb", study / "notebooks", _parameters(study, quick),
+        given = dense if dense.get("checkpoint") else {}
+        notebooks.run(notebooks.NOTEBOOKS / f"{by}.ipynb", study / "notebooks", _parameters(study, quick) | given,
                       progress=False)
     return path

@@ -17,7 +17,17 @@ from vitlab.plots.training import VALUES
 from vitlab.runtime import results
 from vitlab.runtime.caveats import caveat_of, is_quick
 from vitlab.runtime.files import InputError, atomic_write, read_json, read_lines
-from vitlab.runtime.results import DIGITS, ResultRow, conditions_of, notes, read_rows, shown, titles, with_distance
+from vitlab.runtime.results import (
+    DIGITS,
+    TOLD_BY,
+    ResultRow,
+    conditions_of,
+    notes,
+    read_rows,
+    shown,
+    titles,
+    with_distance,
+)
 from vitlab.workbench import notebooks
 from vitlab.workbench.batch_entry import ENTRY, RESULTS, SUMMARY, maybe_json
 from vitlab.workbench.comparing import UNTOLD, difference
@@ -26,7 +36,6 @@ PAGE, NOTEBOOK, CSV, LATEX = "report.html", "report.ipynb", "results.csv", "resu
 QUALITIES = tuple(name for name in VALUES if name != "top5_pct")
 # conditions of a quality
 SAME_IMAGES = ("images", "limit", "prepared", "windows")
-TOLD_BY = {"top1_pct": "top1", "distill_loss": "distance"}
 QUICK, ABSOLUTE = "quick", ("throughput_img_s", "latency_ms")
 COLUMNS = ("model", "dataset", "split", "top1_pct", "top5_pct", "miou_pct", "loss", "gmacs", "params_m",
            "throughput_img_s", "latency_ms", "ratio")

@@ -6,7 +6,7 @@ from vitlab.data.parts import reported_on
 from vitlab.models import checkpoint
 from vitlab.models.checkpoint import Checkpoint
 from vitlab.plan import CompressionPlan, cost
-from vitlab.runtime.results import ResultRow, format_speeds, format_table, in_words
+from vitlab.runtime.results import TOLD_BY, ResultRow, format_speeds, format_table, in_words
 from vitlab.search import Study
 from vitlab.workbench import calibrating, searching
 from vitlab.workbench.survey import DEPLOYED
@@ -73,8 +73,8 @@ def _of_row(row: ResultRow) -> str:
     measured += ("loss",) if row.distill_loss is None else ("distill_loss", "loss")
     lines = [format_table([row], ("model", "dataset", "split", *measured, "gmacs", "params_m")),
              f"± one standard error over {row.conditions['images']} images, {row.conditions['prepared']}"]
-    more, kinds = row.conditions, {"top1": "top1_pct", "distance": "distill_loss"}
-    lines += [f"{name}: {more[key]}" for key, name in kinds.items() if key in more]
+    more = row.conditions
+    lines += [f"{name}: {more[key]}" for name, key in TOLD_BY.items() if key in more]
     lines += [in_words({name: more[name] for name in ("agree_pct", "agree_se")})] if "agree_pct" in more else []
     if row.miou_pct is not None:
         iou = row.conditions["iou_pct"].items()
