@@ -39,11 +39,12 @@ def plan_with(shape, rules: dict, **cuts) -> CompressionPlan:
         for i in range(shape.depth)))
 
 
-def matching(shape, merged=MERGED, protect: float = 0.1, **cuts) -> CompressionPlan:
+def matching(shape, merged=MERGED, protect: float = 0.1, by_size: bool = True, **cuts) -> CompressionPlan:
     """merged: tokens that go in each block, the last blocks; those before have no rule."""
     protect = protect if shape.num_prefix_tokens else 0.0
     first = shape.depth - len(merged)
-    return plan_with(shape, {first + i: Match(merged=count, protect=protect) for i, count in enumerate(merged)}, **cuts)
+    return plan_with(shape, {first + i: Match(merged=count, protect=protect, by_size=by_size) for i, count in
+                             enumerate(merged)}, **cuts)
 
 
 def double(thing):
@@ -60,12 +61,15 @@ def norm_slowly(rows: torch.Tensor, norm: nn.Module) -> torch.Tensor:
     return away / ((away ** 2).sum(dim=1, keepdim=True) / rows.shape[1] + norm.eps).sqrt() * norm.weight + norm.bias
 
 
-def matched_slowly(keys: torch.Tensor, importance: list[float], gone: int) -> list[tuple[int, int]]:
-    """(source, target) of all sources in the order in which they go; keys (n, W) without prefix tokens."""
+def matched_slowly(keys: torch.Tensor, importance: list[float], sizes: list[int] | None) -> list[tuple[int, int]]:
+    """(source, target) of all sources in the order in which they go; keys (n, W) without prefix tokens. sizes: of the
+    tokens, where they count."""
     found = []
     for s in range(0, len(keys), 2):
         alike = {t: float(keys[s] @ keys[t]) / math.sqrt(float(keys[s] @ keys[s]) * float(keys[t] @ keys[t]))
                  for t in range(1, len(keys), 2)}
+        if sizes:
+            alike = {t: (a - 1) / math.sqrt((1 / sizes[s] + 1 / sizes[t]) / 2) for t, a in alike.items()}
         best = max(alike, key=alike.get)
         found.append((importance[s] - alike[best], s, best))
     return [(s, t) for _, s, t in sorted(found)]
@@ -93,7 +97,8 @@ def block_slowly(dense, x: torch.Tensor, sizes: list[int], cut: BlockPlan, prefi
         keys.append(k[prefix:])
     x = x + gamma1 * (mixed @ attn.proj.weight.T + attn.proj.bias)
     importance = (row[prefix:] * len(x) * rule.protect).tolist()                # in units of an even attention, 1 / N
-    pairs = matched_slowly(torch.cat(keys, dim=1), importance, rule.merged)
+    counted = sizes[prefix:] if rule.by_size and max(sizes) > 1 else None
+    pairs = matched_slowly(torch.cat(keys, dim=1), importance, counted)
     going = dict(pairs[:rule.merged])
     tokens = [[s] for s in sorted(s for s, _ in pairs[rule.merged:])] if rule.merged else [[j] for j in range(n)]
     if rule.merged:
@@ -123,14 +128,14 @@ def model_slowly(dense, x: torch.Tensor, plan: CompressionPlan) -> tuple[list[li
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("protect", [0.0, 0.1])
+@pytest.mark.parametrize("protect, by_size", [(0.0, True), (0.1, True), (0.1, False)])
 @pytest.mark.parametrize("cut_heads", [False, True], ids=["all heads", "heads cut"])
 def test_matching_blocks_follow_the_formula_written_as_loops_through_the_whole_model(tiny_vit, family, images, protect,
-                                                                                     cut_heads):
+                                                                                     by_size, cut_heads):
     dense = double(tiny_vit(family))
     shape = shape_of(dense)
     heads = {1: tuple(range(1, shape.num_heads)), 3: tuple(range(shape.num_heads - 1)), 4: (0,)} if cut_heads else {}
-    plan = matching(shape, MERGED, protect, heads=heads)
+    plan = matching(shape, MERGED, protect, by_size, heads=heads)
     model, x = compress(dense, plan), double(images(dense))
     wanted, ends = model_slowly(dense, x, plan)
     given = dense.norm_pre(dense._pos_embed(dense.patch_embed(x)))
@@ -457,8 +462,8 @@ def test_both_residuals_of_a_matching_block_can_be_dropped(tiny_vit, images):
 def test_matching_builds_no_graph(tiny_vit, images, monkeypatch):
     dense, found, plain = tiny_vit("deit"), [], functions.match
 
-    def watched(keys, gone, importance):
-        given = plain(keys, gone, importance)
+    def watched(keys, gone, importance, sizes):
+        given = plain(keys, gone, importance, sizes)
         found.append((keys.requires_grad, importance.requires_grad))
         return given
     monkeypatch.setattr(functions, "match", watched)

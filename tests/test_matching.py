@@ -24,11 +24,15 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return dot / math.sqrt(aa * bb)
 
 
-def match_slowly(keys: torch.Tensor, importance: list[float]) -> list[tuple[int, int]]:
+def match_slowly(keys: torch.Tensor, importance: list[float], sizes: list[float] | None = None
+                 ) -> list[tuple[int, int]]:
     """(source, target) as tokens, those that go first in front; of equals the first."""
     n, pairs = len(keys), []
     for source in range(0, n, 2):
         alike = {target: cosine(keys[source], keys[target]) for target in range(1, n, 2)}
+        if sizes:
+            s = sizes[source]
+            alike = {t: (a - 1) * math.sqrt(2 * s * sizes[t] / (s + sizes[t])) for t, a in alike.items()}
         target = max(alike, key=lambda t: (alike[t], -t))
         pairs.append((alike[target] - importance[source], source, target))
     return [(source, target) for _, source, target in sorted(pairs, key=lambda pair: (-pair[0], pair[1]))]
@@ -53,12 +57,15 @@ def merged_sets(sets: list[frozenset], order: torch.Tensor, into: torch.Tensor) 
 
 @pytest.mark.parametrize("n, gone", COUNTS)
 @pytest.mark.parametrize("protected", [False, True])
-def test_sources_go_by_their_cosine_less_importance_each_into_the_target_most_alike(n, gone, protected):
+@pytest.mark.parametrize("sized", [False, True])
+def test_sources_go_by_their_cosine_less_importance_each_into_the_target_most_alike(n, gone, protected, sized):
     keys, importance = drawn(3, n, 5, seed=n), drawn(3, n, seed=1).abs() if protected else None
-    order, into = matching.match(keys, gone, importance)
+    sizes = (1 + 20 * drawn(3, n, seed=2).abs()).round() if sized else None
+    order, into = matching.match(keys, gone, importance, sizes)
     assert order.shape == (3, n - n // 2) and into.shape == (3, gone)
     for b in range(3):
-        wanted = match_slowly(keys[b], importance[b].tolist() if protected else [0.0] * n)
+        wanted = match_slowly(keys[b], importance[b].tolist() if protected else [0.0] * n,
+                              sizes[b].tolist() if sized else None)
         going = [source for source, _ in wanted[:gone]]
         # who stays, in order of place
         assert [2 * s for s in order[b].tolist()] == going + sorted(set(range(0, n, 2)) - set(going))

@@ -59,9 +59,10 @@ class MatchBlock(HoldingBlock):
         """(x (B, N - r, D), sizes (B, N - r), where each patch token went (B, N - P)), for x (B, N, D), the class
         token's attention row (B, N) and keys (B, N, W) that tokens are compared by."""
         prefix, count = self.num_prefix_tokens, x.shape[1] - self.num_prefix_tokens
-        sizes = torch.ones_like(row, dtype=torch.float32) if sizes is None else sizes
         importance = row[:, prefix:] * x.shape[1] * self.rule.protect if self.rule.protect else None
-        order, into = matching.match(keys[:, prefix:], self.rule.merged, importance)
+        counted = sizes[:, prefix:] if self.rule.by_size and sizes is not None else None
+        order, into = matching.match(keys[:, prefix:], self.rule.merged, importance, counted)
+        sizes = torch.ones_like(row, dtype=torch.float32) if sizes is None else sizes
         merged, merged_sizes = matching.merge(x[:, prefix:], sizes[:, prefix:], order, into, self.by_product)
         return (torch.cat([x[:, :prefix], merged], dim=1), torch.cat([sizes[:, :prefix], merged_sizes], dim=1),
                 matching.new_places(order, into, count))

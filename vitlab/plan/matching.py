@@ -1,7 +1,8 @@
 """Merging by content, as pure functions: which tokens of an image are alike, what they become, where patches went.
 
-Bipartite soft matching of *Token Merging: Your ViT But Faster* (arXiv 2210.09461, section 3), with two additions:
-tokens that matter are protected, and every patch keeps its place, so that the whole grid can be given back. B images, n
+Bipartite soft matching of *Token Merging: Your ViT But Faster* (arXiv 2210.09461, section 3), with three additions:
+tokens that matter are protected, what stands for many patches counts as farther, and every patch keeps its place, so
+that the whole grid can be given back. B images, n
 tokens (no prefix tokens among them), W width of what is compared, r tokens that go. Sources are the tokens 0, 2, 4,
 ..., targets the others.
 """
@@ -12,16 +13,22 @@ from torch import Tensor
 
 
 @torch.fx.wrap
-def match(keys: Tensor, merged: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def match(keys: Tensor, merged: int, importance: Tensor | None = None, sizes: Tensor | None = None
+          ) -> tuple[Tensor, Tensor]:
     """Which sources go, and into which targets.
 
     keys (B, n, W), compared by cosine; importance (B, n): a source goes the later the larger it is (cosine less
-    importance ranks them). Returns order (B, sources), first those that go, the most alike first, then those that stay,
+    importance ranks them). sizes (B, n) in patches: of tokens that stand for s and t of them, 1 - cosine counts times
+    sqrt(2 s t / (s + t)), which is 1 of single patches; s t / (s + t) is how a merge's squared error grows (Ward, J.
+    Am. Stat. Assoc. 58, 1963), and its root is what was measured to be best (docs/log.md). Returns order (B, sources), first those that go, the most alike first, then those that stay,
     in order of place: what stays alike is no matter of rounding then, nor are the halves of the next matching. And into
     (B, r), the target of each that goes.
     """
     alike = F.normalize(keys, dim=-1)
-    best, partner = (alike[:, ::2] @ alike[:, 1::2].transpose(1, 2)).max(dim=-1)
+    likeness = alike[:, ::2] @ alike[:, 1::2].transpose(1, 2)                   # (B, sources, targets)
+    if sizes is not None:
+        likeness = (likeness - 1) * ((1 / sizes[:, ::2, None] + 1 / sizes[:, None, 1::2]) / 2).rsqrt()
+    best, partner = likeness.max(dim=-1)
     if importance is not None:
         best = best - importance[:, ::2]
     # Ranks by comparing all pairs, equals in order of place: no runtime sorts them otherwise, and none lacks the

@@ -166,10 +166,8 @@ class CompressionPlan:
         def tokens(rule: TokenRule | None) -> dict | None:
             if rule is None:
                 return None
-            fields = dataclasses.asdict(rule)
-            if fields.get("span") == 1:                                         # as files were before there were spans
-                del fields["span"]
-            return {"kind": rule.kind, **fields}
+            return {"kind": rule.kind, **{name: value for name, value in dataclasses.asdict(rule).items()
+                                          if (name, value) not in rule.before.items()}}
         blocks = [{"heads": b.heads, "neurons": b.neurons,
                    **({} if b.qk_width is None else {"qk_width": b.qk_width}),
                    **({"nothing": b.nothing} if b.nothing else {}), "tokens": tokens(b.tokens)}
@@ -233,7 +231,8 @@ def _block_from_json(data: Any, where: str) -> BlockPlan:
         require(isinstance(tokens, dict) and isinstance(tokens.get("kind"), str) and tokens["kind"] in TOKEN_RULES,
                 f"{where}: tokens.kind must be one of {sorted(TOKEN_RULES)}")
         kind = TOKEN_RULES[tokens["kind"]]
-        data["tokens"] = _build(kind, {k: v for k, v in tokens.items() if k != "kind"}, f"{where}: tokens")
+        data["tokens"] = _build(kind, kind.before | {k: v for k, v in tokens.items() if k != "kind"},
+                                f"{where}: tokens")
     for name in ("heads", "neurons"):
         require(data.get(name) is None or isinstance(data[name], list), f"{where}: {name} must be a list or null")
     return _build(BlockPlan, data, where)

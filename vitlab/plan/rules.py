@@ -1,6 +1,7 @@
 """Token rules: how a block's tokens are taken in and given back, as checked plain data. One small class a rule.
 
-`flow(shape, entering)` says what a rule makes of the tokens that reach its block, or why it can't.
+`flow(shape, entering)` says what a rule makes of the tokens that reach its block, or why it can't. `before`: what a file
+means that has no word of a field, as files were before there was one.
 """
 from dataclasses import dataclass
 
@@ -44,6 +45,8 @@ class _Regions:
 
     regions: tuple[int, ...]        # per patch: which token it goes into, from 0 without a gap; -1: none, it is pruned
     weights: tuple[float, ...]      # per patch: its weight in that token
+
+    before = {}
 
     @property
     def num_merged(self) -> int:
@@ -94,6 +97,7 @@ class MergeReconstruct(_Regions):
     span: int = 1                       # blocks that run on the merged tokens, this one the first
 
     kind = "merge_reconstruct"
+    before = {"span": 1}
 
     def __post_init__(self) -> None:
         self._check_regions(-LARGEST, LARGEST, "finite numbers")
@@ -168,6 +172,7 @@ class Select:
                                     # are masked
 
     kind = "select"
+    before = {}
 
     def __post_init__(self) -> None:
         require(self.ranked_by in ("kept", "all"), f"ranked_by is {self.ranked_by!r}; 'kept' or 'all' is needed")
@@ -194,13 +199,16 @@ class Match:
 
     merged: int                     # tokens that go, 0 where the block only takes over what those before have merged
     protect: float = PROTECT        # what the class token's attention, 1 where even, counts against being merged
+    by_size: bool = True            # whether tokens that stand for many patches count as less alike
 
     kind = "match"
+    before = {"by_size": False}
 
     def __post_init__(self) -> None:
         require(is_int(self.merged) and self.merged >= 0,
                 f"merged is {self.merged!r}; an integer of at least 0 is needed")
         require(is_number(self.protect, 0, LARGEST), f"protect is {self.protect!r}; a number of at least 0 is needed")
+        require(isinstance(self.by_size, bool), f"by_size is {self.by_size!r}; true or false is needed")
 
     def flow(self, shape: ViTShape, entering: int) -> Flow:
         """InputError where more than half of the tokens would go: every other one is there to be merged into."""
@@ -221,6 +229,7 @@ class ReadOut:
     the prefix tokens alone ask and go on. Exact for class-token pooling: what it leaves out, nothing looks at."""
 
     kind = "read_out"
+    before = {}
 
     def flow(self, shape: ViTShape, entering: int) -> Flow:
         """InputError for a model that pools other tokens too."""

@@ -175,12 +175,13 @@ class MatchTokens(NoTokens):
     middle half of the blocks, where merging costs least, or one for each stage or block."""
 
     protect: float | None = None    # of the rule `Match`; None: PROTECT where a class token can say so, else 0
+    by_size: bool = True            # of it too
 
     def __post_init__(self) -> None:
         if self.protect is None:
             object.__setattr__(self, "protect", PROTECT if self.shape.class_token else 0.0)
         # refuses what no plan can have
-        Match(merged=0, protect=self.protect).flow(self.shape, self.shape.num_tokens)
+        Match(merged=0, protect=self.protect, by_size=self.by_size).flow(self.shape, self.shape.num_tokens)
 
     def dimension(self) -> np.ndarray:
         which, depth = super().dimension(), self.shape.depth
@@ -206,7 +207,7 @@ class MatchTokens(NoTokens):
 
     def rules(self, ratios: np.ndarray, scores: Tensor | None, attends: np.ndarray) -> list[TokenRule | None]:
         merged = (-np.diff(self.left(ratios[None], attends)[0])).tolist()
-        return [Match(merged=count, protect=self.protect) if any(merged[:block + 1]) else None
+        return [Match(merged=count, protect=self.protect, by_size=self.by_size) if any(merged[:block + 1]) else None
                 for block, count in enumerate(merged)]
 
 
