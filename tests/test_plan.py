@@ -238,7 +238,8 @@ def test_qk_norm_other_than_true_or_false_is_refused_by_name(value):
 
 # ---- Matching, and proportional attention of regions
 
-MATCHING = with_tokens(Match(merged=5), Match(merged=0, protect=0.25), Match(merged=4, protect=0))
+MATCHING = with_tokens(Match(merged=5), Match(merged=0, protect=0.25, by_size=False),
+                       Match(merged=4, protect=0))
 SHARE = SharedUpdate(regions=tuple(j // 2 for j in range(N)), weights=(0.5,) * (N - 1) + (1.0,))
 SHARING = with_tokens(dataclasses.replace(SHARE, proportional=True, own=0.5), SHARE, None)
 
@@ -252,8 +253,11 @@ def test_plans_that_match_or_count_regions_come_back_from_json_and_file_equal(tm
         plan.save(tmp_path / "plan.json")
         assert CompressionPlan.load(tmp_path / "plan.json") == plan
     assert [b.tokens for b in CompressionPlan.from_json(json.loads(MATCHING.to_json())).blocks] == [
-        Match(merged=5, protect=PROTECT), Match(merged=0, protect=0.25), Match(merged=4, protect=0)]
+        Match(merged=5, protect=PROTECT, by_size=True), Match(merged=0, protect=0.25, by_size=False),
+        Match(merged=4, protect=0, by_size=True)]
+    # as files were before sizes counted: such a file goes on to mean that they don't
     assert json.loads(MATCHING.to_json())["blocks"][1]["tokens"] == {"kind": "match", "merged": 0, "protect": 0.25}
+    assert json.loads(MATCHING.to_json())["blocks"][2]["tokens"]["by_size"] is True
 
 
 @pytest.mark.parametrize("plan, field, meant",
