@@ -53,11 +53,6 @@ def ink(digit: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(Image.fromarray(digit).resize((side, side), Image.Resampling.BICUBIC)) / 255
 
 
-def stroke(digit: np.ndarray, side: int) -> np.ndarray:
-    """(8, 8) uint8 ink -> (side, side) bool, the pixels of the digit."""
-    return ink(digit, side) >= STROKE
-
-
 def make_scene(digits: np.ndarray, labels: np.ndarray, chance: np.random.Generator,
                size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """(image (*size, 3) uint8, mask (*size) uint8) with some of the digits (n, 8, 8), one at least, apart."""
