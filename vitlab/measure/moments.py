@@ -25,10 +25,8 @@ from vitlab.runtime import parallel
 
 KINDS = ("heads", "neurons")
 Layer = tuple[int, str]                         # (block, one of KINDS): its proj or fc2
-# that gradients are averaged over, and that go through the model together
-IMAGES, AT_ONCE = 256, 16
-# prefix tokens cost up to 1e4 times more, but are few; 50 to 1,000 are alike (docs/log.md)
-HEAVIEST = 50.0
+IMAGES, AT_ONCE = 256, 16  # that gradients are averaged over, and that go through the model together
+HEAVIEST = 50.0  # prefix tokens cost up to 1e4 times more, but are few; 50 to 1,000 are alike (docs/log.md)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -179,8 +179,7 @@ class MatchTokens(NoTokens):
     def __post_init__(self) -> None:
         if self.protect is None:
             object.__setattr__(self, "protect", PROTECT if self.shape.class_token else 0.0)
-        # refuses what no plan can have
-        Match(merged=0, protect=self.protect).flow(self.shape, self.shape.num_tokens)
+        Match(merged=0, protect=self.protect).flow(self.shape, self.shape.num_tokens)  # refuses what no plan can have
 
     def dimension(self) -> np.ndarray:
         which, depth = super().dimension(), self.shape.depth
