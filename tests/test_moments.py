@@ -9,6 +9,7 @@ from vitlab.measure.moments import AT_ONCE, HEAVIEST, Fisher, each_moments, fish
 from vitlab.measure.units import unit_scores
 from vitlab.models import attention_block, shape_of
 from vitlab.models.families import mixing_layer
+from vitlab.runtime import parallel
 
 CLASSES = 3
 MODELS = {"class token": lambda: tiny(depth=3), "no prefix token": lambda: tiny(class_token=False, global_pool="avg"),
@@ -122,6 +123,14 @@ def test_gradients_are_of_the_first_images_a_few_at_a_time_and_the_draws_follow_
     assert [len(rows) for rows in given] == [AT_ONCE, AT_ONCE, 8, AT_ONCE] * 3
     assert torch.equal(costs[0], costs[1]) and not torch.equal(costs[0], costs[2])
     assert fisher(model, [], progress=False) == {}
+
+
+def test_processes_draw_each_for_itself(monkeypatch):
+    costs = []
+    for rank in (0, 1):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        costs.append(fisher(tiny().eval(), given_of(None), progress=False)[0, "heads"].metric)
+    assert not torch.equal(*costs)
 
 
 def test_moments_are_of_all_tokens_of_all_images(model):

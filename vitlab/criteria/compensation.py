@@ -137,8 +137,7 @@ def _go(inverse: Tensor, gram: Tensor, width: int, count: int) -> tuple[Tensor, 
     for row in range(0, count * width, width):
         lost = (weight / own).flatten() if width == 1 else (
             torch.linalg.solve(own, weight).diagonal(dim1=1, dim2=2).sum(dim=1))
-        # (1), and never read on its way
-        unit = lost.masked_fill(~there, torch.inf).argmin()[None]
+        unit = lost.masked_fill(~there, torch.inf).argmin()[None]               # (1), and never read on its way
         at = inputs.index_select(0, unit)[0]
         q_at, r_at = (gone[:row].index_select(1, at).T for gone in (q, r))
         h = inverse.index_select(0, at) - q_at @ q[:row]                                    # (d, U d)
@@ -147,8 +146,7 @@ def _go(inverse: Tensor, gram: Tensor, width: int, count: int) -> tuple[Tensor, 
         h, g = (torch.linalg.solve_triangular(root, x, upper=False) for x in (h, g))
         g = g - torch.linalg.solve_triangular(root, g.index_select(1, at).T, upper=False).T @ h / 2
         q[row:row + width], r[row:row + width] = h, g
-        # (U, d, d): h_u, not its transpose
-        h, g = (x.unflatten(1, (-1, width)).transpose(0, 1) for x in (h, g))
+        h, g = (x.unflatten(1, (-1, width)).transpose(0, 1) for x in (h, g))    # (U, d, d): h_u, not its transpose
         own = own - (h * h if width == 1 else h.mT @ h)
         weight = weight - (2 * g * h if width == 1 else g.mT @ h + h.mT @ g)
         there = there.index_fill(0, unit, False)

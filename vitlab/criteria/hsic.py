@@ -34,8 +34,7 @@ def gaussian_kernels(x: Tensor, out: Tensor | None = None) -> Tensor:
     """
     x = at_least_float32(x)
     gram = x @ x.mT                                                             # (U, B, B)
-    # (U, B); a power of 2: K[b, b] is exactly 1
-    half = gram.diagonal(dim1=1, dim2=2) / (2 * WIDEST**2)
+    half = gram.diagonal(dim1=1, dim2=2) / (2 * WIDEST**2)  # (U, B); a power of 2: K[b, b] is exactly 1
     power = gram.mul_(1 / WIDEST**2).sub_(half[:, :, None]).sub_(half[:, None, :])      # -||x_b - x_c||^2 / (2 * 16^2)
     kernel = power.clamp_(max=0).exp_()
     total = kernel.clone() if out is None else out.copy_(kernel)

@@ -36,8 +36,7 @@ class Moments:
         weighted = x if weights is None else x * weights.flatten()[:, None]
         self.rows += len(x) if weights is None else weights.sum()
         self.sum += weighted.sum(dim=0, dtype=torch.float64)
-        # bf16 is for the model, not for its moments
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):  # bf16 is for the model, not for its moments
             self.products += _with_itself(x, weighted).double()
             if lacks is not None:
                 lacks = lacks.detach().flatten(0, -2).float()

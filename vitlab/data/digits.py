@@ -14,8 +14,7 @@ CLASSES = tuple(str(d) for d in range(10))
 @functools.cache
 def _digits() -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """(images, classes, numbers of those in each split)."""
-    # here, as it takes a fifth of the time in which a command begins
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # here, as it takes a fifth of the time in which a command begins
     from sklearn.model_selection import train_test_split
     bunch = load_digits()
     train, test = train_test_split(np.arange(len(bunch.target)), test_size=HELD_OUT, random_state=SPLIT_SEED,

@@ -14,8 +14,7 @@ from vitlab.data.listing import ENDINGS, NOTES, entries, images_below, in_order
 from vitlab.runtime.files import atomic_write, cache_folder
 
 KEPT_FROM = 10_000                              # images of a split; the listing of fewer is not kept
-# clocks of disks go in steps of up to so much: two changes within may have one time
-SETTLED_NS = 2 * 10**9
+SETTLED_NS = 2 * 10**9  # clocks of disks go in steps of up to so much: two changes within may have one time
 # class folder ("": outside of all) -> its images as paths from the split's folder, encoded
 Groups = dict[str, np.ndarray]
 # a class folder's images, the folders gone through, and the times of these

@@ -20,8 +20,7 @@ from vitlab.runtime import parallel
 from vitlab.runtime.files import InputError, require
 from vitlab.runtime.kinds import HELD_OUT_NAMES
 
-# images of a split whose sizes tell it from another: a stat of each of a million takes long
-SIZED = 10_000
+SIZED = 10_000  # images of a split whose sizes tell it from another: a stat of each of a million takes long
 
 
 class Renumbered:
@@ -45,17 +44,15 @@ class ImageData:
     """Named splits of one data set. `train` is for training, scoring and choosing; `held_out` for reporting alone.
     Where it is not `labelled`, targets are 0 and say nothing."""
 
-    # images of train that a training's log is measured on; the held-out split is for reports
-    logged = 500
-    # augmentation of a short self-distillation
-    mild = {"scale": (0.35, 1.0), "hflip": 0.5, "color_jitter": 0.0}
+    logged = 500  # images of train that a training's log is measured on; the held-out split is for reports
+    mild = {"scale": (0.35, 1.0), "hflip": 0.5, "color_jitter": 0.0}  # augmentation of a short self-distillation
+    report_on = HELD_OUT_NAMES                  # of these the first that there is
 
     def __init__(self, name: str, splits: dict[str, Any], classes: list[str] | None, num_classes: int | None,
                  mapped: bool = False, labelled: bool = True, hint: str | None = None) -> None:
         self.name, self.splits, self.classes, self.num_classes, self.mapped = name, splits, classes, num_classes, mapped
         self.labelled, self.hint = labelled, hint           # hint: why there are no labels, or where they are
-        # of `parts`: images of each role, and in words what is shared or lacks
-        self.roles: dict[str, Any] = {}
+        self.roles: dict[str, Any] = {}         # of `parts`: images of each role, and in words what is shared or lacks
         self.limits: dict[str, int | None] = {}             # of a stream's parts
 
     def at_once(self, images: int) -> int:
@@ -102,11 +99,12 @@ class ImageData:
     @property
     def held_out(self) -> str:
         """Name of the held-out split. Raises InputError where there is none."""
-        for name in HELD_OUT_NAMES:
-            if name in self.splits:
-                return name
-        raise InputError(f"{self.name}: no held-out split to report on (val/, validation/ or test/); it has "
-                         f"{sorted(self.splits)}")
+        return self._first(self.report_on, "held-out split to report on")
+
+    def _first(self, names: tuple[str, ...], what: str) -> str:
+        found = next((name for name in names if name in self.splits), "")
+        require(found, f"{self.name}: no {what} ({', '.join(names)}); it has {sorted(self.splits)}")
+        return found
 
     def split(self, name: str, limit: int | None = None, seed: int = 0) -> Images:
         """A split by name ("held_out" for whichever there is), or a slice of it chosen by seed."""

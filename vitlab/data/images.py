@@ -17,8 +17,7 @@ from vitlab.data.order import TrainingOrder, drawing, seed_of
 from vitlab.data.rgb import rgb
 from vitlab.runtime.files import InputError, require
 
-# so many images, or that share of a split, may be broken: the larger of the two
-MAX_BROKEN, BROKEN_SHARE = 16, 0.01
+MAX_BROKEN, BROKEN_SHARE = 16, 0.01  # so many images, or that share of a split, may be broken: the larger of the two
 
 
 class Images(Dataset):

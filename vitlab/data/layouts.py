@@ -169,8 +169,7 @@ LAYOUTS: dict[str, Layout] = {                  # the first that a folder has is
                              splits=TRAIN_VAL, meaning=lambda _: numbered(("background", *PASCAL_CONTEXT.values()))),
     "pascal_voc": Layout(images="JPEGImages", masks=("SegmentationClass/{name}.png",), splits=TRAIN_VAL,
                          listed=("ImageSets/Segmentation/{split}.txt",), meaning=lambda _: numbered(PASCAL_VOC)),
-    # as SegNet's authors give it
-    "camvid": Layout(images="{split}", masks=("{split}annot/{name}.png",), splits=ALL,
+    "camvid": Layout(images="{split}", masks=("{split}annot/{name}.png",), splits=ALL,  # as SegNet's authors give it
                      meaning=lambda _: numbered(CAMVID)),
     "folder": Layout(images="{split}/images", masks=_named("{split}/masks"), splits=ALL),
     "images_masks": Layout(images="images/{split}", masks=_named("masks/{split}"), splits=ALL),

@@ -1,6 +1,6 @@
 """Masks, photographs and the pairs of them as they lie on the disk, checked as they are read."""
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from vitlab.data.folder import read_image, reason
-from vitlab.data.layouts import IGNORE, MOST_CLASSES, PASCAL_CONTEXT, PASCAL_CONTEXT_IDS, Pairs
+from vitlab.data.layouts import IGNORE, MOST_CLASSES, PASCAL_CONTEXT, PASCAL_CONTEXT_IDS
 from vitlab.data.rgb import SIDEWAYS, rgb, turn_of
 from vitlab.data.scene_data import Unreadable
 from vitlab.runtime.files import InputError
@@ -89,14 +89,15 @@ def _turned(image: Image.Image) -> Image.Image:
 
 
 class MaskReader:
-    """(RGB image, mask) pairs of files, both the right way up. ids: id in a mask -> class number or IGNORE.
+    """(RGB image, mask) pairs of files, both the right way up. ids: id in a mask -> class number or IGNORE. Where there
+    is no mask (None) it is 0 throughout, and says nothing.
 
     A mask is of the photograph as it is shown, turned by its EXIF orientation; where its size is that of the photograph
     as it is stored and not of the one shown, it was drawn on that, and is turned along. Where both sizes are one (a
     square, or upside down) it is as the others of the split are.
     """
 
-    def __init__(self, pairs: Pairs, ids: dict[int, int]) -> None:
+    def __init__(self, pairs: Sequence[tuple[Path, Path | None]], ids: dict[int, int]) -> None:
         self.pairs = pairs
         self.table = np.full(LARGEST_ID + 1, UNKNOWN, dtype=np.uint8)
         self.table[list(ids)] = list(ids.values())
@@ -110,6 +111,8 @@ class MaskReader:
         image_path, mask_path = self.pairs[i]
         image, stored, turn = _read(image_path, "an image",
                                     lambda image: (rgb(image), image.size[::-1], turn_of(image)))
+        if mask_path is None:
+            return image, np.zeros((image.height, image.width), dtype=np.uint8)
         mask = read_mask(mask_path, self.table)
         along = turn is not None and mask.shape == stored
         if along and (stored != image.size[::-1] or self._drawn_as_stored and _header(mask_path)[1] is None):
@@ -139,24 +142,6 @@ def _header(path: Path) -> tuple[tuple[int, int], Image.Transpose | None]:
     """(size as it is stored, its turn) of an image file."""
     with read_image(path) as image:
         return image.size, turn_of(image)
-
-
-class PictureReader:
-    """(RGB image, mask) pairs of files that have no masks: these are 0 throughout, and say nothing."""
-
-    def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, i: int) -> tuple[Image.Image, np.ndarray]:
-        """Raises Unreadable naming a file that can't be read."""
-        image = _read(self.paths[i], "an image", rgb)
-        return image, np.zeros((image.height, image.width), dtype=np.uint8)
-
-    def filename(self, i: int) -> str:
-        return str(self.paths[i])
 
 
 def is_binary(masks: list[Path]) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vitlab.data.layouts import CLASS_LIST, IGNORE, LAYOUTS, Layout, Meaning, own_classes
 from vitlab.data.listing import entries, images_below
-from vitlab.data.mask_files import MaskReader, PictureReader, is_binary
+from vitlab.data.mask_files import MaskReader, is_binary
 from vitlab.data.scene_data import SceneData, Scenes
 from vitlab.data.scenes import digit_scenes
 from vitlab.runtime.files import from_root, require
@@ -68,7 +68,8 @@ def open_scenes(data: str | Path) -> SceneData:
             "images and masks")
     name = _layout_of(root)
     if name is None:
-        return SceneData(root.resolve().name, {"train": Scenes(PictureReader(_pictures(root)))}, None, labelled=False)
+        train = Scenes(MaskReader([(path, None) for path in _pictures(root)], {}))
+        return SceneData(root.resolve().name, {"train": train}, None, labelled=False)
     chosen = LAYOUTS[name]
     pairs = chosen.pairs(root)
     classes, ids = _meaning(root, chosen, [mask for found in pairs.values() for _, mask in found])

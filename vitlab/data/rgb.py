@@ -6,16 +6,14 @@ BACKGROUND = "white"                            # what is seen through a transpa
 FULL_SCALES = (2**8 - 1, 2**12 - 1, 2**16 - 1, 2**24 - 1, 2**31 - 1, 2**32 - 1)         # of integers wider than 8 bits
 FLOAT_SCALES = (1, *FULL_SCALES)
 LONGEST = 100                                   # times its short side may a picture's long one be
-# of the full scale, by which floats may leave it: what an interpolation overshoots by
-SLACK = 0.1
+SLACK = 0.1  # of the full scale, by which floats may leave it: what an interpolation overshoots by
 STRETCHED = ("PPM", "JPEG2000")                 # formats whose grey values Pillow itself brings to 16 bits
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339            # tags of TIFF
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}
 
-# by which height and width change places
-SIDEWAYS = tuple(TURNS[orientation] for orientation in (5, 6, 7, 8))
+SIDEWAYS = tuple(TURNS[orientation] for orientation in (5, 6, 7, 8))  # by which height and width change places
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:

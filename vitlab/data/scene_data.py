@@ -18,7 +18,7 @@ AT_ONCE = 8                                     # images of a batch that is only
 MILD = {"scale": (0.75, 1.5), "color_jitter": 0.0}
 # what can be done to an image and its mask together, of a recipe's `augment`
 AUGMENT = ("scale", "hflip", "color_jitter")
-REPORT_ON, CHOOSE_ON = ("test", "val", "validation"), ("val", "validation")
+CHOOSE_ON = ("val", "validation")
 
 
 class Unreadable(InputError):
@@ -104,7 +104,7 @@ class SceneData(ImageData):
     """Named splits of images with masks: `train`, one to choose on (`val`) and one to report on (`test`, or else
     `val`). Where it is not `labelled`, masks are 0 and say nothing, and it has no classes."""
 
-    logged, mild = 50, MILD
+    logged, mild, report_on = 50, MILD, ("test", "val", "validation")
 
     def __init__(self, name: str, splits: dict[str, Scenes], classes: list[str] | None, embedded: bool = False,
                  labelled: bool = True) -> None:
@@ -121,21 +121,10 @@ class SceneData(ImageData):
                 "train/masks/, the same of val and test, and classes.txt have them")
         return self
 
-    def _first(self, names: tuple[str, ...], what: str) -> str:
-        found = next((name for name in names if name in self.splits), None)
-        if found is None:
-            raise InputError(f"{self.name}: no split to {what} ({', '.join(names)}); it has {sorted(self.splits)}")
-        return found
-
-    @property
-    def held_out(self) -> str:
-        """Name of the split to report on. Raises InputError where there is none."""
-        return self._first(REPORT_ON, "report on")
-
     @property
     def choose_on(self) -> str:
         """Name of the split to choose on. Raises InputError where there is none."""
-        return self._first(CHOOSE_ON, "choose on")
+        return self._first(CHOOSE_ON, "split to choose on")
 
     def at_once(self, images: int) -> int:
         """A few: logits of all their pixels are large."""

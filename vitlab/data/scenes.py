@@ -14,21 +14,14 @@ from vitlab.data.digits import DigitsReader
 from vitlab.data.scene_data import SceneData, Scenes
 
 NAME = "digit_scenes"
-# pixels: vit_nano's image; digits weights stretched to a larger one gain little
-CELL = 32
-# height and width in pixels
-SIZES = {"train": (CELL, CELL), "val": (2 * CELL, 3 * CELL), "test": (2 * CELL, 3 * CELL)}
-# 2,000: a cell holds one digit, where a scene held several
-COUNTS = {"train": 2000, "val": 100, "test": 100}
+CELL = 32  # pixels: vit_nano's image; digits weights stretched to a larger one gain little
+SIZES = {"train": (CELL, CELL), "val": (2 * CELL, 3 * CELL), "test": (2 * CELL, 3 * CELL)}  # height and width in pixels
+COUNTS = {"train": 2000, "val": 100, "test": 100}  # 2,000: a cell holds one digit, where a scene held several
 CLASSES = ("background", *DIGITS)
-# of a digit's square in pixels, least and most: a stroke spans a patch of 4
-SIDE = (26, 32)
-# chance of a digit in a cell of `val` and `test`: several digits a scene, some cells empty
-FILLED = 0.9
-# least share of full ink that is stroke: at 0.3 more holes of 6, 8 and 9 close
-STROKE = 0.4
-# brightness of no ink, as a share of full ink's: scanned grey levels stay visible
-FAINT = 0.4
+SIDE = (26, 32)  # of a digit's square in pixels, least and most: a stroke spans a patch of 4
+FILLED = 0.9  # chance of a digit in a cell of `val` and `test`: several digits a scene, some cells empty
+STROKE = 0.4  # least share of full ink that is stroke: at 0.3 more holes of 6, 8 and 9 close
+FAINT = 0.4  # brightness of no ink, as a share of full ink's: scanned grey levels stay visible
 GRAIN = 6                                       # standard deviation of each pixel's noise, of 255
 # background's mean colour, and by how much full ink is brighter, in each channel, of 255
 GROUND, CONTRAST = (30, 120), (110, 140)
@@ -51,11 +44,6 @@ def background(chance: np.random.Generator, size: tuple[int, int]) -> np.ndarray
 def ink(digit: np.ndarray, side: int) -> np.ndarray:
     """(8, 8) uint8 -> (side, side) float, how much of full ink; [0, 1]."""
     return np.asarray(Image.fromarray(digit).resize((side, side), Image.Resampling.BICUBIC)) / 255
-
-
-def stroke(digit: np.ndarray, side: int) -> np.ndarray:
-    """(8, 8) uint8 ink -> (side, side) bool, the pixels of the digit."""
-    return ink(digit, side) >= STROKE
 
 
 def make_scene(digits: np.ndarray, labels: np.ndarray, chance: np.random.Generator,

@@ -18,8 +18,7 @@ from vitlab.data.listing import ENDINGS
 from vitlab.runtime.files import InputError, first_line, read_json, require
 
 SPLITS = ("train", "validation", "test")
-# fields that hold the class's number
-LABELS = ("label", "labels", "fine_label", "cls", "class", "class_id", "target")
+LABELS = ("label", "labels", "fine_label", "cls", "class", "class_id", "target")  # fields that hold the class's number
 IMAGES = ";".join(ending.removeprefix(".") for ending in ENDINGS)
 
 

@@ -9,8 +9,7 @@ from vitlab.runtime.files import InputError, require
 from vitlab.runtime.kinds import SPLITS
 
 UNPACKED_BY = {"gz": "gunzip", "bz2": "bunzip2", "xz": "unxz"}
-# the tar in the tar that an image lies in, and the image
-Member = tuple[tarfile.TarInfo | None, tarfile.TarInfo]
+Member = tuple[tarfile.TarInfo | None, tarfile.TarInfo]  # the tar in the tar that an image lies in, and the image
 
 
 def _members(tar: tarfile.TarFile, outer: tarfile.TarInfo | None = None) -> list[tuple[tuple[str, ...], Member]]:

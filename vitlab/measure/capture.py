@@ -119,15 +119,13 @@ def _by_hsic(model: nn.Module, average: Callable[..., Averages], absolute: str) 
     prefix, depth, output = model.num_prefix_tokens, len(model.blocks), output_of(model)
     kernels: list[Any] = [None] * depth                                         # (n, B, B) each, of the hooks
 
-    def hook(index: int):
-        def before(module: nn.Module, inputs: tuple) -> None:
-            kernels[index] = gaussian_kernels(inputs[0][:, prefix:].transpose(0, 1))     # X_j (B, D) -> (n, B, B)
-        return before
+    def before(index: int, module: nn.Module, inputs: tuple) -> None:
+        kernels[index] = gaussian_kernels(inputs[0][:, prefix:].transpose(0, 1))            # X_j (B, D) -> (n, B, B)
 
     def step(images: Tensor, targets: Tensor) -> tuple[Tensor]:
         given = output.dependent(output.raw(model, images))
         return (torch.stack([dependence(k, given) for k in kernels]) / len(images)**2,)         # (L, n)
-    with hooks([b.register_forward_pre_hook(hook(i)) for i, b in enumerate(model.blocks)]), torch.no_grad():
+    with hooks([b.register_forward_pre_hook(partial(before, i)) for i, b in enumerate(model.blocks)]), torch.no_grad():
         found = average(step, what="token scores by hsic", at_least=2)
     return found.values[0] * found.batch**2, found.images
 
@@ -230,15 +228,14 @@ def token_places(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
     content on. Raises InputError for a model in which none does."""
     found = {}
 
-    def hook(index: int):
-        def forward(block: MatchBlock, inputs: tuple, kwargs: dict, given: Merged | Tensor) -> None:
-            # a last block has given the grid back
-            given = given if isinstance(given, Merged) else block.merged(inputs[0], kwargs.get("rope"))
-            if isinstance(given, Merged):
-                found[index] = given.places.cpu()
-        return forward
-    matching = [(i, m) for i, block in enumerate(model.blocks) for m in block.modules() if isinstance(m, MatchBlock)]
-    with hooks([block.register_forward_hook(hook(i), with_kwargs=True) for i, block in matching]), frozen_eval(model):
+    def after(index: int, block: MatchBlock, inputs: tuple, kwargs: dict, given: Merged | Tensor) -> None:
+        # a last block has given the grid back
+        given = given if isinstance(given, Merged) else block.merged(inputs[0], kwargs.get("rope"))
+        if isinstance(given, Merged):
+            found[index] = given.places.cpu()
+    handles = [m.register_forward_hook(partial(after, i), with_kwargs=True) for i, block in enumerate(model.blocks)
+               for m in block.modules() if isinstance(m, MatchBlock)]
+    with hooks(handles), frozen_eval(model):
         model(images.to(next(model.parameters()).device))
     require(found, "no block of the model merges tokens by content; a plan with rule \"match\" does")
     return found

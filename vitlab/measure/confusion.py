@@ -23,8 +23,7 @@ GROUPS = 20                                     # an error from so many groups i
 class SegmentationScores:
     """In per cent; NaN where nothing can be said."""
 
-    # mean of IoU over the classes in the truth or the prediction; absent in both: left out
-    miou_pct: float
+    miou_pct: float  # mean of IoU over the classes in the truth or the prediction; absent in both: left out
     iou_pct: tuple[float, ...]      # n_ii / (t_i + sum_j n_ji - n_ii) per class; NaN for a class absent in both
     pixel_accuracy_pct: float       # sum_i n_ii / sum_i t_i
     mean_accuracy_pct: float        # mean of n_ii / t_i over the classes in the truth

@@ -17,8 +17,7 @@ from vitlab.models.segmenter import Segmenter
 from vitlab.plan.shape import ViTShape
 from vitlab.runtime.files import require
 
-# torch's own number of a target that counts for nothing: no image has it
-NONE = -100
+NONE = -100  # torch's own number of a target that counts for nothing: no image has it
 ROUNDING = 1e-6                     # of cosines in float32: what is nearer by less is as near
 
 

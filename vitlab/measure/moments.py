@@ -7,6 +7,7 @@ vector of the features and z ~ N(0, I) (`vitlab.measure.distance`). D outputs of
 """
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,8 @@ from vitlab.runtime import parallel
 
 KINDS = ("heads", "neurons")
 Layer = tuple[int, str]                         # (block, one of KINDS): its proj or fc2
-# that gradients are averaged over, and that go through the model together
-IMAGES, AT_ONCE = 256, 16
-# prefix tokens cost up to 1e4 times more, but are few; 50 to 1,000 are alike (docs/log.md)
-HEAVIEST = 50.0
+IMAGES, AT_ONCE = 256, 16  # that gradients are averaged over, and that go through the model together
+HEAVIEST = 50.0  # prefix tokens cost up to 1e4 times more, but are few; 50 to 1,000 are alike (docs/log.md)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,22 +59,19 @@ def fisher(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, images
                for layer, linear in linears.items()}
     squares = {layer: torch.zeros(2, device=device) for layer in linears}       # of prefix tokens, of others
 
-    def hook(layer: Layer):
-        def forward(_: nn.Module, given: tuple, output: Tensor) -> Tensor:
-            output = begun(output)
+    def backward(layer: Layer, gradient: Tensor) -> None:
+        rows = gradient.detach().float()                                        # (B, N, D)
+        metrics[layer] += rows.flatten(0, 1).T @ rows.flatten(0, 1)
+        each = rows.square().sum(dim=2)
+        squares[layer] += torch.stack([part.mean(dim=1).sum() if part.shape[1] else part.sum()
+                                       for part in (each[:, :prefix], each[:, prefix:])])
 
-            def backward(gradient: Tensor) -> None:
-                rows = gradient.detach().float()                                # (B, N, D)
-                metrics[layer] += rows.flatten(0, 1).T @ rows.flatten(0, 1)
-                each = rows.square().sum(dim=2)
-                parts = [part.mean(dim=1).sum() if part.shape[1] else part.sum()
-                         for part in (each[:, :prefix], each[:, prefix:])]
-                squares[layer] += torch.stack(parts)
-            output.register_hook(backward)
-            return output
-        return forward
+    def after(layer: Layer, _: nn.Module, given: tuple, output: Tensor) -> Tensor:
+        output = begun(output)
+        output.register_hook(partial(backward, layer))
+        return output
     whole, seen, wanted = output_of(model), 0, -(-images // parallel.world())
-    handles = [linear.register_forward_hook(hook(layer)) for layer, linear in linears.items()]
+    handles = [linear.register_forward_hook(partial(after, layer)) for layer, linear in linears.items()]
     with frozen_eval(model), hooks(handles), torch.enable_grad(), \
             tqdm(total=wanted, desc="what errors cost", unit="image", disable=not progress) as bar:
         for x in (part for batch, _ in batches for part in batch.split(AT_ONCE)):

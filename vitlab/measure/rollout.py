@@ -5,6 +5,7 @@ heads of a block's attention, its tokens are (A + I) / 2 of those that enter, an
 What a token rule does to tokens stands between, as it is done to the tokens themselves, so that the columns are the
 patches of the image throughout.
 """
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,13 +52,12 @@ def rankings(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
     """{block: (B, N)}: by what each block that selects ranks its tokens, higher stays."""
     found: dict[int, Tensor] = {}
 
-    def ranked(index: int) -> Any:
-        def before(block: SelectBlock, inputs: tuple[Tensor, ...]) -> None:
-            found[index] = block.attend(attention_input(block.block, inputs[0]))[1]
-        return before
-    selecting = [(i, block) for i, block in enumerate(model.blocks) if isinstance(block, SelectBlock)]
-    with hooks([block.register_forward_pre_hook(ranked(i)) for i, block in selecting]), frozen_eval(model):
-        if selecting:
+    def before(index: int, block: SelectBlock, inputs: tuple[Tensor, ...]) -> None:
+        found[index] = block.attend(attention_input(block.block, inputs[0]))[1]
+    handles = [block.register_forward_pre_hook(partial(before, index)) for index, block in enumerate(model.blocks)
+               if isinstance(block, SelectBlock)]
+    with hooks(handles), frozen_eval(model):
+        if handles:
             model(images.to(next(model.parameters()).device))
     return found
 

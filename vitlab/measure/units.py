@@ -5,6 +5,7 @@
 """
 import itertools
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -35,18 +36,16 @@ def _unit_hooks(model: nn.Module, see: Callable[[str, int, Tensor], None], kinds
     """Handles of hooks that call see(kind, block, units), units (B, N, U, d) on the way into the linear that mixes
     them: head outputs into attn.proj, hidden units after the activation (d = 1) into mlp.fc2.
     """
-    def hook(kind: str, index: int, count: int):
-        def before(module: nn.Module, inputs: tuple) -> tuple[Tensor]:
-            x = begun(inputs[0]) if torch.is_grad_enabled() else inputs[0]
-            units = x.unflatten(2, (count, -1))                                 # (B, N, U d) -> (B, N, U, d)
-            see(kind, index, units)
-            return (units.flatten(2),)                                          # so that `units` has a gradient
-        return before
+    def before(kind: str, index: int, count: int, module: nn.Module, inputs: tuple) -> tuple[Tensor]:
+        x = begun(inputs[0]) if torch.is_grad_enabled() else inputs[0]
+        units = x.unflatten(2, (count, -1))                                     # (B, N, U d) -> (B, N, U, d)
+        see(kind, index, units)
+        return (units.flatten(2),)                                              # so that `units` has a gradient
     handles = []
     for index, block in enumerate(model.blocks):
         for kind in kinds:
             linear, width = mixing_layer(block, kind)
-            handles.append(linear.register_forward_pre_hook(hook(kind, index, linear.in_features // width)))
+            handles.append(linear.register_forward_pre_hook(partial(before, kind, index, linear.in_features // width)))
     return handles
 
 

@@ -19,12 +19,10 @@ from vitlab.models.left_out import LeftOut
 MODELS = (vision_transformer.VisionTransformer, eva.Eva, beit.Beit, vision_transformer_relpos.VisionTransformerRelPos)
 POST_NORM = (vision_transformer.ResPostBlock, eva.EvaBlockPostNorm, vision_transformer_relpos.ResPostRelPosBlock)
 BLOCKS = (vision_transformer.Block, eva.EvaBlock, beit.Block, vision_transformer_relpos.RelPosBlock, *POST_NORM)
-# of those, the ones that turn queries and keys by their tokens' places
-ROTARY = (eva.EvaAttention, AttentionRope)
+ROTARY = (eva.EvaAttention, AttentionRope)      # of those, the ones that turn queries and keys by their tokens' places
 RELATIVE = (beit.Attention, vision_transformer_relpos.RelPosAttention)
 ATTENTIONS = (Attention, *ROTARY, *RELATIVE)
-# of those, the ones whose forward needs as many heads as the model has
-HEADS_COUNTED = (*ROTARY, beit.Attention)
+HEADS_COUNTED = (*ROTARY, beit.Attention)       # of those, the ones whose forward needs as many heads as the model has
 PATCHES = (PatchEmbed, HybridEmbed)
 PAIRS = re.compile("clip|pe_core")              # in timm's names of models and weights of images with texts
 # per kind of MLP: the linears whose rows are neurons, with how many rows a neuron has in each, and the one that mixes

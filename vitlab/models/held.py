@@ -40,8 +40,7 @@ class Held:
         return func(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        # what Python itself looks for: copies, pickles
-        if name.startswith("__"):
+        if name.startswith("__"):               # what Python itself looks for: copies, pickles
             raise AttributeError(name)
         return getattr(self.whole(), name)
 
@@ -107,8 +106,7 @@ class Spanned(Held):
         return y if self.aside is None else y + self.aside
 
 
-# so that what looks for tensors in a block's output (FSDP, checkpointing) finds them
-for _kind in (Merged, Spanned):
+for _kind in (Merged, Spanned):  # so that what looks for tensors in a block's output (FSDP, checkpointing) finds them
     _pytree.register_pytree_node(_kind, lambda held: ([getattr(held, f.name) for f in dataclasses.fields(held)], None),
                                  lambda values, context, kind=_kind: kind(*values))
 

@@ -30,8 +30,7 @@ def _numbers(value: Any) -> bool:
             and all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in value))
 
 
-# how images are prepared for a model, under the names of timm's pretrained_cfg: (what fits, in words)
-SETTINGS = {
+SETTINGS = {  # how images are prepared for a model, under the names of timm's pretrained_cfg: (what fits, in words)
     "mean": (lambda v: _numbers(v) and max(map(abs, v)) <= MOST, f"1 or 3 numbers from -{MOST} to {MOST}, of pixels "
                                                                  f"from 0 to 1"),
     "std": (lambda v: _numbers(v) and min(v) > 0 and max(v) <= MOST, f"1 or 3 numbers above 0, to {MOST}, of pixels "

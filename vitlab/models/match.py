@@ -24,8 +24,7 @@ class MatchBlock(HoldingBlock):
     gives all N tokens. Static shapes; fused attention stays on.
     """
 
-    # how sources are added to their targets (`matching.merge`); files for other runtimes set it
-    by_product = False
+    by_product = False  # how sources are added to their targets (`matching.merge`); files for other runtimes set it
 
     def __init__(self, block: nn.Module, rule: Match, num_prefix_tokens: int, gives_back: bool = False) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ from vitlab.models.weights import SUFFIXES, is_weights, read_file, state_of
 from vitlab.plan import CompressionPlan
 from vitlab.runtime.files import InputError, from_root, require
 from vitlab.runtime.kinds import Count, Crop, Or, flag
+from vitlab.runtime.launching import check_source
 
 LOCAL = "local-dir:"                        # as HUB, what stands before a source of timm's
 _Floats = Annotated[tuple[float, ...] | None, flag(consume_multiple=True, metavar="X...")]
@@ -113,9 +114,7 @@ def _opened(source: Other, model: str | None, args: dict[str, Any], pretrained: 
         return _of_weights(path, model, args)
     if path.is_file():
         raise InputError(f"{path}: not a weights file; one that ends in {', '.join(SUFFIXES)} is, or a run folder")
-    if len(path.parts) > 2 or path.is_absolute():                                   # timm's names have one part, or two
-        raise InputError(f"{path}: no such run folder or weights file; 01_baseline and `vitlab pretrain` write the "
-                         f"dense one of a study")
+    check_source(source)                        # timm's names have one part, or two
     built = create_model(source, pretrained=pretrained, **args)
     return Checkpoint(model=built, plan=CompressionPlan.empty(shape_of(built)), info={"made_by": {"timm": source}})
 

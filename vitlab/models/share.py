@@ -58,7 +58,6 @@ class SharedUpdateBlock(nn.Module):
         given = self.block(regions, **mask, **turned(rope, self.rotation))
         given = torch.cat([given, torch.zeros_like(given[:, :1])], dim=1)
         same = given[:, self.num_prefix_tokens:].index_select(1, self.regions)                  # (B, n, D) Block(z)_c
-        # what sets a token apart; all of it outside regions
-        away = patches - means.index_select(1, self.regions)
+        away = patches - means.index_select(1, self.regions)  # what sets a token apart; all of it outside regions
         own = away if self.own is None else self.own * away
         return torch.cat([given[:, :self.num_prefix_tokens], same + own], dim=1)

@@ -13,8 +13,7 @@ from vitlab.plan.shape import ViTShape
 from vitlab.runtime.files import InputError, require
 
 KINDS = (*BLOCKS, *ATTENTIONS, *HIDDEN)
-# why others stay out
-OTHERS = {"SwinTransformer": "its windows are cut out of a grid that halves from stage to stage",
+OTHERS = {"SwinTransformer": "its windows are cut out of a grid that halves from stage to stage",  # why others stay out
           "SwinTransformerV2": "its windows are cut out of a grid that halves from stage to stage",
           "Hiera": "its tokens are pooled from stage to stage",
           "MultiScaleVit": "its tokens are pooled by its attention",

@@ -70,8 +70,7 @@ class TokensCut:
                          "can")
 
     def __reduce_ex__(self, protocol: int) -> tuple:
-        # the classes are made here, where pickle can't find them
-        return _empty, (_kind_of(self),), self.__dict__
+        return _empty, (_kind_of(self),), self.__dict__  # the classes are made here, where pickle can't find them
 
 
 @functools.cache

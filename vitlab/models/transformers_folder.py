@@ -20,8 +20,7 @@ ANCHORS = ("embeddings.patch_embeddings.projection.weight", "embeddings.patch_em
            "embeddings.patch_embedding.weight")
 COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_channels", "intermediate_size", "mlp_ratio",
           "num_register_tokens")
-# of DINOv3's biases, what timm can have
-BIASES = {"key_bias": False, "proj_bias": True, "mlp_bias": True}
+BIASES = {"key_bias": False, "proj_bias": True, "mlp_bias": True}               # of DINOv3's biases, what timm can have
 
 
 def config_of(weights: Path) -> dict[str, Any] | None:

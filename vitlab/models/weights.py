@@ -21,8 +21,7 @@ INDEX = ".index.json"
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".pth.tar", ".ckpt")
 # Where a training checkpoint has the weights; averages first.
 INSIDE = ("state_dict_ema", "ema_state_dict", "model_ema", "teacher", "state_dict", "model")
-# every vision transformer has it; what stands before it stands before all its names
-ANCHOR = "patch_embed.proj.weight"
+ANCHOR = "patch_embed.proj.weight"  # every vision transformer has it; what stands before it stands before all its names
 CONVERTED = "visual.trunk."                     # OpenCLIP's prefix, which timm's own conversion needs
 # T2T-ViT's, as published
 RENAMED = ((r"tokens_to_token\.project\.", "patch_embed.proj."), (r"tokens_to_token\.", "patch_embed."),

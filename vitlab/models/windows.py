@@ -57,8 +57,7 @@ def slide(model: Model, images: Tensor, *, window: int | tuple[int, int], stride
         some = parts[first:first + batch_size]
         logits = model(torch.stack([images[b, :, top:top + window[0], left:left + window[1]] for b, top, left in some]))
         if total is None:
-            # sums of many windows, under autocast too
-            exact = torch.promote_types(logits.dtype, torch.float32)
+            exact = torch.promote_types(logits.dtype, torch.float32)  # sums of many windows, under autocast too
             total = logits.new_zeros(len(images), logits.shape[1], *images.shape[2:], dtype=exact)
             counts = logits.new_zeros(len(images), 1, *images.shape[2:], dtype=exact)
         for (b, top, left), given in zip(some, logits):

@@ -34,8 +34,7 @@ def match(keys: Tensor, merged: int, importance: Tensor | None = None, sizes: Te
     # Ranks by comparing all pairs, equals in order of place: no runtime sorts them otherwise, and none lacks the
     # operators.
     first, place = best[:, :, None], torch.arange(best.shape[1], device=best.device)
-    # (B, sources)
-    rank = ((best[:, None] > first) | ((best[:, None] == first) & (place < place[:, None]))).sum(dim=2)
+    rank = ((best[:, None] > first) | ((best[:, None] == first) & (place < place[:, None]))).sum(dim=2)  # (B, sources)
     stays = rank >= merged
     where = torch.where(stays, merged + stays.cumsum(dim=1) - 1, rank)
     order = (where[:, None] == place[:, None]).mul(place).sum(dim=2)

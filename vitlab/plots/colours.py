@@ -13,15 +13,13 @@ import numpy as np
 from vitlab.plan.shape import is_int
 from vitlab.runtime.files import InputError, require
 
-# class of pixels that count for nothing; the data sets' own, on a floor of equal height
-IGNORE = 255
+IGNORE = 255  # class of pixels that count for nothing; the data sets' own, on a floor of equal height
 GREY = 0.62                                     # of ignored pixels
 MOST = 255                                      # classes that a mask of bytes can hold beside the ignored one
 LIGHTNESS, CHROMA = (30, 90), (28, 80)          # CIELAB's L* and chroma that colours have: none is black, white or grey
 STEPS = 24                                      # values of each of red, green and blue that are candidates
 
-# IEC 61966
-TO_XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750],
+TO_XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750],  # IEC 61966
                    [0.0193339, 0.1191920, 0.9503041]])
 # Linear red, green and blue of what is seen without the long (protanopia) or the medium cones (deuteranopia): the
 # matrices of

@@ -72,8 +72,7 @@ def _outcome_handles() -> list[Patch]:
 
 def _legend(figure: Figure, handles: Sequence[Patch], place: str, title: str = "") -> float:
     """A legend of squares above ("upper") or below ("lower") all axes; gives its height in inches."""
-    # in letters
-    widths, room = [5 + len(handle.get_label()) for handle in handles], int(13 * figure.get_figwidth())
+    widths, room = [5 + len(handle.get_label()) for handle in handles], int(13 * figure.get_figwidth())  # in letters
     columns = len(handles) if sum(widths) <= room else max(1, room // max(widths))
     figure.legend(handles=handles, loc=f"outside {place} center", ncols=columns, frameon=False, fontsize=9,
                   handlelength=1.2, columnspacing=1.5, title=title or None, title_fontsize=9)

@@ -18,8 +18,7 @@ from vitlab.plots.base import INK, MARKERS, PALETTE, as_array, legend_above, new
 from vitlab.plots.points import error_bars
 from vitlab.runtime.files import require
 
-# natural logarithms below the highest that an axis of log EI reaches; the measured are far below
-DEPTH = 15
+DEPTH = 15  # natural logarithms below the highest that an axis of log EI reaches; the measured are far below
 
 
 def group_of(name: str) -> str:
@@ -88,8 +87,7 @@ def gp_slices(names: Sequence[str], grids: Any, means: Any, deviations: Any, inc
     colours = {group: PALETTE[index % len(PALETTE)] for index, group in enumerate(groups)}
     low, high = min((means - 2 * deviations).min(), value), max((means + 2 * deviations).max(), value)
     margin = 0.06 * (high - low) or 1.0
-    # one range: its ticks stand below each column only
-    same = bool((grids[:, [0, -1]] == grids[0, [0, -1]]).all())
+    same = bool((grids[:, [0, -1]] == grids[0, [0, -1]]).all())  # one range: its ticks stand below each column only
     for index, (axis, name) in enumerate(zip(axes.flat, names)):
         colour = colours[group_of(name)]
         axis.fill_between(grids[index], means[index] - 2 * deviations[index], means[index] + 2 * deviations[index],

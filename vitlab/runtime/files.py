@@ -154,6 +154,11 @@ def read_json(path: str | Path) -> Any:
         raise InputError(f"{path}: not valid JSON ({error})") from None
 
 
+def write_json(path: str | Path, content: Any) -> None:
+    """Replace a JSON file, atomically."""
+    atomic_write(path, json.dumps(content, indent=2) + "\n")
+
+
 def append_line(path: str | Path, record: dict[str, Any]) -> None:
     """Append one JSON line and flush it to the disk; a kill can damage at most the line being written."""
     path = Path(path)

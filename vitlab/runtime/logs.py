@@ -9,21 +9,13 @@ import uuid
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from vitlab.runtime import parallel
 from vitlab.runtime.files import InputError, atomic_write, first_line, require
 
 PROJECT, NAME = "vitlab", "logged_as"           # of trackio and W&B; file with a run's name there
 Log = Callable[[int, Mapping[str, Any]], None]  # (step, whatever was measured): its numbers are logged
-
-
-class Logger(Protocol):
-    """What takes numbers as they come, made of (folder of the run, its name, steps that were logged before)."""
-
-    def log(self, step: int, values: dict[str, float]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class TensorBoard:
@@ -56,7 +48,8 @@ class Tracker:
         self.module.finish()
 
 
-LOGGERS: dict[str, Callable[[Path, str, int], Logger]] = {      # by the name of the module that each needs
+# by the module that each needs: made of (folder of the run, its name, steps logged before), has `log` and `close`
+LOGGERS: dict[str, Callable[[Path, str, int], Any]] = {
     "tensorboard": TensorBoard,
     "trackio": lambda folder, name, done: Tracker("trackio", name=name),
     "wandb": lambda folder, name, done: Tracker("wandb", name=name, id=name, dir=str(folder)),
@@ -85,7 +78,7 @@ def opened(names: Sequence[str], folder: str | Path, done: int) -> Generator[Log
     logged before; one that fails on the way is left out with a warning. Of several processes the first alone logs.
     Raises InputError where one is not known, not installed, or can't begin."""
     check_loggers(names)
-    folder, loggers = Path(folder), dict[str, Logger]()
+    folder, loggers = Path(folder), dict[str, Any]()
     first = names if parallel.is_first() else ()
     called = _name(folder, done) if first else ""
 

@@ -39,8 +39,7 @@ class ResultRow:
     throughput_img_s: float | None = None
     latency_ms: float | None = None         # one forward, batch 1 unless the conditions name another
     ratio: float | None = None              # throughput over the baseline's, measured in turn
-    # standard errors over images: of top1_pct and miou_pct in points, of loss in nats
-    top1_se: float | None = None
+    top1_se: float | None = None  # standard errors over images: of top1_pct and miou_pct in points, of loss in nats
     miou_se: float | None = None
     loss_se: float | None = None
     distill_loss: float | None = None       # mean distance to the dense model's output; which one, the conditions say

@@ -5,8 +5,7 @@ from vitlab.runtime.files import check_known
 
 # L neuron ratios, L head ratios, rho: the space of neurons, heads and one selection ratio, ranked by all heads.
 POLICIES = {
-    # 1.8628 GMACs by its own count (cost.mdc_macs), 60.69 % before fine-tuning
-    "deit_small_60": (
+    "deit_small_60": (  # 1.8628 GMACs by its own count (cost.mdc_macs), 60.69 % before fine-tuning
         0.12237, 0.00168, 0.01201, 0.49062, 0.10388, 0.32759, 0.02007, 0.26372, 0.02465, 0.37197, 0.33796, 0.32449,
         0.07641, 0.05489, 0.11644, 0.21189, 0.10277, 0.04060, 0.07933, 0.08571, 0.27671, 0.16643, 0.13445, 0.15967,
         0.48807),

@@ -149,8 +149,7 @@ def propose(strategy: str, problem: Problem, policies: np.ndarray, values: np.nd
         proposals.extend(Proposal(policy=policy, by=by, expected={}) for policy in fresh[:count - len(proposals)])
     if start is not None and done < options.population:
         add(start, "sensitivity")
-    # the same blocks every time, whatever was measured of them already
-    first = done // options.population
+    first = done // options.population          # the same blocks every time, whatever was measured of them already
     for block in range(first, first + BLOCKS):
         if len(proposals) < count:
             add(draw(problem, options.population, np.random.default_rng([0, seed, block])), by)

@@ -42,10 +42,8 @@ def dense_rows(rule: TokenRule | None, dense: Tensor, rows: int, merged: Merged 
         return torch.cat([dense[:, :prefix], sums / merged.sizes[:, prefix:, None]], dim=1)
     if isinstance(rule, SharedUpdate):
         prefix = dense.shape[1] - len(rule.regions)
-        # the regions' weighted means
-        return torch.matmul(tokens.merge_matrix(rule, prefix).to(dense), dense)
-    # their attention comes before what they do
-    whole = rule is None or isinstance(rule, (Select, Match))
+        return torch.matmul(tokens.merge_matrix(rule, prefix).to(dense), dense)  # the regions' weighted means
+    whole = rule is None or isinstance(rule, (Select, Match))  # their attention comes before what they do
     return dense if whole and dense.shape[1] == rows else None
 
 
@@ -55,8 +53,7 @@ def _lacks(gamma: Tensor | None, rule: TokenRule | None, stream: Tensor, given: 
     model's (B, N, D): (d - x) / gamma - given; 0 in rows that are not the dense model's, or where LayerScale lets
     nothing through."""
     wanted = dense_rows(rule, dense, given.shape[1], merged)
-    # prefix tokens come first, whatever the rule
-    wanted = dense[:, :prefix] if wanted is None else wanted
+    wanted = dense[:, :prefix] if wanted is None else wanted  # prefix tokens come first, whatever the rule
     gamma = torch.ones(1, device=given.device) if gamma is None else gamma
     through = gamma.abs() > SMALL_GAMMA * gamma.abs().max()
     rows, divisor = slice(wanted.shape[1]), torch.where(through, gamma, 1)

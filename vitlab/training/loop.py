@@ -43,8 +43,7 @@ def fingerprint(content: Any, models: list[nn.Module]) -> str:
 def _marks(data: ImageData, recipe: Recipe, models: list[nn.Module], about: dict[str, Any]) -> dict[str, str]:
     """What a state must have been made from to be gone on from, by name."""
     settings = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in ("source", "expected", "command")}
-    # as states were before there was such a factor
-    if recipe.matrices_lr == 1:
+    if recipe.matrices_lr == 1:                 # as states were before there was such a factor
         del settings["matrices_lr"]
     return {"recipe": fingerprint(settings, []), "data set": fingerprint(data.files("train"), []),
             "weights": fingerprint([], models),
@@ -66,8 +65,7 @@ def _resume(training: Training, folder: Path, marks: dict[str, str], changed_dat
                                 if only else
                                 "choose another folder or remove it"))
         training.load(state, path)
-        # what was broken may have been repaired
-        if known.get("data set") != marks["data set"]:
+        if known.get("data set") != marks["data set"]:                          # what was broken may have been repaired
             training.batches.broken = []
         break
     if parallel.is_first():

@@ -30,23 +30,20 @@ class Recipe:
     warmup_epochs: float = 0
     min_lr: float = 1e-6
     clip_grad: float | None = None
-    # factor of the learning rate from each block to the one before it, (0, 1]
-    layer_decay: float | None = None
+    layer_decay: float | None = None  # factor of the learning rate from each block to the one before it, (0, 1]
     matrices_lr: float = 1.0                    # factor of the learning rate for merge and reconstruct matrices, > 0
     # weights become their moving average over the steps, (0, 1), at most (stepping.AVERAGE)
     ema_decay: float | None = None
     smoothing: float = 0.0                      # label smoothing, [0, 1)
     mixup: float = 0.0                          # alpha of mixup; with cutmix, each batch has one of the two
     cutmix: float = 0.0                         # alpha of cutmix
-    # repeated augmentation: each image drawn is in so many places of an epoch
-    repeats: int = 1
+    repeats: int = 1  # repeated augmentation: each image drawn is in so many places of an epoch
     distill: str = "none"                       # "none", "soft" (A8) or "hard"
     alpha: float = 1.0                          # weight of the distillation loss, [0, 1]
     tau: float = 20.0                           # temperature of soft distillation
     trainable: str = "all"                      # "all", "matrices" or "weights"
     drop_path: float = 0.0
-    # a name of DTYPES; None: bfloat16 where the hardware has it (narrow models lose by it)
-    dtype: str | None = None
+    dtype: str | None = None  # a name of DTYPES; None: bfloat16 where the hardware has it (narrow models lose by it)
     augment: dict[str, Any] = field(default_factory=dict)      # options of timm's create_transform
 
     def __post_init__(self) -> None:

@@ -23,8 +23,7 @@ from vitlab.training.stepping import gradient_norm
 
 LR, BATCH_SIZE = 2e-5, 32
 SKIPPED = 3                                 # steps in a row, not finite, that end the run
-# shares of the run: until lr is reached, and without a better state until it stops
-WARMUP, PATIENCE = 0.05, 1 / 3
+WARMUP, PATIENCE = 0.05, 1 / 3  # shares of the run: until lr is reached, and without a better state until it stops
 
 
 class Divergence:
@@ -89,8 +88,7 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Di
     try:
         with frozen_eval(teacher), tqdm(desc="self-distil", unit="step", total=steps, disable=not progress) as bar:
             while share() < 1 and share() - found_at <= PATIENCE:
-                # as it is measured: a decoder's dropout keeps a short training from its target
-                model.eval()
+                model.eval()  # as it is measured: a decoder's dropout keeps a short training from its target
                 losses = []
                 for number, (images, _) in enumerate(batches):
                     over = share()
@@ -122,8 +120,7 @@ def self_distil(model: nn.Module, teacher: nn.Module, data: ImageData, apart: Di
                     best, found_at = copy.deepcopy(model.state_dict()), share()
                     if on_better is not None:
                         on_better(model, log[-1]["distance"])
-                bar.set_postfix(distance=f"{log[-1]['distance']:.4f}",
-                                best=f"{min(least, log[-1]['distance']):.4f}")
+                bar.set_postfix(distance=f"{log[-1]['distance']:.4f}", best=f"{min(least, log[-1]['distance']):.4f}")
     finally:
         model.load_state_dict(best)
         model.eval()

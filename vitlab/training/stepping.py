@@ -99,8 +99,7 @@ class Training:
         # asked to stop is this process, at any moment; stops is what all of them agreed on last
         self.asked, self.stops = False, False
         self.fault: str | None = None                                               # why the last step was left out
-        # of these steps, those skipped left out
-        self.losses: list[float] = []
+        self.losses: list[float] = []                                           # of these steps, those skipped left out
         self.seconds, self.joules = 0.0, 0.0                                        # that they took
 
     def _batch_size(self) -> int:
@@ -160,8 +159,7 @@ class Training:
             self.scaler.load_state_dict(state["scaler"])
             self.epoch, self.done, self.skipped = int(state["epoch"]), int(state["done"]), int(state["skipped"])
             self.losses, self.seconds = state["losses"].tolist(), float(state["seconds"])
-            # the first states had neither
-            self.joules = float(state.get("joules", 0.0))
+            self.joules = float(state.get("joules", 0.0))                       # the first states had neither
             self.batches.broken = [str(path) for path in state.get("broken", [])]
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if isinstance(error, InputError):
@@ -174,8 +172,7 @@ class Training:
         if self.engine.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         if self.mixup is not None:
-            # it mixes pairs; a broken image leaves one alone
-            if len(images) % 2:
+            if len(images) % 2:                 # it mixes pairs; a broken image leaves one alone
                 images, targets = (torch.cat([v, v[-1:]]) for v in (images, targets))
             images, targets = self.mixup(images, targets)
         with torch.autocast(self.device.type, getattr(torch, self.dtype), enabled=self.dtype != "float32"):

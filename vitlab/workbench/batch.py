@@ -18,9 +18,9 @@ from typing import Any
 import psutil
 
 from vitlab.runtime.cores import available_cores
-from vitlab.runtime.files import InputError, read_json, require
+from vitlab.runtime.files import InputError, read_json, require, write_json
 from vitlab.workbench import batch_file
-from vitlab.workbench.batch_entry import SUMMARY, dependencies, maybe_json, only_one, write_json
+from vitlab.workbench.batch_entry import SUMMARY, dependencies, maybe_json, only_one
 
 STATES = ("done", "up to date", "failed", "skipped")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import nbformat
 
-from vitlab.runtime.files import InputError, atomic_write, read_json, read_lines, write_lines
+from vitlab.runtime.files import InputError, read_json, read_lines, write_json, write_lines
 from vitlab.workbench import notebooks
 from vitlab.workbench.batch_file import REFERENCE, Entry
 
@@ -54,11 +54,6 @@ def only_one(path: Path, patience: float = 0) -> Generator[int]:
 def maybe_json(path: Path) -> Any:
     """`read_json`; None where there is no such file."""
     return read_json(path) if path.exists() else None
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Replace a JSON file."""
-    atomic_write(path, json.dumps(content, indent=2) + "\n")
 
 
 def dependencies(entries: list[Entry]) -> dict[str, dict[str, Any]]:

@@ -71,8 +71,7 @@ def report(executed: str | Path, target: str | Path) -> Path:
     name = f"vitlab: {Path(target).resolve().parent.name}"
     exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True,
                             embed_images=True, config=Config({"NbConvertBase": {"display_data_priority": SHOWN}}))
-    html, _ = exporter.from_notebook_node(nbformat.read(executed, as_version=4),
-                                          resources={"metadata": {"name": name}})
+    html, _ = exporter.from_notebook_node(nbformat.read(executed, as_version=4), resources={"metadata": {"name": name}})
     html = re.sub(r"<script\b.*?</script>", "", html, flags=re.DOTALL)          # its own; those in data are escaped
     atomic_write(target, html.replace("<head>", f"<head>{POLICY}", 1))
     return Path(target)

@@ -23,12 +23,10 @@ class Offer:
     rule: str
     plan: CompressionPlan = field(repr=False)       # hundreds of lines
     gmacs: float
-    # images, of a Segmenter pixels, of which the dense model says the same (`output_of`), 0 to 100
-    agree_pct: float
+    agree_pct: float  # images, of a Segmenter pixels, of which the dense model says the same (`output_of`), 0 to 100
     distill_loss: float             # mean distance to the dense model
     chosen_by: float                # the same on the images to choose on, by which plans and offers are compared
-    # standard errors over images, in points and nats; None of a single image
-    agree_se: float | None = None
+    agree_se: float | None = None  # standard errors over images, in points and nats; None of a single image
     distill_loss_se: float | None = None
 
 

@@ -17,8 +17,7 @@ def images_per_second(model: nn.Module, images: Tensor, amp: bool | None = False
     with torch.inference_mode():
         for _ in range(2):
             began = time.perf_counter()
-            # there when the device has got to it
-            outputs(model, images, amp).flatten()[0].item()
+            outputs(model, images, amp).flatten()[0].item()                     # there when the device has got to it
     return len(images) / (time.perf_counter() - began)
 
 

@@ -39,8 +39,7 @@ def batch(file: str, *, out: Annotated[str | None, flag(metavar="RUN")] = None,
     if dry_run:
         print(batches.format_summary(batches.plan_of(file, run, given)))
         return 0
-    summary = batches.run_batch(file, run, changes=given, cores=cores, executor=executor,
-                                extra=tuple(snakemake))
+    summary = batches.run_batch(file, run, changes=given, cores=cores, executor=executor, extra=tuple(snakemake))
     print(batches.format_summary(summary["entries"]))
     counts = ", ".join(f"{count} {state}" for state, count in summary["counts"].items() if count)
     print(f"{counts}; summary: {run}/summary.json; page: vitlab report {run}")

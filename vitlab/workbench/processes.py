@@ -5,7 +5,6 @@ small runner (this module as a program): it waits for the command and writes dow
 then.
 """
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from vitlab.runtime.files import InputError, atomic_write, read_json, require
+from vitlab.runtime.files import InputError, read_json, require, write_json
 
 INFO, OUTPUT = "process.json", "process.log"
 GRACE = 20.0                    # seconds from the request to stop until the process is killed
@@ -55,31 +54,18 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def command_line(arguments: Sequence[str], processes: int) -> list[str]:
-    """What runs `vitlab ARGUMENTS` in so many processes on this machine."""
-    together = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "vitlab"]
-    return [sys.executable, "-m", *(together if processes > 1 else ["vitlab"]), *arguments]
-
-
 def _group(record: dict[str, Any]) -> list[int]:
     """The living processes of a run: the runner, which leads a group of its number, all of that group, and what came of
     them in other groups, as under torchrun. Another process that was given the number began at another time."""
-    leader, found = record["pid"], []
+    leader, found = record["pid"], set[int]()
     with contextlib.suppress(psutil.NoSuchProcess):     # the runner alone was killed: what it started may be there
         if abs(psutil.Process(leader).create_time() - record["created"]) > CLOCK:
             return []
-    for pid in psutil.pids():
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            found += [pid] * (os.getpgid(pid) == leader and _alive(pid))
-    for pid in list(found):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            found += [child.pid for child in psutil.Process(pid).children(recursive=True) if child.pid not in found
-                      and _alive(child.pid)]
-    return found
-
-
-def _write(run: str | Path, record: dict[str, Any]) -> None:
-    atomic_write(Path(run) / INFO, json.dumps(record, indent=1) + "\n")
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, PermissionError, psutil.NoSuchProcess):
+            if os.getpgid(process.pid) == leader:
+                found |= {process.pid, *(child.pid for child in process.children(recursive=True))}
+    return list(filter(_alive, found))
 
 
 def state(run: str | Path) -> State:
@@ -117,8 +103,9 @@ def start(arguments: Sequence[str], run: str | Path, *, folder: str | Path | Non
         runner = subprocess.Popen([sys.executable, "-m", __name__, str(run)], cwd=folder, stdin=subprocess.PIPE,
                                   stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
                                   env={**os.environ, "PYTHONUNBUFFERED": "1"})
-    _write(run, {"arguments": list(arguments), "folder": str(folder), "processes": processes, "pid": runner.pid,
-                 "created": psutil.Process(runner.pid).create_time(), "started": time.strftime("%Y-%m-%d %H:%M:%S")})
+    write_json(run / INFO, {
+        "arguments": list(arguments), "folder": str(folder), "processes": processes, "pid": runner.pid,
+        "created": psutil.Process(runner.pid).create_time(), "started": time.strftime("%Y-%m-%d %H:%M:%S")})
     assert runner.stdin is not None                                             # it is a pipe
     with contextlib.suppress(BrokenPipeError), runner.stdin as pipe:            # on record now: the runner may begin
         pipe.write(b"\n")
@@ -150,7 +137,7 @@ def stop(run: str | Path, *, grace: float = GRACE) -> State:
     after = _record(run)
     # the runner was killed, or had not begun; unless the next one was started there meanwhile
     if after["pid"] == record["pid"] and not after.get("stopped"):
-        _write(run, after | {"stopped": True})
+        write_json(Path(run) / INFO, after | {"stopped": True})
     return state(run)
 
 
@@ -165,11 +152,14 @@ def main(run: str) -> None:
         if child is not None:
             child.terminate()
     signal.signal(signal.SIGTERM, on_request)
-    child = subprocess.Popen(command_line(record["arguments"], _count(record)), stdin=subprocess.DEVNULL)
+    count = _count(record)
+    together = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m"] if count > 1 else []
+    child = subprocess.Popen([sys.executable, "-m", *together, "vitlab", *record["arguments"]],
+                             stdin=subprocess.DEVNULL)
     if record.get("stopped"):           # asked before there was a child to tell
         child.terminate()
     record["exit_code"] = child.wait()
-    _write(run, record)
+    write_json(Path(run) / INFO, record)
 
 
 if __name__ == "__main__":

@@ -44,8 +44,7 @@ def score_tokens(source: Source, data: Data, out: ScoresFile, *, criterion: str 
         images: of train, at most
     """
     found = open_model(source)
-    opened = open_matching(data, found, class_map,
-                           labels=criterion == "gradient" and output_of(found.model).labelled)
+    opened = open_matching(data, found, class_map, labels=criterion == "gradient" and output_of(found.model).labelled)
     batch_size, parts = config.batch_size or opened.at_once(64), opened.parts(config.seed, score=images)
     batches = parts.batches("score", found.model, batch_size=batch_size, seed=config.seed, workers=config.workers,
                             shared=True)

@@ -166,8 +166,7 @@ def evaluate(source: Source, data: Data, *, dense: Annotated[Other | None, flag(
         measures, more = of_features(model, batches, original, opened, features, config.workers, **how)
     if more.get("broken") and parallel.is_first():
         print(f"{more['broken']} broken images left out", file=sys.stderr)
-    prepared = image_config(found.model.encoder if of_pixels
-                            else model) | ({} if crop is None else {"crop_pct": crop})
+    prepared = image_config(found.model.encoder if of_pixels else model) | ({} if crop is None else {"crop_pct": crop})
     row = ResultRow(
         model=name or str(source), dataset=opened.name, split=opened.held_out if split == "held_out" else split,
         **measures, gmacs=cost.gmacs(found.plan), params_m=cost.params(model)["total"] / 1e6,

@@ -115,8 +115,7 @@ def tonight(source: Source, data: Data, out: Run, *, gmacs: Gmacs = None,
 
     def planned() -> dict[str, float]:
         return stages_of(survey, rules, len(ratios), evaluations, finalists, limit / dense)
-    # no photograph is read for it
-    like = torch.zeros(32, *image_config(encoder_of(survey.model))["input_size"])
+    like = torch.zeros(32, *image_config(encoder_of(survey.model))["input_size"])  # no photograph is read for it
     rate, stages = images_per_second(survey.model, like, survey.amp), planned()
     takes, most = sum(stages.values()) / rate / 60, AT_MOST if minutes is None else minutes
     asked = {"evaluations": evaluations, "finalists": finalists, "images": images, "minutes": minutes, "limit": limit,

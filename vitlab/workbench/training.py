@@ -26,8 +26,7 @@ from vitlab.training.loop import fit
 from vitlab.training.recipes import Engine, Recipe
 from vitlab.workbench.steps import TRAINING, Plan, need_dense, open_matching, pick_device
 
-Trained = Annotated[Or[str, Recipe], flag(metavar="NAME",
-                                           help="named recipe; `vitlab recipes` lists them")]
+Trained = Annotated[Or[str, Recipe], flag(metavar="NAME", help="named recipe; `vitlab recipes` lists them")]
 Images = Annotated[Count | None, Parameter(help="train on a slice of this many images")]
 ChangedData = Annotated[bool, Parameter(help="go on though the data set is another than it was")]
 
