@@ -1,10 +1,5 @@
-"""What test_parallel does in one process and in several: each part gives plain data or tensors.
-
-    torchrun --nproc-per-node 2 parallel_work.py FOLDER
-"""
+"""What test_parallel does in one process and in several: each part gives plain data or tensors."""
 import itertools
-import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +9,7 @@ from segmenting_fixtures import small
 from torch import nn
 from training_fixtures import compressed, small_recipe, tiny
 
-from vitlab.data import ImageData, open_data
+from vitlab.data import ImageData
 from vitlab.data.masks import open_scenes
 from vitlab.measure.capture import token_scores
 from vitlab.measure.evaluate import evaluate
@@ -147,10 +142,3 @@ def main(folder: Path, data: ImageData) -> None:
     if parallel.is_first():
         save_file({k: v.contiguous() for k, v in found.items()}, folder / "found.safetensors")
 
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    parallel.begin("cpu")
-    main(Path(sys.argv[1]), open_data(Path(sys.argv[1]) / "data"))
-    parallel.end()

@@ -15,6 +15,7 @@ import nbformat
 import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
+from warm_kernel import warm_kernels  # noqa: F401
 
 from vitlab import cli
 from vitlab.plots.base import new_axes, save_figure
@@ -347,7 +348,7 @@ def test_an_entry_has_its_own_folder_with_notebook_log_and_rows_and_those_of_wha
     assert len(seen["finished"]["rows"]["first"]) == 1 and "AssertionError" not in (entries / "bad/log.txt").read_text()
 
 
-def test_the_report_holds_every_row_and_failure_escaped_and_loads_nothing(story, capsys):
+def test_the_report_holds_every_row_and_failure_escaped_and_loads_nothing(story, capsys, warm_kernels):  # noqa: F811
     folder, seen = story
     out = folder / "out"
     assert "<script" not in seen["page"] and "no images in nowhere: &lt;script&gt;alert(1)" in seen[
@@ -389,7 +390,7 @@ def test_without_snakemake_the_command_says_what_is_needed(tmp_path, capsys, mon
     assert code == 2 and "Python 3.11" in err
 
 
-def test_the_digits_batch_runs_repeats_nothing_and_is_reported(tmp_path, capsys):
+def test_the_digits_batch_runs_repeats_nothing_and_is_reported(tmp_path, capsys, warm_kernels):  # noqa: F811
     out = tmp_path / "out"
     common = ["batch", str(BATCHES / "digits.yaml"), "--out", str(out), "--set", "quick=true",
               "--set", "entries.pruned.grid.keep_rate=[0.6]"]

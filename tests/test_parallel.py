@@ -1,14 +1,15 @@
-"""Under torchrun two processes do what one does: the same losses, scores, counts and journal; and none is left
-hanging."""
+"""Two processes do what one does: the same losses, scores, counts and journal; and none is left hanging, under torchrun
+too."""
+import multiprocessing
 import os
-import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import parallel_work
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,6 +21,7 @@ from vitlab.data import open_data
 from vitlab.data.order import TrainingOrder
 from vitlab.models import checkpoint, shape_of
 from vitlab.plan import CompressionPlan
+from vitlab.runtime import parallel, signals
 from vitlab.runtime.files import InputError, read_lines
 from vitlab.training import states
 from vitlab.training.loop import LOG, fit
@@ -27,12 +29,51 @@ from vitlab.training.recipes import Engine
 
 HERE = Path(__file__).parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{Path(vitlab.__file__).parents[1]}{os.pathsep}{HERE}"}
+FORK = multiprocessing.get_context("fork")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def torchrun(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+def torchrun(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run([*TORCHRUN, *map(str, arguments)], env=ENV, cwd=cwd, capture_output=True, text=True,
                           timeout=300)
+
+
+class Pair:
+    """Two forks of this process, which has all modules loaded, with the environment that torchrun gives; each does
+    work(), in `folder`, and what it says is in a file."""
+
+    def __init__(self, folder: Path, work: Callable[[], int | None]) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.said = [folder / f"said-{rank}" for rank in (0, 1)]
+        self.processes = [FORK.Process(target=self._begin, args=(rank, port, folder, work)) for rank in (0, 1)]
+        for process in self.processes:
+            process.start()
+
+    def _begin(self, rank: int, port: int, folder: Path, work: Callable[[], int | None]) -> None:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for number in (1, 2):
+            os.dup2(os.open(self.said[rank], os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        os.chdir(folder)
+        sys.exit(work())
+
+    def ended(self, seconds: float = 300) -> tuple[list[int | None], list[str]]:
+        """(exit codes, what each said)."""
+        for process in self.processes:
+            process.join(seconds)
+            process.kill()
+        return [process.exitcode for process in self.processes], [path.read_text() for path in self.said]
+
+
+def work_of_one(folder: Path) -> None:
+    """As parallel_work does as a program."""
+    torch.set_num_threads(1)
+    parallel.begin("cpu")
+    parallel_work.main(folder, open_data(folder / "data"))
+    parallel.end()
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +82,8 @@ def both(tmp_path_factory):
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     for folder in (one, two):
         write_easy_folder(folder / "same" / "data")
-    ran = torchrun(HERE / "parallel_work.py", two / "same")
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    codes, said = Pair(two, lambda: work_of_one(two / "same")).ended(600)
+    assert codes == [0, 0], said
     os.chdir(HERE)
     parallel_work.main(one / "same", open_data(one / "same" / "data"))
     return one / "same", load_file(one / "same" / "found.safetensors"), two / "same", load_file(
@@ -131,14 +172,14 @@ def place(tmp_path):
     return tmp_path
 
 
-FINETUNE = ("-m", "vitlab", "finetune", "--checkpoint", "dense", "--data", "data", "--recipe", "digits", "--batch-size",
+FINETUNE = ("finetune", "--checkpoint", "dense", "--data", "data", "--recipe", "digits", "--batch-size",
             "8", "--workers", "0", "--device", "cpu", "--out", "run")
 
 
 def test_the_command_line_trains_in_two_processes_and_prints_once(place):
-    ran = torchrun(*FINETUNE, "--epochs", "1", cwd=place)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    assert ran.stdout.count("checkpoint: run/checkpoint") == 1
+    codes, said = Pair(place, lambda: main([*FINETUNE, "--epochs", "1"])).ended()
+    assert codes == [0, 0], said
+    assert "".join(said).count("checkpoint: run/checkpoint") == 1
     assert len(read_lines(place / "run" / "training" / LOG)) == 1 and checkpoint.load(place / "run")
 
 
@@ -172,7 +213,7 @@ stepping.Training.take_step = step
 sys.exit(main(sys.argv[1:]))
 """)
     began = time.monotonic()
-    ran = torchrun(script, *FINETUNE[2:], cwd=place)
+    ran = torchrun(script, *FINETUNE, cwd=place)
     assert ran.returncode != 0 and time.monotonic() - began < 240
     assert "vitlab finetune: data/red/7.png: the disk gave up" in ran.stderr
     root = ran.stderr[ran.stderr.index("Root Cause"):]
@@ -182,26 +223,21 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_a_request_to_stop_is_agreed_on_and_wrong_input_is_one_line_and_leaves_its_states(place):
-    run = subprocess.Popen([*TORCHRUN, *FINETUNE, "--epochs", "100000"], cwd=place, env=ENV, stderr=subprocess.PIPE,
-                           text=True)
-    try:
-        end = time.monotonic() + 400
-        while not states.paths(place / "run" / "training"):
-            assert run.poll() is None and time.monotonic() < end, run.stderr.read()
-            time.sleep(0.05)
-        second, = (p for p in psutil.Process(run.pid).children(recursive=True) if p.environ().get("RANK") == "1")
-        second.send_signal(signal.SIGTERM)                          # the first hears of it from the second
-        said = run.communicate(timeout=600)[1]
-    finally:
-        run.kill()
-    assert said.count("vitlab finetune: stopped on request") == 2 and "another process" not in said
+    pair, end = Pair(place, lambda: main([*FINETUNE, "--epochs", "100000"])), time.monotonic() + 400
+    while not states.paths(place / "run" / "training") and time.monotonic() < end:
+        time.sleep(0.05)
+    pair.processes[1].terminate()                               # the first hears of it from the second
+    codes, said = pair.ended()
+    assert codes == [signals.EXIT_CODE] * 2, said
+    assert all("vitlab finetune: stopped on request" in each and "another process" not in each for each in said)
     path, state = next(states.newest(place / "run" / "training"))
     assert f"{state['epoch'] * 6 + state['done']:09d}" in path.name             # 48 images
-    before, began = {p.name: p.read_bytes() for p in states.paths(place / "run" / "training")}, time.monotonic()
-    ran = torchrun(*FINETUNE, "--accumulate", "3", cwd=place)               # wrong input is one line, the end of all
-    assert ran.returncode != 0 and time.monotonic() - began < 240
-    assert "vitlab finetune: recipe digits: a step of 8 images does not divide by 2 processes times 3 batches" in ran.stderr  # noqa: E501
-    assert "Traceback" not in ran.stderr.split("exitcode")[0]
+    before = {p.name: p.read_bytes() for p in states.paths(place / "run" / "training")}
+    codes, said = Pair(place, lambda: main([*FINETUNE, "--accumulate", "3"])).ended()   # one line, the end of all
+    assert codes == [2, 2], said
+    wrong = "vitlab finetune: recipe digits: a step of 8 images does not divide by 2 processes times 3 batches"
+    assert all(wrong in each for each in said)
+    assert "Traceback" not in "".join(said)
     assert {p.name: p.read_bytes() for p in states.paths(place / "run" / "training")} == before
 
 

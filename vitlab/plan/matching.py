@@ -20,9 +20,11 @@ def match(keys: Tensor, merged: int, importance: Tensor | None = None, sizes: Te
     keys (B, n, W), compared by cosine; importance (B, n): a source goes the later the larger it is (cosine less
     importance ranks them). sizes (B, n) in patches: of tokens that stand for s and t of them, 1 - cosine counts times
     sqrt(2 s t / (s + t)), which is 1 of single patches; s t / (s + t) is how a merge's squared error grows (Ward, J.
-    Am. Stat. Assoc. 58, 1963), and its root is what was measured to be best (docs/log.md). Returns order (B, sources), first those that go, the most alike first, then those that stay,
-    in order of place: what stays alike is no matter of rounding then, nor are the halves of the next matching. And into
-    (B, r), the target of each that goes.
+    Am. Stat. Assoc. 58, 1963), and its root is what was measured to be best (docs/log.md).
+
+    Returns order (B, sources), first those that go, the most alike first, then those that stay, in order of place: what
+    stays alike is no matter of rounding then, nor are the halves of the next matching. And into (B, r), the target of
+    each that goes.
     """
     alike = F.normalize(keys, dim=-1)
     likeness = alike[:, ::2] @ alike[:, 1::2].transpose(1, 2)                   # (B, sources, targets)

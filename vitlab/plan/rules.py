@@ -1,7 +1,7 @@
 """Token rules: how a block's tokens are taken in and given back, as checked plain data. One small class a rule.
 
-`flow(shape, entering)` says what a rule makes of the tokens that reach its block, or why it can't. `before`: what a file
-means that has no word of a field, as files were before there was one.
+`flow(shape, entering)` says what a rule makes of the tokens that reach its block, or why it can't. `before`: what a
+file means that has no word of a field, as files were before there was one.
 """
 from dataclasses import dataclass
 

@@ -14,8 +14,6 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-import nbformat
-
 from vitlab.runtime.files import InputError, read_json, read_lines, write_json, write_lines
 from vitlab.workbench import notebooks
 from vitlab.workbench.batch_file import REFERENCE, Entry
@@ -62,7 +60,8 @@ def dependencies(entries: list[Entry]) -> dict[str, dict[str, Any]]:
     for entry in entries:
         named = {key: value for key, value in entry.parameters.items()
                  if isinstance(value, str) and value not in ("", "digits") and not REFERENCE.search(value)}
-        cells = [cell.source for cell in nbformat.read(entry.notebook, as_version=4).cells if cell.cell_type == "code"]
+        cells = [cell.source for cell in notebooks.nbformat.read(entry.notebook, as_version=4).cells
+                 if cell.cell_type == "code"]
         found[entry.name] = {"code": code, "notebook": _digest(cells), "parameters": entry.parameters,
                              "files": {key: print_of(value) for key, value in named.items() if print_of(value)},
                              "after": {name: _digest(found[name]) for name in entry.after}}

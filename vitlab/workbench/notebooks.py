@@ -5,14 +5,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import nbformat
-import papermill
-from nbconvert import HTMLExporter
-from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from vitlab.runtime.files import NOTEBOOKS, InputError, atomic_write, require
 
+# where it is installed, jsonschema imports it, which takes as long as torch does, for formats that no notebook has
+MODULES: dict[str, Any] = sys.modules
+hidden = MODULES.setdefault("rfc3987_syntax", None)
+import nbformat  # noqa: E402
+
+if hidden is None:
+    del MODULES["rfc3987_syntax"]
 SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]    # the first there is
 POLICY = """<meta http-equiv="Content-Security-Policy" """ \
          """content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">"""
@@ -52,6 +55,8 @@ def run(path: str | Path, out: str | Path, parameters: dict[str, Any] | None = N
     """
     path, parameters = Path(path), parameters or {}
     check_parameters(path, parameters)
+    import papermill  # here: what only checks a batch does without it
+    from papermill.exceptions import PapermillExecutionError
     target = Path(out) / path.name
     names = (str(place).replace("{", "{{").replace("}", "}}") for place in (path, target))     # papermill formats them
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +73,7 @@ def run(path: str | Path, out: str | Path, parameters: dict[str, Any] | None = N
 def report(executed: str | Path, target: str | Path) -> Path:
     """The executed notebook as one HTML page, without its code. It loads nothing from elsewhere and runs no script; a
     widget is shown as its picture."""
+    from nbconvert import HTMLExporter
     name = f"vitlab: {Path(target).resolve().parent.name}"
     exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True,
                             embed_images=True, config=Config({"NbConvertBase": {"display_data_priority": SHOWN}}))
