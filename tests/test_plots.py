@@ -171,6 +171,14 @@ def test_training_curves_show_the_log():
     assert [list(axis.lines[0].get_ydata()) for axis in figure.axes] == [[1, .5], [10, 20], [.1, .1]]
 
 
+def test_curves_of_one_epoch_have_whole_epochs_and_no_label_longer_than_its_axis():
+    figure = training_curves({"run": [{"epoch": 1, "loss": 1., "train_slice_distill_loss": .1, "lr": .1}]})
+    figure.canvas.draw()
+    assert all(float(place).is_integer() for axis in figure.axes for place in axis.get_xticks())
+    tall = [axis.yaxis.label.get_window_extent().height <= axis.get_window_extent().height for axis in figure.axes]
+    assert all(tall), [axis.get_ylabel() for axis in figure.axes]
+
+
 def test_to_image_undoes_the_normalisation():
     x = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0))
     mean, std = (.4, .5, .6), (.2, .3, .4)

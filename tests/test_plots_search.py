@@ -25,6 +25,12 @@ def band(axis) -> dict[float, tuple[float, float]]:
     return {x: (min(ys), max(ys)) for x in set(corners[:, 0]) for ys in [[y for a, y in corners if a == x]]}
 
 
+def test_a_unit_in_brackets_is_not_broken():
+    axis = incumbents({"gp": [[1, 2]]}, label="- distance to dense (1 - cosine)", errors={"gp": [.1, .1]}).axes[0]
+    first, second = axis.get_ylabel().replace("\N{NO-BREAK SPACE}", " ").splitlines()
+    assert (first, second) == ("best so far: - distance to dense", "(1 - cosine) (band: one standard error)")
+
+
 def test_incumbents_show_the_median_and_range_of_the_best_so_far():
     axis = incumbents({"bayes": [[1, 3, 2], [5, 4, 6], [2, 2, 9]]}, label="top-1 (%)").axes[0]
     line, = axis.lines

@@ -2,8 +2,10 @@
 import contextlib
 import itertools
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -36,6 +38,11 @@ def look(index: int) -> dict[str, Any]:
 def as_array(x: Any) -> np.ndarray:
     """A tensor (of any device and float type), array or list as a float64 array."""
     return x.detach().cpu().double().numpy() if isinstance(x, Tensor) else np.asarray(x, dtype=np.float64)
+
+
+def wrapped(label: str, width: int) -> str:
+    """A label in lines of at most so many letters; a unit in brackets stays whole."""
+    return fill(re.sub(r"\([^()]{,14}\)", lambda unit: unit[0].replace(" ", "\N{NO-BREAK SPACE}"), label), width)
 
 
 def save_figure(figure: Figure, folder: str | Path, name: str, caption: str = "",

@@ -1,7 +1,6 @@
 """Figures of what a cut alone costs: of one block by each criterion, of one dimension by how much of it goes."""
 import re
 from collections.abc import Sequence
-from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vitlab.plots.base import INK, as_array, legend_above, look, new_axes
+from vitlab.plots.base import INK, as_array, legend_above, look, new_axes, wrapped
 from vitlab.plots.points import error_bars
 from vitlab.plots.search import group_of
 from vitlab.runtime.files import require
@@ -38,7 +37,7 @@ def sensitivity(drops: dict[str, dict[str, Sequence[float]]], *, label: str,
             error_bars(axis, places, as_array(values), bars, ecolor=look(index)["color"])
         axis.set(xlabel="block", title=dimension, xlim=(-0.5, max(map(len, lines.values()), default=1) - 0.5))
         axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-    figure.supylabel(fill(label, 40), fontsize=11)
+    figure.supylabel(wrapped(label, 40), fontsize=11)
     legend_above(figure, [handles[name] for name in criteria], criteria)
     return figure
 
@@ -80,7 +79,7 @@ def sensitivity_curves(rows: Sequence[dict[str, Any]], *, loss_label: str, saved
         axis.tick_params(labelleft=group == groups[0])
         axis.xaxis.set_major_locator(MaxNLocator(nbins=4))
     loss_label += "; bars: one standard error" if known else ""
-    axes[0, 0].set_ylabel(fill(f"{loss_label}, logarithmic above {least:.2g}" if wide else loss_label, 36))
+    axes[0, 0].set_ylabel(wrapped(f"{loss_label}, logarithmic above {least:.2g}" if wide else loss_label, 36))
     figure.supxlabel(saved_label, fontsize="medium")
     if blocks:
         figure.colorbar(ramp, ax=axes[0, -1], label="block", pad=0.02, ticks=MaxNLocator(integer=True))

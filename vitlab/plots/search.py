@@ -2,7 +2,6 @@
 import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from textwrap import fill
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -14,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from vitlab.plots.base import INK, MARKERS, PALETTE, as_array, legend_above, new_axes, style
+from vitlab.plots.base import INK, MARKERS, PALETTE, as_array, legend_above, new_axes, style, wrapped
 from vitlab.plots.points import error_bars
 from vitlab.runtime.files import require
 
@@ -63,7 +62,7 @@ def incumbents(curves: dict[str, Sequence[Sequence[float]]], *, label: str,
             axis.fill_between(steps, low, high, step="post", color=colour, alpha=0.2, linewidth=0)
     most = max(map(len, curves.values()))
     over = f" (median and range of {most} seeds)" if most > 1 else " (band: one standard error)" if banded else ""
-    axis.set(xlabel="evaluations", ylabel=fill(f"best so far: {label}{over}", 36))
+    axis.set(xlabel="evaluations", ylabel=wrapped(f"best so far: {label}{over}", 40))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_above(figure, *axis.get_legend_handles_labels())
     return figure
@@ -214,7 +213,8 @@ def moment(values: Any, *, total: int, label: str, dimension: str, grid: Any = (
     if then is not None:
         axis.plot(len(values), then, marker="D", markersize=5, markerfacecolor="white", color=PALETTE[0],
                   linestyle="none", label="next, then measured")
-    axis.set(xlabel="number of the evaluation", ylabel=fill(label, 28), xlim=(-0.5, max(total, len(values) + 1) - 0.5))
+    axis.set(xlabel="number of the evaluation", ylabel=wrapped(label, 28),
+             xlim=(-0.5, max(total, len(values) + 1) - 0.5))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for colour, dash, (name, (means, deviations, log_ei, place)) in zip((PALETTE[2], PALETTE[3]), ("-", "--"),
                                                                         lines.items()):
@@ -225,7 +225,7 @@ def moment(values: Any, *, total: int, label: str, dimension: str, grid: Any = (
             axis.plot(grid, curve, color=colour, linestyle=dash, label=name)
             axis.plot(place, np.interp(place, grid, curve), marker="o", color=colour, markersize=6, linestyle="none")
     for name, what in (("belief", label), ("acquisition", "log EI")):
-        axes[name].set(xlabel=f"fraction cut of {dimension}", ylabel=fill(what, 28))
+        axes[name].set(xlabel=f"fraction cut of {dimension}", ylabel=wrapped(what, 28))
         if not lines:
             axes[name].text(0.5, 0.5, "two evaluations are needed", transform=axes[name].transAxes, ha="center",
                             va="center")

@@ -5,7 +5,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vitlab.plots.base import INK, MARKERS, PALETTE, look, new_axes
+from vitlab.plots.base import INK, MARKERS, PALETTE, look, new_axes, wrapped
 from vitlab.plots.points import Point, draw_points, legend_beside
 from vitlab.runtime.files import require
 from vitlab.runtime.results import ResultRow, speed_of
@@ -46,8 +46,8 @@ def training_curves(logs: dict[str, Sequence[dict[str, Any]]]) -> Figure:
             if steps:
                 axis.plot([r["at_epoch"] for r in steps], [r[field] for r in steps], color=drawn.get_color(),
                           alpha=0.35, linewidth=1)
-        axis.set(xlabel="epoch", ylabel=label)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set(xlabel="epoch", ylabel=wrapped(label, 28))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))                  # of one epoch, too
     axes[0, 0].legend(frameon=False)
     return figure
 
