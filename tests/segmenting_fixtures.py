@@ -8,7 +8,7 @@ from vitlab.data.layouts import IGNORE
 from vitlab.data.scene_data import SceneData, Scenes
 from vitlab.models import shape_of
 from vitlab.models.checkpoint import Checkpoint
-from vitlab.models.segmenter import Segmenter, as_encoder
+from vitlab.models.segmenter import Segmenter, as_encoder, with_queries
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.rules import Match
 
@@ -18,10 +18,14 @@ CLASSES, SIZE = 5, (24, 40)                     # of the Segmenters made here; 1
 def small(decoder: str = "mask_transformer", seed: int = 0, num_classes: int = CLASSES,
           img_size: tuple[int, int] = SIZE, **args) -> Segmenter:
     """A dense Segmenter in eval mode, 2 blocks of 24 wide, every parameter off its initial value; args are the
-    decoder's."""
+    decoder's; 7 queries in one block more."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Segmenter(as_encoder(tiny(seed=seed, img_size=img_size)), num_classes, decoder, **args)
+        if decoder == "queries":
+            args = {"depth": 1, "queries": 7, **args}
+            model = with_queries(tiny(seed=seed, img_size=img_size, depth=2 + args["depth"]), num_classes, **args)
+        else:
+            model = Segmenter(as_encoder(tiny(seed=seed, img_size=img_size)), num_classes, decoder, **args)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.decoder.parameters():

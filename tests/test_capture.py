@@ -188,7 +188,8 @@ def scenes_for(model, sizes=(3, 2)):
 
 @pytest.mark.parametrize("absolute", ["batch", "image"])
 @pytest.mark.parametrize("family, decoder",
-                         [("deit", "mask_transformer"), ("dinov2_reg", "linear"), ("mae", "mask_transformer")])
+                         [("deit", "mask_transformer"), ("dinov2_reg", "linear"), ("mae", "mask_transformer"),
+                          ("deit", "queries")])
 def test_token_scores_of_a_segmenter_equal_the_sum_over_explicit_attention_maps(segmenter, family, decoder, absolute):  # noqa: F811
     model = segmenter(family, decoder)
     batches = scenes_for(model)

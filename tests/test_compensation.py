@@ -573,7 +573,7 @@ def test_the_stream_as_target_brings_the_output_nearer_to_the_dense_models_than_
     assert both < own
 
 
-@pytest.mark.parametrize("decoder", ["linear", "mask_transformer"])
+@pytest.mark.parametrize("decoder", ["linear", "mask_transformer", "queries"])
 @pytest.mark.parametrize("every", [False, True])
 def test_a_cut_segmenter_that_is_refitted_is_nearer_to_the_dense_one_and_keeps_its_decoder(decoder, every):
     dense = small(decoder)

@@ -258,7 +258,7 @@ def test_matching_none_costs_what_the_dense_model_does(tiny_vit, family):
 
 # ---- Decoders
 
-@pytest.mark.parametrize("decoder", ["linear", "mask_transformer"])
+@pytest.mark.parametrize("decoder", ["linear", "mask_transformer", "queries"])
 @pytest.mark.parametrize("layout", ["-----", "m--m0", "-mm--"])
 def test_macs_of_a_segmenter_equal_what_runs_in_both_forms(segmenter, family, decoder, layout, random_plan):  # noqa: F811
     dense = segmenter(family, decoder)

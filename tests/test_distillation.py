@@ -152,7 +152,7 @@ def pixel_loss(student, teacher, targets, **settings) -> torch.Tensor:
     return task(pictures(2, SMALLER), targets)["loss"]
 
 
-@pytest.mark.parametrize("decoder", ["linear", "mask_transformer"])
+@pytest.mark.parametrize("decoder", ["linear", "mask_transformer", "queries"])
 @pytest.mark.parametrize("alpha, tau", [(0.8, 20.0), (1.0, 4.0), (0.5, 1.0)])
 def test_soft_loss_of_pixels_is_the_formula_of_a8_with_the_mean_over_pixels(decoder, alpha, tau):
     student, teacher, targets = small(decoder, seed=1), small(decoder, seed=2), masks(2, SMALLER)

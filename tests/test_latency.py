@@ -398,7 +398,7 @@ def test_a_table_of_an_older_version_is_refused(tmp_path):
         LatencyTable.load(tmp_path / "t.json")
 
 
-@pytest.mark.parametrize("decoder", ["linear", "mask_transformer"])
+@pytest.mark.parametrize("decoder", ["linear", "mask_transformer", "queries"])
 def test_a_segmenter_is_measured_with_its_decoder_on_the_whole_grid_and_its_plans_are_predicted(decoder, tmp_path):
     model = small(decoder)
     before = {name: value.clone() for name, value in model.state_dict().items()}

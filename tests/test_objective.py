@@ -270,7 +270,7 @@ def slow_pixels(model, plan: CompressionPlan, found: list) -> dict[str, float]:
             "agree_se": slow_error([100 * v * n / pixels for v in agreeing])}
 
 
-@pytest.mark.parametrize("decoder", ["linear", "mask_transformer"])
+@pytest.mark.parametrize("decoder", ["linear", "mask_transformer", "queries"])
 @pytest.mark.parametrize("make", [token_plan, match_plan, units_plan])
 def test_measures_of_a_segmenter_are_those_of_every_patch_and_pixel_alone(make, decoder):
     model, found = small(decoder), batches((3, 2))
@@ -286,7 +286,7 @@ def test_measures_of_a_segmenter_are_those_of_every_patch_and_pixel_alone(make, 
     assert wanted["distill_loss"] > 0.01 and wanted["agree_pct"] < 99 and wanted["miou_se"] > 0.1
 
 
-@pytest.mark.parametrize("decoder", ["linear", "mask_transformer"])
+@pytest.mark.parametrize("decoder", ["linear", "mask_transformer", "queries"])
 def test_the_empty_plan_of_a_segmenter_has_no_distance_and_what_the_dense_model_is_worth(decoder):
     model, found = small(decoder), batches((3, 2))
     given = PlanObjective(model, found, metric="miou_pct")(CompressionPlan.empty(shape_of(model)))

@@ -9,14 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comparing import disturb_matrices, relative
-from conftest import NUM_CLASSES, random_rule
+from conftest import DEPTH, NUM_CLASSES, random_rule
 from timm.layers import resample_abs_pos_embed
 from timm.optim import create_optimizer_v2
 
 from vitlab.models import compress, deploy, shape_of
 from vitlab.models.create import architecture, rebuild
 from vitlab.models.decoders import DECODERS, MaskTransformer
-from vitlab.models.segmenter import Segmenter, as_encoder
+from vitlab.models.segmenter import Segmenter, as_encoder, with_queries
 from vitlab.models.windows import segment, slide, windows
 from vitlab.plan import BlockPlan, CompressionPlan, cost, tokens
 from vitlab.plan.rules import Match, ReadOut, Select
@@ -43,9 +43,12 @@ def disturb(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 @pytest.fixture
 def segmenter(tiny_vit):
     """segmenter(family, decoder, **timm arguments): 5 classes, in eval mode, every parameter of the decoder off its
-    start."""
+    start; 7 queries in two blocks more."""
     def make(family: str, decoder: str = "mask_transformer", **args) -> Segmenter:
-        model = Segmenter(as_encoder(tiny_vit(family, **args)), 5, decoder)
+        if decoder == "queries":
+            model = with_queries(tiny_vit(family, **{"depth": DEPTH + 2, **args}), 5, depth=2, queries=7)
+        else:
+            model = Segmenter(as_encoder(tiny_vit(family, **args)), 5, decoder)
         disturb(model.decoder)
         return model.eval()
     return make
@@ -138,7 +141,7 @@ def test_mask_transformer_drops_in_training_alone_as_published():
 
 
 @pytest.mark.parametrize("args, says", [
-    ({"decoder": "conv"}, r"decoder 'conv' is not known; known are \['linear', 'mask_transformer'\]"),
+    ({"decoder": "conv"}, r"decoder 'conv' is not known; known are \['linear', 'mask_transformer', 'queries'\]"),
     ({"depth": 0}, "mask transformer of 0 blocks"), ({"head_dim": 5}, "33 wide, with heads of 5"),
     ({"width": 3}, "decoder mask_transformer: .*width"), ({"num_classes": 1}, "num_classes is 1; at least 2"),
 ])
@@ -176,7 +179,7 @@ def upsampled_slowly(grid: torch.Tensor, height: int, width: int) -> torch.Tenso
     return out
 
 
-@pytest.mark.parametrize("decoder", list(DECODERS))
+@pytest.mark.parametrize("decoder", ["linear", "mask_transformer"])
 def test_every_family_gives_the_decoders_logits_of_its_patches_upsampled_and_cropped(segmenter, family, decoder):
     model = segmenter(family, decoder).double()
     (height, width), patch = model.img_size, model.encoder.patch_embed.patch_size
@@ -193,8 +196,9 @@ def test_every_family_gives_the_decoders_logits_of_its_patches_upsampled_and_cro
         assert relative(found[b, k], wanted) < EXACT
 
 
-def test_every_family_trains_all_of_its_decoder_and_encoder(segmenter, family):
-    model = segmenter(family).train()
+@pytest.mark.parametrize("decoder", ["mask_transformer", "queries"])
+def test_every_family_trains_all_of_its_decoder_and_encoder(segmenter, family, decoder):
+    model = segmenter(family, decoder).train()
     F.cross_entropy(model(numbers(2, 3, *model.img_size)), torch.randint(5, (2, *model.img_size))).backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()
                or not p.grad.any()]

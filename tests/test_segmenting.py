@@ -118,11 +118,13 @@ def test_a_segmenter_goes_on_training_at_another_size_with_its_own_decoder(way, 
 
 def test_a_segmenter_is_made_of_the_encoders_own_blocks_at_the_size_of_the_first_scenes():
     data, source = open_scenes(DATA), encoder()
-    for decoder, args in (("linear", {}), ("mask_transformer", {"depth": 1})):
+    for decoder, args in (("linear", {}), ("mask_transformer", {"depth": 1}), ("queries", {"depth": 1})):
         model = segmenting.make_segmenter(source, data, decoder=decoder, **args)
         assert (model.decoder_name, model.num_classes, model.img_size,
                 model.decoder_depth) == (decoder, 11, (32, 32), len(args))
-        assert torch.equal(model.blocks[1].mlp.fc2.weight, source.model.blocks[1].mlp.fc2.weight)
+        taken = [*model.blocks, *(model.decoder.blocks if decoder == "queries" else ())]
+        assert len(taken) == len(source.model.blocks)
+        assert torch.equal(taken[1].mlp.fc2.weight, source.model.blocks[1].mlp.fc2.weight)
     assert segmenting.make_segmenter(source, data).decoder_name == "mask_transformer"
     dropping = segmenting.make_segmenter(source, data, drop_path=0.3)
     assert isinstance(dropping.blocks[0].drop_path1, torch.nn.Identity)

@@ -150,7 +150,7 @@ def test_activation_taylor_and_weight_scores_are_their_definitions_in_every_fami
     assert_same(score(model, batches, "weight"), weight_slowly(model))
 
 
-@pytest.mark.parametrize("decoder", ["linear", "mask_transformer"])
+@pytest.mark.parametrize("decoder", ["linear", "mask_transformer", "queries"])
 def test_hsic_activation_and_weight_scores_of_a_segmenter_are_their_definitions(decoder):
     model, batches = doubled(small(decoder), scenes_for(small(), (3,)))
     assert_same(score(model, batches), hsic_slowly(model, batches[0][0]))
@@ -158,7 +158,7 @@ def test_hsic_activation_and_weight_scores_of_a_segmenter_are_their_definitions(
     assert_same(score(model, batches, "weight"), weight_slowly(model))
 
 
-@pytest.mark.parametrize("decoder", ["linear", "mask_transformer"])
+@pytest.mark.parametrize("decoder", ["linear", "mask_transformer", "queries"])
 def test_taylor_scores_of_a_segmenter_are_of_each_images_own_mean_over_its_pixels(decoder):
     model, batches = doubled(small(decoder), scenes_for(small(), (1, 1, 1)))
     assert_same(score(model, batches, "taylor"), taylor_slowly(model, batches))

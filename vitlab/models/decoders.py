@@ -13,6 +13,7 @@ from timm.layers import trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from vitlab.models.queries import QueryDecoder
 from vitlab.runtime.files import InputError
 
 NORM_EPS = 1e-5                                 # of the decoder's LayerNorms, as published; timm's own are 1e-6
@@ -89,4 +90,6 @@ class MaskTransformer(nn.Module):
         return {"cls_emb"}
 
 
-DECODERS: dict[str, Callable[..., nn.Module]] = {"linear": LinearDecoder, "mask_transformer": MaskTransformer}
+# a module that takes a model's width and K; by queries the encoder, too
+DECODERS: dict[str, Callable[..., nn.Module]] = {"linear": LinearDecoder, "mask_transformer": MaskTransformer,
+                                                 "queries": QueryDecoder}

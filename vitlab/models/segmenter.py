@@ -17,8 +17,9 @@ from vitlab.models.create import rebuild, set_norm_eps
 from vitlab.models.decoders import DECODERS
 from vitlab.models.deploy import Fold
 from vitlab.models.families import mixing_layer
+from vitlab.models.queries import DEPTH, QueryDecoder
 from vitlab.models.support import attention_block, check_supported, is_merged
-from vitlab.plan.shape import is_int
+from vitlab.plan.shape import is_int, require
 from vitlab.runtime.files import InputError
 
 LARGEST = 2**16                                 # of any size that a file may ask for
@@ -50,6 +51,19 @@ def as_encoder(model: nn.Module) -> nn.Module:
     return model
 
 
+def with_queries(model: nn.Module, num_classes: int, *, depth: int = DEPTH, **args: Any) -> "Segmenter":
+    """A Segmenter whose queries join the tokens of a dense timm model before its last `depth` blocks, which become its
+    decoder's. Raises InputError for a model of no more blocks."""
+    encoder = as_encoder(model)
+    count = len(encoder.blocks)
+    require(1 <= depth < count, f"queries in the last {depth} of {count} blocks; at least 1 is needed, and a block "
+                                f"before them")
+    own, encoder.blocks = encoder.blocks[-depth:], encoder.blocks[:-depth]
+    found = Segmenter(encoder, num_classes, "queries", depth=depth, **args)
+    found.decoder.blocks = nn.ModuleList(own)
+    return found
+
+
 def multiple(size: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
     """The next multiples of the patch; heights and widths."""
     return -(-size[0] // patch[0]) * patch[0], -(-size[1] // patch[1]) * patch[1]
@@ -63,13 +77,13 @@ def pad(images: Tensor, size: tuple[int, int]) -> Tensor:
 def segmenter_source(model: "Segmenter") -> dict[str, Any]:
     """What `rebuild_segmenter` needs beside the `architecture` of the encoder."""
     return {"num_classes": model.num_classes, "decoder": model.decoder_name, "args": model.decoder_args,
-            "norm_eps": getattr(model.encoder.norm, "eps", None)}
+            "norm_eps": getattr(getattr(model.decoder, "norm", model.encoder.norm), "eps", None)}
 
 
 def rebuild_segmenter(encoder: Any, source: Any, most: int | None = None) -> "Segmenter":
     """The dense Segmenter of an encoder's `architecture` and a `segmenter_source`, with random weights. Raises
     InputError naming what is wrong, and, before memory is taken, where it would have more than `most` parameters."""
-    numbers = {"head_dim": is_size, "depth": lambda v: is_size(v) and v <= DEEPEST, "drop": is_rate,
+    numbers = {"head_dim": is_size, "queries": is_size, "depth": lambda v: is_size(v) and v <= DEEPEST, "drop": is_rate,
                "drop_path": is_rate}
     known = {"num_classes": lambda v: is_size(v) and v >= 2,
              "decoder": lambda v: isinstance(v, str) and v in DECODERS,
@@ -81,17 +95,17 @@ def rebuild_segmenter(encoder: Any, source: Any, most: int | None = None) -> "Se
             raise InputError(f'"segmenter": {name} is {given}, which no Segmenter can be built from')
 
     def build() -> Segmenter:
-        return Segmenter(as_encoder(rebuild(encoder, most)), source["num_classes"], source["decoder"], **source["args"])
+        made = as_encoder(rebuild(encoder, most))
+        if source["norm_eps"] is not None:
+            set_norm_eps(made, source["norm_eps"])
+        return Segmenter(made, source["num_classes"], source["decoder"], **source["args"])
     if most is not None:
         with torch.device("meta"):              # sizes alone, without memory
             count = sum(p.numel() for p in build().parameters())
         if count > most:
             raise InputError(f"a Segmenter of {count:,} parameters; the weights beside it are those of {most:,} at "
                              f"most")
-    model = build()
-    if source["norm_eps"] is not None:
-        set_norm_eps(model.encoder, source["norm_eps"])
-    return model.eval()
+    return build().eval()
 
 
 class Segmenter(nn.Module):
@@ -99,8 +113,9 @@ class Segmenter(nn.Module):
     bottom, encoded, decoded patch by patch, upsampled bilinearly, cropped.
 
     encoder: a supported timm model in any form (dense, compressed, deployed), best made by `as_encoder`. decoder: a
-    name in DECODERS; args are its own. num_classes: K, at least 2. Raises InputError for another decoder, argument or
-    family, and in the forward for an image of a size that the encoder is not for, or one that gives no whole grid.
+    name in DECODERS; args are its own; one by queries takes the encoder's last norm (`with_queries`). num_classes: K,
+    at least 2. Raises InputError for another decoder, argument or family, and in the forward for an image of a size
+    that the encoder is not for, or one that gives no whole grid.
     """
 
     def __init__(self, encoder: nn.Module, num_classes: int, decoder: str = "mask_transformer", **args: Any) -> None:
@@ -113,7 +128,8 @@ class Segmenter(nn.Module):
         if not any(isinstance(block, Fold) for block in getattr(encoder, "blocks", ())):
             check_supported(encoder)
         self.encoder, self.num_classes, self.decoder_name, self.decoder_args = encoder, num_classes, decoder, args
-        args = {"head_dim": mixing_layer(attention_block(encoder.blocks[0]), "heads")[1], **args}
+        args = {"head_dim": mixing_layer(attention_block(encoder.blocks[0]), "heads")[1], **args,
+                **({"encoder": encoder} if decoder == "queries" else {})}
         try:
             self.decoder = DECODERS[decoder](encoder.embed_dim, num_classes, **args)
         except TypeError as error:
@@ -160,7 +176,7 @@ class Segmenter(nn.Module):
 
     def patch_logits(self, images: Tensor) -> Tensor:
         """Logits of the patches: (B, 3, H, W), padded to a multiple of the patch p x q -> (B, K, ceil(H / p), ceil(W /
-        q))."""
+        q)); by queries of UPSCALED times as many cells along each side."""
         images = pad(images, self.padded_size(*images.shape[2:]))
         return self._decoded(self.encoder.forward_features(images), images.shape[2:])
 
@@ -172,6 +188,8 @@ class Segmenter(nn.Module):
             raise InputError(f"the encoder gives {tokens.shape[1]} tokens for {prefix} prefix tokens and a grid of "
                              f"{grid[0]} x {grid[1]}; dense prediction needs the whole grid: a plan that neither "
                              "selects nor reads out, and `as_encoder` before `deploy`")
+        if isinstance(self.decoder, QueryDecoder):
+            return self.decoder(tokens, grid)
         # the final norm of models that pool by average
         patches = self.encoder.fc_norm(tokens[:, prefix:])
         return self.decoder(patches).transpose(1, 2).unflatten(2, grid)
@@ -180,7 +198,7 @@ class Segmenter(nn.Module):
         """Logits of the patches (B, K, h, w) -> of the pixels of an image of that size (B, K, H, W), in float32 at
         least: losses are taken of them, under autocast too."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        padded = tuple(side * p for side, p in zip(logits.shape[2:], self.encoder.patch_embed.patch_size))
+        padded = multiple(tuple(size), self.encoder.patch_embed.patch_size)
         return F.interpolate(logits, size=padded, mode="bilinear")[:, :, :size[0], :size[1]]
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Which timm models vitlab takes, and the one place where their sizes and blocks are read."""
 import copy
 from collections.abc import Callable
+from typing import Any
 
 from timm.layers import AttentionPoolLatent
 from torch import nn
@@ -139,7 +140,9 @@ def sizes_of(model: nn.Module, num_heads: int, num_neurons: int) -> ViTShape:
     whole, model = model, encoder_of(model)
     blocks = [attention_block(block) for block in model.blocks]
     first, classifiers, embed = blocks[0], model.get_classifier(), model.patch_embed
-    decoder = {} if whole is model else {"decoder": whole.decoder_name, "decoder_depth": whole.decoder_depth}
+    decoder: dict[str, Any] = {} if whole is model else {
+        "decoder": whole.decoder_name, "decoder_depth": whole.decoder_depth,
+        "queries": getattr(whole.decoder, "num_queries", 0)}
     pool = getattr(model, "attn_pool", None)
     pooled = {} if pool is None else {"pool_neurons": pool.mlp.fc1.out_features,
                                       "pool_prefix": bool(getattr(model, "pool_include_prefix", True))}

@@ -79,11 +79,18 @@ def rows_of(counts: Counts, everything: int) -> tuple[np.ndarray, np.ndarray]:
 def _head_macs(shape: ViTShape) -> int:
     """MACs of what follows the encoder: a classifier D K for each there is, or for each token where none is pooled;
     a linear decoder n D K; a mask transformer of L blocks on the n patches and K classes, n D^2 + L (n + K) (12 D^2 +
-    2 (n + K) D) + (n + K) D^2 + n D K (arXiv 2105.05633). Before a classifier, an attention pool of m tokens with an
-    MLP of M neurons: 2 m D (D + 1) + 2 D^2 + 2 D M."""
+    2 (n + K) D) + (n + K) D^2 + n D K (arXiv 2105.05633); L blocks with Q queries on R = P + n + Q tokens, L R (4 D w +
+    2 R w + 2 D M), heads being w wide together and neurons M (3 D M where these are gated), with classes Q D (K + 1),
+    masks 3 Q D^2, two steps of upscaling (4 + 16) n D (D + 9), and 16 n Q (D + K) (arXiv 2503.19108). Before a
+    classifier, an attention pool of m tokens with an MLP of M neurons: 2 m D (D + 1) + 2 D^2 + 2 D M."""
     n, dim, classes = shape.num_patches, shape.embed_dim, shape.num_classes
     if shape.decoder == "linear":
         return n * dim * classes
+    if shape.decoder == "queries":
+        rows, asked, width = shape.num_tokens + shape.queries, shape.queries, shape.num_heads * shape.head_dim
+        block = rows * (4 * dim * width + 2 * rows * width + (3 if shape.gated else 2) * dim * shape.num_neurons)
+        return (shape.decoder_depth * block + asked * dim * (classes + 1 + 3 * dim) + 20 * n * dim * (dim + 9)
+                + 16 * n * asked * (dim + classes))
     if shape.decoder:
         rows = n + classes
         return n * dim**2 + shape.decoder_depth * rows * (12 * dim**2

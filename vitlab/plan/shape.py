@@ -7,9 +7,9 @@ from vitlab.runtime.files import require
 
 POOL_TOKEN = "token"
 FAMILY = ("gated", "rotary", "pool_neurons", "pool_prefix", "stem_macs", "fixed",
-          "projection")     # of other families
+          "projection", "queries")      # of other families and decoders
 PARTS = ("heads", "neurons", "tokens")
-DECODERS = ("", "linear", "mask_transformer")
+DECODERS = ("", "linear", "mask_transformer", "queries")
 
 
 def is_int(value: Any) -> TypeGuard[int]:
@@ -45,7 +45,7 @@ class ViTShape:
     pool: str = POOL_TOKEN              # "token" needs prefix tokens alone; every other pooling needs all
     qk_norm: bool = False               # whether attention normalises queries and keys
     decoder: str = ""                   # of DECODERS: logits of each patch; "": a classifier, or nothing
-    decoder_depth: int = 0              # blocks of a mask transformer
+    decoder_depth: int = 0              # blocks of a mask transformer, or those with queries
     class_token: bool | None = None     # whether the first prefix token is one; None: where there are prefix tokens
     gated: bool = False                 # whether a neuron has a gate beside its value
     rotary: int = 0                     # rotations of queries and keys by place: 1 for all heads, H for each its own
@@ -54,6 +54,7 @@ class ViTShape:
     stem_macs: int = 0                  # of a patch embedding that is more than a convolution; 0: it is one
     fixed: tuple[str, ...] = ()         # what can't be cut: "heads", "neurons" or "tokens", each with its reason
     projection: bool = False            # whether what is in place of a classifier gives features
+    queries: int = 0                    # of a decoder by queries
 
     def __post_init__(self) -> None:
         for name in ("img_size", "patch_size"):
@@ -63,7 +64,7 @@ class ViTShape:
             object.__setattr__(self, name, tuple(value))
         object.__setattr__(self, "fixed", tuple(self.fixed))
         lowest = dict.fromkeys(("num_prefix_tokens", "num_classes", "decoder_depth", "rotary", "pool_neurons",
-                                "stem_macs"), 0)
+                                "stem_macs", "queries"), 0)
         for f in dataclasses.fields(self):
             if f.type in (int, "int"):
                 value, low = getattr(self, f.name), lowest.get(f.name, 1)

@@ -25,7 +25,7 @@ from vitlab.measure.capture import frozen_eval, token_places
 from vitlab.measure.evaluate import autocast
 from vitlab.models.checkpoint import Checkpoint
 from vitlab.models.opening import Source, open_model
-from vitlab.models.segmenter import Segmenter, as_encoder
+from vitlab.models.segmenter import Segmenter, as_encoder, with_queries
 from vitlab.models.windows import segment
 from vitlab.plan import CompressionPlan
 from vitlab.plan.cost import gmacs
@@ -61,8 +61,9 @@ def scene_size(data: SceneData) -> tuple[int, int]:
 def make_segmenter(source: Source, data: SceneData, *, img_size: tuple[int, int] | None = None,
                    decoder: str | None = None, drop_path: float = 0.0, **args: Any) -> Segmenter:
     """A dense Segmenter for a data set: `source` itself where it is one, else its blocks as encoder and a new decoder
-    (a name of DECODERS, default mask_transformer; args are its own); at img_size (height, width), default `scene_size`.
-    Raises InputError for a compressed model, another number of classes, or a decoder where there is one."""
+    (a name of DECODERS, default mask_transformer; args are its own; "queries" takes the last blocks); at img_size
+    (height, width), default `scene_size`. Raises InputError for a compressed model, another number of classes, or a
+    decoder where there is one."""
     data.need_labels()
     model = need_dense(open_model(source)).model
     if isinstance(model, Segmenter):
@@ -72,7 +73,10 @@ def make_segmenter(source: Source, data: SceneData, *, img_size: tuple[int, int]
                              "one needs a model without")
     else:
         assert data.num_classes is not None                                     # as it has labels
-        model = Segmenter(as_encoder(model), data.num_classes, decoder or "mask_transformer", **args)
+        if decoder == "queries":
+            model = with_queries(model, data.num_classes, **args)
+        else:
+            model = Segmenter(as_encoder(model), data.num_classes, decoder or "mask_transformer", **args)
     model = model.at_size(img_size or scene_size(data))
     for block, rate in zip(model.blocks, torch.linspace(0, drop_path, len(model.blocks)).tolist()):
         block.drop_path1, block.drop_path2 = (DropPath(rate) if rate else nn.Identity() for _ in range(2))
@@ -81,7 +85,8 @@ def make_segmenter(source: Source, data: SceneData, *, img_size: tuple[int, int]
 
 def train_segmenter(source: Annotated[Source, flags(but=("img_size",))], data: Data, out: Run, *,
                     img_size: Annotated[Pixels | None, flag(metavar="HEIGHT WIDTH")] = None,
-                    decoder: Literal["mask_transformer", "linear"] | None = None, recipe: Trained = "segmenter",
+                    decoder: Literal["mask_transformer", "linear", "queries"] | None = None,
+                    recipe: Trained = "segmenter",
                     changes: Annotated[Changes, DENSE] = Changes(), images: Images = None, engine: Engine = Engine(),
                     changed_data: ChangedData = False, config: RunConfig = RunConfig()) -> Path:
     """Train a dense Segmenter on images with masks (`make_segmenter`); returns the run folder (training/, checkpoint/).
@@ -89,7 +94,8 @@ def train_segmenter(source: Annotated[Source, flags(but=("img_size",))], data: D
 
     Args:
         img_size: pixels the encoder is for (default: those of the first images, 512 x 512 where they differ)
-        decoder: default: mask_transformer; where SOURCE is a Segmenter, its own goes on
+        decoder: default: mask_transformer; queries join before the last 3 blocks; where SOURCE is a Segmenter, its own
+            goes on
     """
     settings, opened = changed(recipe, changes, config), open_scenes(data)
     device = pick_device(config.device)
