@@ -409,6 +409,18 @@ def tonight_quality_short(rows: list[dict]) -> str:
                    f"{' and '.join(dict.fromkeys(str(len(r['draws'])) for r in rows))} draws"])
 
 
+def by_size(rows: list[dict]) -> str:
+    def pair(r: dict, name: str, digits: int) -> list[str]:
+        return [f"{r[f'{name}_{what}']:.{digits}f}" for what in ("without", "by_size")] + [
+            f"{r[f'{name}_difference']:+.{digits}f} ± {r[f'{name}_difference_se']:.{digits}f}"]
+    return _table(["model", "GMACs", "sizes don't count", "by size", "difference", "top-1, sizes don't count",
+                   "by size", "difference"],
+                  [[r["model"].split("_patch")[0] + (", AugReg" if "augreg" in r["model"] else ""),
+                    f"{r['gmacs']:.2f}", *pair(r, "distill_loss", 4), *pair(r, "against_dense", 1)] for r in rows],
+                  [f"Distance to dense in nats and top-1 less the dense model's, {rows[0]['images']} validation "
+                   "images; differences with the standard error of the images' own"])
+
+
 def tonight_cost(rows: list[dict]) -> str:
     parts = list(dict.fromkeys(r["part"] for r in rows))
     found = {(r["model"], r["part"], r["code"]): r for r in rows}
@@ -492,7 +504,8 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
     "off_the_shelf_searched": off_the_shelf, "calibration_images": calibration_images, "per_block": per_block,
     "families": families, "finetuned": finetuned, "camvid": camvid, "allocator": allocator, "scale": scale,
     "loader": loader, "opening": opening, "gpu": gpu, "tonight_quality": tonight_quality,
-    "tonight_quality_short": tonight_quality_short, "tonight_cost": tonight_cost, "runtimes": runtimes, "int8": int8}
+    "tonight_quality_short": tonight_quality_short, "tonight_cost": tonight_cost, "runtimes": runtimes, "int8": int8,
+    "by_size": by_size}
 
 
 def render(text: str) -> str:

@@ -343,6 +343,8 @@ PLAN = [
                                                                            "before"),
     ("More than half of the tokens merged", edit("plan.json", "blocks.2.tokens", {"kind": "match", "merged": 33}),
      "block 2: 33 tokens are merged; at most half of the 64"),
+    ("Sizes that count a little", edit("plan.json", "blocks.2.tokens", {"kind": "match", "merged": 1, "by_size": 0.5}),
+     "block 2: tokens: by_size is 0.5; true or false is needed"),
     ("Protection below zero", edit("plan.json", "blocks.2.tokens", {"kind": "match", "merged": 1, "protect": -0.1}),
      "block 2: tokens: protect is -0.1; a number of at least 0"),
     ("Tokens read out before the last block", edit("plan.json", "blocks.2.tokens", {"kind": "read_out"}),

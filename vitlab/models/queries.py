@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vitlab.models.families import BLOCKS, RELATIVE, ROTARY, kind_of
 from vitlab.models.support import attention_block
-from vitlab.plan.shape import require
+from vitlab.runtime.files import require
 
 UPSCALED = 4                                    # cells along a patch's side, of two steps that double
 DEPTH, QUERIES = 3, 100                         # blocks with queries of a ViT-S or ViT-B, and queries, as published

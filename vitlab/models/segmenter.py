@@ -19,8 +19,8 @@ from vitlab.models.deploy import Fold
 from vitlab.models.families import mixing_layer
 from vitlab.models.queries import DEPTH, QueryDecoder
 from vitlab.models.support import attention_block, check_supported, is_merged
-from vitlab.plan.shape import is_int, require
-from vitlab.runtime.files import InputError
+from vitlab.plan.shape import is_int
+from vitlab.runtime.files import InputError, require
 
 LARGEST = 2**16                                 # of any size that a file may ask for
 DEEPEST = 64                                    # blocks of a decoder that it may ask for; published ones have 2
