@@ -154,6 +154,14 @@ def test_accuracy_against_cost_has_a_named_point_per_row():
     assert len(figure.axes[1].lines) == 1
 
 
+def test_costs_of_a_small_model_do_not_run_into_each_other():
+    rows = [ResultRow(model=str(cost), top1_pct=60, gmacs=cost, ratio=1.0) for cost in (0.00098, 0.00104, 0.00164)]
+    figure = accuracy_against_cost(rows)
+    figure.canvas.draw()
+    ends = [label.get_window_extent() for label in figure.axes[0].get_xticklabels() if label.get_text()]
+    assert len(ends) > 2 and all(one.x1 < other.x0 for one, other in zip(ends, ends[1:]))
+
+
 def test_a_row_looks_the_same_against_both_costs_and_every_row_is_in_the_legend():
     speeds = {"a": None, "b": 10.0, "c": None}
     rows = [ResultRow(model=name, top1_pct=60, gmacs=1.0, ratio=speed) for name, speed in speeds.items()]

@@ -29,6 +29,9 @@ def test_a_unit_in_brackets_is_not_broken():
     axis = incumbents({"gp": [[1, 2]]}, label="- distance to dense (1 - cosine)", errors={"gp": [.1, .1]}).axes[0]
     first, second = axis.get_ylabel().replace("\N{NO-BREAK SPACE}", " ").splitlines()
     assert (first, second) == ("best so far: - distance to dense", "(1 - cosine) (band: one standard error)")
+    below = acquisition([4, 5], [-6, -5], [-.1, -.2], [-.1, -.1], label="- distance to dense (1 - cosine)").axes[1]
+    below.figure.canvas.draw()
+    assert below.yaxis.label.get_window_extent().height < below.get_window_extent().height
 
 
 def test_incumbents_show_the_median_and_range_of_the_best_so_far():

@@ -141,7 +141,7 @@ def acquisition(steps: Any, log_ei: Any, values: Any = None, incumbents: Any = N
             axis.plot(steps, as_array(values), marker="o", markersize=5, color=PALETTE[0], linestyle="none",
                       label=measured[0][1])
             error_bars(axis, steps, as_array(values), errors, ecolor=PALETTE[0])
-        axis.set_ylabel(label)
+        axis.set_ylabel(wrapped(label, 28))
         legend_above(figure, *axis.get_legend_handles_labels())
     axis.set_xlabel("step of the search")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -5,7 +5,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vitlab.plots.base import INK, MARKERS, PALETTE, look, new_axes, wrapped
+from vitlab.plots.base import INK, MARKERS, PALETTE, look, new_axes
 from vitlab.plots.points import Point, draw_points, legend_beside
 from vitlab.runtime.files import require
 from vitlab.runtime.results import ResultRow, speed_of
@@ -16,7 +16,7 @@ VALUES = {"top1_pct": "top-1 (%)", "top5_pct": "top-5 (%)", "miou_pct": "mIoU (%
           "distill_loss": "distance to the dense output"}
 # what a training's log is measured by, on a slice of train
 SLICE = {"train_slice_top1_pct": "top-1 on a train slice (%)", "train_slice_miou_pct": "mIoU on a train slice (%)",
-         "train_slice_distill_loss": "distance to the teacher on a train slice"}
+         "train_slice_distill_loss": "distance to the teacher\non a train slice"}
 LINES = ("-", "--", "-.", ":")
 # (GMACs, top-1 %) after training, as the papers say them: Prune and Merge arXiv 2503.23455, EViT arXiv 2202.07800,
 # DynamicViT arXiv 2106.02034, ToMe arXiv 2210.09461, DeiT arXiv 2012.12877
@@ -46,7 +46,7 @@ def training_curves(logs: dict[str, Sequence[dict[str, Any]]]) -> Figure:
             if steps:
                 axis.plot([r["at_epoch"] for r in steps], [r[field] for r in steps], color=drawn.get_color(),
                           alpha=0.35, linewidth=1)
-        axis.set(xlabel="epoch", ylabel=wrapped(label, 28))
+        axis.set(xlabel="epoch", ylabel=label)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))                  # of one epoch, too
     axes[0, 0].legend(frameon=False)
     return figure
@@ -79,6 +79,7 @@ def accuracy_against_cost(rows: Sequence[ResultRow], value: str = "top1_pct", pu
             draw_points(axis, points, f"{name}, published (ImageNet)", color="0.55", markerfacecolor="none",
                         marker=mark, linestyle=":")
         axis.set(xlabel=label, ylabel=VALUES[value])
+        axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.margins(0.15)
     legend_beside(axes[0], drawn)
     return figure
