@@ -62,7 +62,7 @@ def test_intervals_that_share_a_point_overlap():
 def test_a_value_is_written_with_its_error_where_one_is_known():
     assert plus_minus(79.54, 1.583, 1) == "79.5 ± 1.6"
     assert plus_minus(79.54, None, 2) == "79.54" and plus_minus(-1e-9, None, 4) == "0.0000"
-    assert [digits_of(error, 4) for error in (None, 0.0, 0.3, 0.00042, 0.000099)] == [4, 4, 4, 5, 6]
+    assert [digits_of(error, 4) for error in (None, 0.0, 0.3, 0.00042, 0.000099, 1.9e-16)] == [4, 4, 4, 5, 6, 8]
 
 
 def test_a_ratio_of_equal_images_has_the_error_of_their_mean_and_empty_ones_say_nothing():

@@ -10,6 +10,7 @@ import numpy as np
 
 from vitlab.runtime.files import require
 
+MOST = 8                        # digits after the point of a measure
 ADDED = 2                       # hits and misses each that Agresti and Coull add, for an interval of 95 %
 
 
@@ -74,8 +75,9 @@ def plus_minus(value: float, error: float | None, digits: int) -> str:
 
 
 def digits_of(error: float | None, least: int) -> int:
-    """Digits after the point that show two figures of an error, at least so many: of 0.00042 that is 5."""
-    return least if not error else max(least, 1 - int(np.floor(np.log10(error))))
+    """Digits after the point that show two figures of an error, at least so many: of 0.00042 that is 5. No more than
+    MOST: what is smaller is float32's rounding."""
+    return least if not error else max(least, min(MOST, 1 - int(np.floor(np.log10(error)))))
 
 
 def with_error(name: str, value: float, error: float | None) -> dict[str, float]:
