@@ -26,6 +26,7 @@ from vitlab.plots import (
     save_figure,
     score_maps,
     to_image,
+    trade_offs,
     training_curves,
 )
 from vitlab.plots.base import INK
@@ -152,6 +153,13 @@ def test_accuracy_against_cost_has_a_named_point_per_row():
     assert [(line.get_label(), *line.get_xdata(), *line.get_ydata())
             for line in figure.axes[0].lines] == [("a", 1, 70), ("b", .5, 60)]
     assert len(figure.axes[1].lines) == 1
+
+
+def test_a_long_measure_of_trade_offs_stands_beside_its_axis():
+    words = "images with the same nearest neighbour as by the dense model (%)"
+    axis = trade_offs({"GMACs": {"rule": [(1.0, 90.0)]}}, words, {"GMACs": (2.0, 100.0)}).axes[0]
+    axis.figure.canvas.draw()
+    assert axis.yaxis.label.get_window_extent().height < axis.get_window_extent().height
 
 
 def test_costs_of_a_small_model_do_not_run_into_each_other():

@@ -5,7 +5,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vitlab.plots.base import INK, MARKERS, PALETTE, look, new_axes
+from vitlab.plots.base import INK, MARKERS, PALETTE, look, new_axes, wrapped
 from vitlab.plots.points import Point, draw_points, legend_beside
 from vitlab.runtime.files import require
 from vitlab.runtime.results import ResultRow, speed_of
@@ -98,7 +98,7 @@ def trade_offs(panels: Mapping[str, Mapping[str, Sequence[Sequence[Any]]]], ylab
             draw_points(axis, points, name, linestyle=LINES[index // len(PALETTE) % 4], **look(index))
         draw_points(axis, [dense[label]], "dense", marker="*", markersize=13, color=INK, linestyle="none")
         axis.axhline(dense[label][1], color="0.7", linewidth=0.8, zorder=0)
-        axis.set(xlabel=label, ylabel=ylabel)
+        axis.set(xlabel=label, ylabel=wrapped(ylabel, 36))
         axis.xaxis.set_major_locator(MaxNLocator(5))
     legend_beside(axes[0], [point for lines in panels.values() for points in lines.values() for point in points])
     return figure
