@@ -31,9 +31,10 @@ FAMILIES: dict[str, tuple[str, dict]] = {
                                          "qk_norm": True}),
 }
 NUM_CLASSES, DEPTH = 7, 5
-# Minutes each, most of it in processes that they start: begun first, so that no core waits for the last of them
+# A minute or more each, much of it in processes that they start: begun first, so that no core waits for the last
 # (`--no-loadscope-reorder`, which the Makefile gives: else those with few tests come last).
-LONG = ("notebooks", "batch", "parallel", "survive", "processes", "study", "timm_client", "faults")
+LONG = ("notebooks", "families", "batch", "export", "timm_client", "study", "faults", "parallel", "survive",
+        "processes", "packaging", "segmenting")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -42,12 +42,18 @@ def tiny(name: str, device: str = "meta") -> nn.Module:
 
 
 @functools.cache
+def sketch(name: str) -> nn.Module:
+    """`tiny` without memory, made once; nobody changes it."""
+    return tiny(name)
+
+
+@functools.cache
 def structures() -> dict[str, list[str]]:
     """Architectures by structure: the first of each, with all that are like it."""
     found: dict[str, list[str]] = {}
     firsts: dict[str, str] = {}
     for name in pretrained():
-        model = tiny(name)
+        model = sketch(name)
         kind = f"{model} {[tuple(p.shape) for p in model.parameters()]} {getattr(model, 'global_pool', '')}"
         found.setdefault(firsts.setdefault(kind, name), []).append(name)
     return found

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import segmenting_fixtures as segmenting
 import torch
 from comparing import logits, relative
 from PIL import Image
-from test_timm_client import RULES, dense, made, pictures
+from test_timm_client import dense, made, pictures, rules
 from training_fixtures import tiny, token_plan
 
 from vitlab import InputError, compress, deploy, export, shape_of
@@ -22,7 +23,7 @@ from vitlab.exporting import runtimes
 from vitlab.models import checkpoint
 from vitlab.models.create import create_model
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.plan.rules import Match
+from vitlab.plan.rules import TOKEN_RULES, Match, ReadOut, Select
 
 onnx = pytest.importorskip("onnx", reason="onnx, of the extra export, is not installed")
 SAME = 1e-5                                     # float32, other order of additions, five blocks
@@ -32,23 +33,45 @@ FILES = {"onnx": "a.onnx", "openvino": "a.xml", "pt2": "a.pt2", "aoti": "a.aoti.
 WRONG = re.compile(r"Scatter|NonZero|Unique|Sort|Loop|If$|Scan|Random|Sequence|String|Compress")
 
 
+PLACE, KEPT = rules(9)["place"][1], Select(kept=4)
+# {block: its rule}, as many in a model as it can hold: a graph takes seconds to make
+MIXED = {"share, span, place": {0: rules(9)["share"][0], 1: replace(PLACE, span=2), 3: PLACE},
+         "place, read out": {0: PLACE, 3: ReadOut()},
+         "select, by all": {1: KEPT, 2: replace(KEPT, kept=2, ranked_by="all")}}
+GRAPHS = (*MIXED, "match", "match, read out")
+
+
+def small(name: str) -> torch.nn.Module:
+    """Compressed by a rule of test_timm_client's, or several; heads are cut too."""
+    if name not in MIXED:
+        return made("registers", name, "compressed")
+    whole = dense("registers")
+    blocks = (BlockPlan(tokens=MIXED[name].get(i), heads=(0, 2) if i == 2 else None) for i in range(4))
+    return compress(whole, CompressionPlan(shape=shape_of(whole), blocks=tuple(blocks))).eval()
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """Of a rule and a runtime, the file and what it says, written once."""
+    """Of a name of `small` and a runtime, the file and what it says, written once."""
     done = {}
 
-    def write(rule: str, to: str) -> tuple[Path, dict]:
-        if (rule, to) not in done:
+    def write(name: str, to: str) -> tuple[Path, dict]:
+        if (name, to) not in done:
             out = tmp_path_factory.mktemp("exported") / FILES[to]
-            done[rule, to] = out, export(made("registers", rule, "compressed"), out, classes=list("abcdefg"))
-        return done[rule, to]
+            done[name, to] = out, export(small(name), out, classes=list("abcdefg"))
+        return done[name, to]
     return write
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_a_rule_runs_in_onnxruntime_for_any_batch_with_operators_that_backends_treat_right(rule, written):
-    out, about = written(rule, "onnx")
-    run, model = runtimes.RUNTIMES["onnx"].open(out, 1), made("registers", rule, "deployed")
+def test_every_rule_is_in_a_graph():
+    cuts = [MIXED.get(name) or rules(9)[name] for name in GRAPHS]
+    assert {rule.kind for cut in cuts for rule in cut.values()} == set(TOKEN_RULES)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_every_rule_runs_in_onnxruntime_for_any_batch_with_operators_that_backends_treat_right(name, written):
+    out, about = written(name, "onnx")
+    run, model = runtimes.RUNTIMES["onnx"].open(out, 1), deploy(small(name))
     for count in (1, 7):
         x = pictures(model, count, seed=count)
         assert relative(torch.from_numpy(run(x.numpy())), logits(model, x)) < SAME
@@ -72,7 +95,7 @@ def test_a_rule_runs_in_other_runtimes(rule, to, written):
 @pytest.mark.parametrize("to", ["onnx", "openvino", "pt2"])
 def test_a_file_says_what_a_client_needs(to, written):
     pytest.importorskip("openvino", reason="openvino, of the extra export, is not installed")
-    out, about = written("place", to)
+    out, about = written("match, read out", to)
     assert runtimes.RUNTIMES[to].about(out) == json.loads(json.dumps(about))
     assert about["images"]["input_size"] == (3, 42, 42) and about["classes"] == list("abcdefg")
     assert about["runtime"] == to and about["versions"]["torch"] == torch.__version__

@@ -37,13 +37,13 @@ PARTS = 8                           # of the structures, which are looked for wh
 
 @functools.cache
 def handled() -> dict[str, list[str]]:
-    return {name: like for name, like in registry.structures().items() if refuse(registry.tiny(name)) is None}
+    return {name: like for name, like in registry.structures().items() if refuse(registry.sketch(name)) is None}
 
 
 def test_most_pretrained_weights_are_of_models_that_are_handled_and_the_rest_is_refused_by_name():
     weights, counted = registry.pretrained(), 0
     for name, like in registry.structures().items():
-        model = registry.tiny(name)
+        model = registry.sketch(name)
         if refuse(model) is None:
             counted += sum(weights[each] for each in like)
         else:
@@ -75,7 +75,7 @@ def page() -> str:
     """docs/families.md, from timm's registry."""
     weights, rows, refused = registry.pretrained(), {}, {}
     for name, like in registry.structures().items():
-        model = registry.tiny(name)
+        model = registry.sketch(name)
         why = refuse(model)
         if why is None:
             shape, block = shape_of(model), attention_block(model.blocks[0])
@@ -248,7 +248,7 @@ def test_scores_moments_and_refits_work_and_a_refit_is_nearer_than_the_cut(name)
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_search_space_cuts_what_can_be_cut_and_counts_as_the_plan_does(name):
-    shape = shape_of(registry.tiny(name))
+    shape = shape_of(registry.sketch(name))
     space = SearchSpace(shape=shape, tokens="match_per_block",
                         read_out=shape.pool == POOL_TOKEN and shape.num_prefix_tokens > 0)
     assert set(space.groups) == {part for part in ("neurons", "heads", "tokens") if shape.cuts(part)}

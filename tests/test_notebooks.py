@@ -1,6 +1,7 @@
-"""The notebooks: a fast lint of their form, and quick runs of all of them in order, by papermill and in a real
-browser."""
+"""The notebooks: a fast lint of their form, and a quick run of each in order: by papermill or, where it has
+widgets, in a browser."""
 import ast
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import lab
@@ -16,6 +18,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
+from warm_kernel import warm_kernels  # noqa: F401
 
 from vitlab.runtime.files import InputError
 from vitlab.runtime.results import read_rows
@@ -24,8 +27,9 @@ from vitlab.workbench.demo import EVERYTHING as DEMO
 from vitlab.workbench.demo import STORY, made
 from vitlab.workbench.demo import demo as run_demo
 
+run_notebook = notebooks.run
 PATHS = sorted(notebooks.NOTEBOOKS.glob("*.ipynb"))
-# with widgets, which a browser alone shows, or not run by the demo: what else the others do, papermill has seen
+# with widgets, which a browser alone shows, or not run by the demo
 IN_A_BROWSER = [path.name for path in PATHS
                 if "vitlab.workbench.explore" in path.read_text(encoding="utf-8") or path.stem not in DEMO]
 MAX_CELL, MAX_NOTEBOOK = 15, 90            # lines, from the notebook rules
@@ -166,7 +170,7 @@ def test_a_parameter_that_is_a_list_takes_one_text_too():
         notebooks.check_parameters(notebooks.NOTEBOOKS / "11_what_changed.ipynb", {"checkpoint": 7})
 
 
-def test_a_failing_cell_is_named_with_its_error(tmp_path):
+def test_a_failing_cell_is_named_with_its_error(tmp_path, warm_kernels):  # noqa: F811
     with pytest.raises(InputError, match=r"90_results.ipynb: cell \d+ failed: AssertionError: no results in"):
         notebooks.run(notebooks.NOTEBOOKS / "90_results.ipynb", tmp_path, {"run": str(tmp_path / "empty")},
                       progress=False)
@@ -182,7 +186,8 @@ def test_of_an_interrupted_notebook_the_kernel_tells_nothing(tmp_path):
             "except KeyboardInterrupt:\n    print('interrupted', file=sys.stderr)")
     started = tmp_path / "started"
     process = subprocess.Popen([sys.executable, "-c", code, str(started)], cwd=tmp_path, stderr=subprocess.PIPE,
-                               text=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])})
+                               text=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]),
+                                                       "JUPYTER_PATH": ""})
     deadline = time.monotonic() + 300
     while not started.exists():
         assert process.poll() is None and time.monotonic() < deadline
@@ -192,10 +197,56 @@ def test_of_an_interrupted_notebook_the_kernel_tells_nothing(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    out = tmp_path_factory.mktemp("demo")
-    run_demo(out=out, everything=True, quick=True)
-    return out
+def opened(tmp_path_factory, warm_kernels):  # noqa: F811
+    """JupyterLab in a browser on copies of all notebooks, whose study is its folder `run`; None without a browser."""
+    root = tmp_path_factory.mktemp("lab")
+    lab.copies(root, root / "run", quick=True, more=DEMO)
+    with contextlib.nullcontext() if lab.missing() else lab.lab(root) as found:
+        yield found
+
+
+def apart(*arguments, **settings):
+    """notebooks.run in a thread of its own: the browser's loop runs in this one."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run_notebook, *arguments, **settings).result()
+
+
+@pytest.fixture(scope="module")
+def looked_at(opened, tmp_path_factory):
+    """(folder of the demo, {notebook: what was seen of it in the browser, or the error that ended it}). Each notebook
+    runs once: one with widgets in the browser where there is one, any other by papermill."""
+    out, seen = opened.root / "run" if opened else tmp_path_factory.mktemp("demo"), {}
+
+    def run(path, folder, parameters=None, **settings):
+        if not opened or path.name not in IN_A_BROWSER:
+            return apart(path, folder, parameters, **settings)
+        try:
+            seen[path.name] = look(opened, path.name)
+        except Exception as error:              # the test of that notebook raises it
+            seen[path.name] = error
+        return shutil.copy(opened.root / path.name, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(notebooks, "run", run)
+        run_demo(out=out, everything=True, quick=True)
+        for name in IN_A_BROWSER if opened else ():
+            if name not in seen:
+                run(notebooks.NOTEBOOKS / name, out / "notebooks")
+    return out, seen
+
+
+@pytest.fixture(scope="module")
+def demo(looked_at):
+    return looked_at[0]
+
+
+def look(opened: lab.Lab, name: str) -> dict:
+    """A notebook run to its end in JupyterLab, and its widgets answering to keys."""
+    opened.open(name)
+    cells = opened.run_all()
+    moved = {label: opened.press(opened.slider(label), key, times) for label, key, times in SLIDERS.get(name, [])}
+    menus = [opened.chosen_by_keys(menu) for menu in opened.menus()]
+    return {"cells": cells, "moved": moved, "menus": menus, "slabs": opened.slabs(), "errors": list(opened.errors),
+            "text": opened.page.locator(".jp-Notebook").inner_text()}
 
 
 def test_all_notebooks_run_and_leave_their_artefacts(demo):
@@ -266,35 +317,24 @@ def test_the_quick_run_learns_the_embedded_scenes_and_keeps_them_while_tokens_ar
 def test_a_changed_parameter_changes_the_result(demo, tmp_path):
     (tmp_path / "dense").symlink_to(demo / "dense")
     (tmp_path / "scores.safetensors").symlink_to(demo / "scores.safetensors")
-    notebooks.run(notebooks.NOTEBOOKS / "03_prune_and_merge.ipynb", tmp_path / "nb",
-                  {"run": str(tmp_path), "keep_rate": 0.3}, progress=False)
+    apart(notebooks.NOTEBOOKS / "03_prune_and_merge.ipynb", tmp_path / "nb",
+          {"run": str(tmp_path), "keep_rate": 0.3}, progress=False)
     changed, = read_rows(tmp_path / "results.jsonl")
     assert changed.model == "keep 0.3, off the shelf"
     assert changed.gmacs < read_rows(demo / "results.jsonl")[1].gmacs
 
 
-@pytest.fixture(scope="module")
-def opened(demo, tmp_path_factory):
-    root = tmp_path_factory.mktemp("lab")
-    shutil.copytree(demo, root / "run")                         # what is trained and searched there is found again
-    lab.copies(root, root / "run", quick=True, more=DEMO)
-    with lab.lab(root) as found:
-        yield found
-
-
 @pytest.mark.skipif(bool(lab.missing()), reason=lab.missing() or "-")
 @pytest.mark.parametrize("name", IN_A_BROWSER)
-def test_notebook_runs_to_the_end_in_jupyterlab_and_its_widgets_answer_to_keys(opened, name):
-    opened.open(name)
-    cells = opened.run_all()
-    failed = [f"{o.ename}: {o.evalue}" for cell in cells for o in cell.outputs if o.output_type == "error"]
-    assert not failed
-    assert [cell.source for cell in cells if not cell.execution_count] == []
-    for label, key, times in SLIDERS.get(name, []):
-        assert opened.press(opened.slider(label), key, times), f"{label}: no other picture after {key}"
-    for number, menu in enumerate(opened.menus()):
-        assert opened.chosen_by_keys(menu), f"menu {number}: keys choose nothing, or change the notebook"
-    assert opened.slabs() == 0
-    text = opened.page.locator(".jp-Notebook").inner_text()
-    assert "Error displaying widget" not in text and "Error creating widget" not in text and "Traceback" not in text
-    assert opened.errors == []
+def test_notebook_runs_to_the_end_in_jupyterlab_and_its_widgets_answer_to_keys(looked_at, name):
+    seen = looked_at[1][name]
+    if isinstance(seen, Exception):
+        raise seen
+    assert [f"{o.ename}: {o.evalue}" for cell in seen["cells"] for o in cell.outputs if o.output_type == "error"] == []
+    assert [cell.source for cell in seen["cells"] if not cell.execution_count] == []
+    assert [label for label, moved in seen["moved"].items() if not moved] == [], "no other picture after a key"
+    assert all(seen["menus"]), f"keys choose nothing in a menu, or change the notebook: {seen['menus']}"
+    assert seen["slabs"] == 0
+    assert [said for said in ("Error displaying widget", "Error creating widget", "Traceback") if said in seen["text"]
+            ] == []
+    assert seen["errors"] == []

@@ -99,14 +99,23 @@ def refused(call, *words: str) -> None:
     assert "\n" not in str(error.value) and all(word in str(error.value) for word in words)
 
 
-cells = pytest.mark.parametrize("family, rule", CELLS)
-# What a client does with modules and their weights, whatever they compute: every rule in the two families with most
-# prefix tokens, and every family with a rule by place, one by content and one that selects.
-covering = pytest.mark.parametrize("family, rule", [(family, rule) for family, rule in CELLS
-                                                    if family in ("distilled", "registers")
-                                                    or rule in ("place", "match", "select")])
+# What a model computes: every rule in the two families with most prefix tokens, and every family with a rule by place,
+# one by content and one that selects.
+cells = pytest.mark.parametrize("family, rule", [(family, rule) for family, rule in CELLS
+                                                 if family in ("distilled", "registers")
+                                                 or rule in ("place", "match", "select")])
+# What a client does with modules and their weights, whatever they compute: every rule and every family, once or twice.
+covering = pytest.mark.parametrize("family, rule", [
+    ("registers", "place"), ("distilled", "span"), ("vit", "share"), ("deit3", "match"), ("clip", "match, read out"),
+    ("distilled", "read out"), ("flexivit", "select"), ("not square", "select by all"), ("average", "units"),
+    ("average", "match")])
 forms = pytest.mark.parametrize("form", FORMS)
 each_rule = pytest.mark.parametrize("rule", RULES)
+
+
+def test_the_pairs_hold_every_family_and_every_rule():
+    for pairs in (cells, covering):
+        assert [set(names) for names in zip(*pairs.args[1])] == [set(FAMILIES), set(RULES)]
 
 
 # ---- Forward, backward, features
@@ -318,10 +327,10 @@ def test_export_and_trace_take_other_batches(rule, form):
         assert relative(logits(traced, images), logits(model, images)) < SAME
 
 
-@pytest.mark.parametrize("rule", ["share", "match, read out", "select"])
-def test_onnx_takes_other_batches(rule, tmp_path):
+def test_onnx_takes_other_batches(tmp_path):
+    """By torch alone; tests/test_export.py has every rule by `vitlab export`."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime, of the extra dev, is not installed")
-    model = made("registers", rule, "deployed")
+    model = made("registers", "match, read out", "deployed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(model, (pictures(model),), tmp_path / "a.onnx", dynamo=True, verbose=False,
