@@ -211,9 +211,9 @@ def test_a_segmenter_gives_its_maps_for_any_batch(decoder, rule, to, tmp_path):
     assert about["verified"]["agree_pct"] > 99.9 and tuple(about["images"]["input_size"]) == (3, 24, 40)
 
 
-def test_without_a_compiler_it_is_said_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    with pytest.raises(InputError, match="C.. compiler.*g.."):
+def test_without_a_compiler_it_is_said_before_any_work(tmp_path):
+    from torch._inductor import config
+    with config.patch("cpp.cxx", ("no-such-compiler",)), pytest.raises(InputError, match="C.. compiler.*g.."):
         export(None, tmp_path / "a.aoti.pt2")
 
 

@@ -58,10 +58,10 @@ def test_a_runtime_that_is_not_installed_is_said_in_a_line(name, module, monkeyp
         way_of(name)
 
 
-def test_ways_that_compile_say_where_there_is_no_compiler_and_unknown_ones_which_are_known(monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+def test_ways_that_compile_say_where_there_is_no_compiler_and_unknown_ones_which_are_known():
+    from torch._inductor import config
     for name in ("compiled", "aoti"):
-        with pytest.raises(InputError, match="C.. compiler"):
+        with config.patch("cpp.cxx", ("no-such-compiler",)), pytest.raises(InputError, match="C.. compiler"):
             way_of(name)
     with pytest.raises(InputError, match="runtime 'tensorrt' is not known; known are .*onnxruntime"):
         way_of("tensorrt")
