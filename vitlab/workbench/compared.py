@@ -47,7 +47,7 @@ class Compared:
     classes: dict[int, str]         # names that are known
     of: str                         # which images these are, in words
 
-    at_once = 64
+    at_once, told_slowly = 64, False            # whether what a model says of an image takes a forward
     moved_by = blamed_of = "distance"           # what `changes.distance` and `blamed` are of
 
     def inputs(self, chosen: Sequence[int]) -> Tensor:

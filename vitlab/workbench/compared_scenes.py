@@ -26,7 +26,7 @@ class ComparedScenes(Compared):
     """As of images, with a class for each pixel: `inputs` and what follows of them are the middle of a scene, the
     predictions those of the whole."""
 
-    scored, at_once = "share of pixels", 8
+    scored, at_once, told_slowly = "share of pixels", 8, True
     moved_by, blamed_of = "share of pixels of another class", "KL of the middle's patches"
 
     @functools.cached_property

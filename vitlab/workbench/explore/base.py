@@ -75,8 +75,6 @@ class Explorer(ipywidgets.VBox):
     """Widgets in a column. JupyterLab shows them; a page, a printer or a notebook run by papermill shows `figure()`,
     which is what they show at that moment; where that is the figure of a canvas, it is not drawn once more."""
 
-    settled = staticmethod(once_settled)
-
     def __init__(self, children: Sequence[ipywidgets.Widget], figure: Callable[[], Figure],
                  canvas: "Canvas | None" = None) -> None:
         super().__init__(list(children))

@@ -15,8 +15,18 @@ from vitlab.plots.tokens import bordered
 from vitlab.runtime.files import InputError
 from vitlab.workbench.changes import pictures
 from vitlab.workbench.compared import Compared
-from vitlab.workbench.compared_scenes import ComparedScenes
-from vitlab.workbench.explore.base import WIDTH, Cells, Explorer, Menu, array_png, enlarged, observe, row, table
+from vitlab.workbench.explore.base import (
+    WIDTH,
+    Cells,
+    Explorer,
+    Menu,
+    array_png,
+    enlarged,
+    observe,
+    once_settled,
+    row,
+    table,
+)
 from vitlab.workbench.explore.choosing import WIDE
 
 
@@ -35,7 +45,7 @@ class ChangesExplorer(Explorer):
         self.block = ipywidgets.IntSlider(0, 0, self.plan.shape.depth - 1, description="block", **WIDE)
         self.cells, self.line = Cells(grid=self.plan.shape.grid_size, width=WIDTH), ipywidgets.HTML()
         self.blames: dict[tuple[str, int], np.ndarray | None] = {}
-        self.soon = self.settled(self._blame)
+        self.soon = once_settled(self._blame)
         # some forwards each
         self.tokens = functools.lru_cache(maxsize=64)(lambda name, number: every[name].tokens(number))
         self.beside = functools.lru_cache(maxsize=64)(self._beside)
@@ -131,7 +141,7 @@ class ChangesExplorer(Explorer):
     def _told(self) -> dict[str, list[tuple[str, float]]]:
         """What the models say of the image: all of them, but of a scene, of which it takes a while, the chosen one."""
         told = self.found.told(self.chosen)
-        if len(self.every) == 1 or isinstance(self.found, ComparedScenes):
+        if len(self.every) == 1 or self.found.told_slowly:
             return told
         return {"dense": told["dense"],
                 **{name: each.told(self.chosen)["compressed"] for name, each in self.every.items()}}
