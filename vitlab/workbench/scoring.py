@@ -107,8 +107,8 @@ def _read(path: str | Path, names: Sequence[str], step: str) -> tuple[list[Tenso
     except SafetensorError as error:
         raise InputError(f"{path}: can't be read, it may be cut short ({error})") from None
     for name, tensor in zip(names, tensors):
-        require(tensor.dtype in (torch.float32, torch.float64, torch.bool), f"{path}: {name} are {tensor.dtype}; "
-                "float32 is needed")
+        require(tensor.dtype in (torch.float32, torch.float64) or name not in (*OF_UNITS, *OF_TOKENS),
+                f"{path}: {name} are {tensor.dtype}; float32 is needed")
     return tensors, metadata
 
 
