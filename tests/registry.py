@@ -13,7 +13,8 @@ MODULES = ("vision_transformer", "eva", "beit", "deit", "vision_transformer_hybr
 CLASSES = 7
 # what makes a model small, tried in this order; some have stems whose width the blocks' must be
 SMALL = ({"img_size": (16, 20), "patch_size": 4, "embed_dim": 48, "num_heads": 2, "depth": 3},
-         {"img_size": (16, 20), "patch_size": 4, "embed_dim": 48, "num_heads": 2, "depth": 3, "num_kv_heads": 1},
+         {"img_size": (16, 20), "patch_size": 4, "embed_dim": 48, "num_heads": 4, "depth": 3,
+          "num_kv_heads": (4, 2, 4)},
          {"img_size": (64, 96), "embed_dim": 48, "num_heads": 2, "depth": 3},
          {"img_size": (64, 96), "depth": 2})
 
@@ -28,14 +29,14 @@ def pretrained() -> dict[str, int]:
     return found
 
 
-def tiny(name: str, device: str = "meta") -> nn.Module:
-    """A small model of an architecture, with its kinds of parts."""
+def tiny(name: str, device: str = "meta", **args) -> nn.Module:
+    """A small model of an architecture, with its kinds of parts. args: more of timm's arguments."""
     failed = None
     for small in SMALL:
         try:
             with warnings.catch_warnings(), torch.device(device):
                 warnings.simplefilter("ignore")
-                return timm.create_model(name, pretrained=False, num_classes=CLASSES, **small).eval()
+                return timm.create_model(name, pretrained=False, **{"num_classes": CLASSES, **small, **args}).eval()
         except Exception as error:              # whatever an architecture with other arguments makes timm raise
             failed = error
     raise failed

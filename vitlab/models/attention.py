@@ -25,7 +25,7 @@ class TokenAttention(nn.Module):
 
     def _projected(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, N, d) of x (B, N, D), normed and turned by rope ([B, ][H or 1, ]n, 2 d), and
-        the keys as they are before they are turned."""
+        the keys as they are before they are turned, and before heads that share them have them each."""
         if getattr(self, "q_proj", None) is not None:
             query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         else:
@@ -34,13 +34,18 @@ class TokenAttention(nn.Module):
                 stacked = stacked + torch.cat([self.q_bias, self.k_bias, self.v_bias])
             wide, narrow = self.num_heads * self.head_dim, self.num_heads * self._narrow
             query, key, value = stacked.split((narrow, narrow, wide), dim=2)
-        query, key, value = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in (query, key, value))
+        shared = getattr(self, "num_kv_groups", 1)      # heads that have keys and values together
+        heads = (self.num_heads, self.num_heads // shared, self.num_heads // shared)
+        query, key, value = (part.unflatten(2, (count, -1)).transpose(1, 2)
+                             for part, count in zip((query, key, value), heads))
         query, key = (getattr(self, name, nn.Identity())(part) for name, part in (("q_norm", query), ("k_norm", key)))
         plain, prefix = key, 0 if rope is None else self.num_prefix_tokens
         if rope is not None:
             rope = self._of_kept(rope)
             query, key = (torch.cat([part[:, :, :prefix], apply_rot_embed_cat(
                 part[:, :, prefix:], rope, half=self.rotate_half)], dim=2).type_as(value) for part in (query, key))
+        if shared > 1:
+            key, value = (part.repeat_interleave(shared, dim=1) for part in (key, value))
         return query, key, value, plain
 
     @property
@@ -104,7 +109,7 @@ class KeyedAttention(TokenAttention):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
                 rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(output (B, N, D), the class token's row of the softmax without the mask, averaged over heads (B, N), keys
-        (B, N, H d))."""
+        (B, N, W) of all heads, each once)."""
         query, key, value, plain = self._projected(x, rope)
         out = self._mixed(query, key, value, attn_mask)
         query, key, plain = query.detach(), key.detach(), plain.detach()        # a choice has no gradient

@@ -179,10 +179,20 @@ def query_width(attn: nn.Module) -> int:
     return attn.proj.in_features // attn.num_heads if width is None else width
 
 
+def shares_keys(block: nn.Module) -> bool:
+    """Whether heads share keys and values."""
+    return getattr(block.attn, "num_kv_groups", 1) > 1
+
+
+def key_heads(block: nn.Module) -> int:
+    """How many heads the keys and values of an attention have: fewer than its queries where heads share them."""
+    return getattr(block.attn, "num_heads", 0) // getattr(block.attn, "num_kv_groups", 1)
+
+
 def making_layers(block: nn.Module, kind: str) -> list[tuple[nn.Linear, tuple[int, ...]]]:
     """The linears whose rows make the heads or neurons of a block, with the rows that a unit has in each part that is
-    stacked in them: of three, these are queries, keys and values of all heads, one after the other. None of a sublayer
-    that is left out."""
+    stacked in them: of three, these are queries, keys and values of all heads, one after the other. Of heads that share
+    keys and values their queries alone; none of a sublayer that is left out."""
     if isinstance(sublayer(block, kind), LeftOut):
         return []
     if kind == "neurons":
@@ -190,6 +200,8 @@ def making_layers(block: nn.Module, kind: str) -> list[tuple[nn.Linear, tuple[in
     attn, widths = block.attn, (*(query_width(block.attn),) * 2, mixing_layer(block, kind)[1])
     if attn.qkv is not None:
         return [(attn.qkv, widths)]
+    if shares_keys(block):
+        return [(attn.q_proj, widths[:1])]
     return [(getattr(attn, f"{name}_proj"), (width,)) for name, width in zip("qkv", widths)]
 
 
@@ -209,12 +221,17 @@ def head_vectors(attn: nn.Module) -> dict[str, int]:
 
 
 def fixed_parts(block: nn.Module) -> tuple[str, ...]:
-    """What of a block can't be cut, each "heads", "neurons" or "tokens" with the reason."""
+    """What of a block can't be cut, each "heads", "neurons", "tokens" or "widths" (of queries and keys) with the
+    reason."""
     attn, mlp, found = block.attn, block.mlp, []
     if not isinstance(getattr(attn, "norm", None), (nn.Identity, type(None))):
         found.append("heads: a norm over all of them follows")
+    elif shares_keys(block):
+        found.append("heads: they share keys and values")
     elif isinstance(attn, vision_transformer_relpos.RelPosAttention):
         found.append("heads: their biases by distance are made together")
+    if shares_keys(block):
+        found.append("widths: heads share keys")
     if not isinstance(getattr(mlp, "norm", None), (nn.Identity, type(None))) and type(mlp) is not vitamin.GeGluMlp:
         found.append("neurons: a norm over all of them follows")
     if isinstance(attn, RELATIVE):

@@ -97,8 +97,6 @@ def refuse(model: nn.Module) -> str | None:
             return f"{name} has {type(block.attn).__name__} at block {index}; one of timm's attentions is needed"
         if getattr(block.attn, "gate", None) is not None:
             return f"{name} has a gated attention at block {index}; one without a gate is needed"
-        if getattr(block.attn, "num_kv_groups", 1) > 1:
-            return f"{name} has heads that share keys and values at block {index}; keys and values of each are needed"
         for place, part in enumerate((block, block.attn, block.mlp)):
             if not isinstance(part, LeftOut) and kind_of(part, KINDS) is not first.setdefault(place,
                                                                                               kind_of(part, KINDS)):
@@ -158,6 +156,7 @@ def sizes_of(model: nn.Module, num_heads: int, num_neurons: int) -> ViTShape:
         pool=model.global_pool, qk_norm=not isinstance(getattr(first.attn, "q_norm", nn.Identity()), nn.Identity),
         rotary=0 if getattr(model, "rope", None) is None else num_heads if families.rotates_by_head(model) else 1,
         fixed=tuple(dict.fromkeys(part for block in blocks for part in families.fixed_parts(block))),
+        key_heads=tuple(map(families.key_heads, blocks)) if any(map(families.shares_keys, blocks)) else (),
         stem_macs=families.stem_macs(embed), projection=whole is model and families.is_projection(model))
 
 

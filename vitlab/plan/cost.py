@@ -105,23 +105,25 @@ def macs_of(shape: ViTShape, counts: Counts, form: str = "deployed") -> dict[str
 
     Per block with C tokens in the attention, Q of them asking (all, but for a block that reads out), C' in the MLP,
     attention width w = heads * d, and w' = heads * d' of queries and keys where these are narrower, M neurons: qkv
-    C D (2 w' + w), attention Q C (w' + w), proj Q w D, mlp 2 C' D M (3 where neurons
-    are gated); a ranking by
-    heads of width r C r, or, with weights of its own, 2 D r + C heads D (q/k norm: D r + C D r + C r); regions that
-    share an update scale each of their n patches, n D; matching r of n tokens compares (n / 2)^2 keys and the class
-    token's with all, w' each, and scales r + n / 2 rows; where tokens are turned by place, a product of patches and
-    merged tokens 2 d wide. form "training" adds C N D for each merge and each reconstruct;
+    C D (2 w' + w), less where heads share keys and values, attention Q C (w' + w), proj Q w D, mlp 2 C' D M (3 where
+    neurons are gated); a ranking by heads of width r C r, or, with weights of its own, 2 D r + C heads D (q/k norm:
+    D r + C D r + C r); regions that share an update scale each of their n patches, n D; matching r of n tokens compares
+    (n / 2)^2 keys and the class token's with all, w' each, and scales r + n / 2 rows; where tokens are turned by place,
+    a product of patches and merged tokens 2 d wide. form "training" adds C N D for each merge and each reconstruct;
     "deployed" adds the folded products instead: (C_l + p_l) (C_k + p_k) D between two blocks, p tokens carried around
     them. Inside a span no matrix stands between two blocks.
     """
     require(form in FORMS, f"form {form!r} is not known; known are {list(FORMS)}")
     dim, everything, c = shape.embed_dim, shape.num_tokens, counts
     width, each = c.heads * shape.head_dim, np.where(c.widths, c.widths, shape.head_dim)       # (..., L)
-    keyed = c.heads * each                                                      # all queries, or all keys
+    queries = c.heads * each
+    shared = np.array(shape.key_heads) if shape.key_heads else c.heads
+    keys = shared * each
     wide = c.ranking * shape.head_dim
     anew = wide * (dim + c.attended * (dim + 1)) if shape.qk_norm else dim * (2 * wide + c.attended * c.ranking)
     ranking = np.where(c.ranks_anew, anew, c.attended * c.ranking * each)
-    blocks = {"qkv": c.attended * dim * (2 * keyed + width), "attention": c.queried * c.attended * (keyed + width),
+    blocks = {"qkv": c.attended * dim * (queries + keys + shared * shape.head_dim),
+              "attention": c.queried * c.attended * (queries + width),
               "proj": c.queried * width * dim,
               "mlp": (3 if shape.gated else 2) * c.in_mlp * dim * c.neurons, "select": ranking}
     parts = {name: blocks[name].sum(axis=-1) if name in blocks else np.zeros(width.shape[:-1], dtype=np.int64)
@@ -131,7 +133,8 @@ def macs_of(shape: ViTShape, counts: Counts, form: str = "deployed") -> dict[str
     parts["decoder" if shape.decoder else "classifier"] += _head_macs(shape)
     if form != "published":
         turning = 2 * shape.head_dim * shape.rotary
-        parts["merge"] = (c.pooled.sum(axis=-1) * dim + (c.compared * keyed).sum(axis=-1)
+        ranks = np.where(c.compared > 0, c.attended, 0)                         # the class token's row, of all heads
+        parts["merge"] = (c.pooled.sum(axis=-1) * dim + (c.compared * keys + ranks * (queries - keys)).sum(axis=-1)
                           + c.turned.sum(axis=-1) * turning)
     if form == "training":
         parts["reconstruct"] = (c.reconstructs * c.attended).sum(axis=-1) * everything * dim

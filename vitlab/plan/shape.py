@@ -7,8 +7,8 @@ from vitlab.runtime.files import require
 
 POOL_TOKEN = "token"
 FAMILY = ("gated", "rotary", "pool_neurons", "pool_prefix", "stem_macs", "fixed",
-          "projection", "queries")      # of other families and decoders
-PARTS = ("heads", "neurons", "tokens")
+          "projection", "queries", "key_heads")      # of other families and decoders
+PARTS = ("heads", "neurons", "tokens", "widths")
 DECODERS = ("", "linear", "mask_transformer", "queries")
 
 
@@ -52,9 +52,10 @@ class ViTShape:
     pool_neurons: int = 0               # of an attention pool's MLP; 0: another pooling
     pool_prefix: bool = True            # whether an attention pool looks at prefix tokens
     stem_macs: int = 0                  # of a patch embedding that is more than a convolution; 0: it is one
-    fixed: tuple[str, ...] = ()         # what can't be cut: "heads", "neurons" or "tokens", each with its reason
+    fixed: tuple[str, ...] = ()         # what can't be cut, of PARTS, each with its reason
     projection: bool = False            # whether what is in place of a classifier gives features
     queries: int = 0                    # of a decoder by queries
+    key_heads: tuple[int, ...] = ()     # heads that keys and values of each block have, shared; (): each head its own
 
     def __post_init__(self) -> None:
         for name in ("img_size", "patch_size"):
@@ -62,7 +63,8 @@ class ViTShape:
             require(isinstance(value, (tuple, list)) and len(value) == 2 and all(is_int(v) and v > 0 for v in value),
                     f"shape.{name} is {value!r}; two positive integers are needed")
             object.__setattr__(self, name, tuple(value))
-        object.__setattr__(self, "fixed", tuple(self.fixed))
+        for name in ("fixed", "key_heads"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         lowest = dict.fromkeys(("num_prefix_tokens", "num_classes", "decoder_depth", "rotary", "pool_neurons",
                                 "stem_macs", "queries"), 0)
         for f in dataclasses.fields(self):
@@ -75,6 +77,9 @@ class ViTShape:
                     f"shape.{name} is {getattr(self, name)!r}; true or false is needed")
         require(all(isinstance(part, str) and part.split(":")[0] in PARTS for part in self.fixed),
                 f"shape.fixed is {self.fixed!r}; texts that begin with one of {list(PARTS)} are needed")
+        require(not self.key_heads or len(self.key_heads) == self.depth
+                and all(is_int(k) and 1 <= k <= self.num_heads for k in self.key_heads),
+                f"shape.key_heads is {self.key_heads!r}; of each block an integer from 1 to {self.num_heads} is needed")
         require(isinstance(self.pool, str), f"shape.pool is {self.pool!r}; a string is needed")
         require(self.decoder in DECODERS, f"shape.decoder is {self.decoder!r}; one of {list(DECODERS)} is needed")
         require(self.class_token in (None, True, False),
