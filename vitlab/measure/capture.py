@@ -15,7 +15,7 @@ from vitlab.criteria.hsic import at_least_float32, dependence, gaussian_kernels
 from vitlab.measure.averaging import Averages, Batches, averaged, begun, draws_of_batches, frozen_eval, hooks
 from vitlab.measure.distance import output_of
 from vitlab.models import attention_block, check_supported, is_merged, shape_of
-from vitlab.models.attention import KeyedAttention, OwnAttention, PrefixAttention, attention_as
+from vitlab.models.attention import KeyedAttention, OwnAttention, PrefixAttention, attention_as, token_weights
 from vitlab.models.held import Merged
 from vitlab.models.left_out import LeftOut
 from vitlab.models.match import MatchBlock
@@ -87,13 +87,12 @@ def _by_gradient(model: nn.Module, average: Callable[..., Averages], absolute: s
 
 def seen_attention(model: nn.Module, found: list, reduce: Callable[[Tensor], Tensor],
                    queries: int | None = None) -> contextlib.AbstractContextManager[None]:
-    """Inside, found[l] becomes reduce(softmax attention of block l (B, H, queries, N)), of the first `queries` tokens
+    """Inside, found[l] becomes reduce(`token_weights` of block l (B, H, queries, N)), of the first `queries` tokens
     (None: of all that ask) to every token; where the attention is left out it stays what it was."""
-    scales: list[Any] = [getattr(attention_block(block).attn, "scale", None) for block in model.blocks]
-
     def see(index: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        logits = query[:, :, :queries] * scales[index] @ key.mT
-        found[index] = reduce((logits if mask is None else logits + mask[..., :queries, :]).softmax(dim=-1))
+        attn = attention_block(model.blocks[index]).attn
+        logits = query[:, :, :queries] * attn.scale @ key.mT
+        found[index] = reduce(token_weights(attn, logits if mask is None else logits + mask[..., :queries, :]))
         return value
     return seen(model, see)
 
@@ -154,7 +153,8 @@ def token_scores(model: nn.Module, batches: Batches, *, criterion: str = "gradie
     cancel, still count for more than others (measured on DeiT-tiny: docs/prune_and_merge.md). The other criteria have
     no use for absolute.
 
-    criterion "class_attention": s_l[j] = mean over images and heads of A[b,h,0,j], the class token's attention, 0 to 1.
+    criterion "class_attention": s_l[j] = mean over images and heads of A[b,h,0,j], the class token's attention, 0 to 1
+    (`token_weights`: of a differential attention, whose A is a difference of maps, |A| scaled to rows of sum 1).
 
     criterion "hsic": s_l[j] = HSIC(X_j, softmax output), without a classifier that with unit features, X_j (B x D)
     what enters block l at patch j (B1), of each batch. HSIC grows with the square of the batch, so batches of b images
@@ -183,7 +183,7 @@ def scored(model: nn.Module, batches: Batches, *, criterion: str, absolute: str,
 
 @torch.no_grad()
 def attention_maps(model: nn.Module, images: Tensor) -> Tensor:
-    """Softmax attention (L, B, H, N, N) of every block, for plots: images (B, channels, height, width).
+    """`token_weights` (L, B, H, N, N) of every block, for plots: images (B, channels, height, width).
 
     Rows (queries) sum to 1. Computed beside the forward, in which fused attention stays on. Raises InputError for a
     compressed model or a family that can't be handled.

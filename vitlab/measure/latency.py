@@ -21,7 +21,7 @@ from vitlab.measure.throughput import DTYPES, EAGER, Way, _once, conditions
 from vitlab.models import compress, deploy, encoder_of, shape_of
 from vitlab.models.attention import PrefixAttention, attention_as
 from vitlab.models.deploy import Fold
-from vitlab.models.families import also_taken, attention_input, attention_update, embedded, mlp_update
+from vitlab.models.families import also_taken, attention_input, attention_update, embedded, mixing_layer, mlp_update
 from vitlab.models.match import MatchBlock
 from vitlab.models.narrow import narrow_queries
 from vitlab.models.segmenter import Segmenter
@@ -140,7 +140,7 @@ def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]],
 
     def select(n: int, heads: int) -> nn.Module:
         """The class token's row over the keys of so many heads, and the choice."""
-        width, kept = min(int(heads) * by_heads[heads].attn.head_dim, dim), int(n - prefix) // 2
+        width, kept = min(mixing_layer(by_heads[heads], "heads")[0].in_features, dim), int(n - prefix) // 2
 
         def run(x: Tensor) -> Tensor:
             row = x[:, :1, :width] @ x[:, :, :width].transpose(1, 2)

@@ -13,12 +13,28 @@ import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
-from vitlab.models.families import ATTENTIONS, kind_of
+from vitlab.models.families import ATTENTIONS, kind_of, maps_of
 from vitlab.models.left_out import LeftOut
 
 
+def token_weights(attn: nn.Module, logits: Tensor) -> Tensor:
+    """What each token counts for those that ask, (B, H, Q, N), rows of sum 1, by an attention's logits: their softmax.
+    Of a differential attention, whose heads have two logits each, (B, 2 H, Q, N), with A = softmax_1 - lambda
+    softmax_2, whose entries may be negative and whose rows sum to anything (a norm follows):
+
+        |A| / sum |A|
+    """
+    weights = logits.softmax(dim=-1)
+    if maps_of(attn) == 1:
+        return weights
+    first, second = weights.unflatten(1, (-1, 2)).unbind(2)
+    sizes = (first - attn._compute_lambda().type_as(first) * second).abs()
+    return sizes / sizes.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(sizes.dtype).tiny)
+
+
 class TokenAttention(nn.Module):
-    """What the kinds below share; each stands before one of timm's attentions (`attention_as`)."""
+    """What the kinds below share; each stands before one of timm's attentions (`attention_as`). Of a differential one
+    queries and keys are of 2 H heads, half as wide, the two of each head side by side."""
 
     # is shown queries, keys and values (B, H, N, d) and what is added to the logits, and gives the values to go on with
     shown: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
@@ -32,10 +48,10 @@ class TokenAttention(nn.Module):
             stacked = self.qkv(x)
             if getattr(self, "q_bias", None) is not None:
                 stacked = stacked + torch.cat([self.q_bias, self.k_bias, self.v_bias])
-            wide, narrow = self.num_heads * self.head_dim, self.num_heads * self._narrow
+            wide, narrow = (maps_of(self) * self.num_heads * width for width in (self.head_dim, self._narrow))
             query, key, value = stacked.split((narrow, narrow, wide), dim=2)
         shared = getattr(self, "num_kv_groups", 1)      # heads that have keys and values together
-        heads = (self.num_heads, self.num_heads // shared, self.num_heads // shared)
+        heads = (maps_of(self) * self.num_heads, maps_of(self) * self.num_heads // shared, self.num_heads // shared)
         query, key, value = (part.unflatten(2, (count, -1)).transpose(1, 2)
                              for part, count in zip((query, key, value), heads))
         query, key = (getattr(self, name, nn.Identity())(part) for name, part in (("q_norm", query), ("k_norm", key)))
@@ -61,23 +77,32 @@ class TokenAttention(nn.Module):
 
     def _mixed(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
                is_causal: bool = False) -> Tensor:
-        """Softmax attention of queries (B, H, Q, d) over keys and values (B, H, N, d), mask added: (B, Q, D)."""
+        """Attention of queries (B, H, Q, d) over keys and values (B, H, N, d), mask added: (B, Q, D). A differential
+        one, Attention_1 - lambda Attention_2, adds it to both, and norms each head."""
         if self.shown is not None:
             value = self.shown(query, key, value, mask)
+        if maps_of(self) == 1:
+            mixed = self._by_softmax(query, key, value, mask, is_causal)
+        else:
+            first, second = (self._by_softmax(q, k, value, mask, is_causal) for q, k in zip(
+                *(part.unflatten(1, (-1, 2)).unbind(2) for part in (query, key))))
+            mixed = self.sub_norm(first - self._compute_lambda().type_as(first) * second) * (1 - self.lambda_init)
+        mixed = getattr(self, "norm", nn.Identity())(mixed.transpose(1, 2).flatten(2))
+        return self.proj_drop(self.proj(mixed))
+
+    def _by_softmax(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        """softmax(query key^T scale + mask) value: (B, H, Q, d)."""
         if self.fused_attn or is_causal:
-            fewer = self.head_dim - self._narrow
+            fewer = value.shape[-1] - query.shape[-1]
             if fewer and not torch.compiler.is_exporting():
                 # the fused kernels of processors take one width alone, and others are twice as slow
                 query, key = F.pad(query, (0, fewer)), F.pad(key, (0, fewer))
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal,
-                                                   dropout_p=self.attn_drop.p if self.training else 0.0,
-                                                   scale=self.scale if fewer else None)
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal,
+                                                  dropout_p=self.attn_drop.p if self.training else 0.0,
+                                                  scale=self.scale if fewer else None)
         # whoever wants to see the maps turns fusing off
-        else:
-            logits = query * self.scale @ key.transpose(2, 3)
-            mixed = self.attn_drop((logits if mask is None else logits + mask).softmax(dim=-1)) @ value
-        mixed = getattr(self, "norm", nn.Identity())(mixed.transpose(1, 2).flatten(2))
-        return self.proj_drop(self.proj(mixed))
+        logits = query * self.scale @ key.transpose(2, 3)
+        return self.attn_drop((logits if mask is None else logits + mask).softmax(dim=-1)) @ value
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         # the classes are made here, where pickle can't find them
@@ -108,12 +133,12 @@ class KeyedAttention(TokenAttention):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
                 rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(output (B, N, D), the class token's row of the softmax without the mask, averaged over heads (B, N), keys
+        """(output (B, N, D), the class token's `token_weights` without the mask, averaged over heads (B, N), keys
         (B, N, W) of all heads, each once)."""
         query, key, value, plain = self._projected(x, rope)
         out = self._mixed(query, key, value, attn_mask)
         query, key, plain = query.detach(), key.detach(), plain.detach()        # a choice has no gradient
-        row = (query[:, :, :1] * self.scale @ key.transpose(2, 3)).softmax(dim=-1).mean(dim=1)[:, 0]
+        row = token_weights(self, query[:, :, :1] * self.scale @ key.transpose(2, 3)).mean(dim=1)[:, 0]
         return out, row, plain.transpose(1, 2).flatten(2)
 
 

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 import torch
-from timm.layers import Attention, AttentionRope, GluMlp, HybridEmbed, Mlp, PatchEmbed, SwiGLU
+from timm.layers import Attention, AttentionRope, DiffAttention, GluMlp, HybridEmbed, Mlp, PatchEmbed, SwiGLU
 from timm.models import beit, eva, vision_transformer, vision_transformer_relpos, vitamin
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,8 +21,9 @@ POST_NORM = (vision_transformer.ResPostBlock, eva.EvaBlockPostNorm, vision_trans
 BLOCKS = (vision_transformer.Block, eva.EvaBlock, beit.Block, vision_transformer_relpos.RelPosBlock, *POST_NORM)
 ROTARY = (eva.EvaAttention, AttentionRope)      # of those, the ones that turn queries and keys by their tokens' places
 RELATIVE = (beit.Attention, vision_transformer_relpos.RelPosAttention)
-ATTENTIONS = (Attention, *ROTARY, *RELATIVE)
-HEADS_COUNTED = (*ROTARY, beit.Attention)       # of those, the ones whose forward needs as many heads as the model has
+ATTENTIONS = (Attention, DiffAttention, *ROTARY, *RELATIVE)
+# of those, the ones whose forward needs as many heads as the model has
+HEADS_COUNTED = (*ROTARY, beit.Attention, DiffAttention)
 PATCHES = (PatchEmbed, HybridEmbed)
 PAIRS = re.compile("clip|pe_core")              # in timm's names of models and weights of images with texts
 # per kind of MLP: the linears whose rows are neurons, with how many rows a neuron has in each, and the one that mixes
@@ -214,6 +215,12 @@ def entered_layer(block: nn.Module, kind: str) -> tuple[nn.Module, int]:
     return linear, linear.in_features
 
 
+def maps_of(attn: nn.Module) -> int:
+    """Softmax maps of each head: 2 where their difference mixes its values (arXiv 2410.05258). Each has queries and
+    keys of half the values' width, side by side."""
+    return 2 if isinstance(attn, DiffAttention) else 1
+
+
 def head_vectors(attn: nn.Module) -> dict[str, int]:
     """Names of an attention's own tensors that have a part for every head, and in which dimension."""
     found = dict.fromkeys(("q_bias", "k_bias", "v_bias"), 0) | {"relative_position_bias_table": 1}
@@ -234,6 +241,8 @@ def fixed_parts(block: nn.Module) -> tuple[str, ...]:
         found.append("widths: heads share keys")
     if not isinstance(getattr(mlp, "norm", None), (nn.Identity, type(None))) and type(mlp) is not vitamin.GeGluMlp:
         found.append("neurons: a norm over all of them follows")
+    if maps_of(attn) > 1:
+        found.append("widths: each head has two queries and keys")
     if isinstance(attn, RELATIVE):
         found.append("tokens: attention has a bias for every two places")
     return tuple(found)

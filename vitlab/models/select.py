@@ -1,10 +1,9 @@
 """Token selection inside a block, each image its own tokens (arXiv 2201.00043, methods B3)."""
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention
 from torch import Tensor, nn
 
-from vitlab.models.attention import KeyedAttention, attention_as
+from vitlab.models.attention import KeyedAttention, attention_as, token_weights
 from vitlab.models.families import attention_input, attention_update, mlp_update
 from vitlab.models.held import unmasked
 from vitlab.models.support import plain_linear
@@ -12,8 +11,8 @@ from vitlab.plan import tokens
 from vitlab.plan.rules import Select
 
 
-def class_attention(attn: Attention, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The class token's row of the softmax attention, averaged over heads: x (B, N, D), normed -> (B, N).
+def class_attention(attn: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The class token's `token_weights`, averaged over heads: x (B, N, D), normed -> (B, N).
 
     weight (2 H d, D), bias (2 H d): the query and key rows of the heads that rank, a copy of their own. Without q/k
     norm, q . (W_k x_j + b_k) = (W_k^T q) . x_j + a number that is the same for every j, which the softmax cancels: no
@@ -30,7 +29,7 @@ def class_attention(attn: Attention, x: Tensor, weight: Tensor, bias: Tensor | N
         row = (query @ key_weight).squeeze(2) @ x.transpose(1, 2)                           # (B, H, D) @ (B, D, N)
     else:
         row = (query @ attn.k_norm(projected(x, key_weight, key_bias)).transpose(2, 3)).squeeze(2)
-    return row.softmax(dim=2).mean(dim=1)
+    return token_weights(attn, row[:, :, None]).mean(dim=1)[:, 0]
 
 
 class SelectBlock(nn.Module):

@@ -157,7 +157,8 @@ def sizes_of(model: nn.Module, num_heads: int, num_neurons: int) -> ViTShape:
         rotary=0 if getattr(model, "rope", None) is None else num_heads if families.rotates_by_head(model) else 1,
         fixed=tuple(dict.fromkeys(part for block in blocks for part in families.fixed_parts(block))),
         key_heads=tuple(map(families.key_heads, blocks)) if any(map(families.shares_keys, blocks)) else (),
-        stem_macs=families.stem_macs(embed), projection=whole is model and families.is_projection(model))
+        maps=max(families.maps_of(block.attn) for block in blocks), stem_macs=families.stem_macs(embed),
+        projection=whole is model and families.is_projection(model))
 
 
 def shape_of(model: nn.Module) -> ViTShape:

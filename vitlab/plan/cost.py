@@ -78,17 +78,19 @@ def rows_of(counts: Counts, everything: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _head_macs(shape: ViTShape) -> int:
     """MACs of what follows the encoder: a classifier D K for each there is, or for each token where none is pooled;
-    a linear decoder n D K; a mask transformer of L blocks on the n patches and K classes, n D^2 + L (n + K) (12 D^2 +
-    2 (n + K) D) + (n + K) D^2 + n D K (arXiv 2105.05633); L blocks with Q queries on R = P + n + Q tokens, L R (4 D w +
-    2 R w + 2 D M), heads being w wide together and neurons M (3 D M where these are gated), with classes Q D (K + 1),
-    masks 3 Q D^2, two steps of upscaling (4 + 16) n D (D + 9), and 16 n Q (D + K) (arXiv 2503.19108). Before a
-    classifier, an attention pool of m tokens with an MLP of M neurons: 2 m D (D + 1) + 2 D^2 + 2 D M."""
+    a linear decoder n D K; a mask transformer of L blocks on the n patches and K classes, n D^2 + L (n + K) (12 D^2 + 2
+    (n + K) D) + (n + K) D^2 + n D K (arXiv 2105.05633); L blocks with Q queries on R = P + n + Q tokens, L R (4 D w + 2
+    R w + 2 D M, R w more where a head has two maps), heads being w wide together and neurons M (3 D M where these are
+    gated), with classes Q D (K + 1), masks 3 Q D^2, two steps of upscaling (4 + 16) n D (D + 9), and 16 n Q (D + K)
+    (arXiv 2503.19108). Before a classifier, an attention pool of m tokens with an MLP of M neurons: 2 m D (D + 1) + 2
+    D^2 + 2 D M."""
     n, dim, classes = shape.num_patches, shape.embed_dim, shape.num_classes
     if shape.decoder == "linear":
         return n * dim * classes
     if shape.decoder == "queries":
         rows, asked, width = shape.num_tokens + shape.queries, shape.queries, shape.num_heads * shape.head_dim
-        block = rows * (4 * dim * width + 2 * rows * width + (3 if shape.gated else 2) * dim * shape.num_neurons)
+        block = rows * (4 * dim * width + (1 + shape.maps) * rows * width
+                        + (3 if shape.gated else 2) * dim * shape.num_neurons)
         return (shape.decoder_depth * block + asked * dim * (classes + 1 + 3 * dim) + 20 * n * dim * (dim + 9)
                 + 16 * n * asked * (dim + classes))
     if shape.decoder:
@@ -104,14 +106,14 @@ def macs_of(shape: ViTShape, counts: Counts, form: str = "deployed") -> dict[str
     """MACs per image (...) by part (PARTS), and their sum under "total". Raises InputError for an unknown form.
 
     Per block with C tokens in the attention, Q of them asking (all, but for a block that reads out), C' in the MLP,
-    attention width w = heads * d, and w' = heads * d' of queries and keys where these are narrower, M neurons: qkv
-    C D (2 w' + w), less where heads share keys and values, attention Q C (w' + w), proj Q w D, mlp 2 C' D M (3 where
-    neurons are gated); a ranking by heads of width r C r, or, with weights of its own, 2 D r + C heads D (q/k norm:
-    D r + C D r + C r); regions that share an update scale each of their n patches, n D; matching r of n tokens compares
-    (n / 2)^2 keys and the class token's with all, w' each, and scales r + n / 2 rows; where tokens are turned by place,
-    a product of patches and merged tokens 2 d wide. form "training" adds C N D for each merge and each reconstruct;
-    "deployed" adds the folded products instead: (C_l + p_l) (C_k + p_k) D between two blocks, p tokens carried around
-    them. Inside a span no matrix stands between two blocks.
+    attention width w = heads * d, and w' = heads * d' of queries and keys where these are narrower, M neurons: qkv C D
+    (2 w' + w), less where heads share keys and values, attention Q C (w' + w), or Q C (w' + 2 w) where a head has two
+    maps, proj Q w D, mlp 2 C' D M (3 where neurons are gated); a ranking by heads of width r C r, or, with weights of
+    its own, 2 D r + C heads D (q/k norm: D r + C D r + C r); regions that share an update scale each of their n
+    patches, n D; matching r of n tokens compares (n / 2)^2 keys and the class token's with all, w' each, and scales r +
+    n / 2 rows; where tokens are turned by place, a product of patches and merged tokens 2 d wide. form "training" adds
+    C N D for each merge and each reconstruct; "deployed" adds the folded products instead: (C_l + p_l) (C_k + p_k) D
+    between two blocks, p tokens carried around them. Inside a span no matrix stands between two blocks.
     """
     require(form in FORMS, f"form {form!r} is not known; known are {list(FORMS)}")
     dim, everything, c = shape.embed_dim, shape.num_tokens, counts
@@ -120,10 +122,11 @@ def macs_of(shape: ViTShape, counts: Counts, form: str = "deployed") -> dict[str
     shared = np.array(shape.key_heads) if shape.key_heads else c.heads
     keys = shared * each
     wide = c.ranking * shape.head_dim
-    anew = wide * (dim + c.attended * (dim + 1)) if shape.qk_norm else dim * (2 * wide + c.attended * c.ranking)
+    maps = shape.maps * c.ranking
+    anew = wide * (dim + c.attended * (dim + 1)) if shape.qk_norm else dim * (2 * wide + c.attended * maps)
     ranking = np.where(c.ranks_anew, anew, c.attended * c.ranking * each)
     blocks = {"qkv": c.attended * dim * (queries + keys + shared * shape.head_dim),
-              "attention": c.queried * c.attended * (queries + width),
+              "attention": c.queried * c.attended * (queries + shape.maps * width),
               "proj": c.queried * width * dim,
               "mlp": (3 if shape.gated else 2) * c.in_mlp * dim * c.neurons, "select": ranking}
     parts = {name: blocks[name].sum(axis=-1) if name in blocks else np.zeros(width.shape[:-1], dtype=np.int64)

@@ -7,7 +7,7 @@ from vitlab.runtime.files import require
 
 POOL_TOKEN = "token"
 FAMILY = ("gated", "rotary", "pool_neurons", "pool_prefix", "stem_macs", "fixed",
-          "projection", "queries", "key_heads")      # of other families and decoders
+          "projection", "queries", "key_heads", "maps")      # of other families and decoders
 PARTS = ("heads", "neurons", "tokens", "widths")
 DECODERS = ("", "linear", "mask_transformer", "queries")
 
@@ -55,6 +55,7 @@ class ViTShape:
     fixed: tuple[str, ...] = ()         # what can't be cut, of PARTS, each with its reason
     projection: bool = False            # whether what is in place of a classifier gives features
     queries: int = 0                    # of a decoder by queries
+    maps: int = 1                       # of attention a head: 2 where values are mixed by their difference
     key_heads: tuple[int, ...] = ()     # heads that keys and values of each block have, shared; (): each head its own
 
     def __post_init__(self) -> None:
