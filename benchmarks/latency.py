@@ -5,8 +5,8 @@
 Random weights; heads and neurons at random in every block, and in a third of the plans each: tokens as they are,
 selected in blocks 3, 6 and 9, or merged. The four whole models that the table's scale is fitted on are timed again in
 turn with the twenty: as much slower as they are by then, the machine is, and the prediction with it (`drift`). One row
-a model and one of the whole go to benchmarks/results/latency.jsonl, or of another runtime to latency_RUNTIME.jsonl
-(replaced). Run it with nothing else running.
+a model and one of the whole go to benchmarks/results/latency.jsonl, in place of those of the same runtime and batch
+size. Run it with nothing else running.
 """
 import argparse
 import dataclasses
@@ -20,14 +20,15 @@ import torch
 from vitlab.criteria.planning import prune_and_merge
 from vitlab.exporting.running import WAYS, way_of
 from vitlab.measure.latency import measure_table, whole_models
-from vitlab.measure.throughput import EAGER, conditions, measure
+from vitlab.measure.throughput import conditions, measure
 from vitlab.models import compress, deploy, shape_of
 from vitlab.models.create import create_model
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.cost import SELECT_IN, counts_of, gmacs
 from vitlab.plan.rules import Select
 from vitlab.plan.shape import ViTShape
-from vitlab.runtime.results import ResultRow, format_table, write_rows
+from vitlab.runtime.files import read_lines, write_lines
+from vitlab.runtime.results import ResultRow, format_table
 
 NAME, DTYPE, MODELS = "deit_tiny_patch16_224", "float32", 20
 KINDS = ("whole", "select", "merge")
@@ -90,8 +91,10 @@ def main() -> None:
     print(f"median {median:.1f} %, largest {largest:.1f} %; table in {table_s:.0f} s, scale {table.scale:.3f}, "
           f"drift {drift:.3f}")
     if not quick:
-        name = "latency" if way is EAGER else f"latency_{way.name}"
-        write_rows(Path(__file__).parent / "results" / f"{name}.jsonl", rows)
+        path = Path(__file__).parent / "results" / "latency.jsonl"
+        others = [row for row in read_lines(path)
+                  if (row["conditions"]["runtime"].split()[0], row["conditions"]["batch_size"]) != (way.name, batch)]
+        write_lines(path, others + list(map(dataclasses.asdict, rows)))
 
 
 if __name__ == "__main__":
