@@ -16,7 +16,7 @@ from training_fixtures import one_thread  # noqa: F401
 
 import vitlab
 from vitlab import cli
-from vitlab.models import checkpoint, compress, deploy, shape_of
+from vitlab.models import checkpoint, compress, deploy, hub, shape_of
 from vitlab.models.create import create_model
 from vitlab.models.opening import open_model
 from vitlab.plan import BlockPlan, CompressionPlan
@@ -176,6 +176,17 @@ def test_a_weights_file_that_is_anothers_or_damaged_is_refused_by_name(change, n
     with pytest.raises(InputError, match=says) as refused:
         open_model(tmp_path / "w.safetensors", model=name, img_size=64, **args)
     assert "w.safetensors" in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", [GAP, "naflexvit_base_patch16_parfac_gap", "naflexvit_base_patch16_radio_v3"])
+def test_a_name_of_timms_gives_timms_own_weights_at_a_size(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "answers", lambda: False)
+    model = small(name)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    found = open_model(name, img_size=(36, 84), pretrained_cfg_overlay={"file": str(tmp_path / "w.safetensors"),
+                                                                        "num_classes": 7}, **CUT)
+    x = images((36, 84))
+    assert near(found.model(x), model(x))
 
 
 @pytest.mark.filterwarnings("ignore:.*for images of")
