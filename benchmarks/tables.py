@@ -152,13 +152,13 @@ def joint(rows: list[dict]) -> str:
 
 
 def latency(rows: list[dict]) -> str:
-    """The summary row: the error of the prediction over all plans."""
-    c = rows[-1]["conditions"]
+    """The summary rows: the error of the prediction over all plans."""
+    every = [(row["model"].replace("_patch16_224", ""), row["conditions"]) for row in rows
+             if "median_error_pct" in row["conditions"]]
     return _table(["model and conditions", "median error %", "largest error %", "table measured in (s)"],
-                  [[f"{rows[-1]['model'].replace('_patch16_224', '')}, {c['dtype']}, batch {c['batch_size']}, "
-                    f"{c['threads']} threads, "
+                  [[f"{model}, {c['runtime']}, {c['dtype']}, batch {c['batch_size']}, {c['threads']} threads, "
                     f"{c['device']}", f"{c['median_error_pct']:.1f}", f"{c['largest_error_pct']:.1f}",
-                    f"{c['table_s']:.0f}"]])
+                    f"{c['table_s']:.0f}"] for model, c in every])
 
 
 def hsic_speed(rows: list[dict]) -> str:

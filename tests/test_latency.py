@@ -1,5 +1,6 @@
 """LatencyTable: sums of parts against slow loops on a hand-made table, the cache, the grid. No time is asserted."""
 import dataclasses
+import functools
 import json
 import random
 import warnings
@@ -11,6 +12,7 @@ from segmenting_fixtures import match_plan, small, units_plan
 from training_fixtures import full_plan, one_thread, tiny, token_plan  # noqa: F401
 
 from vitlab.criteria.planning import prune_and_merge
+from vitlab.exporting import running
 from vitlab.measure import latency
 from vitlab.measure.latency import grid_axes, latency_table, measure_table
 from vitlab.measure.throughput import Way
@@ -325,6 +327,16 @@ def test_parts_and_whole_models_are_timed_as_they_run_in_the_way_that_is_asked_f
     # each once ready, and run: warm, to see how long it takes, in one round
     assert len(ready) == sum(ms.size for ms in table.ms.values()) + 4 and len(ran) == 3 * len(ready)
     assert table.conditions["runtime"] == "other 1.0"
+
+
+def test_more_models_of_one_class_than_torch_compiles_by_itself_are_all_compiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", functools.partial(
+        torch.compile, backend=lambda graph, inputs: compiled.append(graph) or graph.forward))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    for width in range(1, 6):
+        running._compiled(torch.nn.Linear(3, width), torch.ones(1, 3))(torch.ones(1, 3))
+    assert len(compiled) == 5
 
 
 def test_each_piece_is_the_models_own_part(monkeypatch, tiny_vit):

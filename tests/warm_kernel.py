@@ -33,11 +33,11 @@ def obey(asked: socket.socket) -> None:
 def serve(path: str) -> None:
     """Import what the first code cell of each notebook imports; then fork for everyone who asks, and run a kernel
     there."""
-    from vitlab.workbench.notebooks import NOTEBOOKS, nbformat
+    from vitlab.workbench.notebooks import NOTEBOOKS, code_of
     os.environ |= {"JPY_PARENT_PID": str(os.getpid()), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     from ipykernel import kernelapp
     for notebook in NOTEBOOKS.glob("*.ipynb"):
-        exec(next(c.source for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "code"), {})
+        exec(code_of(notebook)[0], {})
     server = socket.socket(socket.AF_UNIX)
     server.bind(path + ".new")
     server.listen()

@@ -9,7 +9,8 @@ share_cores()                   # before torch is imported: it reads the environ
 __version__ = "0.1.0"
 _PUBLIC = {"compress": "vitlab.models", "deploy": "vitlab.models", "shape_of": "vitlab.models",
            "set_trainable": "vitlab.models", "CompressionPlan": "vitlab.plan", "InputError": "vitlab.runtime.files",
-           "create_model": "vitlab.models.create", "prune_and_merge": "vitlab.criteria.planning",
+           "create_model": "vitlab.models.create", "at_fixed_size": "vitlab.models.naflex",
+           "prune_and_merge": "vitlab.criteria.planning",
            "token_scores": "vitlab.measure.capture", "open_data": "vitlab.data",
            "export": "vitlab.exporting.export", "load": "vitlab.models.checkpoint", "save": "vitlab.models.checkpoint"}
 __all__ = sorted(_PUBLIC)
@@ -31,6 +32,7 @@ if TYPE_CHECKING:               # the same names, for editors and type checkers
     from vitlab.models.checkpoint import load as load
     from vitlab.models.checkpoint import save as save
     from vitlab.models.create import create_model as create_model
+    from vitlab.models.naflex import at_fixed_size as at_fixed_size
     from vitlab.plan import CompressionPlan as CompressionPlan
     from vitlab.runtime.files import InputError as InputError
 

@@ -62,7 +62,7 @@ def grid_axes(shape: ViTShape) -> dict[str, tuple[np.ndarray, ...]]:
     return axes
 
 
-def _whole_models(model: nn.Module, shape: ViTShape) -> list[tuple[CompressionPlan, nn.Module]]:
+def whole_models(model: nn.Module, shape: ViTShape) -> list[tuple[CompressionPlan, nn.Module]]:
     """Four deployed models that `scale` is fitted on: heads and neurons at random, tokens merged in two of them. Random
     counts are rarely a multiple of what the processor takes at once; round ones run faster, and the scale would be too
     low."""
@@ -191,7 +191,7 @@ def measure_table(model: nn.Module, *, batch_size: int = 32, dtype: str = "float
     if torch.device(device).type == "cpu":
         hold_memory()
     model, axes = copy.deepcopy(model).to(device=device, dtype=DTYPES[dtype]).eval(), grid_axes(shape)
-    pieces, whole = list(_pieces(model, axes, batch_size)), _whole_models(model, shape)
+    pieces, whole = list(_pieces(model, axes, batch_size)), whole_models(model, shape)
     pieces += [("whole", (i,), compressed, pieces[0][3]) for i, (_, compressed) in enumerate(whole)]
     calls, runs = [], []
     for _, _, piece, x in tqdm(pieces, desc=f"parts in {way}", unit="part", disable=not progress or way is EAGER):

@@ -13,18 +13,21 @@ import torch
 from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models import get_model_args
 from timm.models._input import update_model_args
+from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vitlab.models import small as _small  # noqa: F401 - makes its names known
 from vitlab.models.families import MODELS, as_projection, is_projection, kind_of, projects
 from vitlab.models.hub import downloading
+from vitlab.models.naflex import at_fixed_size, at_grid
 from vitlab.models.support import attention_block, check_supported, classes_of
-from vitlab.models.weights import ANCHOR, by_timms_names, check_fits, read_state, unwrapped
+from vitlab.models.weights import ANCHOR, FLEXIBLE, by_timms_names, check_fits, read_state, unwrapped
 from vitlab.plan.shape import POOL_TOKEN, is_int, is_number
 from vitlab.runtime.files import InputError, first_line, require
 
 PREFIXES = ("cls_token", "dist_token", "reg_token")                                      # before the patches
+OWN = ("norm_eps", "projection")                # arguments that are not timm's
 # of patches, by the names that timm knows
 KERNELS = (ANCHOR, "visual.conv1.weight", "preprocessor.patchifier.proj.weight")
 
@@ -54,23 +57,29 @@ def set_norm_eps(model: nn.Module, eps: float) -> None:
     update_model_args(model, norm_eps=eps)
 
 
-def _built(name: str, args: dict[str, Any], pretrained: bool = False) -> nn.Module:
-    base, args = name.split(".")[0], dict(args)
-    eps, projection = args.pop("norm_eps", None), args.pop("projection", None)
+def _timms(name: str, args: dict[str, Any], pretrained: bool = False) -> nn.Module:
+    """What timm makes of a name. Raises InputError."""
+    base = name.split(".")[0]
     if not timm.is_model(base):
         near = difflib.get_close_matches(base, timm.list_models(), n=3, cutoff=0.4)
         raise InputError(f"{name!r}: no such file or folder, and no timm model"
                          + (f"; near are {', '.join(near)}" if near else ""))
     try:
-        if pretrained:                                          # refuse a family before its weights are downloaded
-            check_supported(timm.create_model(name, pretrained=False, **args))
         with downloading() if pretrained else contextlib.nullcontext():
-            model = timm.create_model(name, pretrained=pretrained, **args)
+            return timm.create_model(name, pretrained=pretrained, **args)
     except (InputError, MemoryError):
         raise
     except Exception as error:                  # whatever arguments of other kinds, or a download, make timm raise
         raise InputError(f"{name}: timm could not build it ({first_line(error)})") from error
-    check_supported(model)
+
+
+def _built(name: str, args: dict[str, Any], pretrained: bool = False) -> nn.Module:
+    args = dict(args)
+    eps, projection = (args.pop(own, None) for own in OWN)
+    for download in (False, True) if pretrained else (False,):  # refuse a family before its weights are downloaded
+        model = _timms(name, args, download)
+        model = at_fixed_size(model) if isinstance(model, NaFlexVit) else model
+        check_supported(model)
     if eps is not None:
         set_norm_eps(model, eps)
     require(model.patch_embed.num_patches, f"{name}: an image of {model.patch_embed.img_size} holds no patch of "
@@ -117,7 +126,12 @@ def sized(name: str, state: dict[str, Tensor], path: str | Path, args: dict[str,
     plain = isinstance(model, VisionTransformer)
     if plain:
         model.pos_embed = None                  # then timm's conversion leaves the file's as it is
+    flexible = any(f".{each}".endswith(f".{FLEXIBLE}") for each in state)
     state, others = unwrapped(state, model.state_dict(), path)
+    if flexible:
+        with torch.device("meta"):
+            theirs = _timms(name, {key: value for key, value in {**saved, **args}.items() if key not in OWN})
+        state = at_grid(state, theirs, model.patch_embed.grid_size, path)
     patch = model.patch_embed.patch_size
     kernel = next(((v.shape[-2], v.shape[-1]) for k, v in state.items() if k in KERNELS and v.dim() == 4), patch)
     if kernel != patch and "patch_size" not in args:
@@ -128,6 +142,8 @@ def sized(name: str, state: dict[str, Tensor], path: str | Path, args: dict[str,
     left = list(dict.fromkeys(part.split(".")[0] for part in others + extra))
     notes = [f"left out, since the model has no such part: {', '.join(left)}"] if left else []
     notes += [f"patch embedding resampled from {_by(kernel)} to {_by(patch)} pixels"] if kernel != patch else []
+    if flexible and "img_size" not in args:
+        notes.append(f"for images of {_by(model.patch_embed.img_size)} pixels, of the many that a NaFlexVit takes")
     asked, args = "img_size" in args, {**saved, **_own_sizes(state, model, args, path), **args}
     if not plain:                               # the size of images is the model's, and timm's conversion resampled
         return args, state, notes
@@ -211,7 +227,7 @@ def architecture(model: nn.Module) -> dict[str, Any]:
 def check_args(args: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a model that a file names. InputError for one that no family of timm's has, so that a file can't
     make it read other files or download."""
-    known = {"norm_eps", "projection"}.union(*(inspect.signature(kind).parameters for kind in MODELS))
+    known = {*OWN, "use_naflex"}.union(*(inspect.signature(kind).parameters for kind in (*MODELS, NaFlexVitCfg)))
     odd = sorted(set(args) - known)
     if odd:
         raise InputError(f"model argument {odd[0]!r} is not one of a vision transformer's")

@@ -19,7 +19,8 @@ OTHERS = {"SwinTransformer": "its windows are cut out of a grid that halves from
           "Hiera": "its tokens are pooled from stage to stage",
           "MultiScaleVit": "its tokens are pooled by its attention",
           "Twins": "its attention is within windows and on pooled tokens", "Xcit": "it attends to channels, not tokens",
-          "VisionTransformerSAM": "its attention is within windows", "NaFlexVit": "its images have any size",
+          "VisionTransformerSAM": "its attention is within windows",
+          "NaFlexVit": "its images have any size; vitlab.at_fixed_size(model, img_size) gives the one for a size",
           "Cait": "its heads are mixed before and after the softmax",
           "Levit": "its tokens are pooled by its attention, and batch norms take the place of layer norms",
           "VOLO": "its outlook attention is over neighbours on the grid"}

@@ -23,9 +23,12 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".pth.tar", ".ckpt")
 INSIDE = ("state_dict_ema", "ema_state_dict", "model_ema", "teacher", "state_dict", "model")
 ANCHOR = "patch_embed.proj.weight"  # every vision transformer has it; what stands before it stands before all its names
 CONVERTED = "visual.trunk."                     # OpenCLIP's prefix, which timm's own conversion needs
-# T2T-ViT's, as published
+FLEXIBLE = "embeds.proj.weight"     # a NaFlexVit has this instead
+# T2T-ViT's, as published, and timm's of a NaFlexVit
 RENAMED = ((r"tokens_to_token\.project\.", "patch_embed.proj."), (r"tokens_to_token\.", "patch_embed."),
-           (r"(\.attention[12]\.mlp\.)0\.", r"\1fc1."), (r"(\.attention[12]\.mlp\.)2\.", r"\1fc2."))
+           (r"(\.attention[12]\.mlp\.)0\.", r"\1fc1."), (r"(\.attention[12]\.mlp\.)2\.", r"\1fc2."),
+           (r"(^|\.)embeds\.(proj|norm)\.", r"\1patch_embed.\2."),
+           (r"(^|\.)embeds\.(cls_token|reg_token|pos_embed)", r"\1\2"))
 # what only pre-training has a use for
 PRETRAINING = ("mask_token", "decoder", "dino_head.", "ibot_head.", "projector.", "predictor.")
 _NUMPY = np._core.multiarray
@@ -140,14 +143,20 @@ def state_of(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
     return inside
 
 
+def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state with what others call their embedding under timm's names (RENAMED)."""
+    for theirs, timms in RENAMED:
+        state = {re.sub(theirs, timms, name): value for name, value in state.items()}
+    return state
+
+
 def unwrapped(state: dict[str, Tensor], own: dict[str, Tensor],
               path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
     """(the tensors of the model alone, without what stands before their names; the names of the others) of a file by
     whatever wraps models: DDP, torch.compile, Lightning, a student beside its teacher. own: the state of such a model;
     where the file holds several, the one that has most of its names and shapes is meant, of two the average (ema).
     Raises InputError where others have as many."""
-    for theirs, timms in RENAMED:
-        state = {re.sub(theirs, timms, name): value for name, value in state.items()}
+    state = renamed(state)
     prefixes = sorted({name.removesuffix(ANCHOR).removesuffix(CONVERTED) for name in state
                        if name.endswith(ANCHOR)}) or [""]
     fits = {p: sum(p + name in state and state[p + name].shape == value.shape for name, value in own.items())

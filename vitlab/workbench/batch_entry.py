@@ -60,9 +60,8 @@ def dependencies(entries: list[Entry]) -> dict[str, dict[str, Any]]:
     for entry in entries:
         named = {key: value for key, value in entry.parameters.items()
                  if isinstance(value, str) and value not in ("", "digits") and not REFERENCE.search(value)}
-        cells = [cell.source for cell in notebooks.nbformat.read(entry.notebook, as_version=4).cells
-                 if cell.cell_type == "code"]
-        found[entry.name] = {"code": code, "notebook": _digest(cells), "parameters": entry.parameters,
+        found[entry.name] = {"code": code, "notebook": _digest(notebooks.code_of(entry.notebook)),
+                             "parameters": entry.parameters,
                              "files": {key: print_of(value) for key, value in named.items() if print_of(value)},
                              "after": {name: _digest(found[name]) for name in entry.after}}
     return found

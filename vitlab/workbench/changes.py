@@ -75,9 +75,9 @@ def what_changed(dense: Source, compressed: Source | Sequence[Source] | Mapping[
     batches = parts.batches(split, whole.model, limit=min(images, len(parts.split(split))), seed=config.seed,
                             workers=config.workers, **how)
     files = {name: Path(out) / f"{name}.safetensors" for name in models}
-    content = [parts.files(split), images, config.seed, image_config(encoder_of(whole.model))]
-    inputs = {name: fingerprint([*content, found.plan.to_json()], [whole.model, found.model])
-              for name, found in models.items()}
+    content = fingerprint([parts.files(split), images, config.seed, image_config(encoder_of(whole.model))],
+                          [whole.model])
+    inputs = {name: fingerprint([content, found.plan.to_json()], [found.model]) for name, found in models.items()}
     left = {name: found.model for name, found in models.items() if noted(files[name]).get("inputs") != inputs[name]}
     if left:
         made = kind.between(whole.model, left, batches, labelled=opened.has_held_out, amp=amp_of(whole.model),

@@ -1,5 +1,6 @@
 """Run notebooks with papermill, in order, with parameters that they declare; and turn one into an HTML report."""
 import ast
+import json
 import re
 import sys
 from pathlib import Path
@@ -9,13 +10,6 @@ from traitlets.config import Config
 
 from vitlab.runtime.files import NOTEBOOKS, InputError, atomic_write, require
 
-# where it is installed, jsonschema imports it, which takes as long as torch does, for formats that no notebook has
-MODULES: dict[str, Any] = sys.modules
-hidden = MODULES.setdefault("rfc3987_syntax", None)
-import nbformat  # noqa: E402
-
-if hidden is None:
-    del MODULES["rfc3987_syntax"]
 SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]    # the first there is
 POLICY = """<meta http-equiv="Content-Security-Policy" """ \
          """content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">"""
@@ -24,14 +18,35 @@ ENCRYPTED = Config({"KernelManager": {"transport_encryption": "auto"},
                     "NotebookClient": {"extra_arguments": ["--log-level=CRITICAL"]}})
 
 
-def declared(path: str | Path) -> dict[str, Any]:
-    """{parameter: default} of the cell tagged `parameters`. Raises InputError without such a notebook or cell."""
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, SyntaxError, RecursionError, MemoryError)
+
+
+def _unreadable(path: Path, error: BaseException) -> InputError:
+    return InputError(f"{path} can't be read as a notebook of format 4 "
+                      f"({type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]})")
+
+
+def code_of(path: str | Path, tag: str | None = None) -> list[str]:
+    """The code cells of a notebook, or those with a tag. Raises InputError without such a notebook, and for a file that
+    is none."""
     path = Path(path)
     require(path.is_file(), f"{path}: no such notebook")
-    cells = [c for c in nbformat.read(path, as_version=4).cells if "parameters" in c.metadata.get("tags", [])]
+    try:
+        return ["".join(cell["source"]) for cell in json.loads(path.read_bytes())["cells"]
+                if cell["cell_type"] == "code" and (tag is None or tag in cell["metadata"].get("tags", []))]
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from None
+
+
+def declared(path: str | Path) -> dict[str, Any]:
+    """{parameter: default} of the cell tagged `parameters`. Raises InputError without such a notebook or cell."""
+    path, cells = Path(path), code_of(path, "parameters")
     require(len(cells) == 1, f"{path}: {len(cells)} cells are tagged `parameters`; one is needed")
-    return {node.target.id: ast.literal_eval(node.value) for node in ast.parse(cells[0].source).body
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+    try:
+        return {node.target.id: ast.literal_eval(node.value) for node in ast.parse(cells[0]).body
+                if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from None
 
 
 def check_parameters(path: str | Path, given: dict[str, Any]) -> None:
@@ -77,7 +92,7 @@ def report(executed: str | Path, target: str | Path) -> Path:
     name = f"vitlab: {Path(target).resolve().parent.name}"
     exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True,
                             embed_images=True, config=Config({"NbConvertBase": {"display_data_priority": SHOWN}}))
-    html, _ = exporter.from_notebook_node(nbformat.read(executed, as_version=4), resources={"metadata": {"name": name}})
+    html, _ = exporter.from_file(str(executed), resources={"metadata": {"name": name}})
     html = re.sub(r"<script\b.*?</script>", "", html, flags=re.DOTALL)          # its own; those in data are escaped
     atomic_write(target, html.replace("<head>", f"<head>{POLICY}", 1))
     return Path(target)
