@@ -13,8 +13,17 @@ import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
-from vitlab.models.families import ATTENTIONS, kind_of
+from vitlab.models.families import ATTENTIONS, TALKING, kind_of
 from vitlab.models.left_out import LeftOut
+
+
+def _across(linear: nn.Linear | None, maps: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Maps (B, H, Q, N), mixed by a linear over heads, where there is one. mask: logs of how many tokens each key
+    stands for (B, 1, 1, N), as often the linear's bias counts."""
+    if linear is None:
+        return maps
+    mixed = linear(maps.movedim(1, -1)).movedim(-1, 1)
+    return mixed if mask is None else mixed + linear.bias[:, None, None] * (mask.exp() - 1)
 
 
 class TokenAttention(nn.Module):
@@ -59,7 +68,7 @@ class TokenAttention(nn.Module):
         """Softmax attention of queries (B, H, Q, d) over keys and values (B, H, N, d), mask added: (B, Q, D)."""
         if self.shown is not None:
             value = self.shown(query, key, value, mask)
-        if self.fused_attn or is_causal:
+        if getattr(self, "fused_attn", False) or is_causal:
             fewer = self.head_dim - self._narrow
             if fewer and not torch.compiler.is_exporting():
                 # the fused kernels of processors take one width alone, and others are twice as slow
@@ -69,10 +78,15 @@ class TokenAttention(nn.Module):
                                                    scale=self.scale if fewer else None)
         # whoever wants to see the maps turns fusing off
         else:
-            logits = query * self.scale @ key.transpose(2, 3)
-            mixed = self.attn_drop((logits if mask is None else logits + mask).softmax(dim=-1)) @ value
+            maps = _across(getattr(self, "proj_w", None), self.maps(query, key, mask), mask)
+            mixed = self.attn_drop(maps) @ value
         mixed = getattr(self, "norm", nn.Identity())(mixed.transpose(1, 2).flatten(2))
         return self.proj_drop(self.proj(mixed))
+
+    def maps(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+        """The softmax (B, H, Q, N) of queries (B, H, Q, d) over keys (B, H, N, d), mask added."""
+        logits = _across(getattr(self, "proj_l", None), query * self.scale @ key.transpose(2, 3))
+        return (logits if mask is None else logits + mask).softmax(dim=-1)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         # the classes are made here, where pickle can't find them
@@ -133,13 +147,15 @@ def _empty(kind: type[TokenAttention], timms: type[nn.Module]) -> Any:
     return made.__new__(made)
 
 
-def attention_as(kind: type[TokenAttention] | None, attention: nn.Module, **more: Any) -> Any:
+def attention_as(kind: type[TokenAttention] | None, attention: nn.Module, masked: bool = False, **more: Any) -> Any:
     """The same attention, parts and settings, as another kind of it. kind None: timm's own, or OwnAttention where heads
-    or widths have left that its forward can't miss. One that is left out stays left out."""
+    or widths have left that its forward can't miss, or it should be masked and can't. One that is left out stays left
+    out."""
     if isinstance(attention, LeftOut):
         return attention
     timms = kind_of(attention, ATTENTIONS)
-    if kind is None and any(getattr(attention, name, None) is not None for name in ("kept_heads", "qk_width")):
+    if kind is None and (masked and timms in TALKING or any(getattr(attention, name, None) is not None
+                                                            for name in ("kept_heads", "qk_width"))):
         kind = OwnAttention
     found = timms.__new__(timms) if kind is None else _empty(kind, timms)
     width = attention.proj.in_features // attention.num_heads

@@ -142,8 +142,9 @@ def _by(size: tuple[int, int]) -> str:
 def _own_sizes(state: dict[str, Tensor], model: nn.Module, args: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """Arguments of timm's that a state dict says by its tensors."""
     own: dict[str, Any] = {}
-    if "head.weight" in state and state["head.weight"].dim() == 2:
-        own["num_classes"] = len(state["head.weight"])
+    head = next((state[name] for name in ("head.weight", "head.fc.weight") if name in state), None)
+    if head is not None and head.dim() == 2:
+        own["num_classes"] = len(head)
     elif not any(name.startswith("head") for name in state):
         if args.get("num_classes"):
             raise InputError(f"{path}: holds no classifier, so num_classes can't be {args['num_classes']}; without it "

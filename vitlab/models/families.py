@@ -9,19 +9,22 @@ from typing import Any
 
 import torch
 from timm.layers import Attention, AttentionRope, GluMlp, HybridEmbed, Mlp, PatchEmbed, SwiGLU
-from timm.models import beit, eva, vision_transformer, vision_transformer_relpos, vitamin
+from timm.models import beit, cait, eva, vision_transformer, vision_transformer_relpos, vision_transformer_sam, vitamin
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from vitlab.models import windowed
+from vitlab.models.ends import class_token, classifier, ended
 from vitlab.models.left_out import LeftOut
 
-MODELS = (vision_transformer.VisionTransformer, eva.Eva, beit.Beit, vision_transformer_relpos.VisionTransformerRelPos)
+MODELS = (vision_transformer.VisionTransformer, eva.Eva, beit.Beit, vision_transformer_relpos.VisionTransformerRelPos,
+          vision_transformer_sam.VisionTransformerSAM, cait.Cait)
 POST_NORM = (vision_transformer.ResPostBlock, eva.EvaBlockPostNorm, vision_transformer_relpos.ResPostRelPosBlock)
-BLOCKS = (vision_transformer.Block, eva.EvaBlock, beit.Block, vision_transformer_relpos.RelPosBlock, *POST_NORM)
+BLOCKS = (vision_transformer.Block, eva.EvaBlock, beit.Block, vision_transformer_relpos.RelPosBlock,
+          vision_transformer_sam.Block, cait.LayerScaleBlock, *POST_NORM)
 ROTARY = (eva.EvaAttention, AttentionRope)      # of those, the ones that turn queries and keys by their tokens' places
-RELATIVE = (beit.Attention, vision_transformer_relpos.RelPosAttention)
-ATTENTIONS = (Attention, *ROTARY, *RELATIVE)
+RELATIVE = (beit.Attention, vision_transformer_relpos.RelPosAttention, vision_transformer_sam.Attention)
+TALKING = (cait.TalkingHeadAttn,)               # of those, the ones that mix heads, and take no mask
+ATTENTIONS = (Attention, *ROTARY, *RELATIVE, *TALKING)
 HEADS_COUNTED = (*ROTARY, beit.Attention)       # of those, the ones whose forward needs as many heads as the model has
 PATCHES = (PatchEmbed, HybridEmbed)
 PAIRS = re.compile("clip|pe_core")              # in timm's names of models and weights of images with texts
@@ -40,13 +43,15 @@ def kind_of(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> type[nn.Mo
 
 
 def embedded(model: nn.Module, images: Tensor) -> Tensor:
-    """What goes into the first block (B, N, D), by timm's own parts."""
+    """What goes into the first block (B, N, D), of SAM (B, h, w, D), by timm's own parts."""
     if isinstance(model, vision_transformer.VisionTransformer):
         return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
     if isinstance(model, eva.Eva):
         return model.norm_pre(model._pos_embed(model.patch_embed(images))[0])
+    if isinstance(model, vision_transformer_sam.VisionTransformerSAM):
+        return windowed.embedded(model, images)
     x = model.patch_embed(images)
-    if model.cls_token is not None:
+    if class_token(model):
         x = torch.cat([model.cls_token.expand(len(x), -1, -1), x], dim=1)
     position = getattr(model, "pos_embed", None)
     return getattr(model, "pos_drop", nn.Identity())(x if position is None else x + position)
@@ -73,7 +78,7 @@ def finished(model: nn.Module, x: Tensor, block: int) -> Tensor:
     """The logits of what goes into a block."""
     for each, also in list(zip(model.blocks, also_taken(model)))[block:]:
         x = each(x, **also)
-    return model.forward_head(model.norm(x))
+    return model.forward_head(ended(model, x))
 
 
 def as_projection(model: nn.Module) -> nn.Module:
@@ -85,7 +90,7 @@ def as_projection(model: nn.Module) -> nn.Module:
 
 def is_projection(model: nn.Module) -> bool:
     """Whether there is a head, but no classes."""
-    return not model.num_classes and not isinstance(model.head, nn.Identity)
+    return not model.num_classes and not isinstance(classifier(model), nn.Identity)
 
 
 def projects(model: nn.Module, loaded: bool = False) -> bool:
@@ -104,18 +109,25 @@ def rotates_by_head(model: nn.Module) -> bool:
     """Whether each head has rotations of its own, in every block."""
     return bool(getattr(model, "rope_mixed", False))
 
-
-def stem_macs(embed: nn.Module) -> int:
-    """MACs per image of a patch embedding that is more than one convolution; 0 for a plain one."""
-    if type(embed) is PatchEmbed:
-        return 0
-    moved = {name: tensor.to("meta") for name, tensor in embed.state_dict().items()}
-    images = torch.empty(1, getattr(embed, "in_chans", 3), *embed.img_size, device="meta")
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        torch.func.functional_call(embed, moved, images)
-    return counter.get_total_flops() // 2
-
 # ---- Block
+
+
+def run(block: nn.Module, x: Tensor, mask: Tensor | None, **also: Any) -> Tensor:
+    """What a block gives for tokens (B, N, D), a mask added to the logits of its attention; where timm's own forward
+    takes none, by its parts."""
+    if mask is None:
+        return block(x, **also)
+    if not isinstance(block, cait.LayerScaleBlock):
+        return block(x, attn_mask=mask, **also)
+    x = x + attention_update(block, block.attn(attention_input(block, x), attn_mask=mask))
+    return x + mlp_update(block, x)
+
+
+def attended(block: nn.Module, x: Tensor, **also: Any) -> Tensor:
+    """The stream after a block's attention."""
+    if isinstance(block, vision_transformer_sam.Block):
+        return windowed.attended(block, x)
+    return x + attention_update(block, block.attn(attention_input(block, x), **also))
 
 
 def attention_input(block: nn.Module, x: Tensor) -> Tensor:
@@ -130,7 +142,8 @@ def _scaled(block: nn.Module, number: int, update: Tensor) -> Tensor:
         update = getattr(block, f"norm{number}")(update)
     elif gamma is not None:
         update = gamma * update
-    return getattr(block, f"drop_path{number}")(getattr(block, f"ls{number}", nn.Identity())(update))
+    drop = block.drop_path if isinstance(block, cait.LayerScaleBlock) else getattr(block, f"drop_path{number}")
+    return drop(getattr(block, f"ls{number}", nn.Identity())(update))
 
 
 def attention_update(block: nn.Module, attended: Tensor) -> Tensor:
@@ -209,14 +222,18 @@ def head_vectors(attn: nn.Module) -> dict[str, int]:
 
 
 def fixed_parts(block: nn.Module) -> tuple[str, ...]:
-    """What of a block can't be cut, each "heads", "neurons" or "tokens" with the reason."""
+    """What of a block can't be cut, each "heads", "neurons", "tokens" or "widths" with the reason."""
     attn, mlp, found = block.attn, block.mlp, []
     if not isinstance(getattr(attn, "norm", None), (nn.Identity, type(None))):
         found.append("heads: a norm over all of them follows")
     elif isinstance(attn, vision_transformer_relpos.RelPosAttention):
         found.append("heads: their biases by distance are made together")
+    elif isinstance(attn, TALKING):
+        found.append("heads: they are mixed before and after the softmax")
     if not isinstance(getattr(mlp, "norm", None), (nn.Identity, type(None))) and type(mlp) is not vitamin.GeGluMlp:
         found.append("neurons: a norm over all of them follows")
-    if isinstance(attn, RELATIVE):
+    if isinstance(block, vision_transformer_sam.Block):
+        found += ["tokens: attention is within windows of the grid", "widths: queries make biases by distance, too"]
+    elif isinstance(attn, RELATIVE):
         found.append("tokens: attention has a bias for every two places")
     return tuple(found)

@@ -80,15 +80,17 @@ def _head_macs(shape: ViTShape) -> int:
     """MACs of what follows the encoder: a classifier D K for each there is, or for each token where none is pooled;
     a linear decoder n D K; a mask transformer of L blocks on the n patches and K classes, n D^2 + L (n + K) (12 D^2 +
     2 (n + K) D) + (n + K) D^2 + n D K (arXiv 2105.05633); L blocks with Q queries on R = P + n + Q tokens, L R (4 D w +
-    2 R w + 2 D M), heads being w wide together and neurons M (3 D M where these are gated), with classes Q D (K + 1),
-    masks 3 Q D^2, two steps of upscaling (4 + 16) n D (D + 9), and 16 n Q (D + K) (arXiv 2503.19108). Before a
+    2 R w + 2 D M), heads being w wide together and neurons M (3 D M where these are gated; w + H^2 for w in 2 R w where
+    H heads are mixed), with classes Q D (K + 1), masks 3 Q D^2, two steps of upscaling (4 + 16) n D (D + 9), and 16 n Q
+    (D + K) (arXiv 2503.19108). Before a
     classifier, an attention pool of m tokens with an MLP of M neurons: 2 m D (D + 1) + 2 D^2 + 2 D M."""
-    n, dim, classes = shape.num_patches, shape.embed_dim, shape.num_classes
+    n, dim, classes = shape.num_patches, shape.features or shape.embed_dim, shape.num_classes
     if shape.decoder == "linear":
         return n * dim * classes
     if shape.decoder == "queries":
         rows, asked, width = shape.num_tokens + shape.queries, shape.queries, shape.num_heads * shape.head_dim
-        block = rows * (4 * dim * width + 2 * rows * width + (3 if shape.gated else 2) * dim * shape.num_neurons)
+        mixed = width + (shape.num_heads**2 if shape.talking else 0)
+        block = rows * (4 * dim * width + 2 * rows * mixed + (3 if shape.gated else 2) * dim * shape.num_neurons)
         return (shape.decoder_depth * block + asked * dim * (classes + 1 + 3 * dim) + 20 * n * dim * (dim + 9)
                 + 16 * n * asked * (dim + classes))
     if shape.decoder:
@@ -100,13 +102,32 @@ def _head_macs(shape: ViTShape) -> int:
     return dim * classes * shape.num_classifiers * (1 if shape.pool else shape.num_tokens) + pool
 
 
+def _sides(shape: ViTShape, counts: Counts) -> np.ndarray:
+    """Of the windows in each block, the first ones where counts are of fewer; 0: the whole grid."""
+    blocks = counts.attended.shape[-1]
+    return np.array((shape.windows or (0,) * blocks)[:blocks])
+
+
+def in_attention(shape: ViTShape, counts: Counts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens in each block's attention, those of them that ask, those that each of these looks at), (..., L): of
+    windows their padding counts too."""
+    if not shape.windows:
+        return counts.attended, counts.queried, counts.attended
+    side = _sides(shape, counts)
+    rows, columns = (-(-length // np.maximum(side, 1)) * side for length in shape.grid_size)
+    inside = np.broadcast_to(np.where(side, rows * columns, shape.num_patches), counts.attended.shape)
+    return inside, inside, np.broadcast_to(np.where(side, side**2, shape.num_patches), inside.shape)
+
+
 def macs_of(shape: ViTShape, counts: Counts, form: str = "deployed") -> dict[str, np.ndarray]:
     """MACs per image (...) by part (PARTS), and their sum under "total". Raises InputError for an unknown form.
 
     Per block with C tokens in the attention, Q of them asking (all, but for a block that reads out), C' in the MLP,
     attention width w = heads * d, and w' = heads * d' of queries and keys where these are narrower, M neurons: qkv
     C D (2 w' + w), attention Q C (w' + w), proj Q w D, mlp 2 C' D M (3 where neurons
-    are gated); a ranking by
+    are gated); of windows of s x s, C is all that are in one, padding too, and each of these asks s^2; where queries
+    make biases by distance, Q w' (2 s) or, over the whole grid, Q w' (rows + columns) are added to attention, where
+    heads are mixed 2 Q C heads^2; a ranking by
     heads of width r C r, or, with weights of its own, 2 D r + C heads D (q/k norm: D r + C D r + C r); regions that
     share an update scale each of their n patches, n D; matching r of n tokens compares (n / 2)^2 keys and the class
     token's with all, w' each, and scales r + n / 2 rows; where tokens are turned by place, a product of patches and
@@ -121,14 +142,18 @@ def macs_of(shape: ViTShape, counts: Counts, form: str = "deployed") -> dict[str
     wide = c.ranking * shape.head_dim
     anew = wide * (dim + c.attended * (dim + 1)) if shape.qk_norm else dim * (2 * wide + c.attended * c.ranking)
     ranking = np.where(c.ranks_anew, anew, c.attended * c.ranking * each)
-    blocks = {"qkv": c.attended * dim * (2 * keyed + width), "attention": c.queried * c.attended * (keyed + width),
-              "proj": c.queried * width * dim,
+    inside, asking, seen = in_attention(shape, c)
+    mixed = asking * seen * (keyed + width + (2 * c.heads**2 if shape.talking else 0))
+    if shape.by_distance:
+        side = _sides(shape, c)
+        mixed = mixed + asking * keyed * np.where(side, 2 * side, sum(shape.grid_size))
+    blocks = {"qkv": inside * dim * (2 * keyed + width), "attention": mixed, "proj": asking * width * dim,
               "mlp": (3 if shape.gated else 2) * c.in_mlp * dim * c.neurons, "select": ranking}
     parts = {name: blocks[name].sum(axis=-1) if name in blocks else np.zeros(width.shape[:-1], dtype=np.int64)
              for name in PARTS}
     pixels = shape.patch_size[0] * shape.patch_size[1] * shape.in_chans
     parts["patch_embed"] += shape.stem_macs or shape.num_patches * pixels * dim
-    parts["decoder" if shape.decoder else "classifier"] += _head_macs(shape)
+    parts["decoder" if shape.decoder else "classifier"] += _head_macs(shape) + shape.end_macs
     if form != "published":
         turning = 2 * shape.head_dim * shape.rotary
         parts["merge"] = (c.pooled.sum(axis=-1) * dim + (c.compared * keyed).sum(axis=-1)
@@ -174,7 +199,8 @@ def mdc_macs(shape: ViTShape, heads: np.ndarray, neurons: np.ndarray, rho: np.nd
 def params(model: nn.Module) -> dict[str, int]:
     """Parameters of a timm vision transformer by part, and their "total"; fold matrices count as parameters."""
     def part(name: str) -> str:
-        for key, word in (("decoder.", "decoder"), (".rank", "select"), (".attn.", "attention"), (".mlp.", "mlp"),
+        for key, word in (("decoder.", "decoder"), ("token_only", "classifier"), ("neck.", "classifier"),
+                          (".rank", "select"), (".attn.", "attention"), (".mlp.", "mlp"),
                           (".tokens.", "merge and reconstruct"), ("fold.", "fold"), ("patch_embed", "patch_embed"),
                           ("head", "classifier")):
             if key in name:
