@@ -213,8 +213,8 @@ def tokens_and_units(shape) -> CompressionPlan:
 # one of each kind of attention, MLP, pool and stem
 KINDS = ("vit_base_patch16_siglip_224", "eva02_base_patch14_224", "vit_base_patch16_dinov3", "aimv2_1b_patch14_224",
          "vit_base_patch16_rope_mixed_224", "beit_base_patch16_224", "vit_pe_core_base_patch16_224",
-         "vit_relpos_base_patch16_224", "vit_base_patch16_rpn_224", "vit_small_r26_s32_224",
-         "vit_large_patch16_sapiens2", "vit_dwee_patch16_reg1_gap_256")
+         "vit_relpos_base_patch16_224", "vit_base_patch16_rpn_224", "vit_small_r26_s32_224", "cait_xxs24_224",
+         "vit_large_patch16_sapiens2", "vit_dwee_patch16_reg1_gap_256", "samvit_base_patch16")
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -23,7 +23,7 @@ from vitlab.measure.objective import PlanObjective
 from vitlab.measure.units import unit_scores
 from vitlab.models import checkpoint, compress, deploy, shape_of
 from vitlab.models.checkpoint import Checkpoint
-from vitlab.models.families import as_projection
+from vitlab.models.ends import as_projection
 from vitlab.models.segmenter import Segmenter, as_encoder
 from vitlab.plan import CompressionPlan
 from vitlab.runtime.config import RunConfig

@@ -386,12 +386,12 @@ def test_set_trainable_matrices_refuses_a_model_without_them_and_changes_nothing
 @pytest.mark.parametrize("name, sizes, said", [
     ("swin_tiny_patch4_window7_224", {"img_size": 56, "embed_dim": 12, "depths": (1, 1), "num_heads": (1, 2)},
      "SwinTransformer"),
-    ("cait_xxs24_224", {"img_size": 32, "embed_dim": 24, "depth": 1, "num_heads": 2}, "Cait.*its heads are mixed"),
+    ("xcit_nano_12_p16_224", {"img_size": 32, "embed_dim": 24, "depth": 1, "num_heads": 2}, "Xcit.*to channels"),
     ("vit_small_patch16_18x2_224", {"img_size": 32, "embed_dim": 24, "depth": 1, "num_heads": 2},
      "ParallelThingsBlock"),
     ("vit_tiny_patch16_224", {"img_size": 32, "embed_dim": 24, "depth": 1, "num_heads": 2, "patch_drop_rate": 0.5},
      "patch_drop_rate"),
-], ids=["swin", "cait", "parallel", "patch_drop"])
+], ids=["swin", "xcit", "parallel", "patch_drop"])
 def test_a_family_that_is_not_supported_is_refused_by_name(name, sizes, said, tiny_vit):
     model = timm.create_model(name, pretrained=False, **sizes)
     plan = CompressionPlan.empty(shape_of(tiny_vit("deit")))

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitlab.measure.distance import Classes, Features, output_of
-from vitlab.models import checkpoint, compress, families, shape_of
+from vitlab.models import checkpoint, compress, ends, shape_of
 from vitlab.models.create import create_model
 from vitlab.models.opening import open_model
 from vitlab.plan import CompressionPlan, cost
@@ -31,7 +31,7 @@ def test_projections_are_told_from_classifiers_in_all_of_timms_registry():
         count = config["num_classes"]
         head = nn.Linear(1, count, device="meta") if count else nn.Identity()
         known = infer_imagenet_subset(config) is not None or count == BAMBOO
-        told = families.projects(SimpleNamespace(pretrained_cfg=config, head=head))
+        told = ends.projects(SimpleNamespace(pretrained_cfg=config, head=head))
         assert told == (bool(count) and not known), (name, count)
         found[told] += 1
     assert found[True] >= 80 and found[False] >= 300

@@ -16,9 +16,11 @@ from vitlab.measure.averaging import Averages, Batches, averaged, begun, draws_o
 from vitlab.measure.distance import output_of
 from vitlab.models import attention_block, check_supported, is_merged, shape_of
 from vitlab.models.attention import KeyedAttention, OwnAttention, PrefixAttention, attention_as, token_weights
+from vitlab.models.ends import class_token, prefix_of
 from vitlab.models.held import Merged
 from vitlab.models.left_out import LeftOut
 from vitlab.models.match import MatchBlock
+from vitlab.models.windowed import check_seen
 from vitlab.plan.tokens import patch_distances
 from vitlab.runtime.files import InputError, check_known, require
 
@@ -32,6 +34,8 @@ def seen(model: nn.Module, see: Callable[[int, Tensor, Tensor, Tensor, Tensor | 
     """Inside, see(block, queries, keys, values, mask), (B, H, N, d) each as they are multiplied, and what is added to
     the logits, is called on the way through each attention; what it gives goes on in place of the values."""
     blocks = [attention_block(block) for block in model.blocks]
+    for block in blocks:
+        check_seen(block)
     own = [block.attn for block in blocks]
     try:
         for index, block in enumerate(blocks):
@@ -81,7 +85,7 @@ def _by_gradient(model: nn.Module, average: Callable[..., Averages], absolute: s
         return (scores / len(images) if each else scores,)
     with seen(model, capture), torch.enable_grad():
         found = average(step, what="token scores")
-    scores = found.values[0][:, model.num_prefix_tokens:]
+    scores = found.values[0][:, prefix_of(model):]
     return (scores if each else scores * found.batches / found.batch), found.images
 
 
@@ -91,15 +95,15 @@ def seen_attention(model: nn.Module, found: list, reduce: Callable[[Tensor], Ten
     (None: of all that ask) to every token; where the attention is left out it stays what it was."""
     def see(index: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         attn = attention_block(model.blocks[index]).attn
-        logits = query[:, :, :queries] * attn.scale @ key.mT
-        found[index] = reduce(token_weights(attn, logits if mask is None else logits + mask[..., :queries, :]))
+        found[index] = reduce(token_weights(attn, attn.logits(
+            query[:, :, :queries], key, None if mask is None else mask[..., :queries, :])))
         return value
     return seen(model, see)
 
 
 def _by_class_attention(model: nn.Module, average: Callable[..., Averages], absolute: str) -> Scored:
     """The class token's attention, averaged over heads and images."""
-    require(model.cls_token is not None, "the criterion class_attention needs a class token; the model has none: "
+    require(class_token(model), "the criterion class_attention needs a class token; the model has none: "
             "gradient and hsic need none")
     rows: list[Any] = [None] * len(model.blocks)                                # (N) each, of the hooks
 
@@ -110,12 +114,12 @@ def _by_class_attention(model: nn.Module, average: Callable[..., Averages], abso
     look = seen_attention(model, rows, lambda a: at_least_float32(a).mean(dim=(0, 1, 2)), queries=1)
     with look, torch.no_grad():
         found = average(step, what="token scores")
-    return found.values[0][:, model.num_prefix_tokens:], found.images
+    return found.values[0][:, prefix_of(model):], found.images
 
 
 def _by_hsic(model: nn.Module, average: Callable[..., Averages], absolute: str) -> Scored:
     """Dependence of the output on what enters the block at each patch   (B1)."""
-    prefix, depth, output = model.num_prefix_tokens, len(model.blocks), output_of(model)
+    prefix, depth, output = prefix_of(model), len(model.blocks), output_of(model)
     kernels: list[Any] = [None] * depth                                         # (n, B, B) each, of the hooks
 
     def before(index: int, module: nn.Module, inputs: tuple) -> None:
@@ -173,6 +177,8 @@ def scored(model: nn.Module, batches: Batches, *, criterion: str, absolute: str,
     check_known("criterion", criterion, TOKEN_CRITERIA)
     require(absolute in ABSOLUTE, f"absolute {absolute!r} is not known; known are {list(ABSOLUTE)}")
     require(not is_merged(model), "token scores are of the dense model; this one merges tokens already")
+    for block in model.blocks:
+        check_seen(block)
     gone = [i for i, block in enumerate(model.blocks) if isinstance(attention_block(block).attn, LeftOut)]
     if gone and criterion != "hsic":
         raise InputError(f"{criterion} scores tokens by the attention, which is left out of block {gone[0]}; hsic "
@@ -204,7 +210,7 @@ def attention_spans(model: nn.Module, batches: Batches, *, device: str | torch.d
 
     (Dosovitskiy et al. 2021, arXiv 2010.11929, figure 7; Raghu et al. 2021, arXiv 2108.08810, section 3). Raises
     InputError for a compressed model, a family that can't be handled, or without images."""
-    shape, prefix = shape_of(model), model.num_prefix_tokens
+    shape, prefix = shape_of(model), prefix_of(model)
     apart = patch_distances(shape)                                              # (n, n)
     found: list[Any] = [None] * len(model.blocks)
 

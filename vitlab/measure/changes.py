@@ -18,6 +18,7 @@ from vitlab.measure.averaging import hooks
 from vitlab.measure.distance import output_of, outputs, pooled
 from vitlab.models import attention_block, compress
 from vitlab.models.deploy import is_deployed
+from vitlab.models.ends import class_token
 from vitlab.models.held import Held
 from vitlab.models.merge import TokenBlock
 from vitlab.models.weights import read_file
@@ -219,7 +220,7 @@ def similarity(dense: nn.Module, models: Mapping[str, nn.Module],
 
         def keep(block: nn.Module, inputs: Any, given: Tensor | Held) -> None:
             x = given.whole() if isinstance(given, Held) else given
-            seen.append(x.mean(dim=1) if getattr(of, "cls_token", None) is None else x[:, 0])
+            seen.append(x[:, 0] if class_token(of) else x.flatten(1, -2).mean(dim=1))
         with hooks([block.register_forward_hook(keep) for block in of.blocks[:len(dense.blocks)]]):
             outputs(of, images)
         return [x.double().cpu() for x in seen]

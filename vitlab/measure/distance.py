@@ -141,7 +141,7 @@ class Patches(Features):
     distance = "mean 1 - cosine of patch tokens, dense and compressed"
 
     def taken(self, given: Tensor, prefix: int) -> Tensor:
-        return given[:, prefix:].mT                                             # (B, N, D) -> (B, D, n)
+        return given.flatten(2) if given.dim() == 4 else given[:, prefix:].mT          # (B, N, D) -> (B, D, n)
 
 
 def output_of(model: nn.Module | ViTShape) -> Classes:

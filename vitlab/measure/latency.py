@@ -1,6 +1,7 @@
 """The latency table of a model, measured once on this machine and kept."""
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import platform
@@ -21,14 +22,15 @@ from vitlab.measure.throughput import DTYPES, EAGER, Way, _once, conditions
 from vitlab.models import compress, deploy, encoder_of, shape_of
 from vitlab.models.attention import PrefixAttention, attention_as
 from vitlab.models.deploy import Fold
-from vitlab.models.families import also_taken, attention_input, attention_update, embedded, mixing_layer, mlp_update
+from vitlab.models.ends import ended
+from vitlab.models.families import also_taken, attended, attention_input, attention_update, embedded, mlp_update
 from vitlab.models.match import MatchBlock
 from vitlab.models.narrow import narrow_queries
 from vitlab.models.segmenter import Segmenter
 from vitlab.models.share import SharedUpdateBlock
 from vitlab.models.shrink import keep_units
 from vitlab.plan import CompressionPlan, tokens
-from vitlab.plan.cost import counts_of
+from vitlab.plan.cost import counts_of, in_attention
 from vitlab.plan.latency import AXES, LatencyTable
 from vitlab.plan.rules import Match, SharedUpdate
 from vitlab.plan.shape import ViTShape
@@ -47,7 +49,8 @@ def grid_axes(shape: ViTShape) -> dict[str, tuple[np.ndarray, ...]]:
                    shape.num_heads if shape.num_heads <= 6 else 5)
     neurons = spread(1 if shape.cuts("neurons") else shape.num_neurons, shape.num_neurons, 5)
     whole = np.array([everything])
-    axes = {"stem": (whole,), "attention": (count, heads), "mlp": (count, neurons),
+    seen = np.unique(in_attention(shape, counts_of(CompressionPlan.empty(shape)))[2]) if shape.windows else count
+    axes = {"stem": (whole,), "attention": (seen, heads), "mlp": (count, neurons),
             "fold": (rows, rows), "carry": (rows,), "pool": (rows,), "head": (whole if shape.decoder else count,)}
     if shape.cuts("widths") and shape.head_dim > 2:                             # linear in widths, as products are
         axes["narrow"] = (spread(few, everything, 3), spread(heads[0], heads[-1], 2), spread(1, shape.head_dim - 1, 2))
@@ -69,10 +72,11 @@ def whole_models(model: nn.Module, shape: ViTShape) -> list[tuple[CompressionPla
     plans, chance = [], random.Random(0)
     for keep_rate in (1.0, 0.8, 1.0, 0.6):
         scores = torch.rand(shape.depth, shape.num_patches, generator=torch.Generator().manual_seed(0)) + 0.1
-        plan = prune_and_merge(scores, shape, keep_rate=keep_rate, prune_rate=(1 - keep_rate) / 2)
-        units = [{"heads": tuple(range(chance.randint(1, shape.num_heads))),
-                  "neurons": tuple(range(chance.randint(1, shape.num_neurons)))}
-                 for _ in plan.blocks]
+        plan = CompressionPlan.empty(shape) if not shape.cuts("tokens") else \
+            prune_and_merge(scores, shape, keep_rate=keep_rate, prune_rate=(1 - keep_rate) / 2)
+        units = [{kind: tuple(range(chance.randint(1, count))) for kind, count in (("heads", shape.num_heads),
+                                                                                   ("neurons", shape.num_neurons))
+                  if shape.cuts(kind)} for _ in plan.blocks]
         blocks = (dataclasses.replace(block, **kept) for block, kept in zip(plan.blocks, units))
         plans.append(dataclasses.replace(plan, blocks=tuple(blocks)))
     return [(plan, deploy(compress(model, plan))) for plan in plans]
@@ -98,33 +102,35 @@ class _Piece(nn.Module):
 def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]],
             batch: int) -> Iterator[tuple[str, tuple, nn.Module, Tensor]]:
     """(part, place in its grid, what runs, its input) of every time in the table; blocks are copies of the model's
-    first."""
-    prefix, dim, patches = model.num_prefix_tokens, model.embed_dim, model.patch_embed
+    first, or of the first whose tokens look at as many."""
+    shape = shape_of(model)
+    prefix, dim, patches = shape.num_prefix_tokens, model.embed_dim, model.patch_embed
+    looked = in_attention(shape, counts_of(CompressionPlan.empty(shape)))[2].tolist()
     everything, like, also = int(axes["stem"][0][0]), next(model.parameters()), also_taken(encoder_of(model))[0]
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(batch, model.in_chans, *patches.img_size, generator=generator).to(like)
     numbers = torch.randn(batch * everything * dim, generator=generator).to(like)
     plain, ends = copy.deepcopy(model.blocks[0]), copy.deepcopy(model)
     encoder_of(ends).blocks = nn.Sequential()
-    by_heads, by_neurons = ({count: copy.deepcopy(plain) for count in axes[part][1]} for part in ("attention", "mlp"))
-    for count, block in by_heads.items():
-        keep_units(block, "heads", range(count))
-    for count, block in by_neurons.items():
-        keep_units(block, "neurons", range(count))
+
+    @functools.cache
+    def cut(kind: str, count: int, index: int = 0) -> nn.Module:
+        block = copy.deepcopy(model.blocks[index])
+        keep_units(block, kind, range(count))
+        return block
 
     def by_place(n: int) -> dict[str, Any]:
         return {"rope": also["rope"][..., :int(n) - prefix, :]} if "rope" in also else also
 
     def attention(n: int, heads: int, width: int | None = None) -> nn.Module:
-        block = by_heads[heads]
+        block = cut("heads", heads, looked.index(n) if n in looked else 0)
         if width is not None:
             block = copy.deepcopy(block)
             narrow_queries(block, int(width))
-        return _Piece(lambda x, block: x + attention_update(
-            block, block.attn(attention_input(block, x), **by_place(n))), block)
+        return _Piece(lambda x, block: attended(block, x, **by_place(n)), block)
 
     def read_out(n: int, heads: int) -> nn.Module:
-        block = by_heads[heads]
+        block = cut("heads", heads, 0)
         return _Piece(lambda x, block, asking: x[:, :prefix] + attention_update(
             block, asking(attention_input(block, x), **by_place(n))), block,
             attention_as(PrefixAttention, block.attn, num_prefix_tokens=prefix))
@@ -140,7 +146,7 @@ def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]],
 
     def select(n: int, heads: int) -> nn.Module:
         """The class token's row over the keys of so many heads, and the choice."""
-        width, kept = min(mixing_layer(by_heads[heads], "heads")[0].in_features, dim), int(n - prefix) // 2
+        width, kept = min(int(heads) * shape.head_dim, dim), int(n - prefix) // 2
 
         def run(x: Tensor) -> Tensor:
             row = x[:, :1, :width] @ x[:, :, :width].transpose(1, 2)
@@ -148,17 +154,20 @@ def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]],
         return _Piece(run)
     made = {"narrow": attention, "stem": lambda n: _Piece(lambda x, model: embedded(encoder_of(model), x), ends),
             "attention": attention, "read_out": read_out, "select": select,
-            "mlp": lambda n, neurons: _Piece(lambda x, block: x + mlp_update(block, x), by_neurons[neurons]),
+            "mlp": lambda n, neurons: _Piece(lambda x, block: x + mlp_update(block, x), cut("neurons", neurons)),
             "pool": pool, "match": match,
             "fold": lambda rows, n: Fold(torch.ones(int(rows), int(n)).to(like)),
             "carry": lambda n: _Piece(lambda x: torch.cat(x.tensor_split(2, dim=1), dim=1)),
-            "head": lambda n: _Piece(lambda x, model: model.forward_head(encoder_of(model).norm(x)), ends)}
+            "head": lambda n: _Piece(lambda x, model: model.forward_head(ended(encoder_of(model), x)), ends)}
     for part, grid in axes.items():
         for place in np.ndindex(*map(len, grid)):
             counts = [axis[i] for axis, i in zip(grid, place)]
-            n = everything if part == "pool" else int(counts[AXES[part].index("columns") if part == "fold" else 0])
+            windows = part == "attention" and shape.windows
+            n = everything if part == "pool" or windows else \
+                int(counts[AXES[part].index("columns") if part == "fold" else 0])
+            x = numbers[:batch * n * dim].view(batch, n, dim)                               # (B, n, D)
             yield (part, place, made[part](*counts),
-                   image if part == "stem" else numbers[:batch * n * dim].view(batch, n, dim))      # (B, n, D)
+                   image if part == "stem" else x.unflatten(1, shape.grid_size) if windows else x)
 
 
 def conditions_of(model: nn.Module, batch_size: int, dtype: str, device: str | torch.device,

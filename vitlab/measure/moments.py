@@ -18,8 +18,10 @@ from vitlab.measure.averaging import begun, frozen_eval, hooks
 from vitlab.measure.distance import output_of
 from vitlab.measure.evaluate import autocast
 from vitlab.models import attention_block
+from vitlab.models.ends import prefix_of
 from vitlab.models.families import also_taken, embedded, entered_layer, mixing_layer
 from vitlab.models.support import check_runs_in_parts, encoder_of
+from vitlab.models.windowed import by_image
 from vitlab.plan import CompressionPlan
 from vitlab.runtime import parallel
 
@@ -51,7 +53,7 @@ def fisher(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, images
            amp: bool | None = False, progress: bool = True) -> dict[Layer, Fisher]:
     """Of every layer of a model, averaged over the first `images`; nothing where there is no image. Memory: what
     autograd keeps of AT_ONCE images. Under torchrun each process gives its share, and draws by itself."""
-    device, prefix = next(model.parameters()).device, encoder_of(model).num_prefix_tokens
+    device, prefix = next(model.parameters()).device, prefix_of(encoder_of(model))
     draws = torch.Generator(device=device).manual_seed(seed + parallel.rank())
     linears = {(index, kind): mixing_layer(attention_block(model.blocks[index]), kind)[0]
                for index, kind in layers_of(model)}
@@ -98,7 +100,7 @@ def each_moments(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], kin
     torchrun each process gives its share of the batches. Raises InputError for a model with a forward of its own."""
     device, model = next(model.parameters()).device, encoder_of(model)
     check_runs_in_parts(model)
-    streams = []
+    streams, grid = [], model.patch_embed.grid_size
     for images, _ in batches:
         with autocast(device, amp):
             streams.append(embedded(model, images.to(device)))
@@ -107,7 +109,9 @@ def each_moments(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], kin
         for kind in kinds:
             layer, size = entered_layer(attention_block(block), kind)
             found[index, kind] = own = Moments(size, device)
-            handles.append(layer.register_forward_pre_hook(lambda _, given, own=own: own.add(given[0])))
+            windows = attention_block(block) if kind == "heads" else None
+            handles.append(layer.register_forward_pre_hook(
+                lambda _, given, own=own, at=windows: own.add(by_image(at, given[0], grid))))
         with hooks(handles):
             for place, x in enumerate(streams):
                 with autocast(device, amp):

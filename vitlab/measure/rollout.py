@@ -17,6 +17,7 @@ from vitlab.measure.averaging import frozen_eval, hooks
 from vitlab.measure.capture import seen_attention, token_places
 from vitlab.models import check_supported
 from vitlab.models.deploy import is_deployed
+from vitlab.models.ends import pool_of, prefix_of
 from vitlab.models.families import attention_input
 from vitlab.models.match import MatchBlock
 from vitlab.models.merge import TokenBlock
@@ -72,7 +73,7 @@ def token_shares(model: nn.Module, images: Tensor) -> Tensor:
     require(not is_deployed(model), "the model is deployed, its matrices folded into its blocks; attention is rolled "
             "out of the training form (the run folder, not deployed/)")
     check_supported(model)
-    prefix, depth = model.num_prefix_tokens, len(model.blocks)
+    prefix, depth = prefix_of(model), len(model.blocks)
     images = images.to(next(model.parameters()).device)
     attention: list[Any] = [None] * depth                                       # (B, Q, N_l) each, mean over heads
     ranks = rankings(model, images)
@@ -108,6 +109,6 @@ def token_shares(model: nn.Module, images: Tensor) -> Tensor:
 def looked_at(model: nn.Module, images: Tensor) -> Tensor:
     """(B, n): what a model takes from each patch by rollout, its class token, or, where it pools others, the mean over
     its patches. On the CPU."""
-    shares, prefix = token_shares(model, images), model.num_prefix_tokens
-    by_class = getattr(model, "global_pool", None) == POOL_TOKEN
+    shares, prefix = token_shares(model, images), prefix_of(model)
+    by_class = hasattr(model, "global_pool") and pool_of(model) == POOL_TOKEN
     return (shares[:, 0] if by_class else shares[:, prefix:].mean(dim=1))[:, prefix:].cpu()

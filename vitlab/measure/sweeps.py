@@ -13,6 +13,7 @@ from torch import nn
 from vitlab.measure.averaging import hooks
 from vitlab.measure.throughput import DTYPES, measure
 from vitlab.models import compress, deploy, shape_of
+from vitlab.models.ends import resize
 from vitlab.models.segmenter import Segmenter
 from vitlab.plan import BlockPlan, CompressionPlan, cost
 from vitlab.plan.rules import Match, Select
@@ -25,7 +26,7 @@ def resized(model: nn.Module, img_size: int) -> nn.Module:
     if isinstance(model, Segmenter):
         return model.at_size((img_size, img_size))
     model = copy.deepcopy(model)
-    model.set_input_size(img_size=img_size)
+    resize(model, (img_size, img_size))
     return model
 
 

@@ -28,20 +28,24 @@ from vitlab.measure.moments import KINDS, Fisher, Layer, each_moments, fisher
 from vitlab.models import shape_of
 from vitlab.models.families import making_layers, mixing_layer
 from vitlab.models.support import plain_linear
+from vitlab.models.windowed import by_image, by_window
 from vitlab.runtime import parallel
 from vitlab.runtime.files import InputError, require
 
 
 def _unit_hooks(model: nn.Module, see: Callable[[str, int, Tensor], None], kinds: tuple[str, ...] = KINDS) -> list:
     """Handles of hooks that call see(kind, block, units), units (B, N, U, d) on the way into the linear that mixes
-    them: head outputs into attn.proj, hidden units after the activation (d = 1) into mlp.fc2.
+    them: head outputs into attn.proj, hidden units after the activation (d = 1) into mlp.fc2; of windows an image's
+    patches, as in other blocks.
     """
     def before(kind: str, index: int, count: int, module: nn.Module, inputs: tuple) -> tuple[Tensor]:
         x = begun(inputs[0]) if torch.is_grad_enabled() else inputs[0]
         units = x.unflatten(2, (count, -1))                                     # (B, N, U d) -> (B, N, U, d)
+        windows = model.blocks[index] if kind == "heads" else None
+        units = by_image(windows, units, grid)
         see(kind, index, units)
-        return (units.flatten(2),)                                              # so that `units` has a gradient
-    handles = []
+        return (by_window(windows, units, grid).flatten(2),)                    # so that `units` has a gradient
+    handles, grid = [], model.patch_embed.grid_size
     for index, block in enumerate(model.blocks):
         for kind in kinds:
             linear, width = mixing_layer(block, kind)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
-from vitlab.models.families import ATTENTIONS, kind_of, maps_of
+from vitlab.models.families import ATTENTIONS, TALKING, kind_of, maps_of
 from vitlab.models.left_out import LeftOut
 
 
@@ -30,6 +30,15 @@ def token_weights(attn: nn.Module, logits: Tensor) -> Tensor:
     first, second = weights.unflatten(1, (-1, 2)).unbind(2)
     sizes = (first - attn._compute_lambda().type_as(first) * second).abs()
     return sizes / sizes.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(sizes.dtype).tiny)
+
+
+def _across(linear: nn.Linear | None, maps: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Maps (B, H, Q, N), mixed by a linear over heads, where there is one. mask: logs of how many tokens each key
+    stands for (B, 1, 1, N), as often the linear's bias counts."""
+    if linear is None:
+        return maps
+    mixed = linear(maps.movedim(1, -1)).movedim(-1, 1)
+    return mixed if mask is None else mixed + linear.bias[:, None, None] * (mask.exp() - 1)
 
 
 class TokenAttention(nn.Module):
@@ -92,7 +101,7 @@ class TokenAttention(nn.Module):
 
     def _by_softmax(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         """softmax(query key^T scale + mask) value: (B, H, Q, d)."""
-        if self.fused_attn or is_causal:
+        if getattr(self, "fused_attn", False) or is_causal:
             fewer = value.shape[-1] - query.shape[-1]
             if fewer and not torch.compiler.is_exporting():
                 # the fused kernels of processors take one width alone, and others are twice as slow
@@ -101,8 +110,13 @@ class TokenAttention(nn.Module):
                                                   dropout_p=self.attn_drop.p if self.training else 0.0,
                                                   scale=self.scale if fewer else None)
         # whoever wants to see the maps turns fusing off
-        logits = query * self.scale @ key.transpose(2, 3)
-        return self.attn_drop((logits if mask is None else logits + mask).softmax(dim=-1)) @ value
+        maps = _across(getattr(self, "proj_w", None), self.logits(query, key, mask).softmax(dim=-1), mask)
+        return self.attn_drop(maps) @ value
+
+    def logits(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+        """Of queries (B, H, Q, d) over keys (B, H, N, d), mask added: (B, H, Q, N)."""
+        logits = _across(getattr(self, "proj_l", None), query * self.scale @ key.transpose(2, 3))
+        return logits if mask is None else logits + mask
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         # the classes are made here, where pickle can't find them
@@ -138,7 +152,7 @@ class KeyedAttention(TokenAttention):
         query, key, value, plain = self._projected(x, rope)
         out = self._mixed(query, key, value, attn_mask)
         query, key, plain = query.detach(), key.detach(), plain.detach()        # a choice has no gradient
-        row = token_weights(self, query[:, :, :1] * self.scale @ key.transpose(2, 3)).mean(dim=1)[:, 0]
+        row = token_weights(self, self.logits(query[:, :, :1], key, None)).mean(dim=1)[:, 0]
         return out, row, plain.transpose(1, 2).flatten(2)
 
 
@@ -163,13 +177,15 @@ def _empty(kind: type[TokenAttention], timms: type[nn.Module]) -> Any:
     return made.__new__(made)
 
 
-def attention_as(kind: type[TokenAttention] | None, attention: nn.Module, **more: Any) -> Any:
+def attention_as(kind: type[TokenAttention] | None, attention: nn.Module, masked: bool = False, **more: Any) -> Any:
     """The same attention, parts and settings, as another kind of it. kind None: timm's own, or OwnAttention where heads
-    or widths have left that its forward can't miss. One that is left out stays left out."""
+    or widths have left that its forward can't miss, or it should be masked and can't. One that is left out stays left
+    out."""
     if isinstance(attention, LeftOut):
         return attention
     timms = kind_of(attention, ATTENTIONS)
-    if kind is None and any(getattr(attention, name, None) is not None for name in ("kept_heads", "qk_width")):
+    if kind is None and (masked and timms in TALKING or any(getattr(attention, name, None) is not None
+                                                            for name in ("kept_heads", "qk_width"))):
         kind = OwnAttention
     found = timms.__new__(timms) if kind is None else _empty(kind, timms)
     width = attention.proj.in_features // attention.num_heads

@@ -50,7 +50,7 @@ def _cut_tokens(block: nn.Module, now: tuple[TokenRule | None, int], was: tuple[
     elif now != was:
         if heads_gone and getattr(rule, "ranked_by", None) == "all":
             raise InputError("all heads should rank tokens, but the model has lost some, or widths of them, already")
-        inner.attn = attention_as(None, inner.attn)
+        inner.attn = attention_as(None, inner.attn, masked=rule is not None)
         where = (place,) if place else ()       # of one block alone everywhere but in a span
         block = inner if rule is None else TOKEN_BLOCKS[rule.kind](inner, rule, num_prefix_tokens, *where)
         like = next(inner.parameters())

@@ -18,7 +18,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vitlab.models import small as _small  # noqa: F401 - makes its names known
-from vitlab.models.families import MODELS, as_projection, is_projection, kind_of, projects
+from vitlab.models.ends import as_projection, is_projection, projects
+from vitlab.models.families import MODELS, kind_of
 from vitlab.models.hub import downloading
 from vitlab.models.naflex import at_fixed_size, at_grid
 from vitlab.models.support import attention_block, check_supported, classes_of
@@ -37,7 +38,7 @@ def create_model(name: str, *, weights: str | Path | None = None, pretrained: bo
 
     weights: a file that `read_state` reads; sizes that args don't give are those of its tensors (`from_weights`).
     pretrained downloads timm's own. args: timm's (num_classes, img_size, ...), norm_eps, the epsilon of all its
-    LayerNorms, and projection, whether its head gives features (default: as `families.projects` tells). Raises
+    LayerNorms, and projection, whether its head gives features (default: as `ends.projects` tells). Raises
     InputError for an unknown name (with the nearest ones), a family that can't be handled, or weights that don't fit.
     """
     if weights is None:
@@ -158,8 +159,9 @@ def _by(size: tuple[int, int]) -> str:
 def _own_sizes(state: dict[str, Tensor], model: nn.Module, args: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """Arguments of timm's that a state dict says by its tensors."""
     own: dict[str, Any] = {}
-    if "head.weight" in state and state["head.weight"].dim() == 2:
-        own["num_classes"] = len(state["head.weight"])
+    head = next((state[name] for name in ("head.weight", "head.fc.weight") if name in state), None)
+    if head is not None and head.dim() == 2:
+        own["num_classes"] = len(head)
     elif not any(name.startswith("head") for name in state):
         if args.get("num_classes"):
             raise InputError(f"{path}: holds no classifier, so num_classes can't be {args['num_classes']}; without it "

@@ -9,6 +9,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from vitlab.models.ends import pool_of, prefix_of
 from vitlab.models.families import rotates_by_head
 from vitlab.models.held import turned, unmasked
 from vitlab.models.merge import TokenBlock
@@ -84,7 +85,8 @@ def _deployed(model: nn.Module, whole: bool, inplace: bool = False) -> nn.Module
     if not any(isinstance(b, TokenBlock) for b in model.blocks):
         return model
     weight = next(model.parameters())
-    eye = torch.eye(model.num_prefix_tokens + model.patch_embed.num_patches, dtype=torch.float64, device=weight.device)
+    prefix = prefix_of(model)
+    eye = torch.eye(prefix + model.patch_embed.num_patches, dtype=torch.float64, device=weight.device)
     none = torch.empty(0, dtype=torch.long, device=weight.device)
     give, carried, plain = eye, none, True
     folded: list[nn.Module] = []
@@ -100,7 +102,7 @@ def _deployed(model: nn.Module, whole: bool, inplace: bool = False) -> nn.Module
                                   block.rotation if merging else None))
         carried, plain = skipping, not merging
     if not plain:
-        wanted = eye[:model.num_prefix_tokens] if model.global_pool == POOL_TOKEN and not whole else eye
+        wanted = eye[:prefix] if pool_of(model) == POOL_TOKEN and not whole else eye
         last = Fold(tokens.fold(give, carried, wanted, none).to(weight.dtype))
         if rotates_by_head(model):
             folded[-1].unfold = last

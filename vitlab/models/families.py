@@ -4,28 +4,29 @@ block, attention and MLP, where heads, neurons, norms and scales are in them, an
 A family is added by its classes here (CONTRIBUTING.md). B images, N tokens, P prefix tokens, D width, H heads of width
 d, M neurons.
 """
-import re
 from typing import Any
 
 import torch
 from timm.layers import Attention, AttentionRope, DiffAttention, GluMlp, HybridEmbed, Mlp, PatchEmbed, SwiGLU
-from timm.models import beit, eva, vision_transformer, vision_transformer_relpos, vitamin
+from timm.models import beit, cait, eva, vision_transformer, vision_transformer_relpos, vision_transformer_sam, vitamin
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from vitlab.models import windowed
+from vitlab.models.ends import class_token, ended
 from vitlab.models.left_out import LeftOut
 
-MODELS = (vision_transformer.VisionTransformer, eva.Eva, beit.Beit, vision_transformer_relpos.VisionTransformerRelPos)
+MODELS = (vision_transformer.VisionTransformer, eva.Eva, beit.Beit, vision_transformer_relpos.VisionTransformerRelPos,
+          vision_transformer_sam.VisionTransformerSAM, cait.Cait)
 POST_NORM = (vision_transformer.ResPostBlock, eva.EvaBlockPostNorm, vision_transformer_relpos.ResPostRelPosBlock)
-BLOCKS = (vision_transformer.Block, eva.EvaBlock, beit.Block, vision_transformer_relpos.RelPosBlock, *POST_NORM)
+BLOCKS = (vision_transformer.Block, eva.EvaBlock, beit.Block, vision_transformer_relpos.RelPosBlock,
+          vision_transformer_sam.Block, cait.LayerScaleBlock, *POST_NORM)
 ROTARY = (eva.EvaAttention, AttentionRope)      # of those, the ones that turn queries and keys by their tokens' places
-RELATIVE = (beit.Attention, vision_transformer_relpos.RelPosAttention)
-ATTENTIONS = (Attention, DiffAttention, *ROTARY, *RELATIVE)
+RELATIVE = (beit.Attention, vision_transformer_relpos.RelPosAttention, vision_transformer_sam.Attention)
+TALKING = (cait.TalkingHeadAttn,)               # of those, the ones that mix heads, and take no mask
+ATTENTIONS = (Attention, DiffAttention, *ROTARY, *RELATIVE, *TALKING)
 # of those, the ones whose forward needs as many heads as the model has
 HEADS_COUNTED = (*ROTARY, beit.Attention, DiffAttention)
 PATCHES = (PatchEmbed, HybridEmbed)
-PAIRS = re.compile("clip|pe_core")              # in timm's names of models and weights of images with texts
 # per kind of MLP: the linears whose rows are neurons, with how many rows a neuron has in each, and the one that mixes
 # them
 HIDDEN: dict[type[nn.Module], tuple[dict[str, int], str]] = {
@@ -41,13 +42,15 @@ def kind_of(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> type[nn.Mo
 
 
 def embedded(model: nn.Module, images: Tensor) -> Tensor:
-    """What goes into the first block (B, N, D), by timm's own parts."""
+    """What goes into the first block (B, N, D), of SAM (B, h, w, D), by timm's own parts."""
     if isinstance(model, vision_transformer.VisionTransformer):
         return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
     if isinstance(model, eva.Eva):
         return model.norm_pre(model._pos_embed(model.patch_embed(images))[0])
+    if isinstance(model, vision_transformer_sam.VisionTransformerSAM):
+        return windowed.embedded(model, images)
     x = model.patch_embed(images)
-    if model.cls_token is not None:
+    if class_token(model):
         x = torch.cat([model.cls_token.expand(len(x), -1, -1), x], dim=1)
     position = getattr(model, "pos_embed", None)
     return getattr(model, "pos_drop", nn.Identity())(x if position is None else x + position)
@@ -74,49 +77,32 @@ def finished(model: nn.Module, x: Tensor, block: int) -> Tensor:
     """The logits of what goes into a block."""
     for each, also in list(zip(model.blocks, also_taken(model)))[block:]:
         x = each(x, **also)
-    return model.forward_head(model.norm(x))
-
-
-def as_projection(model: nn.Module) -> nn.Module:
-    """The model itself, which has no classes from now on: its head gives features. timm's reset_classifier gives it
-    another head and classes again."""
-    model.num_classes = 0
-    return model
-
-
-def is_projection(model: nn.Module) -> bool:
-    """Whether there is a head, but no classes."""
-    return not model.num_classes and not isinstance(model.head, nn.Identity)
-
-
-def projects(model: nn.Module, loaded: bool = False) -> bool:
-    """Whether the head of a model that timm made is a projection: of one trained on images with texts, by its name and
-    the tag of its weights (PAIRS), that was not fine-tuned for classes since and gives as many numbers; or, of weights
-    that are loaded, one without a bias, which timm then fills with zeros."""
-    told = model.pretrained_cfg
-    name, tag = (str(told.get(key) or "") for key in ("architecture", "tag"))
-    if not PAIRS.search(f"{name}.{tag}") or not isinstance(model.head, nn.Linear):
-        return False
-    own = "_ft_" not in tag and model.head.out_features == told.get("num_classes")
-    return own or loaded and not model.head.bias.any()
+    return model.forward_head(ended(model, x))
 
 
 def rotates_by_head(model: nn.Module) -> bool:
     """Whether each head has rotations of its own, in every block."""
     return bool(getattr(model, "rope_mixed", False))
 
-
-def stem_macs(embed: nn.Module) -> int:
-    """MACs per image of a patch embedding that is more than one convolution; 0 for a plain one."""
-    if type(embed) is PatchEmbed:
-        return 0
-    moved = {name: tensor.to("meta") for name, tensor in embed.state_dict().items()}
-    images = torch.empty(1, getattr(embed, "in_chans", 3), *embed.img_size, device="meta")
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        torch.func.functional_call(embed, moved, images)
-    return counter.get_total_flops() // 2
-
 # ---- Block
+
+
+def run(block: nn.Module, x: Tensor, mask: Tensor | None, **also: Any) -> Tensor:
+    """What a block gives for tokens (B, N, D), a mask added to the logits of its attention; where timm's own forward
+    takes none, by its parts."""
+    if mask is None:
+        return block(x, **also)
+    if not isinstance(block, cait.LayerScaleBlock):
+        return block(x, attn_mask=mask, **also)
+    x = x + attention_update(block, block.attn(attention_input(block, x), attn_mask=mask))
+    return x + mlp_update(block, x)
+
+
+def attended(block: nn.Module, x: Tensor, **also: Any) -> Tensor:
+    """The stream after a block's attention."""
+    if isinstance(block, vision_transformer_sam.Block):
+        return windowed.attended(block, x)
+    return x + attention_update(block, block.attn(attention_input(block, x), **also))
 
 
 def attention_input(block: nn.Module, x: Tensor) -> Tensor:
@@ -131,7 +117,8 @@ def _scaled(block: nn.Module, number: int, update: Tensor) -> Tensor:
         update = getattr(block, f"norm{number}")(update)
     elif gamma is not None:
         update = gamma * update
-    return getattr(block, f"drop_path{number}")(getattr(block, f"ls{number}", nn.Identity())(update))
+    drop = block.drop_path if isinstance(block, cait.LayerScaleBlock) else getattr(block, f"drop_path{number}")
+    return drop(getattr(block, f"ls{number}", nn.Identity())(update))
 
 
 def attention_update(block: nn.Module, attended: Tensor) -> Tensor:
@@ -237,12 +224,16 @@ def fixed_parts(block: nn.Module) -> tuple[str, ...]:
         found.append("heads: they share keys and values")
     elif isinstance(attn, vision_transformer_relpos.RelPosAttention):
         found.append("heads: their biases by distance are made together")
+    elif isinstance(attn, TALKING):
+        found.append("heads: they are mixed before and after the softmax")
     if shares_keys(block):
         found.append("widths: heads share keys")
     if not isinstance(getattr(mlp, "norm", None), (nn.Identity, type(None))) and type(mlp) is not vitamin.GeGluMlp:
         found.append("neurons: a norm over all of them follows")
     if maps_of(attn) > 1:
         found.append("widths: each head has two queries and keys")
-    if isinstance(attn, RELATIVE):
+    if isinstance(block, vision_transformer_sam.Block):
+        found += ["tokens: attention is within windows of the grid", "widths: queries make biases by distance, too"]
+    elif isinstance(attn, RELATIVE):
         found.append("tokens: attention has a bias for every two places")
     return tuple(found)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlab.models.attention import KeyedAttention, attention_as
-from vitlab.models.families import attention_input, attention_update, mlp_update
+from vitlab.models.families import attention_input, attention_update, mlp_update, run
 from vitlab.models.held import HoldingBlock, Merged, check_reentrant, rotation_of, turned
 from vitlab.plan import matching
 from vitlab.plan.rules import Match
@@ -46,7 +46,7 @@ class MatchBlock(HoldingBlock):
         mask = None if whole else size_mask(sizes, x.dtype)
         by_place = turned(rope, None if whole else partial(rotation_of, given))
         if not rule.merged:
-            x = block(x, **by_place) if whole else block(x, attn_mask=mask, **by_place)
+            x = run(block, x, mask, **by_place)
             return x if whole else Merged(x, sizes, given.places, self.num_prefix_tokens)
         attended, row, keys = block.attn(attention_input(block, x), attn_mask=mask, **by_place)
         x = x + attention_update(block, attended)

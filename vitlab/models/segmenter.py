@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vitlab.models.create import rebuild, set_norm_eps
 from vitlab.models.decoders import DECODERS
 from vitlab.models.deploy import Fold
+from vitlab.models.ends import as_tokens, resize, without_end
 from vitlab.models.families import mixing_layer
 from vitlab.models.queries import DEPTH, QueryDecoder
 from vitlab.models.support import attention_block, check_supported, is_merged
@@ -48,7 +49,7 @@ def as_encoder(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     model.reset_classifier(0, "")
     model.global_pool = ""                      # a distilled DeiT's own reset leaves it
-    return model
+    return without_end(model)
 
 
 def with_queries(model: nn.Module, num_classes: int, *, depth: int = DEPTH, **args: Any) -> "Segmenter":
@@ -77,7 +78,7 @@ def pad(images: Tensor, size: tuple[int, int]) -> Tensor:
 def segmenter_source(model: "Segmenter") -> dict[str, Any]:
     """What `rebuild_segmenter` needs beside the `architecture` of the encoder."""
     return {"num_classes": model.num_classes, "decoder": model.decoder_name, "args": model.decoder_args,
-            "norm_eps": getattr(getattr(model.decoder, "norm", model.encoder.norm), "eps", None)}
+            "norm_eps": getattr(getattr(model.decoder, "norm", getattr(model.encoder, "norm", None)), "eps", None)}
 
 
 def rebuild_segmenter(encoder: Any, source: Any, most: int | None = None) -> "Segmenter":
@@ -131,7 +132,7 @@ class Segmenter(nn.Module):
         args = {"head_dim": mixing_layer(attention_block(encoder.blocks[0]), "heads")[1], **args,
                 **({"encoder": encoder} if decoder == "queries" else {})}
         try:
-            self.decoder = DECODERS[decoder](encoder.embed_dim, num_classes, **args)
+            self.decoder = DECODERS[decoder](encoder.num_features, num_classes, **args)
         except TypeError as error:
             raise InputError(f"decoder {decoder}: {error}") from None
 
@@ -161,7 +162,7 @@ class Segmenter(nn.Module):
         if is_merged(model):
             raise InputError("tokens are cut for one size of images; take the dense model to another size, and "
                              "compress it there")
-        model.encoder.set_input_size(img_size=multiple(img_size, model.patch_embed.patch_size))
+        resize(model.encoder, multiple(img_size, model.patch_embed.patch_size))
         return model
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
@@ -182,8 +183,9 @@ class Segmenter(nn.Module):
 
     def _decoded(self, tokens: Tensor, size: Sequence[int]) -> Tensor:
         """Tokens (B, P + n, D) of an image of that padded size -> logits of its patches (B, K, h, w)."""
+        tokens = as_tokens(tokens)
         grid = tuple(side // p for side, p in zip(size, self.encoder.patch_embed.patch_size))
-        prefix = self.encoder.num_prefix_tokens
+        prefix = getattr(self.encoder, "num_prefix_tokens", 0)
         if tokens.shape[1] != prefix + grid[0] * grid[1]:
             raise InputError(f"the encoder gives {tokens.shape[1]} tokens for {prefix} prefix tokens and a grid of "
                              f"{grid[0]} x {grid[1]}; dense prediction needs the whole grid: a plan that neither "
@@ -191,7 +193,7 @@ class Segmenter(nn.Module):
         if isinstance(self.decoder, QueryDecoder):
             return self.decoder(tokens, grid)
         # the final norm of models that pool by average
-        patches = self.encoder.fc_norm(tokens[:, prefix:])
+        patches = getattr(self.encoder, "fc_norm", nn.Identity())(tokens[:, prefix:])
         return self.decoder(patches).transpose(1, 2).unflatten(2, grid)
 
     def upsample(self, logits: Tensor, size: Sequence[int]) -> Tensor:

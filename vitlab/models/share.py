@@ -2,6 +2,7 @@
 import torch
 from torch import Tensor, nn
 
+from vitlab.models.families import run
 from vitlab.models.held import RegionRotation, turned, unmasked
 from vitlab.models.match import size_mask
 from vitlab.plan.rules import SharedUpdate
@@ -54,8 +55,7 @@ class SharedUpdateBlock(nn.Module):
         prefix, patches = x[:, :self.num_prefix_tokens], x[:, self.num_prefix_tokens:]
         means = self.means(patches)
         regions = torch.cat([prefix, means[:, :-1]], dim=1)                     # (B, P + C, D)
-        mask = {} if self.mask is None else {"attn_mask": self.mask}
-        given = self.block(regions, **mask, **turned(rope, self.rotation))
+        given = run(self.block, regions, self.mask, **turned(rope, self.rotation))
         given = torch.cat([given, torch.zeros_like(given[:, :1])], dim=1)
         same = given[:, self.num_prefix_tokens:].index_select(1, self.regions)                  # (B, n, D) Block(z)_c
         away = patches - means.index_select(1, self.regions)  # what sets a token apart; all of it outside regions

@@ -6,10 +6,11 @@ from typing import Any
 from timm.layers import AttentionPoolLatent
 from torch import nn
 
-from vitlab.models import families
+from vitlab.models import ends, families
 from vitlab.models.attention import TokenAttention
 from vitlab.models.families import ATTENTIONS, BLOCKS, HIDDEN, MODELS, PATCHES, kind_of, mixing_layer
 from vitlab.models.left_out import LeftOut
+from vitlab.models.windowed import side_of
 from vitlab.plan.shape import ViTShape
 from vitlab.runtime.files import InputError, require
 
@@ -19,9 +20,7 @@ OTHERS = {"SwinTransformer": "its windows are cut out of a grid that halves from
           "Hiera": "its tokens are pooled from stage to stage",
           "MultiScaleVit": "its tokens are pooled by its attention",
           "Twins": "its attention is within windows and on pooled tokens", "Xcit": "it attends to channels, not tokens",
-          "VisionTransformerSAM": "its attention is within windows",
           "NaFlexVit": "its images have any size; vitlab.at_fixed_size(model, img_size) gives the one for a size",
-          "Cait": "its heads are mixed before and after the softmax",
           "Levit": "its tokens are pooled by its attention, and batch norms take the place of layer norms",
           "VOLO": "its outlook attention is over neighbours on the grid"}
 
@@ -123,9 +122,10 @@ def check_supported(model: nn.Module) -> None:
 
 def classes_of(model: nn.Module) -> int:
     """Classes of a timm model: as its classifier gives out, which may have been replaced without its num_classes."""
-    if isinstance(model.head, nn.Identity):
+    last = ends.classifier(model)
+    if isinstance(last, nn.Identity):
         return 0
-    return model.head.out_features if isinstance(model.head, nn.Linear) else model.num_classes
+    return last.out_features if isinstance(last, nn.Linear) else model.num_classes
 
 
 def units_of(block: nn.Module) -> tuple[int, ...]:
@@ -142,7 +142,7 @@ def sizes_of(model: nn.Module, num_heads: int, num_neurons: int) -> ViTShape:
     decoder: dict[str, Any] = {} if whole is model else {
         "decoder": whole.decoder_name, "decoder_depth": whole.decoder_depth,
         "queries": getattr(whole.decoder, "num_queries", 0)}
-    pool = getattr(model, "attn_pool", None)
+    pool, sides = getattr(model, "attn_pool", None), tuple(map(side_of, blocks))
     pooled = {} if pool is None else {"pool_neurons": pool.mlp.fc1.out_features,
                                       "pool_prefix": bool(getattr(model, "pool_include_prefix", True))}
     return ViTShape(**decoder, **pooled,
@@ -151,15 +151,19 @@ def sizes_of(model: nn.Module, num_heads: int, num_neurons: int) -> ViTShape:
         in_chans=getattr(model, "in_chans", 3), embed_dim=model.embed_dim, depth=len(blocks),
         num_heads=num_heads, head_dim=mixing_layer(first, "heads")[1], num_neurons=num_neurons,
         gated=sum(len(parts) for _, parts in families.making_layers(first, "neurons")) > 1,
-        num_prefix_tokens=model.num_prefix_tokens, class_token=model.cls_token is not None,
+        num_prefix_tokens=ends.prefix_of(model), class_token=ends.class_token(model),
         num_classes=classes_of(model) if whole is model else whole.num_classes,
         num_classifiers=len(classifiers) if isinstance(classifiers, tuple) else 1,
-        pool=model.global_pool, qk_norm=not isinstance(getattr(first.attn, "q_norm", nn.Identity()), nn.Identity),
+        pool=ends.pool_of(model), qk_norm=not isinstance(getattr(first.attn, "q_norm", nn.Identity()), nn.Identity),
         rotary=0 if getattr(model, "rope", None) is None else num_heads if families.rotates_by_head(model) else 1,
         fixed=tuple(dict.fromkeys(part for block in blocks for part in families.fixed_parts(block))),
         key_heads=tuple(map(families.key_heads, blocks)) if any(map(families.shares_keys, blocks)) else (),
-        maps=max(families.maps_of(block.attn) for block in blocks), stem_macs=families.stem_macs(embed),
-        projection=whole is model and families.is_projection(model))
+        maps=max(families.maps_of(block.attn) for block in blocks),
+        stem_macs=ends.stem_macs(embed), end_macs=ends.end_macs(model),
+        features=0 if model.num_features == model.embed_dim else model.num_features,
+        windows=sides if any(sides) else (), talking=isinstance(first.attn, families.TALKING),
+        by_distance=any(getattr(block.attn, "use_rel_pos", False) for block in blocks),
+        projection=whole is model and ends.is_projection(model))
 
 
 def shape_of(model: nn.Module) -> ViTShape:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.interpolate import RegularGridInterpolator
 
-from vitlab.plan.cost import Counts, previous, rows_of
+from vitlab.plan.cost import Counts, in_attention, previous, rows_of
 from vitlab.plan.shape import POOL_TOKEN, ViTShape
 from vitlab.runtime.files import InputError, atomic_write, read_json, require
 
@@ -28,7 +28,8 @@ OPTIONAL = {"select", "match", "read_out", "narrow"}
 class LatencyTable:
     """Milliseconds of each part of a model for one batch, by what it depends on (AXES).
 
-    stem: embedding of patches and positions; attention, mlp: the halves of a block, with norm and residual; select:
+    stem: embedding of patches and positions; attention, mlp: the halves of a block, with norm and residual (of
+    windows, tokens are those of one: all windows together take this); select:
     ranking and choice of tokens; pool: means of regions, and what their tokens share; match: merging alike tokens;
     read_out: an attention in which the prefix tokens alone ask (narrow or not); narrow: one whose queries and keys have
     fewer widths than its values; fold: a matrix (rows, columns) over the tokens;
@@ -83,7 +84,8 @@ class LatencyTable:
         last, end = c.reconstructs[..., -1], state[..., -1]
         asked, shares, attends = c.queried == c.attended, (c.pooled > 0) & (c.compared == 0), c.heads > 0
         narrow = asked & attends & (c.widths > 0) & (c.widths < self.shape.head_dim)
-        parts = {"attention": self._at("attention", asked & attends & ~narrow, c.attended, c.heads),
+        seen = in_attention(self.shape, c)[2]
+        parts = {"attention": self._at("attention", asked & attends & ~narrow, seen, c.heads),
                  "narrow": self._at("narrow", narrow, c.attended, c.heads, c.widths),
                  "read_out": self._at("read_out", ~asked & attends, c.attended, c.heads),
                  "select": self._at("select", c.ranking > 0, c.attended, c.ranking),

@@ -6,8 +6,8 @@ from typing import Any, TypeGuard
 from vitlab.runtime.files import require
 
 POOL_TOKEN = "token"
-FAMILY = ("gated", "rotary", "pool_neurons", "pool_prefix", "stem_macs", "fixed",
-          "projection", "queries", "key_heads", "maps")      # of other families and decoders
+FAMILY = ("gated", "rotary", "pool_neurons", "pool_prefix", "stem_macs", "end_macs", "features", "windows",
+          "by_distance", "talking", "fixed", "projection", "queries", "key_heads", "maps")      # of other families
 PARTS = ("heads", "neurons", "tokens", "widths")
 DECODERS = ("", "linear", "mask_transformer", "queries")
 
@@ -52,6 +52,11 @@ class ViTShape:
     pool_neurons: int = 0               # of an attention pool's MLP; 0: another pooling
     pool_prefix: bool = True            # whether an attention pool looks at prefix tokens
     stem_macs: int = 0                  # of a patch embedding that is more than a convolution; 0: it is one
+    end_macs: int = 0                   # between the blocks and the classifier, where that is more than a norm
+    features: int = 0                   # width of what goes into the classifier; 0: as wide as the blocks
+    windows: tuple[int, ...] = ()       # per block: side of those that attention is within, 0: all; (): all in each
+    by_distance: bool = False           # whether queries make biases by rows and by columns apart
+    talking: bool = False               # whether heads are mixed before and after the softmax
     fixed: tuple[str, ...] = ()         # what can't be cut, of PARTS, each with its reason
     projection: bool = False            # whether what is in place of a classifier gives features
     queries: int = 0                    # of a decoder by queries
@@ -64,16 +69,18 @@ class ViTShape:
             require(isinstance(value, (tuple, list)) and len(value) == 2 and all(is_int(v) and v > 0 for v in value),
                     f"shape.{name} is {value!r}; two positive integers are needed")
             object.__setattr__(self, name, tuple(value))
-        for name in ("fixed", "key_heads"):
+        for name in ("fixed", "windows", "key_heads"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        require(len(self.windows) in (0, self.depth) and all(is_int(side) and side >= 0 for side in self.windows),
+                f"shape.windows is {self.windows!r}; none, or the side of those of each block, is needed")
         lowest = dict.fromkeys(("num_prefix_tokens", "num_classes", "decoder_depth", "rotary", "pool_neurons",
-                                "stem_macs", "queries"), 0)
+                                "stem_macs", "end_macs", "features", "queries"), 0)
         for f in dataclasses.fields(self):
             if f.type in (int, "int"):
                 value, low = getattr(self, f.name), lowest.get(f.name, 1)
                 require(is_int(value) and value >= low,
                         f"shape.{f.name} is {value!r}; an integer of at least {low} is needed")
-        for name in ("qk_norm", "gated", "pool_prefix", "projection"):
+        for name in ("qk_norm", "gated", "pool_prefix", "projection", "by_distance", "talking"):
             require(isinstance(getattr(self, name), bool),
                     f"shape.{name} is {getattr(self, name)!r}; true or false is needed")
         require(all(isinstance(part, str) and part.split(":")[0] in PARTS for part in self.fixed),

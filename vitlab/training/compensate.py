@@ -17,11 +17,13 @@ from vitlab.measure.averaging import hooks
 from vitlab.measure.evaluate import autocast
 from vitlab.measure.moments import Fisher, Layer, layers_of
 from vitlab.models import attention_block, compress
+from vitlab.models.ends import prefix_of
 from vitlab.models.families import POST_NORM, also_taken, embedded, entered_layer, layer_scale, mixing_layer
 from vitlab.models.held import Held, Merged
 from vitlab.models.narrow import narrow_queries
 from vitlab.models.shrink import keep_units
 from vitlab.models.support import check_runs_in_parts, encoder_of, plain_linear
+from vitlab.models.windowed import by_image
 from vitlab.plan import BlockPlan, CompressionPlan, tokens
 from vitlab.plan.rules import Match, ReadOut, Select, SharedUpdate, TokenRule
 from vitlab.plan.shape import columns
@@ -117,7 +119,7 @@ class Walk:
         """Of the inputs of this block's layer that mixes heads or neurons, of those `kept` (None: all), with what its
         output lacks of the dense model's stream without the others, prefix tokens counted `weight` times: of FOLDS
         folds of the images."""
-        wrapped, heads, prefix = self.model.blocks[self.at], kind == "heads", self.model.num_prefix_tokens
+        wrapped, heads, prefix = self.model.blocks[self.at], kind == "heads", prefix_of(self.model)
         block, seen, images = attention_block(wrapped), {}, 0
         linear, _ = mixing_layer(block, kind)
         norm = block.norm1 if heads else block.norm2
@@ -125,13 +127,15 @@ class Walk:
         gone[slice(None) if kept is None else kept] = False
         lost = linear.weight.detach()[:, gone].float()
         folds = [Moments(linear.in_features - lost.shape[1], self.device, linear.out_features) for _ in range(FOLDS)]
-        handles = [norm.register_forward_pre_hook(lambda _, given: seen.update(own=given[0])),
-                   linear.register_forward_hook(lambda _, given, out: seen.update(inputs=given[0], output=out))]
+        windows, grid = block if heads else None, self.model.patch_embed.grid_size
+        handles = [norm.register_forward_pre_hook(lambda _, given: seen.update(own=given[0].flatten(1, -2))),
+                   linear.register_forward_hook(lambda _, given, out: seen.update(
+                       inputs=by_image(windows, given[0], grid), output=by_image(windows, out, grid)))]
         with hooks(handles), without_mlp(block) if heads else contextlib.nullcontext():
             for entering, leaving, dense in zip(self.streams, self._run(wrapped, self.streams),
                                                 self.half if heads else self.after):
                 held, inputs, output = entering if heads else leaving, seen["inputs"], seen["output"]
-                lacks = _lacks(layer_scale(block, kind), rule, seen["own"], output, dense, prefix,
+                lacks = _lacks(layer_scale(block, kind), rule, seen["own"], output, dense.flatten(1, -2), prefix,
                                held if isinstance(held, Merged) else None)
                 if isinstance(block, POST_NORM):                                # a norm stands before the addition
                     lacks = torch.zeros_like(lacks)

@@ -46,7 +46,7 @@ class FeatureTask(LogitDistillationTask):
     features: Features
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        given, prefix = self.trainable_module(input), self.teacher.model.num_prefix_tokens
+        given, prefix = self.trainable_module(input), getattr(self.teacher.model, "num_prefix_tokens", 0)
         with torch.no_grad():
             expected = self.teacher(self.teacher.normalize_input(input, self.student_mean, self.student_std))
         loss = self.features.apart(*(self.features.compared(self.features.taken(each, prefix).float())

@@ -18,7 +18,7 @@ from vitlab.measure.evaluate import evaluate
 from vitlab.measure.features import NEIGHBOURS, TEMPERATURE
 from vitlab.measure.pixels import evaluate_scenes
 from vitlab.models.checkpoint import Checkpoint
-from vitlab.models.families import as_projection
+from vitlab.models.ends import as_projection
 from vitlab.models.segmenter import Segmenter
 from vitlab.models.weights import read_file
 from vitlab.runtime.files import InputError, require

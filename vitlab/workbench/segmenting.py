@@ -79,7 +79,9 @@ def make_segmenter(source: Source, data: SceneData, *, img_size: tuple[int, int]
             model = Segmenter(as_encoder(model), data.num_classes, decoder or "mask_transformer", **args)
     model = model.at_size(img_size or scene_size(data))
     for block, rate in zip(model.blocks, torch.linspace(0, drop_path, len(model.blocks)).tolist()):
-        block.drop_path1, block.drop_path2 = (DropPath(rate) if rate else nn.Identity() for _ in range(2))
+        for name in ("drop_path", "drop_path1", "drop_path2"):                  # one of both halves, or one of each
+            if hasattr(block, name):
+                setattr(block, name, DropPath(rate) if rate else nn.Identity())
     return model
 
 
