@@ -152,7 +152,7 @@ class KeyedAttention(TokenAttention):
         query, key, value, plain = self._projected(x, rope)
         out = self._mixed(query, key, value, attn_mask)
         query, key, plain = query.detach(), key.detach(), plain.detach()        # a choice has no gradient
-        row = token_weights(self, self.logits(query[:, :, :1], key, None)).mean(dim=1)[:, 0]
+        row = token_weights(self, query[:, :, :1] * self.scale @ key.transpose(2, 3)).mean(dim=1)[:, 0]
         return out, row, plain.transpose(1, 2).flatten(2)
 
 
