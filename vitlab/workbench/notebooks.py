@@ -44,7 +44,7 @@ def declared(path: str | Path) -> dict[str, Any]:
     require(len(cells) == 1, f"{path}: {len(cells)} cells are tagged `parameters`; one is needed")
     try:
         return {node.target.id: ast.literal_eval(node.value) for node in ast.parse(cells[0]).body
-                if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+                if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value}
     except UNREADABLE as error:
         raise _unreadable(path, error) from None
 
