@@ -62,7 +62,8 @@ cuts nothing gives the very same logits, cut heads and neurons are masked ones, 
 MACs are torch's own count. Tokens of models that turn queries and keys by place (RoPE) are merged, not selected; a
 merged token is turned by the mean of its patches' rotations. A NaFlexVit, which takes images of any size, is counted as
 the VisionTransformer that it is at one: it is opened as that, and `vitlab.at_fixed_size(model, img_size)` makes it of
-one that is built already.
+one that is built already. So are timm's parallel blocks as blocks with an attention and an MLP of their own
+(`vitlab.models.parallel_blocks.in_parts`): tokens that are merged by content, or selected, go after both.
 
 """
 
@@ -214,7 +215,7 @@ def tokens_and_units(shape) -> CompressionPlan:
 KINDS = ("vit_base_patch16_siglip_224", "eva02_base_patch14_224", "vit_base_patch16_dinov3", "aimv2_1b_patch14_224",
          "vit_base_patch16_rope_mixed_224", "beit_base_patch16_224", "vit_pe_core_base_patch16_224",
          "vit_relpos_base_patch16_224", "vit_base_patch16_rpn_224", "vit_small_r26_s32_224",
-         "vit_large_patch16_sapiens2", "vit_dwee_patch16_reg1_gap_256")
+         "vit_large_patch16_sapiens2", "vit_dwee_patch16_reg1_gap_256", "vit_dpwee_patch16_reg1_gap_256")
 
 
 @pytest.mark.parametrize("name", KINDS)

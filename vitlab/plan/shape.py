@@ -7,7 +7,7 @@ from vitlab.runtime.files import require
 
 POOL_TOKEN = "token"
 FAMILY = ("gated", "rotary", "pool_neurons", "pool_prefix", "stem_macs", "fixed",
-          "projection", "queries", "key_heads", "maps")      # of other families and decoders
+          "projection", "queries", "key_heads", "maps", "parallel")      # of other families and decoders
 PARTS = ("heads", "neurons", "tokens", "widths")
 DECODERS = ("", "linear", "mask_transformer", "queries")
 
@@ -56,6 +56,7 @@ class ViTShape:
     projection: bool = False            # whether what is in place of a classifier gives features
     queries: int = 0                    # of a decoder by queries
     maps: int = 1                       # of attention a head: 2 where values are mixed by their difference
+    parallel: bool = False              # whether the MLP reads what the attention reads
     key_heads: tuple[int, ...] = ()     # heads that keys and values of each block have, shared; (): each head its own
 
     def __post_init__(self) -> None:
@@ -73,7 +74,7 @@ class ViTShape:
                 value, low = getattr(self, f.name), lowest.get(f.name, 1)
                 require(is_int(value) and value >= low,
                         f"shape.{f.name} is {value!r}; an integer of at least {low} is needed")
-        for name in ("qk_norm", "gated", "pool_prefix", "projection"):
+        for name in ("qk_norm", "gated", "pool_prefix", "projection", "parallel"):
             require(isinstance(getattr(self, name), bool),
                     f"shape.{name} is {getattr(self, name)!r}; true or false is needed")
         require(all(isinstance(part, str) and part.split(":")[0] in PARTS for part in self.fixed),
