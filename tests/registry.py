@@ -9,6 +9,7 @@ from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
 from vitlab.models.naflex import at_fixed_size
+from vitlab.models.parallel_blocks import in_parts
 
 # timm's files of models that are one stage of blocks on a grid
 MODULES = ("vision_transformer", "eva", "beit", "deit", "vision_transformer_hybrid", "vision_transformer_relpos",
@@ -33,15 +34,15 @@ def pretrained() -> dict[str, int]:
 
 
 def tiny(name: str, device: str = "meta", **args) -> nn.Module:
-    """A small model of an architecture, with its kinds of parts; of a NaFlexVit, as it is at one size. args: more of
-    timm's arguments."""
+    """A small model of an architecture, with its kinds of parts; of a NaFlexVit, as it is at one size, of
+    parallel blocks, in parts. args: more of timm's arguments."""
     failed = None
     for small in SMALL:
         try:
             with warnings.catch_warnings(), torch.device(device):
                 warnings.simplefilter("ignore")
                 model = timm.create_model(name, pretrained=False, **{"num_classes": CLASSES, **small, **args}).eval()
-                return at_fixed_size(model) if isinstance(model, NaFlexVit) else model
+                return in_parts(at_fixed_size(model) if isinstance(model, NaFlexVit) else model)
         except Exception as error:              # whatever an architecture with other arguments makes timm raise
             failed = error
     raise failed

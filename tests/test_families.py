@@ -54,15 +54,16 @@ def test_most_pretrained_weights_are_of_models_that_are_handled_and_the_rest_is_
 
 HEADING = """# Families
 
-timm names {every} pretrained weights of vision transformers that are one stage of blocks on a grid. Those of {handled}
-are handled: plans, all that is measured of them, refits, searches, deployed models, checkpoints and Segmenters. The
-others are refused by name. This page is written from the test that walks timm's registry (`python
+timm names {every} pretrained weights of vision transformers that are one stage of blocks on a grid, and {handled} of
+them are handled: plans, all that is measured of them, refits, searches, deployed models, checkpoints and Segmenters.
+Whatever is not is refused by name, as are models of several stages (Swin, Hiera, ...). This page is written from the test that walks timm's registry (`python
 tests/test_families.py`), which makes a small model of every structure that it finds there and compares: a plan that
 cuts nothing gives the very same logits, cut heads and neurons are masked ones, a deployed model is the trained one, and
 MACs are torch's own count. Tokens of models that turn queries and keys by place (RoPE) are merged, not selected; a
 merged token is turned by the mean of its patches' rotations. A NaFlexVit, which takes images of any size, is counted as
 the VisionTransformer that it is at one: it is opened as that, and `vitlab.at_fixed_size(model, img_size)` makes it of
-one that is built already.
+one that is built already. So are timm's parallel blocks as blocks with an attention and an MLP of their own
+(`vitlab.models.parallel_blocks.in_parts`): tokens that are merged by content, or selected, go after both.
 
 """
 
@@ -90,7 +91,7 @@ def page() -> str:
     lines = ["| model | MLP | turned | pool | cut | not cut, why | weights | such as |", "|---" * 8 + "|"]
     lines += [f"| {' | '.join(key)} | {counted[key]} | {', '.join(f'`{n}`' for n in names[:2])} |"
               for key, names in sorted(rows.items(), key=lambda row: -counted[row[0]])]
-    lines += ["", "## Refused", "", "| why | weights | such as |", "|---|---|---|"]
+    lines += ["", "## Refused", "", "| why | weights | such as |", "|---|---|---|"] if refused else []
     lines += [f"| {why} | {sum(weights[n] for n in names)} | {', '.join(f'`{n}`' for n in names[:2])} |"
               for why, names in refused.items()]
     return HEADING.format(every=sum(weights.values()), handled=sum(counted.values())) + "\n".join(lines) + "\n"
@@ -214,7 +215,8 @@ def tokens_and_units(shape) -> CompressionPlan:
 KINDS = ("vit_base_patch16_siglip_224", "eva02_base_patch14_224", "vit_base_patch16_dinov3", "aimv2_1b_patch14_224",
          "vit_base_patch16_rope_mixed_224", "beit_base_patch16_224", "vit_pe_core_base_patch16_224",
          "vit_relpos_base_patch16_224", "vit_base_patch16_rpn_224", "vit_small_r26_s32_224", "cait_xxs24_224",
-         "vit_large_patch16_sapiens2", "vit_dwee_patch16_reg1_gap_256", "samvit_base_patch16")
+         "vit_large_patch16_sapiens2", "vit_dwee_patch16_reg1_gap_256", "vit_dpwee_patch16_reg1_gap_256",
+         "samvit_base_patch16")
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from vitlab.models.families import ATTENTIONS, TALKING, kind_of, maps_of
 from vitlab.models.left_out import LeftOut
 
+LEAST = 1e-7                                    # that rows are divided by; half precision has it
+
 
 def token_weights(attn: nn.Module, logits: Tensor) -> Tensor:
     """What each token counts for those that ask, (B, H, Q, N), rows of sum 1, by an attention's logits: their softmax.
@@ -27,9 +29,8 @@ def token_weights(attn: nn.Module, logits: Tensor) -> Tensor:
     weights = logits.softmax(dim=-1)
     if maps_of(attn) == 1:
         return weights
-    first, second = weights.unflatten(1, (-1, 2)).unbind(2)
-    sizes = (first - attn._compute_lambda().type_as(first) * second).abs()
-    return sizes / sizes.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(sizes.dtype).tiny)
+    first, second = weights[:, ::2], weights[:, 1::2]
+    return F.normalize((first - attn._compute_lambda().type_as(first) * second).abs(), p=1, dim=-1, eps=LEAST)
 
 
 def _across(linear: nn.Linear | None, maps: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -93,8 +94,8 @@ class TokenAttention(nn.Module):
         if maps_of(self) == 1:
             mixed = self._by_softmax(query, key, value, mask, is_causal)
         else:
-            first, second = (self._by_softmax(q, k, value, mask, is_causal) for q, k in zip(
-                *(part.unflatten(1, (-1, 2)).unbind(2) for part in (query, key))))
+            first, second = (self._by_softmax(query[:, each::2], key[:, each::2], value, mask, is_causal)
+                             for each in range(2))
             mixed = self.sub_norm(first - self._compute_lambda().type_as(first) * second) * (1 - self.lambda_init)
         mixed = getattr(self, "norm", nn.Identity())(mixed.transpose(1, 2).flatten(2))
         return self.proj_drop(self.proj(mixed))
@@ -102,7 +103,7 @@ class TokenAttention(nn.Module):
     def _by_softmax(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         """softmax(query key^T scale + mask) value: (B, H, Q, d)."""
         if getattr(self, "fused_attn", False) or is_causal:
-            fewer = value.shape[-1] - query.shape[-1]
+            fewer = maps_of(self) * self.head_dim - self._narrow
             if fewer and not torch.compiler.is_exporting():
                 # the fused kernels of processors take one width alone, and others are twice as slow
                 query, key = F.pad(query, (0, fewer)), F.pad(key, (0, fewer))

@@ -22,6 +22,7 @@ from vitlab.models.ends import as_projection, is_projection, projects
 from vitlab.models.families import MODELS, kind_of
 from vitlab.models.hub import downloading
 from vitlab.models.naflex import at_fixed_size, at_grid
+from vitlab.models.parallel_blocks import in_parts, state_in_parts
 from vitlab.models.support import attention_block, check_supported, classes_of
 from vitlab.models.weights import ANCHOR, FLEXIBLE, by_timms_names, check_fits, read_state, unwrapped
 from vitlab.plan.shape import POOL_TOKEN, is_int, is_number
@@ -79,7 +80,7 @@ def _built(name: str, args: dict[str, Any], pretrained: bool = False) -> nn.Modu
     eps, projection = (args.pop(own, None) for own in OWN)
     for download in (False, True) if pretrained else (False,):  # refuse a family before its weights are downloaded
         model = _timms(name, args, download)
-        model = at_fixed_size(model) if isinstance(model, NaFlexVit) else model
+        model = in_parts(at_fixed_size(model) if isinstance(model, NaFlexVit) else model)
         check_supported(model)
     if eps is not None:
         set_norm_eps(model, eps)
@@ -128,7 +129,7 @@ def sized(name: str, state: dict[str, Tensor], path: str | Path, args: dict[str,
     if plain:
         model.pos_embed = None                  # then timm's conversion leaves the file's as it is
     flexible = any(f".{each}".endswith(f".{FLEXIBLE}") for each in state)
-    state, others = unwrapped(state, model.state_dict(), path)
+    state, others = unwrapped(state_in_parts(state), model.state_dict(), path)
     if flexible:
         with torch.device("meta"):
             theirs = _timms(name, {key: value for key, value in {**saved, **args}.items() if key not in OWN})

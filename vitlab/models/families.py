@@ -14,21 +14,20 @@ from torch import Tensor, nn
 from vitlab.models import windowed
 from vitlab.models.ends import class_token, ended
 from vitlab.models.left_out import LeftOut
+from vitlab.models.parallel_blocks import ParallelBlock
 
 MODELS = (vision_transformer.VisionTransformer, eva.Eva, beit.Beit, vision_transformer_relpos.VisionTransformerRelPos,
           vision_transformer_sam.VisionTransformerSAM, cait.Cait)
 POST_NORM = (vision_transformer.ResPostBlock, eva.EvaBlockPostNorm, vision_transformer_relpos.ResPostRelPosBlock)
 BLOCKS = (vision_transformer.Block, eva.EvaBlock, beit.Block, vision_transformer_relpos.RelPosBlock,
-          vision_transformer_sam.Block, cait.LayerScaleBlock, *POST_NORM)
+          vision_transformer_sam.Block, cait.LayerScaleBlock, *POST_NORM, ParallelBlock)
 ROTARY = (eva.EvaAttention, AttentionRope)      # of those, the ones that turn queries and keys by their tokens' places
 RELATIVE = (beit.Attention, vision_transformer_relpos.RelPosAttention, vision_transformer_sam.Attention)
 TALKING = (cait.TalkingHeadAttn,)               # of those, the ones that mix heads, and take no mask
 ATTENTIONS = (Attention, DiffAttention, *ROTARY, *RELATIVE, *TALKING)
-# of those, the ones whose forward needs as many heads as the model has
-HEADS_COUNTED = (*ROTARY, beit.Attention, DiffAttention)
+HEADS_COUNTED = (*ROTARY, beit.Attention, DiffAttention)        # whose forward needs as many heads as the model has
 PATCHES = (PatchEmbed, HybridEmbed)
-# per kind of MLP: the linears whose rows are neurons, with how many rows a neuron has in each, and the one that mixes
-# them
+# per kind of MLP: the linears whose rows are neurons, with how many a neuron has in each, and the one that mixes them
 HIDDEN: dict[type[nn.Module], tuple[dict[str, int], str]] = {
     Mlp: ({"fc1": 1}, "fc2"), GluMlp: ({"fc1": 2}, "fc2"), SwiGLU: ({"fc1_g": 1, "fc1_x": 1}, "fc2"),
     vitamin.GeGluMlp: ({"w0": 1, "w1": 1}, "w2")}
@@ -131,6 +130,17 @@ def mlp_update(block: nn.Module, x: Tensor) -> Tensor:
     return _scaled(block, 2, block.mlp(x if isinstance(block, POST_NORM) else block.norm2(x)))
 
 
+def attention_added(block: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
+    """The stream x (B, Q, D) with what its attention adds; of a block whose MLP reads the same, with the MLP's too."""
+    y = x + attention_update(block, attended)
+    return y + mlp_update(block, x) if isinstance(block, ParallelBlock) else y
+
+
+def mlp_added(block: nn.Module, x: Tensor) -> Tensor:
+    """The stream (B, N, D) of `attention_added` with what the MLP adds."""
+    return x if isinstance(block, ParallelBlock) else x + mlp_update(block, x)
+
+
 def layer_scale(block: nn.Module, kind: str) -> Tensor | None:
     """Factors (D) of what the attention ("heads") or the MLP ("neurons") adds; None where there are none."""
     number = 1 if kind == "heads" else 2
@@ -167,20 +177,15 @@ def query_width(attn: nn.Module) -> int:
     return attn.proj.in_features // attn.num_heads if width is None else width
 
 
-def shares_keys(block: nn.Module) -> bool:
-    """Whether heads share keys and values."""
-    return getattr(block.attn, "num_kv_groups", 1) > 1
-
-
-def key_heads(block: nn.Module) -> int:
-    """How many heads the keys and values of an attention have: fewer than its queries where heads share them."""
-    return getattr(block.attn, "num_heads", 0) // getattr(block.attn, "num_kv_groups", 1)
+def sharing(block: nn.Module) -> int:
+    """How many heads share each head of keys and values."""
+    return getattr(block.attn, "num_kv_groups", 1)
 
 
 def making_layers(block: nn.Module, kind: str) -> list[tuple[nn.Linear, tuple[int, ...]]]:
     """The linears whose rows make the heads or neurons of a block, with the rows that a unit has in each part that is
-    stacked in them: of three, these are queries, keys and values of all heads, one after the other. Of heads that share
-    keys and values their queries alone; none of a sublayer that is left out."""
+    stacked in them: of three, queries, keys and values of all heads. Of heads that share keys and values their queries
+    alone; none of a sublayer that is left out."""
     if isinstance(sublayer(block, kind), LeftOut):
         return []
     if kind == "neurons":
@@ -188,9 +193,7 @@ def making_layers(block: nn.Module, kind: str) -> list[tuple[nn.Linear, tuple[in
     attn, widths = block.attn, (*(query_width(block.attn),) * 2, mixing_layer(block, kind)[1])
     if attn.qkv is not None:
         return [(attn.qkv, widths)]
-    if shares_keys(block):
-        return [(attn.q_proj, widths[:1])]
-    return [(getattr(attn, f"{name}_proj"), (width,)) for name, width in zip("qkv", widths)]
+    return [(getattr(attn, f"{name}_proj"), (w,)) for name, w in zip("q" if sharing(block) > 1 else "qkv", widths)]
 
 
 def entered_layer(block: nn.Module, kind: str) -> tuple[nn.Module, int]:
@@ -203,8 +206,7 @@ def entered_layer(block: nn.Module, kind: str) -> tuple[nn.Module, int]:
 
 
 def maps_of(attn: nn.Module) -> int:
-    """Softmax maps of each head: 2 where their difference mixes its values (arXiv 2410.05258). Each has queries and
-    keys of half the values' width, side by side."""
+    """Softmax maps of each head: 2, of queries and keys half as wide as values, whose difference mixes these."""
     return 2 if isinstance(attn, DiffAttention) else 1
 
 
@@ -215,23 +217,22 @@ def head_vectors(attn: nn.Module) -> dict[str, int]:
 
 
 def fixed_parts(block: nn.Module) -> tuple[str, ...]:
-    """What of a block can't be cut, each "heads", "neurons", "tokens" or "widths" (of queries and keys) with the
-    reason."""
+    """What of a block can't be cut (`ViTShape.fixed`), each with the reason."""
     attn, mlp, found = block.attn, block.mlp, []
     if not isinstance(getattr(attn, "norm", None), (nn.Identity, type(None))):
         found.append("heads: a norm over all of them follows")
-    elif shares_keys(block):
+    elif sharing(block) > 1:
         found.append("heads: they share keys and values")
     elif isinstance(attn, vision_transformer_relpos.RelPosAttention):
         found.append("heads: their biases by distance are made together")
     elif isinstance(attn, TALKING):
         found.append("heads: they are mixed before and after the softmax")
-    if shares_keys(block):
+    if sharing(block) > 1:
         found.append("widths: heads share keys")
-    if not isinstance(getattr(mlp, "norm", None), (nn.Identity, type(None))) and type(mlp) is not vitamin.GeGluMlp:
-        found.append("neurons: a norm over all of them follows")
     if maps_of(attn) > 1:
         found.append("widths: each head has two queries and keys")
+    if not isinstance(getattr(mlp, "norm", None), (nn.Identity, type(None))) and type(mlp) is not vitamin.GeGluMlp:
+        found.append("neurons: a norm over all of them follows")
     if isinstance(block, vision_transformer_sam.Block):
         found += ["tokens: attention is within windows of the grid", "widths: queries make biases by distance, too"]
     elif isinstance(attn, RELATIVE):

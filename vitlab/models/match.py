@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlab.models.attention import KeyedAttention, attention_as
-from vitlab.models.families import attention_input, attention_update, mlp_update, run
+from vitlab.models.families import attention_added, attention_input, mlp_added, run
 from vitlab.models.held import HoldingBlock, Merged, check_reentrant, rotation_of, turned
 from vitlab.plan import matching
 from vitlab.plan.rules import Match
@@ -49,10 +49,10 @@ class MatchBlock(HoldingBlock):
             x = run(block, x, mask, **by_place)
             return x if whole else Merged(x, sizes, given.places, self.num_prefix_tokens)
         attended, row, keys = block.attn(attention_input(block, x), attn_mask=mask, **by_place)
-        x = x + attention_update(block, attended)
+        x = attention_added(block, x, attended)
         x, sizes, places = self.merge(x, sizes, row, keys)
         places = places if whole else places.gather(1, given.places)
-        return Merged(x + mlp_update(block, x), sizes, places, self.num_prefix_tokens)
+        return Merged(mlp_added(block, x), sizes, places, self.num_prefix_tokens)
 
     def merge(self, x: Tensor, sizes: Tensor | None, row: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(x (B, N - r, D), sizes (B, N - r), where each patch token went (B, N - P)), for x (B, N, D), the class

@@ -4,7 +4,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from vitlab.models.attention import PrefixAttention, attention_as
-from vitlab.models.families import attention_input, attention_update, mlp_update
+from vitlab.models.families import attention_added, attention_input, mlp_added
 from vitlab.models.held import HoldingBlock, Merged, rotation_of, turned
 from vitlab.models.match import size_mask
 from vitlab.plan.rules import ReadOut
@@ -27,5 +27,5 @@ class ReadOutBlock(HoldingBlock):
             by_place, mask, x = turned(rope, partial(rotation_of, x)), size_mask(x.sizes, x.x.dtype), x.x
         attended = self.block.attn(attention_input(self.block, x), attn_mask=mask, **by_place)
         # an attention that is left out gives all tokens what it gives
-        x = x[:, :self.num_prefix_tokens] + attention_update(self.block, attended[:, :self.num_prefix_tokens])
-        return x + mlp_update(self.block, x)
+        x, attended = x[:, :self.num_prefix_tokens], attended[:, :self.num_prefix_tokens]
+        return mlp_added(self.block, attention_added(self.block, x, attended))

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlab.models.attention import KeyedAttention, attention_as, token_weights
-from vitlab.models.families import attention_input, attention_update, mlp_update
+from vitlab.models.families import attention_added, attention_input, mlp_added
 from vitlab.models.held import unmasked
 from vitlab.models.support import plain_linear
 from vitlab.plan import tokens
@@ -64,6 +64,6 @@ class SelectBlock(nn.Module):
         x = unmasked(x, attn_mask, is_causal, "a block that selects tokens")
         block = self.block
         attended, ranking = self.attend(attention_input(block, x))
-        x = x + attention_update(block, attended)
+        x = attention_added(block, x, attended)
         x = tokens.select(x, ranking, self.rule.kept, self.num_prefix_tokens)
-        return x + mlp_update(block, x)
+        return mlp_added(block, x)

@@ -10,6 +10,7 @@ from vitlab.models import ends, families
 from vitlab.models.attention import TokenAttention
 from vitlab.models.families import ATTENTIONS, BLOCKS, HIDDEN, MODELS, PATCHES, kind_of, mixing_layer
 from vitlab.models.left_out import LeftOut
+from vitlab.models.parallel_blocks import PARALLEL, ParallelBlock
 from vitlab.models.windowed import side_of
 from vitlab.plan.shape import ViTShape
 from vitlab.runtime.files import InputError, require
@@ -91,6 +92,9 @@ def refuse(model: nn.Module) -> str | None:
     first: dict[int, type[nn.Module] | None] = {}       # kind of block, attention and MLP that the first one has
     for index, wrapped in enumerate(model.blocks):
         block = attention_block(wrapped)
+        if isinstance(block, PARALLEL):
+            return (f"{name} has a {type(block).__name__} at block {index}, which has no attention and MLP of its own; "
+                    "vitlab.models.parallel_blocks.in_parts(model) is the same with such")
         if type(block) not in BLOCKS:
             return f"{name} has a {type(block).__name__} at block {index}; attention, then an MLP is needed"
         if type(block.attn) not in ATTENTIONS and not isinstance(block.attn, (TokenAttention, LeftOut)):
@@ -142,7 +146,8 @@ def sizes_of(model: nn.Module, num_heads: int, num_neurons: int) -> ViTShape:
     decoder: dict[str, Any] = {} if whole is model else {
         "decoder": whole.decoder_name, "decoder_depth": whole.decoder_depth,
         "queries": getattr(whole.decoder, "num_queries", 0)}
-    pool, sides = getattr(model, "attn_pool", None), tuple(map(side_of, blocks))
+    pool, shared = getattr(model, "attn_pool", None), tuple(map(families.sharing, blocks))
+    sides = tuple(map(side_of, blocks))
     pooled = {} if pool is None else {"pool_neurons": pool.mlp.fc1.out_features,
                                       "pool_prefix": bool(getattr(model, "pool_include_prefix", True))}
     return ViTShape(**decoder, **pooled,
@@ -157,8 +162,8 @@ def sizes_of(model: nn.Module, num_heads: int, num_neurons: int) -> ViTShape:
         pool=ends.pool_of(model), qk_norm=not isinstance(getattr(first.attn, "q_norm", nn.Identity()), nn.Identity),
         rotary=0 if getattr(model, "rope", None) is None else num_heads if families.rotates_by_head(model) else 1,
         fixed=tuple(dict.fromkeys(part for block in blocks for part in families.fixed_parts(block))),
-        key_heads=tuple(map(families.key_heads, blocks)) if any(map(families.shares_keys, blocks)) else (),
-        maps=max(families.maps_of(block.attn) for block in blocks),
+        key_heads=tuple(num_heads // each for each in shared) if max(shared) > 1 else (),
+        parallel=isinstance(first, ParallelBlock), maps=max(families.maps_of(block.attn) for block in blocks),
         stem_macs=ends.stem_macs(embed), end_macs=ends.end_macs(model),
         features=0 if model.num_features == model.embed_dim else model.num_features,
         windows=sides if any(sides) else (), talking=isinstance(first.attn, families.TALKING),

@@ -188,7 +188,8 @@ class Select:
         require(self.kept <= others - 2, f"{self.kept} tokens are kept; at most {others - 2} of the {others} that come "
                 "in beside the prefix tokens is needed: two at least must go, as one takes their place")
         after = shape.num_prefix_tokens + self.kept + 1
-        return Flow(attended=entering, in_mlp=after, carried=0, after=after, ranked_by=self.ranked_by)
+        return Flow(attended=entering, in_mlp=entering if shape.parallel else after, carried=0, after=after,
+                    ranked_by=self.ranked_by)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +219,8 @@ class Match:
         require(not self.protect or shape.class_token, f"tokens are protected {BY_CLASS_TOKEN}: protect 0 is needed")
         after, sources, targets = entering - self.merged, count - count // 2, count // 2
         turned = shape.num_patches * count if shape.rotary and entering < shape.num_tokens else 0
-        return Flow(attended=entering, in_mlp=after, carried=0, after=after, matched=True, turned=turned,
+        return Flow(attended=entering, in_mlp=entering if shape.parallel else after, carried=0, after=after,
+                    matched=True, turned=turned,
                     compared=sources * targets + entering if self.merged else 0,
                     pooled=self.merged + targets if self.merged else 0)
 

@@ -6,8 +6,8 @@ from typing import Any, TypeGuard
 from vitlab.runtime.files import require
 
 POOL_TOKEN = "token"
-FAMILY = ("gated", "rotary", "pool_neurons", "pool_prefix", "stem_macs", "end_macs", "features", "windows",
-          "by_distance", "talking", "fixed", "projection", "queries", "key_heads", "maps")      # of other families
+FAMILY = ("gated", "rotary", "pool_neurons", "pool_prefix", "stem_macs", "end_macs", "features", "windows", "talking",
+          "by_distance", "fixed", "projection", "queries", "key_heads", "maps", "parallel")     # of other families
 PARTS = ("heads", "neurons", "tokens", "widths")
 DECODERS = ("", "linear", "mask_transformer", "queries")
 
@@ -61,6 +61,7 @@ class ViTShape:
     projection: bool = False            # whether what is in place of a classifier gives features
     queries: int = 0                    # of a decoder by queries
     maps: int = 1                       # of attention a head: 2 where values are mixed by their difference
+    parallel: bool = False              # whether the MLP reads what the attention reads
     key_heads: tuple[int, ...] = ()     # heads that keys and values of each block have, shared; (): each head its own
 
     def __post_init__(self) -> None:
@@ -80,7 +81,7 @@ class ViTShape:
                 value, low = getattr(self, f.name), lowest.get(f.name, 1)
                 require(is_int(value) and value >= low,
                         f"shape.{f.name} is {value!r}; an integer of at least {low} is needed")
-        for name in ("qk_norm", "gated", "pool_prefix", "projection", "by_distance", "talking"):
+        for name in ("qk_norm", "gated", "pool_prefix", "projection", "by_distance", "talking", "parallel"):
             require(isinstance(getattr(self, name), bool),
                     f"shape.{name} is {getattr(self, name)!r}; true or false is needed")
         require(all(isinstance(part, str) and part.split(":")[0] in PARTS for part in self.fixed),

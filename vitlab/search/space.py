@@ -107,6 +107,8 @@ class SearchSpace:
         kept |= zip(self.units, self._cut.stay(units).reshape(size[0], len(self.units), size[1]).swapaxes(0, 1))
         kept["widths"] = np.where(kept["heads"] > 0, kept["widths"], self.shape.head_dim)
         token = self._tokens.counts(ratios, kept["heads"] > 0)
+        if self.shape.parallel:                 # tokens go after the MLP
+            token["in_mlp"] = token["attended"].copy()
         every = self._tokens.ranked_by == "all"
         ranking = token.pop("ranks") * (self.shape.num_heads if every else kept["heads"])
         if self.read_out:

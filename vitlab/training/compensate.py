@@ -21,6 +21,7 @@ from vitlab.models.ends import prefix_of
 from vitlab.models.families import POST_NORM, also_taken, embedded, entered_layer, layer_scale, mixing_layer
 from vitlab.models.held import Held, Merged
 from vitlab.models.narrow import narrow_queries
+from vitlab.models.parallel_blocks import ParallelBlock
 from vitlab.models.shrink import keep_units
 from vitlab.models.support import check_runs_in_parts, encoder_of, plain_linear
 from vitlab.models.windowed import by_image
@@ -137,7 +138,7 @@ class Walk:
                 held, inputs, output = entering if heads else leaving, seen["inputs"], seen["output"]
                 lacks = _lacks(layer_scale(block, kind), rule, seen["own"], output, dense.flatten(1, -2), prefix,
                                held if isinstance(held, Merged) else None)
-                if isinstance(block, POST_NORM):                                # a norm stands before the addition
+                if isinstance(block, (*POST_NORM, ParallelBlock)):     # its stream is not that before the addition
                     lacks = torch.zeros_like(lacks)
                 if kept is not None:
                     lacks, inputs = lacks + F.linear(inputs[..., gone].float(), lost), inputs[..., kept]
