@@ -60,10 +60,11 @@ Whatever is not is refused by name, as are models of several stages (Swin, Hiera
 test that walks timm's registry (`python tests/test_families.py`), which makes a small model of every structure that it
 finds there and compares: a plan that cuts nothing gives the very same logits, cut heads and neurons are masked ones, a
 deployed model is the trained one, and MACs are torch's own count. Tokens of models that turn queries and keys by place
-(RoPE) are merged, not selected; a merged token is turned by the mean of its patches' rotations. A NaFlexVit, which takes images of any size, is counted as
-the VisionTransformer that it is at one: it is opened as that, and `vitlab.at_fixed_size(model, img_size)` makes it of
-one that is built already. So are timm's parallel blocks as blocks with an attention and an MLP of their own
-(`vitlab.models.parallel_blocks.in_parts`): tokens that are merged by content, or selected, go after both.
+(RoPE) are merged, not selected; a merged token is turned by the mean of its patches' rotations. A NaFlexVit, which
+takes images of any size, is counted as the VisionTransformer that it is at one: it is opened as that, and
+`vitlab.at_fixed_size(model, img_size)` makes it of one that is built already. So are timm's parallel blocks as blocks
+with an attention and an MLP of their own (`vitlab.models.parallel_blocks.in_parts`): tokens that are merged by content,
+or selected, go after both.
 
 """
 
