@@ -1,4 +1,5 @@
 """Attention whose heads share keys and values, or have two maps each, against loops written from its formula."""
+import copy
 import math
 
 import pytest
@@ -15,7 +16,7 @@ from vitlab.models.attention import KeyedAttention, OwnAttention, PrefixAttentio
 from vitlab.models.families import also_taken
 from vitlab.models.match import size_mask
 from vitlab.models.segmenter import Segmenter, as_encoder
-from vitlab.models.select import class_attention
+from vitlab.models.select import SelectBlock
 from vitlab.models.shrink import keep_units
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.rules import ReadOut, Select
@@ -189,12 +190,15 @@ def test_a_head_with_two_maps_leaves_with_both(kind):
     assert close(given if kind is None else given[0], wanted, CLOSE_MAPS)
 
 
-@pytest.mark.parametrize("qk_norm", [True, False])
-def test_what_ranks_by_all_heads_ranks_as_the_attention_itself(qk_norm):
-    model = made(DIFFERENTIAL, qk_norm=qk_norm)
-    x, attn = rows_of(model), model.blocks[1].attn
-    row = class_attention(attn, x, attn.qkv.weight[:96], attn.qkv.bias[:96])
-    assert close(row, attention_as(KeyedAttention, attn)(x)[1])
+@torch.no_grad()
+@pytest.mark.parametrize("name, args", [(DIFFERENTIAL, {"qk_norm": True}), (DIFFERENTIAL, {}),
+                                        ("eva_giant_patch14_clip_224", {})], ids=str)
+def test_what_ranks_by_all_heads_ranks_as_the_attention_itself(name, args):
+    model = made(name, **args)
+    x = rows_of(model)
+    kept, every = (SelectBlock(copy.deepcopy(model.blocks[1]), Select(kept=5, ranked_by=by), 1).attend(x)[1]
+                   for by in ("kept", "all"))
+    assert close(every, kept)
 
 
 class Explicit(nn.Module):

@@ -44,6 +44,8 @@ class SelectBlock(nn.Module):
         attn, every = block.attn, rule.ranked_by == "all"
         qkv, width = plain_linear(attn.qkv) if every else None, attn.proj.in_features
         rows, bias = (qkv.weight[:2 * width], qkv.bias) if every else (None, None)
+        if every and getattr(attn, "q_bias", None) is not None:
+            bias = torch.cat([attn.q_bias, attn.k_bias])
         self.register_buffer("rank_weight", None if rows is None else rows.detach().clone())
         self.register_buffer("rank_bias", None if bias is None else bias[:2 * width].detach().clone())
         if not every:
