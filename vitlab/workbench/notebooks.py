@@ -8,7 +8,7 @@ from typing import Any
 
 from traitlets.config import Config
 
-from vitlab.runtime.files import NOTEBOOKS, InputError, atomic_write, require
+from vitlab.runtime.files import NOTEBOOKS, InputError, atomic_write, first_line, require
 
 SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]    # the first there is
 POLICY = """<meta http-equiv="Content-Security-Policy" """ \
@@ -16,14 +16,11 @@ POLICY = """<meta http-equiv="Content-Security-Policy" """ \
 # else each kernel warns of plain TCP, and tells of its sockets and its parent's end when it is interrupted
 ENCRYPTED = Config({"KernelManager": {"transport_encryption": "auto"},
                     "NotebookClient": {"extra_arguments": ["--log-level=CRITICAL"]}})
-
-
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, SyntaxError, RecursionError, MemoryError)
 
 
-def _unreadable(path: Path, error: BaseException) -> InputError:
-    return InputError(f"{path} can't be read as a notebook of format 4 "
-                      f"({type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]})")
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} can't be read as a notebook of format 4 ({first_line(error)})")
 
 
 def code_of(path: str | Path, tag: str | None = None) -> list[str]:
@@ -43,8 +40,8 @@ def declared(path: str | Path) -> dict[str, Any]:
     path, cells = Path(path), code_of(path, "parameters")
     require(len(cells) == 1, f"{path}: {len(cells)} cells are tagged `parameters`; one is needed")
     try:
-        return {node.target.id: ast.literal_eval(node.value) for node in ast.parse(cells[0]).body
-                if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value}
+        return {node.target.id: ast.literal_eval(node.value or "") for node in ast.parse(cells[0]).body
+                if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
     except UNREADABLE as error:
         raise _unreadable(path, error) from None
 
