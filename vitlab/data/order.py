@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
-from timm.utils import random_seed
 from torch.utils.data import Sampler
 
 
@@ -30,13 +29,15 @@ def seed_of(*numbers: int) -> int:
 
 @contextlib.contextmanager
 def drawing(numbers: tuple[int, ...] | None) -> Iterator[None]:
-    """Inside, torch, numpy and random draw from the seed of these numbers (`seed_of`); afterwards they go on as if
-    nothing had been drawn. None: they just go on."""
+    """Inside, numpy, random and, on the CPU, torch draw from the seed of these numbers (`seed_of`); afterwards they go
+    on as if nothing had been drawn. None: they just go on."""
     if numbers is None:
         yield
         return
-    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    random_seed(seed_of(*numbers))
+    before, seed = (torch.get_rng_state(), np.random.get_state(), random.getstate()), seed_of(*numbers)
+    torch.default_generator.manual_seed(seed)          # torch.manual_seed seeds GPUs too, with a traceback formatted
+    np.random.seed(seed)
+    random.seed(seed)
     try:
         yield
     finally:
