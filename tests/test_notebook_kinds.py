@@ -50,6 +50,17 @@ def study(request, tmp_path_factory):
     return request.param, run
 
 
+def test_05_cuts_what_a_model_can_lose_and_says_why_not_the_rest(tmp_path, capsys):
+    sizes = SIZE | {"depth_token_only": 1}
+    model = create_model("cait_xxs24_224", num_classes=10, **sizes)
+    checkpoint.save(tmp_path / "dense" / checkpoint.FOLDER, model, CompressionPlan.empty(shape_of(model)),
+                    classes=list(CLASSES))
+    left, said = ran("05_heads_and_neurons", run=str(tmp_path), quick=True), capsys.readouterr().out
+    assert "heads of this model can't be cut: they are mixed" in said and "heads," not in said and "neurons, 3" in said
+    assert all(block.heads is None and len(block.neurons) == 108 for block in left["small"].plan.blocks)    # of 144
+    assert {row["dimension"] for row in left["rows"]} == {"neurons", "tokens"}
+
+
 def test_10_deploys_it_and_says_its_classes(study, capsys):
     kind, run = study
     left = ran("10_deploy", run=str(run), quick=True, images=4, runtimes="torch")

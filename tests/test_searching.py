@@ -13,6 +13,7 @@ from vitlab.criteria.planning import prune_and_merge
 from vitlab.data import ImageData
 from vitlab.measure.objective import PlanObjective
 from vitlab.models import checkpoint, shape_of
+from vitlab.models.create import create_model
 from vitlab.plan import CompressionPlan
 from vitlab.plan.cost import counts_of, gmacs, macs
 from vitlab.plan.rules import ReadOut
@@ -84,6 +85,19 @@ def test_ratios_cut_the_lowest_scores_of_every_block_and_the_file_shrinks(tmp_pa
     # Per block 2 heads of 8 wide leave qkv (with bias) and proj, 48 neurons fc1 (with bias) and fc2; 24 is the width.
     assert dense - sum(t.numel() for t in saved.values()) == 2 * (2 * 8 * (3 * 24 + 3 + 24) + 48 * (24 + 1 + 24))
     assert torch.equal(logits(checkpoint.load(tmp_path / "out").model), logits(small.model))
+
+
+def test_what_a_model_cant_lose_is_refused_with_its_reason_and_the_rest_is_cut(tmp_path):
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 36, "num_heads": 3, "depth": 2, "depth_token_only": 1}
+    model = create_model("cait_xxs24_224", num_classes=10, **sizes)
+    plan = CompressionPlan.empty(shape_of(model))
+    found = steps.Checkpoint(model=model, plan=plan, info={"made_by": {}, "classes": None})
+    scores = cutting.UnitScores(heads=torch.rand(2, 3), neurons=torch.rand(2, plan.shape.num_neurons), made_by={})
+    with pytest.raises(InputError, match="heads of this model can't be cut: they are mixed"):
+        cutting.prune_units(found, scores, tmp_path / "out", head_ratio=0.4, neuron_ratio=0.5)
+    small = cutting.prune_units(found, scores, tmp_path / "out", neuron_ratio=0.5)
+    for block, ranked in zip(small.plan.blocks, scores.neurons):
+        assert block.heads is None and set(block.neurons) == set(ranked.topk(len(ranked) // 2).indices.tolist())
 
 
 def test_a_published_policy_gives_its_counts_and_only_for_its_depth(tmp_path):

@@ -103,7 +103,7 @@ class ViTShape:
         usual["class_token"] = self.num_prefix_tokens > 0
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in usual or v != usual[k]}
 
-    def _why_whole(self, part: str) -> str | None:
+    def why_whole(self, part: str) -> str | None:
         """Why heads, neurons, tokens, or widths of queries and keys can't be cut; None where they can."""
         if part == "widths" and (self.qk_norm or self.rotary):
             return "queries and keys are " + ("normed" if self.qk_norm else "turned by place")
@@ -111,11 +111,11 @@ class ViTShape:
 
     def cuts(self, part: str) -> bool:
         """Whether heads, neurons, tokens, or widths of queries and keys can be cut."""
-        return self._why_whole(part) is None
+        return self.why_whole(part) is None
 
     def check_cut(self, part: str) -> None:
         """InputError with the reason where they can't."""
-        why = self._why_whole(part)
+        why = self.why_whole(part)
         require(why is None, f"{part} of this model can't be cut: {why}")
 
     @property

@@ -77,7 +77,7 @@ def unit_scores(heads: Any, neurons: Any, plan: CompressionPlan | None = None) -
         lines = [((count - 0.5, row - 0.5), (count - 0.5, row + 0.5)) for row, count in enumerate(kept)]
         for colour, width in OVER_ALL:
             axes[1].add_collection(LineCollection(lines, colors=colour, linewidths=width, clip_on=False), autolim=False)
-        axes[0].set_title("cross: cut")
+        axes[0].set_title("cross: cut" if cut_heads(plan) else "none is cut")
         axes[1].set_title("line: number kept")
     return figure
 
