@@ -454,6 +454,20 @@ def runtimes(rows: list[dict]) -> str:
                    f"{about['repeats']} rounds"])
 
 
+def roofline(rows: list[dict]) -> str:
+    """A line per rule, batch and number of threads."""
+    dense = next(r["gmacs"] for r in rows if r["rule"] == "dense")
+    head = ["rule", "batch", "threads", "operations", "products, ms (of dense)", "others, ms (of dense)",
+            "MB of activations: products, others", "GMACs/s in products", "time of dense", "MACs of dense"]
+    lines = [[r["rule"], str(r["batch_size"]), str(r["threads"]), str(r["operations"]),
+              *(f"{r[f'{kind}_ms']:.1f} ({r[f'{kind}_of_dense']:.2f})" for kind in ("products", "others")),
+              f"{r['products_mb']:.0f}, {r['others_mb']:.0f}",
+              f"{r['gmacs'] * r['batch_size'] / r['products_ms'] * 1e3:.0f}", f"{r['time_of_dense']:.2f}",
+              f"{r['gmacs'] / dense:.2f}"] for r in rows]
+    first = rows[0]
+    return _table(head, lines, [f"{first['runtime']}, float32, its own profile, medians of {first['repeats']} rounds"])
+
+
 def int8(rows: list[dict]) -> str:
     """A line per model, runtime and type; top-1 and distance do not depend on the batch."""
     found = {tuple(r["model"].rsplit(", batch ", 1)): r for r in rows}
@@ -504,8 +518,8 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
     "off_the_shelf_searched": off_the_shelf, "calibration_images": calibration_images, "per_block": per_block,
     "families": families, "finetuned": finetuned, "camvid": camvid, "allocator": allocator, "scale": scale,
     "loader": loader, "opening": opening, "gpu": gpu, "tonight_quality": tonight_quality,
-    "tonight_quality_short": tonight_quality_short, "tonight_cost": tonight_cost, "runtimes": runtimes, "int8": int8,
-    "by_size": by_size}
+    "tonight_quality_short": tonight_quality_short, "tonight_cost": tonight_cost, "runtimes": runtimes,
+    "roofline": roofline, "int8": int8, "by_size": by_size}
 
 
 def render(text: str) -> str:

@@ -171,6 +171,21 @@ def test_every_rule_that_is_timed_saves_what_it_is_said_to():
     assert all(0.93 * limit <= gmacs(plan) <= limit for plan in found.values())
 
 
+def test_a_profile_tells_products_from_the_rest_and_counts_the_bytes_that_they_move(tmp_path):
+    roofline = importlib.import_module("roofline")
+    model = torch.nn.Sequential(torch.nn.Linear(64, 48), torch.nn.ReLU(), torch.nn.Linear(48, 8)).eval()
+    program = roofline.traced(model, torch.zeros(2, 64))
+    roofline.RUNTIMES["onnx"].write(program, tmp_path / "model.onnx")
+    profiled = roofline.Profiled(tmp_path / "model.onnx", threads=1)
+    for _ in range(3):
+        profiled.run(np.zeros((5, 64), dtype=np.float32))
+    ms, found = profiled.told()
+    fused = found["others_mb"] == 0                                     # ReLU, into the product before it
+    assert ms.shape == (2, 2) and (ms[:, 0] > 0).all() and (ms[:, 1] == 0).all() == fused
+    assert found["products_mb"] == pytest.approx(4e-6 * 5 * (64 + 48 + 48 + 8))                 # without weights
+    assert found["operations"] == 3 - fused and (fused or found["others_mb"] == pytest.approx(4e-6 * 2 * 5 * 48))
+
+
 def test_methods_are_fine_tuned_alike_beside_a_control_and_a_run_that_was_stopped_goes_on(tmp_path, capsys):
     finetuned, tables = importlib.import_module("finetuned"), importlib.import_module("tables")
     asked = [finetuned.CONTROL, "merging by content", "ToMe"]
