@@ -403,10 +403,11 @@ def tonight_quality_short(rows: list[dict]) -> str:
               *(f"{r['against_dense']:+.1f} ± {r['against_dense_se']:.1f} ({r['distill_loss']:.3f} nats)"
                 for r in (found[model, limit] for limit in limits))]
              for model in dict.fromkeys(r["model"] for r in rows)]
+    draws = sorted({str(len(r["draws"])) for r in rows})
     return _table(["model of 1.25 GMACs", *(f"at {limit:.2f}" for limit in limits)], lines,
                   [f"Points of top-1 against the dense model, and distance to it, on {rows[0]['images']} validation "
                    "images; 1,000 photographs without labels, nothing trained; medians of "
-                   f"{' and '.join(dict.fromkeys(str(len(r['draws'])) for r in rows))} draws"])
+                   f"{' to '.join(dict.fromkeys((draws[0], draws[-1])))} draws"])
 
 
 def by_size(rows: list[dict]) -> str:
