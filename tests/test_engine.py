@@ -1,6 +1,7 @@
 """How a recipe is run changes nothing of what comes out; and what a recipe asks for is what is done."""
 import dataclasses
 import math
+import random
 
 import numpy as np
 import pytest
@@ -193,6 +194,17 @@ def test_matrices_learn_at_a_rate_of_their_own(data, tmp_path, layer_decay, bloc
     assert matrices and all(moved[name] == pytest.approx(1e-4 * block, rel=1e-2) for name in matrices)
     assert moved[weight] == pytest.approx(1e-3 * block,
                                           rel=1e-2) and moved["head.weight"] == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_drawing_moves_no_generator_for_good_and_no_gpus(monkeypatch):
+    before, drawn = torch.get_rng_state(), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU's generator was seeded"))
+    for _ in range(2):
+        with drawing((1, 2)):
+            drawn.append((torch.rand(1).item(), np.random.rand(), random.random()))
+    assert drawn[0] == drawn[1] and torch.equal(torch.get_rng_state(), before)
+    with drawing((1, 3)):
+        assert torch.rand(1).item() != drawn[0][0]
 
 
 def test_mixed_images_have_the_mixed_targets_of_the_formula(data, tmp_path, monkeypatch):

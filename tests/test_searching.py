@@ -95,6 +95,11 @@ def test_what_a_model_cant_lose_is_refused_with_its_reason_and_the_rest_is_cut(t
     scores = cutting.UnitScores(heads=torch.rand(2, 3), neurons=torch.rand(2, plan.shape.num_neurons), made_by={})
     with pytest.raises(InputError, match="heads of this model can't be cut: they are mixed"):
         cutting.prune_units(found, scores, tmp_path / "out", head_ratio=0.4, neuron_ratio=0.5)
+    windowed = create_model("samvit_base_patch16", img_size=32, patch_size=8, embed_dim=36, num_heads=3, depth=2,
+                            num_classes=10, window_size=2)
+    no_tokens = steps.Checkpoint(model=windowed, plan=CompressionPlan.empty(shape_of(windowed)), info={})
+    with pytest.raises(InputError, match="tokens of this model can't be cut: attention is within windows"):
+        cutting.prune_units(no_tokens, scores, tmp_path / "out", neuron_ratio=0.5, rho=0.1)
     small = cutting.prune_units(found, scores, tmp_path / "out", neuron_ratio=0.5)
     for block, ranked in zip(small.plan.blocks, scores.neurons):
         assert block.heads is None and set(block.neurons) == set(ranked.topk(len(ranked) // 2).indices.tolist())

@@ -118,11 +118,11 @@ def prune_units(source: Source,
             raise InputError(f"policy {policy} is for {(len(vector) - 1) // 2} blocks; the model has {shape.depth}")
     else:
         units = {"neurons": neuron_ratio, "heads": head_ratio}
-        for part, ratio in units.items():
-            if ratio:
-                shape.check_cut(part)
         each = [ratio for part, ratio in units.items() if shape.cuts(part) for _ in range(shape.depth)]
         vector, settings = np.array(each + [rho] * (rho > 0)), {}
+    for part, asked in (("neurons", neuron_ratio), ("heads", head_ratio), ("tokens", rho)):
+        if asked or policy:
+            shape.check_cut(part)
     space = SearchSpace(shape=shape, tokens="select" if policy or rho else "none", settings=settings,
                         max_ratio=max(0.5, *vector.tolist(), 1e-3), multiple=multiple)
     made_by = {"method": "policy", "policy": policy} if policy else {"method": "ratios", "head_ratio": head_ratio,
