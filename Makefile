@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo demo-all test lab docs lint clean chromium
 
-demo: $(READY)          ## the main story on the embedded digits, five minutes: runs/demo
+demo: $(READY)          ## the main story on the embedded digits, five to seven minutes: runs/demo
 	$(BIN)/vitlab demo --out $(RUN)
 
 demo-all: $(READY)      ## every notebook: runs/demo-all

@@ -1,7 +1,7 @@
 """Where the time of a compressed model goes, operation by operation, in ONNX Runtime: products of matrices, and all
 else (softmax, norms, GELU, and what merging adds).
 
-    python benchmarks/roofline.py [--model NAME] [--macs-ratio 0.6] [--repeats 20] [--quick]
+    python benchmarks/roofline.py [--model NAME] [--macs-ratio 0.6] [--repeats 12] [--quick]
 
 The rules and plans of benchmarks/runtimes.py, in turn. A row per rule, batch and number of threads: operations a run,
 and by ONNX Runtime's own profile milliseconds and MB of activations read and written, of products and of the others;

@@ -104,10 +104,11 @@ class ViTShape:
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in usual or v != usual[k]}
 
     def why_whole(self, part: str) -> str | None:
-        """Why heads, neurons, tokens, or widths of queries and keys can't be cut; None where they can."""
+        """A line that says why heads, neurons, tokens, or widths of queries and keys can't be cut, or None."""
+        why = next((each.partition(": ")[2] for each in self.fixed if each.startswith(part)), None)
         if part == "widths" and (self.qk_norm or self.rotary):
-            return "queries and keys are " + ("normed" if self.qk_norm else "turned by place")
-        return next((each.partition(": ")[2] for each in self.fixed if each.startswith(part)), None)
+            why = "queries and keys are " + ("normed" if self.qk_norm else "turned by place")
+        return None if why is None else f"{part} of this model can't be cut: {why}"
 
     def cuts(self, part: str) -> bool:
         """Whether heads, neurons, tokens, or widths of queries and keys can be cut."""
@@ -116,7 +117,7 @@ class ViTShape:
     def check_cut(self, part: str) -> None:
         """InputError with the reason where they can't."""
         why = self.why_whole(part)
-        require(why is None, f"{part} of this model can't be cut: {why}")
+        require(why is None, why or "")
 
     @property
     def grid_size(self) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from vitlab.runtime.files import InputError, require
 from vitlab.runtime.kinds import Count, File, Gmacs, MacsRatio, Or, Rate, Ratio, Run, Spans, flag
 from vitlab.search import Budget, SearchSpace
 from vitlab.search.published import published_policy
+from vitlab.search.space import MAX_RATIO
 from vitlab.workbench.scoring import read_scores, read_units
 from vitlab.workbench.steps import Plan, need_dense, open_dense
 
@@ -111,20 +112,19 @@ def prune_units(source: Source,
         plan = space.plan(even_within(space, limit), heads=scores.heads, neurons=scores.neurons,
                           made_by={"method": "budget", "gmacs": limit, "scores": scores.made_by})
         return apply_plan(found, plan, out)
+    asked, published = {"neurons": neuron_ratio, "heads": head_ratio, "tokens": rho}, None
     if policy is not None:
         require(not ratios, "a policy says all ratios; give the policy or ratios, not both")
-        vector, settings = published_policy(policy), {"ranked_by": "all"}
-        if len(vector) != 2 * shape.depth + 1:
-            raise InputError(f"policy {policy} is for {(len(vector) - 1) // 2} blocks; the model has {shape.depth}")
-    else:
-        units = {"neurons": neuron_ratio, "heads": head_ratio}
-        each = [ratio for part, ratio in units.items() if shape.cuts(part) for _ in range(shape.depth)]
-        vector, settings = np.array(each + [rho] * (rho > 0)), {}
-    for part, asked in (("neurons", neuron_ratio), ("heads", head_ratio), ("tokens", rho)):
-        if asked or policy:
+        published = published_policy(policy)
+        if len(published) != 2 * shape.depth + 1:
+            raise InputError(f"policy {policy} is for {(len(published) - 1) // 2} blocks; the model has {shape.depth}")
+    for part, ratio in asked.items():
+        if ratio or policy:
             shape.check_cut(part)
-    space = SearchSpace(shape=shape, tokens="select" if policy or rho else "none", settings=settings,
-                        max_ratio=max(0.5, *vector.tolist(), 1e-3), multiple=multiple)
+    space = SearchSpace(shape=shape, tokens="select" if policy or rho else "none",
+                        settings={"ranked_by": "all"} if policy else {}, multiple=multiple,
+                        max_ratio=max(MAX_RATIO, *(asked.values() if published is None else published.tolist())))
+    vector = np.array([asked[group] for group in space.groups]) if published is None else published
     made_by = {"method": "policy", "policy": policy} if policy else {"method": "ratios", "head_ratio": head_ratio,
                                                                        "neuron_ratio": neuron_ratio, "rho": rho}
     plan = space.plan(vector, heads=scores.heads, neurons=scores.neurons, made_by=made_by | {"scores": scores.made_by})
