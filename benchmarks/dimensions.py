@@ -31,7 +31,8 @@ from vitlab.search import Budget
 from vitlab.search.allocation import levels
 from vitlab.search.sampling import Problem
 from vitlab.search.sensitivity import better_nothing
-from vitlab.workbench.gathered import LayerFiles, moments_cost
+from vitlab.workbench.forwards import moments_cost
+from vitlab.workbench.gathered import LayerFiles
 from vitlab.workbench.steps import open_model
 from vitlab.workbench.survey import Survey
 
@@ -53,8 +54,9 @@ class Wider(Survey):
     def moments(self) -> LayerFiles:
         kept, kinds = LayerFiles(self.folder / f"moments-{self.inputs}", self.place), (*KINDS, "widths")
         if len(kept) < len(layers_of(self.model, kinds)):
-            for layer, moments in each_moments(self.model, self.shown("moments", moments_cost(self.shape)), kinds,
-                                               amp=self.amp):
+            made = each_moments(self.model, self.batches, kinds, amp=self.amp)
+            for layer, moments in self.shown("moments", made, len(layers_of(self.model, kinds)),
+                                             moments_cost(self.shape) * self.parts.roles["score"]):
                 kept.keep(layer, moments)
         return kept
 

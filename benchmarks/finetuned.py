@@ -2,8 +2,8 @@
 resolution is the dense model; then every method at a part of its MACs with the same fine-tuning, the dense one too.
 
     python benchmarks/finetuned.py --weights deit_tiny_patch16_224.safetensors --data CIFAR10 --run RUN \\
-        [--resolution 128] [--dense-epochs 4] [--epochs 3] [--seeds 0 1 2] [--methods NAME ...] [--device cuda] \\
-        [--quick]
+        [--resolution 128] [--dense-epochs 4] [--epochs 3] [--train-images N] [--seeds 0 1 2] [--methods NAME ...] \\
+        [--device cuda] [--quick]
 
 CIFAR10 is a folder train/CLASS/*, test/CLASS/*. Scores, searches and refits see images of train alone, test is for
 reporting; all are distilled from the dense model, and the dense model trained on in the same way is the control. Each
@@ -68,12 +68,13 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.device, self.path = args, pick_device(args.device), args.run / "rows.jsonl"
         self.data = open_data(args.data)
-        self.limit = 64 if args.quick else None                                 # images of train
+        self.limit = 64 if args.quick else args.train_images                    # of a fine-tuning that methods share
+        self.scored_on = 64 if args.quick else 512
         self.dense = self.made()
         self.model = self.dense.model.eval().to(self.device)
         self.shape, self.gmacs = shape_of(self.model), cost.gmacs(self.dense.plan)
         about = {"model": QUICK if args.quick else args.model, "data": self.data.name,
-                 "resolution": self.shape.img_size[0], "epochs": args.epochs}
+                 "resolution": self.shape.img_size[0], "epochs": args.epochs, "train_images": self.limit}
         self.about, self.expected, self.surveys = about, self.given(self.model), dict[int, Survey]()
         self.rows = {(r["method"], r["seed"]): r for r in read_lines(self.path) if about.items() <= r.items()}
 
@@ -89,7 +90,7 @@ class Bench:
             torch.manual_seed(0)
             found.model.reset_classifier(self.data.num_classes)
             training.train_dense("finetune", found.model, self.data, out, TO_CIFAR.replace(epochs=args.dense_epochs),
-                                 self.config(0), images=self.limit, device=self.device)
+                                 self.config(0), images=64 if args.quick else None, device=self.device)
         return open_model(out)
 
     @torch.inference_mode()
@@ -113,7 +114,7 @@ class Bench:
     def tokens(self, seed: int, absolute: str = "image") -> Tensor:
         path = self.args.run / f"tokens-{absolute}-{seed}.safetensors"
         if not path.exists():
-            scoring.score_tokens(self.dense, self.args.data, path, absolute=absolute, images=self.limit or 512,
+            scoring.score_tokens(self.dense, self.args.data, path, absolute=absolute, images=self.scored_on,
                                  config=self.config(seed))
         return scoring.read_scores(path)[0]
 
@@ -121,7 +122,7 @@ class Bench:
         """As published: by HSIC."""
         path = self.args.run / f"units-{seed}.safetensors"
         if not path.exists():
-            scoring.score_units(self.dense, self.args.data, path, images=self.limit or 512, config=self.config(seed))
+            scoring.score_units(self.dense, self.args.data, path, images=self.scored_on, config=self.config(seed))
         found = scoring.read_units(path)
         return {"heads": found.heads, "neurons": found.neurons}
 
@@ -283,6 +284,7 @@ def main(argv: Sequence[str] | None = None) -> Bench:
     parser.add_argument("--resolution", type=int, default=128)
     parser.add_argument("--dense-epochs", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=STEPS, help="of every method's fine-tuning")
+    parser.add_argument("--train-images", type=int, help="of every epoch of that, of train (default: all)")
     parser.add_argument("--evaluations", type=int, default=EVALUATIONS, help="of a search")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="NAME",
@@ -299,7 +301,8 @@ def main(argv: Sequence[str] | None = None) -> Bench:
         parser.error(f"--epochs {args.epochs}: a plan is also cut in {STEPS} turns of as many epochs; a multiple of "
                      f"{STEPS} is needed")
     settings = {name: str(getattr(args, name)) for name in
-                ("weights", "model", "data", "resolution", "dense_epochs", "epochs", "evaluations", "quick")}
+                ("weights", "model", "data", "resolution", "dense_epochs", "epochs", "train_images", "evaluations",
+                 "quick")}
     kept = args.run / "settings.json"
     if kept.exists() and read_json(kept) != settings:
         parser.error(f"--run {args.run}: its trainings are of other settings ({read_json(kept)}); another folder is "

@@ -489,9 +489,10 @@ def int8(rows: list[dict]) -> str:
 
 def finetuned(rows: list[dict]) -> str:
     """A line per method: the draw with the median top-1, and the range over draws. Of what was measured twice the
-    last, of the last model, resolution and epochs alone."""
+    last, of the last model, resolution and length of training alone."""
     drawn: dict[str, dict[int, dict]] = {}
-    rows = [r for r in rows if all(r[key] == rows[-1][key] for key in ("model", "resolution", "epochs"))]
+    measured = ("model", "resolution", "epochs", "train_images")
+    rows = [r for r in rows if all(r[key] == rows[-1][key] for key in measured)]
     for r in rows:
         drawn.setdefault(r["method"], {})[r["seed"]] = r
     name, notes = _speed(rows)
@@ -505,8 +506,10 @@ def finetuned(rows: list[dict]) -> str:
     head = ["method", "of the MACs", "top-1 % as cut", "fine-tuned", "against dense",
             "against the dense model fine-tuned alike", name]
     first = rows[0]
+    epochs = f"{first['epochs']} epochs of {first['train_images']:,} images" if first["train_images"] else (
+        f"{first['epochs']} epochs")
     return _table(head, [line(method, list(draws.values())) for method, draws in drawn.items()],
-                  [f"{first['model'].split('_patch')[0]} at {first['resolution']}, {first['epochs']} epochs each, "
+                  [f"{first['model'].split('_patch')[0]} at {first['resolution']}, {epochs} each, "
                    f"{first['images']:,} test images; of several draws the median (range)",
                    *_notes(rows, "top1_pct", paired=True), *notes])
 

@@ -1,11 +1,10 @@
 """Stages on one bar: what is said before they begin, and how long what is left of them takes."""
 import pytest
-import torch
 from segmenting_fixtures import pictures, small
 from training_fixtures import images, one_thread, tiny  # noqa: F401
 
 from vitlab.workbench import pace
-from vitlab.workbench.pace import Pace, images_per_second
+from vitlab.workbench.pace import Pace, images_per_second, lasting
 
 STAGES = {"scores": 100.0, "search": 300.0, "refit": 600.0}
 
@@ -21,12 +20,18 @@ class Clock:
 def test_stages_are_numbered_and_what_they_take_is_said_before_the_first(capsys):
     with Pace("tonight", STAGES, 50.0) as found:
         err = capsys.readouterr().err
-        assert "tonight: 3 stages, about 0.3 minutes at 50 images a second (scores 10 %, search 30 %, refit 60 %)" in err  # noqa: E501
+        assert "tonight: 3 stages, about 20 seconds at 50 images a second (scores 10 %, search 30 %, refit 60 %)" in err
         assert found.total == 1000 and found.seconds == 20
         for number, name in enumerate(STAGES, 1):
             with found.stage(name):
                 assert found.bar.desc == f"tonight {number}/3, {name}"
     assert found.done == found.bar.n == 1000 and "100%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(0.2, "0 seconds"), (59.4, "59 seconds"), (60, "1.0 minutes"),
+                                               (5000, "83.3 minutes")])
+def test_a_time_in_words(seconds, words):
+    assert lasting(seconds) == words
 
 
 def test_nothing_is_printed_without_progress(capsys):
@@ -76,12 +81,12 @@ def test_a_stage_inside_another_is_counted_by_itself():
         assert found.done == 700 and found.named is None
 
 
-def test_batches_are_counted_by_their_images_once_they_are_gone_through():
-    batches, seen = [(torch.zeros(count, 3), None) for count in (5, 2)], []
+def test_what_is_gone_through_is_counted_as_it_is_done():
+    seen = []
     with Pace("tonight", STAGES, 50.0, progress=False) as found, found.stage("refit"):
-        for x, _ in found.over(batches, 3.0):
-            seen.append((len(x), found.done))
-        assert seen == [(5, 0.0), (2, 15.0)] and found.done == 21
+        for item in found.over(iter("abc"), 3, 21.0):
+            seen.append((item, found.done))
+        assert seen == [("a", 0.0), ("b", 7.0), ("c", 14.0)] and found.done == 21
 
 
 def test_the_rate_is_of_a_second_forward_once_the_machine_is_warm(monkeypatch):

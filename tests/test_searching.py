@@ -270,7 +270,7 @@ def test_a_search_says_what_it_will_do_and_keeps_to_the_minutes_it_is_given(tmp_
     assert said(minutes=0.0) == ("", "") if not cuts else True                  # without progress nothing is said
     if cuts:
         with pytest.warns(UserWarning, match=f"alone first, which takes about {cuts * 70 / 60:.1f} minutes, more than "
-                                             f"the 1 given"):
+                                             "the 1 minutes given"):
             searching.search(dense_checkpoint(), data, tmp_path / "s", **options, minutes=1)
     assert len(read_lines(tmp_path / "s/journal.jsonl")) == 1 and searching.reported(tmp_path / "s")["evaluation"] == 0
     out, err = said(config=shown, minutes=100)

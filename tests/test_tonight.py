@@ -3,12 +3,14 @@ import dataclasses
 import re
 import shutil
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from training_fixtures import logits, one_thread, tiny, write_easy_folder  # noqa: F401
 
+from vitlab.measure.moments import layers_of
 from vitlab.measure.objective import PlanObjective
 from vitlab.models import checkpoint, compress, deploy, shape_of
 from vitlab.plan import BlockPlan, CompressionPlan
@@ -16,7 +18,9 @@ from vitlab.plan.cost import gmacs
 from vitlab.plan.rules import Match, ReadOut, SharedUpdate
 from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import InputError, read_lines
+from vitlab.training.compensate import layers_to_refit
 from vitlab.workbench import calibrating, gathered, steps, tonight
+from vitlab.workbench.forwards import refit_cost
 from vitlab.workbench.pace import Pace
 
 FEW = RunConfig(device="cpu", quiet=True, workers=0)
@@ -250,17 +254,19 @@ def test_a_time_that_is_too_little_is_said_and_there_are_fewer_evaluations_and_i
 
 def test_what_is_left_of_the_time_is_self_distillation_and_stages_are_said_before(dense, photographs, tmp_path,
                                                                                   monkeypatch, capsys):
-    trained, plain = [], Pace.stage
-    stages: list = []
+    trained, plain, add = [], Pace.stage, Pace.add
+    stages, moved = [], Counter()
     monkeypatch.setattr("vitlab.workbench.calibrating.self_distil", lambda *args, minutes,
                         **settings: trained.append(minutes))
     monkeypatch.setattr(Pace, "stage", lambda self, name: stages.append(name) or plain(self, name))
+    monkeypatch.setattr(Pace, "add", lambda self, done: moved.update(stages[-1:]) or add(self, done))
     began = time.monotonic()
     tonight.tonight(dense, photographs, tmp_path / "out", evaluations=2, images=16, minutes=100, **SMALL,
                     config=dataclasses.replace(FEW, quiet=False))
     passed, err = (time.monotonic() - began) / 60, capsys.readouterr().err
     # less what the rest took, and the last refit may yet
     assert len(trained) == 1 and 100 - 2 * passed < trained[0] < 100
+    assert moved["scores"] > 2 * len(layers_of(dense.model))        # moments of each layer, and its units in order
     assert len(read_lines(next((tmp_path / "out").rglob("journal.jsonl")))) == 2            # there was time for all
     said = re.search(r"tonight: 7 stages, about 100.0 minutes at \d+ images a second \((.*)\)", err).group(1)
     assert re.findall(r"([a-z -]+) \d+ %", said.replace(", ", ",")) == stages and stages[-1] == "self-distillation"
@@ -268,6 +274,17 @@ def test_what_is_left_of_the_time_is_self_distillation_and_stages_are_said_befor
     again = tonight.tonight(dense, photographs, tmp_path / "out", evaluations=2, images=16, **SMALL, config=FEW)
     assert len(trained) == 1 and again.info["made_by"]["minutes"] == 0          # without a time, none of it
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_refit_moves_the_bar_layer_by_layer(survey, monkeypatch):
+    done, (space, _) = [], survey._problem("heads and neurons")
+    plan = survey.plan_of(space, np.full(space.size, 0.5))
+    with Pace("a refit", {"refit": 100.0}, 1.0, progress=False) as pace:
+        monkeypatch.setattr(survey, "pace", pace)
+        monkeypatch.setattr(pace, "add", done.append)
+        survey.in_form(calibrating.REFITTED, plan)
+    layers = layers_to_refit(plan, every=False)
+    assert len(done) == len(layers) > 2 and sum(done) == pytest.approx(refit_cost(survey.shape, 24))
 
 
 def test_a_compressed_model_or_an_unknown_rule_is_refused(survey, dense, photographs, tmp_path):

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -177,7 +177,8 @@ def layers_to_refit(plan: CompressionPlan, every: bool, follow: bool = True) -> 
 def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[Tensor, Tensor]], *,
                ridge: float | None = None, costs: Mapping[Layer, Fisher] | None = None, every: bool = False,
                moments: Mapping[Layer, Moments] | None = None, device: str | torch.device | None = None,
-               amp: bool | None = False, progress: bool = True) -> nn.Module:
+               amp: bool | None = False, progress: bool = True,
+               over: Callable[[list[Layer]], Iterable[Layer]] | None = None) -> nn.Module:
     """compress(dense, plan) with proj and fc2 refitted in every block that loses heads or neurons
     (criteria.compensation.refit).
 
@@ -193,7 +194,8 @@ def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[
     batches are gone through once (`Walk`). With `moments` of the dense model (`each_moments`) they are not read, what
     loses units alone is refitted, to its own output, queries are narrowed by its moments of "widths", where there are
     any, costs says nothing, and ridge None is RIDGE: quicker, and a little worse. A plan in which nothing is to be
-    refitted gives compress(dense, plan). Raises InputError as compress does, or without images.
+    refitted gives compress(dense, plan). over: how the layers are gone through, where not with a bar of their own.
+    Raises InputError as compress does, or without images.
     """
     device = torch.device(device) if device is not None else next(dense.parameters()).device
     merging = dataclasses.replace(plan, blocks=tuple(BlockPlan(tokens=block.tokens) for block in plan.blocks))
@@ -201,7 +203,7 @@ def compensate(dense: nn.Module, plan: CompressionPlan, batches: Iterable[tuple[
     by_moments = bool(moments)                  # asked once: they may lie in files
     todo, rules = layers_to_refit(plan, every, follow=not by_moments), [rule for rule, _ in plan.rules()]
     walk = Walk(copy.deepcopy(dense).to(device).eval(), model, batches, amp) if todo and not by_moments else None
-    for index, kind in tqdm(todo, desc="compensate", unit="layer", disable=not progress):
+    for index, kind in over(todo) if over else tqdm(todo, desc="compensate", unit="layer", disable=not progress):
         block, cut = attention_block(model.blocks[index]), plan.blocks[index]
         linear, width = mixing_layer(block, kind)
         kept = getattr(cut, kind)

@@ -8,7 +8,7 @@ from typing import Annotated
 from vitlab.runtime.files import existing_folder, require
 from vitlab.runtime.kinds import flag
 
-# The main story, under five minutes on two quiet cores, with parameters that make it so; and all of it.
+# The main story, five to seven minutes on two quiet cores, with parameters that make it so; and all of it.
 STORY: dict[str, dict[str, str]] = {
     "00_check_setup": {}, "01_baseline": {}, "02_token_scores": {}, "03_prune_and_merge": {},
     "06_search": {"strategies": "gp", "other_ratios": ""}, "08_tonight": {}, "90_results": {}}
@@ -23,8 +23,8 @@ def demo(*, out: Annotated[str | Path | None, flag(metavar="RUN")] = None, every
          quick: bool = False) -> Path:
     """Run the notebooks on the embedded digits and print their table; returns the report, out/report.html.
 
-    Five minutes on two cores: dense model, scores, prune and merge, one search, calibration, deployed model. Executed
-    copies go to out/notebooks/; trainings and searches that are there already are gone on with.
+    Five to seven minutes on two cores: dense model, scores, prune and merge, one search, calibration, deployed model.
+    Executed copies go to out/notebooks/; trainings and searches that are there already are gone on with.
 
     Args:
         out: run folder (default: runs/demo, or runs/demo-all with --everything)

@@ -3,7 +3,7 @@ measured by."""
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,25 +25,20 @@ from vitlab.models import shape_of
 from vitlab.models.opening import Source
 from vitlab.models.support import encoder_of
 from vitlab.models.weights import read_file
-from vitlab.plan import CompressionPlan, cost
-from vitlab.plan.shape import POOL_TOKEN, ViTShape
+from vitlab.plan import CompressionPlan
+from vitlab.plan.shape import POOL_TOKEN
 from vitlab.runtime.config import RunConfig
 from vitlab.runtime.files import atomic_write
 from vitlab.search import SearchSpace
 from vitlab.training.loop import fingerprint
 from vitlab.training.self_distillation import Divergence
+from vitlab.workbench.forwards import FISHER_COST, TOKEN_COST, elimination_cost, moments_cost
 from vitlab.workbench.pace import Pace
 from vitlab.workbench.searching import by_moments
 from vitlab.workbench.steps import amp_of, measured_batches, objective_on, open_dense, open_matching, pick_device
 
+T = TypeVar("T")
 TOKEN_IMAGES = 128                              # that scores of tokens are of
-FISHER_COST, TOKEN_COST = 3, 4                  # forwards that an image takes, about
-
-
-def moments_cost(shape: ViTShape) -> float:
-    """Forwards that the moments of an image take: one, and products of what goes into each layer with itself."""
-    products = shape.depth * shape.num_tokens * (shape.num_neurons ** 2 + (shape.num_heads * shape.head_dim) ** 2)
-    return 1 + products / (1e9 * cost.gmacs(CompressionPlan.empty(shape)))
 
 
 class LayerFiles(Mapping[Layer, Moments]):
@@ -104,24 +99,32 @@ class Gathered:
         """Of the images to score and refit on."""
         return list(self.parts.batches("score", self.model, workers=self.config.workers))
 
-    def shown(self, what: str, each: float, images: int | None = None) -> Iterable[tuple[Tensor, Tensor]]:
-        """These batches, of the first so many images, with a bar that says what they are gone through for, or on the
-        bar of the whole; `each` is what one of them costs, in forwards."""
-        batches = self.batches if images is None else first_images(self.batches, images)
-        return self.pace.over(batches, each) if self.pace else tqdm(batches, desc=what, unit="batch",
-                                                                    disable=self.config.quiet)
+    def shown(self, what: str, items: Iterable[T], count: int, cost: float) -> Iterable[T]:
+        """The items, so many, with a bar that says what they are gone through for, or on the bar of the whole; cost: of
+        all of them, in forwards."""
+        return self.pace.over(items, count, cost) if self.pace else tqdm(items, desc=what, total=count,
+                                                                         disable=self.config.quiet)
+
+    def first(self, images: int) -> int:
+        """How many of so many images there are to score and refit on."""
+        return min(images, self.parts.roles["score"])
 
     @cached_property
     def scores(self) -> dict[str, Tensor]:
         """Of heads and neurons."""
-        return self._kept("unit-scores", lambda: scores_by_moments(self.model, self.moments.items(),
-                                                                   unit_criterion("fisher"), self.costs))
+        def made() -> dict[str, Tensor]:
+            shown = self.shown("heads and neurons in order", self.moments.items(), len(self.moments),
+                               elimination_cost(self.shape))
+            return scores_by_moments(self.model, shown, unit_criterion("fisher"), self.costs)
+        return self._kept("unit-scores", made)
 
     @cached_property
     def token_scores(self) -> Tensor:
         """Of tokens: rules that choose them by their place need them."""
         def made() -> dict[str, Tensor]:
-            shown = self.shown("what the model itself says", TOKEN_COST, TOKEN_IMAGES)
+            batches = first_images(self.batches, TOKEN_IMAGES)
+            shown = self.shown("what the model itself says", batches, len(batches),
+                               TOKEN_COST * self.first(TOKEN_IMAGES))
             return {"tokens": token_scores(self.model, own_labels(self.model, shown, self.place), device=self.place,
                                            progress=self.config.progress and not self.pace)}
         return self._kept("token-scores", made)["tokens"]
@@ -134,8 +137,9 @@ class Gathered:
     def costs(self) -> dict[Layer, Fisher]:
         """What errors of every layer that mixes heads or neurons cost."""
         def made() -> dict[str, Tensor]:
-            batches = self.shown("what errors cost", FISHER_COST, FISHER_IMAGES)
-            found = fisher(self.model, batches, seed=self.config.seed, amp=self.amp, progress=False)
+            batches = first_images(self.batches, FISHER_IMAGES)
+            shown = self.shown("what errors cost", batches, len(batches), FISHER_COST * self.first(FISHER_IMAGES))
+            found = fisher(self.model, shown, seed=self.config.seed, amp=self.amp, progress=False)
             return {f"{index}.{kind}.{name}": torch.as_tensor(value) for (index, kind), own in found.items()
                     for name, value in vars(own).items()}
         found: dict[Layer, dict[str, Any]] = {}
@@ -149,8 +153,9 @@ class Gathered:
         """Of every layer that mixes heads or neurons: units are ranked by them, and what is measured is refitted."""
         kept = LayerFiles(self.folder / f"moments-{self.inputs}", self.place)
         if len(kept) < len(layers_of(self.model)):
-            batches = self.shown("what heads and neurons give", moments_cost(self.shape))
-            for layer, moments in each_moments(self.model, batches, amp=self.amp):
+            made = each_moments(self.model, self.batches, amp=self.amp)
+            for layer, moments in self.shown("what heads and neurons give", made, len(layers_of(self.model)),
+                                             moments_cost(self.shape) * self.parts.roles["score"]):
                 kept.keep(layer, moments)
         return kept
 

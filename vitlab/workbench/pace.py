@@ -2,14 +2,21 @@
 import contextlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from vitlab.measure.distance import outputs
+
+T = TypeVar("T")
+
+
+def lasting(seconds: float) -> str:
+    """A time in words: "40 seconds", "3.2 minutes"."""
+    return f"{seconds:.0f} seconds" if seconds < 60 else f"{seconds / 60:.1f} minutes"
 
 
 def images_per_second(model: nn.Module, images: Tensor, amp: bool | None = False) -> float:
@@ -33,9 +40,8 @@ class Pace:
                         bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left")
         if progress:
             shares = ", ".join(f"{name} {100 * each / self.total:.0f} %" for name, each in stages.items())
-            self.bar.write(f"{what}: {len(stages)} stages, about {self.seconds / 60:.1f} minutes at {rate:.0f} images "
-                           f"a second ({shares})",
-                           file=sys.stderr)
+            self.bar.write(f"{what}: {len(stages)} stages, about {lasting(self.seconds)} at {rate:.0f} images a second "
+                           f"({shares})", file=sys.stderr)
 
     @property
     def total(self) -> float:
@@ -71,11 +77,11 @@ class Pace:
         # a stage may be worth more than was thought
         self.bar.update(min(round(self.done), self.bar.total) - self.bar.n)
 
-    def over(self, batches: Sequence[tuple[Tensor, Any]], each: float) -> Iterable[tuple[Tensor, Any]]:
-        """The batches, each image of which is worth so many forwards."""
-        for batch in batches:
-            yield batch
-            self.add(each * len(batch[0]))
+    def over(self, items: Iterable[T], count: int, forwards: float) -> Iterator[T]:
+        """The items, so many, all of which together are worth so many forwards."""
+        for item in items:
+            yield item
+            self.add(forwards / count)
 
     def __enter__(self) -> "Pace":
         return self

@@ -37,7 +37,7 @@ from vitlab.search.strategies import settings as settings_of
 from vitlab.search.token_dimensions import default_tokens
 from vitlab.training.compensate import compensate as refitted
 from vitlab.training.loop import fingerprint
-from vitlab.workbench.pace import images_per_second
+from vitlab.workbench.pace import images_per_second, lasting
 from vitlab.workbench.scoring import needs_images, replacements_of, scores_of
 from vitlab.workbench.steps import amp_of, measured_batches, objective_on, open_dense, open_matching, pick_device
 
@@ -209,13 +209,13 @@ def _say_ahead(study: Study, images: int, each: float, minutes: float | None, pr
         return
 
     def taken(policies: int) -> str:
-        return f"{policies * each / 60 / processes.world():.1f}"
+        return lasting(policies * each / processes.world())
     if progress:
-        tqdm.write(f"search: {left} policies to measure on {images} images, about {taken(left)} minutes"
+        tqdm.write(f"search: {left} policies to measure on {images} images, about {taken(left)}"
                    + ("" if minutes is None else f"; it ends after {minutes:g} with what it has"), file=sys.stderr)
     if minutes is not None and (first := alone - study.spent) > 0 and first * each / processes.world() > 60 * minutes:
-        warnings.warn(f"each dimension is measured alone first, which takes about {taken(first)} minutes, more than "
-                      f"the {minutes:g} given; another start, or fewer images, would take less", stacklevel=3)
+        warnings.warn(f"each dimension is measured alone first, which takes about {taken(first)}, more than the "
+                      f"{minutes:g} minutes given; another start, or fewer images, would take less", stacklevel=3)
 
 
 def reported(study: str | Path) -> dict[str, Any] | None:

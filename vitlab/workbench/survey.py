@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from vitlab.measure.averaging import first_images
 from vitlab.measure.objective import PlanObjective
 from vitlab.models import checkpoint, compress, deploy
 from vitlab.models.checkpoint import Checkpoint
@@ -26,6 +27,7 @@ from vitlab.search.strategies import Settings
 from vitlab.training.self_distillation import Divergence
 from vitlab.workbench.calibrating import CUT, forms_of, in_form, nearest, write_best
 from vitlab.workbench.cutting import least_ratio
+from vitlab.workbench.forwards import refit_cost
 from vitlab.workbench.gathered import Gathered
 from vitlab.workbench.offers import Offer, worth_of
 
@@ -36,7 +38,7 @@ RULES = {"merging by content": ((), "match_per_stage"), "shared updates": ((), "
 SINGLE = ("merging by content", "shared updates", "neurons")                   # rules that cut one thing alone
 RATIOS, MAX_RATIO, TOLERANCE = (0.75, 0.6, 0.45), 0.75, 0.05
 MULTIPLE = 8                                    # of neurons: else each takes PyTorch a sixth longer (docs/deploy.md)
-TRIED_ON, REFIT_COST = 192, 5                   # images that a plan is refitted on to be compared; forwards of each
+TRIED_ON = 192                                  # images that a plan is refitted on to be compared
 POPULATION = 8                                  # of a search, before its first proposal
 DEPLOYED, TRAINED = "deployed", "self-distillation"                             # the latter a stage of `tonight`
 
@@ -203,9 +205,11 @@ class Survey(Gathered):
         """The plan's model, refitted on so many images (None: all that there are)."""
         if form == CUT:
             return in_form(form, self.found.model, plan, ())
-        return in_form(form, self.found.model, plan, self.shown(f"images for a model {form}", REFIT_COST, images),
-                       costs=self.costs, device=self.place, amp=self.amp,
-                       progress=self.config.progress and not self.pace)
+        images = self.first(images or self.parts.roles["score"])
+        takes = refit_cost(self.shape, images)
+        return in_form(form, self.found.model, plan, first_images(self.batches, images), costs=self.costs,
+                       device=self.place, amp=self.amp,
+                       over=lambda layers: self.shown(f"a model {form}", layers, len(layers), takes))
 
     def _apart(self, plan: CompressionPlan, form: str) -> np.ndarray:
         """Distance of each image to choose on, of a plan's model in a form, refitted on TRIED_ON; measured once."""

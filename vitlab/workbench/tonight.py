@@ -19,12 +19,13 @@ from vitlab.runtime.files import atomic_write, read_json, require
 from vitlab.runtime.kinds import ClassMap, Count, Data, Gmacs, MacsRatio, Minutes, Names, Natural, Ratios, Run
 from vitlab.workbench.calibrating import warn_of_few
 from vitlab.workbench.cutting import limit_of
-from vitlab.workbench.gathered import FISHER_COST, FISHER_IMAGES, TOKEN_COST, TOKEN_IMAGES, moments_cost
+from vitlab.workbench.forwards import FISHER_COST, TOKEN_COST, elimination_cost, moments_cost, refit_cost, solves_cost
+from vitlab.workbench.gathered import FISHER_IMAGES, TOKEN_IMAGES
 from vitlab.workbench.offers import OFFERS, Offer, best_offer, offers_figure, worth_of, write_offers  # noqa: F401 - its own face
 from vitlab.workbench.pace import Pace, images_per_second
 from vitlab.workbench.searching import PLAN
 from vitlab.workbench.steps import open_dense
-from vitlab.workbench.survey import DEPLOYED, RATIOS, REFIT_COST, RULES, SINGLE, TRAINED, TRIED_ON, Survey  # noqa: F401 - its own face
+from vitlab.workbench.survey import DEPLOYED, RATIOS, RULES, SINGLE, TRAINED, TRIED_ON, Survey  # noqa: F401 - its own face
 
 MACS_RATIO = 0.6                                # the budget where none is given
 NEAR = 0.02                                     # offers at ratios as near to the budget as that would say the same
@@ -43,18 +44,15 @@ def stages_of(survey: Survey, rules: Sequence[str], budgets: int, evaluations: i
               ratio: float) -> dict[str, float]:
     """What each stage costs, about, in forwards of one image through the dense model."""
     shape, images, report, fitted = survey.shape, *(survey.parts.roles[role] for role in ("choose", "report", "score"))
-    forward = 1e9 * cost.gmacs(CompressionPlan.empty(shape))
-    elimination = 18 * shape.depth * (shape.num_neurons ** 3 + shape.embed_dim ** 3) / forward
-    kept = 0.7 * shape.num_neurons              # about, where one of many ridges is chosen
-    solves = 72 * shape.depth * (kept ** 3 / 3 + 4 * shape.embed_dim * kept ** 2) / forward
-    evaluation = images * ratio + solves / 24                   # is refitted once, by the dense model's moments
-    return {SCORES: fitted * moments_cost(shape) + min(fitted, FISHER_IMAGES) * FISHER_COST
-            + min(fitted, TOKEN_IMAGES) * TOKEN_COST * survey.by_place(rules) + elimination,
+    solves = solves_cost(shape) / 24            # of a model refitted once, by the dense model's moments
+    evaluation = images * ratio + solves
+    return {SCORES: fitted * moments_cost(shape) + survey.first(FISHER_IMAGES) * FISHER_COST
+            + survey.first(TOKEN_IMAGES) * TOKEN_COST * survey.by_place(rules) + elimination_cost(shape),
             CURVES: survey.cuts(rules) * images * 0.55,
-            OFFERED: budgets * len(rules) * (images + report + solves / 24) * 0.65,
+            OFFERED: budgets * len(rules) * (images + report + solves) * 0.65,
             **({SEARCH: evaluations * evaluation} if evaluations else {}),
-            COMPARED: (1 + 2 * finalists) * (min(fitted, TRIED_ON) * REFIT_COST + solves),
-            REFIT: fitted * REFIT_COST + solves}
+            COMPARED: (1 + 2 * finalists) * refit_cost(shape, survey.first(TRIED_ON)),
+            REFIT: refit_cost(shape, fitted)}
 
 
 def _amounts(path: Path, asked: dict[str, Any], shrink: bool) -> dict[str, int]:
