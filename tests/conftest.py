@@ -152,7 +152,8 @@ def select_layout(request) -> str:
 
 @pytest.fixture
 def random_plan():
-    """random_plan(shape, layout, seed, shrink=True): token rules by layout; heads and neurons at random."""
+    """random_plan(shape, layout, seed, shrink=True): token rules by layout, none in the blocks after it; heads and
+    neurons at random."""
     def make(shape: ViTShape, layout: str, seed: int = 0, shrink: bool = True) -> CompressionPlan:
         chance = random.Random(seed)
         others = [shape.num_patches]        # that enter the next block, prefix tokens not counted
@@ -170,7 +171,7 @@ def random_plan():
                 return None
             return tuple(sorted(chance.sample(range(count), chance.randint(1, count))))
         blocks = [BlockPlan(heads=kept(shape.num_heads), neurons=kept(shape.num_neurons), tokens=make_rule[letter]())
-                  for letter in layout]
+                  for letter in layout.ljust(shape.depth, "-")]
         for index in range(len(blocks)):
             more = len(layout[index + 1:]) - len(layout[index + 1:].lstrip("."))
             if more and layout[index] != ".":

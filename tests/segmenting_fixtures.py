@@ -8,7 +8,7 @@ from vitlab.data.layouts import IGNORE
 from vitlab.data.scene_data import SceneData, Scenes
 from vitlab.models import shape_of
 from vitlab.models.checkpoint import Checkpoint
-from vitlab.models.segmenter import Segmenter, as_encoder, with_queries
+from vitlab.models.segmenter import Segmenter, as_encoder
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.rules import Match
 
@@ -23,9 +23,8 @@ def small(decoder: str = "mask_transformer", seed: int = 0, num_classes: int = C
         torch.manual_seed(seed)
         if decoder == "queries":
             args = {"depth": 1, "queries": 7, **args}
-            model = with_queries(tiny(seed=seed, img_size=img_size, depth=2 + args["depth"]), num_classes, **args)
-        else:
-            model = Segmenter(as_encoder(tiny(seed=seed, img_size=img_size)), num_classes, decoder, **args)
+        depth = 2 + (args["depth"] if decoder == "queries" else 0)
+        model = Segmenter(as_encoder(tiny(seed=seed, img_size=img_size, depth=depth)), num_classes, decoder, **args)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.decoder.parameters():
@@ -54,14 +53,15 @@ def batches(sizes: tuple[int, ...] = (3, 2), size: tuple[int, int] = SIZE,
 
 def units_plan(model: Segmenter) -> CompressionPlan:
     """A head and half of the neurons cut in each block."""
-    return CompressionPlan(shape=shape_of(model),
-                           blocks=tuple(BlockPlan(heads=(0, 2), neurons=tuple(range(i, 96, 2))) for i in range(2)))
+    return CompressionPlan(shape=shape_of(model), blocks=tuple(
+        BlockPlan(heads=(0, 2), neurons=tuple(range(i % 2, 96, 2))) for i in range(len(model.blocks))))
 
 
 def match_plan(model: Segmenter) -> CompressionPlan:
-    """Tokens merged by content, in both blocks."""
-    return CompressionPlan(shape=shape_of(model),
-                           blocks=(BlockPlan(tokens=Match(merged=4)), BlockPlan(tokens=Match(merged=3))))
+    """Tokens merged by content, in both blocks before queries."""
+    shape = shape_of(model)
+    return CompressionPlan(shape=shape, blocks=(BlockPlan(tokens=Match(merged=4)), BlockPlan(tokens=Match(merged=3)),
+                                                *[BlockPlan()] * (shape.depth - 2)))
 
 
 def opened(model: torch.nn.Module, plan: CompressionPlan | None = None, **info) -> Checkpoint:

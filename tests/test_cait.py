@@ -12,7 +12,7 @@ from vitlab.measure.capture import attention_maps, token_scores
 from vitlab.measure.latency import measure_table
 from vitlab.models import compress, deploy, shape_of
 from vitlab.models.attention import OwnAttention, attention_as
-from vitlab.models.segmenter import Segmenter, as_encoder, with_queries
+from vitlab.models.segmenter import Segmenter, as_encoder
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.cost import counts_of
 from vitlab.plan.rules import Match, MergeReconstruct, ReadOut, Select, SharedUpdate
@@ -160,5 +160,5 @@ def test_a_segmenter_has_no_class_tokens_and_gives_every_patch_a_class():
     check_cost(deploy(model), plan, x)
     features = dense.encoder.norm(dense.encoder.blocks(dense.encoder.patch_embed(x) + dense.encoder.pos_embed))
     assert near(dense.patch_logits(x).flatten(2).mT, dense.decoder(features), ROUNDING)
-    asked = with_queries(cait(), 5, queries=3).eval()
+    asked = Segmenter(as_encoder(cait()), 5, "queries", queries=3).eval()
     check_cost(asked, CompressionPlan.empty(shape_of(asked)), x)

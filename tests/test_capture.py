@@ -57,7 +57,7 @@ def scores_slowly(model, batches, absolute: str) -> list[list[float]]:
     """A1 in loops. "image": the mean over images, each by itself, of | sum over h, i of G * A | / (H N). "batch": of
     each batch's mean loss | sum over b, h, i of G * A | / (B H N), summed over batches, each weighing its images over
     those of the mean batch."""
-    depth, prefix = len(model.blocks), model.num_prefix_tokens
+    depth, prefix, patches = len(model.blocks), model.num_prefix_tokens, model.patch_embed.num_patches
     images = sum(len(x) for x, _ in batches)
     if absolute == "image":
         batches = [(x[b:b + 1], y[b:b + 1]) for x, y in batches for b in range(len(x))]
@@ -77,8 +77,8 @@ def scores_slowly(model, batches, absolute: str) -> list[list[float]]:
                 for a_row, g_row in zip(attention.tolist(), attention.grad.tolist()):
                     for j in range(n):
                         column[j] += g_row[j] * a_row[j]
-            total = [[0.0] * (n - prefix) for _ in range(depth)] if total is None else total
-            for j in range(prefix, n):
+            total = [[0.0] * patches for _ in range(depth)] if total is None else total
+            for j in range(prefix, prefix + patches):           # queries that joined come after these
                 share = 1 / images if absolute == "image" else len(x) / mean_batch / mean_batch
                 total[layer][j - prefix] += share * abs(column[j]) / (heads * n)
     model.zero_grad()

@@ -415,7 +415,9 @@ def test_a_segmenter_is_measured_with_its_decoder_on_the_whole_grid_and_its_plan
     model = small(decoder)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     table = latency_table(model, cache=tmp_path, **FAST)
-    assert [axis.tolist() for axis in table.axes["head"]] == [[16]]             # the decoder sees every token
+    queries = table.shape.queries
+    assert [axis.tolist() for axis in table.axes["head"]] == [[16 + queries]]   # the decoder sees every token
+    assert table.axes["mlp"][0][-1] == table.axes["attention"][0][-1] == 16 + queries
     for plan in (CompressionPlan.empty(table.shape), units_plan(model), match_plan(model), token_plan(model),
                  full_plan(model), token_plan(model, share=True, prune_rate=0.0)):
         parts = table.by_part(counts_of(plan))

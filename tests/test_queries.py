@@ -1,7 +1,10 @@
 """A decoder by queries against slow loops from its formula; cut, stored and deployed as every Segmenter is."""
+import copy
+import dataclasses
 import json
 import math
 import random
+import re
 
 import pytest
 import timm
@@ -9,21 +12,32 @@ import torch
 import torch.nn.functional as F
 from comparing import disturb_matrices, relative
 from conftest import random_rule
-from segmenting_fixtures import given, masks, match_plan, opened, pictures, small, units_plan
+from segmenting_fixtures import SIZE, given, masks, match_plan, opened, pictures, small, units_plan
 from test_segmenter import numbers, segmenter  # noqa: F401
 from training_fixtures import tiny
 
+from vitlab.criteria.planning import prune_and_merge
+from vitlab.criteria.units import UNIT_CRITERIA
+from vitlab.measure.capture import TOKEN_CRITERIA, attention_maps, attention_spans, token_scores
+from vitlab.measure.moments import each_moments
+from vitlab.measure.rollout import token_shares
+from vitlab.measure.units import unit_scores
 from vitlab.models import checkpoint, compress, deploy, shape_of
 from vitlab.models.create import set_norm_eps
-from vitlab.models.segmenter import Segmenter, as_encoder, with_queries
-from vitlab.plan import BlockPlan, CompressionPlan, tokens
+from vitlab.models.segmenter import Segmenter, as_encoder
+from vitlab.plan import BlockPlan, CompressionPlan, cost, tokens
 from vitlab.plan.rules import Match
+from vitlab.plan.shape import ViTShape
 from vitlab.runtime.files import InputError
-from vitlab.workbench import segmenting
+from vitlab.search import SearchSpace
+from vitlab.search.token_dimensions import TOKEN_DIMENSIONS
+from vitlab.training.compensate import compensate, layers_to_refit
+from vitlab.training.gradual import partial_plan
+from vitlab.workbench import comparing, segmenting
 
 SAME = 1e-4             # two float32 orders of the same sums
 EXACT = 1e-9            # float64: only the order of the sums differs
-JOINED = 2              # blocks with queries, and queries, of the segmenters made here
+JOINED = 2              # blocks with queries, of 7, and queries, of the segmenters made here
 QUERIES = 7
 
 
@@ -55,41 +69,57 @@ def doubled(x: torch.Tensor, state: dict, name: str) -> torch.Tensor:
 
 
 @torch.no_grad()
-def slow_logits(whole: torch.nn.Module, model: Segmenter, image: torch.Tensor) -> torch.Tensor:
-    """(K, 4 h, 4 w) of one image (1, 3, H, W), by the blocks of the whole timm model and the formula of each query."""
-    state, grid = model.decoder.state_dict(), whole.patch_embed.grid_size
+def slow_answers(whole: torch.nn.Module, model: Segmenter, image: torch.Tensor) -> list[list[tuple]]:
+    """Of each query, as it enters each block that it is in and at the end, the logits of its classes (K + 1) and of its
+    mask (4 h, 4 w): of one image (1, 3, H, W), by the blocks of the whole timm model and the formula of each query."""
+    state, grid, found = model.decoder.state_dict(), whole.patch_embed.grid_size, []
+    joins, = [value for name, value in model.state_dict().items() if name.endswith("join.queries")]
+
+    def look(x: torch.Tensor) -> None:
+        x = (whole.fc_norm if isinstance(whole.norm, torch.nn.Identity) else whole.norm)(x)[0]
+        asked, cells = x[:QUERIES], x[-grid[0] * grid[1]:].reshape(*grid, -1)
+        for step in (0, 1):
+            cells = doubled(cells, state, f"upscale.{step}")
+        found.append([])
+        for query in asked:
+            hidden = query
+            for layer in (0, 2, 4):
+                hidden = state[f"mask_head.{layer}.weight"] @ hidden + state[f"mask_head.{layer}.bias"]
+                hidden = gelu(hidden) if layer < 4 else hidden
+            found[-1].append((state["class_head.weight"] @ query + state["class_head.bias"], cells @ hidden))
     x = whole.norm_pre(whole._pos_embed(whole.patch_embed(image)))
     for number, block in enumerate(whole.blocks):
         if number == len(whole.blocks) - JOINED:
-            x = torch.cat([x, state["queries"]], dim=1)         # at the end: their place does not matter
+            x = torch.cat([joins, x], dim=1)                    # at the beginning: their place does not matter
+        if number >= len(whole.blocks) - JOINED:
+            look(x)
         x = block(x)
-    x = layer_norm(x[0], {**state}, "norm")
-    asked, cells = x[-QUERIES:], x[:-QUERIES][-grid[0] * grid[1]:].reshape(*grid, -1)
-    for step in (0, 1):
-        cells = doubled(cells, state, f"upscale.{step}")
-    scores = torch.zeros(model.num_classes, *cells.shape[:2], dtype=x.dtype)
-    for query in asked:
-        classes = (state["class_head.weight"] @ query + state["class_head.bias"]).exp()
-        hidden = query
-        for layer in (0, 2, 4):
-            hidden = state[f"mask_head.{layer}.weight"] @ hidden + state[f"mask_head.{layer}.bias"]
-            hidden = gelu(hidden) if layer < 4 else hidden
-        mask = 1 / (1 + (-(cells @ hidden)).exp())
-        for k in range(model.num_classes):
-            scores[k] += classes[k] / classes.sum() * mask
+    look(x)
+    return found
+
+
+def slow_logits(answers: list[tuple]) -> torch.Tensor:
+    """(K, 4 h, 4 w) of what the queries of one image say."""
+    scores = torch.zeros(len(answers[0][0]) - 1, *answers[0][1].shape, dtype=answers[0][1].dtype)
+    for classes, mask in answers:
+        for k in range(len(scores)):
+            scores[k] += classes[k].exp() / classes.exp().sum() / (1 + (-mask).exp())
     return scores.log()
 
 
 def test_every_family_gives_what_its_own_blocks_say_with_queries_among_their_tokens(tiny_vit, segmenter,  # noqa: F811
                                                                                     family):
     model, whole = segmenter(family, "queries").double(), tiny_vit(family, depth=7).double()
-    for number in range(JOINED):                                # the fixture disturbs the decoder, its blocks, too
-        whole.blocks[5 + number].load_state_dict(model.decoder.blocks[number].state_dict())
     image = numbers(1, 3, *model.img_size).double()
     with torch.inference_mode():
-        found = model.patch_logits(image)[0]
+        found, answers = model.patch_logits(image)[0], model(image, answers=True)
         pixels = model(image[:, :, :-5, :-3])
-    assert relative(found, slow_logits(whole, model, image)) < EXACT
+    wanted = slow_answers(whole, model, image)
+    assert relative(found, slow_logits(wanted[-1])) < EXACT
+    assert len(answers) == len(wanted) == JOINED + 1
+    for (classes, cells), each in zip(answers, wanted):
+        for of_all, of_each in ((classes, [query[0] for query in each]), (cells, [query[1] for query in each])):
+            assert relative(of_all[0], torch.stack(of_each)) < EXACT
     assert pixels.shape == (1, 5, model.img_size[0] - 5, model.img_size[1] - 3)
     wide = F.pad(image[:, :, :-5, :-3], (0, 3, 0, 5))
     with torch.inference_mode():
@@ -99,28 +129,37 @@ def test_every_family_gives_what_its_own_blocks_say_with_queries_among_their_tok
 
 def test_the_last_blocks_and_the_last_norm_are_the_models_own():
     model = tiny(depth=4)
-    found = with_queries(model, 5, depth=3)
-    assert len(found.blocks) == 1 and found.decoder_depth == 3 and found.decoder.queries.shape == (1, 100, 24)
-    for own, block in zip(found.decoder.blocks, model.blocks[1:]):
-        assert all(torch.equal(value, own.state_dict()[name]) for name, value in block.state_dict().items())
-    assert torch.equal(found.decoder.norm.weight, model.norm.weight)
-    assert isinstance(found.encoder.norm, torch.nn.Identity)
-    assert len(model.blocks) == 4 and isinstance(model.norm, torch.nn.LayerNorm)        # which stays as it was
+    found = Segmenter(as_encoder(model), 5, "queries")
+    assert len(found.blocks) == 4 and found.decoder_depth == 3 and found.blocks[1].join.queries.shape == (1, 100, 24)
+    for name, value in model.state_dict().items():
+        assert name.startswith("head.") or torch.equal(value, found.encoder.state_dict()[name])
+    assert set(found.encoder.state_dict()) - set(model.state_dict()) == {"blocks.1.join.queries"}
+    # none of the model's own parameters decays, or learns, otherwise than before; queries are of the decoder
+    assert "encoder.blocks.1.join.queries" in found.no_weight_decay()
+    group = found.group_matcher()["blocks"][0][0]
+    assert re.match(group, "encoder.blocks.1.mlp.fc1.weight") and not re.match(group, "encoder.blocks.1.join.queries")
+    assert cost.params(found)["decoder"] == sum(p.numel() for p in found.decoder.parameters()) + 100 * 24
 
 
-@pytest.mark.parametrize("kind", ["merge", "share", "match", "units"])
-def test_what_comes_before_the_queries_is_cut_and_deployed_as_ever(segmenter, kind, random_plan):  # noqa: F811
+def with_tokens(shape: ViTShape, kind: str) -> CompressionPlan:
+    """Units cut in every block, and tokens by a rule in those before queries join."""
+    chance = random.Random(0)
+    rules = {"share": [tokens.shared(random_rule(shape.num_patches, chance)) for _ in range(5)],
+             "merge": [random_rule(shape.num_patches, chance) if i in (0, 3, 4) else None for i in range(5)],
+             "span": [None, None, dataclasses.replace(random_rule(shape.num_patches, chance), span=3), None, None],
+             "match": [Match(merged=merged) for merged in (4, 0, 2, 0, 1)], "units": [None] * 5}[kind]
+    units = [BlockPlan(heads=(i % shape.num_heads,), neurons=tuple(range(i, shape.num_neurons, 3)),
+                       qk_width=None if i % 2 else shape.head_dim - 1) for i in range(5 + JOINED)]
+    return CompressionPlan(shape=shape, blocks=tuple(
+        dataclasses.replace(block, tokens=rule) for block, rule in zip(units, rules + [None] * JOINED)))
+
+
+@pytest.mark.parametrize("kind", ["merge", "span", "share", "match", "units"])
+def test_units_of_every_block_and_tokens_before_the_queries_are_cut_and_deployed(segmenter, kind):  # noqa: F811
     model = segmenter("deit", "queries")
     shape = shape_of(model)
-    assert shape.depth == 5 and shape.decoder_depth == 2 and shape.queries == 7
-    if kind == "merge":
-        plan = random_plan(shape, "m0-mm", seed=3)
-    else:
-        blocks = {"share": [BlockPlan(tokens=tokens.shared(random_rule(shape.num_patches, random.Random(i))))
-                            for i in range(5)],
-                  "match": [BlockPlan(tokens=Match(merged=merged)) for merged in (4, 0, 2, 0, 1)],
-                  "units": [BlockPlan(heads=(1,), neurons=(0, 2, 3))] * 2 + [BlockPlan()] * 3}
-        plan = CompressionPlan(shape=shape, blocks=tuple(blocks[kind]))
+    assert (shape.depth, shape.decoder_depth, shape.queries, shape.before_queries) == (7, JOINED, QUERIES, 5)
+    plan = with_tokens(shape, kind)
     made = compress(model, plan)
     disturb_matrices(made)
     x = numbers(2, 3, *model.img_size)
@@ -129,19 +168,127 @@ def test_what_comes_before_the_queries_is_cut_and_deployed_as_ever(segmenter, ki
     assert found.shape == dense.shape and relative(fast, found) < SAME and relative(found, dense) > 100 * SAME
     for name, value in model.decoder.state_dict().items():
         assert torch.equal(value, made.decoder.state_dict()[name])
+    # the last answers are those that the logits are of, and a compressed model learns by all of them
+    answers = made(x, answers=True)
+    assert len(answers) == JOINED + 1 and answers[0][1].requires_grad
+    scores = answers[-1][0].softmax(dim=2)[:, :, :-1].mT @ answers[-1][1].sigmoid().flatten(2)
+    assert relative(scores.log().detach(), made.patch_logits(x).detach().flatten(2)) < SAME
 
 
-def test_a_plan_for_all_blocks_of_the_model_is_refused():
-    whole = tiny(depth=3)
-    with pytest.raises(InputError, match=r"depth 2 .plan: 3."):
-        compress(small("queries"), CompressionPlan.empty(shape_of(whole)))
+def test_tokens_stay_where_queries_have_joined():
+    model = small("queries")
+    shape, plain = shape_of(model), shape_of(tiny(depth=3, img_size=SIZE))
+    scores = torch.rand(3, shape.num_patches, generator=torch.Generator().manual_seed(0))
+    free = prune_and_merge(scores, shape, keep_rate=0.5)
+    assert [block.tokens is None for block in free.blocks] == [False, False, True]
+    for plan in (prune_and_merge(scores, plain, keep_rate=0.5),
+                 CompressionPlan(shape=plain, blocks=(BlockPlan(tokens=Match(merged=2)),) * 3)):
+        with pytest.raises(InputError, match="^block 2: tokens can't be cut here: queries have joined them, and their "
+                                             "masks need every patch; null is needed$"):
+            compress(model, plan)
+    rule = dataclasses.replace(free.blocks[1].tokens, span=2)
+    with pytest.raises(InputError, match="block 1: tokens stay merged for 2 blocks from here, but 1 is left"):
+        CompressionPlan(shape=shape, blocks=(BlockPlan(), BlockPlan(tokens=rule), BlockPlan()))
+    with pytest.raises(InputError, match="span 1-2: its blocks must lie from 0 to 1"):
+        prune_and_merge(scores, shape, spans=[(1, 2, 0.5)])
+    with pytest.raises(InputError, match="shape.decoder_depth is 3; of 3 blocks the last 1 to 2 can have queries"):
+        dataclasses.replace(shape, decoder_depth=3)
+
+
+def test_what_makes_plans_of_tokens_leaves_the_blocks_with_queries(segmenter):  # noqa: F811
+    model = segmenter("deit", "queries")
+    shape = shape_of(model)
+    scores = torch.rand(7, shape.num_patches, generator=torch.Generator().manual_seed(0)) + 0.1
+    weights = unit_scores(model, (), criterion="weight")
+    made = segmenting.plans_at(scores, shape, 0.5)
+    made |= {f"part of {name}": partial_plan(made[name], 0.5, weights) for name in made if "merging" not in name}
+    made |= {str(block): comparing._match_in(shape, block, 0.3) for block in range(5)}
+    for name, plan in made.items():
+        cut = [block.tokens is not None for block in plan.blocks]
+        assert any(cut[:5]) and not any(cut[5:]), name
+        assert cost.gmacs(plan) < cost.gmacs(CompressionPlan.empty(shape))
+        assert compress(model, plan)(numbers(1, 3, *model.img_size)).isfinite().all()
+    # half of the blocks whose tokens are cut, the last ones
+    assert [block.tokens is not None for block in made["part of shared updates"].blocks] == [False] * 2 + [True] * 3 + [
+        False] * 2
+
+
+@pytest.mark.parametrize("name", list(TOKEN_DIMENSIONS))
+def test_a_search_cuts_units_of_all_blocks_and_tokens_of_those_before(segmenter, name):  # noqa: F811
+    model = segmenter("deit", "queries")
+    shape = shape_of(model)
+    if name.startswith("select"):
+        return
+    space = SearchSpace(shape=shape, units=("neurons", "heads", "widths"), tokens=name, max_ratio=0.6)
+    for unit in space.units:
+        assert [f"{unit} {block}" in space.names for block in range(8)] == [True] * 7 + [False]
+    chance = torch.Generator().manual_seed(0)
+    scores = {"heads": torch.rand(7, shape.num_heads, generator=chance),
+              "neurons": torch.rand(7, shape.num_neurons, generator=chance),
+              "tokens": torch.rand(7, shape.num_patches, generator=chance) + 0.1}
+    policy = torch.rand(space.size, generator=chance).numpy() * 0.6
+    plan = space.plan(policy, **scores)
+    assert (name == "none") == all(block.tokens is None for block in plan.blocks)
+    assert space.gmacs(policy)[0] == pytest.approx(cost.gmacs(plan))
+    assert compress(model, plan)(numbers(1, 3, *model.img_size)).isfinite().all()
+    if name in ("none", "match_per_block", "share"):
+        assert space.keys(space.policy(plan)[None]) == space.keys(policy)
+
+
+def test_compensation_refits_blocks_with_queries_too(segmenter):  # noqa: F811
+    model = segmenter("deit", "queries")
+    plan = with_tokens(shape_of(model), "units")
+    images = [(numbers(6, 3, *model.img_size, seed=i), None) for i in range(4)]
+    with torch.inference_mode():
+        wanted = model.patch_logits(images[0][0]).log_softmax(dim=1)
+        far = [float((made.patch_logits(images[0][0]).log_softmax(dim=1) - wanted).abs().mean()) for made in (
+            compress(model, plan), compensate(model, plan, images, progress=False),
+            compensate(model, plan, images, progress=False, moments=dict(each_moments(model, images))))]
+    assert max(far[1:]) < 0.9 * far[0]
+    assert layers_to_refit(plan, every=False) == [(i, kind) for i in range(7) for kind in ("heads", "neurons")]
+
+
+def test_scores_of_tokens_and_heads_are_of_the_image_alone(segmenter):  # noqa: F811
+    model = segmenter("deit", "queries")
+    shape, x = shape_of(model), numbers(3, 3, *model.img_size)
+    labels = torch.randint(5, (3, *model.img_size), generator=torch.Generator().manual_seed(0))
+    for criterion in TOKEN_CRITERIA:
+        assert token_scores(model, [(x, labels)], criterion=criterion, progress=False).shape == (7, shape.num_patches)
+    for criterion in UNIT_CRITERIA:
+        found = unit_scores(model, [(x, labels)], criterion=criterion, progress=False)
+        assert found.heads.shape == (7, shape.num_heads) and found.heads.isfinite().all()
+        assert found.neurons.shape == (7, shape.num_neurons) and found.neurons.isfinite().all()
+    maps = attention_maps(model, x)
+    assert maps.shape == (7, 3, shape.num_heads, shape.num_tokens, shape.num_tokens)
+    assert torch.allclose(maps[:5].sum(dim=-1), torch.ones(()), atol=SAME)
+    assert (maps[5:].sum(dim=-1) < 1 - SAME).all()             # queries have a part
+    assert all(each.shape == (7, shape.num_heads) for each in attention_spans(model, [(x, labels)], progress=False))
+    # rollout: what queries have a part in is left out, and shares sum to 1
+    shares = token_shares(model, x)
+    assert shares.shape == (3, shape.num_tokens, shape.num_tokens)
+    assert torch.allclose(shares.sum(dim=2), torch.ones(()), atol=SAME)
+
+
+@pytest.mark.parametrize("block", [5, 6])
+def test_masked_heads_and_neurons_of_a_block_with_queries_equal_cut_ones(segmenter, block):  # noqa: F811
+    model = segmenter("deit", "queries").double()
+    shape, x = shape_of(model), numbers(2, 3, *model.img_size).double()
+    heads, neurons = (1,), tuple(range(0, shape.num_neurons, 3))
+    blocks = [BlockPlan(heads=heads, neurons=neurons) if i == block else BlockPlan() for i in range(7)]
+    masked, d = copy.deepcopy(model), shape.head_dim
+    with torch.no_grad():                       # what a unit that goes gives is nothing
+        gone = [h * d + i for h in range(shape.num_heads) if h not in heads for i in range(d)]
+        masked.blocks[block].attn.proj.weight[:, gone] = 0
+        masked.blocks[block].mlp.fc2.weight[:, [m for m in range(shape.num_neurons) if m not in neurons]] = 0
+        found = compress(model, CompressionPlan(shape=shape, blocks=tuple(blocks)))(x)
+        assert relative(found, masked(x)) < EXACT and relative(found, model(x)) > SAME
 
 
 @pytest.mark.parametrize("make_plan", [CompressionPlan.empty, units_plan, match_plan])
 def test_a_stored_one_is_rebuilt_in_both_forms_with_its_norms_epsilon(tmp_path, make_plan):
     whole = tiny(depth=3, img_size=(24, 40))
     set_norm_eps(whole, 1e-5)
-    dense = with_queries(whole, 5, depth=1, queries=3).eval()
+    dense = Segmenter(as_encoder(whole), 5, "queries", depth=1, queries=3).eval()
     plan = make_plan(shape_of(dense)) if make_plan == CompressionPlan.empty else make_plan(dense)
     for form in (lambda model: model, deploy):
         model = form(compress(dense, plan)).eval()
@@ -149,12 +296,12 @@ def test_a_stored_one_is_rebuilt_in_both_forms_with_its_norms_epsilon(tmp_path, 
         with torch.inference_mode():
             assert torch.equal(found.model(x), model(x))
         assert found.plan == plan and found.plan.shape.queries == 3
-        norms = [*found.model.encoder.modules(), *found.model.decoder.blocks.modules(), found.model.decoder.norm]
-        assert {norm.eps for norm in norms if isinstance(norm, torch.nn.LayerNorm)} == {1e-5}
+        norms = [norm for norm in found.model.encoder.modules() if isinstance(norm, torch.nn.LayerNorm)]
+        assert len(norms) == 7 and {norm.eps for norm in norms} == {1e-5}
 
 
 @pytest.mark.parametrize("name, value, says", [
-    ("queries", 0, "args is"), ("queries", 8, r"decoder.queries is \(1, 7, 24\)"), ("drop", 0.1, "queries: .*drop"),
+    ("queries", 0, "args is"), ("queries", 8, r"join.queries is \(1, 7, 24\)"), ("drop", 0.1, "queries: .*drop"),
     ("depth", 10 ** 6, "args is")])
 def test_a_damaged_file_is_refused_by_name(tmp_path, name, value, says):
     model = small("queries")
@@ -172,15 +319,15 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, name, value, says):
 def test_attention_that_knows_places_is_refused(name, args):
     model = timm.create_model(name, depth=3, embed_dim=24, num_heads=2, **args)
     with pytest.raises(InputError, match="queries have no place"):
-        with_queries(model, 5, depth=1)
+        Segmenter(as_encoder(model), 5, "queries", depth=1)
 
 
 @pytest.mark.parametrize("args, says", [({"depth": 3}, "queries in the last 3 of 3 blocks"),
                                         ({"depth": 0}, "queries in the last 0 of 3 blocks"),
-                                        ({"depth": 1, "queries": 0}, "0 queries in 1 blocks")])
+                                        ({"depth": 1, "queries": 0}, "0 queries in the last 1 of 3 blocks")])
 def test_queries_that_cant_be_are_refused(args, says):
     with pytest.raises(InputError, match=says):
-        with_queries(tiny(depth=3), 5, **args)
+        Segmenter(as_encoder(tiny(depth=3)), 5, "queries", **args)
     with pytest.raises(InputError, match="decoder queries: .*drop"):
         Segmenter(as_encoder(tiny(depth=3)), 5, "queries", drop=0.1)
 

@@ -16,7 +16,7 @@ from timm.optim import create_optimizer_v2
 from vitlab.models import compress, deploy, shape_of
 from vitlab.models.create import architecture, rebuild
 from vitlab.models.decoders import DECODERS, MaskTransformer
-from vitlab.models.segmenter import Segmenter, as_encoder, with_queries
+from vitlab.models.segmenter import Segmenter, as_encoder
 from vitlab.models.windows import segment, slide, windows
 from vitlab.plan import BlockPlan, CompressionPlan, cost, tokens
 from vitlab.plan.rules import Match, ReadOut, Select
@@ -46,7 +46,8 @@ def segmenter(tiny_vit):
     start; 7 queries in two blocks more."""
     def make(family: str, decoder: str = "mask_transformer", **args) -> Segmenter:
         if decoder == "queries":
-            model = with_queries(tiny_vit(family, **{"depth": DEPTH + 2, **args}), 5, depth=2, queries=7)
+            model = Segmenter(as_encoder(tiny_vit(family, **{"depth": DEPTH + 2, **args})), 5, "queries", depth=2,
+                              queries=7)
         else:
             model = Segmenter(as_encoder(tiny_vit(family, **args)), 5, decoder)
         disturb(model.decoder)

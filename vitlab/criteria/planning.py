@@ -23,13 +23,14 @@ def prune_and_merge(scores: Tensor, shape: ViTShape, *, rule: str = "center", ke
     merged and reconstructed by matrices. spans: (first block, last block, keep rate) each, ascending, both blocks
     included, instead of keep_rate: tokens are merged before the first, stay merged, and are reconstructed after the
     last; pruned ones skip the whole span. Scores are the means of the span's normalised ones, with thresholds of its
-    own; in blocks outside spans all tokens stay. keep_rate=1 with prune_rate=0 gives the plan that cuts nothing. Raises
-    InputError for values out of range.
+    own; in blocks outside spans all tokens stay, as in those that queries join. keep_rate=1 with prune_rate=0 gives the
+    plan that cuts nothing. Raises InputError for values out of range.
     """
     require(tuple(scores.shape) == (shape.depth, shape.num_patches), f"token scores are {tuple(scores.shape)}; the "
             f"model has {shape.depth} blocks of {shape.num_patches} patches")
-    decay = tokens.decay_of(rule, shape.depth) if decay is None else decay
-    normal = tokens.normalise_scores(scores, decay)                             # (A2)
+    depth = shape.before_queries
+    decay = tokens.decay_of(rule, depth) if decay is None else decay
+    normal = tokens.normalise_scores(scores[:depth], decay)                     # (A2)
 
     def rules_of(scores: Tensor, keep_rate: float) -> list[MergeReconstruct | None]:
         """Of blocks that share thresholds (A3, A4): scores (L, n)."""
@@ -42,13 +43,14 @@ def prune_and_merge(scores: Tensor, shape: ViTShape, *, rule: str = "center", ke
     else:
         require(keep_rate is None, f"keep_rate is {keep_rate}, but each span has its own; one of the two is needed")
         require(not share, "regions share the update of one block; spans, which stay merged, need share off")
-        tokens.check_spans(spans, shape.depth)
-        rules = [None] * shape.depth
+        tokens.check_spans(spans, depth)
+        rules = [None] * depth
         for first, last, rate in spans:
             with named(f"span {first}-{last}"):
                 made, = rules_of(normal[first:last + 1].mean(dim=0, keepdim=True), rate)
             rules[first] = made and dataclasses.replace(made, span=last + 1 - first)
     blocks = [BlockPlan(tokens=tokens.shared(merged) if share else merged) for merged in rules]
+    blocks += [BlockPlan()] * (shape.depth - depth)
     made_by = {"method": "prune_and_merge", "rule": rule,
                **({"keep_rate": keep_rate} if spans is None else {"spans": [list(span) for span in spans]}),
                "prune_rate": prune_rate, **({"boundary": boundary} if rule == "center" else {}), "weights": weights,

@@ -16,7 +16,7 @@ from vitlab.measure.averaging import Averages, Batches, averaged, begun, draws_o
 from vitlab.measure.distance import output_of
 from vitlab.models import attention_block, check_supported, is_merged, shape_of
 from vitlab.models.attention import KeyedAttention, OwnAttention, PrefixAttention, attention_as, token_weights
-from vitlab.models.ends import class_token, prefix_of
+from vitlab.models.ends import class_token, prefix_of, tokens_of
 from vitlab.models.held import Merged
 from vitlab.models.left_out import LeftOut
 from vitlab.models.match import MatchBlock
@@ -75,24 +75,25 @@ class ValueGradient:
 def _by_gradient(model: nn.Module, average: Callable[..., Averages], absolute: str) -> Scored:
     """Gradient-weighted attention   (A1)."""
     capture, each, output = ValueGradient(model, absolute), absolute == "image", output_of(model)
-    draws = draws_of_batches()
+    draws, patches = draws_of_batches(), slice(prefix_of(model), tokens_of(model))
 
     def step(images: Tensor, targets: Tensor) -> tuple[Tensor]:
         # No image's gradient depends on another's, so that of the summed losses holds each image's own.
         output.loss(model, images, targets, next(draws), each=each).backward()
-        scores = torch.stack([found / (heads * len(found))
-                              for found, heads in zip(capture.found, capture.heads)])           # (L, N)
+        scores = torch.stack([found[patches] / (heads * len(found))
+                              for found, heads in zip(capture.found, capture.heads)])           # (L, n)
         return (scores / len(images) if each else scores,)
     with seen(model, capture), torch.enable_grad():
         found = average(step, what="token scores")
-    scores = found.values[0][:, prefix_of(model):]
-    return (scores if each else scores * found.batches / found.batch), found.images
+    return found.values[0] * (1 if each else found.batches / found.batch), found.images
 
 
 def seen_attention(model: nn.Module, found: list, reduce: Callable[[Tensor], Tensor],
                    queries: int | None = None) -> contextlib.AbstractContextManager[None]:
     """Inside, found[l] becomes reduce(`token_weights` of block l (B, H, queries, N)), of the first `queries` tokens
-    (None: of all that ask) to every token; where the attention is left out it stays what it was."""
+    (None: of all of the image that ask) to every token; where the attention is left out it stays what it was."""
+    queries = tokens_of(model) if queries is None else queries
+
     def see(index: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         attn = attention_block(model.blocks[index]).attn
         found[index] = reduce(token_weights(attn, attn.logits(
@@ -105,25 +106,26 @@ def _by_class_attention(model: nn.Module, average: Callable[..., Averages], abso
     """The class token's attention, averaged over heads and images."""
     require(class_token(model), "the criterion class_attention needs a class token; the model has none: "
             "gradient and hsic need none")
-    rows: list[Any] = [None] * len(model.blocks)                                # (N) each, of the hooks
+    rows: list[Any] = [None] * len(model.blocks)                                # (n) each, of the hooks
 
     def step(images: Tensor, targets: Tensor) -> tuple[Tensor]:
         model(images)
-        return (torch.stack(rows),)                                             # (L, N)
+        return (torch.stack(rows),)                                             # (L, n)
     # The class token is the first of the prefix tokens in every supported family.
-    look = seen_attention(model, rows, lambda a: at_least_float32(a).mean(dim=(0, 1, 2)), queries=1)
+    patches = slice(prefix_of(model), tokens_of(model))
+    look = seen_attention(model, rows, lambda a: at_least_float32(a[..., patches]).mean(dim=(0, 1, 2)), queries=1)
     with look, torch.no_grad():
         found = average(step, what="token scores")
-    return found.values[0][:, prefix_of(model):], found.images
+    return found.values[0], found.images
 
 
 def _by_hsic(model: nn.Module, average: Callable[..., Averages], absolute: str) -> Scored:
     """Dependence of the output on what enters the block at each patch   (B1)."""
-    prefix, depth, output = prefix_of(model), len(model.blocks), output_of(model)
+    prefix, count, depth, output = prefix_of(model), tokens_of(model), len(model.blocks), output_of(model)
     kernels: list[Any] = [None] * depth                                         # (n, B, B) each, of the hooks
 
     def before(index: int, module: nn.Module, inputs: tuple) -> None:
-        kernels[index] = gaussian_kernels(inputs[0][:, prefix:].transpose(0, 1))            # X_j (B, D) -> (n, B, B)
+        kernels[index] = gaussian_kernels(inputs[0][:, prefix:count].transpose(0, 1))       # X_j (B, D) -> (n, B, B)
 
     def step(images: Tensor, targets: Tensor) -> tuple[Tensor]:
         given = output.dependent(output.raw(model, images))
@@ -191,12 +193,12 @@ def scored(model: nn.Module, batches: Batches, *, criterion: str, absolute: str,
 def attention_maps(model: nn.Module, images: Tensor) -> Tensor:
     """`token_weights` (L, B, H, N, N) of every block, for plots: images (B, channels, height, width).
 
-    Rows (queries) sum to 1. Computed beside the forward, in which fused attention stays on. Raises InputError for a
-    compressed model or a family that can't be handled.
+    Rows (queries) sum to 1, or less where learned queries that joined have a part. Computed beside the forward, in
+    which fused attention stays on. Raises InputError for a compressed model or a family that can't be handled.
     """
-    shape_of(model)
+    count = shape_of(model).num_tokens
     found: list[Any] = [None] * len(model.blocks)
-    with seen_attention(model, found, Tensor.cpu), frozen_eval(model):
+    with seen_attention(model, found, lambda a: a[..., :count].cpu()), frozen_eval(model):
         model(images.to(next(model.parameters()).device))
     return torch.stack(found)
 
@@ -216,7 +218,7 @@ def attention_spans(model: nn.Module, batches: Batches, *, device: str | torch.d
 
     def spans(attention: Tensor) -> Tensor:
         a = at_least_float32(attention)
-        patches = a[..., prefix:, prefix:]                                      # (B, H, n, n)
+        patches = a[..., prefix:, prefix:shape.num_tokens]                      # (B, H, n, n)
         distance = (patches * apart.to(a)).sum(dim=-1) / patches.sum(dim=-1)
         return torch.stack([each.mean(dim=(0, 2)) for each in (distance, torch.special.entr(a).sum(dim=-1))])
 

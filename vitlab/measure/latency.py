@@ -43,17 +43,17 @@ def grid_axes(shape: ViTShape) -> dict[str, tuple[np.ndarray, ...]]:
     def spread(low: int, high: int, count: int) -> np.ndarray:
         return np.unique(np.linspace(low, high, count).round().astype(np.int64))
     everything, tokens = shape.num_tokens, shape.cuts("tokens")
-    few = max(1, shape.num_prefix_tokens) if tokens else everything
-    count, rows = spread(few, everything, 6), spread(few, everything, 4)
+    few, most = max(1, shape.num_prefix_tokens) if tokens else everything, everything + shape.queries
+    count, rows = spread(few, most, 6), spread(few, everything, 4)
     heads = spread(1 if shape.cuts("heads") else shape.num_heads, shape.num_heads,
                    shape.num_heads if shape.num_heads <= 6 else 5)
     neurons = spread(1 if shape.cuts("neurons") else shape.num_neurons, shape.num_neurons, 5)
     whole = np.array([everything])
     seen = np.unique(in_attention(shape, counts_of(CompressionPlan.empty(shape)))[2]) if shape.windows else count
-    axes = {"stem": (whole,), "attention": (seen, heads), "mlp": (count, neurons),
-            "fold": (rows, rows), "carry": (rows,), "pool": (rows,), "head": (whole if shape.decoder else count,)}
+    axes = {"stem": (whole,), "attention": (seen, heads), "mlp": (count, neurons), "fold": (rows, rows),
+            "carry": (rows,), "pool": (rows,), "head": (whole + shape.queries if shape.decoder else count,)}
     if shape.cuts("widths") and shape.head_dim > 2:                             # linear in widths, as products are
-        axes["narrow"] = (spread(few, everything, 3), spread(heads[0], heads[-1], 2), spread(1, shape.head_dim - 1, 2))
+        axes["narrow"] = (spread(few, most, 3), spread(heads[0], heads[-1], 2), spread(1, shape.head_dim - 1, 2))
     if not tokens:
         return axes
     if shape.class_token and not shape.rotary and shape.num_patches > 1:        # one stays, one is left for the mean
@@ -106,10 +106,10 @@ def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]],
     shape = shape_of(model)
     prefix, dim, patches = shape.num_prefix_tokens, model.embed_dim, model.patch_embed
     looked = in_attention(shape, counts_of(CompressionPlan.empty(shape)))[2].tolist()
-    everything, like, also = int(axes["stem"][0][0]), next(model.parameters()), also_taken(encoder_of(model))[0]
+    everything, like, also = shape.num_tokens, next(model.parameters()), also_taken(encoder_of(model))[0]
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(batch, model.in_chans, *patches.img_size, generator=generator).to(like)
-    numbers = torch.randn(batch * everything * dim, generator=generator).to(like)
+    numbers = torch.randn(batch * (everything + shape.queries) * dim, generator=generator).to(like)
     plain, ends = copy.deepcopy(model.blocks[0]), copy.deepcopy(model)
     encoder_of(ends).blocks = nn.Sequential()
 

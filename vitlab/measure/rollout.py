@@ -17,7 +17,7 @@ from vitlab.measure.averaging import frozen_eval, hooks
 from vitlab.measure.capture import seen_attention, token_places
 from vitlab.models import check_supported
 from vitlab.models.deploy import is_deployed
-from vitlab.models.ends import pool_of, prefix_of
+from vitlab.models.ends import pool_of, prefix_of, tokens_of
 from vitlab.models.families import attention_input
 from vitlab.models.match import MatchBlock
 from vitlab.models.merge import TokenBlock
@@ -81,7 +81,9 @@ def token_shares(model: nn.Module, images: Tensor) -> Tensor:
     places = token_places(model, images) if merges else {}
     with seen_attention(model, attention, lambda a: at_least_float32(a).mean(dim=1)), frozen_eval(model):
         model(images)
-    count = prefix + model.patch_embed.num_patches
+    count = tokens_of(model)
+    # what queries that joined have a part in is left out
+    attention = [each if each is None or each.shape[2] <= count else _rows(each[..., :count]) for each in attention]
     like = next(each for each in (*attention, images.float()) if each is not None)
     x = torch.eye(count).to(like).expand(len(images), -1, -1)                   # (B, N, N)
     own, went = None, torch.arange(count - prefix, device=x.device).expand(len(images), -1)

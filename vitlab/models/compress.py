@@ -117,8 +117,9 @@ def compress(model: nn.Module, plan: CompressionPlan, *, before: CompressionPlan
         with named(f"block {index}"):
             model.blocks[index] = _cut_tokens(model.blocks[index], now, ruled, gone, plan.shape.num_prefix_tokens)
             _cut_units(attention_block(model.blocks[index]), cut, was, plan.shape)
-    if isinstance(model.blocks[-1], MatchBlock):
-        model.blocks[-1].gives_back = True
+    last = model.blocks[before.shape.before_queries - 1]                        # of those whose tokens are cut
+    if isinstance(last, MatchBlock):
+        last.gives_back = True
     merged = False
     for block in model.blocks:
         if isinstance(block, (MatchBlock, ReadOutBlock)):

@@ -32,6 +32,11 @@ def prefix_of(model: nn.Module) -> int:
     return 0 if isinstance(model, Cait) else getattr(model, "num_prefix_tokens", 0)
 
 
+def tokens_of(model: nn.Module) -> int:
+    """Of an image, N: prefix tokens and patches, after which queries come that have joined."""
+    return prefix_of(model) + model.patch_embed.num_patches
+
+
 def class_token(model: nn.Module) -> bool:
     """Whether the first token in its blocks is one."""
     return prefix_of(model) > 0 and model.cls_token is not None

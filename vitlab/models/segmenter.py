@@ -18,10 +18,10 @@ from vitlab.models.decoders import DECODERS
 from vitlab.models.deploy import Fold
 from vitlab.models.ends import as_tokens, resize, without_end
 from vitlab.models.families import mixing_layer
-from vitlab.models.queries import DEPTH, QueryDecoder
+from vitlab.models.queries import QueryDecoder
 from vitlab.models.support import attention_block, check_supported, is_merged
 from vitlab.plan.shape import is_int
-from vitlab.runtime.files import InputError, require
+from vitlab.runtime.files import InputError
 
 LARGEST = 2**16                                 # of any size that a file may ask for
 DEEPEST = 64                                    # blocks of a decoder that it may ask for; published ones have 2
@@ -52,19 +52,6 @@ def as_encoder(model: nn.Module) -> nn.Module:
     return without_end(model)
 
 
-def with_queries(model: nn.Module, num_classes: int, *, depth: int = DEPTH, **args: Any) -> "Segmenter":
-    """A Segmenter whose queries join the tokens of a dense timm model before its last `depth` blocks, which become its
-    decoder's. Raises InputError for a model of no more blocks."""
-    encoder = as_encoder(model)
-    count = len(encoder.blocks)
-    require(1 <= depth < count, f"queries in the last {depth} of {count} blocks; at least 1 is needed, and a block "
-                                f"before them")
-    own, encoder.blocks = encoder.blocks[-depth:], encoder.blocks[:-depth]
-    found = Segmenter(encoder, num_classes, "queries", depth=depth, **args)
-    found.decoder.blocks = nn.ModuleList(own)
-    return found
-
-
 def multiple(size: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
     """The next multiples of the patch; heights and widths."""
     return -(-size[0] // patch[0]) * patch[0], -(-size[1] // patch[1]) * patch[1]
@@ -78,7 +65,7 @@ def pad(images: Tensor, size: tuple[int, int]) -> Tensor:
 def segmenter_source(model: "Segmenter") -> dict[str, Any]:
     """What `rebuild_segmenter` needs beside the `architecture` of the encoder."""
     return {"num_classes": model.num_classes, "decoder": model.decoder_name, "args": model.decoder_args,
-            "norm_eps": getattr(getattr(model.decoder, "norm", getattr(model.encoder, "norm", None)), "eps", None)}
+            "norm_eps": getattr(getattr(model.encoder, "norm", None), "eps", None)}
 
 
 def rebuild_segmenter(encoder: Any, source: Any, most: int | None = None) -> "Segmenter":
@@ -114,9 +101,9 @@ class Segmenter(nn.Module):
     bottom, encoded, decoded patch by patch, upsampled bilinearly, cropped.
 
     encoder: a supported timm model in any form (dense, compressed, deployed), best made by `as_encoder`. decoder: a
-    name in DECODERS; args are its own; one by queries takes the encoder's last norm (`with_queries`). num_classes: K,
-    at least 2. Raises InputError for another decoder, argument or family, and in the forward for an image of a size
-    that the encoder is not for, or one that gives no whole grid.
+    name in DECODERS; args are its own; queries join the encoder's last blocks. num_classes: K, at least 2. Raises
+    InputError for another decoder, argument or family, and in the forward for an image of a size that the encoder is
+    not for, or one that gives no whole grid.
     """
 
     def __init__(self, encoder: nn.Module, num_classes: int, decoder: str = "mask_transformer", **args: Any) -> None:
@@ -143,8 +130,9 @@ class Segmenter(nn.Module):
 
     @property
     def decoder_depth(self) -> int:
-        """Blocks of the decoder."""
-        return len(getattr(self.decoder, "blocks", ()))
+        """Blocks of the decoder, or those of the encoder with queries."""
+        of_queries = isinstance(self.decoder, QueryDecoder)
+        return self.decoder.depth if of_queries else len(getattr(self.decoder, "blocks", ()))
 
     @property
     def img_size(self) -> tuple[int, int]:
@@ -181,19 +169,23 @@ class Segmenter(nn.Module):
         images = pad(images, self.padded_size(*images.shape[2:]))
         return self._decoded(self.encoder.forward_features(images), images.shape[2:])
 
+    def _grid(self, size: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of the patches of an image of that padded size."""
+        height, width = (side // p for side, p in zip(size, self.encoder.patch_embed.patch_size))
+        return height, width
+
     def _decoded(self, tokens: Tensor, size: Sequence[int]) -> Tensor:
         """Tokens (B, P + n, D) of an image of that padded size -> logits of its patches (B, K, h, w)."""
-        tokens = as_tokens(tokens)
-        grid = tuple(side // p for side, p in zip(size, self.encoder.patch_embed.patch_size))
-        prefix = getattr(self.encoder, "num_prefix_tokens", 0)
-        if tokens.shape[1] != prefix + grid[0] * grid[1]:
-            raise InputError(f"the encoder gives {tokens.shape[1]} tokens for {prefix} prefix tokens and a grid of "
-                             f"{grid[0]} x {grid[1]}; dense prediction needs the whole grid: a plan that neither "
-                             "selects nor reads out, and `as_encoder` before `deploy`")
-        if isinstance(self.decoder, QueryDecoder):
-            return self.decoder(tokens, grid)
+        tokens, grid = as_tokens(tokens), self._grid(size)
+        prefix, queries = getattr(self.encoder, "num_prefix_tokens", 0), getattr(self.decoder, "num_queries", 0)
+        if tokens.shape[1] != prefix + grid[0] * grid[1] + queries:
+            raise InputError(f"the encoder gives {tokens.shape[1] - queries} tokens for {prefix} prefix tokens and a "
+                             f"grid of {grid[0]} x {grid[1]}; dense prediction needs the whole grid: a plan that "
+                             "neither selects nor reads out, and `as_encoder` before `deploy`")
         # the final norm of models that pool by average
         patches = getattr(self.encoder, "fc_norm", nn.Identity())(tokens[:, prefix:])
+        if queries:
+            return self.decoder(patches, grid)
         return self.decoder(patches).transpose(1, 2).unflatten(2, grid)
 
     def upsample(self, logits: Tensor, size: Sequence[int]) -> Tensor:
@@ -203,8 +195,18 @@ class Segmenter(nn.Module):
         padded = multiple(tuple(size), self.encoder.patch_embed.patch_size)
         return F.interpolate(logits, size=padded, mode="bilinear")[:, :, :size[0], :size[1]]
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.upsample(self.patch_logits(images), images.shape[2:])
+    def _answers(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What queries say (`QueryDecoder.answers`) as they enter each block that they are in, and at the end."""
+        images, encoder, before = pad(images, self.padded_size(*images.shape[2:])), self.encoder, -self.decoder.depth
+        depth, norms = len(encoder.blocks), (encoder.norm, getattr(encoder, "fc_norm", nn.Identity()))
+        found = encoder.forward_intermediates(images, indices=list(range(depth + before - 1, depth)), output_fmt="NLC",
+                                              intermediates_only=True)          # (B, n, D), then (B, n + Q, D)
+        found[0] = encoder.blocks[before].join.after(found[0])
+        return [self.decoder.answers(norms[1](norms[0](x)), self._grid(images.shape[2:])) for x in found]
+
+    def forward(self, images: Tensor, answers: bool = False) -> Tensor | list[tuple[Tensor, Tensor]]:
+        """answers: of a decoder by queries, what these say in each block in place of logits, to be trained by."""
+        return self._answers(images) if answers else self.upsample(self.patch_logits(images), images.shape[2:])
 
     def forward_head(self, tokens: Tensor) -> Tensor:
         """What follows the encoder's last norm: tokens (B, P + n, D) of an image of its own size -> logits of the
@@ -218,10 +220,11 @@ class Segmenter(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that timm's optimizers leave out of the weight decay, besides those of one dimension."""
         parts = {"encoder": self.encoder.no_weight_decay(), "decoder": getattr(self.decoder, "no_weight_decay", set)()}
-        return {f"{part}.{name}" for part, names in parts.items() for name in names}
+        return {f"{part}.{name}" for part, names in parts.items() for name in names} | {
+            name for name, _ in self.named_parameters() if name.endswith("join.queries")}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Groups of parameters for timm's layer decay: the encoder's blocks, the last norm with the last of them, then
-        the decoder."""
+        the decoder, queries too."""
         return {"stem": r"^encoder\.(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre|dist_token)",
-                "blocks": [(r"^encoder\.blocks\.(\d+)", None), (r"^encoder\.(?:norm|fc_norm)\.", (99999,))]}
+                "blocks": [(r"^encoder\.blocks\.(\d+)\.(?!join)", None), (r"^encoder\.(?:norm|fc_norm)\.", (99999,))]}

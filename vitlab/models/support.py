@@ -9,6 +9,7 @@ from torch import nn
 from vitlab.models import ends, families
 from vitlab.models.attention import TokenAttention
 from vitlab.models.families import ATTENTIONS, BLOCKS, HIDDEN, MODELS, PATCHES, kind_of, mixing_layer
+from vitlab.models.join import queries_in
 from vitlab.models.left_out import LeftOut
 from vitlab.models.parallel_blocks import PARALLEL, ParallelBlock
 from vitlab.models.windowed import side_of
@@ -143,9 +144,10 @@ def sizes_of(model: nn.Module, num_heads: int, num_neurons: int) -> ViTShape:
     whole, model = model, encoder_of(model)
     blocks = [attention_block(block) for block in model.blocks]
     first, classifiers, embed = blocks[0], model.get_classifier(), model.patch_embed
-    decoder: dict[str, Any] = {} if whole is model else {
-        "decoder": whole.decoder_name, "decoder_depth": whole.decoder_depth,
-        "queries": getattr(whole.decoder, "num_queries", 0)}
+    joined, queries = queries_in(blocks)
+    decoder: dict[str, Any] = {"decoder_depth": joined, "queries": queries} | (
+        {} if whole is model or joined else {"decoder_depth": whole.decoder_depth}) | (
+        {} if whole is model else {"decoder": whole.decoder_name})
     pool, shared = getattr(model, "attn_pool", None), tuple(map(families.sharing, blocks))
     sides = tuple(map(side_of, blocks))
     pooled = {} if pool is None else {"pool_neurons": pool.mlp.fc1.out_features,

@@ -79,20 +79,15 @@ def rows_of(counts: Counts, everything: int) -> tuple[np.ndarray, np.ndarray]:
 def _head_macs(shape: ViTShape) -> int:
     """MACs of what follows the encoder: a classifier D K for each there is, or for each token where none is pooled;
     a linear decoder n D K; a mask transformer of L blocks on the n patches and K classes, n D^2 + L (n + K) (12 D^2 + 2
-    (n + K) D) + (n + K) D^2 + n D K (arXiv 2105.05633); L blocks with Q queries on R = P + n + Q tokens, L R (4 D w + 2
-    R w + 2 D M, R w more where a head has two maps, 2 R H^2 where H heads are mixed), heads being w wide together and
-    neurons M (3 D M where these are gated), with classes Q D (K + 1), masks 3 Q D^2, two steps of upscaling (4 + 16) n
-    D (D + 9), and 16 n Q (D + K) (arXiv 2503.19108). Before a classifier, an attention pool of m tokens with an MLP of
-    M neurons: 2 m D (D + 1) + 2 D^2 + 2 D M."""
+    (n + K) D) + (n + K) D^2 + n D K (arXiv 2105.05633); of Q queries classes Q D (K + 1), masks 3 Q D^2, two steps of
+    upscaling (4 + 16) n D (D + 9), and 16 n Q (D + K) (arXiv 2503.19108). Before a classifier, an attention pool of m
+    tokens with an MLP of M neurons: 2 m D (D + 1) + 2 D^2 + 2 D M."""
     n, dim, classes = shape.num_patches, shape.features or shape.embed_dim, shape.num_classes
     if shape.decoder == "linear":
         return n * dim * classes
     if shape.decoder == "queries":
-        rows, asked, width = shape.num_tokens + shape.queries, shape.queries, shape.num_heads * shape.head_dim
-        mixed = (1 + shape.maps) * width + (2 * shape.num_heads**2 if shape.talking else 0)
-        block = rows * (4 * dim * width + rows * mixed + (3 if shape.gated else 2) * dim * shape.num_neurons)
-        return (shape.decoder_depth * block + asked * dim * (classes + 1 + 3 * dim) + 20 * n * dim * (dim + 9)
-                + 16 * n * asked * (dim + classes))
+        return (shape.queries * (dim * (classes + 1 + 3 * dim) + 16 * n * (dim + classes))
+                + 20 * n * dim * (dim + 9))
     if shape.decoder:
         rows = n + classes
         return n * dim**2 + shape.decoder_depth * rows * (12 * dim**2
@@ -108,11 +103,17 @@ def _sides(shape: ViTShape, counts: Counts) -> np.ndarray:
     return np.array((shape.windows or (0,) * blocks)[:blocks])
 
 
+def joined(shape: ViTShape, counts: Counts) -> np.ndarray:
+    """Queries beside the tokens of each block (L)."""
+    return np.where(np.arange(counts.attended.shape[-1]) < shape.before_queries, 0, shape.queries)
+
+
 def in_attention(shape: ViTShape, counts: Counts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(tokens in each block's attention, those of them that ask, those that each of these looks at), (..., L): of
-    windows their padding counts too."""
+    """(tokens in each block's attention, those of them that ask, those that each of these looks at), (..., L): queries
+    among them, and of windows their padding."""
     if not shape.windows:
-        return counts.attended, counts.queried, counts.attended
+        more = joined(shape, counts)
+        return counts.attended + more, counts.queried + more, counts.attended + more
     side = _sides(shape, counts)
     rows, columns = (-(-length // np.maximum(side, 1)) * side for length in shape.grid_size)
     inside = np.broadcast_to(np.where(side, rows * columns, shape.num_patches), counts.attended.shape)
@@ -123,14 +124,15 @@ def macs_of(shape: ViTShape, counts: Counts, form: str = "deployed") -> dict[str
     """MACs per image (...) by part (PARTS), and their sum under "total". Raises InputError for an unknown form.
 
     Per block with C tokens in the attention, Q of them asking (all, but for a block that reads out), C' in the MLP,
-    attention width w = heads * d, and w' = heads * d' of queries and keys where these are narrower, M neurons: qkv C D
-    (2 w' + w), less where heads share keys and values, attention Q C (w' + w), or Q C (w' + 2 w) where a head has two
-    maps, proj Q w D, mlp 2 C' D M (3 where neurons are gated); of windows of s x s, C is all that are in one, padding
-    too, and each of these asks s^2; where queries make biases by distance, Q w' (2 s) or, over the whole grid, Q w'
-    (rows + columns) are added to attention, where heads are mixed 2 Q C heads^2; a ranking by heads of width r C r, or,
-    with weights of its own, 2 D r + C heads D (q/k norm: D r + C D r + C r); regions that share an update scale each of
-    their n patches, n D; matching r of n tokens compares (n / 2)^2 keys and the class token's with all, w' each, and
-    scales r + n / 2 rows; where tokens are turned by place, a product of patches and merged tokens 2 d wide. form
+    queries that joined counted in each, attention width w = heads * d, and w' = heads * d' of queries and keys where
+    these are narrower, M neurons: qkv C D (2 w' + w), less where heads share keys and values, attention Q C (w' + w),
+    or Q C (w' + 2 w) where a head has two maps, proj Q w D, mlp 2 C' D M (3 where neurons are gated); of windows of s x
+    s, C is all that are in one, padding too, and each of these asks s^2; where queries make biases by distance, Q w' (2
+    s) or, over the whole grid, Q w' (rows + columns) are added to attention, where heads are mixed 2 Q C heads^2; a
+    ranking by heads of width r C r, or, with weights of its own, 2 D r + C heads D (q/k norm: D r + C D r + C r);
+    regions that share an update scale each of their n patches, n D; matching r of n tokens compares (n / 2)^2 keys and
+    the class token's with all, w' each, and scales r + n / 2 rows; where tokens are turned by place, a product of
+    patches and merged tokens 2 d wide. form
     "training" adds C N D for each merge and each reconstruct; "deployed" adds the folded products instead: (C_l + p_l)
     (C_k + p_k) D between two blocks, p tokens carried around them. Inside a span no matrix stands between two blocks.
     """
@@ -151,7 +153,7 @@ def macs_of(shape: ViTShape, counts: Counts, form: str = "deployed") -> dict[str
         mixed = mixed + asking * queries * np.where(side, 2 * side, sum(shape.grid_size))
     blocks = {"qkv": inside * dim * (queries + keys + shared * shape.head_dim), "attention": mixed,
               "proj": asking * width * dim,
-              "mlp": (3 if shape.gated else 2) * c.in_mlp * dim * c.neurons, "select": ranking}
+              "mlp": (3 if shape.gated else 2) * (c.in_mlp + joined(shape, c)) * dim * c.neurons, "select": ranking}
     parts = {name: blocks[name].sum(axis=-1) if name in blocks else np.zeros(width.shape[:-1], dtype=np.int64)
              for name in PARTS}
     pixels = shape.patch_size[0] * shape.patch_size[1] * shape.in_chans
@@ -203,8 +205,8 @@ def mdc_macs(shape: ViTShape, heads: np.ndarray, neurons: np.ndarray, rho: np.nd
 def params(model: nn.Module) -> dict[str, int]:
     """Parameters of a timm vision transformer by part, and their "total"; fold matrices count as parameters."""
     def part(name: str) -> str:
-        for key, word in (("decoder.", "decoder"), ("token_only", "classifier"), ("neck.", "classifier"),
-                          (".rank", "select"), (".attn.", "attention"), (".mlp.", "mlp"),
+        for key, word in (("decoder.", "decoder"), ("join.", "decoder"), ("token_only", "classifier"),
+                          ("neck.", "classifier"), (".rank", "select"), (".attn.", "attention"), (".mlp.", "mlp"),
                           (".tokens.", "merge and reconstruct"), ("fold.", "fold"), ("patch_embed", "patch_embed"),
                           ("head", "classifier")):
             if key in name:

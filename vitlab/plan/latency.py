@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.interpolate import RegularGridInterpolator
 
-from vitlab.plan.cost import Counts, in_attention, previous, rows_of
+from vitlab.plan.cost import Counts, in_attention, joined, previous, rows_of
 from vitlab.plan.shape import POOL_TOKEN, ViTShape
 from vitlab.runtime.files import InputError, atomic_write, read_json, require
 
@@ -86,10 +86,10 @@ class LatencyTable:
         narrow = asked & attends & (c.widths > 0) & (c.widths < self.shape.head_dim)
         seen = in_attention(self.shape, c)[2]
         parts = {"attention": self._at("attention", asked & attends & ~narrow, seen, c.heads),
-                 "narrow": self._at("narrow", narrow, c.attended, c.heads, c.widths),
+                 "narrow": self._at("narrow", narrow, seen, c.heads, c.widths),
                  "read_out": self._at("read_out", ~asked & attends, c.attended, c.heads),
                  "select": self._at("select", c.ranking > 0, c.attended, c.ranking),
-                 "mlp": self._at("mlp", c.neurons > 0, c.in_mlp, c.neurons),
+                 "mlp": self._at("mlp", c.neurons > 0, c.in_mlp + joined(self.shape, c), c.neurons),
                  "fold": self._at("fold", c.merges | previous(c.reconstructs, False), rows,
                                   previous(state, everything)),
                  "carry": self._at("carry", c.carried > 0, rows),
@@ -101,7 +101,7 @@ class LatencyTable:
         # Every token is left by a block that shares an update, and given back after matching, unless it is read out.
         matched = (c.compared > 0).any(axis=-1) & asked[..., -1]
         left = np.where(matched, everything, end)
-        parts["head"] = self._at("head", whole, np.where(last, wanted, left))
+        parts["head"] = self._at("head", whole, np.where(last, wanted, left) + self.shape.queries)
         return {part: self.scale * parts[part] for part in AXES}
 
     def predict(self, counts: Counts) -> np.ndarray:

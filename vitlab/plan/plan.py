@@ -102,23 +102,26 @@ class CompressionPlan:
         require(not wrong, "the plan is for another model; this one has " + ", ".join(wrong))
         # refuses what ranks by a class token that is not there, and cuts what can't be cut
         dataclasses.replace(self, shape=dataclasses.replace(
-            self.shape, fixed=shape.fixed, rotary=shape.rotary, qk_norm=shape.qk_norm,
+            self.shape, fixed=shape.fixed, rotary=shape.rotary, qk_norm=shape.qk_norm, queries=shape.queries,
+            decoder_depth=shape.decoder_depth,
             class_token=self.shape.class_token and shape.class_token))
 
     def rules(self) -> list[tuple[TokenRule | None, int]]:
         """The token rule that each block runs by, and its place in the blocks of that rule: (None, 0) where all tokens
         stay, (rule, 0), and (rule, 1), (rule, 2) ... in the blocks of a span after its first. InputError naming the
-        block of a span that runs past the last block or holds another rule."""
-        rules, last = [], len(self.blocks)
+        block of a span that runs past the last block or holds another rule, or of a rule where queries have joined."""
+        rules, free = [], self.shape.before_queries
         for index, block in enumerate(self.blocks):
             rule, place = rules[-1] if rules else (None, 0)
             inside, span = place + 1 < getattr(rule, "span", 1), getattr(block.tokens, "span", 1)
+            require(index < free or block.tokens is None, f"block {index}: tokens can't be cut here: queries have "
+                    "joined them, and their masks need every patch; null is needed")
             require(not inside or block.tokens is None,
                     f"block {index}: it stays merged in the span that begins in block {index - place - 1}, and can "
                     "have no token rule of its own; null is needed")
-            require(index + span <= last,
-                    f"block {index}: tokens stay merged for {span} blocks from here, but {last - index} "
-                    f"{'is' if index + 1 == last else 'are'} left; a span of at most {last - index} is needed")
+            require(index + span <= max(free, index + 1),
+                    f"block {index}: tokens stay merged for {span} blocks from here, but {free - index} "
+                    f"{'is' if index + 1 == free else 'are'} left; a span of at most {free - index} is needed")
             rules.append((rule, place + 1) if inside else (block.tokens, 0))
         return rules
 
@@ -126,6 +129,8 @@ class CompressionPlan:
         """Token counts of each block. InputError naming the block whose rule can't take what reaches it."""
         flows, before = [], whole(self.shape.num_tokens)
         for index, (rule, place) in enumerate(self.rules()):
+            if index == self.shape.before_queries:
+                before = whole(self.shape.num_tokens)                           # every patch is given back
             with named(f"block {index}"):
                 if rule is not None:
                     self.shape.check_cut("tokens")

@@ -45,7 +45,7 @@ class ViTShape:
     pool: str = POOL_TOKEN              # "token" needs prefix tokens alone; every other pooling needs all
     qk_norm: bool = False               # whether attention normalises queries and keys
     decoder: str = ""                   # of DECODERS: logits of each patch; "": a classifier, or nothing
-    decoder_depth: int = 0              # blocks of a mask transformer, or those with queries
+    decoder_depth: int = 0              # blocks of a mask transformer, or the model's own last ones, with queries
     class_token: bool | None = None     # whether the first prefix token is one; None: where there are prefix tokens
     gated: bool = False                 # whether a neuron has a gate beside its value
     rotary: int = 0                     # rotations of queries and keys by place: 1 for all heads, H for each its own
@@ -59,7 +59,7 @@ class ViTShape:
     talking: bool = False               # whether heads are mixed before and after the softmax
     fixed: tuple[str, ...] = ()         # what can't be cut, of PARTS, each with its reason
     projection: bool = False            # whether what is in place of a classifier gives features
-    queries: int = 0                    # of a decoder by queries
+    queries: int = 0                    # among the tokens of its last `decoder_depth` blocks
     maps: int = 1                       # of attention a head: 2 where values are mixed by their difference
     parallel: bool = False              # whether the MLP reads what the attention reads
     key_heads: tuple[int, ...] = ()     # heads that keys and values of each block have, shared; (): each head its own
@@ -91,6 +91,8 @@ class ViTShape:
                 f"shape.key_heads is {self.key_heads!r}; of each block an integer from 1 to {self.num_heads} is needed")
         require(isinstance(self.pool, str), f"shape.pool is {self.pool!r}; a string is needed")
         require(self.decoder in DECODERS, f"shape.decoder is {self.decoder!r}; one of {list(DECODERS)} is needed")
+        require(not self.queries or 1 <= self.decoder_depth < self.depth, f"shape.decoder_depth is "
+                f"{self.decoder_depth}; of {self.depth} blocks the last 1 to {self.depth - 1} can have queries")
         require(self.class_token in (None, True, False),
                 f"shape.class_token is {self.class_token!r}; true or false is needed")
         object.__setattr__(self, "class_token", self.num_prefix_tokens > 0 and self.class_token is not False)
@@ -118,6 +120,17 @@ class ViTShape:
         """InputError with the reason where they can't."""
         why = self.why_whole(part)
         require(why is None, why or "")
+
+    @property
+    def before_queries(self) -> int:
+        """Blocks before queries join, or all where none do: their tokens can be cut."""
+        return self.depth - (self.decoder_depth if self.queries else 0)
+
+    def cut_short(self) -> "ViTShape":
+        """Of these blocks alone."""
+        depth = self.before_queries
+        return dataclasses.replace(self, depth=depth, queries=0, windows=self.windows[:depth],
+                                   key_heads=self.key_heads[:depth])
 
     @property
     def grid_size(self) -> tuple[int, int]:

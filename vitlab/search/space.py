@@ -19,7 +19,7 @@ from vitlab.plan.cost import Counts, counts_of, macs_of
 from vitlab.plan.rules import ReadOut
 from vitlab.plan.shape import ViTShape
 from vitlab.runtime.files import InputError, require
-from vitlab.search.token_dimensions import MergeTokens, token_dimensions
+from vitlab.search.token_dimensions import MergeTokens, NoTokens, token_dimensions
 from vitlab.search.unit_dimensions import KNOWN, UNITS, UnitDimensions, total_of
 
 MAX_RATIO = 0.5                                 # published
@@ -51,7 +51,7 @@ class SearchSpace:
         require(not (self.shape.rotary and self.tokens.startswith("select")),
                 f"tokens {self.tokens!r}: selected tokens would lose the places that this model turns its queries and "
                 "keys by; 'match' merges them")
-        tokens = token_dimensions(self.tokens, self.shape, self.settings)
+        tokens = token_dimensions(self.tokens, self.shape.cut_short(), self.settings)
         object.__setattr__(self, "_tokens", tokens)
         if self.read_out:
             ReadOut().flow(self.shape, self.shape.num_tokens)                   # refuses what no plan can have
@@ -106,7 +106,9 @@ class SearchSpace:
         kept = {unit: np.full(size, total_of(self.shape, unit)) for unit in KNOWN}
         kept |= zip(self.units, self._cut.stay(units).reshape(size[0], len(self.units), size[1]).swapaxes(0, 1))
         kept["widths"] = np.where(kept["heads"] > 0, kept["widths"], self.shape.head_dim)
-        token = self._tokens.counts(ratios, kept["heads"] > 0)
+        free, token = self.shape.before_queries, NoTokens(shape=self.shape).counts(ratios, kept["heads"] > 0)
+        for name, counts in self._tokens.counts(ratios, kept["heads"][:, :free] > 0).items():
+            token[name][:, :free] = counts
         if self.shape.parallel:                 # tokens go after the MLP
             token["in_mlp"] = token["attended"].copy()
         every = self._tokens.ranked_by == "all"
@@ -183,7 +185,9 @@ class SearchSpace:
             kept[unit] = [None if count == total else tuple(sorted(best[:count]))
                           for best, count in zip(order, getattr(counts, unit)[0].tolist())]
         widths = [None if width == self.shape.head_dim else width for width in counts.widths[0].tolist()]
-        rules = self._tokens.rules(policy[0, len(self._cut.total):], tokens, counts.heads > 0)
+        free = self.shape.before_queries
+        rules = self._tokens.rules(policy[0, len(self._cut.total):], None if tokens is None else tokens[:free],
+                                   counts.heads[:, :free] > 0) + [None] * (depth - free)
         rules = [*rules[:-1], ReadOut()] if self.read_out else rules
         zeros = [(False, False)] * depth if nothing is None else nothing.tolist()
         blocks = tuple(BlockPlan(heads=h, neurons=m, qk_width=w, tokens=t, nothing=tuple(

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from vitlab.measure.distance import Features, cross_entropy, output_of
 from vitlab.measure.evaluate import each_divergence
+from vitlab.models.queries import QueryDecoder
 from vitlab.models.segmenter import Segmenter
 from vitlab.models.support import classes_of
 from vitlab.runtime.files import InputError, require
+from vitlab.training.answers import AnswersTask, loss_of
 from vitlab.training.recipes import Recipe
 
 
@@ -65,9 +67,10 @@ def of_pixels(logits: Tensor, targets: Tensor | tuple[Tensor, Tensor], smoothing
 def make_task(model: nn.Module, teacher: nn.Module | None, recipe: Recipe, device: torch.device) -> nn.Module:
     """The training task of a recipe. Soft (A8): (1 - alpha) * CE + alpha * tau^2 * KL(teacher || student at tau) / (B *
     classes); timm's task divides by B, so its weight is alpha / classes. Of a Segmenter the loss is the mean over
-    pixels, those to be ignored left out of the cross-entropy (`of_pixels`). Without a classifier it is the distance to
-    the teacher's features alone, whatever the recipe's alpha and tau. Raises InputError where the teacher is missing,
-    or differs in classes, task, features or channels, or a recipe mixes images that have masks.
+    pixels, those to be ignored left out of the cross-entropy (`of_pixels`), or, by queries and without a teacher, that
+    of matched queries (`answers.loss_of`). Without a classifier it is the distance to the teacher's features alone,
+    whatever the recipe's alpha and tau. Raises InputError where the teacher is missing, or differs in classes, task,
+    features or channels, or a recipe mixes images that have masks.
     """
     features = not output_of(model).labelled
     require(not features or recipe.distill == "soft", f"recipe {recipe.name} has distill {recipe.distill!r}; the model "
@@ -76,6 +79,9 @@ def make_task(model: nn.Module, teacher: nn.Module | None, recipe: Recipe, devic
     if dense and (recipe.mixup or recipe.cutmix):
         raise InputError(f"recipe {recipe.name} mixes images (mixup, cutmix), which masks can't follow; one without is "
                          f"needed")
+    if isinstance(getattr(model, "decoder", None), QueryDecoder) and recipe.distill == "none":
+        criterion = partial(loss_of, patch=tuple(model.patch_embed.patch_size), smoothing=recipe.smoothing)
+        return AnswersTask(model, criterion, device=device, verbose=False)
     if dense:
         criterion = partial(of_pixels, smoothing=recipe.smoothing)
     elif recipe.mixup or recipe.cutmix:         # targets are probabilities, smoothed already

@@ -35,7 +35,7 @@ def _rules(plan: CompressionPlan, fraction: float) -> list[TokenRule | None]:
             share = 1 - rule.kept / (flow.attended - shape.num_prefix_tokens)       # of the tokens that come in
             rule = dataclasses.replace(rule, kept=min(max(round(others * (1 - fraction * share)), 1), others - 2))
             entering = shape.num_prefix_tokens + rule.kept + 1
-        elif index < shape.depth - math.ceil(fraction * shape.depth):
+        elif index < shape.before_queries - math.ceil(fraction * shape.before_queries):
             rule = None
         rules.append(rule)
     return rules

@@ -59,7 +59,8 @@ def sensitivity(source: Source, data: str | Path, out: str | Path, *, criteria: 
     batches = list(parts.batches("score", found.model, workers=config.workers))
     path = Path(out) / SENSITIVITY
     path.unlink(missing_ok=True)
-    bar = tqdm(total=shape.depth * (2 * len(criteria) + 1), desc="sensitivity", unit="cut", disable=config.quiet)
+    bar = tqdm(total=2 * shape.depth * len(criteria) + shape.before_queries, desc="sensitivity", unit="cut",
+               disable=config.quiet)
 
     def measure(criterion: str, dimension: str, block: int, plan: CompressionPlan) -> None:
         removed = (whole - macs(plan)["total"]) / 1e9
@@ -81,7 +82,7 @@ def sensitivity(source: Source, data: str | Path, out: str | Path, *, criteria: 
             for block, policy in enumerate(np.eye(shape.depth) * cut):
                 measure(criterion, unit, block, space.plan(policy, heads=scores.heads, neurons=scores.neurons))
     by, cut_tokens = ("class attention", _select_in) if default_tokens(shape) == "select" else ("alike keys", _match_in)
-    for block in range(shape.depth if shape.cuts("tokens") else 0):
+    for block in range(shape.before_queries if shape.cuts("tokens") else 0):
         measure(by, "tokens", block, cut_tokens(shape, block, ratio))
     bar.close()
     return rows
@@ -98,8 +99,8 @@ def _match_in(shape: ViTShape, block: int, ratio: float) -> CompressionPlan:
     """The plan that merges tokens by content in one block, and gives them back at the end."""
     merged = min(int(shape.num_patches * ratio), shape.num_patches // 2)
     protect = PROTECT if shape.class_token else 0.0
-    rules = [None] * block + [Match(merged=merged if index == block else 0, protect=protect)
-                              for index in range(block, shape.depth)]
+    rules = [Match(merged=merged if index == block else 0, protect=protect)
+             if block <= index < shape.before_queries else None for index in range(shape.depth)]
     return CompressionPlan(shape=shape, blocks=tuple(BlockPlan(tokens=rule) for rule in rules))
 
 

@@ -25,7 +25,7 @@ from vitlab.measure.capture import frozen_eval, token_places
 from vitlab.measure.evaluate import autocast
 from vitlab.models.checkpoint import Checkpoint
 from vitlab.models.opening import Source, open_model
-from vitlab.models.segmenter import Segmenter, as_encoder, with_queries
+from vitlab.models.segmenter import Segmenter, as_encoder
 from vitlab.models.windows import segment
 from vitlab.plan import CompressionPlan
 from vitlab.plan.cost import gmacs
@@ -61,9 +61,8 @@ def scene_size(data: SceneData) -> tuple[int, int]:
 def make_segmenter(source: Source, data: SceneData, *, img_size: tuple[int, int] | None = None,
                    decoder: str | None = None, drop_path: float = 0.0, **args: Any) -> Segmenter:
     """A dense Segmenter for a data set: `source` itself where it is one, else its blocks as encoder and a new decoder
-    (a name of DECODERS, default mask_transformer; args are its own; "queries" takes the last blocks); at img_size
-    (height, width), default `scene_size`. Raises InputError for a compressed model, another number of classes, or a
-    decoder where there is one."""
+    (a name of DECODERS, default mask_transformer; args are its own); at img_size (height, width), default `scene_size`.
+    Raises InputError for a compressed model, another number of classes, or a decoder where there is one."""
     data.need_labels()
     model = need_dense(open_model(source)).model
     if isinstance(model, Segmenter):
@@ -73,10 +72,7 @@ def make_segmenter(source: Source, data: SceneData, *, img_size: tuple[int, int]
                              "one needs a model without")
     else:
         assert data.num_classes is not None                                     # as it has labels
-        if decoder == "queries":
-            model = with_queries(model, data.num_classes, **args)
-        else:
-            model = Segmenter(as_encoder(model), data.num_classes, decoder or "mask_transformer", **args)
+        model = Segmenter(as_encoder(model), data.num_classes, decoder or "mask_transformer", **args)
     model = model.at_size(img_size or scene_size(data))
     for block, rate in zip(model.blocks, torch.linspace(0, drop_path, len(model.blocks)).tolist()):
         for name in ("drop_path", "drop_path1", "drop_path2"):                  # one of both halves, or one of each
@@ -176,8 +172,9 @@ def plans_at(scores: Tensor, shape: ViTShape, keep_rate: float, *,
     found = least_ratio(space, gmacs(shared), RATIOS)
     ratio = MAX_RATIO if found is None else found
     return {"Prune and Merge": prune_and_merge(scores, shape, keep_rate=keep_rate, prune_rate=prune_rate),
-            "Prune and Merge, spans": prune_and_merge(scores, shape, prune_rate=prune_rate,
-                                                      spans=[(*span, keep_rate) for span in even_spans(shape.depth)]),
+            "Prune and Merge, spans": prune_and_merge(
+                scores, shape, prune_rate=prune_rate,
+                spans=[(*span, keep_rate) for span in even_spans(shape.before_queries)]),
             "shared updates": shared,
             "merging by content": space.plan([ratio],
                                              made_by={"method": "match", "ratio": ratio, "keep_rate": keep_rate})}
