@@ -165,7 +165,7 @@ def test_a_search_given_minutes_reports_what_it_has_and_goes_on(study, capsys):
     code, out, err = run(capsys, *search, "--minutes", "0")
     assert code == 0
     assert "best of 1: " in out
-    assert "search: 4 policies to measure on 32 images, about 0.0 minutes; it ends after 0" in err
+    assert "search: 4 policies to measure on 32 images, about 0 seconds; it ends after 0" in err
     code, out, err = run(capsys, *search, "--quiet")
     assert code == 0 and "best of 4: " in out and err == ""
     code, _, err = run(capsys, *search, "--minutes", "long")
