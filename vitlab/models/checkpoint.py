@@ -1,4 +1,5 @@
 """Checkpoints: a folder with weights.safetensors, plan.json and checkpoint.json, which alone rebuild the model."""
+import contextlib
 import json
 import platform
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from vitlab.models.create import architecture, rebuild
 from vitlab.models.deploy import is_deployed
 from vitlab.models.hub import HUB, OURS, SETTINGS, check_settings, download, set_settings, settings_of
 from vitlab.models.segmenter import Segmenter, rebuild_segmenter, segmenter_source
+from vitlab.models.unfilled import sizes_alone, unfilled
 from vitlab.models.weights import check_fits, load_state, read_state
 from vitlab.plan import CompressionPlan
 from vitlab.plan.shape import is_int
@@ -87,7 +89,8 @@ def _layers(model: nn.Module) -> dict[str, Any]:
 def _check_rebuilt(info: dict[str, Any], plan: CompressionPlan, model: nn.Module, folder: Path) -> None:
     """InputError where what a checkpoint says of a model does not build it: some layer was replaced by another."""
     # A deployed form is computed from numbers, which the meta device has not.
-    with torch.random.fork_rng(devices=[]), torch.device("cpu" if info["deployed"] else "meta"):
+    with torch.random.fork_rng(devices=[]), (
+            contextlib.nullcontext() if info["deployed"] else sizes_alone()):
         dense = _dense(info)
     made = _in_form(dense, plan, info["deployed"])
     layers, now = _layers(made), _layers(model)
@@ -169,7 +172,10 @@ def load(path: str | Path) -> Checkpoint:
     config, plan = info.get("config") or {}, CompressionPlan.load(folder / PLAN)
     with named(where):
         _check_info(info, config)
-        dense = _dense(info, _check_size(info, plan, folder / WEIGHTS))
+        # narrower queries and keys are computed from numbers
+        narrow = any(block.qk_width is not None for block in plan.blocks)
+        with contextlib.nullcontext() if narrow else unfilled():
+            dense = _dense(info, _check_size(info, plan, folder / WEIGHTS))
     with named(folder / PLAN):
         model = _in_form(dense, plan, info.get("deployed", False))
     load_state(model, _by_todays_names(read_state(folder / WEIGHTS), model, plan), folder / WEIGHTS)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models import get_model_args
 from timm.models._input import update_model_args
@@ -24,6 +23,7 @@ from vitlab.models.hub import downloading
 from vitlab.models.naflex import at_fixed_size, at_grid
 from vitlab.models.parallel_blocks import in_parts, state_in_parts
 from vitlab.models.support import attention_block, check_supported, classes_of
+from vitlab.models.unfilled import sizes_alone, unfilled
 from vitlab.models.weights import ANCHOR, FLEXIBLE, by_timms_names, check_fits, read_state, unwrapped
 from vitlab.plan.shape import POOL_TOKEN, is_int, is_number
 from vitlab.runtime.files import InputError, first_line, require
@@ -93,7 +93,7 @@ def _built(name: str, args: dict[str, Any], pretrained: bool = False) -> nn.Modu
 
 def _sizes(name: str, args: dict[str, Any]) -> nn.Module:
     """Names and sizes of a model's tensors alone, without memory."""
-    with torch.device("meta"):
+    with sizes_alone():
         return _built(name, args)
 
 
@@ -106,7 +106,8 @@ def from_weights(name: str, state: dict[str, Tensor], path: str | Path, args: di
         check_fits(_sizes(name, args), state, path)
     except InputError as error:
         raise InputError(f"{error} (the model is {name})") from None
-    model = _built(name, args)
+    with unfilled():
+        model = _built(name, args)
     model.load_state_dict(state)
     if args.get("projection", projects(model, loaded=True)):
         as_projection(model)
@@ -131,7 +132,7 @@ def sized(name: str, state: dict[str, Tensor], path: str | Path, args: dict[str,
     flexible = any(f".{each}".endswith(f".{FLEXIBLE}") for each in state)
     state, others = unwrapped(state_in_parts(state), model.state_dict(), path)
     if flexible:
-        with torch.device("meta"):
+        with sizes_alone():
             theirs = _timms(name, {key: value for key, value in {**saved, **args}.items() if key not in OWN})
         state = at_grid(state, theirs, model.patch_embed.grid_size, path)
     patch = model.patch_embed.patch_size

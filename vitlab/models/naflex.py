@@ -16,6 +16,7 @@ from timm.models.naflexvit import NaFlexEmbeds, NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from vitlab.models.unfilled import sizes_alone
 from vitlab.models.weights import ANCHOR, renamed
 from vitlab.plan.shape import is_int
 from vitlab.runtime.files import InputError, first_line, require
@@ -48,7 +49,7 @@ def at_fixed_size(model: nn.Module, img_size: int | tuple[int, int] | None = Non
             "patch_drop_rate=0")
     model = copy.deepcopy(model)
     embeds = model.embeds
-    with torch.device("meta"):
+    with sizes_alone():
         fixed = VisionTransformer(
             img_size=size, patch_size=patch, in_chans=model.in_chans, num_classes=0, global_pool="", depth=1,
             embed_dim=model.embed_dim, num_heads=1, class_token=model.has_class_token, reg_tokens=model.num_reg_tokens,

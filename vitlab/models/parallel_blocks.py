@@ -12,6 +12,8 @@ from timm.layers import Attention, DiffAttention, Mlp
 from timm.models.vision_transformer import Block, DiffParallelScalingBlock, ParallelScalingBlock
 from torch import Tensor, nn
 
+from vitlab.models.unfilled import sizes_alone
+
 PARALLEL = (ParallelScalingBlock, DiffParallelScalingBlock)
 JOINED = re.compile(r"(.*\bblocks\.\d+\.|)in_proj\.weight")     # the name of what they alone have
 # where timm's other tensors stand in parts, by how their names begin
@@ -58,7 +60,7 @@ def state_in_parts(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _block_in_parts(block: nn.Module) -> nn.Module:
     dim, differs = block.in_proj.in_features, isinstance(block, DiffParallelScalingBlock)
     last = block.mlp_out_proj if block.out_proj is None else block.out_proj
-    with torch.device("meta"):
+    with sizes_alone():
         made = ParallelBlock(dim, block.num_heads, qkv_bias=block.in_proj.bias is not None,
                              proj_bias=last.bias is not None, attn_layer=DiffAttention if differs else Attention)
         made.mlp = Mlp(dim, block.in_split[0], bias=(True, last.bias is not None))

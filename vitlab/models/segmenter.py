@@ -20,6 +20,7 @@ from vitlab.models.ends import as_tokens, resize, without_end
 from vitlab.models.families import mixing_layer
 from vitlab.models.queries import QueryDecoder
 from vitlab.models.support import attention_block, check_supported, is_merged
+from vitlab.models.unfilled import sizes_alone
 from vitlab.plan.shape import is_int
 from vitlab.runtime.files import InputError
 
@@ -88,7 +89,7 @@ def rebuild_segmenter(encoder: Any, source: Any, most: int | None = None) -> "Se
             set_norm_eps(made, source["norm_eps"])
         return Segmenter(made, source["num_classes"], source["decoder"], **source["args"])
     if most is not None:
-        with torch.device("meta"):              # sizes alone, without memory
+        with sizes_alone():
             count = sum(p.numel() for p in build().parameters())
         if count > most:
             raise InputError(f"a Segmenter of {count:,} parameters; the weights beside it are those of {most:,} at "

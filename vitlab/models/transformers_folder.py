@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vitlab.models.create import create_model
 from vitlab.models.hub import CONFIG, PREPARED, HubConfig, check_settings
 from vitlab.models.transformers_names import ACTIVATIONS, KINDS, LEFT, TOWERS, timms, to_timm
+from vitlab.models.unfilled import sizes_alone
 from vitlab.plan.shape import is_int
 from vitlab.runtime.files import InputError, named, read_json, require
 
@@ -151,7 +152,7 @@ def converted(weights: Path, config: dict[str, Any], state: dict[str, Tensor],
         args = {**_arguments(config), **more}
         if args["depth"] > len(state):
             raise InputError(f"num_hidden_layers is {args['depth']}, but {weights.name} has {len(state)} tensors")
-        with torch.device("meta"):
+        with sizes_alone():
             model = create_model(name, **args)
         if img_size or kind.resamples is not None:
             args["img_size"] = _size(img_size or images or args["img_size"], "img_size")
