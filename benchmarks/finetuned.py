@@ -49,7 +49,7 @@ RESULTS = Path(__file__).parent / "results" / "finetuned.jsonl"
 NAME, QUICK, DENSE, CONTROL = "deit_tiny_patch16_224", "vit_nano_patch4_32", "dense", "dense, fine-tuned alike"
 RATIO, LESS, STEPS, EVALUATIONS, FINALISTS = 0.6, 0.45, 3, 40, 2
 # of a pretrained model on CIFAR-10, and of one that was compressed, distilled from it
-TO_CIFAR = recipe("cifar10").replace(lr=2e-4, layer_decay=0.8)
+TO_CIFAR = recipe("cifar10").replace(lr=4e-4, layer_decay=0.9, warmup_epochs=0.2)
 ALIKE = recipe("cifar10_pm").replace(lr=1e-4, warmup_epochs=0.2)
 
 
@@ -86,9 +86,11 @@ class Bench:
         out, args = self.args.run / "dense", self.args
         if not (out / checkpoint.FOLDER).exists():
             found = (open_model(QUICK, pretrained=False) if args.quick else
+                     open_model(args.weights) if Path(args.weights).is_dir() else
                      open_model(args.weights, model=args.model, img_size=args.resolution))
-            torch.manual_seed(0)
-            found.model.reset_classifier(self.data.num_classes)
+            if found.model.num_classes != self.data.num_classes:
+                torch.manual_seed(0)
+                found.model.reset_classifier(self.data.num_classes)
             training.train_dense("finetune", found.model, self.data, out, TO_CIFAR.replace(epochs=args.dense_epochs),
                                  self.config(0), images=64 if args.quick else None, device=self.device)
         return open_model(out)
@@ -277,7 +279,7 @@ METHODS: dict[str, Callable[[Bench, int], Start]] = {
 
 def main(argv: Sequence[str] | None = None) -> Bench:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", help="file of the pretrained weights")
+    parser.add_argument("--weights", help="file of the pretrained weights, or a checkpoint of a run to go on from")
     parser.add_argument("--model", default=NAME, help="timm name of their model")
     parser.add_argument("--data", help="folder of CIFAR-10")
     parser.add_argument("--run", required=True, type=Path, help="folder for trainings, searches and rows")
