@@ -8,6 +8,7 @@ from segmenting_fixtures import SIZE, masks, pictures, small, units_plan
 
 from vitlab.data.layouts import IGNORE
 from vitlab.models import compress
+from vitlab.runtime.files import InputError
 from vitlab.training import answers
 from vitlab.training.distillation import DistillationTask, make_task
 from vitlab.training.recipes import recipe
@@ -111,6 +112,14 @@ def test_an_image_without_a_pixel_that_counts_trains_nothing():
     task = make_task(model, None, recipe("digit_scenes"), CPU).train()
     task(pictures(2), torch.full((2, *SIZE), IGNORE))["loss"].backward()
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("odd", [5, 6, -1])
+def test_a_class_that_the_decoder_has_not_is_refused_and_not_taken_for_none(odd):
+    truths = masks(2)
+    truths[1, 3, 7] = odd
+    with pytest.raises(InputError, match=f"^a mask holds class {odd}; the decoder has 5, from 0 on$"):
+        answers.loss_of(said(6), truths, PATCH)
 
 
 def test_what_is_not_finite_is_told_and_no_error():

@@ -322,6 +322,23 @@ def test_attention_that_knows_places_is_refused(name, args):
         Segmenter(as_encoder(model), 5, "queries", depth=1)
 
 
+def test_queries_join_a_copy_of_a_dense_encoder_and_no_other():
+    encoder, x = as_encoder(tiny(depth=3, img_size=SIZE)), pictures(1)
+    linear = Segmenter(encoder, 5, "linear").eval()
+    before = linear(x)
+    few, many = (Segmenter(encoder, 5, "queries", depth=1, queries=count) for count in (3, 7))
+    assert torch.equal(linear(x), before) and few(x).shape == many(x).shape == before.shape
+    for name in ("linear", "queries"):
+        with pytest.raises(InputError, match="^queries of another decoder have joined the encoder's tokens"):
+            Segmenter(few.encoder, 5, name)
+    shape = shape_of(encoder)
+    scores = torch.rand(3, shape.num_patches, generator=torch.Generator().manual_seed(0))
+    cut = compress(encoder, prune_and_merge(scores, shape, keep_rate=0.5))
+    for each in (cut, deploy(cut)):
+        with pytest.raises(InputError, match="^queries join a dense encoder, but tokens of this one are cut"):
+            Segmenter(each, 5, "queries", depth=1)
+
+
 @pytest.mark.parametrize("args, says", [({"depth": 3}, "queries in the last 3 of 3 blocks"),
                                         ({"depth": 0}, "queries in the last 0 of 3 blocks"),
                                         ({"depth": 1, "queries": 0}, "0 queries in the last 1 of 3 blocks")])

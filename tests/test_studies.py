@@ -1,6 +1,7 @@
 """Studies beside each other: one table, what was measured otherwise marked, plans and costs drawn."""
 import matplotlib.pyplot as plt
 import pytest
+from test_notebook_kinds import ran
 from training_fixtures import full_plan, tiny, token_plan
 
 from vitlab import cli
@@ -45,6 +46,18 @@ def test_plans_and_costs_are_drawn_with_the_studys_name(two, tmp_path, monkeypat
     ticks = [label.get_text() for axis in drawn["plans"].axes for label in axis.get_yticklabels()]
     assert {"first: small", "second: small"} <= set(ticks)
     plt.close("all")
+
+
+def test_a_notebook_shows_other_studies_beside_its_own(two, capsys):
+    table = studies.table_of_studies(two).data
+    assert "<th style=\"text-align: left\">measured otherwise</th>" in table and table.count("<tr>") == 5
+    assert table.count("dtype bfloat16") == 2 and ">77.50 ± 0.50</td>" in table
+    ran("90_results", run=str(two[0]), others=[str(two[1])])
+    assert {path.name for path in (two[0] / "compared").glob("*.png")} == {"compared.png", "plans.png"}
+    (two[0] / "figures" / "11_changed.png").write_bytes((two[0] / "compared" / "plans.png").read_bytes())
+    capsys.readouterr()
+    ran("90_results", run=str(two[0]))
+    assert "11_changed.png" in capsys.readouterr().out
 
 
 def test_a_folder_that_is_no_study_and_one_given_twice_are_refused(two, tmp_path):

@@ -8,9 +8,9 @@ import torch
 from timm.layers import LayerNorm2d, trunc_normal_
 from torch import Tensor, nn
 
-from vitlab.models.families import BLOCKS, RELATIVE, ROTARY, kind_of
+from vitlab.models.families import RELATIVE, ROTARY, kind_of
 from vitlab.models.join import join
-from vitlab.models.support import attention_block
+from vitlab.models.support import attention_block, is_merged
 from vitlab.runtime.files import require
 
 UPSCALED = 4                                    # cells along a patch's side, of two steps that double
@@ -39,7 +39,7 @@ class QueryDecoder(nn.Module):
 
     encoder: what gives the tokens, dense; the queries join them before its last `depth` blocks, which stay its own and
     are cut by plans; their tokens stay, as masks need every patch. queries: Q. Raises InputError for attention that
-    knows places, which queries have none of, or where no block is before them.
+    knows places, which queries have none of, where no block is before them, or where tokens are cut.
     """
 
     def __init__(self, embed_dim: int, num_classes: int, head_dim: int = 64, *, encoder: nn.Module, depth: int = DEPTH,
@@ -48,7 +48,8 @@ class QueryDecoder(nn.Module):
         count, last = len(encoder.blocks), attention_block(encoder.blocks[-1])
         require(1 <= depth < count and queries >= 1, f"{queries} queries in the last {depth} of {count} blocks; at "
                 "least 1 in 1 is needed, and a block before")
-        require(kind_of(last, BLOCKS), "queries join the blocks of a model that is not deployed")
+        require(not is_merged(encoder), "queries join a dense encoder, but tokens of this one are cut; make a "
+                "Segmenter of the dense one, and compress that")
         require(not kind_of(last.attn, (*ROTARY, *RELATIVE)),
                 "queries have no place, by which this model's attention turns queries and keys or tells tokens apart; "
                 "another decoder is needed")

@@ -18,11 +18,12 @@ from vitlab.models.decoders import DECODERS
 from vitlab.models.deploy import Fold
 from vitlab.models.ends import as_tokens, resize, without_end
 from vitlab.models.families import mixing_layer
+from vitlab.models.join import queries_in
 from vitlab.models.queries import QueryDecoder
 from vitlab.models.support import attention_block, check_supported, is_merged
 from vitlab.models.unfilled import sizes_alone
 from vitlab.plan.shape import is_int
-from vitlab.runtime.files import InputError
+from vitlab.runtime.files import InputError, require
 
 LARGEST = 2**16                                 # of any size that a file may ask for
 DEEPEST = 64                                    # blocks of a decoder that it may ask for; published ones have 2
@@ -102,9 +103,9 @@ class Segmenter(nn.Module):
     bottom, encoded, decoded patch by patch, upsampled bilinearly, cropped.
 
     encoder: a supported timm model in any form (dense, compressed, deployed), best made by `as_encoder`. decoder: a
-    name in DECODERS; args are its own; queries join the encoder's last blocks. num_classes: K, at least 2. Raises
-    InputError for another decoder, argument or family, and in the forward for an image of a size that the encoder is
-    not for, or one that gives no whole grid.
+    name in DECODERS; args are its own; queries join the last blocks of a copy of a dense encoder. num_classes: K, at
+    least 2. Raises InputError for another decoder, argument or family, for an encoder that queries have joined, and in
+    the forward for an image of a size that the encoder is not for, or one that gives no whole grid.
     """
 
     def __init__(self, encoder: nn.Module, num_classes: int, decoder: str = "mask_transformer", **args: Any) -> None:
@@ -116,6 +117,9 @@ class Segmenter(nn.Module):
         # of a deployed model, supported before
         if not any(isinstance(block, Fold) for block in getattr(encoder, "blocks", ())):
             check_supported(encoder)
+        require(not queries_in([*map(attention_block, encoder.blocks)])[1], "queries of another decoder have joined "
+                "the encoder's tokens; the encoder that it was made from is needed")
+        encoder = copy.deepcopy(encoder) if decoder == "queries" else encoder   # whose block they join
         self.encoder, self.num_classes, self.decoder_name, self.decoder_args = encoder, num_classes, decoder, args
         args = {"head_dim": mixing_layer(attention_block(encoder.blocks[0]), "heads")[1], **args,
                 **({"encoder": encoder} if decoder == "queries" else {})}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vitlab.data.layouts import IGNORE
 from vitlab.models.segmenter import multiple
+from vitlab.runtime.files import InputError
 
 CLASS, MASK, DICE = 2.0, 5.0, 5.0               # weights of the three losses, as published
 NONE = 0.1                                      # of a query that no class goes to, in its cross-entropy; others 1
@@ -67,12 +68,17 @@ def loss_of(answers: Sequence[tuple[Tensor, Tensor]], truths: Tensor, patch: tup
             smoothing: float = 0.0) -> Tensor:
     """The sum over what queries say in each block, logits (B, Q, K + 1) and (B, Q, rows, columns) each, of the mean
     `image_loss` (the paper's is over all masks of a batch: here images count alike, however they come in batches). An
-    image without a pixel that counts adds 0. truths (B, H, W); in float32 also under autocast."""
+    image without a pixel that counts adds 0. truths (B, H, W); in float32 also under autocast. Raises InputError for a
+    class that the decoder has not, of which K would be "none"."""
     with torch.autocast(truths.device.type, enabled=False):
         answers = [(classes.float(), masks.float()) for classes, masks in answers]
         total = sum(part[:0].sum() for answer in answers for part in answer)    # 0, and a gradient of 0
+        known = answers[0][0].shape[2] - 1
         for index, truth in enumerate(truths):
             present, shares = shares_of(truth, answers[0][1].shape[2:], patch)
+            odd = [k for k in present.tolist() if not 0 <= k < known]
+            if odd:
+                raise InputError(f"a mask holds class {odd[0]}; the decoder has {known}, from 0 on")
             for classes, masks in answers if len(present) else ():
                 total = total + image_loss(classes[index], masks[index].flatten(1), present, shares, smoothing)
         return total / len(truths)

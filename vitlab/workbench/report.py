@@ -177,7 +177,7 @@ def summary_table(run: str | Path) -> HTML:
         links = [_link(run, entry["folder"] / name, name) for name in (entry["notebook"], "log.txt") if name]
         seconds = "" if entry["seconds"] is None else f"{entry['seconds']:.0f} s"
         lines.append([entry["name"], entry["state"], seconds, links, entry["why"] or ""])
-    return _table(["entry", "state", "time", "files", "why"], lines)
+    return html_table(["entry", "state", "time", "files", "why"], lines)
 
 
 def results_table(run: str | Path) -> HTML:
@@ -187,7 +187,7 @@ def results_table(run: str | Path) -> HTML:
     columns = measured(rows, COLUMNS)
     shared, own = conditions(rows)
     lines = [[label, *(shown(row, c) for c in columns), more] for label, row, more in zip(labels, rows, own)]
-    return _table(["entry", *titles(rows, columns), "conditions"], lines, ("entry", *columns, "conditions"),
+    return html_table(["entry", *titles(rows, columns), "conditions"], lines, ("entry", *columns, "conditions"),
                   [*notes(rows, columns).splitlines(), f"The same in all rows that have it: {shared}"])
 
 
@@ -195,7 +195,7 @@ def table_of(rows: list[ResultRow], columns: tuple[str, ...] = results.COLUMNS, 
     """What a notebook shows of rows, whatever the width of its window: `format_table` as HTML, and below it what ±,
     ratio and quick stand for, and other lines."""
     columns = with_distance(rows, columns)
-    return _table(titles(rows, columns), [[shown(row, c) for c in columns] for row in rows], columns,
+    return html_table(titles(rows, columns), [[shown(row, c) for c in columns] for row in rows], columns,
                   [*notes(rows, columns).splitlines(), *below])
 
 
@@ -235,7 +235,7 @@ def _link(run: str | Path, path: Path, text: str) -> str:
     return f'<a href="{escape(path.relative_to(run).as_posix())}">{escape(text)}</a>'
 
 
-def _table(head: list[str], lines: list[list[Any]], columns: Sequence[str] | None = None,
+def html_table(head: list[str], lines: list[list[Any]], columns: Sequence[str] | None = None,
            below: Sequence[str] = ()) -> HTML:
     """Cells are escaped texts; a list is of links, which are HTML already. columns: what the titles in `head` are of,
     where they differ; below: lines of text."""

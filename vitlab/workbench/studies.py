@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
+from IPython.display import HTML
 
 from vitlab.models import checkpoint
 from vitlab.plan import CompressionPlan
@@ -12,7 +13,7 @@ from vitlab.runtime.caveats import caveat_of
 from vitlab.runtime.files import InputError, require
 from vitlab.runtime.kinds import Folder, Or
 from vitlab.runtime.results import ResultRow, aligned, conditions_of, notes, shown, titles
-from vitlab.workbench.report import COLUMNS, entries_of, measured, of_one_set, rows_of
+from vitlab.workbench.report import COLUMNS, entries_of, html_table, measured, of_one_set, rows_of
 
 # what two measurements have to share to be compared number by number; of speeds, what stands under "speed."
 ALIKE = ("images", "limit", "prepared", "dtype", "device", "quick", "speed.batch_size", "speed.dtype", "speed.threads",
@@ -64,6 +65,22 @@ def differing(rows: Sequence[ResultRow]) -> list[str]:
     return found
 
 
+def _beside(runs: Sequence[str | Path]) -> tuple[list[ResultRow], tuple[str, ...], list[str], list[list[str]]]:
+    """(rows of all studies, columns that were measured, their titles, a line of cells for each row)."""
+    rows = joined(runs)
+    columns = tuple(name for name in measured(rows, COLUMNS) if name not in ("dataset", "split", "loss", "top5_pct"))
+    marks = differing(rows)
+    head = titles(rows, columns) + ["measured otherwise"] * any(marks)
+    return rows, columns, head, [[*(shown(row, column) for column in columns), *([mark] if any(marks) else [])]
+                                 for row, mark in zip(rows, marks)]
+
+
+def table_of_studies(runs: Sequence[str | Path]) -> HTML:
+    """The table of `compare`, as a notebook shows it."""
+    rows, columns, head, lines = _beside(runs)
+    return html_table(head, lines, (*columns, "conditions"), notes(rows, columns).splitlines())
+
+
 def compare(runs: Annotated[Or[tuple[str, ...], Sequence[str]], Parameter(name="RUN")], *,
             out: Folder | None = None) -> str:
     """Studies, or runs of batches, in one table, with what differs in how a row was measured beside it; with `out`,
@@ -73,12 +90,7 @@ def compare(runs: Annotated[Or[tuple[str, ...], Sequence[str]], Parameter(name="
         runs: folders of studies, or of runs of a batch
         out: folder for the figures
     """
-    rows = joined(runs)
-    columns = tuple(name for name in measured(rows, COLUMNS) if name not in ("dataset", "split", "loss", "top5_pct"))
-    marks = differing(rows)
-    head = titles(rows, columns) + ["measured otherwise"] * any(marks)
-    lines = [[*(shown(row, column) for column in columns), *([mark] if any(marks) else [])]
-             for row, mark in zip(rows, marks)]
+    rows, columns, head, lines = _beside(runs)
     text = "\n".join([aligned([head, *lines]), notes(rows, columns)])
     if out is None:
         return text
