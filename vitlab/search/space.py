@@ -186,8 +186,9 @@ class SearchSpace:
                           for best, count in zip(order, getattr(counts, unit)[0].tolist())]
         widths = [None if width == self.shape.head_dim else width for width in counts.widths[0].tolist()]
         free = self.shape.before_queries
-        rules = self._tokens.rules(policy[0, len(self._cut.total):], None if tokens is None else tokens[:free],
-                                   counts.heads[:, :free] > 0) + [None] * (depth - free)
+        tokens = tokens[:free] if tokens is not None and len(tokens) == depth else tokens       # others are refused
+        rules = self._tokens.rules(policy[0, len(self._cut.total):], tokens, counts.heads[:, :free] > 0)
+        rules += [None] * (depth - free)
         rules = [*rules[:-1], ReadOut()] if self.read_out else rules
         zeros = [(False, False)] * depth if nothing is None else nothing.tolist()
         blocks = tuple(BlockPlan(heads=h, neurons=m, qk_width=w, tokens=t, nothing=tuple(
