@@ -10,6 +10,7 @@ from torch import nn
 
 from vitlab.models.naflex import at_fixed_size
 from vitlab.models.parallel_blocks import in_parts
+from vitlab.models.unfilled import sizes_alone
 
 # timm's files of models that are one stage of blocks on a grid
 MODULES = ("vision_transformer", "eva", "beit", "deit", "vision_transformer_hybrid", "vision_transformer_relpos",
@@ -39,7 +40,7 @@ def tiny(name: str, device: str = "meta", **args) -> nn.Module:
     failed = None
     for small in SMALL:
         try:
-            with warnings.catch_warnings(), torch.device(device):
+            with warnings.catch_warnings(), sizes_alone() if device == "meta" else torch.device(device):
                 warnings.simplefilter("ignore")
                 model = timm.create_model(name, pretrained=False, **{"num_classes": CLASSES, **small, **args}).eval()
                 return in_parts(at_fixed_size(model) if isinstance(model, NaFlexVit) else model)

@@ -209,29 +209,26 @@ def test_drawing_moves_no_generator_for_good_and_no_gpus(monkeypatch):
 
 def test_mixed_images_have_the_mixed_targets_of_the_formula(data, tmp_path, monkeypatch):
     """mixup: x = lam x_i + (1 - lam) x_j, and the loss is the cross-entropy with lam y_i + (1 - lam) y_j, smoothed."""
-    seen = []
+    seen, drawn = [], []
     monkeypatch.setattr(stepping.Training, "_forward", watched_forward(stepping.Training._forward, seen))
     fit(tiny(), data, small_recipe(epochs=1, mixup=0.8, smoothing=0.1), tmp_path, **QUIET)
-    for model_state, (x, y), loss in seen:
-        model = tiny()
+    for model_state, (x, y), mixed, loss in seen:
+        model, other = tiny().train(), x.flip(0)
         model.load_state_dict(model_state)
-        best = None
-        for lam in torch.linspace(0, 1, 2001):
-            smooth = F.one_hot(y, 3) * 0.9 + 0.1 / 3
-            targets = lam * smooth + (1 - lam) * smooth.flip(0)
-            value = float(
-                -(targets * model.train()(lam * x + (1 - lam) * x.flip(0)).log_softmax(1)).sum(1).mean().detach())
-            best = min(best or math.inf, abs(value - loss))
-        # some lam gives it: its grid is 5e-4 wide
-        assert best < 2e-3
+        lam = ((mixed - other) * (x - other)).sum() / (x - other).square().sum()        # by least squares
+        assert torch.allclose(mixed, lam * x + (1 - lam) * other, atol=1e-5)
+        smooth = F.one_hot(y, 3) * 0.9 + 0.1 / 3
+        targets = lam * smooth + (1 - lam) * smooth.flip(0)
+        assert loss == pytest.approx(float(-(targets * model(mixed).log_softmax(1)).sum(1).mean().detach()), abs=1e-5)
+        drawn.append(float(lam))
+    assert len(set(drawn)) == len(drawn) > 1 and min(drawn) < 0.9
 
 
 def watched_forward(plain, seen):
     def forward(self, x, y, pixels):
-        # mixed in place
         before = {k: v.clone() for k, v in self.model.state_dict().items()}, (x.clone(), y.clone())
         loss = plain(self, x, y, pixels)
-        seen.append((*before, float(loss.detach())))
+        seen.append((*before, x, float(loss.detach())))         # x is mixed in place
         return loss
     return forward
 
