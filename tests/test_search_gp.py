@@ -219,13 +219,12 @@ def test_gp_comes_closer_to_a_known_optimum_than_random_after_as_many_evaluation
     problem = toy_problem()
     assert problem.budget.meets(TARGET).all() and value(TARGET)[0] == 0
     regrets = {strategy: np.array([-value(measured(problem, QUICK, QUICK.evaluations, seed, strategy)[0]).max()
-                                   for seed in range(11)])
+                                   for seed in range(20)])
                for strategy in ("gp", "random")}
-    # Both start with the same 8 policies, so equal skill would win half of the 11 seeds: 10 or more has a chance of 0.6
+    # Both start with the same 8 policies, so equal skill would win half of the 20 seeds: 16 or more has a chance of 0.6
     # %.
-    # Found of 20 seeds when written: 19 wins, medians 0.004 and 0.045; a third leaves room for another version of the
-    # optimiser.
-    assert (regrets["gp"] < regrets["random"]).sum() >= 10
+    # Found when written: 19 wins, medians 0.004 and 0.045; a third leaves room for another version of the optimiser.
+    assert (regrets["gp"] < regrets["random"]).sum() >= 16
     assert np.median(regrets["gp"]) < np.median(regrets["random"]) / 3
 
 
