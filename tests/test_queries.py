@@ -213,12 +213,10 @@ def test_what_makes_plans_of_tokens_leaves_the_blocks_with_queries(segmenter):  
         False] * 2
 
 
-@pytest.mark.parametrize("name", list(TOKEN_DIMENSIONS))
+@pytest.mark.parametrize("name", [name for name in TOKEN_DIMENSIONS if not name.startswith("select")])
 def test_a_search_cuts_units_of_all_blocks_and_tokens_of_those_before(segmenter, name):  # noqa: F811
     model = segmenter("deit", "queries")
     shape = shape_of(model)
-    if name.startswith("select"):
-        return
     space = SearchSpace(shape=shape, units=("neurons", "heads", "widths"), tokens=name, max_ratio=0.6)
     for unit in space.units:
         assert [f"{unit} {block}" in space.names for block in range(8)] == [True] * 7 + [False]

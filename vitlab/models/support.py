@@ -145,9 +145,9 @@ def sizes_of(model: nn.Module, num_heads: int, num_neurons: int) -> ViTShape:
     blocks = [attention_block(block) for block in model.blocks]
     first, classifiers, embed = blocks[0], model.get_classifier(), model.patch_embed
     joined, queries = queries_in(blocks)
-    decoder: dict[str, Any] = {"decoder_depth": joined, "queries": queries} | (
-        {} if whole is model or joined else {"decoder_depth": whole.decoder_depth}) | (
-        {} if whole is model else {"decoder": whole.decoder_name})
+    decoder: dict[str, Any] = {"decoder_depth": joined, "queries": queries}
+    if whole is not model:
+        decoder |= {"decoder": whole.decoder_name, "decoder_depth": whole.decoder_depth}
     pool, shared = getattr(model, "attn_pool", None), tuple(map(families.sharing, blocks))
     sides = tuple(map(side_of, blocks))
     pooled = {} if pool is None else {"pool_neurons": pool.mlp.fc1.out_features,
