@@ -189,6 +189,38 @@ def test_corruptions_are_those_of_their_severity():
         corrupted(x, "fog", 0, mean, std)
 
 
+def corrupted_rows(model: torch.nn.Module, targets: torch.Tensor, **settings) -> dict[tuple[str, int], dict]:
+    """What `robustness` says of a model by corruption and severity; in the figure, too."""
+    rows = robustness({"dense": model}, [(images(6), targets)], MEAN, STD, progress=False, **settings)
+    axis = corruption_curves(rows).axes[list(CORRUPTIONS).index("JPEG")]
+    drawn = [row["value"] for row in rows if row["corruption"] in ("", "JPEG")]
+    assert axis.lines[0].get_ydata().tolist() == drawn and axis.get_ylim()[1] > max(drawn)
+    plt.close("all")
+    return {(row["corruption"], row["severity"]): row for row in rows}
+
+
+MEAN, STD = (0.5,) * 3, (0.25,) * 3
+
+
+def test_robustness_is_top_1_of_corrupted_images_or_how_far_the_output_moves():
+    model, targets, worse = tiny(3).eval(), torch.arange(6) % 3, corrupted(images(6), "blur", 1, MEAN, STD)
+    rows = corrupted_rows(model, targets)
+    assert len(rows) == 1 + sum(map(len, CORRUPTIONS.values()))
+    for key, shown in {("", -1): images(6), ("blur", 1): worse}.items():
+        right = (logits(model, shown).argmax(dim=1) == targets).float().mean()
+        assert rows[key]["measure"] == "top-1 (%)" and rows[key]["value"] == pytest.approx(100 * float(right))
+    moved = corrupted_rows(model, targets, labelled=False)[("blur", 1)]
+    p, q = (logits(model, each).log_softmax(dim=1) for each in (images(6), worse))
+    assert moved["value"] == pytest.approx(float((p.exp() * (p - q)).sum(dim=1).mean()), rel=1e-4)
+    assert "own output (nats)" in moved["measure"]
+    model.reset_classifier(0)
+    rows = corrupted_rows(model, targets)
+    with torch.inference_mode():
+        alike = torch.cosine_similarity(model(images(6)), model(worse), dim=1)
+    assert rows[("", -1)]["value"] == 0
+    assert rows[("blur", 1)]["value"] == pytest.approx(float((1 - alike).mean()), rel=1e-4)
+
+
 @pytest.fixture
 def study(tmp_path):
     """(dense checkpoint, compressed one, folder of 21 images of three classes, one of them broken)."""
@@ -417,14 +449,6 @@ def test_figures_show_the_values(study, tmp_path):
     assert figure.axes[0].lines[1].get_xydata().tolist() == [[sure, right] for sure, right, _ in bins["dense"]]
     figure = stream_similarity({"cosine": {"a": [1, 0.7], "b": [1, 0.6]}, "CKA": {"a": [1, 0.9], "b": [1, 0.5]}})
     assert figure.axes[1].lines[1].get_ydata().tolist() == [1, 0.5]
-    dense = tiny(3).eval()
-    rows = robustness({"dense": dense}, [(images(6), torch.arange(6) % 3)], (0.5,) * 3, (0.5,) * 3, progress=False)
-    assert len(rows) == 1 + sum(map(len, CORRUPTIONS.values()))
-    assert rows[0]["top1_pct"] == pytest.approx(100 * float((logits(dense, images(6)).argmax(1)
-                                                             == torch.arange(6) % 3).float().mean()))
-    corrupt = [row for row in rows if row["corruption"] in ("", "JPEG")]
-    axis = corruption_curves(rows).axes[list(CORRUPTIONS).index("JPEG")]
-    assert axis.lines[0].get_ydata().tolist() == [row["top1_pct"] for row in corrupt]
     with pytest.raises(InputError, match="nothing to show"):
         changed_pictures([], [], np.zeros((2, 0)), [])
     plt.close("all")

@@ -73,10 +73,10 @@ def test_11_says_what_changed_and_in_a_line_what_it_cant(study, capsys):
     ran("11_what_changed", run=str(run), quick=True)
     said, drawn = capsys.readouterr().out, {path.stem for path in (run / "figures").glob("11_*.png")}
     bare = kind == "no classifier"
-    assert ("another nearest image" in said) == ("can't be told" in said) == ("by top-1, so of class" in said) == bare
+    assert ("another nearest image" in said) == ("can't be told" in said) == bare
     assert {*(f"11_{what}_joint_finetuned" for what in ("changed", "blocks", "tokens")), "11_similarity", "11_speed",
-            "11_block_shares"} <= drawn
-    assert ({"11_reliability", "11_corruptions"} <= drawn) != bare
+            "11_block_shares", "11_corruptions"} <= drawn
+    assert ("11_reliability" in drawn) != bare
 
 
 def test_90_compares_it_with_the_dense_model(study, capsys):

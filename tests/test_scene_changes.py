@@ -10,6 +10,7 @@ from training_fixtures import one_thread  # noqa: F401
 
 from vitlab.data.layouts import IGNORE
 from vitlab.measure.changes import blame
+from vitlab.measure.corruptions import corrupted, robustness
 from vitlab.measure.distance import output_of, outputs
 from vitlab.measure.scene_changes import SceneChanges, counts_of
 from vitlab.models import compress
@@ -152,6 +153,22 @@ def test_without_masks_pixels_are_compared_and_iou_is_refused(pair):
         changes.by_class()
     with pytest.raises(InputError, match="no image"):
         SceneChanges.between(dense, {"it": model}, [], progress=False)
+
+
+def test_robustness_of_a_segmenter_is_miou_of_corrupted_images(pair):
+    scenes = batches((2, 1))
+    rows = robustness({"it": pair[1]}, scenes, (0.5,) * 3, (0.5,) * 3, progress=False)
+    said = {(row["corruption"], row["severity"]): row["value"] for row in rows}
+    pixels = []                                                                 # (predicted, true) of those that count
+    for number, (images, masks) in enumerate(scenes):
+        with torch.inference_mode():
+            seen = pair[1](corrupted(images, "noise", 2, (0.5,) * 3, (0.5,) * 3, number)).argmax(dim=1)
+        pixels += [(p, t) for p, t in zip(seen.flatten().tolist(), masks.flatten().tolist()) if t != IGNORE]
+    both, either = ([sum(fits([p == k, t == k]) for p, t in pixels) for k in range(CLASSES)] for fits in (all, any))
+    wanted = 100 * np.mean([b / e for b, e in zip(both, either) if e])
+    assert said["noise", 2] == pytest.approx(wanted) != said["", -1]
+    moved = robustness({"it": pair[1]}, scenes, (0.5,) * 3, (0.5,) * 3, labelled=False, progress=False)
+    assert [row["value"] for row in moved if row["severity"] < 0] == [0] and "own output" in moved[0]["measure"]
 
 
 @pytest.mark.parametrize("make", [units_plan, match_plan])

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
-from vitlab.measure.distance import outputs
+from vitlab.measure.distance import output_of, outputs
+from vitlab.measure.evaluate import evaluate
+from vitlab.measure.pixels import evaluate_scenes
+from vitlab.models.segmenter import Segmenter
 from vitlab.runtime.files import InputError
-from vitlab.runtime.uncertainty import share_error
+from vitlab.runtime.uncertainty import standard_error
 
 # The severities 1, 3 and 5 of ImageNet-C (Hendrycks and Dietterich, ICLR 2019): deviation of the noise, of the blur in
 # pixels of 224, JPEG quality, and what is added to every channel of an image in [0, 1].
@@ -51,17 +54,33 @@ def _through_jpeg(image: Tensor, quality: int) -> Tensor:
 
 @torch.inference_mode()
 def robustness(models: Mapping[str, nn.Module], batches: Sequence[tuple[Tensor, Tensor]], mean: Sequence[float],
-               std: Sequence[float], *, progress: bool = True) -> list[dict[str, Any]]:
-    """Top-1 in per cent, with its standard error, of each model on the images as they are (corruption "", severity -1)
-    and by each of CORRUPTIONS."""
+               std: Sequence[float], *, labelled: bool = True, progress: bool = True) -> list[dict[str, Any]]:
+    """What each model is worth on the images as they are (corruption "", severity -1) and by each of CORRUPTIONS, with
+    its standard error: top-1, of a Segmenter mIoU, in per cent. Without labels, or without a classifier: how far its
+    output is from what it gives for the image as it is (`distance.output_of`)."""
     kinds = [("", -1), *((kind, severity) for kind, amounts in CORRUPTIONS.items() for severity in range(len(amounts)))]
-    rows, count = [], sum(len(targets) for _, targets in batches)
+    rows = []
     for kind, severity in tqdm(kinds, desc="corruptions", disable=not progress):
-        right = dict.fromkeys(models, 0)
-        for number, (images, targets) in enumerate(batches):
-            shown = corrupted(images, kind, severity, mean, std, number) if kind else images
-            for name, model in models.items():
-                right[name] += int((outputs(model, shown).argmax(dim=1).cpu() == targets).sum())
-        rows += [{"corruption": kind, "severity": severity, "model": name, "top1_pct": 100 * hits / count,
-                  "top1_se": share_error(hits, count)} for name, hits in right.items()]
+        shown = [(corrupted(images, kind, severity, mean, std, number) if kind else images, targets)
+                 for number, (images, targets) in enumerate(batches)]
+        for name, model in models.items():
+            if not (labelled and output_of(model).labelled):
+                measure, value, error = _moved(model, shown, batches)
+            elif isinstance(model, Segmenter):
+                scores = evaluate_scenes(model, shown, progress=False).scores
+                measure, value, error = "mIoU (%)", scores.miou_pct, scores.miou_se
+            else:
+                found = evaluate(model, shown, progress=False)
+                measure, value, error = "top-1 (%)", found.top1_pct, found.top1_se
+            rows.append({"corruption": kind, "severity": severity, "model": name, "measure": measure, "value": value,
+                         "se": error})
     return rows
+
+
+def _moved(model: nn.Module, shown: Sequence[tuple[Tensor, Tensor]], batches: Sequence[tuple[Tensor, Tensor]]
+           ) -> tuple[str, float, float | None]:
+    """(what it is, the mean distance between the outputs for both, its standard error)."""
+    output = output_of(model)
+    apart = torch.cat([output.apart(outputs(model, own), outputs(model, images)).cpu()
+                       for (own, _), (images, _) in zip(shown, batches)])
+    return f"distance to its own output ({output.unit})", float(apart.mean()), standard_error(apart.numpy())

@@ -109,19 +109,20 @@ def class_changes(models: Mapping[str, Sequence[Mapping[str, Any]]], most: int =
 
 
 def corruption_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Top-1 of each model against severity, an axis for each corruption; ± one standard error."""
+    """What `robustness` measured of each model against severity, an axis for each corruption; ± one standard error."""
     kinds = list(dict.fromkeys(row["corruption"] for row in rows if row["corruption"]))
     models = list(dict.fromkeys(row["model"] for row in rows))
+    top = 100 if "%" in rows[0]["measure"] else 1.1 * max(row["value"] + (row["se"] or 0) for row in rows) or 1
     figure, (axes,) = new_axes(1, len(kinds), 2.5, 2.7)
     for axis, kind in zip(axes, kinds):
         for index, model in enumerate(models):
             own = [row for row in rows if row["model"] == model and row["corruption"] in ("", kind)]
-            lines = axis.errorbar([row["severity"] + 1 for row in own], [row["top1_pct"] for row in own],
-                                  [row["top1_se"] for row in own], **look(index), markersize=5, linewidth=1.4)
+            lines = axis.errorbar([row["severity"] + 1 for row in own], [row["value"] for row in own],
+                                  [row["se"] or 0 for row in own], **look(index), markersize=5, linewidth=1.4)
             if axis is axes[0]:
                 lines.set_label(model)
-        axis.set(xlabel="severity (0: as it is)", title=kind, xticks=range(4), ylim=(0, 100))
-    axes[0].set_ylabel("top-1 (%)")
+        axis.set(xlabel="severity (0: as it is)", title=kind, xticks=range(4), ylim=(0, top))
+    axes[0].set_ylabel(rows[0]["measure"])
     legend_above(figure, *axes[0].get_legend_handles_labels())
     return figure
 

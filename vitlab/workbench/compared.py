@@ -14,6 +14,7 @@ from torch.utils.data import default_collate
 
 from vitlab.data.images import image_config
 from vitlab.measure.changes import blame
+from vitlab.measure.corruptions import robustness
 from vitlab.measure.distance import output_of
 from vitlab.measure.rollout import looked_at
 from vitlab.models.checkpoint import Checkpoint
@@ -179,3 +180,11 @@ class Compared:
                         for name in ("reliability", "calibration_error"))
         return {"classes": class_changes({name: each.changes.by_class(each.called) for name, each in found.items()}),
                 "reliability": reliability(bins, errors)}
+
+    @staticmethod
+    def robustness(found: "Mapping[str, Compared]", most: int) -> list[dict[str, Any]]:
+        """`measure.corruptions.robustness` of the dense model and of each made from it, on at most so many images."""
+        first, *_ = found.values()
+        config = image_config(encoder_of(first.dense.model))
+        models = {"dense": first.dense.model} | {name: each.compressed.model for name, each in found.items()}
+        return robustness(models, first.batches(most), config["mean"], config["std"], labelled=first.changes.labelled)
