@@ -32,7 +32,7 @@ def test_rows_of_two_studies_stand_in_one_table_and_what_differs_beside_them(two
     assert lines[0] == ["model", "top1_pct", "gmacs", "measured otherwise"]
     assert lines[2] == ["first: dense", "80.00 ± 0.50", "2.0000"]
     assert lines[5] == ["second: small", "77.50 ± 0.50", "1.0000", "dtype bfloat16"]
-    alike = [row for row in studies.joined(two) if row.model.startswith("first")]
+    alike = [row for row in studies.Beside.of(two).rows if row.model.startswith("first")]
     assert studies.differing(alike) == ["", ""]
 
 
@@ -49,7 +49,7 @@ def test_plans_and_costs_are_drawn_with_the_studys_name(two, tmp_path, monkeypat
 
 
 def test_a_notebook_shows_other_studies_beside_its_own(two, capsys):
-    table = studies.table_of_studies(two).data
+    table = studies.Beside.of(two).table().data
     assert "<th style=\"text-align: left\">measured otherwise</th>" in table and table.count("<tr>") == 5
     assert table.count("dtype bfloat16") == 2 and ">77.50 ± 0.50</td>" in table
     ran("90_results", run=str(two[0]), others=[str(two[1])])
@@ -62,6 +62,6 @@ def test_a_notebook_shows_other_studies_beside_its_own(two, capsys):
 
 def test_a_folder_that_is_no_study_and_one_given_twice_are_refused(two, tmp_path):
     with pytest.raises(InputError, match="given twice"):
-        studies.joined([two[0], two[0]])
+        studies.compare([two[0], two[0]])
     with pytest.raises(InputError, match="no study"):
         studies.compare([str(two[0]), str(tmp_path / "empty")])

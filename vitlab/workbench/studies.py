@@ -1,6 +1,8 @@
 """Studies beside each other: what they measured, with the conditions that differ marked, and their plans."""
 import dataclasses
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -36,15 +38,6 @@ def plans_of(run: str | Path) -> dict[str, CompressionPlan]:
     return found
 
 
-def joined(runs: Sequence[str | Path]) -> list[ResultRow]:
-    """The rows of all studies, each model by its study's name too. Raises InputError for a folder that is no study, or
-    one that is given twice."""
-    rows = [dataclasses.replace(row, model=f"{name}: {row.model}") for run, name in zip(runs, names_of(runs))
-            for row in rows_of(run)[1]]
-    require(rows, f"{', '.join(map(str, runs))}: nothing was measured in any of them")
-    return rows
-
-
 def names_of(runs: Sequence[str | Path]) -> list[str]:
     """What each study is called: its folder's name, or, where two have the same, the whole path. Raises InputError for
     one that is given twice."""
@@ -65,20 +58,56 @@ def differing(rows: Sequence[ResultRow]) -> list[str]:
     return found
 
 
-def _beside(runs: Sequence[str | Path]) -> tuple[list[ResultRow], tuple[str, ...], list[str], list[list[str]]]:
-    """(rows of all studies, columns that were measured, their titles, a line of cells for each row)."""
-    rows = joined(runs)
-    columns = tuple(name for name in measured(rows, COLUMNS) if name not in ("dataset", "split", "loss", "top5_pct"))
-    marks = differing(rows)
-    head = titles(rows, columns) + ["measured otherwise"] * any(marks)
-    return rows, columns, head, [[*(shown(row, column) for column in columns), *([mark] if any(marks) else [])]
-                                 for row, mark in zip(rows, marks)]
+@dataclass(frozen=True)
+class Beside:
+    """The rows of studies in one table, each model by its study's name too."""
 
+    runs: Sequence[str | Path]
+    rows: list[ResultRow]
 
-def table_of_studies(runs: Sequence[str | Path]) -> HTML:
-    """The table of `compare`, as a notebook shows it."""
-    rows, columns, head, lines = _beside(runs)
-    return html_table(head, lines, (*columns, "conditions"), notes(rows, columns).splitlines())
+    @classmethod
+    def of(cls, runs: Sequence[str | Path]) -> "Beside":
+        """Raises InputError for a folder that is no study, or one that is given twice."""
+        rows = [dataclasses.replace(row, model=f"{name}: {row.model}") for run, name in zip(runs, names_of(runs))
+                for row in rows_of(run)[1]]
+        require(rows, f"{', '.join(map(str, runs))}: nothing was measured in any of them")
+        return cls(runs, rows)
+
+    @functools.cached_property
+    def columns(self) -> tuple[str, ...]:
+        """Those that were measured."""
+        return tuple(each for each in measured(self.rows, COLUMNS)
+                     if each not in ("dataset", "split", "loss", "top5_pct"))
+
+    @functools.cached_property
+    def lines(self) -> list[list[str]]:
+        """Titles, then the cells of each row."""
+        marks = differing(self.rows)
+        marked = [[mark] if any(marks) else [] for mark in marks]
+        return [titles(self.rows, self.columns) + ["measured otherwise"] * any(marks),
+                *([*(shown(row, column) for column in self.columns), *mark] for row, mark in zip(self.rows, marked))]
+
+    def text(self) -> str:
+        return "\n".join([aligned(self.lines), notes(self.rows, self.columns)])
+
+    def table(self) -> HTML:
+        """As a notebook shows it."""
+        head, *lines = self.lines
+        return html_table(head, lines, (*self.columns, "conditions"), notes(self.rows, self.columns).splitlines())
+
+    def draw(self, out: str | Path) -> None:
+        """What they cost, out/compared.png, and, of models of one shape, their plans, out/plans.png."""
+        from vitlab.plots import accuracy_against_cost, compare_plans, save_figure
+        quality, rows = of_one_set(self.rows)
+        if rows:
+            caption = f"{rows[0].dataset} {rows[0].split}\n{caveat_of(rows)}".strip()
+            save_figure(accuracy_against_cost(rows, quality), out, COSTS, caption)
+        plans = {f"{called}: {name}": plan for run, called in zip(self.runs, names_of(self.runs))
+                 for name, plan in plans_of(run).items()}
+        if plans:
+            shape = next(iter(plans.values())).shape
+            alike = {name: plan for name, plan in plans.items() if plan.shape == shape}
+            save_figure(compare_plans(alike), out, PLANS)
 
 
 def compare(runs: Annotated[Or[tuple[str, ...], Sequence[str]], Parameter(name="RUN")], *,
@@ -90,18 +119,7 @@ def compare(runs: Annotated[Or[tuple[str, ...], Sequence[str]], Parameter(name="
         runs: folders of studies, or of runs of a batch
         out: folder for the figures
     """
-    rows, columns, head, lines = _beside(runs)
-    text = "\n".join([aligned([head, *lines]), notes(rows, columns)])
-    if out is None:
-        return text
-    from vitlab.plots import accuracy_against_cost, compare_plans, save_figure
-    quality, drawn = of_one_set(rows)
-    if drawn:
-        save_figure(accuracy_against_cost(drawn, quality), out, COSTS,
-                    f"{drawn[0].dataset} {drawn[0].split}\n{caveat_of(drawn)}".strip())
-    plans = {f"{called}: {name}": plan for run, called in zip(runs, names_of(runs))
-             for name, plan in plans_of(run).items()}
-    if plans:
-        shape = next(iter(plans.values())).shape
-        save_figure(compare_plans({name: plan for name, plan in plans.items() if plan.shape == shape}), out, PLANS)
-    return text
+    beside = Beside.of(runs)
+    if out is not None:
+        beside.draw(out)
+    return beside.text()
