@@ -39,9 +39,11 @@ def usable(names: Iterable[str]) -> list[str]:
 
 
 def _compiled(module: nn.Module, x: Tensor) -> Call:
+    compiled, config = torch.compile(module, dynamic=False), torch._dynamo.config
     # whatever is compiled of one class counts together; beyond the limit of 8 a model would run as it is, unsaid
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit
-    return torch.compile(module, dynamic=False)
+    with config.patch(recompile_limit=config.accumulated_recompile_limit):
+        compiled(x)
+    return compiled
 
 
 class _InFiles:
