@@ -1,6 +1,7 @@
 """JupyterLab in a headless Chromium, driven by keyboard and menus: notebooks of this project in a folder of their own.
 
-    python tests/lab.py docs/screenshots        # from runs on the embedded digits, some minutes
+    python tests/lab.py docs/screenshots [RUN]          # from runs on the embedded digits, some minutes; of a study that
+                                                        # is there, such as `make demo-all` leaves, less
 """
 import contextlib
 import json
@@ -205,12 +206,12 @@ def lab(root: Path) -> Iterator[Lab]:
         yield Lab(context.pages[0] if context.pages else context.new_page(), url, token, root)
 
 
-def screenshots(out: Path) -> None:
-    """The explorers of the notebooks, into out/NAME.png."""
+def screenshots(out: Path, run: Path | None = None) -> None:
+    """The explorers of the notebooks on a study, or one made for it, into out/NAME.png."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        copies(root, root / "run", quick=False)
+        copies(root, root / "run" if run is None else run.resolve(), quick=False)
         with lab(root) as opened:
             for name in VIEWS:
                 print(name, flush=True)
@@ -236,4 +237,4 @@ VIEWS = {"01_baseline.ipynb": [], "02_token_scores.ipynb": [],
          "11_what_changed.ipynb": [("changes_explorer(found", "changes")]}
 
 if __name__ == "__main__":
-    screenshots(Path(sys.argv[1]))
+    screenshots(*map(Path, sys.argv[1:3]))
