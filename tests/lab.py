@@ -1,7 +1,7 @@
 """JupyterLab in a headless Chromium, driven by keyboard and menus: notebooks of this project in a folder of their own.
 
-    python tests/lab.py docs/screenshots [RUN]          # from runs on the embedded digits, some minutes; of a study that
-                                                        # is there, such as `make demo-all` leaves, less
+    python tests/lab.py docs/screenshots [RUN]  # from runs on the embedded digits, some minutes; of a study that is
+                                                # there, such as `make demo-all` leaves, less
 """
 import contextlib
 import json
