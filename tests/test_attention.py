@@ -82,6 +82,7 @@ def shared_slowly(attn: nn.Module, x: torch.Tensor, sizes: list[float], rope: to
     head h goes with head h // G of keys and values, G heads together."""
     d, together, prefix = attn.head_dim, attn.num_heads // attn.num_kv_heads, attn.num_prefix_tokens
     places = [None] * prefix + list(rope)
+    places += [None] * (len(x) - len(places))           # of queries, which come after the patches
     mixed, row, compared = [[] for _ in x], [0.0] * len(x), [[] for _ in x]
     for head in range(attn.num_heads):
         own, theirs = (slice(h * d, (h + 1) * d) for h in (head, head // together))
@@ -157,6 +158,22 @@ def test_heads_that_share_keys_and_values_are_those_of_loops(fused):
     attn = model.blocks[1].attn
     assert attn.num_kv_heads < attn.num_heads and model.blocks[0].attn.num_kv_heads == attn.num_heads
     check_kinds(attn, rows_of(model), fused, shared_slowly, **also_taken(model)[1])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_queries_among_patches_that_are_turned_are_those_of_loops(fused):
+    """In both blocks that they are in, which have other numbers of heads of keys."""
+    model = Segmenter(as_encoder(made("vit_large_patch16_sapiens2")), 5, "queries", depth=2, queries=3).double()
+    seen = {}
+    for index, block in enumerate(model.blocks):
+        block.attn.fused_attn = fused
+        block.attn.register_forward_hook(lambda attn, given, out, index=index: seen.update({index: (given[0], out)}))
+    with torch.no_grad():
+        model(torch.randn(2, 3, *model.img_size, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+        for index, also in list(enumerate(also_taken(model.encoder)))[1:]:
+            for x, out in zip(*seen[index]):
+                assert len(x) == model.num_prefix_tokens + model.patch_embed.num_patches + 3
+                assert close(out, shared_slowly(model.blocks[index].attn, x, [1.0] * len(x), **also)[0])
 
 
 DIFFERENTIAL = "vit_dwee_patch16_reg1_gap_256"

@@ -198,7 +198,7 @@ SEGMENTERS = {"match": segmenting.match_plan, "place": token_plan,
 
 
 @pytest.mark.parametrize("decoder, rule, to", [("mask_transformer", "match", "onnx"), ("linear", "place", "pt2"),
-                                               ("mask_transformer", "share", "pt2"), ("queries", "match", "pt2")])
+                                               ("mask_transformer", "share", "pt2"), ("queries", "match", "onnx")])
 def test_a_segmenter_gives_its_maps_for_any_batch(decoder, rule, to, tmp_path):
     model = segmenting.small(decoder)
     model = compress(model, SEGMENTERS[rule](model))

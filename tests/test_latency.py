@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
+import registry
 import torch
 from segmenting_fixtures import match_plan, small, units_plan
 from training_fixtures import full_plan, one_thread, tiny, token_plan  # noqa: F401
@@ -17,6 +18,7 @@ from vitlab.measure import latency
 from vitlab.measure.latency import grid_axes, latency_table, measure_table
 from vitlab.measure.throughput import Way
 from vitlab.models import compress, shape_of
+from vitlab.models.segmenter import Segmenter, as_encoder
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.cost import Counts, counts_of
 from vitlab.plan.latency import AXES, LatencyTable
@@ -428,6 +430,13 @@ def test_a_segmenter_is_measured_with_its_decoder_on_the_whole_grid_and_its_plan
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     other = latency_table(small({"linear": "mask_transformer"}.get(decoder, "linear")), cache=tmp_path, **FAST)
     assert other.shape != table.shape and len(list(tmp_path.iterdir())) == 2
+
+
+def test_patches_that_are_turned_by_place_are_timed_with_queries_among_them(tmp_path):
+    model = Segmenter(as_encoder(registry.tiny("vit_base_patch16_dinov3", "cpu")), 5, "queries", depth=1, queries=3)
+    table = latency_table(model, cache=tmp_path, **FAST)
+    assert table.axes["attention"][0][-1] == table.shape.num_tokens + 3
+    assert np.isfinite(table.predict(counts_of(CompressionPlan.empty(table.shape))))
 
 
 def test_the_head_of_a_segmenters_table_is_its_last_norm_and_decoder(monkeypatch):

@@ -1,8 +1,10 @@
 """A decoder by queries against slow loops from its formula; cut, stored and deployed as every Segmenter is."""
 import copy
 import dataclasses
+import io
 import json
 import math
+import pickle
 import random
 import re
 
@@ -13,7 +15,9 @@ import torch.nn.functional as F
 from comparing import disturb_matrices, relative
 from conftest import random_rule
 from segmenting_fixtures import SIZE, given, masks, match_plan, opened, pictures, small, units_plan
+from test_families import check_cost, made, some_units
 from test_segmenter import numbers, segmenter  # noqa: F401
+from timm.models._features import FeatureGetterNet
 from training_fixtures import tiny
 
 from vitlab.criteria.planning import prune_and_merge
@@ -24,7 +28,9 @@ from vitlab.measure.rollout import token_shares
 from vitlab.measure.units import unit_scores
 from vitlab.models import checkpoint, compress, deploy, shape_of
 from vitlab.models.create import set_norm_eps
+from vitlab.models.families import also_taken, embedded
 from vitlab.models.segmenter import Segmenter, as_encoder
+from vitlab.models.support import attention_block
 from vitlab.plan import BlockPlan, CompressionPlan, cost, tokens
 from vitlab.plan.rules import Match
 from vitlab.plan.shape import ViTShape
@@ -312,9 +318,92 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, name, value, says):
         checkpoint.load(folder)
 
 
-@pytest.mark.parametrize("name, args", [("eva02_tiny_patch14_224", {"img_size": 28}), ("beit_base_patch16_224", {}),
-                                        ("vit_relpos_small_patch16_224", {})])
-def test_attention_that_knows_places_is_refused(name, args):
+@torch.no_grad()
+@pytest.mark.parametrize("make_plan", [CompressionPlan.empty, match_plan])
+def test_the_encoder_alone_pools_an_images_own_tokens_and_gives_grids_of_blocks_before_the_queries(make_plan):
+    model, x = small("queries", depth=2), pictures(2)
+    model = compress(model, make_plan(shape_of(model)) if make_plan == CompressionPlan.empty else make_plan(model))
+    encoder, buffer = copy.deepcopy(model.encoder), io.BytesIO()
+    encoder.reset_classifier(4, "avg")
+    features = encoder.forward_features(x)
+    assert features.shape == (2, 16 + QUERIES, 24)
+    assert relative(encoder(x), encoder.head(encoder.fc_norm(features[:, 1:16].mean(dim=1)))) < SAME
+    pickle.dump(model, buffer)
+    again = pickle.loads(buffer.getvalue())
+    assert type(again.encoder) is type(model.encoder) and torch.equal(again(x), model(x))
+    inner, prefix = encoder.forward_intermediates(x, intermediates_only=True, output_fmt="NLC", norm=True,
+                                                  return_prefix_tokens=True)[-1]
+    assert relative(torch.cat([prefix, inner], dim=1), features) < SAME
+    for call in (lambda: encoder.forward_intermediates(x), lambda: encoder.get_intermediate_layers(x, 1, reshape=True),
+                 lambda: FeatureGetterNet(copy.deepcopy(encoder), out_indices=(1, 2))(x)):
+        with pytest.raises(InputError, match='^queries have joined the tokens before block 2, .*"NLC"[^\n]*$'):
+            call()
+    with pytest.raises(InputError, match="^torch.jit.script can't take[^\n]*$"):
+        torch.jit.script(encoder)
+    grid, = FeatureGetterNet(encoder, out_indices=(1,))(x)
+    assert grid.shape == (2, 24, 3, 5)
+
+
+@torch.no_grad()
+def as_prefix(model: Segmenter, images: torch.Tensor) -> torch.Tensor:
+    """Logits of the cells, the queries being prefix tokens: first, and so many more that timm's attention does not
+    turn."""
+    encoder, count = copy.deepcopy(model.encoder), model.decoder.num_queries
+    x = embedded(encoder, images)
+    for block, also in zip(encoder.blocks, also_taken(encoder)):
+        own = attention_block(block)
+        if hasattr(own, "join"):
+            x = torch.cat([own.join.queries.expand(len(x), -1, -1), x], dim=1)
+        if len(x[0]) > encoder.num_prefix_tokens + encoder.patch_embed.num_patches:
+            own._forward_pre_hooks.clear()
+            own.attn.num_prefix_tokens += count
+        x = block(x, **also)
+    x = encoder.norm(torch.cat([x[:, count:], x[:, :count]], dim=1))[:, encoder.num_prefix_tokens:]
+    return model.decoder(encoder.fc_norm(x), model.patch_embed.grid_size)
+
+
+# turned by halves or by pairs, by one rotation or by each head's own; a norm over heads, gated neurons; shared keys
+TURNED = ("vit_base_patch16_dinov3", "eva02_base_patch14_224", "vit_base_patch16_rope_mixed_224",
+          "vit_large_patch16_sapiens2", "vit_pe_core_base_patch16_224")
+
+
+@pytest.mark.parametrize("name", TURNED)
+def test_of_patches_that_are_turned_by_place_queries_are_not_and_everything_is_cut_before_and_among_them(name):
+    whole = as_encoder(made(name))
+    model = Segmenter(whole, 5, "queries", depth=2, queries=QUERIES).double().eval()
+    shape, x = shape_of(model), numbers(2, 3, *model.img_size).double()
+    assert (shape.depth, shape.decoder_depth, shape.queries) == (3, 2, QUERIES) and shape.rotary
+    plan = CompressionPlan(shape=shape, blocks=tuple(dataclasses.replace(
+        block, tokens=None if i else Match(merged=4, protect=0)) for i, block in enumerate(some_units(shape))))
+    for cut in (CompressionPlan.empty(shape), plan):
+        small_one = compress(model, cut)
+        with torch.inference_mode():
+            found, answers = small_one.patch_logits(x), small_one(x, answers=True)
+        assert relative(found, as_prefix(small_one, x)) < EXACT
+        scores = answers[-1][0].softmax(dim=2)[:, :, :-1].mT @ answers[-1][1].sigmoid().flatten(2)
+        assert relative(scores.log(), found.flatten(2)) < EXACT
+        check_cost(deploy(small_one), cut, x)
+    images = [(x, torch.randint(5, (2, *model.img_size), generator=torch.Generator().manual_seed(0)))]
+    assert token_scores(model, images, progress=False).shape == (3, shape.num_patches)
+    assert unit_scores(model, images, criterion="taylor", progress=False).neurons.isfinite().all()
+    assert compensate(model, plan, images, progress=False)(x).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype, far, within", [(torch.float32, -200, 1e-5), (torch.float16, -40, 0.01),
+                                                (torch.bfloat16, -40, 0.02)])
+def test_far_outside_of_all_masks_there_is_a_class_too(monkeypatch, dtype, far, within):
+    """There a sigmoid is 0, or has no digits; within: of the softmax over classes, in that precision."""
+    decoder, chance = small("queries").decoder, torch.Generator().manual_seed(0)
+    classes, masks = torch.randn(1, 7, 6, generator=chance), far + 5 * torch.randn(1, 7, 12, 20, generator=chance)
+    classes, masks = classes.to(dtype), masks.to(dtype)
+    monkeypatch.setattr(decoder, "answers", lambda tokens, grid: (classes, masks))
+    wanted = slow_logits([*zip(classes[0].double(), masks[0].double())])
+    assert relative(decoder(None, (3, 5))[0].double().softmax(dim=0), wanted.softmax(dim=0)) < within
+    assert relative(decoder(None, (3, 5))[0].double(), wanted) < within
+
+
+@pytest.mark.parametrize("name, args", [("beit_base_patch16_224", {}), ("vit_relpos_small_patch16_224", {})])
+def test_attention_with_a_bias_by_places_is_refused(name, args):
     model = timm.create_model(name, depth=3, embed_dim=24, num_heads=2, **args)
     with pytest.raises(InputError, match="queries have no place"):
         Segmenter(as_encoder(model), 5, "queries", depth=1)

@@ -9,6 +9,7 @@ from training_fixtures import full_plan, images, one_thread, tiny, token_plan  #
 from vitlab.measure.capture import attention_maps, token_places
 from vitlab.measure.rollout import looked_at, token_shares
 from vitlab.models import attention_block, compress, deploy, shape_of
+from vitlab.models.segmenter import Segmenter, as_encoder
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.rules import Match, MergeReconstruct, ReadOut, Select, SharedUpdate
 from vitlab.plots import rollout
@@ -118,9 +119,13 @@ def test_through_matrices_it_is_reconstruct_mixed_merge_and_what_goes_around(spa
     assert_shares(model, x, wanted)
 
 
-def test_a_token_that_was_merged_by_content_takes_the_mean_of_its_patches_rows():
-    dense, x = tiny(), images(2).double()
-    model, wanted = trained(compress(dense, plan_of(dense, Match(merged=6), Match(merged=3)))), []
+@pytest.mark.parametrize("queries", [0, 3])
+def test_a_token_that_was_merged_by_content_takes_the_mean_of_its_patches_rows(queries):
+    """Before a block with queries, too; of what its tokens take there, their own part."""
+    dense, x = tiny(depth=3 if queries else 2), images(2).double()
+    dense = Segmenter(as_encoder(dense), 5, "queries", depth=1, queries=queries) if queries else dense
+    rules = (Match(merged=6), Match(merged=3), *[None] * (queries > 0))
+    model, wanted = trained(compress(dense, plan_of(dense, *rules))), []
     seen, places = projected(model, x), token_places(model, x)
     for b in range(2):
         whole, token = [one(i) for i in range(TOKENS)], list(range(PATCHES))    # a row for each patch, also of a token
@@ -132,6 +137,9 @@ def test_a_token_that_was_merged_by_content_takes_the_mean_of_its_patches_rows()
             each = [rows[1 + token[p]] for p in range(PATCHES)]
             alike = [[q for q in range(PATCHES) if after[q] == after[p]] for p in range(PATCHES)]
             whole, token = [rows[0], *(sum(each[q] for q in same) / len(same) for same in alike)], after
+        if queries:
+            attention = [each[:TOKENS] for each in mean_attention(model, 2, seen[2][b])[:TOKENS]]
+            whole = mixed([[share / sum(each) for share in each] for each in attention], whole)
         wanted.append(whole)
     assert_shares(model, x, wanted)
 

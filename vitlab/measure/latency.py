@@ -24,6 +24,7 @@ from vitlab.models.attention import PrefixAttention, attention_as
 from vitlab.models.deploy import Fold
 from vitlab.models.ends import ended
 from vitlab.models.families import also_taken, attended, attention_input, attention_update, embedded, mlp_update
+from vitlab.models.join import with_queries
 from vitlab.models.match import MatchBlock
 from vitlab.models.narrow import narrow_queries
 from vitlab.models.segmenter import Segmenter
@@ -101,8 +102,7 @@ class _Piece(nn.Module):
 
 def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]],
             batch: int) -> Iterator[tuple[str, tuple, nn.Module, Tensor]]:
-    """(part, place in its grid, what runs, its input) of every time in the table; blocks are copies of the model's
-    first, or of the first whose tokens look at as many."""
+    """(part, place in its grid, what runs, its input) of each time; a copy of the first block that looks at as many."""
     shape = shape_of(model)
     prefix, dim, patches = shape.num_prefix_tokens, model.embed_dim, model.patch_embed
     looked = in_attention(shape, counts_of(CompressionPlan.empty(shape)))[2].tolist()
@@ -120,7 +120,7 @@ def _pieces(model: nn.Module, axes: dict[str, tuple[np.ndarray, ...]],
         return block
 
     def by_place(n: int) -> dict[str, Any]:
-        return {"rope": also["rope"][..., :int(n) - prefix, :]} if "rope" in also else also
+        return {"rope": with_queries(also["rope"], shape.queries)[..., :int(n) - prefix, :]} if "rope" in also else also
 
     def attention(n: int, heads: int, width: int | None = None) -> nn.Module:
         block = cut("heads", heads, looked.index(n) if n in looked else 0)

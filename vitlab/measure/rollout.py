@@ -73,9 +73,9 @@ def token_shares(model: nn.Module, images: Tensor) -> Tensor:
     require(not is_deployed(model), "the model is deployed, its matrices folded into its blocks; attention is rolled "
             "out of the training form (the run folder, not deployed/)")
     check_supported(model)
-    prefix, depth = prefix_of(model), len(model.blocks)
+    prefix = prefix_of(model)
     images = images.to(next(model.parameters()).device)
-    attention: list[Any] = [None] * depth                                       # (B, Q, N_l) each, mean over heads
+    attention: list[Any] = [None] * len(model.blocks)                           # (B, Q, N_l) each, mean over heads
     ranks = rankings(model, images)
     merges = any(isinstance(block, MatchBlock) and block.rule.merged for block in model.blocks)
     places = token_places(model, images) if merges else {}
@@ -105,7 +105,8 @@ def token_shares(model: nn.Module, images: Tensor) -> Tensor:
             now = places[index].to(x.device)
             onto, of = (F.one_hot(each).to(x) for each in (now, went))          # (B, n, tokens) after and before
             x, went = torch.cat([x[:, :prefix], _rows(onto.mT @ of) @ x[:, prefix:]], dim=1), now
-    return matching.give_back(x, went, prefix) if depth - 1 in places else x
+            x = matching.give_back(x, went, prefix) if block.gives_back else x
+    return x
 
 
 def looked_at(model: nn.Module, images: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ def compress(model: nn.Module, plan: CompressionPlan, *, before: CompressionPlan
         if isinstance(block, (MatchBlock, ReadOutBlock)):
             block.takes_held = merged
         merged = merged or isinstance(block, MatchBlock) and block.rule.merged > 0
-    return model if all(cut.tokens is None for cut in plan.blocks) else as_tokens_cut(model)
+    return as_tokens_cut(model)
 
 
 def set_trainable(model: nn.Module, what: str) -> None:

@@ -5,10 +5,11 @@ a mask.
 images, n patches on a grid of h x w, P prefix tokens, Q queries, D dim of the encoder, K classes.
 """
 import torch
+import torch.nn.functional as F
 from timm.layers import LayerNorm2d, trunc_normal_
 from torch import Tensor, nn
 
-from vitlab.models.families import RELATIVE, ROTARY, kind_of
+from vitlab.models.families import RELATIVE, kind_of
 from vitlab.models.join import join
 from vitlab.models.support import attention_block, is_merged
 from vitlab.runtime.files import require
@@ -38,8 +39,9 @@ class QueryDecoder(nn.Module):
     query, less and less while it trains, what is outside its mask (mask annealing), which is left out here.
 
     encoder: what gives the tokens, dense; the queries join them before its last `depth` blocks, which stay its own and
-    are cut by plans; their tokens stay, as masks need every patch. queries: Q. Raises InputError for attention that
-    knows places, which queries have none of, where no block is before them, or where tokens are cut.
+    are cut by plans; their tokens stay, as masks need every patch. Where patches are turned by their places (RoPE),
+    queries are not, as class tokens are not. queries: Q. Raises InputError for attention with a bias by places, which
+    queries have none of, where no block is before them, or where tokens are cut.
     """
 
     def __init__(self, embed_dim: int, num_classes: int, head_dim: int = 64, *, encoder: nn.Module, depth: int = DEPTH,
@@ -50,11 +52,10 @@ class QueryDecoder(nn.Module):
                 "least 1 in 1 is needed, and a block before")
         require(not is_merged(encoder), "queries join a dense encoder, but tokens of this one are cut; make a "
                 "Segmenter of the dense one, and compress that")
-        require(not kind_of(last.attn, (*ROTARY, *RELATIVE)),
-                "queries have no place, by which this model's attention turns queries and keys or tells tokens apart; "
-                "another decoder is needed")
+        require(not kind_of(last.attn, RELATIVE), "queries have no place, by which this model's attention tells tokens "
+                "apart; another decoder is needed")
         self.depth, self.num_queries = depth, queries
-        join(attention_block(encoder.blocks[-depth]), queries, embed_dim)
+        join([*map(attention_block, encoder.blocks[-depth:])], queries, embed_dim)
         self.class_head = nn.Linear(embed_dim, num_classes + 1)
         self.mask_head = nn.Sequential(nn.Linear(embed_dim, embed_dim), nn.GELU(), nn.Linear(embed_dim, embed_dim),
                                        nn.GELU(), nn.Linear(embed_dim, embed_dim))
@@ -72,9 +73,13 @@ class QueryDecoder(nn.Module):
         return self.class_head(asked), masks.unflatten(2, cells.shape[2:])
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Logits of the cells of patches and queries (B, n + Q, D), normed; rows and columns of the patches."""
+        """Logits of the cells of patches and queries (B, n + Q, D), normed; rows, columns of the patches. In float32,
+        and each cell's largest sigmoid set apart: outside of all masks they are so small that half precision, and
+        onnxruntime, have no digits of them."""
         classes, masks = self.answers(tokens, grid)
-        classes = classes.softmax(dim=2)[:, :, :-1]                             # (B, Q, K)
-        scores = classes.transpose(1, 2) @ masks.sigmoid().flatten(2)           # (B, K, 16 n)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        return scores.clamp(min=torch.finfo(scores.dtype).tiny).log().unflatten(2, masks.shape[2:])
+        classes = classes.softmax(dim=2)[:, :, :-1].transpose(1, 2)             # (B, K, Q)
+        # log s(m), (B, Q, 16 n); F.logsigmoid would be written as the log of a sigmoid
+        inside = -F.softplus(-masks.flatten(2).to(torch.promote_types(masks.dtype, torch.float32)))
+        most = inside.detach().amax(dim=1, keepdim=True)
+        scores = (classes.to(inside.dtype) @ (inside - most).exp()).to(inside.dtype)                    # (B, K, 16 n)
+        return (scores.clamp(min=torch.finfo(scores.dtype).tiny).log() + most).unflatten(2, masks.shape[2:])
