@@ -2,6 +2,7 @@
 import dataclasses
 import os
 import random
+import sys
 
 import pytest
 import timm
@@ -16,6 +17,8 @@ from vitlab.plan.shape import ViTShape
 
 torch.set_num_threads(1)        # the models are tiny: with more threads they mostly wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")                   # in what tests start, too: several run at a time
+
+sys.modules["rfc3987_syntax"] = None    # jsonschema goes without, and builds no grammar of IRIs for three seconds
 
 # Depth 5, so that a plan can hold plain blocks side by side between merging ones. Grids are not square, and no two of
 # tokens, width, head width and neurons are equal in one model.

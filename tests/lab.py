@@ -28,6 +28,8 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
          "--disable-component-update", "--disable-sync", "--force-color-profile=srgb"]
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 WAIT = 300                      # seconds for a notebook to run, and for the server to answer
+# without a grammar of IRIs, which takes seconds to build (vitlab/workbench/notebooks.py)
+SERVER = "import sys\nsys.modules['rfc3987_syntax'] = None\nfrom jupyterlab.labapp import main\nmain()"
 IDLE = "Python 3 (ipykernel) | Idle"
 # of images, how many have more white pixels than others, or get a white ground from JupyterLab
 WHITE = """images => images.filter(image => {
@@ -183,7 +185,7 @@ def lab(root: Path) -> Iterator[Lab]:
                **{f"JUPYTER{'' if name.startswith('LAB') else '_'}{name}": str(path) for name, path in folders.items()},
                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
         server = subprocess.Popen(
-            [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
+            [sys.executable, "-c", SERVER, "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
              "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={root}",
              "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
             env=env, stdout=(own / "log").open("w"), stderr=subprocess.STDOUT)

@@ -19,6 +19,15 @@ ENCRYPTED = Config({"KernelManager": {"transport_encryption": "auto"},
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, SyntaxError, RecursionError, MemoryError)
 
 
+def _nbformat() -> None:
+    """Import nbformat as without rfc3987_syntax, where it is not there yet: for that, jsonschema builds a grammar of
+    IRIs, in seconds, and nothing in a notebook is checked by it."""
+    left_out = sys.modules.setdefault("rfc3987_syntax", None) is None   # ty: ignore[no-matching-overload]
+    import nbformat  # noqa: F401
+    if left_out:
+        del sys.modules["rfc3987_syntax"]
+
+
 def _unreadable(path: Path, error: Exception) -> InputError:
     return InputError(f"{path} can't be read as a notebook of format 4 ({first_line(error)})")
 
@@ -67,6 +76,7 @@ def run(path: str | Path, out: str | Path, parameters: dict[str, Any] | None = N
     """
     path, parameters = Path(path), parameters or {}
     check_parameters(path, parameters)
+    _nbformat()
     import papermill  # here: what only checks a batch does without it
     from papermill.exceptions import PapermillExecutionError
     target = Path(out) / path.name
@@ -85,6 +95,7 @@ def run(path: str | Path, out: str | Path, parameters: dict[str, Any] | None = N
 def report(executed: str | Path, target: str | Path) -> Path:
     """The executed notebook as one HTML page, without its code. It loads nothing from elsewhere and runs no script; a
     widget is shown as its picture."""
+    _nbformat()
     from nbconvert import HTMLExporter
     name = f"vitlab: {Path(target).resolve().parent.name}"
     exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True,
