@@ -17,7 +17,7 @@ from vitlab.plan.shape import ViTShape
 
 torch.set_num_threads(1)        # the models are tiny: with more threads they mostly wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")                   # in what tests start, too: several run at a time
-
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)                 # nor does each of these compile vitlab anew
 sys.modules["rfc3987_syntax"] = None    # jsonschema goes without, and builds no grammar of IRIs for three seconds
 
 # Depth 5, so that a plan can hold plain blocks side by side between merging ones. Grids are not square, and no two of

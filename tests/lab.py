@@ -110,9 +110,17 @@ class Lab:
                 break                                           # to the end, or to a cell that failed
             self.page.wait_for_timeout(500)
         self.page.wait_for_timeout(1000)                        # what was shown last is drawn
+        saved = self.root / self.name
+        before = saved.stat().st_mtime_ns
         self.page.keyboard.press("Control+s")
-        self.page.wait_for_timeout(1500)
-        return [cell for cell in nbformat.read(self.root / self.name, as_version=4).cells if cell.cell_type == "code"]
+        while time.monotonic() < end:
+            self.page.wait_for_timeout(200)
+            changed = saved.stat().st_mtime_ns != before
+            with contextlib.suppress(nbformat.reader.NotJSONError):         # half of it is written
+                cells = nbformat.read(saved, as_version=4).cells
+                if changed:
+                    break
+        return [cell for cell in cells if cell.cell_type == "code"]
 
     def pictures(self) -> list[str]:
         """Where the pictures of the notebook's widgets come from, in order; a new picture has a new address."""

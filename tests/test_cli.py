@@ -246,8 +246,8 @@ def test_another_image_size_trains_and_is_measured(capsys, tmp_path):
     assert code == 0
 
 
-def test_what_can_be_told_from_the_words_is_told_before_torch_is_imported():
-    """So that help and a wrong path are answered at once."""
+def test_what_can_be_told_from_the_words_is_told_before_torch_is_imported(tmp_path):
+    """So that help, a wrong path, recipes and copies of notebooks are there at once."""
     words = [["--help"], ["prune", "--help"], [], ["frobnicate"], ["prune", "--plan", "p.json"]]
     evaluate, prune = ["evaluate", "--data", "digits"], ["prune", "tokens", "--checkpoint", "vit_nano_patch4_32"]
     words += [[*evaluate, "--checkpoint", "a/b/c"], [*evaluate[:2], "nowhere", "--checkpoint", "dense"],
@@ -257,6 +257,7 @@ def test_what_can_be_told_from_the_words_is_told_before_torch_is_imported():
     code = f"""
 import sys
 from vitlab.cli import main
+assert main(["recipes"]) == main(["notebooks", {str(tmp_path)!r}]) == 0
 print([main(words) for words in {words!r}])
 assert "torch" not in sys.modules and "vitlab.workbench.steps" not in sys.modules
 """

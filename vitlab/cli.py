@@ -78,8 +78,8 @@ def execute(words: Sequence[str], *, fresh: bool) -> int:
     with launching.on_record(name, values, words) if fresh else contextlib.nullcontext():
         result = command(*bound.args, **bound.kwargs)
     if not isinstance(result, int):
-        from vitlab.workbench.said import said
-        print(said(result, values.get("--out"), quiet="--quiet" in words), end="")
+        from vitlab.workbench.plain import told
+        print(told(result, values.get("--out"), quiet="--quiet" in words), end="")
     launching.leave()
     return result if isinstance(result, int) else 0
 

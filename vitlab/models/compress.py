@@ -16,11 +16,10 @@ from vitlab.models.shrink import keep_units
 from vitlab.models.support import attention_block, check_supported, encoder_of, replaced, shape_of, sizes_of, units_of
 from vitlab.models.tokens_cut import as_tokens_cut, without_tokens_cut
 from vitlab.plan import BlockPlan, CompressionPlan
-from vitlab.plan.rules import Match, MergeReconstruct, ReadOut, Select, SharedUpdate, TokenRule
+from vitlab.plan.rules import TRAINABLE, Match, MergeReconstruct, ReadOut, Select, SharedUpdate, TokenRule
 from vitlab.plan.shape import ViTShape
 from vitlab.runtime.files import InputError, named, require
 
-TRAINABLE = ("all", "matrices", "weights")
 TOKEN_BLOCKS: dict[str, Any] = {MergeReconstruct.kind: TokenBlock, SharedUpdate.kind: SharedUpdateBlock,
                                 Select.kind: SelectBlock, Match.kind: MatchBlock, ReadOut.kind: ReadOutBlock}
 

@@ -12,6 +12,7 @@ from vitlab.runtime.files import InputError, require
 
 LARGEST = 3e38                              # about that of a float32
 ROUNDING = 1e-4                             # of weights that sum to 1, in float32 over a thousand patches
+TRAINABLE = ("all", "matrices", "weights")  # of a model with such rules, what a training may change
 PROTECT = 0.1                               # measured: docs/off_the_shelf.md
 BY_CLASS_TOKEN = "by the class token's attention; the model has no class token"
 

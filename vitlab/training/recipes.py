@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from vitlab.models import TRAINABLE
+from vitlab.plan.rules import TRAINABLE
 from vitlab.runtime.files import InputError, check_known
 from vitlab.runtime.kinds import Count, Natural
 

@@ -1,10 +1,23 @@
-"""Commands that compute nothing themselves: recipes, a batch; each imports what it needs when called."""
+"""Commands that compute nothing themselves: recipes, a batch; each imports what it needs when called. And what is said
+of the results of those that need no torch."""
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from vitlab.runtime.kinds import Count, Setting, Words, flag
+
+
+def told(result: Any, out: str | None, *, quiet: bool = False) -> str:
+    """`said.said`, which imports torch, where the result is no text, page or list of files."""
+    if isinstance(result, str):
+        return f"{result}\n"
+    if isinstance(result, Path) and result.is_file():
+        return f"page: {result}\n"
+    if isinstance(result, list) and isinstance(result[0], Path):
+        return f"{len(result)} files: {result[0]} to {result[-1].name}\n"
+    from vitlab.workbench.said import said
+    return said(result, out, quiet=quiet)
 
 
 def recipes() -> str:

@@ -24,18 +24,14 @@ def _said(result: Any, out: str | None) -> str:
         made_by = result.info.get("made_by", {})
         place = DEPLOYED if made_by.get("step") == "tonight" else checkpoint.FOLDER
         return "\n".join([*_of_calibration(made_by), _of_plan(result.plan), f"checkpoint: {out}/{place}"])
-    if isinstance(result, str):
-        return result
     if isinstance(result, Study):
         return _of_study(result, out)
     if isinstance(result, ResultRow):
         return _of_row(result)
     if isinstance(result, Path):
-        return f"checkpoint: {result / checkpoint.FOLDER}" if result.is_dir() else f"page: {result}"
-    if isinstance(result, list) and isinstance(result[0], ResultRow):
-        return _of_speeds(result)
+        return f"checkpoint: {result / checkpoint.FOLDER}"
     if isinstance(result, list):
-        return f"{len(result)} files: {result[0]} to {result[-1].name}"
+        return _of_speeds(result)
     return f"scores: {out}"
 
 
