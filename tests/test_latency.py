@@ -1,4 +1,5 @@
 """LatencyTable: sums of parts against slow loops on a hand-made table, the cache, the grid. No time is asserted."""
+import copy
 import dataclasses
 import functools
 import json
@@ -18,6 +19,7 @@ from vitlab.measure import latency
 from vitlab.measure.latency import grid_axes, latency_table, measure_table
 from vitlab.measure.throughput import Way
 from vitlab.models import compress, shape_of
+from vitlab.models.families import also_taken, attended
 from vitlab.models.segmenter import Segmenter, as_encoder
 from vitlab.plan import BlockPlan, CompressionPlan
 from vitlab.plan.cost import Counts, counts_of
@@ -432,11 +434,17 @@ def test_a_segmenter_is_measured_with_its_decoder_on_the_whole_grid_and_its_plan
     assert other.shape != table.shape and len(list(tmp_path.iterdir())) == 2
 
 
-def test_patches_that_are_turned_by_place_are_timed_with_queries_among_them(tmp_path):
+@torch.no_grad()
+def test_queries_are_timed_among_patches_that_are_turned_by_place_as_they_run():
+    """As prefix tokens, which timm's attention does not turn."""
     model = Segmenter(as_encoder(registry.tiny("vit_base_patch16_dinov3", "cpu")), 5, "queries", depth=1, queries=3)
-    table = latency_table(model, cache=tmp_path, **FAST)
-    assert table.axes["attention"][0][-1] == table.shape.num_tokens + 3
-    assert np.isfinite(table.predict(counts_of(CompressionPlan.empty(table.shape))))
+    shape, block = shape_of(model), copy.deepcopy(model.blocks[-1])
+    piece, x = max(((piece, x) for part, _, piece, x in latency._pieces(model, grid_axes(shape), 2)
+                    if part == "attention"), key=lambda each: each[1].shape[1])
+    assert x.shape == (2, shape.num_tokens + 3, 48)
+    block.attn.num_prefix_tokens += 3
+    wanted = attended(block, torch.cat([x[:, -3:], x[:, :-3]], dim=1), **also_taken(model.encoder)[-1])
+    torch.testing.assert_close(piece(x), torch.cat([wanted[:, 3:], wanted[:, :3]], dim=1))
 
 
 def test_the_head_of_a_segmenters_table_is_its_last_norm_and_decoder(monkeypatch):
