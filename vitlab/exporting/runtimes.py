@@ -80,10 +80,12 @@ def _write_onnx_int8(program: ExportedProgram, path: Path, images: Tensor) -> No
     whole = path.with_name("float32.onnx")
     _write_onnx(program, whole)
     shapes.quant_pre_process(whole, whole, skip_optimization=True, skip_symbolic_shape=True)
+    graph = needed("onnx").load(whole).graph
+    weights = {tensor.name for tensor in graph.initializer}     # in QDQ the tool's own MatMulConstBOnly does nothing
     # 7 bits of weights: processors without VNNI add two products of 8 bits in 16, which overflows
     tools.quantize_static(whole, path, Reader(), op_types_to_quantize=["MatMul", "Gemm"], per_channel=True,
-                          reduce_range=True, activation_type=tools.QuantType.QUInt8,
-                          weight_type=tools.QuantType.QInt8, extra_options={"MatMulConstBOnly": True})
+                          reduce_range=True, activation_type=tools.QuantType.QUInt8, weight_type=tools.QuantType.QInt8,
+                          nodes_to_exclude=[node.name for node in graph.node if not weights & {*node.input}])
     whole.unlink()
 
 
