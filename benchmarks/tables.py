@@ -502,9 +502,8 @@ def finetuned(rows: list[dict]) -> str:
         spread = f" ({min(top1):.2f} to {max(top1):.2f})" if len(draws) > 1 else ""
         control = "-" if r["against_control"] is None else _against(r, r["against_control"], "against_control")
         return [method, f"{r['macs_ratio']:.2f}", f"{r['as_cut_top1_pct']:.1f}", _value(r, "top1_pct", 2) + spread,
-                _against(r, r["against_dense"]), control, _ratio(r)]
-    head = ["method", "of the MACs", "top-1 % as cut", "fine-tuned", "against dense",
-            "against the dense model fine-tuned alike", name]
+                control, _ratio(r)]
+    head = ["method", "of the MACs", "top-1 % as cut", "fine-tuned", "against the dense model fine-tuned alike", name]
     first = rows[0]
     epochs = f"{first['epochs']} epochs of {first['train_images']:,} images" if first["train_images"] else (
         f"{first['epochs']} epochs")
