@@ -1,5 +1,4 @@
-"""Models by timm's names, and those that vitlab adds; of weights files, at the sizes that
-these are of."""
+"""Models by timm's names, and those that vitlab adds; of weights files, at the sizes that these are of."""
 import contextlib
 import difflib
 import inspect
