@@ -13,6 +13,7 @@ from vitlab.runtime.files import NOTEBOOKS, InputError, atomic_write, first_line
 SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]    # the first there is
 POLICY = """<meta http-equiv="Content-Security-Policy" """ \
          """content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">"""
+WORDS = "<style>pre {word-break: normal !important; overflow-wrap: anywhere}</style>"           # what is printed, whole
 # else each kernel warns of plain TCP, and tells of its sockets and its parent's end when it is interrupted
 ENCRYPTED = Config({"KernelManager": {"transport_encryption": "auto"},
                     "NotebookClient": {"extra_arguments": ["--log-level=CRITICAL"]}})
@@ -102,7 +103,7 @@ def report(executed: str | Path, target: str | Path) -> Path:
                             embed_images=True, config=Config({"NbConvertBase": {"display_data_priority": SHOWN}}))
     html, _ = exporter.from_file(str(executed), resources={"metadata": {"name": name}})
     html = re.sub(r"<script\b.*?</script>", "", html, flags=re.DOTALL)          # its own; those in data are escaped
-    atomic_write(target, html.replace("<head>", f"<head>{POLICY}", 1))
+    atomic_write(target, html.replace("<head>", f"<head>{POLICY}", 1).replace("</head>", f"{WORDS}</head>", 1))
     return Path(target)
 
 

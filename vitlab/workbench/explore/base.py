@@ -159,7 +159,7 @@ def table(told: Mapping[str, Sequence[tuple[str, float]]]) -> str:
     """{model: (class, probability), the likeliest first} in HTML, a row for each model."""
     lines = [[name, *(f"{label} {p:.2f}" for label, p in each[:SAID])] for name, each in told.items()]
     rows = "".join(f"<tr><td>{'</td><td>'.join(map(html.escape, line))}</td></tr>" for line in lines)
-    return f"<table>{rows}</table>"
+    return f'<table style="border-collapse: separate; border-spacing: 1em 0">{rows}</table>'
 
 
 def enlarged(image: np.ndarray) -> np.ndarray:
