@@ -121,14 +121,15 @@ class Segmenter(nn.Module):
         require(not queries_in([*map(attention_block, encoder.blocks)])[1], "queries of another decoder have joined "
                 "the encoder's tokens; the encoder that it was made from is needed")
         encoder = copy.deepcopy(encoder) if decoder == "queries" else encoder   # whose block they join
-        self.num_classes, self.decoder_name, self.decoder_args = num_classes, decoder, args
+        self.encoder, self.num_classes, self.decoder_name, self.decoder_args = encoder, num_classes, decoder, args
         args = {"head_dim": mixing_layer(attention_block(encoder.blocks[0]), "heads")[1], **args,
                 **({"encoder": encoder} if decoder == "queries" else {})}
         try:
             self.decoder = DECODERS[decoder](encoder.num_features, num_classes, **args)
         except TypeError as error:
             raise InputError(f"decoder {decoder}: {error}") from None
-        self.encoder = as_tokens_cut(encoder) if decoder == "queries" else encoder
+        if decoder == "queries":
+            self.encoder = as_tokens_cut(encoder)
 
     def __getattr__(self, name: str) -> Any:
         """A Segmenter shows its encoder's parts (SHOWN) as its own: what reads or hooks them need not know the
