@@ -57,7 +57,7 @@ def test_a_notebook_shows_other_studies_beside_its_own(two, capsys):
     (two[0] / "figures" / "11_changed.png").write_bytes((two[0] / "compared" / "plans.png").read_bytes())
     capsys.readouterr()
     ran("90_results", run=str(two[0]))
-    assert "'11_changed'" in capsys.readouterr().out
+    assert "11_changed " in capsys.readouterr().out
 
 
 def test_a_folder_that_is_no_study_and_one_given_twice_are_refused(two, tmp_path):
