@@ -2,7 +2,6 @@
 import dataclasses
 import os
 import random
-import sys
 
 import pytest
 import timm
@@ -14,11 +13,12 @@ from vitlab.models import shape_of
 from vitlab.plan import BlockPlan, CompressionPlan, tokens
 from vitlab.plan.rules import MergeReconstruct, Select
 from vitlab.plan.shape import ViTShape
+from vitlab.workbench.notebooks import import_nbformat
 
 torch.set_num_threads(1)        # the models are tiny: with more threads they mostly wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")                   # in what tests start, too: several run at a time
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)                 # nor does each of these compile vitlab anew
-sys.modules["rfc3987_syntax"] = None    # jsonschema goes without, and builds no grammar of IRIs for three seconds
+import_nbformat()
 
 # Depth 5, so that a plan can hold plain blocks side by side between merging ones. Grids are not square, and no two of
 # tokens, width, head width and neurons are equal in one model.

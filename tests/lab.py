@@ -28,8 +28,8 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
          "--disable-component-update", "--disable-sync", "--force-color-profile=srgb"]
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 WAIT = 300                      # seconds for a notebook to run, and for the server to answer
-# without a grammar of IRIs, which takes seconds to build (vitlab/workbench/notebooks.py)
-SERVER = "import sys\nsys.modules['rfc3987_syntax'] = None\nfrom jupyterlab.labapp import main\nmain()"
+SERVER = "from vitlab.workbench.notebooks import import_nbformat\nimport_nbformat()\n" \
+         "from jupyterlab.labapp import main\nmain()"
 IDLE = "Python 3 (ipykernel) | Idle"
 # of images, how many have more white pixels than others, or get a white ground from JupyterLab
 WHITE = """images => images.filter(image => {

@@ -189,6 +189,9 @@ def test_corruptions_are_those_of_their_severity():
         corrupted(x, "fog", 0, mean, std)
 
 
+MEAN, STD = (0.5,) * 3, (0.25,) * 3
+
+
 def corrupted_rows(model: torch.nn.Module, targets: torch.Tensor, **settings) -> dict[tuple[str, int], dict]:
     """What `robustness` says of a model by corruption and severity; in the figure, too."""
     rows = robustness({"dense": model}, [(images(6), targets)], MEAN, STD, progress=False, **settings)
@@ -197,9 +200,6 @@ def corrupted_rows(model: torch.nn.Module, targets: torch.Tensor, **settings) ->
     assert axis.lines[0].get_ydata().tolist() == drawn and axis.get_ylim()[1] > max(drawn)
     plt.close("all")
     return {(row["corruption"], row["severity"]): row for row in rows}
-
-
-MEAN, STD = (0.5,) * 3, (0.25,) * 3
 
 
 def test_robustness_is_top_1_of_corrupted_images_or_how_far_the_output_moves():

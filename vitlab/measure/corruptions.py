@@ -60,12 +60,14 @@ def robustness(models: Mapping[str, nn.Module], batches: Sequence[tuple[Tensor, 
     output is from what it gives for the image as it is (`distance.output_of`)."""
     kinds = [("", -1), *((kind, severity) for kind, amounts in CORRUPTIONS.items() for severity in range(len(amounts)))]
     rows = []
+    clean = {name: [outputs(model, images) for images, _ in batches] for name, model in models.items()
+             if not (labelled and output_of(model).labelled)}
     for kind, severity in tqdm(kinds, desc="corruptions", disable=not progress):
         shown = [(corrupted(images, kind, severity, mean, std, number) if kind else images, targets)
                  for number, (images, targets) in enumerate(batches)]
         for name, model in models.items():
-            if not (labelled and output_of(model).labelled):
-                measure, value, error = _moved(model, shown, batches)
+            if name in clean:
+                measure, value, error = _moved(model, shown, clean[name])
             elif isinstance(model, Segmenter):
                 scores = evaluate_scenes(model, shown, progress=False).scores
                 measure, value, error = "mIoU (%)", scores.miou_pct, scores.miou_se
@@ -77,10 +79,9 @@ def robustness(models: Mapping[str, nn.Module], batches: Sequence[tuple[Tensor, 
     return rows
 
 
-def _moved(model: nn.Module, shown: Sequence[tuple[Tensor, Tensor]], batches: Sequence[tuple[Tensor, Tensor]]
+def _moved(model: nn.Module, shown: Sequence[tuple[Tensor, Tensor]], clean: Sequence[Tensor]
            ) -> tuple[str, float, float | None]:
-    """(what it is, the mean distance between the outputs for both, its standard error)."""
+    """(what it is, the mean distance between its outputs for `shown` and the clean ones, its standard error)."""
     output = output_of(model)
-    apart = torch.cat([output.apart(outputs(model, own), outputs(model, images)).cpu()
-                       for (own, _), (images, _) in zip(shown, batches)])
+    apart = torch.cat([output.apart(outputs(model, images), own).cpu() for (images, _), own in zip(shown, clean)])
     return f"distance to its own output ({output.unit})", float(apart.mean()), standard_error(apart.numpy())

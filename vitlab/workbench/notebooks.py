@@ -20,7 +20,7 @@ ENCRYPTED = Config({"KernelManager": {"transport_encryption": "auto"},
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, SyntaxError, RecursionError, MemoryError)
 
 
-def _nbformat() -> None:
+def import_nbformat() -> None:
     """Import nbformat as without rfc3987_syntax, where it is not there yet: for that, jsonschema builds a grammar of
     IRIs, in seconds, and nothing in a notebook is checked by it."""
     left_out = sys.modules.setdefault("rfc3987_syntax", None) is None   # ty: ignore[no-matching-overload]
@@ -77,7 +77,7 @@ def run(path: str | Path, out: str | Path, parameters: dict[str, Any] | None = N
     """
     path, parameters = Path(path), parameters or {}
     check_parameters(path, parameters)
-    _nbformat()
+    import_nbformat()
     import papermill  # here: what only checks a batch does without it
     from papermill.exceptions import PapermillExecutionError
     target = Path(out) / path.name
@@ -96,7 +96,7 @@ def run(path: str | Path, out: str | Path, parameters: dict[str, Any] | None = N
 def report(executed: str | Path, target: str | Path) -> Path:
     """The executed notebook as one HTML page, without its code. It loads nothing from elsewhere and runs no script; a
     widget is shown as its picture."""
-    _nbformat()
+    import_nbformat()
     from nbconvert import HTMLExporter
     name = f"vitlab: {Path(target).resolve().parent.name}"
     exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True,

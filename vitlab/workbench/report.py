@@ -188,7 +188,7 @@ def results_table(run: str | Path) -> HTML:
     shared, own = conditions(rows)
     lines = [[label, *(shown(row, c) for c in columns), more] for label, row, more in zip(labels, rows, own)]
     return html_table(["entry", *titles(rows, columns), "conditions"], lines, ("entry", *columns, "conditions"),
-                  [*notes(rows, columns).splitlines(), f"The same in all rows that have it: {shared}"])
+                      [*notes(rows, columns).splitlines(), f"The same in all rows that have it: {shared}"])
 
 
 def table_of(rows: list[ResultRow], columns: tuple[str, ...] = results.COLUMNS, *below: str) -> HTML:
@@ -196,7 +196,7 @@ def table_of(rows: list[ResultRow], columns: tuple[str, ...] = results.COLUMNS, 
     ratio and quick stand for, and other lines."""
     columns = with_distance(rows, columns)
     return html_table(titles(rows, columns), [[shown(row, c) for c in columns] for row in rows], columns,
-                  [*notes(rows, columns).splitlines(), *below])
+                      [*notes(rows, columns).splitlines(), *below])
 
 
 def measured(rows: list[ResultRow], columns: tuple[str, ...]) -> tuple[str, ...]:
@@ -236,7 +236,7 @@ def _link(run: str | Path, path: Path, text: str) -> str:
 
 
 def html_table(head: list[str], lines: list[list[Any]], columns: Sequence[str] | None = None,
-           below: Sequence[str] = ()) -> HTML:
+               below: Sequence[str] = ()) -> HTML:
     """Cells are escaped texts; a list is of links, which are HTML already. columns: what the titles in `head` are of,
     where they differ; below: lines of text."""
     def row(kind: str, line: list[Any]) -> str:

@@ -83,9 +83,9 @@ class Beside:
     def lines(self) -> list[list[str]]:
         """Titles, then the cells of each row."""
         marks = differing(self.rows)
-        marked = [[mark] if any(marks) else [] for mark in marks]
-        return [titles(self.rows, self.columns) + ["measured otherwise"] * any(marks),
-                *([*(shown(row, column) for column in self.columns), *mark] for row, mark in zip(self.rows, marked))]
+        lines = [titles(self.rows, self.columns),
+                 *([shown(row, column) for column in self.columns] for row in self.rows)]
+        return [[*line, mark] for line, mark in zip(lines, ["measured otherwise", *marks])] if any(marks) else lines
 
     def text(self) -> str:
         return "\n".join([aligned(self.lines), notes(self.rows, self.columns)])
